@@ -1,7 +1,7 @@
-"""The index of a tar: where its members and documents lie, so that any token can be read without reading the rest.
+"""The index of a tar: offsets of its members and documents, so that any token can be read without reading the rest.
 
 The index file beside a tar is a cache. It holds nothing that the tar does not hold, and it is built again if it is
-missing, damaged, older than its tar, or another one than the manifest names. Nothing here unpickles: array headers are
+missing, damaged, older than its tar, or not the one that the manifest names. Nothing here unpickles: array headers are
 parsed as literals, and object arrays are refused.
 
 Layout of an index file: magic (8 bytes), CRC-32 of all that follows (uint32), header length (uint32), header (JSON),
@@ -64,50 +64,62 @@ class ShardIndex:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the content, the time of the tar excluded."""
+        """The hash of the content, the time of the tar excluded."""
         head = json.dumps([self.languages, self.token_bytes, len(self.documents)]).encode()
         return hashlib.sha256(head + self.documents.tobytes() + self.members.tobytes()).hexdigest()
 
     def counts(self, language: int | None = None) -> Counts:
-        """Amounts of text, of one language or of all."""
-        chosen = self.documents if language is None else self.documents[self.documents["language"] == language]
+        """Counts the text of one language (a code) or of all (None)."""
+        documents = self.documents
+        if language is not None:
+            documents = documents[documents["language"] == language]
         return Counts(
-            documents=len(chosen),
-            tokens=int(chosen["length"].sum(dtype=np.int64)),
-            bytes=int(chosen["n_bytes"].sum(dtype=np.int64)),
+            documents=len(documents),
+            tokens=int(documents["length"].sum(dtype=np.int64)),
+            bytes=int(documents["n_bytes"].sum(dtype=np.int64)),
         )
 
 
 def index_path(tar: Path) -> Path:
-    """The index beside `tar`."""
+    """Returns the path of the index beside `tar`."""
     return tar.with_suffix(".index")
 
 
 def open_index(tar: Path, shard: Shard) -> ShardIndex:
-    """The index of `tar`: read from the file beside it if that is the one of the manifest, else rebuilt and saved.
+    """Returns the index of `tar`: read from the file beside it if the manifest names it, else rebuilt and saved.
 
-    A tar that was touched since is hashed.
+    A tar that was touched since the index was written is hashed, which reads it whole.
 
     Raises:
         ArtefactError: the tar is missing or differs from its entry `shard` in the manifest.
     """
+    # The size costs a `stat`; the hash, which reads the tar, waits until the index gives a reason.
     if (state := shard_state(tar, shard, hashes=False)) != "ok":
         raise ArtefactError(f"{tar}: {state}: build it again with `{BUILD_COMMAND}`")
+
     mtime_ns = tar.stat().st_mtime_ns
     index = load_index(index_path(tar))
-    known = index is not None and index.sha256 == shard.index_sha256
-    if index is None or not known or index.tar_mtime_ns != mtime_ns:
+    if index is not None and index.sha256 != shard.index_sha256:
+        index = None
+    if index is None or index.tar_mtime_ns != mtime_ns:
         if (state := shard_state(tar, shard, hashes=True)) != "ok":
             raise ArtefactError(f"{tar}: {state}: build it again with `{BUILD_COMMAND}`")
-        index = replace(index, tar_mtime_ns=mtime_ns) if index is not None and known else build_index(tar)
-        _keep(index, tar)
+        index = build_index(tar) if index is None else replace(index, tar_mtime_ns=mtime_ns)
+
+        # If the folder is read-only, every process rebuilds the index.
+        if os.access(tar.parent, os.W_OK):
+            save_index(index, index_path(tar))
+        else:
+            logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)
+
+    # A cached and a rebuilt index alike must be the one that the manifest describes.
     if (index.sha256, index.counts(), len(index.members)) != (shard.index_sha256, shard.counts, len(shard.checksums())):
         raise ArtefactError(f"{tar}: other documents than the manifest says: build it again with `{BUILD_COMMAND}`")
     return index
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
-    """Write `index` durably to `path`."""
+    """Writes `index` durably to `path`."""
     header = json.dumps(
         {
             "languages": index.languages,
@@ -123,23 +135,27 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: Path) -> ShardIndex | None:
-    """Read an index that `save_index` wrote; None if the file is missing or damaged."""
+    """Reads an index that `save_index` wrote; returns None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
         return None
-    start = len(_MAGIC) + _PREFIX.size
-    if len(content) < start or not content.startswith(_MAGIC):
+
+    body_begin = len(_MAGIC) + _PREFIX.size
+    if len(content) < body_begin or not content.startswith(_MAGIC):
         return None
+
+    # The checksum covers the length of the header too: a wrong one would shift all arrays.
     checksum, length = _PREFIX.unpack_from(content, len(_MAGIC))
-    body = memoryview(content)[start:]
+    body = memoryview(content)[body_begin:]
     if zlib.crc32(body, zlib.crc32(struct.pack("<I", length))) != checksum:
         return None
+
     header = json.loads(bytes(body[:length]))
-    members = length + header["documents"] * DOCUMENT.itemsize
+    members_begin = length + header["documents"] * DOCUMENT.itemsize
     return ShardIndex(
-        documents=np.frombuffer(body[length:members], dtype=DOCUMENT),
-        members=np.frombuffer(body[members:], dtype=MEMBER),
+        documents=np.frombuffer(body[length:members_begin], dtype=DOCUMENT),
+        members=np.frombuffer(body[members_begin:], dtype=MEMBER),
         languages=tuple(header["languages"]),
         token_bytes=header["token_bytes"],
         tar_mtime_ns=header["tar_mtime_ns"],
@@ -147,23 +163,25 @@ def load_index(path: Path) -> ShardIndex | None:
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Index `tar` by reading every member once.
+    """Indexes `tar` by reading the lengths, sizes and languages of every member; tokens are not read.
 
     Raises:
         ArtefactError: a member has the wrong form; the message names it.
     """
     documents: list[np.ndarray] = []
-    places: list[tuple[int, ...]] = []
+    member_rows: list[tuple[int, ...]] = []
     languages: list[str] = []
     widths: set[int] = set()
     try:
         with tar.open("rb") as file:
             for key, parts in members(tar):
-                own, tokens, mask_offset = _member(tar, key, parts, file, languages)
+                member_documents, tokens, mask_offset = _member(tar, key, parts, file, languages)
                 begin = min(part.offset for part in parts.values())
                 end = max(part.offset_data + part.size for part in parts.values())
-                places.append((begin, end, tokens.offset, mask_offset, len(own)))
-                documents.append(own)
+                member_rows.append((begin, end, tokens.offset, mask_offset, len(member_documents)))
+                documents.append(member_documents)
+
+                # Offsets are computed from one width, so all members must have it.
                 widths.add(tokens.dtype.itemsize)
                 if len(widths) > 1:
                     raise ArtefactError(f"{tar}: member {key} has tokens of another width than those before it")
@@ -171,9 +189,10 @@ def build_index(tar: Path) -> ShardIndex:
         if isinstance(error, ArtefactError):
             raise
         raise ArtefactError(f"{tar} is damaged ({error}): build it again with `{BUILD_COMMAND}`") from error
+
     return ShardIndex(
         documents=np.concatenate([np.zeros(0, DOCUMENT), *documents]),
-        members=np.array(places, MEMBER),
+        members=np.array(member_rows, MEMBER),
         languages=tuple(languages),
         token_bytes=max(widths, default=2),
         tar_mtime_ns=tar.stat().st_mtime_ns,
@@ -181,18 +200,19 @@ def build_index(tar: Path) -> ShardIndex:
 
 
 def member_checksums(tar: Path, index: ShardIndex) -> list[int]:
-    """CRC-32 of all bytes of each member."""
+    """Computes the CRC-32 of all bytes of each member, headers included."""
+    checksums = []
     with tar.open("rb") as file:
-        found = []
         for begin, end in zip(index.members["begin"].tolist(), index.members["end"].tolist(), strict=True):
             file.seek(begin)
-            found.append(zlib.crc32(file.read(end - begin)))
-    return found
+            checksums.append(zlib.crc32(file.read(end - begin)))
+    return checksums
 
 
 def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """The webdataset samples of `tar`: each key with its parts, in the order of the tar."""
-    current, parts = "", {}
+    """Yields the webdataset samples of `tar`: each key with its parts, in the order of the tar."""
+    # Consecutive files of one key are a sample, as webdataset reads them.
+    current_key, parts = "", {}
     with tarfile.open(tar, mode="r:") as archive:
         for info in archive:
             if not info.isfile():
@@ -200,13 +220,13 @@ def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
             folder, _, name = info.name.rpartition("/")
             base, _, part = name.partition(".")
             key = f"{folder}/{base}" if folder else base
-            if key != current and parts:
-                yield current, parts
+            if key != current_key and parts:
+                yield current_key, parts
                 parts = {}
-            current = key
+            current_key = key
             parts[part] = info
     if parts:
-        yield current, parts
+        yield current_key, parts
 
 
 @dataclass(frozen=True)
@@ -225,7 +245,11 @@ class _Array:
 def _member(
     tar: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader, languages: list[str]
 ) -> tuple[np.ndarray, _Array, int]:
-    """The documents of one member, its tokens, and the offset of its mask. Appends new names to `languages`."""
+    """Reads the documents of one member, where its tokens are, and the offset of its mask (-1: it has none).
+
+    Args:
+        languages: of the tar; new names are appended, so that a language has one code in all members.
+    """
     if missing := [part for part in _PARTS if part not in parts]:
         raise ArtefactError(f"{tar}: member {key} has no {missing[0]}; it was not written by stage=shards")
     tokens = _array(tar, parts["tokens.npy"], file, "<u2", "<u4")
@@ -234,49 +258,50 @@ def _member(
     codes = _array(tar, parts["languages.npy"], file, "|u1").read(file)
     file.seek(parts["meta.json"].offset_data)
     names = json.loads(file.read(parts["meta.json"].size))["languages"]
-
     if not len(lengths) == len(n_bytes) == len(codes) or tokens.length != lengths.sum(dtype=np.int64):
         raise ArtefactError(f"{tar}: member {key} has arrays of different lengths; it is damaged")
+
     documents = np.zeros(len(lengths), DOCUMENT)
     documents["length"], documents["n_bytes"] = lengths, n_bytes
     if "continues.npy" in parts:
         documents["continues"] = _array(tar, parts["continues.npy"], file, "|u1").read(file)
+
     mask_offset = -1
     if "mask.npy" in parts:
         mask = _array(tar, parts["mask.npy"], file, "|u1")
         mask_offset = mask.offset
         if mask.length != tokens.length:
             raise ArtefactError(f"{tar}: member {key} has a loss mask of another length; it is damaged")
-    recode = np.zeros(256, np.uint8)
+
+    code_in_tar = np.zeros(256, np.uint8)
     for code in np.unique(codes):
         name = names[str(code)]
         if name not in languages:
             languages.append(name)
-        recode[code] = languages.index(name)
-    documents["language"] = recode[codes]
+        code_in_tar[code] = languages.index(name)
+    documents["language"] = code_in_tar[codes]
     return documents, tokens, mask_offset
 
 
 def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, *dtypes: str) -> _Array:
-    """Parse the npy header of a tar member without reading the elements. `dtypes`: those that are accepted."""
+    """Parses the npy header of a tar member without reading the elements.
+
+    Args:
+        dtypes: the accepted ones.
+    """
     file.seek(info.offset_data)
     head = io.BytesIO(file.read(min(info.size, _HEADER_BYTES)))
     version = npy.read_magic(head)
+    # Shapes and types are parsed as literals; nothing is unpickled.
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, _, found = read_header(head)
-    accepted = [np.dtype(dtype) for dtype in dtypes]
-    if found not in accepted or len(shape) != 1:
+    shape, _, dtype = read_header(head)
+    accepted = [np.dtype(name) for name in dtypes]
+    if dtype not in accepted or len(shape) != 1:
         expected = " or ".join(map(str, accepted))
-        raise ArtefactError(f"{tar}: {info.name} is {found} {shape}, expected a row of {expected}")
-    array = _Array(info.offset_data + head.tell(), found, int(np.prod(shape)))
+        raise ArtefactError(f"{tar}: {info.name} is {dtype} {shape}, expected a row of {expected}")
+
+    # Elements past the end would be read from the next member.
+    array = _Array(info.offset_data + head.tell(), dtype, int(np.prod(shape)))
     if head.tell() + array.length * array.dtype.itemsize != info.size:
         raise ArtefactError(f"{tar}: {info.name} is cut short; it is damaged")
     return array
-
-
-def _keep(index: ShardIndex, tar: Path) -> None:
-    """Save the index beside its tar. If the folder is read-only, every process rebuilds the index."""
-    if os.access(tar.parent, os.W_OK):
-        save_index(index, index_path(tar))
-    else:
-        logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)

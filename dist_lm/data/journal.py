@@ -1,7 +1,7 @@
-"""The journal of a corpus that is being built, and which files of a corpus folder are ours.
+"""The journal of a corpus that is being built. It also tells which files of a corpus folder are ours.
 
 `journal.jsonl` names every tar before it is written and describes it once it is finished, so a build that was killed
-goes on behind the last finished tar. It is removed when the manifest is there. Only files that the manifest or the
+continues behind the last finished tar. It is removed when the manifest exists. Only files that the manifest or the
 journal names are ever removed from a corpus folder.
 """
 
@@ -27,7 +27,7 @@ from dist_lm.data.manifest import (
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
-REJECTED = "rejected.jsonl"  # the place of every broken row, the reason and what is wrong
+REJECTED = "rejected.jsonl"  # a line for every broken row: its file and line, the reason and the error
 SUFFIXES = (".tar", ".index", ".origins.jsonl.zst")  # the files of a tar
 _NAMES_SHOWN = 3
 _OF_DURABLE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")  # temporary files of `storage.durable`
@@ -44,7 +44,7 @@ class Journal:
 
     @classmethod
     def start(cls, directory: Path, recipe: Recipe) -> Self:
-        """Begin or go on with the build of `directory`: keep the tars that are finished, remove other files of ours.
+        """Begins or continues the build of `directory`: keeps the tars that are finished, removes other files of ours.
 
         Raises:
             ArtefactError: the folder holds files that are not ours.
@@ -52,46 +52,50 @@ class Journal:
         directory.mkdir(parents=True, exist_ok=True)
         ours = require_only_ours(directory)
         journal = cls(directory, recipe)
-        for split, shards in _known_shards(directory, recipe).items():
+        for split, shards in _reusable_shards(directory, recipe).items():
             for shard in shards:
                 if not _is_intact(directory, shard):
-                    break  # tars after it are built again too: the boundary is a place in the row of documents
+                    break  # tars after it are built again too: a build continues at one position in the documents
                 journal.finished[split].append(shard)
                 journal.begun.append(shard.name)
+
         path, manifest = journal_path(directory), manifest_path(directory)
-        keep = {path.name, manifest.name, *(file for name in journal.begun for file in _files_of(name))}
-        for name in ours - keep:
+        needed = {path.name, manifest.name, *(file for name in journal.begun for file in _files_of(name))}
+        for name in ours - needed:
             (directory / name).unlink()
-        done = [{"finished": asdict(shard)} for shards in journal.finished.values() for shard in shards]
-        durable.write_text(path, "".join(map(_line, [{"format": FORMAT, **asdict(recipe)}, *done])))
+
+        # The new journal names the tars before the manifest that named them goes.
+        finished = [{"finished": asdict(shard)} for shards in journal.finished.values() for shard in shards]
+        durable.write_text(path, "".join(map(_line, [{"format": FORMAT, **asdict(recipe)}, *finished])))
         manifest.unlink(missing_ok=True)
         durable.fsync_directory(directory)
         return journal
 
     @property
     def documents(self) -> dict[str, int]:
-        """Documents of the finished tars, by split."""
-        return {split: sum(one.counts.documents for one in shards) for split, shards in self.finished.items()}
+        """The number of documents in the finished tars, by split."""
+        return {split: sum(shard.counts.documents for shard in shards) for split, shards in self.finished.items()}
 
     def begin(self, split: str) -> str:
-        """Name the next tar of a split, before any file of it is written."""
+        """Records and returns the name of the next tar of a split, before any file of it is written."""
         name = shard_name(split, len(self.finished[split]))
         self._append({"begun": name})
         return name
 
     def finish(self, split: str, shard: Shard) -> None:
-        """Record a tar whose files are on disk."""
+        """Records a tar whose files are on disk."""
         self._append({"finished": asdict(shard)})
         self.finished[split].append(shard)
 
     def close(self) -> None:
-        """Remove the journal: the manifest describes the tars now."""
+        """Removes the journal: the manifest describes the tars now."""
         journal_path(self.directory).unlink()
         durable.fsync_directory(self.directory)
 
-    def _append(self, value: Mapping[str, Any]) -> None:
+    def _append(self, event: Mapping[str, Any]) -> None:
+        # On disk before the caller continues: a tar that no line names would be taken for a user's file.
         with journal_path(self.directory).open("a", encoding="utf-8") as file:
-            file.write(_line(value))
+            file.write(_line(event))
             file.flush()
             os.fsync(file.fileno())
 
@@ -101,10 +105,10 @@ def journal_path(directory: Path) -> Path:
 
 
 def require_only_ours(directory: Path) -> set[str]:
-    """The names of all entries of a corpus folder, if they are all ours.
+    """Returns the names of all files in a corpus folder, if they are all ours.
 
     Raises:
-        ArtefactError: there are other entries.
+        ArtefactError: there are foreign files or folders.
         ManifestError, FormatError: the manifest cannot be read, so nobody knows which files are ours.
     """
     ours, foreign = entries(directory)
@@ -119,68 +123,84 @@ def require_only_ours(directory: Path) -> set[str]:
 
 
 def entries(directory: Path) -> tuple[set[str], list[str]]:
-    """The names of what is in a corpus folder: (files that the manifest or the journal names, everything else)."""
+    """Divides a corpus folder into the names of files that manifest or journal name, and of all other entries.
+
+    Raises:
+        ManifestError, FormatError: the manifest or the journal cannot be read.
+    """
     named = {path.name for path in (manifest_path(directory), journal_path(directory)) if path.is_file()}
     if named:
         named.add(REJECTED)
     for name in _named_tars(directory):
         named |= {*_files_of(name), f".{name}.tmp"}
+
     ours, foreign = set(), []
-    for entry in sorted(directory.iterdir()):
-        temporary = _OF_DURABLE.fullmatch(entry.name)
-        if (temporary[1] if temporary else entry.name) in named and (entry.is_symlink() or not entry.is_dir()):
-            ours.add(entry.name)
+    for path in sorted(directory.iterdir()):
+        temporary = _OF_DURABLE.fullmatch(path.name)
+        final_name = temporary[1] if temporary else path.name
+        if final_name in named and (path.is_symlink() or not path.is_dir()):
+            ours.add(path.name)
         else:
-            foreign.append(f"{entry.name}/" if entry.is_dir() else entry.name)
+            foreign.append(f"{path.name}/" if path.is_dir() else path.name)
     return ours, foreign
 
 
 def _named_tars(directory: Path) -> Iterator[str]:
-    """The tars that manifest and journal name."""
+    """Yields the names of the tars that manifest and journal name."""
     if manifest_path(directory).is_file():
         yield from (shard.name for split in read_manifest(directory).splits.values() for shard in split.shards)
-    yield from _read(directory)[1]
+    _, begun, _ = _read(directory)
+    yield from begun
 
 
-def _known_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
-    """The finished tars that a build of `recipe` may keep."""
-    found, _, shards = _read(directory)
-    if found == recipe:
-        return shards
+def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
+    """Returns the finished tars that a build of `recipe` may keep, by split."""
+    journal_recipe, _, finished = _read(directory)
+    if journal_recipe == recipe:
+        return finished
     if manifest_path(directory).is_file() and (manifest := read_manifest(directory)).recipe == recipe:
         return {name: list(split.shards) for name, split in manifest.splits.items()}
     return {}
 
 
 def is_dropped_for_inputs(directory: Path, recipe: Recipe) -> bool:
-    """Whether a build of `recipe` drops the finished tars of a begun one because the inputs alone differ."""
-    found, _, shards = _read(directory)
+    """Tells whether a build of `recipe` drops the finished tars of a begun one because the inputs alone differ."""
+    journal_recipe, _, finished = _read(directory)
     return (
-        found is not None
-        and any(shards.values())
-        and found != recipe
-        and replace(found, inputs_sha256=recipe.inputs_sha256) == recipe
+        journal_recipe is not None
+        and any(finished.values())
+        and journal_recipe != recipe
+        and replace(journal_recipe, inputs_sha256=recipe.inputs_sha256) == recipe
     )
 
 
 def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Shard]]]:
-    """(recipe, names of begun tars, finished tars) of the journal. A line that a kill cut short ends it."""
+    """Reads (recipe, names of begun tars, finished tars by split) of the journal; without a journal they are empty.
+
+    Raises:
+        ManifestError: a line is damaged.
+    """
     recipe, begun, finished = None, [], {split: [] for split in SPLITS}
     path = journal_path(directory)
-    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-    known_names = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
+    if not path.is_file():
+        return recipe, begun, finished
+
+    # A kill may cut the last line short: without a line end it does not count.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    tar_name = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
     for number, line in enumerate(lines):
         try:
-            value = json.loads(line)
-            if number == 0 and value.pop("format") == FORMAT:
-                recipe = Recipe(**value)
-            elif name := value.get("begun") or value["finished"]["name"]:
-                if not known_names.fullmatch(name):
+            event = json.loads(line)
+            if number == 0 and event.pop("format") == FORMAT:
+                recipe = Recipe(**event)
+            elif name := event.get("begun") or event["finished"]["name"]:
+                # Files of these names may be removed, so a name must not lead out of the folder.
+                if not tar_name.fullmatch(name):
                     raise ValueError(f"{name} is no tar of this folder")
                 begun.append(name)
-                if "finished" in value:
+                if "finished" in event:
                     split = name.partition("-")[0]
-                    shard = Shard.parse(value["finished"], shard_name(split, len(finished[split])))
+                    shard = Shard.parse(event["finished"], shard_name(split, len(finished[split])))
                     finished[split].append(shard)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ManifestError(
@@ -194,9 +214,10 @@ def _files_of(tar: str) -> set[str]:
 
 
 def _is_intact(directory: Path, shard: Shard) -> bool:
-    there = all((directory / name).is_file() for name in _files_of(shard.name) if not name.endswith(".index"))
-    return there and shard_state(directory / shard.name, shard, hashes=True) == "ok"
+    """Tells whether the files of a tar exist and the tar has its hash. The index is a cache and may be missing."""
+    exist = all((directory / name).is_file() for name in _files_of(shard.name) if not name.endswith(".index"))
+    return exist and shard_state(directory / shard.name, shard, hashes=True) == "ok"
 
 
-def _line(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True) + "\n"
+def _line(event: Mapping[str, Any]) -> str:
+    return json.dumps(event, sort_keys=True) + "\n"

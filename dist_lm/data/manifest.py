@@ -1,10 +1,10 @@
-"""The manifest of a corpus: tars with their hashes, counts by split and language, and what they were built from.
+"""The manifest of a corpus: tars with their hashes, counts by split and language, and the recipe they were built from.
 
 The manifest is written last: a folder without a manifest is not a corpus. It holds a hash of its own content, so an
 edited manifest is refused.
 
-What a corpus was built from, and what a run trains on, is recorded and compared later. Inputs are the files and URLs
-that the sources read. Content is what training sees: tokens, lengths, masks and verdicts, in their order. Sources,
+Inputs and content are recorded and compared later. Inputs are the files and URLs that the sources of a corpus read.
+Content is the part of a corpus that training sees: tokens, lengths, masks and verdicts, in their order. Sources,
 licences and how documents are cut into tars do not count, so a corpus that was built again from the same text has the
 same content.
 """
@@ -28,7 +28,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 
 BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
-FORMAT = 3  # of manifest.json and its tars; format 2 had no checksum of a member
+FORMAT = 3  # version of manifest.json and its tars; format 2 had no checksum of a member
 _HASH = r"[0-9a-f]{64}"
 
 
@@ -59,24 +59,27 @@ class Shard:
     name: str
     size: int  # bytes
     sha256: str
-    index_sha256: str  # of the index: where members and documents lie
+    index_sha256: str  # hash of the index: offsets of members and documents
     content: str  # sum of the hashes of its documents (`data.shard_writer.content_of`), hexadecimal
     members: str  # CRC-32 of each member, eight hexadecimal digits each
     counts: Counts
 
     def checksums(self) -> list[int]:
-        """CRC-32 of each member."""
+        """Returns the CRC-32 of each member."""
         return [int(self.members[i : i + 8], 16) for i in range(0, len(self.members), 8)]
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], name: str) -> Self:
-        """The value that `asdict` made of a tar named `name`.
+        """Inverts `asdict` for a tar named `name`.
 
         Raises:
-            ValueError: a field is missing, or has another form.
+            KeyError, TypeError: a field is missing, or there is an unknown one.
+            ValueError: a field has another form.
         """
         counts = parse_counts(value["counts"])
         shard = cls(**{**value, "counts": counts})
+
+        # Files of these names may be removed, so a name must be one that we give.
         hashes = (shard.sha256, shard.index_sha256, shard.content)
         if shard.name != name:
             raise ValueError(f"a tar is named {shard.name!r}, expected {name}")
@@ -100,17 +103,17 @@ class Split:
 
     @property
     def content(self) -> str:
-        """Hash of what training sees: tokens, lengths, masks and verdicts, in the order of the documents."""
+        """The hash of tokens, lengths, masks and verdicts, in the order of the documents."""
         return content_sum(shard.content for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the tars are built from. Equal recipes give equal bytes."""
+    """Identifies everything that the tars are built from. Equal recipes give equal bytes."""
 
     tokenizer_sha256: str
     vocab_size: int  # all token ids are smaller
-    corpus_fingerprint: str  # hash of the configuration that selected the documents
+    corpus_fingerprint: str  # hash of the configuration that selected the documents, all corpora included
     documents_per_member: int
     shard_tokens: int
     inputs_sha256: str = ""  # hash of the inputs that were read (`inputs_hash`)
@@ -125,8 +128,8 @@ class Manifest:
     splits: Mapping[str, Split]
     ingest: Mapping[str, Any]  # dropped documents by reason
     licences: Sequence[str] = ()  # `licence` of each source, which the files beside the tars hold
-    inputs: Sequence[Sequence[Mapping[str, Any]]] = ()  # of each source: what it read and left out (`data.inputs`)
-    settings: Mapping[str, Any] = field(default_factory=dict)  # those that `recipe.corpus_fingerprint` is the hash of
+    inputs: Sequence[Sequence[Mapping[str, Any]]] = ()  # files that each source read or left out (`data.inputs`)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # `recipe.corpus_fingerprint` is their hash
 
     @property
     def content(self) -> dict[str, str]:
@@ -134,7 +137,11 @@ class Manifest:
         return {name: split.content for name, split in self.splits.items()}
 
     def require_tokenizer(self, sha256: str, directory: Path) -> None:
-        """Refuse another tokenizer than the one that wrote the shards in `directory`."""
+        """Refuses another tokenizer than the one that wrote the shards in `directory`.
+
+        Raises:
+            ArtefactError: names both tokenizers.
+        """
         if sha256 != self.recipe.tokenizer_sha256:
             raise ArtefactError(
                 f"{directory} was written with tokenizer {self.recipe.tokenizer_sha256[:12]}, not {sha256[:12]}: "
@@ -147,27 +154,30 @@ def manifest_path(directory: Path) -> Path:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type that holds every token id of a vocabulary."""
+    """Returns the type that holds every token id of a vocabulary: uint16 or uint32, little-endian."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def shard_name(split: str, number: int) -> str:
-    """The name of tar `number` of a split."""
+    """Returns the file name of tar `number` of a split."""
     return f"{split}-{number:06d}.tar"
 
 
 def content_sum(hashes: Iterable[str]) -> str:
-    """The sum of hashes of 256 bits, modulo 2**256, hexadecimal: independent of how documents are cut into tars."""
+    """Adds hashes of 256 bits, modulo 2**256: hexadecimal, and independent of how documents are cut into tars."""
     return f"{sum(int(text, 16) for text in hashes) % 2**256:064x}"
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Declare the corpus complete."""
-    splits = {
-        name: {"shards": [asdict(shard) for shard in split.shards], "languages": _counts_by(split.languages)}
-        for name, split in manifest.splits.items()
-    }
-    value = {
+    """Writes the manifest, which declares the corpus complete."""
+    splits = {}
+    for name, split in manifest.splits.items():
+        splits[name] = {
+            "shards": [asdict(shard) for shard in split.shards],
+            "languages": {language: asdict(counts) for language, counts in split.languages.items()},
+        }
+
+    content = {
         "format": FORMAT,
         **asdict(manifest.recipe),
         "content": manifest.content,
@@ -177,11 +187,11 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "inputs": [list(listing) for listing in manifest.inputs],
         "settings": dict(manifest.settings),
     }
-    durable.write_json(manifest_path(directory), {**value, "checksum": _checksum(value)})
+    durable.write_json(manifest_path(directory), {**content, "checksum": _checksum(content)})
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read the manifest.
+    """Reads the manifest.
 
     Raises:
         ArtefactError: the corpus is missing or unfinished.
@@ -193,22 +203,25 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtefactError(f"corpus {directory} does not exist: build it with `{BUILD_COMMAND}`")
     if not path.is_file():
         raise ArtefactError(f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`")
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if value["format"] != FORMAT:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
             raise FormatError(
-                f"{directory} is a corpus of format {value['format']}, this version reads format {FORMAT}: use another "
-                f"work_dir, or remove that folder and build it again with `{BUILD_COMMAND}`"
+                f"{directory} is a corpus of format {content['format']}, this version reads format {FORMAT}: use "
+                f"another work_dir, or remove that folder and build it again with `{BUILD_COMMAND}`"
             )
-        if value.pop("checksum") != _checksum(value):
+        if content.pop("checksum") != _checksum(content):
             raise ValueError("its content does not match its checksum, so it was edited")
+
+        # Fields with a default were added later: manifests of the same format may lack them.
         return Manifest(
-            recipe=Recipe(**{name: value[name] for name in Recipe.__dataclass_fields__ if name in value}),
-            splits={name: _parse_split(name, split) for name, split in value["splits"].items()},
-            ingest=value["ingest"],
-            licences=value["licences"],
-            inputs=value["inputs"],
-            settings=value.get("settings", {}),
+            recipe=Recipe(**{name: content[name] for name in Recipe.__dataclass_fields__ if name in content}),
+            splits={name: _parse_split(name, split) for name, split in content["splits"].items()},
+            ingest=content["ingest"],
+            licences=content["licences"],
+            inputs=content["inputs"],
+            settings=content.get("settings", {}),
         )
     except FormatError:
         raise
@@ -220,7 +233,15 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
-    """`ok`, or how the tar at `path` differs from its entry in the manifest."""
+    """Compares the tar at `path` with its entry in the manifest.
+
+    Args:
+        hashes: also hash the tar, which reads it whole.
+
+    Returns:
+        `ok`, or the difference in words for people.
+    """
+    # The cheap comparisons come first.
     if not path.is_file():
         return "missing"
     if (size := path.stat().st_size) != shard.size:
@@ -230,33 +251,30 @@ def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
     return "ok"
 
 
-def parse_counts(value: Mapping[str, Any]) -> Counts:
-    """The value that `asdict` made of counts.
+def parse_counts(fields_of_counts: Mapping[str, Any]) -> Counts:
+    """Inverts `asdict` for counts.
 
     Raises:
+        TypeError: there is an unknown field.
         ValueError: an amount is no natural number.
     """
-    counts = Counts(**value)
+    counts = Counts(**fields_of_counts)
     if not all(type(amount) is int and amount >= 0 for amount in asdict(counts).values()):
-        raise ValueError(f"counts are no natural numbers: {dict(value)}")
+        raise ValueError(f"counts are no natural numbers: {dict(fields_of_counts)}")
     return counts
 
 
-def _parse_split(name: str, value: Mapping[str, Any]) -> Split:
-    shards = [Shard.parse(shard, shard_name(name, number)) for number, shard in enumerate(value["shards"])]
-    return Split(tuple(shards), {language: parse_counts(counts) for language, counts in value["languages"].items()})
+def _parse_split(name: str, split: Mapping[str, Any]) -> Split:
+    shards = [Shard.parse(shard, shard_name(name, number)) for number, shard in enumerate(split["shards"])]
+    return Split(tuple(shards), {language: parse_counts(counts) for language, counts in split["languages"].items()})
 
 
-def _counts_by(languages: Mapping[str, Counts]) -> dict[str, Any]:
-    return {language: asdict(counts) for language, counts in languages.items()}
-
-
-def _checksum(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def listed_inputs(config: CorpusConfig, name: str) -> list[Inputs]:
-    """The inputs of each source of a corpus, as they are now.
+    """Lists the inputs of each source of a corpus, as they are now.
 
     Raises:
         ConfigError, ArtefactError: they cannot be listed.
@@ -265,50 +283,59 @@ def listed_inputs(config: CorpusConfig, name: str) -> list[Inputs]:
 
 
 def inputs_hash(listings: Iterable[Inputs]) -> str:
-    """Hash of what sources read. What they leave out does not count."""
+    """Hashes the inputs that sources read: hexadecimal SHA-256. Files that they leave out do not count."""
     taken = [replace(listing, files=listing.taken).to_json() for listing in listings]
     return hashlib.sha256(json.dumps(taken, sort_keys=True).encode()).hexdigest()
 
 
 def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str]:
-    """How the inputs of a corpus differ from those that it was built from, in words for people.
+    """Says how the inputs of a corpus differ from those that it was built from, in words for people.
 
     A data set of the hub that has a newer commit is no difference: nobody here changed it.
 
     Raises:
         ConfigError, ArtefactError: they cannot be listed.
     """
-    before = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
-    pairs = zip(before, corpus_sources(config, name) if before else [], strict=False)
-    files = [(old, source) for old, source in pairs if old.files and not old.files[0].name.startswith(HUB)]
-    return [words for old, source in files for words in changes(old, inputs_of(source))]
+    recorded = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
+    if not recorded:
+        return []
+    # Settings decide elsewhere whether a source was added or removed.
+    words = []
+    for old, source in zip(recorded, corpus_sources(config, name), strict=False):
+        if old.files and not old.files[0].name.startswith(HUB):
+            words += changes(old, inputs_of(source))
+    return words
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """How settings that JSON can hold differ, in words for people: one item for each key."""
+    """Says how settings that JSON can hold differ, in words for people: one line for each key.
+
+    Args:
+        key: the path of both values in the settings; empty at the top.
+    """
     if before == now:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         pairs = {f"{key}.{name}".lstrip("."): (before.get(name), now.get(name)) for name in before | now}
     elif isinstance(before, list) and isinstance(now, list):
-        pairs = {f"{key}[{place}]": pair for place, pair in enumerate(zip_longest(before, now))}
+        pairs = {f"{key}[{index}]": pair for index, pair in enumerate(zip_longest(before, now))}
     elif isinstance(now, dict | list) and before is None:
         return [f"{key} is new"]
     elif isinstance(before, dict | list) and now is None:
         return [f"{key} is gone"]
     else:
         return [f"{key}={json.dumps(now)}, was {json.dumps(before)}"]
-    return [words for name, pair in pairs.items() for words in differences(*pair, name)]
+    return [line for name, pair in pairs.items() for line in differences(*pair, name)]
 
 
 def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
-    """Record the content of `corpora` as what `run` trains on."""
-    found = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
-    durable.write_json(run.corpora, found)
+    """Records the content hashes of the corpora that `run` trains on."""
+    content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
+    durable.write_json(run.corpora, content)
 
 
 def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
-    """Refuse to continue `run` on other content than it began with. Corpora that are missing are not compared.
+    """Refuses to continue `run` on other content than it began with. Corpora that are missing are not compared.
 
     Raises:
         ArtefactError: names the corpus, the splits that differ, and the run.
@@ -318,6 +345,7 @@ def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
         directory = run.work.corpus(name)
         if name not in recorded or not manifest_path(directory).is_file():
             continue
+
         now, before = read_manifest(directory).content, recorded[name]
         if differing := [split for split in before if now.get(split) != before[split]]:
             split = differing[0]
@@ -329,7 +357,7 @@ def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
 
 
 def require_inputs(run: RunDirectory, config: CorpusConfig, corpora: Sequence[str]) -> None:
-    """Refuse to continue `run` if a corpus would be built again first, because its inputs have changed.
+    """Refuses to continue `run` if a corpus would be built again first, because its inputs have changed.
 
     Raises:
         ArtefactError: names the corpus and its inputs.

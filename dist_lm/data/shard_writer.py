@@ -1,6 +1,6 @@
-"""Tokenized documents to webdataset tars, and the manifest that completes a corpus.
+"""Writes tokenized documents to webdataset tars, and the manifest that completes a corpus.
 
-A member of a tar groups many documents (one a member costs 3.6 times the bytes):
+A member of a tar groups many documents (one document a member costs 3.6 times the bytes):
 
     KEY.tokens.npy     (tokens,) uint16     the documents, concatenated; each begins with end-of-text.
                                             uint32 if the vocabulary has more than 65,536 entries
@@ -44,11 +44,11 @@ _MODE = 0o644
 
 
 class Origin(NamedTuple):
-    """Where a document comes from."""
+    """The source and the licence of a document."""
 
     source: str  # path or data set id and row
     licence: str
-    number: int  # of the source in the configuration of the corpus
+    number: int  # position of the source in the configuration of the corpus
     own: bool = False  # the row gave the licence
 
 
@@ -81,11 +81,11 @@ class CorpusWriter:
             split.abandon_tar()
 
     def write(self, split: str, document: TokenizedDocument, source: int = 0) -> None:
-        """Append one document of the source with that number to `train` or `val`."""
+        """Appends one document to `train` or `val`. `source`: number of its source in the configuration."""
         self._splits[split].write(document, source)
 
     def finish_split(self, split: str) -> None:
-        """Write what is left of a split: no document of it follows."""
+        """Writes the pending documents of a split, and closes its tar: no document of it follows."""
         self._splits[split].finish()
 
     def finish(
@@ -95,13 +95,14 @@ class CorpusWriter:
         inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write the last tars and the manifest, which declares the corpus complete. Arguments: as of `Manifest`."""
-        found = {}
+        """Writes the last tars and the manifest, which declares the corpus complete. Arguments: as of `Manifest`."""
+        splits = {}
         for name in self._splits:
             self.finish_split(name)
             shards = self._journal.finished[name]
-            found[name] = Split(tuple(shards), _by_language(open_index(self.directory / s.name, s) for s in shards))
-        manifest = Manifest(self.recipe, found, dict(ingest), licences, inputs, settings or {})
+            indices = (open_index(self.directory / shard.name, shard) for shard in shards)
+            splits[name] = Split(tuple(shards), _by_language(indices))
+        manifest = Manifest(self.recipe, splits, dict(ingest), licences, inputs, settings or {})
         write_manifest(self.directory, manifest)
         self._journal.close()
         return manifest
@@ -113,10 +114,10 @@ class _SplitWriter:
     def __init__(self, split: str, journal: Journal) -> None:
         self._split, self._journal, self._recipe = split, journal, journal.recipe
         self._documents = journal.documents[split]
-        self._path = journal.directory  # of the tar that is being written
+        self._path = journal.directory  # replaced by that of the tar when one is begun
         self._dtype = token_dtype(journal.recipe.vocab_size)
         self._pending: list[TokenizedDocument] = []
-        self._origins: list[Origin] = []  # of `_pending`
+        self._origins: list[Origin] = []  # one for each document of `_pending`
         self._tar: Any = None
         self._file: IO[bytes] | None = None
         self._clear()
@@ -132,25 +133,26 @@ class _SplitWriter:
             self._flush_member()
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Writes the pending documents and closes the tar."""
         self._flush_member()
         self._finish_tar()
 
     def abandon_tar(self) -> None:
-        """Remove an unfinished tar."""
+        """Removes an unfinished tar."""
         if self._tar is None or self._file is None:
             return
-        for part in (self._tar, self._file):
+        for opened in (self._tar, self._file):
             with suppress(OSError):  # closing may fail too; the first error is the one to report
-                part.close()
+                opened.close()
         self._temporary.unlink(missing_ok=True)
 
     def _clear(self) -> None:
-        """The state before the first document of a tar: its bytes depend on no other tar."""
+        """Resets the state before the first document of a tar, so that its bytes depend on no other tar."""
         self._tar, self._file = None, None
-        self._members, self._tokens, self._content = 0, 0, 0
+        self._members = self._tokens = 0  # written to the tar
+        self._content = 0  # sum of the hashes of its documents
         self._languages: dict[str, int] = {}
-        self._repository = ""  # of the last document
+        self._repository = ""  # that of the last document
         self._tar_origins: list[Origin] = []
 
     @property
@@ -158,10 +160,13 @@ class _SplitWriter:
         return self._path.with_name(f".{self._path.name}.tmp")
 
     def _flush_member(self) -> None:
+        """Writes the pending documents as one member of the tar; closes the tar when it is full."""
         documents, self._pending = self._pending, []
         if not documents:
             return
         tar = self._tar or self._start_tar()
+
+        # Languages and repository count over the whole tar, hashes over the whole split.
         continues = []
         for document in documents:
             self._languages.setdefault(document.language, len(self._languages))
@@ -169,25 +174,33 @@ class _SplitWriter:
             self._repository = document.repository
             self._content += content_of(self._documents, document, continues[-1])
             self._documents += 1
-        tokens = np.concatenate([d.tokens for d in documents])
-        codes = [self._languages[d.language] for d in documents]
+
+        tokens = np.concatenate([document.tokens for document in documents])
+        codes = [self._languages[document.language] for document in documents]
         sample: dict[str, Any] = {
             "__key__": f"{self._path.stem.rpartition('-')[2]}-{self._members:06d}",
             "tokens.npy": tokens.astype(self._dtype, copy=False),
-            "lengths.npy": np.array([len(d.tokens) for d in documents], "<u4"),
-            "bytes.npy": np.array([d.n_bytes for d in documents], "<u4"),
+            "lengths.npy": np.array([len(document.tokens) for document in documents], "<u4"),
+            "bytes.npy": np.array([document.n_bytes for document in documents], "<u4"),
             "languages.npy": np.array(codes, np.uint8),
             "meta.json": {"languages": {str(code): name for name, code in self._languages.items()}},
         }
-        if any(d.loss_mask is not None for d in documents):
+
+        # Parts that most corpora do not need are left out, because they would cost a header in every member.
+        masks = [document.loss_mask for document in documents]
+        if any(mask is not None for mask in masks):
             sample["mask.npy"] = np.concatenate(
-                [np.ones(len(d.tokens), np.uint8) if d.loss_mask is None else d.loss_mask for d in documents]
+                [
+                    np.ones(len(document.tokens), np.uint8) if mask is None else mask
+                    for document, mask in zip(documents, masks, strict=True)
+                ]
             )
         if any(continues):
             sample["continues.npy"] = np.array(continues, np.uint8)
-        if verdicts := [d.verdict for d in documents if d.verdict is not None]:
+        if verdicts := [document.verdict for document in documents if document.verdict is not None]:
             assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
             sample |= member_parts(verdicts)
+
         tar.write(sample)
         self._tar_origins += self._origins
         self._origins.clear()
@@ -197,23 +210,28 @@ class _SplitWriter:
             self._finish_tar()
 
     def _start_tar(self) -> Any:
+        """Names the next tar in the journal and opens it."""
         from webdataset.writer import TarWriter  # imports torch, which takes a second
 
+        # The journal first: a file that no journal names would be taken for a user's.
         self._path = self._journal.directory / self._journal.begin(self._split)
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False, encoder=True)
         return self._tar
 
     def _finish_tar(self) -> None:
-        """Close and flush the tar, write the files beside it, rename it, and record it."""
+        """Closes and flushes the tar, writes the files beside it, renames it, and records it."""
         if self._tar is None or self._file is None:
             return
         self._tar.close()
         self._file.close()
+
+        # A kill at any line leaves either no tar of this name, or a whole one with its origins.
         durable.fsync_file(self._temporary)
         write_origins(self._path, self._tar_origins)
         self._temporary.replace(self._path)
         durable.fsync_directory(self._path.parent)
+
         index = build_index(self._path)
         save_index(index, index_path(self._path))
         self._journal.finish(self._split, shard_of(self._path, index, self._content))
@@ -221,7 +239,7 @@ class _SplitWriter:
 
 
 def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
-    """The entry of a tar in the manifest."""
+    """Describes a tar for the manifest. `content`: sum of the hashes of its documents (`content_of`)."""
     return Shard(
         name=tar.name,
         size=tar.stat().st_size,
@@ -234,60 +252,74 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
 
 
 def content_of(number: int, document: TokenizedDocument, continues: bool = False) -> int:
-    """Hash of what training sees of document `number` of its split: tokens, mask, verdict, and whether it stays behind
-    the document before it."""
+    """Hashes the part of document `number` of its split that training sees: a 256-bit integer.
+
+    These are tokens, mask, verdict, and whether the document stays behind the one before it.
+    """
+    # The number makes the sum over all documents depend on their order.
     digest = hashlib.sha256(f"{number} {len(document.tokens)} {document.loss_mask is not None}".encode())
     if continues:
         digest.update(b"continues")
-    verdict = document.verdict
-    judged = () if verdict is None else [getattr(verdict, one.name) for one in fields(verdict)]
-    for array in (document.tokens, document.loss_mask, *judged):
+
+    arrays = [document.tokens, document.loss_mask]
+    if document.verdict is not None:
+        arrays += [getattr(document.verdict, field.name) for field in fields(document.verdict)]
+    for array in arrays:
         if array is not None:
             digest.update(array.tobytes())
     return int.from_bytes(digest.digest())
 
 
 def origins_path(tar: Path) -> Path:
-    """The file of sources and licences beside `tar`."""
+    """Returns the path of the file of sources and licences beside `tar`."""
     return tar.with_suffix(".origins.jsonl.zst")
 
 
 def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
-    """Write where every document of `tar` comes from."""
-    values = (
-        {"source": one.source, "licence": one.licence, "from": one.number} | ({"own": True} if one.own else {})
-        for one in origins
-    )
-    lines = "".join(json.dumps(value) + "\n" for value in values)
-    durable.write_bytes(origins_path(tar), zstandard.ZstdCompressor(write_checksum=True).compress(lines.encode()))
+    """Writes the origin of every document of `tar`, in the order of the documents."""
+    lines = []
+    for origin in origins:
+        fields_of_line = {"source": origin.source, "licence": origin.licence, "from": origin.number}
+        if origin.own:
+            fields_of_line["own"] = True
+        lines.append(json.dumps(fields_of_line) + "\n")
+    compressor = zstandard.ZstdCompressor(write_checksum=True)
+    durable.write_bytes(origins_path(tar), compressor.compress("".join(lines).encode()))
 
 
 def read_origins(tar: Path) -> Iterator[Origin]:
-    """Where every document of `tar` comes from."""
+    """Yields the origin of every document of `tar`, in the order of the documents."""
     with origins_path(tar).open("rb") as file:
-        for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="\n"):
-            value = json.loads(line)
-            yield Origin(value["source"], value["licence"], value["from"], value.get("own", False))
+        content = zstandard.ZstdDecompressor().stream_reader(file)
+        for line in io.TextIOWrapper(content, encoding="utf-8", newline="\n"):
+            origin = json.loads(line)
+            yield Origin(origin["source"], origin["licence"], origin["from"], origin.get("own", False))
 
 
 def correct_licences(directory: Path, licences: Sequence[str]) -> None:
-    """Give the documents of each source the licence that its configuration has now. No tar changes.
+    """Gives the documents of each source the licence that its configuration has now. No tar changes.
 
     A document whose licence came from its row keeps it.
+
+    Args:
+        licences: of each source, in the order of the configuration.
     """
     manifest = read_manifest(directory)
-    old = manifest.licences
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         tar = directory / shard.name
-        origins = [
-            one._replace(licence=licences[one.number]) if one.licence == old[one.number] and not one.own else one
-            for one in read_origins(tar)
-        ]
+        origins = []
+        for origin in read_origins(tar):
+            if origin.licence == manifest.licences[origin.number] and not origin.own:
+                origin = origin._replace(licence=licences[origin.number])
+            origins.append(origin)
         write_origins(tar, origins)
+
+    # The manifest goes last: after a kill, the same call corrects the remaining files.
     write_manifest(directory, replace(manifest, licences=licences))
 
 
 def _by_language(indices: Iterable[ShardIndex]) -> dict[str, Counts]:
+    """Sums the counts of several tars by language, in alphabetical order."""
     totals: dict[str, Counts] = {}
     for index in indices:
         for code, name in enumerate(index.languages):

@@ -1,4 +1,4 @@
-"""One split of a corpus on disk: maps document numbers to places in its tars, and reads tokens from there.
+"""One split of a corpus on disk: maps document numbers to offsets in its tars, and reads tokens from there.
 
 Tars are read with `pread` through a bounded number of descriptors. Before its first use, a member is compared with its
 CRC-32 in the manifest, and its tokens with the vocabulary.
@@ -40,7 +40,7 @@ class TokenCorpus:
         self.lengths = _column(indices, "length")  # (documents,) tokens
         self.n_bytes = _column(indices, "n_bytes")  # (documents,) UTF-8 bytes
         self.language_codes = np.concatenate([self._recode(index) for index in indices])  # (documents,) uint8
-        # (documents,) bool: of the repository of the document before it
+        # (documents,) bool: whether it is of the same repository as the document before it
         self.continues = _column(indices, "continues").astype(bool)
         self.n_documents = len(self.lengths)
         self.n_tokens = int(self.lengths.sum())
@@ -48,22 +48,25 @@ class TokenCorpus:
 
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._tars = _Tars([directory / shard.name for shard in shards])
+
         self._members = np.concatenate([index.members for index in indices])
         counts = self._members["documents"].astype(np.int64)
         self._tar_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.members) for index in indices])
         self._member_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        ends = np.cumsum(self.lengths)
-        starts = np.concatenate([[0], ends])
+
         self._firsts = np.cumsum(counts) - counts  # (members,) number of the first document
+        starts = np.concatenate([[0], np.cumsum(self.lengths)])
         # (documents,) tokens of the same member before the document
         self._start = (starts[:-1] - np.repeat(starts[self._firsts], counts)).astype(np.uint32)
-        self._token_offset, self._mask_offset = self._members["tokens"].copy(), self._members["mask"].copy()
+
+        self._token_offset = self._members["tokens"].copy()
+        self._mask_offset = self._members["mask"].copy()
         self._checksums = [checksum for shard in shards for checksum in shard.checksums()]
         self._checked = bytearray(len(counts))
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "TokenCorpus":
-        """Open every tar that the manifest lists for `split`, and compare its size and its index with the manifest.
+        """Opens every tar that the manifest lists for `split`, and compares its size and its index with the manifest.
 
         Raises:
             ArtefactError: the corpus or the split is missing, empty, or differs from the manifest.
@@ -75,6 +78,7 @@ class TokenCorpus:
                 f"corpus {directory} has no {split} documents: give it more text or another "
                 f"corpus.val_fraction, then `{BUILD_COMMAND}`"
             )
+
         indices = [open_index(directory / shard.name, shard) for shard in shards]
         width = token_dtype(manifest.recipe.vocab_size).itemsize
         for shard, index in zip(shards, indices, strict=True):
@@ -86,30 +90,29 @@ class TokenCorpus:
         return cls(directory, split, shards, indices, manifest.recipe.vocab_size)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document: (stop - start,) uint16 or uint32, read-only.
+        """Reads tokens [start, stop) of a document: (stop - start,) uint16 or uint32, read-only.
 
         Raises:
-            ArtefactError: the tar is damaged; the message names file and place.
+            ArtefactError: the tar is damaged; the message names the file, the bytes and the documents.
         """
         member = self._member(document)
         begin = self._start.item(document) + start  # a Python integer is much faster than a NumPy one
         width = self._dtype.itemsize
         offset = self._token_offset.item(member) + width * begin
-        return np.frombuffer(
-            self._tars.read(self._tar_of.item(member), offset, width * (stop - start)), dtype=self._dtype
-        )
+        content = self._tars.read(self._tar_of.item(member), offset, width * (stop - start))
+        return np.frombuffer(content, dtype=self._dtype)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
-        """The loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask."""
+        """Reads the loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask."""
         member = self._member(document)
         begin = self._mask_offset.item(member)
-        if begin < 0:
+        if begin < 0:  # no document of the member has a mask
             return np.ones(stop - start, np.uint8)
         begin += self._start.item(document) + start
         return np.frombuffer(self._tars.read(self._tar_of.item(member), begin, stop - start), np.uint8)
 
     def check(self) -> None:
-        """Check every member that was not read yet.
+        """Checks every member that was not read yet.
 
         Raises:
             ArtefactError: a member is damaged.
@@ -119,41 +122,46 @@ class TokenCorpus:
                 self._check(member)
 
     def _member(self, document: int) -> int:
-        """The member that holds `document`, checked."""
+        """Returns the member that holds `document`, and checks it before its first use."""
         member = self._member_of.item(document)
         if not self._checked[member]:
             self._check(member)
         return member
 
     def _check(self, member: int) -> None:
+        """Compares a member with its checksum, and its tokens with the vocabulary.
+
+        Raises:
+            ArtefactError: they do not match.
+        """
         begin, end, first_token, _, documents = self._members[member].tolist()
         tar, first = self._tar_of.item(member), self._firsts.item(member)
         content = self._tars.read(tar, begin, end - begin)
-        place = (
-            f"{self._tars.paths[tar]}: bytes {begin:,} to {end:,} (documents {first:,} to {first + documents - 1:,})"
-        )
-        if (found := zlib.crc32(content)) != self._checksums[member]:
+        span = f"{self._tars.paths[tar]}: bytes {begin:,} to {end:,} (documents {first:,} to {first + documents - 1:,})"
+        if (checksum := zlib.crc32(content)) != self._checksums[member]:
             raise ArtefactError(
-                f"{place} are damaged: CRC-32 {found:08x}, expected {self._checksums[member]:08x}: "
+                f"{span} are damaged: CRC-32 {checksum:08x}, expected {self._checksums[member]:08x}: "
                 f"build the corpus again with `{BUILD_COMMAND}`"
             )
-        count = int(self.lengths[first : first + documents].sum())
-        ids = np.frombuffer(content, self._dtype, count, first_token - begin)
-        if count and (largest := int(ids.max())) >= self._vocab_size:
+
+        # On a GPU an id past the embedding is a device-side assertion, which names no file.
+        n_tokens = int(self.lengths[first : first + documents].sum())
+        ids = np.frombuffer(content, self._dtype, n_tokens, first_token - begin)
+        if n_tokens and (largest := int(ids.max())) >= self._vocab_size:
             raise ArtefactError(
-                f"{place} hold token {largest}, but the vocabulary of their tokenizer ends at "
+                f"{span} hold token {largest}, but the vocabulary of their tokenizer ends at "
                 f"{self._vocab_size - 1}: build the corpus again with `{BUILD_COMMAND}`"
             )
         self._checked[member] = 1
 
     def _recode(self, index: ShardIndex) -> np.ndarray:
-        """Language codes of one shard as positions in `self.languages`."""
+        """Maps the language codes of one shard to indices in `self.languages`."""
         codes = np.array([self.languages.index(name) for name in index.languages], np.uint8)
         return codes[index.documents["language"]]
 
 
 class _Tars:
-    """Reads tars by number. At most `OPEN_TARS` are open, the ones that were read last."""
+    """Reads tars by number. At most `OPEN_TARS` are open, those that were read last."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -162,7 +170,7 @@ class _Tars:
         self._lock = threading.Lock()  # a descriptor must not be closed while another thread reads from it
 
     def read(self, tar: int, offset: int, size: int) -> bytes:
-        """`size` bytes of a tar.
+        """Reads `size` bytes of a tar.
 
         Raises:
             ArtefactError: the file is gone, was replaced, or ends earlier.
@@ -170,13 +178,16 @@ class _Tars:
         try:
             with self._lock:
                 descriptor = self._open.pop(tar, None)
-                self._open[tar] = descriptor = self._opened(tar) if descriptor is None else descriptor
+                if descriptor is None:
+                    descriptor = self._opened(tar)
+                self._open[tar] = descriptor  # behind all others: it was read last
                 content = os.pread(descriptor, size, offset)
         except OSError as error:
             raise ArtefactError(
                 f"{self.paths[tar]}: cannot be read at byte {offset:,} ({error.strerror}): restore it, or build the "
                 f"corpus again with `{BUILD_COMMAND}`"
             ) from error
+
         if len(content) != size:
             raise ArtefactError(
                 f"{self.paths[tar]}: ends at byte {offset + len(content):,} of the {offset + size:,} that were "
@@ -185,8 +196,12 @@ class _Tars:
         return content
 
     def _opened(self, tar: int) -> int:
+        """Opens a tar, and closes those that were not read for the longest time."""
         while len(self._open) >= OPEN_TARS:
-            os.close(self._open.pop(next(iter(self._open))))
+            least_recent = next(iter(self._open))
+            os.close(self._open.pop(least_recent))
+
+        # A tar that is opened again must be the file whose members were checked.
         descriptor = os.open(self.paths[tar], os.O_RDONLY)
         status = os.fstat(descriptor)
         if self._files.setdefault(tar, (status.st_ino, status.st_size)) != (status.st_ino, status.st_size):
@@ -200,4 +215,5 @@ class _Tars:
 
 
 def _column(indices: Sequence[ShardIndex], name: str) -> np.ndarray:
+    """Concatenates a property of all documents: (documents,) int64."""
     return np.concatenate([index.documents[name].astype(np.int64) for index in indices])
