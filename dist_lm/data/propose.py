@@ -1,4 +1,4 @@
-"""Sources for data that nobody has described yet: readers by the suffixes of its files, columns by their first rows."""
+"""Proposes sources for data that nobody has described yet: readers by the suffixes of files, columns by their rows."""
 
 import re
 from collections import Counter
@@ -12,45 +12,52 @@ from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
 from dist_lm.data.sources.formats import Row
+from dist_lm.data.sources.listing import bare_name, list_files
 from dist_lm.data.sources.messages import MESSAGES, TOOLS
-from dist_lm.data.sources.places import bare_name, list_files
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
-from dist_lm.data.sources.rows import PlacedRow, placed_rows
+from dist_lm.data.sources.rows import SourceRow, rows_of_files
 from dist_lm.data.sources.tars import TEXT_MEMBER, samples
 from dist_lm.errors import ConfigError
 
-ROWS = 200  # looked at to name columns
-LEAST = 0.01  # of the bytes of a place: files of a kind below this share are left out
+ROWS = 200  # read to guess columns
+LEAST = 0.01  # share of the bytes at a path below which files of a kind are left out
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 KINDS |= {".tar": "tars", ".tgz": "tars"}
-# usual names of columns, the likeliest first
+# Usual names of columns, the likeliest first.
 TEXTS = ("text", "content", "code", "txt", "body", "document", "article", "sql")
 LANGUAGES = ("language", "lang", "programming_language")
 LICENCES = ("license", "licence", "licenses", "licences", "license_type", "max_stars_repo_licenses")
-PATHS = ("path", "file_path", "filename", "file_name", "max_stars_repo_path", "repo_path")  # of source files
+PATHS = (
+    "path",
+    "file_path",
+    "filename",
+    "file_name",
+    "max_stars_repo_path",
+    "repo_path",
+)  # columns of paths of source files
 NAMES = ("id", *PATHS, "url", "title", "_id")
-# columns that are a document only together: the question, and the answer
+# Columns that are a document only together: the question, and the answer.
 QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
 ANSWERS = ("completion", "response", "output", "answer", "solution")
-# columns that are rankings together
+# Columns that are rankings together.
 RANKED = (("chosen", "rejected"), ("completions", "ranks"), ("completions", "judgements"))
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
 CODE = "code"  # language of code whose language is not known
 NATURAL = re.compile(r"[a-z]{2}([-_].+)?")  # ISO 639-1, where it is no suffix of source files
-MOSTLY = 0.9  # of the paths of rows
-CODE_LINES = 0.4  # of the lines of a text, from which on it is code
+MOSTLY = 0.9  # share of rows whose paths must agree on a language
+CODE_LINES = 0.4  # share of the lines of a text from which on it is code
 CODE_LINE = re.compile(
     r"^(?: {2,}|\t+)\S|[;{}()\[\]]\s*$|^[\w.\[\]]+ *[-+*/|&:]?= *\S|^(?:#!|#include|//|/\*|@\w)"
     r"|^(?:import|from|def|class|return|func|fn|let|const|var|public|private|package|using|if|for|while)\b.*[\w:]$"
 )
-LOOKED = 5_000  # lines
+CODE_SAMPLE = 5_000  # lines read to tell code from prose
 LISTED = 20  # columns that a note names
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A source, and what a person should know of it."""
+    """A source, and notes for the person who uses it."""
 
     source: Mapping[str, Any]  # keys of `SourceConfig`
     conversations: bool
@@ -62,105 +69,128 @@ class Proposal:
         return SourceConfig(**self.source)
 
 
-def propose(place: str) -> list[Proposal]:
-    """A source for each kind of data at `place`: a file, a folder, a glob or a URL.
+def propose(path: str) -> list[Proposal]:
+    """Proposes a source for each kind of data at `path`: a file, a folder, a glob or a URL.
 
     A kind that cannot be described is left out with a note, unless it is most of the data.
 
     Raises:
         ConfigError: there is nothing that a reader takes; the message says what there is.
     """
-    everything = list_files(SourceConfig(reader="files", path=[place]), _all_files)
-    kinds: dict[str, list[Input]] = {}
-    for one in everything.taken:
-        kinds.setdefault(_kind(one.name, len(everything.taken) == 1), []).append(one)
-    unknown = kinds.pop("", [])
-    sizes = {kind: sum(max(1, one.size) for one in files) for kind, files in kinds.items()}
-    if not kinds:
-        raise ConfigError(f"{place}: nothing that a reader takes: {everything.summary()}, {_suffixes(unknown)}")
-    taken = [kind for kind, size in sizes.items() if size >= LEAST * sum(sizes.values())]
-    left = unknown + [one for kind in kinds if kind not in taken for one in kinds[kind]]
-    notes = (f"not read: {_suffixes(left)}",) if left and "files" not in taken else ()  # those list what they leave out
+    listing = list_files(SourceConfig(reader="files", path=[path]), _all_files)
+    files_by_kind: dict[str, list[Input]] = {}
+    for file in listing.taken:
+        files_by_kind.setdefault(_kind(file.name, len(listing.taken) == 1), []).append(file)
+    unreadable = files_by_kind.pop("", [])
+    if not files_by_kind:
+        raise ConfigError(f"{path}: nothing that a reader takes: {listing.summary()}, {_suffixes(unreadable)}")
+
+    sizes = {kind: sum(max(1, file.size) for file in files) for kind, files in files_by_kind.items()}
+    kinds = [kind for kind, size in sizes.items() if size >= LEAST * sum(sizes.values())]
+    left_out = unreadable + [file for kind in files_by_kind if kind not in kinds for file in files_by_kind[kind]]
+    notes: tuple[str, ...] = ()
+    if left_out and "files" not in kinds:  # the reader `files` lists by itself the files that it leaves out
+        notes = (f"not read: {_suffixes(left_out)}",)
+
     proposals, refusals = [], []
-    for kind in sorted(taken):
+    for kind in sorted(kinds):
         try:
-            proposals.append(_proposal(kind, place, kinds[kind], notes))
+            proposals.append(_proposal(kind, path, files_by_kind[kind], notes))
         except ConfigError as error:
             if sizes[kind] == max(sizes.values()):
                 raise
             refusals.append(f"not read: {error}")
-    return [replace(one, notes=(*one.notes, *refusals)) for one in proposals]
+    return [replace(proposal, notes=(*proposal.notes, *refusals)) for proposal in proposals]
 
 
 def is_prose(languages: Mapping[str, int], looks_like_code: bool = False) -> bool:
-    """Whether most bytes are prose: of corpus `language`, not `code`.
+    """Tells whether most bytes are prose, which belongs into corpus `language`, or else into `code`.
 
     Args:
         languages: bytes by language.
-        looks_like_code: decides about languages that are no known ones, such as `c++`; `en` or `pt-br` are prose.
+        looks_like_code: decides about unknown languages, such as `c++`; `en` or `pt-br` are prose.
     """
     code = {*SUFFIXES.values(), CODE} - {*PROSE}
     natural = {name for name in languages if NATURAL.fullmatch(name) and name[:2] not in SUFFIXES}
-    others = {*languages} - natural - code - {*PROSE}
-    prose = ({*languages} & {*PROSE}) | natural | (set() if looks_like_code else others)
+    prose = ({*languages} & {*PROSE}) | natural
+    if not looks_like_code:
+        prose |= {*languages} - natural - code - {*PROSE}
     return 2 * sum(languages[name] for name in prose) >= sum(languages.values())
 
 
 def is_code(texts: Iterable[str]) -> bool:
-    """Whether texts look like code: by indentation, and by how lines begin and end."""
-    lines = list(islice((line for text in texts for line in text.splitlines() if line.strip()), LOOKED))
+    """Tells whether texts look like code: by indentation, and by how lines begin and end."""
+    lines = list(islice((line for text in texts for line in text.splitlines() if line.strip()), CODE_SAMPLE))
     return sum(1 for line in lines if CODE_LINE.search(line)) > CODE_LINES * len(lines)
 
 
 def language_of_paths(rows: Sequence[Row]) -> str:
-    """The language of most rows, by the suffixes in a column of paths; empty if there is none."""
+    """Returns the language of most rows, by the suffixes in a column of paths; empty if there is none."""
     for name in PATHS:
         paths = [str(row[name]).lower() for row in rows if row.get(name)]
         suffixes = [PurePosixPath(path).suffix.removeprefix(".") for path in paths if "://" not in path]
-        found = Counter(SUFFIXES.get(suffix, "") for suffix in suffixes).most_common(1)
-        if found and found[0][0] and found[0][1] >= MOSTLY * len(rows):
-            return found[0][0]
+        for language, count in Counter(SUFFIXES.get(suffix, "") for suffix in suffixes).most_common(1):
+            if language and count >= MOSTLY * len(rows):
+                return language
     return ""
 
 
-def check_text(key: str, value: str) -> None:
-    """Refuse an empty text, and one that the configuration would replace by something else."""
-    if not value.strip() or "${" in value:
-        wrong = "it is empty" if not value.strip() else "the configuration replaces ${...} by another value: rename it"
-        raise ConfigError(f"{key} {value!r}: {wrong}; expected a file, folder, glob, URL or column")
+def check_text(key: str, text: str) -> None:
+    """Refuses an empty text, and one that the configuration would replace by something else.
+
+    Args:
+        key: what `text` is, for the error.
+
+    Raises:
+        ConfigError: quotes the text.
+    """
+    if not text.strip():
+        problem = "it is empty"
+    elif "${" in text:
+        problem = "the configuration replaces ${...} by another value: rename it"
+    else:
+        return
+    raise ConfigError(f"{key} {text!r}: {problem}; expected a file, folder, glob, URL or column")
 
 
 def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
-    """`(keys of a source that name columns, whether the rows are conversations)`, guessed from rows.
+    """Guesses the columns of rows.
 
     `column` is that of messages (a list of mappings with `role`), else one that is usual for text, else the one with
-    the longest texts. No keys if no column holds text.
+    the longest texts.
+
+    Returns:
+        The keys of a source that name columns (empty if no column holds text), and whether the rows are conversations.
     """
-    lengths: Counter[str] = Counter()
-    messages: Counter[str] = Counter()
+    # All rows vote, because the first one may have nulls.
+    lengths: Counter[str] = Counter()  # characters or bytes of texts, by column; the rest counts rows
     texts: Counter[str] = Counter()
-    lists: Counter[str] = Counter()  # of texts, such as licences
+    messages: Counter[str] = Counter()
+    lists: Counter[str] = Counter()  # lists of texts, such as licences
     for row in rows:
-        for name, value in row.items():
-            if isinstance(value, str | bytes):
+        for name, cell in row.items():
+            if isinstance(cell, str | bytes):
                 texts[name] += 1
-                lengths[name] += len(value)
-            elif isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+                lengths[name] += len(cell)
+            elif isinstance(cell, list) and cell and isinstance(cell[0], dict) and "role" in cell[0]:
                 messages[name] += 1
-            elif isinstance(value, list) and value and isinstance(value[0], str):
+            elif isinstance(cell, list) and cell and isinstance(cell[0], str):
                 lists[name] += 1
+
     if messages:
         return {"column": messages.most_common(1)[0][0]}, True
-    usual = [name for name in TEXTS if texts[name]]
-    content = usual[0] if usual else next((name for name, _ in lengths.most_common(1)), "")
-    if not content:
+
+    candidates = [name for name in TEXTS if texts[name]] or [name for name, _ in lengths.most_common(1)]
+    if not candidates or not candidates[0]:
         return {}, False
-    found = {"column": content}
-    for key, names in (("language_column", LANGUAGES), ("licence_column", LICENCES), ("id_column", NAMES)):
-        held = texts + lists if key == "licence_column" else texts
-        name = next((name for name in names if name != content and held[name]), "")
-        found |= {key: name} if name else {}
-    return found, False
+    content = candidates[0]
+
+    columns = {"column": content}
+    for key, usual_names in (("language_column", LANGUAGES), ("licence_column", LICENCES), ("id_column", NAMES)):
+        counts = texts + lists if key == "licence_column" else texts
+        if name := next((name for name in usual_names if name != content and counts[name]), ""):
+            columns[key] = name
+    return columns, False
 
 
 def _all_files(name: str) -> str:
@@ -169,113 +199,153 @@ def _all_files(name: str) -> str:
 
 
 def _kind(name: str, is_named: bool) -> str:
-    """The reader of a file; empty if none takes it. `is_named`: it is the only one, so a .json file holds rows."""
+    """Returns the reader of a file; empty if none takes it.
+
+    Args:
+        is_named: whether it is the only file, so that a .json file holds rows.
+    """
     suffix = PurePosixPath(bare_name(name)).suffix
     if is_named and suffix == ".json":
         return "jsonl"
-    return KINDS.get(suffix) or ("files" if suffix.removeprefix(".") in SUFFIXES or is_named else "")
+    if suffix in KINDS:
+        return KINDS[suffix]
+    if suffix.removeprefix(".") in SUFFIXES or is_named:
+        return "files"
+    return ""
 
 
-def _proposal(kind: str, place: str, files: Sequence[Input], notes: tuple[str, ...]) -> Proposal:
-    path = {"path": place}
+def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ...]) -> Proposal:
+    """Describes the files of one kind at `path`; the columns are those of the first file.
+
+    Raises:
+        ConfigError: the rows make no documents, or the first file cannot be read.
+    """
     if kind == "files":
-        source: dict[str, Any] = {"reader": kind, **path}
-        return Proposal(source, False, list_source_files(SourceConfig(reader=kind, path=[place])), notes)
-    placed = _first_rows(kind, files)
-    rows = [one.row for one in placed if isinstance(one.row, dict)]
-    there = list(dict.fromkeys(name for one in placed for name in one.columns))
+        source: dict[str, Any] = {"reader": kind, "path": path}
+        return Proposal(source, False, list_source_files(SourceConfig(reader=kind, path=[path])), notes)
+
+    first_rows = _first_rows(kind, files)
+    rows = [source_row.row for source_row in first_rows if isinstance(source_row.row, dict)]
+    names = list(dict.fromkeys(name for source_row in first_rows for name in source_row.columns))
     if kind == "csv":
-        _check_header(files[0].name, there)
+        _check_header(files[0].name, names)
     _check_shape(files[0].name, rows)
     columns, conversations = columns_of(rows)
     if not columns:
-        raise ConfigError(f"{files[0].name}: {_without_text(placed, rows)}")
+        raise ConfigError(f"{files[0].name}: {_without_text(first_rows, rows)}")
     for key, column in columns.items():
         check_text(f"{files[0].name}: {key}", column)
-    used = [*columns.values(), *([TOOLS] if conversations else [])]
-    rest = [name for name in there if name not in used]
-    read = ", ".join(f"{key}={column}" for key, column in columns.items())
-    notes = (*notes, f"columns: {read}; not read: {', '.join(rest[:LISTED]) or 'none'}{' ...' * (len(rest) > LISTED)}")
+
+    read_columns = [*columns.values()]
+    if conversations:
+        read_columns.append(TOOLS)
+    unread = [name for name in names if name not in read_columns]
+    named = ", ".join(f"{key}={column}" for key, column in columns.items())
+    dots = " ..." if len(unread) > LISTED else ""
+    notes = (*notes, f"columns: {named}; not read: {', '.join(unread[:LISTED]) or 'none'}{dots}")
+
+    # The file names no column that the reader takes by default.
     content = columns["column"]
     reader = "messages" if conversations else kind
     if content == {"messages": MESSAGES, "tars": TEXT_MEMBER}.get(reader, TEXT_COLUMN):
         del columns["column"]
-    by_path = language_of_paths(rows)
-    looks_like_code = is_code(_texts(rows, content)) or (bool(by_path) and by_path not in PROSE)
-    unnamed = "chat" if conversations else by_path or (CODE if looks_like_code else TEXT)
-    source = {"reader": reader, **path, **columns, "language": unnamed}
+
+    language_by_path = language_of_paths(rows)
+    looks_like_code = is_code(_texts(rows, content)) or (bool(language_by_path) and language_by_path not in PROSE)
+    language = "chat"
+    if not conversations:
+        language = language_by_path or (CODE if looks_like_code else TEXT)
     if "language_column" in columns:
-        notes = (*notes, f"rows without a value in {columns['language_column']} count as `{unnamed}`")
+        words = f"rows without a value in {columns['language_column']} count as `{language}`"
     else:
         words = (
-            f"no column names a language: metrics and counts call all rows `{unnamed}`; correct `language` if need be"
+            f"no column names a language: metrics and counts call all rows `{language}`; correct `language` if need be"
         )
-        notes = (*notes, words)
+
+    source = {"reader": reader, "path": path, **columns, "language": language}
     reader_of(SourceConfig(**source))  # refuses keys that the reader does not take
-    return Proposal(source, conversations, Inputs(tuple(files)), notes, looks_like_code)
+    return Proposal(source, conversations, Inputs(tuple(files)), (*notes, words), looks_like_code)
 
 
-def _first_rows(kind: str, files: Sequence[Input]) -> list[PlacedRow]:
-    wanted = [("", name) for name in (*TEXTS, "json")] if kind == "tars" else None
-    return list(islice(placed_rows(Inputs((files[0],)), wanted, samples if kind == "tars" else None), ROWS))
+def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:
+    """Reads the first rows of the first file."""
+    first = Inputs((files[0],))
+    if kind == "tars":
+        # A member is decoded only if it is asked for.
+        return list(islice(rows_of_files(first, [("", name) for name in (*TEXTS, "json")], samples), ROWS))
+    return list(islice(rows_of_files(first), ROWS))
 
 
 def _texts(rows: Iterable[Row], column: str) -> Iterable[str]:
-    values = (row.get(column) for row in rows)
-    return (
-        value.decode(errors="replace") if isinstance(value, bytes) else value
-        for value in values
-        if isinstance(value, str | bytes)
-    )
+    for row in rows:
+        text = row.get(column)
+        if isinstance(text, bytes):
+            yield text.decode(errors="replace")
+        elif isinstance(text, str):
+            yield text
 
 
 def _check_header(name: str, columns: Sequence[str]) -> None:
-    """Refuse a table whose columns are separated by another character, or whose first row is data."""
-    if len(columns) == 1 and (found := [one for one in ";\t|," if one in columns[0]]):
+    """Refuses a table whose columns are separated by another character, or whose first row is data."""
+    if len(columns) == 1 and (separators := [character for character in ";\t|," if character in columns[0]]):
         raise ConfigError(
-            f"{name}: the header is one column, {columns[0]!r}, with {found[0]!r} in it: expected `,` between the "
+            f"{name}: the header is one column, {columns[0]!r}, with {separators[0]!r} in it: expected `,` between the "
             "columns of .csv, and tabs in .tsv: convert the file"
         )
-    data = [one for one in columns if re.fullmatch(r"\s*|[-+]?[\d.,]+", one) or "://" in one or len(one.split()) > 4]
-    if data and not {*TEXTS, MESSAGES} & {*columns}:
+
+    # No names of columns: empty texts and numbers, addresses, and whole sentences.
+    cells = [
+        column
+        for column in columns
+        if re.fullmatch(r"\s*|[-+]?[\d.,]+", column) or "://" in column or len(column.split()) > 4
+    ]
+    if cells and not {*TEXTS, MESSAGES} & {*columns}:
         raise ConfigError(
-            f"{name}: the first row must name the columns, but {data[0]!r} looks like data: add a row of names, such "
+            f"{name}: the first row must name the columns, but {cells[0]!r} looks like data: add a row of names, such "
             "as id,text"
         )
 
 
 def _check_shape(name: str, rows: Sequence[Row]) -> None:
-    """Refuse rows that are several texts: one column alone would be read."""
-    there = {column for row in rows for column, value in row.items() if value}
-    for columns in RANKED:
-        if there >= {*columns}:
-            raise ConfigError(f"{name}: columns {' and '.join(columns)} are rankings: use the reader of docs/reward.md")
-    if there & {*TEXTS} or columns_of(rows)[1]:
+    """Refuses rows that are several texts, because one column alone would be read."""
+    columns = {column for row in rows for column, cell in row.items() if cell}
+    for ranked in RANKED:
+        if columns >= {*ranked}:
+            raise ConfigError(f"{name}: columns {' and '.join(ranked)} are rankings: use the reader of docs/reward.md")
+    if columns & {*TEXTS} or columns_of(rows)[1]:
         return
-    pair = [*[one for one in QUESTIONS if one in there][:2], *[one for one in ANSWERS if one in there]]
-    if {*pair} & {*QUESTIONS} and {*pair} & {*ANSWERS}:
+
+    questions = [column for column in QUESTIONS if column in columns][:2]
+    answers = [column for column in ANSWERS if column in columns]
+    if questions and answers:
         raise ConfigError(
-            f"{name}: columns {', '.join(pair)}: only one of them would be read. Write a column `messages` for "
-            '`stage=tools`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], or a column '
-            "`text` with all of them"
+            f"{name}: columns {', '.join([*questions, *answers])}: only one of them would be read. Write a column "
+            '`messages` for `stage=tools`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], '
+            "or a column `text` with all of them"
         )
 
 
-def _without_text(placed: Sequence[PlacedRow], rows: Sequence[Row]) -> str:
-    """Why rows give no column of text, and what to do."""
-    if not placed:
+def _without_text(first_rows: Sequence[SourceRow], rows: Sequence[Row]) -> str:
+    """Says why rows have no column of text, and what to do.
+
+    Args:
+        rows: those of `first_rows` that can be read.
+    """
+    if not first_rows:
         return "it has no rows"
     if not rows:
-        first = placed[0]
-        return f"none of its first {len(placed)} rows can be read; {first.place}: {getattr(first.row, 'words', '')}"
-    kinds = {column: type(value).__name__ for row in reversed(rows) for column, value in row.items()}
-    there = ", ".join(f"{column} ({kind})" for column, kind in [*kinds.items()][:LISTED])
+        first = first_rows[0]
+        problem = getattr(first.row, "words", "")
+        return f"none of its first {len(first_rows)} rows can be read; {first.location}: {problem}"
+    types = {column: type(cell).__name__ for row in reversed(rows) for column, cell in row.items()}
+    columns = ", ".join(f"{column} ({name})" for column, name in [*types.items()][:LISTED])
     return (
-        f"none of its first rows has a column of text or messages; the columns there are {there or 'none'}. Messages "
+        f"none of its first rows has a column of text or messages; the columns there are {columns or 'none'}. Messages "
         "are lists of {role, content}; rankings have another reader (docs/reward.md)"
     )
 
 
 def _suffixes(files: Sequence[Input]) -> str:
-    counts = Counter(PurePosixPath(bare_name(one.name)).suffix or "no suffix" for one in files)
+    """Counts files by suffix, in words: `.bin: 3, no suffix: 1`."""
+    counts = Counter(PurePosixPath(bare_name(file.name)).suffix or "no suffix" for file in files)
     return ", ".join(f"{suffix}: {count}" for suffix, count in counts.most_common(8))

@@ -241,7 +241,7 @@ def test_memory_is_bounded_by_parts_of_a_row_group(tmp_path):
 
 
 def test_too_many_languages_are_refused_by_the_key(tmp_path):
-    write_rows(tmp_path / "a.jsonl", [{"text": "a", "lang": f"l{i}"} for i in range(rows.MOST_LANGUAGES + 1)])
+    write_rows(tmp_path / "a.jsonl", [{"text": "a", "lang": f"l{i}"} for i in range(rows.MAX_LANGUAGES + 1)])
     with pytest.raises(ConfigError, match=r"language_column=lang: more than 200 languages, the last at .*a.jsonl:201"):
         candidates(source_of("jsonl", tmp_path, language_column="lang"))
 

@@ -1,4 +1,4 @@
-"""Source files and texts: a document a file, its language by suffix and shebang.
+"""Reads source files and texts: each file is a document, and its suffix or shebang gives the language.
 
 A folder with `.git` is a repository. If a source has several, the files of each stay next to each other and share a
 group, so a repository is held out as a whole.
@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
+from dist_lm.data.sources.listing import bare_name, base_of, list_files
 from dist_lm.data.sources.opening import brief, open_content, scheme_of, unreadable
-from dist_lm.data.sources.places import bare_name, base_of, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
@@ -91,15 +91,20 @@ NAMES = {"dockerfile": "dockerfile", "makefile": "makefile", "gnumakefile": "mak
 INTERPRETERS = {"sh": "bash", "bash": "bash", "dash": "bash", "ksh": "bash", "zsh": "bash", "node": "javascript"}
 INTERPRETERS |= {name: name for name in ("python", "perl", "ruby", "lua", "php", "awk", "tcl", "julia", "groovy")}
 INTERPRETERS |= {"rscript": "r", "tclsh": "tcl", "gawk": "awk", "pwsh": "powershell"}
-TEXT = "text"  # language of a file that was named, and has none
+TEXT = "text"  # language of a file that a source names although its language is unknown
 
 
 def language_of(name: str) -> str:
-    """The language of a file by its name, else by its first line; empty if neither tells."""
+    """Returns the language of a file by its name, else by its first line; empty if neither tells.
+
+    Raises:
+        OSError: the first line cannot be read.
+    """
     bare = bare_name(name)
     suffix = PurePosixPath(bare).suffix.removeprefix(".")
-    if found := NAMES.get(bare) or SUFFIXES.get(suffix):
-        return found
+    if language := NAMES.get(bare) or SUFFIXES.get(suffix):
+        return language
+    # A shebang is read only of local files without a suffix: a request for every remote file would be too slow.
     if suffix or scheme_of(name):
         return ""
     with open_content(name) as file:
@@ -107,16 +112,24 @@ def language_of(name: str) -> str:
 
 
 def shebang_language(line: bytes) -> str:
-    """`python` of `#!/usr/bin/env -S python3 -u`; empty if the program is none that is known."""
-    words = line[2:].decode(errors="replace").split() if line.startswith(b"#!") else []
+    """Returns `python` for `#!/usr/bin/env -S python3 -u`; empty without a shebang or for an unknown program."""
+    if not line.startswith(b"#!"):
+        return ""
+    words = line[2:].decode(errors="replace").split()
     if words and words[0].endswith("/env"):
         words = [word for word in words[1:] if not word.startswith("-") and "=" not in word]
-    program = words[0].rpartition("/")[2].lower() if words else ""
+    if not words:
+        return ""
+    program = words[0].rpartition("/")[2].lower()
     return INTERPRETERS.get(program) or INTERPRETERS.get(program.rstrip("0123456789."), "")
 
 
 def list_source_files(source: SourceConfig) -> Inputs:
-    """Files whose language is known; of `only`, if the source names some."""
+    """Lists files whose language is known, and among `only` if the source names some.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`, or a file without a suffix cannot be read.
+    """
 
     def rule(name: str) -> str:
         try:
@@ -126,7 +139,9 @@ def list_source_files(source: SourceConfig) -> Inputs:
         if not language:
             suffix = PurePosixPath(bare_name(name)).suffix
             return f"suffix {suffix}" if suffix else "no known language"
-        return f"language {language}" if source.only and language not in map(str.lower, source.only) else ""
+        if source.only and language not in map(str.lower, source.only):
+            return f"language {language}"
+        return ""
 
     rule.__doc__ = "source files, .txt or .md (plain, .gz or .zst)"
     return list_files(source, rule, hidden=(".",))
@@ -139,64 +154,77 @@ def list_source_files(source: SourceConfig) -> Inputs:
     advice="check path, exclude and only; every file is empty, binary or repeated",
 )
 def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every file as a text. `source.language` replaces the languages of the files."""
+    """Yields every file as a text. `source.language` replaces the languages of the files.
+
+    Raises:
+        ArtefactError: a file cannot be read.
+    """
     listing = list_source_files(source)
-    for one, repository in by_repository(listing, source.path or []):
-        language = source.language or language_of(one.name) or TEXT
+    for file, repository in by_repository(listing, source.path or []):
+        language = source.language or language_of(file.name) or TEXT
         try:
-            with open_content(one.name) as file:
-                content = file.read(LONGEST + 1)
+            with open_content(file.name) as opened:
+                content = opened.read(LONGEST + 1)  # one byte more tells a file that is too long
         except (OSError, ValueError) as error:
-            raise ArtefactError(f"{one.name}: cannot be read: {unreadable(error)}") from error
+            raise ArtefactError(f"{file.name}: cannot be read: {unreadable(error)}") from error
+
         text, problem = _text(content)
         if problem:
-            yield Rejected(language, one.name, problem)
+            yield Rejected(language, file.name, problem)
             continue
+        # Files of a repository share a group, so that all of them are in one split.
         group = text_hash(f"repository {repository}" if repository else text)
-        yield Document(text, language, one.name, source.licence, group, repository=repository)
+        yield Document(text, language, file.name, source.licence, group, repository=repository)
 
 
-def by_repository(listing: Inputs, places: Sequence[str]) -> list[tuple[Input, str]]:
-    """The files that are taken, each with the name of its repository; those of a repository together.
+def by_repository(listing: Inputs, paths: Sequence[str]) -> list[tuple[Input, str]]:
+    """Pairs the files that are taken with the names of their repositories; files of a repository are neighbours.
 
-    A file outside of repositories has the name "", and so has every file where there is only one repository: it could
+    A file outside of repositories has the name "", and so has every file if there is only one repository: it could
     not be split otherwise.
 
     Args:
-        places: that were listed. Repositories whose last folders have the same name are told apart by the path below.
+        paths: those of the source. Repositories whose last folders have the same name are named by the path below.
     """
-    roots = {
-        one.name.partition("/.git/")[0] if "/.git/" in one.name else one.name.removesuffix("/.git")
-        for one in listing.left_out
-        if "/.git/" in one.name or one.name.endswith("/.git")
-    }
-    together: dict[str, list[Input]] = {}
-    for one in listing.taken:
-        root = _root_of(one.name, roots) if len(roots) > 1 else ""
-        together.setdefault(root or one.name, []).append(one)
-    names = _names_of(roots, places)
-    return [(one, names.get(root, "")) for root, ones in together.items() for one in ones]
+    # The listing names `.git` among the hidden files: as a folder, or in a worktree as a file.
+    roots = set()
+    for file in listing.left_out:
+        if "/.git/" in file.name:
+            roots.add(file.name.partition("/.git/")[0])
+        elif file.name.endswith("/.git"):
+            roots.add(file.name.removesuffix("/.git"))
+
+    # A repository comes where its first file is; a file outside of repositories is a group of its own.
+    files_by_root: dict[str, list[Input]] = {}
+    for file in listing.taken:
+        root = _root_of(file.name, roots) if len(roots) > 1 else ""
+        files_by_root.setdefault(root or file.name, []).append(file)
+    names = _names_of(roots, paths)
+    return [(file, names.get(root, "")) for root, files in files_by_root.items() for file in files]
 
 
-def _names_of(roots: set[str], places: Sequence[str]) -> dict[str, str]:
-    """Root -> name: the last folder. Roots that share it have the path below a place, or else the whole path."""
+def _names_of(roots: set[str], paths: Sequence[str]) -> dict[str, str]:
+    """Names repositories: root -> its last folder, or the path below one of `paths`, or the whole path.
+
+    The first of these three that no other repository has is the name.
+    """
     names = {root: PurePosixPath(root).name for root in roots}
-    for name_of in (lambda root: _below(root, places), str):
+    for longer_name in (lambda root: _below(root, paths), str):
         counts = Counter(names.values())
-        names = {root: name if counts[name] == 1 else name_of(root) for root, name in names.items()}
+        names = {root: name if counts[name] == 1 else longer_name(root) for root, name in names.items()}
     return names
 
 
-def _below(root: str, places: Sequence[str]) -> str:
-    """The path of a repository below the innermost of `places`; its last folder if it is below none."""
-    for base in sorted(map(base_of, places), key=len, reverse=True):
+def _below(root: str, paths: Sequence[str]) -> str:
+    """Returns the path of a repository below the innermost of `paths`; its last folder if it is below none."""
+    for base in sorted(map(base_of, paths), key=len, reverse=True):
         if root != base and root.startswith(base and base + "/"):
             return root.removeprefix(base + "/")
     return PurePosixPath(root).name
 
 
 def _root_of(name: str, roots: set[str]) -> str:
-    """The innermost of `roots` that holds the file."""
+    """Returns the innermost of `roots` that holds the file; empty if none does."""
     while name:
         name = name.rpartition("/")[0]
         if name in roots:
@@ -205,9 +233,10 @@ def _root_of(name: str, roots: set[str]) -> str:
 
 
 def _text(content: bytes) -> tuple[str, str]:
-    """The text of a file, or why it has none."""
+    """Returns the text of a file and an empty reason, or an empty text and why it is dropped."""
     if len(content) > LONGEST:
         return "", "too_long"
+    # A NUL is in no source text, and early in nearly every binary file.
     if b"\0" in content[:8192]:
         return "", "binary"
     try:

@@ -1,8 +1,8 @@
-"""Files of rows: JSON lines, parquet and CSV, each read as a stream with the number of every row.
+"""Formats of files of rows: JSON lines, parquet and CSV, each read as a stream with the number of every row.
 
 A format is a function from the name of a file to `(number, row, columns)`: the line or row counted from 1, or the key
-of a sample; the row as a mapping, or what is wrong with it; and the columns that the file or the row has. A row that is
-broken ends nothing.
+of a sample; the row as a mapping, or its problem; and the columns that the file or the row has. Reading continues
+behind a broken row.
 """
 
 import csv
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dist_lm.data.sources.listing import bare_name
 from dist_lm.data.sources.opening import open_content, open_raw
-from dist_lm.data.sources.places import bare_name
 from dist_lm.errors import ArtefactError
 
 LONGEST = 512 << 20  # bytes of a line, characters of a CSV field
@@ -28,61 +28,80 @@ class BadRow:
     """A row that cannot be read."""
 
     reason: str  # one word
-    words: str  # what is wrong, for people
+    words: str  # the problem, for people
 
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # column -> cell
 NumberedRow = tuple[int | str, Row | BadRow, Sequence[str]]
 Format = Callable[[str, Sequence[str] | None], Iterator[NumberedRow]]
 
 
-def jsonl_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """One JSON object a line; blank lines are passed over. A .json file may also be one list of objects.
+def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """Reads one JSON object a line; blank lines are passed over. A .json file may also be one list of objects.
 
     Args:
-        wanted: not used: a line is parsed whole.
+        wanted_columns: not used: a line is parsed whole.
+
+    Raises:
+        ArtefactError: the file is UTF-16, or a list that is broken.
     """
     with open_content(name) as file:
-        begin = file.peek(4)
-        _refuse_utf16(name, begin)
-        if begin.startswith(BOM):
+        first_bytes = file.peek(4)
+        _refuse_utf16(name, first_bytes)
+        if first_bytes.startswith(BOM):
             file.read(len(BOM))
+
         if bare_name(name).endswith(".json") and file.peek(1024).lstrip()[:1] == b"[":
             yield from _listed(name, file.read())
             return
+
+        # Blank lines count, so that the number is that of an editor.
         for number, line in enumerate(_lines(file), start=1):
             if isinstance(line, BadRow):
                 yield number, line, ()
             elif line.strip():
                 row = _json_row(line)
-                yield number, row, () if isinstance(row, BadRow) else tuple(row)
+                yield number, row, columns_of(row)
 
 
-def parquet_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """The rows of a parquet file, with the columns `wanted` that it has; None: all. Only these are fetched."""
+def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """Reads the rows of a parquet file.
+
+    Args:
+        wanted_columns: only these are fetched, as far as the file has them; None: all.
+    """
     import pyarrow.parquet
 
+    # Nothing is fetched ahead: memory stays below a row group, and other columns cost no request.
     with open_raw(name, random_access=True) as raw:
         file = pyarrow.parquet.ParquetFile(
             raw, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True, memory_map=False
         )
         columns = file.schema_arrow.names
-        read = columns if wanted is None else [column for column in columns if column in wanted]
+        fetched = columns
+        if wanted_columns is not None:
+            fetched = [column for column in columns if column in wanted_columns]
+
+        # Without a column, pyarrow would give no row: each of them lacks the text, and counts as broken.
         number = 0
-        if not read:
+        if not fetched:
             for number in range(1, file.metadata.num_rows + 1):
                 yield number, {}, columns
             return
-        for batch in file.iter_batches(batch_size=BATCH, columns=read, use_threads=False):
+
+        for batch in file.iter_batches(batch_size=BATCH, columns=fetched, use_threads=False):
             for row in _decoded(batch):
                 number += 1
                 yield number, row, columns
 
 
-def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """The rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line.
+def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """Reads the rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line.
 
-    Each line that a broken row takes in counts as broken: a quote too many takes in good ones.
+    Each line of a broken row counts as broken, because a superfluous quote takes in good lines.
+
+    Args:
+        wanted_columns: may not be in the header twice; None: no column may.
 
     Raises:
         ArtefactError: the header is broken, or a quote opens that nothing closes; the message names the line.
@@ -90,15 +109,18 @@ def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
     csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
     with open_content(name) as file:
         _refuse_utf16(name, file.peek(4))
+        # Bytes of another encoding become lone surrogates, so that only their own row is broken.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter="\t" if bare_name(name).endswith(".tsv") else ",", strict=True)
         try:
             header = next(rows, [])
         except csv.Error as error:
             raise ArtefactError(f"{name}: the header is no CSV ({error})") from None
-        for column in wanted or header:
+        # A row as a mapping would silently hold the last of two columns.
+        for column in wanted_columns or header:
             if header.count(column) > 1:
                 raise ArtefactError(f"{name}: the header names the column {column} more than once")
+
         while True:
             number = rows.line_num + 1
             try:
@@ -113,7 +135,8 @@ def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
                 for line in range(number, rows.line_num + 1):
                     yield line, BadRow("broken_row", f"no CSV ({error})"), header
                 continue
-            if not fields:
+
+            if not fields:  # a blank line
                 continue
             if len(fields) != len(header):
                 words = f"{len(fields)} fields, the header has {len(header)}"
@@ -123,6 +146,7 @@ def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
 
 
 def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
+    """Reads lines with bounded memory: one that is too long is passed over."""
     while line := file.readline(LONGEST):
         if len(line) < LONGEST or line.endswith(b"\n"):
             yield line
@@ -141,7 +165,22 @@ def _json_row(line: bytes) -> Row | BadRow:
         return BadRow("broken_json", f"broken JSON ({error.msg} at character {error.pos})")
     except (RecursionError, ValueError) as error:
         return BadRow("broken_json", f"JSON that cannot be read ({error})")
-    return row if type(row) is dict else BadRow("broken_json", f"{_kind(row)}, expected an object")
+    return _object(row)
+
+
+def columns_of(row: Row | BadRow) -> Sequence[str]:
+    """Returns the columns of a row; none of a broken one."""
+    if isinstance(row, BadRow):
+        return ()
+    return tuple(row)
+
+
+def _object(row: Any) -> Row | BadRow:
+    if type(row) is dict:
+        return row
+    kinds = {list: "a list", str: "a text", type(None): "null"}
+    kind = kinds.get(type(row), f"a value of type {type(row).__name__}")
+    return BadRow("broken_json", f"{kind}, expected an object")
 
 
 def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
@@ -149,35 +188,26 @@ def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
         rows = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{name}: broken JSON ({error})") from None
-    for number, row in enumerate(rows, start=1):
-        is_row = type(row) is dict
-        yield (
-            number,
-            row if is_row else BadRow("broken_json", f"{_kind(row)}, expected an object"),
-            (tuple(row) if is_row else ()),
-        )
+    for number, element in enumerate(rows, start=1):
+        row = _object(element)
+        yield number, row, columns_of(row)
 
 
 def _decoded(batch: Any) -> Iterator[Row | BadRow]:
+    """Converts a pyarrow batch to rows; of a batch with a broken text, row by row."""
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # before the first row is yielded
-        for place in range(batch.num_rows):
+        for index in range(batch.num_rows):
             try:
-                yield batch.slice(place, 1).to_pylist()[0]
+                yield batch.slice(index, 1).to_pylist()[0]
             except UnicodeDecodeError as error:
                 yield BadRow("invalid_utf8", f"byte {error.start} of a text is not UTF-8")
 
 
-def _refuse_utf16(name: str, begin: bytes) -> None:
-    if begin.startswith(UTF16):
+def _refuse_utf16(name: str, first_bytes: bytes) -> None:
+    if first_bytes.startswith(UTF16):
         raise ArtefactError(f"{name}: the text is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
-
-
-def _kind(value: object) -> str:
-    return {list: "a list", str: "a text", type(None): "null"}.get(
-        type(value), f"a value of type {type(value).__name__}"
-    )
 
 
 FORMATS: dict[str, Format] = {

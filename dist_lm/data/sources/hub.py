@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub as streams of rows; files with the same columns take their place.
+"""Reads data sets of the Hugging Face hub as streams of rows; files with the same columns may replace a data set.
 
 The stream is resumed at the row where it broke, a bounded number of times with growing pauses. A branch is read at
 one commit from the first reading of a launch to the last.
@@ -15,14 +15,14 @@ from dist_lm.data.inputs import HUB, Input, Inputs
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.opening import brief, is_transient
 from dist_lm.data.sources.reader import Candidate, reader
-from dist_lm.data.sources.rows import TEXT, PlacedRow, list_rows, placed_rows, row_documents
+from dist_lm.data.sources.rows import TEXT, SourceRow, list_rows, row_documents, rows_of_files
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
 
 if TYPE_CHECKING:
     from tenacity import Retrying
 
-MAIN, TRAIN = "main", "train"  # revision and split where the source names none
-ATTEMPTS = 5  # in a row without a new row
+MAIN, TRAIN = "main", "train"  # revision and split if the source names none
+ATTEMPTS = 5  # consecutive ones without a new row
 LONGEST_TRY_S = 60.0  # no new attempt after this long without a new row
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 LOCAL = (".json", ".jsonl", ".parquet", ".csv")  # suffixes of no data set's id
@@ -36,7 +36,7 @@ HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
 
 
 def list_data_set(source: SourceConfig) -> Inputs:
-    """The commit of a data set, unless the source names it; or the files that take its place, if the source names some.
+    """Lists the commit of a data set, unless the source names it; or the files that the source names instead.
 
     Raises:
         UnreachableError: the hub does not answer, or HF_HUB_OFFLINE is set.
@@ -45,21 +45,26 @@ def list_data_set(source: SourceConfig) -> Inputs:
     if source.path:
         return list_rows(source)
     check_is_data_set(source)
+    # The content of a commit never changes, so there is nothing to compare later.
     if COMMIT.fullmatch(source.revision or MAIN):
         return Inputs()
+
     try:
         commit = retrying()(commit_of, source.dataset, source.revision or MAIN)
     except ImportError as error:
         raise _not_installed(source, error) from error
     except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
-        kind = UnreachableError if is_transient(error) or isinstance(error, ConnectionError) else ArtefactError
-        raise kind(f"corpus source {origin_of(source)}: no answer of the hub: {brief(error)}. {WAY_OUT}") from error
+        is_unreachable = is_transient(error) or isinstance(error, ConnectionError)
+        error_class = UnreachableError if is_unreachable else ArtefactError
+        raise error_class(
+            f"corpus source {origin_of(source)}: no answer of the hub: {brief(error)}. {WAY_OUT}"
+        ) from error
     return Inputs((Input(f"{HUB}{source.dataset}", etag=commit),))
 
 
 @lru_cache
 def commit_of(dataset: str, revision: str) -> str:
-    """The commit of a branch, a tag or a commit of a data set: the same one for a whole launch."""
+    """Resolves a branch or a tag of a data set to its commit, once for a whole launch."""
     if COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
@@ -70,8 +75,10 @@ def commit_of(dataset: str, revision: str) -> str:
 
 
 def origin_of(source: SourceConfig) -> str:
-    """The data set of a source with its revision, or the first of its files."""
-    return source.path[0] if source.path else f"{source.dataset}@{source.revision or MAIN}"
+    """Names the data set of a source with its revision, or the first of its files."""
+    if source.path:
+        return source.path[0]
+    return f"{source.dataset}@{source.revision or MAIN}"
 
 
 @reader(
@@ -81,7 +88,7 @@ def origin_of(source: SourceConfig) -> str:
     advice="check dataset, split and column; no row has text in that column",
 )
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of `source.dataset` as a document, in the order of the data set. `seed` is not used.
+    """Yields every row of `source.dataset` as a document, in the order of the data set. `seed` is not used.
 
     Raises:
         ConfigError: the `datasets` package or the column is missing.
@@ -90,11 +97,11 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     yield from row_documents(source, data_set_rows(source), TEXT)
 
 
-def data_set_rows(source: SourceConfig) -> Iterator[PlacedRow]:
-    """The rows of `source.dataset`, or of the files of `source.path`.
+def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
+    """Yields the rows of `source.dataset`, or of the files of `source.path`.
 
     Raises:
-        ConfigError: the source names both, a place of this machine as data set, or the `datasets` package is missing.
+        ConfigError: the source names both, or a local path as data set, or the `datasets` package is missing.
         ArtefactError: the data set or a file cannot be read.
     """
     if source.path:
@@ -103,20 +110,22 @@ def data_set_rows(source: SourceConfig) -> Iterator[PlacedRow]:
                 raise ConfigError(
                     f"corpus source reader={source.reader}: {key}={getattr(source, key)}: not together with path"
                 )
-        yield from placed_rows(list_rows(source))
+        yield from rows_of_files(list_rows(source))
         return
+
     check_is_data_set(source)
     origin = origin_of(source)
     for number, row in resumed(hub_rows(source), origin):
-        yield PlacedRow(f"{origin}:{number}", row, tuple(row))
+        yield SourceRow(f"{origin}:{number}", row, tuple(row))
 
 
 def check_is_data_set(source: SourceConfig) -> None:
-    """Refuse a place of this machine.
+    """Refuses a local path in the key of a data set.
 
     Raises:
-        ConfigError: names the reader for it.
+        ConfigError: names the reader for local files.
     """
+    # An id is NAME or OWNER/NAME.
     local = Path(source.dataset).expanduser()
     is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in LOCAL
     if not is_id or local.exists():
@@ -128,18 +137,26 @@ def check_is_data_set(source: SourceConfig) -> None:
 
 
 def hub_rows(source: SourceConfig) -> RowsFrom:
-    """How to open the data set of `source` at any row."""
+    """Returns a function that opens the data set of `source` at any row.
+
+    Raises:
+        ConfigError: the `datasets` package is missing.
+    """
     try:
         import datasets
     except ImportError as error:
         raise _not_installed(source, error) from error
 
     def rows_from(row: int) -> Iterable[Row]:
+        # By commit, because a branch may move between two openings of one stream.
         commit = commit_of(source.dataset, source.revision or MAIN)
         options = {"name": source.subset, "revision": commit, "split": source.split or TRAIN}
-        options |= {"data_dir": source.data_dir} if source.data_dir else {}
+        if source.data_dir:
+            options["data_dir"] = source.data_dir
         dataset = datasets.load_dataset(source.dataset, streaming=True, **options)
-        return dataset.skip(row) if row else dataset
+        if row:
+            dataset = dataset.skip(row)
+        return dataset
 
     return rows_from
 
@@ -152,7 +169,7 @@ def _not_installed(source: SourceConfig, error: ImportError) -> ConfigError:
 
 
 def retrying(attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S) -> "Retrying":
-    """Calls a function again, with growing pauses, while another attempt may help; then raises its error."""
+    """Makes a caller that repeats a function, with growing pauses, while that may help; then it raises the error."""
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential
 
     return Retrying(
@@ -166,15 +183,20 @@ def retrying(attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S) -> "R
 def resumed(
     rows_from: RowsFrom, what: str, attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S
 ) -> Iterator[tuple[int, Row]]:
-    """`(number, row)` of every row; a broken stream is opened again at the row where it broke.
+    """Yields `(number, row)` of every row; a broken stream is opened again at the row where it broke.
 
-    Raises ArtefactError naming `what` after `attempts` openings in a row that gave no new row, and at once
-    where another attempt would not help.
+    Args:
+        what: the data set, for errors.
+        attempts: consecutive openings without a new row before it gives up.
+        first_wait_s: the pause before the second opening; later ones grow.
+
+    Raises:
+        ArtefactError: no attempt is left, or another one would not help.
     """
     retry = retrying(attempts, first_wait_s)
-    end: Row = {}
+    end: Row = {}  # compared by identity: a row may be empty
     stream: Iterator[Row] | None = None
-    number = 0
+    number = 0  # next row
 
     def reopen() -> Row:
         nonlocal stream
@@ -186,6 +208,7 @@ def resumed(
             try:
                 row = retry(reopen) if stream is None else next(stream, end)
             except Exception as error:
+                # The stream broke: it is opened again at this row. An error of `retry` itself is the last one.
                 if stream is None or not is_transient(error):
                     raise
                 row = retry(reopen)
@@ -193,6 +216,7 @@ def resumed(
             raise
         except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
             raise ArtefactError(f"corpus source {what}: stopped at row {number}: {brief(error)}. {WAY_OUT}") from error
+
         if row is end:
             return
         yield number, row

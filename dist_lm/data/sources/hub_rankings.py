@@ -1,4 +1,4 @@
-"""Rankings from public data sets of preferences: one pure function from a row to a ranking for every data set.
+"""Reads rankings from public data sets of preferences, by one pure function from a row to a ranking for each data set.
 
 A row without a comparison (all answers tied, or only one answer) gives None and is counted.
 """
@@ -13,10 +13,10 @@ from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
 from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set, origin_of
-from dist_lm.data.sources.places import bare_name
+from dist_lm.data.sources.listing import bare_name
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
-from dist_lm.data.sources.rows import PlacedRow, licence_of, looked_ahead, named_columns, own_licence
+from dist_lm.data.sources.rows import SourceRow, licence_of, looked_ahead, named_columns, own_licence
 from dist_lm.errors import ConfigError
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
@@ -33,26 +33,28 @@ OASST = "oasst1"  # its rankings extend over several rows
     advice="check dataset, split and rows; no row makes a ranking",
 )
 def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every ranking of a data set, or of files with its columns, in its order. `seed` is not used.
+    """Yields every ranking of a data set, or of files with its columns, in its order. `seed` is not used.
 
     Raises:
-        ConfigError: without the `datasets` package, for rows of an unknown kind, or for a column that is not there.
+        ConfigError: the `datasets` package is missing, the kind of rows is unknown, or a column is missing.
         ArtefactError: the data set cannot be read.
     """
     kind = rows_of(source)
+    # A ranking of oasst1 is made of several rows, which have one licence; only its rows have a language.
     ignored = "licence_column" if kind == OASST else "only"
     if getattr(source, ignored):
         raise ConfigError(
             f"corpus source reader={source.reader}: {ignored}={getattr(source, ignored)}: rows={kind} does not take it"
         )
+
     rows = looked_ahead(source, data_set_rows(source), named_columns(source))
     try:
         if kind == OASST:
             yield from _oasst(rows, source)
         else:
-            for one in rows:
-                yield _candidate(BY_ROW[kind], one, source)
-    except KeyError as error:
+            for source_row in rows:
+                yield _candidate(BY_ROW[kind], source_row, source)
+    except KeyError as error:  # the functions of `BY_ROW` take their columns for granted
         raise ConfigError(
             f"corpus source {origin_of(source)}: no column {error}: rows={kind} is not what it has; expected "
             f"one of {', '.join(sorted((*BY_ROW, OASST)))}"
@@ -60,28 +62,29 @@ def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 
 def rows_of(source: SourceConfig) -> str:
-    """What the rows of a data set are: `source.rows`, else by its name.
+    """Returns the kind of rows of a data set, a key of `BY_ROW` or `OASST`: `source.rows`, else by its name.
 
     Raises:
         ConfigError: neither is known.
     """
-    found = source.rows or PurePosixPath(bare_name(source.path[0] if source.path else source.dataset)).stem
-    if found not in (*BY_ROW, OASST):
+    name = source.path[0] if source.path else source.dataset
+    kind = source.rows or PurePosixPath(bare_name(name)).stem
+    if kind not in (*BY_ROW, OASST):
         raise ConfigError(
             f"corpus source {origin_of(source)}: rows={source.rows or '(by its name)'}: expected one of "
             f"{', '.join(sorted((*BY_ROW, OASST)))}"
         )
-    return found
+    return kind
 
 
 def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[tuple[str, Ranking]]:
-    """`OpenAssistant/oasst1` (Koepf et al. 2023): people ranked the answers to one message; rank 0 is the best.
+    """Yields (language, ranking) of `OpenAssistant/oasst1` (Koepf et al. 2023): people ranked answers to one message.
 
-    Yields (language, ranking).
+    Rank 0 is the best.
 
     Args:
         rows: messages, those of a tree one after the other.
-        languages: that are kept, such as `en`; none: all.
+        languages: those to read, such as `en`; None: all.
     """
     for _, tree in groupby(rows, key=lambda row: row["message_tree_id"]):
         messages = {row["message_id"]: row for row in tree if not row.get("deleted")}
@@ -89,19 +92,21 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
         for row in messages.values():
             if row["role"] == "assistant" and row.get("rank") is not None:
                 answers.setdefault(row["parent_id"], []).append(row)
+
         for parent, siblings in answers.items():
             if languages is not None and siblings[0].get("lang") not in languages:
                 continue
             thread = _thread(parent, messages)
+            if not thread:
+                continue
             best = sorted(siblings, key=lambda row: row["rank"])[:MOST]
-            if thread:
-                ranking = _ranking(thread, [row["text"] for row in best], ranks=[row["rank"] for row in best])
-                if ranking:
-                    yield siblings[0].get("lang") or "unknown", ranking
+            ranking = _ranking(thread, [row["text"] for row in best], ranks=[row["rank"] for row in best])
+            if ranking:
+                yield siblings[0].get("lang") or "unknown", ranking
 
 
 def hh_ranking(row: Row) -> Ranking | None:
-    """`Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` are dialogues that differ in the last answer."""
+    """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer."""
     chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
         return None  # they differ earlier: no two answers to one prompt
@@ -109,20 +114,21 @@ def hh_ranking(row: Row) -> Ranking | None:
 
 
 def helpsteer_ranking(row: Row) -> Ranking | None:
-    """`nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is)."""
-    lead = int(row["overall_preference"])
-    if lead == 0:
+    """Reads `nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is)."""
+    preference = int(row["overall_preference"])
+    if preference == 0:
         return None
-    judgement = Judgement(better=int(lead > 0), worse=int(lead < 0), margin=float(abs(lead)))
+    judgement = Judgement(better=int(preference > 0), worse=int(preference < 0), margin=float(abs(preference)))
     turns = [Message(ROLES[turn["role"]], turn["content"]) for turn in row["context"]]
     return _ranking(turns, [row["response1"], row["response2"]], judgements=[judgement])
 
 
 def ultrafeedback_ranking(row: Row) -> Ranking | None:
-    """`openbmb/UltraFeedback` (Cui et al. 2023): a model scored up to four answers. Not human."""
-    scored = [one for one in row["completions"] if one.get("overall_score") is not None]
-    ranks = ranks_of_scores([float(one["overall_score"]) for one in scored])
-    return _ranking([Message("user", row["instruction"])], [one["response"] for one in scored], ranks=ranks)
+    """Reads `openbmb/UltraFeedback` (Cui et al. 2023): a model, no person, scored up to four answers."""
+    scored = [completion for completion in row["completions"] if completion.get("overall_score") is not None]
+    ranks = ranks_of_scores([float(completion["overall_score"]) for completion in scored])
+    prompt = [Message("user", row["instruction"])]
+    return _ranking(prompt, [completion["response"] for completion in scored], ranks=ranks)
 
 
 BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
@@ -132,35 +138,37 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 }
 
 
-def _oasst(rows: Iterable[PlacedRow], source: SourceConfig) -> Iterator[Candidate]:
-    """Rankings of oasst1, by language (`oasst1_en`); then the rows that are broken."""
+def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidate]:
+    """Yields the rankings of oasst1, by language (`oasst1_en`); then the rows that are broken."""
     languages = frozenset(source.only) if source.only else None
-    broken: list[Rejected] = []
+    broken: list[Rejected] = []  # reported at the end, because a ranking extends over several rows
 
-    def good() -> Iterator[Row]:
-        for one in rows:
-            if isinstance(one.row, BadRow):
-                broken.append(Rejected(source.language, one.place, one.row.reason, one.row.words))
+    def intact_rows() -> Iterator[Row]:
+        for source_row in rows:
+            if isinstance(source_row.row, BadRow):
+                problem = source_row.row
+                broken.append(Rejected(source.language, source_row.location, problem.reason, problem.words))
             else:
-                yield one.row
+                yield source_row.row
 
-    for number, (language, ranking) in enumerate(oasst_rankings(good(), languages)):
+    for number, (language, ranking) in enumerate(oasst_rankings(intact_rows(), languages)):
         name = f"{origin_of(source)}:ranking={number}"
         yield ranking_document(ranking, f"{source.language}_{language}", name, source.licence)
     yield from broken
 
 
-def _candidate(ranking_of: Callable[[Row], Ranking | None], one: PlacedRow, source: SourceConfig) -> Candidate:
-    if isinstance(one.row, BadRow):
-        return Rejected(source.language, one.place, one.row.reason, one.row.words)
+def _candidate(ranking_of: Callable[[Row], Ranking | None], source_row: SourceRow, source: SourceConfig) -> Candidate:
+    """Makes a document of a row, or says why it gives none."""
+    row, location = source_row.row, source_row.location
+    if isinstance(row, BadRow):
+        return Rejected(source.language, location, row.reason, row.words)
     try:
-        ranking = ranking_of(one.row)
+        ranking = ranking_of(row)
     except (TypeError, ValueError, AttributeError) as error:
-        return Rejected(source.language, one.place, "no_ranking", f"a column holds another kind of value ({error})")
+        return Rejected(source.language, location, "no_ranking", f"a column holds another kind of value ({error})")
     if ranking is None:
-        return Rejected(source.language, one.place, "no_ranking")
-    own = bool(own_licence(one.row, source))
-    return ranking_document(ranking, source.language, one.place, licence_of(one.row, source), own)
+        return Rejected(source.language, location, "no_ranking")
+    return ranking_document(ranking, source.language, location, licence_of(row, source), bool(own_licence(row, source)))
 
 
 def _ranking(
@@ -173,13 +181,13 @@ def _ranking(
     ranking = Ranking(Conversation(tuple(turns)), tuple(completions), tuple(ranks), tuple(judgements))
     try:
         check_ranking(ranking)
-    except ChatError:  # rows of a data set that say nothing are passed over, as its readers count
+    except ChatError:  # a row without a comparison is no error: it is counted as `no_ranking`
         return None
     return ranking
 
 
 def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
-    """The turns from the root to a message; empty if a message in between is missing."""
+    """Returns the turns from the root to a message; empty if a message in between is missing."""
     turns = []
     while message is not None:
         row = messages.get(message)
@@ -191,8 +199,8 @@ def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
 
 
 def _hh_turns(dialogue: str) -> list[Message]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...`; empty where it does not begin so."""
-    before, *parts = HH_TURN.split(dialogue)
-    if before.strip() or not parts:
+    """Splits `\\n\\nHuman: ...\\n\\nAssistant: ...` into turns; returns none for a dialogue that does not begin so."""
+    preamble, *parts = HH_TURN.split(dialogue)
+    if preamble.strip() or not parts:
         return []
-    return [Message(HH_ROLES[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
+    return [Message(HH_ROLES[role], text.strip()) for role, text in zip(parts[::2], parts[1::2], strict=True)]

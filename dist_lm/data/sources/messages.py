@@ -1,9 +1,9 @@
-"""Conversations in OpenAI's chat format: rows with a column of messages and, where there are any, one of tools.
+"""Reads conversations in OpenAI's chat format: rows with a column of messages and perhaps one of tools.
 
     {"messages": [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "tool_calls": [...]}, ...],
      "tools": [{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]}
 
-The group of a conversation is what the user says before the first answer.
+The group of a conversation is the hash of the user's text before the first answer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ from dist_lm.data.sources.rows import (
     list_rows,
     missing_column,
     named_columns,
-    placed_rows,
     row_documents,
+    rows_of_files,
 )
 from dist_lm.errors import UserError
 
@@ -36,27 +36,29 @@ MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the la
     advice="check path and column; no row makes a conversation with an answer",
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of JSON lines, parquet or CSV as a conversation."""
+    """Yields every row of JSON lines, parquet or CSV as a conversation."""
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
-    rows = placed_rows(list_rows(source), columns)
+    rows = rows_of_files(list_rows(source), columns)
     yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
 
 
 def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
-    """The text of a conversation and its group; None where nobody answers."""
+    """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers."""
     if column not in row:
         return missing_column(column, columns)
     if row[column] is None:
         return None
     if row.get(TOOLS) and row.get(FUNCTIONS):
         return BadRow("no_conversation", f"the row has {TOOLS} and {FUNCTIONS}: expected one of them")
+
     try:
         conversation = conversation_of(row[column], row.get(TOOLS) or row.get(FUNCTIONS))
         text = write_conversation(conversation)
     except UserError as error:
         return BadRow("no_conversation", str(error))
+
     roles = [message.role for message in conversation.messages]
     if "assistant" not in roles:
         return None
-    before = conversation.messages[: roles.index("assistant")]
-    return text, text_hash("\n".join(message.content for message in before if message.role == "user"))
+    opening_messages = conversation.messages[: roles.index("assistant")]
+    return text, text_hash("\n".join(message.content for message in opening_messages if message.role == "user"))

@@ -1,4 +1,4 @@
-"""Opening files and URLs: http requests that break are sent again, and content is decompressed by suffix.
+"""Opens files and URLs: http requests that break are sent again, and content is decompressed by suffix.
 
 Credentials and the endpoint of s3 and gs come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
 """
@@ -17,16 +17,16 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 REMOTE = ("http", "https", "s3", "gs")
 BUFFER = 1 << 20  # bytes
 HTTP_BLOCK = 5 << 20  # bytes of a request when a file is read from begin to end
-ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 1.0, 30.0  # of a request
+ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 1.0, 30.0  # for each request
 # Packages whose own errors mean that bytes did not arrive.
 TRANSPORTS = {"aiohttp", "fsspec", "http", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
 
 
 def scheme_of(name: str) -> str:
-    """`https` of a URL; empty for a local path.
+    """Returns the scheme of a URL, such as `https`; empty for a local path.
 
     Raises:
-        ConfigError: another scheme than those of `REMOTE`.
+        ConfigError: the scheme is none of `REMOTE`.
     """
     scheme, separator, _ = name.partition("://")
     if not separator or scheme == "file" or not scheme.isalnum():
@@ -37,7 +37,7 @@ def scheme_of(name: str) -> str:
 
 
 def filesystem(name: str) -> "AbstractFileSystem":
-    """The file system of a URL."""
+    """Returns the file system of a URL."""
     import fsspec
 
     scheme = scheme_of(name)
@@ -46,31 +46,33 @@ def filesystem(name: str) -> "AbstractFileSystem":
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow import fs
 
-    if scheme == "gs":  # it would try for a quarter of an hour
+    if scheme == "gs":
+        # The default is to try for a quarter of an hour.
         return ArrowFSWrapper(fs.GcsFileSystem(retry_time_limit=timedelta(seconds=LONGEST_WAIT_S)))
     bucket = name.partition("://")[2].partition("/")[0]
-    # unlike S3FileSystem(), it honours AWS_ENDPOINT_URL and finds the region of the bucket
+    # Unlike S3FileSystem(), from_uri honours AWS_ENDPOINT_URL and finds the region of the bucket.
     return ArrowFSWrapper(fs.FileSystem.from_uri(f"s3://{bucket}")[0])
 
 
 def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
-    """A file or URL as it is stored.
+    """Opens a file or URL as it is stored, without decompression.
 
     Args:
-        random_access: fetch exactly what is read. Otherwise a URL is read ahead.
+        random_access: fetch exactly the bytes that are read. Otherwise a URL is read ahead.
     """
     scheme = scheme_of(name)
     if not scheme:
         return Path(name.removeprefix("file://")).expanduser().open("rb")
     files: Any = filesystem(name)
     if scheme in ("http", "https"):
+        # Without a cache each read is a request of exactly these bytes.
         file = files.open(name, cache_type="none" if random_access else "readahead", block_size=HTTP_BLOCK)
         return Persistent(file, name)  # type: ignore[return-value]
     return files.open(name.partition("://")[2])  # pyarrow tries again by itself
 
 
 def open_content(name: str) -> io.BufferedReader:
-    """The content of a file or URL, decompressed by suffix; a truncated one ends in OSError."""
+    """Opens a file or URL, decompressed by suffix; reading a truncated one ends in OSError."""
     raw: Any = open_raw(name)
     suffix = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).suffix.lower()
     compressions = {**COMPRESSIONS, ".tgz": "gzip"}
@@ -78,7 +80,9 @@ def open_content(name: str) -> io.BufferedReader:
         import pyarrow
 
         raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compressions[suffix])
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, BUFFER)
+    if isinstance(raw, io.BufferedReader):
+        return raw
+    return io.BufferedReader(raw, BUFFER)
 
 
 class Persistent(io.RawIOBase):
@@ -87,7 +91,7 @@ class Persistent(io.RawIOBase):
     def __init__(self, file: Any, name: str) -> None:
         self._file = file
         self._name = name
-        self._place = 0
+        self._position = 0  # bytes from the start
 
     def readable(self) -> bool:
         return True
@@ -95,20 +99,25 @@ class Persistent(io.RawIOBase):
     def seekable(self) -> bool:
         from fsspec.implementations.http import HTTPFile
 
-        return isinstance(self._file, HTTPFile)  # of servers without ranges it is another class
+        return isinstance(self._file, HTTPFile)  # for servers without ranges fsspec has another class
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size or 0}[whence]
-        self._place = begin + offset
-        return self._place
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size or 0}[whence]
+        self._position = base + offset
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Raises OSError after `ATTEMPTS`, and at once where another attempt would not help."""
+        """Fills `buffer` from the position, as far as the file reaches; returns the number of bytes.
+
+        Raises:
+            OSError: `ATTEMPTS` failed, or another attempt would not help.
+        """
         from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
+        # Without ranges, a second request would begin at the first byte again.
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS if self.seekable() else 1),
             wait=wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
@@ -118,9 +127,10 @@ class Persistent(io.RawIOBase):
         try:
             content = retrying(self._read, len(buffer))
         except Exception as error:  # aiohttp's own errors are no OSError
-            raise OSError(f"{self._name}: byte {self._place:,}: {brief(error)}") from error
+            raise OSError(f"{self._name}: byte {self._position:,}: {brief(error)}") from error
+
         buffer[: len(content)] = content
-        self._place += len(content)
+        self._position += len(content)
         return len(content)
 
     def close(self) -> None:
@@ -129,17 +139,17 @@ class Persistent(io.RawIOBase):
 
     def _read(self, size: int) -> bytes:
         if self.seekable():
-            self._file.seek(self._place)
+            self._file.seek(self._position)  # a failed attempt may have moved it
         return self._file.read(size)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: broken connections, time-outs, overloaded servers."""
+    """Tells whether the same request may succeed later: broken connections, time-outs, overloaded servers."""
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     if isinstance(status, int):
         return status in (408, 425, 429) or status >= 500
     if isinstance(error, ConnectionError | TimeoutError):
-        # not with HF_HUB_OFFLINE=1, which the user set
+        # With HF_HUB_OFFLINE=1, which the user set, no attempt succeeds.
         return "OfflineModeIsEnabled" not in f"{type(error).__name__} {error}"
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False  # among them: a data set that does not exist, or is gated
@@ -147,8 +157,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 def unreadable(error: BaseException) -> str:
-    """Why a file cannot be read, for people. An error of the system, or one that a request caused, tells itself."""
-    if "requires too much memory" in str(error):  # as zstd says it
+    """Says why a file cannot be read, for people.
+
+    The error of the system or of a request explains itself; any other one means that the content is wrong.
+    """
+    if "requires too much memory" in str(error):  # words of zstd
         return "its zstd window is over 128 MiB: compress it again without --long"
     if isinstance(error, OSError) and (error.errno or error.__cause__):
         return brief(error)
@@ -156,6 +169,6 @@ def unreadable(error: BaseException) -> str:
 
 
 def brief(error: BaseException | None) -> str:
-    """The type and first line of an error."""
+    """Returns the type and first line of an error, at most 300 characters of it."""
     message = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {message[:300]}".rstrip(": .")

@@ -1,12 +1,12 @@
-"""Rankings: files of your own, and samples of the model.
+"""Reads rankings: files of your own. Samples of the model get their rankings in stage=rankings.
 
 A file has one ranking a line:
 
     {"prompt": "Name a colour.", "completions": ["Blue.", "7"], "ranks": [0, 1]}
     {"prompt": [{"role": "user", "content": "..."}, ...], "completions": [...], "judgements": [[0, 1], [2, 1, 0.5]]}
 
-A judgement is `[better, worse]` or `[better, worse, margin]`; completions are named by their place in the list. The
-group of a ranking is its prompt, so all rankings of one prompt are on one side of the split.
+A judgement is `[better, worse]` or `[better, worse, margin]`; completions are named by their index in the list. The
+group of a ranking is the hash of its prompt, so all rankings of one prompt are in one split.
 """
 
 import glob
@@ -28,7 +28,7 @@ KEYS = {"prompt", "completions", "ranks", "judgements"}
 
 
 def list_rankings(source: SourceConfig) -> Inputs:
-    """The files that `source.dataset` names: a file of JSON lines, or a glob.
+    """Lists the files that `source.dataset` names: a file of JSON lines, or a glob.
 
     Raises:
         ConfigError: there is no such file.
@@ -51,17 +51,19 @@ def list_rankings(source: SourceConfig) -> Inputs:
     advice="check dataset; no line makes a ranking",
 )
 def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every ranking of the files that `source.dataset` names. `seed` is not used.
+    """Yields every ranking of the files that `source.dataset` names. `seed` is not used.
 
     Raises:
         ConfigError: there is no such file.
         ArtefactError: a line is no ranking; the message names file and line.
     """
-    for one in list_rankings(source).taken:
-        file = Path(one.name)
-        with file.open(encoding="utf-8") as lines:
-            for number, ranking in enumerate(_utf8(read_rankings(lines, str(file)), file)):
-                yield ranking_document(ranking, source.language, f"{file}:{number}", source.licence)
+    for file in list_rankings(source).taken:
+        try:
+            with Path(file.name).open(encoding="utf-8") as lines:
+                for number, ranking in enumerate(read_rankings(lines, file.name)):
+                    yield ranking_document(ranking, source.language, f"{file.name}:{number}", source.licence)
+        except UnicodeDecodeError as error:
+            raise ArtefactError(f"{file.name}: not UTF-8 ({error})") from error
 
 
 @reader(
@@ -70,14 +72,14 @@ def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     advice="train the stage before for longer, or take another source; no two samples of the model differ by the rules",
 )
 def read_synthetic_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Refused: these are made by stage rankings, which has a model to make them with."""
+    """Refuses to read: stage=rankings makes these documents, because it has the model to sample from."""
     raise ConfigError(
         "reader=synthetic_rankings ranks samples of a model: it belongs into a corpus that stage=rankings builds"
     )
 
 
 def ranking_document(ranking: Ranking, language: str, name: str, licence: str, own_licence: bool = False) -> Candidate:
-    """A ranking as a document; rejected where it holds what cannot be written."""
+    """Turns a ranking into a document; rejects one that cannot be written, such as one with a lone surrogate."""
     try:
         text, group = write_ranking(ranking), text_hash(write_prompt(ranking))
     except UserError:
@@ -86,10 +88,10 @@ def ranking_document(ranking: Ranking, language: str, name: str, licence: str, o
 
 
 def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
-    """The rankings of the lines; blank ones are passed over.
+    """Yields the rankings of lines of JSON; blank lines are passed over.
 
     Raises:
-        ArtefactError: one is none; the message names file, line and what was expected.
+        ArtefactError: a line is no ranking; the message names file, line and what was expected.
     """
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -101,29 +103,34 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
                 raise ArtefactError(f"{name}, line {number}: {error}") from None
 
 
-def ranking_of(value: Any) -> Ranking:
-    """A ranking of a line's JSON.
+def ranking_of(fields: Any) -> Ranking:
+    """Builds a ranking from the JSON of a line.
 
     Raises:
-        ValueError: what is wrong.
+        ChatError (a ValueError): says what was expected.
     """
-    if type(value) is not dict or not {"prompt", "completions"} <= value.keys() <= KEYS:
+    if type(fields) is not dict or not {"prompt", "completions"} <= fields.keys() <= KEYS:
         raise ChatError("expected an object of prompt, completions, and ranks or judgements")
-    completions, ranks = value["completions"], value.get("ranks", [])
+
+    # Types are compared exactly, because true and false are integers for isinstance.
+    completions, ranks = fields["completions"], fields.get("ranks", [])
     if type(completions) is not list or not all(type(text) is str for text in completions):
         raise ChatError("completions: expected a list of texts")
     if type(ranks) is not list or not all(type(rank) is int for rank in ranks):
         raise ChatError("ranks: expected a list of integers, the smallest of the best completion")
-    judgements = tuple(_judgement(item) for item in _list(value.get("judgements", []), "judgements"))
-    ranking = Ranking(_prompt(value["prompt"]), tuple(completions), tuple(ranks), judgements)
+    judgements = tuple(_judgement(numbers) for numbers in _list(fields.get("judgements", []), "judgements"))
+
+    ranking = Ranking(_prompt(fields["prompt"]), tuple(completions), tuple(ranks), judgements)
     check_ranking(ranking)
     return ranking
 
 
-def _prompt(value: Any) -> Conversation:
-    if type(value) not in (str, list):
+def _prompt(prompt: Any) -> Conversation:
+    if type(prompt) not in (str, list):
         raise ChatError("prompt: expected a text, or a list of turns with role and content")
-    turns = [{"role": "user", "content": value}] if type(value) is str else value
+    turns = prompt
+    if type(prompt) is str:
+        turns = [{"role": "user", "content": prompt}]
     messages = []
     for turn in turns:
         if type(turn) is not dict or turn.keys() != {"role", "content"} or type(turn["content"]) is not str:
@@ -134,23 +141,19 @@ def _prompt(value: Any) -> Conversation:
     return Conversation(tuple(messages))
 
 
-def _judgement(value: Any) -> Judgement:
-    numbers = _list(value, "judgements")
-    if len(numbers) not in (2, 3) or not all(type(place) is int for place in numbers[:2]):
+def _judgement(judgement: Any) -> Judgement:
+    numbers = _list(judgement, "judgements")
+    if len(numbers) not in (2, 3) or not all(type(index) is int for index in numbers[:2]):
         raise ChatError("judgements: expected [better, worse] or [better, worse, margin]")
-    if len(numbers) == 3 and type(numbers[2]) not in (int, float):
+    better, worse, *margin = numbers
+    if not margin:
+        return Judgement(better, worse, None)
+    if type(margin[0]) not in (int, float):
         raise ChatError("judgements: margin: expected a number")
-    return Judgement(numbers[0], numbers[1], float(numbers[2]) if len(numbers) == 3 else None)
+    return Judgement(better, worse, float(margin[0]))
 
 
-def _list(value: Any, name: str) -> list:
-    if type(value) is not list:
+def _list(json_value: Any, name: str) -> list:
+    if type(json_value) is not list:
         raise ChatError(f"{name}: expected a list")
-    return value
-
-
-def _utf8(rankings: Iterator[Ranking], file: Path) -> Iterator[Ranking]:
-    try:
-        yield from rankings
-    except UnicodeDecodeError as error:
-        raise ArtefactError(f"{file}: not UTF-8 ({error})") from error
+    return json_value

@@ -1,4 +1,4 @@
-"""What a reader is: a function that yields the documents of one source of a corpus.
+"""Readers: functions that yield the documents of one source of a corpus, and the traits that they declare.
 
 A corpus file names the readers of this package (`reader: hub`), or any function by its import path. A reader of your
 own:
@@ -33,7 +33,7 @@ from dist_lm.errors import ConfigError
 if TYPE_CHECKING:
     from dist_lm.data.inputs import Inputs
 
-# name -> form of its documents, and import path: a reader is imported when its corpus is fingerprinted or read
+# Name -> form of its documents, and import path: a reader is imported only when its corpus is fingerprinted or read.
 READERS: dict[str, tuple[Form, str]] = {
     "files": ("text", "dist_lm.data.sources.files:read_files"),
     "jsonl": ("text", "dist_lm.data.sources.rows:read_jsonl"),
@@ -53,12 +53,12 @@ COMMON = ("reader", "limit", "held_out")  # keys of every source
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """An item that was read but gives no document. The manifest counts it under its reason."""
+    """A row or file that gives no document. The manifest counts it under its reason."""
 
     language: str
     source: str  # file and line or row
     reason: str  # one word, such as invalid_utf8 or unreadable
-    error: str = ""  # of a row that is broken: what is wrong with it, for people. Counts for corpus.max_bad_fraction
+    error: str = ""  # the problem of a broken row, for people; not empty: it counts for corpus.max_bad_fraction
 
 
 Candidate = Document | Rejected
@@ -68,15 +68,16 @@ AnyReader = TypeVar("AnyReader", bound=Reader)
 
 @dataclass(frozen=True)  # no slots: `reader` takes the defaults from the class
 class Traits:
-    """What the stages must know about a reader."""
+    """The properties of a reader that stages must know."""
 
     form: Form = "text"
     seeded: bool = False  # the documents depend on the seed: a corpus of another seed is refused
     revision: int = 0  # one more with every change to generated documents: a corpus of another revision is refused
-    keys: tuple[str, ...] = ("language", "licence")  # of the source that the reader takes, beside `COMMON`
+    keys: tuple[str, ...] = ("language", "licence")  # keys of a source that the reader takes, beside `COMMON`
     needs: tuple[str, ...] = ("language",)  # keys that must be given; `a|b`: one of them
-    inputs: "Callable[[SourceConfig], Inputs] | None" = None  # lists the files that it reads; none: it reads no files
-    advice: str = "remove the source from the corpus file, or take the data sets of corpus=hub"  # if it gives nothing
+    inputs: "Callable[[SourceConfig], Inputs] | None" = None  # lists the files that it reads; None: it reads no files
+    # the way out in the error for a source without documents
+    advice: str = "remove the source from the corpus file, or take the data sets of corpus=hub"
 
 
 def reader(
@@ -89,7 +90,7 @@ def reader(
     inputs: "Callable[[SourceConfig], Inputs] | None" = None,
     advice: str = Traits.advice,
 ) -> Callable[[AnyReader], AnyReader]:
-    """Declare the traits of a reader. A function without this decorator has the defaults."""
+    """Declares the traits of a reader. A function without this decorator has the defaults."""
 
     def declare(function: AnyReader) -> AnyReader:
         function.traits = Traits(  # type: ignore[attr-defined]
@@ -101,12 +102,12 @@ def reader(
 
 
 def traits_of(function: Reader) -> Traits:
-    """The traits that a reader was declared with."""
+    """Returns the traits that a reader was declared with."""
     return getattr(function, "traits", Traits())
 
 
 def reader_of(source: SourceConfig) -> Reader:
-    """The function that `source.reader` names.
+    """Imports the function that `source.reader` names.
 
     Raises:
         ConfigError: there is no reader of this name, the import path does not lead to a function, or the source has a
@@ -118,39 +119,52 @@ def reader_of(source: SourceConfig) -> Reader:
 
 
 def source_traits(source: SourceConfig) -> Traits:
-    """The traits of the reader that `source` names."""
+    """Returns the traits of the reader that `source` names.
+
+    Raises:
+        ConfigError: as `reader_of`.
+    """
     return traits_of(reader_of(source))
 
 
 def source_form(source: SourceConfig) -> Form:
-    """What the documents of a source are. Only a reader that is named by its import path is imported."""
-    return traits_of(_imported(source)).form if ":" in source.reader else _named_reader(source)[0]
+    """Returns the form of the documents of a source. Only a reader that is named by its import path is imported.
+
+    Raises:
+        ConfigError: there is no such reader.
+    """
+    if ":" in source.reader:
+        return traits_of(_imported(source)).form
+    return _named_reader(source)[0]
 
 
 def check_keys(source: SourceConfig, traits: Traits) -> None:
-    """Refuse a key that the reader does not take, and the lack of a key that it needs.
+    """Refuses a key that the reader does not take, and the lack of a key that it needs.
 
     Raises:
         ConfigError: names the key and the keys that the reader takes.
     """
-    given = [field.name for field in fields(source) if getattr(source, field.name) not in (None, "", [], 0)]
+    # Keys with these values were not set.
+    keys = [field.name for field in fields(source) if getattr(source, field.name) not in (None, "", [], 0)]
     takes = f"it takes {', '.join((*COMMON, *traits.keys))}"
-    for key in given:
+    for key in keys:
         if key not in (*COMMON, *traits.keys):
             hint = "" if ":" not in source.reader else " (a function declares its keys with @reader(keys=...))"
             raise ConfigError(
                 f"corpus source reader={source.reader}: {key}={getattr(source, key)}: this reader does not take "
                 f"{key}; {takes}{hint}"
             )
-    if missing := [need.replace("|", " or ") for need in traits.needs if not set(need.split("|")) & {*given}]:
+
+    if missing := [need.replace("|", " or ") for need in traits.needs if not set(need.split("|")) & {*keys}]:
         words = f"{', and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
         raise ConfigError(f"corpus source reader={source.reader}: {words}; {takes}")
 
 
 def text_hash(text: str) -> str:
-    """Hexadecimal SHA-256 of a text, the same for every kind of line end.
+    """Returns the hexadecimal SHA-256 of a text, the same for every kind of line end.
 
-    Raises UnicodeEncodeError for a text that is not valid Unicode (a lone surrogate).
+    Raises:
+        UnicodeEncodeError: the text is not valid Unicode (a lone surrogate).
     """
     unified = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
     return hashlib.sha256(unified.encode()).hexdigest()
@@ -166,23 +180,26 @@ def _named_reader(source: SourceConfig) -> tuple[Form, str]:
 
 
 def _imported(source: SourceConfig) -> Reader:
-    path = source.reader if ":" in source.reader else _named_reader(source)[1]
+    path = source.reader
+    if ":" not in path:
+        _, path = _named_reader(source)
     return imported_function(path, "corpus source: reader")
 
 
 def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]:
-    """The sources of one corpus.
+    """Returns the sources of one corpus.
 
     Raises:
         ConfigError: there is no such corpus or reader, or the readers give documents of several forms.
     """
     sources = config.corpora.get(corpus_name)
     if not sources:
-        there = ", ".join(sorted(config.corpora)) or "none"
+        names = ", ".join(sorted(config.corpora)) or "none"
         problem = "has no sources" if corpus_name in config.corpora else "does not exist"
-        raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {there}")
-    found = {source_form(source) for source in sources}
-    forms = [form for form in get_args(Form) if form in found]
+        raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {names}")
+
+    source_forms = {source_form(source) for source in sources}
+    forms = [form for form in get_args(Form) if form in source_forms]
     if len(forms) > 1:
         raise ConfigError(
             f"corpus {corpus_name}: readers {', '.join(source.reader for source in sources)} give "
@@ -192,15 +209,19 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
 
 
 def form_of(config: CorpusConfig, corpus_name: str) -> Form:
-    """What the documents of a corpus are."""
+    """Returns the form of the documents of a corpus.
+
+    Raises:
+        ConfigError: as `corpus_sources`.
+    """
     return source_form(corpus_sources(config, corpus_name)[0])
 
 
 def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
-    """The names of the corpora whose documents are of this form."""
+    """Lists the corpora whose documents are of this form."""
     return [name for name in config.corpora if form_of(config, name) == form]
 
 
 def text_corpora(config: CorpusConfig) -> list[str]:
-    """The names of the corpora of texts: the tokenizer is trained on them."""
+    """Lists the corpora of texts, on which the tokenizer is trained."""
     return corpora_of_form(config, "text")

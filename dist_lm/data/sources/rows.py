@@ -13,15 +13,15 @@ from typing import Any
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
+from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
 from dist_lm.data.sources.opening import unreadable
-from dist_lm.data.sources.places import bare_name, by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
-MOST_LANGUAGES = 200  # a tar holds a byte of language for each document
+MAX_LANGUAGES = 200  # a tar holds a byte of language for each document
 WITH_DEFAULT = ("licence_column", "language_column", "id_column")
 TABLES = (parquet_rows, csv_rows)  # all rows of a file have its columns
 KEYS = ("language", "licence", "path", "exclude", "column", "licence_column", "language_column", "id_column", "only")
@@ -34,17 +34,19 @@ ANY_ROWS = by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True, slots=True)
-class PlacedRow:
-    """A row and its place, `FILE:LINE`."""
+class SourceRow:
+    """A row and its location, `FILE:LINE`."""
 
-    place: str
+    location: str
     row: Row | BadRow
-    columns: Sequence[str]  # of the file, or of the row where rows differ
+    columns: Sequence[str]  # columns of the file, or of this row where rows differ
 
 
 Content = tuple[str, str]  # the text of a document and its group
 Named = list[tuple[str, str]]  # (key of the source, column)
-ContentOf = Callable[[Row, str, Sequence[str]], Content | BadRow | None]  # of a row, its column, and all columns
+ContentOf = Callable[
+    [Row, str, Sequence[str]], Content | BadRow | None
+]  # called with a row, its column, and all columns
 
 
 def list_json_lines(source: SourceConfig) -> Inputs:
@@ -60,214 +62,241 @@ def list_csv(source: SourceConfig) -> Inputs:
 
 
 def list_rows(source: SourceConfig) -> Inputs:
-    """Files of any format that has rows."""
+    """Lists files of any format that has rows."""
     return list_files(source, ANY_ROWS)
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every line of files of JSON lines as a text."""
-    yield from row_documents(source, placed_rows(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
+    """Yields every line of files of JSON lines as a text."""
+    yield from row_documents(source, rows_of_files(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of parquet files as a text. Memory is bounded by one row group."""
-    yield from row_documents(source, placed_rows(list_parquet(source), named_columns(source, TEXT), parquet_rows))
+    """Yields every row of parquet files as a text. Memory is bounded by one row group."""
+    yield from row_documents(source, rows_of_files(list_parquet(source), named_columns(source, TEXT), parquet_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of CSV files with a header as a text."""
-    yield from row_documents(source, placed_rows(list_csv(source), named_columns(source, TEXT), csv_rows))
+    """Yields every row of CSV files with a header as a text."""
+    yield from row_documents(source, rows_of_files(list_csv(source), named_columns(source, TEXT), csv_rows))
 
 
 def named_columns(source: SourceConfig, *defaults: str) -> Named:
-    """The columns that a source names. `defaults`: for `column`, where the source has none."""
+    """Returns the columns that a source names. `defaults`: for `column`, if the source names none."""
     keys = ("column", "licence_column", "language_column", "id_column")
     named = [(key, getattr(source, key)) for key in keys if getattr(source, key)]
-    return named if source.column else [("column", default) for default in defaults] + named
+    if source.column:
+        return named
+    return [("column", default) for default in defaults] + named
 
 
-def placed_rows(
+def rows_of_files(
     inputs: Inputs, columns: Named | None = None, format_of_all: Format | None = None
-) -> Iterator[PlacedRow]:
-    """The rows of all files, one after the other.
+) -> Iterator[SourceRow]:
+    """Yields the rows of all files, one after the other.
 
     Args:
-        columns: what is read of a parquet file; None: all.
-        format_of_all: of every file, whatever its suffix; none: by suffix.
+        columns: those that are read of a parquet file; None: all.
+        format_of_all: of every file, whatever its suffix; None: by suffix.
 
     Raises:
         ConfigError: a parquet or CSV file lacks the column that the licence, language or name of rows is read from.
         ArtefactError: a file is truncated, damaged or of another format; the message names the last good row.
     """
-    wanted = None if columns is None else [column for _, column in columns]
-    for one in inputs.taken:
-        rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(one.name)).suffix, jsonl_rows)
+    column_names = None if columns is None else [column for _, column in columns]
+    for file in inputs.taken:
+        read_rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(file.name)).suffix, jsonl_rows)
         number, is_checked = 0, False
         try:
-            for number, row, there in rows(one.name, wanted):
-                if not is_checked and rows in TABLES:
-                    _check_columns(one.name, columns or [], there)
+            for number, row, row_columns in read_rows(file.name, column_names):
+                # All rows of a table have its columns, so the first one tells.
+                if not is_checked and read_rows in TABLES:
+                    _check_columns(file.name, columns or [], row_columns)
                 is_checked = True
-                yield PlacedRow(f"{one.name}:{number}", row, there)
+                yield SourceRow(f"{file.name}:{number}", row, row_columns)
         except UserError:
             raise
         except (OSError, ValueError, TarError) as error:  # pyarrow's own errors are among them
             raise ArtefactError(
-                f"{one.name}: cannot be read after row or line {number}: {unreadable(error)}"
+                f"{file.name}: cannot be read after row or line {number}: {unreadable(error)}"
             ) from error
 
 
-def _check_columns(name: str, columns: Named, there: Sequence[str]) -> None:
-    """All rows of a file would take the default. Without the column of the text, each row is broken."""
+def _check_columns(name: str, columns: Named, file_columns: Sequence[str]) -> None:
+    """Refuses a file without a column that has a default: all its rows would silently take that.
+
+    A file without the column of the text needs no check, because each of its rows is broken.
+    """
     for key, column in columns:
-        if key in WITH_DEFAULT and column not in there:
+        if key in WITH_DEFAULT and column not in file_columns:
             raise ConfigError(
-                f"{name}: {key}={column}: none of its rows has it; the columns there are {', '.join(there)} (files "
-                "without a column belong into a source of their own)"
+                f"{name}: {key}={column}: none of its rows has it; the columns there are {', '.join(file_columns)} "
+                "(files without a column belong into a source of their own)"
             )
 
 
 def row_documents(
     source: SourceConfig,
-    rows: Iterable[PlacedRow],
+    rows: Iterable[SourceRow],
     default: str = TEXT,
     content_of: ContentOf | None = None,
     form: Form = "text",
 ) -> Iterator[Candidate]:
-    """A candidate for each row.
+    """Yields a candidate for each row.
 
     Args:
-        default: column of the content, where the source names none.
-        content_of: makes a document's text of a row; none: the column holds it.
+        default: column of the content, if the source names none.
+        content_of: makes a document's text of a row; None: the column holds it.
+        form: of the documents.
 
     Raises:
         ConfigError: no row has a column that the source names, or there are too many languages.
     """
     languages: set[str] = set()
-    for one in looked_ahead(source, rows, named_columns(source, default)):
-        candidate = _candidate(one, source, source.column or default, content_of or text_of, form)
+    for source_row in looked_ahead(source, rows, named_columns(source, default)):
+        candidate = _candidate(source_row, source, source.column or default, content_of or text_of, form)
         languages.add(candidate.language)
-        if len(languages) > MOST_LANGUAGES:
+        if len(languages) > MAX_LANGUAGES:
             raise ConfigError(
                 f"corpus source reader={source.reader}: language_column={source.language_column}: more than "
-                f"{MOST_LANGUAGES} languages, the last at {one.place}: choose some with only, or give language"
+                f"{MAX_LANGUAGES} languages, the last at {source_row.location}: choose some with only, or give language"
             )
         yield candidate
 
 
-def looked_ahead(source: SourceConfig, rows: Iterable[PlacedRow], columns: Named) -> Iterator[PlacedRow]:
-    """The same rows. The first ones are read ahead until each of `columns` was there.
+def looked_ahead(source: SourceConfig, rows: Iterable[SourceRow], columns: Named) -> Iterator[SourceRow]:
+    """Yields the same rows, but reads the first ones ahead until each of `columns` has occurred.
 
     Raises:
-        ConfigError: one is in none of the rows that were read ahead; the message names the columns that are there.
+        ConfigError: a column is in none of the rows that were read ahead; the message names the columns of these rows.
     """
     iterator = iter(rows)
-    ahead: list[PlacedRow] = []
+    ahead: list[SourceRow] = []
     missing = columns
-    seen: dict[str, None] = {}
-    size = 0
-    for one in iterator:
-        ahead.append(one)
-        seen |= dict.fromkeys(one.columns)
-        missing = [(key, column) for key, column in missing if column not in seen]
-        if isinstance(one.row, dict):
-            size += sum(len(value) for value in one.row.values() if isinstance(value, str | bytes))
+    row_columns: dict[str, None] = {}  # an ordered set
+    size = 0  # bytes or characters of text
+    for source_row in iterator:
+        ahead.append(source_row)
+        row_columns |= dict.fromkeys(source_row.columns)
+        missing = [(key, column) for key, column in missing if column not in row_columns]
+        if isinstance(source_row.row, dict):
+            size += sum(len(cell) for cell in source_row.row.values() if isinstance(cell, str | bytes))
         if not missing or len(ahead) == LOOK_ROWS or size > LOOK_BYTES:
             break
-    if missing and seen:
+
+    if missing and row_columns:
         key, column = missing[0]
-        there = [*seen]
-        place = f"path={', '.join(source.path)}" if source.path else f"dataset={source.dataset}"
+        names = [*row_columns]
+        origin = f"path={', '.join(source.path)}" if source.path else f"dataset={source.dataset}"
         raise ConfigError(
-            f"corpus source reader={source.reader}: {place}: {key}={column}: "
-            f"none of the first {len(ahead):,} rows has it; the columns there are {', '.join(there[:50])}"
-            f"{' ...' if len(there) > 50 else ''} (files without a column belong into a source of their own)"
+            f"corpus source reader={source.reader}: {origin}: {key}={column}: "
+            f"none of the first {len(ahead):,} rows has it; the columns there are {', '.join(names[:50])}"
+            f"{' ...' if len(names) > 50 else ''} (files without a column belong into a source of their own)"
         )
+
     yield from ahead
-    ahead.clear()
+    ahead.clear()  # the rows may hold 64 MiB
     yield from iterator
 
 
 def text_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
-    """The text of a row and its group; None where it has none."""
+    """Returns the text of a row and an empty group, the problem of a row, or None for a row without text (a null)."""
     if column not in row:
         return missing_column(column, columns)
-    value = row[column]
-    if isinstance(value, bytes):
+    text = row[column]
+    if isinstance(text, bytes):
         try:
-            value = value.decode()
+            text = text.decode()
         except UnicodeDecodeError as error:
             return BadRow("invalid_utf8", f"{column}: byte {error.start} is not UTF-8")
-    if value is None:
+    if text is None:
         return None
-    if not isinstance(value, str):
-        return BadRow("no_text", f"{column} holds a value of type {type(value).__name__}, expected text")
-    return utf8_problem(column, value) or (value, "")
+    if not isinstance(text, str):
+        return BadRow("no_text", f"{column} holds a value of type {type(text).__name__}, expected text")
+    return utf8_problem(column, text) or (text, "")
 
 
 def missing_column(column: str, columns: Sequence[str]) -> BadRow:
     return BadRow("missing_column", f"no column {column}; the columns there are {', '.join(columns) or 'none'}")
 
 
-def utf8_problem(column: str, value: str) -> BadRow | None:
-    """What keeps a text from being written as UTF-8: bytes of another encoding in CSV, or half of a character."""
-    if value.isascii():
+def utf8_problem(column: str, text: str) -> BadRow | None:
+    """Says what keeps a text from being written as UTF-8; returns None if it can be written."""
+    if text.isascii():
         return None
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        place = f"{column}, character {error.start}"
-        code = ord(value[error.start])
+        position = f"{column}, character {error.start}"
+        code = ord(text[error.start])
+        # `surrogateescape` maps byte 0xNN of another encoding, as in CSV, to U+DCNN.
         if 0xDC80 <= code <= 0xDCFF:
-            return BadRow("invalid_utf8", f"{place}: byte 0x{code - 0xDC00:02x} is not UTF-8")
-        return BadRow("invalid_utf8", f"{place}: the lone surrogate U+{code:04X}")
+            return BadRow("invalid_utf8", f"{position}: byte 0x{code - 0xDC00:02x} is not UTF-8")
+        return BadRow("invalid_utf8", f"{position}: the lone surrogate U+{code:04X}")
     return None
 
 
 def licence_of(row: Row, source: SourceConfig) -> str:
-    """The licence of a row where there is a column for it, else that of the source."""
+    """Returns the licence in the row's column for it, else that of the source; several ones separated by commas."""
     licence = own_licence(row, source) or source.licence
-    return ", ".join(map(_text, licence)) if isinstance(licence, list) else _text(licence)
+    if isinstance(licence, list):
+        return ", ".join(map(_text, licence))
+    return _text(licence)
 
 
 def own_licence(row: Row, source: SourceConfig) -> Any:
-    """What the row says of its licence; nothing where no column is named."""
-    return row.get(source.licence_column) if source.licence_column else None
+    """Returns the row's licence: whatever its column holds, or None if the source names no column."""
+    if not source.licence_column:
+        return None
+    return row.get(source.licence_column)
 
 
 def language_of(row: Row, source: SourceConfig) -> str:
-    """The language of a row in lower case where there is a column for it, else that of the source."""
-    value: Any = row.get(source.language_column) if source.language_column else None
-    return _text(value).strip().lower() if value else source.language
+    """Returns the language in the row's column for it, in lower case, else that of the source."""
+    if source.language_column and (language := row.get(source.language_column)):
+        return _text(language).strip().lower()
+    return source.language
 
 
-def _text(value: object) -> str:
-    """A value of a row; parquet files may have texts as bytes. Those that are not UTF-8 become lone surrogates."""
-    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
+def _text(cell: object) -> str:
+    """Converts a cell to text. Parquet files may have texts as bytes; invalid UTF-8 becomes lone surrogates."""
+    if isinstance(cell, bytes):
+        return cell.decode(errors="surrogateescape")
+    return str(cell)
 
 
-def _candidate(one: PlacedRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form) -> Candidate:
+def _candidate(
+    source_row: SourceRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form
+) -> Candidate:
+    """Makes a document of a row, or says why it gives none."""
+    row, location = source_row.row, source_row.location
     unknown = source.language or "unknown"
-    if isinstance(one.row, BadRow):
-        return Rejected(unknown, one.place, one.row.reason, one.row.words)
-    licence, language = licence_of(one.row, source), language_of(one.row, source)
-    name = _text(one.row.get(source.id_column) or one.place) if source.id_column else one.place
-    content = content_of(one.row, column, one.columns)
+    if isinstance(row, BadRow):
+        return Rejected(unknown, location, row.reason, row.words)
+
+    licence, language = licence_of(row, source), language_of(row, source)
+    name = location
+    if source.id_column:
+        name = _text(row.get(source.id_column) or location)
+    content = content_of(row, column, source_row.columns)
+
+    # All of these are written to files in UTF-8. The first problem is the one to report.
     problem = content if isinstance(content, BadRow) else None
-    for key, value in (("licence", licence), ("language", language), ("id", name)):
-        problem = problem or utf8_problem(key, value)
+    for key, text in (("licence", licence), ("language", language), ("id", name)):
+        problem = problem or utf8_problem(key, text)
     if not language:
         problem = problem or BadRow(
             "no_language", f"no language in {source.language_column}, and the source has no language"
         )
     if problem:
-        return Rejected(unknown, one.place, problem.reason, problem.words)
+        return Rejected(unknown, location, problem.reason, problem.words)
+
     if source.only and language not in map(str.lower, source.only):
-        return Rejected("others", one.place, "other_language")
+        return Rejected("others", location, "other_language")
     if not isinstance(content, tuple):
-        return Rejected(language, one.place, "empty")
-    own = bool(own_licence(one.row, source))
-    return Document(content[0], language, name, licence, content[1], form, own_licence=own)
+        return Rejected(language, location, "empty")
+    text, group = content
+    return Document(text, language, name, licence, group, form, own_licence=bool(own_licence(row, source)))

@@ -1,4 +1,4 @@
-"""Webdataset tars of others: consecutive members with the same key are a sample, and one of them is the text.
+"""Reads webdataset tars of any origin: consecutive members with the same key are a sample, one of them is the text.
 
 A sample is a row. Its columns are the extensions of its members (`txt`) and the keys of its `.json` member; `column`
 names the one that holds the text. Members of other kinds are never decoded.
@@ -12,11 +12,11 @@ from itertools import groupby
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
-from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row
+from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row, columns_of
+from dist_lm.data.sources.listing import by_suffix, list_files
 from dist_lm.data.sources.opening import open_content
-from dist_lm.data.sources.places import by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, reader
-from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, placed_rows, row_documents
+from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, row_documents, rows_of_files
 from dist_lm.errors import ArtefactError
 
 TEXT_MEMBER = "txt"  # extension
@@ -35,60 +35,76 @@ def list_tars(source: SourceConfig) -> Inputs:
     advice="check path and column; no sample has text in that member",
 )
 def read_tars(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every sample of webdataset tars as a text."""
-    rows = placed_rows(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
+    """Yields every sample of webdataset tars as a text."""
+    rows = rows_of_files(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
     yield from row_documents(source, rows, TEXT_MEMBER)
 
 
-def samples(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """The samples of a tar by key: the members that `wanted` names as bytes, and the keys of the .json member.
+def samples(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """Reads the samples of a tar by key: their wanted members as bytes, and the keys of the .json member.
 
     Raises:
-        ArtefactError: the tar is cut, or goes on after its end mark.
+        ArtefactError: the tar is truncated, or continues after its end mark.
     """
+    # As a stream: a tar may be behind http or compressed, where seeking is slow.
     with open_content(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for key, members in groupby(_members(tar), key=lambda member: member[0]):
-            row = _row(members, tar, {*(wanted or ())})
-            shown = key.encode(errors="backslashreplace").decode()  # names in tars may have any encoding
-            yield shown, row, () if isinstance(row, BadRow) else tuple(row)
+            row = _row(members, tar, {*(wanted_columns or ())})
+            printable_key = key.encode(errors="backslashreplace").decode()  # names in tars may have any encoding
+            yield printable_key, row, columns_of(row)
         _check_end(name, tar)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """`(key, extension, member)` of every file with an extension."""
+    """Yields `(key, extension, member)` of every file with an extension."""
     for member in tar:
-        tar.members.clear()  # type: ignore[attr-defined]  the list grows with the file
+        tar.members.clear()  # type: ignore[attr-defined]  the list would grow with the file
         if member.isreg() and (match := KEY.fullmatch(member.name)):
             yield match[1], match[2].lower(), member
 
 
-def _row(members: Iterator[tuple[str, str, tarfile.TarInfo]], tar: tarfile.TarFile, wanted: set[str]) -> Row | BadRow:
-    """A sample. A member that nobody asks for has the value None; .json is parsed where a column is no member."""
+def _row(
+    members: Iterator[tuple[str, str, tarfile.TarInfo]], tar: tarfile.TarFile, wanted_columns: set[str]
+) -> Row | BadRow:
+    """Reads a sample.
+
+    A member that is not wanted has the value None, and .json is parsed only if a wanted column is no member.
+    """
     row: Row = {}
     problem: BadRow | None = None
     for _, extension, member in members:
         if row.get(extension) is not None:
             problem = BadRow("broken_sample", f"the member .{extension} is there twice")
         row[extension] = None
-        if extension not in {"json", *wanted}:
+        if extension not in {"json", *wanted_columns}:
             continue
+
         if member.size > LONGEST:
             problem = BadRow("too_long", f".{extension} has {member.size:,} bytes, at most {LONGEST:,} are read")
             continue
         content = tar.extractfile(member)
         assert content is not None, "a regular file"
         row[extension] = content.read()
-    if problem or wanted <= row.keys() or "json" not in row:
+
+    if problem or wanted_columns <= row.keys() or "json" not in row:
         return problem or row
     try:
         parsed = json.loads(row["json"].decode())
     except (ValueError, RecursionError) as error:
         return BadRow("broken_json", f"the member .json: broken JSON ({error})")
-    return parsed | row if isinstance(parsed, dict) else row
+    if not isinstance(parsed, dict):
+        return row
+    return parsed | row  # a member wins over a key of the same name
 
 
 def _check_end(name: str, tar: tarfile.TarFile) -> None:
-    """tarfile takes a header that is cut for the end, and stops at the first end mark."""
+    """Refuses a tar that tarfile did not read to its end.
+
+    tarfile takes a truncated header for the end, and stops at the first end mark.
+
+    Raises:
+        ArtefactError: the tar is truncated, or continues after its end mark.
+    """
     stream = tar.fileobj
     assert stream is not None
     if stream.tell() - tar.offset != tarfile.BLOCKSIZE:

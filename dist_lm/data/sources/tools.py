@@ -1,4 +1,4 @@
-"""Conversations with tools: generated ones (`dist_lm.tools.data`), and rows of a hub data set in xLAM's format.
+"""Reads conversations with tools: generated ones (`dist_lm.tools.data`), and rows of a hub data set in xLAM's format.
 
 Both are split by tool: the tools of val conversations appear in no train conversation.
 """
@@ -23,7 +23,7 @@ COLUMNS = ("query", "tools", "answers")
 
 @reader(form="conversation", seeded=True, revision=REVISION)
 def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` generated conversations (0: `DEFAULT_DOCUMENTS`); number i depends on `(seed, i)` alone.
+    """Yields `source.limit` generated conversations (0: `DEFAULT_DOCUMENTS`); number i depends on `(seed, i)` alone.
 
     The language of a document is that of the source and the kind of the example: `tools_parallel`.
     """
@@ -46,23 +46,25 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     advice="check dataset and split; no row makes a conversation",
 )
 def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of a data set, or of files with its columns, as a conversation. `seed` is not used.
+    """Yields every row of a data set, or of files with its columns, as a conversation. `seed` is not used.
 
     Raises:
         ConfigError: the `datasets` package or a column is missing.
         ArtefactError: the data set cannot be read.
     """
-    for one in looked_ahead(source, data_set_rows(source), named_columns(source, *COLUMNS)):
-        name, row = one.place, one.row
+    for source_row in looked_ahead(source, data_set_rows(source), named_columns(source, *COLUMNS)):
+        name, row = source_row.location, source_row.row
         if isinstance(row, BadRow):
             yield Rejected(source.language, name, row.reason, row.words)
             continue
+
         try:
             conversation = conversation_of_row(row)
             text = write_conversation(conversation)
         except UserError:
             yield Rejected(source.language, name, "invalid_calls")
             continue
+
         yield Document(
             text=text,
             language=f"{source.language}_hub",
@@ -75,6 +77,6 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 
 def _tools_of(conversation: Conversation) -> list[str]:
-    """The names of the tools that are called, in alphabetical order; without a call, of all tools."""
+    """Names the tools that are called, in alphabetical order; without a call, all tools."""
     called = {call.name for message in conversation.messages for call in message.calls}
     return sorted(called or {tool.name for tool in conversation.tools})
