@@ -19,7 +19,7 @@ from dist_lm.errors import ConfigError
 
 CONVERSATIONS = "tools"  # corpus that stage=tools reads
 MIXED = ("code", "language")  # corpora that stage=tools mixes in
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a corpus file: the launch reads it as a word, not as a number
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # names of corpus files
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # scalars that need no quotes
 UNSET = "# of all documents, such as MIT; data inspect counts documents by licence"
 
@@ -37,19 +37,26 @@ _Writer.add_representer(str, _scalar)
 
 
 def one_line(text: str) -> str:
-    """`text` with escapes for line breaks and all other characters that do not print."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    """Replaces line breaks and all other characters that do not print by escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
-def check_name(name: str, taken: Sequence[str]) -> None:
-    """Refuse a name that `corpus=NAME` would not choose.
+def check_name(name: str, reserved_names: Sequence[str]) -> None:
+    """Refuses a name that `corpus=NAME` would not choose.
 
     Args:
-        taken: the corpus files of dist_lm.
+        reserved_names: the corpus files of dist_lm.
+
+    Raises:
+        ConfigError: names the reason.
     """
-    if name in taken:
+    if name in reserved_names:
         raise ConfigError(f"--out: corpus={name} is a file of dist_lm, and would be used instead: choose another name")
-    is_number = name.lower() in ("inf", "nan")  # for Hydra
+
+    # The launch must read the name as a word. These are numbers for Hydra, and words for YAML.
+    is_number = name.lower() in ("inf", "nan")
     if is_number or not NAME.fullmatch(name) or not isinstance(yaml.safe_load(name), str):
         raise ConfigError(
             f"--out: corpus={one_line(name)} would not choose this file: expected a name of letters, digits, _, - and "
@@ -64,76 +71,91 @@ def corpus_file(
     documents: Mapping[str, Mapping[str, int]],
     remarks: Sequence[str] = (),
 ) -> str:
-    """The text of the corpus file.
+    """Writes the text of the corpus file.
 
     Args:
-        command: what was typed.
-        documents: by corpus and language.
+        command: the words of the command line that was typed.
+        out: the path of the file.
+        by_corpus: the sources of each corpus.
+        documents: number of documents by corpus and language.
         remarks: comments on the whole file.
 
     Raises:
-        ConfigError: the text would not be read as it is meant.
+        ConfigError: a launch would not read the text as it is meant.
     """
-    comments = [f"Written by: {shlex.join(command)}", *(f"  {one}" for one in next_commands(out, [*by_corpus]))]
+    comments = [f"Written by: {shlex.join(command)}"]
+    comments += [f"  {line}" for line in next_commands(out, [*by_corpus])]
     lines = [f"# {one_line(comment)}" for comment in (*comments, *remarks)]
     lines += [*_yaml({"name": out.stem}), "corpora:"]
-    meant: dict[str, list[dict[str, Any]]] = {}
+
+    corpora: dict[str, list[dict[str, Any]]] = {}
     for name, proposals in by_corpus.items():
         lines += [f"  {name}:"]
         for proposal in proposals:
             source = dict(proposal.source)
+            # An empty licence at the end of the source asks the user to fill it in.
             has_licence = "licence_column" in source
-            source |= {} if has_licence else {"licence": ""}
-            meant.setdefault(name, []).append(source)
+            if not has_licence:
+                source["licence"] = ""
+            corpora.setdefault(name, []).append(source)
+
             lines += [f"    # {one_line(note)}" for note in (proposal.inputs.summary(), *proposal.notes)]
             lines += [f"    {line}" for line in _yaml([source])]
-            lines[-1] += "" if has_licence else f"  {UNSET}"
+            if not has_licence:
+                lines[-1] += f"  {UNSET}"
         languages = ", ".join(f"{language} {count:,}" for language, count in documents[name].items())
         lines += [f"    # documents: {one_line(languages)}"]
+
     text = "\n".join([*lines, ""])
-    _check(text, {"name": out.stem, "corpora": meant}, out)
+    _check(text, {"name": out.stem, "corpora": corpora}, out)
     return text
 
 
 def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
-    """How to train on the file: a line for each stage, in the order of the pipeline.
+    """Yields the commands that train on the file: a line for each stage, in the order of the pipeline.
 
-    A stage starts from the model of the stage before, and stage=tools mixes in the corpora of both: what the file lacks
-    is left out.
+    By default a stage starts from the model of the stage before, and stage=tools mixes in the corpora of both.
+    Overrides take out what the file lacks.
     """
-    words = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
-    before = ""
+    command = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
+    previous_stage = ""
     for stage in ("language", "code", CONVERSATIONS):
         if stage not in corpora:
             continue
-        extra = []
-        if not before and stage != "language":
-            extra = ["stage.init_from=none"]
-        elif (before, stage) == ("language", CONVERSATIONS):
-            extra = ["stage.init_from=work/runs/language/default"]
-        missing = [name for name in MIXED if name not in corpora] if stage == CONVERSATIONS else []
-        extra += ["stage.mix=null"] if len(missing) == len(MIXED) else [f"stage.mix.{name}=0" for name in missing]
-        yield shlex.join([*words, f"stage={stage}", *extra])
-        before = stage
+
+        overrides = []
+        if not previous_stage and stage != "language":
+            overrides = ["stage.init_from=none"]
+        elif (previous_stage, stage) == ("language", CONVERSATIONS):
+            overrides = ["stage.init_from=work/runs/language/default"]
+
+        if stage == CONVERSATIONS:
+            missing = [name for name in MIXED if name not in corpora]
+            if len(missing) == len(MIXED):
+                overrides += ["stage.mix=null"]
+            else:
+                overrides += [f"stage.mix.{name}=0" for name in missing]
+        yield shlex.join([*command, f"stage={stage}", *overrides])
+        previous_stage = stage
 
 
-def _yaml(value: Any) -> list[str]:
-    text = yaml.dump(value, Dumper=_Writer, sort_keys=False, width=1 << 30, allow_unicode=True)
+def _yaml(content: Any) -> list[str]:
+    text = yaml.dump(content, Dumper=_Writer, sort_keys=False, width=1 << 30, allow_unicode=True)
     return text.removesuffix("\n").split("\n")
 
 
-def _check(text: str, meant: Mapping[str, Any], out: Path) -> None:
-    """Read the text as the launch does.
+def _check(text: str, expected: Mapping[str, Any], out: Path) -> None:
+    """Reads the text as the launch does.
 
     Raises:
-        ConfigError: it holds something else than `meant`.
+        ConfigError: it holds something else than `expected`.
     """
     try:
-        found = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        parsed = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        found = one_line(str(error))
-    if found != meant:
+        parsed = one_line(str(error))
+    if parsed != expected:
         raise ConfigError(
-            f"--out {one_line(str(out))}: not written: a launch would read {one_line(str(found))[:300]} "
-            f"instead of {one_line(str(meant))[:300]}: rename the column or file with the unusual name"
+            f"--out {one_line(str(out))}: not written: a launch would read {one_line(str(parsed))[:300]} "
+            f"instead of {one_line(str(expected))[:300]}: rename the column or file with the unusual name"
         )

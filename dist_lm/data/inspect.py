@@ -24,26 +24,29 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import gib
 
 SAMPLE_TOKENS = 160  # longest part shown of a document
-ORIGINS_SHOWN = 12
+LISTED_ORIGINS = 12
 SEQ_LENS = (512, 768, 1024, 2048, 4096)  # the table shows the share of longer conversations for each of these
 
 
 def inspect_corpus(directory: Path) -> dict[str, Any]:
-    """Counts, integrity and origins of a corpus as a JSON value. Reads and hashes every tar.
+    """Returns counts, integrity and origins of a corpus for JSON. Reads and hashes every tar.
 
     Raises:
         ArtefactError: `directory` is not a corpus.
     """
     manifest = _manifest(directory)
-    state = verify(directory, manifest)
-    problems = [f"{name}: not in the manifest" for name in entries(directory)[1]]
-    licences: Counter[tuple[str, str]] = Counter()
+    states = verify(directory, manifest)
+    _, foreign_files = entries(directory)
+    problems = [f"{name}: not in the manifest" for name in foreign_files]
+
+    licences: Counter[tuple[str, str]] = Counter()  # (language, licence) -> documents
     origins: Counter[str] = Counter()
-    for shard in (shard for split in manifest.splits.values() for shard in split.shards if state[shard.name] == "ok"):
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards if states[shard.name] == "ok"):
         try:
             _count_origins(directory / shard.name, shard, licences, origins)
         except (OSError, ValueError, KeyError, ZstdError) as error:
             problems.append(f"licences and sources of {shard.name} cannot be read: {error}")
+
     return {
         "directory": str(directory),
         "tokenizer_sha256": manifest.recipe.tokenizer_sha256,
@@ -51,12 +54,12 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
         "splits": {
             name: {
                 "total": asdict(split.counts),
-                "languages": {k: asdict(v) for k, v in split.languages.items()},
+                "languages": {language: asdict(counts) for language, counts in split.languages.items()},
             }
             for name, split in manifest.splits.items()
         },
         "shards": [
-            {**asdict(shard), "members": len(shard.checksums()), "split": name, "state": state[shard.name]}
+            {**asdict(shard), "members": len(shard.checksums()), "split": name, "state": states[shard.name]}
             for name, split in manifest.splits.items()
             for shard in split.shards
         ],
@@ -73,10 +76,10 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
 
 
 def licences_of(directory: Path, manifest: Manifest) -> Counter[str]:
-    """Documents of a corpus by licence, as its tars say. No tar is hashed.
+    """Counts the documents of a corpus by licence, from the files beside its tars. No tar is read.
 
     Raises:
-        ArtefactError: a tar cannot be read.
+        ArtefactError: such a file cannot be read.
     """
     licences: Counter[str] = Counter()
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
@@ -88,7 +91,7 @@ def licences_of(directory: Path, manifest: Manifest) -> Counter[str]:
 
 
 def verify(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """Compare every byte of every tar with the manifest: tar name -> `ok` or the difference."""
+    """Compares every byte of every tar with the manifest: tar name -> `ok` or the difference."""
     return {
         shard.name: _state(directory, name, shard, manifest.recipe.vocab_size)
         for name, split in manifest.splits.items()
@@ -97,9 +100,10 @@ def verify(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def print_corpus(directory: Path, console: Console) -> bool:
-    """Print `inspect_corpus` and a document of each language.
+    """Prints `inspect_corpus` and a document of each language.
 
-    Returns whether every tar is intact, and the folder holds nothing else.
+    Returns:
+        Whether every tar is intact, and the folder holds nothing else.
     """
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))
@@ -109,11 +113,14 @@ def print_corpus(directory: Path, console: Console) -> bool:
         console.print(_ingest_table(sources))
     console.print(_licence_table(summary["licences"]))
     console.print(_origin_table(summary["origins"]))
+
     for inputs in map(Inputs.from_json, summary["inputs"]):
         if inputs.files:
             console.print(Text(f"{inputs.files[0].name} ...: {inputs.summary()}"))
     for problem in summary["problems"]:
         console.print(Text(problem, style="yellow"))
+
+    # The samples are read from the tars, and would end in an error.
     if any(shard["state"] != "ok" for shard in summary["shards"]):
         console.print(Text("Some shards are damaged; no sample is shown.", style="red"))
         return False
@@ -125,15 +132,20 @@ def print_corpus(directory: Path, console: Console) -> bool:
 
 
 def origin_of(source: str) -> str:
-    """The folder or data set of a document: its source without file name and row."""
-    place = re.split(r"[:#](?!//)", source, maxsplit=1)[0]
-    return str(Path(place).parent) if place.startswith("/") else place
+    """Returns the folder or data set of a document: its source without file name and row."""
+    # Row numbers follow a colon or #, but the colon of a URL's scheme is followed by //.
+    name = re.split(r"[:#](?!//)", source, maxsplit=1)[0]
+    if name.startswith("/"):
+        return str(Path(name).parent)
+    return name
 
 
 def _manifest(directory: Path) -> Manifest:
-    """Read the manifest. If the folder is not a corpus, the error names corpora nearby."""
+    """Reads the manifest. If the folder is not a corpus, the error names corpora nearby."""
     if manifest_path(directory).is_file():
         return read_manifest(directory)
+
+    # Often it is the work directory, or a misspelt name beside the corpus.
     near = sorted(path.parent for folder in (directory, directory.parent) for path in folder.glob("*/manifest.json"))
     if near:
         raise ArtefactError(f"{directory} is not a corpus; these are: {', '.join(map(str, near))}")
@@ -141,10 +153,12 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
-    """`ok`, or what is wrong with a tar."""
+    """Returns `ok`, or what is wrong with a tar."""
     state = shard_state(directory / shard.name, shard, hashes=True)
     if state != "ok" or not shard.counts.documents:
         return state
+
+    # The bytes are those that were written; members and ids must be right too.
     try:
         index = open_index(directory / shard.name, shard)
         TokenCorpus(directory, split, [shard], [index], vocab_size).check()
@@ -154,11 +168,11 @@ def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
 
 
 def _count_origins(tar: Path, shard: Shard, licences: Counter[tuple[str, str]], origins: Counter[str]) -> None:
-    """Count the documents of a tar by (language, licence), and by origin."""
-    index, found = open_index(tar, shard), list(read_origins(tar))
-    for code, one in zip(index.documents["language"].tolist(), found, strict=True):
-        licences[index.languages[code], one.licence] += 1
-        origins[origin_of(one.source)] += 1
+    """Counts the documents of a tar by (language, licence), and by origin."""
+    index = open_index(tar, shard)
+    for code, document in zip(index.documents["language"].tolist(), list(read_origins(tar)), strict=True):
+        licences[index.languages[code], document.licence] += 1
+        origins[origin_of(document.source)] += 1
 
 
 def _language_table(splits: dict[str, Any]) -> Table:
@@ -191,7 +205,7 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
 
 
 def _ingest_table(sources: dict[str, Any]) -> Table:
-    """What became of the documents of each source."""
+    """Makes a table of the documents of each source: read, kept, and dropped by reason."""
     table = Table("source", title="What was read", title_justify="left")
     for name in ("documents", "kept"):
         table.add_column(name, justify="right")
@@ -214,15 +228,15 @@ def _licence_table(licences: list[dict[str, Any]]) -> Table:
 def _origin_table(origins: list[dict[str, Any]]) -> Table:
     table = Table("source", title="Sources", title_justify="left")
     table.add_column("documents", justify="right")
-    for row in origins[:ORIGINS_SHOWN]:
+    for row in origins[:LISTED_ORIGINS]:
         table.add_row(Text(row["origin"]), f"{row['documents']:,}")
-    if rest := origins[ORIGINS_SHOWN:]:
+    if rest := origins[LISTED_ORIGINS:]:
         table.add_row(f"and {len(rest):,} more", f"{sum(row['documents'] for row in rest):,}")
     return table
 
 
 def _longer_table(corpus: TokenCorpus) -> Table:
-    """The share of conversations that are too long for a sequence, which training leaves out."""
+    """Makes a table of the conversations that are too long for a sequence: training leaves them out."""
     table = Table("stage.seq_len", title="Conversations left out", title_justify="left")
     for name in ("conversations", "share"):
         table.add_column(name, justify="right")
@@ -233,12 +247,15 @@ def _longer_table(corpus: TokenCorpus) -> Table:
 
 
 def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> None:
-    """The beginning of the first document of each language, if the tokenizer of the corpus is in the work directory."""
+    """Prints the beginning of the first document of each language.
+
+    Needs the tokenizer of the corpus in the work directory; without it, prints a line that says so.
+    """
     model = WorkDirectory(directory.resolve().parents[1]).tokenizer_model
     if not model.is_file() or durable.sha256_of(model) != tokenizer_sha256:
         console.print(Text(f"No samples: the tokenizer of this corpus is not at {model}.", style="yellow"))
         return
-    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.tokenizer.tokenizer import Tokenizer  # imports SentencePiece, which most calls do not need
 
     tokenizer = Tokenizer.load(model)
     corpus = TokenCorpus.open(directory, "train")
@@ -246,7 +263,7 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
         document = int((corpus.language_codes == code).argmax())
         length = int(corpus.lengths[document])
         tokens = corpus.tokens(document, 1, min(length, 1 + SAMPLE_TOKENS))  # without the first end-of-text
+        # Conversations have special tokens, which `decode` leaves out.
+        text = "".join(tokenizer.pieces(tokens)) if corpus.has_mask else tokenizer.decode(tokens.tolist())
         console.print(Rule(Text(f"{language}: {length:,} tokens"), align="left"))
-        marks = corpus.has_mask  # conversations have special tokens, which `decode` leaves out
-        text = "".join(tokenizer.pieces(tokens)) if marks else tokenizer.decode(tokens.tolist())
         console.print(Text(text + (" ..." if length > 1 + SAMPLE_TOKENS else "")))

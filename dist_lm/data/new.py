@@ -1,4 +1,4 @@
-"""`dist-lm data new PATH... --out DIR/corpus/NAME.yaml`: looks at data and writes a corpus file for it."""
+"""`dist-lm data new PATH... --out DIR/corpus/NAME.yaml` looks at data and writes a corpus file for it."""
 
 import io
 import json
@@ -22,9 +22,9 @@ from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import gib
 
-GLANCE_BYTES = 16 << 20  # of text, to tell prose from code
+GLANCE_BYTES = 16 << 20  # text that is read to tell prose from code
 SHARD_BYTES = 2  # a token, for vocabularies up to 65,536
-SHOWN = 8  # licences of a corpus
+LISTED = 8  # licences and dropped items of a corpus that are printed
 NO_TEXT = (
     "conversations train no tokenizer: add a place with text, or tokenizer=PATH to the command (tokenizer=keep: that "
     "of the work directory)"
@@ -34,28 +34,28 @@ READABLE = 0.99  # share of broken rows up to which they are counted; a launch r
 
 @dataclass
 class Survey:
-    """What a corpus holds, as far as it was read."""
+    """Counts of a corpus, as far as it was read."""
 
     report: IngestReport = field(default_factory=IngestReport)
-    documents: Counter[str] = field(default_factory=Counter)  # by language
-    bytes: Counter[str] = field(default_factory=Counter)  # UTF-8, by language
-    licences: Counter[str] = field(default_factory=Counter)  # documents
-    sources: Counter[str] = field(default_factory=Counter)  # documents
+    documents: Counter[str] = field(default_factory=Counter)  # language -> documents
+    bytes: Counter[str] = field(default_factory=Counter)  # language -> bytes in UTF-8
+    licences: Counter[str] = field(default_factory=Counter)  # licence -> documents
+    sources: Counter[str] = field(default_factory=Counter)  # source -> documents
     broken: list[dict[str, str]] = field(default_factory=list)  # lines of rejected.jsonl
     is_whole: bool = True
 
     def worst_source(self) -> tuple[str, float]:
-        """The source with the largest share of broken rows, and that share."""
-        reasons = {one["reason"] for one in self.broken}
+        """Returns the source with the largest share of broken rows, and that share."""
+        reasons = {row["reason"] for row in self.broken}
         shares = [("", 0.0)]
         for name, tally in self.report.sources.items():
-            bad = sum(count for reason, count in tally.dropped.items() if reason in reasons)
-            shares.append((name, bad / max(1, self.sources[name] + tally.seen)))
-        return max(shares, key=lambda one: one[1])
+            n_broken = sum(count for reason, count in tally.dropped.items() if reason in reasons)
+            shares.append((name, n_broken / max(1, self.sources[name] + tally.seen)))
+        return max(shares, key=lambda name_and_share: name_and_share[1])
 
 
 def new_corpus(
-    places: Sequence[str],
+    paths: Sequence[str],
     out: Path,
     console: Console,
     *,
@@ -63,122 +63,144 @@ def new_corpus(
     force: bool = False,
     taken: Sequence[str] = (),
 ) -> None:
-    """Write the corpus file `out` for the data at `places`, and print what is there.
+    """Writes the corpus file `out` for data, and prints what the data holds.
 
     Args:
+        paths: files, folders, globs or URLs of the data.
         sample_bytes: text that is read of each corpus.
         force: replace an existing file.
         taken: the corpus files of dist_lm, whose names no other file may have.
 
     Raises:
-        ConfigError: `out` is no place for a corpus file, there is no data, or its columns do not make documents.
+        ConfigError: `out` is no path for a corpus file, there is no data, or its columns do not make documents.
     """
-    _check_place(out, force, taken)
-    for place in places:
-        check_text("PATH", place)
-    proposals = [proposal for place in places for proposal in propose(_absolute(place))]
+    _check_out(out, force, taken)
+    for path in paths:
+        check_text("PATH", path)
+    proposals = [proposal for path in paths for proposal in propose(_absolute(path))]
     by_corpus = _by_corpus(proposals)
+
+    # Broken rows are counted and reported here, so that nearly any share of them is accepted.
     config = CorpusConfig(
         name=out.stem,
-        corpora={name: [one.typed() for one in ones] for name, ones in by_corpus.items()},
+        corpora={name: [source.typed() for source in sources] for name, sources in by_corpus.items()},
         max_bad_fraction=READABLE,
     )
     surveys = {name: survey(config, name, sample_bytes) for name in by_corpus}
-    remarks = [line for found in surveys.values() if (line := _too_broken(found))]
+    remarks = [line for corpus_survey in surveys.values() if (line := _too_broken(corpus_survey))]
     if list(by_corpus) == [CONVERSATIONS]:
         remarks.append(NO_TEXT)
-    documents = {name: dict(found.documents.most_common()) for name, found in surveys.items()}
-    command = ["dist-lm", "data", "new", *places, "--out", str(out)]
+
+    documents = {name: dict(corpus_survey.documents.most_common()) for name, corpus_survey in surveys.items()}
+    command = ["dist-lm", "data", "new", *paths, "--out", str(out)]
     durable.write_text(out, corpus_file(command, out, by_corpus, documents, remarks))
-    for name, found in surveys.items():
-        _print(name, found, by_corpus[name], console)
+
+    for name, corpus_survey in surveys.items():
+        _print(name, corpus_survey, by_corpus[name], console)
     console.print(Text(one_line(f"written: {out}"), style="bold"))
     for line in (*remarks, *next_commands(out, list(by_corpus))):
         console.print(Text(one_line(line)), soft_wrap=True)
 
 
 def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
-    """Read a corpus, cleaned and without duplicates, up to `sample_bytes` of text."""
-    found = Survey()
-    broken = io.StringIO()
-    for item in Texts(config, seed=0).screened(corpus_name, found.report, broken):
-        document = item.document
-        found.documents[document.language] += 1
-        found.bytes[document.language] += item.n_bytes
-        found.licences[document.licence or "not given"] += 1
-        found.sources[source_name(item.source)] += 1
-        if found.bytes.total() >= sample_bytes:
-            found.is_whole = False
+    """Reads a corpus, cleaned and without duplicates, up to `sample_bytes` of text."""
+    counts = Survey()
+    rejected = io.StringIO()
+    for record in Texts(config, seed=0).screened(corpus_name, counts.report, rejected):
+        document = record.document
+        counts.documents[document.language] += 1
+        counts.bytes[document.language] += record.n_bytes
+        counts.licences[document.licence or "not given"] += 1
+        counts.sources[source_name(record.source)] += 1
+        if counts.bytes.total() >= sample_bytes:
+            counts.is_whole = False
             break
-    found.broken = [json.loads(line) for line in broken.getvalue().splitlines()]
-    return found
+    counts.broken = [json.loads(line) for line in rejected.getvalue().splitlines()]
+    return counts
 
 
-def _too_broken(found: Survey) -> str:
-    """What to do about a source of whose rows a launch would refuse so many broken ones; else empty."""
-    most = CorpusConfig.max_bad_fraction
-    name, share = found.worst_source()
-    if share <= most:
+def _too_broken(counts: Survey) -> str:
+    """Advises about a source that a launch would refuse for its broken rows; empty if there is none."""
+    limit = CorpusConfig.max_bad_fraction
+    name, share = counts.worst_source()
+    if share <= limit:
         return ""
-    first = found.broken[0]
+    first = counts.broken[0]
     return (
-        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={most:g}, so a launch refuses them: "
+        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so a launch refuses them: "
         f"mend them, or add a line `max_bad_fraction: {min(0.99, 1.5 * share):.2g}` to this file. "
         f"The first: {first['place']}: {first['error']}"
     )
 
 
-def _check_place(out: Path, force: bool, taken: Sequence[str]) -> None:
-    """Refuse a place where no launch would find the file, or where it cannot be written; the folder is created."""
-    shown = one_line(f"--out {out}")
+def _check_out(out: Path, force: bool, reserved_names: Sequence[str]) -> None:
+    """Refuses a path where no launch would find the file, or where it cannot be written. Creates its folder.
+
+    Raises:
+        ConfigError: says what is wrong with the path.
+    """
+    option = one_line(f"--out {out}")
     if out.suffix != ".yaml" or out.parent.name != "corpus":
-        raise ConfigError(f"{shown}: expected DIR/corpus/NAME.yaml, which `--config-dir DIR corpus=NAME` reads")
-    check_name(out.stem, taken)
+        raise ConfigError(f"{option}: expected DIR/corpus/NAME.yaml, which `--config-dir DIR corpus=NAME` reads")
+    check_name(out.stem, reserved_names)
     if out.is_dir():
-        raise ConfigError(f"{shown}: this is a folder: choose another name")
+        raise ConfigError(f"{option}: this is a folder: choose another name")
     if out.exists() and not force:
-        raise ConfigError(f"{shown}: there is such a file: choose another name, or give --force to replace it")
+        raise ConfigError(f"{option}: there is such a file: choose another name, or give --force to replace it")
+
+    # Reading the data may take minutes: whether the file can be written is tried before.
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise ConfigError(f"{shown}: cannot be written ({brief(error)}): choose a folder of your own") from error
+        raise ConfigError(f"{option}: cannot be written ({brief(error)}): choose a folder of your own") from error
 
 
-def _absolute(place: str) -> str:
-    """The place as the corpus file names it: it may be read from another folder."""
-    return place if "://" in place else str(Path(place).expanduser().absolute())
+def _absolute(path: str) -> str:
+    """Returns the path or URL as the corpus file names it: absolute, because a launch may start in another folder."""
+    if "://" in path:
+        return path
+    return str(Path(path).expanduser().absolute())
 
 
 def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
-    """The proposals by the corpora that the stages read: language, code and tools."""
-    found: dict[str, list[Proposal]] = {}
-    for one in proposals:
-        config = CorpusConfig(name="new", corpora={"text": [one.typed()]}, max_bad_fraction=READABLE)
-        prose = not one.conversations and is_prose(survey(config, "text", GLANCE_BYTES).bytes, one.is_code)
-        found.setdefault(CONVERSATIONS if one.conversations else "language" if prose else "code", []).append(one)
-    return {name: found[name] for name in ("language", "code", CONVERSATIONS) if name in found}
+    """Groups the proposals by the corpora that the stages read: language, code and tools, in this order."""
+    by_corpus: dict[str, list[Proposal]] = {"language": [], "code": [], CONVERSATIONS: []}
+    for proposal in proposals:
+        # The readers give the languages, so a part of the text is read for the decision.
+        config = CorpusConfig(name="new", corpora={"text": [proposal.typed()]}, max_bad_fraction=READABLE)
+        if proposal.conversations:
+            by_corpus[CONVERSATIONS].append(proposal)
+        elif is_prose(survey(config, "text", GLANCE_BYTES).bytes, proposal.is_code):
+            by_corpus["language"].append(proposal)
+        else:
+            by_corpus["code"].append(proposal)
+    return {name: sources for name, sources in by_corpus.items() if sources}
 
 
-def _print(name: str, found: Survey, proposals: Sequence[Proposal], console: Console) -> None:
-    read = "" if found.is_whole else f", the first {gib(found.bytes.total())} of text"
-    table = Table("language", title=f"corpus {name}{read}", title_justify="left")
+def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Console) -> None:
+    """Prints the counts of a corpus, its sources, and what a build would drop."""
+    part = "" if counts.is_whole else f", the first {gib(counts.bytes.total())} of text"
+    table = Table("language", title=f"corpus {name}{part}", title_justify="left")
     table.add_column("documents", justify="right")
     table.add_column("bytes", justify="right")
-    for language, documents in found.documents.most_common():
-        table.add_row(Text(one_line(language)), f"{documents:,}", f"{found.bytes[language]:,}")
-    table.add_row("all", f"{found.documents.total():,}", f"{found.bytes.total():,}")
+    for language, n_documents in counts.documents.most_common():
+        table.add_row(Text(one_line(language)), f"{n_documents:,}", f"{counts.bytes[language]:,}")
+    table.add_row("all", f"{counts.documents.total():,}", f"{counts.bytes.total():,}")
     console.print(table)
+
     for proposal in proposals:
         console.print(Text(one_line(f"{proposal.source['path']}: {proposal.inputs.summary()}")), soft_wrap=True)
         for note in proposal.notes:
             console.print(Text(one_line(f"  {note}")), soft_wrap=True)
-    licences = ", ".join(f"{licence} {count:,}" for licence, count in found.licences.most_common(SHOWN))
+
+    licences = ", ".join(f"{licence} {count:,}" for licence, count in counts.licences.most_common(LISTED))
     console.print(Text(one_line(f"licences: {licences or 'none'}")), soft_wrap=True)
-    dropped = sum((Counter(tally.dropped) for tally in found.report.languages.values()), Counter())
-    counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common()) or "nothing"
-    console.print(Text(f"would be dropped: {counts}"), soft_wrap=True)
-    for example in found.report.rejected[:SHOWN]:
+    dropped = sum((Counter(tally.dropped) for tally in counts.report.languages.values()), Counter())
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common()) or "nothing"
+    console.print(Text(f"would be dropped: {reasons}"), soft_wrap=True)
+    for example in counts.report.rejected[:LISTED]:
         console.print(Text(one_line(f"  {example}")), soft_wrap=True)
-    size = found.bytes.total() * SHARD_BYTES / BYTES_PER_TOKEN
+
+    size = counts.bytes.total() * SHARD_BYTES / BYTES_PER_TOKEN
     console.print(Text(f"shards: about {gib(int(size))} for what was read ({BYTES_PER_TOKEN} bytes a token)"))

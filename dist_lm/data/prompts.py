@@ -1,5 +1,6 @@
-"""Prompts from files: .jsonl with `prompt` and optionally `id` and `suffix`, or .txt with one prompt per line. Skips
-blank lines.
+"""Reads prompts from files: .jsonl with `prompt` and optionally `id` and `suffix`, or .txt with one prompt per line.
+
+Blank lines are skipped.
 
 Prompts are numbered in the order of file names and lines. An invalid line keeps its number and gets the reason, so the
 numbers of other prompts do not depend on it. Other fields of a line are returned with its prompt.
@@ -16,7 +17,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 
 KINDS = (".jsonl", ".txt")
-SHOWN = 200  # characters kept of an invalid line
+QUOTED = 200  # characters quoted of an invalid line
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Prompt:
 
 
 def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
-    """The files that a key names.
+    """Finds the files that a key names, in alphabetical order.
 
     Args:
         where: file or glob.
@@ -44,7 +45,9 @@ def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
         ConfigError: no file matches, or a file is neither .jsonl nor .txt.
     """
     path = Path(where).expanduser()
-    files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
+    files = [path]
+    if not path.is_file():  # a file may have the letters of a glob in its name
+        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
     files = [file for file in files if file.is_file()]
     if not where or not files:
         raise ConfigError(f"{key}={where}: no such file; expected a file or glob of .jsonl or .txt")
@@ -55,7 +58,7 @@ def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
 
 
 def survey(files: Sequence[Path], key: str = "stage.prompts") -> dict[str, Any]:
-    """The number of prompts, and the files with their hashes: `{prompts, files: [{name, sha256}]}`.
+    """Counts the prompts and hashes the files: `{prompts, files: [{name, sha256}]}`.
 
     Args:
         key: the configuration key, for messages.
@@ -72,42 +75,51 @@ def survey(files: Sequence[Path], key: str = "stage.prompts") -> dict[str, Any]:
 
 
 def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
-    """Every prompt, one at a time."""
+    """Yields every prompt, invalid ones included, one at a time."""
     number = 0
     for file in files:
-        for place, line in _lines(file):
-            yield _parse(number, line, file, place)
+        for line_number, line in _lines(file):
+            yield _parse(number, line, file, line_number)
             number += 1
 
 
 def _check_keys(file: Path, key: str) -> None:
-    """Refuse a file whose first line has no `prompt`: probably the field has another name in every line."""
+    """Refuses a file whose first line has no `prompt`: probably the field has another name in every line."""
     if file.suffix == ".txt" or (first := next(_lines(file), None)) is None:
         return
+    line_number, line = first
     try:
-        value = _load(first[1].decode())
+        fields = _load(line.decode())
     except (ValueError, RecursionError):
         return  # `read_prompts` refuses this line alone
-    if isinstance(value, dict) and "prompt" not in value:
-        keys = ", ".join(value) or "(none)"
+    if isinstance(fields, dict) and "prompt" not in fields:
+        keys = ", ".join(fields) or "(none)"
         raise ConfigError(
-            f"{key}: {file.name} line {first[0]} has the keys {keys}; expected `prompt`, and perhaps `id`"
+            f"{key}: {file.name} line {line_number} has the keys {keys}; expected `prompt`, and perhaps `id`"
         )
 
 
 def _count(files: Sequence[Path], key: str) -> int:
-    """The number of prompts; refuses equal ids."""
+    """Counts the prompts.
+
+    Raises:
+        ConfigError: there are none, or two have the same id.
+    """
+    # Lines of .txt have their number as id, so no two are equal.
     if all(file.suffix == ".txt" for file in files):
         count = sum(1 for file in files for _ in _lines(file))
     else:
-        numbers: dict[str, int] = {}  # by id
+        # As texts, because evaluation names questions by the text of the id: 1 and "1" are equal.
+        number_of_id: dict[str, int] = {}
         count = 0
+
         for prompt in read_prompts(files):
-            first = numbers.setdefault(str(prompt.id), prompt.number)
-            if first != prompt.number:
-                before = next(one for one in read_prompts(files) if one.number == first)
+            first_number = number_of_id.setdefault(str(prompt.id), prompt.number)
+            if first_number != prompt.number:
+                # Only numbers are in memory, so the files are read again for the words of the error.
+                earlier = next(candidate for candidate in read_prompts(files) if candidate.number == first_number)
                 raise ConfigError(
-                    f"{key}: id {json.dumps(prompt.id, ensure_ascii=False)} occurs twice, {before.place} and "
+                    f"{key}: id {json.dumps(prompt.id, ensure_ascii=False)} occurs twice, {earlier.place} and "
                     f"{prompt.place}: give each its own (a prompt without an id has its number, from 0, for one)"
                 )
             count += 1
@@ -117,49 +129,60 @@ def _count(files: Sequence[Path], key: str) -> int:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, content) of each line that is not blank."""
+    """Yields (line number from 1, content) of each line that is not blank."""
     with file.open("rb") as opened:
-        for place, line in enumerate(opened, 1):
+        for line_number, line in enumerate(opened, 1):
             if line.strip():
-                yield place, line.rstrip(b"\r\n")
+                yield line_number, line.rstrip(b"\r\n")
 
 
-def _parse(number: int, line: bytes, file: Path, place: int) -> Prompt:
-    where = f"{file.name} line {place}"
+def _parse(number: int, line: bytes, file: Path, line_number: int) -> Prompt:
+    """Parses a line; an invalid one gives a prompt with its `error`."""
+    place = f"{file.name} line {line_number}"
 
     def broken(reason: str, id_: str | int = number) -> Prompt:
-        return Prompt(number, id_, "", where, reason, line.decode(errors="replace")[:SHOWN])
+        return Prompt(number, id_, "", place, reason, line.decode(errors="replace")[:QUOTED])
 
     try:
         text = line.decode()
     except UnicodeDecodeError:
         return broken("not UTF-8")
     if file.suffix == ".txt":
-        return Prompt(number, number, text, where)
+        return Prompt(number, number, text, place)
+
     try:
-        value = _load(text)
+        fields = _load(text)
     except (ValueError, RecursionError) as error:
         return broken(f"not JSON ({error})")
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         return broken("expected an object with a text `prompt`")
-    id_ = number if value.get("id") is None else value["id"]
+
+    id_ = number if fields.get("id") is None else fields["id"]
     if type(id_) not in (str, int):
         return broken("id is neither a text nor a whole number")
     if not _is_unicode(str(id_)):
         return broken("id holds a lone surrogate")
-    suffix = value.get("suffix")
+
+    # JSON may escape half a character, which neither a tokenizer nor a file in UTF-8 takes.
+    suffix = fields.get("suffix")
     if not isinstance(suffix, str | None):
         return broken("suffix is no text", id_)
-    for name, text in (("prompt", value["prompt"]), ("suffix", suffix or "")):
+    for name, text in (("prompt", fields["prompt"]), ("suffix", suffix or "")):
         if not _is_unicode(text):
             return broken(f"{name} holds a lone surrogate", id_)
-    extra = {key: one for key, one in value.items() if key not in ("prompt", "id", "suffix")}
+    extra = {name: content for name, content in fields.items() if name not in ("prompt", "id", "suffix")}
     if not _is_unicode(json.dumps(extra, ensure_ascii=False)):
         return broken("another field holds a lone surrogate", id_)
-    return Prompt(number, id_, value["prompt"], where, extra=extra, suffix=suffix)
+    return Prompt(number, id_, fields["prompt"], place, extra=extra, suffix=suffix)
 
 
 def _load(text: str) -> Any:
+    """Parses JSON.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+
     def refuse(constant: str) -> None:  # NaN and Infinity, which Python accepts, are not JSON
         raise ValueError(f"{constant} is no number")
 
