@@ -169,6 +169,7 @@ def assemble(
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(number, start, stop)
             learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
+            # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))
             if document_mask:

@@ -123,6 +123,7 @@ def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
         if stage not in corpora:
             continue
 
+        # Without a stage before there is no model to start from; stage=tools would start from stage=code.
         overrides = []
         if not previous_stage and stage != "language":
             overrides = ["stage.init_from=none"]
@@ -150,6 +151,7 @@ def _check(text: str, expected: Mapping[str, Any], out: Path) -> None:
     Raises:
         ConfigError: it holds something else than `expected`.
     """
+    # A name with ${...} in it would be replaced.
     try:
         parsed = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -164,6 +164,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
     Returns:
         The ratio of compressed bits to bytes of text, under `all` and each language.
     """
+    # Documents are compressed one by one, because a model sees no other document either.
     sums: dict[str, tuple[int, int]] = {}
     for language, text in documents:
         compressed = len(gzip.compress(text, compresslevel=9, mtime=0))

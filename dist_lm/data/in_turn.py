@@ -49,6 +49,7 @@ def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[
         ConfigError, ArtefactError: as `screening.screened`.
     """
     reader = _BoundedReader(seed, limit_bytes, config.max_document_bytes)
+    # With the largest share, a document that is train here is train whatever `val_tokens` is.
     rule = SplitRule({name: largest_share(config, name) for name in text_corpora(config)})
     sources: list[tuple[str, Iterator[Screened]]] = []
     for name in rule.held_out:

@@ -263,6 +263,7 @@ def _member(
 
     documents = np.zeros(len(lengths), DOCUMENT)
     documents["length"], documents["n_bytes"] = lengths, n_bytes
+    # Parts that no document of the member needs are not written.
     if "continues.npy" in parts:
         documents["continues"] = _array(tar, parts["continues.npy"], file, "|u1").read(file)
 

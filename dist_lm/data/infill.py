@@ -79,6 +79,7 @@ def rearranged(
         form: PSM | SPM.
         opens: whether the piece opens its document: the first token is end-of-text and stays first.
     """
+    # The end-of-text that opens a document stays first, as in a plain piece.
     head = int(opens)
     assert head <= begin <= end <= len(tokens), (begin, end, len(tokens))
     before, middle, after = tokens[head:begin], tokens[begin:end], tokens[end:]

@@ -41,6 +41,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
 
     licences: Counter[tuple[str, str]] = Counter()  # (language, licence) -> documents
     origins: Counter[str] = Counter()
+    # A damaged tar cannot be trusted about its documents.
     for shard in (shard for split in manifest.splits.values() for shard in split.shards if states[shard.name] == "ok"):
         try:
             _count_origins(directory / shard.name, shard, licences, origins)

@@ -136,6 +136,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
 
     ours, foreign = set(), []
     for path in sorted(directory.iterdir()):
+        # A kill may leave the temporary file of a durable write.
         temporary = _OF_DURABLE.fullmatch(path.name)
         final_name = temporary[1] if temporary else path.name
         if final_name in named and (path.is_symlink() or not path.is_dir()):

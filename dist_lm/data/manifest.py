@@ -180,7 +180,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     content = {
         "format": FORMAT,
         **asdict(manifest.recipe),
-        "content": manifest.content,
+        "content": manifest.content,  # follows from the shards; for those who read the file
         "splits": splits,
         "ingest": dict(manifest.ingest),
         "licences": list(manifest.licences),

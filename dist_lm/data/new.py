@@ -189,6 +189,7 @@ def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Co
     table.add_row("all", f"{counts.documents.total():,}", f"{counts.bytes.total():,}")
     console.print(table)
 
+    # Names of files and licences are data: `one_line` keeps control characters away from the terminal.
     for proposal in proposals:
         console.print(Text(one_line(f"{proposal.source['path']}: {proposal.inputs.summary()}")), soft_wrap=True)
         for note in proposal.notes:

@@ -74,6 +74,7 @@ class EpochOrder:
 
     def sequence(self, i: int) -> list[DocumentSlice]:
         """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
+        # One more token: the last target, which is the first input of the next piece.
         begin = self.begin(i)
         return self.row.slices(begin, begin + self.seq_len + 1)
 

@@ -134,6 +134,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
             begin += n_placed
 
             n_full, docs_in_last = divmod(n_placed, docs_per_row)
+            # Full rows get 0 free tokens, into which no length fits.
             rows_by_room[room] = []
             has_rows[room] = False
             for part, free in (

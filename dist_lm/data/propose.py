@@ -97,6 +97,7 @@ def propose(path: str) -> list[Proposal]:
         try:
             proposals.append(_proposal(kind, path, files_by_kind[kind], notes))
         except ConfigError as error:
+            # A note is enough for a kind that is not most of the data.
             if sizes[kind] == max(sizes.values()):
                 raise
             refusals.append(f"not read: {error}")
@@ -312,6 +313,7 @@ def _check_shape(name: str, rows: Sequence[Row]) -> None:
     for ranked in RANKED:
         if columns >= {*ranked}:
             raise ConfigError(f"{name}: columns {' and '.join(ranked)} are rankings: use the reader of docs/reward.md")
+    # A column with a usual name of text, or messages, is the whole document.
     if columns & {*TEXTS} or columns_of(rows)[1]:
         return
 

@@ -68,6 +68,7 @@ class Redacted(NamedTuple):
 
 def redacted(text: str, *, secrets: bool, emails: bool) -> Redacted:
     """Replaces the secrets and e-mail addresses of a text. The counts are those of the placeholders."""
+    # Secrets first: a password in a URL ends at an @, and would look like the name in an address.
     n_secrets = n_emails = 0
     if secrets and (spans := merged([*secret_spans(text)])):
         text, n_secrets = _replaced(text, spans, KEY), len(spans)

@@ -256,6 +256,7 @@ def check_candidate(candidate: object, source: SourceConfig) -> None:
     if isinstance(candidate, Rejected):
         return
 
+    # A user's own reader may yield anything.
     form = source_form(source)
     if not isinstance(candidate, Document):
         description = f"a value of type {type(candidate).__name__}"

@@ -80,6 +80,8 @@ class TokenCorpus:
             )
 
         indices = [open_index(directory / shard.name, shard) for shard in shards]
+
+        # Read with another width, tokens would be halves or pairs.
         width = token_dtype(manifest.recipe.vocab_size).itemsize
         for shard, index in zip(shards, indices, strict=True):
             if index.token_bytes != width and len(index.documents):

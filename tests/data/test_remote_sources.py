@@ -19,7 +19,8 @@ from pyarrow import fs
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import changes, inputs_of
-from dist_lm.data.sources import opening, places
+from dist_lm.data.sources import listing as file_listing
+from dist_lm.data.sources import opening
 from dist_lm.data.sources.reader import Candidate, reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
@@ -288,6 +289,6 @@ def test_what_cannot_be_listed_is_an_error_not_an_empty_source(monkeypatch, plac
         def get_file_info(self, _: object) -> list:
             raise OSError("AWS Error SLOW_DOWN")
 
-    monkeypatch.setattr(places, "filesystem", lambda _: Broken())
+    monkeypatch.setattr(file_listing, "filesystem", lambda _: Broken())
     with pytest.raises(ArtefactError, match=r"cannot be listed: OSError: AWS Error SLOW_DOWN"):
         texts("parquet", place)

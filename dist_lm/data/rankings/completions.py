@@ -87,6 +87,7 @@ class Trees:
         ]
         batch = batch_of_trees(trees, numbers, seq_len, pad_id, self.learns_prompts)
 
+        # Completions are numbered through the batch, in the order of its rankings.
         ends = np.cumsum([rankings.completions[document] for document in documents], dtype=np.int64)
         placed = [
             PlacedRanking(document, np.arange(end - rankings.completions[document], end))
@@ -202,6 +203,7 @@ def batch_of_trees(
             branch[b, span] = np.concatenate([branches[: n_prompt - 1], branches[n_prompt:]])
             position[b, span] = np.concatenate([np.arange(n_prompt - 1), branch_positions(branches)[n_prompt:] - 1])
 
+            # Segment 0 is no target: completions count from 1, as `branches` does inside a ranking.
             completions_begin = begin + n_prompt - 1
             segment[b, completions_begin:end] = len(completion_lengths) + branches[n_prompt:]
             prompt_of_completion += [len(prompt_lengths)] * int(branches.max())

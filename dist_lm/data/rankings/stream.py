@@ -175,6 +175,7 @@ def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
     levels = np.unique(verdict.ranks)
     n_swaps = max(len(levels) - 1, 0)
     n_judgements = len(verdict.judgements)
+    # One draw for each judgement, or for each pair of neighbouring ranks.
     is_wrong = splitmix64(word, max(len(levels) - 1, n_judgements)) < np.uint64(int(share * (2**64 - 1)))
     judgements = np.where(is_wrong[:n_judgements, None], verdict.judgements[:, ::-1], verdict.judgements)
 
@@ -200,6 +201,7 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
         for first, second in combinations(range(len(ranks)), 2)
         if ranks[first] != ranks[second]
     ]
+    # Sorted, so that only the choice depends on the draw and not the order.
     chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), word)[:count])]
     return replace(verdict, ranks=np.zeros(0, np.uint8), judgements=chosen, margins=np.zeros(len(chosen), np.float32))
 
@@ -244,6 +246,7 @@ def assemble_rankings(
             placed.append(PlacedRanking(number, b * seq_len + begin + branch_ends(ranking_branch)))
             begin = end
 
+        # Padding is a document of its own, so no ranking attends to it.
         n_tokens += begin
         document[b, begin:] = len(row)
         position[b, begin:] = np.arange(seq_len - begin)

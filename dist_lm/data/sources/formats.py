@@ -151,6 +151,7 @@ def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
         if len(line) < LONGEST or line.endswith(b"\n"):
             yield line
             continue
+        # The rest is read in parts and dropped.
         while line and not line.endswith(b"\n"):
             line = file.readline(LONGEST)
         yield BadRow("too_long", f"a line of more than {LONGEST >> 20} MiB")

@@ -86,6 +86,7 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
         rows: messages, those of a tree one after the other.
         languages: those to read, such as `en`; None: all.
     """
+    # Every message of a tree that has ranked answers gives a ranking.
     for _, tree in groupby(rows, key=lambda row: row["message_tree_id"]):
         messages = {row["message_id"]: row for row in tree if not row.get("deleted")}
         answers: dict[str, list[Row]] = {}

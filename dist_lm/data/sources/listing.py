@@ -131,6 +131,7 @@ class _Walk:
             FileNotFoundError: there is none.
         """
         pattern = os.path.expanduser(path.removeprefix("file://"))  # noqa: PTH111  a glob is no path
+        # An existing file may have the letters of a glob in its name.
         is_glob = glob.has_magic(pattern) and not os.path.lexists(pattern)
         if not is_glob:
             Path(pattern).stat()  # FileNotFoundError

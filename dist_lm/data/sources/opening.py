@@ -145,6 +145,7 @@ class Persistent(io.RawIOBase):
 
 def is_transient(error: BaseException) -> bool:
     """Tells whether the same request may succeed later: broken connections, time-outs, overloaded servers."""
+    # The answer of a server, if there is one, decides.
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     if isinstance(status, int):
         return status in (408, 425, 429) or status >= 500

@@ -158,6 +158,7 @@ def row_documents(
     languages: set[str] = set()
     for source_row in looked_ahead(source, rows, named_columns(source, default)):
         candidate = _candidate(source_row, source, source.column or default, content_of or text_of, form)
+        # Counted here too, because the row can be named; `screening` counts those of the whole corpus.
         languages.add(candidate.language)
         if len(languages) > MAX_LANGUAGES:
             raise ConfigError(
@@ -173,6 +174,7 @@ def looked_ahead(source: SourceConfig, rows: Iterable[SourceRow], columns: Named
     Raises:
         ConfigError: a column is in none of the rows that were read ahead; the message names the columns of these rows.
     """
+    # Rows of JSON may differ in their columns, so the first row cannot tell that a column is misspelt.
     iterator = iter(rows)
     ahead: list[SourceRow] = []
     missing = columns

@@ -73,6 +73,7 @@ def _row(
     row: Row = {}
     problem: BadRow | None = None
     for _, extension, member in members:
+        # Either of the two might be the text.
         if row.get(extension) is not None:
             problem = BadRow("broken_sample", f"the member .{extension} is there twice")
         row[extension] = None
