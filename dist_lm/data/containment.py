@@ -35,14 +35,14 @@ _FIRST = np.array(  # masks of the first n bytes of 8
 )
 
 
-class HeldOut:
+class HeldOutIndex:
     """Held-out texts, and which of their windows train texts have."""
 
     def __init__(self, texts: Sequence[str], protected: Sequence[bool] | None = None) -> None:
         """Indexes the windows of held-out texts.
 
         Args:
-            protected: for each text, whether `note` refuses train texts that contain it. None: no text is protected.
+            protected: for each text, whether `compare` refuses train texts that contain it. None: no text is protected.
         """
         self._protected = np.array(protected or [False] * len(texts), bool)
         self._parts: dict[int, bytes] = {}  # text below SHORT words -> bytes that a train text must hold as they are
@@ -70,12 +70,12 @@ class HeldOut:
                     windows_by_size.setdefault(size, []).append((hashes, number))
         self._tables = {size: _Table(windows, self._protected) for size, windows in sorted(windows_by_size.items())}
 
-    def note(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Notes which windows of held-out texts a batch of train texts in UTF-8 has.
+    def compare(self, texts: Sequence[bytes]) -> np.ndarray:
+        """Finds the windows of held-out texts that a batch of train texts in UTF-8 has, and remembers them.
 
         Returns:
             (len(texts),) bool: texts that are refused, because they have more than half of the windows of a protected
-            text, or more than half of their own windows are in protected texts. Their windows are not noted.
+            text, or more than half of their own windows are in protected texts. Their windows are not remembered.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
@@ -99,19 +99,19 @@ class HeldOut:
 
         # Refused texts will not be in train, so what they contain is not leaked.
         for _, table, owners, ids in hits:
-            noted_ids = np.unique(ids[~refused[owners]])
-            table.noted[noted_ids] = True
-            for number in map(int, table.texts_of(noted_ids)[0]):
+            ids_in_train = np.unique(ids[~refused[owners]])
+            table.in_train[ids_in_train] = True
+            for number in map(int, table.texts_of(ids_in_train)[0]):
                 if number in self._parts and number not in self._contained_short and self._parts[number] in raw:
                     self._contained_short.add(number)
         return refused
 
     def contained(self) -> set[int]:
-        """Returns the indices of the held-out texts that the noted train texts contain."""
+        """Returns the indices of the held-out texts that the compared train texts contain."""
         contained = set(self._contained_short)
         if WINDOW in self._tables:
             table = self._tables[WINDOW]
-            is_contained = table.n_noted_windows() > MAX_SHARE * table.n_windows
+            is_contained = table.n_windows_in_train() > MAX_SHARE * table.n_windows
             contained.update(np.flatnonzero(is_contained).tolist())
         return contained
 
@@ -141,10 +141,10 @@ class HeldOut:
         return holders
 
 
-class Notes:
-    """Notes train texts in threads, in batches of about `BATCH_BYTES`."""
+class Comparison:
+    """Compares train texts with held-out texts in threads, in batches of about `BATCH_BYTES`."""
 
-    def __init__(self, held_out: HeldOut) -> None:
+    def __init__(self, held_out: HeldOutIndex) -> None:
         self._held_out = held_out
         self._threads = max(1, min(THREADS, cores() - 1))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="containment")
@@ -158,7 +158,7 @@ class Notes:
         self._refused: set[bytes] = set()
 
     def add(self, name: bytes, text: str) -> None:
-        """Notes a train text, perhaps later."""
+        """Compares a train text, at once or with the next batch."""
         content = text.encode()
         self._names.append(name)
         self._contents.append(content)
@@ -168,7 +168,7 @@ class Notes:
             self._collect(2 * self._threads)
 
     def finish(self) -> set[bytes]:
-        """Returns the names of the texts that are refused, once all are noted."""
+        """Returns the names of the texts that are refused, once all are compared."""
         self._submit()
         self._collect(0)
         self._pool.shutdown()
@@ -176,7 +176,7 @@ class Notes:
 
     def _submit(self) -> None:
         if self._names:
-            self._batches.append((self._names, self._pool.submit(self._held_out.note, self._contents)))
+            self._batches.append((self._names, self._pool.submit(self._held_out.compare, self._contents)))
             self._names, self._contents, self._size = [], [], 0
 
     def _collect(self, max_batches: int) -> None:
@@ -188,11 +188,11 @@ class Notes:
 
 def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
     """Returns the indices of the texts in `held_out` that the texts of `trained` contain."""
-    index = HeldOut(held_out)
-    notes = Notes(index)
+    index = HeldOutIndex(held_out)
+    comparison = Comparison(index)
     for text in trained:
-        notes.add(b"", text)
-    notes.finish()
+        comparison.add(b"", text)
+    comparison.finish()
     return index.contained()
 
 
@@ -285,7 +285,7 @@ class _Table:
 
         self.n_windows = np.bincount(texts, minlength=len(protected))  # windows of each text
         self.protected = np.logical_or.reduceat(protected[self._texts], first)  # windows that a protected text has
-        self.noted = np.zeros(len(self._hashes), bool)  # windows that train texts have
+        self.in_train = np.zeros(len(self._hashes), bool)  # windows that train texts have
 
         bits = int(np.clip(len(self._hashes).bit_length() + SPARSE, *FILTER_BITS))
         self._shift = np.uint64(64 - bits)
@@ -309,7 +309,7 @@ class _Table:
         rank_in_window = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - times, times)
         return self._texts[np.repeat(self._first[ids], times) + rank_in_window], times
 
-    def n_noted_windows(self) -> np.ndarray:
+    def n_windows_in_train(self) -> np.ndarray:
         """Counts the windows of each text that train texts have: (texts,) int64."""
-        is_noted = np.repeat(self.noted, self._times)
-        return np.bincount(self._texts[is_noted], minlength=len(self.n_windows))
+        is_in_train = np.repeat(self.in_train, self._times)
+        return np.bincount(self._texts[is_in_train], minlength=len(self.n_windows))

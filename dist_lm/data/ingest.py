@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
-from dist_lm.data.containment import HeldOut, Notes
+from dist_lm.data.containment import Comparison, HeldOutIndex
 from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
@@ -62,8 +62,8 @@ class _Val(NamedTuple):
     shares: dict[str, float]  # as `SplitRule.held_out`
     keys: list[bytes]
     protected: set[bytes]  # keys of the texts for which train documents are dropped
-    index: HeldOut
-    notes: Notes
+    index: HeldOutIndex
+    comparison: Comparison
 
 
 class Texts:
@@ -120,7 +120,7 @@ class Texts:
         """
         self.compare(text_corpora(self.config))
         val = self._val
-        refused = val.notes.finish() | val.protected
+        refused = val.comparison.finish() | val.protected
         leaked = {val.keys[number] for number in val.index.contained()}
         del self._val  # frees the windows of all held-out texts
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
@@ -142,7 +142,7 @@ class Texts:
         rule = SplitRule(val.shares)
         for record in records:
             if rule.split_of(corpus_name, record) == "train" and record.key not in val.protected:
-                val.notes.add(record.key, record.document.text)
+                val.comparison.add(record.key, record.document.text)
             yield record
 
         # Not in `finally`: a corpus that was not read to its end is not compared.
@@ -160,8 +160,8 @@ class Texts:
             protected |= {record.key for record in chosen if record.source.held_out or name in self.frozen}
             del chosen  # the documents of one corpus are in memory at a time
         keys = list(texts)
-        index = HeldOut([*texts.values()], [key in protected for key in keys])
-        return _Val(shares, keys, protected, index, Notes(index))
+        index = HeldOutIndex([*texts.values()], [key in protected for key in keys])
+        return _Val(shares, keys, protected, index, Comparison(index))
 
     def group_split_rule(self, corpus_name: str) -> SplitRule:
         """Returns the rule for the conversations or rankings of a corpus."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data import containment
-from dist_lm.data.containment import HeldOut, Notes, seen_texts
+from dist_lm.data.containment import Comparison, HeldOutIndex, seen_texts
 
 
 def prose(n_words: int, seed: int = 0) -> str:
@@ -83,11 +83,11 @@ def test_the_size_of_batches_and_the_number_of_threads_change_nothing(batch, mon
     found = []
     for n in (1, 2, 8):
         monkeypatch.setattr(containment, "cores", lambda n=n: n)
-        index = HeldOut(val, [number % 2 == 0 for number in range(len(val))])
-        notes = Notes(index)
+        index = HeldOutIndex(val, [number % 2 == 0 for number in range(len(val))])
+        comparison = Comparison(index)
         for i, text in enumerate(train):
-            notes.add(str(i).encode(), text)
-        refused = notes.finish()
+            comparison.add(str(i).encode(), text)
+        refused = comparison.finish()
         found.append((sorted(map(int, refused)), sorted(index.contained())))
     assert found[0] == found[1] == found[2]
     # texts with an even number refuse the train text that has them; those with an odd number are contained
@@ -96,7 +96,7 @@ def test_the_size_of_batches_and_the_number_of_threads_change_nothing(batch, mon
 
 def test_a_part_of_a_given_text_is_refused():
     text = prose(200)
-    index = HeldOut([text], [True])
+    index = HeldOutIndex([text], [True])
     parts = [" ".join(text.split()[start : start + 20]).encode() for start in range(0, 200, 20)]
-    assert index.note([*parts, prose(50, 3).encode()]).tolist() == [True] * 10 + [False]
+    assert index.compare([*parts, prose(50, 3).encode()]).tolist() == [True] * 10 + [False]
     assert index.contained() == set()
