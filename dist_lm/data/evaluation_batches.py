@@ -33,7 +33,9 @@ class EvaluationBatch:
     def to(self, device: torch.device) -> "EvaluationBatch":
         """Copies the batch to `device`, as `Batch.to`."""
         # Pinned as the batch is, so that the copy does not block the host.
-        language_BT = self.language_BT.pin_memory() if device.type == "cuda" else self.language_BT
+        language_BT = self.language_BT
+        if device.type == "cuda":
+            language_BT = language_BT.pin_memory()
         return EvaluationBatch(self.batch.to(device), language_BT.to(device, non_blocking=True))
 
 
@@ -96,7 +98,7 @@ class EvaluationBatches:
         if len(self._sequences) == self._rows.n_rows and not corpus.has_mask:
             counted = _by_language(corpus, corpus.lengths)
         else:
-            # Reads the masks of all chosen sequences, but no token.
+            # The masks of the chosen sequences say which of their targets count.
             counted = np.zeros(len(corpus.languages))
             for number in self._sequences.tolist():
                 counted += _counted_targets(corpus, self._rows.sequence(number))
@@ -164,7 +166,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
     Returns:
         The ratio of compressed bits to bytes of text, under `all` and each language.
     """
-    # Documents are compressed one by one, because a model sees no other document either.
+    # Documents are compressed one by one, because a model does not see the others either.
     sums: dict[str, tuple[int, int]] = {}
     for language, text in documents:
         compressed = len(gzip.compress(text, compresslevel=9, mtime=0))

@@ -85,7 +85,9 @@ class HeldOutMiddles:
 
             document, first, last = self._pieces[piece].tolist()
             begin, end = self._middle(piece)
-            length = last - first + ADDED if self.marks else end
+            length = end
+            if self.marks:
+                length = last - first + ADDED
             rows.append(Row(self, [DocumentSlice(piece, 0, length)]))
 
             # The middle is at the end of the text; a target is one position before its token.

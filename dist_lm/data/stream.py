@@ -71,7 +71,9 @@ class StepStream(Iterator[StepData]):
         self._steps: deque[Future[StepData]] = deque()
 
         # Pinning belongs to a CUDA device, and the current one is a setting of the thread.
-        initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+        initializer = None
+        if pin_memory:
+            initializer = partial(torch.cuda.set_device, torch.cuda.current_device())
         self._thread = ThreadPoolExecutor(1, "stream", initializer)
         for _ in range(PREFETCH):
             self._prepare_next()

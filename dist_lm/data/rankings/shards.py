@@ -69,7 +69,7 @@ def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
 class RankingCorpus:
     """The rankings of one split: tokens and a verdict on every document, numbered as in `corpus`.
 
-    Verdicts and branches of the whole split are in memory: one byte a token, and about 10 bytes a judgement.
+    Verdicts and branches of the whole split are in memory, mainly one byte a token.
     """
 
     def __init__(self, corpus: TokenCorpus, branch: np.ndarray, verdicts: VerdictArrays) -> None:

@@ -144,7 +144,9 @@ class _Walk:
                 raise FileNotFoundError(path)
 
         base = base_of(path)
-        rule = partial(self._excluded_below, base) if is_glob else self._excluded_file
+        rule: OwnRule = self._excluded_file
+        if is_glob:
+            rule = partial(self._excluded_below, base)
         searched_folders = {base.rpartition("/")[0]}  # a repository above the base is not looked for
         for name in names:
             if not is_utf8(name):
@@ -200,7 +202,9 @@ class _Walk:
             return Input(name, left_out="broken link")
 
         # A rule may open the file, and a pipe would never answer.
-        left_out = rule(name) if stat.S_ISREG(mode) else "no regular file"
+        left_out = "no regular file"
+        if stat.S_ISREG(mode):
+            left_out = rule(name)
         if not left_out and self._was_listed(name):
             left_out = AGAIN
         return _local_input(name, left_out)
