@@ -98,6 +98,7 @@ class Batch:
         return replace(self, boundary=document_boundaries(self.document_BT))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """Returns a copy with `change` applied to every tensor, those of `ranked` included."""
         tensors = {
             f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)
         }

@@ -63,6 +63,7 @@ class HeldOutMiddles:
         number, first, last = self._pieces[document].tolist()
         begin, end = self._middle(document)
         piece = self.corpus.tokens(number, first, last)
+        # Without marks the text ends with its middle: the rest of the piece is not seen.
         if self.marks:
             return rearranged(piece, begin, end, self.marks, self.form, first == 0)[start:stop]
         return piece[:end][start:stop]

@@ -98,6 +98,7 @@ def hashed(listing: Inputs) -> Inputs:
     files = []
     for file in listing.files:
         if not file.left_out and not file.name.startswith(HUB):
+            # Block by block, because a file may not fit into memory.
             digest = hashlib.sha256()
             with open_raw(file.name) as content:
                 while block := content.read(BLOCK):

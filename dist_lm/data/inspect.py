@@ -242,6 +242,7 @@ def _longer_table(corpus: TokenCorpus) -> Table:
     for name in ("conversations", "share"):
         table.add_column(name, justify="right")
     for seq_len in SEQ_LENS:
+        # A sequence holds one more token than `seq_len`: the last target.
         longer = int((corpus.lengths > seq_len + 1).sum())
         table.add_row(f"{seq_len:,}", f"{longer:,}", f"{longer / max(1, corpus.n_documents):.1%}")
     return table

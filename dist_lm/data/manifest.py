@@ -201,6 +201,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = manifest_path(directory)
     if not directory.is_dir():
         raise ArtefactError(f"corpus {directory} does not exist: build it with `{BUILD_COMMAND}`")
+    # The manifest is written last, so a folder without one is an unfinished build.
     if not path.is_file():
         raise ArtefactError(f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`")
 
@@ -315,6 +316,7 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
     """
     if before == now:
         return []
+    # Mappings and lists are entered, so that a line names the one key that differs.
     if isinstance(before, dict) and isinstance(now, dict):
         pairs = {f"{key}.{name}".lstrip("."): (before.get(name), now.get(name)) for name in before | now}
     elif isinstance(before, list) and isinstance(now, list):

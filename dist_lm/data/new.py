@@ -49,6 +49,7 @@ class Survey:
         reasons = {row["reason"] for row in self.broken}
         shares = [("", 0.0)]
         for name, tally in self.report.sources.items():
+            # No document is counted as kept here, so `seen` has only the dropped ones.
             n_broken = sum(count for reason, count in tally.dropped.items() if reason in reasons)
             shares.append((name, n_broken / max(1, self.sources[name] + tally.seen)))
         return max(shares, key=lambda name_and_share: name_and_share[1])

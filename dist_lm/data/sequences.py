@@ -97,6 +97,7 @@ class CorpusSequences:
         return Row(self.corpus, order.sequence(i))
 
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
+        # Conversations stay whole; text is cut, and its pieces may be rearranged.
         if self.packing:
             return PackedEpoch(self.packing, self._seed, epoch)
         order = EpochOrder(self.corpus.lengths, self._seed, epoch, self._text_len, self.corpus.continues)

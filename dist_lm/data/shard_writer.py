@@ -100,6 +100,7 @@ class CorpusWriter:
         for name in self._splits:
             self.finish_split(name)
             shards = self._journal.finished[name]
+            # Opening an index compares the tar on disk with its entry once more.
             indices = (open_index(self.directory / shard.name, shard) for shard in shards)
             splits[name] = Split(tuple(shards), _by_language(indices))
         manifest = Manifest(self.recipe, splits, dict(ingest), licences, inputs, settings or {})

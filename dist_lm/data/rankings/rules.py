@@ -39,12 +39,14 @@ def marks_of(prompt: str, completion: str, parses: bool) -> Marks:
     Args:
         parses: the verdict of the language's parser on prompt and completion together (`dist_lm.sandbox.syntax`).
     """
+    # A few names give the full mark: a long prompt must not ask for a completion full of names.
     prompt_names = set(NAME.findall(prompt))
     names = 0.0
     if prompt_names:
         reused_names = prompt_names & set(NAME.findall(completion))
         names = min(1.0, len(reused_names) / min(ENOUGH_NAMES, len(prompt_names)))
 
+    # A completion that is too short for a run repeats nothing.
     words = WORD.findall(completion)
     runs = [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
     return Marks(

@@ -161,6 +161,7 @@ def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """
     listing = list_source_files(source)
     for file, repository in by_repository(listing, source.path or []):
+        # A file that the source names is read even if its language is unknown.
         language = source.language or language_of(file.name) or TEXT
         try:
             with open_content(file.name) as opened:

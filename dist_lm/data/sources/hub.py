@@ -105,6 +105,7 @@ def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
         ArtefactError: the data set or a file cannot be read.
     """
     if source.path:
+        # Keys of the hub would be ignored, and no key may be.
         for key in HUB_KEYS:
             if getattr(source, key):
                 raise ConfigError(

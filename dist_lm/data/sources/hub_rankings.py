@@ -100,6 +100,7 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
             thread = _thread(parent, messages)
             if not thread:
                 continue
+            # A ranking holds a limited number of completions; the worst ones are left out.
             best = sorted(siblings, key=lambda row: row["rank"])[:MOST]
             ranking = _ranking(thread, [row["text"] for row in best], ranks=[row["rank"] for row in best])
             if ranking:
@@ -117,7 +118,7 @@ def hh_ranking(row: Row) -> Ranking | None:
 def helpsteer_ranking(row: Row) -> Ranking | None:
     """Reads `nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is)."""
     preference = int(row["overall_preference"])
-    if preference == 0:
+    if preference == 0:  # both are equally good, which is no comparison
         return None
     judgement = Judgement(better=int(preference > 0), worse=int(preference < 0), margin=float(abs(preference)))
     turns = [Message(ROLES[turn["role"]], turn["content"]) for turn in row["context"]]

@@ -105,6 +105,7 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
         except (OSError, ValueError) as error:  # an address that is none is a ValueError of pyarrow
             raise ArtefactError(f"corpus source: path={path}: cannot be listed: {brief(error)}") from error
 
+        # Files that an earlier path listed are no reason for an error.
         if all(file.left_out not in ("", AGAIN) for file in inputs):
             raise ConfigError(
                 f"corpus source reader={source.reader}: path={path}: nothing to read there: expected {rule.__doc__}; "
@@ -167,6 +168,7 @@ class _Walk:
         Args:
             below: the folder's name relative to the path of the source, with a slash at its end unless it is empty.
         """
+        # Each folder once: a link to a folder above would never end.
         if self._was_listed(folder):
             yield _local_input(folder, AGAIN)
             return

@@ -37,6 +37,7 @@ MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the la
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields every row of JSON lines, parquet or CSV as a conversation."""
+    # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
     rows = rows_of_files(list_rows(source), columns)
     yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
@@ -48,6 +49,7 @@ def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadR
         return missing_column(column, columns)
     if row[column] is None:
         return None
+    # The tools of one of the two columns would be lost.
     if row.get(TOOLS) and row.get(FUNCTIONS):
         return BadRow("no_conversation", f"the row has {TOOLS} and {FUNCTIONS}: expected one of them")
 
@@ -60,5 +62,6 @@ def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadR
     roles = [message.role for message in conversation.messages]
     if "assistant" not in roles:
         return None
+    # Conversations that begin alike are in one split, however they continue.
     opening_messages = conversation.messages[: roles.index("assistant")]
     return text, text_hash("\n".join(message.content for message in opening_messages if message.role == "user"))

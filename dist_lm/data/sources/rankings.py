@@ -128,6 +128,7 @@ def ranking_of(fields: Any) -> Ranking:
 def _prompt(prompt: Any) -> Conversation:
     if type(prompt) not in (str, list):
         raise ChatError("prompt: expected a text, or a list of turns with role and content")
+    # A text is short for one turn of the user.
     turns = prompt
     if type(prompt) is str:
         turns = [{"role": "user", "content": prompt}]

@@ -133,6 +133,7 @@ def source_form(source: SourceConfig) -> Form:
     Raises:
         ConfigError: there is no such reader.
     """
+    # The form of our own readers is in the table, so that a plan imports none of them.
     if ":" in source.reader:
         return traits_of(_imported(source)).form
     return _named_reader(source)[0]
@@ -198,6 +199,7 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
         problem = "has no sources" if corpus_name in config.corpora else "does not exist"
         raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {names}")
 
+    # Stages read texts, conversations and rankings differently, so a corpus has one form.
     source_forms = {source_form(source) for source in sources}
     forms = [form for form in get_args(Form) if form in source_forms]
     if len(forms) > 1:

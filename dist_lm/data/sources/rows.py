@@ -214,7 +214,7 @@ def text_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow |
             text = text.decode()
         except UnicodeDecodeError as error:
             return BadRow("invalid_utf8", f"{column}: byte {error.start} is not UTF-8")
-    if text is None:
+    if text is None:  # no error: the document is empty
         return None
     if not isinstance(text, str):
         return BadRow("no_text", f"{column} holds a value of type {type(text).__name__}, expected text")
@@ -244,6 +244,7 @@ def utf8_problem(column: str, text: str) -> BadRow | None:
 def licence_of(row: Row, source: SourceConfig) -> str:
     """Returns the licence in the row's column for it, else that of the source; several ones separated by commas."""
     licence = own_licence(row, source) or source.licence
+    # A row may list several licences; cleaning then asks that each is allowed.
     if isinstance(licence, list):
         return ", ".join(map(_text, licence))
     return _text(licence)

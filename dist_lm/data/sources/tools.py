@@ -70,6 +70,7 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             language=f"{source.language}_hub",
             source=name,
             licence=licence_of(row, source),
+            # Conversations that call the same tools are in one split.
             group=text_hash(" ".join(_tools_of(conversation))),
             form="conversation",
             own_licence=bool(own_licence(row, source)),
