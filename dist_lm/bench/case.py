@@ -20,7 +20,7 @@ from dist_lm.config.root import Config
 from dist_lm.prepare.compose import compose_config
 
 TOKENS_A_SECOND = "tokens/s"
-# no randomness and no regularisation, so that the losses of the ways can be compared
+# Without randomness and regularisation all ways of a case have the same losses, so that these can be compared.
 BASE = (
     "tracking=none",
     "parallel.compute_dtype=fp32",
@@ -44,32 +44,33 @@ class GroupSize:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the table: a way, and the ways it is measured against."""
+    """One row of the table: a way of doing the work, and the ways that it is measured against."""
 
-    own: str
-    peer: str | None = None  # a way
-    peer_name: str = ""  # for people; with `peer` None it names the peer and says why it cannot run
+    way: str
+    peer: str | None = None  # a way; None: there is no peer, or it cannot run here
+    peer_name: str = ""  # text for people; without a `peer` it names the peer and says why it cannot run
     ceiling: str | None = None  # a way that does strictly less work
     fact: str | None = None  # compare this fact of the trials, in its own unit; None: compare speed
 
 
-def against(own: str, peer: str, why_not: str | None, ceiling: str) -> Comparison:
-    """The comparison with a way `peer`; a peer that cannot run is named with the reason."""
+def against(way: str, peer: str, why_not: str | None, ceiling: str) -> Comparison:
+    """Returns the comparison of `way` with `peer`; a peer that cannot run is named with the reason `why_not`."""
     if why_not:
-        return Comparison(own, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
-    return Comparison(own, peer, ceiling=ceiling)
+        return Comparison(way, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
+    return Comparison(way, peer, ceiling=ceiling)
 
 
 def why_absent(packages: Iterable[str], modules: Mapping[str, str] | None = None) -> str | None:
-    """Why a peer cannot run; None if it can. No package is imported.
+    """Returns the reason why a peer cannot run; None if it can. No package is imported.
 
     Args:
-        packages: that it imports.
-        modules: submodules that not every release has, each with the requirement of one that does.
+        packages: the packages that the peer imports.
+        modules: submodules that not every release has -> requirement that names a release with it.
     """
     missing = [package for package in packages if not importlib.util.find_spec(package)]
     if missing:
         return f"{', '.join(missing)} not installed"
+
     for module, requirement in (modules or {}).items():
         package = module.partition(".")[0]
         if not _has(package, module):
@@ -78,8 +79,10 @@ def why_absent(packages: Iterable[str], modules: Mapping[str, str] | None = None
 
 
 def _has(package: str, module: str) -> bool:
+    """Whether an installed package has a submodule. `find_spec` of the whole name would import its parents."""
     spec = importlib.util.find_spec(package)
     names = module.split(".")
+
     for end in range(2, len(names) + 1):
         if spec is None:
             return False
@@ -97,44 +100,51 @@ class Case:
     comparisons: Sequence[Comparison]
     same_losses: frozenset[str]  # ways whose losses in the first steps must be equal
     rounds: int = 15
-    amount: int = 0  # work of a step, in `unit` without the `/s`; 0: its tokens
+    amount: int = 0  # work of a step, in `unit` without the `/s`; 0: the tokens of the step
     unit: str = TOKENS_A_SECOND
 
     @property
     def a_step(self) -> int:
-        """Work of a step: divided by its seconds it gives `unit`."""
+        """Work of a step; divided by the seconds of the step it gives a speed in `unit`."""
         return self.amount or self.config.stage.global_batch * self.config.stage.seq_len
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its cases, and the program that builds one way of a case in each rank."""
+    """A benchmark: its cases, and the function that builds one way of a case in each rank."""
 
-    cases: Callable[[Sequence[str], bool], list[Case]]  # (overrides of a user, quick)
+    cases: Callable[[Sequence[str], bool], list[Case]]  # (overrides of a user, quick) -> the cases
     build: Callable  # (way, config, world) -> Trial
 
 
 def benchmark_at(place: str) -> Benchmark:
-    """The benchmark at 'package.module' (the module's own `cases` and `build`) or 'package.module:OBJECT'."""
-    module, _, name = place.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, name) if name else found  # type: ignore[return-value]
+    """Imports the benchmark at 'package.module' (which has `cases` and `build` itself) or 'package.module:OBJECT'."""
+    module_name, _, name = place.partition(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, name) if name else module  # type: ignore[return-value]
 
 
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:
-    """One configuration of the user's `overrides` if there are any, else one of each shape (`quick`: of the first)."""
-    chosen = [overrides] if overrides else shapes[:1] if quick else shapes
-    return [compose_config([*_stage(one), *BASE, *one]) for one in chosen]
+    """Composes one configuration from the user's `overrides`; without any, one from each shape (`quick`: the first)."""
+    if overrides:
+        chosen_shapes = [overrides]
+    else:
+        chosen_shapes = shapes[:1] if quick else shapes
+    return [compose_config([*_default_stage(shape), *BASE, *shape]) for shape in chosen_shapes]
 
 
-def _stage(overrides: Sequence[str]) -> list[str]:
-    return [] if any(one.startswith("stage=") for one in overrides) else ["stage=language"]
+def _default_stage(overrides: Sequence[str]) -> list[str]:
+    names_stage = any(override.startswith("stage=") for override in overrides)
+    return [] if names_stage else ["stage=language"]
 
 
 def describe(config: Config) -> str:
-    """`nano 160 wide 4 heads 2x64`."""
+    """Returns the name of a case, such as `nano 160 wide 4 heads 2x64` (sequences x tokens)."""
     model, stage = config.model, config.stage
-    heads = f"{model.n_heads}/{model.kv_heads}" if model.kv_heads != model.n_heads else f"{model.n_heads}"
+
+    heads = f"{model.n_heads}"
+    if model.kv_heads != model.n_heads:
+        heads += f"/{model.kv_heads}"
     return f"{model.name} {model.d_model} wide {heads} heads {stage.global_batch}x{stage.seq_len}"
 
 
@@ -143,7 +153,7 @@ def describe(config: Config) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """The result of one comparison. A peer without a value could not run; its name says why."""
+    """The result of one comparison. A peer without a value could not run here; its name says why."""
 
     bench: str
     case: str
@@ -164,11 +174,11 @@ class Record:
 def records_of(
     bench: str, case: Case, seconds: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, float]]
 ) -> list[Record]:
-    """The records of a case.
+    """Makes the records of a case, one for each comparison.
 
     Args:
-        seconds: of a step: way -> one value per round.
-        facts: of the trials: way -> name -> value. The last word of a name is its unit: `peak MiB`.
+        seconds: way -> seconds of a step, one value per round.
+        facts: way -> name -> value, as its trial reports them. The last word of a name is its unit: `peak MiB`.
     """
     return [_record(bench, case, comparison, seconds, facts) for comparison in case.comparisons]
 
@@ -180,19 +190,20 @@ def _record(
     seconds: Mapping[str, Sequence[float]],
     facts: Mapping[str, Mapping[str, float]],
 ) -> Record:
-    measured, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
+    quantity, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
 
     def value_of(way: str) -> float:
         if comparison.fact:
             return facts[way][comparison.fact]
         return case.a_step / statistics.median(seconds[way])
 
-    value = value_of(comparison.own)
+    value = value_of(comparison.way)
     peer = value_of(comparison.peer) if comparison.peer else None
     ceiling = value_of(comparison.ceiling) if comparison.ceiling else None
+
     return Record(
         bench=bench,
-        case=f"{case.name}: {comparison.own}" + (f", {measured}" if comparison.fact else ""),
+        case=f"{case.name}: {comparison.way}" + (f", {quantity}" if comparison.fact else ""),
         value=value,
         unit=unit,
         peer=comparison.peer_name or comparison.peer,
@@ -200,18 +211,18 @@ def _record(
         ratio=None if peer is None else value / peer,
         ceiling=ceiling,
         ceiling_fraction=None if ceiling is None else value / ceiling,
-        rounds=1 if comparison.fact else len(seconds[comparison.own]),
-        spread=0.0 if comparison.fact else spread(seconds[comparison.own]),
+        rounds=1 if comparison.fact else len(seconds[comparison.way]),
+        spread=0.0 if comparison.fact else spread(seconds[comparison.way]),
     )
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a file of JSON lines, one for each record."""
+    """Writes a file of JSON lines, one for each record."""
     path.write_text("".join(record.to_json() + "\n" for record in records), encoding="utf-8")
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range / median; 0 for one value."""
+    """Returns interquartile range / median; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
@@ -219,12 +230,13 @@ def spread(values: Sequence[float]) -> float:
 
 
 def table_of(title: str, records: Iterable[Record]) -> Table:
-    """The records as a table for people."""
+    """Lays the records out as a table for people."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("case")
     for column in ("value", "peer", "ratio", "ceiling", "spread"):
-        # keeps the longest word of a peer's name on one line
+        # The minimum width keeps the longest word of a peer's name on one line.
         table.add_column(column, justify="right", overflow="fold", min_width=18 if column == "peer" else None)
+
     for record in records:
         table.add_row(
             record.case,

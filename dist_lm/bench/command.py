@@ -9,7 +9,7 @@ from dist_lm.errors import ConfigError
 
 LEARN = ("recipe", "peer", "budget", "seeds", "curves", "points")
 SCALING = ("widths", "tokens", "seeds")
-OPTIONS = {"learn": LEARN, "scaling": SCALING}  # of other benchmarks: --quick
+OPTIONS = {"learn": LEARN, "scaling": SCALING}  # benchmark -> its options; all others take --quick
 
 
 def bench(
@@ -50,16 +50,20 @@ def bench(
     recipes learn within one budget; with `scaling`, what a configuration will learn, from runs of narrow models."""
     from rich.console import Console
 
-    used = OPTIONS.get(name, ("quick",))
-    for option in ("quick", *LEARN, *SCALING):
-        source = context.get_parameter_source(option)
-        if option not in used and source is not None and source.name == "COMMANDLINE":
-            raise ConfigError(
-                f"bench {name} does not use --{option}: expected settings or --json, --{', --'.join(used)}"
-            )
     from dist_lm.prepare.conf_folders import with_config_dir
 
-    settings = with_config_dir([*(f"--config-dir={one}" for one in config_dir or []), *(overrides or [])])
+    # An option that the benchmark ignores would let a user believe in a setting that had no effect.
+    accepted_options = OPTIONS.get(name, ("quick",))
+    for option in ("quick", *LEARN, *SCALING):
+        source = context.get_parameter_source(option)
+        if option not in accepted_options and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"bench {name} does not use --{option}: expected settings or --json, --{', --'.join(accepted_options)}"
+            )
+
+    folders = [f"--config-dir={folder}" for folder in config_dir or []]
+    settings = with_config_dir([*folders, *(overrides or [])])
+
     if name == "learn":
         from dist_lm.bench.learn import run_learning
 
@@ -75,11 +79,13 @@ def bench(
             points=points,
         )
         return
+
     if name == "scaling":
         from dist_lm.bench.scaling import run_scaling
 
         run_scaling(settings, Console(), widths=widths, tokens=tokens, seeds=seeds, json_file=json)
         return
+
     from dist_lm.bench.run import run_benchmark
 
     run_benchmark(name, settings, Console(), quick=quick, json_file=json)

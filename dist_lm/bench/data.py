@@ -38,30 +38,35 @@ from dist_lm.tracking.console import Console
 BUILD, CLEANED, ENCODER = "shards", "shards, cleaned", "encoder alone"
 MEMORY, WALL = "memory of a process MiB", "wall, a process MB/s"
 CORPUS = "words"
-MEGABYTES, QUICK_MEGABYTES = 24, 4  # of text
-TOKENIZER_BYTES = 2_000_000
-FILE_BYTES, ROW_GROUP = 256_000_000, 2000  # of text in a parquet file; rows
-WORDS, DOCUMENT_WORDS, LINE_WORDS = 30_000, 800, 10  # in the vocabulary of the text, in a document, in a line
-LOOK_S = 0.2
+MEGABYTES, QUICK_MEGABYTES = 24, 4  # text of a build
+TOKENIZER_BYTES = 2_000_000  # text that the tokenizer is trained on
+FILE_BYTES, ROW_GROUP = 256_000_000, 2000  # bytes of text in a parquet file; rows in a row group
+WORDS, DOCUMENT_WORDS, LINE_WORDS = 30_000, 800, 10  # words of the vocabulary, of a document, of a line
+SAMPLE_EVERY_S = 0.2  # between two measurements of memory
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """One process that encodes, and one for each core (in the overrides `tokenizer.workers`: so many)."""
+    """A case with one process that encodes, and one with a process for each core.
+
+    `tokenizer.workers` in the overrides, or `quick`, leaves one case.
+    """
     size = QUICK_MEGABYTES if quick else MEGABYTES
-    given = any(one.startswith("tokenizer.workers=") for one in overrides)
-    found = []
-    for workers in (1,) if quick or given or cores() == 1 else (1, cores()):
-        own = [f"tokenizer.workers={workers}", f"tokenizer.train_bytes={size * 10**6}"]
-        config = compose_config(["stage=shards", "model=nano", "tracking=none", *own, *overrides])
-        found.append(
+    sets_workers = any(override.startswith("tokenizer.workers=") for override in overrides)
+    worker_counts = (1,) if quick or sets_workers or cores() == 1 else (1, cores())
+
+    planned = []
+    for workers in worker_counts:
+        settings = [f"tokenizer.workers={workers}", f"tokenizer.train_bytes={size * 10**6}"]
+        config = compose_config(["stage=shards", "model=nano", "tracking=none", *settings, *overrides])
+        planned.append(
             Case(
                 name=f"{size} MB, processes: {config.tokenizer.workers or cores()}",
                 config=config,
                 ways=dict.fromkeys((BUILD, CLEANED, ENCODER), GroupSize(1)),
                 comparisons=[
-                    *(Comparison(own=way, peer=ENCODER) for way in (BUILD, CLEANED)),
-                    Comparison(own=BUILD, peer=ENCODER, fact=WALL),
-                    Comparison(own=BUILD, fact=MEMORY),
+                    *(Comparison(way=way, peer=ENCODER) for way in (BUILD, CLEANED)),
+                    Comparison(way=BUILD, peer=ENCODER, fact=WALL),
+                    Comparison(way=BUILD, fact=MEMORY),
                 ],
                 same_losses=frozenset(),
                 rounds=3,
@@ -69,26 +74,30 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
                 unit="MB/s",
             )
         )
-    return found
+    return planned
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way in one process, with the processes that it starts."""
+    """Builds one way, in one process with the processes that it starts."""
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
-    work = Work(Path(folder.name), config, CleaningConfig() if way == CLEANED else off())
+    cleaning = CleaningConfig() if way == CLEANED else no_cleaning()
+    work = Work(Path(folder.name), config, cleaning)
     documents = work.documents(work.n_bytes) if way == ENCODER else []
     processes = config.tokenizer.workers or cores()
 
     def step() -> float:
-        assert folder  # lives as long as this function
-        work.encode(documents, processes) if way == ENCODER else work.build()
+        assert folder  # the closure keeps the temporary folder as long as this function lives
+        if way == ENCODER:
+            work.encode(documents, processes)
+        else:
+            work.build()
         return 0.0
 
-    return Trial(step, lambda: measured(step, work.n_bytes, processes), clock=cpu_seconds, losses=list)
+    return Trial(step, lambda: facts_of_step(step, work.n_bytes, processes), clock=cpu_seconds, losses=list)
 
 
-def off() -> CleaningConfig:
-    """No step of cleaning."""
+def no_cleaning() -> CleaningConfig:
+    """Returns the cleaning with every step switched off."""
     return CleaningConfig(encoding=False, secrets=False, emails=False)
 
 
@@ -100,33 +109,35 @@ class Work:
         source = SourceConfig("parquet", "english", path=str(folder / "input"))
         corpus = CorpusConfig("bench", {CORPUS: [source]}, cleaning=cleaning)
         self.config = replace(config, work_dir=str(folder / "work"), corpus=corpus)
+
         self.directory = WorkDirectory(folder / "work")
         self.directory.tokenizer.mkdir(parents=True)
         sample = sample_by_language(self.documents(TOKENIZER_BYTES), TOKENIZER_BYTES)
-        train_tokenizer((one.text for one in sample), self.directory.tokenizer_model, config.tokenizer)
+        train_tokenizer((document.text for document in sample), self.directory.tokenizer_model, config.tokenizer)
         self._tokenizer = Tokenizer.load(self.directory.tokenizer_model)
 
     def documents(self, n_bytes: int) -> list[Document]:
-        """The first train documents of the files."""
+        """Reads the first train documents of the files, `n_bytes` of text."""
         return [*read_in_turn(self.config.corpus, 0, n_bytes)]
 
     def build(self) -> None:
-        """Build the corpus anew; its text is never kept in memory, however small it is."""
+        """Builds the corpus anew; its text is never kept in memory, however small it is."""
         shutil.rmtree(self.directory.corpus(CORPUS), ignore_errors=True)
         texts = Texts(self.config.corpus, self.config.seed)
         texts.reader.room = -1
         build_corpus(self.config, CORPUS, texts, Console())
 
     def encode(self, documents: Sequence[Document], processes: int) -> None:
-        """What remains if nothing but encoding takes time: each process encodes its share, and nothing is sent."""
+        """Encodes the documents, a share in each process, and sends nothing: a build cannot be faster."""
         fork = multiprocessing.get_context("fork")
-        started = [fork.Process(target=self._encode, args=(documents[n::processes],)) for n in range(1, processes)]
-        for process in started:
-            process.start()
+        children = [fork.Process(target=self._encode, args=(documents[n::processes],)) for n in range(1, processes)]
+        for child in children:
+            child.start()
+
         self._encode(documents[::processes])
-        for process in started:
-            process.join()
-            assert process.exitcode == 0, "a process that encodes failed"
+        for child in children:
+            child.join()
+            assert child.exitcode == 0, "a process that encodes failed"
 
     def _encode(self, documents: Sequence[Document]) -> None:
         for document in documents:
@@ -134,7 +145,7 @@ class Work:
 
 
 def write_parquet(folder: Path, n_bytes: int) -> int:
-    """Parquet files of words by Zipf's law, with `n_bytes` of text or a little more; returns how much there is."""
+    """Writes parquet files of words by Zipf's law; returns the bytes of text, `n_bytes` or a little more."""
     import pyarrow
     from pyarrow import parquet
 
@@ -143,57 +154,64 @@ def write_parquet(folder: Path, n_bytes: int) -> int:
     letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
     words = ["".join(letters[np.minimum(random.geometric(0.12, n) - 1, 25)]) for n in random.integers(2, 11, WORDS)]
     vocabulary = np.array(words, object)
-    below = np.cumsum(1 / np.arange(10, WORDS + 10))
-    total = size = 0
+    cumulative_weights = np.cumsum(1 / np.arange(10, WORDS + 10))
+
+    total = file_bytes = 0
     writer, schema = None, pyarrow.schema([("id", pyarrow.int64()), ("text", pyarrow.string())])
     while total < n_bytes:
         if writer is None:
             writer = parquet.ParquetWriter(folder / f"{total:013d}.parquet", schema)
-        chosen = vocabulary[np.searchsorted(below, random.random((ROW_GROUP, DOCUMENT_WORDS)) * below[-1])]
-        lines = chosen.reshape(ROW_GROUP, -1, LINE_WORDS)
+
+        # Words are drawn by inverting the cumulative weights; a row group is drawn at once, since calls cost more.
+        draws = random.random((ROW_GROUP, DOCUMENT_WORDS)) * cumulative_weights[-1]
+        lines = vocabulary[np.searchsorted(cumulative_weights, draws)].reshape(ROW_GROUP, -1, LINE_WORDS)
         texts = ["\n".join(" ".join(line) for line in rows) + "\n" for rows in lines]
-        n_new = sum(map(len, texts))  # ASCII
-        texts = texts[: max(1, -(-(n_bytes - total) * len(texts) // n_new))]
+
+        # The last row group is cut where `n_bytes` are full.
+        drawn_bytes = sum(map(len, texts))  # the words are ASCII
+        texts = texts[: max(1, -(-(n_bytes - total) * len(texts) // drawn_bytes))]
         total += sum(map(len, texts))
-        size += n_new
+        file_bytes += drawn_bytes
         writer.write_table(pyarrow.table({"id": [*range(len(texts))], "text": texts}, schema))
-        if size >= FILE_BYTES:
+
+        if file_bytes >= FILE_BYTES:
             writer.close()
-            writer, size = None, 0
+            writer, file_bytes = None, 0
     if writer:
         writer.close()
     return total
 
 
-def measured(step: Callable[[], object], n_bytes: int, processes: int) -> dict[str, float]:
-    """The facts of one step: bytes a wall second for each of `processes`, and the largest memory of a process."""
-    largest, ended = [0], threading.Event()
+def facts_of_step(step: Callable[[], object], n_bytes: int, processes: int) -> dict[str, float]:
+    """Runs one step and returns its facts: MB a wall second and process, and the largest memory of a process, MiB."""
+    peak_bytes, ended = [0], threading.Event()
 
-    def look() -> None:
-        while not ended.wait(LOOK_S):
-            largest[0] = max(largest[0], private_bytes())
+    def sample_memory() -> None:
+        while not ended.wait(SAMPLE_EVERY_S):
+            peak_bytes[0] = max(peak_bytes[0], private_bytes())
 
-    watch = threading.Thread(target=look, daemon=True)
-    watch.start()
+    sampler = threading.Thread(target=sample_memory, daemon=True)
+    sampler.start()
     began = time.perf_counter()
     step()
     seconds = time.perf_counter() - began
     ended.set()
-    watch.join()
-    return {WALL: n_bytes / seconds / processes / 1e6, MEMORY: max(largest[0], private_bytes()) / MIB}
+    sampler.join()
+
+    return {WALL: n_bytes / seconds / processes / 1e6, MEMORY: max(peak_bytes[0], private_bytes()) / MIB}
 
 
 def private_bytes() -> int:
-    """The largest private memory of this process and its children."""
-    found = []
+    """Returns the largest private memory of this process and its children, bytes."""
+    sizes = []
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         try:
-            found.append(process.memory_full_info().uss)
-        except psutil.Error:  # it has ended
+            sizes.append(process.memory_full_info().uss)
+        except psutil.Error:  # the process has ended
             continue
-    return max(found)
+    return max(sizes)
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of its children that have ended."""
+    """Returns the CPU seconds of this process and of its children that have ended."""
     return sum(os.times()[:4])

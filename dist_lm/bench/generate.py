@@ -1,5 +1,5 @@
-"""New tokens per second: our engine against the generation of other libraries, on one thread, from the same weights.
-(On CUDA: on one GPU, in bf16 with flash attention, as a user's run.)
+"""Measures new tokens per second: our engine against other libraries, on one thread, with the same weights.
+(On CUDA: on one GPU, in bf16 with flash attention, as in a user's run.)
 
 Every prompt has 64 random tokens; sampling uses temperature 1, top-k 50 and top-p 0.95. A peer is called as its
 documentation says; one that is not installed is listed without a figure.
@@ -42,9 +42,9 @@ ONE, EIGHT = "one answer", "eight answers"
 
 PROMPT = 64
 SAMPLING = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, ignore_eot=True)
-GREEDY_TOKENS = 16  # whose log-probability must agree between ways with the same weights
+GREEDY_TOKENS = 16  # the mean log-probability of so many greedy tokens must agree between the ways
 SHORTEST, LONGEST = 16, 512  # new tokens of requests of mixed lengths
-PADDED_BATCH = 32  # of peers, which need padded batches
+PADDED_BATCH = 32  # sequences; peers need padded batches
 LONG_PROMPT = 400
 ROUNDS = 5
 
@@ -64,26 +64,26 @@ class Peer(ABC):
     """A library that generates with our weights and samples by `SAMPLING`."""
 
     package: ClassVar[str]
-    batches: ClassVar[bool]  # whether it accepts more than one prompt at a time
+    takes_batches: ClassVar[bool]  # whether `generate` accepts more than one prompt at a time
 
     @abstractmethod
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the weights of `model` to `device`."""
+        """Copies the weights of `model` to `device`."""
 
     @abstractmethod
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
-        """`n_new` tokens for each prompt."""
+        """Generates `n_new` tokens for each prompt and drops them."""
 
     @abstractmethod
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
-        """Mean log-probability of the tokens of greedy decoding, nats."""
+        """Returns the mean log-probability of `n_new` greedy tokens, nats."""
 
 
 class Transformers(Peer):
-    """`generate` of Hugging Face transformers with its default cache and scaled dot-product attention."""
+    """Runs `generate` of Hugging Face transformers with its default cache and scaled dot-product attention."""
 
     package: ClassVar[str] = "transformers"
-    batches: ClassVar[bool] = True
+    takes_batches: ClassVar[bool] = True
 
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
@@ -101,9 +101,9 @@ class Transformers(Peer):
 
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
         """See `Peer`."""
-        found = self._generate(prompt_BT, n_new, do_sample=False, output_logits=True, return_dict_in_generate=True)
-        logits_TV = torch.stack(found.logits)[:, 0].float()
-        token_T = found.sequences[0, prompt_BT.shape[1] :]
+        output = self._generate(prompt_BT, n_new, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        logits_TV = torch.stack(output.logits)[:, 0].float()
+        token_T = output.sequences[0, prompt_BT.shape[1] :]
         return float(logits_TV.log_softmax(-1).gather(1, token_T[:, None]).mean())
 
     def _generate(self, prompt_BT: torch.Tensor, n_new: int, **options: Any) -> Any:
@@ -118,15 +118,23 @@ class Transformers(Peer):
 
 
 class LitGpt(Peer):
-    """`generate` of litgpt."""
+    """Runs `generate` of litgpt."""
 
     package: ClassVar[str] = "litgpt"
-    batches: ClassVar[bool] = False
+    takes_batches: ClassVar[bool] = False
 
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         litgpt = import_module("litgpt")
         convert = import_module("litgpt.scripts.convert_hf_checkpoint")
         shape = model.config
+
+        architecture = architecture_of(shape)
+        if shape.rope_scaling != "none":
+            raise ConfigError(f"model.rope_scaling={shape.rope_scaling}: litgpt is compared without scaling")
+        if not isinstance(architecture, Architecture) or architecture.family != "GPTNeoX":
+            family = getattr(architecture, "family", architecture)
+            raise ConfigError(f"litgpt is compared on GPT-NeoX; the model is {family}")
+
         config = litgpt.Config(
             block_size=shape.max_seq_len,
             vocab_size=shape.vocab_size,
@@ -139,16 +147,12 @@ class LitGpt(Peer):
             parallel_residual=shape.parallel_residual,
             rope_base=int(shape.rope_base),
         )
-        found = architecture_of(shape)
-        if shape.rope_scaling != "none":
-            raise ConfigError(f"model.rope_scaling={shape.rope_scaling}: litgpt is compared without scaling")
-        if not isinstance(found, Architecture) or found.family != "GPTNeoX":
-            raise ConfigError(f"litgpt is compared on GPT-NeoX; the model is {getattr(found, 'family', found)}")
-        weights = to_theirs(found, parameter_shapes(shape), dict(model.named_parameters()))
-        mapped: dict[str, torch.Tensor] = {}
-        convert.copy_weights_gpt_neox(config, mapped, weights)
+        hf_weights = to_theirs(architecture, parameter_shapes(shape), dict(model.named_parameters()))
+        litgpt_weights: dict[str, torch.Tensor] = {}
+        convert.copy_weights_gpt_neox(config, litgpt_weights, hf_weights)
+
         self._model = litgpt.GPT(config).eval()
-        self._model.load_state_dict(mapped)
+        self._model.load_state_dict(litgpt_weights)
         self._model.to(device, dtype)
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
@@ -160,6 +164,8 @@ class LitGpt(Peer):
         """See `Peer`."""
         prompt_T = prompt_BT[0]
         token_T = self._generate(prompt_T, n_new, 0.0, None, 1.0)
+
+        # litgpt does not return logits, so the sequence is read once more without its cache.
         self._model.clear_kv_cache()
         with torch.inference_mode():
             logits_TV = self._model(token_T[None])[0, len(prompt_T) - 1 : -1].float()
@@ -187,45 +193,47 @@ PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "litgpt": LitGpt}
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """Batches of 1, 8 and 32 for two model sizes, 64 requests of mixed lengths, and answers that share a prompt.
 
-    With overrides: one batch of stage.global_batch prompts with stage.seq_len new tokens.
+    Overrides leave one batch of stage.global_batch prompts with stage.seq_len new tokens.
     """
     if overrides:
         return [batch_case(configurations((), [AS_USED, *overrides], quick)[0])]
+
     shapes = [
         (*SHAPE, *size, f"stage.global_batch={batch}", "stage.seq_len=128")
         for size in (SMALLER, LARGER)
         for batch in (1, 8, 32)
     ]
-    found = [batch_case(config) for config in configurations(shapes, (), quick)]
-    if not quick:
-        mean = (SHORTEST + LONGEST) // 2
-        smaller = (*SHAPE, *SMALLER)
-        mixed = configurations([(*smaller, "stage.global_batch=64", f"stage.seq_len={mean}")], (), quick)[0]
-        shared = configurations([(*smaller, "stage.global_batch=1", f"stage.seq_len={LONG_PROMPT}")], (), quick)[0]
-        found += [mixed_case(mixed), prefill_case(shared)]
-    return found
+    planned = [batch_case(config) for config in configurations(shapes, (), quick)]
+    if quick:
+        return planned
+
+    mean = (SHORTEST + LONGEST) // 2
+    smaller = (*SHAPE, *SMALLER)
+    mixed = configurations([(*smaller, "stage.global_batch=64", f"stage.seq_len={mean}")], (), quick)[0]
+    shared = configurations([(*smaller, "stage.global_batch=1", f"stage.seq_len={LONG_PROMPT}")], (), quick)[0]
+    return [*planned, mixed_case(mixed), prefill_case(shared)]
 
 
 def batch_case(config: Config) -> Case:
-    """stage.global_batch prompts at once, stage.seq_len new tokens each."""
+    """A case of stage.global_batch prompts at once, with stage.seq_len new tokens each."""
     batch, new = config.stage.global_batch, config.stage.seq_len
     return _against_peers(f"{_shape(config.model)}, batch {batch}, {PROMPT} + {new} tokens", config, list(PEERS))
 
 
 def mixed_case(config: Config) -> Case:
-    """Requests for SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
+    """A case of requests for SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
     name = f"{_shape(config.model)}, {config.stage.global_batch} {MIXED}, {SHORTEST} to {LONGEST} new"
     return _against_peers(name, config, ["transformers"])
 
 
 def prefill_case(config: Config) -> Case:
-    """First tokens of eight answers to one prompt, against one answer; in prompt tokens per second."""
+    """A case of the first tokens of eight answers to one prompt, against one answer, in prompt tokens per second."""
     size = GroupSize(1)
     return Case(
         name=f"{_shape(config.model)}, {PREFILL} of {LONG_PROMPT} tokens",
         config=config,
         ways={EIGHT: size, ONE: size},
-        comparisons=(Comparison(own=EIGHT, peer=ONE),),
+        comparisons=(Comparison(way=EIGHT, peer=ONE),),
         same_losses=frozenset(),
         rounds=ROUNDS,
     )
@@ -237,13 +245,13 @@ def _shape(model: ModelConfig) -> str:
 
 def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
     absent = {peer: reason for peer in peers if (reason := _why_not(PEERS[peer], config.stage.global_batch))}
-    there = [peer for peer in peers if peer not in absent]
+    available = [peer for peer in peers if peer not in absent]
     return Case(
         name=name,
         config=config,
-        ways=dict.fromkeys([OURS, *there, CEILING], GroupSize(1)),
+        ways=dict.fromkeys([OURS, *available, CEILING], GroupSize(1)),
         comparisons=[against(OURS, peer, absent.get(peer), CEILING) for peer in peers],
-        same_losses=frozenset({OURS, *there}),
+        same_losses=frozenset({OURS, *available}),
         rounds=ROUNDS,
     )
 
@@ -251,27 +259,34 @@ def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
 def _why_not(peer: type[Peer], batch: int) -> str | None:
     if not importlib.util.find_spec(peer.package):
         return "not installed"
-    return "takes one prompt" if batch > 1 and not peer.batches else None
+    if batch > 1 and not peer.takes_batches:
+        return "takes one prompt"
+    return None
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way of generating, in one process."""
+    """Builds one way of generating, in one process."""
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = Transformer(config.model)
     initialise(model, config.seed)
     model.requires_grad_(requires_grad=False)
-    prompts = made_up_tokens(config, config.stage.global_batch, PROMPT)
+
     if way in (EIGHT, ONE):
         engine = _engine(model, config, device, [config.model.max_seq_len] * 8)
-        prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()
-        return Trial(lambda: _first_tokens(engine, prompt, 8 if way == EIGHT else 1), losses=list)
+        long_prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()
+        num_answers = 8 if way == EIGHT else 1
+        return Trial(lambda: _first_tokens(engine, long_prompt, num_answers), losses=list)
+
+    prompts = made_up_tokens(config, config.stage.global_batch, PROMPT)
     lengths = new_tokens(config)
     if way == OURS:
         engine = _engine(model, config, device, [PROMPT + new for new in lengths])
         return Trial(lambda: _answer(engine, prompts, lengths), losses=lambda: [_greedy(engine, prompts)])
     if way == CEILING:
         return Trial(_linear_layers(model.to(device, dtype), lengths), losses=list)
-    peer, prompts = PEERS[way](model, device, dtype), prompts.to(device)
+
+    peer = PEERS[way](model, device, dtype)
+    prompts = prompts.to(device)
     return Trial(
         lambda: _in_batches(peer, prompts, lengths),
         losses=lambda: [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)],
@@ -279,13 +294,14 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 def made_up_tokens(config: Config, rows: int, width: int) -> torch.Tensor:
-    """Random tokens (rows, width), the same at every call."""
+    """Returns random tokens, int64 (rows, width), the same at every call."""
     return torch.randint(2, config.model.vocab_size, (rows, width), generator=torch.Generator().manual_seed(7))
 
 
 def new_tokens(config: Config) -> list[int]:
-    """New tokens of each request: all the same, or evenly spaced from SHORTEST to LONGEST and shuffled."""
+    """Returns the new tokens of each request: all equal, or evenly spaced from SHORTEST to LONGEST and shuffled."""
     batch, mean = config.stage.global_batch, config.stage.seq_len
+    # The case of mixed lengths is known by its mean, since a configuration has one stage.seq_len.
     if mean != (SHORTEST + LONGEST) // 2:
         return [mean] * batch
     lengths = torch.linspace(SHORTEST, LONGEST, batch).round().long()
@@ -293,7 +309,7 @@ def new_tokens(config: Config) -> list[int]:
 
 
 def engine_options(config: Config, device: torch.device, lengths: Sequence[int]) -> tuple[EngineOptions, torch.dtype]:
-    """(options, dtype) of a user's engine on `device`, with a cache for sequences of `lengths` tokens."""
+    """Returns options and dtype of a user's engine on `device`, with a cache for sequences of `lengths` tokens."""
     dtype = generation_dtype(config.parallel, device)
     page = best_page_tokens(config.model, dtype, device)
     pages = sum(pages_for(length, page) + 1 for length in lengths)  # answers copy the last page they share
@@ -309,8 +325,8 @@ def _engine(model: Transformer, config: Config, device: torch.device, lengths: S
 def _answer(engine: Engine, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
     for index, (prompt, new) in enumerate(zip(prompts.tolist(), lengths, strict=True)):
         engine.submit(Request(str(index), prompt, replace(SAMPLING, max_new_tokens=new), seed=index))
-    done = engine.run()
-    assert sum(len(answer.tokens) for answer in done if isinstance(answer, Answer)) == sum(lengths)
+    answers = engine.run()
+    assert sum(len(answer.tokens) for answer in answers if isinstance(answer, Answer)) == sum(lengths)
     return 0.0
 
 
@@ -330,25 +346,27 @@ def _first_tokens(engine: Engine, prompt: list[int], n: int) -> float:
 
 @torch.inference_mode()
 def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
-    """Padded batches: each runs until its longest answer is complete."""
+    """Runs padded batches; each goes on until its longest answer is complete."""
     for begin in range(0, len(prompts), PADDED_BATCH):
-        own = slice(begin, begin + PADDED_BATCH)
-        peer.generate(prompts[own], max(lengths[own]))
+        rows = slice(begin, begin + PADDED_BATCH)
+        peer.generate(prompts[rows], max(lengths[rows]))
     return 0.0
 
 
 def _linear_layers(model: Transformer, lengths: Sequence[int]) -> Callable[[], float]:
-    """The matrix products of all new tokens and nothing else: the lower bound for eager PyTorch."""
-    config = model.config
-    weights = [value.flatten(0, -2) if value.ndim == 3 else value for value in model.parameters() if value.ndim > 1]
-    weights = [weight for weight in weights if weight.data_ptr() != model.embedding.weight.data_ptr()]
-    weights += [model.head_weight] if config.tie_embeddings else []
-    steps = max(lengths)
-    running = [sum(new > step for new in lengths) for step in range(steps)]
+    """Returns a step of all matrix products of the new tokens and nothing else: the lower bound for eager PyTorch."""
+    matrices = [p.flatten(0, -2) if p.ndim == 3 else p for p in model.parameters() if p.ndim > 1]
+    # An embedding is looked up, not multiplied; tied to the head it is multiplied there.
+    weights = [matrix for matrix in matrices if matrix.data_ptr() != model.embedding.weight.data_ptr()]
+    if model.config.tie_embeddings:
+        weights.append(model.head_weight)
+
+    # Requests end at different steps, so the products get fewer rows.
+    rows_by_step = [sum(new > step for new in lengths) for step in range(max(lengths))]
 
     @torch.inference_mode()
     def step() -> float:
-        for n_rows in running:
+        for n_rows in rows_by_step:
             for weight in weights:
                 F.linear(weight.new_zeros(n_rows, weight.shape[1]), weight)
         return 0.0

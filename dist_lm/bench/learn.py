@@ -30,10 +30,10 @@ from dist_lm.errors import ConfigError, UserError
 from dist_lm.parallel.mesh import choose_device, leave_groups
 from dist_lm.stages.text import open_stream
 
-TURN = 5  # steps
-WARM_UP, TIMED = 2, 6  # steps that find the speed of a learner, for a budget of seconds
-MANY = 10**6  # steps of a learner that is only looked at
-POINTS = 10  # of a curve
+TURN = 5  # steps that a learner takes before the next one has its turn
+WARM_UP, TIMED = 2, 6  # steps that measure the speed of a learner, for a budget of seconds
+MANY = 10**6  # steps of the schedule of a learner that is only timed
+POINTS = 10  # measurements of a curve
 UNITS = ("tokens", "flops", "s")
 
 
@@ -46,29 +46,30 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """`2e6tokens`, `1e14flops` or `60s`.
+        """Reads a budget such as `2e6tokens`, `1e14flops` or `60s`.
 
         Raises:
-            ConfigError: `text` is none of these.
+            ConfigError: `text` is no number with one of these units.
         """
-        found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]+)", text)
+        match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([a-z]+)", text)
         accepted = "a number and a unit, such as 2e6tokens, 1e14flops or 60s"
-        if found is None or found[2] not in UNITS:
+        if match is None or match[2] not in UNITS:
             raise ConfigError(f"--budget={text}: expected {accepted}")
+
         try:
-            amount = float(found[1])
-        except ValueError as error:
+            amount = float(match[1])
+        except ValueError as error:  # 1.2.3
             raise ConfigError(f"--budget={text}: expected {accepted}") from error
-        return cls(amount, found[2])
+        return cls(amount, match[2])
 
     def steps(self, recipe: str, cost: float) -> int:
-        """Optimizer steps that it pays for.
+        """Returns the number of optimizer steps that the budget pays for.
 
         Args:
-            cost: of a step, in its unit.
+            cost: cost of a step, in the unit of the budget.
 
         Raises:
-            ConfigError: not even one; names the recipe.
+            ConfigError: the budget does not pay for one step; the message names the recipe.
         """
         if self.amount < cost:
             raise ConfigError(
@@ -79,7 +80,7 @@ class Budget:
 
 
 def prepare(folder: Path, option: str, value: Path) -> None:
-    """Make the folder that results go to, before anything is measured."""
+    """Makes the folder that results go to, before anything is measured; `option` and `value` are for the error."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +89,7 @@ def prepare(folder: Path, option: str, value: Path) -> None:
 
 @contextmanager
 def _names(recipe: str) -> Iterator[None]:
-    """An error within names the recipe."""
+    """Puts the name of the recipe in front of the message of a user's error inside the block."""
     try:
         yield
     except UserError as error:
@@ -103,29 +104,33 @@ class Lane:
         with _names(recipe.name):
             self.learner = recipe.build(self.config, steps, device)
             self.stream = open_stream(opening_of(self.config, device))
-        self.device, self.done, self.seconds = device, 0, 0.0
+        self.device = device
+        self.steps_taken = 0
+        self.seconds = 0.0  # spent in its own steps
         self.curve = Curve(recipe.name, seed, self.learner.parameters, steps)
 
     def train(self, steps: int) -> float:
-        """Take some steps; returns their seconds, without the wait for data."""
+        """Takes `steps` steps; returns their seconds, without the wait for data."""
         spent = 0.0
         for _ in range(steps):
             batches = [batch.to(self.device) for batch in next(self.stream).micro_batches]
             began = time.perf_counter()
             with _names(self.curve.recipe):
-                self.learner.step(self.done, batches)
+                self.learner.step(self.steps_taken, batches)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent += time.perf_counter() - began
-            self.done += 1
+            self.steps_taken += 1
+
         self.seconds += spent
         return spent
 
     def measure(self, held_out: HeldOut) -> None:
-        """Add a point to the curve."""
-        tokens = self.done * self.config.stage.global_batch * self.config.stage.seq_len
+        """Adds a point to the curve."""
+        tokens = self.steps_taken * self.config.stage.global_batch * self.config.stage.seq_len
         metrics = held_out.measure(self.learner)
         loss, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
+
         prefix = "val/bits_per_byte_"
         self.curve.bits_by = {
             name.removeprefix(prefix): bits for name, bits in metrics.items() if name.startswith(prefix)
@@ -137,7 +142,7 @@ class Lane:
 def _lanes(
     recipes: Sequence[Recipe], seed: int, steps: Mapping[str, int], device: torch.device
 ) -> Iterator[list[Lane]]:
-    """A lane of each recipe; `steps` by name."""
+    """Opens a lane for each recipe; their streams end with the block. `steps`: name of a recipe -> its steps."""
     with ExitStack() as stack:
         lanes = []
         for recipe in recipes:
@@ -147,21 +152,25 @@ def _lanes(
 
 
 def steps_of(recipes: Sequence[Recipe], budget: Budget, device: torch.device) -> dict[str, int]:
-    """Optimizer steps of each recipe that the budget pays for; their seconds are found in turns.
+    """Returns the optimizer steps of each recipe that the budget pays for, by name.
 
     Raises:
-        ConfigError: it does not pay for one.
+        ConfigError: the budget does not pay for one step of a recipe.
     """
-    costs = {one.name: float(one.config.stage.global_batch * one.config.stage.seq_len) for one in recipes}
+    costs = {recipe.name: float(recipe.config.stage.global_batch * recipe.config.stage.seq_len) for recipe in recipes}
+
     if budget.unit != "tokens":
         with _lanes(recipes, recipes[0].config.seed, dict.fromkeys(costs, MANY), device) as lanes:
             for lane in lanes:
                 costs[lane.curve.recipe] *= lane.learner.flops_per_token
+
+            # Seconds are measured in turns, so that a busy minute of the machine slows all recipes alike.
             if budget.unit == "s":
                 for lane in lanes:
                     lane.train(WARM_UP)
-                seconds = [[lane.train(1) for lane in lanes] for _ in range(TIMED)]
-                costs = dict(zip(costs, map(statistics.median, zip(*seconds, strict=True)), strict=True))
+                rounds = [[lane.train(1) for lane in lanes] for _ in range(TIMED)]
+                costs = dict(zip(costs, map(statistics.median, zip(*rounds, strict=True)), strict=True))
+
     return {name: budget.steps(name, cost) for name, cost in costs.items()}
 
 
@@ -176,30 +185,36 @@ def curves_of_a_seed(
     *,
     at_start: bool = True,
 ) -> list[Curve]:
-    """Train every recipe, in turns; a curve has `points` points, and one before the first step.
+    """Trains every recipe with one seed, in turns, and returns their curves.
 
     Args:
-        steps, measured_on: of each recipe, by name.
+        steps, measured_on: steps and held-out sequences of each recipe, by name.
+        say: shows a line of progress.
+        points: measurements of a curve during training.
+        at_start: whether a curve also has a point before the first step.
     """
     with _lanes(recipes, seed, steps, device) as lanes:
         for lane in lanes:
             lane.curve.bytes_per_token = measured_on[lane.curve.recipe].bytes_per_token
             if at_start:
                 lane.measure(measured_on[lane.curve.recipe])
-        while behind := [lane for lane in lanes if lane.done < lane.curve.steps]:
-            for lane in behind:
+
+        while unfinished := [lane for lane in lanes if lane.steps_taken < lane.curve.steps]:
+            for lane in unfinished:
                 last = lane.curve.steps
-                due = -(-(lane.done + 1) * points // last) * last // points  # step of the next point
-                lane.train(min(TURN, max(1, due - lane.done)))
-                if lane.done >= due:
+                next_point = -(-(lane.steps_taken + 1) * points // last) * last // points  # step of the next point
+                lane.train(min(TURN, max(1, next_point - lane.steps_taken)))
+                if lane.steps_taken >= next_point:
                     lane.measure(measured_on[lane.curve.recipe])
-            say(f"seed {seed}: " + ", ".join(f"{lane.curve.recipe} {lane.done}/{lane.curve.steps}" for lane in lanes))
+
+            progress = (f"{lane.curve.recipe} {lane.steps_taken}/{lane.curve.steps}" for lane in lanes)
+            say(f"seed {seed}: " + ", ".join(progress))
     return [lane.curve for lane in lanes]
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """A process group of this process, which an optimizer step sums over."""
+    """Makes a process group of this process alone inside the block; an optimizer step sums over it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -230,41 +245,46 @@ def run_learning(
     curves_in: Path | None,
     points: int = POINTS,
 ) -> list[Curve]:
-    """Run the comparison, print its table, write records and curves.
+    """Runs the comparison, prints its table, writes records and curves, and returns the curves.
 
     Args:
         recipes, peers: see `recipes_of`.
         budget: see `Budget.parse`.
         points: measurements of a recipe in training.
+        json_file: a file for the records, as JSON lines.
         curves_in: a folder that gets `curves.jsonl`, one point a line, and `curves.svg`.
 
     Raises:
         ConfigError: see `recipes_of` and `Budget.parse`; a folder of results cannot be made.
         ArtefactError: the work directory lacks the corpus.
     """
-    spent = Budget.parse(budget)
+    parsed_budget = Budget.parse(budget)
     for option, value in (("seeds", seeds), ("points", points)):
         if value < 1:
             raise ConfigError(f"--{option}={value}: expected a positive integer")
+
     compared = recipes_of(overrides, recipes, peers)
-    for one in compared[1:]:
-        if one.build is OwnLearner and one.config == compared[0].config:
-            console.print(f"note: {one.name} has the same configuration as the first row")
+    for recipe in compared[1:]:
+        if recipe.build is OwnLearner and recipe.config == compared[0].config:
+            console.print(f"note: {recipe.name} has the same configuration as the first row")
+
     if json_file:
         prepare(json_file.parent, "--json", json_file)
     if curves_in:
         prepare(curves_in, "--curves", curves_in)
+
     device = choose_device(compared[0].config.device, 0)
     curves: list[Curve] = []
     with alone(), console.status("the speed of each recipe") as status:
         measured_on = held_out_of(compared, device)
-        steps = steps_of(compared, spent, device)
-        first = compared[0].config.seed
-        for seed in range(first, first + seeds):
+        steps = steps_of(compared, parsed_budget, device)
+        first_seed = compared[0].config.seed
+        for seed in range(first_seed, first_seed + seeds):
             curves += curves_of_a_seed(compared, seed, steps, measured_on, device, status.update, points)
-            _write(curves, json_file, curves_in)  # a later seed may fail
+            _write(curves, json_file, curves_in)  # after each seed, since a later one may fail
+
     title = f"learn: {budget} each, {seeds} seed{'s' * (seeds > 1)}, on {compared[0].config.stage.corpus}"
     console.print(table_of(title, curves))
-    if len({one.config.work_dir for one in compared}) > 1:
+    if len({recipe.config.work_dir for recipe in compared}) > 1:
         console.print(languages_of(curves))
     return curves

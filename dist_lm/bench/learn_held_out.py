@@ -1,4 +1,4 @@
-"""What `dist-lm bench learn` measures on: held-out sequences, the same for all learners.
+"""Held-out sequences on which `dist-lm bench learn` measures, the same for all learners.
 
 Recipes with other tokenizers (another `work_dir` with the same documents) are measured on the whole of val, because
 bits per byte compares them only on the same text.
@@ -35,14 +35,14 @@ class HeldOut:
     device: torch.device
 
     def measure(self, learner: Learner) -> dict[str, float]:
-        """Loss (nats a token) and bits per byte, as the metrics of `loss_metrics`."""
+        """Returns loss (nats a token) and bits per byte, under the names of `loss_metrics`."""
         languages = self.batches.corpus.languages
         sums = summed_losses(learner, self.batches, len(languages), self.device, None)  # pyright: ignore[reportArgumentType]
         return loss_metrics(sums.tolist(), languages, self.batches.bytes_by_language)
 
     @property
     def bytes_per_token(self) -> dict[str, float]:
-        """UTF-8 bytes a token of the whole of val, by language; the end-of-text of each document counts."""
+        """UTF-8 bytes a token over the whole of val, by language; the end-of-text of each document counts."""
         corpus = self.batches.corpus
         return {
             language: float(corpus.n_bytes[chosen].sum() / corpus.lengths[chosen].sum())
@@ -52,7 +52,7 @@ class HeldOut:
 
 
 def opening_of(config: Config, device: torch.device) -> Opening:
-    """With what a stage opens its data, for a process alone."""
+    """Returns the arguments with which a stage opens its data, for a single process."""
     group, tokenizer = dist.group.WORLD, WorkDirectory(Path(config.work_dir)).tokenizer_model
     assert group is not None
     return Opening(
@@ -68,55 +68,60 @@ def opening_of(config: Config, device: torch.device) -> Opening:
 
 
 def held_out(config: Config, device: torch.device) -> HeldOut:
-    """`stage.eval_sequences` sequences of val of `stage.corpus`."""
-    return HeldOut(
-        held_out_batches(opening_of(config, device), corpus_of(config, config.stage.corpus, "val"), False), device
-    )
+    """Opens `stage.eval_sequences` sequences of val of `stage.corpus`."""
+    corpus = corpus_of(config, config.stage.corpus, "val")
+    return HeldOut(held_out_batches(opening_of(config, device), corpus, False), device)
 
 
 def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, HeldOut]:
-    """What the recipe of each name is measured on: settings of the first recipe, tokens of its own work directory.
+    """Returns the held-out sequences of each recipe, by name: settings of the first, tokens of its own work directory.
 
     Raises:
-        ConfigError: other tokenizers, but not the whole of val or not the same documents; or another vocabulary.
+        ConfigError: recipes have different tokenizers, but not the whole of val or not the same documents; or a model
+            has another vocabulary than its corpus.
     """
     first = recipes[0].config
-    of_folder = {
-        folder: held_out(replace(first, work_dir=folder), device)
-        for folder in dict.fromkeys(one.config.work_dir for one in recipes)
+    by_work_dir = {
+        work_dir: held_out(replace(first, work_dir=work_dir), device)
+        for work_dir in dict.fromkeys(recipe.config.work_dir for recipe in recipes)
     }
-    for one in recipes:
-        _require_vocabulary(one)
-        if one.config.work_dir == first.work_dir:
+
+    for recipe in recipes:
+        _require_vocabulary(recipe)
+        work_dir = recipe.config.work_dir
+        if work_dir == first.work_dir:
             continue
+
+        # Bits per byte of two tokenizers compare only on the same text, hence on the whole of val.
         if first.stage.eval_sequences:
             raise ConfigError(
-                f"{one.name}: work_dir={one.config.work_dir} has other tokens, and "
+                f"{recipe.name}: work_dir={work_dir} has other tokens, and "
                 f"stage.eval_sequences={first.stage.eval_sequences} of them are not the same text: expected "
                 "stage.eval_sequences=0, the whole of val"
             )
-        texts = [of_folder[folder].batches.corpus.n_bytes for folder in (first.work_dir, one.config.work_dir)]
-        if not np.array_equal(texts[0], texts[1]):
+        first_bytes, bytes_here = (by_work_dir[name].batches.corpus.n_bytes for name in (first.work_dir, work_dir))
+        if not np.array_equal(first_bytes, bytes_here):
             raise ConfigError(
-                f"{one.name}: val of work_dir={one.config.work_dir} has {len(texts[1])} documents of "
-                f"{texts[1].sum()} bytes, that of {first.work_dir} {len(texts[0])} of {texts[0].sum()}: expected the "
-                "same documents; build both with the same corpus and seed"
+                f"{recipe.name}: val of work_dir={work_dir} has {len(bytes_here)} documents of "
+                f"{bytes_here.sum()} bytes, that of {first.work_dir} {len(first_bytes)} of {first_bytes.sum()}: "
+                "expected the same documents; build both with the same corpus and seed"
             )
-    return {one.name: of_folder[one.config.work_dir] for one in recipes}
+
+    return {recipe.name: by_work_dir[recipe.config.work_dir] for recipe in recipes}
 
 
 def _require_vocabulary(recipe: Recipe) -> None:
     config = recipe.config
     for corpus in config.stage.streams:
         folder = WorkDirectory(Path(config.work_dir)).corpus(corpus)
-        found = read_manifest(folder).recipe.vocab_size
-        if found != config.model.vocab_size:
+        num_pieces = read_manifest(folder).recipe.vocab_size
+        if num_pieces != config.model.vocab_size:
             raise ConfigError(
-                f"{recipe.name}: model.vocab_size={config.model.vocab_size}: {folder} has {found} pieces: expected "
-                f"model.vocab_size={found}"
+                f"{recipe.name}: model.vocab_size={config.model.vocab_size}: {folder} has {num_pieces} pieces: "
+                f"expected model.vocab_size={num_pieces}"
             )
 
 
 def corpus_of(config: Config, name: str, split: str) -> TokenCorpus:
-    """A split of a corpus in the work directory of a recipe."""
+    """Opens a split of a corpus in the work directory of a recipe."""
     return TokenCorpus.open(WorkDirectory(Path(config.work_dir)).corpus(name), split)

@@ -1,8 +1,8 @@
 """Learners of other libraries for `dist-lm bench learn`: their model, optimizer and schedule on our stream.
 
-GPT-NeoX of Hugging Face with torch's AdamW and our schedule, and nanochat's model with the default rates of its
-`setup_optimizer` and the schedule of its scripts/base_train.py, run from a checkout of it. Both attend over the whole
-sequence.
+One is GPT-NeoX of Hugging Face with torch's AdamW and our schedule. The other is nanochat's model with the default
+rates of its `setup_optimizer` and the schedule of its scripts/base_train.py, run from a checkout. Both attend over the
+whole sequence.
 
 Dimensions: B sequences, T tokens, V vocabulary.
 """
@@ -31,46 +31,50 @@ from dist_lm.training.optimizer import stage_rate
 NEOX, NANOCHAT = "neox", "nanochat"
 NAMES = {NEOX: "GPT-NeoX of transformers", NANOCHAT: NANOCHAT}
 NEOX_INIT = "model.init_std=0.02"  # the default of GPTNeoXConfig
-# scripts/base_train.py of nanochat, which cannot be imported
+# Constants of nanochat's scripts/base_train.py, which is a script and cannot be imported.
 WARM_UP_STEPS, WARM_DOWN, FINAL_RATE = 40, 0.65, 0.05
 MOMENTUM_STEPS, MOMENTA = 400, (0.85, 0.97, 0.90)
 
 
 def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
-    """A peer as a recipe.
+    """Returns a peer as a recipe.
 
     Args:
-        name: neox | nanochat, and what else its row is called.
-        words: overrides for the peer alone; of nanochat the path of a checkout first, then also arguments of its
-            `setup_optimizer`, and `warmup_steps`.
+        name: neox or nanochat, then more words that name its row.
+        words: overrides for this peer alone. For nanochat the first word is the path of a checkout; arguments of its
+            `setup_optimizer`, and `warmup_steps`, may follow.
         base: the overrides of all recipes.
 
     Raises:
-        ConfigError: an unknown or missing peer, or a word that it does not know.
+        ConfigError: the peer is unknown or not there, or does not know a word.
     """
     kind = name.split()[0]
     if kind not in NAMES:
         raise ConfigError(f"--peer={name}: expected {NEOX} or {NANOCHAT}, and more words to name the row")
     row = NAMES[kind] if name == kind else name
+
     if kind == NEOX:
         if importlib.util.find_spec("transformers") is None:
             raise ConfigError(f"--peer={name}: transformers is not installed; install the extra hf, or leave it out")
         config = compose_config([*base, NEOX_INIT, *words])
-        found = architecture_of(config.model)
-        if not isinstance(found, Architecture) or found.family != "GPTNeoX":
-            raise ConfigError(f"--peer={name}: the model is {getattr(found, 'family', found)}; expected GPT-NeoX")
+        architecture = architecture_of(config.model)
+        if not isinstance(architecture, Architecture) or architecture.family != "GPTNeoX":
+            family = getattr(architecture, "family", architecture)
+            raise ConfigError(f"--peer={name}: the model is {family}; expected GPT-NeoX")
         return Recipe(row, config, NeoxLearner)
+
     checkout = Path(words[0]).resolve() if words else None
     if checkout is None or not (checkout / "nanochat" / "gpt.py").is_file():
         raise ConfigError(f"--peer={name}: {checkout}: expected the path of a checkout of nanochat")
     module = _nanochat(name, checkout)
-    shape = [word for word in words[1:] if "." in word.partition("=")[0]]
-    own = _numbers(name, [word for word in words[1:] if word not in shape], module)
-    return Recipe(row, compose_config([*base, *shape]), partial(NanochatLearner, module, own))
+    # A key with a dot is ours; any other belongs to nanochat's optimizer.
+    overrides = [word for word in words[1:] if "." in word.partition("=")[0]]
+    numbers = _numbers(name, [word for word in words[1:] if word not in overrides], module)
+    return Recipe(row, compose_config([*base, *overrides]), partial(NanochatLearner, module, numbers))
 
 
 def _nanochat(name: str, checkout: Path) -> Any:
-    """The module nanochat.gpt of a checkout."""
+    """Imports the module nanochat.gpt of a checkout."""
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     try:
@@ -83,24 +87,25 @@ def _nanochat(name: str, checkout: Path) -> Any:
 
 
 def _numbers(name: str, words: Sequence[str], module: Any) -> dict[str, float]:
-    """Arguments of `setup_optimizer`, and `warmup_steps`, from KEY=VALUE."""
-    known = [*list(inspect.signature(module.GPT.setup_optimizer).parameters)[1:], "warmup_steps"]
-    found = {}
+    """Reads arguments of `setup_optimizer`, and `warmup_steps`, from words KEY=NUMBER."""
+    accepted = [*list(inspect.signature(module.GPT.setup_optimizer).parameters)[1:], "warmup_steps"]
+    numbers = {}
     for word in words:
-        key, _, value = word.partition("=")
+        key, _, number = word.partition("=")
         try:
-            found[key] = float(value)
+            numbers[key] = float(number)
         except ValueError as error:
             raise ConfigError(f"--peer={name}: {word}: expected KEY=NUMBER") from error
-        if key not in known:
-            raise ConfigError(f"--peer={name}: {word}: expected one of {', '.join(known)}, or a key such as model.d_ff")
-    return found
+        if key not in accepted:
+            keys = ", ".join(accepted)
+            raise ConfigError(f"--peer={name}: {word}: expected one of {keys}, or a key such as model.d_ff")
+    return numbers
 
 
 class _Peer:
-    """Micro-batches, clipping and losses; a subclass has model, optimizer and rates."""
+    """The step of a peer: micro-batches, clipping and losses. A subclass has model, optimizer and rates."""
 
-    model: Any  # a module
+    model: Any  # torch.nn.Module
     grad_clip: float
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
@@ -117,7 +122,7 @@ class _Peer:
         raise NotImplementedError
 
     def update(self, number: int) -> None:
-        """Set the rates of this step, and step."""
+        """Sets the rates of this 0-based step and takes an optimizer step."""
         raise NotImplementedError
 
     @property
@@ -132,14 +137,16 @@ class NeoxLearner(_Peer):
         transformers = importlib.import_module("transformers")
         from dist_lm.model.size import flops_per_token
 
-        found = architecture_of(config.model)
-        assert isinstance(found, Architecture)
+        architecture = architecture_of(config.model)
+        assert isinstance(architecture, Architecture)
+
         torch.manual_seed(config.seed)
-        settings = hf_config(config.model, found, "float32")
+        settings = hf_config(config.model, architecture, "float32")
         self.model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**settings)).to(device)
+
         self.stage = stage = replace(config.stage, steps=steps)
-        matrices = [one for one in self.model.parameters() if one.dim() > 1]
-        vectors = [one for one in self.model.parameters() if one.dim() < 2]
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=stage.lr,
@@ -164,11 +171,10 @@ class NeoxLearner(_Peer):
 
 
 class NanochatLearner(_Peer):
-    """GPT of nanochat with MuonAdamW: our width, depth, heads and vocabulary, full attention in every layer, the
-    default rates of its `setup_optimizer`, the schedule of its scripts/base_train.py with 40 steps of warm-up.
+    """GPT of nanochat with MuonAdamW: our width, depth, heads and vocabulary, and full attention in every layer.
 
-    Args:
-        numbers: arguments of `setup_optimizer` and `warmup_steps` in place of the defaults.
+    It has the default rates of its `setup_optimizer` and the schedule of its scripts/base_train.py, with 40 steps of
+    warm-up; `numbers` holds arguments of `setup_optimizer`, and `warmup_steps`, in place of the defaults.
     """
 
     grad_clip = 0.0
@@ -176,9 +182,11 @@ class NanochatLearner(_Peer):
     def __init__(
         self, module: Any, numbers: Mapping[str, float], config: Config, steps: int, device: torch.device
     ) -> None:
-        shape, self.steps = config.model, steps
+        shape = config.model
+        self.steps = steps
         rates = dict(numbers)
         self.warm_up = rates.pop("warmup_steps", WARM_UP_STEPS)
+
         torch.manual_seed(config.seed)
         self.model = module.GPT(
             module.GPTConfig(
@@ -192,6 +200,7 @@ class NanochatLearner(_Peer):
             )
         )
         self.model.to(device).init_weights()
+
         self.optimizer = self.model.setup_optimizer(**rates)
         self.flops_per_token = float(self.model.estimate_flops())
 
@@ -210,21 +219,22 @@ class NanochatLearner(_Peer):
         self.model.zero_grad(set_to_none=True)
 
     def rate(self, number: int) -> float:
-        """Rate of a 0-based step as a multiple of the peak."""
-        down = round(WARM_DOWN * self.steps)
+        """Returns the rate of a 0-based step as a multiple of the peak (`get_lr_multiplier` of base_train.py)."""
+        decay_steps = round(WARM_DOWN * self.steps)
         if number < self.warm_up:
             return (number + 1) / self.warm_up
-        if number <= self.steps - down:
+        if number <= self.steps - decay_steps:
             return 1.0
-        left = (self.steps - number) / down
-        return left + (1 - left) * FINAL_RATE
+
+        remaining = (self.steps - number) / decay_steps
+        return remaining + (1 - remaining) * FINAL_RATE
 
     def momentum(self, number: int) -> float:
-        """Momentum of Muon at a 0-based step."""
+        """Returns the momentum of Muon at a 0-based step (`get_muon_momentum` of base_train.py)."""
         low, peak, end = MOMENTA
-        down = round(WARM_DOWN * self.steps)
+        decay_steps = round(WARM_DOWN * self.steps)
         if number < MOMENTUM_STEPS:
             return low + number / MOMENTUM_STEPS * (peak - low)
-        if number < self.steps - down:
+        if number < self.steps - decay_steps:
             return peak
-        return peak + (number - self.steps + down) / down * (end - peak)
+        return peak + (number - self.steps + decay_steps) / decay_steps * (end - peak)

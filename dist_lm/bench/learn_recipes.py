@@ -31,7 +31,7 @@ from dist_lm.training.optimizer import (
 from dist_lm.training.step import accumulate_gradients, update
 
 ALONE = ("tracking=none", "prerequisites=fail", "stage.init_from=none")
-# no peer keeps attention inside a document; positions that start again belong to that mask
+# No peer keeps attention inside a document, and positions that start again belong to that mask.
 BASE = (*ALONE, "stage.document_mask=false", "stage.reset_positions=false")
 
 
@@ -45,11 +45,11 @@ class Learner(Protocol):
     def parameters(self) -> int: ...
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """The optimizer step of this 0-based number."""
+        """Takes the optimizer step of this 0-based number on the micro-batches of a step."""
         ...
 
     def token_losses(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of every target, nats, (B, T)."""
+        """Returns the cross-entropy of every target, nats, fp32 (B, T)."""
         ...
 
 
@@ -63,66 +63,74 @@ class Recipe:
 
 
 def recipes_of(
-    overrides: Sequence[str], own: Sequence[str], peers: Sequence[str], defaults: Sequence[str] = BASE
+    overrides: Sequence[str], named: Sequence[str], peers: Sequence[str], defaults: Sequence[str] = BASE
 ) -> list[Recipe]:
-    """The recipe of `overrides` alone, then `NAME: overrides` of each of `own`, then the peers.
+    """Returns the recipe of `overrides` alone, then the named ones, then the peers.
 
     Args:
+        named: `NAME: KEY=VALUE ...` of each further recipe of ours.
+        peers: `NAME: WORDS` of each peer, see `peer_recipe`.
         defaults: overrides that come before `overrides`.
 
     Raises:
         ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed, a stage that does not
             learn the next token, a setting that no learner has.
     """
-    stage = [] if any(one.startswith("stage=") for one in overrides) else ["stage=code", "model=nano"]
-    base = [*stage, *defaults, *overrides]
-    found = [Recipe("as configured", compose_config(base), OwnLearner)]
-    for text in own:
-        name, rest = _named(text, "--recipe")
-        found.append(Recipe(name, compose_config([*base, *rest]), OwnLearner))
+    names_stage = any(override.startswith("stage=") for override in overrides)
+    default_stage = [] if names_stage else ["stage=code", "model=nano"]
+    base = [*default_stage, *defaults, *overrides]
+
+    recipes = [Recipe("as configured", compose_config(base), OwnLearner)]
+    for text in named:
+        name, words = _split_name(text, "--recipe")
+        recipes.append(Recipe(name, compose_config([*base, *words]), OwnLearner))
     if peers:
+        # Only comparisons with peers import transformers or a checkout of nanochat.
         from dist_lm.bench.learn_peers import peer_recipe
 
-        found += [peer_recipe(*_named(text, "--peer"), base) for text in peers]
-    names = [one.name for one in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"--recipe or --peer {twice.pop()}: the name is taken; expected a name of its own")
-    for one in found:
-        _check(one, found[0].config.seed)
-    return found
+        recipes += [peer_recipe(*_split_name(text, "--peer"), base) for text in peers]
+
+    names = [recipe.name for recipe in recipes]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"--recipe or --peer {duplicates.pop()}: the name is taken; expected a name of its own")
+    for recipe in recipes:
+        _check(recipe, recipes[0].config.seed)
+    return recipes
 
 
 def _check(recipe: Recipe, seed: int) -> None:
-    """Refuse what a learner would not do as configured."""
+    """Refuses settings that a learner would not follow, since a row must show what its configuration says."""
     stage, name = recipe.config.stage, recipe.name
-    program = stage_named(stage.name)
-    if not isinstance(program, TextStage):
+    stage_object = stage_named(stage.name)
+    if not isinstance(stage_object, TextStage):
         raise ConfigError(
             f"{name}: stage={stage.name}: the loss of the next token is measured: expected a stage that trains on it, "
             "such as language or code"
         )
-    program.check(recipe.config)
-    for key, found, expected in (
+    stage_object.check(recipe.config)
+
+    for key, setting, expected in (
         ("seed", recipe.config.seed, seed),
         ("stage.ema_decay", stage.ema_decay, 0.0),
         ("stage.lora.rank", stage.lora.rank, 0),
         ("stage.init_from", stage.init_from, "none"),
         ("stage.branch_from", stage.branch_from, ""),
     ):
-        if found != expected:
+        if setting != expected:
             raise ConfigError(
-                f"{name}: {key}={found}: all recipes have the same seeds, begin with initial weights, and train and "
+                f"{name}: {key}={setting}: all recipes have the same seeds, begin with initial weights, and train and "
                 f"measure all of them: expected {key}={expected}"
             )
 
 
-def _named(text: str, option: str) -> tuple[str, list[str]]:
+def _split_name(text: str, option: str) -> tuple[str, list[str]]:
+    """Splits `NAME: WORD WORD ...` into the name and the words, as a shell would."""
     name, colon, rest = text.partition(":")
     if not name.strip() or not colon:
         raise ConfigError(f"{option}={text}: expected NAME: KEY=VALUE ...")
     try:
         return name.strip(), shlex.split(rest)
-    except ValueError as error:  # a quotation without an end
+    except ValueError as error:  # a quotation that does not end
         raise ConfigError(f"{option}={text}: {error}") from error
 
 
@@ -135,12 +143,15 @@ class OwnLearner:
                 f"stage.warmup_steps={config.stage.warmup_steps}: training has {steps} steps; expected fewer steps of "
                 "warm-up, or a larger budget"
             )
-        self.stage, self.seed = replace(config.stage, steps=steps), config.seed
+        self.stage = replace(config.stage, steps=steps)
+        self.seed = config.seed
+
         self.model = Transformer(config.model)
         initialise(self.model, config.seed)
         self.model.to(device)
         self.model.document_mask = config.stage.document_mask
         self.model.chunk_bytes = config.parallel.loss_chunk_mib << 20
+
         self.optimizer = build_optimizer(self.model, self.stage, self.stage.muon)
         self.objective = training_stage(config.stage.name).objective(config)
         self.flops_per_token = float(flops_per_token(config.model, config.stage.seq_len))
@@ -150,13 +161,12 @@ class OwnLearner:
         """See `Learner`."""
         set_learning_rate(self.optimizer, stage_rate(self.stage, number))
         set_momentum(self.optimizer, muon_momentum(self.stage, number))
+
         self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number) if self.stage.dropout else None
         sums = accumulate_gradients(self.model, self.objective, micro_batches)
         self.model.dropout = None
-        result = update(
-            self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, counts=True, stop=StopRequest()
-        )
-        if not result.applied:
+        step = update(self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, counts=True, stop=StopRequest())
+        if not step.applied:
             raise UserError(f"step {number + 1}: the gradients are not finite; lower stage.lr={self.stage.lr}")
 
     def token_losses(self, batch: Batch) -> torch.Tensor:

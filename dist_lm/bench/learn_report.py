@@ -1,4 +1,4 @@
-"""What `dist-lm bench learn` reports: a table, records, and curves of loss and bits per byte in one SVG."""
+"""The report of `dist-lm bench learn`: a table, records, and curves of loss and bits per byte in one SVG."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +15,9 @@ from dist_lm.bench.case import Record, spread
 class Point:
     """A measurement of a learner on the held-out sequences."""
 
-    tokens: int  # trained on until then
-    flops: float
-    seconds: float  # of its own steps
+    tokens: int  # trained on so far
+    flops: float  # spent so far
+    seconds: float  # spent in the learner's own steps so far
     loss: float  # nats a token
     bits_per_byte: float
 
@@ -32,7 +32,7 @@ class Curve:
     steps: int
     points: list[Point] = field(default_factory=list)
     bits_by: Mapping[str, float] = field(default_factory=dict)  # language -> bits per byte at the end
-    bytes_per_token: Mapping[str, float] = field(default_factory=dict)  # of val, by language
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict)  # language -> UTF-8 bytes a token of val
 
     @property
     def end(self) -> Point:
@@ -49,15 +49,17 @@ UP: dict[str, Callable[[Point], float]] = {
     "bits per byte": lambda point: point.bits_per_byte,
     "nats a token": lambda point: point.loss,
 }
-DRAWN = slice(1, None)  # without the point before the first step, which would flatten the rest
+DRAWN = slice(1, None)  # leaves out the point before the first step, which would flatten the rest
 
 
 def records_of(curves: Sequence[Curve]) -> list[Record]:
-    """Bits per byte and loss at the end, then bits per byte and bytes a token of each language, as means over the
-    seeds; the peer is the first recipe."""
+    """Makes the records, as means over the seeds; the peer is the first recipe.
+
+    They hold bits per byte and loss at the end, then bits per byte and bytes a token of each language.
+    """
     by_recipe = _by_recipe(curves)
     first = next(iter(by_recipe))
-    records = []
+
     measures: dict[str, Callable[[Curve], float]] = {
         "bits/byte": lambda curve: curve.end.bits_per_byte,
         "nats/token": lambda curve: curve.end.loss,
@@ -65,9 +67,11 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
     for language in sorted(curves[0].bits_by):
         measures[f"bits/byte {language}"] = lambda curve, of=language: curve.bits_by[of]
         measures[f"bytes/token {language}"] = lambda curve, of=language: curve.bytes_per_token[of]
-    for unit, value in measures.items():
-        ends = {name: [value(curve) for curve in some] for name, some in by_recipe.items()}
-        means = {name: statistics.fmean(values) for name, values in ends.items()}
+
+    records = []
+    for unit, measure in measures.items():
+        ends = {name: [measure(curve) for curve in seed_curves] for name, seed_curves in by_recipe.items()}
+        means = {name: statistics.fmean(figures) for name, figures in ends.items()}
         for name in by_recipe:
             is_first = name == first
             records.append(
@@ -89,56 +93,58 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
 
 
 def table_of(title: str, curves: Sequence[Curve]) -> Table:
-    """The ends of the curves for people: means over the seeds, and the range of bits per byte."""
+    """Lays out the ends of the curves for people: means over the seeds, and the range of bits per byte."""
     by_recipe = _by_recipe(curves)
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("recipe", overflow="fold")
     for column in ("M params", "steps", "M tokens", "seconds", "loss", "bits/byte", "range", "ratio"):
         table.add_column(column, justify="right")
-    first = _mean(next(iter(by_recipe.values())), UP["bits per byte"])
-    for name, some in by_recipe.items():
-        bits = [curve.end.bits_per_byte for curve in some]
+
+    first_bits = _mean(next(iter(by_recipe.values())), UP["bits per byte"])
+    for name, seed_curves in by_recipe.items():
+        bits = [curve.end.bits_per_byte for curve in seed_curves]
         table.add_row(
             name,
-            f"{some[0].parameters / 1e6:.2f}",
-            f"{statistics.fmean(curve.steps for curve in some):.0f}",
-            f"{_mean(some, ACROSS['million tokens']):.2f}",
-            f"{_mean(some, ACROSS['seconds']):.0f}",
-            f"{_mean(some, UP['nats a token']):.3f}",
+            f"{seed_curves[0].parameters / 1e6:.2f}",
+            f"{statistics.fmean(curve.steps for curve in seed_curves):.0f}",
+            f"{_mean(seed_curves, ACROSS['million tokens']):.2f}",
+            f"{_mean(seed_curves, ACROSS['seconds']):.0f}",
+            f"{_mean(seed_curves, UP['nats a token']):.3f}",
             f"{statistics.fmean(bits):.3f}",
             f"{max(bits) - min(bits):.3f}" if len(bits) > 1 else "-",
-            f"{statistics.fmean(bits) / first:.3f}",
+            f"{statistics.fmean(bits) / first_bits:.3f}",
         )
     return table
 
 
 def languages_of(curves: Sequence[Curve]) -> Table:
-    """Held-out text by language, for recipes with other tokenizers: bytes a token, and bits per byte at the end."""
+    """Lays out bytes a token of val and bits per byte at the end by language, for recipes with other tokenizers."""
     languages = sorted(curves[0].bytes_per_token)
     table = Table(title="held-out bytes a token, bits per byte", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("recipe", overflow="fold")
     for language in languages:
         table.add_column(language, justify="right")
-    for name, some in _by_recipe(curves).items():
-        lengths = some[0].bytes_per_token
-        bits = {one: statistics.fmean(curve.bits_by[one] for curve in some) for one in languages}
-        table.add_row(name, *(f"{lengths[one]:.2f}  {bits[one]:.3f}" for one in languages))
+
+    for name, seed_curves in _by_recipe(curves).items():
+        lengths = seed_curves[0].bytes_per_token
+        bits = {language: statistics.fmean(curve.bits_by[language] for curve in seed_curves) for language in languages}
+        table.add_row(name, *(f"{lengths[language]:.2f}  {bits[language]:.3f}" for language in languages))
     return table
 
 
 def _by_recipe(curves: Sequence[Curve]) -> Mapping[str, list[Curve]]:
-    found: dict[str, list[Curve]] = {}
+    by_recipe: dict[str, list[Curve]] = {}
     for curve in curves:
-        found.setdefault(curve.recipe, []).append(curve)
-    return found
+        by_recipe.setdefault(curve.recipe, []).append(curve)
+    return by_recipe
 
 
-def _mean(curves: Sequence[Curve], value: Callable[[Point], float]) -> float:
-    return statistics.fmean(value(curve.end) for curve in curves)
+def _mean(curves: Sequence[Curve], measure: Callable[[Point], float]) -> float:
+    return statistics.fmean(measure(curve.end) for curve in curves)
 
 
 def drawing(curves: Sequence[Curve]) -> str:
-    """The SVG: a row of panels for each measure, a colour for each recipe, a line for each seed."""
+    """Draws the SVG: a row of panels for each measure, a colour for each recipe, a line for each seed."""
     names = list(dict.fromkeys(curve.recipe for curve in curves))
     width = 2 * (PANEL[0] + MARGIN) + GAP
     height = 2 * (PANEL[1] + MARGIN) + 18 * len(names) + GAP
@@ -146,10 +152,12 @@ def drawing(curves: Sequence[Curve]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
         f'font-size="11"><rect width="{width}" height="{height}" fill="white"/>'
     ]
+
     for row, (up, y_of) in enumerate(UP.items()):
         for column, (across, x_of) in enumerate(ACROSS.items()):
-            place = (MARGIN + column * (PANEL[0] + MARGIN), GAP // 2 + row * (PANEL[1] + MARGIN))
-            parts.append(_panel(curves, names, place, (across, x_of), (up, y_of)))
+            left_top = (MARGIN + column * (PANEL[0] + MARGIN), GAP // 2 + row * (PANEL[1] + MARGIN))
+            parts.append(_panel(curves, names, left_top, (across, x_of), (up, y_of)))
+
     for index, name in enumerate(names):
         y = 2 * (PANEL[1] + MARGIN) + 18 * index + GAP // 2
         parts.append(
@@ -162,15 +170,16 @@ def drawing(curves: Sequence[Curve]) -> str:
 def _panel(
     curves: Sequence[Curve],
     names: Sequence[str],
-    place: tuple[int, int],
+    left_top: tuple[int, int],
     across: tuple[str, Callable[[Point], float]],
     up: tuple[str, Callable[[Point], float]],
 ) -> str:
+    """Draws a panel at `left_top` (pixels); `across` and `up` are (title, figure of a point) of the axes."""
     points = [point for curve in curves for point in curve.points[DRAWN]]
     xs, ys = [across[1](point) for point in points], [up[1](point) for point in points]
     right, low, high = max(xs), min(ys), max(ys)
-    scale = high - low or 1.0
-    left, top = place
+    scale = high - low or 1.0  # a flat curve has no range to divide by
+    left, top = left_top
 
     def at(point: Point) -> str:
         x = left + PANEL[0] * across[1](point) / (right or 1.0)
@@ -178,12 +187,14 @@ def _panel(
         return f"{x:.1f},{y:.1f}"
 
     parts = [f'<rect x="{left}" y="{top}" width="{PANEL[0]}" height="{PANEL[1]}" fill="none" stroke="#bbb"/>']
+
     for share in (0.0, 0.5, 1.0):
         x, y = left + PANEL[0] * share, top + PANEL[1] * (1 - share)
         parts.append(f'<text x="{x:.0f}" y="{top + PANEL[1] + 14}" text-anchor="middle">{right * share:.3g}</text>')
         parts.append(f'<text x="{left - 4}" y="{y + 4:.0f}" text-anchor="end">{low + share * scale:.3g}</text>')
     title = f"{up[0]} against {across[0]}"
     parts.append(f'<text x="{left + PANEL[0] / 2:.0f}" y="{top + PANEL[1] + 30}" text-anchor="middle">{title}</text>')
+
     for curve in curves:
         line = " ".join(at(point) for point in curve.points[DRAWN])
         colour = _colour(names.index(curve.recipe))

@@ -1,13 +1,13 @@
-"""Multiple-choice requests per second in lm-evaluation-harness: our engine against its `hf` backend on our export.
+"""Measures multiple-choice requests per second in lm-evaluation-harness: our engine against its `hf` backend.
 
 A question has a context of 200 to 400 tokens and four choices of 5 to 20 tokens; a request is one choice. Texts are
-tokenized beforehand. Every way gives the same log-likelihoods.
+tokenized beforehand, and the backend loads our export. Every way gives the same log-likelihoods.
 """
 
 import importlib.util
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,24 @@ SHAPE = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """The hf backend with each batch size. With overrides: that model."""
+    """Compares with the hf backend at each batch size. Overrides choose another model."""
     (config,) = configurations([SHAPE], [AS_USED, *overrides] if overrides else (), quick)
-    peers = [f"{HF}, batch {batch}" for batch in BATCHES]
-    there = importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate")
-    comparisons = [
-        Comparison(OURS, peer) if there else Comparison(OURS, peer_name=f"{peer}: not installed") for peer in peers
-    ]
     model = config.model
+
+    peers = [f"{HF}, batch {batch}" for batch in BATCHES]
+    ways = [OURS]
+    if importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate"):
+        ways += peers
+        comparisons = [Comparison(OURS, peer) for peer in peers]
+    else:
+        comparisons = [Comparison(OURS, peer_name=f"{peer}: not installed") for peer in peers]
+
     case = Case(
         name=f"{model.d_model} x {model.n_layers} layers, {CHOICES} choices",
         config=config,
-        ways=dict.fromkeys([OURS, *(peers if there else ())], GroupSize(1)),
+        ways=dict.fromkeys(ways, GroupSize(1)),
         comparisons=comparisons,
-        same_losses=frozenset([OURS, *(peers if there else ())]),
+        same_losses=frozenset(ways),
         rounds=ROUNDS,
         amount=QUESTIONS * CHOICES,
         unit="requests/s",
@@ -59,42 +63,48 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def questions(vocab_size: int) -> list[Tree]:
-    """Random questions, the same at every call."""
-    chance = random.Random(11)  # noqa: S311  no secret
+    """Returns random questions, the same at every call."""
+    rng = random.Random(11)  # noqa: S311  no secret
 
     def tokens(least: int, most: int) -> tuple[int, ...]:
-        return tuple(chance.randrange(2, vocab_size) for _ in range(chance.randint(least, most)))
+        return tuple(rng.randrange(2, vocab_size) for _ in range(rng.randint(least, most)))
 
     return [Tree(tokens(*CONTEXT), tuple(tokens(*CHOICE) for _ in range(CHOICES))) for _ in range(QUESTIONS)]
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way of scoring, in one process."""
+    """Builds one way of scoring, in one process."""
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = Transformer(config.model)
     initialise(model, config.seed)
     model.requires_grad_(requires_grad=False)
-    asked = questions(config.model.vocab_size)
-    if way == OURS:
-        decoder = Decoder(config.model, 2, best_page_tokens(config.model, dtype, device), dtype, device)
-        with torch.inference_mode():
-            decoder.load(dict(model.named_parameters()))
-        found = [0.0]
+    trees = questions(config.model.vocab_size)
 
-        def score() -> float:
-            found[:] = [one.total for one in chain.from_iterable(likelihoods(decoder, asked, device))]
-            return 0.0
+    if way != OURS:
+        return _hf(model, trees, int(way.rpartition(" ")[2]), device, dtype)
 
-        return Trial(score, losses=lambda: _after(score, found))
-    return _hf(model, asked, int(way.rpartition(" ")[2]), device, dtype)
+    decoder = Decoder(config.model, 2, best_page_tokens(config.model, dtype, device), dtype, device)
+    with torch.inference_mode():
+        decoder.load(dict(model.named_parameters()))
 
+    def totals() -> list[float]:
+        return [score.total for score in chain.from_iterable(likelihoods(decoder, trees, device))]
 
-def _after(score: Any, found: list[float]) -> list[float]:
-    score()
-    return list(found)
+    return _scoring(totals)
 
 
-def _hf(model: Transformer, asked: Sequence[Tree], batch: int, device: torch.device, dtype: torch.dtype) -> Trial:
+def _scoring(totals: Callable[[], list[float]]) -> Trial:
+    """A trial of `totals`, which returns the log-likelihood of every request; all ways must give the same ones."""
+
+    def step() -> float:
+        totals()
+        return 0.0
+
+    return Trial(step, losses=totals)
+
+
+def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.device, dtype: torch.dtype) -> Trial:
+    """Builds the hf backend of lm-evaluation-harness on our export, with `batch` sequences a forward pass."""
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -103,29 +113,30 @@ def _hf(model: Transformer, asked: Sequence[Tree], batch: int, device: torch.dev
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
         write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+
+    # The backend asks for a tokenizer, though all texts are tokenized beforehand.
     marks = {"eos_token": "a", "pad_token": "b"}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), **marks
     )
-    backend: Any = HFLM
-    peer = backend(
+    backend_class: Any = HFLM
+    backend = backend_class(
         loaded.eval().to(device, dtype),
         tokenizer=tokenizer,
         batch_size=batch,
         max_length=model.config.max_seq_len,
         device=str(device),
     )
-    # the texts are keys of its reordering, and must differ
+
+    # The backend sorts requests by their texts, so these must differ.
     requests: list[Any] = [
-        ((f"context {number}", f"choice {place}"), list(tree.context), list(one))
-        for number, tree in enumerate(asked)
-        for place, one in enumerate(tree.continuations)
+        ((f"context {number}", f"choice {index}"), list(tree.context), list(continuation))
+        for number, tree in enumerate(trees)
+        for index, continuation in enumerate(tree.continuations)
     ]
-    found = [0.0]
 
-    def score() -> float:
+    def totals() -> list[float]:
         with torch.inference_mode():
-            found[:] = [total for total, _ in peer._loglikelihood_tokens(requests, disable_tqdm=True)]
-        return 0.0
+            return [total for total, _ in backend._loglikelihood_tokens(requests, disable_tqdm=True)]
 
-    return Trial(score, losses=lambda: _after(score, found))
+    return _scoring(totals)

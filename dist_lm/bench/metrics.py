@@ -1,4 +1,4 @@
-"""Cost of measuring: a training step with all its metrics, against the bare step, in one process.
+"""Measures the cost of measuring: a training step with all its metrics, against the bare step, in one process.
 
 The ratio of both times depends on how quiet the machine is. So the benchmark also reports `cost %`: thread seconds of
 measuring alone (on the host of a GPU: wall seconds), in per cent of a bare step in the same unit. Other processes
@@ -40,14 +40,14 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """The shapes above, or the one of `overrides`."""
+    """Cases of the shapes above, or of the one in `overrides`."""
     size = GroupSize(1)
     return [
         Case(
             name=describe(config),
             config=config,
             ways={MEASURED: size, BARE: size},
-            comparisons=(Comparison(own=MEASURED, peer=BARE), Comparison(own=MEASURED, fact=COST)),
+            comparisons=(Comparison(way=MEASURED, peer=BARE), Comparison(way=MEASURED, fact=COST)),
             same_losses=frozenset({MEASURED, BARE}),
             rounds=40,
         )
@@ -56,7 +56,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way, in one process."""
+    """Builds one way, in one process."""
     training = MeasuredTraining(config, world)
     if way == BARE:
         return Trial(lambda: training.step().loss)
@@ -64,17 +64,19 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 class MeasuredTraining:
-    """The trainer on one made-up batch: its steps and its lines of metrics."""
+    """Runs the trainer on one made-up batch: its steps and its lines of metrics."""
 
     def __init__(
         self, config: Config, world: World, writer_at: Callable[[Path], MetricsWriter] = MetricsWriter
     ) -> None:
-        """Build model and optimizer, and a temporary directory for the metrics file, removed with this object."""
+        """Builds model, optimizer, and a temporary directory for the metrics file, which goes with this object."""
         model = build_model(config.model, config.parallel, build_mesh(Layout(1, 1, 1), world.device), world.device, 0)
         stage = config.stage
+
         self._directory = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         self.directory = Path(self._directory.name)
         self.writer = writer_at(self.directory / "metrics.jsonl")
+
         optimizer = build_optimizer(model, stage)
         self._trainer = trainer_of_steps(config, world, model, optimizer, next_token(), counts_once=True)
         batch = made_up_batch(config, slice(None), world.device)
@@ -84,11 +86,11 @@ class MeasuredTraining:
         self._state = TrainState()
 
     def step(self) -> StepResult:
-        """The step alone."""
+        """Takes a step without its metrics."""
         return self._trainer.step(self._state, self._data, self._trainer.config.stage.lr)
 
     def measured_step(self) -> float:
-        """The step, its metrics and their line in the file; returns its loss."""
+        """Takes a step with its metrics and their line in the file; returns its loss."""
         self._meter.begin(self._trainer.is_detailed(self._state.step + 1))
         self._meter.data_came()
         result = self._trainer.step(self._state, self._data, self._trainer.config.stage.lr, self._meter.laps)
@@ -96,11 +98,10 @@ class MeasuredTraining:
         return result.loss
 
     def cost(self) -> float:
-        """Time of measuring, in per cent of a bare step."""
-        steps = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
-        result = self.step()
-        by_group = {name: 1.0 for name in gradients_by_group(self._trainer.model)}
-        result = replace(result, grad_norms=by_group)
+        """Returns the time of measuring, in per cent of a bare step."""
+        step_seconds = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
+        norms = dict.fromkeys(gradients_by_group(self._trainer.model), 1.0)
+        detailed_step = replace(self.step(), grad_norms=norms)
 
         def measure() -> None:
             detailed = self._trainer.is_detailed(self._state.step + 1)
@@ -111,29 +112,29 @@ class MeasuredTraining:
                 self._optimizer_hooks()
             for part in (*PARTS, "optimizer", "communication"):
                 self._meter.laps.lap(part)
-            self._write(result)
+            self._write(detailed_step)
 
-        lines = self._seconds(lambda: [measure() for _ in range(TIMED_LINES)]) / TIMED_LINES
-        return 100 * (lines + self._groups_s()) / statistics.median(steps)
+        line_seconds = self._seconds(lambda: [measure() for _ in range(TIMED_LINES)]) / TIMED_LINES
+        return 100 * (line_seconds + self._groups_s()) / statistics.median(step_seconds)
 
     def _groups_s(self) -> float:
-        """Extra time of gradient norms by group over one global norm, s."""
+        """Returns the extra time of gradient norms by group over one global norm, seconds."""
         model = self._trainer.model
         for parameter in model.parameters():
             parameter.grad = parameter.detach()
 
-        def grouped() -> None:
+        def norms_by_group() -> None:
             squared_norms(list(gradients_by_group(model).values()))
 
-        def together() -> None:
+        def global_norm() -> None:
             squared_norms([[p.grad for p in model.parameters() if p.grad is not None]])
 
-        more = [self._seconds(grouped) - self._seconds(together) for _ in range(TIMED_LINES)]
+        differences = [self._seconds(norms_by_group) - self._seconds(global_norm) for _ in range(TIMED_LINES)]
         self._trainer.optimizer.zero_grad(set_to_none=True)
-        return max(0.0, math.fsum(more) / len(more))
+        return max(0.0, math.fsum(differences) / len(differences))
 
     def _optimizer_hooks(self) -> None:
-        """The hooks before the optimizer's step, without the step."""
+        """Runs the hooks before the optimizer's step, without the step."""
         for hook in self._trainer.optimizer._optimizer_step_pre_hooks.values():
             hook(self._trainer.optimizer, (), {})
 

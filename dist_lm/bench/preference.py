@@ -2,9 +2,9 @@
 
 All ways train the same model on the same pairs by the same loss (the first steps are compared). Without the tree a
 prompt is read once for each completion. TRL computes the reference in every step by default; the second peer is TRL
-with log-probabilities of the reference that are known before, as ours are. Its trainer's loop, logging and data loader
-are not timed. Ceiling: next-token training on as many tokens as the trees have, causal, with logits of the
-completions only. Speed is in pairs per second.
+with the log-probabilities of the reference computed beforehand, as ours are. The loop, the logging and the data loader
+of its trainer are not timed. Ceiling: next-token training on as many tokens as the trees have, causal, with logits of
+the completions only. Speed is in pairs per second.
 
 Dimensions: B prompts (and sequences of the tree), T tokens.
 """
@@ -35,7 +35,7 @@ from dist_lm.stages.preference.stage import settings_of
 TREE, PLAIN = "our step on trees", "as many tokens, next-token loss"
 TRL, TRL_KNOWN = "TRL", "TRL, reference known"
 PACKAGES = ("trl", "accelerate", "transformers")
-PROMPT_SHARE = 0.5  # of the tree
+PROMPT_SHARE = 0.5  # share of the prompt in the tree
 PAIRS = "pairs/s"
 END, PAD = "</s>", "<pad>"  # pieces of the tokenizer that TRL asks for
 NANO = (
@@ -48,16 +48,18 @@ THREADS = 1
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Prompts that fill half of stage.seq_len, with two completions each."""
+    """Cases of prompts that fill half of stage.seq_len, with two completions each."""
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
 def _case(config: Config) -> Case:
     why_not = why_absent(PACKAGES)
-    prompt, own = tokens_of(config)
+    prompt, completion = tokens_of(config)
     peers = [] if why_not else [TRL, TRL_KNOWN]
+
     return Case(
-        name=f"DPO, {config.model.name}, {config.stage.global_batch} prompts of {prompt}, 2 completions of {own}",
+        name=f"DPO, {config.model.name}, {config.stage.global_batch} prompts of {prompt}, "
+        f"2 completions of {completion}",
         config=config,
         ways=dict.fromkeys([TREE, *peers, PLAIN], GroupSize(1, THREADS)),
         comparisons=[against(TREE, peer, why_not, PLAIN) for peer in (TRL, TRL_KNOWN)],
@@ -69,41 +71,43 @@ def _case(config: Config) -> Case:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way, in one process."""
+    """Builds one way, in one process."""
     model = Transformer(config.model)
     initialise(model, config.seed)
     model.to(world.device)
     batch = batch_of(config).to(world.device)
     with torch.no_grad():
-        known = segment_logprobs(model, batch)[: len(batch.prompt_C)]
+        reference_C = segment_logprobs(model, batch)[: len(batch.prompt_C)]
+
     if way in (TRL, TRL_KNOWN):
-        return Trial(TrlStep(model, config, known if way == TRL_KNOWN else None, world.device))
+        return Trial(TrlStep(model, config, reference_C if way == TRL_KNOWN else None, world.device))
+
     training = OwnTraining(model, config, slice(None), world)
     if way == TREE:
         model.document_mask = True
         training.objective = preference_objective(PreferenceLoss(settings_of(config)))
-        training.batches = [replace(batch, reference_C=known)]
+        training.batches = [replace(batch, reference_C=reference_C)]
     else:
         training.batches = [replace(batch, branch_BT=None)]
     return Trial(training.step)
 
 
 def tokens_of(config: Config) -> tuple[int, int]:
-    """(tokens of a prompt, of each completion)."""
-    own = round(config.stage.seq_len * (1 - PROMPT_SHARE) / 2)
-    return config.stage.seq_len + 1 - 2 * own, own
+    """Returns (tokens of a prompt, tokens of each completion)."""
+    completion = round(config.stage.seq_len * (1 - PROMPT_SHARE) / 2)
+    return config.stage.seq_len + 1 - 2 * completion, completion
 
 
 def made_up_tokens(config: Config) -> np.ndarray:
-    """Prompt and two completions of each pair, one after the other, (B, T + 1)."""
-    draw = np.random.default_rng(config.seed)
-    return draw.integers(2, config.model.vocab_size, (config.stage.global_batch, config.stage.seq_len + 1))
+    """Returns prompt and two completions of each pair, one after the other, int64 (B, T + 1)."""
+    rng = np.random.default_rng(config.seed)
+    return rng.integers(2, config.model.vocab_size, (config.stage.global_batch, config.stage.seq_len + 1))
 
 
 def batch_of(config: Config) -> CompletionBatch:
-    """A tree a row; the first completion is the better one."""
-    prompt, own = tokens_of(config)
-    branch = np.repeat([0, 1, 2], [prompt, own, own])
+    """Returns the pairs with a tree in each row; the first completion is the better one."""
+    prompt, completion = tokens_of(config)
+    branch = np.repeat([0, 1, 2], [prompt, completion, completion])
     rows = [[(tokens, branch)] for tokens in made_up_tokens(config)]
     batch = batch_of_trees(rows, range(len(rows)), config.stage.seq_len, pad_id=0, learns_prompts=False)
     none = torch.zeros(0, 2, dtype=torch.int64)
@@ -112,15 +116,21 @@ def batch_of(config: Config) -> CompletionBatch:
 
 
 class TrlStep:
-    """A step of `DPOTrainer`: its loss, backward pass, clipping, AdamW."""
+    """Takes a step of `DPOTrainer`: its loss, backward pass, clipping, AdamW."""
 
-    def __init__(self, model: Transformer, config: Config, known: torch.Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, model: Transformer, config: Config, reference_C: torch.Tensor | None, device: torch.device
+    ) -> None:
+        """Builds the trainer; `reference_C`: log-probabilities of the reference, or None to compute them each step."""
         trl, datasets = import_module("trl"), import_module("datasets")
         transformers = import_module("transformers")
+        stage = config.stage
+
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
             ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
             write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
             policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = trl.DPOConfig(
             output_dir=self._folder.name,
@@ -132,26 +142,29 @@ class TrlStep:
             use_cpu=device.type == "cpu",
             bf16=False,
         )
-        one = datasets.Dataset.from_dict({"prompt": ["w2"], "chosen": [" w2"], "rejected": [" w3"]})
+        # The trainer insists on a data set, though its collator is called directly below.
+        unused_dataset = datasets.Dataset.from_dict({"prompt": ["w2"], "chosen": [" w2"], "rejected": [" w3"]})
         trainer: Any = trl.DPOTrainer(
             model=policy,
             ref_model=reference,
             args=arguments,
             processing_class=_tokenizer(config),
-            train_dataset=one,
+            train_dataset=unused_dataset,
         )
-        prompt, own = tokens_of(config)
-        self._inputs = trainer.data_collator(
+
+        prompt, completion = tokens_of(config)
+        inputs = trainer.data_collator(
             [
-                {"prompt_ids": row[:prompt], "chosen_ids": row[prompt:-own], "rejected_ids": row[-own:]}
+                {"prompt_ids": row[:prompt], "chosen_ids": row[prompt:-completion], "rejected_ids": row[-completion:]}
                 for row in made_up_tokens(config).tolist()
             ]
         )
-        if known is not None:
+        if reference_C is not None:
             trainer.precompute_ref_logps = True
-            self._inputs |= {"ref_chosen_logps": known[0::2].cpu(), "ref_rejected_logps": known[1::2].cpu()}
-        self._inputs = {name: value.to(device) for name, value in self._inputs.items()}
-        self._trainer, self._model, stage = trainer, trainer.model.train(), config.stage
+            inputs |= {"ref_chosen_logps": reference_C[0::2].cpu(), "ref_rejected_logps": reference_C[1::2].cpu()}
+        self._inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+
+        self._trainer, self._model = trainer, trainer.model.train()
         self._clip = stage.grad_clip
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.adam_eps,
@@ -159,7 +172,7 @@ class TrlStep:
         )  # fmt: skip
 
     def __call__(self) -> float:
-        """One step; returns its loss."""
+        """Takes one step; returns its loss."""
         loss = self._trainer.compute_loss(self._model, self._inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
@@ -169,9 +182,9 @@ class TrlStep:
 
 
 def _tokenizer(config: Config) -> Any:
-    """One word per token: the trainer needs a tokenizer for padding and for its dataset, which is not used."""
+    """Makes a tokenizer with a word per token: the trainer needs one for padding and for its unused data set."""
     transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
     words = {END: 0, PAD: 1} | {f"w{number}": number for number in range(2, config.model.vocab_size)}
-    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=PAD))
-    own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token=END, pad_token=PAD)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=PAD))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)

@@ -1,7 +1,7 @@
 """One rank of a benchmark: the trials it times, and its program `python -m dist_lm.bench.rank PARENT PLACE DEVICE`.
 
-A trial is one way of a case: a training step on made-up tokens. The program reads requests from standard input until
-that is closed, one JSON object per line, and writes one answer for each:
+A trial is one way of a case, mostly a training step on made-up tokens. The program reads requests from standard input
+until that is closed, one JSON object per line, and writes one answer for each:
 
     {"do": "build", "way": W, "config": PATH}  builds a way, runs its first steps  -> {"losses": [...], "facts": {...}}
     {"do": "time", "way": W, "steps": N}       times N training steps              -> {"seconds": S}
@@ -40,22 +40,23 @@ from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.step import accumulate_gradients, update
 
 MIB = 2**20
-FIRST_STEPS = 3  # their losses also compare gradients and optimizer
+FIRST_STEPS = 3  # steps whose losses are compared; from the second on they also compare gradients and optimizer
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a rank times, and what it reports without timing."""
+    """The work that a rank times, and the facts that it reports without timing."""
 
     step: Callable[[], float]  # one training step; returns its loss
     facts: Callable[[], dict[str, float]] = dict  # called once after the first steps; names end with their unit
     clock: Callable[[], float] = time.perf_counter  # seconds, by which steps are timed
-    losses: Callable[[], list[float]] | None = None  # compared with other ways; None: those of the first steps
+    losses: Callable[[], list[float]] | None = None  # losses to compare with other ways; None: of the first steps
 
 
 def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
-    """Rows of a global batch of random tokens, the same at every call; all targets count."""
-    stage, generator = config.stage, torch.Generator().manual_seed(config.seed)
+    """Returns rows of a global batch of random tokens, the same at every call; all targets count."""
+    stage = config.stage
+    generator = torch.Generator().manual_seed(config.seed)
     shape = (stage.global_batch, stage.seq_len + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)[rows]
     position_BT = torch.arange(stage.seq_len).expand(len(tokens), -1)
@@ -70,7 +71,7 @@ def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
 
 
 def own_rows(config: Config, mesh: DeviceMesh) -> slice:
-    """The rows of the global batch of this rank's data-parallel coordinate."""
+    """Returns the rows of the global batch that this rank's data-parallel coordinate trains on."""
     layout = layout_of(mesh)
     index = mesh.get_local_rank("dp_replicate") * layout.dp_shard + mesh.get_local_rank("dp_shard")
     size = config.stage.global_batch // layout.dp
@@ -78,7 +79,7 @@ def own_rows(config: Config, mesh: DeviceMesh) -> slice:
 
 
 class OwnTraining:
-    """Our model with our optimizer on rows of the made-up batch."""
+    """Trains our model with our optimizer on rows of the made-up batch."""
 
     def __init__(self, model: Transformer, config: Config, rows: slice, world: World) -> None:
         self.model = model
@@ -89,19 +90,19 @@ class OwnTraining:
         self.grad_clip = config.stage.grad_clip
 
     def step(self) -> float:
-        """A whole training step, with clipping and bookkeeping, if every rank has its own data; returns its loss."""
+        """Takes a whole training step, with clipping and bookkeeping; every rank has its own data. Returns its loss."""
         sums = accumulate_gradients(self.model, self.objective, self.batches)
         stop = StopRequest()
         return update(self.model, self.optimizer, sums, grad_clip=self.grad_clip, counts=True, stop=stop).loss
 
     def forward_backward(self) -> float:
-        """Gradients of the summed loss, reduced over ranks; returns the mean loss of this rank's rows."""
+        """Computes gradients of the summed loss, reduced over ranks; returns the mean loss of this rank's rows."""
         sums = accumulate_gradients(self.model, self.objective, self.batches)
         total, count = sums.total_count.tolist()
         return total / count
 
     def bare_step(self) -> float:
-        """Forward, backward and AdamW, nothing else; returns the mean loss of this rank's rows."""
+        """Runs forward, backward and AdamW, nothing else; returns the mean loss of this rank's rows."""
         loss = self.forward_backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -109,31 +110,33 @@ class OwnTraining:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """Peak memory of the tensors that `run` allocates, beyond those that exist before, MiB."""
+    """Returns the peak memory of the tensors that `run` allocates, beyond those that exist before, MiB."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
+
+    # A CPU has no such counter: the profiler records every allocation, and their running sum has the peak.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    results = profile.profiler.kineto_results if profile.profiler else None
-    assert results is not None
-    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
-    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    return max(held, default=0) / MIB
+    kineto = profile.profiler.kineto_results if profile.profiler else None
+    assert kineto is not None
+    events: list[Any] = [event for event in kineto.events() if event.name() == "[memory]"]
+    allocated = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(allocated, default=0) / MIB
 
 
 @cache
 def two_cores() -> tuple[int | None, int | None]:
-    """Cores for this process and for one beside it; None if there is only one, or it cannot be chosen."""
+    """Chooses a core for this process and one for another; None each if there is only one, or none can be chosen."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
 
 
 def pin(process: int, core: int | None) -> None:
-    """Keep a process (0: this one) on a core."""
+    """Keeps a process (0: this one) on a core; None leaves it as it is."""
     if core is not None:
         os.sched_setaffinity(process, [core])
 
@@ -144,7 +147,7 @@ def pin(process: int, core: int | None) -> None:
 def serve(
     requests: Iterable[str], build: Callable[[str, Config, World], Trial], world: World
 ) -> Iterable[dict[str, Any]]:
-    """The answers to `requests` (collective: every rank gets the same requests)."""
+    """Yields the answer to each request (collective: every rank gets the same requests)."""
     trials: dict[str, Trial] = {}
     for line in requests:
         request = json.loads(line)
@@ -163,22 +166,25 @@ def serve(
 
 
 def seconds_of(trial: Trial, steps: int, world: World) -> float:
-    """Seconds of `steps` steps, from the moment when all ranks are ready."""
+    """Returns the seconds of `steps` steps, from the moment when all ranks are ready, by the clock of the trial."""
     dist.barrier()
-    started = trial.clock()
+    began = trial.clock()
     for _ in range(steps):
         trial.step()
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
-    return trial.clock() - started
+    return trial.clock() - began
 
 
 def main() -> None:
-    """Serve until standard input ends."""
+    """Serves requests until standard input ends."""
     parent, place, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent)
+
+    # Answers keep the old standard output; prints of libraries must not mix with them.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints of libraries must not mix with answers
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
     build = benchmark_at(place).build
     with process_group(device) as world:
         for answer in serve(sys.stdin, build, world):

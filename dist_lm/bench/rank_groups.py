@@ -1,4 +1,4 @@
-"""Groups of rank processes of a benchmark: started once, blocked in a read while another group is timed, always ended.
+"""Groups of rank processes of a benchmark. Each is started once, waits in a read while another is timed, and is ended.
 
 Requests and answers are JSON lines on standard input and output of every rank (`dist_lm.bench.rank`).
 """
@@ -32,8 +32,10 @@ class RankGroup:
     """The rank processes of one size, in one process group."""
 
     def __init__(self, size: GroupSize, benchmark: str, device: str, logs: Path) -> None:
-        self._reserved = reserve_port()  # until the ranks end: others that ask for any port do not get it
+        # The port stays reserved until the ranks end, so that no other process is given it meanwhile.
+        self._reserved = reserve_port()
         port = str(self._reserved.getsockname()[1])
+
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.logs = [logs / f"{size.ranks}x{size.threads}_rank_{rank}.log" for rank in range(size.ranks)]
         for rank, path in enumerate(self.logs):
@@ -51,10 +53,10 @@ class RankGroup:
         self._unread = [b""] * size.ranks
 
     def ask(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The answers of all ranks, in rank order.
+        """Sends a request to all ranks and returns their answers, in rank order.
 
         Raises:
-            RankFailedError: a rank exited instead.
+            RankFailedError: a rank exited before it answered.
         """
         line = json.dumps(request).encode() + b"\n"
         for rank, process in enumerate(self.ranks):
@@ -67,7 +69,7 @@ class RankGroup:
         return [json.loads(answer) for answer in self._answers()]
 
     def end(self) -> None:
-        """Let the ranks exit."""
+        """Closes the input of the ranks, so that they exit, and waits for them."""
         for process in self.ranks:
             assert process.stdin is not None
             process.stdin.close()
@@ -77,7 +79,7 @@ class RankGroup:
         self._reserved.close()
 
     def kill(self) -> None:
-        """End the ranks at once: after a failure of one of them, or Ctrl-C."""
+        """Ends the ranks at once, after a failure of one of them or Ctrl-C."""
         for process in self.ranks:
             process.kill()
         for process in self.ranks:
@@ -85,33 +87,38 @@ class RankGroup:
         self._reserved.close()
 
     def _answers(self) -> list[bytes]:
-        """A line of every rank, read as they arrive, so that the first rank to exit is the one reported."""
-        with selectors.DefaultSelector() as ready:
+        """Reads a line from every rank as they arrive, so that the first rank to exit is the one reported."""
+        with selectors.DefaultSelector() as outputs:
             for rank, process in enumerate(self.ranks):
                 assert process.stdout is not None
-                ready.register(process.stdout, selectors.EVENT_READ, rank)
+                outputs.register(process.stdout, selectors.EVENT_READ, rank)
+
             lines: dict[int, bytes] = {}
             while len(lines) < len(self.ranks):
-                for key, _ in ready.select():
+                for key, _ in outputs.select():
                     rank = key.data
                     content = os.read(key.fd, 65536)
                     if not content:
                         raise self._failure(rank)
-                    line, newline, rest = (self._unread[rank] + content).partition(b"\n")
+
+                    # A line may come in several parts, and a part may hold the beginning of the next line.
+                    line, newline, remainder = (self._unread[rank] + content).partition(b"\n")
                     if newline:
-                        lines[rank], self._unread[rank] = line, rest
-                        ready.unregister(key.fileobj)
+                        lines[rank], self._unread[rank] = line, remainder
+                        outputs.unregister(key.fileobj)
                     else:
                         self._unread[rank] = line
+
         return [lines[rank] for rank in range(len(self.ranks))]
 
     def _failure(self, rank: int) -> RankFailedError:
         code = self.ranks[rank].wait()
-        end = self.logs[rank].read_text(errors="replace").splitlines()[-SHOWN_LINES:]
-        return RankFailedError("\n".join([f"rank {rank} of the benchmark ended (exit code {code}):", *end]))
+        last_lines = self.logs[rank].read_text(errors="replace").splitlines()[-SHOWN_LINES:]
+        return RankFailedError("\n".join([f"rank {rank} of the benchmark ended (exit code {code}):", *last_lines]))
 
 
 def environment_of(size: GroupSize, rank: int, port: str, device: str) -> dict[str, str]:
+    """Returns the environment of a rank: this one without secrets, with what torch.distributed needs."""
     ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -126,7 +133,7 @@ def environment_of(size: GroupSize, rank: int, port: str, device: str) -> dict[s
 
 
 class RankGroups(dict[GroupSize, RankGroup]):
-    """Groups by size, each started on first use."""
+    """Holds groups by size, each started on first use."""
 
     def __init__(self, benchmark: str, device: str, logs: Path) -> None:
         super().__init__()
@@ -139,10 +146,11 @@ class RankGroups(dict[GroupSize, RankGroup]):
 
 @contextmanager
 def rank_groups(benchmark: str, device: str, logs: Path) -> Iterator[RankGroups]:
-    """Groups whose processes have ended after the block, also after an error.
+    """Gives groups whose processes have ended after the block, also after an error.
 
     Args:
-        benchmark: module, or module:object, with `build`.
+        benchmark: module, or module:object, that has `build`.
+        logs: folder for the output of the ranks.
     """
     running = RankGroups(benchmark, device, logs)
     with ExitStack() as ending:

@@ -32,7 +32,7 @@ ROUNDS = 9
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Four, eight and two completions (stage.samples.most) of a prompt that fills half of stage.seq_len."""
+    """Cases of four, eight and two completions (stage.samples.most) of a prompt that fills half of stage.seq_len."""
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
@@ -42,14 +42,14 @@ def _case(config: Config) -> Case:
         name=f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {k} completions of {each}",
         config=config,
         ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), GroupSize(1)),
-        comparisons=[Comparison(own=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
+        comparisons=[Comparison(way=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
         same_losses=frozenset({TREE, ROWS, PACKED}),
         rounds=ROUNDS,
     )
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way, in one process."""
+    """Builds one way, in one process."""
     model = Transformer(config.model)
     initialise(model, config.seed)
     training = OwnTraining(model.to(world.device), config, slice(None), world)
@@ -60,7 +60,10 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 def tokens_of(config: Config) -> tuple[int, int, int]:
-    """(tokens of a prompt, its completions, tokens of each): all as long, so that rows of one each need no padding."""
+    """Returns (tokens of a prompt, its completions, tokens of a completion).
+
+    All completions are as long, so that rows of one completion each need no padding.
+    """
     assert isinstance(config, RankingsConfig)
     k, length = config.stage.samples.most, round(config.stage.seq_len * PROMPT_SHARE)
     prompt = length + (config.stage.seq_len - length) % k
@@ -68,22 +71,26 @@ def tokens_of(config: Config) -> tuple[int, int, int]:
 
 
 def batch_of(way: str, config: Config) -> Batch:
-    """The same prompts and completions in the layout of `way`; completion k of a prompt has rank k."""
+    """Returns the same prompts and completions in the layout of `way`; completion k of a prompt has rank k."""
     n_prompts, t = config.stage.global_batch, config.stage.seq_len
-    draw = torch.Generator().manual_seed(config.seed)
-    tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=draw)
-    prompt, k, own = tokens_of(config)
-    branch = np.repeat(np.arange(k + 1), [prompt] + k * [own])
+    generator = torch.Generator().manual_seed(config.seed)
+    tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=generator)
+    prompt, k, completion = tokens_of(config)
+    branch = np.repeat(np.arange(k + 1), [prompt] + k * [completion])
+
     if way in (TREE, PLAIN):
         ends = torch.from_numpy(branch_ends(branch))
         position = torch.from_numpy(branch_positions(branch)) if way == TREE else torch.arange(t)
         branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1) if way == TREE else None
         place_PK = torch.arange(n_prompts)[:, None] * t + ends
         return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), place_PK, branch_BT)
-    alone = [torch.from_numpy(np.flatnonzero((branch == 0) | (branch == one))) for one in range(1, k + 1)]
-    each = prompt + own
-    apart_BKT = torch.stack([tokens_BT[:, places] for places in alone], dim=1)
+
+    # Each completion gets a copy of the prompt: branch 0 of the tree is the prompt, branch k completion k.
+    path_indices = [torch.from_numpy(np.flatnonzero((branch == 0) | (branch == b))) for b in range(1, k + 1)]
+    each = prompt + completion
+    apart_BKT = torch.stack([tokens_BT[:, indices] for indices in path_indices], dim=1)
     place_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
+
     rows = (n_prompts * k, each) if way == ROWS else (n_prompts, k * each)
     document = torch.arange(k).repeat_interleave(each).repeat(n_prompts, 1)
     position = torch.arange(each).repeat(n_prompts * k)
@@ -99,7 +106,7 @@ def _batch(
 ) -> Batch:
     none = torch.zeros(0, dtype=torch.int64)
     rank_PK = torch.arange(place_PK.shape[1]).repeat(len(place_PK), 1)
-    there_PK = torch.ones(place_PK.shape, dtype=torch.bool)
+    present_PK = torch.ones(place_PK.shape, dtype=torch.bool)
     return Batch(
         tokens_BT=tokens_BT,
         targets_BT=torch.zeros_like(tokens_BT),
@@ -108,5 +115,5 @@ def _batch(
         position_BT=position_BT,
         sequence_B=torch.arange(len(tokens_BT)),
         branch_BT=branch_BT,
-        ranked=RankedPlaces(place_PK, rank_PK, there_PK, none, none, torch.zeros(0)),
+        ranked=RankedPlaces(place_PK, rank_PK, present_PK, none, none, torch.zeros(0)),
     )

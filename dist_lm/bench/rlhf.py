@@ -59,18 +59,18 @@ PUSHED = (*SHAPE, "model.d_model=768", "model.n_layers=12", "model.n_heads=12", 
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """PPO and GRPO against peers, then generation during updates; with overrides only PPO, with that model or batch."""
+    """PPO and GRPO against peers, generation during updates, a push of weights; overrides leave PPO with that model."""
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
-    found = [peers_case(config)]
     if overrides or quick:
-        return found
+        return [peers_case(config)]
+
     longer, pushed = configurations([LONGER, PUSHED], (), quick)
-    found += [grpo_case(config, passes) for passes in GRPO_PASSES]
-    return [*found, staleness_case(longer), push_case(pushed)]
+    grpo_cases = [grpo_case(config, passes) for passes in GRPO_PASSES]
+    return [peers_case(config), *grpo_cases, staleness_case(longer), push_case(pushed)]
 
 
 def peers_case(config: Config) -> Case:
-    """Every way on two threads."""
+    """A case of PPO by every way, on two threads."""
     size = GroupSize(1, THREADS)
     absent = {name: reason for name, peer in PEERS.items() if (reason := _why_not(peer))}
     model, stage = config.model, config.stage
@@ -87,21 +87,21 @@ def peers_case(config: Config) -> Case:
 
 
 def of_passes(way: str, passes: int) -> str:
-    """The name of a way of a GRPO case."""
+    """Returns the name of a way of a GRPO case."""
     return f"{way}, {passes} passes" if passes > 1 else f"{way}, 1 pass"
 
 
 def grpo_case(config: Config, passes: int) -> Case:
-    """GRPO by our learner and by TRL, on two threads."""
+    """A case of GRPO by our learner and by TRL, on two threads."""
     size, absent = GroupSize(1, THREADS), _why_not(TrlGrpo)
     model, stage = config.model, config.stage
-    own, alone, peer = (of_passes(way, passes) for way in (OURS, ONE_PROCESS, TRL_GRPO))
+    ours, one_process, peer = (of_passes(way, passes) for way in (OURS, ONE_PROCESS, TRL_GRPO))
     return Case(
         name=f"GRPO, {model.d_model} x {model.n_layers} layers, groups of {GROUP}, "
         f"{stage.global_batch} x {stage.seq_len} new tokens",
         config=config,
-        ways=dict.fromkeys([own, alone, *([] if absent else [peer])], size),
-        comparisons=[against(own, peer, absent, alone)],
+        ways=dict.fromkeys([ours, one_process, *([] if absent else [peer])], size),
+        comparisons=[against(ours, peer, absent, one_process)],
         same_losses=frozenset(),
         rounds=ROUNDS,
         amount=ITERATIONS * stage.global_batch,
@@ -110,15 +110,15 @@ def grpo_case(config: Config, passes: int) -> Case:
 
 
 def staleness_case(config: Config) -> Case:
-    """Generation during updates against both in turn."""
+    """A case of generation during updates, against both in turn."""
     size = GroupSize(1, 1)
     return Case(
         name=f"drawing {config.stage.seq_len} new tokens beside updates, a core each",
         config=config,
         ways={TOGETHER: size, IN_TURNS: size},
         comparisons=[
-            Comparison(own=TOGETHER, peer=IN_TURNS),
-            Comparison(own=IN_TURNS, peer_name="-", fact=DRAWING),
+            Comparison(way=TOGETHER, peer=IN_TURNS),
+            Comparison(way=IN_TURNS, peer_name="-", fact=DRAWING),
         ],
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -128,14 +128,14 @@ def staleness_case(config: Config) -> Case:
 
 
 def push_case(config: Config) -> Case:
-    """A push until all weights are stored, of one rank in fp32."""
+    """A case of a push of one rank in fp32, until all weights are stored."""
     size, model = GroupSize(1, THREADS), replace(config.model, vocab_size=VOCABULARY)
     mib = 4 * parameter_count(model) >> 20
     return Case(
         name=f"push of {mib} MiB, {model.d_model} x {model.n_layers} layers",
         config=config,
         ways={PUSH: size, PUT: size},
-        comparisons=[Comparison(own=PUSH, peer=PUT)],
+        comparisons=[Comparison(way=PUSH, peer=PUT)],
         same_losses=frozenset(),
         rounds=ROUNDS,
         amount=mib,
@@ -148,7 +148,7 @@ def _why_not(peer: type[Peer]) -> str | None:
 
 
 class Worker:
-    """Shared by the ways of one process: a pool of one actor."""
+    """Holds what the ways of one process share: a Ray cluster, and a pool of one actor."""
 
     def __init__(self) -> None:
         self._ends_with_process = ExitStack()
@@ -159,7 +159,7 @@ class Worker:
         """The local Ray, started on first use."""
         if self._cluster is None:
             local = ClusterConfig(name="local", connect_timeout_s=120.0)
-            # the garbage collector would close it when a failed process can no longer import
+            # Left to the garbage collector, it would be closed when an exiting process can no longer import.
             atexit.register(self._ends_with_process.close)
             self._cluster = self._ends_with_process.enter_context(connect(local))
         return self._cluster
@@ -177,7 +177,7 @@ WORKER = Worker()  # one per process, because a process builds all ways of its s
 
 
 def pushing(way: str, config: Config, world: World) -> Callable[[], float]:
-    """Stores the weights of the policy once."""
+    """Returns a step that stores the weights of the policy once."""
     import ray
 
     WORKER.cluster()
@@ -189,16 +189,17 @@ def pushing(way: str, config: Config, world: World) -> Callable[[], float]:
         return 0.0
 
     def put() -> float:
-        ray.put({name: np.array(value.detach().numpy()) for name, value in model.named_parameters()})
+        ray.put({name: np.array(weight.detach().numpy()) for name, weight in model.named_parameters()})
         return 0.0
 
     return push if way == PUSH else put
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way of running `ITERATIONS` iterations, in one process."""
+    """Builds one way of running `ITERATIONS` iterations, in one process."""
     config = copy(config)  # `replace` would check it against a tokenizer
     config.model = replace(config.model, vocab_size=VOCABULARY)
+
     if way in (PUSH, PUT):
         return Trial(pushing(way, config, world), losses=list)
     if way in PEERS:
@@ -207,16 +208,19 @@ def build(way: str, config: Config, world: World) -> Trial:
     if way in (OURS, ONE_PROCESS):
         toy = ToyRun(config, world, WORKER.source(config) if way == OURS else None, ppo_config(config))
         return Trial(toy.run, losses=list)
+
     for passes in GRPO_PASSES:
         if way == of_passes(TRL_GRPO, passes):
             return Trial(TrlGrpo(config, made_up_prompts(config), passes).run, losses=list)
         if way in (of_passes(OURS, passes), of_passes(ONE_PROCESS, passes)):
             source = WORKER.source(config) if way == of_passes(OURS, passes) else None
             return Trial(ToyRun(config, world, source, grpo_config(config, passes)).run, losses=list)
+
+    # Drawing beside updates gains only where both have a core of their own.
     source = WORKER.source(config)
-    first, last = two_cores()
-    pin(0, first)
-    pin(source.pool.members[0].pid, last)
+    learner_core, actor_core = two_cores()
+    pin(0, learner_core)
+    pin(source.pool.members[0].pid, actor_core)
     toy = ToyRun(config, world, source, ppo_config(config, staleness=int(way == TOGETHER), epochs=1))
 
     def facts() -> dict[str, float]:

@@ -19,13 +19,13 @@ GROUP = 8
 
 
 def share_of_low_tokens(prompt: str, completion: str) -> float:
-    """Share of the completion's words below t21."""
+    """Returns the share of the completion's words below t21; 0 for no words."""
     words = completion.split()
     return sum(int(word[1:]) < 21 for word in words) / max(1, len(words))
 
 
 def grpo_config(config: Config, epochs: int) -> RlhfConfig:
-    """GRPO as TRL runs it by default, with completions of one length and `stage.global_batch` in all."""
+    """Configures GRPO as TRL runs it by default: `stage.global_batch` completions of one length, `epochs` passes."""
     return RlhfConfig(
         algorithm="grpo",
         prompts=config.stage.global_batch // GROUP,
@@ -42,12 +42,13 @@ def grpo_config(config: Config, epochs: int) -> RlhfConfig:
 
 
 class TrlGrpo(Peer):
-    """`GRPOTrainer` of TRL."""
+    """Runs `GRPOTrainer` of TRL."""
 
     packages: ClassVar[Sequence[str]] = ("trl", "accelerate", "transformers", "datasets")
 
     def __init__(self, config: Config, prompt_BP: torch.Tensor, epochs: int) -> None:
-        trl, datasets, batch = import_module("trl"), import_module("datasets"), config.stage.global_batch
+        trl, datasets = import_module("trl"), import_module("datasets")
+        batch = config.stage.global_batch
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = trl.GRPOConfig(
             output_dir=self._folder.name,

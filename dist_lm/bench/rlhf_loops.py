@@ -52,7 +52,7 @@ END, PAD = 0, 1
 
 
 def made_up_prompts(config: Config) -> torch.Tensor:
-    """(prompts, tokens), the same at every call: end-of-text, then ordinary tokens."""
+    """Returns prompts, int64 (B, P), the same at every call: end-of-text, then ordinary tokens."""
     shape = (config.stage.global_batch, PROMPT)
     token_BP = torch.randint(2, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(7))
     token_BP[:, 0] = 0
@@ -60,17 +60,18 @@ def made_up_prompts(config: Config) -> torch.Tensor:
 
 
 class ToyRun:
-    """Our learner, some iterations per run; each run continues the previous one."""
+    """Runs our learner, `ITERATIONS` iterations a time; each run continues the previous one."""
 
     def __init__(self, config: Config, world: World, source: RolloutSource | None, rlhf: RlhfConfig) -> None:
-        """`source`: None for an engine in this process."""
-        self.drawing_s = self.iteration_s = 0.0  # of the last run
+        """Builds models and prompts. `source` draws the rollouts; None: an engine in this process does."""
+        self.drawing_s = self.iteration_s = 0.0  # seconds of the last run
         self._config, self._rlhf = config, rlhf
         shape, parallel = config.model, ParallelConfig(compute_dtype="fp32")
         self._world, self._parallel = world, parallel
         self._mesh = build_mesh(resolve_layout(parallel, shape, world.size), world.device)
         self._algorithm = ALGORITHMS[rlhf.algorithm](rlhf)
         coefficient = given(rlhf.kl_coefficient)
+
         self._models = RlhfModels(
             trained(self._model(shape), rlhf, rlhf.lr),
             reference=self._model(shape).requires_grad_(False) if coefficient else None,
@@ -78,8 +79,9 @@ class ToyRun:
         if self._algorithm.has_critic:
             critic, reward = (self._model(replace(shape, head="scalar"), seed=1) for _ in range(2))
             start_critic(critic, reward, "zero")
-            own = trained(critic, rlhf, given(rlhf.value_lr))
-            self._models = replace(self._models, critic=own, reward=reward.requires_grad_(False))
+            trained_critic = trained(critic, rlhf, given(rlhf.value_lr))
+            self._models = replace(self._models, critic=trained_critic, reward=reward.requires_grad_(False))
+
         if source is None:
             weights = dict(Transformer(config.model).state_dict())
             source = EngineRollouts(Engine(config.model, weights, eot_id=0, options=self.options(config)))
@@ -91,7 +93,7 @@ class ToyRun:
         return build_model(shape, self._parallel, self._mesh, self._world.device, self._config.seed + seed)
 
     def run(self) -> float:
-        """`ITERATIONS` more; returns the last reward."""
+        """Runs `ITERATIONS` more iterations; returns the last mean reward."""
         end = self._state.iteration + ITERATIONS
         reports: list[IterationReport] = []
         learner = Learner(
@@ -108,25 +110,26 @@ class ToyRun:
         )
         with own_threads(self._world) as beside:
             self._state = replace(learner, beside=beside).run(self._state)
+
         self.drawing_s = sum(report.metrics["timing/rollout_s"] for report in reports)
         self.iteration_s = sum(report.metrics["timing/iteration_s"] for report in reports)
         return reports[-1].metrics["rlhf/reward_mean"]
 
     @staticmethod
     def options(config: Config) -> EngineOptions:
-        """An engine that holds all rollouts of an iteration at once."""
+        """Sizes an engine that holds all rollouts of an iteration at once."""
         batch, page = config.stage.global_batch, 32
         return EngineOptions(cache_tokens=batch * config.model.max_seq_len, page_tokens=page, max_sequences=batch)
 
     @staticmethod
     def weights(config: Config) -> dict[str, np.ndarray]:
-        """Initial weights of the policy."""
+        """Returns the initial weights of the policy."""
         shapes = parameter_shapes(config.model)
         return {name: initial_value(name, shape, config.model, config.seed).numpy() for name, shape in shapes.items()}
 
 
 def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> RlhfConfig:
-    """PPO as the peers run it: no minibatches, the reward model's score, completions of one length."""
+    """Configures PPO as the peers run it: no minibatches, the reward model's score, completions of one length."""
     return RlhfConfig(
         prompts=config.stage.global_batch,
         max_new_tokens=config.stage.seq_len,
@@ -144,7 +147,7 @@ def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> Rlhf
 
 
 def words_of(tokens: Sequence[int]) -> str:
-    """A word a token, as `word_tokenizer` has them."""
+    """Returns a word for each token, as `word_tokenizer` has them."""
     return " ".join(f"t{token}" for token in tokens)
 
 
@@ -155,26 +158,28 @@ class Peer(ABC):
     """A PPO loop of another library."""
 
     packages: ClassVar[Sequence[str]]
-    modules: ClassVar[Mapping[str, str]] = {}  # that not every release has, with the requirement of one that does
+    modules: ClassVar[Mapping[str, str]] = {}  # submodule that not every release has -> requirement with it
 
     @abstractmethod
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
-        """Build the models and everything else that is not timed."""
+        """Builds the models and everything else that is not timed."""
 
     @abstractmethod
     def run(self) -> float:
-        """`ITERATIONS` iterations."""
+        """Runs `ITERATIONS` iterations."""
 
 
 class Trl(Peer):
-    """`PPOTrainer` of TRL."""
+    """Runs `PPOTrainer` of TRL."""
 
     packages: ClassVar[Sequence[str]] = ("trl", "accelerate", "transformers")
     modules: ClassVar[Mapping[str, str]] = {"trl.experimental.ppo": "trl<1.13"}
 
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
         ppo = import_module("trl.experimental.ppo")
-        datasets, batch = import_module("datasets"), config.stage.global_batch
+        datasets = import_module("datasets")
+        batch = config.stage.global_batch
+
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = ppo.PPOConfig(
             output_dir=self._folder.name,
@@ -195,6 +200,7 @@ class Trl(Peer):
             bf16=False,
             disable_tqdm=True,
         )
+
         prompts = datasets.Dataset.from_dict({"input_ids": prompt_BP.tolist()})
         policy, reference = (causal(config) for _ in range(2))
         value, reward = (_scored(config) for _ in range(2))
@@ -215,7 +221,7 @@ class Trl(Peer):
 
 
 class BareLoop(Peer):
-    """A minimal PPO loop over `generate` of transformers."""
+    """Runs a minimal PPO loop over `generate` of transformers."""
 
     packages: ClassVar[Sequence[str]] = ("transformers",)
 
@@ -223,6 +229,7 @@ class BareLoop(Peer):
         self._prompt_BP, self._new = prompt_BP, config.stage.seq_len
         self._policy, self._reference = (causal(config) for _ in range(2))
         self._critic, self._reward = (_scored(config) for _ in range(2))
+
         for model in (self._policy, self._reference, self._critic, self._reward):
             model.eval()  # no dropout
         parameters = [*self._policy.parameters(), *self._critic.parameters()]
@@ -244,25 +251,31 @@ class BareLoop(Peer):
                 eos_token_id=None,
                 pad_token_id=PAD,
             )
+
             old_BT, reference_BT = (self._logprobs(model, token_BN) for model in (self._policy, self._reference))
             value_BT = self._values(self._critic, token_BN)
             reward_BT = -KL_COEFFICIENT * (old_BT - reference_BT)
             reward_BT[:, -1] += self._scores(self._reward, token_BN)[:, -1]
+
             advantage_BT = self._advantages(reward_BT, value_BT)
             return_BT = advantage_BT + value_BT
             advantage_BT = (advantage_BT - advantage_BT.mean()) / (advantage_BT.std() + 1e-8)
+
         for _ in range(EPOCHS):
             ratio_BT = (self._logprobs(self._policy, token_BN) - old_BT).exp()
-            held_BT = ratio_BT.clamp(1 - CLIP, 1 + CLIP)
-            policy_loss = -torch.minimum(ratio_BT * advantage_BT, held_BT * advantage_BT).mean()
-            now_BT = self._values(self._critic, token_BN)
-            near_BT = value_BT + (now_BT - value_BT).clamp(-CLIP, CLIP)
-            errors_BT = torch.maximum((now_BT - return_BT).square(), (near_BT - return_BT).square())
+            clipped_BT = ratio_BT.clamp(1 - CLIP, 1 + CLIP)
+            policy_loss = -torch.minimum(ratio_BT * advantage_BT, clipped_BT * advantage_BT).mean()
+
+            new_value_BT = self._values(self._critic, token_BN)
+            clipped_value_BT = value_BT + (new_value_BT - value_BT).clamp(-CLIP, CLIP)
+            errors_BT = torch.maximum((new_value_BT - return_BT).square(), (clipped_value_BT - return_BT).square())
+
             (policy_loss + errors_BT.mean() / 2).backward()
             torch.nn.utils.clip_grad_norm_(self._policy.parameters(), 1.0)
             torch.nn.utils.clip_grad_norm_(self._critic.parameters(), 1.0)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
+
         return float(reward_BT.sum(1).mean())
 
     def _logprobs(self, model: Any, token_BN: torch.Tensor) -> torch.Tensor:
@@ -278,20 +291,23 @@ class BareLoop(Peer):
 
     @staticmethod
     def _advantages(reward_BT: torch.Tensor, value_BT: torch.Tensor) -> torch.Tensor:
-        last = torch.zeros_like(reward_BT[:, 0])
-        found = []
+        """Generalised advantages (Schulman et al. 2016), fp32 (B, T)."""
+        advantage_B = torch.zeros_like(reward_BT[:, 0])
+        columns = []
         for t in reversed(range(reward_BT.shape[1])):
-            following = value_BT[:, t + 1] if t + 1 < reward_BT.shape[1] else 0.0
-            last = reward_BT[:, t] + GAMMA * following - value_BT[:, t] + GAMMA * LAM * last
-            found.append(last)
-        return torch.stack(found[::-1], dim=1)
+            next_value = value_BT[:, t + 1] if t + 1 < reward_BT.shape[1] else 0.0
+            advantage_B = reward_BT[:, t] + GAMMA * next_value - value_BT[:, t] + GAMMA * LAM * advantage_B
+            columns.append(advantage_B)
+        return torch.stack(columns[::-1], dim=1)
 
 
 def _as_transformers(config: Config, kind: str, **options: Any) -> Any:
-    """Our initial model as a class of transformers."""
-    found = architecture_of(config.model)
-    if not isinstance(found, Architecture) or found.family != "GPTNeoX":
-        raise ConfigError(f"the loops of others run GPT-NeoX; the model is {getattr(found, 'family', found)}")
+    """Loads our initial model as a class of transformers, named by `kind`."""
+    architecture = architecture_of(config.model)
+    if not isinstance(architecture, Architecture) or architecture.family != "GPTNeoX":
+        family = getattr(architecture, "family", architecture)
+        raise ConfigError(f"the loops of others run GPT-NeoX; the model is {family}")
+
     model = Transformer(config.model)
     initialise(model, config.seed)
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
@@ -301,7 +317,7 @@ def _as_transformers(config: Config, kind: str, **options: Any) -> Any:
 
 
 def causal(config: Config) -> Any:
-    """Our initial model in transformers."""
+    """Loads our initial model in transformers."""
     return _as_transformers(config, "AutoModelForCausalLM")
 
 
@@ -310,9 +326,9 @@ def _scored(config: Config) -> Any:
 
 
 def word_tokenizer(config: Config) -> Any:
-    """One word per token: TRL needs a tokenizer for padding."""
+    """Makes a tokenizer with one word per token, since TRL needs one for padding."""
     transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
     words = {f"t{number}": number for number in range(config.model.vocab_size)}
-    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"t{END}"))
-    own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token=f"t{END}", pad_token=f"t{PAD}")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"t{END}"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"t{END}", pad_token=f"t{PAD}")

@@ -1,4 +1,4 @@
-"""`python -m dist_lm bench NAME`: build the ways of every case, check that their losses agree, time them in turn.
+"""`python -m dist_lm bench NAME` builds the ways of every case, checks that their losses agree, and times them in turn.
 
 Timing goes in rounds. Every way runs once per round, so that a busy minute of the machine slows all ways alike.
 """
@@ -38,14 +38,14 @@ BENCHMARKS = {
     "sandbox": "dist_lm.bench.sandbox",
 }
 """Name -> module, or module:object, with `cases` and `build` as in `case.Benchmark`."""
-ROUND_S = 0.5
-LONGEST_ROUND = 50  # steps
+ROUND_S = 0.5  # seconds of a way in a round
+LONGEST_ROUND = 50  # steps of a way in a round, at most
 QUICK_ROUNDS = 3
 QUICK_ROUND_S = 0.1
-SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, over the first steps
+SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # largest relative difference over the first steps
 
 Ask = Callable[[GroupSize, Mapping[str, Any]], list[dict[str, Any]]]
-"""(group of ranks, request) -> the answer of each rank."""
+"""A function of (group of ranks, request) that returns the answer of each rank."""
 
 
 class NotTheSameError(UserError):
@@ -55,7 +55,9 @@ class NotTheSameError(UserError):
 def run_benchmark(
     name: str, overrides: Sequence[str], console: Console, *, quick: bool, json_file: Path | None
 ) -> list[Record]:
-    """Run one benchmark and print its table; each record goes to `json_file` as soon as its case is done.
+    """Runs one benchmark, prints its table and returns its records.
+
+    Each record goes to `json_file` as soon as its case is done, since a later case may fail.
 
     Raises:
         ConfigError: unknown benchmark, or overrides that cannot run.
@@ -64,8 +66,10 @@ def run_benchmark(
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"bench {name}: expected one of {', '.join([*BENCHMARKS, 'learn', 'scaling'])}")
+
     planned: list[Case] = benchmark_at(BENCHMARKS[name]).cases(overrides, quick)
     device = _device(planned)
+
     records: list[Record] = []
     with ExitStack() as stack:
         file = stack.enter_context(json_file.open("w")) if json_file else None
@@ -74,22 +78,25 @@ def run_benchmark(
         status = stack.enter_context(console.status(""))
         for case in planned:
             status.update(f"{name}: {case.name}")
-            own = run_case(
+            case_records = run_case(
                 name, case, lambda size, request: running[size].ask(request), work, quick=quick, device=device
             )
             if file:
-                file.writelines(record.to_json() + "\n" for record in own)
+                file.writelines(record.to_json() + "\n" for record in case_records)
                 file.flush()
-            records += own
+            records += case_records
+
     rounds = QUICK_ROUNDS if quick else max(case.rounds for case in planned)
     console.print(table_of(f"{name}: medians of {rounds} rounds on {_machine(device)}", records))
     return records
 
 
 def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device: str = "cpu") -> list[Record]:
-    """Build every way of a case, check their losses, time them, free them."""
+    """Builds every way of a case, checks their losses, times them and frees them; returns the case's records."""
     path = work / "config.yaml"
     save_config(case.config, path)
+
+    # Ways that compute something else must not be compared by speed.
     built = {way: ask(size, {"do": "build", "way": way, "config": str(path)})[0] for way, size in case.ways.items()}
     if case.same_losses:
         losses = {way: built[way]["losses"] for way in case.ways if way in case.same_losses}
@@ -102,31 +109,34 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
         seconds = seconds_per_step(list(case.ways), QUICK_ROUNDS, time_steps, QUICK_ROUND_S)
     else:
         seconds = seconds_per_step(list(case.ways), case.rounds, time_steps)
+
     for size in sorted(set(case.ways.values()), key=repr):
         ask(size, {"do": "forget"})
     return records_of(name, case, seconds, {way: built[way]["facts"] for way in case.ways})
 
 
 def check_same(losses: Mapping[str, Sequence[float]], dtype: torch.dtype = torch.float32) -> None:
-    """Refuse ways whose first losses differ.
+    """Refuses ways whose first losses differ.
 
     Args:
-        dtype: of the forward and backward pass.
+        losses: way -> losses of its first steps.
+        dtype: dtype of the forward and backward pass.
 
     Raises:
         NotTheSameError: names the two ways and the step.
     """
-    first, *others = losses.items()
-    for way, own in others:
-        for step, (expected, loss) in enumerate(zip(first[1], own, strict=True)):
+    (first_way, first_losses), *remaining = losses.items()
+    for way, way_losses in remaining:
+        for step, (expected, loss) in enumerate(zip(first_losses, way_losses, strict=True)):
+            # Written with `not`, so that a NaN is refused too.
             if not abs(loss - expected) <= SAME_LOSS[dtype] * abs(expected):
                 raise NotTheSameError(
-                    f"'{way}' and '{first[0]}' do not compute the same: loss {loss} and {expected} at step {step}"
+                    f"'{way}' and '{first_way}' do not compute the same: loss {loss} and {expected} at step {step}"
                 )
 
 
 def order_of_round(ways: Sequence[str], index: int) -> list[str]:
-    """The ways, rotated by one each round, so that no way always starts with the caches of the same other way."""
+    """Rotates the ways by one each round, so that no way always starts with the caches of the same other way."""
     shift = index % len(ways)
     return [*ways[shift:], *ways[:shift]]
 
@@ -134,13 +144,14 @@ def order_of_round(ways: Sequence[str], index: int) -> list[str]:
 def seconds_per_step(
     ways: Sequence[str], rounds: int, time_steps: Callable[[str, int], float], round_s: float = ROUND_S
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each way, one value per round.
+    """Returns the seconds of a step of each way, one value per round.
 
     Args:
-        time_steps: (way, steps) -> seconds those steps took.
-        round_s: seconds that a way should take in a round; sets its number of steps.
+        time_steps: function of (way, steps) that returns the seconds of those steps.
+        round_s: seconds that a way should take in a round; they set its number of steps.
     """
     steps = {way: min(LONGEST_ROUND, max(1, math.ceil(round_s / time_steps(way, 1)))) for way in ways}
+
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for index in range(rounds):
         for way in order_of_round(ways, index):
@@ -149,13 +160,18 @@ def seconds_per_step(
 
 
 def _device(planned: Sequence[Case]) -> str:
-    """`device` of the configuration; `auto`: GPUs if there is one for every rank, else the CPU."""
-    asked, ranks = planned[0].config.device, max(size.ranks for case in planned for size in case.ways.values())
-    if asked != "auto":
-        return asked
+    """Returns `device` of the configuration; `auto` means GPUs if there is one for every rank, else the CPU."""
+    device = planned[0].config.device
+    if device != "auto":
+        return device
+
+    ranks = max(size.ranks for case in planned for size in case.ways.values())
     return "cuda" if torch.cuda.is_available() and local_gpus() >= ranks else "cpu"
 
 
 def _machine(device: str) -> str:
-    what = torch.cuda.get_device_name() if device == "cuda" else f"{cores()} cores {platform.machine()}"
-    return f"{what}, torch {torch.__version__}"
+    if device == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = f"{cores()} cores {platform.machine()}"
+    return f"{processor}, torch {torch.__version__}"

@@ -1,6 +1,6 @@
-"""Runs of a small Python program with a test: each in a new sandbox, or forked by one that is there.
+"""Runs of a small Python program with a test: each in a new sandbox, or forked by a warm one.
 
-Each core has a worker. Ceiling: a Python process for each core that only forks, and waits for what it forked.
+Each core has a worker. Ceiling: a Python process for each core that only forks, and waits for its children.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ from dist_lm.sandbox.sandbox import Sandbox
 from dist_lm.storage.process import cores
 
 WARM, COLD, FORK = "forked by a sandbox", "a new sandbox for each", "a fork and nothing else"
-RUNS = 20  # a step
+RUNS = 20  # programs of a step
 PROGRAM = Program("python", "def add(a, b):\n    return a + b", (Test(code="assert add(2, 3) == 5"),))
 LIMITS = Limits(cpu_s=5, wall_s=60)
 _FORKS = """
@@ -34,13 +34,13 @@ for line in sys.stdin:
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """One program; no key changes anything."""
+    """A case of one program; no key changes anything."""
     return [
         Case(
             name=f"Python with a test, {cores()} workers",
             config=config,
             ways=dict.fromkeys((WARM, COLD, FORK), GroupSize(1)),
-            comparisons=[Comparison(own=WARM, peer=COLD, ceiling=FORK)],
+            comparisons=[Comparison(way=WARM, peer=COLD, ceiling=FORK)],
             same_losses=frozenset(),
             amount=RUNS,
             unit="runs/s",
@@ -50,14 +50,14 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way; its processes end with this one."""
-    del config, world
+    """Builds one way; its processes end with this one."""
+    del config, world  # the programs are the same for every configuration
     step = {WARM: _warm, COLD: _cold, FORK: _forks}[way]()
     return Trial(step, losses=lambda: [0.0])
 
 
 def _warm() -> Callable[[], float]:
-    pool = SandboxPool().__enter__()
+    pool = SandboxPool().__enter__()  # the pool ends with this process
 
     def step() -> float:
         verdicts = pool.run([PROGRAM] * RUNS, LIMITS)
@@ -82,17 +82,17 @@ def _cold() -> Callable[[], float]:
 
 
 def _forks() -> Callable[[], float]:
-    own = [
+    forkers = [
         subprocess.Popen([sys.executable, "-I", "-S", "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(cores())
     ]
 
     def step() -> float:
-        for process, count in zip(own, shares(RUNS, len(own)), strict=True):
+        for process, count in zip(forkers, shares(RUNS, len(forkers)), strict=True):
             assert process.stdin
             process.stdin.write(f"{count}\n".encode())
             process.stdin.flush()
-        for process in own:
+        for process in forkers:
             assert process.stdout
             process.stdout.readline()
         return 0.0
@@ -101,5 +101,5 @@ def _forks() -> Callable[[], float]:
 
 
 def shares(total: int, parts: int) -> list[int]:
-    """`total` in `parts` of the same size; the first are one larger where it does not divide."""
+    """Divides `total` into `parts` of the same size; the first ones are larger by one where it does not divide."""
     return [total // parts + (part < total % parts) for part in range(parts)]

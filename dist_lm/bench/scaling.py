@@ -1,6 +1,6 @@
-"""`dist-lm bench scaling`: what a configuration will learn, expected from runs of narrow models.
+"""`dist-lm bench scaling` predicts from runs of narrow models what a configuration will learn.
 
-It is a model ladder (Bhagia et al. 2024), of bits per byte.
+It is a model ladder (Bhagia et al. 2024) of bits per byte.
 
     dist-lm bench scaling stage=code model=nano --widths 64,96,128 --tokens 1e5,2e5,4e5 --seeds 2
 
@@ -32,18 +32,18 @@ from dist_lm.errors import ConfigError, UserError
 from dist_lm.model.size import flops_per_token, is_matrix, parameter_shapes
 from dist_lm.parallel.mesh import choose_device
 
-FEW = 0.02  # share of samples without a law that goes unsaid
+FEW = 0.02  # largest share of bootstrap samples without a law that needs no note
 
 
 @dataclass(frozen=True)
 class Rung:
-    """The ends of the runs of one width with one number of tokens."""
+    """The runs of one width with one number of tokens, at their end."""
 
     width: int
     parameters: int  # of the matrices inside blocks
     tokens: int
     flops: float
-    bits_per_byte: tuple[float, ...]  # of each seed
+    bits_per_byte: tuple[float, ...]  # a value for each seed
 
     @property
     def name(self) -> str:
@@ -51,52 +51,55 @@ class Rung:
 
 
 def numbers_of(option: str, text: str) -> list[int]:
-    """The positive whole numbers of `64,96,128` or `1e5,2e5`.
+    """Reads positive whole numbers, such as `64,96,128` or `1e5,2e5,4e5`; returns them sorted, each once.
 
     Raises:
-        ConfigError: it has fewer than three different ones, or something else.
+        ConfigError: `text` has fewer than three different numbers, or no numbers.
     """
-    accepted = "at least three different positive whole numbers, such as " + (
-        "64,96,128" if option == "--widths" else "1e5,2e5,4e5"
-    )
+    example = "64,96,128" if option == "--widths" else "1e5,2e5,4e5"
+    accepted = f"at least three different positive whole numbers, such as {example}"
     try:
-        found = [float(part) for part in text.split(",")]
+        numbers = {float(part) for part in text.split(",")}
     except ValueError as error:
         raise ConfigError(f"{option}={text}: expected {accepted}") from error
-    if len({*found}) < 3 or not all(number > 0 and number.is_integer() for number in found):
+
+    if len(numbers) < 3 or not all(number > 0 and number.is_integer() for number in numbers):
         raise ConfigError(f"{option}={text}: expected {accepted}")
-    return sorted({int(number) for number in found})
+    return sorted(int(number) for number in numbers)
 
 
 def narrowed(model: ModelConfig, width: int) -> list[str]:
-    """The overrides that give a model another width.
+    """Returns the overrides that give a model another width.
 
     Raises:
-        ConfigError: the width has no whole number of heads or groups of heads; tied embeddings.
+        ConfigError: the width has no whole number of heads or groups of heads, or the embeddings are tied.
     """
     if model.tie_embeddings:
         raise ConfigError(
             "model.tie_embeddings=true: bench scaling needs model.tie_embeddings=false, as model.base_width does"
         )
+
+    # Heads keep their width and groups of heads their size, so a width holds whole groups.
     unit = model.d_model // math.gcd(model.d_model, model.kv_heads)
     if width % unit:
         raise ConfigError(
             f"--widths={width}: model.d_model={width}: expected a multiple of {unit}, as heads keep "
             "their width and groups of heads their size"
         )
-    words = {
+
+    shape = {
         "d_model": width,
         "n_heads": model.n_heads * width // model.d_model,
         "d_ff": round(model.d_ff * width / model.d_model),
         "base_width": model.base_width or model.d_model,
     }
     if model.n_kv_heads is not None:
-        words["n_kv_heads"] = model.n_kv_heads * width // model.d_model
-    return [f"model.{key}={value}" for key, value in words.items()]
+        shape["n_kv_heads"] = model.n_kv_heads * width // model.d_model
+    return [f"model.{key}={size}" for key, size in shape.items()]
 
 
 def shortened(stage: StageConfig, steps: int) -> StageConfig:
-    """The stage with another number of steps, its schedule in proportion."""
+    """Returns the stage with another number of steps, its schedule in proportion."""
     share = steps / stage.steps
     warmup = round(share * stage.warmup_steps)
     muon = replace(
@@ -109,40 +112,45 @@ def shortened(stage: StageConfig, steps: int) -> StageConfig:
 
 
 def _size_of(model: ModelConfig) -> int:
-    """Parameters of the matrices inside blocks, which grow with width squared and depth."""
+    """Counts the parameters of the matrices inside blocks, which grow with width squared and with depth."""
     return sum(math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name))
 
 
 def _climb(
     rungs: Sequence[Recipe], steps: int, seeds: int, device: torch.device, say: Callable[[str], None]
 ) -> list[Rung]:
-    """Train every width for one number of steps."""
-    recipes = [replace(one, config=replace(one.config, stage=shortened(one.config.stage, steps))) for one in rungs]
-    of_each = {one.name: steps for one in recipes}
+    """Trains every width for one number of steps, with each seed; returns a rung for each width."""
+    recipes = [replace(rung, config=replace(rung.config, stage=shortened(rung.config.stage, steps))) for rung in rungs]
+    steps_by_name = {recipe.name: steps for recipe in recipes}
     measured_on = held_out_of(recipes, device)
+
+    def say_steps(text: str) -> None:
+        say(f"{steps} steps, {text}")
+
     curves = []
-    first = recipes[0].config.seed
-    for seed in range(first, first + seeds):
+    first_seed = recipes[0].config.seed
+    for seed in range(first_seed, first_seed + seeds):
         curves += curves_of_a_seed(
-            recipes, seed, of_each, measured_on, device, lambda text: say(f"{steps} steps, {text}"), 1, at_start=False
+            recipes, seed, steps_by_name, measured_on, device, say_steps, points=1, at_start=False
         )
-    found = []
-    for one in recipes:
-        ends = [curve.end for curve in curves if curve.recipe == one.name]
-        model = one.config.model
+
+    trained = []
+    for recipe in recipes:
+        ends = [curve.end for curve in curves if curve.recipe == recipe.name]
+        model = recipe.config.model
         bits = tuple(end.bits_per_byte for end in ends)
-        found.append(Rung(model.d_model, _size_of(model), ends[0].tokens, ends[0].flops, bits))
-    return found
+        trained.append(Rung(model.d_model, _size_of(model), ends[0].tokens, ends[0].flops, bits))
+    return trained
 
 
 def steps_of(stage: StageConfig, tokens: Sequence[int]) -> list[int]:
-    """Optimizer steps of numbers of tokens.
+    """Returns the optimizer steps that numbers of tokens make, sorted, each once.
 
     Raises:
-        ConfigError: fewer than three different ones, or none for a number of tokens.
+        ConfigError: there are fewer than three different numbers of steps, or a number of tokens makes no step.
     """
     each = stage.global_batch * stage.seq_len
-    steps = sorted({one // each for one in tokens})
+    steps = sorted({count // each for count in tokens})
     if steps[0] == 0 or len(steps) < 3:
         raise ConfigError(
             f"--tokens={','.join(map(str, tokens))}: a step has {each} tokens (stage.global_batch x stage.seq_len): "
@@ -153,7 +161,7 @@ def steps_of(stage: StageConfig, tokens: Sequence[int]) -> list[int]:
 
 
 def law_of(rungs: Sequence[Rung]) -> ScalingLaw:
-    """The law of bits per byte."""
+    """Fits the law of bits per byte to rungs."""
     return ScalingLaw.fit(
         [rung.parameters for rung in rungs], [rung.tokens for rung in rungs], [rung.bits_per_byte for rung in rungs]
     )
@@ -168,8 +176,14 @@ def run_scaling(
     seeds: int,
     json_file: Path | None,
 ) -> list[Record]:
-    """Train the rungs, print them, what their law expects of the configured run, and what the law of the others expects
-    of the largest; write records.
+    """Trains the rungs, prints them and what their law expects of the configured run, and writes records.
+
+    As a check, it also prints what the law of all other rungs expects of the largest one.
+
+    Args:
+        widths, tokens: see `numbers_of`.
+        seeds: runs of each rung; at least 2.
+        json_file: a file for the records, as JSON lines.
 
     Raises:
         ConfigError: see `numbers_of`, `steps_of`, `narrowed`, and `learn_recipes.recipes_of`.
@@ -178,43 +192,51 @@ def run_scaling(
     """
     if seeds < 2:
         raise ConfigError(f"--seeds={seeds}: the interval holds the spread of seeds: expected at least 2")
-    wide, long = numbers_of("--widths", widths), numbers_of("--tokens", tokens)
+    chosen_widths = numbers_of("--widths", widths)
+    chosen_tokens = numbers_of("--tokens", tokens)
+
     defaults = (*ALONE, "stage.eval_sequences=0")  # all of val, as at the end of a run
     target = recipes_of(overrides, [], [], defaults)[0].config
-    names = {f"{width} wide": " ".join(narrowed(target.model, width)) for width in wide}
-    steps = steps_of(target.stage, long)
-    recipes = recipes_of(overrides, [f"{name}: {words}" for name, words in names.items()], [], defaults)[1:]
+    rung_texts = [f"{width} wide: {' '.join(narrowed(target.model, width))}" for width in chosen_widths]
+    step_counts = steps_of(target.stage, chosen_tokens)
+    recipes = recipes_of(overrides, rung_texts, [], defaults)[1:]
     if json_file:
         prepare(json_file.parent, "--json", json_file)
+
     device = choose_device(target.device, 0)
     rungs: list[Rung] = []
     with alone(), console.status("") as status:
-        for each in steps:
-            rungs += _climb(recipes, each, seeds, device, status.update)
+        for steps in step_counts:
+            rungs += _climb(recipes, steps, seeds, device, status.update)
             if json_file:
-                write_records(json_file, _records(rungs))
+                write_records(json_file, _records(rungs))  # a later rung may fail
     console.print(_table(f"scaling: {seeds} seeds, on {target.stage.corpus}", rungs))
-    length = target.stage.steps * target.stage.global_batch * target.stage.seq_len
-    expected = law_of(rungs).expected(_size_of(target.model), length)
+
+    target_tokens = target.stage.steps * target.stage.global_batch * target.stage.seq_len
+    expected = law_of(rungs).expected(_size_of(target.model), target_tokens)
     ends = {"expected": expected.value, "expected, low": expected.low, "expected, high": expected.high}
-    records = _records(rungs) + [_record(case, [value]) for case, value in ends.items()]
+    records = _records(rungs) + [_record(case, [bits]) for case, bits in ends.items()]
     if json_file:
         write_records(json_file, records)
+
     largest = max(rungs, key=lambda rung: rung.flops)
-    times = length * flops_per_token(target.model, target.stage.seq_len) / largest.flops
+    flops_ratio = target_tokens * flops_per_token(target.model, target.stage.seq_len) / largest.flops
     console.print(
-        f"as configured ({target.model.d_model} wide, {length} tokens): expected {_interval(expected)}, with "
-        f"{times:.2g} times the FLOPs of the largest rung",
+        f"as configured ({target.model.d_model} wide, {target_tokens} tokens): expected {_interval(expected)}, with "
+        f"{flops_ratio:.2g} times the FLOPs of the largest rung",
     )
+
+    # The law of the smaller rungs must predict the largest one, or it will not predict the target either.
     measured = f"{largest.name}: measured {statistics.fmean(largest.bits_per_byte):.3f} bits per byte"
     try:
-        others = law_of([rung for rung in rungs if rung is not largest])
+        smaller_law = law_of([rung for rung in rungs if rung is not largest])
         console.print(
-            f"{measured}, expected {_interval(others.expected(largest.parameters, largest.tokens))} by the others"
+            f"{measured}, expected {_interval(smaller_law.expected(largest.parameters, largest.tokens))} by the others"
         )
     except UserError as error:
         console.print(f"{measured}; the others expect nothing: {error}")
-    _note_repeats(target, max(length, largest.tokens), console)
+
+    _note_repeats(target, max(target_tokens, largest.tokens), console)
     return records
 
 
@@ -226,18 +248,21 @@ def _interval(expected: Expected) -> str:
 
 
 def _note_repeats(config: Config, tokens: int, console: Console) -> None:
-    """Say which corpora the longest run reads more than once."""
+    """Says which corpora the longest run reads more than once, which the law knows nothing of."""
     mix = config.stage.mix or {}
     for name, share in {config.stage.corpus: 1 - sum(mix.values()), **mix}.items():
-        held = corpus_of(config, name, "train").n_tokens
-        if share * tokens > held:
-            console.print(f"note: {name} has {held} tokens; the law does not know that a second epoch teaches less")
+        corpus_tokens = corpus_of(config, name, "train").n_tokens
+        if share * tokens > corpus_tokens:
+            console.print(
+                f"note: {name} has {corpus_tokens} tokens; the law does not know that a second epoch teaches less"
+            )
 
 
 def _table(title: str, rungs: Sequence[Rung]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in ("width", "M params in blocks", "M tokens", "FLOPs", "bits/byte", "range"):
         table.add_column(column, justify="right")
+
     for rung in rungs:
         bits = rung.bits_per_byte
         table.add_row(

@@ -45,7 +45,7 @@ from dist_lm.training.optimizer import is_decayed
 TP = 2
 OURS, TORCH, ONE = "ours", "torch parallelize_module", "one process"
 SHORT = ("stage.global_batch=2", "stage.seq_len=64")
-PLAIN = ("model.tie_embeddings=false", "model.qk_norm=false")  # the peer has neither
+PLAIN = ("model.tie_embeddings=false", "model.qk_norm=false")  # the peer has neither option
 WIDE = ("model=tiny", "model.d_model=512", "model.d_ff=2048", "model.n_heads=8", "model.vocab_size=4096")
 SHAPES = (
     ("model=nano", *PLAIN, "model.n_heads=4", *SHORT),
@@ -57,14 +57,16 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """The shapes above, or the one of `overrides`."""
+    """Cases of the shapes above, or of the one in `overrides`."""
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
 def _case(config: Config) -> Case:
     reason = misfit(config.model, TP)
     pair, single = GroupSize(TP), GroupSize(1, threads=TP)
-    ways = {OURS: pair, TORCH: pair, ONE: single} if not reason else {OURS: pair, ONE: single}
+    ways = {OURS: pair, ONE: single}
+    if not reason:
+        ways[TORCH] = pair
     return Case(
         name=describe(config),
         config=config,
@@ -75,11 +77,12 @@ def _case(config: Config) -> Case:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """A rank's part of one way."""
+    """Builds a rank's part of one way."""
     if way == TORCH:
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tp",))
         batch = made_up_batch(config, slice(None), world.device)
         return Trial(PeerTraining(config, mesh, batch).bare_step)
+
     mesh = build_mesh(Layout(1, 1, world.size), world.device)
     model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
     return Trial(OwnTraining(model, config, own_rows(config, mesh), world).bare_step)
@@ -89,20 +92,23 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 def misfit(model: ModelConfig, tp: int) -> str:
-    """Why torch cannot shard this model over `tp` ranks; empty: it can."""
+    """Returns the reason why torch cannot shard this model over `tp` ranks; empty if it can."""
     keys = ("n_heads", "n_kv_heads", "d_ff", "vocab_size")
     uneven = [f"{key}={size}" for key in keys if (size := getattr(model, key)) is not None and size % tp]
     if uneven:
         return f"{', '.join(uneven)}: not divisible by tp={tp}"
+
     options = {
         "tied embedding": model.tie_embeddings,
         "norm of queries and keys": model.qk_norm,
         "parallel residual": model.parallel_residual,
     }
-    return next((f"the peer has no {name}" for name, asked in options.items() if asked), "")
+    return next((f"the peer has no {name}" for name, is_on in options.items() if is_on), "")
 
 
 class PeerAttention(nn.Module):
+    """Attention with a `nn.Linear` for each projection; x_BTD and its result are (B, T, D)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.d_head = config.d_head
@@ -121,6 +127,8 @@ class PeerAttention(nn.Module):
 
 
 class PeerBlock(nn.Module):
+    """A pre-norm block, (B, T, D) to (B, T, D)."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
@@ -134,7 +142,7 @@ class PeerBlock(nn.Module):
 
 
 class PeerTransformer(nn.Module):
-    """Logits (B, T, V), a DTensor sharded over V on the tp axis."""
+    """Returns logits (B, T, V), a DTensor sharded over V on the tp axis."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,12 +162,12 @@ class PeerTransformer(nn.Module):
 
 @torch.no_grad()
 def fill(peer: PeerTransformer, seed: int) -> None:
-    """Give an unsharded peer the initial values of our model."""
+    """Gives an unsharded peer the initial values of our model."""
     for name, shape in parameter_shapes(peer.config).items():
         value = initial_value(name, shape, peer.config, seed)
         head, _, last = name.rpartition(".")
         if len(shape) == 3:
-            # ours are (H, K, D); the output projection maps in the other direction
+            # Our attention weights are (H, K, D); the output projection maps in the other direction.
             value = value.flatten(0, 1).t() if last == "output" else value.flatten(0, 1)
             name = f"{name}.weight"
         elif last.endswith("_bias"):
@@ -168,11 +176,11 @@ def fill(peer: PeerTransformer, seed: int) -> None:
 
 
 def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
-    """Shard the peer over a one-dimensional mesh, in place."""
+    """Shards the peer over a one-dimensional mesh, in place."""
     widening = ("gate", "up") if peer.config.ffn == "swiglu" else ("up",)
-    whole = (Replicate(), None)  # x, and the rotation tables, which are plain tensors
+    replicated = (Replicate(), None)  # x, and the rotation tables, which are plain tensors
     inner = {
-        "attention": PrepareModuleInput(input_layouts=whole, desired_input_layouts=whole),
+        "attention": PrepareModuleInput(input_layouts=replicated, desired_input_layouts=replicated),
         **{f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")},
         "attention.output": RowwiseParallel(),
         **{f"feed_forward.{name}": ColwiseParallel() for name in widening},
@@ -180,6 +188,8 @@ def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
     }
     for block in peer.blocks:
         parallelize_module(block, mesh, inner)
+
+    # The head keeps its logits sharded, as `loss_parallel` wants them: no logits are gathered.
     outer = {
         "embedding": RowwiseParallel(input_layouts=Replicate()),
         "lm_head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False),
@@ -188,10 +198,12 @@ def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
 
 
 def peer_optimizer(peer: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """Fused AdamW with our settings. DTensors and plain tensors cannot share a group."""
+    """Builds fused AdamW with our settings."""
+    # DTensors and plain tensors cannot share a group.
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in peer.named_parameters():
         groups.setdefault((is_decayed(name), isinstance(parameter, DTensor)), []).append(parameter)
+
     return torch.optim.AdamW(
         [
             {"params": parameters, "weight_decay": stage.weight_decay if decayed else 0.0}
@@ -205,7 +217,7 @@ def peer_optimizer(peer: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
 
 
 class PeerTraining:
-    """The peer's training step on `batch`."""
+    """Runs the peer's training step on `batch`."""
 
     def __init__(self, config: Config, mesh: DeviceMesh, batch: Batch) -> None:
         self.model = PeerTransformer(config.model)
@@ -216,12 +228,15 @@ class PeerTraining:
         self.batch = batch
 
     def bare_step(self) -> float:
-        """Forward, backward and AdamW, nothing else; the mean loss."""
+        """Runs forward, backward and AdamW, nothing else; returns the mean loss."""
         targets_N = self.batch.targets_BT.flatten()
         with loss_parallel():
             total = F.cross_entropy(self.model(self.batch).flatten(0, 1).float(), targets_N, reduction="sum")
             total.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
         total = total.detach()
-        return float(total.full_tensor() if isinstance(total, DTensor) else total) / len(targets_N)
+        if isinstance(total, DTensor):
+            total = total.full_tensor()
+        return float(total) / len(targets_N)

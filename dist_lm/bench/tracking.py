@@ -1,4 +1,4 @@
-"""Cost of wandb tracking for a training run, offline and with a server that stalls, fails and closes connections.
+"""Measures the cost of wandb for a training run, offline and with a server that stalls, fails and hangs up.
 
 Wall time depends on how busy the machine is. So a step is timed by values that other processes do not change: the CPU
 seconds of the rank, and the seconds that it was blocked while writing its line of metrics. The rank and its follower
@@ -24,24 +24,25 @@ from dist_lm.parallel.mesh import World
 from dist_lm.tracking.metrics import MetricsWriter
 
 SIDE, WAIT = "launcher's side at 20 lines/s, of its core %", "wait at the end s"
-LOOK_S, IDLE = 2.0, 0.1  # share of a core below which a process counts as idle
+POLL_S, IDLE = 2.0, 0.1  # seconds between two looks; share of a core below which a process counts as idle
 GRACE_S = 30.0  # for a follower to exit
-LINES, LINE_S = 300, 0.05  # of the run in `of_a_run`
+LINES, LINE_S = 300, 0.05  # lines of the run in `facts_of_run`, seconds between two
 SHAPES = (("model=nano", "stage.global_batch=4", "stage.seq_len=256"),)
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """One model, followed by nobody, by wandb offline, and by wandb with a server in trouble."""
+    """A case of one model, followed by nobody, by wandb offline, and by wandb with a server in trouble."""
     size = GroupSize(1)
     followed = (OFFLINE, TROUBLE)
+
     return [
         Case(
             name=f"{describe(config)}, a line a step",
             config=config,
             ways=dict.fromkeys((NOBODY, *followed), size),
             comparisons=[
-                *(Comparison(own=way, peer=NOBODY) for way in followed),
-                *(Comparison(own=way, fact=fact) for fact in (SIDE, WAIT) for way in followed),
+                *(Comparison(way=way, peer=NOBODY) for way in followed),
+                *(Comparison(way=way, fact=fact) for fact in (SIDE, WAIT) for way in followed),
             ],
             same_losses=frozenset((NOBODY, *followed)),
             rounds=12,
@@ -51,29 +52,32 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way in one process, with its follower."""
-    first, last = two_cores()
-    pin(0, first)
+    """Builds one way in one process, with its follower."""
+    rank_core, follower_core = two_cores()
+    pin(0, rank_core)
     training = FollowedTraining(config, world)
     if way == NOBODY:
         return Trial(training.measured_step, clock=training.clock)
-    training.follower = Follower(training.directory, way, last)
-    return Trial(training.measured_step, lambda: of_a_run(way, last), clock=training.clock)
+
+    training.follower = Follower(training.directory, way, follower_core)
+    return Trial(training.measured_step, lambda: facts_of_run(way, follower_core), clock=training.clock)
 
 
 class CountedWriter(MetricsWriter):
-    """Counts the seconds that its caller was blocked."""
+    """A writer of metrics that counts the seconds for which its caller was blocked."""
 
     waited_s = 0.0
 
     def write(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
-        began, worked = time.perf_counter(), time.thread_time()
+        wall_before, cpu_before = time.perf_counter(), time.thread_time()
         super().write(step, metrics, at)
-        self.waited_s += max(0.0, (time.perf_counter() - began) - (time.thread_time() - worked))
+
+        wall_s, cpu_s = time.perf_counter() - wall_before, time.thread_time() - cpu_before
+        self.waited_s += max(0.0, wall_s - cpu_s)
 
 
 class FollowedTraining(MeasuredTraining):
-    """The trainer on one made-up batch, and the follower of its metrics."""
+    """Runs the trainer on one made-up batch, with a follower of its metrics."""
 
     follower: "Follower | None" = None
 
@@ -81,10 +85,10 @@ class FollowedTraining(MeasuredTraining):
         super().__init__(config, world, CountedWriter)
 
     def __del__(self) -> None:
-        self.follower = None  # before the directory that it reads is removed
+        self.follower = None  # the follower must end before the directory that it reads is removed
 
     def clock(self) -> float:
-        """CPU seconds and blocked seconds of the rank so far."""
+        """Returns CPU seconds plus blocked seconds of the rank so far."""
         assert isinstance(self.writer, CountedWriter)
         return time.process_time() + self.writer.waited_s
 
@@ -93,13 +97,16 @@ class Follower:
     """The launcher's side in a process and on a core of its own: it follows a metrics file and feeds wandb."""
 
     def __init__(self, directory: Path, way: str, core: int | None) -> None:
-        """Start it; it ends with this object, or with this process."""
+        """Starts the process; it ends with this object, or with this process."""
         command = [sys.executable, "-m", "dist_lm.bench.tracking_follower", str(os.getpid()), str(directory), way]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         pin(self._process.pid, core)
 
     def ask(self, word: str) -> dict[str, float]:
-        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s} of the end, after wandb has ended."""
+        """Sends a word and returns the answer.
+
+        `cost` gives {lines, cpu_s} so far. `finish` gives {wait_s}, the wait for the end of wandb.
+        """
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{word}\n")
@@ -116,20 +123,24 @@ class Follower:
             self._process.wait()
 
 
-def of_a_run(way: str, core: int | None) -> dict[str, float]:
-    """A run of a few seconds, to its end: CPU time of its follower, and the wait for it."""
+def facts_of_run(way: str, core: int | None) -> dict[str, float]:
+    """Follows a run of a few seconds to its end; returns CPU time of the follower, and the wait for it."""
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as directory:
         path = Path(directory)
         with MetricsWriter(path / "metrics.jsonl") as writer:
             follower = Follower(path, way, core)
+
+            # The first lines and the wait take the start of wandb out of the cost per line.
             _write_lines(writer, 1, LINES // 10)
-            _settle(follower, path)  # start-up is not part of the cost per line
+            _settle(follower, path)
+
             before = follower.ask("cost")
             _write_lines(writer, 1 + LINES // 10, LINES)
             after = _all_seen(follower, LINES)
         _settle(follower, path)
         end = follower.ask("finish")
         del follower
+
     took_s = LINE_S * (after["lines"] - before["lines"])
     return {SIDE: 100 * (after["cpu_s"] - before["cpu_s"]) / took_s, WAIT: end["wait_s"]}
 
@@ -142,17 +153,18 @@ def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:
 
 
 def _settle(follower: Follower, directory: Path) -> None:
-    """Wait until wandb has its file and is idle."""
+    """Waits until wandb has its file and is idle."""
     before = follower.ask("cost")["cpu_s"]
     while True:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
         now = follower.ask("cost")["cpu_s"]
-        if now - before < IDLE * LOOK_S and any(directory.glob("wandb/offline-run-*/*.wandb")):
+        if now - before < IDLE * POLL_S and any(directory.glob("wandb/offline-run-*/*.wandb")):
             return
         before = now
 
 
 def _all_seen(follower: Follower, lines: int) -> dict[str, float]:
-    while (seen := follower.ask("cost"))["lines"] < lines:
+    """Waits until the follower has read `lines` lines; returns its cost so far."""
+    while (cost := follower.ask("cost"))["lines"] < lines:
         time.sleep(LINE_S)
-    return seen
+    return cost

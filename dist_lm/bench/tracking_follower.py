@@ -26,24 +26,24 @@ from dist_lm.tracking.metrics import MetricsFollower
 from dist_lm.tracking.wandb_run import WandbRun
 
 NOBODY, OFFLINE, TROUBLE = "not followed", "wandb offline", "wandb, server in trouble"
-LOOK_S = 0.1
-STALL_S = 5.0
+POLL_S = 0.1  # between two looks at the metrics file
+STALL_S = 5.0  # for which the server in trouble keeps a request
 ERRORS = (500, 502, 503)
 
 
 @contextmanager
 def troubled_server() -> Iterator[str]:
-    """The address of a server that stalls, fails or closes the connection at every request."""
-    chance = random.Random(0)  # noqa: S311 - not used for security
+    """Runs a server that stalls, fails or closes the connection at every request; gives its address."""
+    rng = random.Random(0)  # noqa: S311 - not used for security
 
     class Trouble(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            match chance.choice(("stall", "error", "vanish")):
+            match rng.choice(("stall", "error", "vanish")):
                 case "stall":
                     time.sleep(STALL_S)
                     self.close_connection = True
                 case "error":
-                    self.send_error(chance.choice(ERRORS))
+                    self.send_error(rng.choice(ERRORS))
                 case _:
                     self.close_connection = True
 
@@ -62,24 +62,28 @@ def troubled_server() -> Iterator[str]:
 
 
 def cpu_s() -> float:
-    """CPU seconds of this process and its descendants."""
-    own = psutil.Process()
+    """Returns the CPU seconds of this process and its living descendants."""
+    this_process = psutil.Process()
     total = 0.0
-    for process in (own, *own.children(recursive=True)):
+    for process in (this_process, *this_process.children(recursive=True)):
         try:
             times = process.cpu_times()
-        except psutil.NoSuchProcess:
+        except psutil.NoSuchProcess:  # it has ended meanwhile
             continue
         total += times.user + times.system
     return total
 
 
 def main() -> None:
-    """Follow until standard input ends."""
+    """Follows the metrics until standard input ends."""
     die_with_parent(int(sys.argv[1]))
     run, way = RunDirectory(Path(sys.argv[2])), sys.argv[3]
+
     with troubled_server() if way == TROUBLE else nullcontext("") as address:
-        login = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "NO_PROXY": "127.0.0.1"} if address else {}
+        login = {}
+        if address:
+            login = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "NO_PROXY": "127.0.0.1"}
+
         wandb = WandbRun.start(
             {},
             run,
@@ -96,20 +100,24 @@ def main() -> None:
 
 
 def serve(wandb: WandbRun, run: RunDirectory) -> None:
-    """Give lines to wandb, and answer `cost` and `finish`."""
-    lines, seen = MetricsFollower(run.metrics), 0
-    with selectors.DefaultSelector() as asked:
-        asked.register(sys.stdin, selectors.EVENT_READ)
+    """Gives lines to wandb, and answers `cost` and `finish`."""
+    follower = MetricsFollower(run.metrics)
+    num_lines = 0
+    with selectors.DefaultSelector() as requests:
+        requests.register(sys.stdin, selectors.EVENT_READ)
         while True:
-            for line in lines.poll():
+            for line in follower.poll():
                 wandb.log(line["step"], line)
-                seen += 1
-            if not asked.select(LOOK_S):
+                num_lines += 1
+            if not requests.select(POLL_S):
                 continue
+
             word = sys.stdin.readline().strip()
             if word == "cost":
-                print(json.dumps({"lines": seen, "cpu_s": cpu_s()}), flush=True)
+                print(json.dumps({"lines": num_lines, "cpu_s": cpu_s()}), flush=True)
                 continue
+
+            # `finish`, or the end of the input: the parent is gone and waits for no answer.
             began = time.monotonic()
             wandb.finish("finished")
             if word:

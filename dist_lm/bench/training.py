@@ -46,13 +46,13 @@ def _batch(sequences: int, tokens: int) -> tuple[str, ...]:
     return (f"stage.global_batch={sequences}", f"stage.seq_len={tokens}")
 
 
-def _case(config: Config, ways: Mapping[str, GroupSize], comparisons: Sequence[Comparison], *others: str) -> Case:
-    """`others`: ways that compute something else."""
-    return Case(describe(config), config, ways, comparisons, frozenset(ways) - set(others))
+def _case(config: Config, ways: Mapping[str, GroupSize], comparisons: Sequence[Comparison], *different: str) -> Case:
+    """Makes a case; the ways named in `different` compute something else, so their losses are not compared."""
+    return Case(describe(config), config, ways, comparisons, frozenset(ways) - set(different))
 
 
 def _training(config: Config, world: World, parallel: ParallelConfig | None = None) -> OwnTraining:
-    """Our training step, sharded over all ranks by FSDP."""
+    """Builds our training step, sharded over all ranks by FSDP."""
     mesh = build_mesh(Layout(1, world.size, 1), world.device)
     model = build_model(config.model, parallel or config.parallel, mesh, world.device, config.seed)
     return OwnTraining(model, config, own_rows(config, mesh), world)
@@ -63,7 +63,7 @@ def _training(config: Config, world: World, parallel: ParallelConfig | None = No
 
 def _fsdp_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     ways = {FSDP_WAY: PAIR, ONE: GroupSize(1, threads=RANKS), ALONE: PAIR}
-    rows = [Comparison(own=FSDP_WAY, peer=ONE, peer_name=f"one process, {RANKS} threads", ceiling=ALONE)]
+    rows = [Comparison(way=FSDP_WAY, peer=ONE, peer_name=f"one process, {RANKS} threads", ceiling=ALONE)]
     shapes = [(*size, *_batch(4, 512)) for size in (NANO, TINY)]
     return [_case(config, ways, rows, ALONE) for config in configurations(shapes, overrides, quick)]
 
@@ -71,6 +71,8 @@ def _fsdp_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 def _build_fsdp(way: str, config: Config, world: World) -> Trial:
     if way != ALONE:
         return Trial(_training(config, world).step)
+
+    # The ceiling: each rank has a whole model and its part of the batch, and nothing is sent.
     mesh = build_mesh(Layout(1, world.size, 1), world.device)
     model = Transformer(config.model)
     initialise(model, config.seed)
@@ -86,7 +88,7 @@ FSDP = Benchmark(_fsdp_cases, _build_fsdp)
 def _checkpointing_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     ways: dict[str, GroupSize] = dict.fromkeys((NONE, SELECTIVE, FULL, FAIRSCALE), PAIR)
     pairs = ((SELECTIVE, NONE), (FULL, NONE), (FULL, FAIRSCALE))
-    rows = [Comparison(own=own, peer=peer, fact=fact) for fact in (None, PEAK) for own, peer in pairs]
+    rows = [Comparison(way=own, peer=peer, fact=fact) for fact in (None, PEAK) for own, peer in pairs]
     shapes = [(*NANO, *_batch(8, 256)), (*TINY, *_batch(8, 256)), (*WIDE, *_batch(4, 256))]
     return [_case(config, ways, rows) for config in configurations(shapes, overrides, quick)]
 
@@ -96,7 +98,7 @@ def _build_checkpointing(way: str, config: Config, world: World) -> Trial:
     training = _training(config, world, replace(config.parallel, activation_checkpointing=method))
     if way == FAIRSCALE:
         for block in training.model.blocks:
-            checkpoint_wrapper(block)  # FSDP hooks around `forward`, so the model may be sharded first
+            checkpoint_wrapper(block)  # FSDP hooks around `forward`, so the model may be sharded before
 
     def facts() -> dict[str, float]:
         peak = peak_mib(training.forward_backward, world.device)
@@ -116,15 +118,16 @@ def _compile_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise UserError(f"torch.compile needs a C++ compiler and {compiler} is not there: install g++, or set CXX")
+
     ways: dict[str, GroupSize] = dict.fromkeys((COMPILED, EAGER), GroupSize(1, threads=cores()))
-    rows = [Comparison(own=COMPILED, peer=EAGER)]
+    rows = [Comparison(way=COMPILED, peer=EAGER)]
     shapes = [(AS_USED, *size, *batch) for size, batch in ((NANO, _batch(8, 256)), (TINY, _batch(4, 512)))]
-    given = [AS_USED, *overrides] if overrides else ()
-    return [_case(config, ways, rows) for config in configurations(shapes, given, quick)]
+    settings = [AS_USED, *overrides] if overrides else ()
+    return [_case(config, ways, rows) for config in configurations(shapes, settings, quick)]
 
 
 def compiled_as_used(way: str, config: Config, device: torch.device) -> Config:
-    """The configuration of one way: on CUDA with the attention of packed documents that a user's run compiles."""
+    """Returns the configuration of one way; on CUDA with the attention of packed documents, as a user's run has it."""
     mask = config.stage.document_mask or device.type == "cuda"
     mode = "always" if way == COMPILED else "never"
     stage, parallel = replace(config.stage, document_mask=mask), replace(config.parallel, compile=mode)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.bench.data import CORPUS, ENCODER, MEMORY, Work, cases, cpu_seconds, measured, off
+from dist_lm.bench.data import CORPUS, ENCODER, MEMORY, Work, cases, cpu_seconds, facts_of_step, no_cleaning
 from dist_lm.config.corpus import CleaningConfig
 from dist_lm.data.manifest import read_manifest
 from dist_lm.document import Document
@@ -22,12 +22,12 @@ SAMPLE_BYTES = 40_000_000  # by which the encoder alone is timed, before and aft
 def test_a_corpus_from_parquet_is_whole_and_no_process_holds_2_gib(tmp_path: Path, n_bytes: int, workers: int) -> None:
     (case, *_) = cases([f"tokenizer.workers={workers}"], quick=True)
     config = replace(case.config, tokenizer=replace(case.config.tokenizer, train_bytes=n_bytes))
-    work = Work(tmp_path, config, off())
+    work = Work(tmp_path, config, no_cleaning())
     processes = workers or cores()
     sample = work.documents(min(n_bytes, SAMPLE_BYTES))
     before = encoded(work, sample, processes)
     began = cpu_seconds()
-    facts = measured(work.build, work.n_bytes, processes)
+    facts = facts_of_step(work.build, work.n_bytes, processes)
     rate = work.n_bytes / (cpu_seconds() - began) / 1e6
     after = encoded(work, sample, processes)
     ratios = ", ".join(f"{rate / alone:.2f}" for alone in (before, after))
@@ -47,5 +47,5 @@ def encoded(work: Work, sample: Sequence[Document], processes: int) -> float:
 
 def test_a_case_has_the_cleaned_build_beside_the_plain_one() -> None:
     (case,) = cases([], quick=True)
-    assert [comparison.own for comparison in case.comparisons[:2]] == list(case.ways)[:2]
-    assert off() != CleaningConfig()
+    assert [comparison.way for comparison in case.comparisons[:2]] == list(case.ways)[:2]
+    assert no_cleaning() != CleaningConfig()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.bench.tracking import SIDE, WAIT, CountedWriter, of_a_run
+from dist_lm.bench.tracking import SIDE, WAIT, CountedWriter, facts_of_run
 from dist_lm.bench.tracking_follower import OFFLINE, TROUBLE, troubled_server
 from dist_lm.tracking.metrics import MetricsWriter
 
@@ -36,6 +36,6 @@ def test_no_request_to_the_troubled_server_succeeds() -> None:
     "way", [pytest.param(OFFLINE, marks=pytest.mark.bars), pytest.param(TROUBLE, marks=pytest.mark.heavy)]
 )
 def test_a_run_is_followed_to_its_end(way: str) -> None:
-    found = of_a_run(way, None)
+    found = facts_of_run(way, None)
     assert found[SIDE] > 0
     assert found[WAIT] > 0
