@@ -24,8 +24,9 @@ from rich.console import Console
 
 from dist_lm.bench.case import write_records
 from dist_lm.bench.learn_held_out import HeldOut, held_out_of, opening_of
-from dist_lm.bench.learn_recipes import OwnLearner, Recipe, recipes_of
+from dist_lm.bench.learn_recipes import OwnLearner, recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
+from dist_lm.bench.learner import Recipe
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.parallel.mesh import choose_device, leave_groups
 from dist_lm.stages.text import open_stream

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_lm.bench.learn_recipes import Learner, Recipe
+from dist_lm.bench.learner import Learner, Recipe
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import EvaluationBatches
 from dist_lm.data.manifest import read_manifest

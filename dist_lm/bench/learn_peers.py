@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.bench.learn_recipes import Recipe
+from dist_lm.bench.learner import Recipe
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError

@@ -1,15 +1,15 @@
-"""The rows of `dist-lm bench learn`: a recipe is a configuration and the learner that trains by it.
+"""The rows of `dist-lm bench learn`: our learner, and the recipes that a command line names.
 
 Dimensions: B sequences, T tokens.
 """
 
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from dist_lm.bench.learner import Recipe
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError, UserError
@@ -33,33 +33,6 @@ from dist_lm.training.step import accumulate_gradients, update
 ALONE = ("tracking=none", "prerequisites=fail", "stage.init_from=none")
 # No peer keeps attention inside a document, and positions that start again belong to that mask.
 BASE = (*ALONE, "stage.document_mask=false", "stage.reset_positions=false")
-
-
-class Learner(Protocol):
-    """A model in training."""
-
-    @property
-    def flops_per_token(self) -> float: ...
-
-    @property
-    def parameters(self) -> int: ...
-
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """Takes the optimizer step of this 0-based number on the micro-batches of a step."""
-        ...
-
-    def token_losses(self, batch: Batch) -> torch.Tensor:
-        """Returns the cross-entropy of every target, nats, fp32 (B, T)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the table."""
-
-    name: str
-    config: Config
-    build: Callable[[Config, int, torch.device], Learner]  # (config, its steps, device)
 
 
 def recipes_of(

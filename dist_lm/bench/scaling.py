@@ -23,7 +23,8 @@ from rich.table import Table
 from dist_lm.bench.case import Record, spread, write_records
 from dist_lm.bench.learn import alone, curves_of_a_seed, prepare
 from dist_lm.bench.learn_held_out import corpus_of, held_out_of
-from dist_lm.bench.learn_recipes import ALONE, Recipe, recipes_of
+from dist_lm.bench.learn_recipes import ALONE, recipes_of
+from dist_lm.bench.learner import Recipe
 from dist_lm.bench.scaling_law import Expected, ScalingLaw
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
