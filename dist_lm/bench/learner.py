@@ -1,4 +1,4 @@
-"""A learner of `dist-lm bench learn`, ours or a peer's, and a recipe: a configuration and the learner that trains by it.
+"""Learners of `dist-lm bench learn`, ours and those of peers; a recipe is a configuration and the learner it trains.
 
 Dimensions: B sequences, T tokens.
 """
