@@ -1,4 +1,4 @@
-"""The vocabulary of a Hugging Face `tokenizer.json` with byte-level BPE, as of GPT-2, Llama 3, Qwen and SmolLM2."""
+"""The vocabulary of a Hugging Face `tokenizer.json` with byte-level BPE, such as those of GPT-2, Llama 3 and Qwen."""
 
 import json
 from collections.abc import Sequence
@@ -20,69 +20,93 @@ class ByteLevelModel:
 
     file_name = "tokenizer.json"
     is_trained = False
-    end_of_text: int | None = None  # its name says it
+    end_of_text: int | None = None  # the file does not say it; the name of a special token does
 
     def __init__(self, content: bytes, name: str) -> None:
-        """Raises ArtefactError: `content` is not a byte-level BPE; the message calls it `name`."""
-        value = _read(content, name)
-        added = value["added_tokens"]
-        for token in added:
+        """Reads the content of a `tokenizer.json`; messages call it `name`.
+
+        Raises:
+            ArtefactError: `content` is not a byte-level BPE, loses text, or turns text into a special token.
+            UserError: the package `tokenizers` is not installed.
+        """
+        tokenizer_json = _read(content, name)
+        added_tokens = tokenizer_json["added_tokens"]
+        for token in added_tokens:
             token["special"] = token["special"] or token["content"] in NEVER_TEXT
-        self._tokenizer: Any = _tokenizer(json.dumps(value | {"truncation": None, "padding": None}), name)
+
+        # Truncation and padding of the file would change the ids of long and of short texts.
+        unbounded = tokenizer_json | {"truncation": None, "padding": None}
+        self._tokenizer: Any = _tokenizer(json.dumps(unbounded), name)
         self._tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
-        self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in added if token["special"]}
-        first = self._tokenizer.encode("a").ids[0]  # by the file's post-processor
-        self.opening: int | None = first if first in self.special_ids.values() else None
-        texts = {token["id"]: token["content"] for token in added}
-        ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = 1 + max(ids.values())
+
+        self.special_ids: dict[str, int] = {t["content"]: t["id"] for t in added_tokens if t["special"]}
+        first_id = self._tokenizer.encode("a").ids[0]  # by the file's post-processor
+        self.opening: int | None = first_id if first_id in self.special_ids.values() else None
+
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(vocabulary.values())
+        self._set_pieces(vocabulary, {t["id"]: t["content"] for t in added_tokens}, name)
+
+        self._check_text_comes_back(vocabulary, name)
+        if forgeable := [mark for mark, token_id in self.special_ids.items() if token_id in self.encode(mark)]:
+            raise ArtefactError(f"{name}: text that spells {forgeable[0]} becomes this mark: use another tokenizer")
+
+    def _set_pieces(self, vocabulary: dict[str, int], added_texts: dict[int, str], name: str) -> None:
+        """Sets the name and the bytes of every token id; special tokens and unused ids have no bytes."""
+        special = set(self.special_ids.values())
+        byte_of = _byte_of_character()
         self._pieces = [""] * self.vocab_size
         self._bytes = [b""] * self.vocab_size
-        special, byte_of = set(self.special_ids.values()), _byte_of_character()
-        for piece, number in ids.items():
-            self._pieces[number] = piece
-            if number in texts:
-                self._bytes[number] = b"" if number in special else texts[number].encode()
-            elif foreign := [character for character in piece if character not in byte_of]:
+
+        for piece, token_id in vocabulary.items():
+            self._pieces[token_id] = piece
+            if token_id in added_texts:
+                # An added token stands for its text as it is, not for bytes written as characters.
+                if token_id not in special:
+                    self._bytes[token_id] = added_texts[token_id].encode()
+                continue
+
+            if foreign := [character for character in piece if character not in byte_of]:
                 raise ArtefactError(
                     f"{name}: not a byte-level BPE: its piece {piece!r} holds {foreign[0]!r}, which stands for no "
                     "byte: expected one that was trained behind the pre_tokenizer ByteLevel"
                 )
-            else:
-                self._bytes[number] = bytes(byte_of[character] for character in piece)
-        self._check_text_comes_back(ids, name)
-        if read := [mark for mark, number in self.special_ids.items() if number in self.encode(mark)]:
-            raise ArtefactError(f"{name}: text that spells {read[0]} becomes this mark: use another tokenizer")
+            self._bytes[token_id] = bytes(byte_of[character] for character in piece)
 
-    def _check_text_comes_back(self, ids: dict[str, int], name: str) -> None:
-        """Refuse a vocabulary or a pre-tokenizer that loses text. A normaliser may change text: this is its purpose."""
+    def _check_text_comes_back(self, vocabulary: dict[str, int], name: str) -> None:
+        """Refuses a vocabulary or a pre-tokenizer that loses text. A normaliser may change text: it is meant to."""
         character_of = {byte: character for character, byte in _byte_of_character().items()}
-        if lost := [byte for byte in TEXT_BYTES if character_of[byte] not in ids]:
-            shown = ", ".join(f"0x{byte:02X}" for byte in lost[:8]) + (" ..." if len(lost) > 8 else "")
+        if missing := [byte for byte in TEXT_BYTES if character_of[byte] not in vocabulary]:
+            listed = ", ".join(f"0x{byte:02X}" for byte in missing[:8]) + (" ..." if len(missing) > 8 else "")
             raise ArtefactError(
-                f"{name}: text would be lost: it has no piece for {len(lost)} bytes of UTF-8 text ({shown}): train it "
-                "with initial_alphabet=ByteLevel.alphabet(), or use another tokenizer"
+                f"{name}: text would be lost: it has no piece for {len(missing)} bytes of UTF-8 text ({listed}): train "
+                "it with initial_alphabet=ByteLevel.alphabet(), or use another tokenizer"
             )
+
         normaliser = self._tokenizer.normalizer
         text = normaliser.normalize_str(PROBE) if normaliser else PROBE
-        if (found := self.decode(self.encode(PROBE))) != text:
-            place = next((n for n, (a, b) in enumerate(zip(found, text, strict=False)) if a != b), len(found))
-            raise ArtefactError(
-                f"{name}: text does not come back: {text[place : place + 12]!r} becomes "
-                f"{found[place : place + 12]!r}: expected a pre_tokenizer that keeps all text, such as ByteLevel "
-                "without add_prefix_space"
-            )
+        decoded = self.decode(self.encode(PROBE))
+        if decoded == text:
+            return
+
+        pairs = zip(decoded, text, strict=False)
+        start = next((index for index, (a, b) in enumerate(pairs) if a != b), len(decoded))
+        raise ArtefactError(
+            f"{name}: text does not come back: {text[start : start + 12]!r} becomes "
+            f"{decoded[start : start + 12]!r}: expected a pre_tokenizer that keeps all text, such as ByteLevel "
+            "without add_prefix_space"
+        )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
+        """Returns the token ids of `text`, without an opening."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
-        return b"".join(self._bytes[number] for number in ids).decode(errors="replace")
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self._bytes[token_id] for token_id in ids).decode(errors="replace")
 
     def piece(self, number: int) -> str:
-        """The name of a token for people: its text, a special token's name, or bytes as `<0x0D>`."""
+        """Returns the name of a token for people: its text, a special token's name, or bytes as `<0x0D>`."""
         content = self._bytes[number]
         if not content:
             return self._pieces[number]
@@ -92,16 +116,16 @@ class ByteLevelModel:
             return "".join(f"<0x{byte:02X}>" for byte in content)
 
     def bytes_of(self, number: int) -> bytes:
-        """The bytes of a token; a special token has none."""
+        """Returns the bytes of a token; a special token has none."""
         return self._bytes[number]
 
 
 def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
-    """The file with `marks` appended as added tokens: ids from `vocab_size` on."""
-    value = json.loads(content)
-    value["added_tokens"] += [
+    """Returns the file with `marks` appended as added tokens, whose ids begin at `vocab_size`."""
+    tokenizer_json = json.loads(content)
+    tokenizer_json["added_tokens"] += [
         {
-            "id": vocab_size + place,
+            "id": token_id,
             "content": mark,
             "single_word": False,
             "lstrip": False,
@@ -109,41 +133,46 @@ def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
             "normalized": False,
             "special": mark.startswith("<|"),
         }
-        for place, mark in enumerate(marks)
+        for token_id, mark in enumerate(marks, vocab_size)
     ]
-    return json.dumps(value, ensure_ascii=False, indent=2).encode()
+    return json.dumps(tokenizer_json, ensure_ascii=False, indent=2).encode()
 
 
 def with_opening(content: bytes, mark: str) -> bytes:
-    """The file with a post-processor that puts the special token `mark` before every text."""
+    """Returns the file with a post-processor that puts the special token `mark` before every text."""
     from tokenizers import Tokenizer, processors
 
     tokenizer: Any = Tokenizer.from_str(content.decode())
-    number = tokenizer.token_to_id(mark)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{mark} $A", special_tokens=[(mark, number)])
+    special_tokens = [(mark, tokenizer.token_to_id(mark))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{mark} $A", special_tokens=special_tokens)
     return tokenizer.to_str(pretty=True).encode()
 
 
 def _read(content: bytes, name: str) -> dict[str, Any]:
-    """The file as JSON, if it is a byte-level BPE."""
+    """Returns the file as JSON.
+
+    Raises:
+        ArtefactError: it is not a byte-level BPE.
+    """
     try:
-        value = json.loads(content)
-        model, decoder = value["model"], value["decoder"] or {}
+        tokenizer_json = json.loads(content)
+        model = tokenizer_json["model"]
+        decoder = tokenizer_json["decoder"] or {}
         decoders = decoder.get("decoders", [decoder])
         is_bpe = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
-        fits = is_bpe and any(one.get("type") == "ByteLevel" for one in decoders)
-        value.setdefault("added_tokens", [])
+        is_byte_level = is_bpe and any(step.get("type") == "ByteLevel" for step in decoders)
+        tokenizer_json.setdefault("added_tokens", [])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        why = {KeyError: f"it has no key {error}", json.JSONDecodeError: f"it is no JSON: {error}"}
-        raise ArtefactError(
-            f"{name}: not a tokenizer.json of Hugging Face ({why.get(type(error), 'its values have other types')})"
-        ) from error
-    if not fits:
+        reasons = {KeyError: f"it has no key {error}", json.JSONDecodeError: f"it is no JSON: {error}"}
+        reason = reasons.get(type(error), "its values have other types")
+        raise ArtefactError(f"{name}: not a tokenizer.json of Hugging Face ({reason})") from error
+
+    if not is_byte_level:
         raise ArtefactError(
             f"{name}: not a byte-level BPE: expected one (as of Llama 3, Qwen, SmolLM2), or the tokenizer.model of "
             "SentencePiece that this file was made of"
         )
-    return value
+    return tokenizer_json
 
 
 def _tokenizer(text: str, name: str) -> Any:
@@ -158,7 +187,7 @@ def _tokenizer(text: str, name: str) -> Any:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level piece (`bytes_to_unicode` of GPT-2), inverted."""
-    shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    """Maps each character of a byte-level piece to its byte: `bytes_to_unicode` of GPT-2, inverted."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

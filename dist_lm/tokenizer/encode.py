@@ -1,4 +1,4 @@
-"""Documents to tokens, in several processes, in order."""
+"""Encodes documents in several processes and gives them back in order."""
 
 import multiprocessing
 import os
@@ -27,11 +27,11 @@ CHUNKS_FOR_PROCESSES = 4  # fewer chunks are encoded sooner than a process start
 def encode_documents(
     path: Path, documents: Iterable[Document], workers: int, encode: Encode = Tokenizer.encode_document
 ) -> Iterator[TokenizedDocument]:
-    """Every document, tokenized by the model at `path`, in the order of `documents`.
+    """Yields every document, tokenized by the model at `path`, in the order of `documents`.
 
     Args:
-        workers: processes; 0 means one for each core, 1 encodes in this process. A little text is always encoded in
-            this process. At most `CHUNKS_IN_FLIGHT` chunks for each process are in memory.
+        workers: number of processes; 0 means one for each core, 1 encodes in this process. A few chunks of text are
+            always encoded in this process. At most `CHUNKS_IN_FLIGHT` chunks for each process are in memory.
         encode: a function at the top of a module, so that the processes can import it.
 
     Raises:
@@ -39,14 +39,18 @@ def encode_documents(
         UserError: a document is not Unicode text, or a process died.
     """
     tokenizer = Tokenizer.load(path)
-    workers = workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+    if not workers:
+        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
     chunks = _chunked(documents)
-    first = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
-    if len(first) < CHUNKS_FOR_PROCESSES:
-        for chunk in chain(first, chunks):
-            yield from [encode(tokenizer, document) for document in chunk]  # at once: code and data stay in the caches
-    else:
-        yield from _encode_in_processes(path, chain(first, chunks), workers, encode)
+    first_chunks = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
+    if len(first_chunks) == CHUNKS_FOR_PROCESSES:
+        yield from _encode_in_processes(path, chain(first_chunks, chunks), workers, encode)
+        return
+
+    # A whole chunk is encoded before the first document is yielded, so code and data stay in the CPU's caches.
+    for chunk in chain(first_chunks, chunks):
+        yield from [encode(tokenizer, document) for document in chunk]
 
 
 def _encode_in_processes(
@@ -55,14 +59,17 @@ def _encode_in_processes(
     # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    waiting: deque[Future[list[TokenizedDocument]]] = deque()
+    in_flight: deque[Future[list[TokenizedDocument]]] = deque()
+
     try:
+        # The oldest chunk is awaited first, which keeps the order and bounds the memory.
         for chunk in chunks:
-            waiting.append(pool.submit(_encode_chunk, path, chunk, encode))
-            if len(waiting) >= workers * CHUNKS_IN_FLIGHT:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+            in_flight.append(pool.submit(_encode_chunk, path, chunk, encode))
+            if len(in_flight) >= workers * CHUNKS_IN_FLIGHT:
+                yield from in_flight.popleft().result()
+
+        while in_flight:
+            yield from in_flight.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
             f"a tokenizing process died (out of memory, or killed): set tokenizer.workers below {workers}"
@@ -72,32 +79,34 @@ def _encode_in_processes(
 
 
 def _chunked(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Lists of consecutive documents of about `CHUNK_CHARACTERS` together."""
+    """Yields lists of consecutive documents with about `CHUNK_CHARACTERS` characters together."""
     chunk: list[Document] = []
     characters = 0
     for document in documents:
         chunk.append(document)
         characters += len(document.text)
+
         if characters >= CHUNK_CHARACTERS or len(chunk) >= CHUNK_DOCUMENTS:
             yield chunk
-            chunk, characters = [], 0
+            chunk = []
+            characters = 0
     if chunk:
         yield chunk
 
 
 def _encode_chunk(path: Path, chunk: list[Document], encode: Encode) -> list[TokenizedDocument]:
-    """The work of a process of the pool."""
+    """Runs in a process of the pool."""
     return [encode(_tokenizer(path), document) for document in chunk]
 
 
 @cache
 def _tokenizer(path: Path) -> Tokenizer:
-    """Loaded once in each process of the pool, which ends with its `encode_documents`."""
+    """Loads the tokenizer once in each process of the pool, which ends with its `encode_documents`."""
     return Tokenizer.load(path)
 
 
 def _follow_parent() -> None:
-    """Ignore Ctrl-C, which the parent handles, and end with the parent; otherwise the process would wait forever."""
+    """Ignores Ctrl-C, which the parent handles, and ends this process with the parent, which would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

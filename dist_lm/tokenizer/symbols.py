@@ -8,10 +8,10 @@ END_OF_TEXT = "<|endoftext|>"  # opens every document, and ends a generation
 PAD = "<|pad|>"  # fills a batch; no document holds it
 UNKNOWN = "<|unknown|>"  # SentencePiece requires one; byte pieces make it unreachable
 
-START, END = "<|im_start|>", "<|im_end|>"  # of a turn
-TOOLS, END_TOOLS = "<tools>", "</tools>"  # around the tools that may be called, in the system turn
+START, END = "<|im_start|>", "<|im_end|>"  # begin and end a turn
+TOOLS, END_TOOLS = "<tools>", "</tools>"  # stand around the tools that may be called, in the system turn
 CALL, END_CALL = "<tool_call>", "</tool_call>"
-RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"  # around the result of a call
+RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"  # stand around the result of a call
 
 # Fill in the middle and repositories, with the names of Qwen2.5-Coder.
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
@@ -24,8 +24,8 @@ SPECIAL_TOKENS = (
     *(f"<|reserved_{n}|>" for n in range(16)),
 )
 
-# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. The last end
-# of text is that of DeepSeek.
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. DeepSeek has the last end
+# of text.
 ALIASES = {
     END_OF_TEXT: ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end\u2581of\u2581sentence｜>"),
     FIM_PREFIX: ("<fim_prefix>",),
@@ -34,7 +34,7 @@ ALIASES = {
     REPOSITORY: ("<repo_name>",),
     FILE: ("<file_sep>",),
 }
-# What `tokenizer.add_marks` appends to a tokenizer that lacks it.
+# `tokenizer.add_marks` appends these marks to a tokenizer that lacks them.
 MARKS = tuple(mark for mark in SPECIAL_TOKENS if mark != UNKNOWN and not mark.startswith("<|reserved"))
 # No text of another tokenizer becomes one of these, even where that tokenizer would read it so.
 NEVER_TEXT = frozenset((*MARKS, *(name for names in ALIASES.values() for name in names)))
@@ -54,8 +54,8 @@ SHEBANGS = (
 )
 INDENTS = (*("\n" + " " * width for width in range(2, 25, 2)), "\n\t", "\n\t\t", "\n\t\t\t")
 
-# No symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (the end of `!=` begins
-# `==`), cut rulers such as `=====` into pairs, and part from the space before them.
+# Operators are no symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (the end
+# of `!=` begins `==`), cut rulers such as `=====` into pairs, and part from the space before them.
 OPERATORS = (
     *("==", "!=", ">=", "<=", "===", "!==", "<>", "=~"),
     *("+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "//=", "**=", "<<=", ">>="),
@@ -64,7 +64,7 @@ OPERATORS = (
 
 
 def user_defined_symbols() -> list[str]:
-    """The symbols that are never split, with spaces written as U+2581 (a plain space would never match).
+    """Returns the symbols that are never split, with spaces written as U+2581 (a plain space would never match).
 
     SentencePiece takes the longest symbol at each place, from left to right. Other engines take the longest symbol of
     the whole text first. Both find the same symbols because no proper suffix of a symbol begins another symbol.

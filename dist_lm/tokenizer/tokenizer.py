@@ -21,7 +21,7 @@ from dist_lm.tokenizer.byte_level import ByteLevelModel
 from dist_lm.tokenizer.symbols import ALIASES, END_OF_TEXT, MARKS, NEVER_TEXT, PAD, SPACE, SPECIAL_TOKENS
 
 CONTROL, USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
-NO_PIECE = "<none>"  # in place of the name of a special token that a model lacks; an empty name is the default
+NO_PIECE = "<none>"  # stands for the name of a special token that a model lacks; an empty name is the default
 
 
 class SentencePieceModel:
@@ -34,7 +34,11 @@ class SentencePieceModel:
     file_name = "tokenizer.model"
 
     def __init__(self, content: bytes, name: str) -> None:
-        """Raises ArtefactError: `content` is not a SentencePiece model; the message calls it `name`."""
+        """Reads the content of a `tokenizer.model`; messages call it `name`.
+
+        Raises:
+            ArtefactError: `content` is not a SentencePiece model.
+        """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
@@ -43,44 +47,53 @@ class SentencePieceModel:
                 "another file"
             ) from error
         self.vocab_size: int = processor.get_piece_size()
-        pieces = [processor.id_to_piece(number) for number in range(self.vocab_size)]
+        pieces = [processor.id_to_piece(token_id) for token_id in range(self.vocab_size)]
         self.is_trained = pieces[: len(SPECIAL_TOKENS)] == list(SPECIAL_TOKENS)
-        control = [number for number in range(self.vocab_size) if processor.is_control(number)]
-        if not self.is_trained and any(pieces[n] in NEVER_TEXT for n in range(len(pieces)) if n not in set(control)):
+
+        # SentencePiece finds user-defined symbols in text, so a mark must not be one.
+        control_ids = _control_ids(processor)
+        others = {*range(self.vocab_size)} - {*control_ids}
+        if not self.is_trained and any(pieces[token_id] in NEVER_TEXT for token_id in others):
             processor = sentencepiece.SentencePieceProcessor(model_proto=_with_control_marks(content))
-            control = [number for number in range(self.vocab_size) if processor.is_control(number)]
+            control_ids = _control_ids(processor)
         if self.is_trained:
-            control = list(range(len(SPECIAL_TOKENS)))
+            control_ids = list(range(len(SPECIAL_TOKENS)))
+
         self._processor = processor
-        self.special_ids = {pieces[number]: number for number in control}
-        self._without_bytes = {*control, processor.unk_id()}
-        end, begin = processor.eos_id(), processor.bos_id()
-        self.end_of_text: int | None = end if end >= 0 else None
-        self.opening: int | None = None if self.is_trained or begin < 0 else begin
+        self.special_ids = {pieces[token_id]: token_id for token_id in control_ids}
+        self._without_bytes = {*control_ids, processor.unk_id()}
+
+        # SentencePiece gives -1 for a token that the model lacks.
+        end_id = processor.eos_id()
+        begin_id = processor.bos_id()
+        self.end_of_text: int | None = end_id if end_id >= 0 else None
+        self.opening: int | None = None if self.is_trained or begin_id < 0 else begin_id
+
         # SentencePiece reads a literal U+2581 as a space, so our own models encode it as its three bytes.
         self._literal_space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
+        """Returns the token ids of `text`, without an opening."""
         if not self.is_trained:
             return self._processor.encode(text)
-        first, *rest = text.split(SPACE)
-        ids: list[int] = self._processor.encode(first)
-        for part in rest:
+
+        first_part, *more_parts = text.split(SPACE)
+        ids: list[int] = self._processor.encode(first_part)
+        for part in more_parts:
             ids += self._literal_space_ids
             ids += self._processor.encode(part)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`."""
+        """Returns the text of `ids`."""
         return self._processor.decode(list(ids))
 
     def piece(self, number: int) -> str:
-        """The name of a token for people."""
+        """Returns the name of a token for people."""
         return self._processor.id_to_piece(number).replace(SPACE, " ")
 
     def bytes_of(self, number: int) -> bytes:
-        """The bytes of a token; a control symbol has none."""
+        """Returns the bytes of a token; a control symbol has none."""
         if number in self._without_bytes:
             return b""
         piece: str = self._processor.id_to_piece(number)
@@ -89,8 +102,12 @@ class SentencePieceModel:
         return piece.replace(SPACE, " ").encode()
 
 
+def _control_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int]:
+    return [token_id for token_id in range(processor.get_piece_size()) if processor.is_control(token_id)]
+
+
 def sentencepiece_with_marks(content: bytes, marks: Sequence[str]) -> bytes:
-    """The model with `marks` appended as control symbols: ids behind those that are there."""
+    """Returns the model with `marks` appended as control symbols; the ids of its own pieces stay."""
     model = sentencepiece_proto(content)
     for mark in marks:
         model.pieces.add(piece=mark, score=0.0, type=CONTROL)
@@ -98,13 +115,15 @@ def sentencepiece_with_marks(content: bytes, marks: Sequence[str]) -> bytes:
 
 
 def sentencepiece_without_opening(content: bytes) -> bytes:
-    """The model without beginning of sentence: texts are not opened by it."""
+    """Returns the model without a beginning of sentence, so that no token opens a text."""
     model = sentencepiece_proto(content)
-    model.trainer_spec.bos_id, model.trainer_spec.bos_piece = -1, NO_PIECE
+    model.trainer_spec.bos_id = -1
+    model.trainer_spec.bos_piece = NO_PIECE
     return model.SerializeToString(deterministic=True)
 
 
 def _with_control_marks(content: bytes) -> bytes:
+    """Returns the model with every user-defined symbol that is a mark as a control symbol."""
     model = sentencepiece_proto(content)
     for piece in model.pieces:
         if piece.piece in NEVER_TEXT and piece.type == USER_DEFINED:
@@ -113,25 +132,25 @@ def _with_control_marks(content: bytes) -> bytes:
 
 
 def sentencepiece_proto(content: bytes) -> Any:
-    """The model as protobuf message."""
+    """Returns the model as a protobuf message (`ModelProto`)."""
     from sentencepiece import sentencepiece_model_pb2
 
     return vars(sentencepiece_model_pb2)["ModelProto"].FromString(content)
 
 
-FORMAT = 2  # of the special tokens and symbols; recorded in the tokenizer's report. One more with every change
-CONVERSATIONS = "conversations.json"  # a `KeptTemplate`, beside the file of the tokenizer
+FORMAT = 2  # counts changes of the special tokens and symbols; the tokenizer's report records it
+CONVERSATIONS = "conversations.json"  # holds a `KeptTemplate`, beside the file of the tokenizer
 UINT16 = 65_536  # largest vocabulary whose ids are uint16
 
 
 class Vocabulary(Protocol):
-    """What a file of a tokenizer holds. `encode` gives no id of `special_ids`, whatever the text spells."""
+    """The content of a tokenizer's file. `encode` gives no id of `special_ids`, whatever the text spells."""
 
     file_name: str  # in a work directory
     vocab_size: int
     is_trained: bool  # by `train_tokenizer`
     special_ids: dict[str, int]  # special tokens by the names they have in the file
-    end_of_text: int | None  # if the file says so; else a special token's name does
+    end_of_text: int | None  # None: the file does not say it, but the name of a special token does
     opening: int | None  # the special token that the file puts before every text
 
     def encode(self, text: str) -> list[int]: ...
@@ -142,7 +161,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class Opening:
-    """The first token of a document: end-of-text in shards, and what the model reads in its place.
+    """The first token of a document: end-of-text in shards, and the token that the model reads in its place.
 
     A model whose tokenizer begins every text with a token of its own (`<s>`, `<|begin_of_text|>`) has seen no document
     without it. The token that ends a document stays end-of-text.
@@ -152,7 +171,10 @@ class Opening:
     first: int
 
     def put(self, tokens: np.ndarray) -> np.ndarray:
-        """Put `first` into the beginning of a document, (n,), in place of the end-of-text of the shards."""
+        """Puts `first` in place of the end-of-text of the shards.
+
+        `tokens`, (n,), is a document or a part of one. It is changed and returned.
+        """
         if len(tokens) and tokens[0] == self.end_of_text:
             tokens[0] = self.first
         return tokens
@@ -163,66 +185,73 @@ class KeptTemplate:
     """The chat template of an imported model that lays conversations out otherwise than ours (`chat.kept_template`)."""
 
     text: str  # Jinja
-    special_tokens: tuple[tuple[str, str], ...]  # that the template may use: (`bos_token`, its text), ...
-    day: str  # of the import, as 2026-01-31: what the template takes for today
+    special_tokens: tuple[tuple[str, str], ...]  # the template may use them: (`bos_token`, its text), ...
+    day: str  # day of the import, such as 2026-01-31, which the template takes for today
 
     @classmethod
     def read(cls, folder: Path) -> "KeptTemplate | None":
-        """That beside a tokenizer; None: conversations are laid out as ours."""
-        if not (path := folder / CONVERSATIONS).is_file():
+        """Reads the template beside a tokenizer; None: conversations are laid out as ours.
+
+        Raises:
+            ArtefactError: the file lacks a key.
+        """
+        path = folder / CONVERSATIONS
+        if not path.is_file():
             return None
-        value = durable.read_json(path)
+        content = durable.read_json(path)
         try:
-            return cls(value["chat_template"], tuple(sorted(value["special_tokens"].items())), value["day"])
+            return cls(content["chat_template"], tuple(sorted(content["special_tokens"].items())), content["day"])
         except (KeyError, AttributeError) as error:
             raise ArtefactError(f"{path}: {error!r} is missing: import the model again") from error
 
     def write(self, folder: Path) -> None:
-        """Write it beside a tokenizer."""
-        value = {"chat_template": self.text, "special_tokens": dict(self.special_tokens), "day": self.day}
-        durable.write_json(folder / CONVERSATIONS, value)
+        """Writes the template beside a tokenizer."""
+        content = {"chat_template": self.text, "special_tokens": dict(self.special_tokens), "day": self.day}
+        durable.write_json(folder / CONVERSATIONS, content)
 
 
 class NoEndOfTextError(ArtefactError):
-    """A tokenizer has no end-of-text that we know."""
+    """Raised for a tokenizer that has no end-of-text that we know."""
 
 
 class Tokenizer:
     """A tokenizer. `decode(encode(text)) == text` for a trained one; an existing one may normalise the text first."""
 
     def __init__(self, content: bytes, name: str, kept_template: KeptTemplate | None = None) -> None:
-        """`content`: that of `tokenizer.model` or `tokenizer.json`; `name`: the file's name in error messages.
+        """Reads the content of a `tokenizer.model` or `tokenizer.json`; messages call it `name`.
 
         Raises:
-            ArtefactError: it is not such a file.
+            ArtefactError: `content` is not such a file.
             NoEndOfTextError: it has no end-of-text.
         """
-        self.kept_template = kept_template  # None: conversations are laid out as ours
-        self._vocabulary = read_vocabulary(content, name)
         self.name = name
+        self.kept_template = kept_template  # None: conversations are laid out as ours
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self._vocabulary = read_vocabulary(content, name)
         self.vocab_size = self._vocabulary.vocab_size
         self.is_trained = self._vocabulary.is_trained
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= UINT16 else np.uint32)  # of ids in shards
-        self.sha256 = hashlib.sha256(content).hexdigest()
-        self.special_ids = special_ids(self._vocabulary)  # of marks by our names, of others by their own
+
+        self.special_ids = special_ids(self._vocabulary)  # marks have our names, other special tokens their own
         if END_OF_TEXT not in self.special_ids:
             names = ", ".join((END_OF_TEXT, *ALIASES[END_OF_TEXT]))
             raise NoEndOfTextError(
                 f"{name} has no end-of-text (none of {names}): tokenizer.add_marks=true appends the marks it lacks"
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
-        self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows up; never looked for
-        # SentencePiece's dummy prefix: every text that is encoded gets a space before it
+        self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows of a batch; nothing searches for it
+        opening_id = self._vocabulary.opening
+        self.opening = Opening(self.eot_id, self.eot_id if opening_id is None else opening_id)
+
+        # SentencePiece's dummy prefix puts a space before every text that is encoded.
         self.adds_space = not self.is_trained and self.content(self._vocabulary.encode("a")) == b" a"
-        own = self._vocabulary.opening
-        self.opening = Opening(self.eot_id, self.eot_id if own is None else own)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read `path`.
+        """Reads the file at `path` and the chat template beside it.
 
         Raises:
-            ArtefactError: it is missing, damaged, or no tokenizer.
+            ArtefactError: the file is missing, damaged, or no tokenizer.
         """
         try:
             content = path.read_bytes()
@@ -233,7 +262,7 @@ class Tokenizer:
         return cls(content, str(path), KeptTemplate.read(path.parent))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without any special token, even where the text spells one.
+        """Returns the token ids of `text`, without any special token, even where the text spells one.
 
         Raises:
             UserError: `text` holds a lone surrogate.
@@ -242,11 +271,11 @@ class Tokenizer:
         return self._vocabulary.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
-        return self._vocabulary.decode([int(number) for number in ids])
+        """Returns the text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
+        return self._vocabulary.decode([int(token_id) for token_id in ids])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of `text` as the beginning of a document, as a model reads it: the tokenizer's opening is first.
+        """Returns the token ids of `text` as the beginning of a document: the tokenizer's opening is first.
 
         Raises:
             UserError: `text` holds a lone surrogate.
@@ -254,7 +283,7 @@ class Tokenizer:
         return [self.opening.first, *self.encode(text)]
 
     def encode_document(self, document: Document) -> TokenizedDocument:
-        """The document as shards hold it, with end-of-text before it.
+        """Returns the document as shards hold it, with end-of-text before it.
 
         Raises:
             UserError: the text holds a lone surrogate; the message names the document's source.
@@ -271,15 +300,15 @@ class Tokenizer:
         )
 
     def mark(self, name: str) -> list[int]:
-        """A mark: one token, or the tokens of its name as text if the tokenizer lacks it."""
-        number = self.special_ids.get(name)
-        return self._vocabulary.encode(name) if number is None else [number]
+        """Returns the ids of a mark: one id, or those of its name as text if the tokenizer lacks the mark."""
+        mark_id = self.special_ids.get(name)
+        return self._vocabulary.encode(name) if mark_id is None else [mark_id]
 
     def mark_id(self, name: str) -> int:
-        """The token of a mark.
+        """Returns the token id of a mark.
 
         Raises:
-            UserError: the tokenizer lacks it.
+            UserError: the tokenizer lacks the mark.
         """
         if name not in self.special_ids:
             raise UserError(
@@ -290,76 +319,84 @@ class Tokenizer:
 
     @property
     def opening_ids(self) -> tuple[int, ...]:
-        """The special tokens that transformers puts before a text with our export."""
-        own = self.eot_id if self.is_trained else self._vocabulary.opening
-        return () if own is None else (own,)
+        """Ids of the special tokens that transformers puts before a text with our export; none or one."""
+        opening_id = self.eot_id if self.is_trained else self._vocabulary.opening
+        return () if opening_id is None else (opening_id,)
 
     @property
     def file_names(self) -> dict[str, int]:
-        """The special tokens by the names that they have in the file."""
+        """Ids of the special tokens by the names that they have in the file."""
         return self._vocabulary.special_ids
 
     def lacking(self) -> tuple[str, ...]:
-        """The marks that the tokenizer lacks; they are plain text."""
+        """Returns the marks that the tokenizer lacks; it encodes them as plain text."""
         return tuple(mark for mark in MARKS if mark not in self.special_ids)
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each token for people: its text, a byte as `<0x0D>`, a special token by its name."""
-        return [self._vocabulary.piece(int(number)) for number in ids]
+        """Returns each token for people: its text, a byte as `<0x0D>`, a special token by its name."""
+        return [self._vocabulary.piece(int(token_id)) for token_id in ids]
 
     def vocabulary(self) -> list[bytes]:
-        """The bytes of every token, by id; a special token has none.
+        """Returns the bytes of every token, by id; a special token has none.
 
-        The bytes of `encode(text)`, joined, are `text` in UTF-8, after the tokenizer's own normaliser. One character
-        may take several tokens.
+        The concatenated bytes of `encode(text)` are `text` in UTF-8, after the tokenizer's own normaliser. One
+        character may take several tokens.
         """
-        return [self._vocabulary.bytes_of(number) for number in range(self.vocab_size)]
+        return [self._vocabulary.bytes_of(token_id) for token_id in range(self.vocab_size)]
 
     def content(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, joined; unlike `decode`, exact for bytes that are not UTF-8."""
-        return b"".join(self._vocabulary.bytes_of(int(number)) for number in ids)
+        """Returns the concatenated bytes of `ids`; unlike `decode`, exact for bytes that are not UTF-8."""
+        return b"".join(self._vocabulary.bytes_of(int(token_id)) for token_id in ids)
 
 
 def shown(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Decode tokens for people, with the names of reserved tokens."""
-    special = {number: name for name, number in tokenizer.special_ids.items()}
-    parts, text = [], list[int]()
+    """Returns the text of tokens for people, with the names of special tokens."""
+    names = {token_id: name for name, token_id in tokenizer.special_ids.items()}
+    parts: list[str] = []
+    text_ids: list[int] = []
     for token in tokens:
-        if token in special:
-            parts += [tokenizer.decode(text), special[token]]
-            text = []
+        if token in names:
+            # Text is decoded up to the special token at once: a character may take several tokens.
+            parts += [tokenizer.decode(text_ids), names[token]]
+            text_ids = []
         else:
-            text.append(token)
-    return "".join([*parts, tokenizer.decode(text)])
+            text_ids.append(token)
+    return "".join([*parts, tokenizer.decode(text_ids)])
 
 
 def read_vocabulary(content: bytes, name: str) -> Vocabulary:
-    """The vocabulary in a file; JSON is one of Hugging Face."""
+    """Returns the vocabulary in the content of a file; JSON is a `tokenizer.json` of Hugging Face.
+
+    Raises:
+        ArtefactError: `content` is neither that nor a SentencePiece model.
+    """
     is_json = content.lstrip()[:1] == b"{"
     return ByteLevelModel(content, name) if is_json else SentencePieceModel(content, name)
 
 
 def special_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """The special tokens by name; a mark of ours that the file calls otherwise has our name."""
-    found = dict(vocabulary.special_ids)
+    """Returns the ids of the special tokens by name; a mark of ours that the file calls otherwise has our name."""
+    ids = dict(vocabulary.special_ids)
     if vocabulary.is_trained:
-        return found
-    for mark, names in ALIASES.items():
-        known = [name for name in (mark, *names) if name in found]
+        return ids
+
+    for mark, aliases in ALIASES.items():
+        names = [name for name in (mark, *aliases) if name in ids]
         if mark == END_OF_TEXT and vocabulary.end_of_text is not None:
-            known = [name for name, number in found.items() if number == vocabulary.end_of_text]
-        if known and known[0] != mark:
-            found[mark] = found.pop(known[0])
-    return found
+            # The file knows better than a list of names.
+            names = [name for name, token_id in ids.items() if token_id == vocabulary.end_of_text]
+        if names and names[0] != mark:
+            ids[mark] = ids.pop(names[0])
+    return ids
 
 
 def with_marks(content: bytes, name: str) -> bytes:
-    """The tokenizer with the marks that it lacks appended; the same bytes if it has all of them."""
+    """Returns the tokenizer with the marks that it lacks appended; the same bytes if it has all of them."""
     vocabulary = read_vocabulary(content, name)
-    known = special_ids(vocabulary)
-    lacking = [mark for mark in MARKS if mark not in known]
-    if not lacking:
+    ids = special_ids(vocabulary)
+    missing = [mark for mark in MARKS if mark not in ids]
+    if not missing:
         return content
     if isinstance(vocabulary, ByteLevelModel):
-        return byte_level.with_marks(content, lacking, vocabulary.vocab_size)
-    return sentencepiece_with_marks(content, lacking)
+        return byte_level.with_marks(content, missing, vocabulary.vocab_size)
+    return sentencepiece_with_marks(content, missing)

@@ -1,4 +1,4 @@
-"""Training of the tokenizer: SentencePiece BPE for code and text, and the report on how well it fits."""
+"""Trains the tokenizer, a SentencePiece BPE for code and text, and reports how well it fits."""
 
 import hashlib
 import heapq
@@ -19,9 +19,9 @@ from dist_lm.tokenizer.symbols import END_OF_TEXT, OPERATORS, PAD, SPECIAL_TOKEN
 from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
 
 CHUNK_CHARACTERS = 4_000  # SentencePiece drops sentences longer than 65,536 bytes; a character has at most 4
-OPERATORS_EVERY = 5_000  # characters of text: as often the operators are added, so that BPE learns each one as a piece
+OPERATORS_EVERY = 5_000  # characters of text for each repetition of the operators, so that BPE learns them as pieces
 
-# Never learned from: U+2581 would pass for a space; NUL and U+2585 make SentencePiece drop the whole chunk.
+# Text is cut at these characters: U+2581 would pass for a space; NUL and U+2585 make SentencePiece drop all of a chunk.
 UNLEARNABLE = re.compile("[\0\u2581\u2585]")
 
 SAMPLES = {
@@ -36,7 +36,7 @@ SAMPLES = {
 
 
 def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Iterator[Document]:
-    """At most `limit_bytes` of UTF-8 text, an equal share for every language, in the order of `documents`.
+    """Yields at most `limit_bytes` of UTF-8 text, an equal share for every language, in the order of `documents`.
 
     A language that has less than its share leaves the rest to the others. Within a language, documents are chosen by
     hash, so that no part of a corpus is favoured. One pass, memory of about `limit_bytes`; at least one document is
@@ -45,26 +45,29 @@ def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Itera
     Raises:
         UserError: a document is not Unicode text.
     """
-    kept: dict[str, list[tuple[int, int, int, Document]]] = defaultdict(list)  # max-heaps by hash
-    size: dict[str, int] = defaultdict(int)  # bytes
-    total = 0
-    for number, document in enumerate(documents):
+    heaps: dict[str, list[tuple[int, int, int, Document]]] = defaultdict(list)  # max-heaps by hash, for each language
+    sizes: dict[str, int] = defaultdict(int)  # bytes
+    total_bytes = 0
+    for index, document in enumerate(documents):
         content = utf8(document.text, document.source)
         rank = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-        heapq.heappush(kept[document.language], (-rank, number, len(content), document))
-        size[document.language] += len(content)
-        total += len(content)
-        while total > limit_bytes and sum(map(len, kept.values())) > 1:
-            largest = max(size, key=lambda language: size[language])
-            dropped = heapq.heappop(kept[largest])[2]
-            size[largest] -= dropped
-            total -= dropped
-    entries = [entry for heap in kept.values() for entry in heap]
-    yield from (document for _, _, _, document in sorted(entries, key=lambda entry: entry[1]))
+        heapq.heappush(heaps[document.language], (-rank, index, len(content), document))
+        sizes[document.language] += len(content)
+        total_bytes += len(content)
+
+        # The largest language gives way first, so languages below their share lose nothing.
+        while total_bytes > limit_bytes and sum(map(len, heaps.values())) > 1:
+            largest = max(sizes, key=lambda language: sizes[language])
+            dropped_bytes = heapq.heappop(heaps[largest])[2]
+            sizes[largest] -= dropped_bytes
+            total_bytes -= dropped_bytes
+
+    sample = [candidate for heap in heaps.values() for candidate in heap]
+    yield from (document for _, _, _, document in sorted(sample, key=lambda candidate: candidate[1]))
 
 
 def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -> None:
-    """Train a BPE of `config.vocab_size` pieces and write it to `path`; the same texts give the same bytes.
+    """Trains a BPE of `config.vocab_size` pieces and writes it to `path`; the same texts give the same bytes.
 
     Raises:
         ConfigError: the vocabulary is too large for the texts, or too small for their characters.
@@ -72,10 +75,12 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
     """
     model = io.BytesIO()
     learned_as = config.learned_as
-    failure: list[BaseException] = []
+    failures: list[BaseException] = []
+
+    # Text must come back as it was, so nothing is normalised, and characters without a piece become bytes.
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_raising_into(failure, _chunks(texts)),
+            sentence_iterator=_recording(failures, _chunks(texts)),
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
@@ -101,76 +106,83 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
             minloglevel=2,
         )
     except RuntimeError as error:
-        if failure:
-            raise failure[0] from None
+        if failures:
+            raise failures[0] from None
         raise _explained(error, config) from error
+
     durable.write_bytes(path, model.getvalue())
 
 
 def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, Any]:
-    """Figures over `documents`, ready for JSON.
+    """Returns figures over `documents`, ready for JSON.
 
     `format`, `vocab_size`, `sha256`, `special_tokens` (name -> id), `bytes_per_token` (UTF-8 bytes; end-of-text is not
     counted), `languages` (the same by language, with the amount of text), `samples` (name -> pieces).
+
+    Raises:
+        UserError: a document is not Unicode text.
     """
-    documents_by, bytes_by, tokens_by = defaultdict(int), defaultdict(int), defaultdict(int)
+    num_documents, num_bytes, num_tokens = defaultdict(int), defaultdict(int), defaultdict(int)  # by language
     for document in documents:
         tokenized = tokenizer.encode_document(document)
-        documents_by[document.language] += 1
-        bytes_by[document.language] += tokenized.n_bytes
-        tokens_by[document.language] += len(tokenized.tokens) - 1
+        num_documents[document.language] += 1
+        num_bytes[document.language] += tokenized.n_bytes
+        num_tokens[document.language] += len(tokenized.tokens) - 1  # end-of-text opens every document
+
     languages = {
         language: {
-            "documents": documents_by[language],
-            "bytes": bytes_by[language],
-            "tokens": tokens_by[language],
-            "bytes_per_token": _ratio(bytes_by[language], tokens_by[language]),
+            "documents": num_documents[language],
+            "bytes": num_bytes[language],
+            "tokens": num_tokens[language],
+            "bytes_per_token": _ratio(num_bytes[language], num_tokens[language]),
         }
-        for language in sorted(documents_by)
+        for language in sorted(num_documents)
     }
     return {
         "format": FORMAT,
         "vocab_size": tokenizer.vocab_size,
         "sha256": tokenizer.sha256,
         "special_tokens": tokenizer.special_ids,
-        "bytes_per_token": _ratio(sum(bytes_by.values()), sum(tokens_by.values())),
+        "bytes_per_token": _ratio(sum(num_bytes.values()), sum(num_tokens.values())),
         "languages": languages,
         "samples": {name: tokenizer.pieces(tokenizer.encode(text)) for name, text in SAMPLES.items()},
     }
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Parts of at most `CHUNK_CHARACTERS` with their newlines, then the operators, as often as the text is long."""
+    """Yields parts of at most `CHUNK_CHARACTERS` with their newlines, then operators in proportion to the text."""
     characters = 0
-    for number, text in enumerate(texts):
-        utf8(text, f"text {number}")
+    for index, text in enumerate(texts):
+        utf8(text, f"text {index}")
         for part in UNLEARNABLE.split(text):
             for start in range(0, len(part), CHUNK_CHARACTERS):
                 yield part[start : start + CHUNK_CHARACTERS]
         characters += len(text)
-    between = "\n\t"  # a symbol: nothing is learned across it
-    operators = between.join(operator for plain in OPERATORS for operator in (plain, f" {plain}"))
+
+    separator = "\n\t"  # a symbol: nothing is learned across it
+    operators = separator.join(spelling for operator in OPERATORS for spelling in (operator, f" {operator}"))
     for _ in range(characters // OPERATORS_EVERY):
         yield operators
 
 
-def _raising_into(failure: list[BaseException], chunks: Iterator[str]) -> Iterator[str]:
-    """`chunks`, recording the error they raise: SentencePiece replaces it by a RuntimeError that quotes it."""
+def _recording(failures: list[BaseException], chunks: Iterator[str]) -> Iterator[str]:
+    """Yields `chunks` and records the error they raise: SentencePiece replaces it by a RuntimeError that quotes it."""
     try:
         yield from chunks
     except Exception as error:
-        failure.append(error)
+        failures.append(error)
         raise
 
 
 def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
-    """The refusal of SentencePiece, in the words of our configuration."""
+    """Returns the refusal of SentencePiece in the words of our configuration."""
     message = str(error)
     if "sentences_.empty()" in message:
         return UserError(
             "the tokenizer has no text to train on: no corpus of text has a train split, and conversations and "
             "rankings do not count: add text, or take a tokenizer that is there (tokenizer=PATH, tokenizer=keep)"
         )
+
     if most := re.search(r"too high .*<= (\d+)", message):
         accepted = f"at most {most[1]}, which is all this text has (or more text)"
     elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
@@ -181,5 +193,5 @@ def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
 
 
 def _ratio(n_bytes: int, tokens: int) -> float:
-    """Bytes per token; 0 if there is no text."""
+    """Returns the bytes per token; 0 if there is no text."""
     return n_bytes / tokens if tokens else 0.0
