@@ -1,4 +1,4 @@
-"""Whether two calls ask for the same, by the rules of the Berkeley Function Calling Leaderboard.
+"""Compares calls by the rules of the Berkeley Function Calling Leaderboard.
 
 The rules are those of its check of the syntax tree (`bfcl-eval`, `ast_checker.py`): names of tools and arguments are
 compared exactly; arguments and keys may have any order; text is compared without case, spaces and ``,./-_*^``, and with
@@ -14,96 +14,103 @@ from typing import Any
 from dist_lm.chat.messages import Call, ChatError, Json, Tool, shown
 
 IGNORED = re.compile(r"[ ,./\-_*^]")
-NUMBER_TYPES = {"number", "float", "double"}  # the last two are types of the leaderboard's own schemas
+NUMBER_TYPES = {"number", "float", "double"}  # float and double are types of the leaderboard's own schemas
 
 
-def same_call(found: Call, expected: Call, tool: Tool) -> bool:
-    """Whether `found` does what `expected` does. `tool`: the tool that `expected` calls."""
-    return found.name == expected.name and same_value(found.arguments, expected.arguments, tool.parameters)
+def same_call(call: Call, expected: Call, tool: Tool) -> bool:
+    """Whether `call` does what `expected` does. `tool` is the tool that `expected` calls."""
+    return call.name == expected.name and same_value(call.arguments, expected.arguments, tool.parameters)
 
 
-def same_calls(found: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> bool:
+def same_calls(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> bool:
     """Whether the calls are the same in some order, each used once.
 
     Raises:
         ChatError: a call of `expected` names a tool that is not in `tools`.
     """
-    if len(found) != len(expected):
+    if len(calls) != len(expected):
         return False
-    by_name = {tool.name: tool for tool in tools}
-    for call in expected:
-        if call.name not in by_name:
-            raise ChatError(f"an expected call names {shown(call.name)}: there is no such tool")
-    fits = [[same_call(one, other, by_name[other.name]) for one in found] for other in expected]
+
+    tool_of = {tool.name: tool for tool in tools}
+    for expected_call in expected:
+        if expected_call.name not in tool_of:
+            raise ChatError(f"an expected call names {shown(expected_call.name)}: there is no such tool")
+    fits = [[same_call(call, target, tool_of[target.name]) for call in calls] for target in expected]
     return _all_matched(fits)
 
 
-def same_value(found: Json, expected: Json, schema: Json) -> bool:
-    """Whether `found` passes for `expected`. `schema`: the schema of both values; `{}` if it is unknown."""
+def same_value(value: Json, expected: Json, schema: Json) -> bool:
+    """Whether `value` passes for `expected`. `schema` is that of both values; `{}` if it is unknown."""
     schema = schema if isinstance(schema, dict) else {}
     kind = type(expected)
     if kind is dict:
-        return type(found) is dict and _same_object(found, expected, schema)
+        return type(value) is dict and _same_object(value, expected, schema)
+
     if kind is list:
-        if type(found) is not list or len(found) != len(expected):
+        if type(value) is not list or len(value) != len(expected):
             return False
-        return all(
-            same_value(one, other, _item_schema(schema, place))
-            for place, (one, other) in enumerate(zip(found, expected, strict=True))
-        )
+        pairs = enumerate(zip(value, expected, strict=True))
+        return all(same_value(part, target, _element_schema(schema, index)) for index, (part, target) in pairs)
+
     if kind is str:
-        return type(found) is str and standard_text(found) == standard_text(expected)
-    if kind is float or (kind is int and type(found) is float and _is_number(schema)):
-        return type(found) in (int, float) and found == expected
-    return type(found) is kind and found == expected
+        return type(value) is str and standard_text(value) == standard_text(expected)
+
+    # An integer passes for a number, but true passes for neither.
+    if kind is float or (kind is int and type(value) is float and _is_number(schema)):
+        return type(value) in (int, float) and value == expected
+    return type(value) is kind and value == expected
 
 
 def standard_text(text: str) -> str:
-    """`text` without the differences that are ignored: April 1, 2024 is april 1 2024."""
+    """Returns `text` without the differences that are ignored: April 1, 2024 is april 1 2024."""
     return IGNORED.sub("", text).lower().replace("'", '"')
 
 
-def _same_object(found: dict[str, Json], expected: dict[str, Json], schema: dict[str, Any]) -> bool:
+def _same_object(arguments: dict[str, Json], expected: dict[str, Json], schema: dict[str, Any]) -> bool:
     schemas = schema.get("properties")
     required = schema.get("required")
-    for name in found.keys() | expected.keys():
-        part = schemas.get(name) if isinstance(schemas, dict) else None
-        part = part if isinstance(part, dict) else {}
-        if not (name in found and name in expected):
-            optional = "default" in part and not (isinstance(required, list) and name in required)
-            if not optional:
+    for name in arguments.keys() | expected.keys():
+        argument_schema = schemas.get(name) if isinstance(schemas, dict) else None
+        if not isinstance(argument_schema, dict):
+            argument_schema = {}
+
+        if not (name in arguments and name in expected):
+            is_required = isinstance(required, list) and name in required
+            if "default" not in argument_schema or is_required:
                 return False
-        if not same_value(found.get(name, part.get("default")), expected.get(name, part.get("default")), part):
+        default = argument_schema.get("default")
+        if not same_value(arguments.get(name, default), expected.get(name, default), argument_schema):
             return False
     return True
 
 
-def _item_schema(schema: dict[str, Any], place: int) -> Json:
-    """The schema of item `place` of a list."""
-    first = schema.get("prefixItems")
-    if isinstance(first, list) and place < len(first):
-        return first[place]
+def _element_schema(schema: dict[str, Any], index: int) -> Json:
+    """Returns the schema of element `index` of a list."""
+    first_schemas = schema.get("prefixItems")
+    if isinstance(first_schemas, list) and index < len(first_schemas):
+        return first_schemas[index]
     return schema.get("items")
 
 
 def _is_number(schema: dict[str, Any]) -> bool:
-    kinds = schema.get("type")
-    return any(
-        kind in NUMBER_TYPES for kind in (kinds if isinstance(kinds, list) else [kinds]) if isinstance(kind, str)
-    )
+    types = schema.get("type")
+    if not isinstance(types, list):
+        types = [types]
+    return any(isinstance(name, str) and name in NUMBER_TYPES for name in types)
 
 
 def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
-    """Whether every row can be matched to a fitting column of its own: augmenting paths (Kuhn 1955)."""
-    row_of: dict[int, int] = {}
+    """Whether every row can be matched to a fitting column that no other row has: augmenting paths (Kuhn 1955)."""
+    row_of: dict[int, int] = {}  # by column
 
-    def place(row: int, tried: set[int]) -> bool:
+    def match(row: int, visited: set[int]) -> bool:
         for column, fit in enumerate(fits[row]):
-            if fit and column not in tried:
-                tried.add(column)
-                if column not in row_of or place(row_of[column], tried):
+            if fit and column not in visited:
+                visited.add(column)
+                # A column that has a row is free if that row can move to another column.
+                if column not in row_of or match(row_of[column], visited):
                     row_of[column] = row
                     return True
         return False
 
-    return all(place(row, set()) for row in range(len(fits)))
+    return all(match(row, set()) for row in range(len(fits)))

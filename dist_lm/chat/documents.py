@@ -14,59 +14,60 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
 def write_conversation(conversation: Conversation) -> str:
-    """The text of a conversation; `read_conversation` gives it back.
+    """Returns the text of a conversation; `read_conversation` gives the conversation back.
 
     Raises:
-        ChatError: it is not well formed; the message names the turn.
+        ChatError: the conversation is not well formed; the message names the turn.
     """
     return json_text.write(_conversation_value(conversation), "conversation")
 
 
 def read_conversation(text: str) -> Conversation:
-    """The conversation that `write_conversation` wrote."""
+    """Returns the conversation that `write_conversation` wrote."""
     return _conversation_of(json_text.read(text, "conversation"))
 
 
 def write_ranking(ranking: Ranking) -> str:
-    """The text of a ranking; `read_ranking` gives it back, with ranks counted from 0 without gaps.
+    """Returns the text of a ranking; `read_ranking` gives it back, with ranks counted from 0 without gaps.
 
     Raises:
         ChatError: the ranking is empty, contradicts itself, or is not well formed; the message names the place.
     """
     check_ranking(ranking)
-    value = {
+    ranking_value = {
         "prompt": _conversation_value(ranking.prompt),
         "completions": list(ranking.completions),
         "ranks": list(ranks_of_scores([-rank for rank in ranking.ranks])),
-        "judgements": [[one.better, one.worse, one.margin] for one in ranking.judgements],
+        "judgements": [[judgement.better, judgement.worse, judgement.margin] for judgement in ranking.judgements],
     }
-    return json_text.write(value, "ranking")
+    return json_text.write(ranking_value, "ranking")
 
 
 def write_prompt(ranking: Ranking) -> str:
-    """The text of the prompt of a ranking. Rankings with the same prompt go to the same split."""
+    """Returns the text of the prompt of a ranking. Rankings with the same prompt go to the same split."""
     return json_text.write(_conversation_value(ranking.prompt), "prompt")
 
 
 def read_ranking(text: str) -> Ranking:
-    """The ranking that `write_ranking` wrote."""
-    value = json_text.read(text, "ranking")
+    """Returns the ranking that `write_ranking` wrote."""
+    ranking_value = json_text.read(text, "ranking")
     return Ranking(
-        prompt=_conversation_of(value["prompt"]),
-        completions=tuple(value["completions"]),
-        ranks=tuple(value["ranks"]),
-        judgements=tuple(Judgement(*one) for one in value["judgements"]),
+        prompt=_conversation_of(ranking_value["prompt"]),
+        completions=tuple(ranking_value["completions"]),
+        ranks=tuple(ranking_value["ranks"]),
+        judgements=tuple(Judgement(*fields) for fields in ranking_value["judgements"]),
     )
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-    """A document as the shards hold it: a text behind end-of-text, a conversation as the template lays it out.
+    """Returns a document as the shards hold it: a text behind end-of-text, or a conversation in the template's layout.
 
     Raises:
-        UserError: it has no tokens; the message names its source, or the turn.
+        UserError: the document is no Unicode text or no well-formed conversation; names its source, or the turn.
     """
     if document.form == "text":
         return tokenizer.encode_document(document)
+
     rendered = render(read_conversation(document.text), tokenizer)
     return TokenizedDocument(
         tokens=rendered.tokens,
@@ -80,14 +81,16 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
 
 
 def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-    """A ranking as the shards hold it. A judgement without a margin gets margin 0, which is the same to the loss.
+    """Returns a ranking as the shards hold it. A missing margin becomes 0, which is the same to the loss.
 
     Raises:
         ChatError: the prompt or a completion is not well formed.
     """
     ranking = read_ranking(document.text)
     tree = ranking_tokens(ranking, tokenizer)
-    pairs = [(one.better, one.worse) for one in ranking.judgements]
+    pairs = [(judgement.better, judgement.worse) for judgement in ranking.judgements]
+    margins = [judgement.margin or 0.0 for judgement in ranking.judgements]
+
     return TokenizedDocument(
         tokens=tree.tokens,
         n_bytes=len(tokenizer.content(tree.tokens.tolist())),
@@ -100,7 +103,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
             branch=tree.branch,
             ranks=np.array(ranking.ranks, np.uint8),
             judgements=np.array(pairs, np.uint8).reshape(-1, 2),
-            margins=np.array([one.margin or 0.0 for one in ranking.judgements], np.float32),
+            margins=np.array(margins, np.float32),
         ),
     )
 
@@ -125,12 +128,12 @@ def _conversation_of(value: Json) -> Conversation:
     return Conversation(
         messages=tuple(
             Message(
-                role=one["role"],
-                content=one["content"],
-                calls=tuple(Call(*call) for call in one["calls"]),
-                results=tuple(one["results"]),
+                role=turn["role"],
+                content=turn["content"],
+                calls=tuple(Call(*call) for call in turn["calls"]),
+                results=tuple(turn["results"]),
             )
-            for one in value["messages"]
+            for turn in value["messages"]
         ),
-        tools=tuple(Tool(*one) for one in value["tools"]),
+        tools=tuple(Tool(*fields) for fields in value["tools"]),
     )

@@ -1,7 +1,6 @@
-"""A conversation as the text that a Jinja chat template makes of it, in a sandbox, as transformers renders it."""
+"""Renders a conversation by a Jinja chat template, in a sandbox, to the text that transformers would make of it."""
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -19,24 +18,24 @@ from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, turn_name
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 
-# a tag of transformers around what the assistant writes
+# transformers has this tag around what the assistant writes
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 WAY_OUT = "tokenizer.chat_template=ours lays conversations out as dist_lm does"
-MOST_STEPS = 1_000_000  # of a rendering; 1,000 turns that each look at all turns take as many
-LONGEST, LARGEST = 10_000_000, 10**30  # a repeated text or list, and a product
-MOST_DIGITS = 10_000  # base x exponent of a power: above the digits that it has
+MOST_STEPS = 1_000_000  # steps of a rendering; 1,000 turns that each look at all turns take as many
+LONGEST, LARGEST = 10_000_000, 10**30  # bounds of a repeated text or list, and of a product
+MOST_DIGITS = 10_000  # bound of base x exponent of a power, which is more than its digits
 STEPS = "steps taken"  # variable of a rendering that no template can name, as it has a space
 FAILURES = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError, MemoryError),
 )
-"""What a rendering raises."""
+"""Exceptions that a rendering raises."""
 PROBE = Tool("probe_tool", "probe_text", {"type": "object", "properties": {"x": {"type": "integer"}}})
 PROBE_CALL = Call(PROBE.name, {"x": 7})
 
 
 def text_of(conversation: Conversation, kept: KeptTemplate, texts_as_json: bool = False) -> str:
-    """The rendered text, as transformers renders it. `texts_as_json`: see `messages_of`.
+    """Returns the text that transformers would render. `texts_as_json` is that of `messages_of`.
 
     Raises:
         ChatError: the template refuses the conversation.
@@ -45,86 +44,103 @@ def text_of(conversation: Conversation, kept: KeptTemplate, texts_as_json: bool 
 
 
 def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> list[dict[str, Any]]:
-    """The turns in OpenAI's format. A result that is a text is its content, as JSON if asked for; any other is JSON."""
-    found: list[dict[str, Any]] = []
+    """Returns the turns in OpenAI's format, with a message for each result of a call.
+
+    The content of a result is JSON, but a text stays as it is unless `texts_as_json` is set.
+    """
+    openai_messages: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
         if message.role == "tool":
             calls = messages[number - 1].calls
-            for place, result in enumerate(message.results):
-                plain = isinstance(result, str) and not texts_as_json
-                content = result if plain else json_text.write(result, turn_name(number, message))
-                found.append(
+            for index, result in enumerate(message.results):
+                content = result
+                if texts_as_json or not isinstance(result, str):
+                    content = json_text.write(result, turn_name(number, message))
+                openai_messages.append(
                     {
                         "role": "tool",
-                        "name": calls[place].name,
-                        "tool_call_id": _call_id(number - 1, place),
+                        "name": calls[index].name,
+                        "tool_call_id": _call_id(number - 1, index),
                         "content": content,
                     }
                 )
             continue
-        one: dict[str, Any] = {"role": message.role, "content": message.content}
+
+        openai_message: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.calls:
-            one["tool_calls"] = [
+            openai_message["tool_calls"] = [
                 {
                     "type": "function",
-                    "id": _call_id(number, place),
+                    "id": _call_id(number, index),
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
-                for place, call in enumerate(message.calls)
+                for index, call in enumerate(message.calls)
             ]
-        found.append(one)
-    return found
+        openai_messages.append(openai_message)
+    return openai_messages
 
 
-def _call_id(turn: int, place: int) -> str:
-    """Nine letters or digits, which some templates ask for."""
-    return f"call{turn % 1000:03d}{place % 100:02d}"
+def _call_id(turn: int, call: int) -> str:
+    """Returns nine letters or digits, which some templates ask for."""
+    return f"call{turn % 1000:03d}{call % 100:02d}"
 
 
 def tools_of(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
+    """Returns the tools in OpenAI's format; None: there are none, which templates ask for."""
     return [
         {
             "type": "function",
-            "function": {"name": one.name, "description": one.description, "parameters": one.parameters},
+            "function": {"name": tool.name, "description": tool.description, "parameters": tool.parameters},
         }
-        for one in tools
+        for tool in tools
     ] or None
 
 
 @lru_cache(maxsize=8)
-def _check_shows(kept: KeptTemplate) -> tuple[bool, bool, bool]:
-    """Whether the template shows tools, calls and results, by a probe."""
+def _shows(kept: KeptTemplate) -> tuple[bool, bool, bool]:
+    """Returns whether the template shows tools, calls and results, by rendering probes."""
     turns = (
         Message("user", "probe"),
         Message("assistant", calls=(PROBE_CALL,)),
         Message("tool", results=("probe_result",)),
         Message("assistant", "probe_end"),
     )
-    found = []
-    for tools, texts in (((PROBE,), [PROBE.name]), ((), [PROBE.name]), ((), ["probe_result"])):
-        shown = turns[:1] if tools else turns
+
+    def is_shown(probe: str, tools: tuple[Tool, ...]) -> bool:
+        # With tools only the question: a template may have a tool's name from its call.
+        probe_turns = turns[:1] if tools else turns
         try:
-            whole = rendered(kept, messages_of(shown), tools_of(tools), False)
+            return probe in rendered(kept, messages_of(probe_turns), tools_of(tools), False)
         except ChatError:
-            whole = ""
-        found.append(all(text in whole for text in texts))
-    return found[0], found[1], found[2]
+            return False
+
+    return is_shown(PROBE.name, (PROBE,)), is_shown(PROBE.name, ()), is_shown("probe_result", ())
 
 
 def check_probes(kept: KeptTemplate, conversation: Conversation) -> None:
-    tools, calls, results = _check_shows(kept)
-    for has, shown, what in (
-        (bool(conversation.tools), tools, "tools"),
-        (any(message.calls for message in conversation.messages), calls, "calls"),
-        (any(message.results for message in conversation.messages), results, "results of calls"),
+    """Refuses a conversation with tools, calls or results that the template leaves out.
+
+    Raises:
+        ChatError: names what the template leaves out.
+    """
+    shows_tools, shows_calls, shows_results = _shows(kept)
+    for is_there, is_shown, parts in (
+        (bool(conversation.tools), shows_tools, "tools"),
+        (any(message.calls for message in conversation.messages), shows_calls, "calls"),
+        (any(message.results for message in conversation.messages), shows_results, "results of calls"),
     ):
-        if has and not shown:
+        if is_there and not is_shown:
             raise ChatError(
-                f"the conversation has {what}, which the chat template of the model does not show: {WAY_OUT}"
+                f"the conversation has {parts}, which the chat template of the model does not show: {WAY_OUT}"
             )
 
 
 def rendered(kept: KeptTemplate, messages: Any, tools: Any, opening: bool) -> str:
+    """Returns the text of messages and tools in OpenAI's format. `opening` adds the beginning of the assistant's turn.
+
+    Raises:
+        ChatError: the template refuses the conversation, or takes too many steps.
+    """
     try:
         return _compiled(kept).render(
             messages=messages,
@@ -155,14 +171,15 @@ class _Namespace(Namespace):
 
 @jinja2.pass_context
 def _step(context: Context, _: None) -> None:
-    """One more turn of a loop, or call of a macro."""
-    taken = context.parent[STEPS]
-    taken[0] += 1
-    if taken[0] > MOST_STEPS:
+    """Counts a turn of a loop or a call of a macro."""
+    step_count = context.parent[STEPS]  # a list of one number, which a filter can change
+    step_count[0] += 1
+    if step_count[0] > MOST_STEPS:
         raise jinja2.exceptions.SecurityError(f"it takes more than {MOST_STEPS:,} turns of loops and calls")
 
 
 def _size(value: Any) -> float:
+    """Returns the length of a text or list, the magnitude of a number, 1 for anything else."""
     if isinstance(value, str | list | tuple):
         return len(value)
     return abs(value) if isinstance(value, int | float) else 1
@@ -175,14 +192,17 @@ class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        size = math.prod(_size(one) for one in (left, right))
-        repeats = any(isinstance(one, str | list | tuple) for one in (left, right))
+        size = _size(left) * _size(right)
+        repeats = isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)
         if size > (LONGEST if repeats else LARGEST) or (operator == "**" and size > MOST_DIGITS):
             raise jinja2.exceptions.SecurityError(f"{operator} makes a value that is too large")
         return super().call_binop(context, operator, left, right)
 
     def counted(self, source: str) -> nodes.Template:
-        """The template with a `_step` in each loop and macro, as a filter: the sandbox does not check those again."""
+        """Returns the parsed template with a `_step` in each loop and macro.
+
+        The step is a filter, because the sandbox does not check filters again.
+        """
         self.filters[STEPS] = _step
         tree = self.parse(source)
         for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
@@ -193,7 +213,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 @lru_cache(maxsize=8)
 def _compiled(kept: KeptTemplate) -> jinja2.Template:
-    """The template, compiled in a sandbox with the filters and functions of transformers.
+    """Returns the template, compiled in a sandbox with the filters and functions of transformers.
 
     `strftime_now` gives the day of the import, so that the same conversation always has the same tokens.
     """
@@ -218,6 +238,7 @@ def _compiled(kept: KeptTemplate) -> jinja2.Template:
         "namespace": _Namespace,
         "dict": lambda *pairs, **named: dict(*pairs, **named),
     }
+
     source = GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", kept.text)
     try:
         return environment.from_string(environment.counted(source))

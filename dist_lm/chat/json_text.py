@@ -1,4 +1,4 @@
-"""JSON in a conversation: written as `json.dumps(ensure_ascii=False)` writes it, and read strictly.
+"""Writes JSON of conversations as `json.dumps(ensure_ascii=False)` does, and reads it strictly.
 
 `read(write(x))` is x, with the type of every number and the order of the keys. Both functions refuse a value that
 would come back as another one.
@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 from dist_lm.chat.messages import ChatError, Json, check_text, shown
 
 DEEPEST = 64  # nested lists and objects: far below the recursion limit of any interpreter
-MOST_DIGITS = 640  # of an integer: the smallest limit that an interpreter may set (sys.set_int_max_str_digits)
+MOST_DIGITS = 640  # digits of an integer: the smallest limit that an interpreter may set (sys.set_int_max_str_digits)
 TOO_DEEP = f"more than {DEEPEST} nested lists and objects"
 TOO_LONG = f"an integer of more than {MOST_DIGITS} digits"
 
 
 def write(value: Json, where: str) -> str:
-    """`value` in one line, with the separators ", " and ": ".
+    """Returns `value` as JSON in one line, with the separators ", " and ": ".
 
     Raises:
         ChatError: JSON cannot express the value (NaN, a key that is not text, a tuple, a lone surrogate), or it
@@ -28,7 +28,7 @@ def write(value: Json, where: str) -> str:
 
 
 def read(text: str, where: str) -> Json:
-    """The value of `text`, with any white space between its parts.
+    """Returns the value of the JSON `text`, which may have any white space between its parts.
 
     Raises:
         ChatError: `text` is not JSON, has a key twice, or holds a value that `write` refuses; the message begins with
@@ -39,17 +39,18 @@ def read(text: str, where: str) -> Json:
         raise ChatError(f"{where}: {name} is not JSON")
 
     def integer(digits: str) -> int:
+        # An interpreter refuses longer integers with a plain ValueError, or takes quadratic time for them.
         if len(digits.lstrip("-")) > MOST_DIGITS:
             raise ChatError(f"{where}: {TOO_LONG}")
         return int(digits)
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        distinct_pairs = dict(pairs)
+        if len(distinct_pairs) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ChatError(f"{where}: the key {shown(twice)} is there twice")
-        return found
+            repeated = next(key for key in keys if keys.count(key) > 1)
+            raise ChatError(f"{where}: the key {shown(repeated)} is there twice")
+        return distinct_pairs
 
     try:
         value = json.loads(text, parse_constant=refuse, parse_int=integer, object_pairs_hook=distinct)
@@ -59,16 +60,19 @@ def read(text: str, where: str) -> Json:
         raise ChatError(f"{where}: not JSON ({error})") from None
     except RecursionError:
         raise ChatError(f"{where}: {TOO_DEEP}") from None
+
     _check(value, where)
     return value
 
 
 def _check(value: Json, where: str) -> None:
-    """Refuse a value that JSON does not give back unchanged."""
-    waiting = [(value, 0)]
-    while waiting:
-        part, depth = waiting.pop()
+    """Refuses a value that JSON does not give back unchanged."""
+    # A stack instead of recursion: a value may be nested deeper than the interpreter can follow.
+    unchecked = [(value, 0)]
+    while unchecked:
+        part, depth = unchecked.pop()
         kind = type(part)
+
         if kind is str:
             check_text(part, where)
         elif kind is int:
@@ -80,11 +84,13 @@ def _check(value: Json, where: str) -> None:
         elif kind in (list, dict):
             if depth == DEEPEST:
                 raise ChatError(f"{where}: {TOO_DEEP}")
+            children = part
             if kind is dict:
                 for key in part:
                     if type(key) is not str:
                         raise ChatError(f"{where}: a key of type {type(key).__name__}; expected text")
                     check_text(key, where)
-            waiting += [(inner, depth + 1) for inner in (part.values() if kind is dict else part)]
+                children = part.values()
+            unchecked += [(child, depth + 1) for child in children]
         elif part is not None and kind is not bool:
             raise ChatError(f"{where}: a {kind.__name__} is not JSON; expected what json.loads returns")

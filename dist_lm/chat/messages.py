@@ -1,4 +1,4 @@
-"""A conversation as a value: its turns, its tools, the calls and their results; and the rules of a well-formed one."""
+"""A conversation as a value: turns, tools, calls and their results; and the rules that a conversation must obey."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -8,11 +8,11 @@ from dist_lm.errors import UserError, utf8
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
 Json = Any
-"""What `json.loads` returns: None, bool, int, float, str, list, or dict with str keys."""
+"""A value that `json.loads` returns: None, bool, int, float, str, list, or dict with str keys."""
 
 
 class ChatError(UserError):
-    """A conversation is not well formed, or tokens do not hold one. The message names the turn or the token."""
+    """Raised for a conversation that is not well formed, and for tokens that hold none; names the turn or the token."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Tool:
 
 @dataclass(frozen=True)
 class Call:
-    """The assistant calls a tool."""
+    """A call of a tool by the assistant."""
 
     name: str
     arguments: dict[str, Json] = field(default_factory=dict)
@@ -38,8 +38,8 @@ class Message:
 
     role: Role
     content: str = ""
-    calls: tuple[Call, ...] = ()  # role assistant: they follow the text, and no result comes between them
-    results: tuple[Json, ...] = ()  # role tool: one for each call of the turn before, in the same order
+    calls: tuple[Call, ...] = ()  # for role assistant: calls follow the text, and no result comes between them
+    results: tuple[Json, ...] = ()  # for role tool: one result for each call of the previous turn, in the same order
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Conversation:
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Refuse a conversation that the template cannot lay out.
+    """Refuses a conversation that the template cannot lay out.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -59,29 +59,34 @@ def check_conversation(conversation: Conversation) -> None:
     check_tools(conversation.tools)
     if type(conversation.messages) is not tuple:
         raise ChatError(f"messages: a {type(conversation.messages).__name__}; expected a tuple")
-    before: Message | None = None
+
+    previous: Message | None = None
     for number, message in enumerate(conversation.messages):
         where = turn_name(number, message)
         check_message(message, where)
-        expected = _next_roles(before)
-        if message.role not in expected:
-            after = f" after {before.role}{' with calls' if before.calls else ''}" if before else ""
-            raise ChatError(f"{where}: expected {' or '.join(expected)}{after}")
-        if message.role == "tool" and before is not None and len(message.results) != len(before.calls):
-            raise ChatError(f"{where}: {len(message.results)} results of {len(before.calls)} calls; expected as many")
-        before = message
-    if before is None or before.role == "system":
+
+        roles = _next_roles(previous)
+        if message.role not in roles:
+            after = f" after {previous.role}{' with calls' if previous.calls else ''}" if previous else ""
+            raise ChatError(f"{where}: expected {' or '.join(roles)}{after}")
+        if message.role == "tool" and previous is not None and len(message.results) != len(previous.calls):
+            num_results, num_calls = len(message.results), len(previous.calls)
+            raise ChatError(f"{where}: {num_results} results of {num_calls} calls; expected as many")
+        previous = message
+
+    if previous is None or previous.role == "system":
         raise ChatError(f"turn {len(conversation.messages)}: missing; expected a turn of the user")
 
 
 def check_tools(tools: tuple[Tool, ...]) -> None:
-    """Refuse tools without a name, with the same name, or of the wrong type.
+    """Refuses tools without a name, with the same name, or of the wrong type.
 
     Raises:
         ChatError: the message names the tool.
     """
     if type(tools) is not tuple:
         raise ChatError(f"tools: a {type(tools).__name__}; expected a tuple")
+
     names = set()
     for number, tool in enumerate(tools):
         if not isinstance(tool, Tool):
@@ -90,15 +95,16 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
             raise ChatError(f"tool {number}: no name")
         if tool.name in names:
             raise ChatError(f"tool {number}: another tool has the name {shown(tool.name)}")
+        names.add(tool.name)
+
         if type(tool.description) is not str:
             raise ChatError(f"tool {number}: the description is a {type(tool.description).__name__}; expected text")
         if type(tool.parameters) is not dict:
             raise ChatError(f"tool {number}: parameters is a {type(tool.parameters).__name__}; expected a JSON schema")
-        names.add(tool.name)
 
 
 def check_message(message: Message, where: str) -> None:
-    """Refuse a turn whose fields do not fit its role, whatever comes before and after the turn.
+    """Refuses a turn whose fields do not fit its role, whatever comes before and after the turn.
 
     Raises:
         ChatError: the message begins with `where`.
@@ -111,6 +117,7 @@ def check_message(message: Message, where: str) -> None:
     for name in ("calls", "results"):
         if type(getattr(message, name)) is not tuple:
             raise ChatError(f"{where}: {name} is a {type(getattr(message, name)).__name__}; expected a tuple")
+
     if message.calls and message.role != "assistant":
         raise ChatError(f"{where}: has calls; only the assistant calls tools")
     if message.results and message.role != "tool":
@@ -119,12 +126,13 @@ def check_message(message: Message, where: str) -> None:
         raise ChatError(f"{where}: has text; expected results only")
     if not (message.content or message.calls or message.results):
         raise ChatError(f"{where}: is empty")
+
     for number, call in enumerate(message.calls):
         check_call(call, f"{where}, call {number}")
 
 
 def check_call(call: Call, where: str) -> None:
-    """Refuse a call without a name, or whose arguments are not an object."""
+    """Refuses a call without a name, or whose arguments are not an object, by a ChatError that begins with `where`."""
     if not isinstance(call, Call) or type(call.name) is not str or not call.name:
         raise ChatError(f"{where}: no name of a tool")
     if type(call.arguments) is not dict:
@@ -132,7 +140,7 @@ def check_call(call: Call, where: str) -> None:
 
 
 def check_text(text: str, where: str) -> None:
-    """Refuse text with a lone surrogate; the message begins with `where`."""
+    """Refuses text with a lone surrogate by a ChatError that begins with `where`."""
     try:
         utf8(text, where)
     except UserError as error:
@@ -140,20 +148,21 @@ def check_text(text: str, where: str) -> None:
 
 
 def turn_name(number: int, message: Message) -> str:
-    """The name of a turn in error messages: `turn 3 (tool)`."""
+    """Returns the name of a turn in error messages: `turn 3 (tool)`."""
     return f"turn {number} ({getattr(message, 'role', type(message).__name__)})"
 
 
 def shown(value: Json) -> str:
-    """A text in quotes, cut to the length of an error message; the type of any other value."""
+    """Returns a text in quotes, cut to 40 characters for an error message; for any other value its type."""
     if type(value) is not str:
         return f"a {type(value).__name__}"
     return repr(value if len(value) <= 40 else value[:40] + "…")
 
 
-def _next_roles(before: Message | None) -> tuple[str, ...]:
-    if before is None:
+def _next_roles(previous: Message | None) -> tuple[str, ...]:
+    """Returns the roles that may follow a turn; None: the first turn's."""
+    if previous is None:
         return ("system", "user")
-    if before.role == "assistant":
-        return ("tool",) if before.calls else ("user",)
-    return ("user",) if before.role == "system" else ("assistant",)
+    if previous.role == "assistant":
+        return ("tool",) if previous.calls else ("user",)
+    return ("user",) if previous.role == "system" else ("assistant",)

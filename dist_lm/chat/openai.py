@@ -1,4 +1,4 @@
-"""Conversations in the format of OpenAI's chat API: messages with roles, tool calls and their results.
+"""Reads conversations in the format of OpenAI's chat API: messages with roles, tool calls and their results.
 
 What the format can say and a `Conversation` cannot is refused by name, not dropped: a key that is not listed here and
 has a value is content that would be lost. `{}`, `[]`, `""` and null are no values: tables fill missing keys with them.
@@ -18,7 +18,7 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
-# keys that are read, or that say nothing about the content
+# Only these keys may have a value: they are read, or say nothing about the content.
 TURN = ("role", "content", "weight")
 TURN_OF = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 CALL = ("id", "type", "index", "function")
@@ -27,7 +27,7 @@ WAY_OUT = {"function_call": "write it as tool_calls, and its result with role to
 
 
 def conversation_of(messages: Json, tools: Json = None) -> Conversation:
-    """A conversation of the values of `messages` and `tools`; `tools` may be their JSON text.
+    """Returns the conversation that the values of `messages` and `tools` hold; both may be JSON text.
 
     Results are brought into the order of the calls by `tool_call_id`. The content of a result is JSON, or else a text.
     A call must be one that the tools allow, except that a schema with keywords that `chat.schema` refuses allows all.
@@ -36,80 +36,87 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
         ChatError: the message names the turn (from 0) and what was expected there.
     """
     offered = tools_of(tools)
-    checked = {tool.name: _can_be_checked(tool) for tool in offered}
-    turns = _list(_value(messages, "messages"), "messages")
-    found: list[Message] = []
-    results: list[tuple[str, Json]] = []  # of the calls of the last turn: id, value
-    ids: list[str] = []  # of these calls
-    made: tuple[Call, ...] = ()  # these calls
+    is_checked = {tool.name: _can_be_checked(tool) for tool in offered}
+    turns: list[Message] = []
+    calls: tuple[Call, ...] = ()  # of the last turn that is no result
+    call_ids: list[str] = []  # of these calls
+    results: list[tuple[str, Json]] = []  # (id of the call, content) of these calls
 
     def close_results() -> None:
+        # OpenAI has a message for each result, we have a turn for all results.
         if results:
-            found.append(Message("tool", results=_in_order(results, ids, f"turn {len(found)} (tool)")))
+            turns.append(Message("tool", results=_in_order(results, call_ids, f"turn {len(turns)} (tool)")))
             results.clear()
 
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(_list(_value(messages, "messages"), "messages")):
         where = f"turn {number}"
         if not isinstance(turn, Mapping):
             raise ChatError(f"{where}: {shown(turn)}; expected an object with role and content")
-        named = turn.get("role")
-        role = ROLES.get(named) if isinstance(named, str) else None
+        role_name = turn.get("role")
+        role = ROLES.get(role_name) if isinstance(role_name, str) else None
         if role is None:
-            found_role = "no role" if named is None else f"role {shown(named)}"
-            raise ChatError(f"{where}: {found_role}; expected one of {', '.join(ROLES)}")
+            problem = "no role" if role_name is None else f"role {shown(role_name)}"
+            raise ChatError(f"{where}: {problem}; expected one of {', '.join(ROLES)}")
         _refuse_lost(turn, (*TURN, *TURN_OF.get(role, ())), where)
         if turn.get("weight") not in (None, 1):
             raise ChatError(f"{where}: weight {turn['weight']} is not supported: every answer is learned")
         content = _content(turn.get("content"), where)
+
         if role == "tool":
-            answered = str(turn.get("tool_call_id") or "")
-            place = ids.index(answered) if answered in ids else len(results)
-            if turn.get("name") and place < len(made) and turn["name"] != made[place].name:
-                raise ChatError(f"{where}: name {shown(turn['name'])}; its call is one of {shown(made[place].name)}")
-            results.append((answered, _result(content)))
+            call_id = str(turn.get("tool_call_id") or "")
+            index = call_ids.index(call_id) if call_id in call_ids else len(results)
+            if turn.get("name") and index < len(calls) and turn["name"] != calls[index].name:
+                called = shown(calls[index].name)
+                raise ChatError(f"{where}: name {shown(turn['name'])}; its call is one of {called}")
+            results.append((call_id, _result(content)))
             continue
+
         close_results()
-        calls = _list(turn.get("tool_calls") or [], f"{where}: tool_calls")
-        made = tuple(_call(call, f"{where}, call {n}") for n, call in enumerate(calls))
-        for n, call in enumerate(made):
-            check_call(call, f"{where}, call {n}")
-            if checked.get(call.name, True) and (wrong := problems(call, offered)):
+        call_objects = _list(turn.get("tool_calls") or [], f"{where}: tool_calls")
+        calls = tuple(_call(call, f"{where}, call {index}") for index, call in enumerate(call_objects))
+        for index, call in enumerate(calls):
+            check_call(call, f"{where}, call {index}")
+            if is_checked.get(call.name, True) and (reasons := problems(call, offered)):
                 raise ChatError(
-                    f"{where}, call {n}: {'; '.join(wrong)}; expected a call that the tools of the row allow"
+                    f"{where}, call {index}: {'; '.join(reasons)}; expected a call that the tools of the row allow"
                 )
-        found.append(Message(role, content, made))
-        ids = [str(call.get("id") or "") for call in calls]
+        turns.append(Message(role, content, calls))
+        call_ids = [str(call.get("id") or "") for call in call_objects]
     close_results()
-    return Conversation(tuple(found), offered)
+    return Conversation(tuple(turns), offered)
 
 
 def tools_of(value: Json) -> tuple[Tool, ...]:
-    """The tools of the value of `tools`, with or without the frame `{"type": "function", "function": ...}`.
+    """Returns the tools in the value of `tools`, with or without the frame `{"type": "function", "function": ...}`.
 
     The parameters may have the name that Anthropic gives them, `input_schema`.
+
+    Raises:
+        ChatError: the message names the tool (from 0) and what was expected there.
     """
-    found = []
-    for number, one in enumerate(_list(_value(value, "tools") or [], "tools")):
+    tools: list[Tool] = []
+    for number, framed in enumerate(_list(_value(value, "tools") or [], "tools")):
         where = f"tool {number}"
-        function = one.get("function") or one if isinstance(one, Mapping) else None
+        function = framed.get("function") or framed if isinstance(framed, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ChatError(f"{where}: expected a function with a name")
-        if function is one:
-            _refuse_lost(one, ("type", *TOOL), where)
+
+        if function is framed:
+            _refuse_lost(framed, ("type", *TOOL), where)
         else:
-            _refuse_lost(one, ("type", "function"), where)
+            _refuse_lost(framed, ("type", "function"), where)
             _refuse_lost(function, TOOL, where)
-        _require_function(one, where)
-        schemas = [key for key in ("parameters", "input_schema") if not _says_nothing(function.get(key))]
-        if len(schemas) > 1:
-            raise ChatError(f"{where}: has {' and '.join(schemas)}; expected one of them")
-        parameters = _value(function[schemas[0]], f"{where}: {schemas[0]}") if schemas else None
-        found.append(
-            Tool(
-                function["name"], function.get("description") or "", parameters or {"type": "object", "properties": {}}
-            )
-        )
-    return tuple(found)
+        _require_function(framed, where)
+
+        schema_keys = [key for key in ("parameters", "input_schema") if not _says_nothing(function.get(key))]
+        if len(schema_keys) > 1:
+            raise ChatError(f"{where}: has {' and '.join(schema_keys)}; expected one of them")
+        parameters = None
+        if schema_keys:
+            parameters = _value(function[schema_keys[0]], f"{where}: {schema_keys[0]}")
+        without_arguments = {"type": "object", "properties": {}}
+        tools.append(Tool(function["name"], function.get("description") or "", parameters or without_arguments))
+    return tuple(tools)
 
 
 def _can_be_checked(tool: Tool) -> bool:
@@ -128,27 +135,32 @@ def _call(value: Json, where: str) -> Call:
     _refuse_lost(value, CALL, where)
     _refuse_lost(function, ("name", "arguments"), where)
     _require_function(value, where)
+
     arguments = _value(function.get("arguments"), f"{where}: arguments")
-    return Call(function.get("name") or "", {} if arguments in (None, "") else arguments)
+    if arguments in (None, ""):
+        arguments = {}
+    return Call(function.get("name") or "", arguments)
 
 
-def _in_order(results: Sequence[tuple[str, Json]], ids: Sequence[str], where: str) -> tuple[Json, ...]:
-    """The results in the order of the calls; in their own where they have no ids."""
-    given = [one for one, _ in results]
-    if not all(given) or not all(ids):
-        return tuple(value for _, value in results)
-    if len({*ids}) < len(ids):
-        raise ChatError(f"{where}: the calls of the turn before have the ids {', '.join(ids)}; expected different ones")
-    if sorted(given) != sorted(ids):
-        raise ChatError(
-            f"{where}: results of the calls {', '.join(given)}; expected those of {', '.join(ids) or 'none'}"
-        )
-    by_id = dict(results)
-    return tuple(by_id[one] for one in ids)
+def _in_order(results: Sequence[tuple[str, Json]], call_ids: Sequence[str], where: str) -> tuple[Json, ...]:
+    """Returns the results in the order of the calls; in their own order where a call or a result has no id."""
+    answered_ids = [call_id for call_id, _ in results]
+    if not all(answered_ids) or not all(call_ids):
+        return tuple(content for _, content in results)
+
+    if len({*call_ids}) < len(call_ids):
+        ids = ", ".join(call_ids)
+        raise ChatError(f"{where}: the calls of the turn before have the ids {ids}; expected different ones")
+    if sorted(answered_ids) != sorted(call_ids):
+        expected = ", ".join(call_ids) or "none"
+        raise ChatError(f"{where}: results of the calls {', '.join(answered_ids)}; expected those of {expected}")
+
+    content_of = dict(results)
+    return tuple(content_of[call_id] for call_id in call_ids)
 
 
 def _refuse_lost(value: Mapping[str, Any], read: Sequence[str], where: str) -> None:
-    """Refuse keys that are not `read` and have a value."""
+    """Refuses keys that are not `read` and have a value."""
     for key in value:
         if key not in read and not _says_nothing(value[key]):
             way_out = WAY_OUT.get(key, "move it into content, or remove it")
@@ -167,9 +179,10 @@ def _require_function(value: Mapping[str, Any], where: str) -> None:
 
 
 def _content(value: Json, where: str) -> str:
-    """A text, or parts of type text."""
+    """Returns the text of a message; it is given as a text, or as parts of type text."""
     if value is None or isinstance(value, str):
         return value or ""
+
     texts = []
     for part in value if isinstance(value, list) else [None]:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
@@ -187,7 +200,7 @@ def _result(content: str) -> Json:
 
 
 def _value(value: Json, where: str) -> Json:
-    """`value`, read where it is JSON text."""
+    """Returns `value`, read first if it is JSON text."""
     return json_text.read(value, where) if isinstance(value, str) and value.strip() else value
 
 

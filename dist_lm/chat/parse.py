@@ -1,4 +1,4 @@
-"""Tokens back to a conversation: `parse(render(x).tokens)` is x. The layout is that of `dist_lm.chat.template`.
+"""Reads a conversation back from tokens: `parse(render(x).tokens)` is x. `dist_lm.chat.template` describes the layout.
 
 White space around the JSON of calls and results, and between calls, is free; everything else must be as rendered.
 A space that the tokenizer puts before every text (`Tokenizer.adds_space`) is no part of the conversation.
@@ -11,7 +11,8 @@ from typing import Any
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, check_conversation, check_message
-from dist_lm.chat.template import INSTRUCTION, INTRODUCTION
+from dist_lm.chat.template import INSTRUCTION, INTRODUCTION, answer_tokens, stop_tokens
+from dist_lm.errors import UserError
 from dist_lm.tokenizer.symbols import (
     CALL,
     END,
@@ -27,7 +28,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
 def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
-    """The conversation that renders to `ids`, or to the same text in other tokens.
+    """Returns the conversation that renders to `ids`, or to the same text in other tokens.
 
     Raises:
         ChatError: `ids` are not a conversation; the message names the token (from 0) or the turn, and what it expects.
@@ -37,6 +38,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
     reader = _Reader(ids, tokenizer)
     messages: list[Message] = []
     tools: tuple[Tool, ...] = ()
+
     reader.expect(END_OF_TEXT)
     while not reader.at_end():
         reader.expect(START)
@@ -44,6 +46,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
         role, line_end, text = reader.text().partition("\n")
         if not line_end or role not in ("system", "user", "assistant"):
             raise ChatError(f"{at}: expected system, user or assistant, and a line break")
+
         if role == "system":
             if messages or tools:
                 raise ChatError(f"{at}: expected user or assistant; the system turn comes first")
@@ -52,30 +55,37 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
             if text or not tools:
                 messages.append(Message("system", text))
         elif role == "assistant":
-            messages.append(_read_answer(reader, _given(text, tokenizer)))  # a text of its own behind the line break
+            # The text behind the line break is encoded on its own, so it may have a space of its own.
+            messages.append(_read_answer(reader, _without_added_space(text, tokenizer)))
         elif reader.next_is(RESPONSE):
+            # Results have the role of the user in this layout, as in Qwen2.5.
             if text:
                 raise ChatError(f"{at}: expected a text or results, found both")
             messages.append(_read_results(reader))
         else:
             messages.append(Message("user", text))
+
         reader.expect(END)
         reader.expect_text("\n", "a line break")
+
     conversation = Conversation(tuple(messages), tools)
     check_conversation(conversation)
     return conversation
 
 
 def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
-    r"""What a model wrote after `<|im_start|>assistant\n`, with or without the final `<|im_end|>`.
+    r"""Returns the turn that a model wrote after `<|im_start|>assistant\n`, with or without the final `<|im_end|>`.
+
+    In the layout of a kept template, calls are read if they have our form; other forms are text.
 
     Raises:
-        ChatError: it is not a turn; the message names the token (from 0) and what was expected.
+        ChatError: `ids` are not a turn; the message names the token (from 0) and what was expected.
     """
-    if tokenizer.kept_template:  # its calls are read if they have our form; other forms are text
-        from dist_lm.chat.kept_template import without_end
+    if tokenizer.kept_template:
+        ids, ends = list(ids), stop_tokens(tokenizer)
+        if ids and ids[-1] in ends:
+            ids = ids[:-1]
 
-        ids = without_end(ids, tokenizer)
     reader = _Reader(ids, tokenizer)
     message = _read_answer(reader, reader.text())
     if not (reader.at_end() or tokenizer.kept_template):
@@ -85,107 +95,151 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     return message
 
 
+def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
+    """Whether a kept template writes calls as Hermes does, `<tool_call>` with JSON, which `parse_turn` reads."""
+    from dist_lm.chat.jinja_text import PROBE, PROBE_CALL  # jinja2 is for imported models only
+
+    request = Conversation((Message("user", "probe"),), (PROBE,))
+    try:
+        written = answer_tokens(Message("assistant", calls=(PROBE_CALL,)), tokenizer, request)
+        return parse_turn(written, tokenizer).calls == (PROBE_CALL,)
+    except ChatError:
+        return False
+
+
+def require_hermes_calls(tokenizer: Tokenizer) -> None:
+    """Refuses a kept template whose calls cannot be read.
+
+    Raises:
+        UserError: names the way out.
+    """
+    from dist_lm.chat.jinja_text import WAY_OUT  # jinja2 is for imported models only
+
+    if not writes_hermes_calls(tokenizer):
+        raise UserError(
+            f"--tools: the chat template of the model shows no calls in the form <tool_call>JSON</tool_call>, so they "
+            f"cannot be read: {WAY_OUT}, and stage=tools teaches calls"
+        )
+
+
 class _Reader:
-    """A place in a list of marks and texts."""
+    """A position in a list of marks and of the texts between them."""
 
     def __init__(self, ids: Iterable[Any], tokenizer: Tokenizer) -> None:
-        """Raises ChatError: an id is not one of `tokenizer`, or tokens between marks are not UTF-8."""
-        numbers = [_checked(number, at, tokenizer.vocab_size) for at, number in enumerate(ids)]
-        self._parts: list[tuple[int, str, bool]] = []  # (first token, mark or text, whether it is a mark)
-        marks = {number: name for name, number in tokenizer.special_ids.items()}
-        spelled = re.compile("|".join(map(re.escape, tokenizer.lacking())) or "(?!)")  # these are plain text
-        begin = 0
-        for at, number in enumerate([*numbers, None]):
-            if number is None or number in marks:
-                text = _text(numbers, begin, at, tokenizer)
-                found = 0
-                for mark in spelled.finditer(text):
-                    before = text[found : mark.start()]
-                    before = before.removesuffix(" ") if tokenizer.adds_space else before  # that of the mark
-                    self._add(begin, _given(before, tokenizer), mark.group())
-                    found = mark.end()
-                self._add(begin, _given(text[found:], tokenizer))
-                if number is not None:
-                    self._add(at, "", marks[number])
-                begin = at + 1
-        self._length = len(numbers)
-        self._at = 0
+        """Splits `ids` at the marks.
 
-    def _add(self, at: int, text: str, mark: str = "") -> None:
-        """Append a text and the mark behind it, each unless it is empty."""
-        self._parts += [(at, part, is_mark) for part, is_mark in ((text, False), (mark, True)) if part]
+        Raises:
+            ChatError: an id is not one of `tokenizer`, or tokens between marks are not UTF-8.
+        """
+        token_ids = [_checked(token_id, index, tokenizer.vocab_size) for index, token_id in enumerate(ids)]
+        self._length = len(token_ids)
+        self._parts: list[tuple[int, str, bool]] = []  # (index of the first token, mark or text, whether it is a mark)
+        self._next = 0  # index in `_parts`
+
+        marks = {token_id: name for name, token_id in tokenizer.special_ids.items()}
+        # Marks that the tokenizer lacks were encoded as plain text, so they are looked for in the text.
+        spelled_mark = re.compile("|".join(map(re.escape, tokenizer.lacking())) or "(?!)")
+        begin = 0
+        for index, token_id in enumerate([*token_ids, None]):
+            if token_id is not None and token_id not in marks:
+                continue
+
+            text = _text(token_ids, begin, index, tokenizer)
+            text_begin = 0
+            for match in spelled_mark.finditer(text):
+                before = text[text_begin : match.start()]
+                if tokenizer.adds_space:
+                    before = before.removesuffix(" ")  # the space was put before the mark
+                self._add(begin, _without_added_space(before, tokenizer), match.group())
+                text_begin = match.end()
+            self._add(begin, _without_added_space(text[text_begin:], tokenizer))
+
+            if token_id is not None:
+                self._add(index, "", marks[token_id])
+            begin = index + 1
+
+    def _add(self, index: int, text: str, mark: str = "") -> None:
+        """Appends a text and the mark behind it, each unless it is empty."""
+        self._parts += [(index, part, is_mark) for part, is_mark in ((text, False), (mark, True)) if part]
 
     @property
     def place(self) -> str:
-        """The name of the next token in error messages."""
-        return f"token {self._length if self.at_end() else self._parts[self._at][0]}"
+        """Name of the next token in error messages."""
+        return f"token {self._length if self.at_end() else self._parts[self._next][0]}"
 
     def at_end(self) -> bool:
         """Whether nothing is left."""
-        return self._at == len(self._parts)
+        return self._next == len(self._parts)
 
     def next_is(self, mark: str) -> bool:
         """Whether `mark` comes next."""
-        return not self.at_end() and self._parts[self._at][1:] == (mark, True)
+        return not self.at_end() and self._parts[self._next][1:] == (mark, True)
 
     def take(self, mark: str) -> bool:
-        """Step over `mark` if it comes next."""
-        found = self.next_is(mark)
-        self._at += found
-        return found
+        """Steps over `mark` if it comes next, and returns whether it did."""
+        is_next = self.next_is(mark)
+        self._next += is_next
+        return is_next
 
     def expect(self, mark: str) -> None:
-        """Step over `mark`, which comes next."""
+        """Steps over `mark`; refuses anything else."""
         if not self.take(mark):
             raise self._unexpected(mark)
 
     def expect_text(self, text: str, name: str) -> None:
-        """Step over `text`, which comes next and reaches to a mark or the end."""
+        """Steps over `text`, which must reach to a mark or the end; refuses anything else."""
         at = self.place
         if self.text() != text:
             raise ChatError(f"{at}: expected {name}")
 
     def expect_end(self) -> None:
-        """Refuse tokens that are left."""
+        """Refuses tokens that are left."""
         if not self.at_end():
             raise self._unexpected("nothing more")
 
     def text(self) -> str:
-        """The text up to the next mark or the end; may be empty."""
-        if self.at_end() or self._parts[self._at][2]:
+        """Steps over the text up to the next mark or the end and returns it; it may be empty."""
+        if self.at_end() or self._parts[self._next][2]:
             return ""
-        self._at += 1
-        return self._parts[self._at - 1][1]
+        self._next += 1
+        return self._parts[self._next - 1][1]
 
     def skip_space(self, expected: str) -> None:
-        """Step over white space; refuse other text before the next mark."""
+        """Steps over white space; refuses other text before the next mark."""
         at = self.place
         if self.text().strip():
             raise ChatError(f"{at}: expected {expected}, found text")
 
     def json(self, closing: str) -> Json:
-        """The JSON up to the mark `closing`, which is stepped over."""
+        """Steps over JSON and the mark `closing` behind it, and returns the value of the JSON."""
         at = self.place
         text = self.text()
         self.expect(closing)
         return json_text.read(text, at)
 
     def _unexpected(self, expected: str) -> ChatError:
-        _, text, is_mark = (0, "the end", True) if self.at_end() else self._parts[self._at]
+        if self.at_end():
+            return ChatError(f"{self.place}: expected {expected}, found the end")
+        _, text, is_mark = self._parts[self._next]
         return ChatError(f"{self.place}: expected {expected}, found {text if is_mark else 'text'}")
 
 
 def _read_tools(reader: _Reader, text: str, at: str) -> tuple[str, tuple[Tool, ...]]:
-    """(text of the system, tools), from behind <tools> on; `text`: what stands before it."""
+    """Reads from behind <tools> to the end of the system turn. Returns (text of the system, tools).
+
+    `text` stands before <tools>: the text of the system and the introduction of the tools.
+    """
     before = text.removesuffix(INTRODUCTION)
     if before == text or (before and not before.endswith("\n\n")) or before == "\n\n":
         raise ChatError(f"{at}: expected the introduction of the tools before {TOOLS}")
+
     at = reader.place
     lines = reader.text()
     reader.expect(END_TOOLS)
     if len(lines) < 3 or lines[0] != "\n" or lines[-1] != "\n":
         raise ChatError(f"{at}: expected tools, each on a line of its own")
     tools = tuple(_tool_of(json_text.read(line, at), at) for line in lines[1:-1].split("\n"))
+
     reader.expect_text(INSTRUCTION, "the instruction how to call tools")
     return before.removesuffix("\n\n"), tools
 
@@ -199,8 +253,8 @@ def _tool_of(value: Json, at: str) -> Tool:
 
 
 def _read_answer(reader: _Reader, text: str) -> Message:
-    """The assistant's turn; `text`: what stands before the first mark."""
-    calls = list[Call]()
+    """Reads the calls of an assistant's turn. `text` stands before the first mark."""
+    calls: list[Call] = []
     while reader.take(CALL):
         at = reader.place
         value = reader.json(END_CALL)
@@ -212,30 +266,31 @@ def _read_answer(reader: _Reader, text: str) -> Message:
 
 
 def _read_results(reader: _Reader) -> Message:
-    results = list[Json]()
+    results: list[Json] = []
     while reader.take(RESPONSE):
         results.append(reader.json(END_RESPONSE))
         reader.skip_space(f"{RESPONSE} or {END}")
     return Message("tool", results=tuple(results))
 
 
-def _text(numbers: list[int], begin: int, end: int, tokenizer: Tokenizer) -> str:
+def _text(token_ids: list[int], begin: int, end: int, tokenizer: Tokenizer) -> str:
     try:
-        return tokenizer.content(numbers[begin:end]).decode()
+        return tokenizer.content(token_ids[begin:end]).decode()
     except UnicodeDecodeError:
         raise ChatError(f"tokens {begin} to {end - 1}: expected text, found bytes that are not UTF-8") from None
 
 
-def _given(text: str, tokenizer: Tokenizer) -> str:
-    """`text` without the space that the tokenizer put before it."""
+def _without_added_space(text: str, tokenizer: Tokenizer) -> str:
+    """Returns `text` without the space that the tokenizer put before it."""
     return text.removeprefix(" ") if tokenizer.adds_space else text
 
 
-def _checked(number: Any, at: int, vocab_size: int) -> int:
+def _checked(token_id: Any, index: int, vocab_size: int) -> int:
+    """Returns `token_id` as an int; refuses what is no id of the vocabulary."""
     try:
-        found = operator.index(number)
+        checked_id = operator.index(token_id)
     except TypeError:
-        raise ChatError(f"token {at}: a {type(number).__name__}; expected an id") from None
-    if not 0 <= found < vocab_size:
-        raise ChatError(f"token {at}: expected an id from 0 to {vocab_size - 1}, found another number")
-    return found
+        raise ChatError(f"token {index}: a {type(token_id).__name__}; expected an id") from None
+    if not 0 <= checked_id < vocab_size:
+        raise ChatError(f"token {index}: expected an id from 0 to {vocab_size - 1}, found another number")
+    return checked_id

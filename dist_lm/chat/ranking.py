@@ -1,4 +1,4 @@
-"""One prompt with several completions and a judgement of them, as a value and as a tree of tokens.
+"""A ranking, which is a prompt with judged completions, as a value and as a tree of tokens.
 
     <|endoftext|> ... prompt ... assistant  completion 1 <|im_end|>  completion 2 <|im_end|>  ...
     branch: 0 ................. 0  1 ................ 1  2 ................ 2
@@ -22,11 +22,11 @@ FEWEST, MOST = 2, 16  # completions
 
 @dataclass(frozen=True)
 class Judgement:
-    """One completion is better than another one."""
+    """States that one completion is better than another one."""
 
-    better: int  # index of the completion
-    worse: int
-    margin: float | None = None  # by how much, on the judge's own scale; larger is more
+    better: int  # index of a completion
+    worse: int  # index of a completion
+    margin: float | None = None  # how much better it is, on the judge's own scale
 
 
 @dataclass(frozen=True)
@@ -48,39 +48,43 @@ class RankingTokens:
 
 
 def check_ranking(ranking: Ranking) -> None:
-    """Refuse a ranking that orders nothing or contradicts itself.
+    """Refuses a ranking that orders nothing or contradicts itself.
 
     Raises:
         ChatError: the message names the field and its value.
     """
-    n = len(ranking.completions)
-    if not FEWEST <= n <= MOST:
-        raise ChatError(f"{n} completions; expected {FEWEST} to {MOST}")
+    num_completions = len(ranking.completions)
+    if not FEWEST <= num_completions <= MOST:
+        raise ChatError(f"{num_completions} completions; expected {FEWEST} to {MOST}")
     if not ranking.prompt.messages or ranking.prompt.messages[-1].role not in ("user", "tool"):
         raise ChatError("prompt: expected a last turn of user or tool, which the assistant answers")
     try:
         check_conversation(ranking.prompt)
     except ChatError as error:
         raise ChatError(f"prompt: {error}") from None
-    if empty := [place for place, text in enumerate(ranking.completions) if not text]:
+    if empty := [index for index, text in enumerate(ranking.completions) if not text]:
         raise ChatError(f"completion {empty[0]}: empty")
+
     if ranking.ranks and ranking.judgements:
         raise ChatError("ranks and judgements: expected one of the two, found both: remove one")
     if not ranking.ranks and not ranking.judgements:
         raise ChatError("ranks and judgements: expected one of the two, found none")
-    if ranking.ranks and len(ranking.ranks) != n:
-        raise ChatError(f"{len(ranking.ranks)} ranks of {n} completions; expected as many")
+
+    if ranking.ranks and len(ranking.ranks) != num_completions:
+        raise ChatError(f"{len(ranking.ranks)} ranks of {num_completions} completions; expected as many")
     if len(set(ranking.ranks)) == 1:
         raise ChatError("all completions are tied: nothing to learn")
     rank_of: dict[str, int] = {}
-    for place, (text, rank) in enumerate(zip(ranking.completions, ranking.ranks, strict=False)):
+    for index, (text, rank) in enumerate(zip(ranking.completions, ranking.ranks, strict=False)):
         if rank_of.setdefault(text, rank) != rank:
-            raise ChatError(f"completion {place}: the same text as an earlier one with another rank; remove one")
+            raise ChatError(f"completion {index}: the same text as an earlier one with another rank; remove one")
+
     for number, judgement in enumerate(ranking.judgements):
-        if judgement.better == judgement.worse or not {judgement.better, judgement.worse} <= set(range(n)):
+        pair = {judgement.better, judgement.worse}
+        if len(pair) == 1 or not pair <= set(range(num_completions)):
             raise ChatError(
                 f"judgement {number}: better={judgement.better} worse={judgement.worse}; "
-                f"expected two different indices from 0 to {n - 1}"
+                f"expected two different indices from 0 to {num_completions - 1}"
             )
         if ranking.completions[judgement.better] == ranking.completions[judgement.worse]:
             raise ChatError(
@@ -91,13 +95,13 @@ def check_ranking(ranking: Ranking) -> None:
 
 
 def ranks_of_scores(scores: Sequence[float]) -> tuple[int, ...]:
-    """Ranks from 0 for the largest score; equal scores share a rank."""
+    """Returns a rank for each score, 0 for the largest; equal scores share a rank, and no rank is left out."""
     levels = sorted(set(scores), reverse=True)
     return tuple(levels.index(score) for score in scores)
 
 
 def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
-    """The prompt once, then every completion as a branch.
+    """Returns the tokens of the prompt once, then those of every completion as a branch.
 
     Raises:
         ChatError: the prompt or a completion is not well formed.
@@ -111,17 +115,19 @@ def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
 
 
 def branch_positions(branch_T: np.ndarray) -> np.ndarray:
-    """Positions for RoPE: counted through the prompt, then in every completion from the prompt's end, (T,) int64."""
+    """Returns positions for RoPE, (T,) int64: through the prompt, then in every completion from the prompt's end."""
     position_T = np.arange(len(branch_T))
-    starts = np.flatnonzero(np.diff(branch_T, prepend=0))  # of the branches
-    if len(starts):
-        shift_T = np.zeros(len(branch_T), np.int64)
-        shift_T[starts] = np.diff(starts, prepend=starts[0])
-        position_T = position_T - np.cumsum(shift_T)
-    return position_T
+    starts = np.flatnonzero(np.diff(branch_T, prepend=0))  # first token of each branch
+    if not len(starts):
+        return position_T
+
+    # At each further branch the count goes back by the length of the branch before it.
+    shift_T = np.zeros(len(branch_T), np.int64)
+    shift_T[starts] = np.diff(starts, prepend=starts[0])
+    return position_T - np.cumsum(shift_T)
 
 
 def branch_ends(branch_T: np.ndarray) -> np.ndarray:
-    """The index of the last token of each completion, (K,) int64."""
+    """Returns the index of the last token of each completion, (K,) int64."""
     last_T = np.diff(branch_T, append=0) != 0
     return np.flatnonzero(last_T & (branch_T > 0))

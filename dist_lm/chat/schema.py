@@ -1,4 +1,4 @@
-"""Tools and calls, checked against the JSON schema (2020-12) of their arguments.
+"""Checks tools and calls against the JSON schema (2020-12) of their arguments.
 
 A schema comes with a tool, and a tool may come from anyone. Before it is used, a schema is reduced to what is safe to
 run: known keywords, references replaced by their targets, a bounded size. A reference to elsewhere could fetch, a
@@ -20,7 +20,7 @@ from dist_lm.chat.messages import Call, ChatError, Json, Tool, check_call, check
 
 NAME = re.compile("[A-Za-z0-9_.-]{1,128}")
 LONGEST_SCHEMA = 50_000  # characters of a tool's parameters, in JSON
-CACHED = 4096  # validators that are kept
+CACHED = 4096  # validators
 DEEPEST_SCHEMA = 24  # nested schemas: jsonschema takes a dozen frames for each
 MOST_SCHEMAS = 2_000  # in one tool, with references replaced
 
@@ -43,7 +43,7 @@ REFUSED = {
 
 
 def check_tool(tool: Tool) -> None:
-    """Refuse a tool whose calls could not be checked.
+    """Refuses a tool whose calls could not be checked.
 
     The name must be 1 to 128 of `A-Z a-z 0-9 _ . -`; the parameters must be a valid JSON schema of an object, of at
     most `LONGEST_SCHEMA` characters and `MOST_SCHEMAS` schemas, at most `DEEPEST_SCHEMA` nested, without a keyword of
@@ -59,7 +59,7 @@ def check_tool(tool: Tool) -> None:
 
 
 def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
-    """The problems of `call`, one line for each, with the name of the argument; empty if it can be executed.
+    """Returns the problems of `call`, one line for each, with the name of the argument; none: it can be executed.
 
     Problems are an unknown tool, a missing argument, an argument that the tool does not have, and a value of another
     type, outside an enum or beyond a bound. 1.0 is a number, not an integer.
@@ -72,12 +72,13 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
     tool = next((tool for tool in tools if tool.name == call.name), None)
     if tool is None:
         return [f"there is no tool {shown(call.name)}"]
+
     validator = _validator_of(tool)
     try:
-        found = [line for error in validator.iter_errors(call.arguments) for line in _lines(error)]
+        lines = [line for error in validator.iter_errors(call.arguments) for line in _lines(error)]
     except (ArithmeticError, RecursionError):
         return ["the arguments are too large to be compared with the schema"]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(lines))
 
 
 def _validator_of(tool: Tool) -> Validator:
@@ -90,19 +91,22 @@ def _validator_of(tool: Tool) -> Validator:
 
 @lru_cache(CACHED)
 def _validator(text: str, where: str) -> Validator:
-    """The validator of arguments for the schema `text`."""
+    """Returns the validator of arguments for the JSON schema `text`."""
     schema = _Reduced(json_text.read(text, where), where).copy()
     if type(schema) is not dict or schema.get("type") != "object":
         raise ChatError(f'{where}: expected a schema of "type": "object"')
+
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ChatError(f"{where}{_place(error.absolute_path, 'at')}: {_short(error.message)}") from None
     except (ArithmeticError, RecursionError):
         raise ChatError(f"{where}: the schema is too large to be checked") from None
+
+    # A function has no other arguments, but a schema that combines others may name them there.
     if not any(name in schema for name in (*SCHEMA_LISTS, "if")):
         schema.setdefault("properties", {})
-        schema.setdefault("additionalProperties", False)  # a function has no other arguments
+        schema.setdefault("additionalProperties", False)
     return _Arguments(schema)
 
 
@@ -116,21 +120,21 @@ class _Reduced:
     def __init__(self, root: Json, where: str) -> None:
         self._root = root
         self._where = where
-        self._count = 0
+        self._num_schemas = 0
 
     def copy(self) -> Json:
-        """The reduced schema.
+        """Returns the reduced schema.
 
         Raises:
-            ChatError: it has a keyword of `REFUSED`, a reference to elsewhere or to itself, or exceeds `DEEPEST_SCHEMA`
-                or `MOST_SCHEMAS`; the message begins with `where`.
+            ChatError: the schema has a keyword of `REFUSED`, a reference to elsewhere or to itself, or exceeds
+                `DEEPEST_SCHEMA` or `MOST_SCHEMAS`; the message begins with `where`.
         """
         return self._part(self._root, (), 0)
 
-    def _part(self, schema: Json, inside: tuple[str, ...], depth: int) -> Json:
-        """A part of the root; `inside`: the references that led to it."""
-        self._count += 1
-        if self._count > MOST_SCHEMAS or depth > DEEPEST_SCHEMA:
+    def _part(self, schema: Json, references: tuple[str, ...], depth: int) -> Json:
+        """Returns a part of the root, reduced. `references` led to it."""
+        self._num_schemas += 1
+        if self._num_schemas > MOST_SCHEMAS or depth > DEEPEST_SCHEMA:
             raise ChatError(
                 f"{self._where}: expected at most {MOST_SCHEMAS} schemas, {DEEPEST_SCHEMA} nested "
                 "(a reference counts as its target)"
@@ -140,37 +144,42 @@ class _Reduced:
         for keyword, way_out in REFUSED.items():
             if keyword in schema:
                 raise ChatError(f"{self._where}: {keyword} is not supported: {way_out}")
-        plain: dict[str, Any] = {name: schema[name] for name in ASSERTIONS if name in schema}
+
+        # Values of other types than expected are copied: the meta-schema refuses them by name.
+        reduced: dict[str, Any] = {name: schema[name] for name in ASSERTIONS if name in schema}
         for name in SCHEMA_MAPS:
             if name in schema:
-                plain[name] = schema[name]
+                reduced[name] = schema[name]
                 if type(schema[name]) is dict:
-                    plain[name] = {key: self._part(part, inside, depth + 1) for key, part in schema[name].items()}
+                    reduced[name] = {key: self._part(part, references, depth + 1) for key, part in schema[name].items()}
         for name in SCHEMA_LISTS:
             if name in schema:
-                plain[name] = schema[name]
+                reduced[name] = schema[name]
                 if type(schema[name]) is list:
-                    plain[name] = [self._part(part, inside, depth + 1) for part in schema[name]]
+                    reduced[name] = [self._part(part, references, depth + 1) for part in schema[name]]
         for name in SCHEMAS:
             if name in schema:
-                plain[name] = self._part(schema[name], inside, depth + 1)
+                reduced[name] = self._part(schema[name], references, depth + 1)
+
+        # Both the target of a reference and the keywords beside it must hold.
         if "$ref" in schema:
             reference = schema["$ref"]
-            if reference in inside:
+            if reference in references:
                 raise ChatError(f"{self._where}: $ref {shown(reference)} refers to itself; expected a finite schema")
-            target = self._part(self._named(reference), (*inside, reference), depth + 1)
-            if not plain:
+            target = self._part(self._part_at(reference), (*references, reference), depth + 1)
+            if not reduced:
                 return target
-            others = plain.get("allOf", [])
-            plain["allOf"] = [*others, target] if type(others) is list else others
-        return plain
+            conjuncts = reduced.get("allOf", [])
+            reduced["allOf"] = [*conjuncts, target] if type(conjuncts) is list else conjuncts
+        return reduced
 
-    def _named(self, reference: Json) -> Json:
-        """The part of the root at a JSON pointer (RFC 6901)."""
+    def _part_at(self, reference: Json) -> Json:
+        """Returns the part of the root at a JSON pointer (RFC 6901)."""
         if type(reference) is not str or not reference.startswith("#/"):
             raise ChatError(
                 f"{self._where}: $ref {shown(reference)}: expected a place in the same schema, such as #/$defs/name"
             )
+
         part = self._root
         for step in unquote(reference[2:]).split("/"):
             name = step.replace("~1", "/").replace("~0", "~")
@@ -184,62 +193,75 @@ class _Reduced:
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
-    """The error as lines. `required` and `additionalProperties` name the object, not the argument: it is added."""
+    """Yields the lines of an error.
+
+    For `required` and `additionalProperties` the error names the object, so the name of the argument is added.
+    """
     path = list(error.absolute_path)
-    value: Any = error.instance
+    instance: Any = error.instance
     expected: Any = error.validator_value
     schema: Any = error.schema
     if error.validator == "required":
-        yield from (f"argument {_path([*path, name])}: missing" for name in expected if name not in value)
+        yield from (f"argument {_path([*path, name])}: missing" for name in expected if name not in instance)
     elif error.validator == "additionalProperties" and expected is False:
-        known = schema.get("properties", {})
-        yield from (
-            f"argument {_path([*path, name])}: the tool has none of that name" for name in value if name not in known
-        )
+        properties = schema.get("properties", {})
+        foreign = [name for name in instance if name not in properties]
+        yield from (f"argument {_path([*path, name])}: the tool has none of that name" for name in foreign)
     else:
-        yield f"argument{_place(path)}: {_expectation(error.validator, expected, value) or _short(error.message)}"
+        reason = _expectation(error.validator, expected, instance) or _short(error.message)
+        yield f"argument{_place(path)}: {reason}"
 
 
-def _expectation(keyword: Any, expected: Any, value: Json) -> str | None:
-    found = f"found {_short(json.dumps(value, ensure_ascii=False))}"
+def _expectation(keyword: Any, expected: Any, instance: Json) -> str | None:
+    """Returns what a keyword expects, in our words; None: the words of jsonschema are good enough."""
+    contrast = f"found {_short(json.dumps(instance, ensure_ascii=False))}"
     if keyword == "type":
-        return f"expected {' or '.join([expected] if isinstance(expected, str) else expected)}, {found}"
+        types = [expected] if isinstance(expected, str) else expected
+        return f"expected {' or '.join(types)}, {contrast}"
     if keyword == "enum":
-        return f"expected one of {_short(json.dumps(expected, ensure_ascii=False))}, {found}"
+        return f"expected one of {_short(json.dumps(expected, ensure_ascii=False))}, {contrast}"
     if keyword in ("anyOf", "oneOf"):
-        return f"expected {'one' if keyword == 'anyOf' else 'exactly one'} of {len(expected)} shapes, {found}"
+        count = "one" if keyword == "anyOf" else "exactly one"
+        return f"expected {count} of {len(expected)} shapes, {contrast}"
     return None
 
 
 def _place(path: Iterable[Any], word: str = "") -> str:
-    named = _path(path)
-    return f"{' ' + word if word else ''} {named}" if named else "s"
+    """Returns the path behind the word `argument`: ` seats[1].row`, or `s` for all arguments."""
+    text = _path(path)
+    if not text:
+        return "s"
+    return f" {word} {text}" if word else f" {text}"
 
 
 def _path(steps: Iterable[Any]) -> str:
-    """`address.lines[2]`."""
-    named = ""
+    """Returns the path of an argument as text: `address.lines[2]`."""
+    text = ""
     for step in steps:
         if isinstance(step, int):
-            named += f"[{step}]"
+            text += f"[{step}]"
         else:
-            named += ("." if named else "") + (step if re.fullmatch(r"[\w-]{1,64}", step) else shown(step))
-    return named
+            name = step if re.fullmatch(r"[\w-]{1,64}", step) else shown(step)
+            text += f".{name}" if text else name
+    return text
 
 
 def _short(text: str) -> str:
+    """Returns `text` in one line of printable characters, cut to 120."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= 120 else line[:119] + "…"
 
 
-def _is_integer(_checker: Any, value: Json) -> bool:
-    return type(value) is int
+def _is_integer(_checker: Any, instance: Json) -> bool:
+    return type(instance) is int
 
 
-def _unique(_validator: Any, wanted: bool, value: Json, _schema: Any) -> Iterator[ValidationError]:
-    """`uniqueItems` in linear time; jsonschema compares all pairs."""
-    if wanted and type(value) is list and len({json.dumps(item, sort_keys=True) for item in value}) < len(value):
-        yield ValidationError("expected no value twice")
+def _unique(_validator: Any, must_be_unique: bool, instance: Json, _schema: Any) -> Iterator[ValidationError]:
+    """Checks `uniqueItems` in linear time; jsonschema compares all pairs."""
+    if must_be_unique and type(instance) is list:
+        distinct = {json.dumps(element, sort_keys=True) for element in instance}
+        if len(distinct) < len(instance):
+            yield ValidationError("expected no value twice")
 
 
 _Arguments = validators.extend(

@@ -1,4 +1,4 @@
-r"""The layout of a conversation, in tokens and as a chat template: ChatML turns with Hermes tool use, as in Qwen2.5.
+r"""Lays a conversation out, in tokens and as a chat template: ChatML turns with Hermes tool use, as in Qwen2.5.
 
     <|endoftext|>
     <|im_start|>system\nTEXT\n\nINTRODUCTION<tools>\nTOOL\nTOOL\n</tools>INSTRUCTION<|im_end|>\n
@@ -47,9 +47,9 @@ from dist_lm.tokenizer.symbols import (
 )
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-FORMAT = 5  # of conversations in tokens. One more with every change: corpora of another format are refused
+FORMAT = 5  # counts changes of the layout in tokens: corpora of another format are refused
 
-# Around the tools. They explain the marks without spelling one, so that the text has none where no tool is meant.
+# These texts stand around the tools. They explain the marks without spelling one, so that no mark is there in vain.
 INTRODUCTION = "# Tools\n\nYou may call these functions. Each line describes one as JSON:\n"
 INSTRUCTION = '\n\nFor each call, write a JSON object with the keys "name" and "arguments" between the marks of a call.'
 
@@ -72,28 +72,31 @@ class Rendered:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
-    """The tokens of `conversation`, with every turn closed.
+    """Returns the tokens of `conversation`, with every turn closed.
 
     Raises:
         ChatError: the conversation is not well formed, or JSON cannot hold a value; the message names the turn.
     """
     if tokenizer.kept_template:
-        from dist_lm.chat import kept_template
+        from dist_lm.chat import kept_template  # jinja2 is for imported models only
 
-        laid = kept_template.render(conversation, tokenizer)
-        return Rendered(laid.tokens, laid.loss_mask)
-    tokens, mask = list[int](), list[int]()
+        return Rendered(*kept_template.render(conversation, tokenizer))
+
+    tokens: list[int] = []
+    loss_mask: list[int] = []
     for part in layout(conversation):
         tokens += _encoded([part], tokenizer)
-        mask += [int(part.is_answer)] * (len(tokens) - len(mask))
-    return Rendered(np.array(tokens, tokenizer.dtype), np.array(mask, np.uint8))
+        loss_mask += [int(part.is_answer)] * (len(tokens) - len(loss_mask))
+    return Rendered(np.array(tokens, tokenizer.dtype), np.array(loss_mask, np.uint8))
 
 
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """The tokens that a model continues: `conversation`, then the beginning of the assistant's turn.
+    """Returns the ids that a model continues: those of `conversation`, then the beginning of the assistant's turn.
+
+    The tokenizer's own opening stands in place of end-of-text.
 
     Raises:
-        ChatError: as `render`, or it is not the assistant's turn.
+        ChatError: for the reasons of `render`, or it is not the assistant's turn.
     """
     check_conversation(conversation)
     last = conversation.messages[-1]
@@ -101,54 +104,61 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         where = turn_name(len(conversation.messages) - 1, last)
         raise ChatError(f"{where}: is last; expected a last turn of user or tool, which the assistant answers")
     if tokenizer.kept_template:
-        from dist_lm.chat import kept_template
+        from dist_lm.chat import kept_template  # jinja2 is for imported models only
 
         return kept_template.prompt(conversation, tokenizer)
+
     tokens = np.array(_encoded([*layout(conversation), *_opening("assistant")], tokenizer))
     return tokenizer.opening.put(tokens).tolist()
 
 
 def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | None = None) -> list[int]:
-    """What the assistant writes after a `prompt`: its text and its calls, up to and including the end of the turn.
+    """Returns the ids that the assistant writes after a `prompt`: text and calls, up to and including the turn's end.
 
     Args:
-        asked: the conversation before it. Only the template of an imported model looks at it.
+        asked: the conversation before `message`. Only the template of an imported model looks at it.
 
     Raises:
         ChatError: `message` is not a turn of the assistant.
     """
     check_message(message, "the assistant's turn")
     if tokenizer.kept_template:
-        from dist_lm.chat import kept_template
+        from dist_lm.chat import kept_template  # jinja2 is for imported models only
 
         return kept_template.answer_tokens(asked or kept_template.QUESTION, message, tokenizer)
+
     return _encoded(_answer(message, "the assistant's turn"), tokenizer)
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a turn of the assistant.
+    """Returns the token ids that end a turn of the assistant.
 
     Raises:
-        UserError: there is none: the tokenizer lacks the mark.
+        UserError: the tokenizer lacks the mark, or the template of an imported model ends turns without one.
     """
     if tokenizer.kept_template:
-        from dist_lm.chat import kept_template
+        from dist_lm.chat import kept_template  # jinja2 is for imported models only
 
         return kept_template.stop_tokens(tokenizer)
+
     return (tokenizer.mark_id(END),)
 
 
 def layout(conversation: Conversation) -> list[Part]:
-    """The parts of `conversation`; their texts, joined, are what `chat_template` renders.
+    """Returns the parts of `conversation`; their concatenated texts are what `chat_template` renders.
 
     Raises:
-        ChatError: as `render`.
+        ChatError: for the reasons of `render`.
     """
     check_conversation(conversation)
     messages = conversation.messages
     parts = [_mark(END_OF_TEXT)]
+
+    # Tools stand in the system turn, so there is one even if the system says nothing.
     if conversation.tools or messages[0].role == "system":
-        parts += _system_turn(messages[0].content if messages[0].role == "system" else "", conversation.tools)
+        system_text = messages[0].content if messages[0].role == "system" else ""
+        parts += _system_turn(system_text, conversation.tools)
+
     for number, message in enumerate(messages):
         where = turn_name(number, message)
         if message.role == "user":
@@ -161,12 +171,12 @@ def layout(conversation: Conversation) -> list[Part]:
 
 
 def last_request(text: str) -> str:
-    """The last text of the user in a rendered conversation, for samples that people read."""
+    """Returns the last text of the user in the text of a rendered conversation, for samples that people read."""
     return text.rpartition(f"{START}user\n")[2].partition(END)[0]
 
 
 def chat_template() -> str:
-    """The same layout as a Jinja template, as `transformers.PreTrainedTokenizer.apply_chat_template` runs it.
+    """Returns the same layout as a Jinja template for `transformers.PreTrainedTokenizer.apply_chat_template`.
 
     Messages and tools have the form of OpenAI's API. The content of a message of role tool is JSON text or a value.
     """
@@ -184,8 +194,8 @@ def _system_turn(text: str, tools: Sequence[Tool]) -> list[Part]:
     parts = [_mark(START)]
     if tools:
         lines = [_json(_tool_value(tool), f"tool {number}") for number, tool in enumerate(tools)]
-        before = f"{text}\n\n{INTRODUCTION}" if text else INTRODUCTION
-        parts += [Part(f"system\n{before}"), _mark(TOOLS), Part("".join(f"\n{line}" for line in lines) + "\n")]
+        introduction = f"{text}\n\n{INTRODUCTION}" if text else INTRODUCTION
+        parts += [Part(f"system\n{introduction}"), _mark(TOOLS), Part("".join(f"\n{line}" for line in lines) + "\n")]
         parts += [_mark(END_TOOLS), Part(INSTRUCTION)]
     else:
         parts.append(Part(f"system\n{text}"))
@@ -198,22 +208,24 @@ def _tool_value(tool: Tool) -> Json:
 
 
 def _answer(message: Message, where: str) -> list[Part]:
-    parts, text = list[Part](), message.content
+    parts: list[Part] = []
+    text = message.content
     for number, call in enumerate(message.calls):
         if number or text:
             parts.append(Part(f"{text}\n", is_answer=True))
-        value = _json({"name": call.name, "arguments": call.arguments}, f"{where}, call {number}")
-        parts += [_mark(CALL, True), Part(f"\n{value}\n", is_answer=True), _mark(END_CALL, True)]
+        call_json = _json({"name": call.name, "arguments": call.arguments}, f"{where}, call {number}")
+        parts += [_mark(CALL, True), Part(f"\n{call_json}\n", is_answer=True), _mark(END_CALL, True)]
         text = ""
     return [*parts, Part(text, is_answer=True), _mark(END, True)]
 
 
 def _results(results: Sequence[Json], where: str) -> list[Part]:
-    parts = list[Part]()
+    parts: list[Part] = []
     for number, result in enumerate(results):
-        value = _json(result, f"{where}, result {number}")
-        parts += [Part("\n")] if parts else []
-        parts += [_mark(RESPONSE), Part(f"\n{value}\n"), _mark(END_RESPONSE)]
+        result_json = _json(result, f"{where}, result {number}")
+        if parts:
+            parts.append(Part("\n"))
+        parts += [_mark(RESPONSE), Part(f"\n{result_json}\n"), _mark(END_RESPONSE)]
     return parts
 
 
@@ -226,7 +238,7 @@ def _mark(name: str, is_answer: bool = False) -> Part:
 
 
 def _json(value: Json, where: str) -> str:
-    """`value` as JSON that spells no mark."""
+    """Returns `value` as JSON that spells no mark."""
     text = json_text.write(value, where)
     for mark in SPECIAL_TOKENS if "<" in text else ():
         text = text.replace(mark, f"\\u003c{mark[1:]}")
@@ -234,7 +246,7 @@ def _json(value: Json, where: str) -> str:
 
 
 def _encoded(parts: Iterable[Part], tokenizer: Tokenizer) -> list[int]:
-    tokens = list[int]()
+    tokens: list[int] = []
     for part in parts:
         tokens += tokenizer.mark(part.text) if part.is_mark else tokenizer.encode(part.text)
     return tokens

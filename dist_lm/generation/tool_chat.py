@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_lm.chat.messages import Call, Conversation, Json, Message
-from dist_lm.chat.parse import parse_turn
+from dist_lm.chat.parse import parse_turn, require_hermes_calls
 from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.errors import UserError, require
 from dist_lm.generation.session import ENDINGS as FINISHES
@@ -76,8 +76,6 @@ class ToolChat:
         """
         self._session, self._toolbox, self._max_rounds = session, toolbox, max_rounds
         if toolbox and session.tokenizer.kept_template:
-            from dist_lm.chat.kept_template import require_hermes_calls
-
             require_hermes_calls(session.tokenizer)
         self.forget()
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from dist_lm.chat.jinja_text import messages_of, rendered
-from dist_lm.chat.kept_template import writes_hermes_calls
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
-from dist_lm.chat.parse import parse_turn
+from dist_lm.chat.parse import parse_turn, writes_hermes_calls
 from dist_lm.chat.ranking import Ranking, ranking_tokens
 from dist_lm.chat.template import answer_tokens, chat_template, prompt, render, stop_tokens
 from dist_lm.errors import ArtefactError
