@@ -203,8 +203,10 @@ def unshared_locals(function: Function) -> set[str]:
     """Locals that no nested function sees, so that only the lines of `function` itself read and write them."""
     names = set(bound_names(function.body))
     for node in ast.walk(function):
-        if node is not function and isinstance(node, Function | ast.Lambda | ast.ClassDef | ast.GeneratorExp):
+        if node is not function and isinstance(node, Function | ast.Lambda | ast.ClassDef):
             names -= names_in(node)
+        elif isinstance(node, ast.GeneratorExp):  # it may run later
+            names -= names_in(node) - set(bound_names([generator.target for generator in node.generators]))
         elif isinstance(node, ast.Global | ast.Nonlocal):
             names -= set(node.names)
     return names
