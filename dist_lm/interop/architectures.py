@@ -1,4 +1,4 @@
-"""The transformers architecture that can hold a model, or the option for which there is none; and `config.json`.
+"""Finds the transformers architecture that can hold a model, and translates `config.json` in both directions.
 
     model.norm  model.ffn  model.bias  model.qkv_bias  model.qk_norm  architecture
     layernorm   gelu       true        any             false          GPTNeoX; Starcoder2 with grouped-query attention
@@ -30,23 +30,25 @@ HEADS = {"tokens": "ForCausalLM", "scalar": "ForSequenceClassification"}
 class Architecture:
     """A class of transformers and the fields of its config that the options of a model decide."""
 
-    family: str  # such as Llama
-    head: str  # a value of HEADS
+    family: str  # key of FAMILIES, such as Llama
+    head: str  # value of HEADS
     fields: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """The class, such as LlamaForCausalLM."""
+        """Name of the class, such as LlamaForCausalLM."""
         return self.family + self.head
 
 
 def architecture_of(model: ModelConfig) -> Architecture | str:
-    """The architecture that holds `model`; if there is none, the reason, which names the option."""
+    """Returns the architecture that holds `model`; if there is none, the reason, which names the option."""
     head = HEADS[model.head]
     if model.value_residual:
         return "model.value_residual=True: of these architectures of transformers none mixes values of layers"
     if model.logit_cap:
         return f"model.logit_cap={model.logit_cap}: of these architectures of transformers none caps its logits"
+
+    # GPT-NeoX has LayerNorm, and alone has parallel residuals and partial rotation.
     in_neox = "of the architectures of transformers, GPT-NeoX alone has it"
     if model.norm == "layernorm":
         if model.ffn != "gelu":
@@ -61,12 +63,15 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
             fields = {"attention_bias": True, "use_parallel_residual": model.parallel_residual}
             return Architecture("GPTNeoX", head, {"hidden_act": "gelu", **fields})
         in_neox += f", and model.n_kv_heads={model.n_kv_heads} needs StarCoder2"
+
     if model.parallel_residual:
         return f"model.parallel_residual=True: {in_neox}"
     if model.rotary_fraction != 1:
         return f"model.rotary_fraction={model.rotary_fraction}: {in_neox}"
     if model.norm == "layernorm":
         return Architecture("Starcoder2", head, {"hidden_act": "gelu", "use_bias": True})
+
+    # The others have RMSNorm. Arcee has a feed-forward network without a gate.
     if model.d_model % model.n_heads and not model.qk_norm:
         return f"model.n_heads={model.n_heads}: without model.qk_norm, transformers needs a divisor of model.d_model"
     biases = {"attention_bias": model.bias, "mlp_bias": model.bias}
@@ -77,12 +82,14 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
         if qkv_alone:
             return f"model.qkv_bias=True: with model.ffn={model.ffn}, transformers has biases everywhere or nowhere"
         return Architecture("Arcee", head, {"hidden_act": model.ffn, **biases})
+
     if model.qk_norm:
         if model.bias:
             return "model.bias=True: with model.qk_norm=true, transformers has no biases in the feed-forward network"
         if qkv_alone:
             return "model.qkv_bias=True: with model.qk_norm=true, transformers has no biases for these alone"
         return Architecture("Qwen3", head, {"attention_bias": False})
+
     if not qkv_alone:
         return Architecture("Llama", head, biases)
     if model.head_width not in (None, model.d_model // model.n_heads):
@@ -95,19 +102,19 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of transformers describes a model in config.json.
+    """Describes how a family of transformers writes a model in config.json.
 
     Docs: https://huggingface.co/docs/transformers/model_doc/llama (and qwen3, gpt_neox, starcoder2, arcee).
     """
 
     model_type: str
     options: dict[str, Any]  # keys of our model that the family decides
-    norm_eps: str  # their key of model.norm_eps
+    norm_eps: str  # their key for model.norm_eps
     fixed: dict[str, Any]  # keys with the only value that our model has
-    defaults: dict[str, Any]  # what transformers takes for a key that config.json lacks, where it is not None
-    biases: tuple[str, ...] = ()  # keys that must agree: model.bias
-    own: dict[str, str] = field(default_factory=dict)  # further options of our model by their keys
-    own_rope: dict[str, str] = field(default_factory=dict)  # older keys of rotary positions by their newer names
+    defaults: dict[str, Any]  # values that transformers takes for missing keys of config.json, where not None
+    biases: tuple[str, ...] = ()  # their keys for model.bias, which must agree
+    own: dict[str, str] = field(default_factory=dict)  # further options of our model -> their keys
+    own_rope: dict[str, str] = field(default_factory=dict)  # newer names of keys of rotary positions -> older names
     any_head_width: bool = True  # False: hidden_size / num_attention_heads
 
 
@@ -117,7 +124,7 @@ _NO_WINDOW = {"use_sliding_window": False}
 
 
 def _like_llama(model_type: str, options: dict, fixed: dict, defaults: dict, **more: Any) -> Family:
-    """A family with RMSNorm. The arguments say what differs from Llama."""
+    """Returns a family with RMSNorm. The arguments say what differs from Llama."""
     silu = {"hidden_act": "silu"}
     return Family(
         model_type,
@@ -199,130 +206,146 @@ SIZES = {
     "max_seq_len": "max_position_embeddings",
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
-}  # keys of `model` by name, and what config.json calls them
+}
+"""Keys of `model` -> their names in config.json."""
 _FACTORS = {f"rope_{key}": key for key in ("factor", "low_freq_factor", "high_freq_factor")}
 _ORIGINAL = "original_max_position_embeddings"
 SCALINGS = {
     "none": {},
     "linear": {"rope_factor": "factor"},
     "llama3": {**_FACTORS, "rope_original_len": _ORIGINAL},
-}  # numbers of each model.rope_scaling: keys of `model`, and what config.json calls them
+}
+"""model.rope_scaling -> (keys of `model` -> their names in config.json) of the numbers that it has."""
 NEVER = ("quantization_config", "auto_map")  # keys that change how weights are read, or name code
 
 
-def hf_config(model: ModelConfig, found: Architecture, dtype: str) -> dict[str, Any]:
-    """config.json without token ids.
+def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dict[str, Any]:
+    """Returns config.json without token ids.
 
     Args:
-        found: `architecture_of(model)`.
-        dtype: of the weights, such as bfloat16.
+        architecture: `architecture_of(model)`.
+        dtype: type of the weights, such as bfloat16.
     """
-    family = FAMILIES[found.family]
+    family = FAMILIES[architecture.family]
     config: dict[str, Any] = {
-        "architectures": [found.name],
+        "architectures": [architecture.name],
         "model_type": family.model_type,
         **{theirs: getattr(model, ours) for ours, theirs in SIZES.items()},
         family.norm_eps: model.norm_eps,
         family.own_rope.get("rope_theta", "rope_theta"): model.rope_base,
         **family.fixed,
-        **found.fields,
+        **architecture.fields,
         "attention_dropout": 0.0,
         "torch_dtype": dtype,
     }
+
+    # Only GPT-NeoX has rotary keys of its own, and neither grouped heads nor a free head width.
     if family.own_rope:
         config |= {"rotary_pct": model.rotary_fraction, "hidden_dropout": 0.0}
     else:
         config |= {"num_key_value_heads": model.kv_heads, "head_dim": model.d_head}
-    if numbers := SCALINGS[model.rope_scaling]:
-        values = {theirs: getattr(model, ours) for ours, theirs in numbers.items()}
-        config["rope_scaling"] = {"rope_type": model.rope_scaling, **values}
+
+    if names := SCALINGS[model.rope_scaling]:
+        numbers = {theirs: getattr(model, ours) for ours, theirs in names.items()}
+        config["rope_scaling"] = {"rope_type": model.rope_scaling, **numbers}
     if model.head == "scalar":
         config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
     return config
 
 
 def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelConfig, Architecture]:
-    """The model that a config.json describes: the inverse of `hf_config`.
+    """Returns the model that a config.json describes: the inverse of `hf_config`.
 
     Args:
-        name: of the model.
-        place: the file, for messages.
+        name: name of the model.
+        place: path of the file, for messages.
 
     Raises:
         ArtefactError: names a key of config.json whose value our model lacks.
     """
-    families = {family.model_type: known for known, family in FAMILIES.items()}
-    known = families.get(config.get("model_type", ""))
-    if known is None:
-        _refuse(place, "model_type", config.get("model_type"), f"one of {', '.join(sorted(families))}")
-    family = FAMILIES[known]
-    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
-    heads = {known + theirs: ours for ours, theirs in HEADS.items()}
-    classes = values.get("architectures") or [None]
+    family_names = {family.model_type: family_name for family_name, family in FAMILIES.items()}
+    family_name = family_names.get(config.get("model_type", ""))
+    if family_name is None:
+        _refuse(place, "model_type", config.get("model_type"), f"one of {', '.join(sorted(family_names))}")
+    family = FAMILIES[family_name]
+    settings = {**family.defaults, **{key: setting for key, setting in config.items() if setting is not None}}
+
+    heads = {family_name + theirs: ours for ours, theirs in HEADS.items()}
+    classes = settings.get("architectures") or [None]
     head = heads.get(str(classes[0]))
     if head is None:
         _refuse(place, "architectures", classes[0], f"one of {', '.join(heads)}")
+
+    # Refuse what would change the computation and our model has no option for.
     for key in NEVER:
-        if values.get(key):
-            _refuse(place, key, values[key], "no such key: weights as they are, without code of their own")
-    for key, value in family.fixed.items():
-        if values.get(key) != value:
-            _refuse(place, key, values.get(key), str(value))
-    if windows := {*values.get("layer_types", ())} - {"full_attention"}:
+        if settings.get(key):
+            _refuse(place, key, settings[key], "no such key: weights as they are, without code of their own")
+    for key, accepted in family.fixed.items():
+        if settings.get(key) != accepted:
+            _refuse(place, key, settings.get(key), str(accepted))
+    if windows := {*settings.get("layer_types", ())} - {"full_attention"}:
         _refuse(place, "layer_types", windows.pop(), "full_attention")
     for key in family.biases:
-        if values[key] != values[family.biases[0]]:
-            _refuse(place, key, values[key], f"{family.biases[0]}={values[family.biases[0]]} too")
+        if settings[key] != settings[family.biases[0]]:
+            _refuse(place, key, settings[key], f"{family.biases[0]}={settings[family.biases[0]]} too")
     for key in SIZES.values():
-        if key not in values:
+        if key not in settings:
             _refuse(place, key, None, "a value")
-    width = values["hidden_size"] / values["num_attention_heads"]
-    head_width = values.get("head_dim", width)
-    if head_width != width and not family.any_head_width:
-        _refuse(place, "head_dim", head_width, f"{width:g}, which is hidden_size / num_attention_heads")
-    bias = {"bias": values[family.biases[0]]} if family.biases else {}
-    kv_heads = values.get("num_key_value_heads", values["num_attention_heads"])
+
+    n_heads = settings["num_attention_heads"]
+    default_width = settings["hidden_size"] / n_heads
+    head_width = settings.get("head_dim", default_width)
+    if head_width != default_width and not family.any_head_width:
+        _refuse(place, "head_dim", head_width, f"{default_width:g}, which is hidden_size / num_attention_heads")
+    kv_heads = settings.get("num_key_value_heads", n_heads)
+    bias = {"bias": settings[family.biases[0]]} if family.biases else {}
+
     try:
         model = ModelConfig(
             name=name,
-            **{ours: values[theirs] for ours, theirs in {**SIZES, **family.own}.items()},
+            **{ours: settings[theirs] for ours, theirs in {**SIZES, **family.own}.items()},
             **{**family.options, **bias},
-            norm_eps=values[family.norm_eps],
-            **_rope(values, family, place),
-            n_kv_heads=None if kv_heads == values["num_attention_heads"] else kv_heads,
-            head_width=None if head_width == width else head_width,
+            norm_eps=settings[family.norm_eps],
+            **_rope(settings, family, place),
+            n_kv_heads=None if kv_heads == n_heads else kv_heads,
+            head_width=None if head_width == default_width else head_width,
             head=head,
         )
     except ConfigError as error:
         raise ArtefactError(f"{place}: {error}") from error
-    found = architecture_of(model)
-    if isinstance(found, str):
-        raise ArtefactError(f"{place}: {found}")
-    return model, Architecture(known, found.head, found.fields)
+
+    # The options may be those of another family that computes the same; the names of tensors are the file's.
+    architecture = architecture_of(model)
+    if isinstance(architecture, str):
+        raise ArtefactError(f"{place}: {architecture}")
+    return model, Architecture(family_name, architecture.head, architecture.fields)
 
 
-def _rope(values: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
-    """Our options of rotary positions, from the keys of older or newer versions of transformers."""
-    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
-    nested: Mapping[str, Any] = values.get(name) or {}
-    kind = nested.get("rope_type", nested.get("type", "default"))
-    scaling = "none" if kind == "default" else kind
-    if scaling not in SCALINGS or kind == "none":
-        _refuse(place, f"{name}.rope_type", kind, "default, linear or llama3")
-    found: dict[str, Any] = {"rope_scaling": scaling}
+def _rope(settings: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Returns our options of rotary positions, from the keys of older or newer versions of transformers."""
+    name = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
+    nested: Mapping[str, Any] = settings.get(name) or {}
+    rope_type = nested.get("rope_type", nested.get("type", "default"))
+    scaling = "none" if rope_type == "default" else rope_type
+    if scaling not in SCALINGS or rope_type == "none":
+        _refuse(place, f"{name}.rope_type", rope_type, "default, linear or llama3")
+
+    options: dict[str, Any] = {"rope_scaling": scaling}
     for ours, key, default in (("rope_base", "rope_theta", 10000.0), ("rotary_fraction", "partial_rotary_factor", 1.0)):
         older = family.own_rope.get(key, key)
-        found[ours] = float(nested.get(key, values.get(older, values.get(key, default))))
-    if found["rotary_fraction"] != 1 and not family.own_rope:
-        _refuse(place, "partial_rotary_factor", found["rotary_fraction"], "1: all of a head is rotated")
-    given = {_ORIGINAL: values["max_position_embeddings"], **nested}
-    given |= {key: values[key] for key in (_ORIGINAL,) if key in values}  # has precedence in transformers
+        options[ours] = float(nested.get(key, settings.get(older, settings.get(key, default))))
+    if options["rotary_fraction"] != 1 and not family.own_rope:
+        _refuse(place, "partial_rotary_factor", options["rotary_fraction"], "1: all of a head is rotated")
+
+    numbers = {_ORIGINAL: settings["max_position_embeddings"], **nested}
+    if _ORIGINAL in settings:
+        numbers[_ORIGINAL] = settings[_ORIGINAL]  # has precedence in transformers
     for ours, theirs in SCALINGS[scaling].items():
-        if not isinstance(given.get(theirs), int | float):
-            _refuse(place, f"{name}.{theirs}", given.get(theirs), "a number")
-        found[ours] = given[theirs]
-    return found
+        if not isinstance(numbers.get(theirs), int | float):
+            _refuse(place, f"{name}.{theirs}", numbers.get(theirs), "a number")
+        options[ours] = numbers[theirs]
+    return options
 
 
-def _refuse(place: str, key: str, value: Any, accepted: str) -> NoReturn:
-    raise ArtefactError(f"{place}: {key}={value}: expected {accepted}")
+def _refuse(place: str, key: str, setting: Any, accepted: str) -> NoReturn:
+    raise ArtefactError(f"{place}: {key}={setting}: expected {accepted}")

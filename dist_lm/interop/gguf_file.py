@@ -1,4 +1,4 @@
-"""A model as one GGUF file for llama.cpp: shape, tokenizer, chat template, weights. Needs the extra `gguf`.
+"""Writes a model as one GGUF file for llama.cpp: shape, tokenizer, chat template, weights. Needs the extra `gguf`.
 
 Spec: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names of tensors are those of the package `gguf`.
 
@@ -26,18 +26,18 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TYPES = ("F16", "Q8_0")
 BLOCK = 32  # numbers with one scale in Q8_0
-NAMES = {  # of llama.cpp
+NAMES = {  # families of transformers -> architectures of llama.cpp
     "Llama": "llama",
     "Qwen2": "qwen2",
     "Qwen3": "qwen3",
     "Starcoder2": "starcoder2",
     "GPTNeoX": "gptneox",
 }
-Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
+Read = Callable[[str], torch.Tensor]  # returns a parameter of ours by its name
 
 
-def require_gguf(kind: str, model: ModelConfig, found: Architecture) -> None:
-    """Refuse what `write_gguf` cannot write.
+def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> None:
+    """Refuses a model that `write_gguf` cannot write. `kind` is F16 or Q8_0.
 
     Raises:
         ConfigError: llama.cpp cannot hold the model, or `kind` is unknown; names the option.
@@ -48,9 +48,9 @@ def require_gguf(kind: str, model: ModelConfig, found: Architecture) -> None:
         raise ConfigError(f"--gguf {kind}: model.head={model.head}: llama.cpp holds models with model.head=tokens")
     if model.rope_scaling != "none":
         raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
-    if found.family not in NAMES:
-        why = "llama.cpp has another activation in" if model.ffn == "gelu" else "this command does not write"
-        raise ConfigError(f"--gguf {kind}: {why} {found.family} (model.ffn={model.ffn})")
+    if architecture.family not in NAMES:
+        reason = "llama.cpp has another activation in" if model.ffn == "gelu" else "this command does not write"
+        raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} (model.ffn={model.ffn})")
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -61,18 +61,18 @@ def write_gguf(
     path: Path,
     kind: str,
     model: ModelConfig,
-    found: Architecture,
+    architecture: Architecture,
     tensors: Sequence[Converted],
     read: Read,
     tokenizer: Tokenizer,
     template: str,
 ) -> None:
-    """Write the file; one tensor is in memory at a time.
+    """Writes the file; one tensor is in memory at a time.
 
     Args:
         kind: F16 | Q8_0.
-        tensors: of transformers, which hold the model.
-        read: gives whole, unpadded parameters.
+        tensors: tensors of transformers that hold the model.
+        read: returns whole, unpadded parameters.
         template: the chat template.
 
     Raises:
@@ -80,76 +80,86 @@ def write_gguf(
     """
     import gguf
 
-    writer = gguf.GGUFWriter(path, NAMES[found.family])
-    _add_shape(writer, kind, model, found)
+    writer = gguf.GGUFWriter(path, NAMES[architecture.family])
+    _add_shape(writer, kind, model, architecture)
     _add_tokenizer(writer, tokenizer, model.vocab_size)
     writer.add_chat_template(template)
-    if found.family == "GPTNeoX" and model.tie_embeddings:  # llama.cpp does not share the embedding there
-        embedding = next(one for one in tensors if one.ours == ("embedding.weight",))
+
+    if architecture.family == "GPTNeoX" and model.tie_embeddings:  # llama.cpp does not share the embedding there
+        embedding = next(tensor for tensor in tensors if tensor.ours == ("embedding.weight",))
         tensors = [*tensors, replace(embedding, name="embed_out.weight")]
-    names = names_of_tensors(found, model.n_layers, tensors)
-    for name, one in names.items():
-        stored = _stored_as(one, kind)
-        block, size = gguf.GGML_QUANT_SIZES[stored]
-        writer.add_tensor_info(name, one.shape, np.dtype(np.float32), math.prod(one.shape) // block * size, stored)
+
+    # The header names all tensors with their sizes, so their data can follow one by one.
+    tensors_by_name = names_of_tensors(architecture, model.n_layers, tensors)
+    for name, tensor in tensors_by_name.items():
+        storage = _storage_type(tensor, kind)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[storage]
+        n_bytes = math.prod(tensor.shape) // block * block_bytes
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), n_bytes, storage)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for one in names.values():
-        tensor = one.to_theirs([read(name).detach().to("cpu", torch.float32) for name in one.ours])
-        rows = rows_of_llama_cpp(one, tensor, model, found).contiguous().numpy()
-        writer.write_tensor_data(gguf.quants.quantize(rows, _stored_as(one, kind)))
-        del tensor, rows
+
+    for tensor in tensors_by_name.values():
+        weights = tensor.to_theirs([read(name).detach().to("cpu", torch.float32) for name in tensor.ours])
+        rows = rows_of_llama_cpp(tensor, weights, model, architecture).contiguous().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(rows, _storage_type(tensor, kind)))
+        del weights, rows
     writer.close()
 
 
-def names_of_tensors(found: Architecture, n_layers: int, tensors: Sequence[Converted]) -> dict[str, Converted]:
-    """Tensors by the names of llama.cpp."""
+def names_of_tensors(architecture: Architecture, n_layers: int, tensors: Sequence[Converted]) -> dict[str, Converted]:
+    """Returns the tensors by the names of llama.cpp."""
     import gguf
 
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[NAMES[found.family]], n_layers)
-    return {str(names.get_name(one.name, (".weight", ".bias"))): one for one in tensors}
+    names = gguf.get_tensor_name_map(numbers[NAMES[architecture.family]], n_layers)
+    return {str(names.get_name(tensor.name, (".weight", ".bias"))): tensor for tensor in tensors}
 
 
-def rows_of_llama_cpp(one: Converted, tensor: torch.Tensor, model: ModelConfig, found: Architecture) -> torch.Tensor:
-    """A tensor of transformers with its rows in the order of llama.cpp."""
-    if len(one.ours) > 1:  # (H, 3, K, ...): all queries, all keys, all values
-        parts = tensor.view(model.n_heads, len(FUSED), model.d_head, *tensor.shape[1:])
-        return parts.transpose(0, 1).reshape(one.shape)
-    if _is_turned(one, found):  # (heads, 2, K/2, ...)
-        return tensor.view(-1, 2, model.d_head // 2, *tensor.shape[1:]).transpose(1, 2).reshape(one.shape)
-    return tensor
+def rows_of_llama_cpp(
+    tensor: Converted, weights: torch.Tensor, model: ModelConfig, architecture: Architecture
+) -> torch.Tensor:
+    """Returns the weights of a tensor of transformers with the rows in the order of llama.cpp."""
+    if len(tensor.ours) > 1:  # (H, 3, K, ...): all queries, all keys, all values
+        parts = weights.view(model.n_heads, len(FUSED), model.d_head, *weights.shape[1:])
+        return parts.transpose(0, 1).reshape(tensor.shape)
+    if _rotates_neighbours(tensor, architecture):  # (heads, 2, K/2, ...)
+        return weights.view(-1, 2, model.d_head // 2, *weights.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return weights
 
 
-def rows_of_transformers(one: Converted, tensor: torch.Tensor, model: ModelConfig, found: Architecture) -> torch.Tensor:
-    """The inverse of `rows_of_llama_cpp` for a tensor that holds one of ours."""
-    if _is_turned(one, found):
-        return tensor.view(-1, model.d_head // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(one.shape)
-    return tensor.reshape(one.shape)
+def rows_of_transformers(
+    tensor: Converted, weights: torch.Tensor, model: ModelConfig, architecture: Architecture
+) -> torch.Tensor:
+    """Computes the inverse of `rows_of_llama_cpp` for a tensor that holds one tensor of ours."""
+    if _rotates_neighbours(tensor, architecture):
+        return weights.view(-1, model.d_head // 2, 2, *weights.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return weights.reshape(tensor.shape)
 
 
-def _is_turned(one: Converted, found: Architecture) -> bool:
+def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
     """Whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
-    name = one.ours[0].removesuffix("_bias")
-    return found.family == "Llama" and name.endswith(("attention.query", "attention.key"))
+    name = tensor.ours[0].removesuffix("_bias")
+    return architecture.family == "Llama" and name.endswith(("attention.query", "attention.key"))
 
 
-def _stored_as(one: Converted, kind: str) -> Any:
+def _storage_type(tensor: Converted, kind: str) -> Any:
     from gguf import GGMLQuantizationType
 
-    if len(one.shape) == 1:
+    if len(tensor.shape) == 1:
         return GGMLQuantizationType.F32
-    return GGMLQuantizationType["F16" if one.shape[-1] % BLOCK else kind]
+    return GGMLQuantizationType["F16" if tensor.shape[-1] % BLOCK else kind]
 
 
-def _add_shape(writer: Any, kind: str, model: ModelConfig, found: Architecture) -> None:
+def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Architecture) -> None:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_type("model")
     writer.add_name(model.name)
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
+
     writer.add_context_length(model.max_seq_len)
     writer.add_embedding_length(model.d_model)
     writer.add_block_count(model.n_layers)
@@ -160,28 +170,33 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, found: Architecture) 
     writer.add_value_length(model.d_head)
     writer.add_rope_dimension_count(model.rotary_width)
     writer.add_rope_freq_base(model.rope_base)
-    (writer.add_layer_norm_rms_eps if model.norm == "rmsnorm" else writer.add_layer_norm_eps)(model.norm_eps)
-    if found.family == "GPTNeoX":
-        writer.add_parallel_residual(found.fields["use_parallel_residual"])
+
+    if model.norm == "rmsnorm":
+        writer.add_layer_norm_rms_eps(model.norm_eps)
+    else:
+        writer.add_layer_norm_eps(model.norm_eps)
+    if architecture.family == "GPTNeoX":
+        writer.add_parallel_residual(architecture.fields["use_parallel_residual"])
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    found = gguf_vocabulary(tokenizer, Path(tokenizer.name).read_bytes())
-    missing = range(len(found.tokens), vocab_size)  # rows of the embedding that are no token
+    vocabulary = gguf_vocabulary(tokenizer, Path(tokenizer.name).read_bytes())
+    unused_ids = range(len(vocabulary.tokens), vocab_size)  # rows of the embedding that are no token
     writer.add_vocab_size(vocab_size)
-    writer.add_tokenizer_model(found.model)
-    writer.add_tokenizer_pre(found.pre)
-    writer.add_token_list([*found.tokens, *(f"[PAD{number}]" for number in missing)])
-    writer.add_token_types([*found.types, *(UNUSED for _ in missing)])
-    if found.scores is not None:
-        writer.add_token_scores([*found.scores, *(-1e4 for _ in missing)])
-    if found.merges is not None:
-        writer.add_token_merges(found.merges)
-    ids: Mapping[str, int] = tokenizer.special_ids
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list([*vocabulary.tokens, *(f"[PAD{token_id}]" for token_id in unused_ids)])
+    writer.add_token_types([*vocabulary.types, *(UNUSED for _ in unused_ids)])
+    if vocabulary.scores is not None:
+        writer.add_token_scores([*vocabulary.scores, *(-1e4 for _ in unused_ids)])
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+
+    special_ids: Mapping[str, int] = tokenizer.special_ids
     writer.add_bos_token_id(tokenizer.opening.first)
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_pad_token_id(tokenizer.pad_id)
-    if END in ids:
-        writer.add_eot_token_id(ids[END])  # ends a turn
-    writer.add_add_bos_token(found.add_bos)
-    writer.add_add_space_prefix(found.add_space_prefix)
+    if END in special_ids:
+        writer.add_eot_token_id(special_ids[END])  # ends a turn
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
