@@ -1,6 +1,6 @@
-"""What the kernel takes from a process: namespaces, limits, capabilities, files (Landlock), system calls (seccomp).
+"""Confines a process by the kernel: namespaces, limits, capabilities, files (Landlock), system calls (seccomp).
 
-This module runs inside the sandbox, where only the standard library is. It calls the kernel through ctypes: the C
+This module runs inside the sandbox, which has the standard library only. It calls the kernel through ctypes: the C
 library has no functions for Landlock, and glibc's wrappers differ between versions.
 
 Sources: landlock(7), seccomp(2), user_namespaces(7), capabilities(7), Linux `include/uapi/linux/{landlock,seccomp}.h`.
@@ -28,7 +28,7 @@ _libc_at_once.syscall.restype = ctypes.c_long
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 NAMESPACES = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
-_NEW_ANYTHING = NAMESPACES | 0x02000000  # and cgroups
+_NEW_ANYTHING = NAMESPACES | 0x02000000  # also CLONE_NEWCGROUP
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 36, 47, 4
@@ -37,30 +37,31 @@ _F_ADD_SEALS = 1033
 INSIDE_ID = 1000  # user and group in a run
 
 
-def _checked(result: int, what: str) -> int:
-    if result < 0:
+def _checked(returned: int, call: str) -> int:
+    """Returns what a system call returned; raises OSError with the name of the call if it failed."""
+    if returned < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
-    return result
+        raise OSError(number, f"{call}: {os.strerror(number)}")
+    return returned
 
 
-def _prctl(option: int, *values: int) -> None:
-    arguments = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
-    _checked(_libc.prctl(option, *arguments), f"prctl {option}")
+def _prctl(option: int, *arguments: int) -> None:
+    four_arguments = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    _checked(_libc.prctl(option, *four_arguments), f"prctl {option}")
 
 
 def dumpable(on: bool) -> None:
-    """Whether processes of the same user may read memory, descriptors and environment of this one."""
+    """Sets whether processes of the same user may read memory, descriptors and environment of this one."""
     _prctl(_PR_SET_DUMPABLE, int(on))
 
 
 def end_with_parent() -> None:
-    """The kernel kills this process when its parent ends."""
+    """Lets the kernel kill this process when its parent ends."""
     _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
 
 
 def adopt_orphans() -> None:
-    """Processes below this one whose parent ends become its children."""
+    """Makes processes below this one its children when their parent ends."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -68,7 +69,7 @@ def adopt_orphans() -> None:
 
 
 def become(identity: int) -> None:
-    """Drop from root to user and group `identity`, with all capabilities."""
+    """Becomes user and group `identity` instead of root, and loses all capabilities."""
     os.setgroups([])
     os.setresgid(identity, identity, identity)
     os.setresuid(identity, identity, identity)
@@ -79,22 +80,23 @@ _CLONE3 = 435  # the same on all architectures
 
 
 def fork_into_namespaces() -> int:
-    """Fork a child that is the first process of new user, pid, mount, ipc, net and uts namespaces.
+    """Forks a child that is the first process of new user, pid, mount, ipc, net and uts namespaces.
 
-    In one call, because `fork`, `unshare` and another `fork` cost three times as much. Python runs no hooks of `fork`
-    in the child, so this process must have one thread.
+    One call does it all, because `fork`, `unshare` and another `fork` cost three times as much. Python runs no hooks
+    of `fork` in the child, so this process must have one thread. Returns the child's pid; 0 in the child.
     """
     arguments = struct.pack("8Q", NAMESPACES, 0, 0, 0, _SIGCHLD, 0, 0, 0)  # struct clone_args
     child = _libc_at_once.syscall(ctypes.c_long(_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
-    if child < 0 and ctypes.get_errno() == _ENOSYS:  # the filter of a container refuses it
-        numbers, flags = NUMBERS.get(os.uname().machine, {}), ctypes.c_ulong(NAMESPACES | _SIGCHLD)
+    if child < 0 and ctypes.get_errno() == _ENOSYS:  # the filter of a container refuses clone3
+        numbers = NUMBERS.get(os.uname().machine, {})
+        flags = ctypes.c_ulong(NAMESPACES | _SIGCHLD)
         if "clone" in numbers:
             child = _libc_at_once.syscall(ctypes.c_long(numbers["clone"]), flags, None, None, None, None)
     return _checked(child, "clone")
 
 
 def name_identities(user: int, group: int) -> None:
-    """Let `user` and `group` of the namespace above be those of a run in this new one."""
+    """Maps `user` and `group` of the parent namespace to those of a run in this new one."""
     write("/proc/self/setgroups", "deny")
     write("/proc/self/uid_map", f"{INSIDE_ID} {user} 1")
     write("/proc/self/gid_map", f"{INSIDE_ID} {group} 1")
@@ -102,29 +104,31 @@ def name_identities(user: int, group: int) -> None:
 
 
 def write(path: str, text: str) -> None:
-    """Write to a file that is there. `open` makes many objects, and a forked process copies the memory of each."""
+    """Writes to an existing file. `open` makes many objects, and a forked process copies the memory of each."""
     file = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     os.write(file, text.encode())
     os.close(file)
 
 
 def sealed(data: bytes) -> int:
-    """A file in memory that nobody can change. (The module `fcntl` would be loaded anew in every run.)"""
+    """Returns a descriptor of a file in memory that nobody can change."""
     file = os.memfd_create("stdin", os.MFD_ALLOW_SEALING)
     os.write(file, data)
     os.lseek(file, 0, os.SEEK_SET)
+
+    # The module `fcntl` would be loaded anew in every run.
     _checked(_libc.fcntl(file, _F_ADD_SEALS, ctypes.c_int(0xF)), "fcntl")  # seal, shrink, grow, write
     return file
 
 
 def mount_proc(options: str = "subset=pid") -> None:
-    """Processes of the own pid namespace; with these options nothing about the system."""
+    """Mounts /proc with the processes of this pid namespace; the default options hide all files about the system."""
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
     _checked(_libc.mount(b"proc", b"/proc", b"proc", flags, options.encode()), "mount /proc")
 
 
 def mount_tmp(size: int) -> None:
-    """A new, empty /tmp for at most `size` bytes."""
+    """Mounts a new, empty /tmp for at most `size` bytes."""
     options = f"size={size},nr_inodes={max(64, size // 4096)},mode=0777".encode()
     flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
     _checked(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, options), "mount /tmp")
@@ -138,15 +142,15 @@ def unmount_tmp() -> None:
 
 
 def limit(limits: Mapping[int, int]) -> None:
-    """Soft and hard limit of each resource; never above the present hard limit."""
+    """Sets soft and hard limit of each resource; never above the present hard limit."""
     for name, most in limits.items():
         _, hard = resource.getrlimit(name)
-        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(name, (value, value))
+        bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(name, (bound, bound))
 
 
 def drop_capabilities() -> None:
-    """No capabilities, also none from files that are executed later."""
+    """Gives up all capabilities, also those that executed files would bring."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
@@ -161,27 +165,35 @@ def drop_capabilities() -> None:
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
 _RIGHTS_OF_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
-_FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15  # what a rule for a file may grant
+_FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15  # a rule for a file may grant no other rights
 
 
 def landlock_version() -> int:
-    """Version of Landlock's interface in this kernel; 0 without Landlock."""
+    """Returns the version of Landlock's interface in this kernel; 0 without Landlock."""
     version = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     return max(0, int(version))
 
 
 def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Only these trees, which exist, can be read or written; no TCP, no abstract sockets, no signals to processes
-    outside."""
+    """Restricts this process to reading and writing the given trees, which must exist.
+
+    It also refuses TCP, abstract sockets and signals to processes outside, as far as the version can.
+    """
     handled = max(rights for since, rights in _RIGHTS_OF_VERSION.items() if since <= version)
     network = 3 if version >= 4 else 0  # bind and connect of TCP
     scoped = 3 if version >= 6 else 0  # abstract sockets, signals
-    attribute = struct.pack("QQQ", handled, network, scoped)[: 8 if version < 4 else 16 if version < 6 else 24]
+    # An older kernel refuses a structure with fields that it does not know.
+    attribute = struct.pack("QQQ", handled, network, scoped)
+    if version < 4:
+        attribute = attribute[:8]
+    elif version < 6:
+        attribute = attribute[:16]
     size = ctypes.c_size_t(len(attribute))
     ruleset = _checked(_libc.syscall(ctypes.c_long(_CREATE_RULESET), attribute, size, ctypes.c_uint(0)), "landlock")
-    read = _EXECUTE | _READ_FILE | _READ_DIR
+
+    read_rights = _EXECUTE | _READ_FILE | _READ_DIR
     for path in readable:
-        _allow(ruleset, path, read & handled)
+        _allow(ruleset, path, read_rights & handled)
     for path in writable:
         _allow(ruleset, path, handled)
     _checked(_libc.syscall(ctypes.c_long(_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock")
@@ -189,15 +201,15 @@ def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
-    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    if not stat.S_ISDIR(os.fstat(place).st_mode):
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         rights &= _FILE_RIGHTS
-    rule = struct.pack("=Qi", rights, place)
+    rule = struct.pack("=Qi", rights, descriptor)
     _checked(
         _libc.syscall(ctypes.c_long(_ADD_RULE), ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0)),
         f"landlock {path}",
     )
-    os.close(place)
+    os.close(descriptor)
 
 
 # --- seccomp ---
@@ -210,14 +222,15 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_
 
 
 def system_call_filter(machine: str) -> bytes | None:
-    """The BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
+    """Returns the BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
 
     Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist. A process
-    sets no limits but its own: for those of the first process of a run the kernel asks for the user only, and a program
-    is of the same user.
+    sets no limits but its own: for those of the first process of a run the kernel checks the user only, and a program
+    has the same user.
     """
     if machine not in NUMBERS:
         return None
+
     numbers = NUMBERS[machine]
     program = [
         _step(_LOAD, _ARCHITECTURE),
@@ -231,6 +244,8 @@ def system_call_filter(machine: str) -> bytes | None:
         for name in names:
             if name in numbers:
                 program += [_step(_EQUAL, numbers[name], 0, 1), _step(_RETURN, _ERRNO | error)]
+
+    # prlimit64 is for the own process, and clone makes no namespaces.
     program += [
         _step(_EQUAL, numbers["prlimit64"], 0, 4),
         _step(_LOAD, _FIRST_ARGUMENT),
@@ -247,7 +262,7 @@ def system_call_filter(machine: str) -> bytes | None:
 
 
 def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
-    """One `struct sock_filter`; the jumps count steps to skip."""
+    """Returns a `struct sock_filter`; the jumps count steps to skip."""
     return struct.pack("HBBI", code, if_true, if_false, value)
 
 
@@ -256,10 +271,10 @@ class _Program(ctypes.Structure):
 
 
 def filter_system_calls(program: bytes) -> None:
-    """Install a filter for this process and all below it. Needs `drop_capabilities` before (no_new_privs)."""
+    """Installs a filter for this process and all below it. `drop_capabilities` must come before (no_new_privs)."""
     buffer = ctypes.create_string_buffer(program, len(program))
-    value = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_char_p))
-    _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(value), 0, 0), "seccomp")
+    steps = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_char_p))
+    _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(steps), 0, 0), "seccomp")
 
 
 def has_seccomp() -> bool:

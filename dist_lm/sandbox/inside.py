@@ -1,8 +1,8 @@
-"""The program in a sandbox: a server that forks into new namespaces for every run, and what happens there.
+"""The server in a sandbox, which forks into new namespaces for every run.
 
-Three processes: the server (waits for requests and knows nothing of them), for each run the first one in new namespaces
-(`_Run`: reads the request, measures, ends what is left), and for each test the program itself. The server never reads a
-request, so no memory of an earlier run is there to be read.
+There are three processes. The server waits for requests and knows nothing of them. For each run, the first process in
+new namespaces (`_Run`) reads the request, measures, and ends what is left. For each test there is the program itself.
+The server never reads a request, so no memory of an earlier run is there to be read.
 
 A frame is a length (4 bytes) and its content: a request is a marshalled dict, an answer is the packed `Attempt`s of
 `dist_lm.sandbox.program`. Only the standard library is imported, and little of it, so that a cold start is quick.
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-# What programs import most. Each module makes every fork slower. `threading` and `random` are not among them: they have
-# work of their own after a fork, which takes as long as the fork itself.
+# Modules that programs import most. Each module makes every fork slower. `threading` and `random` are not among them:
+# they have work of their own after a fork, which takes as long as the fork itself.
 PRELOADED = (
     *("site", "signal", "re", "collections", "functools", "itertools", "math", "string", "json", "heapq", "bisect"),
     *("operator", "typing", "datetime", "sqlite3"),
@@ -37,7 +37,7 @@ TAIL_BYTES = 2_000
 
 
 def main() -> None:
-    """Serve on descriptor 0.
+    """Serves on descriptor 0.
 
     Arguments: descriptor to join a memory group with (-1: none), identity to become (0: none), Landlock version to use,
     seccomp, namespaces.
@@ -46,43 +46,53 @@ def main() -> None:
     if group >= 0:
         os.write(group, b"0")
         os.close(group)
+
+    # Programs inherit descriptors 0 and 1, so the channel moves to another one.
     channel = os.dup(0)
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
+
     if identity:
-        confine.mount_proc("")  # of bubblewrap's, root may cover parts, and then no run may mount its own
+        # bubblewrap as root covers parts of its /proc, and then the kernel lets no run mount one of its own.
+        confine.mount_proc("")
         confine.become(identity)
+
     readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc", sys.base_prefix)
-    program = confine.system_call_filter(os.uname().machine) if seccomp else None
-    run = _Run(channel, bool(namespaces), landlock, readable, program)
+    call_filter = confine.system_call_filter(os.uname().machine) if seccomp else None
+    run = _Run(channel, bool(namespaces), landlock, readable, call_filter)
     _write_frame(channel, b"ready")
-    left = [*PRELOADED]
-    while _wait_for(channel, left) and _serve(channel, run):
+    unloaded = [*PRELOADED]
+    while _wait_for(channel, unloaded) and _serve(channel, run):
         pass
     os._exit(0)  # at once: there is nothing to tidy up
 
 
 def _trees(*paths: str) -> list[str]:
-    """Those that are there, once each: links followed, none inside another."""
-    found: list[str] = []
-    for path in sorted({os.path.realpath(one) for one in paths if os.path.exists(one)}):
-        if not found or not path.startswith(f"{found[-1]}/"):
-            found.append(path)
-    return found
+    """Returns the paths that exist, links followed, without those inside another one."""
+    roots: list[str] = []
+    for path in sorted({os.path.realpath(path) for path in paths if os.path.exists(path)}):
+        if not roots or not path.startswith(f"{roots[-1]}/"):
+            roots.append(path)
+    return roots
 
 
-def _wait_for(channel: int, left: list[str]) -> bool:
-    """Whether a request comes; False once the other side has gone. Loads what programs use often meanwhile."""
+def _wait_for(channel: int, unloaded: list[str]) -> bool:
+    """Waits for a request and returns whether one came; False once the other side has gone.
+
+    Meanwhile it imports the modules `unloaded`, and removes them from the list.
+    """
     poller = select.poll()
     poller.register(channel, select.POLLIN)
-    while left and not poller.poll(0):
-        name = left.pop(0)
+    while unloaded and not poller.poll(0):
+        name = unloaded.pop(0)
         __import__(name)
         if name == "site":
             languages.add_site_names()
-        if not left:
+
+        # A garbage collection after a fork would touch, and so copy, all objects of the server.
+        if not unloaded:
             compile("0", "", "exec")  # makes the types of syntax trees
             gc.collect()
             gc.freeze()
@@ -90,23 +100,24 @@ def _wait_for(channel: int, left: list[str]) -> bool:
 
 
 def _serve(channel: int, run: _Run) -> bool:
-    """One run in a process below; ends it if the other side goes. Whether an answer was written."""
+    """Makes one run in a process below and returns whether it wrote an answer; ends it if the other side goes."""
     child = run.fork()
     if child == 0:
-        _leave(run.answer)
-    watched = os.pidfd_open(child)
+        _leave_after(run.answer)
+
+    pidfd = os.pidfd_open(child)
     poller = select.poll()
-    poller.register(watched, select.POLLIN)
+    poller.register(pidfd, select.POLLIN)
     poller.register(channel, 0)
-    gone = any(place == channel for place, _ in poller.poll())
-    if gone:
+    is_abandoned = any(file == channel for file, _ in poller.poll())
+    if is_abandoned:
         os.kill(child, SIGKILL)
-    os.close(watched)
-    return os.waitpid(child, 0)[1] == 0 and not gone
+    os.close(pidfd)
+    return os.waitpid(child, 0)[1] == 0 and not is_abandoned
 
 
-def _leave(work: Callable[[], None]) -> NoReturn:
-    """End this forked process after `work`, with code 1 if it raises."""
+def _leave_after(work: Callable[[], None]) -> NoReturn:
+    """Ends this forked process after `work`, with code 1 if it raises."""
     code = 1
     try:
         work()
@@ -118,7 +129,7 @@ def _leave(work: Callable[[], None]) -> NoReturn:
 
 
 class _Run:
-    """All attempts of one program, from the first process of new namespaces."""
+    """Makes all attempts of one program, from the first process of new namespaces."""
 
     def __init__(
         self, channel: int, namespaces: bool, landlock: int, readable: list[str], system_calls: bytes | None
@@ -131,9 +142,11 @@ class _Run:
         self.identity = os.geteuid(), os.getegid()  # in new namespaces they have no names yet
 
     def fork(self) -> int:
+        """Forks into new namespaces, if there are any. Returns the child's pid; 0 in the child."""
         return confine.fork_into_namespaces() if self.namespaces else os.fork()
 
     def answer(self) -> None:
+        """Reads a request, makes its attempts and writes the answer; runs in the forked process."""
         confine.end_with_parent()
         if self.namespaces:
             confine.name_identities(*self.identity)
@@ -143,67 +156,76 @@ class _Run:
             confine.dumpable(False)
         else:
             confine.adopt_orphans()
-        limits, answer = request["limits"], []
-        cpu_left, wall_left = limits["cpu_s"], limits["wall_s"]
+
+        limits = request["limits"]
+        remaining_cpu_s, remaining_wall_s = limits["cpu_s"], limits["wall_s"]
+        attempts = []
         for test in request["tests"]:
             if self.namespaces:
                 confine.mount_tmp(limits["tmp_bytes"])
-            if cpu_left <= 0 or wall_left <= 0:
-                answer.append((TIMEOUT, 0, False, 0.0, 0.0, b"", b""))
+            if remaining_cpu_s <= 0 or remaining_wall_s <= 0:
+                attempts.append((TIMEOUT, 0, False, 0.0, 0.0, b"", b""))
                 continue
-            attempt = self._attempt(request, test, cpu_left, wall_left)
-            cpu_left, wall_left = cpu_left - attempt[3], wall_left - attempt[4]
+
+            attempt = self._attempt(request, test, remaining_cpu_s, remaining_wall_s)
+            attempts.append(attempt)
+            remaining_cpu_s -= attempt[3]
+            remaining_wall_s -= attempt[4]
             if attempt[0] == TIMEOUT:
-                cpu_left = 0.0
-            answer.append(attempt)
+                remaining_cpu_s = 0.0
             if self.namespaces:
                 confine.unmount_tmp()
-        _write_frame(self.channel, b"".join(_packed(*one) for one in answer))
+        _write_frame(self.channel, b"".join(_packed(*attempt) for attempt in attempts))
 
     def _attempt(self, request: dict[str, Any], test: dict[str, str], cpu_s: float, wall_s: float) -> tuple:
-        """One test: (how it ended, exit code, token seen, CPU seconds, wall seconds, stdout, tail of stderr)."""
+        """Runs one test.
+
+        Returns (how it ended, exit code, token seen, CPU seconds, wall seconds, stdout, tail of stderr).
+        """
         token = os.urandom(16).hex().encode()
-        given = test["stdin"].encode(errors="surrogatepass")
-        stdin = confine.sealed(given) if given else os.open("/dev/null", os.O_RDONLY)
+        stdin_content = test["stdin"].encode(errors="surrogatepass")
+        stdin = confine.sealed(stdin_content) if stdin_content else os.open("/dev/null", os.O_RDONLY)
         pipes = [os.pipe() for _ in range(3)]
         child = os.fork()
         if child == 0:
-            self._be_program(request, test, token, (stdin, *(write for _, write in pipes)))
-        for _, write in pipes:
-            os.close(write)
+            self._be_program(request, test, token, (stdin, *(write_end for _, write_end in pipes)))
+        for _, write_end in pipes:
+            os.close(write_end)
         os.close(stdin)
-        attempt = Watched(child, [read for read, _ in pipes], request["limits"]["output_bytes"], cpu_s, wall_s)
+
+        read_ends = [read_end for read_end, _ in pipes]
+        attempt = Watched(child, read_ends, request["limits"]["output_bytes"], cpu_s, wall_s)
         try:
             attempt.watch()
         finally:
             attempt.end(self.namespaces)
-        ended, stdout = attempt.ended, bytes(attempt.read[0])
-        seen = token in stdout
-        if attempt.read[2]:
-            ended, attempt.read[1] = TROUBLE, attempt.read[2]
+
+        stdout, stderr, trouble = attempt.read
         return (
-            ended,
+            TROUBLE if trouble else attempt.ended,
             attempt.exit_code,
-            seen,
+            token in stdout,
             attempt.cpu_seconds,
             attempt.seconds,
-            stdout.replace(token, b""),
-            bytes(attempt.read[1][-TAIL_BYTES:]),
+            bytes(stdout).replace(token, b""),
+            bytes((trouble or stderr)[-TAIL_BYTES:]),
         )
 
     def _be_program(
         self, request: dict[str, Any], test: dict[str, str], token: bytes, files: tuple[int, ...]
     ) -> NoReturn:
-        """Confine this process, then become the program. What fails before goes to the third pipe."""
+        """Confines this process, then becomes the program. An earlier failure is written to the third pipe."""
         try:
             os.setsid()
-            for place, file in enumerate(files):
-                os.dup2(file, place)
+            for descriptor, file in enumerate(files):
+                os.dup2(file, descriptor)
             os.closerange(4, 1 << 20)
             os.set_inheritable(3, False)
             confine.dumpable(True)  # else not even the program itself may open its /dev/stdin
             confine.write("/proc/self/oom_score_adj", "1000")
             os.chdir(request["folder"])
+
+            # Landlock and seccomp need no_new_privs, which drop_capabilities sets.
             confine.limit(_resource_limits(request["limits"], self.namespaces))
             confine.drop_capabilities()
             if self.landlock:
@@ -213,6 +235,7 @@ class _Run:
         except BaseException as error:
             os.write(3, f"{type(error).__name__}: {error}".encode())
             os._exit(1)
+
         os.close(3)
         gc.unfreeze()
         try:
@@ -222,8 +245,8 @@ class _Run:
 
 
 def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]:
-    chosen = {
-        resource.RLIMIT_CPU: int(limits["cpu_s"]) + 2,  # whole seconds: should the watching process be stopped
+    resource_limits = {
+        resource.RLIMIT_CPU: int(limits["cpu_s"]) + 2,  # whole seconds, in case the watching process is stopped
         resource.RLIMIT_AS: limits["memory_bytes"],
         resource.RLIMIT_FSIZE: limits["file_bytes"],
         resource.RLIMIT_NOFILE: limits["files"],
@@ -233,8 +256,8 @@ def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]
         resource.RLIMIT_SIGPENDING: 256,
     }
     if namespaces:  # else it would count all processes of this user
-        chosen[resource.RLIMIT_NPROC] = limits["processes"] + 2  # and the two processes above the program
-    return chosen
+        resource_limits[resource.RLIMIT_NPROC] = limits["processes"] + 2  # and the two processes above the program
+    return resource_limits
 
 
 # --- frames ---

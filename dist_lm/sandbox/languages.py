@@ -1,9 +1,10 @@
-"""How a program of each language runs, and how the code of its test says that it passed.
+"""Runs a program of each language, and reports that the code of its test passed.
 
-Runs inside the sandbox, in the process of one test, already confined. Each function ends the process. Once the code of
-the test has passed it writes `token`, which is new for every run, to stdout: a program that leaves early, with whatever
-exit code, has passed nothing. But a program of Python or Bash shares its process with its test. One that looks for the
-token, in the interpreter's memory or in $BASH_EXECUTION_STRING, finds it and can write it; it stays shut in.
+This module runs inside the sandbox, in the process of one test, already confined. Each function ends the process. Once
+the code of the test has passed it writes `token`, which is new for every run, to stdout: a program that leaves early,
+with whatever exit code, has passed nothing. But a program of Python or Bash shares its process with its test. One that
+looks for the token, in the interpreter's memory or in $BASH_EXECUTION_STRING, finds it and can write it; it stays shut
+in.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BASH_ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UT
 
 
 def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """All parts in one `__main__`; the code of a test passes if it raises nothing."""
+    """Runs all parts in one `__main__`; the code of a test passes if it raises nothing."""
     module = types.ModuleType("__main__")
     names = module.__dict__
     sys.modules["__main__"] = module
@@ -33,20 +34,23 @@ def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
     _seed_random()
     if not hasattr(builtins, "quit"):
         add_site_names()
+
     status = 0
     try:
-        named = ((before, "before"), (source, "program.py"), (code, "test"))
-        *parts, test = [compile(part, name, "exec", dont_inherit=True) if part else None for part, name in named]
-        for part in (*parts, test):
-            if part is not None:
-                exec(part, names)
+        # All parts are compiled first: a program with a syntax error must not run halfway.
+        parts = ((before, "before"), (source, "program.py"), (code, "test"))
+        compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
+        for part in compiled:
+            exec(part, names)
     except SystemExit as end:
         status = _exit_status(end.code)
         token = b""
     except BaseException as error:
-        inner = error.__traceback__.tb_next if error.__traceback__ else None  # without this frame
-        sys.__excepthook__(type(error), error, inner)
+        traceback = error.__traceback__.tb_next if error.__traceback__ else None  # without this frame
+        sys.__excepthook__(type(error), error, traceback)
         status = 1
+
+    # What the interpreter does at the end of a program, which may fail too.
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # waits for threads, as at the end of a program
@@ -56,18 +60,19 @@ def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
     except BaseException as error:
         os.write(2, repr(error).encode(errors="replace")[:500])
         status = status or 1
+
     if status == 0 and code:
         os.write(1, token)
     os._exit(status)
 
 
 def add_site_names() -> None:
-    """Add what the interpreter itself adds to the built-in names."""
+    """Adds the built-in names that the interpreter itself adds at its start: `quit` and `exit`."""
     __import__("site").setquit()
 
 
 def _seed_random() -> None:
-    """`random` starts from the same seed in every program; it is not imported for those that do not use it."""
+    """Gives `random` the same seed in every program, without importing it for programs that do not use it."""
     if "random" in sys.modules:
         sys.modules["random"].seed(0)
     else:
@@ -82,13 +87,13 @@ class _SeededRandom:
             return None
         sys.meta_path.remove(self)
         spec = __import__("_frozen_importlib_external").PathFinder.find_spec(name)
-        execute = spec.loader.exec_module
+        exec_module = spec.loader.exec_module
 
-        def seeded(module: types.ModuleType) -> None:
-            execute(module)
+        def exec_and_seed(module: types.ModuleType) -> None:
+            exec_module(module)
             module.seed(0)
 
-        spec.loader.exec_module = seeded
+        spec.loader.exec_module = exec_and_seed
         return spec
 
 
@@ -102,20 +107,23 @@ def _exit_status(code: object) -> int:
 
 
 def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """One script; the code of a test passes if its last command returns 0.
+    """Runs all parts as one script; the code of a test passes if its last command returns 0.
 
-    `eval` parses the program apart from its test, or an open end of the program (`true ||`, a backslash) would take in
-    the test. A program whose end is open swallows the line that notes its exit code, and then no test passes.
+    `eval` parses the program alone. Otherwise an open end of the program (`true ||`, a backslash) would take in the
+    test. A program whose end is open swallows the line that notes its exit code, and then no test passes.
     """
     script = f"{before}\n{source}\n" if before else f"{source}\n"
     if code:
         quoted = "'" + f"{script}dist_lm_ended=$?".replace("'", "'\\''") + "'"
         script = f"eval {quoted}\n(exit ${{dist_lm_ended-1}}) && :\n{code}\n"
         script += f"[[ $? -eq 0 && $dist_lm_ended ]] && printf %s%s {token[:16].decode()} {token[16:].decode()}\n"
+
+    # Python ignores these signals, and a new program inherits that.
     import signal
 
-    for name in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, and what is ignored stays so
-        signal.signal(name, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+
     bash = next(path for folder in PATH.split(":") if os.access(path := f"{folder}/bash", os.X_OK))
     try:
         os.execve(bash, ["bash", "--norc", "--noprofile", "-c", script, "program"], BASH_ENVIRONMENT)
@@ -125,7 +133,7 @@ def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
 
 
 def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """SQLite in memory. Prints the rows of the last query; the code of a test passes if its first value is true."""
+    """Runs SQLite in memory and prints the rows of the last query; a test passes if its first value is true."""
     import sqlite3
 
     try:
@@ -136,7 +144,9 @@ def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
             cursor = connection.execute(statement)
             if cursor.description is not None:
                 rows = cursor.fetchall()
-        sys.stdout.write("".join("|".join(_sql_text(connection, value) for value in row) + "\n" for row in rows))
+        lines = ["|".join(_sql_text(connection, value) for value in row) + "\n" for row in rows]
+        sys.stdout.write("".join(lines))
+
         if code:
             [query] = split_statements(code)
             row = connection.execute(query).fetchone()
@@ -152,18 +162,20 @@ def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
 
 
 def split_statements(text: str) -> list[str]:
-    """The SQL statements of `text` without leading comments; includes an unfinished last statement."""
+    """Returns the SQL statements of `text` without leading comments; includes an unfinished last statement."""
     import sqlite3
 
-    statements, current = [], ""
-    for piece in text.split(";"):
-        current += piece
-        if sqlite3.complete_statement(current + ";"):
-            statements.append(current)
-            current = ""
+    statements: list[str] = []
+    statement = ""
+    for part in text.split(";"):
+        statement += part
+        # A semicolon in a text, a comment or a trigger ends no statement.
+        if sqlite3.complete_statement(statement + ";"):
+            statements.append(statement)
+            statement = ""
         else:
-            current += ";"
-    statements.append(current.removesuffix(";"))
+            statement += ";"
+    statements.append(statement.removesuffix(";"))
     return [stripped for statement in statements if (stripped := _without_leading_comments(statement))]
 
 
@@ -177,14 +189,14 @@ def _without_leading_comments(statement: str) -> str:
 
 
 def _sql_text(connection: sqlite3.Connection, value: object) -> str:
-    """As sqlite3's list mode prints a value: no text after a NUL, and SQLite's own digits of reals."""
+    """Returns a value as sqlite3's list mode prints it: no text after a NUL, and SQLite's own digits of reals."""
     if value is None:
         return ""
-    if isinstance(value, float):  # SQLite rounds a half up, and its versions differ
+    if isinstance(value, float):  # Python's digits differ from SQLite's, and so do those of SQLite's versions
         [value] = connection.execute("select cast(? as text)", (value,)).fetchone()
     text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
     return text.partition("\0")[0]
 
 
 RUN: dict[str, Callable[[str, str, str, bytes], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
-"""Language -> (code before, source, code of the test, token)."""
+"""Language -> function of (code before, source, code of the test, token) that runs a program and ends the process."""

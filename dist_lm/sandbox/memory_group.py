@@ -1,4 +1,4 @@
-"""A cgroup that limits the memory of all processes of a sandbox together, where this process may make one.
+"""Limits the memory of all processes of a sandbox together by a cgroup, where this process may make one.
 
 A group that cannot be removed, or whose process was killed, is removed when the next one is made.
 """
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
-_BASE_BYTES = 64 << 20  # the server, its copies, and what the kernel keeps for their namespaces
+_BASE_BYTES = 64 << 20  # for the server, its copies, and the kernel's own data of their namespaces
 REMOVE_S = 0.5
 _NAME = "dist_lm-{process}-{number}"
 _number = itertools.count()
@@ -18,7 +18,7 @@ _busy: set[Path] = set()
 
 
 class MemoryGroup:
-    """One cgroup of version 1 or 2."""
+    """A cgroup of version 1 or 2."""
 
     def __init__(self, path: Path, limit_file: str) -> None:
         self._path = path
@@ -41,7 +41,7 @@ class MemoryGroup:
 
     @classmethod
     def make(cls) -> "MemoryGroup":
-        """A new group below that of this process.
+        """Makes a group below that of this process.
 
         Raises:
             OSError: this process may make none.
@@ -53,20 +53,22 @@ class MemoryGroup:
         return cls(path, limit_file)
 
     def entrance(self) -> int:
-        """A new descriptor: the process that writes "0" to it, while it has one thread, is moved into the group.
+        """Opens a descriptor: the process that writes "0" to it, while it has one thread, is moved into the group.
 
-        Version 1 moves a thread at once. A process waits until no core forks (10 ms; version 2 has nothing else).
+        Version 1 moves a thread at once. Moving a process waits until no core forks, which takes 10 ms; version 2
+        cannot do otherwise.
         """
         threads = self._path / "tasks"
         return os.open(threads if threads.exists() else self._path / "cgroup.procs", os.O_WRONLY)
 
     def limit(self, program_bytes: int) -> None:
+        """Sets the memory that a program may use, all its processes together, in bytes."""
         if program_bytes != self._limited:  # the kernel takes its time
             self._limit.write_text(str(program_bytes + _BASE_BYTES))
             self._limited = program_bytes
 
     def remove(self) -> None:
-        """Processes that were killed hold it until they have ended; if they take long, `make` removes it later."""
+        """Removes the group. Killed processes hold it until they have ended; if they take long, `make` removes it."""
         deadline = time.monotonic() + REMOVE_S
         while not _removed(self._path):
             if time.monotonic() > deadline:
@@ -76,7 +78,7 @@ class MemoryGroup:
 
 
 def _removed(group: Path) -> bool:
-    """Remove a group; False while a process holds it."""
+    """Removes a group and returns whether it has gone; a process may still hold it."""
     try:
         group.rmdir()
     except OSError:
@@ -86,21 +88,22 @@ def _removed(group: Path) -> bool:
 
 @cache
 def _parent() -> tuple[Path, str]:
-    """The group of this process with memory limits, and the name of the file with the limit."""
+    """Returns the group of this process with memory limits, and the name of the file with the limit."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
+        # Version 1 has a tree for each controller, version 2 a single tree without a name.
         if "memory" in controllers.split(","):
             return _CGROUPS / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
         if not controllers:
             group = _CGROUPS / path.lstrip("/")
-            with_limits = group / "cgroup.subtree_control"
-            if with_limits.is_file() and "memory" in with_limits.read_text().split():
+            delegated = group / "cgroup.subtree_control"
+            if delegated.is_file() and "memory" in delegated.read_text().split():
                 return group, "memory.max"
     raise OSError("no memory controller")
 
 
 def _remove_left_groups(parent: Path) -> None:
-    """Remove groups of this process that were busy, and those of processes that have gone."""
+    """Removes groups of this process that were busy, and those of processes that have gone."""
     for group in parent.glob(_NAME.format(process="*", number="*")):
         process = group.name.split("-")[1]
         if (group in _busy or not os.path.exists(f"/proc/{process}")) and _removed(group):

@@ -1,4 +1,4 @@
-"""Many programs at once: `with SandboxPool(workers=8) as pool: verdicts = pool.run(programs)`."""
+"""Runs many programs at once: `with SandboxPool(workers=8) as pool: verdicts = pool.run(programs)`."""
 
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +11,7 @@ from dist_lm.storage.process import cores
 
 
 class Sandboxes(Protocol):
-    """Runs programs side by side, inside a `with` block."""
+    """An object that runs programs side by side, inside a `with` block."""
 
     def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]: ...
 
@@ -24,7 +24,7 @@ class SandboxPool:
     """Sandboxes that run programs side by side, each in a thread of this process that mostly waits.
 
     Args:
-        workers: programs at once; 0: one for each core.
+        workers: number of programs at once; 0: one for each core.
         trust_me: run programs without isolation where the machine allows none.
     """
 
@@ -35,9 +35,9 @@ class SandboxPool:
         self._threads: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
-        """Raises: SandboxError: no sandbox here."""
+        """Raises SandboxError if no sandbox can be made here."""
         fences(self._trust_me)
-        # a sandbox ends with the thread that started it, so these threads start them, at their first program
+        # A sandbox ends with the thread that started it, so these threads start them, at their first program.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         for _ in range(self.workers):
             self._idle.put(Sandbox(self._trust_me))
@@ -51,13 +51,14 @@ class SandboxPool:
         self._threads = None
 
     def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]:
-        """Run a program as soon as a sandbox is free."""
+        """Runs a program as soon as a sandbox is free."""
         assert self._threads is not None, "a SandboxPool is a context manager"
         return self._threads.submit(self._run, program, limits or Limits())
 
     def run(self, programs: Iterable[Program], limits: Limits | None = None) -> list[Verdict]:
-        """The verdicts on `programs`, in their order."""
-        return [future.result() for future in [self.submit(one, limits) for one in programs]]
+        """Returns the verdicts on `programs`, in their order."""
+        futures = [self.submit(program, limits) for program in programs]
+        return [future.result() for future in futures]
 
     def _run(self, program: Program, limits: Limits) -> Verdict:
         sandbox = self._idle.get()

@@ -1,4 +1,4 @@
-"""Values of the sandbox: programs with tests, limits, verdicts; and how a verdict follows from what a program did."""
+"""Defines programs with tests, limits and verdicts, and derives a verdict from what a program did."""
 
 import marshal
 import struct
@@ -23,16 +23,14 @@ class Test:
     Nothing of one test is left for the next: each is a process of its own with an empty /tmp.
     """
 
-    __test__ = False  # no test of pytest
+    __test__ = False  # tells pytest that this class is no test
 
     before: str = ""  # code of the same language that runs before the program: helpers, tables
-    code: str = (
-        ""  # runs after it: Python that raises nothing, Bash that returns 0, an SQL query whose first value is true
-    )
+    # Code that runs after the program: Python that raises nothing, Bash that returns 0, SQL whose first value is true.
+    code: str = ""
     stdin: str = ""
-    stdout: str | None = (
-        None  # expected, blanks at the ends of lines and of the text ignored; stays outside the sandbox
-    )
+    # Expected output; blanks at the ends of lines and of the text are ignored. It stays outside the sandbox.
+    stdout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Limits:
-    """What all tests of a program may use together; sizes hold for each test."""
+    """Seconds that all tests of a program may use in sum; sizes and counts hold for each test."""
 
     cpu_s: float = 0.5
     wall_s: float = 4.0  # a test that mostly waited for a core is no timeout but an infrastructure error
-    memory_bytes: int = 512 * MIB  # address space of each process; with a cgroup also the memory of all
+    memory_bytes: int = 512 * MIB  # address space of each process; with a cgroup also the memory of all processes
     processes: int = 16
     file_bytes: int = 16 * MIB
     tmp_bytes: int = 32 * MIB
@@ -68,38 +66,41 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a program.
+    """The outcome of a program's tests.
 
     `infrastructure` says nothing about the program: the sandbox failed, or the machine had no core for it.
     """
 
     outcome: Outcome
-    results: tuple[bool, ...]  # of each test
+    results: tuple[bool, ...]  # whether each test passed
     stdout: tuple[str, ...]  # of each test
-    output: str  # the end of stdout and stderr of the first test that failed, else of the last
-    seconds: float
-    cpu_seconds: float
+    output: str  # the end of stdout and stderr of the first test that failed, or of the last test
+    seconds: float  # by the clock, all tests
+    cpu_seconds: float  # all tests
 
     @property
     def passed(self) -> int:
+        """Number of tests that passed."""
         return sum(self.results)
 
     @property
     def total(self) -> int:
+        """Number of tests."""
         return len(self.results)
 
     @property
     def judged(self) -> bool:
+        """Whether the verdict says anything about the program."""
         return self.outcome != "infrastructure"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a program did in one test; sent by `dist_lm.sandbox.inside`."""
+    """Facts about a program in one test; sent by `dist_lm.sandbox.inside`."""
 
     ended: int  # DONE, TIMEOUT, OUTPUT, TROUBLE, STARVED
-    exit_code: int  # negative: the signal that ended it
-    token_seen: bool  # the test's code passed
+    exit_code: int  # negative: minus the signal that ended it
+    token_seen: bool  # whether the test's code passed
     cpu_s: float
     wall_s: float
     stdout: str
@@ -112,56 +113,63 @@ _TAIL = 2_000  # characters
 
 
 def request_of(program: Program, limits: Limits, folder: str) -> bytes:
-    """The request to the server in the sandbox. Expected output is not in it."""
+    """Returns the request to the server in the sandbox. Expected output is not in it."""
     tests = [{"before": test.before, "code": test.code, "stdin": test.stdin} for test in program.tests]
     request = {"language": program.language, "source": program.source, "tests": tests}
     return marshal.dumps({**request, "limits": vars(limits), "folder": folder})
 
 
 def attempts_of(answer: bytes) -> list[Attempt]:
-    """The attempts of an answer.
+    """Returns the attempts in an answer of the server.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `answer` is not what a server sends.
     """
-    attempts, place = [], 0
-    while place < len(answer):
+    attempts = []
+    offset = 0
+    while offset < len(answer):
         try:
-            *values, stdout, tail = _ATTEMPT.unpack_from(answer, place)
+            *facts, stdout_bytes, tail_bytes = _ATTEMPT.unpack_from(answer, offset)
         except struct.error as error:
             raise ValueError(f"no answer of a sandbox: {error}") from None
-        place += _ATTEMPT.size
-        texts = answer[place : place + stdout], answer[place + stdout : place + stdout + tail]
-        place += stdout + tail
-        attempts.append(Attempt(*values, *(text.decode(errors="replace") for text in texts)))
+        offset += _ATTEMPT.size
+
+        stdout = answer[offset : offset + stdout_bytes]
+        offset += stdout_bytes
+        stderr_tail = answer[offset : offset + tail_bytes]
+        offset += tail_bytes
+        attempts.append(Attempt(*facts, stdout.decode(errors="replace"), stderr_tail.decode(errors="replace")))
     return attempts
 
 
 def verdict_of(program: Program, attempts: Sequence[Attempt]) -> Verdict:
-    """The verdict on a program, given an attempt for each test."""
+    """Returns the verdict on a program, given an attempt for each test."""
     if len(attempts) != len(program.tests):
         return infrastructure_error(program, f"{len(attempts)} answers for {len(program.tests)} tests")
-    results = tuple(_passes(test, one) for test, one in zip(program.tests, attempts, strict=True))
-    shown = attempts[results.index(False)] if False in results else attempts[-1]
+
+    results = tuple(_passes(test, attempt) for test, attempt in zip(program.tests, attempts, strict=True))
+    quoted = attempts[-1]
     outcome: Outcome = "passed"
     if False in results:
-        outcome = _cause(shown)
-        if any(one.ended in (TROUBLE, STARVED) for one in attempts):
-            outcome = "infrastructure"
+        quoted = attempts[results.index(False)]
+        # A test without a core, or one that never began, leaves open whether the program is right.
+        is_judged = all(attempt.ended not in (TROUBLE, STARVED) for attempt in attempts)
+        outcome = _cause(quoted) if is_judged else "infrastructure"
+
     return Verdict(
         outcome=outcome,
         results=results,
-        stdout=tuple(one.stdout for one in attempts),
-        output=(shown.stdout[-_TAIL:] + shown.stderr_tail)[-_TAIL:],
-        seconds=sum(one.wall_s for one in attempts),
-        cpu_seconds=sum(one.cpu_s for one in attempts),
+        stdout=tuple(attempt.stdout for attempt in attempts),
+        output=(quoted.stdout[-_TAIL:] + quoted.stderr_tail)[-_TAIL:],
+        seconds=sum(attempt.wall_s for attempt in attempts),
+        cpu_seconds=sum(attempt.cpu_s for attempt in attempts),
     )
 
 
 def infrastructure_error(program: Program, reason: str) -> Verdict:
-    """A verdict that says nothing about the program."""
-    empty = ("",) * len(program.tests)
-    return Verdict("infrastructure", (False,) * len(program.tests), empty, reason, 0.0, 0.0)
+    """Returns a verdict that says nothing about the program."""
+    num_tests = len(program.tests)
+    return Verdict("infrastructure", (False,) * num_tests, ("",) * num_tests, reason, 0.0, 0.0)
 
 
 def _passes(test: Test, attempt: Attempt) -> bool:
@@ -175,8 +183,14 @@ def _lines(text: str) -> list[str]:
 
 
 def _cause(attempt: Attempt) -> Outcome:
-    """Why an attempt failed."""
-    if attempt.ended in (TIMEOUT, OUTPUT):
-        return "timeout" if attempt.ended == TIMEOUT else "output"
-    out_of_memory = attempt.exit_code == -_SIGKILL or "MemoryError" in attempt.stderr_tail.rpartition("\n  ")[2]
-    return "memory" if out_of_memory else "failed"
+    """Returns why an attempt failed."""
+    if attempt.ended == TIMEOUT:
+        return "timeout"
+    if attempt.ended == OUTPUT:
+        return "output"
+
+    # The kernel kills a program that exceeds its cgroup; Python raises where the address space ends. The last line of
+    # a traceback is not indented, and a program may print the word before it.
+    if attempt.exit_code == -_SIGKILL or "MemoryError" in attempt.stderr_tail.rpartition("\n  ")[2]:
+        return "memory"
+    return "failed"

@@ -35,30 +35,30 @@ from dist_lm.sandbox.program import (
 )
 
 END_S = 2.0  # a server whose channel is closed ends at once
-TRIALS = 3  # of the fences, if one comes to no end
+TRIALS = 3  # of the fences, if a trial does not end
 _BUSY = "^$|TimeoutError|Resource temporarily unavailable|Cannot allocate memory|Too many open files"  # "": no core
 START_S = 60.0  # a machine under load takes seconds
-GRACE_S = 60.0  # beyond the limits of a program, for the server to answer
-_MODULES = ("system_calls", "confine", "watched", "languages", "inside")  # of the server, each after those it imports
+GRACE_S = 60.0  # time for the server to answer, beyond the limits of a program
+_MODULES = ("system_calls", "confine", "watched", "languages", "inside")  # the server's; imported ones come first
 _SERVER = """
 import marshal, os, sys
-def take(size):
+def read(size):
     data = b""
     while len(data) < size:
         data += os.read(0, size - len(data)) or sys.exit()
     return data
-for name, code in marshal.loads(take(int.from_bytes(take(4), "big"))):
-    made = sys.modules[name] = type(sys)(name)
-    made.__path__ = []
-    above, _, last = name.rpartition(".")
-    if above:
-        setattr(sys.modules[above], last, made)
-    exec(code, made.__dict__)
-made.main()
+for name, code in marshal.loads(read(int.from_bytes(read(4), "big"))):
+    module = sys.modules[name] = type(sys)(name)
+    module.__path__ = []
+    package, _, last = name.rpartition(".")
+    if package:
+        setattr(sys.modules[package], last, module)
+    exec(code, module.__dict__)
+module.main()
 """
-"""Reads the modules from the channel, so that no file of ours is in the sandbox."""
+"""Program of the server: it reads its modules from the channel, so that no file of ours is in the sandbox."""
 _MOST_ANSWER = 64 << 20
-_FIRST_UNUSED = 2_000_000_000  # no distribution gives such users out
+_FIRST_UNUSED = 2_000_000_000  # no distribution gives out such user ids
 _HOW = (
     "install bubblewrap (`apt-get install bubblewrap`) and allow user namespaces (sysctl "
     "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container also its "
@@ -67,61 +67,64 @@ _HOW = (
 
 
 class SandboxError(ConfigError):
-    """No sandbox can be made here."""
+    """Raised where no sandbox can be made."""
 
 
 @dataclass(frozen=True)
 class Fences:
-    """What keeps a program in, on this machine."""
+    """The fences that keep a program in, on this machine."""
 
     namespaces: bool  # False: sandbox=trust_me without bubblewrap
-    own_user: bool  # a user that nobody else is
+    own_user: bool  # programs run as a user id that nothing else uses
     landlock: int  # version of the interface; 0: this kernel has none
     seccomp: bool
     memory_group: bool  # a cgroup limits the memory of all processes of a run together
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns one line for people."""
         if not self.namespaces:
             return "sandbox: NO ISOLATION (sandbox=trust_me): programs see your files and the network"
         parts = ["namespaces, own /tmp, no network, limits"]
-        parts += ["own user"] if self.own_user else []
-        parts += [f"Landlock {self.landlock}" if self.landlock else "no Landlock in this kernel"]
-        parts += ["seccomp" if self.seccomp else "no seccomp here"]
-        parts += ["memory by cgroup" if self.memory_group else "memory by process"]
+        if self.own_user:
+            parts.append("own user")
+        parts.append(f"Landlock {self.landlock}" if self.landlock else "no Landlock in this kernel")
+        parts.append("seccomp" if self.seccomp else "no seccomp here")
+        parts.append("memory by cgroup" if self.memory_group else "memory by process")
         return f"sandbox: {', '.join(parts)}"
 
 
 @cache
 def fences(trust_me: bool = False) -> Fences:
-    """What this machine can enforce, tried out once with a program that must find itself shut in.
+    """Returns the fences that this machine can enforce, tried out once with a program that must find itself shut in.
 
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.
     """
     own_user = os.geteuid() == 0 and _unused_user() != 0
-    seccomp, landlock = confine.has_seccomp(), confine.landlock_version()
-    found = Fences(True, own_user, landlock, seccomp, MemoryGroup.possible())
-    reason = "bubblewrap is not installed" if shutil.which("bwrap") is None else _escape(found)
+    seccomp = confine.has_seccomp()
+    available = Fences(True, own_user, confine.landlock_version(), seccomp, MemoryGroup.possible())
+
+    reason = "bubblewrap is not installed" if shutil.which("bwrap") is None else _leak(available)
     if not reason:
-        return found
+        return available
     if not trust_me:
         raise SandboxError(f"no sandbox for untrusted code on this machine: {reason.strip()}; {_HOW}")
     return Fences(False, False, 0, seccomp, False)
 
 
-def _escape(found: Fences) -> str:
-    """Why a sandbox with these fences cannot be relied on; empty if it can.
+def _leak(fences: Fences) -> str:
+    """Returns why a sandbox with these fences cannot be relied on; empty if it can.
 
     Raises:
-        SandboxError: no trial came to its end, for want of time or of what a busy machine has none of. That does not
+        SandboxError: no trial ended, because it ran out of time or the machine ran out of resources. That does not
             say that there is no sandbox here, so nobody's isolation may depend on it.
     """
-    verdict = _trial(found)
+    verdict = _trial(fences)
     for _ in range(TRIALS - 1):
         if verdict.outcome not in ("timeout", "infrastructure"):
             break
-        verdict = _trial(found)
+        verdict = _trial(fences)
+
     if verdict.outcome == "passed":
         return ""
     reason = f"a harmless program ended with {verdict.outcome}: {verdict.output}"
@@ -130,8 +133,8 @@ def _escape(found: Fences) -> str:
     return reason
 
 
-def _trial(found: Fences) -> Verdict:
-    sandbox = Sandbox(_fences=found)
+def _trial(fences: Fences) -> Verdict:
+    sandbox = Sandbox(_fences=fences)
     try:
         return sandbox.run(Program("python", _CANARY), Limits(cpu_s=10, wall_s=60))
     finally:
@@ -154,7 +157,7 @@ assert set(names) <= {"lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "ersp
 
 
 class Sandbox:
-    """One server, which runs one program at a time. Not for several threads at once: see `dist_lm.sandbox.pool`.
+    """A sandbox that runs one program at a time. Not for several threads at once: see `dist_lm.sandbox.pool`.
 
     A server that fails is replaced at the next run. All processes end with the `with` block, and with this process.
 
@@ -168,7 +171,7 @@ class Sandbox:
         self._server: _Server | None = None
 
     def __enter__(self) -> Self:
-        """Raises: SandboxError: no sandbox here."""
+        """Raises SandboxError if no sandbox can be made here."""
         self._start()
         return self
 
@@ -176,10 +179,10 @@ class Sandbox:
         self.close()
 
     def run(self, program: Program, limits: Limits | None = None) -> Verdict:
-        """Run all tests of a program. Starts the sandbox if it is not there. Never raises for what the program does.
+        """Runs all tests of a program. Starts the sandbox if there is none. Never raises for what the program does.
 
         Raises:
-            SandboxError: no sandbox here.
+            SandboxError: no sandbox can be made here.
         """
         limits = limits or Limits()
         try:
@@ -191,7 +194,7 @@ class Sandbox:
             return infrastructure_error(program, f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """End the sandbox and what runs in it."""
+        """Ends the sandbox and the program that runs in it."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -206,24 +209,27 @@ class Sandbox:
 class _Server:
     """The process in the sandbox, and the channel to it."""
 
-    def __init__(self, found: Fences) -> None:
-        with contextlib.ExitStack() as closed, contextlib.ExitStack() as started:
-            self._errors: IO[bytes] = closed.enter_context(tempfile.TemporaryFile())
+    def __init__(self, fences: Fences) -> None:
+        # `at_close` is for resources of the server's life, `at_start` for those that only its start needs.
+        with contextlib.ExitStack() as at_close, contextlib.ExitStack() as at_start:
+            self._errors: IO[bytes] = at_close.enter_context(tempfile.TemporaryFile())
             self._folder = None
-            if not found.namespaces:
-                self._folder = closed.enter_context(tempfile.TemporaryDirectory(prefix="dist_lm-program-"))
-            self._group = MemoryGroup.make() if found.memory_group else None
+            if not fences.namespaces:
+                self._folder = at_close.enter_context(tempfile.TemporaryDirectory(prefix="dist_lm-program-"))
+
+            self._group = MemoryGroup.make() if fences.memory_group else None
             entrance = -1
             if self._group:
-                closed.callback(self._group.remove)
+                at_close.callback(self._group.remove)
                 entrance = self._group.entrance()
-                started.callback(os.close, entrance)
-            self._channel, theirs = socket.socketpair()
-            closed.enter_context(self._channel)
-            started.enter_context(theirs)
+                at_start.callback(os.close, entrance)
+
+            self._channel, server_end = socket.socketpair()
+            at_close.enter_context(self._channel)
+            at_start.enter_context(server_end)
             self._process = subprocess.Popen(
-                _command(found, entrance),
-                stdin=theirs.fileno(),
+                _command(fences, entrance),
+                stdin=server_end.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=self._errors,
                 env=_environment(),
@@ -231,21 +237,23 @@ class _Server:
                 start_new_session=True,
                 pass_fds=[entrance] if self._group else [],
             )
-            self._closed = closed.pop_all()
+            self._at_close = at_close.pop_all()
+
         code = _server_code()
         self._channel.settimeout(GRACE_S)
-        with contextlib.suppress(OSError):  # it has ended: the first question says why
+        with contextlib.suppress(OSError):  # the server has ended: the first request finds out why
             self._channel.sendall(len(code).to_bytes(4, "big") + code)
         self._ready = False
 
     def ask(self, program: Program, limits: Limits) -> bytes:
-        """Send a program and wait for the answer.
+        """Sends a program and returns the answer, which `attempts_of` reads.
 
         Raises:
             OSError: the server ended, or did not answer in time.
         """
         if self._group:
             self._group.limit(limits.memory_bytes + limits.tmp_bytes)
+
         request = request_of(program, limits, self._folder or "/tmp")
         self._channel.settimeout(GRACE_S)
         self._channel.sendall(len(request).to_bytes(4, "big") + request)
@@ -253,9 +261,14 @@ class _Server:
             raise OSError("no sandbox answers")
         self._ready = True
         answer = self._receive(limits.wall_s + GRACE_S)
+
+        # Without namespaces, all runs of a server share a folder.
         if self._folder:
-            for left in Path(self._folder).iterdir():
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+            for path in Path(self._folder).iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
         return answer
 
     def _receive(self, timeout_s: float) -> bytes:
@@ -270,54 +283,55 @@ class _Server:
         while len(data) < length:
             piece = self._channel.recv(min(length - len(data), 1 << 20))
             if not piece:
-                raise OSError(f"the sandbox ended. {self._said()}")
+                raise OSError(f"the sandbox ended. {self._last_words()}")
             data += piece
         return bytes(data)
 
-    def _said(self) -> str:
+    def _last_words(self) -> str:
         self._errors.seek(0)
         return self._errors.read(2_000).decode(errors="replace").strip()
 
     def close(self) -> None:
-        """End the server and all below it."""
-        self._channel.close()  # the server ends by itself then, with what runs
+        """Ends the server and all processes below it."""
+        self._channel.close()  # then the server ends by itself, with the program that runs
         if not _ends_within(self._process.pid, END_S):
             self._process.kill()
         self._process.wait()
-        self._closed.close()
+        self._at_close.close()
 
 
-def _ends_within(process: int, seconds: float) -> bool:
-    """Wait for a child without taking its exit code; `Popen.wait` with a limit polls, later and later."""
-    watched = os.pidfd_open(process)
+def _ends_within(pid: int, seconds: float) -> bool:
+    """Waits for a child without reading its exit code; `Popen.wait` with a limit polls at growing intervals."""
+    descriptor = os.pidfd_open(pid)
     poller = select.poll()
-    poller.register(watched, select.POLLIN)
+    poller.register(descriptor, select.POLLIN)
     try:
         return bool(poller.poll(seconds * 1000))
     finally:
-        os.close(watched)
+        os.close(descriptor)
 
 
 def _environment() -> dict[str, str]:
-    """The whole environment of a server: the same verdict whatever the caller's is."""
+    """Returns all variables of a server's environment: the verdict must not depend on the caller's."""
     fixed = {"PATH": PATH, "HOME": "/tmp", "TMPDIR": "/tmp"}
     return {**fixed, "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0"}
 
 
-def _command(found: Fences, entrance: int) -> list[str]:
-    identity = _unused_user() if found.own_user else 0
-    values = (entrance, identity, found.landlock, int(found.seccomp), int(found.namespaces))
-    interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER, *map(str, values)]
-    if not found.namespaces:
+def _command(fences: Fences, entrance: int) -> list[str]:
+    identity = _unused_user() if fences.own_user else 0
+    arguments = (entrance, identity, fences.landlock, int(fences.seccomp), int(fences.namespaces))
+    interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER, *map(str, arguments)]
+    if not fences.namespaces:
         return interpreter
+
     bwrap = shutil.which("bwrap")
     assert bwrap is not None
-    return [bwrap, *_bubblewrap_options(found), "--", *interpreter]
+    return [bwrap, *_bubblewrap_options(fences), "--", *interpreter]
 
 
 @cache
 def _server_code() -> bytes:
-    """The modules of the server, compiled once: where Python keeps no bytecode, every start would compile them."""
+    """Returns the modules of the server, compiled once: where Python stores no bytecode, every start would compile."""
     folder = Path(__file__).resolve().parent
     sources = {"dist_lm": b"", "dist_lm.sandbox": b""}
     sources |= {f"dist_lm.sandbox.{name}": (folder / f"{name}.py").read_bytes() for name in _MODULES}
@@ -326,18 +340,21 @@ def _server_code() -> bytes:
 
 
 def _interpreter() -> str:
-    return getattr(sys, "_base_executable", None) or sys.executable  # not that of a virtual environment
+    # A virtual environment lies outside the folders that the sandbox shows.
+    return getattr(sys, "_base_executable", None) or sys.executable
 
 
-def _bubblewrap_options(found: Fences) -> list[str]:
+def _bubblewrap_options(fences: Fences) -> list[str]:
     options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
-    if found.own_user:
+    if fences.own_user:
         for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):  # given up before the first program
             options += ["--cap-add", name]
         options += ["--perms", "0755", "--dir", "/proc"]
     else:
         options += ["--unshare-user", "--proc", "/proc"]
+
+    # The system's programs and libraries, and the interpreter, are all that can be read.
     for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32"):
         if os.path.islink(path):
             options += ["--symlink", os.readlink(path), path]
@@ -349,6 +366,7 @@ def _bubblewrap_options(found: Fences) -> list[str]:
     prefix = Path(sys.base_prefix).resolve()
     if not prefix.is_relative_to("/usr"):
         options += [*_folders(prefix), "--ro-bind", str(prefix), str(prefix)]
+
     options += ["--perms", "0755", "--dir", "/dev", "--symlink", "/tmp", "/dev/shm"]
     for name in ("null", "zero", "full", "random", "urandom"):
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
@@ -359,14 +377,14 @@ def _bubblewrap_options(found: Fences) -> list[str]:
 
 
 def _folders(path: Path) -> list[str]:
-    """Options that make the folders above `path`, for every user to pass; bubblewrap's own are for root only."""
-    above = [str(parent) for parent in reversed(path.parents) if str(parent) != "/"]
-    return [option for parent in above for option in ("--perms", "0755", "--dir", parent)]
+    """Returns options that make the folders above `path`, open to every user; bubblewrap's own are for root only."""
+    parents = [str(parent) for parent in reversed(path.parents) if str(parent) != "/"]
+    return [option for parent in parents for option in ("--perms", "0755", "--dir", parent)]
 
 
 @cache
 def _unused_user() -> int:
-    """A user that no account and no process is; 0 if this namespace has none."""
+    """Picks a user id that no account and no process uses; returns 0 if this namespace has none."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     highest = max(first + count - 1 for first, _, count in ranges)
     return _FIRST_UNUSED + os.getpid() if highest > 2 * _FIRST_UNUSED else highest

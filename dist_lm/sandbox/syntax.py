@@ -24,12 +24,12 @@ def parses_python(text: str) -> bool:
 
 
 def python_error(text: str) -> str:
-    """Why `text` is no Python module; empty: it is one."""
+    """Returns why `text` is no Python module; empty: it is one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             compile(text, "test", "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: NUL, half a character
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: NUL, lone surrogate
         return str(error) or type(error).__name__
     return ""
 
@@ -41,23 +41,26 @@ def parses_bash(text: str) -> bool | None:
 
 
 def bash_error(text: str) -> str | None:
-    """Why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout.
+    """Returns why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout.
 
-    Extended patterns are accepted: what turns them on is a command, which is not executed here.
+    Extended patterns are accepted: a command turns them on, which is not executed here.
     """
-    if why := _no_argument(text):
-        return why
+    if reason := _not_passable(text):
+        return reason
     if shutil.which("bash", path=PATH) is None:
         return None
     try:
-        said = _bash_says(text)
-        return said if said and _bash_says(text, "-O", "extglob") else ""
+        message = _bash_message(text)
+        if message and not _bash_message(text, "-O", "extglob"):
+            return ""
+        return message
     except subprocess.TimeoutExpired:
         return None
 
 
-def _bash_says(text: str, *options: str) -> str:
-    done = subprocess.run(
+def _bash_message(text: str, *options: str) -> str:
+    """Returns the error of `bash -n`; empty: there is none."""
+    process = subprocess.run(
         ["bash", "--norc", "--noprofile", *options, "-n"],
         input=text.encode(),
         capture_output=True,
@@ -65,14 +68,15 @@ def _bash_says(text: str, *options: str) -> str:
         env={"PATH": PATH, "LC_ALL": "C"},
         check=False,
     )
-    said = done.stderr.decode(errors="replace").strip()
-    if done.returncode:
-        return said or f"exit code {done.returncode}"
-    return said if "here-document" in said else ""  # without its end: only a warning, but it swallows what follows
+    message = process.stderr.decode(errors="replace").strip()
+    if process.returncode:
+        return message or f"exit code {process.returncode}"
+    # Bash only warns of a here-document without its end, but it swallows the code behind it.
+    return message if "here-document" in message else ""
 
 
-def _no_argument(text: str) -> str:
-    """Why no program can be given `text`; empty: one can."""
+def _not_passable(text: str) -> str:
+    """Returns why `text` cannot be passed to a program; empty: it can."""
     if "\0" in text:
         return "it has a NUL"
     try:
@@ -92,33 +96,35 @@ def parses_sql(text: str) -> bool:
 
 
 def sql_error(text: str) -> str:
-    """Why SQLite cannot read a statement of `text`, whatever tables there are; empty: it can."""
-    grammar = re.compile('near ".*": syntax error|incomplete input|unrecognized token: .*', re.DOTALL)
-    return _no_argument(text) or next(filter(grammar.fullmatch, _sql_errors(text)), "")
+    """Returns why SQLite cannot read a statement of `text`, whatever tables there are; empty: it can."""
+    grammar_error = re.compile('near ".*": syntax error|incomplete input|unrecognized token: .*', re.DOTALL)
+    return _not_passable(text) or next(filter(grammar_error.fullmatch, _sql_errors(text)), "")
 
 
 def sql_test_error(text: str) -> str:
-    """As `sql_error`, and why `text` is not one statement."""
-    if why := sql_error(text):
-        return why
+    """Returns the `sql_error` of `text`, or why it is not a single statement; empty: it is one."""
+    if reason := sql_error(text):
+        return reason
     count = len(split_statements(text))
     return "" if count == 1 else f"expected one statement, found {count}"
 
 
 def _sql_errors(text: str) -> Iterator[str]:
-    """What SQLite says against each statement of `text`; empty: nothing."""
-    if why := _no_argument(text):
-        yield why
+    """Yields SQLite's error for each statement of `text`; empty: there is none."""
+    if reason := _not_passable(text):
+        yield reason
         return
+
     with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
         connection.set_authorizer(_allow_schema_only)
         connection.set_progress_handler(lambda: 1, MAX_SQL_OPERATIONS)  # a result other than 0 interrupts
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_SQL_BYTES)
+
         for statement in split_statements(text):
             try:
-                # our EXPLAIN would become one with what follows
-                whole = re.match(r"(explain|query)\b", statement, re.IGNORECASE)
-                connection.execute(statement if whole else f"EXPLAIN {statement}")
+                # Before these words our EXPLAIN would be read as a part of the statement.
+                is_explained = re.match(r"(explain|query)\b", statement, re.IGNORECASE)
+                connection.execute(statement if is_explained else f"EXPLAIN {statement}")
                 if re.match(r"(create|alter|drop)\b", statement, re.IGNORECASE):
                     connection.execute(statement)
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
@@ -128,7 +134,7 @@ def _sql_errors(text: str) -> Iterator[str]:
 
 
 def _allow_schema_only(action: int, *arguments: str | None) -> int:
-    """SQLite authorizer: denies attached files, extensions and pragmas."""
+    """Denies attached files, extensions and pragmas; an authorizer of SQLite."""
     if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA):
         return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_FUNCTION and "load_extension" in arguments:
@@ -157,5 +163,7 @@ def parses_continued(language: str, prompt: str, completion: str, finished: bool
 
 
 def whole_lines(text: str, finished: bool) -> str:
-    """`text` without its last line, if generation was cut off in that line."""
-    return text if finished or "\n" not in text else text[: text.rindex("\n") + 1]
+    """Returns `text` without its last line, if generation was cut off in that line (`finished` is False)."""
+    if finished or "\n" not in text:
+        return text
+    return text[: text.rindex("\n") + 1]

@@ -1,4 +1,4 @@
-"""System calls that a program in the sandbox does not get, and their numbers.
+"""Lists the system calls that a program in the sandbox does not get, with their numbers.
 
 Numbers from Linux 6.12: `arch/x86/entry/syscalls/syscall_64.tbl`, `include/uapi/asm-generic/unistd.h` (aarch64).
 A call that an architecture does not have is missing in its table.
@@ -14,13 +14,13 @@ syslog clock_settime settimeofday iopl ioperm modify_ldt vhangup lookup_dcookie 
 sethostname setdomainname uselib sysfs move_pages mbind migrate_pages set_mempolicy setuid setgid setreuid setregid
 setresuid setresgid setfsuid setfsgid setgroups mknod mknodat
 """.split()
-"""Answered with EPERM: memory of others, mounts, namespaces, keys, kernel, sockets, System V, identities."""
+"""Calls answered with EPERM: memory of other processes, mounts, namespaces, keys, kernel, sockets, System V, users."""
 UNKNOWN = """
 clone3 io_uring_setup io_uring_enter io_uring_register memfd_create memfd_secret
 """.split()
-"""Answered with ENOSYS, so that libraries take older calls: flags of `clone` can be filtered, those of `clone3` not."""
+"""Calls answered with ENOSYS, so that libraries use older ones: a filter sees the flags of `clone`, not of `clone3`."""
 LAST_KNOWN = 462
-"""Calls with higher numbers were not looked at, so they do not exist in the sandbox; x32 calls are among them."""
+"""Highest number that we looked at. Higher calls do not exist in the sandbox; x32 calls are among them."""
 NUMBERS = {
     "x86_64": {
         "clone": 56,

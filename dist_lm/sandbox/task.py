@@ -1,4 +1,4 @@
-"""Tasks with tests: a request for code in words, and the tests that its answer must pass. As fields of a JSON line:
+"""Reads tasks: a request for code in words, and the tests that its answer must pass. As fields of a JSON line:
 
 {"prompt": "Write add(a, b).", "language": "python", "tests": ["assert add(1, 2) == 3", {"stdin": "4", "stdout": "8"}]}
 """
@@ -13,7 +13,7 @@ from dist_lm.errors import UserError
 from dist_lm.sandbox.program import LANGUAGES, NAMES, Program, Test
 from dist_lm.sandbox.syntax import BEFORE_ERRORS, TEST_ERRORS
 
-# as in CommonMark 0.31, section 4.5: an end is indented as the beginning, or by at most three spaces
+# CommonMark 0.31, section 4.5: the closing fence is indented like the opening one, or by at most three spaces
 _FENCED = re.compile(r"^([ \t]*)(`{3,})[^\n`]*\n(.*?)(?:^(?:\1| {0,3})\2|\Z)", re.DOTALL | re.MULTILINE)
 _ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", re.MULTILINE)
 _PARTS = tuple(field.name for field in fields(Test))
@@ -27,12 +27,12 @@ class Task:
     tests: tuple[Test, ...]
 
     def program(self, answer: str) -> Program:
-        """The code of an answer, with the tests."""
+        """Returns the code of an answer with the tests."""
         return Program(self.language, code_of(answer), self.tests)
 
 
 def code_of(answer: str) -> str:
-    """The first fenced block of an answer, without the indentation of its fence, else the whole answer.
+    """Returns the first fenced block of an answer, without the indentation of its fence, else all of the answer.
 
     A block that is not closed reaches to the end. A fence that is indented by more than three spaces counts only in
     a list; elsewhere it is text, as in a docstring.
@@ -44,52 +44,54 @@ def code_of(answer: str) -> str:
 
 
 def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
-    """The task in the fields `language`, `tests` and optionally `before` (code before every test's own).
+    """Returns the task in the fields `language`, `tests` and optionally `before` (code before every test's own).
 
     Args:
-        readable: the tests have been read in their language before; a process for each test of Bash is spared.
+        readable: whether the tests were checked in their language earlier; this saves a process for each test of Bash.
 
     Raises:
         UserError: says which field is missing or wrong.
     """
-    language, tests, before = values.get("language"), values.get("tests"), values.get("before", "")
+    language, test_values, before = values.get("language"), values.get("tests"), values.get("before", "")
     if language not in LANGUAGES:
         raise UserError(f"language is {language!r}; expected {', '.join(LANGUAGES)}")
-    if not isinstance(tests, list) or not tests:
+    if not isinstance(test_values, list) or not test_values:
         raise UserError("expected `tests`, a list of code or of objects with " + ", ".join(_PARTS))
     if not isinstance(before, str):
         raise UserError("`before` is no text")
-    read = tuple(_test(one, before) for one in tests)
+
+    tests = tuple(_test(value, before) for value in test_values)
     if not readable:
-        refuse_broken(language, read)
-    return Task(language, read)
+        refuse_broken(language, tests)
+    return Task(language, tests)
 
 
 def refuse_broken(language: str, tests: Sequence[Test]) -> None:
-    """Refuse tests that cannot be read in their language: no program could pass them.
+    """Refuses tests that cannot be read in their language: no program could pass them.
 
     Raises:
         UserError: says which test, and why.
     """
     for test in tests:
-        for part, errors in ((test.before, BEFORE_ERRORS), (test.code, TEST_ERRORS)):
-            if part and (why := _error(errors[language], part)):
-                raise UserError(f"test {part!r:.100} is no {NAMES[language]}, so no program passes it: {why}")
+        for part, error_of in ((test.before, BEFORE_ERRORS[language]), (test.code, TEST_ERRORS[language])):
+            if part and (reason := _error(error_of, part)):
+                raise UserError(f"test {part!r:.100} is no {NAMES[language]}, so no program passes it: {reason}")
 
 
 @lru_cache(10_000)
 def _error(error_of: Callable[[str], str | None], part: str) -> str | None:
-    """Many tests share their code before."""
+    """Caches the errors: many tests share the code before them."""
     return error_of(part)
 
 
 def _test(value: Any, before: str) -> Test:
-    given = {"code": value} if isinstance(value, str) else value
-    if not isinstance(given, dict) or not given or not all(isinstance(one, str) for one in given.values()):
+    parts = {"code": value} if isinstance(value, str) else value
+    if not isinstance(parts, dict) or not parts or not all(isinstance(text, str) for text in parts.values()):
         raise UserError(f"test {value!r:.100}: expected code, or an object of texts")
-    if unknown := [name for name in given if name not in _PARTS]:
+    if unknown := [name for name in parts if name not in _PARTS]:
         raise UserError(f"test {value!r:.100}: unknown {', '.join(unknown)}; expected {', '.join(_PARTS)}")
-    if not given.get("code") and "stdout" not in given:
+    if not parts.get("code") and "stdout" not in parts:
         raise UserError(f"test {value!r:.100}: expected `code` or `stdout`")
-    test = Test(**given)
+
+    test = Test(**parts)
     return replace(test, before=f"{before}\n{test.before}") if before else test

@@ -8,7 +8,7 @@ TOOLS = [run_python]
 from dist_lm.sandbox.program import Limits, Program
 from dist_lm.sandbox.sandbox import Sandbox
 
-LIMITS = Limits(cpu_s=2.0, wall_s=8.0)  # below the seconds that a tool has
+LIMITS = Limits(cpu_s=2.0, wall_s=8.0)  # shorter than a tool may take
 
 
 def run_python(code: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""One test of a program from its start to its end: what it wrote, what it and its processes used, how it ended.
+"""Watches one test of a program from its start to its end: its output, the CPU time of its processes, how it ended.
 
-Runs inside the sandbox, in the first process of a run. Only the standard library is imported, and little of it.
+This module runs inside the sandbox, in the first process of a run. Only the standard library is imported, and little of
+it.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ DONE, TIMEOUT, OUTPUT, TROUBLE, STARVED = range(5)  # how an attempt ended
 SIGKILL = 9  # the module `signal` takes long to import
 _CHUNK = 65_536
 _SHORTEST_WAIT_S = 0.005
-_LOOKS = 0.1  # most of the time spent with looking at processes
+_LOOKS = 0.1  # largest share of the time that is spent looking at processes
 
 
 class Watched:
-    """A program from its start to its end, with what it wrote and used."""
+    """A running program with its output so far and the CPU time that it used."""
 
     def __init__(self, child: int, pipes: list[int], output_bytes: int, cpu_s: float, wall_s: float) -> None:
         self.child = child
-        self.pipes = pipes  # of stdout, stderr, and trouble before the start
+        self.pipes = pipes  # for stdout, stderr, and trouble before the start
         self.output_bytes = output_bytes
         self.cpu_s = cpu_s
         self.wall_s = wall_s
@@ -34,82 +35,91 @@ class Watched:
         self.ended = DONE
         self.exit_code = 0
         self.seconds = 0.0
-        self._watched = os.pidfd_open(child)
+        self._pidfd = os.pidfd_open(child)
         self._used = UsedCpu(cpu_of_ended())
 
     @property
     def cpu_seconds(self) -> float:
-        """Of the program and all processes below it, once they have ended."""
+        """CPU seconds of the program and all processes below it, once they have ended."""
         return max(self._used.seconds, self._used.of_ended())
 
     def watch(self) -> None:
-        """Read what it writes until it ends or passes a limit."""
+        """Reads the program's output until it ends or passes a limit."""
         poller = select.poll()
-        for file in (*self.pipes, self._watched):
+        for file in (*self.pipes, self._pidfd):
             poller.register(file, select.POLLIN)
-        begin, look_s, wait = time.monotonic(), 0.0, min(self.cpu_s / _CORES, self.wall_s)
+
+        begin, look_s = time.monotonic(), 0.0
+        wait = min(self.cpu_s / _CORES, self.wall_s)  # no limit can be passed before
         while True:
+            # CPU time is counted in ticks, and looking at processes takes CPU time from the program.
             pause = min(wait, max(1 / _TICKS, look_s / _LOOKS))
             ready = poller.poll(max(pause, _SHORTEST_WAIT_S) * 1000)
             for file, _ in ready:
-                if file in self.pipes and not self._take(file):
+                if file in self.pipes and not self._read_once(file):
                     poller.unregister(file)
             self.seconds = time.monotonic() - begin
+
             if len(self.read[0]) + len(self.read[1]) > self.output_bytes:
                 self.ended = OUTPUT
                 return
-            if any(file == self._watched for file, _ in ready):
+            if any(file == self._pidfd for file, _ in ready):
                 return
+
             self._used.look()
             look_s = time.monotonic() - begin - self.seconds
             wait = min(self.wall_s - self.seconds, (self.cpu_s - self._used.seconds) / _CORES)
             if wait <= 0:
-                starved = self.seconds >= self.wall_s and _waited_for_a_core() > self.wall_s / 2
-                self.ended = STARVED if starved else TIMEOUT
+                is_starved = self.seconds >= self.wall_s and _waited_for_a_core() > self.wall_s / 2
+                self.ended = STARVED if is_starved else TIMEOUT
                 return
             self._reap()
 
-    def _take(self, file: int) -> bool:
-        """Read once from a pipe; False at its end."""
+    def _read_once(self, file: int) -> bool:
+        """Reads once from a pipe and returns whether there was anything: False is its end."""
         data = os.read(file, _CHUNK)
         self.read[self.pipes.index(file)] += data
         return bool(data)
 
     def _reap(self) -> None:
-        """Take the exit codes of processes that ended, orphans included."""
+        """Collects the exit codes of processes that ended, orphans included."""
         while True:
             try:
-                process, status = os.waitpid(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
-            if process == 0:
+            if pid == 0:
                 return
-            self._note(process, status)
+            self._note(pid, status)
 
-    def _note(self, process: int, status: int) -> None:
-        if process == self.child:
+    def _note(self, pid: int, status: int) -> None:
+        if pid == self.child:
             self.exit_code = os.waitstatus_to_exitcode(status)
 
     def end(self, namespaces: bool) -> None:
-        """End every process of the attempt, then read what is left in the pipes."""
+        """Ends every process of the attempt, then reads the rest of the output."""
         if self.ended == DONE:
             self._reap()
+
+        # Again and again: a process may fork while others are killed.
         while True:
             _kill_all(namespaces)
             try:
                 self._note(*os.waitpid(-1, 0))
             except ChildProcessError:
                 break
+
         for file in self.pipes:
             os.set_blocking(file, False)
-            while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._left(file):
+            while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._has_more(file):
                 pass
             os.close(file)
-        os.close(self._watched)
+        os.close(self._pidfd)
 
-    def _left(self, file: int) -> bool:
+    def _has_more(self, file: int) -> bool:
+        """Reads once from a pipe and returns whether there was anything; it may be empty or at its end."""
         try:
-            return self._take(file)
+            return self._read_once(file)
         except BlockingIOError:
             return False
 
@@ -129,51 +139,59 @@ class UsedCpu:
     def __init__(self, before: float) -> None:
         self.seconds = 0.0
         self._before = before
-        self._unclaimed = 0.0  # of ended processes, nobody's
-        self._seen: dict[tuple[str, str], Ticks] = {}  # (pid, start) -> own, of its ended children
-        self._ended = before
+        self._unclaimed = 0.0  # seconds of ended processes that no process was given
+        self._last_ticks: dict[tuple[str, str], Ticks] = {}  # (pid, start) -> own ticks, those of its ended children
+        self._last_ended = before
 
     def look(self) -> None:
-        """Look at all processes that are there."""
-        processes, whole = _processes_below()
+        """Updates `seconds` from all processes that are running."""
+        processes, is_complete = _processes_below()
         ended = cpu_of_ended()
-        now = {(fields[0], fields[20]): _ticks_of(fields) for fields in processes}
-        if whole:
-            gone = sum(sum(ticks) for process, ticks in self._seen.items() if process not in now) / _TICKS
-            grown = sum(ticks[1] - self._seen.get(process, (0, 0))[1] for process, ticks in now.items()) / _TICKS
-            self._unclaimed += max(0.0, gone - grown - (ended - self._ended))
-            self._seen, self._ended = now, ended
-        else:  # who waited for those that went meanwhile is seen at the next look
-            self._seen = now | self._seen
-        self.seconds = sum(sum(ticks) for ticks in now.values()) / _TICKS + self.of_ended()
+        ticks_of = {(fields[0], fields[20]): _ticks_of(fields) for fields in processes}
+
+        if is_complete:
+            last = self._last_ticks
+            gone = sum(sum(ticks) for process, ticks in last.items() if process not in ticks_of) / _TICKS
+            grown = sum(ticks[1] - last.get(process, (0, 0))[1] for process, ticks in ticks_of.items()) / _TICKS
+            self._unclaimed += max(0.0, gone - grown - (ended - self._last_ended))
+            self._last_ticks = ticks_of
+            self._last_ended = ended
+        else:
+            # A process ended during the look. The next look tells whether another one waited for it.
+            self._last_ticks = ticks_of | self._last_ticks
+        self.seconds = sum(sum(ticks) for ticks in ticks_of.values()) / _TICKS + self.of_ended()
 
     def of_ended(self) -> float:
-        """CPU seconds of those that ended."""
+        """Returns the CPU seconds of the processes that ended."""
         return cpu_of_ended() - self._before + self._unclaimed
 
 
 def _processes_below() -> tuple[list[list[str]], bool]:
-    """The pid and the fields of /proc/PID/stat from the state on, of every process below this one; whether none ended
-    meanwhile."""
-    found, whole = {}, True
+    """Returns the processes below this one, and whether no process ended during the look.
+
+    A process is its pid and the fields of /proc/PID/stat from the state on.
+    """
+    fields_of: dict[int, list[str]] = {}
+    is_complete = True
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                found[int(name)] = [name, *_stat(name)]
+                fields_of[int(name)] = [name, *_stat(name)]
             except (FileNotFoundError, ProcessLookupError):
-                whole = False
+                is_complete = False
+
     below = []
-    for fields in found.values():
-        parent = int(fields[2])
-        while parent in found and parent != os.getpid():
-            parent = int(found[parent][2])
-        if parent == os.getpid():
+    for fields in fields_of.values():
+        ancestor = int(fields[2])
+        while ancestor in fields_of and ancestor != os.getpid():
+            ancestor = int(fields_of[ancestor][2])
+        if ancestor == os.getpid():
             below.append(fields)
-    return below, whole
+    return below, is_complete
 
 
 def _stat(pid: str) -> list[str]:
-    """The fields after the name, which a process chooses itself: any bytes, blanks and parentheses among them."""
+    """Returns the fields after the name, which a process chooses itself: any bytes, also blanks and parentheses."""
     file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
     try:
         return os.read(file, 4096).rpartition(b")")[2].decode().split()
@@ -182,18 +200,18 @@ def _stat(pid: str) -> list[str]:
 
 
 def _ticks_of(fields: list[str]) -> Ticks:
-    """Those of a process, and of its children that ended."""
+    """Returns the CPU ticks of a process, and those of its children that ended."""
     return int(fields[12]) + int(fields[13]), int(fields[14]) + int(fields[15])
 
 
 def cpu_of_ended() -> float:
-    """Seconds of ended processes below this one that were waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    """Returns the CPU seconds of ended processes below this one that were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _waited_for_a_core() -> float:
-    """Seconds that a running process was ready to run but had no core: the longest of all."""
+    """Returns the longest time that a process below this one was ready to run but had no core, in seconds."""
     seconds = 0.0
     for fields in _processes_below()[0]:
         try:
@@ -205,6 +223,7 @@ def _waited_for_a_core() -> float:
 
 
 def _kill_all(namespaces: bool) -> None:
+    # In a pid namespace of its own, -1 means every other process of the run.
     if namespaces:
         try:
             os.kill(-1, SIGKILL)
