@@ -35,22 +35,26 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 VOCAB_SIZE = 640
-TINY = (
+TINY_MODEL = (
     f"model.vocab_size={VOCAB_SIZE}",
     "model.d_model=40",
     "model.n_layers=2",
     "model.n_heads=5",  # divides by no number of ranks
     "model.d_ff=80",
     "model.max_seq_len=256",
-    # plain initial values and rates, whatever the recipe of nano
+    # plain initial values, whatever the recipe of nano
     "model.init_std=0.02",
     "model.residual_init=depth",
-    "stage.rates.embedding=1",
-    "stage.muon.variance_beta=0",
-    "stage.seq_len=32",
     "tracking=none",
     "device=cpu",
 )
+# the same for stages that train on sequences, with plain rates; other stages read no such keys
+TINY = (*TINY_MODEL, "stage.rates.embedding=1", "stage.muon.variance_beta=0", "stage.seq_len=32")
+
+
+def tiny(stage: str) -> tuple[str, ...]:
+    """The overrides above that a stage of this package reads."""
+    return TINY if stage in ("language", "code", "tools", "preference", "reward") else TINY_MODEL
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -35,13 +35,13 @@ SETTINGS = (
     "stage.lr=1e-2",
     "stage.warmup_steps=5",
     "stage.dropout=0.1",
-    "stage.label_smoothing=0.1",
     "stage.checkpoint_every=5",
     "stage.eval_every=10",
     "stage.eval_sequences=8",
 )
-SAMPLED = ("stage.sampling.samples_per_prompt=1", "stage.sampling.max_new_tokens=4")
-OWN_SETTINGS = {"language": SAMPLED, "code": SAMPLED, "tools": ("stage.questions.per_kind=4",)}
+SMOOTHED = ("stage.label_smoothing=0.1",)
+SAMPLED = (*SMOOTHED, "stage.sampling.samples_per_prompt=1", "stage.sampling.max_new_tokens=4")
+OWN_SETTINGS = {"language": SAMPLED, "code": SAMPLED, "tools": (*SMOOTHED, "stage.questions.per_kind=4")}
 TIMED = ("time", "timing/", "perf/", "checkpoint/", "rollout/tokens_per_s")
 
 

@@ -18,6 +18,8 @@ from rich.table import Table
 
 from dist_lm.config.root import Config
 from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.registry import stage_named
+from dist_lm.stages.text import TextStage
 
 TOKENS_A_SECOND = "tokens/s"
 # Without randomness and regularisation all ways of a case have the same losses, so that these can be compared.
@@ -26,11 +28,10 @@ BASE = (
     "parallel.compute_dtype=fp32",
     "parallel.compile=never",
     "stage.dropout=0",
-    "stage.label_smoothing=0",
-    "stage.document_mask=false",
     "stage.rates.embedding=1",  # one rate, as peers have
     "model.residual_init=depth",
 )
+OF_TEXT = ("stage.label_smoothing=0", "stage.document_mask=false")  # stages that read rankings have no such keys
 AS_USED = "parallel.compute_dtype=auto"  # overrides BASE: a user's arithmetic, bf16 on CUDA and fp32 on a CPU
 
 
@@ -134,8 +135,11 @@ def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], qu
 
 
 def _default_stage(overrides: Sequence[str]) -> list[str]:
-    names_stage = any(override.startswith("stage=") for override in overrides)
-    return [] if names_stage else ["stage=language"]
+    """Returns `stage=language` unless the overrides name a stage, and what a stage of text adds to `BASE`."""
+    named = [text.partition("=")[2] for text in overrides if text.startswith("stage=")]
+    if not named:
+        return ["stage=language", *OF_TEXT]
+    return [*OF_TEXT] if isinstance(stage_named(named[-1]), TextStage) else []
 
 
 def describe(config: Config) -> str:

@@ -83,8 +83,8 @@ def build(way: str, config: Config, world: World) -> Trial:
         return Trial(TrlStep(model, config, reference_C if way == TRL_KNOWN else None, world.device))
 
     training = OwnTraining(model, config, slice(None), world)
+    model.document_mask = way == TREE
     if way == TREE:
-        model.document_mask = True
         training.objective = preference_objective(PreferenceLoss(settings_of(config)))
         training.batches = [replace(batch, reference_C=reference_C)]
     else:

@@ -22,17 +22,16 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import choices_of_people
-from dist_lm.stages.rankings.stage import RankingsConfig
 
 TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"
 PROMPT_SHARE = 0.5  # of the tree
-NANO = ("stage=rankings", "model=nano", "model.head=scalar", "stage.global_batch=2", "stage.seq_len=512")
-SHAPES = tuple((*NANO, "stage.samples.fewest=2", f"stage.samples.most={k}") for k in (4, 8, 2))
+NANO = ("stage=reward", "model=nano", "stage.global_batch=2", "stage.seq_len=512")
+SHAPES = tuple((*NANO, f"stage.micro_batch={k}") for k in (4, 8, 2))
 ROUNDS = 9
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of four, eight and two completions (stage.samples.most) of a prompt that fills half of stage.seq_len."""
+    """Cases of four, eight and two completions (stage.micro_batch) of a prompt that fills half of stage.seq_len."""
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
@@ -64,8 +63,7 @@ def tokens_of(config: Config) -> tuple[int, int, int]:
 
     All completions are as long, so that rows of one completion each need no padding.
     """
-    assert isinstance(config, RankingsConfig)
-    k, length = config.stage.samples.most, round(config.stage.seq_len * PROMPT_SHARE)
+    k, length = config.stage.micro_batch, round(config.stage.seq_len * PROMPT_SHARE)
     prompt = length + (config.stage.seq_len - length) % k
     return prompt, k, (config.stage.seq_len - prompt) // k
 

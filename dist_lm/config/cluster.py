@@ -1,4 +1,4 @@
-"""The conf group `cluster`: where ranks run, timeouts, and what happens after failures."""
+"""The conf group `cluster`: where ranks run, timeouts, and restarts after failures."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from dist_lm.errors import require
 
 @dataclass
 class ClusterConfig:
-    """Where the ranks run."""
+    """Place of the ranks, timeouts, restarts, and checks of nodes."""
 
     name: str = MISSING  # local (start Ray on this machine) | ray (join a running cluster)
     nodes: int = 1
@@ -26,16 +26,23 @@ class ClusterConfig:
     hang_steps: float = 20.0  # ranks without heartbeat for this many median steps are hung: log stacks, restart
     hang_min_s: float = 120.0  # but at least this long
     hang_otherwise_s: float = 1800.0  # the same at the start, in the first step, in evaluations and saves
-    min_free_gib: float = (
-        1.0  # free disk space of a node for temporary files; the run directory needs a checkpoint more
-    )
+    # free disk space of a node for temporary files; the run directory needs a checkpoint more
+    min_free_gib: float = 1.0
     max_clock_skew_s: float = 5.0  # between the clocks of a node and the launcher
-    gpu_check_s: float = 2.0  # of matrix products on each GPU before a start, then an all-reduce; 0: only NVML is read
-    link_check_mib: int = 4  # sent between every two nodes before a start; 0: links are not measured
+    # seconds of matrix products on each GPU before a start, then an all-reduce; 0: only NVML is read
+    gpu_check_s: float = 2.0
+    link_check_mib: int = 4  # MiB sent between every two nodes before a start; 0: links are not measured
     min_link_ratio: float = 0.25  # a node with links slower than this share of the median is replaced if possible
 
     def __post_init__(self) -> None:
         require(self.name in ("local", "ray"), "cluster.name", self.name, "local or ray")
+        require(
+            self.name == "local" or bool(self.address),
+            "cluster.address",
+            self.address,
+            "host:port of a running Ray head when cluster=ray",
+        )
+
         require(self.nodes > 0, "cluster.nodes", self.nodes, "a positive integer")
         require(
             self.ranks_per_node == -1 or self.ranks_per_node > 0,
@@ -49,24 +56,13 @@ class ClusterConfig:
             self.min_nodes,
             f"1 to cluster.nodes={self.nodes}, or -1 for cluster.nodes",
         )
-        for key in (
-            "connect_timeout_s",
-            "start_timeout_s",
-            "stop_timeout_s",
-            "hang_steps",
-            "hang_min_s",
-            "hang_otherwise_s",
-            "max_clock_skew_s",
-        ):
+
+        # Without these waits nothing could start or stop; the others may be 0, which turns them off.
+        for key in ("connect_timeout_s", "start_timeout_s", "stop_timeout_s", "max_clock_skew_s"):
             require(getattr(self, key) > 0, f"cluster.{key}", getattr(self, key), "a positive number")
-        for key in (
-            *("node_wait_s", "grow_after_s", "max_restarts", "min_free_gib"),
-            *("gpu_check_s", "link_check_mib", "min_link_ratio"),
-        ):
+        for key in ("hang_steps", "hang_min_s", "hang_otherwise_s"):
+            require(getattr(self, key) > 0, f"cluster.{key}", getattr(self, key), "a positive number")
+        for key in ("node_wait_s", "grow_after_s", "max_restarts", "min_free_gib"):
             require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "0 or more")
-        require(
-            self.name == "local" or bool(self.address),
-            "cluster.address",
-            self.address,
-            "host:port of a running Ray head when cluster=ray",
-        )
+        for key in ("gpu_check_s", "link_check_mib", "min_link_ratio"):
+            require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "0 or more")

@@ -14,7 +14,7 @@ from dist_lm.errors import ConfigError, require, require_folder_name
 
 @dataclass
 class CleaningConfig:
-    """Each step is on or off. `data/cleaning.py` has the rules and their sources; docs/data.md says why which is on."""
+    """Steps of cleaning, each on or off. `data/cleaning.py` has the rules and sources, docs/data.md the reasons."""
 
     min_document_bytes: int = 0  # UTF-8; shorter documents are dropped (too_short)
     encoding: bool = True  # texts with many U+FFFD, the mark of bytes that were decoded wrongly (undecodable)
@@ -37,8 +37,8 @@ class CleaningConfig:
 
 
 SPLITS = ("train", "val")
-BYTES_PER_TOKEN = 4  # of text whose tokens are not counted yet
-# in the query of a URL
+BYTES_PER_TOKEN = 4  # estimate for text whose tokens are not counted yet
+# names of credentials in the query of a URL
 SECRET = re.compile(
     r"(?i)(signature|token|secret|passw(or)?d|passphrase|(api|access|account)_?key(_?id)?|credentials?|\bsig|\bkey"
     r"|(\b|_)(auth|authorization|bearer|jwt|pass|pwd))="
@@ -80,21 +80,29 @@ class SourceConfig:
     only: list[str] = field(default_factory=list)  # languages that are kept; none: all
 
     def __post_init__(self) -> None:
-        paths = self.path if isinstance(self.path, list | tuple) else [] if self.path in (None, "") else [self.path]
+        if isinstance(self.path, list | tuple):
+            paths = [*self.path]
+        else:
+            paths = [] if self.path in (None, "") else [self.path]
         require(
             all(isinstance(path, str) and path for path in paths),
             f"corpus source {self.reader}: path",
             self.path,
             "a file, folder, glob or URL, or a list of them",
         )
-        self.path = [*paths] or None
-        for key, place in [("dataset", self.dataset), *(("path", path) for path in paths)]:
+        self.path = paths or None
+
+        # The message leaves the address out, because messages are logged.
+        for key, address in [("dataset", self.dataset), *(("path", path) for path in paths)]:
+            host = address.partition("://")[2].partition("/")[0]
+            query = address.partition("?")[2]
             require(
-                "@" not in place.partition("://")[2].partition("/")[0] and not SECRET.search(place.partition("?")[2]),
+                "@" not in host and not SECRET.search(query),
                 f"corpus source {self.reader}: {key}",
                 "(an address with a password, a token or a signature)",
                 "an address without one (credentials come from the environment); the configuration is written to disk",
             )
+
         require(
             self.limit >= 0,
             f"corpus source {self.reader}: limit",
@@ -106,58 +114,66 @@ class SourceConfig:
 _FORMS: dict[Any, str] = {int: "an integer", bool: "true or false", str: "a text", list[str]: "a list of texts"}
 
 
-def source_of(item: Any, place: str) -> SourceConfig:
-    """The source that a file or command gives as `item`.
+def source_of(written: Any, key: str) -> SourceConfig:
+    """Returns the source that a file or command describes, with its types and bounds checked.
 
     Args:
-        place: names it in messages: corpus.corpora.NAME[0].
+        written: a `SourceConfig`, or a mapping with its keys.
+        key: the source's own key for messages, such as corpus.corpora.NAME[0].
 
     Raises:
-        ConfigError: names the place and the key.
+        ConfigError: names the source and its wrong key.
     """
-    if not isinstance(item, SourceConfig | Mapping):
-        raise ConfigError(f"{place}={item}: expected keys of a source: {{reader: jsonl, path: ...}}")
-    given: Mapping[Any, Any] = vars(item) if isinstance(item, SourceConfig) else item
+    if not isinstance(written, SourceConfig | Mapping):
+        raise ConfigError(f"{key}={written}: expected keys of a source: {{reader: jsonl, path: ...}}")
+
+    is_typed = isinstance(written, SourceConfig)
+    values: Mapping[Any, Any] = vars(written) if is_typed else written
     try:
-        typed = item if isinstance(item, SourceConfig) else OmegaConf.merge(OmegaConf.structured(SourceConfig), item)
+        typed = written if is_typed else OmegaConf.merge(OmegaConf.structured(SourceConfig), written)
         source = OmegaConf.to_object(OmegaConf.structured(typed))
     except ConfigKeyError as error:
-        names = [one.name for one in fields(SourceConfig)]
+        names = [field.name for field in fields(SourceConfig)]
         close = difflib.get_close_matches(str(error.key), names, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise ConfigError(
-            f"{place}.{error.key}: no such key; {hint}keys of a source (each reader takes some): {', '.join(names)}"
+            f"{key}.{error.key}: no such key; {hint}keys of a source (each reader takes some): {', '.join(names)}"
         ) from error
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{place}: reader is missing: expected a reader such as files, jsonl or messages") from error
+        raise ConfigError(f"{key}: reader is missing: expected a reader such as files, jsonl or messages") from error
     except OmegaConfBaseException as error:
-        if error.key not in given:
-            raise ConfigError(f"{place}={item}: {str(error).splitlines()[0]}") from error
+        if error.key not in values:
+            raise ConfigError(f"{key}={written}: {str(error).splitlines()[0]}") from error
         form = _FORMS.get(SourceConfig.__annotations__.get(str(error.key)), "a text")
-        raise ConfigError(f"{place}.{error.key}={given[error.key]}: expected {form}") from error
+        raise ConfigError(f"{key}.{error.key}={values[error.key]}: expected {form}") from error
+
     assert isinstance(source, SourceConfig)
     return source
 
 
-def check_sources(corpora: Any, place: str) -> None:
-    """Refuse `corpora` that are no mapping from names to lists of sources.
+def check_sources(corpora: Any, key: str) -> None:
+    """Refuses `corpora` that are no mapping from names to lists of sources.
+
+    Args:
+        key: the key of `corpora` for messages.
 
     Raises:
-        ConfigError: names the source and the key.
+        ConfigError: names the source and its wrong key.
     """
     form = "expected NAME: [{reader: ...}, ...]"
     if not isinstance(corpora, Mapping):
-        raise ConfigError(f"{place}={corpora}: {form}")
+        raise ConfigError(f"{key}={corpora}: {form}")
+
     for name, sources in corpora.items():
         if not isinstance(sources, list | None):
-            raise ConfigError(f"{place}.{name}={sources}: {form}")
-        for number, item in enumerate(sources or []):
-            source_of(item, f"{place}.{name}[{number}]")
+            raise ConfigError(f"{key}.{name}={sources}: {form}")
+        for index, source in enumerate(sources or []):
+            source_of(source, f"{key}.{name}[{index}]")
 
 
 if TYPE_CHECKING:
     Corpora = dict[str, list[SourceConfig]]
-else:  # what a file may say
+else:  # the type of what a file may say
     Corpora = dict[str, list[SourceConfig] | None] | None
 
 
@@ -170,7 +186,8 @@ class CorpusConfig:
     corpora: Corpora = field(default_factory=dict)
     val_fraction: float = 0.02  # share of documents kept out of training, chosen by hash
     max_document_bytes: int = 1_000_000  # longer documents are dropped and counted
-    # of each corpus of texts, at four bytes a token: `val_fraction` is halved until val fits. Val is compared in memory
+    # most val tokens of each corpus of texts, at four bytes a token: `val_fraction` is halved until val fits, because
+    # train is compared with val in memory
     val_tokens: int = 10_000_000
     documents_per_member: int = 256  # documents grouped in one member of a tar
     shard_tokens: int = 64_000_000  # tokens a tar
@@ -179,11 +196,12 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
-        given = {name: sources for name, sources in (self.corpora or {}).items() if sources is not None}
+        written = {name: sources for name, sources in (self.corpora or {}).items() if sources is not None}
         self.corpora = {
-            name: [source_of(item, f"corpus.corpora.{name}[{place}]") for place, item in enumerate(sources)]
-            for name, sources in given.items()
+            name: [source_of(source, f"corpus.corpora.{name}[{index}]") for index, source in enumerate(sources)]
+            for name, sources in written.items()
         }
+
         for name, sources in self.corpora.items():
             require_folder_name("the name of a corpus in corpus.corpora", name)
             require(
@@ -192,6 +210,7 @@ class CorpusConfig:
                 "true",
                 "a source without held_out beside it: a stage trains on the corpus",
             )
+
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
         require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")
@@ -201,24 +220,26 @@ class CorpusConfig:
 
 @dataclass
 class TokenizerConfig:
-    """Where the tokenizer comes from. `tokenizer=keep` on the command line is short for `tokenizer.source=keep`."""
+    """Origin and pieces of the tokenizer. `tokenizer=keep` on the command line is short for `tokenizer.source=keep`."""
 
     # train (SentencePiece BPE on the texts of all corpora) | keep (the one in the work directory, whatever the corpora
     # hold) | the path of a tokenizer.model of SentencePiece, a tokenizer.json of Hugging Face, or a folder with one |
     # hf:FOLDER or hf:ID, that of a model of transformers
     source: str = TRAIN
-    # of conversations: given (that of an imported model, where it lays them out otherwise than ours) | ours
+    # layout of conversations: given (that of an imported model, if it differs from ours) | ours
     chat_template: str = "given"
-    add_marks: bool = False  # of an existing tokenizer: append the marks that it lacks; false: they are plain text
+    add_marks: bool = False  # append the marks that an existing tokenizer lacks; false: they are plain text
     vocab_size: int = MISSING  # pieces, special ones included; of an existing tokenizer, what it has
     train_bytes: int = 200_000_000  # text sampled for training; the same share of every language
-    # of a trained one: no piece holds letters and punctuation. Null: true
+    # no piece of a trained tokenizer holds both letters and punctuation; null: true
     split_by_unicode_script: bool | None = None
-    max_piece_length: int | None = None  # of a trained one, characters. Null: 16
+    max_piece_length: int | None = None  # characters of a piece of a trained tokenizer; null: 16
     workers: int = 0  # processes that encode; 0: all cores
 
     def __post_init__(self) -> None:
         require(bool(self.source), "tokenizer", self.source, "train, keep or a path")
+
+        # Pieces are learned with these keys; an existing tokenizer has its pieces already.
         require(
             self.max_piece_length is None or 16 <= self.max_piece_length <= 512,
             "tokenizer.max_piece_length",
@@ -232,6 +253,7 @@ class TokenizerConfig:
                 getattr(self, key),
                 f"null with tokenizer={self.source}: only tokenizer=train learns pieces",
             )
+
         require(
             self.vocab_size >= 512 or self.source != TRAIN,
             "tokenizer.vocab_size",
@@ -244,19 +266,20 @@ class TokenizerConfig:
             self.add_marks,
             f"false with tokenizer={self.source}: only tokenizer=PATH can append marks",
         )
-        accepted = ("given", "ours")
-        require(self.chat_template in accepted, "tokenizer.chat_template", self.chat_template, " or ".join(accepted))
+
+        templates = ("given", "ours")
+        require(self.chat_template in templates, "tokenizer.chat_template", self.chat_template, " or ".join(templates))
         require(self.train_bytes > 0, "tokenizer.train_bytes", self.train_bytes, "a positive number of bytes")
         require(self.workers >= 0, "tokenizer.workers", self.workers, "0 (all cores) or a positive integer")
 
     @property
     def is_given(self) -> bool:
-        """Whether `source` is a path."""
+        """Whether `source` names an existing tokenizer by its path."""
         return self.source not in (TRAIN, KEEP)
 
     @property
     def learned_as(self) -> dict[str, bool | int]:
-        """What pieces a trained tokenizer may have, by key; the defaults in place of null."""
+        """The keys that decide which pieces training may learn, with the defaults in place of null."""
         return {
             "split_by_unicode_script": self.split_by_unicode_script is not False,
             "max_piece_length": self.max_piece_length or 16,

@@ -25,10 +25,12 @@ class HardwareConfig:
 
     def __post_init__(self) -> None:
         require(self.device in ("cuda", "cpu"), "hardware.device", self.device, "cuda or cpu")
+        require(self.devices_per_node > 0, "hardware.devices_per_node", self.devices_per_node, "a positive integer")
+
         for name in ("bf16_tflops", "fp32_tflops", "memory_gib", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"):
             require(getattr(self, name) > 0, f"hardware.{name}", getattr(self, name), "a positive number")
         for name in ("intra_node_us", "inter_node_us"):
             require(getattr(self, name) >= 0, f"hardware.{name}", getattr(self, name), "microseconds, >= 0")
-        require(self.devices_per_node > 0, "hardware.devices_per_node", self.devices_per_node, "a positive integer")
+
         require(0 < self.attainable <= 1, "hardware.attainable", self.attainable, "in (0, 1]")
         require(0 <= self.overlap <= 1, "hardware.overlap", self.overlap, "in [0, 1]")

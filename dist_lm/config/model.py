@@ -17,7 +17,7 @@ class ModelConfig:
     d_model: int = MISSING  # width of the residual stream
     n_layers: int = MISSING
     n_heads: int = MISSING  # query heads; must divide d_model, unless head_width is set
-    head_width: int | None = None  # of queries, keys and values of one head, even; null: d_model / n_heads
+    head_width: int | None = None  # width of queries, keys and values of one head, even; null: d_model / n_heads
     n_kv_heads: int | None = None  # key/value heads (grouped-query attention); null: n_heads
     d_ff: int = MISSING  # hidden width of the feed-forward network
     max_seq_len: int = MISSING  # tokens; longest sequence trained on or generated
@@ -30,7 +30,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the output head shares the embedding's weight
     head: str = "tokens"  # tokens (logits of the next token) | scalar (one score per token: reward and value models)
     rope_base: float = 10000.0
-    rotary_fraction: float = 1.0  # of each head, its first entries, that RoPE rotates (as Pythia)
+    rotary_fraction: float = 1.0  # share of each head, its first entries, that RoPE rotates (as Pythia)
     # lower frequencies, for sequences longer than those of the first training; none | linear (Chen et al. 2023): all
     # divided by rope_factor | llama3 (Grattafiori et al. 2024): divided are those with at most rope_low_freq_factor
     # periods in rope_original_len tokens, those with at least rope_high_freq_factor are kept, others lie between
@@ -46,13 +46,14 @@ class ModelConfig:
     value_residual: bool = False
     logit_cap: float = 0.0  # c: logits are c tanh(logits / c) (Gemma Team 2024, section 2); 0: off
     init_std: float = 0.02
-    # of the projections onto the residual stream: depth (Radford et al. 2019): init_std / sqrt(2 n_layers) | zero
+    # initial values of the projections onto the residual stream: zero | depth: deviation of init_std / sqrt(2 n_layers)
+    # (Radford et al. 2019)
     residual_init: str = "depth"
     # width that init_std and the learning rates are meant for: other widths scale them (muP, Yang & Hu 2022, table 3),
     # so one rate serves all of them. Heads have the same width, d_ff grows with d_model. null: no scaling
     base_width: int | None = None
 
-    lora: ClassVar[LoraConfig | None] = None  # of the adapters; see `AdaptedModelConfig`
+    lora: ClassVar[LoraConfig | None] = None  # set in `AdaptedModelConfig`
 
     @property
     def plain(self) -> "ModelConfig":
@@ -61,15 +62,17 @@ class ModelConfig:
 
     @property
     def d_head(self) -> int:
+        """Width of one head."""
         return self.d_model // self.n_heads if self.head_width is None else self.head_width
 
     @property
     def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def relative_width(self) -> float:
-        """d_model / base_width; 1 without."""
+        """d_model / base_width; 1 without base_width."""
         return 1.0 if self.base_width is None else self.d_model / self.base_width
 
     @property
@@ -79,20 +82,42 @@ class ModelConfig:
 
     @property
     def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
         return self.bias or self.qkv_bias
 
     def __post_init__(self) -> None:
         for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size", "rope_original_len"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive integer")
+        require(self.vocab_size <= 2**31, "model.vocab_size", self.vocab_size, f"at most {2**31} (tokens are uint32)")
+        self._check_heads()
+        self._check_rope()
+
+        for key in ("norm_eps", "init_std"):
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
+        require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
+        require(self.ffn in ("gelu", "relu2", "swiglu"), "model.ffn", self.ffn, "gelu, relu2 or swiglu")
+        require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+        require(self.logit_cap >= 0, "model.logit_cap", self.logit_cap, ">= 0 (0 is off)")
+        require(self.residual_init in ("depth", "zero"), "model.residual_init", self.residual_init, "depth or zero")
+
+        base = self.base_width
+        require(base is None or base > 0, "model.base_width", base, "null (no scaling) or a positive integer")
+        untied = (
+            "null with model.tie_embeddings=true: with width, the rate of a head falls and that of an embedding stays"
+        )
+        require(base is None or not self.tie_embeddings, "model.base_width", base, untied)
+
+    def _check_heads(self) -> None:
+        """Refuses heads that do not divide the model, and widths that RoPE cannot rotate in pairs."""
         width = self.head_width
         require(width is None or (width > 0 and width % 2 == 0), "model.head_width", width, "null or an even number")
         divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0 and self.d_model // n % 2 == 0]
-        near = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
+        nearest = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
         require(
             self.n_heads in divisors or width is not None,
             "model.n_heads",
             self.n_heads,
-            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(near)} (or set "
+            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(nearest)} (or set "
             "model.head_width)",
         )
         require(
@@ -101,14 +126,17 @@ class ModelConfig:
             self.n_kv_heads,
             f"a divisor of model.n_heads={self.n_heads}",
         )
+
         require(
             0 < self.rotary_fraction <= 1 and self.rotary_width > 0 and self.rotary_width % 2 == 0,
             "model.rotary_fraction",
             self.rotary_fraction,
             f"a part of the head width {self.d_head} that is an even number, such as {2 / self.d_head:g} or 1",
         )
-        require(self.vocab_size <= 2**31, "model.vocab_size", self.vocab_size, f"at most {2**31} (tokens are uint32)")
-        for key in ("norm_eps", "rope_base", "rope_low_freq_factor", "init_std"):
+
+    def _check_rope(self) -> None:
+        """Refuses frequencies of RoPE that are no frequencies, and factors without a scaling."""
+        for key in ("rope_base", "rope_low_freq_factor"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         scalings = ("none", "linear", "llama3")
         require(self.rope_scaling in scalings, "model.rope_scaling", self.rope_scaling, ", ".join(scalings))
@@ -121,17 +149,6 @@ class ModelConfig:
             self.rope_high_freq_factor,
             f"a number above model.rope_low_freq_factor={self.rope_low_freq_factor}",
         )
-        require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
-        require(self.ffn in ("gelu", "relu2", "swiglu"), "model.ffn", self.ffn, "gelu, relu2 or swiglu")
-        require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
-        require(self.logit_cap >= 0, "model.logit_cap", self.logit_cap, ">= 0 (0 is off)")
-        require(self.residual_init in ("depth", "zero"), "model.residual_init", self.residual_init, "depth or zero")
-        base = self.base_width
-        require(base is None or base > 0, "model.base_width", base, "null (no scaling) or a positive integer")
-        untied = (
-            "null with model.tie_embeddings=true: with width, the rate of a head falls and that of an embedding stays"
-        )
-        require(base is None or not self.tie_embeddings, "model.base_width", base, untied)
 
 
 @dataclass
@@ -140,16 +157,16 @@ class AdaptedModelConfig(ModelConfig):
 
     lora: LoraConfig = field(default_factory=LoraConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
     base: str = ""  # directory of the base's checkpoint
-    base_sha256: str = ""  # of the manifest of that checkpoint
+    base_sha256: str = ""  # SHA-256 of the manifest of that checkpoint
 
     @classmethod
     def of(cls, model: ModelConfig, lora: LoraConfig, base: str = "", base_sha256: str = "") -> "AdaptedModelConfig":
-        """`model` with the adapters that `lora` describes."""
+        """Returns `model` with the adapters that `lora` describes."""
         return cls(**vars(model.plain), lora=lora, base=base, base_sha256=base_sha256)
 
     @property
     def plain(self) -> ModelConfig:
-        return ModelConfig(**{one.name: getattr(self, one.name) for one in fields(ModelConfig)})
+        return ModelConfig(**{field.name: getattr(self, field.name) for field in fields(ModelConfig)})
 
     @property
     def scale(self) -> float:
@@ -158,12 +175,10 @@ class AdaptedModelConfig(ModelConfig):
 
     def adapted(self, part: str) -> tuple[str, ...]:
         """Names of the weights of `part` (attention | feed_forward) that have adapters."""
-        named = self.lora.targets
-        return tuple(
-            name
-            for name in LORA_TARGETS[part]
-            if name in named or (part in named and (name != "gate" or self.ffn == "swiglu"))
-        )
+        targets = self.lora.targets
+        # The part as a whole names all weights that the model has: only swiglu has a gate.
+        weights = [weight for weight in LORA_TARGETS[part] if weight != "gate" or self.ffn == "swiglu"]
+        return tuple(w for w in LORA_TARGETS[part] if w in targets or (part in targets and w in weights))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -28,21 +28,19 @@ class ParallelConfig:
     auto: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("dp_replicate", "dp_shard", "tp"):
-            value = getattr(self, key)
-            require(
-                value == -1 or value > 0,
-                f"parallel.{key}",
-                value,
-                "a positive integer, or -1 for all remaining ranks",
-            )
-        for key, accepted in (
+        for axis in ("dp_replicate", "dp_shard", "tp"):
+            ranks = getattr(self, axis)
+            accepted = "a positive integer, or -1 for all remaining ranks"
+            require(ranks == -1 or ranks > 0, f"parallel.{axis}", ranks, accepted)
+
+        for key, choices in (
             ("compute_dtype", ("auto", "fastest", "fp32", "bf16")),
             ("activation_checkpointing", ("none", "selective", "full")),
             ("compile", ("auto", "always", "never")),
         ):
-            value = getattr(self, key)
-            require(value in accepted, f"parallel.{key}", value, f"{', '.join(accepted[:-1])} or {accepted[-1]}")
+            choice = getattr(self, key)
+            require(choice in choices, f"parallel.{key}", choice, f"{', '.join(choices[:-1])} or {choices[-1]}")
+
         require(self.loss_chunk_mib > 0, "parallel.loss_chunk_mib", self.loss_chunk_mib, "a positive number of MiB")
         require(
             not self.sp or self.tp != 1 or self.auto,

@@ -1,4 +1,4 @@
-"""The conf group `stage.preference`: what stage preference learns from rankings, and by which loss."""
+"""The conf group `stage.preference`: the loss of stage preference, and the part of a ranking that it learns from."""
 
 from dataclasses import dataclass
 
@@ -28,15 +28,18 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         require(self.algorithm in BETAS, "stage.preference.algorithm", self.algorithm, f"one of {', '.join(BETAS)}")
-        ways = (RANKINGS, PAIRS, ONE_PAIR) if self.algorithm == DPO else (PAIRS, ONE_PAIR)
-        accepted = f"null, {' or '.join(ways)} with stage.preference.algorithm={self.algorithm}"
-        require(self.learn_from in (None, *ways), "stage.preference.learn_from", self.learn_from, accepted)
+
+        # Only DPO has a loss of a whole ranking (Plackett-Luce); the others compare pairs.
+        lessons = (RANKINGS, PAIRS, ONE_PAIR) if self.algorithm == DPO else (PAIRS, ONE_PAIR)
+        accepted = f"null, {' or '.join(lessons)} with stage.preference.algorithm={self.algorithm}"
+        require(self.learn_from in (None, *lessons), "stage.preference.learn_from", self.learn_from, accepted)
+
         require(self.beta is None or self.beta > 0, "stage.preference.beta", self.beta, "null or a positive number")
         for key, algorithm in OWN_KEYS.items():
-            value = getattr(self, key)
-            reads = self.algorithm == algorithm
-            accepted = "null or a number >= 0" if reads else f"null unless stage.preference.algorithm={algorithm}"
-            require(value is None or (reads and value >= 0), f"stage.preference.{key}", value, accepted)
+            number = getattr(self, key)
+            is_read = self.algorithm == algorithm
+            accepted = "null or a number >= 0" if is_read else f"null unless stage.preference.algorithm={algorithm}"
+            require(number is None or (is_read and number >= 0), f"stage.preference.{key}", number, accepted)
         require(0 <= self.label_noise < 0.5, "stage.preference.label_noise", self.label_noise, "in [0, 0.5)")
 
     @property

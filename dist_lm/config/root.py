@@ -20,8 +20,9 @@ from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.renamed import with_present_keys
 from dist_lm.config.rlhf import RolloutPoolConfig
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
 from dist_lm.config.tracking import ProfileConfig, TrackingConfig
 from dist_lm.errors import ConfigError, require
 from dist_lm.storage import durable
@@ -43,7 +44,7 @@ class Config:
     model: ModelConfig = MISSING
     parallel: ParallelConfig = MISSING
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    stage: StageConfig = MISSING
+    stage: StageConfig = MISSING  # a stage that trains otherwise, or not at all, has a type of its own here
     corpus: CorpusConfig = MISSING
     tokenizer: TokenizerConfig = MISSING
     cluster: ClusterConfig = MISSING
@@ -55,14 +56,12 @@ class Config:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         require(self.prerequisites in ("build", "fail"), "prerequisites", self.prerequisites, "build or fail")
         require(self.sandbox in ("strict", TRUST_ME), "sandbox", self.sandbox, f"strict or {TRUST_ME}")
-        require(
-            Path(self.run_id).name == self.run_id != ""
-            and not self.run_id.startswith(".")
-            and self.run_id.isprintable(),
-            "run_id",
-            self.run_id if self.run_id and self.run_id.isprintable() else repr(self.run_id),
-            "a plain name (it becomes a folder)",
-        )
+
+        run_id = self.run_id
+        is_name = Path(run_id).name == run_id != "" and not run_id.startswith(".") and run_id.isprintable()
+        printed = run_id if run_id and run_id.isprintable() else repr(run_id)
+        require(is_name, "run_id", printed, "a plain name (it becomes a folder)")
+
         require(
             self.tokenizer.vocab_size == self.model.vocab_size,
             "tokenizer.vocab_size",
@@ -74,8 +73,9 @@ class Config:
     @property
     def pool(self) -> RolloutPoolConfig | None:
         """Keys of the pool of actors that rank 0 drives; None if the stage has no pool."""
-        asks = bool(getattr(self.stage, "eval_tasks", None))  # not all stages train
-        return EvalPool(**vars(self.eval.pool)) if asks and self.eval.pool.actors else None
+        if not self.stage.eval_tasks or not self.eval.pool.actors:
+            return None
+        return EvalPool(**vars(self.eval.pool))
 
     @property
     def takes_sequences(self) -> bool:
@@ -95,14 +95,15 @@ class Config:
     @property
     def noted_files(self) -> dict[str, list[Path]]:
         """Files that a run reads at every start, by `KEY=VALUE`: they must not change while it goes on."""
-        asked = self.stage.eval_tasks
-        files = {task: path for task, path in self.eval.files.items() if task in asked} if asked else {}
-        return {f"eval.{task}={path}": [path] for task, path in files.items()}
+        tasks = self.stage.eval_tasks
+        return {f"eval.{task}={path}": [path] for task, path in self.eval.files.items() if task in tasks}
 
     @property
     def trained_shape(self) -> ModelConfig:
         """The model that is trained: `model`, with adapters if stage.lora asks for them."""
-        return AdaptedModelConfig.of(self.model, self.stage.lora) if self.stage.lora.rank else self.model
+        if not self.stage.lora.rank:
+            return self.model
+        return AdaptedModelConfig.of(self.model, self.stage.lora)
 
     @property
     def trained_models(self) -> int:
@@ -110,40 +111,53 @@ class Config:
         return 1
 
     def check_stage(self) -> None:
-        """Refuse keys of the stage that contradict other groups."""
+        """Refuses keys of the stage that contradict other groups."""
+        if isinstance(self.stage, TrainingGroup):
+            self._check_training(self.stage)
+        if isinstance(self.stage, TrainerGroup):
+            require(
+                self.stage.seq_len <= self.model.max_seq_len,
+                "stage.seq_len",
+                self.stage.seq_len,
+                f"at most model.max_seq_len={self.model.max_seq_len}",
+            )
+        if isinstance(self.stage, StageConfig):
+            self._check_mix(self.stage)
+
+    def _check_training(self, stage: TrainingGroup) -> None:
+        """Refuses keys that all training shares: corpus, traced steps, tasks and adapters."""
         require(
-            self.stage.corpus in ("", *self.corpus.corpora),
+            stage.corpus in ("", *self.corpus.corpora),
             "stage.corpus",
-            self.stage.corpus,
+            stage.corpus,
             f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}",
         )
         require(
-            not self.profile.steps or self.profile.steps[1] <= self.stage.steps,
+            not self.profile.steps or self.profile.steps[1] <= stage.steps,
             "profile.steps",
             self.profile.steps,
-            f"steps up to stage.steps={self.stage.steps}",
+            f"steps up to stage.steps={stage.steps}",
         )
-        own = self.stage.corpus
-        others = [name for name in self.corpus.corpora if own and name != own]
-        accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}"
-        for name, share in (self.stage.mix or {}).items():
+        self._check_eval_tasks()
+
+        # Building the shape refuses ranks and targets of adapters that do not fit the model.
+        has_adapters = self.trained_shape.lora is not None
+        accepted = f"a checkpoint: stage.lora.rank={stage.lora.rank} trains adapters of its model"
+        require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
+
+    def _check_mix(self, stage: StageConfig) -> None:
+        """Refuses corpora that cannot be mixed into that of the stage."""
+        mixable = [name for name in self.corpus.corpora if stage.corpus and name != stage.corpus]
+        accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={stage.corpus}: {', '.join(mixable)}"
+        for name, share in (stage.mix or {}).items():
             if name not in self.corpus.corpora:
                 raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
-            require(name in others, "stage.mix", name, accepted)
-        self._check_eval_tasks()
-        adapted = self.trained_shape.lora is not None  # refuses ranks and targets that do not fit the model
-        accepted = f"a checkpoint: stage.lora.rank={self.stage.lora.rank} trains adapters of its model"
-        require(not adapted or self.stage.init_from != "none", "stage.init_from", "none", accepted)
-        require(
-            self.stage.seq_len <= self.model.max_seq_len,
-            "stage.seq_len",
-            self.stage.seq_len,
-            f"at most model.max_seq_len={self.model.max_seq_len}",
-        )
+            require(name in mixable, "stage.mix", name, accepted)
 
     def _check_eval_tasks(self) -> None:
-        """Refuse tasks for a model that writes no text, and tasks without their file."""
-        tasks, _ = self.stage.eval_tasks, self.pool  # refuses keys of the pool that are out of bounds
+        """Refuses tasks for a model that writes no text, and tasks without their file."""
+        _ = self.pool  # its own class refuses keys that are out of bounds
+        tasks = self.stage.eval_tasks
         accepted = f"none: a model with model.head={self.model.head} writes no text"
         require(not tasks or self.model.head == "tokens", "stage.eval_tasks", ", ".join(tasks), accepted)
         for task in tasks:
@@ -160,14 +174,18 @@ def save_config(config: Config, path: Path) -> None:
 def read_config(path: Path, schema: type[Config]) -> Config:
     """Read a file of `save_config` and check types and bounds again.
 
+    A file of an earlier version may have keys of `dist_lm.config.renamed`.
+
     Args:
         schema: the configuration class of the file's stage.
 
     Raises:
         ConfigError: the file was written with other keys or types, before the schema changed.
     """
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    content = with_present_keys(content, content["stage"]["name"])
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{path.parent} exists with other settings: {error.full_key or 'a key'} is not one of this version "
@@ -178,10 +196,11 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 
 def imported_function(path: str, key: str) -> Callable[..., Any]:
-    """The function that `key` names.
+    """Imports a function that a key of the configuration names.
 
     Args:
         path: 'package.module:name'.
+        key: the key, for messages.
 
     Raises:
         ConfigError: the path cannot be imported, or is not a function.
@@ -190,8 +209,9 @@ def imported_function(path: str, key: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module may raise anything when it is imported
-        absent = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
-        hint = ": install it on every node, or name its folder in PYTHONPATH" if absent else ""
+        # A module that this one imports may be missing, too: then this hint would be wrong.
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
+        hint = ": install it on every node, or name its folder in PYTHONPATH" if is_absent else ""
         raise ConfigError(f"{key}={path}: cannot be imported ({type(error).__name__}: {error}){hint}") from error
     if not callable(function):
         raise ConfigError(f"{key}={path}: expected a function, found {function!r}")

@@ -1,13 +1,20 @@
-"""The conf group `stage`: what a stage reads and how it is optimised."""
+"""The conf group `stage`: keys that several stages share. A stage adds its own beside its class.
+
+StageGroup      every stage
+TrainingGroup   every stage that trains on ranks; all that stage rlhf has
+TrainerGroup    steps on sequences of tokens: stages reward and preference
+StageConfig     steps on texts and conversations: stages language, code, tools
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
 from dist_lm.config.evaluation import LOOP_TASKS
+from dist_lm.config.optimizer import OptimizerConfig
 from dist_lm.errors import require
 
 COSINE, WSD, LINEAR = "cosine", "wsd", "linear"
@@ -15,43 +22,24 @@ DECAYS = ("1-sqrt", "linear")
 
 
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
-    """Refuse invalid shares of other corpora, and shares that leave nothing to the corpus of key `own`."""
+    """Refuses invalid shares of mixed corpora, and shares that leave nothing to the corpus of the stage.
+
+    Args:
+        key: the key of `shares` for messages.
+        shares: share of all sequences by corpus.
+        own: the key of the corpus that gets the rest.
+
+    Raises:
+        ConfigError: names the corpus and its share.
+    """
     for name, share in shares.items():
         accepted = "below 1, in whole per cent, such as 0.15 (0: none of it)"
-        whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
-        require(whole, f"{key}.{name}", share, accepted)
+        is_whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
+        require(is_whole, f"{key}.{name}", share, accepted)
+
+    # A sum of floating-point shares may miss 1 by its rounding.
     total = sum(shares.values())
     require(round(total, 9) < 1, key, f"{total:g} in all", f"below 1, so that {own} has a share")
-
-
-def refuse_terms_of_text(stage: "StageConfig") -> None:
-    """Refuse terms of next-token loss in a stage that has another loss."""
-    for key in ("label_smoothing", "z_loss"):
-        require(getattr(stage, key) == 0, f"stage.{key}", getattr(stage, key), "0: it is a term of next-token loss")
-
-
-@dataclass
-class SamplingConfig:
-    """Samples at the end of a stage."""
-
-    prompts: dict[str, list[str]] = field(default_factory=dict)  # language -> prompts
-    samples_per_prompt: int = 4
-    max_new_tokens: int = 128
-    temperature: float = 0.7  # 0: greedy
-    top_k: int = 50  # 0: off
-    top_p: float = 0.95  # 1: off
-
-    def __post_init__(self) -> None:
-        require(self.samples_per_prompt >= 0, "stage.sampling.samples_per_prompt", self.samples_per_prompt, ">= 0")
-        require(
-            self.max_new_tokens > 0,
-            "stage.sampling.max_new_tokens",
-            self.max_new_tokens,
-            "a positive integer",
-        )
-        require(self.temperature >= 0, "stage.sampling.temperature", self.temperature, ">= 0 (0 is greedy)")
-        require(self.top_k >= 0, "stage.sampling.top_k", self.top_k, ">= 0 (0 is off)")
-        require(0 < self.top_p <= 1, "stage.sampling.top_p", self.top_p, "in (0, 1]")
 
 
 @dataclass
@@ -89,6 +77,7 @@ class MuonConfig:
 
     @property
     def is_on(self) -> bool:
+        """Whether Muon steps the matrices."""
         return self.lr is None or self.lr > 0
 
     def __post_init__(self) -> None:
@@ -121,104 +110,141 @@ class LoraConfig:
     def __post_init__(self) -> None:
         require(self.rank >= 0, "stage.lora.rank", self.rank, "0 (off) or a positive integer")
         require(0 < self.alpha < math.inf, "stage.lora.alpha", self.alpha, "a positive number")
-        known = [*LORA_TARGETS, *(name for names in LORA_TARGETS.values() for name in names)]
+        weights = [weight for part in LORA_TARGETS.values() for weight in part]
+        choices = ", ".join([*LORA_TARGETS, *weights])
         for target in self.targets:
-            require(target in known, "stage.lora.targets", target, f"some of {', '.join(known)}")
-        require(bool(self.targets), "stage.lora.targets", self.targets, f"at least one of {', '.join(known)}")
+            require(target in (*LORA_TARGETS, *weights), "stage.lora.targets", target, f"some of {choices}")
+        require(bool(self.targets), "stage.lora.targets", self.targets, f"at least one of {choices}")
 
 
 @dataclass
-class StageConfig:
-    """Data and optimisation of one stage."""
+class StageGroup:
+    """The group `stage` of every stage. A stage adds the keys that it reads, and no others.
+
+    The class variables are what a stage has in place of keys that it does not read.
+    """
 
     name: str = MISSING
-    corpus: str = ""  # name of a corpus in work/corpora
-    mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    # where the weights come from: auto (the previous stage) | none | a run directory, a checkpoint, or RUN@STEP |
-    # hf:FOLDER or hf:ID: a model of transformers, imported first, whose model and tokenizer the stage then has
-    init_from: str = "auto"
-    # RUN@STEP of this stage that the run continues under another schedule: weights, optimizer, step, place in the data
-    branch_from: str = ""
-    steps: int = 1000  # optimizer steps; of a branch: with those of the run that it continues
-    seq_len: int = 256  # tokens
-    global_batch: int = 16  # sequences per step over all ranks
-    micro_batch: int = 8  # sequences per forward pass of a rank
-    lr: float = 1e-4  # peak learning rate
-    min_lr_ratio: float = 0.1  # final learning rate / peak
-    warmup_steps: int = 100
-    # after the warm-up: cosine | wsd (constant, then a decay over the last decay_steps) | linear (constant, then linear
-    # over the last decay_share)
-    schedule: str = "cosine"
-    decay_steps: int = 0  # of wsd; 0: constant to the end
-    decay: str = "1-sqrt"  # of wsd: 1-sqrt | linear
-    decay_share: float = 0.65  # of schedule linear: share of the steps; 1: all after the warm-up
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    rates: RatesConfig = field(default_factory=RatesConfig)
-    muon: MuonConfig = field(default_factory=MuonConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    # of the exponential average of the weights, which checkpoints hold and evaluations measure too; 0: none
-    ema_decay: float = 0.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
-    dropout: float = 0.0
-    grad_clip: float = 1.0  # largest global gradient norm; 0: off
-    max_nonfinite_steps: int = 10  # consecutive steps with NaN/inf gradients before the run stops
-    document_mask: bool = True  # attention stays inside a document
-    reset_positions: bool = True  # positions start at 0 in each document
-    checkpoint_every: int = 500  # steps; 0: only at the end
-    checkpoint_async: bool = True  # write checkpoints beside training, from a copy in host memory, one at a time
-    keep_checkpoints: int = 3  # newest ones kept; BEST is always kept
-    eval_every: int = 500  # steps; 0: only at the end
-    eval_at_start: bool = False  # evaluate before the first step too, with all of val
-    eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
-    # tasks of stage evaluate during training: name -> steps between two evaluations (0: only after the last step);
-    # greedy, one answer a question (docs/eval_tasks.md)
-    eval_tasks: dict[str, int] = field(default_factory=dict)
-    eval_new_tokens: int = 512  # longest answer to their questions about code
-    log_every: int = 1  # steps
 
-    def __post_init__(self) -> None:
-        for key in ("steps", "seq_len", "global_batch", "micro_batch", "log_every", "max_nonfinite_steps"):
-            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
-        for key in ("warmup_steps", "checkpoint_every", "eval_every", "eval_sequences"):
-            require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
-        for task, every in self.eval_tasks.items():
-            require(task in LOOP_TASKS, "stage.eval_tasks", task, f"some of {', '.join(LOOP_TASKS)}")
-            require(every >= 0, f"stage.eval_tasks.{task}", every, "0 (only at the end) or a positive number of steps")
-        require(self.eval_new_tokens > 0, "stage.eval_new_tokens", self.eval_new_tokens, "a positive integer")
-        require(self.keep_checkpoints > 0, "stage.keep_checkpoints", self.keep_checkpoints, "a positive integer")
-        require(0 < self.lr < math.inf, "stage.lr", self.lr, "a positive number")
-        require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
-        self._check_schedule()
-        require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
-        require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
-        require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, f"stage.{key}", getattr(self, key), "in [0, 1)")
-        require(0 <= self.ema_decay < 1, "stage.ema_decay", self.ema_decay, "in [0, 1) (0 is off)")
-        require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
-        require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
-        require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
-        if self.mix:  # a file of one's own can take out what the file that it varies mixes in
-            self.mix = {name: share for name, share in self.mix.items() if share}
-        check_shares("stage.mix", self.mix or {}, own="stage.corpus")
-
-    def _check_schedule(self) -> None:
-        wsd = f"{WSD} (constant with stage.decay_steps=0)"
-        known = (COSINE, WSD, LINEAR)
-        require(self.schedule in known, "stage.schedule", self.schedule, f"{COSINE}, {LINEAR}, or {wsd}")
-        require(0 < self.decay_share <= 1, "stage.decay_share", self.decay_share, "in (0, 1]")
-        require(self.decay in DECAYS, "stage.decay", self.decay, " or ".join(DECAYS))
-        longest = max(0, self.steps - self.warmup_steps) if self.schedule == WSD else 0
-        accepted = f"at most {longest}, the steps after the warm-up (0 unless stage.schedule={WSD})"
-        require(0 <= self.decay_steps <= longest, "stage.decay_steps", self.decay_steps, accepted)
+    init_from: ClassVar[str] = "none"
+    branch_from: ClassVar[str] = ""
+    eval_tasks: ClassVar[Mapping[str, int]] = {}
 
     def sampled_by(self) -> dict[str, Any]:
         """Settings for documents that a model generates in this stage; part of their fingerprint."""
         return {}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpora that the stage trains on."""
+        return ()
+
+
+@dataclass
+class TrainingGroup(StageGroup):
+    """The group `stage` of every stage that trains a model on ranks."""
+
+    corpus: str = ""  # name of a corpus in work/corpora
+    # origin of the weights: auto (the previous stage) | none | a run directory, a checkpoint, or RUN@STEP |
+    # hf:FOLDER or hf:ID: a model of transformers, imported first, whose model and tokenizer the stage then has
+    init_from: str = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
+    steps: int = 1000  # optimizer steps; of a branch: with those of the run that it continues
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    checkpoint_every: int = 500  # steps; 0: only at the end
+    checkpoint_async: bool = True  # write checkpoints beside training, from a copy in host memory, one at a time
+    keep_checkpoints: int = 3  # newest ones kept; BEST is always kept
+    eval_every: int = 500  # steps; 0: only at the end
+    # tasks of stage evaluate during training: name -> steps between two evaluations (0: only after the last step);
+    # greedy, one answer a question (docs/eval_tasks.md)
+    eval_tasks: dict[str, int] = field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default_factory=dict
+    )
+    eval_new_tokens: int = 512  # longest answer to their questions about code
+    log_every: int = 1  # steps
+
+    ema_decay: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "keep_checkpoints", "eval_new_tokens", "log_every"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
+        for key in ("checkpoint_every", "eval_every"):
+            require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
+        for task, every in self.eval_tasks.items():
+            require(task in LOOP_TASKS, "stage.eval_tasks", task, f"some of {', '.join(LOOP_TASKS)}")
+            require(every >= 0, f"stage.eval_tasks.{task}", every, "0 (only at the end) or a positive number of steps")
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return (self.corpus,) if self.corpus else ()
+
+
+@dataclass
+class TrainerGroup(OptimizerConfig, TrainingGroup):
+    """The group `stage` of a stage whose steps `dist_lm.training.trainer` takes on sequences of tokens."""
+
+    # RUN@STEP of this stage that the run continues under another schedule: weights, optimizer, step, place in the data
+    branch_from: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
+    seq_len: int = 256  # tokens
+    global_batch: int = 16  # sequences per step over all ranks
+    micro_batch: int = 8  # sequences per forward pass of a rank
+    warmup_steps: int = 100
+    # after the warm-up: cosine | wsd (constant, then a decay over the last decay_steps) | linear (constant, then linear
+    # over the last decay_share)
+    schedule: str = "cosine"
+    decay_steps: int = 0  # steps of the decay of wsd; 0: constant to the end
+    decay: str = "1-sqrt"  # form of the decay of wsd: 1-sqrt | linear
+    decay_share: float = 0.65  # share of the steps that schedule linear decays over; 1: all after the warm-up
+    rates: RatesConfig = field(default_factory=RatesConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    # decay of the exponential average of the weights, which checkpoints hold and evaluations measure too; 0: none
+    ema_decay: float = 0.0  # pyright: ignore[reportIncompatibleVariableOverride]
+    dropout: float = 0.0
+    max_nonfinite_steps: int = 10  # consecutive steps with NaN/inf gradients before the run stops
+    eval_at_start: bool = False  # evaluate before the first step too, with all of val
+    eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
+
+    document_mask: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_optimizer("stage")
+        for key in ("seq_len", "global_batch", "micro_batch", "max_nonfinite_steps"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
+        for key in ("warmup_steps", "eval_sequences"):
+            require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
+        self._check_schedule()
+        require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
+        require(0 <= self.ema_decay < 1, "stage.ema_decay", self.ema_decay, "in [0, 1) (0 is off)")
+
+    def _check_schedule(self) -> None:
+        schedules = f"{COSINE}, {LINEAR}, or {WSD} (constant with stage.decay_steps=0)"
+        require(self.schedule in (COSINE, WSD, LINEAR), "stage.schedule", self.schedule, schedules)
+        require(0 < self.decay_share <= 1, "stage.decay_share", self.decay_share, "in (0, 1]")
+        require(self.decay in DECAYS, "stage.decay", self.decay, " or ".join(DECAYS))
+
+        # Other schedules do not read decay_steps, so they take 0 alone.
+        longest = max(0, self.steps - self.warmup_steps) if self.schedule == WSD else 0
+        accepted = f"at most {longest}, the steps after the warm-up (0 unless stage.schedule={WSD})"
+        require(0 <= self.decay_steps <= longest, "stage.decay_steps", self.decay_steps, accepted)
+
+
+@dataclass
+class StageConfig(TrainerGroup):
+    """The group `stage` of a stage that predicts the next token of texts and conversations."""
+
+    mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
+    document_mask: bool = True  # attention stays inside a document
+    reset_positions: bool = True  # positions start at 0 in each document
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
+        # a file of one's own can take out what the file that it varies mixes in
+        self.mix = {name: share for name, share in (self.mix or {}).items() if share}
+        check_shares("stage.mix", self.mix, own="stage.corpus")
 
     @property
     def streams(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The conf groups `tracking`, where metrics go besides metrics.jsonl, and `profile`, which steps are traced."""
+"""The conf groups `tracking` (targets of metrics besides metrics.jsonl) and `profile` (traced steps)."""
 
 from dataclasses import dataclass, field
 
@@ -9,7 +9,7 @@ from dist_lm.errors import require
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Targets of metrics besides metrics.jsonl."""
 
     name: str = MISSING  # wandb | none
     project: str = "dist_lm"

@@ -144,9 +144,10 @@ def best(config: Config, found: list[Candidate]) -> Candidate:
         near = (one for one in fitting if one.seconds <= NEAR * fitting[0].seconds)
         return next((one for one in near if one.in_nodes(hardware.devices_per_node)), fitting[0])
     least = min(found, key=lambda candidate: candidate.memory)
-    micro_batch = config.stage.micro_batch
-    lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"
-    lower = lower if config.takes_sequences else "lower rlhf.micro_batch_tokens"
+    lower = "lower rlhf.micro_batch_tokens"
+    if config.takes_sequences:
+        micro_batch = config.stage.micro_batch
+        lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"
     raise ConfigError(
         f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest needs "
         f"{gib(least.memory)} ({describe(least)}): {lower}, or use more ranks"

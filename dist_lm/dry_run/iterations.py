@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dist_lm.config.rlhf import CACHE_SHARE
 from dist_lm.config.root import Config
+from dist_lm.config.stage import TrainerGroup
 from dist_lm.dry_run.estimate import element_bytes, estimate_memory
 from dist_lm.model.size import kv_bytes_per_token, parameter_count
 from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
@@ -92,5 +93,12 @@ def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
     length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
     rollouts = max(1, rlhf.prompts * rlhf.group // rlhf.minibatches)
     sequences = max(1, rlhf.micro_batch_tokens // length)
-    stage = replace(config.stage, seq_len=length, micro_batch=sequences, global_batch=rollouts)
+    stage = TrainerGroup(
+        name=config.stage.name,
+        init_from=config.stage.init_from,
+        lora=config.stage.lora,
+        seq_len=length,
+        micro_batch=sequences,
+        global_batch=rollouts,
+    )
     return replace(config, stage=stage)

@@ -97,7 +97,7 @@ def as_played(config: Config, sequences: int) -> Config:
         parallel = replace(parallel, compute_dtype="bf16")
     if documents_apart(config.hardware.device, is_half(config), config.model.d_head):
         # packed attention keeps what causal attention keeps; fake tensors have no boundaries and would use a mask
-        stage = replace(stage, document_mask=False)
+        stage.document_mask = False  # of this copy, also where it is no key
     # offloading keeps the same tensors, only elsewhere: `play` accounts for it
     return replace(config, stage=stage, parallel=replace(parallel, compile="never", cpu_offload=False))
 

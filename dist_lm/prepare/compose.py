@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dist_lm.config.corpus import HF, TRAIN, check_sources
+from dist_lm.config.renamed import present_key
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, require
 from dist_lm.prepare.conf_folders import (
@@ -71,7 +72,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     stage = program_of(choice, folders)
     schema = stage_named(stage).schema if stage in stage_names() else Config  # `_check_exists` refuses other names
     for override in parsed:
-        _check_exists(override, schema, folders)
+        _check_exists(override, schema, folders, stage)
     register_schema(schema)
     try:
         with one_line_for_yaml(), initialize_config_dir(str(conf_directory()), version_base="1.3"):
@@ -87,7 +88,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
             raise ConfigError(f"{error}{without_recipe(composed.model.name, choice, folders)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         _check_corpora(parsed, folders)
-        raise ConfigError(_in_one_line(error, parsed, schema)) from error
+        raise ConfigError(_in_one_line(error, parsed, schema, stage)) from error
     assert isinstance(config, Config)
     check_no_secrets(asdict(config), os.environ)
     require(config.stage.name == stage, "stage.name", config.stage.name, f"{stage}, the stage whose program runs")
@@ -177,7 +178,7 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"{text}: not of the form key=value or group=choice ({reason})") from error
 
 
-def _check_exists(override: Override, schema: type[Config], folders: Sequence[str]) -> None:
+def _check_exists(override: Override, schema: type[Config], folders: Sequence[str], stage: str) -> None:
     key, value = override.key_or_group, _shown(override)
     if override.is_add() or override.is_delete():
         raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
@@ -193,7 +194,7 @@ def _check_exists(override: Override, schema: type[Config], folders: Sequence[st
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if is_dataclass(node) and part not in (f.name for f in fields(node)):
-            raise ConfigError(_no_such_key(value, parts[: depth + 1], node))
+            raise ConfigError(_no_such_key(value, parts[: depth + 1], node, stage))
         if _is(list, node) and not part.isdecimal():
             whole = ".".join(parts[:depth])
             raise ConfigError(f"{value}: {whole} is a list; expected {whole}={_type_name(node)}")
@@ -205,20 +206,27 @@ def _check_exists(override: Override, schema: type[Config], folders: Sequence[st
         )
 
 
-def _no_such_key(shown: str, parts: Sequence[str], node: Any) -> str:
-    """The message for an unknown key.
+def _no_such_key(shown: str, parts: Sequence[str], node: Any, stage: str) -> str:
+    """The message for a key that the stage does not have.
 
     Args:
         shown: the override.
         parts: the key up to its first unknown part.
         node: the dataclass that lacks this part.
+        stage: the stage whose program runs.
     """
+    present = present_key(".".join(parts), stage)
+    if present is not None:
+        way_out = f"give {present} in its place" if present else "leave it out"
+        return f"{shown}: no such key of stage {stage}: {way_out}"
+
     *outer, wrong = parts
     names = [f.name for f in fields(node)]
     close = difflib.get_close_matches(wrong, names, n=1)
     hint = f"did you mean {'.'.join([*outer, close[0]])}? " if close else ""
     of = f" of {'.'.join(outer)}" if outer else ""
-    return f"{shown}: no such key; {hint}keys{of}: {', '.join(names)}"
+    owner = f" of stage {stage}" if outer[:1] == ["stage"] else ""
+    return f"{shown}: no such key{owner}; {hint}keys{of}: {', '.join(names)}"
 
 
 def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[str] = ()) -> list[str]:
@@ -326,7 +334,7 @@ def _shown(override: Override) -> str:
     return redact_command([override.input_line or ""])[0]
 
 
-def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config]) -> str:
+def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config], stage: str) -> str:
     """The message of a Hydra or OmegaConf error in one line, with the key=value that caused it."""
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
@@ -343,7 +351,7 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
         node = _type_of(parts[:-1], schema)
         if len(parts) == 1 and last.object_type is not schema:  # inside a list, whose place OmegaConf does not know
             node, given = last.object_type, f"{key} of a {last.object_type_str}"
-        return _no_such_key(given or key, parts, node) if is_dataclass(node) else f"{key}: {message}"
+        return _no_such_key(given or key, parts, node, stage) if is_dataclass(node) else f"{key}: {message}"
     if given is None and isinstance(last, ValidationError):
         given = redact_command([f"{key}={last.value}"])[0]
     if not given:

@@ -20,7 +20,7 @@ from dist_lm.chat.documents import encode_document
 from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import StageGroup
 from dist_lm.data.ingest import Texts, divided
 from dist_lm.data.inputs import HUB
 from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
@@ -58,7 +58,7 @@ SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 
 
 @dataclass
-class CorporaStageConfig(StageConfig):
+class CorporaStageConfig(StageGroup):
     """The `stage` group of stages that build corpora."""
 
     corpora: list[str] | None = None  # the corpora to build; null: all

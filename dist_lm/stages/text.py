@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.corpus import SPLITS
+from dist_lm.config.generation import SamplingConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import SamplingConfig, StageConfig
+from dist_lm.config.stage import StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
 from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, print_before_and_after
@@ -31,10 +32,25 @@ INFILL, INFILL_SPM, INFILL_LEFT = "val/infill_loss", "val/infill_loss_spm", "val
 
 
 @dataclass
+class SamplesConfig(SamplingConfig):
+    """Samples at the end of a stage."""
+
+    prompts: dict[str, list[str]] = field(default_factory=dict)  # language -> prompts
+    samples_per_prompt: int = 4
+    temperature: float = 0.7
+    top_k: int = 50
+    top_p: float = 0.95
+
+    def __post_init__(self) -> None:
+        require(self.samples_per_prompt >= 0, "stage.sampling.samples_per_prompt", self.samples_per_prompt, ">= 0")
+        self.check_sampling("stage.sampling")
+
+
+@dataclass
 class SampledStageConfig(StageConfig):
     """A stage that ends with samples of its model."""
 
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplesConfig = field(default_factory=SamplesConfig)
     # share of the pieces of documents of `corpus` that are rearranged for fill-in-the-middle in every epoch; a piece is
     # the part of a document in one sequence; corpora in `mix` and val stay as they are
     fim_rate: float = 0.0

@@ -4,13 +4,16 @@ An existing tokenizer is copied as it is (`tokenizer.json` keeps its name); `rep
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import MISSING
+
 from dist_lm.config.corpus import KEEP, TokenizerConfig
 from dist_lm.config.root import Config
+from dist_lm.config.stage import StageGroup
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.existing_tokenizer import given_tokenizer
@@ -37,8 +40,16 @@ BEFORE = {"split_by_unicode_script": True, "max_piece_length": 16}  # in reports
 READ = 2  # times the text that is wanted: what is read to choose it from
 
 
+@dataclass
+class TokenizerRunConfig(Config):
+    """The configuration of stage tokenizer."""
+
+    stage: StageGroup = MISSING
+
+
 class TokenizerStage(ArtefactStage):
     name = "tokenizer"
+    schema = TokenizerRunConfig
     in_pipeline = True
 
     def inspect(self, config: Config) -> Artefact:

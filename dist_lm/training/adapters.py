@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
-from dist_lm.config.stage import LoraConfig, StageConfig
+from dist_lm.config.stage import LoraConfig, TrainingGroup
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.lora import adapter_of, change
 from dist_lm.model.size import ADAPTERS, parameter_shapes
@@ -73,7 +73,7 @@ def adapted_model(directory: Path) -> AdaptedModelConfig:
     )
 
 
-def with_base(model: ModelConfig, checkpoints: Path, stage: StageConfig, world: World) -> AdaptedModelConfig:
+def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world: World) -> AdaptedModelConfig:
     """The model of a run of adapters, with its base: that of its newest checkpoint or of stage.branch_from, else
     stage.init_from (collective).
 

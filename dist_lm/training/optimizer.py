@@ -26,8 +26,9 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.optimizer import OptimizerConfig
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, StageConfig
+from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, TrainerGroup
 from dist_lm.model.size import ADAPTERS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
@@ -97,7 +98,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(
-    model: Transformer, settings: StageConfig | RlhfConfig, muon: MuonConfig | None = None
+    model: Transformer, settings: OptimizerConfig | RlhfConfig, muon: MuonConfig | None = None
 ) -> ShardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) for the parameters that have gradients.
 
@@ -110,7 +111,7 @@ def build_optimizer(
         muon: for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
     """
     orthogonal = muon is not None and muon.is_on
-    averaged = isinstance(settings, StageConfig) and settings.ema_decay > 0
+    averaged = isinstance(settings, TrainerGroup) and settings.ema_decay > 0
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = {name for name, _ in named if orthogonal and is_matrix(name)}
     optimizer = ShardedAdamW(
@@ -137,7 +138,7 @@ def build_optimizer(
 def _groups(
     model: Transformer,
     named: Sequence[tuple[str, nn.Parameter]],
-    settings: StageConfig | RlhfConfig,
+    settings: OptimizerConfig | RlhfConfig,
     muon: MuonConfig | None,
 ) -> list[dict[str, Any]]:
     """Groups of parameters with one rate, one decay and one optimizer."""
@@ -145,7 +146,7 @@ def _groups(
     for name, parameter in sorted(named, key=lambda one: not is_decayed(one[0])):
         steps_matrix = muon is not None and is_matrix(name)
         ratio = 1.0
-        if isinstance(settings, StageConfig):
+        if isinstance(settings, TrainerGroup):
             ratio = rate_ratio(name, settings, muon if steps_matrix else None, model.config)
         key = (steps_matrix, is_decayed(name), ratio)
         if key not in groups:
@@ -196,7 +197,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def stage_rate(stage: StageConfig, step: int) -> float:
+def stage_rate(stage: TrainerGroup, step: int) -> float:
     """The learning rate of a 0-based step of a stage.
 
     Schedule `wsd`: linear warm-up, constant (Hu et al. 2024, eq. 1), then a decay over the last `decay_steps`, linear
@@ -231,7 +232,7 @@ def rate_group(name: str) -> str | None:
     return "matrices" if is_matrix(name) else "vectors"
 
 
-def rate_ratio(name: str, stage: StageConfig, muon: MuonConfig | None, model: ModelConfig) -> float:
+def rate_ratio(name: str, stage: TrainerGroup, muon: MuonConfig | None, model: ModelConfig) -> float:
     """Learning rate of a parameter as a multiple of `stage.lr`.
 
     Args:
@@ -253,7 +254,7 @@ def rate_ratio(name: str, stage: StageConfig, muon: MuonConfig | None, model: Mo
     return ratio / model.relative_width**width_power
 
 
-def muon_momentum(stage: StageConfig, step: int) -> float:
+def muon_momentum(stage: TrainerGroup, step: int) -> float:
     """The momentum of Muon at a 0-based step: a linear warm-up from `momentum_low`, and a linear cool-down to it, which
     the last step reaches."""
     muon = stage.muon

@@ -11,8 +11,7 @@ from dist_lm.rlhf.reward_model import choices_of_people
 
 TINY = (
     "model=nano",
-    "stage=rankings",
-    "model.head=scalar",
+    "stage=reward",
     "model.d_model=32",
     "model.n_layers=2",
     "model.n_heads=2",
@@ -20,8 +19,7 @@ TINY = (
     "model.vocab_size=512",
     "stage.global_batch=2",
     "stage.seq_len=47",
-    "stage.samples.fewest=2",
-    "stage.samples.most=3",
+    "stage.micro_batch=3",
 )
 
 

@@ -9,9 +9,9 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import make_plan
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 
-SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=generate", "stage.max_new_tokens=12")
+SETTINGS = (*TINY_MODEL, "stage=generate", "stage.max_new_tokens=12")
 BAD = {3: "{", 50: json.dumps({"prompt": "x " * 400, "id": "long"})}  # line, of those below
 
 

@@ -14,12 +14,12 @@ from dist_lm.storage.process import cores, title
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import assert_gone, ending, finish, wait_until
 from tests.cluster.loopback_ray import loopback_ray
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.training_run import linked, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 SETTINGS = (
-    *(one for one in TINY if not one.startswith("stage.")),
+    *TINY_MODEL,
     "stage=evaluate",
     *("stage.temperature=1", "stage.max_new_tokens=16", "stage.questions_per_part=5", "stage.tasks=[own_bash,own_sql]"),
 )

@@ -20,7 +20,7 @@ from dist_lm.report.page import write_report
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.registry import MEASURED_STAGES
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.patience import patient
 from tests.tracking.wandb_files import assert_every_metric, history_names
 from tests.tracking.wandb_server import WandbServer
@@ -30,7 +30,7 @@ DEADLINE_S = patient(1200)
 STEPS = 4
 SAMPLED = ("language", "code")
 SETTINGS = (
-    *(one for one in TINY if one != "tracking=none"),
+    *(one for one in TINY_MODEL if one != "tracking=none"),
     "tracking.mode=online",
     "cluster.connect_timeout_s=180",
     "tracking.finish_s=240",
@@ -59,7 +59,7 @@ RLHF = (
     "rlhf.pool.max_sequences=4",
 )
 GENERATE = (
-    *(one for one in TINY if not one.startswith(("stage.", "tracking"))),
+    *(one for one in TINY_MODEL if one != "tracking=none"),
     "tracking.mode=online",
     "cluster.connect_timeout_s=180",
     "tracking.finish_s=240",

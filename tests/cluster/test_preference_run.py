@@ -22,7 +22,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights
 from tests.cluster.test_reward_run import rankings
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.training_run import (
     DEADLINE_S,
     STEPS,
@@ -42,7 +42,6 @@ pytestmark = pytest.mark.cluster
 SETTINGS = (
     "stage.seq_len=96",
     "stage.dropout=0",
-    "stage.label_smoothing=0",
     "stage.global_batch=4",
     "stage.preference.label_noise=0.1",
     "stage.lr=1e-3",
@@ -65,7 +64,7 @@ def work(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
 def write_rankings(work: WorkDirectory, train_part: list[Ranking], val_part: list[Ranking]) -> None:
     """The corpus `rankings`, of two sources."""
     tokenizer = Tokenizer.load(work.tokenizer_model)
-    config = compose_config(["stage=rankings", *TINY, f"work_dir={work.path}"])
+    config = compose_config(["stage=rankings", *TINY_MODEL, f"work_dir={work.path}"])
     recipe = replace(recipe_of(config, "rankings"), documents_per_member=32, shard_tokens=4_000)
     with CorpusWriter(work.corpus("rankings"), recipe) as writer:
         for split, part in (("train", train_part), ("val", val_part)):

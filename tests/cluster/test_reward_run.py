@@ -27,7 +27,7 @@ from dist_lm.stages.training.stage import Closing
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_MODEL
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, tolerance, train, unwritten, write_untrained
 
 pytestmark = pytest.mark.cluster
@@ -35,7 +35,6 @@ WORDS = ("value", "name", "count", "total", "index", "result", "table", "line")
 SETTINGS = (
     "stage.seq_len=96",
     "stage.dropout=0",
-    "stage.label_smoothing=0",
     "stage.global_batch=4",
     "stage.reward.label_noise=0.1",
     "stage.reward.normaliser_prompts=4",
@@ -65,7 +64,7 @@ def work(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
     work = linked(tiny_work, tmp_path_factory.mktemp("reward"))
     (work.path / "corpora").unlink()
     tokenizer = Tokenizer.load(work.tokenizer_model)
-    config = compose_config(["stage=rankings", *TINY, f"work_dir={work.path}"])
+    config = compose_config(["stage=rankings", *TINY_MODEL, f"work_dir={work.path}"])
     recipe = replace(recipe_of(config, "rankings"), documents_per_member=32, shard_tokens=4_000)
     with CorpusWriter(work.corpus("rankings"), recipe) as writer:
         for split, part in (("train", rankings(120)), ("val", rankings(150)[120:])):

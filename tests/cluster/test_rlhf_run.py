@@ -28,7 +28,7 @@ from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.profile_summary import read_profile
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
 from tests.cluster.launched import finish as finish_launch
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.forked_run import run_forked
 from tests.training_run import DEADLINE_S, copy_until, linked, numbers, train, unwritten, write_untrained
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.cluster
 ITERATIONS = 6
 SETTINGS = (
     "stage=rlhf",
-    *TINY,
+    *TINY_MODEL,
     "stage.corpus=tools",
     f"stage.steps={ITERATIONS}",
     "stage.checkpoint_every=2",

@@ -10,7 +10,7 @@ import pytest
 
 import dist_lm
 from dist_lm.storage.run_directory import WorkDirectory
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_MODEL
 from tests.patience import patient
 from tests.training_run import linked, write_untrained
 
@@ -21,6 +21,7 @@ DEADLINE_S = patient(600)
 TO_THE_LOSS, ONE_ITERATION = 82, 117  # 65 % of 127 and 180, measured before packages were merged
 RLHF = (
     "stage=rlhf",
+    *TINY_MODEL,
     "stage.steps=1",
     "rlhf.prompts_from=PROMPTS",
     "rlhf.prompts=4",
@@ -41,7 +42,7 @@ def walked(work: WorkDirectory, out: Path, *overrides: str) -> tuple[set[str], s
         "WALKED_OUT": str(out),
         "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent / "walk"), str(ROOT.parent))),
     }
-    command = [sys.executable, "-m", "dist_lm.launch", *TINY, f"work_dir={work.path}", "cluster.ranks_per_node=1"]
+    command = [sys.executable, "-m", "dist_lm.launch", f"work_dir={work.path}", "cluster.ranks_per_node=1"]
     done = subprocess.run(
         [*command, *overrides], env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
@@ -60,7 +61,7 @@ def test_from_the_command_to_the_first_loss(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "own")
     start = write_untrained(work, "language", seed=1)
     settings = ("stage.global_batch=4", "stage.micro_batch=2", "stage.steps=1", "stage.sampling.samples_per_prompt=0")
-    found, _ = walked(work, tmp_path / "walk", "stage=code", f"stage.init_from={start.path}", *settings)
+    found, _ = walked(work, tmp_path / "walk", "stage=code", *TINY, f"stage.init_from={start.path}", *settings)
     assert len(found) <= TO_THE_LOSS, " ".join(sorted(found))
     assert {"launch.py", "train.py", "training/trainer.py", "model/transformer.py"} <= found
 

@@ -11,7 +11,7 @@ from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_MODEL
 
 PROBLEM = {
     "task_id": "HumanEval/0",
@@ -56,7 +56,7 @@ def test_prompts_of_a_run_keep_their_content_and_their_number_of_files(tmp_path)
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("Say one word\n")
     where = ("rlhf.prompts_from", f"{tmp_path}/?.txt"), ("rlhf.held_out_from", f"{tmp_path}/a.txt")
-    config = compose_config(["stage=rlhf", *TINY, *(f"{key}={path}" for key, path in where)])
+    config = compose_config(["stage=rlhf", *TINY_MODEL, *(f"{key}={path}" for key, path in where)])
     run.note_files(config.noted_files)
     run.require_files(config.noted_files)
     (tmp_path / "c.txt").write_text("Say one word\n")
@@ -68,4 +68,4 @@ def test_prompts_of_a_run_keep_their_content_and_their_number_of_files(tmp_path)
     (tmp_path / "a.txt").write_text("Say one word\nSay two words\n")
     for key, path in where:
         with pytest.raises(ArtefactError, match=f"^{key}="):
-            run.require_files(compose_config(["stage=rlhf", *TINY, f"{key}={path}"]).noted_files)
+            run.require_files(compose_config(["stage=rlhf", *TINY_MODEL, f"{key}={path}"]).noted_files)

@@ -19,7 +19,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.tracking.console import Console
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.data.reading import read_corpus
 
 SOURCE = SourceConfig("jsonl", "english", path="a")
@@ -69,7 +69,7 @@ def test_a_corpus_has_its_broken_rows_beside_it(work, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"text": 5}']) + "\n")
     (tmp_path / "notes.md").write_text("no rows")
     source = SourceConfig("jsonl", "english", path=str(tmp_path), exclude=["work/"])
-    config = compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}"])
+    config = compose_config(["stage=shards", *TINY_MODEL, "tokenizer.workers=1", f"work_dir={work.path}"])
     corpus = replace(config.corpus, corpora={"own": [source]}, max_bad_fraction=0.01)
     shards.build_corpus(replace(config, corpus=corpus), "own", Texts(corpus, 0), Console())
     line = json.loads((work.corpus("own") / REJECTED).read_text())

@@ -9,7 +9,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of, text_corpora
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from tests.conftest import TINY, composed
+from tests.conftest import TINY_MODEL, composed
 from tests.training_run import linked, write_untrained
 
 
@@ -38,7 +38,7 @@ def test_text_of_another_tokenizer_is_refused(tiny_work, tmp_path):
 def test_a_damaged_checkpoint_is_not_measured(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     checkpoint = write_untrained(work, "code", 0).checkpoints / "step_00000005"
-    config = composed(["stage=evaluate", *(one for one in TINY if "stage." not in one), f"work_dir={work.path}"])
+    config = composed(["stage=evaluate", *TINY_MODEL, f"work_dir={work.path}"])
     documents, tokenizer = (
         documents_of(folders(work, "code"), work.tokenizer_model, 1),
         Tokenizer.load(work.tokenizer_model),

@@ -14,12 +14,12 @@ from dist_lm.launcher.muster import NodesLostError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import Plan, make_plan
 from dist_lm.tracking.console import Console
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    return make_plan("tokenizer", lambda stage: compose_config([f"stage={stage}", *TINY, f"work_dir={tmp_path}"]))
+    return make_plan("tokenizer", lambda stage: compose_config([f"stage={stage}", *TINY_MODEL, f"work_dir={tmp_path}"]))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from dist_lm.prepare.compose import overrides_of
 from dist_lm.prepare.plan import make_plan
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
-from tests.conftest import TINY, composed
+from tests.conftest import composed, tiny
 
 
 def plan_of(work, *overrides, target="code"):
-    command = [f"stage={target}", *TINY, f"work_dir={work.path}", *overrides]
+    command = [f"stage={target}", *tiny(target), f"work_dir={work.path}", *overrides]
     return make_plan(target, lambda stage: composed(overrides_of(stage, target, command)))
 
 
@@ -21,7 +21,7 @@ def actions(plan):
 
 
 def make_run(work, stage, *overrides, done=False, checkpoint=False):
-    config = composed([f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides])
+    config = composed([f"stage={stage}", *tiny(stage), f"work_dir={work.path}", *overrides])
     run = work.run(stage, config.run_id)
     run.create()
     plan = plan_of(work, *overrides, target=stage)

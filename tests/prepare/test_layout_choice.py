@@ -11,6 +11,7 @@ from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.config.root import save_config
 from dist_lm.dry_run.choose import USABLE, best, candidates
 from dist_lm.dry_run.estimate import estimate_memory
+from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.stage_run import fitted
 from dist_lm.parallel.layout import resolve_layout
@@ -96,10 +97,12 @@ def test_parameters_stay_gathered_where_they_fit(overrides, gathers_once):
 def test_large_trains_on_one_to_64_nodes_of_eight(stage, nodes):
     planned = on_nodes_of(with_layout(config(stage=stage, nodes=nodes), GPUS), GPUS)
     layout = resolve_layout(planned.parallel, planned.model, nodes * GPUS)
-    assert estimate_memory(planned, layout).peak <= USABLE * planned.hardware.memory_gib * 2**30
+    usable = USABLE * planned.hardware.memory_gib * 2**30
     if planned.takes_sequences:
+        assert estimate_memory(planned, layout).peak <= usable
         assert planned.stage.seq_len == planned.model.max_seq_len == 4096
     else:
+        assert rlhf_memory(planned, layout).training <= usable
         assert planned.rlhf.prompts * planned.rlhf.samples >= planned.rlhf.minibatches * layout.dp
         with_pretraining = config("rlhf.pretrain_coefficient=0.1", stage=stage, nodes=nodes)
         with_layout(with_pretraining, GPUS)

@@ -14,7 +14,7 @@ from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action, run_of
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
-from tests.conftest import TINY
+from tests.conftest import TINY, TINY_MODEL
 
 
 def planned(work: Path, action: Action, steps: str, stage: str = "language") -> PlannedStage:
@@ -53,6 +53,6 @@ def test_a_stage_without_training_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_launcher_refuses_it_too(tmp_path: Path) -> None:
-    command = ["stage=shards", *TINY, f"work_dir={tmp_path}", "profile.steps=[2,4]"]
+    command = ["stage=shards", *TINY_MODEL, f"work_dir={tmp_path}", "profile.steps=[2,4]"]
     with pytest.raises(ConfigError, match="stage=shards has no training steps"):
         run_command(command, Console(io.StringIO(), io.StringIO()))

@@ -8,7 +8,7 @@ import pytest
 
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import write_untrained
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(2400)]
 
 PROMPTS = 1_500  # with SETTINGS 20 s of work for one actor: a job still works when it is disturbed
 SETTINGS = (
-    *(one for one in TINY if not one.startswith("stage.")),
+    *TINY_MODEL,
     "model=nano",
     "stage.n=2",
     "stage.max_new_tokens=160",

@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.patience import patient
 from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.bars, pytest.mark.timeout(2400)]
 ITERATIONS, REWARD_STEPS, PROMPTS = 12, 4, 8
 DEADLINE_S = patient(900)  # two stages, each with a start of its ranks and actors
 SETTINGS = (
-    *TINY,
+    *TINY_MODEL,
     "model.tie_embeddings=true",
     "cluster.ranks_per_node=1",
     "cluster.connect_timeout_s=120",

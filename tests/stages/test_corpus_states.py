@@ -30,7 +30,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
-from tests.conftest import TINY
+from tests.conftest import tiny
 
 WORDS = [f"{word}{number}" for word in ("return", "value", "self", "the", "index", "table") for number in range(100)]
 
@@ -50,7 +50,7 @@ def source_of(path: Path, licence: str = "MIT") -> SourceConfig:
 
 
 def config_of(work: WorkDirectory, *sources: SourceConfig, stage: str = "shards", **changes) -> Config:
-    command = [f"stage={stage}", *TINY, "tokenizer.workers=1", f"work_dir={work.path}"]
+    command = [f"stage={stage}", *tiny(stage), "tokenizer.workers=1", f"work_dir={work.path}"]
     config = compose_config(command)
     settings = {"documents_per_member": 8, "shard_tokens": 2_000, "val_fraction": 0.2} | changes
     corpus = replace(config.corpus, corpora={"mine": list(sources)}, **settings)

@@ -18,7 +18,7 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.generation_runs import Screen
 from tests.cluster.pool_of_one import Alone
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.training_run import copy_until, linked, numbers, prepare, train
 
 TASKS = "stage.eval_tasks={own_sql: 4, own_bash: 0}"
@@ -89,7 +89,7 @@ def test_stage_evaluate_gives_the_same_answers(trained, monkeypatch: pytest.Monk
     run, result = trained
     monkeypatch.setattr(pool_run, "Pool", Alone)
     monkeypatch.setattr(RayCluster, "nodes", lambda self: [])
-    words = [*(one for one in TINY if not one.startswith("stage.")), "stage=evaluate", "stage.max_new_tokens=6"]
+    words = [*TINY_MODEL, "stage=evaluate", "stage.max_new_tokens=6"]
     words += ["stage.tasks=[own_sql,own_bash]", f"stage.models=[{run.path}]", f"work_dir={run.work.path}"]
     (planned,) = make_plan("evaluate", lambda _: compose_config(words)).stages
     assert run_pool_stage(planned, RayCluster("nowhere", ClusterConfig(name="local")), Screen(), Interrupt())

@@ -11,7 +11,7 @@ from dist_lm.evaluation.tasks import Asking, prompt_items
 from dist_lm.generation.request import Answer
 from dist_lm.stages.evaluate.reward import prompts_of, reward_scores
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from tests.conftest import TINY, composed
+from tests.conftest import TINY_MODEL, composed
 from tests.training_run import linked, write_untrained
 
 LONG = "def f(x): return x\n" * 600
@@ -20,7 +20,7 @@ LONG = "def f(x): return x\n" * 600
 def test_answers_that_no_score_belongs_to_are_counted(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     model = write_untrained(work, "reward", 0).path
-    config = composed(["stage=evaluate", *(one for one in TINY if "stage." not in one), f"work_dir={work.path}"])
+    config = composed(["stage=evaluate", *TINY_MODEL, f"work_dir={work.path}"])
     records = [{"id": "0", "error": "300 tokens"}, *({"id": str(n), "text": "yes"} for n in (1, 2))]
     records += [{"id": "3", "text": ""}, {"id": "4", "text": LONG}]
     texts = {"0": LONG, "1": "def f", "2": "def g", "3": "def f", "4": "def f"}

@@ -31,10 +31,10 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 from tests.cluster.generation_runs import Screen
 from tests.cluster.pool_of_one import Alone, Meanwhile
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.training_run import linked, write_untrained
 
-SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=evaluate", "stage.max_new_tokens=8")
+SETTINGS = (*TINY_MODEL, "stage=evaluate", "stage.max_new_tokens=8")
 
 
 @pytest.fixture(scope="module")

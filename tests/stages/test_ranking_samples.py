@@ -15,7 +15,7 @@ from dist_lm.stages.rankings import stage as rankings
 from dist_lm.stages.rankings.samples import Opening, Sample, ranked_samples, ranking_of_samples
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.training_run import write_untrained
 
 SOURCE = SourceConfig("synthetic_rankings", "synthetic", licence="none", limit=24)
@@ -25,7 +25,7 @@ PYTHON = Opening("python", "def total(values):\n", "code:1")
 def config_for(work: WorkDirectory, *overrides: str) -> Config:
     start = work.run("tools", "default").path
     settings = ["stage.samples.max_new_tokens=8", "device=cpu", "tokenizer.workers=1", f"stage.init_from={start}"]
-    config = compose_config(["stage=rankings", *TINY, f"work_dir={work.path}", *settings, *overrides])
+    config = compose_config(["stage=rankings", *TINY_MODEL, f"work_dir={work.path}", *settings, *overrides])
     corpora = config.corpus.corpora | {"rankings": [SOURCE]}
     return replace(config, corpus=replace(config.corpus, corpora=corpora, val_fraction=0.3))
 

@@ -22,7 +22,7 @@ from dist_lm.stages.training.program import RankStart
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_saver import CheckpointSaver
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.training_run import linked, write_untrained
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -49,7 +49,7 @@ def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
 def begun(work: WorkDirectory, tools: str, reward: str) -> tuple[RunDirectory, Begun]:
     start_at, reward_at = work.run("tools", tools).path, work.run("reward", reward).path
     given = ["rlhf.algorithm=grpo", "rlhf.normalise_reward=false", f"rlhf.reward_model={reward_at}"]
-    config = rlhf_config(compose_config(["stage=rlhf", *TINY, *given, f"stage.init_from={start_at}"]))
+    config = rlhf_config(compose_config(["stage=rlhf", *TINY_MODEL, *given, f"stage.init_from={start_at}"]))
     layout = resolve_layout(config.parallel, config.model, 1)
     start = RankStart(WORLD, layout, build_mesh(layout, WORLD.device), Tokenizer.load(work.tokenizer_model))
     run = work.run("rlhf", "default")

@@ -14,11 +14,13 @@ from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, shown
 from tests.chat.test_kept_template import ADDS_SYSTEM, FORGETS, TRIMS, WITHOUT_HEADER
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
+
+RLHF = ("stage=rlhf", *TINY_MODEL, "rlhf.pool.cache_tokens=4096")
 
 
 def read(work: WorkDirectory, *overrides: str) -> tuple[Prompts, Prompts, Tokenizer]:
-    config = compose_config(["stage=rlhf", *TINY, "rlhf.pool.cache_tokens=4096", f"work_dir={work.path}", *overrides])
+    config = compose_config([*RLHF, f"work_dir={work.path}", *overrides])
     assert isinstance(config, RlhfRunConfig)
     tokenizer = Tokenizer.load(work.tokenizer_model)
     return *read_all(config, work.run("rlhf", "any"), tokenizer), tokenizer
@@ -96,7 +98,7 @@ def test_tests_of_a_prompt_are_found_by_what_the_model_sees(tiny_work, tmp_path)
     lines = [{"prompt": f"Say {i}", "language": "bash", "tests": [{"stdout": str(i)}]} for i in range(20)]
     file = tmp_path / "tasks.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    config = compose_config(["stage=rlhf", *TINY, "rlhf.pool.cache_tokens=4096", TESTED, f"rlhf.prompts_from={file}"])
+    config = compose_config([*RLHF, TESTED, f"rlhf.prompts_from={file}"])
     assert isinstance(config, RlhfRunConfig)
     check_prompts(config.rlhf)
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
@@ -114,6 +116,6 @@ def test_tests_of_a_prompt_are_found_by_what_the_model_sees(tiny_work, tmp_path)
 
 def test_tests_as_a_reward_need_a_file_of_prompts():
     with pytest.raises(ConfigError, match=r"rlhf\.prompts_from='': expected a file of prompts with tests"):
-        compose_config(["stage=rlhf", *TINY, TESTED])
+        compose_config(["stage=rlhf", *TINY_MODEL, TESTED])
     with pytest.raises(ConfigError, match=r"rlhf\.rewards\.mine\.score=some: expected share, all"):
-        compose_config(["stage=rlhf", *TINY, "rlhf.prompts_from=x", "rlhf.rewards={mine: {kind: tests, score: some}}"])
+        compose_config([*RLHF, "rlhf.prompts_from=x", "rlhf.rewards={mine: {kind: tests, score: some}}"])

@@ -15,7 +15,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training.heartbeat import Unheard
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.rlhf.toy import rollouts_with
 
 UNUSED = cast(Tokenizer, None)  # it writes tables
@@ -24,7 +24,7 @@ UNUSED = cast(Tokenizer, None)  # it writes tables
 @pytest.mark.parametrize("iteration", [1, 5], ids=["first", "later"])
 def test_the_pace_is_that_of_the_iteration_alone(tmp_path: Path, iteration: int):
     """Not of what came before: loading and comparisons before the first, saves and tasks before the others."""
-    config = rlhf_config(compose_config(["stage=rlhf", *TINY, "stage.log_every=1", "rlhf.table_rollouts=0"]))
+    config = rlhf_config(compose_config(["stage=rlhf", *TINY_MODEL, "stage.log_every=1", "rlhf.table_rollouts=0"]))
     metrics = MetricsWriter(tmp_path / "metrics.jsonl")
     world = World(0, 2, 0, torch.device("cpu"))
     run = RunDirectory(tmp_path)

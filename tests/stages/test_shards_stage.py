@@ -26,7 +26,7 @@ from dist_lm.stages.shards import corpus_fingerprint, text_fingerprint
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
-from tests.conftest import TINY, conversations
+from tests.conftest import TINY_MODEL, conversations
 from tests.data.reading import read_corpus
 
 
@@ -44,7 +44,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
 
 
 def config_for(work: WorkDirectory, *overrides: str) -> Config:
-    return compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
+    return compose_config(["stage=shards", *TINY_MODEL, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
 
 
 def test_conversations_of_another_layout_are_refused(work, few, monkeypatch):

@@ -21,12 +21,12 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.symbols import CALL
 from dist_lm.tokenizer.tokenizer import Tokenizer, with_marks
 from dist_lm.tracking.console import Console
-from tests.conftest import TINY
+from tests.conftest import TINY_MODEL
 from tests.data.counted_readers import GIVEN, source
 from tests.tokenizer.made_json import large_json, trained_json
 from tests.tokenizer.stdlib_text import stdlib_texts
 
-SHAPE = [override for override in TINY if not override.startswith("model.vocab_size")]
+SHAPE = [override for override in TINY_MODEL if not override.startswith("model.vocab_size")]
 SOURCES = {"c": [source("a"), source("b")], "d": [source("c", "read_short")]}
 
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from dist_lm.config.generation import EngineConfig, SamplingConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import TRUST_ME, Config
+from dist_lm.config.stage import StageGroup
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of
@@ -47,10 +49,9 @@ OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(SamplingConfig, EngineConfig, StageGroup):
     """Models, tasks, sampling parameters and size of the engines."""
 
-    name: str = MISSING
     models: list[str] = field(
         default_factory=lambda: [AUTO]
     )  # runs or checkpoints; auto: the newest, as stage.generate
@@ -59,20 +60,17 @@ class EvaluateConfig:
     n: int = 1  # answers to a question about code
     k: list[int] = field(default_factory=lambda: [1])  # pass@k, each at most n
     max_new_tokens: int = 512
-    temperature: float = 0.0  # 0: greedy
-    top_p: float = 1.0  # 1: off
+    temperature: float = 0.0
     cpu_s: float = 3.0  # CPU time of a program with its tests
     documents: int = 200  # of val of each corpus, for bits_per_byte; 0: all
     corpora: list[str] = field(default_factory=lambda: ["language", "code"])  # for bits_per_byte
     questions_per_part: int = 25  # of a task in a file; after a kill an unfinished file is asked again
-    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
-    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
-    max_sequences: int = 64  # sequences that an engine runs at the same time
 
     def __post_init__(self) -> None:
-        for key in ("n", "max_new_tokens", "cpu_s", "questions_per_part"):
+        self.check_sampling("stage")
+        self.check_actors("stage")
+        for key in ("n", "cpu_s", "questions_per_part"):
             require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "more than 0")
-        require(self.actors == -1 or self.actors > 0, "stage.actors", self.actors, "a positive integer, or -1")
         require(self.documents >= 0, "stage.documents", self.documents, "0 (all) or a positive integer")
         require(self.chat in (AUTO, "always", "never"), "stage.chat", self.chat, "auto, always or never")
         require(bool(self.models) and all(self.models), "stage.models", self.models, "runs or checkpoints, or auto")
@@ -91,9 +89,6 @@ class EvaluateRunConfig(Config):
     """The whole configuration of stage `evaluate`."""
 
     stage: EvaluateConfig = MISSING
-
-    def check_stage(self) -> None:
-        """No key of this stage depends on other groups."""
 
 
 class Evaluate(PoolStage):
@@ -169,7 +164,8 @@ class Evaluate(PoolStage):
         tp = 1 if config.parallel.tp == -1 else config.parallel.tp
         check_tp(config.model, tp, None, "parallel.tp")
         cache = max(own.stage.cache_tokens, config.model.max_seq_len)
-        return EngineOptions(cache, max_sequences=own.stage.max_sequences), tp, own.stage.actors
+        options = EngineOptions(cache, page_tokens=own.stage.page_tokens, max_sequences=own.stage.max_sequences)
+        return options, tp, own.stage.actors
 
     def work(
         self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"

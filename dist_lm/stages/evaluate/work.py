@@ -78,7 +78,12 @@ class Evaluation(PoolWork):
         self.chat = stage.chat == "always" or (stage.chat == AUTO and answers_requests(checkpoint, tokenizer))
         self._folder = run.samples / self.label.replace("/", "_")
         self._folder.mkdir(parents=True, exist_ok=True)
-        params = SamplingParams(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, top_p=stage.top_p)
+        params = SamplingParams(
+            max_new_tokens=stage.max_new_tokens,
+            temperature=stage.temperature,
+            top_k=stage.top_k,
+            top_p=stage.top_p,
+        )
         asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits_of(stage.cpu_s))
         self._work = WorkDirectory(Path(config.work_dir))
         if BITS in self._unmeasured:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import StageGroup
 from dist_lm.errors import ArtefactError, UserError, require
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage import durable
@@ -34,7 +34,7 @@ STALE = (
 
 
 @dataclass
-class ExportGroup(StageConfig):
+class ExportGroup(StageGroup):
     """The `stage` group of stage export."""
 
     run: str = "code"  # the stage whose run of this run_id is exported, and built if it is missing
@@ -45,7 +45,6 @@ class ExportGroup(StageConfig):
     push: str = ""  # id of a repository on the hub that the folder is uploaded to; empty: none
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.dtype in ("bf16", "fp32"), "stage.dtype", self.dtype, "bf16 or fp32")
         require(self.gguf in ("", "F16", "Q8_0"), "stage.gguf", self.gguf, "F16 or Q8_0, or nothing")
         if self.push:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from dist_lm.config.generation import EngineConfig, SamplingConfig
 from dist_lm.config.root import Config
+from dist_lm.config.stage import StageGroup
 from dist_lm.data.prompts import find_prompts, survey
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.registry import load_config
@@ -38,13 +40,12 @@ FREE = (*(key for key in FREE_KEYS if key not in RESULT_KEYS), "stage.actors", "
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(SamplingConfig, EngineConfig, StageGroup):
     """Prompts, checkpoint, sampling parameters and size of the engines.
 
     `SamplingParams` and `EngineOptions` check the bounds of their parameters before anything starts.
     """
 
-    name: str = MISSING
     prompts: str = ""  # file or glob: .jsonl (`prompt`, optionally `id` and `suffix`), or .txt (a prompt per line)
     checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
     chat: bool = (
@@ -53,25 +54,17 @@ class GenerateConfig:
     n: int = 1  # answers per prompt
     prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
     truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, of plain text)
-    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
-    max_new_tokens: int = 128
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     repetition_penalty: float = 1.0  # 1: off
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     stop: list[str] = field(default_factory=list)  # texts that end an answer
     stop_tokens: list[int] = field(default_factory=list)  # beside end-of-text
     ignore_eot: bool = False  # end-of-text does not end an answer
-    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
-    page_tokens: int = 0  # of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
-    max_sequences: int = 64  # sequences that an engine runs at the same time
 
     def __post_init__(self) -> None:
         for key in ("n", "prompts_per_shard"):
             require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
-        require(self.actors == -1 or self.actors > 0, "stage.actors", self.actors, "a positive integer, or -1")
+        self.check_actors("stage")
         require(self.truncate in ("refuse", "left"), "stage.truncate", self.truncate, "refuse or left")
         require(bool(self.checkpoint), "stage.checkpoint", self.checkpoint, "auto, or the path of a run or checkpoint")
 
@@ -81,9 +74,6 @@ class GenerateRunConfig(Config):
     """The whole configuration of stage `generate`."""
 
     stage: GenerateConfig = MISSING
-
-    def check_stage(self) -> None:
-        """No key of this stage depends on other groups."""
 
 
 class Generate(PoolStage):

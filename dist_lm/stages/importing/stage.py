@@ -4,14 +4,15 @@ A stage that starts from `hf:SOURCE` needs it. `importing.py` is the program, wh
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from dist_lm.config.corpus import HF
 from dist_lm.config.root import Config
+from dist_lm.config.stage import StageGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of
 from dist_lm.stages.stage import IMPORT, Artefact, ArtefactStage
@@ -22,8 +23,23 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 
+@dataclass
+class ImportGroup(StageGroup):
+    """The `stage` group of stage import."""
+
+    init_from: str = ""  # hf:FOLDER or hf:ID of a model of transformers
+
+
+@dataclass
+class ImportConfig(Config):
+    """The configuration of stage import."""
+
+    stage: ImportGroup = MISSING
+
+
 class Import(ArtefactStage):
     name = IMPORT
+    schema = ImportConfig
 
     def reads(self, config: Config) -> tuple[str, ...]:
         return ()

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from dist_lm.config.preference import PreferenceConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig, refuse_terms_of_text
+from dist_lm.config.stage import TrainerGroup
 from dist_lm.errors import require
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, before_and_after
@@ -38,14 +38,10 @@ ROWS = {  # metric -> its row in the summary
 
 
 @dataclass
-class PreferenceStageConfig(StageConfig):
+class PreferenceStageConfig(TrainerGroup):
     """The `stage` group of stage preference."""
 
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_terms_of_text(self)
 
 
 @dataclass

@@ -56,10 +56,17 @@ class RankingSamplesConfig:
 class RankingsStageConfig(CorporaStageConfig):
     """The `stage` group of stage rankings."""
 
+    corpus: str = ""  # whose prompts the model answers, where rules rank its samples
+    init_from: str = "auto"  # the model that answers: auto (the run of stage tools) | a run directory, a checkpoint
     samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
 
     def sampled_by(self) -> dict[str, Any]:
         return {"samples": asdict(self.samples), "prompts": self.corpus}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpus whose prompts are answered."""
+        return (self.corpus,) if self.corpus else ()
 
 
 @dataclass
@@ -67,6 +74,11 @@ class RankingsConfig(CorporaConfig):
     """The configuration of stage rankings."""
 
     stage: RankingsStageConfig = MISSING
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        accepted = f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}"
+        require(self.stage.corpus in ("", *self.corpus.corpora), "stage.corpus", self.stage.corpus, accepted)
 
 
 class Rankings(ArtefactStage):

@@ -15,7 +15,7 @@ from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
 from dist_lm.data.sequences import note_of_left_out
-from dist_lm.errors import ArtefactError, require
+from dist_lm.errors import ArtefactError
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
@@ -60,14 +60,9 @@ def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
     """Train and val of a stage that reads only rankings.
 
     Raises:
-        ConfigError: a setting that rankings do not allow.
         ArtefactError: the corpus holds no rankings.
     """
     stage = opening.config.stage
-    for key in ("document_mask", "reset_positions"):
-        accepted = "true: a completion attends to its prompt and itself, at the positions after the prompt"
-        require(getattr(stage, key), f"stage.{key}", False, accepted)
-    require(not stage.mix, "stage.mix", stage.mix, f"none: stage {stage.name} reads only rankings")
     train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
     if opening.world.is_first:
         for rankings in (train, val):

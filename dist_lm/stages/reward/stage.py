@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig, refuse_terms_of_text
+from dist_lm.config.stage import TrainerGroup
 from dist_lm.errors import require
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training.stage import (
@@ -64,7 +64,7 @@ class RewardConfig:
 
 
 @dataclass
-class RewardStageConfig(StageConfig):
+class RewardStageConfig(TrainerGroup):
     """The `stage` group of stage reward."""
 
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -87,9 +87,8 @@ class Reward(TrainingStage):
     packed = "rankings"
 
     def check(self, config: Config) -> None:
-        """Refuse terms of next-token loss, and answers that would fill the context where the start generates some."""
+        """Refuse answers that would fill the context where the start generates some."""
         assert isinstance(config, RewardRunConfig)
-        refuse_terms_of_text(config.stage)
         settings, longest = config.stage.reward, config.model.max_seq_len
         new, generates = (
             settings.normaliser_new_tokens,

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import COSINE, StageConfig, check_shares
+from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.prompts import find_prompts
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
@@ -37,12 +37,6 @@ ROWS = {  # metric -> its row in the summary
     "rlhf/new_tokens_mean": "tokens per rollout",
     "rlhf/truncated_rate": "share of truncated rollouts",
     "rollout/tokens_per_s": "sampled tokens per second",
-}
-UNREAD = {  # keys of `stage` that other stages train by -> the key of this one; empty: there is none
-    **{key: f"rlhf.{key}" for key in ("lr", "min_lr_ratio", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")},
-    **{"warmup_steps": "rlhf.warmup_iterations", "global_batch": "rlhf.prompts"},
-    **{"micro_batch": "rlhf.micro_batch_tokens", "max_nonfinite_steps": "rlhf.max_nonfinite_updates"},
-    **dict.fromkeys(("rates", "muon", "dropout", "label_smoothing", "z_loss"), ""),
 }
 SHOWN = 3  # rollouts in the summary
 WIDTH = 160  # characters shown of a rollout
@@ -103,6 +97,7 @@ class RlhfRunGroup(RlhfConfig):
 class RlhfRunConfig(Config):
     """The whole configuration of stage `rlhf`."""
 
+    stage: TrainingGroup = MISSING  # pyright: ignore[reportIncompatibleVariableOverride]
     rlhf: RlhfRunGroup = MISSING
 
     @property
@@ -157,9 +152,6 @@ class RlhfRunConfig(Config):
         accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
         accepted += ", or 0 to take what fits into free memory"
         require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
-        mixed = [name for name in self.stage.streams if name != self.stage.corpus]
-        accepted = "none: only stage.corpus gives prompts (rlhf.pretrain_mix sets shares of the pretraining text)"
-        require(not mixed, "stage.mix", ", ".join(mixed), accepted)
         actors = self.eval.pool.actors if self.stage.eval_tasks else 0
         require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
         self._check_pretraining()
@@ -192,7 +184,7 @@ class Rlhf(TrainingStage):
         *FREE_KEYS,
         *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
         *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.rewards.*.timeout_s"),
-        *("rlhf.rewards.*.workers", *(f"stage.{key}" for key in UNREAD)),  # those of older runs had no effect
+        "rlhf.rewards.*.workers",
     )
     key_figures = (
         (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
@@ -211,17 +203,7 @@ class Rlhf(TrainingStage):
         return tuple(name for name in self.needs if name in built or name == self.starts_from)
 
     def check(self, config: Config) -> None:
-        """Refuse keys of `stage` that only other stages read, and prompts of a corpus of texts, which have no turn to
-        answer."""
-        for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
-            given = getattr(config.stage, key)
-            require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
-        default = StageConfig()
-        for key, own in UNREAD.items():
-            given = getattr(config.stage, key)
-            if given != getattr(default, key):
-                way_out = f"give {own} in its place" if own else "leave it out"
-                raise ConfigError(f"stage.{key}={given}: stage rlhf reads rlhf.*, such as rlhf.lr: {way_out}")
+        """Refuse prompts of a corpus of texts, which have no turn to answer."""
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(
