@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Earlier versions refused other values than the default of these keys of text in stages that read rankings.
-_OF_TEXT = dict.fromkeys(
+_OF_TEXT: Mapping[str, str] = dict.fromkeys(
     ("stage.mix", "stage.label_smoothing", "stage.z_loss", "stage.document_mask", "stage.reset_positions"), ""
 )
 

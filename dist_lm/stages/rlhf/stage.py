@@ -97,7 +97,7 @@ class RlhfRunGroup(RlhfConfig):
 class RlhfRunConfig(Config):
     """The whole configuration of stage `rlhf`."""
 
-    stage: TrainingGroup = MISSING  # pyright: ignore[reportIncompatibleVariableOverride]
+    stage: TrainingGroup = MISSING
     rlhf: RlhfRunGroup = MISSING
 
     @property

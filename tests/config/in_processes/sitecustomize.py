@@ -25,7 +25,7 @@ def role() -> str:
     """The kind of this process."""
     if "RANK" in os.environ and "dist_lm.train" in sys.orig_argv:
         return "rank"
-    return "launcher" if "dist_lm.launch" in sys.orig_argv else "actor"
+    return "launcher" if "dist_lm.launch" in sys.orig_argv else "other"
 
 
 def note(owner: type, key: str) -> None:
