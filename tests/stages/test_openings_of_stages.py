@@ -14,7 +14,7 @@ from dist_lm.stages.reward import ranks as reward_ranks
 from dist_lm.stages.rlhf.prompts import read_all
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Opening, Tokenizer
-from tests.conftest import TINY
+from tests.conftest import tiny
 from tests.data.rankings.made_rankings import random_rankings
 from tests.data.synthetic_corpus import write
 
@@ -38,7 +38,7 @@ def with_rankings(work: WorkDirectory, tokenizer: Tokenizer) -> WorkDirectory:
 
 
 def opening(work: WorkDirectory, tokenizer: Tokenizer, stage: str, *overrides: str) -> Any:
-    config = compose_config([f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides])
+    config = compose_config([f"stage={stage}", *tiny(stage), f"work_dir={work.path}", *overrides])
     return SimpleNamespace(
         config=config,
         run=work.run(stage, "any"),
