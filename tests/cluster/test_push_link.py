@@ -16,6 +16,7 @@ from dist_lm.cluster.push_link import FAILURES, Offer, Receiver, SharedBucket, o
 from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT, PUSH_RAY
 from dist_lm.errors import ArtefactError
 from tests.cluster.small_pool import MODEL, weights_of
+from tests.patience import patient
 
 HOST = torch.device("cpu")
 ADDRESS = "127.0.0.1"
@@ -182,10 +183,10 @@ def test_actors_get_the_same_bits_by_every_way(ways, dtype):
 @pytest.mark.parametrize("lost", ["dead", "silent"])
 @pytest.mark.parametrize("ways", [[BROADCAST, BROADCAST], [IPC, BROADCAST], [IPC]])
 def test_a_lost_actor_ends_a_push_and_the_version_is_kept_whole(ways, lost):
-    trial = Trial(ways, lost=lost, patience_s=1.0 if lost == "silent" else 60.0)
+    trial = Trial(ways, lost=lost, patience_s=1.0 if lost == "silent" else patient(60))
     began = time.monotonic()
     held = trial.send(weights(1).items(), 1)
-    assert lost == "silent" or time.monotonic() - began < 45
+    assert lost == "silent" or time.monotonic() - began < patient(45)
     assert same(dict(unpacked(iter(held.buckets), MODEL, torch.float32)), weights(1))
     assert all(actor.forgotten for actor in trial.actors)  # nobody's result counts: a bucket may have changed too soon
     assert not any(actor.got for actor in trial.actors)

@@ -14,15 +14,16 @@ import pytest
 
 from dist_lm.sandbox.program import Limits, Program, Test, Verdict
 from dist_lm.sandbox.sandbox import Sandbox, fences
+from tests.patience import patient
 from tests.sandbox.as_user import ROOT, ask, user_process
 from tests.sandbox.escapes import ESCAPES, Escape
 from tests.sandbox.greedy_programs import GREEDY
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
-LIMITS = Limits(cpu_s=0.3, wall_s=30, memory_bytes=128 << 20, tmp_bytes=8 << 20)
+LIMITS = Limits(cpu_s=0.3, wall_s=patient(30), memory_bytes=128 << 20, tmp_bytes=8 << 20)
 LABOURER = replace(LIMITS, cpu_s=2.0)  # comes to its limit of memory, files or processes also on a slow core
 SLEEPER = replace(LIMITS, wall_s=1.0)
-SPEAKER = replace(LIMITS, wall_s=4.0)  # sleeps once it has said what is expected
+SPEAKER = replace(LIMITS, wall_s=patient(4.0))  # sleeps once it has said what is expected
 WAYS = ("root", "user", "namespaces")
 TOKEN = "hf_a_token_of_the_user"
 Run = Callable[[Program, Limits], Verdict]

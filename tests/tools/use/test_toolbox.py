@@ -126,11 +126,12 @@ def test_a_long_result_is_cut_and_says_so(box):
 
 
 def test_a_function_that_hangs_is_ended_with_all_it_started(tmp_path):
-    with Toolbox(write(tmp_path, FILE), Limits(seconds=2)) as box:
+    limit = round(patient(2))  # the function must have started its own process by then
+    with Toolbox(write(tmp_path, FILE), Limits(seconds=limit)) as box:
         started = time.monotonic()
         result = box.run(Call("hang", {"file": str(tmp_path / "pids")}))
-        assert result == {"error": "hang took longer than 2 s and was ended"}
-        assert time.monotonic() - started < 30
+        assert result == {"error": f"hang took longer than {limit} s and was ended"}
+        assert time.monotonic() - started < limit + patient(30)
         host, child = map(int, (tmp_path / "pids").read_text().split())
         assert not is_alive(host)
         deadline = time.monotonic() + patient(60)
