@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import combinations, product
 from typing import Any
 
+import pytest
+
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.parallel.layout import Layout
@@ -43,6 +45,15 @@ CHOICES: dict[str, tuple] = {  # in an order in which the rows meet all pairs
 BIASES = {"all": {}, "none": {"bias": False}, "qkv": {"bias": False, "qkv_bias": True}}
 IN_MODEL = ("norm", "ffn", "parallel_residual", "tie_embeddings")
 OF_MODEL = ("biases", "scaled_part_rotated", *IN_MODEL)
+
+
+SMALL = ("1x1x1", "1x2x1", "1x1x4+sp", "1x2x2+sp")
+"""Layouts of the small size of the tests; between them they cut whatever any layout cuts."""
+
+
+def layouts(*names: str) -> list:
+    """Parameters for tests: those not in SMALL are heavy."""
+    return [pytest.param(name, marks=() if name in SMALL else pytest.mark.heavy) for name in names]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,9 @@ def steps_with_many_units(world: World, model: ModelConfig, parallel: ParallelCo
         return rank_steps(world, model, parallel, range(3), between=True)
 
 
-@pytest.mark.parametrize("layout", ["1x2x1", "2x2x1", "1x2x2+sp"])
+@pytest.mark.parametrize(
+    "layout", ["1x2x1", *(pytest.param(layout, marks=pytest.mark.heavy) for layout in ("2x2x1", "1x2x2+sp"))]
+)
 def test_parameters_that_stay_gathered_are_never_stale(ranks: RankGroups, layout: str):
     size, model = layout_of(layout).world_size, model_of((5, 5))
     freed: MeshTrajectory = ranks.run(

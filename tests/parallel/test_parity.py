@@ -22,6 +22,7 @@ from tests.parallel.parity_cases import (
     Case,
     cases,
     layout_of,
+    layouts,
     model_of,
     parallel_of,
 )
@@ -45,7 +46,10 @@ def assert_is_that_of_one_process(found: MeshTrajectory, model: ModelConfig) -> 
     assert found.torn == found.dirty == set()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=pytest.mark.heavy if case.world_size > 4 else ()) for case in CASES],
+)
 def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
     found: MeshTrajectory = ranks.run(
         case.world_size, rank_steps, case.model, case.parallel, range(1), chunk_bytes=case.chunk_bytes
@@ -53,14 +57,14 @@ def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
     assert_is_that_of_one_process(found, case.model)
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+@pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layout: str):
     model = model_of((5, 5), head="scalar")
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
     assert_is_that_of_one_process(found, model)
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+@pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 @pytest.mark.parametrize("heads", [(5, 5), (6, 3)], ids=["padded heads", "groups"])
 def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
     ranks: RankGroups, layout: str, heads: tuple[int, int]
@@ -70,7 +74,7 @@ def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
     assert_is_that_of_one_process(found, model)
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+@pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks: RankGroups, layout: str):
     model = model_of((5, 5), norm="rmsnorm", ffn="relu2", logit_cap=0.2)
     found: MeshTrajectory = ranks.run(
@@ -110,13 +114,13 @@ def assert_orthogonal_steps_are_those_of_one_process(
     assert found.torn == found.dirty == set()
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+@pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 @pytest.mark.parametrize("heads", [(5, 5), (4, 4)], ids=["padded heads", "whole heads"])
 def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model_of(heads), MuonConfig(lr=0.02), 2)
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+@pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
 def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_process(ranks: RankGroups, layout: str):
     options = {"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "value_residual": True}
     model = model_of((5, 5), **options, base_width=20)
