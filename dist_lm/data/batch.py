@@ -121,9 +121,17 @@ class Documents(Protocol):
     """A corpus as `assemble` reads it, by document number (`data.token_corpus`, or a rearranged view of it)."""
 
     @property
-    def has_mask(self) -> bool: ...
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray: ...
-    def mask(self, document: int, start: int, stop: int) -> np.ndarray: ...
+    def has_mask(self) -> bool:
+        """Whether `mask` is needed; without it every token is learned."""
+        ...
+
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Reads tokens [start, stop) of a document: (stop - start,) of an integer type."""
+        ...
+
+    def mask(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Reads the loss mask of these tokens: (stop - start,) uint8, 1 where a token is learned."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

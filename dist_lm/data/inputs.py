@@ -48,10 +48,12 @@ class Inputs:
 
     @property
     def taken(self) -> tuple[Input, ...]:
+        """The files that the source reads, in the order in which it reads them."""
         return tuple(file for file in self.files if not file.left_out)
 
     @property
     def left_out(self) -> tuple[Input, ...]:
+        """The files and folders that the source does not read; each has its reason."""
         return tuple(file for file in self.files if file.left_out)
 
     def summary(self) -> str:
@@ -64,6 +66,7 @@ class Inputs:
         return words
 
     def to_json(self) -> list[dict[str, Any]]:
+        """Returns the files as JSON objects, in their order."""
         return [file.to_json() for file in self.files]
 
     @classmethod

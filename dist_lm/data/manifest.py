@@ -69,15 +69,15 @@ class Shard:
         return [int(self.members[i : i + 8], 16) for i in range(0, len(self.members), 8)]
 
     @classmethod
-    def parse(cls, value: Mapping[str, Any], name: str) -> Self:
+    def parse(cls, shard_fields: Mapping[str, Any], name: str) -> Self:
         """Inverts `asdict` for a tar named `name`.
 
         Raises:
             KeyError, TypeError: a field is missing, or there is an unknown one.
             ValueError: a field has another form.
         """
-        counts = parse_counts(value["counts"])
-        shard = cls(**{**value, "counts": counts})
+        counts = parse_counts(shard_fields["counts"])
+        shard = cls(**{**shard_fields, "counts": counts})
 
         # Files of these names may be removed, so a name must be one that we give.
         hashes = (shard.sha256, shard.index_sha256, shard.content)
@@ -99,6 +99,7 @@ class Split:
 
     @property
     def counts(self) -> Counts:
+        """The amounts of text in all tars of the split."""
         return sum((shard.counts for shard in self.shards), Counts())
 
     @property
@@ -126,7 +127,7 @@ class Manifest:
 
     recipe: Recipe
     splits: Mapping[str, Split]
-    ingest: Mapping[str, Any]  # dropped documents by reason
+    ingest: Mapping[str, Any]  # counts of documents read, kept and dropped: `asdict` of `screening.IngestReport`
     licences: Sequence[str] = ()  # `licence` of each source, which the files beside the tars hold
     inputs: Sequence[Sequence[Mapping[str, Any]]] = ()  # files that each source read or left out (`data.inputs`)
     settings: Mapping[str, Any] = field(default_factory=dict)  # `recipe.corpus_fingerprint` is their hash

@@ -66,6 +66,7 @@ class Proposal:
     is_code: bool = False  # whether texts in no known language look like code
 
     def typed(self) -> SourceConfig:
+        """Returns the source as the configuration has it."""
         return SourceConfig(**self.source)
 
 

@@ -41,10 +41,12 @@ class Tally:
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # UTF-8
 
     def drop(self, reason: str) -> None:
+        """Counts a dropped document."""
         self.seen += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def keep(self, split: str, n_bytes: int, replaced: Mapping[str, int]) -> None:
+        """Counts a document that goes into `split`; `replaced`: placeholder -> times."""
         self.seen += 1
         self.kept += 1
         self.documents[split] += 1

@@ -65,7 +65,8 @@ class CorpusWriter:
         self.kept: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        """
+        """Begins or continues the build; the corpus is incomplete until `finish`.
+
         Raises:
             ArtefactError: the folder holds files that are not ours.
         """
@@ -188,14 +189,12 @@ class _SplitWriter:
         }
 
         # Parts that most corpora do not need are left out, because they would cost a header in every member.
-        masks = [document.loss_mask for document in documents]
-        if any(mask is not None for mask in masks):
-            sample["mask.npy"] = np.concatenate(
-                [
-                    np.ones(len(document.tokens), np.uint8) if mask is None else mask
-                    for document, mask in zip(documents, masks, strict=True)
-                ]
-            )
+        if any(document.loss_mask is not None for document in documents):
+            masks = [
+                np.ones(len(document.tokens), np.uint8) if document.loss_mask is None else document.loss_mask
+                for document in documents
+            ]
+            sample["mask.npy"] = np.concatenate(masks)
         if any(continues):
             sample["continues.npy"] = np.array(continues, np.uint8)
         if verdicts := [document.verdict for document in documents if document.verdict is not None]:

@@ -50,14 +50,17 @@ ContentOf = Callable[
 
 
 def list_json_lines(source: SourceConfig) -> Inputs:
+    """Lists files of JSON lines."""
     return list_files(source, JSON_LINES)
 
 
 def list_parquet(source: SourceConfig) -> Inputs:
+    """Lists parquet files."""
     return list_files(source, PARQUET)
 
 
 def list_csv(source: SourceConfig) -> Inputs:
+    """Lists .csv and .tsv files."""
     return list_files(source, CSV)
 
 
@@ -222,6 +225,7 @@ def text_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow |
 
 
 def missing_column(column: str, columns: Sequence[str]) -> BadRow:
+    """Returns the problem of a row that lacks `column`. `columns`: those that it has."""
     return BadRow("missing_column", f"no column {column}; the columns there are {', '.join(columns) or 'none'}")
 
 
@@ -242,7 +246,7 @@ def utf8_problem(column: str, text: str) -> BadRow | None:
 
 
 def licence_of(row: Row, source: SourceConfig) -> str:
-    """Returns the licence in the row's column for it, else that of the source; several ones separated by commas."""
+    """Returns the licence in the row's column for it, else that of the source; several are separated by commas."""
     licence = own_licence(row, source) or source.licence
     # A row may list several licences; cleaning then asks that each is allowed.
     if isinstance(licence, list):

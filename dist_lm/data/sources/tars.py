@@ -25,6 +25,7 @@ KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset split
 
 
 def list_tars(source: SourceConfig) -> Inputs:
+    """Lists webdataset tars."""
     return list_files(source, TARS)
 
 
