@@ -77,7 +77,12 @@ def metrics_of(
     return [{name: line[name] for name in line if "timing" not in name and "_per_s" not in name} for line in lines]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SMALL = ("dp 2", "tp 2, sequence parallel")  # what the others add, they add to these two
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.heavy) for name in LAYOUTS]
+)
 def test_metrics_are_those_of_one_rank(ranks: RankGroups, text: str, name: str):
     size, parallel = LAYOUTS[name]
     expected = ranks.run(1, metrics_of, ParallelConfig(), text)
