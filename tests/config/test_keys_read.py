@@ -23,10 +23,16 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_S = 600  # of a launch
 # class -> the one that its keys are copied to, and read from
 COPIES = {"EvalPoolConfig": "EvalPool", "ModelConfig": "AdaptedModelConfig"}
+# a run whose tasks actors answer
+ASKED = (
+    *("stage.init_from=WORK/runs/language/default", "stage.steps=2", "stage.warmup_steps=1"),
+    *("stage.eval_tasks={own_sql: 0}", "stage.eval_new_tokens=4", "eval.pool.actors=1"),
+)
 # launches in an empty work directory, one after the other; the first runs the eight stages of the pipeline
 LAUNCHES = (
     ("stage=rlhf",),
     ("stage=code", "run_id=dry", "dry_run=true", "parallel=auto"),
+    ("stage=code", "run_id=asked", *ASKED),
     ("stage=preference", "stage.steps=4", "stage.eval_every=2"),
     ("stage=export",),
     ("stage=import", "stage.init_from=hf:WORK/exports/default-code"),
@@ -36,12 +42,14 @@ LAUNCHES = (
 # a file of tests -> keys that they read and smoke runs do not; a dot at the end names all keys of a group
 READ_BY: Mapping[str, tuple[str, ...]] = {
     "tests/launcher/test_restarts.py": ("cluster.stop_timeout_s",),
-    "tests/stages/test_evaluate_stage.py": ("eval.pool.",),
     "tests/stages/test_evaluate_models.py": ("eval.prompts", "eval.reward_model"),
     "tests/prepare/test_layout_choice.py": ("hardware.",),
     "tests/rlhf/test_online_algorithms.py": ("rlhf.clip_high", "rlhf.overlong_tokens"),
-    "tests/rlhf/test_pretraining.py": ("rlhf.pretrain_corpus", "rlhf.pretrain_mix"),
+    "tests/rlhf/test_pretraining.py": (
+        *("rlhf.pretrain_corpus", "rlhf.pretrain_mix", "rlhf.pretrain_sequences", "rlhf.pretrain_seq_len"),
+    ),
     "tests/rlhf/test_rewards.py": ("rlhf.rewards.",),
+    "tests/stages/test_rlhf_reporter.py": ("stage.log_every",),
     "tests/training/test_optimizer.py": ("stage.decay", "stage.decay_share", "stage.decay_steps"),
     "tests/stages/test_eval_tasks.py": ("stage.eval_new_tokens",),
     "tests/model/test_lora.py": ("stage.lora.",),
