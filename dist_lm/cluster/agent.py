@@ -49,7 +49,7 @@ class Assignment:
     arguments: tuple[str, ...]
     master_address: str
     master_port: int
-    address: str  # of this node, for the others
+    address: str  # this node's, by which the others reach it
     device: str  # cpu | cuda
     run: RunDirectory
     mark: str
@@ -78,8 +78,8 @@ class NodeReport:
 
     exit_code: int | None
     exits: tuple[RankExit, ...] = ()
-    pulses: tuple[Pulse, ...] = ()  # of its ranks, while they run
-    usage: NodeUsage | None = None  # of the whole node, while they run
+    pulses: tuple[Pulse, ...] = ()  # last heartbeats of its ranks, while they run
+    usage: NodeUsage | None = None  # load of the whole node, while they run
 
 
 class NodeAgent:
@@ -92,7 +92,7 @@ class NodeAgent:
         self._interrupt = False
         self._interrupted: set[int] = set()
         self._board: HeartbeatBoard | None = None
-        self._sockets: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' flight recorders
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None  # the ranks' flight recorders listen there
         self._links: LinkServer | None = None
         self._reserved: list[socket.socket] = []
         self._meter = UsageMeter()
@@ -120,7 +120,7 @@ class NodeAgent:
         Args:
             device: cuda, or cpu to try the products without GPUs.
             burn_s: seconds of products; 0: none.
-            address: of this node, for the others.
+            address: this node's, by which the others reach it.
         """
         gpus = node_facts.shown_gpus()[:count] if device == "cuda" else ()
         watch = HealthWatch(node_facts.open_nvml() if gpus else (), gpus)
@@ -158,11 +158,15 @@ class NodeAgent:
         """Start torchrun."""
         assert self._torchrun is None
         self._close_links()
+
         self._assignment = assignment
         self._board = HeartbeatBoard(assignment.ranks_per_node)
         self._sockets = tempfile.TemporaryDirectory(prefix="dlm-")
+        # torchrun's exit code does not tell which rank failed and when, so it reports that through a pipe.
         self._report, write_end = os.pipe()
         command = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), str(write_end)]
+
+        # Ranks get the cores of the node in equal shares, and nothing that Ray has set for this actor.
         environment = rank_environment(
             os.environ,
             mark=assignment.mark,
@@ -177,6 +181,7 @@ class NodeAgent:
 
             head = ray.get_runtime_context().gcs_address
             environment |= access_variables(os.environ, head, assignment.drives_actors)
+
         with assignment.run.node_log(assignment.node).open("ab") as log:
             self._torchrun = subprocess.Popen(
                 [*command, *torchrun_arguments(assignment)],
@@ -188,6 +193,7 @@ class NodeAgent:
                 pass_fds=(write_end,),
                 start_new_session=True,
             )
+        # Only torchrun holds the write end now, so reading ends when torchrun does.
         os.close(write_end)
 
     def poll(self) -> NodeReport:
@@ -216,17 +222,23 @@ class NodeAgent:
         for rank in ranks.values():
             if process.catches(rank, STACKS_SIGNAL):
                 process.send(rank, STACKS_SIGNAL)
+
         files = {local: run.collectives(first + local) for local in ranks}
         flight_recorder.dump_collectives(Path(self._sockets.name), files)
-        spy, deadline = shutil.which("py-spy"), time.monotonic() + PY_SPY_S
-        for local, rank in sorted(ranks.items()) if spy else ():
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
+
+        py_spy = shutil.which("py-spy")
+        if py_spy is None:
+            return
+        deadline = time.monotonic() + PY_SPY_S
+        for local, rank in sorted(ranks.items()):
+            seconds_left = deadline - time.monotonic()
+            if seconds_left <= 0:
                 return
             with run.rank_log(first + local).open("ab") as log:
-                command = [spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
-                with suppress(subprocess.TimeoutExpired):  # a process that waits for a device cannot be read
-                    subprocess.run(command, stdout=log, stderr=log, timeout=left_s, check=False)
+                command = [py_spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
+                # A process that waits for a device cannot be read.
+                with suppress(subprocess.TimeoutExpired):
+                    subprocess.run(command, stdout=log, stderr=log, timeout=seconds_left, check=False)
 
     def stop(self, grace_s: float) -> list[int]:
         """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`; returns ids of what remains."""
@@ -236,21 +248,24 @@ class NodeAgent:
             self._reserved.pop().close()
         if self._assignment is None:
             return []
+
         mark = self._assignment.mark
-        left = process.end(lambda: process.marked(mark), grace_s)
+        pids_left = process.end(lambda: process.marked(mark), grace_s)
         if self._torchrun is not None:
             self._torchrun.poll()  # reaps the zombie
         if self._sockets:
             self._sockets.cleanup()
-        return left
+        return pids_left
 
     def _send_interrupt(self) -> None:
         for rank in self._ranks().values():
+            # Without a handler, USR1 would end a rank that is still importing.
             if rank.pid not in self._interrupted and process.catches(rank, signal.SIGUSR1):
                 self._interrupted.add(rank.pid)
                 process.send(rank, signal.SIGUSR1)
 
     def _pulses(self) -> tuple[Pulse, ...]:
+        """The last heartbeats of the ranks; the states of their processes are read only if one is silent."""
         assert self._assignment is not None
         assert self._board is not None
         first = self._assignment.first_rank
@@ -262,16 +277,16 @@ class NodeAgent:
     def _ranks(self) -> dict[int, psutil.Process]:
         """The living processes of the ranks, by local rank."""
         assert self._torchrun is not None
-        found = {}
+        ranks = {}
         try:
             for child in psutil.Process(self._torchrun.pid).children():
                 with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
                     local = child.environ().get("LOCAL_RANK")
                     if local is not None:
-                        found[int(local)] = child
+                        ranks[int(local)] = child
         except psutil.NoSuchProcess:
             return {}
-        return found
+        return ranks
 
     def _close_links(self) -> None:
         if self._links:

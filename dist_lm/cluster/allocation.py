@@ -21,7 +21,7 @@ def ranks_per_node(config: ClusterConfig, gpus: int) -> int:
     """cluster.ranks_per_node; -1 means one rank for each GPU, or without GPUs 2 ranks (1 on a single core).
 
     Args:
-        gpus: of a node.
+        gpus: number of GPUs of a node.
     """
     if config.ranks_per_node != -1:
         return config.ranks_per_node
@@ -32,15 +32,16 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
     """Ranks per node beside a pool: cluster.ranks_per_node, or if that is -1 as many as the pool leaves resources for.
 
     Args:
-        nodes: of the whole cluster.
-        gpus: of a node, for ranks; 0: the ranks compute on CPUs.
+        nodes: the whole cluster.
+        gpus: GPUs per node for ranks; 0: the ranks compute on CPUs.
 
     Raises:
         ConfigError: ranks and actors together do not fit; names the keys.
     """
     if not pool.actors:
         return ranks_per_node(config, gpus)
-    spare = max(0, len(nodes) - config.nodes)  # nodes without ranks
+
+    n_spare = max(0, len(nodes) - config.nodes)  # nodes without ranks
     actors = actors_in_all(pool, config.nodes, gpus)
     cpus = sum(node.cpus for node in nodes)
     if cpus - config.nodes < actors:
@@ -50,17 +51,24 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
         )
     if pool.placement == SHARED:
         return ranks_per_node(config, gpus)
+
+    # Without GPUs, actors on nodes of their own leave all cores to the ranks.
     if not gpus:
+        if config.ranks_per_node != -1:
+            return config.ranks_per_node
         cores = min((node.cpus for node in nodes), default=1)
-        left = cores if spare else cores - _actors_per_node(pool, config.nodes)
-        return config.ranks_per_node if config.ranks_per_node != -1 else max(1, min(CPU_RANKS, left))
+        if not n_spare:
+            cores -= _actors_per_node(pool, config.nodes)
+        return max(1, min(CPU_RANKS, cores))
+
+    # With GPUs, actors take spare nodes if these hold all of them, else GPUs of the nodes with ranks.
     if config.ranks_per_node != -1:
         ranks = config.ranks_per_node
-    elif spare * (gpus // pool.tp) >= pool.actors:
+    elif n_spare * (gpus // pool.tp) >= pool.actors:
         ranks = gpus
     else:
         ranks = gpus - _actors_per_node(pool, config.nodes) * pool.tp
-    engines = config.nodes * (max(0, gpus - ranks) // pool.tp) + spare * (gpus // pool.tp)
+    engines = config.nodes * (max(0, gpus - ranks) // pool.tp) + n_spare * (gpus // pool.tp)
     if ranks < 1 or engines < pool.actors:
         raise ConfigError(
             f"{pool.key}.actors={pool.actors}: {len(nodes)} nodes of {gpus} GPUs cannot hold so many engines of "
@@ -80,8 +88,8 @@ def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:
     """rlhf.pool.actors; -1 means one actor for each rlhf.pool.tp GPUs of the ranks' nodes, and at least one per node.
 
     Args:
-        nodes: with ranks.
-        gpus: used by the ranks of a node.
+        nodes: number of nodes with ranks.
+        gpus: number of GPUs that the ranks of a node use.
     """
     return nodes * max(1, gpus // pool.tp) if pool.actors == AS_MANY else pool.actors
 
@@ -90,9 +98,9 @@ def core_users(pool: RolloutPoolConfig, nodes: int, ranks: int, gpus: int) -> in
     """Processes among which the cores of a node are divided; 0: ranks and actors use all cores in turns.
 
     Args:
-        nodes: with ranks.
-        ranks: of a node.
-        gpus: used by the ranks of a node; with GPUs the cores need not be divided.
+        nodes: number of nodes with ranks.
+        ranks: number of ranks per node.
+        gpus: number of GPUs that the ranks of a node use; with GPUs the cores need not be divided.
     """
     if not pool.actors or pool.placement == SHARED or gpus:
         return 0
@@ -114,9 +122,9 @@ class Reserved:
 
 @dataclass(frozen=True)
 class Site:
-    """The part of a cluster that a pool may use. By default all of it, once others have left."""
+    """The part of a cluster that a pool may use; by default all of it, once others have left."""
 
-    among_others: bool = False  # use only what is not reserved, because the others stay as long as the pool does
+    among_others: bool = False  # use only free resources, because the others stay as long as the pool does
     addresses: frozenset[str] = frozenset()  # use only these nodes; empty: all
     shares_gpus: bool = False  # use GPUs that others have reserved, in turns with them
     core_users: int = 0  # processes that share the cores of a node; 0: the pool's actors alone
@@ -125,12 +133,12 @@ class Site:
         """The usable nodes, each with its usable resources.
 
         Args:
-            reserved: by others, by node id.
+            reserved: node id -> resources that others have reserved.
         """
-        found = [node for node in alive if not self.addresses or node.address in self.addresses]
+        allowed = [node for node in alive if not self.addresses or node.address in self.addresses]
         if not self.among_others:
-            return found
-        return [self._rest(node, reserved.get(node.id, Reserved())) for node in found]
+            return allowed
+        return [self._rest(node, reserved.get(node.id, Reserved())) for node in allowed]
 
     def cores(self, node: Node, cores_of_pool: int) -> int:
         """CPU cores of an actor on `node`.
@@ -145,7 +153,7 @@ class Site:
         """GPUs of the `ordinal`-th actor of `node` if Ray assigns none; counted from the last GPU backwards.
 
         Args:
-            gpus: of an actor.
+            gpus: number of GPUs per actor.
         """
         if not self.shares_gpus or not gpus:
             return ()
@@ -153,19 +161,21 @@ class Site:
         first = (groups - 1 - ordinal % groups) * gpus
         return tuple(range(first, first + gpus))
 
-    def _rest(self, node: Node, others: Reserved) -> Node:
-        gpus = node.gpus if self.shares_gpus else max(0, node.gpus - others.gpus)
-        return replace(node, cpus=max(0, node.cpus - others.cpus), gpus=gpus)
+    def _rest(self, node: Node, reserved: Reserved) -> Node:
+        """`node` with the resources that are not reserved."""
+        gpus = node.gpus if self.shares_gpus else max(0, node.gpus - reserved.gpus)
+        return replace(node, cpus=max(0, node.cpus - reserved.cpus), gpus=gpus)
 
 
 def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, device: str) -> Site:
     """The site of a pool beside ranks.
 
     Args:
-        addresses: of the nodes with ranks.
-        ranks: of a node.
+        addresses: addresses of the nodes with ranks.
+        ranks: number of ranks per node.
         device: cpu or cuda.
     """
+    # Ranks and actors that work in turns each get all cores.
     users = core_users(pool, len(addresses), ranks, gpus=ranks if device == "cuda" else 0)
     if pool.placement == SHARED:
         return Site(among_others=True, addresses=frozenset(addresses), shares_gpus=device == "cuda")
@@ -182,30 +192,33 @@ def missing_places(
         taken: actors by node id.
         wanted: actors of the pool, or `AS_MANY`.
         most_nodes: most nodes that the pool may use.
-        gpus: of an actor, all on one node; 0: an actor takes a CPU.
+        gpus: number of GPUs per actor, all on one node; 0: an actor takes a CPU.
     """
+    # Nodes that have actors already come first, so that a pool does not spread over more nodes than it may use.
     used = [node for node in nodes if taken.get(node.id)]
     able = [node for node in nodes if not taken.get(node.id) and _capacity(node, wanted, gpus)]
     chosen = [*used, *able[: max(0, most_nodes - len(used))]]
-    count = Counter({node.id: taken.get(node.id, 0) for node in chosen})
+    actors_of = Counter({node.id: taken.get(node.id, 0) for node in chosen})
     total = sum(_capacity(node, wanted, gpus) for node in chosen) if wanted == AS_MANY else wanted
-    places = []
-    while sum(count.values()) < total:
-        free = [node for node in chosen if count[node.id] < _capacity(node, wanted, gpus)]
+
+    nodes_of_new_actors = []
+    while sum(actors_of.values()) < total:
+        free = [node for node in chosen if actors_of[node.id] < _capacity(node, wanted, gpus)]
         if not free:
             break
-        node = min(free, key=lambda node: count[node.id])
-        count[node.id] += 1
-        places.append(node)
-    return places
+        node = min(free, key=lambda node: actors_of[node.id])
+        actors_of[node.id] += 1
+        nodes_of_new_actors.append(node)
+    return nodes_of_new_actors
 
 
 def cores_of(node: Node, wanted: int, most_nodes: int, gpus: int) -> int:
     """CPU cores of an actor on `node` if the pool is alone there; for the arguments see `missing_places`."""
     if wanted == AS_MANY:
         return max(1, node.cpus // (node.gpus // gpus if gpus else 1))
-    per_node = -(-wanted // most_nodes)
-    return max(1, node.cpus // max(1, min(per_node, node.gpus // gpus if gpus else node.cpus)))
+    actors_per_node = -(-wanted // most_nodes)
+    most_actors = node.gpus // gpus if gpus else node.cpus
+    return max(1, node.cpus // max(1, min(actors_per_node, most_actors)))
 
 
 def _capacity(node: Node, wanted: int, gpus: int) -> int:

@@ -26,6 +26,8 @@ from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 
+log = logging.getLogger(__name__)
+
 # messages of gloo, NCCL and the TCP store on a healthy rank whose peer is gone
 _ECHO = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|connectFullMesh|failed to connect"
@@ -37,6 +39,7 @@ _ECHO = re.compile(
 NODE_LOST = "node lost"
 SILENT = "it does not answer"  # why a node counts as lost if nothing better is known
 LOG_TAIL = 20  # lines
+LIVE_EVERY_S = 2.0
 
 
 @dataclass(eq=False)
@@ -45,13 +48,13 @@ class GangFailure(RuntimeError):  # noqa: N818 - a noun of the architecture
 
     node: int | None  # None: unknown
     rank: int | None  # None: the node itself
-    type: str  # of the exception, or `killed`, `exit`, `hung`, `node lost`
+    type: str  # class of the exception, or `killed`, `exit`, `hung`, `node lost`
     message: str
     log: Path  # the log with the details
     traceback: str = ""
     user_error: bool = False  # the message tells the user everything
     host: str = ""  # name of the node
-    gpu: int | None = None  # of the rank, on its node
+    gpu: int | None = None  # index of the rank's GPU on its node
 
     def __str__(self) -> str:
         node = f"node {self.node}" if self.node is not None else "all nodes"
@@ -127,11 +130,13 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
     (except SIGTERM, which torchrun sends); a rank that left with an exit code; the earliest echo.
     """
     by_time = sorted(failures, key=lambda failure: failure.time)
-    recorded = {failure.rank for failure in by_time}
-    silent = sorted((rank for rank in exits if rank.rank not in recorded), key=lambda rank: rank.time)
+    recorded_ranks = {failure.rank for failure in by_time}
+    silent = sorted((rank for rank in exits if rank.rank not in recorded_ranks), key=lambda rank: rank.time)
+
+    originals = [failure for failure in by_time if not failure.is_echo]
     killed = [rank for rank in silent if rank.exit_code < 0 and rank.exit_code != -signal.SIGTERM]
-    left = [rank for rank in silent if rank.exit_code > 0]
-    candidates = [*(failure for failure in by_time if not failure.is_echo), *killed, *left, *by_time, *silent]
+    exited = [rank for rank in silent if rank.exit_code > 0]
+    candidates = [*originals, *killed, *exited, *by_time, *silent]
     return candidates[0] if candidates else None
 
 
@@ -161,9 +166,11 @@ def explain(
     Args:
         exits: failed ranks, as torchrun reports them.
         lost: lost nodes, with the reason.
-        exit_codes: of torchrun, by node; None while it runs.
+        exit_codes: exit code of torchrun by node; None while it runs.
     """
     cause = root_cause(read_failures(run, crowd.size), exits)
+
+    # Ranks that lose a peer fail like that, so a lost node is the cause of such failures.
     if lost and (cause is None or may_be_echo(cause)):
         # a silent node comes last: it may have failed because another one was lost
         node = min(lost, key=lambda node: (lost[node] == SILENT, node))
@@ -172,19 +179,18 @@ def explain(
         log = run.rank_log(cause.rank)
         return crowd.failure_of(cause.rank, cause.type, cause.message, log, cause.traceback, cause.user_error)
     if cause is not None:
+        # A rank that ended early has no log of its own yet.
         log = run.rank_log(cause.rank)
-        log = log if log.exists() else run.node_log(cause.rank // crowd.ranks_per_node)
+        if not log.exists():
+            log = run.node_log(cause.rank // crowd.ranks_per_node)
         return crowd.failure_of(cause.rank, *describe_exit(cause.exit_code), log)
+
+    # No rank failed: torchrun itself did.
     node, code = next((node, code) for node, code in enumerate(exit_codes) if code)
     kind, message = describe_exit(code or 0)
     log = run.node_log(node)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:]) if log.exists() else ""
     return GangFailure(node, None, kind, f"torchrun {message}", log, traceback=tail, host=crowd.hosts[node])
-
-
-log = logging.getLogger(__name__)
-
-LIVE_EVERY_S = 2.0
 
 
 class Journal:
@@ -195,13 +201,14 @@ class Journal:
         self._run = run
         self._live_at = 0.0
 
-    def write(self, event: str, **values: Any) -> None:
+    def write(self, event: str, **fields: Any) -> None:
         """Append one event. If a killed launcher left an incomplete line, the event starts a new line."""
-        line = json.dumps({"time": time.time(), "event": event, **values}).encode()
+        line = json.dumps({"time": time.time(), "event": event, **fields}).encode()
         with self._run.events.open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else b"\n" + line
+                if file.read(1) != b"\n":
+                    line = b"\n" + line
             file.write(line + b"\n")
 
     def live(self, pulses: Sequence[Pulse]) -> None:
@@ -236,7 +243,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def _is_event(value: Any) -> bool:
+def _is_event(event: Any) -> bool:
     return (
-        isinstance(value, dict) and isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)
+        isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), int | float)
     )

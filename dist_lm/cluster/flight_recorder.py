@@ -1,4 +1,4 @@
-"""The last collectives of every rank, on demand: what a hang waits for.
+"""The last collectives of every rank, on demand. They show the rank that keeps the others waiting in a hang.
 
 torch records each collective that a rank calls. Its worker server hands the records out in a thread without Python, so
 also while the rank is in a collective that never returns. The server listens on a Unix socket in a directory that only
@@ -20,7 +20,7 @@ from dist_lm.storage import durable
 log = logging.getLogger(__name__)
 
 VARIABLE = "DIST_LM_COLLECTIVES"  # environment variable of a rank: directory of the sockets, one per local rank
-HANDLERS = {"gloo": "fr_trace_json", "nccl": "dump_nccl_trace_json"}  # of torch's server, by backend
+HANDLERS = {"gloo": "fr_trace_json", "nccl": "dump_nccl_trace_json"}  # backend -> handler of torch's server
 ANSWER_S = 5.0
 
 
@@ -54,23 +54,24 @@ def dump_collectives(directory: Path, files: Mapping[int, Path]) -> None:
     """Write the records of local ranks, all within about `ANSWER_S`.
 
     Args:
-        directory: of the sockets.
-        files: by local rank. A file holds JSON `{backend: torch's record}`, or `{"error": why there is none}`.
+        directory: holds the sockets.
+        files: local rank -> file. A file holds JSON `{backend: torch's record}`, or `{"error": why there is none}`.
     """
 
     def dump(local: int, file: Path) -> None:
         try:
-            found = _records(socket_of(directory, local))
+            records = _records(socket_of(directory, local))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            found = {"error": f"the rank does not answer: {error or type(error).__name__}"}
-        durable.write_json(file, found)
+            records = {"error": f"the rank does not answer: {error or type(error).__name__}"}
+        durable.write_json(file, records)
 
+    # In parallel, as each silent rank takes its whole timeout.
     with ThreadPoolExecutor(max(1, len(files))) as pool:
         list(pool.map(dump, files.keys(), files.values()))
 
 
 def _records(path: Path) -> dict[str, Any]:
-    found = {}
+    records = {}
     for backend, handler in HANDLERS.items():
         with closing(http.client.HTTPConnection("localhost")) as connection:
             connection.sock = socket.socket(socket.AF_UNIX)
@@ -78,32 +79,38 @@ def _records(path: Path) -> dict[str, Any]:
             connection.sock.connect(str(path))
             connection.request("POST", f"/handler/{handler}")
             answer = connection.getresponse()
-            if answer.status == http.HTTPStatus.OK:  # else this torch has no such backend
-                found[backend] = json.loads(answer.read())
-    return found
+            # Else this torch has no such backend.
+            if answer.status == http.HTTPStatus.OK:
+                records[backend] = json.loads(answer.read())
+    return records
 
 
 def waited_for(files: Mapping[int, Path]) -> str:
-    """What the ranks of a hang wait for, by the files of `dump_collectives`; empty if they do not show it.
+    """Names the collectives that a hang waits for and the missing ranks; empty if the files do not show it.
 
     A rank that has called fewer collectives of a process group than its other members keeps them waiting.
+
+    Args:
+        files: global rank -> file of `dump_collectives`.
     """
-    called: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}  # by backend and group: the last one of each rank
+    # (backend, process group) -> the last collective of each rank
+    last_calls: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for rank, file in files.items():
         record = json.loads(file.read_bytes()) if file.exists() else {}
         for backend in HANDLERS.keys() & record.keys():
             for entry in record[backend].get("entries", ()):
                 if not entry["is_p2p"]:
-                    called.setdefault((backend, entry["process_group"][0]), {})[rank] = entry
-    found = []
-    for _, last in sorted(called.items()):
-        ahead = max(last.values(), key=_number)
-        behind = sorted(rank for rank, entry in last.items() if _number(entry) < _number(ahead))
+                    last_calls.setdefault((backend, entry["process_group"][0]), {})[rank] = entry
+
+    texts = []
+    for _, call_of in sorted(last_calls.items()):
+        ahead = max(call_of.values(), key=_number)
+        behind = sorted(rank for rank, entry in call_of.items() if _number(entry) < _number(ahead))
         if behind:
             group = ahead["process_group"][1] or ahead["process_group"][0]
             ranks = ", ".join(map(str, behind[:8])) + (", ..." if len(behind) > 8 else "")
-            found.append(f"{ahead['profiling_name']} number {_number(ahead)} of {group} waits for rank {ranks}")
-    return "; ".join(found)
+            texts.append(f"{ahead['profiling_name']} number {_number(ahead)} of {group} waits for rank {ranks}")
+    return "; ".join(texts)
 
 
 def _number(entry: Mapping[str, Any]) -> int:

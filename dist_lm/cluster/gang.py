@@ -123,7 +123,7 @@ class Gang:
         Args:
             device: cpu or cuda; a CUDA rank gets a GPU of its own.
             patience: longest silence of the ranks.
-            arguments: of the module; None: the path of the run directory.
+            arguments: arguments of the module; None: the path of the run directory.
             env: environment variables of the ranks; override those of the nodes (without the nodes' secrets).
             core_users: processes that share the cores of a node, if there are others beside its ranks.
             drives_actors: let rank 0 join Ray (`ray_cluster.RayAccess`).
@@ -135,10 +135,13 @@ class Gang:
         from ray.exceptions import RayError
 
         run = RunDirectory(run.path.resolve())
+        # Records of the attempt before would be taken for the cause of the next failure.
         clear_failures(run)
-        agents, addresses = crew.placement.agents, [node.address for node in crew.placement.nodes]
+        agents = crew.placement.agents
+        addresses = [node.address for node in crew.placement.nodes]
         gang = cls(run, Crowd(crew.hosts, ranks_per_node, device), crew, patience)
         try:
+            # The first node keeps the port of the rendezvous free until its torchrun listens there.
             port = cast(int, ray.get(agents[0].reserve_port.remote(), timeout=START_S))
             mark = secrets.token_hex(8)
             launched = [
@@ -176,8 +179,10 @@ class Gang:
         if self._status.state != "running":
             return self._status
         self._ask(self._running())
+
         if any(member.lost or member.report.exit_code for member in self._members):
-            self._ask(self._running(), SETTLE_S)  # another node may be the cause: give it time to answer
+            # Another node may be the cause: give it time to answer.
+            self._ask(self._running(), SETTLE_S)
             self._status = GangStatus("failed", self._end(self._explain()))
         elif all(member.report.exit_code == 0 for member in self._members):
             self._status = GangStatus("finished")
@@ -213,10 +218,10 @@ class Gang:
         if self._status.state == "running":
             self._status = GangStatus("stopped")
         try:
-            left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + STOP_S)
+            pids_left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + STOP_S)
         finally:
             self._placement.release()
-        stuck = {self._members[node].host: pids for node, pids in left.items() if pids}
+        stuck = {self._members[node].host: pids for node, pids in pids_left.items() if pids}
         if stuck:
             raise RuntimeError(f"processes that SIGKILL does not end, by node: {stuck}")
 
@@ -270,6 +275,7 @@ class Gang:
         questions = {ask(member.agent): node for node, member in enumerate(self._members) if not member.lost}
         if not questions:
             return {}
+        # One silent node must not keep the answers of the others.
         answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
         answers = {}
         for question in answered:
@@ -291,15 +297,17 @@ class Gang:
     def _end_hang(self, hang: Hang) -> GangFailure:
         files = {pulse.rank: self._run.collectives(pulse.rank) for pulse in self.pulses()}
         for file in files.values():
-            file.unlink(missing_ok=True)  # of an earlier hang
+            # An earlier hang may have left it.
+            file.unlink(missing_ok=True)
         self._call(lambda agent: agent.dump_hang.remote(), DUMP_S)
-        waited = waited_for(files)
-        message = f"{hang.message}{waited and '; '}{waited}; logs/ holds the stacks and last collectives of all ranks"
+        reasons = [hang.message, waited_for(files), "logs/ holds the stacks and last collectives of all ranks"]
+        message = "; ".join(filter(None, reasons))
         if hang.rank is None:
             return self._end(GangFailure(None, None, "hung", message, self._run.logs))
         return self._end(self._crowd.failure_of(hang.rank, "hung", message, self._run.rank_log(hang.rank)))
 
     def _explain(self) -> GangFailure:
+        # A node that did not answer even now counts as lost.
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
         for member in self._members:
             if member.lost is None and member.silent_since is not None:

@@ -1,7 +1,7 @@
-"""What NVML knows of the health of a node's GPUs: XID errors, ECC errors, remapped rows, throttling.
+"""The health of a node's GPUs by NVML: XID errors, ECC errors, remapped rows, throttling.
 
-Meanings: NVIDIA's NVML API reference and "XID Errors" (docs.nvidia.com/deploy). What a card or driver does not count is
-skipped.
+Meanings: NVIDIA's NVML API reference and "XID Errors" (docs.nvidia.com/deploy). Figures that a card or driver does not
+count are skipped.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,12 +50,15 @@ class HealthWatch:
         nvml = self._nvml
         for gpu, (handle, _) in self._gpus.items():
             reasons = self._ask(gpu, lambda handle=handle: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
-            hot = nvml.nvmlClocksThrottleReasonSwThermalSlowdown | nvml.nvmlClocksThrottleReasonHwThermalSlowdown
-            brake, any_hardware = (
-                nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
-                nvml.nvmlClocksThrottleReasonHwSlowdown,
-            )
-            for bits, cause in ((hot, "its temperature"), (brake, "the power brake"), (any_hardware, "the hardware")):
+
+            # The bit for the hardware is set together with the more exact ones, so it comes last.
+            causes = {
+                nvml.nvmlClocksThrottleReasonSwThermalSlowdown
+                | nvml.nvmlClocksThrottleReasonHwThermalSlowdown: "its temperature",
+                nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown: "the power brake",
+                nvml.nvmlClocksThrottleReasonHwSlowdown: "the hardware",
+            }
+            for bits, cause in causes.items():
                 if reasons & bits:
                     self._throttled[f"GPU {gpu}: slowed down by {cause}"] = None
                     break
@@ -68,37 +71,42 @@ class HealthWatch:
         return Health(tuple(self._faults), tuple(self._throttled), self._unread)
 
     def _faults_of(self, gpu: str) -> list[str]:
-        nvml, (handle, events) = self._nvml, self._gpus[gpu]
-        found = [f"XID error {xid}" for xid in self._ask(gpu, lambda: self._xids(events)) or ()]
+        nvml = self._nvml
+        handle, events = self._gpus[gpu]
+        faults = [f"XID error {xid}" for xid in self._ask(gpu, lambda: self._xids(events)) or ()]
+
         action = self._ask(gpu, lambda: self._recovery(handle))
         if action:
-            found.append(f"the driver asks for a recovery after an error: {RECOVERY.get(action, f'action {action}')}")
+            faults.append(f"the driver asks for a recovery after an error: {RECOVERY.get(action, f'action {action}')}")
+
         uncorrected, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
         errors = self._ask(gpu, lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, uncorrected, volatile))
         if errors:
-            found.append(f"{errors} uncorrected ECC errors since the driver started: reset the GPU")
+            faults.append(f"{errors} uncorrected ECC errors since the driver started: reset the GPU")
+
         _, _, pending, failed = self._ask(gpu, lambda: nvml.nvmlDeviceGetRemappedRows(handle)) or (0, 0, 0, 0)
         if failed:
-            found.append("remapping a damaged memory row failed: replace the GPU")
+            faults.append("remapping a damaged memory row failed: replace the GPU")
         elif pending:
-            found.append("a damaged memory row waits to be remapped: reset the GPU")
-        return found
+            faults.append("a damaged memory row waits to be remapped: reset the GPU")
+        return faults
 
     def _listen(self, handle: Any) -> Any:
+        # Only errors from now on count: the driver does not tell older ones.
         events = self._nvml.nvmlEventSetCreate()
         self._nvml.nvmlDeviceRegisterEvents(handle, self._nvml.nvmlEventTypeXidCriticalError, events)
         return events
 
     def _xids(self, events: Any) -> list[int]:
-        found: list[int] = []
+        xids: list[int] = []
         while events is not None:
             try:
-                found.append(int(self._nvml.nvmlEventSetWait_v2(events, 0).eventData))
+                xids.append(int(self._nvml.nvmlEventSetWait_v2(events, 0).eventData))
             except self._nvml.NVMLError as error:
                 if error.value == self._nvml.NVML_ERROR_TIMEOUT:
                     break
                 raise
-        return [xid for xid in found if xid not in APPLICATION_XIDS]
+        return [xid for xid in xids if xid not in APPLICATION_XIDS]
 
     def _recovery(self, handle: Any) -> int:
         [field] = self._nvml.nvmlDeviceGetFieldValues(handle, [self._nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
@@ -107,6 +115,7 @@ class HealthWatch:
     def _ask(self, gpu: str, question: Callable[[], Any]) -> Any:
         """The answer; None if card or driver have none. A lost GPU is a fault."""
         nvml = self._nvml
+        # Cards and drivers differ in the questions that they answer.
         try:
             return question()
         except nvml.NVMLError as error:

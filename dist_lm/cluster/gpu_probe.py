@@ -28,19 +28,26 @@ from dist_lm.storage.process import die_with_parent
 if TYPE_CHECKING:
     import torch
 
-SIZE = {"cuda": 4096, "cpu": 64}  # of the square matrices
+SIZE = {"cuda": 4096, "cpu": 64}  # rows and columns of the matrices
 SUMMED = {"cuda": 1 << 24, "cpu": 1 << 10}  # numbers of an all-reduce
 AT_ONCE = 16  # products between two looks at the clock
 LOOK_S = 0.2
-START_S = 120.0  # of a process: imports, perhaps from a busy network file system, and a CUDA context
+START_S = 120.0  # for a process to import, perhaps from a busy network file system, and to make a CUDA context
 
 
 class Probes:
     """The processes of one node, one a GPU."""
 
     def __init__(self, device: str, count: int, address: str) -> None:
-        """`address`: of this node, for the others."""
+        """
+        Args:
+            device: cpu or cuda.
+            count: number of processes, one for each GPU.
+            address: this node's, by which the others reach it.
+        """
         self.count = count
+
+        # The same environment as that of ranks, so that a trial shows what ranks will meet.
         environment = rank_environment(
             os.environ,
             mark=f"probe-{secrets.token_hex(8)}",
@@ -50,6 +57,7 @@ class Probes:
             interface=interface_of(address),
             given={},
         )
+
         self._errors = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115  closed by `close`
         self._processes = [
             subprocess.Popen(
@@ -83,17 +91,19 @@ class Probes:
             for local, (process, request) in enumerate(zip(self._processes, requests, strict=True)):
                 assert process.stdin is not None
                 assert process.stdout is not None
-                with suppress(BrokenPipeError):  # it has ended, which the read notices
+                # It has ended, which the read notices.
+                with suppress(BrokenPipeError):
                     process.stdin.write(json.dumps(request).encode() + b"\n")
                     process.stdin.flush()
                 waiting.register(process.stdout.fileno(), selectors.EVENT_READ, local)
-            while len(answers) < len(requests) and (left := deadline - time.monotonic()) > 0:
-                for key, _ in waiting.select(min(left, LOOK_S)):
-                    local, read = key.data, os.read(key.fd, 1 << 16)
-                    text[local] += read
-                    if not read or text[local].endswith(b"\n"):
+
+            while len(answers) < len(requests) and (seconds_left := deadline - time.monotonic()) > 0:
+                for key, _ in waiting.select(min(seconds_left, LOOK_S)):
+                    local, received = key.data, os.read(key.fd, 1 << 16)
+                    text[local] += received
+                    if not received or text[local].endswith(b"\n"):
                         waiting.unregister(key.fd)
-                        answers[local] = json.loads(text[local]) if read else self._end_of(local)
+                        answers[local] = json.loads(text[local]) if received else self._end_of(local)
                 meanwhile()
         return [answers.get(local, f"no answer within {timeout_s:g} s") for local in range(len(requests))]
 
@@ -108,6 +118,7 @@ class Probes:
                     pipe.close()  # type: ignore[union-attr]
 
     def _end_of(self, local: int) -> str:
+        """Why a process has ended: the last line of its standard error."""
         code, errors = self._processes[local].wait(), self._errors[local]
         errors.seek(0)
         lines = errors.read().decode(errors="replace").strip().splitlines()
@@ -126,23 +137,28 @@ def burn(
 
     random = torch.Generator().manual_seed(0)
 
-    def numbers() -> torch.Tensor:  # mostly 0, else 1 or -1: sums stay below 256, and bf16 holds them exactly
-        drawn = torch.randint(0, 8, (size, size), generator=random)
-        return (drawn == 0).float() - (drawn == 1).float()
+    # Mostly 0, else 1 or -1: sums stay below 256, and bf16 holds them exactly.
+    def numbers() -> torch.Tensor:
+        uniform = torch.randint(0, 8, (size, size), generator=random)
+        return (uniform == 0).float() - (uniform == 1).float()
 
     a, b = numbers(), numbers()
     v = torch.randint(0, 2, (size,), generator=random).float() * 2 - 1
     expected = (a.double() @ (b.double() @ v.double())).float().to(device)
     a, b, v = a.to(device, torch.bfloat16), b.to(device, torch.bfloat16), v.to(device)
-    wrong, count = torch.zeros((), dtype=torch.int64, device=device), 0
+
+    n_products = 0
+    n_wrong = torch.zeros((), dtype=torch.int64, device=device)
     deadline = time.monotonic() + seconds
     while True:
         for _ in range(AT_ONCE):
-            wrong += ((multiply or torch.matmul)(a, b).float() @ v != expected).any()
-        count += AT_ONCE
-        found = int(wrong)  # waits for the device
-        if found or time.monotonic() >= deadline:
-            return f"{found} of {count} matrix products are wrong" if found else ""
+            n_wrong += ((multiply or torch.matmul)(a, b).float() @ v != expected).any()
+        n_products += AT_ONCE
+        wrong = int(n_wrong)  # waits for the device
+        if wrong:
+            return f"{wrong} of {n_products} matrix products are wrong"
+        if time.monotonic() >= deadline:
+            return ""
 
 
 def all_reduce(device: "torch.device", rank: int, world: int, total: int) -> list[int]:
@@ -159,14 +175,14 @@ def all_reduce(device: "torch.device", rank: int, world: int, total: int) -> lis
 
 
 def named_by(wrong: Mapping[int, Sequence[int]]) -> dict[int, str]:
-    """Reasons by rank: whose part is wrong on most ranks, and who sees wrong parts that others see right.
+    """Blames ranks whose part is wrong on most ranks, and ranks that see parts wrong that others see right.
 
     Args:
         wrong: answers of `all_reduce` by rank.
     """
-    seen = {owner: [rank for rank, owners in wrong.items() if owner in owners] for owner in wrong}
-    senders = {owner for owner, ranks in seen.items() if 2 * len(ranks) > len(wrong)}
-    receivers = {rank for owner, ranks in seen.items() if owner not in senders for rank in ranks}
+    witnesses_of = {owner: [rank for rank, owners in wrong.items() if owner in owners] for owner in wrong}
+    senders = {owner for owner, witnesses in witnesses_of.items() if 2 * len(witnesses) > len(wrong)}
+    receivers = {rank for owner, witnesses in witnesses_of.items() if owner not in senders for rank in witnesses}
     return dict.fromkeys(senders, "sends wrong numbers in an all-reduce") | dict.fromkeys(
         receivers, "receives wrong numbers in an all-reduce"
     )
@@ -175,8 +191,11 @@ def named_by(wrong: Mapping[int, Sequence[int]]) -> dict[int, str]:
 def main() -> None:
     """Answer requests until standard input ends."""
     die_with_parent(int(sys.argv[1]))
+
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints of libraries must not mix with answers
+    # Prints of libraries must not mix with answers.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
     import torch
     import torch.distributed as dist
 
@@ -184,6 +203,7 @@ def main() -> None:
     device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any]
@@ -191,7 +211,8 @@ def main() -> None:
             answer = {"fault": burn(device, request["seconds"], SIZE[kind])}
         else:
             rank, world = request["rank"], request["world"]
-            if dist.is_initialized():  # not before all ranks of that group have answered
+            # Not before all ranks of that group have answered.
+            if dist.is_initialized():
                 dist.destroy_process_group()
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",

@@ -31,8 +31,8 @@ class Pulse:
     phase: Phase
     step: int  # completed steps
     age_s: float
-    median_step_s: float  # of its last steps; 0: none yet
-    state: str = ""  # of its process, if known, in the kernel's letters: T stopped, D waiting for a device
+    median_step_s: float  # median duration of its last steps; 0: none yet
+    state: str = ""  # state of its process, if known, in the kernel's letters: T stopped, D waiting for a device
 
 
 class HeartbeatBoard:
@@ -41,6 +41,7 @@ class HeartbeatBoard:
     def __init__(self, ranks: int) -> None:
         """Create one slot for each of `ranks` local ranks."""
         self._ranks = ranks
+        # Memory without a name in the file system: nothing is left behind if the agent is killed.
         if hasattr(os, "memfd_create"):
             self._file = os.fdopen(os.memfd_create("dist_lm-heartbeat"), "r+b")
             self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
@@ -80,6 +81,7 @@ class RankHeartbeat:
     def beat(self, phase: Phase, step: int) -> None:
         """See `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
         now = time.monotonic()
+        # A step lasts from one wait for data to the next, or to the first phase that is no part of a step.
         if phase is Phase.DATA or (phase not in INSIDE and self._step_began is not None):
             if self._step_began is not None:
                 self._durations.append(now - self._step_began)
@@ -132,6 +134,7 @@ def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
         return None
     usual = f", a step takes {last.median_step_s:.2g} s" if last.median_step_s else ""
     text = f"no heartbeat of any rank for {last.age_s:.0f} s (limit {limit:.0f} s{usual})"
+
     blamed = _blamed(pulses)
     if blamed is None:
         return Hang(None, f"{text}; all ranks are {last.phase.words} at step {last.step}")
@@ -140,9 +143,14 @@ def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
 
 
 def _blamed(pulses: Sequence[Pulse]) -> Pulse | None:
+    """The rank that the others wait for; None if it cannot be told."""
     stopped = [pulse for pulse in pulses if pulse.state == "T"]
     if stopped:
         return stopped[0]
-    behind = min((pulse.step, pulse.phase) for pulse in pulses)
-    last = [pulse for pulse in pulses if (pulse.step, pulse.phase) == behind]
-    return last[0] if len(last) < len(pulses) and len(last) <= max(1, len(pulses) // 2) else None
+
+    # If most ranks are behind, they wait for something else.
+    least_progress = min((pulse.step, pulse.phase) for pulse in pulses)
+    behind = [pulse for pulse in pulses if (pulse.step, pulse.phase) == least_progress]
+    if len(behind) < len(pulses) and len(behind) <= max(1, len(pulses) // 2):
+        return behind[0]
+    return None

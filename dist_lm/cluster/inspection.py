@@ -51,8 +51,8 @@ class Inspection:
     hosts: Sequence[str]
     unfit: dict[int, str]  # nodes that must not be used, with the reason
     slow: dict[int, str]  # nodes to replace if others are free, with the reason
-    rates: Sequence[float]  # of all links, bytes per second
-    notes: tuple[str, ...] = ()  # what could not be inspected
+    rates: Sequence[float]  # bytes per second of all links
+    notes: tuple[str, ...] = ()  # parts that could not be inspected
 
 
 def inspect(
@@ -66,10 +66,11 @@ def inspect(
     """Inspect nodes through their agents.
 
     Args:
-        directory: of the run; every node must see it.
+        directory: the run directory, which every node must see.
         link_bytes: sent over every link; 0: links are not measured.
         wanted: asked between rounds of links; if it returns False the result is None.
     """
+    # A fresh file tells the driver's directory from another disk's directory of the same name.
     mark = directory / f".seen-{secrets.token_hex(8)}"
     mark.touch()
     try:
@@ -78,24 +79,31 @@ def inspect(
         answers = _ask([agent.examine.remote(directory, mark.name) for agent in agents], ANSWER_S)
     finally:
         mark.unlink(missing_ok=True)
-    unfit, hosts = {}, []
-    for node, (answer, at) in enumerate(answers):
-        if isinstance(answer, NodeFacts):
-            hosts.append(answer.host)
-            found = complaints(answer, driver, demands, Trip(sent, at), str(directory))
-            if found:
-                unfit[node] = "; ".join(found)
-        else:
+
+    unfit: dict[int, str] = {}
+    hosts: list[str] = []
+    for node, (answer, answered_at) in enumerate(answers):
+        if not isinstance(answer, NodeFacts):
             hosts.append(nodes[node].address)
             unfit[node] = str(answer)
+            continue
+        hosts.append(answer.host)
+        reasons = complaints(answer, driver, demands, Trip(sent, answered_at), str(directory))
+        if reasons:
+            unfit[node] = "; ".join(reasons)
+
     fit = [node for node in range(len(hosts)) if node not in unfit]
     addresses = [node.address for node in nodes]
-    notes, throttled = (), {}
+    notes: tuple[str, ...] = ()
+    throttled: dict[int, str] = {}
     if demands.tried and fit and wanted():
         faults, throttled, notes = _try_gpus(agents, addresses, hosts, fit, demands)
         unfit |= faults
         fit = [node for node in fit if node not in faults]
-    links = _measure_links(agents, addresses, fit, link_bytes, wanted) if link_bytes and len(fit) > 1 else {}
+
+    links: Links = {}
+    if link_bytes and len(fit) > 1:
+        links = _measure_links(agents, addresses, fit, link_bytes, wanted)
     if not wanted():
         return None
     unfit |= unreachable(links)
@@ -108,47 +116,51 @@ def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip
 
     Args:
         driver: facts of the machine that starts the gang.
-        directory: of the run.
+        directory: the run directory.
     """
-    found = []
+    reasons = []
     if not facts.sees_directory:
-        found.append(
+        reasons.append(
             f"work_dir: does not see {directory} as the launcher does; it must be on a file system that all nodes share"
         )
     if facts.code != driver.code:
-        found.append(
+        reasons.append(
             f"its dist_lm has other sources ({facts.code}, this launch has {driver.code}); if a file was edited since "
             "the launch began, launch again"
         )
     for name, version in driver.packages.items():
         if facts.packages.get(name) != version:
-            found.append(f"{name} {facts.packages.get(name, 'is missing')} instead of {version}")
+            reasons.append(f"{name} {facts.packages.get(name, 'is missing')} instead of {version}")
     if facts.gpus < demands.gpus:
-        found.append(f"{facts.gpus} GPUs, {demands.gpus} are needed")
+        reasons.append(f"{facts.gpus} GPUs, {demands.gpus} are needed")
     for path, free in facts.free_bytes.items():
         needed = demands.free_bytes if path == directory else demands.temporary_bytes
         if free < needed:
-            found.append(f"{path}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are needed (cluster.min_free_gib)")
-    early, late = trip.sent - demands.clock_skew_s, trip.answered + demands.clock_skew_s
-    if not early <= facts.time <= late:
+            reasons.append(
+                f"{path}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are needed (cluster.min_free_gib)"
+            )
+
+    # The node read its clock at some time between question and answer.
+    earliest, latest = trip.sent - demands.clock_skew_s, trip.answered + demands.clock_skew_s
+    if not earliest <= facts.time <= latest:
         skew = facts.time - (trip.sent + trip.answered) / 2
-        found.append(f"its clock is {skew:+.1f} s off (cluster.max_clock_skew_s={demands.clock_skew_s:g})")
-    return found
+        reasons.append(f"its clock is {skew:+.1f} s off (cluster.max_clock_skew_s={demands.clock_skew_s:g})")
+    return reasons
 
 
 def unreachable(links: Links) -> dict[int, str]:
     """The fewest nodes whose removal leaves only working links, with the reason for each (greedy)."""
     broken = {pair: reason for pair, reason in links.items() if isinstance(reason, str)}
-    found: dict[int, str] = {}
+    removed: dict[int, str] = {}
     while broken:
         nodes = sorted({node for pair in broken for node in pair})
-        # of equal nodes the later one: the ranks meet at node 0
+        # Among equal nodes the later one goes: the ranks meet at node 0.
         worst = max(nodes, key=lambda node: (sum(node in pair for pair in broken), node))
-        peers = sorted({other for pair in broken if worst in pair for other in pair} - {worst})
+        peers = {node for pair in broken if worst in pair for node in pair} - {worst}
         reason = next(reason for pair, reason in broken.items() if worst in pair)
-        found[worst] = f"no connection with {len(peers)} other nodes ({reason})"
+        removed[worst] = f"no connection with {len(peers)} other nodes ({reason})"
         broken = {pair: reason for pair, reason in broken.items() if worst not in pair}
-    return found
+    return removed
 
 
 def is_hopeless(node: int, links: Links) -> bool:
@@ -157,7 +169,7 @@ def is_hopeless(node: int, links: Links) -> bool:
     Its remaining links need no measurement, each of which would take a timeout.
     """
     reached = {end for pair, result in links.items() if not isinstance(result, str) for end in pair}
-    peers = {other for pair in links if node in pair for other in pair} - {node}
+    peers = {end for pair in links if node in pair for end in pair} - {node}
     return node not in reached and len(peers & reached) >= FAILURES_ENOUGH
 
 
@@ -166,15 +178,17 @@ def slow(links: Links, ratio: float) -> dict[int, str]:
     rates = {pair: rate for pair, rate in links.items() if not isinstance(rate, str)}
     nodes = sorted({node for pair in rates for node in pair})
     if len(nodes) < 3:
-        return {}  # two nodes share their links, so neither can be blamed
-    usual = statistics.median(rates.values())
-    found = {}
+        # Two nodes share their links, so neither can be blamed.
+        return {}
+
+    median = statistics.median(rates.values())
+    slow_nodes = {}
     for node in nodes:
         for end, direction in ((0, "sends"), (1, "receives")):
-            own = statistics.median(rate for pair, rate in rates.items() if pair[end] == node)
-            if own < ratio * usual:
-                found[node] = f"{direction} {own / 1e6:,.0f} MB/s, the median is {usual / 1e6:,.0f}"
-    return found
+            node_rate = statistics.median(rate for pair, rate in rates.items() if pair[end] == node)
+            if node_rate < ratio * median:
+                slow_nodes[node] = f"{direction} {node_rate / 1e6:,.0f} MB/s, the median is {median / 1e6:,.0f}"
+    return slow_nodes
 
 
 def rounds(nodes: int) -> list[Sequence[tuple[int, int]]]:
@@ -193,10 +207,10 @@ def _try_gpus(
     count, burn_s = demands.tried, demands.burn_s
     faults: dict[int, str] = {}
     throttled: dict[int, str] = {}
-    unread: dict[str, list[str]] = {}
+    unread: dict[str, list[str]] = {}  # reason -> hosts
     try:
-        asked = [agents[node].check_gpus.remote(demands.device, count, burn_s, addresses[node]) for node in nodes]
-        for node, (health, _) in zip(nodes, _ask(asked, START_S + burn_s + ROUND_S), strict=True):
+        checks = [agents[node].check_gpus.remote(demands.device, count, burn_s, addresses[node]) for node in nodes]
+        for node, (health, _) in zip(nodes, _ask(checks, START_S + burn_s + ROUND_S), strict=True):
             if isinstance(health, str):
                 faults[node] = f"GPUs: {health}"
                 continue
@@ -206,6 +220,8 @@ def _try_gpus(
                 throttled[node] = "; ".join(health.throttled)
             if health.unread:
                 unread.setdefault(health.unread, []).append(hosts[node])
+
+        # First the GPUs of each node sum a tensor, then those of all nodes: so a fault is blamed on the right node.
         fit = [node for node in nodes if node not in faults]
         if burn_s and count > 1:
             faults |= _sum_up(agents, addresses, [[node] for node in fit], count)
@@ -214,7 +230,11 @@ def _try_gpus(
             faults |= _sum_up(agents, addresses, [fit], count)
     finally:
         _ask([agents[node].end_probes.remote() for node in nodes], ROUND_S)
-    notes = [f"the health of GPUs is not read on {len(on)} nodes ({on[0]}, ...): {why}" for why, on in unread.items()]
+
+    notes = [
+        f"the health of GPUs is not read on {len(unread_hosts)} nodes ({unread_hosts[0]}, ...): {reason}"
+        for reason, unread_hosts in unread.items()
+    ]
     return faults, throttled, tuple(notes)
 
 
@@ -223,49 +243,59 @@ def _sum_up(
 ) -> dict[int, str]:
     """An all-reduce over the GPUs of each group of nodes: the reason for each node that makes it wrong or is silent."""
     ports = _ask([agents[group[0]].reserve_port.remote() for group in groups], ROUND_S)
-    asked = [
-        agents[node].sum_up.remote(count * place, count * len(group), addresses[group[0]], port, SUM_S)
+    questions = [
+        agents[node].sum_up.remote(count * index, count * len(group), addresses[group[0]], port, SUM_S)
         for group, (port, _) in zip(groups, ports, strict=True)
-        for place, node in enumerate(group)
+        for index, node in enumerate(group)
     ]
-    answers = iter(_ask(asked, SUM_S + ROUND_S))
-    found: dict[int, str] = {}
+    answers = iter(_ask(questions, SUM_S + ROUND_S))
+
+    faults: dict[int, str] = {}
     for group in groups:
-        by_rank: dict[int, Any] = {}
-        for place, (answer, _) in zip(range(len(group)), answers, strict=False):
-            each = [answer] * count if isinstance(answer, str) else answer
-            by_rank |= {count * place + local: one for local, one in enumerate(each)}
-        silent = {rank: f"all-reduce: {answer}" for rank, answer in by_rank.items() if isinstance(answer, str)}
-        if len(silent) == len(by_rank) and len(group) > 1:
+        answer_of: dict[int, Any] = {}  # by rank within the group
+        for index, (answer, _) in zip(range(len(group)), answers, strict=False):
+            local_answers = [answer] * count if isinstance(answer, str) else answer
+            answer_of |= {count * index + local: local_answer for local, local_answer in enumerate(local_answers)}
+
+        silent = {rank: f"all-reduce: {answer}" for rank, answer in answer_of.items() if isinstance(answer, str)}
+        if len(silent) == len(answer_of) and len(group) > 1:
             raise ClusterError(f"an all-reduce over {len(group)} nodes gives no result, though that of each node does")
-        wrong = {rank: answer["wrong"] for rank, answer in by_rank.items() if rank not in silent}
+        wrong = {rank: answer["wrong"] for rank, answer in answer_of.items() if rank not in silent}
         for rank, reason in sorted((silent | named_by(wrong)).items()):
-            place, local = divmod(rank, count)
-            found.setdefault(group[place], f"GPU {local}: {reason}")
-    return found
+            index, local = divmod(rank, count)
+            faults.setdefault(group[index], f"GPU {local}: {reason}")
+    return faults
 
 
 def _measure_links(
     agents: Sequence[Any], addresses: Sequence[str], nodes: Sequence[int], n_bytes: int, wanted: Callable[[], bool]
 ) -> Links:
+    """The links between `nodes`. In a round no node sends twice or receives twice, so that links do not share a NIC.
+
+    It takes as many rounds as there are other nodes.
+    """
     servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
     links: dict[tuple[int, int], float | str] = {}
-    for pairs in rounds(len(nodes)):
+    for index_pairs in rounds(len(nodes)):
         if not wanted():
             break
-        questions, asked = [], []
+
+        # Each link of a node that nobody reaches would take a whole timeout.
         hopeless = {node for node in nodes if is_hopeless(node, links)}
-        for source, target in pairs:
-            here, there = nodes[source], nodes[target]
-            if here in hopeless or there in hopeless:
+        pairs: list[tuple[int, int]] = []
+        questions = []
+        for source_index, target_index in index_pairs:
+            source, target = nodes[source_index], nodes[target_index]
+            if source in hopeless or target in hopeless:
                 continue
-            server, _ = servers[target]
+
+            server, _ = servers[target_index]
             if isinstance(server, str):
-                links[here, there] = f"cannot listen at {addresses[there]}: {server}"
+                links[source, target] = f"cannot listen at {addresses[target]}: {server}"
                 continue
-            asked.append((here, there))
-            questions.append(agents[here].measure_link.remote(addresses[there], *server, n_bytes))
-        links |= {pair: answer for pair, (answer, _) in zip(asked, _ask(questions, ROUND_S), strict=True)}
+            pairs.append((source, target))
+            questions.append(agents[source].measure_link.remote(addresses[target], *server, n_bytes))
+        links |= {pair: answer for pair, (answer, _) in zip(pairs, _ask(questions, ROUND_S), strict=True)}
     return links
 
 
@@ -275,10 +305,11 @@ def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
     from ray.exceptions import RayError
 
     answers: dict[Any, tuple[Any, float]] = {}
-    left, deadline = list(questions), time.monotonic() + timeout_s
-    while left and (seconds := deadline - time.monotonic()) > 0:
-        done, left = ray.wait(left, num_returns=1, timeout=seconds)
-        for question in done:
+    deadline = time.monotonic() + timeout_s
+    unanswered = list(questions)
+    while unanswered and (seconds := deadline - time.monotonic()) > 0:
+        answered, unanswered = ray.wait(unanswered, num_returns=1, timeout=seconds)
+        for question in answered:
             try:
                 answers[question] = ray.get(question), time.time()
             except RayError as error:

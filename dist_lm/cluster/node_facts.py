@@ -38,7 +38,7 @@ class NodeFacts:
     host: str
     time: float  # seconds since 1970, by the node's clock
     sees_directory: bool  # the driver's run directory is visible
-    free_bytes: Mapping[str, int]  # by directory: the run's, and the one of temporary files
+    free_bytes: Mapping[str, int]  # directory -> free bytes; the run directory, and the one of temporary files
     gpus: int
     code: str  # hash of the sources of dist_lm
     packages: Mapping[str, str]  # versions of Python and of the packages that dist_lm requires
@@ -48,10 +48,11 @@ def examine(directory: Path, mark: str) -> NodeFacts:
     """The facts of this node.
 
     Args:
-        directory: of the run.
+        directory: the run directory.
         mark: name of a file that the driver has just created in it, which tells it from another disk's directory of
             the same name.
     """
+    # A network file system may show the file with a delay.
     deadline = time.monotonic() + SEEN_S
     while not (sees := (directory / mark).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -78,7 +79,7 @@ def local_gpus() -> int:
 
 
 def shown_gpus() -> tuple[str, ...]:
-    """Numbers or UUIDs of these GPUs: of the driver's device files, those that CUDA shows."""
+    """Numbers or UUIDs of the GPUs that the driver has device files for and that CUDA shows."""
     return visible_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
@@ -89,10 +90,10 @@ def visible_gpus(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
         environ: as CUDA does, `CUDA_VISIBLE_DEVICES` is read up to its first entry that names no GPU.
         count: GPUs of the machine.
     """
-    given = environ.get(VISIBLE)
-    if given is None or not count:
+    visible = environ.get(VISIBLE)
+    if visible is None or not count:
         return tuple(map(str, range(count)))
-    entries = (entry.strip() for entry in given.split(","))
+    entries = (entry.strip() for entry in visible.split(","))
     return tuple(takewhile(lambda entry: _names_gpu(entry, count), entries))
 
 
@@ -113,12 +114,12 @@ def code_hash() -> str:
 @cache
 def package_versions() -> dict[str, str]:
     """Versions of Python and of every package that dist_lm requires, by name."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for requirement in importlib.metadata.requires("dist_lm") or []:
         if "extra ==" not in requirement:
             name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 class LinkServer:
@@ -134,8 +135,10 @@ class LinkServer:
 
     def close(self) -> None:
         """Stop listening."""
-        with suppress(OSError):  # not every system can shut down a listening socket
-            self._socket.shutdown(socket.SHUT_RDWR)  # closing alone does not wake the thread in `accept`
+        # Not every system can shut down a listening socket.
+        with suppress(OSError):
+            # Closing alone does not wake the thread in `accept`.
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _serve(self) -> None:
@@ -152,9 +155,11 @@ class LinkServer:
             with peer, peer.makefile("rb") as stream:
                 if not secrets.compare_digest(stream.read(len(self.secret)), self.secret):
                     return
-                left = int.from_bytes(stream.read(8), "big")
-                while left > 0:
-                    left -= len(stream.read(min(left, len(_CHUNK))) or b"\0" * left)
+                remaining = int.from_bytes(stream.read(8), "big")
+                while remaining > 0:
+                    chunk = stream.read(min(remaining, len(_CHUNK)))
+                    # No chunk: the peer has closed.
+                    remaining = remaining - len(chunk) if chunk else 0
                 peer.sendall(b"\1")
         except OSError:  # reported by the sender
             return
@@ -165,12 +170,15 @@ def send(address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
     content = memoryview(_CHUNK)
     try:
         with socket.create_connection((address, port), timeout=LINK_TIMEOUT_S) as link:
+            # The connection is not part of the rate: ranks connect once.
             started = time.perf_counter()
             link.sendall(secret + n_bytes.to_bytes(8, "big"))
-            left = n_bytes
-            while left > 0:
-                link.sendall(content[: min(left, len(content))])
-                left -= len(content)
+            remaining = n_bytes
+            while remaining > 0:
+                link.sendall(content[: min(remaining, len(content))])
+                remaining -= len(content)
+
+            # The peer confirms, since bytes in the kernel's buffers have not arrived.
             if link.recv(1) != b"\1":
                 return f"{address}:{port} closed the connection"
             return n_bytes / (time.perf_counter() - started)
@@ -214,7 +222,8 @@ class UsageMeter:
     """Measures the usage of its node, at most once in `USAGE_EVERY_S`."""
 
     def __init__(self) -> None:
-        psutil.cpu_percent()  # starts its interval: the first value is meaningless
+        # Starts its interval: the first value is meaningless.
+        psutil.cpu_percent()
         self._at = time.monotonic()
         self._usage: NodeUsage | None = None
         nvml = open_nvml()
@@ -232,7 +241,7 @@ class UsageMeter:
     def _gpus(self) -> tuple[GpuUsage, ...]:
         if self._nvml is None:
             return ()
-        found = []
+        usages = []
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
                 gpu = self._nvml.nvmlDeviceGetHandleByIndex(index)
@@ -240,8 +249,8 @@ class UsageMeter:
                 busy = self._nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
             except self._nvml.NVMLError:  # a lost GPU, which fails the ranks, or one without these counters
                 continue
-            found.append(GpuUsage(index, float(busy), memory / GIB))
-        return tuple(found)
+            usages.append(GpuUsage(index, float(busy), memory / GIB))
+        return tuple(usages)
 
 
 def usage_metrics(usages: Mapping[str, NodeUsage]) -> dict[str, float]:

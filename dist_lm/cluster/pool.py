@@ -63,10 +63,16 @@ class Pool:
         sender: "Sender | None",
     ) -> None:
         """See `start`."""
-        self._cluster, self._spec, self._weights, self._actors = cluster, spec, weights, actors
-        self._wanted, self._warn, self._site, self._sender = wanted, warn, site, sender
+        self._cluster = cluster
+        self._spec = spec
+        self._weights = weights
+        self._actors = actors
+        self._wanted = wanted
+        self._warn = warn
+        self._site = site
+        self._sender = sender
         self._name = f"pool-{secrets.token_hex(8)}"  # prefix of the names of its reservations
-        self._members: dict[int, Member] = {}  # by number, the ledger's lane
+        self._members: dict[int, Member] = {}  # number, the ledger's lane -> actor
         self._next_member = 0
         self._looked_at = -math.inf
         self._failures = 0  # deaths of actors since the last answer
@@ -91,9 +97,9 @@ class Pool:
 
         Args:
             cluster: its cluster.nodes limits the number of nodes used.
-            spec: of the engines.
+            spec: specification of the engines.
             weights: float arrays by the names of the model's parameters, or a stream of parameters; sent in spec.dtype.
-            version: of these weights.
+            version: version of `weights`.
             actors: how many; -1: one for each spec.tp GPUs of a node, or one per node without GPUs.
             wanted: asked while waiting; if it returns False the pool stops without an error.
             warn: receives a line for each lost actor or node.
@@ -147,6 +153,7 @@ class Pool:
         options = self._spec.options
         depth = Depth(ENGINEFULS * options.max_sequences, ENGINEFULS * options.most_tokens(self._spec.model))
         ledger = self._ledger = Ledger(iter(requests), depth)
+
         try:
             while not ledger.is_over and self._wanted():
                 self._tend()
@@ -156,6 +163,7 @@ class Pool:
                     self._wait()
         finally:
             self._ledger = None
+            # The caller has left early: engines must not go on with requests of nobody.
             if not ledger.is_over:
                 for member in self._members.values():
                     member.drop_all()
@@ -168,13 +176,15 @@ class Pool:
             return weights
         if self._sender is None:
             return _stored(self._spec, weights)  # type: ignore[arg-type]
-        given = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
+
+        # Actors that still load the version before cannot receive another one.
         self._tend()
         while self._wanted() and any(member.next_version != member.version for member in self.members):
-            self._wait()  # for actors that still load the version before
+            self._wait()
             self._tend()
         idle = [member for member in self.members if member.is_ready]
-        return self._sender.send(given, version, idle, self._wanted, self._warn)
+        stream = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
+        return self._sender.send(stream, version, idle, self._wanted, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
         """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
@@ -203,13 +213,16 @@ class Pool:
 
     def _await_start(self) -> None:
         config = self._cluster.config
-        first_at = None
+        first_up_at: float | None = None
         while self._wanted():
             self._tend(config.start_timeout_s)
-            up = self.members
-            first_at = first_at or (time.monotonic() if up else None)
-            if up and (len(up) == len(self._members) or time.monotonic() - (first_at or 0) > OTHERS_S):
-                return
+            n_up = len(self.members)
+            if n_up and first_up_at is None:
+                first_up_at = time.monotonic()
+            if first_up_at is not None and n_up:
+                all_up = n_up == len(self._members)
+                if all_up or time.monotonic() - first_up_at > OTHERS_S:
+                    return
             self._wait()
 
     def _tend(self, patience_s: float | None = None) -> None:
@@ -219,6 +232,7 @@ class Pool:
             patience_s: longest time without any actor; None: cluster.node_wait_s.
         """
         config = self._cluster.config
+        # A report that completes requests shows that actors can work: older deaths no longer count.
         for number, member in list(self._members.items()):
             try:
                 report = member.take(config.hang_min_s)
@@ -230,7 +244,9 @@ class Pool:
             if member.is_ready and member.next_version != self._weights.version:
                 member.load(self._weights)
         self._look_at_nodes()
-        patience_s = config.node_wait_s if patience_s is None else patience_s
+
+        if patience_s is None:
+            patience_s = config.node_wait_s
         if self.members:
             self._without_since = time.monotonic()
         elif time.monotonic() - self._without_since > patience_s:
@@ -246,21 +262,22 @@ class Pool:
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = time.monotonic()
-        nodes, config = self._cluster.nodes(), self._cluster.config
-        alive = {node.id for node in nodes}
+
+        nodes = self._cluster.nodes()
+        node_of = {node.id: node for node in nodes}
         for number, member in list(self._members.items()):
-            if member.node.id not in alive:
+            if member.node.id not in node_of:
                 self._warn(f"generation: node {member.node.address} is gone; continuing without it")
                 self._leave(number, blamed=False)
                 self._members.pop(number).release()
-        taken = Counter(member.node.id for member in self._members.values())
+
+        actors_of = Counter(member.node.id for member in self._members.values())
         reserved = _reserved_by_others(self._name) if self._site.among_others else {}
-        whole = {node.id: node for node in nodes}
-        for node in missing_places(
-            self._site.nodes(nodes, reserved), taken, self._actors, config.nodes, self._reserved_gpus
-        ):
-            member = self._member_on(whole[node.id], taken[node.id])
-            taken[node.id] += 1
+        usable = self._site.nodes(nodes, reserved)
+        most_nodes = self._cluster.config.nodes
+        for node in missing_places(usable, actors_of, self._actors, most_nodes, self._reserved_gpus):
+            member = self._member_on(node_of[node.id], actors_of[node.id])
+            actors_of[node.id] += 1
             member.start(self._weights)
             self._members[self._next_member] = member
             self._next_member += 1
@@ -284,9 +301,10 @@ class Pool:
         """Start another actor in the place of a lost one."""
         member = self._members[number]
         self._failures += 1
+        # An actor that was still starting had no work to die of.
         self._leave(number, blamed=member.is_up)
-        most = (self._cluster.config.max_restarts + 1) * max(1, len(self._members))
-        if self._failures >= most:
+        most_failures = (self._cluster.config.max_restarts + 1) * max(1, len(self._members))
+        if self._failures >= most_failures:
             raise PoolFailure(f"generation: {self._failures} actors died without an answer in between; last {reason}")
         self._warn(f"generation: {reason}; starting another one in its place")
         member.end()
@@ -305,6 +323,7 @@ class Pool:
         for number in ready.keys() - ledger.lanes:
             ledger.join(number)
         ledger.deal()
+
         for number, member in ready.items():
             if ledger.has_work(number):
                 member.work(ledger.send(number))
@@ -367,7 +386,7 @@ def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
 
 
 def _most_gpus(cluster: RayCluster) -> int | None:
-    """The most GPUs of a node; None if no node has any yet, for which the pool waits."""
+    """The most GPUs of a node; None if no node has any yet, as the pool then waits for one."""
     return max((node.gpus for node in cluster.nodes()), default=0) or None
 
 
@@ -379,5 +398,5 @@ def _stream(spec: EngineSpec, weights: Mapping[str, np.ndarray] | WeightStream) 
     if not isinstance(weights, Mapping):
         return weights
     arrays = cast("Mapping[str, np.ndarray]", weights)
-    check_weights(spec.model, {name: value.shape for name, value in arrays.items()})
+    check_weights(spec.model, {name: array.shape for name, array in arrays.items()})
     return ((name, torch.from_numpy(arrays[name])) for name in parameter_shapes(spec.model))

@@ -74,19 +74,24 @@ class PoolActor:
         """The engine is built by `load`.
 
         Args:
-            threads: of torch, unless the node's environment sets OMP_NUM_THREADS.
+            threads: number of torch's threads, unless the node's environment sets OMP_NUM_THREADS.
             devices: GPUs to use, as indices into those that the node shows; empty: those that Ray assigned.
         """
         die_with_parent()
-        if devices:  # CUDA reads the variable at its first use
+        # CUDA reads the variable at its first use.
+        if devices:
             os.environ[VISIBLE] = shown_devices(os.environ, devices)
-        given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # at the start of the process: Ray sets it to 1
-        threads = int(given) if given.isdigit() and int(given) else threads
-        torch.set_num_threads(max(1, threads // spec.tp))  # divided among the processes that share the model
+
+        # The environment at the start of the process counts: later Ray sets the variable to 1.
+        omp_threads = psutil.Process().environ().get("OMP_NUM_THREADS", "")
+        if omp_threads.isdigit() and int(omp_threads):
+            threads = int(omp_threads)
+        # Divided among the processes that share the model.
+        torch.set_num_threads(max(1, threads // spec.tp))
         self._spec = spec
         self._engine: Engine | None = None
         self._receiver: Receiver | None = None
-        self._known: set[str] = set()  # ids of requests under way
+        self._accepted: set[str] = set()  # ids of requests under way
 
     def load(self, chunks: Sequence[Any], version: int) -> Loaded:
         """Use the weights of `pool_weights.Stored` from now on."""
@@ -94,31 +99,34 @@ class PoolActor:
         weights = read(chunks, spec.dtype)
         if self._engine:
             self._engine.load_weights(weights, version)
-        else:
-            old = spec.device == "cuda" and lacks_bf16(torch.device("cuda", 0))  # planned without a look at this card
-            if old and spec.dtype != torch.float32:
-                log.warning("%s has no bf16 instructions: its engine computes in fp32", torch.cuda.get_device_name(0))
-            self._engine = Engine(
-                spec.model,
-                weights,
-                eot_id=spec.eot_id,
-                vocabulary=spec.vocabulary,
-                options=spec.options,
-                version=version,
-                dtype=torch.float32 if old else spec.dtype,
-                device=torch.device(spec.device),
-                tp=spec.tp,
-            )
+            return self._loaded()
+
+        # The dtype was planned without a look at this card.
+        dtype = spec.dtype
+        if spec.device == "cuda" and lacks_bf16(torch.device("cuda", 0)) and dtype != torch.float32:
+            log.warning("%s has no bf16 instructions: its engine computes in fp32", torch.cuda.get_device_name(0))
+            dtype = torch.float32
+        self._engine = Engine(
+            spec.model,
+            weights,
+            eot_id=spec.eot_id,
+            vocabulary=spec.vocabulary,
+            options=spec.options,
+            version=version,
+            dtype=dtype,
+            device=torch.device(spec.device),
+            tp=spec.tp,
+        )
         return self._loaded()
 
     def receive(self, offer: "Offer", version: int, address: str) -> Loaded | str:
         """Use the weights that the pool's process sends from now on.
 
         Args:
-            address: of this node.
+            address: this node's.
 
         Returns:
-            a reason if they did not arrive completely; the engine then has none until the next `load`.
+            A reason if they did not arrive completely; the engine then has none until the next `load`.
         """
         from dist_lm.cluster.push_link import FAILURES, Receiver, unpacked
 
@@ -131,7 +139,8 @@ class PoolActor:
                 self._receiver = Receiver(offer, device, address)
             buckets = self._receiver.buckets(spec.model, spec.dtype)
             engine.load_weights(unpacked(buckets, spec.model, spec.dtype), version)
-            for _ in buckets:  # says that the last bucket is taken
+            # Says that the last bucket is taken.
+            for _ in buckets:
                 raise AssertionError("more weights than parameters")
         except FAILURES as error:
             self._leave()
@@ -150,36 +159,39 @@ class PoolActor:
         """Accept requests and work for one slice. A request that the engine rejects is returned as a refusal."""
         engine = self._engine
         assert engine
-        done: list[Answer | Refusal] = []
+        finished: list[Answer | Refusal] = []
         for request in requests:
             try:
                 engine.submit(request)
-                self._known.add(request.id)
+                self._accepted.add(request.id)
             except RequestError as error:
-                done.append(Refusal(request.id, error.reason))
+                finished.append(Refusal(request.id, error.reason))
+
+        # A slice ends soon after the first answer, so that the pool can send more work in time.
         started = time.monotonic()
         while engine.busy:
-            done += engine.step()
-            if time.monotonic() - started > (LEAST_S if done else MOST_S):
+            finished += engine.step()
+            if time.monotonic() - started > (LEAST_S if finished else MOST_S):
                 break
         if not engine.busy:
-            self._known.clear()
-        return WorkReport(done, engine.tokens_in_flight)
+            self._accepted.clear()
+        return WorkReport(finished, engine.tokens_in_flight)
 
     def sleep(self) -> None:
         """Free the memory of the cache until the next `work`, if no request is under way."""
         if self._engine and not self._engine.busy:
             self._engine.sleep()
             if self._spec.gpus:
-                torch.cuda.empty_cache()  # hands the memory back to the card
+                # Hands the memory back to the card.
+                torch.cuda.empty_cache()
 
     def drop_all(self) -> None:
         """Cancel every request."""
         assert self._engine
-        for request in self._known:
+        for request in self._accepted:
             self._engine.cancel(request)
         self._engine.run()
-        self._known.clear()
+        self._accepted.clear()
 
 
 def shown_devices(environ: Mapping[str, str], devices: Sequence[int]) -> str:
@@ -190,13 +202,13 @@ def shown_devices(environ: Mapping[str, str], devices: Sequence[int]) -> str:
     """
     if VISIBLE not in environ:
         return ",".join(map(str, devices))
-    shown = [entry.strip() for entry in environ[VISIBLE].split(",") if entry.strip()]
-    if max(devices) >= len(shown):
+    visible = [entry.strip() for entry in environ[VISIBLE].split(",") if entry.strip()]
+    if max(devices) >= len(visible):
         raise UserError(
-            f"{VISIBLE}={environ[VISIBLE]}: shows {len(shown)} GPUs, and a rollout actor needs the one at index "
+            f"{VISIBLE}={environ[VISIBLE]}: shows {len(visible)} GPUs, and a rollout actor needs the one at index "
             f"{max(devices)}; start the node's Ray with as many GPUs as the variable shows"
         )
-    return ",".join(shown[device] for device in devices)
+    return ",".join(visible[device] for device in devices)
 
 
 class MemberLostError(Exception):
@@ -220,19 +232,22 @@ class Member:
         """Reserve a place on `node`; its bundle takes one CPU, as that of an agent does.
 
         Args:
-            cores: that the actor computes with.
-            gpus: that Ray assigns.
+            cores: number of cores that the actor computes with.
+            gpus: number of GPUs that Ray assigns.
             devices: GPUs of the node to use instead, without a reservation.
-            name: of the reservation.
+            name: name of the reservation.
         """
         from ray.util import placement_group
 
         self.node = node
-        self.pid = 0  # of the actor's process, once known
-        self.place: Place | None = None  # of its weights, once known
-        self.version: int | None = None  # of its weights, once loaded
+        self.pid = 0  # process of the actor; 0 until it is known
+        self.place: Place | None = None  # location of its weights; None until it is known
+        self.version: int | None = None  # version of its weights; None until they are loaded
         self.left = False  # whether it has left the link of its last `receive` call, whose weights it lacks
-        self._spec, self._cores, self._gpus, self._devices = spec, cores, gpus, devices
+        self._spec = spec
+        self._cores = cores
+        self._gpus = gpus
+        self._devices = devices
         self._group = placement_group(
             [{"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})],
             strategy="SPREAD",
@@ -291,10 +306,10 @@ class Member:
         """Why a `receive` call has ended without complete weights; None if it has not."""
         assert self._loading
         try:
-            found = self._result(self._loading[0])
+            outcome = self._result(self._loading[0])
         except MemberLostError as lost:
             return str(lost)
-        return found if isinstance(found, str) else None
+        return outcome if isinstance(outcome, str) else None
 
     def forget_push(self) -> None:
         """Ignore the result of a `receive` call."""
@@ -330,6 +345,7 @@ class Member:
                 self.pid, self.place, self.version = loaded.pid, Place(self.node.id, loaded.gpu), version
             if self._working:  # it begins now
                 self._working = (self._working[0], time.monotonic())
+
         if not self._working:
             return None
         report: WorkReport | None = self._result(self._working[0])

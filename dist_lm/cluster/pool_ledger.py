@@ -1,4 +1,4 @@
-"""The ledger of a pool: which actor works on which request. Pure data, no effects.
+"""The ledger of a pool assigns requests to actors. Pure data, no effects.
 
 Requests are dealt by tokens in flight, dealt again when their actor dies, and their results released once. A lane
 stands for one actor. A request is complete when all its answers are there; if its actor dies before, its partial
@@ -35,7 +35,7 @@ class Ticket:
 
     number: int  # unique; the id that actors see
     request: Request
-    answers: dict[int, Answer] = field(default_factory=dict)  # by index, since it was last dealt
+    answers: dict[int, Answer] = field(default_factory=dict)  # index -> answer, since it was last dealt
     deaths: int = 0
     lonely_deaths: int = 0
 
@@ -53,7 +53,7 @@ class Ticket:
 class Lane:
     """The work of one actor."""
 
-    unsent: dict[int, Ticket] = field(default_factory=dict)  # by number
+    unsent: dict[int, Ticket] = field(default_factory=dict)  # number -> ticket
     sent: dict[int, Ticket] = field(default_factory=dict)
     reported: int = 0  # tokens in flight: the actor's last report, plus the requests sent since
 
@@ -69,9 +69,10 @@ class Lane:
     def fits(self, ticket: Ticket, depth: Depth) -> bool:
         """Whether the actor can take another ticket; an idle actor takes any."""
         tickets = self.tickets
-        answers = sum(one.request.n - len(one.answers) for one in tickets)
-        fits = answers + ticket.request.n <= depth.answers and self.load + ticket.tokens <= depth.tokens
-        return not tickets or fits
+        if not tickets:
+            return True
+        answers = sum(other.request.n - len(other.answers) for other in tickets)
+        return answers + ticket.request.n <= depth.answers and self.load + ticket.tokens <= depth.tokens
 
 
 class Ledger:
@@ -87,7 +88,7 @@ class Ledger:
         self._again: deque[Ticket] = deque()
         self._suspects: deque[Ticket] = deque()
         self._lonely: int | None = None  # the lane reserved for a suspect
-        self._over: deque[Sequence[Result]] = deque()  # by ticket, in the order of completion
+        self._over: deque[Sequence[Result]] = deque()  # the results of each complete ticket, in the order of completion
         self._released = 0
 
     @property
@@ -106,12 +107,15 @@ class Ledger:
     def leave(self, lane: int, blamed: bool = True) -> None:
         """Remove an actor; its requests are dealt again before others. `blamed`: its work may have killed it."""
         tickets = self._lanes.pop(lane).tickets
-        alone = lane == self._lonely and len(tickets) == 1 and tickets[0].is_suspect
-        self._lonely = None if lane == self._lonely else self._lonely
+        was_alone = lane == self._lonely and len(tickets) == 1 and tickets[0].is_suspect
+        if lane == self._lonely:
+            self._lonely = None
+
+        # In reverse, since each goes to the front: they keep their order.
         for ticket in reversed(tickets):
             ticket.answers.clear()
             ticket.deaths += blamed
-            ticket.lonely_deaths += blamed and alone
+            ticket.lonely_deaths += blamed and was_alone
             if ticket.lonely_deaths >= LONELY_DEATHS:
                 reason = f"{ticket.deaths} actors died while they worked on it, {LONELY_DEATHS} of it alone"
                 self._over.append([Refusal(ticket.request.id, reason)])
@@ -123,6 +127,8 @@ class Ledger:
     def deal(self) -> None:
         """Assign requests to lanes, always to the one with the fewest tokens, until no lane can take more."""
         self._deal_suspects()
+
+        # Tokens, not requests, are balanced: long answers take an engine longer.
         open_lanes = [lane for number, lane in self._lanes.items() if number != self._lonely]
         while open_lanes and (ticket := self._peek()):
             lane = min(open_lanes, key=lambda lane: lane.load)
@@ -134,11 +140,11 @@ class Ledger:
 
     def send(self, lane: int) -> list[Request]:
         """The requests to send to the actor now; their ids are ticket numbers."""
-        found = self._lanes[lane]
-        requests = [replace(ticket.request, id=str(ticket.number)) for ticket in found.unsent.values()]
-        found.reported = found.load
-        found.sent |= found.unsent
-        found.unsent = {}
+        work = self._lanes[lane]
+        requests = [replace(ticket.request, id=str(ticket.number)) for ticket in work.unsent.values()]
+        work.reported = work.load
+        work.sent |= work.unsent
+        work.unsent = {}
         return requests
 
     def has_work(self, lane: int) -> bool:
@@ -149,23 +155,30 @@ class Ledger:
         """Record an actor's results; returns how many requests they complete.
 
         Args:
-            tokens: in flight on the actor.
+            tokens: number of tokens in flight on the actor.
         """
-        found, over = self._lanes[lane], 0
-        found.reported = tokens
+        work = self._lanes[lane]
+        work.reported = tokens
+        n_complete = 0
         for result in results:
-            ticket = found.sent[int(result.request)]
-            own = replace(result, request=ticket.request.id)
-            if isinstance(own, Answer):
-                ticket.answers[own.index] = own
-            if isinstance(own, Refusal) or len(ticket.answers) == ticket.request.n:
-                whole = [own] if isinstance(own, Refusal) else [answer for _, answer in sorted(ticket.answers.items())]
-                self._over.append(whole)
-                del found.sent[ticket.number]
-                over += 1
-        if lane == self._lonely and not found.tickets:
+            ticket = work.sent[int(result.request)]
+            named = replace(result, request=ticket.request.id)
+            complete: list[Result] | None = None
+            if isinstance(named, Refusal):
+                complete = [named]
+            else:
+                ticket.answers[named.index] = named
+                if len(ticket.answers) == ticket.request.n:
+                    complete = [answer for _, answer in sorted(ticket.answers.items())]
+
+            if complete is not None:
+                self._over.append(complete)
+                del work.sent[ticket.number]
+                n_complete += 1
+
+        if lane == self._lonely and not work.tickets:
             self._lonely = None
-        return over
+        return n_complete
 
     def release(self) -> Iterator[Result]:
         """The results that are due, each once."""
@@ -174,6 +187,7 @@ class Ledger:
             yield from self._over.popleft()
 
     def _deal_suspects(self) -> None:
+        """Give the next suspect to a lane of its own, so that it can kill no other request."""
         if not self._suspects or not self._lanes:
             return
         if self._lonely is None:

@@ -72,27 +72,29 @@ class Link:
         """Wait for the actors, once."""
         if self.group:
             return
-        place = (HOST, "127.0.0.1") if self.way == IPC else (device, address)
-        found: list[Group | Exception] = []
+        if self.way == IPC:
+            device, address = HOST, "127.0.0.1"
+        outcome: list[Group | Exception] = []
 
         def work() -> None:
             try:
-                found.append(Group(self.name, SENDER, 1 + len(self.members), *place, patience_s, store))
+                outcome.append(Group(self.name, SENDER, 1 + len(self.members), device, address, patience_s, store))
             except Exception as error:
-                found.append(error)
+                outcome.append(error)
 
         # NCCL waits without a limit for an actor that is lost now; the thread is left to it
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
+        # Meanwhile this process shows signs of life, and sees whether an actor has given up.
         until = time.monotonic() + patience_s
         while thread.is_alive():
             alive()
             if time.monotonic() > until:
                 raise LinkError(f"not connected within {patience_s:g} s")
             thread.join(LOOK_EVERY_S / 10)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        self.group = found[0]
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        self.group = outcome[0]
 
     def give(self, bucket: torch.Tensor, alive: Alive) -> None:
         """Send a full bucket, and wait until it may change."""
@@ -127,13 +129,16 @@ class Sender:
     ) -> None:
         """
         Args:
-            device: of the weights here.
-            way: to an actor at a place, see `push_way`.
-            address: of this node.
-            patience_s: for actors, to join and to take a bucket.
-            store: by which groups find their members.
+            device: holds the weights in this process.
+            way: gives the way to an actor whose weights are at a place, see `push_way`.
+            address: this node's.
+            patience_s: longest time for actors to join and to take a bucket.
+            store: makes the store through which groups find their members.
         """
-        self._config, self._dtype, self._device, self._way = config, dtype, device, way
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._way = way
         self._join = (device, address, patience_s, store)
         self._patience_s = patience_s
         self._bucket_bytes = min(bucket_bytes, dtype.itemsize * parameter_count(config))
@@ -172,7 +177,7 @@ class Sender:
         if not self._links:
             return weights if isinstance(weights, Held) else store(weights, self._config, self._dtype)
         bucket = self._bucket = self._bucket or SharedBucket.create(self._bucket_bytes, self._device)
-        kept: list[torch.Tensor] = []
+        kept_buckets: list[torch.Tensor] = []
 
         def attempt(step: Callable[[Link, Alive], None]) -> None:
             for link in self._links:
@@ -182,19 +187,20 @@ class Sender:
                     self._fail(link, version, error, warn)
                     return
 
+        # Actors must be in their `receive` call before this process waits for them.
         for link in self._links:
             self._offer(link, version)
         attempt(lambda link, alive: link.join(*self._join, alive))
         with torch.cuda.stream(self._beside) if isinstance(weights, Held) and self._beside else nullcontext():
             for full in self._filled(weights, bucket.bucket):
                 if not isinstance(weights, Held):
-                    kept.append(self._on_host(len(full)).copy_(full, non_blocking=True))
+                    kept_buckets.append(self._on_host(len(full)).copy_(full, non_blocking=True))
                 wait_for_copies(self._device)
                 wanted()
                 attempt(lambda link, alive, full=full: link.give(full, alive))
         if self._links:
             self._failures = 0
-        return weights if isinstance(weights, Held) else Held(kept, self._config, self._dtype)
+        return weights if isinstance(weights, Held) else Held(kept_buckets, self._config, self._dtype)
 
     def close(self) -> None:
         """Leave all links."""
@@ -213,14 +219,16 @@ class Sender:
             way = self._way(member.place)
             if way != RAY and self.is_on:
                 groups.setdefault((way, member.pid if way == IPC else 0), []).append(member)
-        known = {(link.way, link.pids): link for link in self._links}
-        for key in [key for key, link in known.items() if any(member.left for member in link.members)]:
-            known.pop(key).close()
+
+        # A group of processes cannot change its members: a link is kept only if it has the same ones.
+        old_links = {(link.way, link.pids): link for link in self._links}
+        for key in [key for key, link in old_links.items() if any(member.left for member in link.members)]:
+            old_links.pop(key).close()
         links = []
         for (way, _), group in groups.items():
             pids = tuple(member.pid for member in group)
-            links.append(known.pop((way, pids), None) or Link(way, group, pids))
-        for link in known.values():
+            links.append(old_links.pop((way, pids), None) or Link(way, group, pids))
+        for link in old_links.values():
             link.close()
         self._links = links
 
@@ -236,8 +244,8 @@ class Sender:
         if not isinstance(weights, Held):
             yield from packed(weights, self._config, self._dtype, lambda: bucket)
             return
-        for held in weights.buckets:
-            yield bucket[: len(held)].copy_(held, non_blocking=True)
+        for on_host in weights.buckets:
+            yield bucket[: len(on_host)].copy_(on_host, non_blocking=True)
 
     def _on_host(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
@@ -245,6 +253,8 @@ class Sender:
     def _fail(self, failed: Link, version: int, error: Exception, warn: Callable[[str], None]) -> None:
         """Give up all links. No actor may take what it reads from now on for a version."""
         self._failures += 1
+
+        # Actors that have read half a version would take the next bytes for its rest.
         for link in self._links:
             for member in link.members:
                 member.forget_push()
@@ -282,7 +292,7 @@ def sender_for(
     """
     import ray
 
-    own = ray.get_runtime_context().get_node_id()
-    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own]
-    place = Place.of(own, device)
-    return Sender(config, dtype, device, lambda actor: push_way(push, place, actor, tp), address, patience_s)
+    node_id = ray.get_runtime_context().get_node_id()
+    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id]
+    sender_place = Place.of(node_id, device)
+    return Sender(config, dtype, device, lambda actor: push_way(push, sender_place, actor, tp), address, patience_s)

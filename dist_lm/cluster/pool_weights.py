@@ -1,4 +1,4 @@
-"""Weights of a pool on their way to its actors: which way, and the way through Ray's object store.
+"""Weights of a pool on their way to its actors: the choice of a way, and the way through Ray's object store.
 
 A stream of parameters becomes chunks in Ray's object store, so the sender holds one chunk and one parameter at a time.
 The pool tells its actors about a version only when all its chunks are stored. Actors read them one by one.
@@ -28,7 +28,7 @@ Chunk = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process holds weights."""
+    """The memory in which a process holds weights."""
 
     node: str  # Ray's id
     gpu: str = ""  # UUID; empty: host memory
@@ -51,9 +51,12 @@ def push_way(push: str, sender: Place, actor: Place, tp: int = 1) -> str:
         push: rlhf.pool.push.
         tp: GPUs of the actor's engine; the first one is at `actor`.
     """
-    alike = bool(sender.gpu) == bool(actor.gpu)
-    if not alike or not (push == PUSH_DIRECT or (push == PUSH_AUTO and sender.gpu)):
+    # A direct way needs both ends on GPUs or both in host memory; auto takes it only between GPUs.
+    same_kind = bool(sender.gpu) == bool(actor.gpu)
+    is_direct = push == PUSH_DIRECT or (push == PUSH_AUTO and bool(sender.gpu))
+    if not same_kind or not is_direct:
         return RAY
+    # NCCL refuses two processes on one GPU.
     if sender == actor:
         return IPC
     # NCCL of an engine on several GPUs is set up on the loopback interface, once for its process
@@ -72,23 +75,25 @@ def store(weights: WeightStream, config: ModelConfig, dtype: torch.dtype) -> Sto
     import ray
 
     largest = dtype.itemsize * max(math.prod(shape) for shape in parameter_shapes(config).values())
-    found = []
+    references = []
     for chunk in chunks_of(weights, dtype, min(CHUNK_BYTES, largest // LARGEST_SHARE)):
-        found.append(ray.put(chunk))
-        del chunk  # before the next one is gathered
-    return Stored(found)
+        references.append(ray.put(chunk))
+        # Before the next one is gathered.
+        del chunk
+    return Stored(references)
 
 
 def chunks_of(weights: WeightStream, dtype: torch.dtype, most: int) -> Iterator[Chunk]:
     """Chunks of up to `most` bytes, or of one parameter."""
     chunk: dict[str, np.ndarray] = {}
     size = 0
-    for name, value in weights:
-        array = to_array(value.to(dtype))
-        del value
+    for name, weight in weights:
+        array = to_array(weight.to(dtype))
+        del weight
         if chunk and size + array.nbytes > most:
             yield chunk
             chunk, size = {}, 0
+
         chunk[name] = array
         size += array.nbytes
         del array
@@ -99,18 +104,20 @@ def chunks_of(weights: WeightStream, dtype: torch.dtype, most: int) -> Iterator[
         yield chunk
 
 
-def to_array(value: torch.Tensor) -> np.ndarray:
+def to_array(tensor: torch.Tensor) -> np.ndarray:
     """A tensor as an array, through pinned memory if it is on a GPU."""
-    value = value.detach().contiguous()
-    if value.device.type == "cuda":
-        value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
-    return (value if value.dtype.itemsize > 2 else value.view(torch.int16)).numpy()
+    tensor = tensor.detach().contiguous()
+    if tensor.device.type == "cuda":
+        tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+    if tensor.dtype.itemsize <= 2:
+        tensor = tensor.view(torch.int16)  # numpy has no bf16
+    return tensor.numpy()
 
 
 def to_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `to_array`, in memory of its own: arrays from the object store are read-only."""
-    value = torch.from_numpy(array.copy())
-    return value.view(dtype) if array.dtype == np.int16 else value
+    tensor = torch.from_numpy(array.copy())
+    return tensor.view(dtype) if array.dtype == np.int16 else tensor
 
 
 def read(chunks: Sequence[Any], dtype: torch.dtype) -> WeightStream:

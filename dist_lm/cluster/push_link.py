@@ -29,7 +29,7 @@ from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import parameter_count, parameter_shapes
 
 POLL_S = 0.0005
-NAMESPACE = "dist_lm_push"  # of the keys in Ray's store
+NAMESPACE = "dist_lm_push"  # for keys in Ray's store
 SENDER = 0  # rank of the sender in every group
 HOST = torch.device("cpu")
 FAILURES = (RuntimeError, OSError)
@@ -51,11 +51,11 @@ class Offer:
 
     way: str  # BROADCAST | IPC
     group: str  # name; an actor that has joined it keeps it
-    rank: int  # of the actor
+    rank: int  # the actor's, in the group
     size: int
     bucket_bytes: int
     patience_s: float  # for the other end: to join, and to give or take a bucket
-    handle: tuple[Any, ...] = ()  # of an ipc bucket
+    handle: tuple[Any, ...] = ()  # opens the bucket, for ipc
 
 
 # --- buckets ---
@@ -74,36 +74,39 @@ def packed(
         ArtefactError: names the parameter that is missing or has another shape.
     """
     shapes = iter(parameter_shapes(config).items())
-    into, used = bucket(), 0
-    for name, value in weights:
+    target, n_used = bucket(), 0
+    for name, weight in weights:
         expected = next(shapes, None)
-        if (name, tuple(value.shape)) != expected:
-            raise ArtefactError(f"weights: {name} has shape {tuple(value.shape)}, expected (name, shape) {expected}")
-        source = value.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
+        if (name, tuple(weight.shape)) != expected:
+            raise ArtefactError(f"weights: {name} has shape {tuple(weight.shape)}, expected (name, shape) {expected}")
+
+        source = weight.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
         while len(source):
-            if used == len(into):
-                yield into
-                into, used = bucket(), 0
-            fits = min(len(source), len(into) - used)
-            into[used : used + fits].copy_(source[:fits], non_blocking=True)
-            source, used = source[fits:], used + fits
+            if n_used == len(target):
+                yield target
+                target, n_used = bucket(), 0
+            n_copied = min(len(source), len(target) - n_used)
+            target[n_used : n_used + n_copied].copy_(source[:n_copied], non_blocking=True)
+            source, n_used = source[n_copied:], n_used + n_copied
+
     if missing := next(shapes, None):
         raise ArtefactError(f"weights: {missing[0]} is missing")
-    yield into[:used]
+    yield target[:n_used]
 
 
 def unpacked(buckets: Iterator[torch.Tensor], config: ModelConfig, dtype: torch.dtype) -> WeightStream:
     """The inverse of `packed`; each parameter has memory of its own, on the device of the buckets."""
     source = next(buckets)
     for name, shape in parameter_shapes(config).items():
-        value = torch.empty(shape, dtype=dtype, device=source.device)
-        into = value.view(-1).view(torch.uint8)
-        while len(into):
-            source = source if len(source) else next(buckets)
-            fits = min(len(source), len(into))
-            into[:fits].copy_(source[:fits], non_blocking=True)
-            source, into = source[fits:], into[fits:]
-        yield name, value
+        weight = torch.empty(shape, dtype=dtype, device=source.device)
+        target = weight.view(-1).view(torch.uint8)
+        while len(target):
+            if not len(source):
+                source = next(buckets)
+            n_copied = min(len(source), len(target))
+            target[:n_copied].copy_(source[:n_copied], non_blocking=True)
+            source, target = source[n_copied:], target[n_copied:]
+        yield name, weight
 
 
 def sizes_of(config: ModelConfig, dtype: torch.dtype, bucket_bytes: int) -> list[int]:
@@ -129,11 +132,12 @@ class SharedBucket:
     def create(cls, size: int, device: torch.device) -> "SharedBucket":
         if device.type == "cuda":
             # handles of expandable segments need rights over the other process that containers withhold
-            usual = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+            settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
             torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
             bucket = torch.empty(size, dtype=torch.uint8, device=device)
-            torch._C._accelerator_setAllocatorSettings(usual or "expandable_segments:False")
+            torch._C._accelerator_setAllocatorSettings(settings or "expandable_segments:False")
             return cls(bucket, None)
+
         # it has no name in the file system, so a killed process leaves nothing behind
         file = os.memfd_create(f"dist_lm_push_{secrets.token_hex(8)}")
         os.ftruncate(file, size)
@@ -162,7 +166,8 @@ def opened(handle: tuple[Any, ...], size: int, device: torch.device) -> torch.Te
     """
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        storage = torch.UntypedStorage._new_shared_cuda(index, *handle[1:])  # handle[0]: the GPU's number over there
+        # handle[0]: the GPU's number over there.
+        storage = torch.UntypedStorage._new_shared_cuda(index, *handle[1:])
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)[:size]
     path, name = handle
     if not Path(path).is_symlink() or str(Path(path).readlink()) != name:
@@ -229,14 +234,18 @@ class Group:
     ) -> None:
         """
         Args:
-            device: of the tensors.
-            address: of this node in the network of the group.
-            patience_s: for the others, to join and in each broadcast.
-            store: made from `name`.
+            device: holds the tensors to broadcast.
+            address: this node's in the network of the group.
+            patience_s: longest wait for the others, to join and in each broadcast.
+            store: makes the store of the group from `name`.
         """
-        self._store, self._patience_s = store(name), patience_s  # torch holds only the store's C++ half
+        # Kept here, as torch holds only the store's C++ half.
+        self._store = store(name)
+        self._patience_s = patience_s
         timeout, interface = timedelta(seconds=patience_s), interface_of(address)
         self._store.set_timeout(timeout)
+
+        # An interface that the user has set stands, except for groups inside this machine.
         if device.type == "cuda":
             network = {"NCCL_SOCKET_IFNAME": f"={interface}"} if interface not in (None, LOOPBACK) else {}
             with environment(NCCL_RAISES | _unset(network), ()), torch.cuda.device(device):
@@ -256,6 +265,7 @@ class Group:
             LinkError: not done in time.
             RuntimeError: a member is lost.
         """
+        # `work.wait` would block this process, which must show signs of life.
         work = self._backend.broadcast(tensor, root)
         until = time.monotonic() + self._patience_s
         while not work.is_completed():
@@ -272,9 +282,9 @@ class Group:
             self._store.forget()
 
 
-def _unset(values: dict[str, str]) -> dict[str, str]:
-    """Those that the environment does not set."""
-    return {name: value for name, value in values.items() if name not in os.environ}
+def _unset(variables: dict[str, str]) -> dict[str, str]:
+    """The variables that the environment does not set."""
+    return {name: setting for name, setting in variables.items() if name not in os.environ}
 
 
 # --- the actor's end ---
@@ -287,14 +297,17 @@ class Receiver:
         """Join the group of `offer`.
 
         Args:
-            device: of the engine's weights.
-            address: of this node.
+            device: holds the engine's weights.
+            address: this node's.
         """
-        self.offer, self._device = offer, device
-        ipc = offer.way == IPC
-        self._shared = opened(offer.handle, offer.bucket_bytes, device) if ipc else None
-        place = (HOST, "127.0.0.1") if ipc else (device, address)
-        self._group = Group(offer.group, offer.rank, offer.size, *place, offer.patience_s, **store)
+        self.offer = offer
+        self._device = device
+        self._shared: torch.Tensor | None = None
+        group_device = device
+        if offer.way == IPC:
+            self._shared = opened(offer.handle, offer.bucket_bytes, device)
+            group_device, address = HOST, "127.0.0.1"
+        self._group = Group(offer.group, offer.rank, offer.size, group_device, address, offer.patience_s, **store)
 
     def buckets(self, config: ModelConfig, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """The buckets of the next version; each is valid until the next one is asked for. Read it to the end.

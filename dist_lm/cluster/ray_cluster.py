@@ -28,7 +28,7 @@ RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # a Python process per core that nobody asked for
-    "RAY_worker_niceness": "0",  # by default Ray lowers the priority of actors; ranks and engines need the normal one
+    "RAY_worker_niceness": "0",  # Ray would lower the priority of actors; ranks and engines need the normal one
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES of a process that reserves no GPU
 }
 CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
@@ -105,7 +105,7 @@ def access_variables(environ: Mapping[str, str], address: str, nodes: Sequence[s
 
     Args:
         environ: the agent's own.
-        address: of the head, host:port.
+        address: host:port of the head.
         nodes: addresses of the nodes that run ranks.
     """
     path = environ.get(PATH)
@@ -117,8 +117,8 @@ def own_access(environ: Mapping[str, str]) -> RayAccess | None:
     """The access that the agent gave this rank; None without an agent, or if the stage drives no actors."""
     if RANK_ACCESS not in environ:
         return None
-    values = json.loads(environ[RANK_ACCESS])
-    return RayAccess(**values | {"nodes": tuple(values["nodes"])})
+    fields = json.loads(environ[RANK_ACCESS])
+    return RayAccess(**fields | {"nodes": tuple(fields["nodes"])})
 
 
 @contextmanager
@@ -131,11 +131,12 @@ def joined_by(access: RayAccess, config: ClusterConfig) -> Iterator[RayCluster]:
     Raises:
         ClusterError: the head does not answer within cluster.connect_timeout_s, or refuses.
     """
-    own = replace(config, name="ray", address=access.address, token_path=access.token_path)
+    rank_config = replace(config, name="ray", address=access.address, token_path=access.token_path)
     # the variables that Ray set in the agent's process are wrong for a driver
     inherited = tuple(name for name in os.environ if name.startswith("RAY_"))
-    with environment({TOKEN: access.token} if access.token else {}, inherited), _joined(own) as address:
-        yield RayCluster(address, own)
+    token = {TOKEN: access.token} if access.token else {}
+    with environment(token, inherited), _joined(rank_config) as address:
+        yield RayCluster(address, rank_config)
 
 
 def first_line(error: BaseException) -> str:
@@ -170,6 +171,7 @@ def check_token_file(key: str, path: str) -> None:
         raise ClusterError(f"{key}={path}: no such file; it must hold the token of the Ray cluster (mode 0600)")
     if file.stat().st_size == 0:
         raise ClusterError(f"{key}={path}: the file is empty; write the token of the Ray cluster into it")
+
     mode = file.stat().st_mode & 0o777
     if mode & 0o077:
         raise ClusterError(f"{key}={path}: mode {mode:04o} lets others read the token: `chmod 600 {path}`")
@@ -191,12 +193,14 @@ def _private(config: ClusterConfig) -> Iterator[str]:
     )
     assert node.stdout is not None
     assert node.stdin is not None
+
+    # The node ends when its standard input is closed, also if this process is killed.
     try:
         answer = node.stdout.readline()
         if not answer:
             raise ClusterError("cluster=local: Ray did not start on this machine; the lines above give the reason")
-        patient = PRIVATE_PATIENCE * config.connect_timeout_s
-        with _joined(replace(config, name="ray", connect_timeout_s=patient, **json.loads(answer))) as address:
+        timeout_s = PRIVATE_PATIENCE * config.connect_timeout_s
+        with _joined(replace(config, name="ray", connect_timeout_s=timeout_s, **json.loads(answer))) as address:
             yield address
     finally:
         node.stdin.close()
@@ -208,16 +212,23 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
     """Join the Ray cluster at cluster.address as a driver for the block; yields its address, host:port."""
     assert config.address is not None  # ClusterConfig refuses it
     host = _wait_for_port(config.address, config.connect_timeout_s)
-    changes = RAY_ENVIRONMENT | {"RAY_NUM_REDIS_GET_RETRIES": "2"}  # by default Ray retries a refused token 20 times
-    changes |= {PATH: config.token_path} if config.token_path else {}
-    with environment(changes, (TOKEN,) if config.token_path else ()):
+
+    # Ray's default retries a refused token 20 times.
+    changes = RAY_ENVIRONMENT | {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+    removed: tuple[str, ...] = ()
+    if config.token_path:
+        changes |= {PATH: config.token_path}
+        # Ray would prefer it to the file.
+        removed = (TOKEN,)
+    with environment(changes, removed):
         _check_token(config)
-        ray = _import_ray()  # outside the timeout: on a cold network file system the import takes longer
+        # Outside the timeout: on a cold network file system the import takes longer.
+        ray = _import_ray()
 
         def init() -> None:
             # Ray assigns a driver to the node of its address, which is ambiguous on loopback addresses
-            own = {"_node_ip_address": host} if host.startswith("127.") else {}
-            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **own)
+            node_address = {"_node_ip_address": host} if host.startswith("127.") else {}
+            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **node_address)
 
         try:
             _within(config.connect_timeout_s, init)
@@ -230,6 +241,7 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
             ) from None
         except Exception as error:
             raise ClusterError(f"cluster.address={config.address}: {_refusal(error)}") from error
+
         try:
             yield config.address
         finally:
@@ -241,6 +253,8 @@ def _wait_for_port(address: str, timeout_s: float) -> str:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"cluster.address={address}: expected HOST:PORT")
+
+    # `ray.init` waits long and says little if nothing listens there.
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -308,6 +322,7 @@ def _within(seconds: float, call: Callable[[], None]) -> None:
     Raises:
         TimeoutError: the call has not returned; its thread keeps running.
     """
+    # A list, since a thread cannot return: empty while the call runs.
     outcome: list[BaseException | None] = []
 
     def work() -> None:

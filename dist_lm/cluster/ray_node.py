@@ -47,7 +47,7 @@ REPLACED_BY_RAY = "127.0.0.1"
 
 @dataclass(frozen=True)
 class HeadAddress:
-    """Where a Ray head listens."""
+    """The address that a Ray head listens at."""
 
     host: str
     port: int
@@ -87,7 +87,8 @@ class HeadAddress:
             ClusterError: the port is taken, or the address belongs to another machine.
         """
         with socket.socket() as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections that are closing
+            # Ignore connections that are closing.
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 server.bind((self.host, self.port))
             except OSError as error:
@@ -114,7 +115,8 @@ def own_address(head: HeadAddress, environ: Mapping[str, str] = os.environ) -> s
             raise ClusterError(f"node {name}: no address for this name ({error.strerror}); give --ip") from None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         try:
-            route.connect((head.host, head.port))  # selects the route, sends nothing
+            # Selects the route, sends nothing.
+            route.connect((head.host, head.port))
         except OSError as error:
             raise ClusterError(f"--head={head}: no route to it ({error.strerror})") from None
         return route.getsockname()[0]
@@ -123,10 +125,10 @@ def own_address(head: HeadAddress, environ: Mapping[str, str] = os.environ) -> s
 def address_of_interface(name: str) -> str:
     """The IPv4 address of a network interface of this machine."""
     interfaces = psutil.net_if_addrs()
-    found = [entry.address for entry in interfaces.get(name, []) if entry.family == socket.AF_INET]
-    if not found:
+    addresses = [entry.address for entry in interfaces.get(name, []) if entry.family == socket.AF_INET]
+    if not addresses:
         raise ClusterError(f"--interface={name}: no IPv4 address; this machine has {', '.join(sorted(interfaces))}")
-    return found[0]
+    return addresses[0]
 
 
 class Stop:
@@ -188,46 +190,58 @@ def run_private(host: str) -> int:
     Returns exit code 1 if Ray died.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which Ray would inherit: TERM would not end it
+        # Not SIG_IGN, which Ray would inherit: TERM would not end it.
+        signal.signal(number, lambda *_: None)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     sweep()
+
     closed = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), name="stdin", daemon=True).start()
     with node_directory(PRIVATE_GRACE_S) as directory, process.reserve_port() as reserved:
+        # Only this user can read the token, and with it reach the port.
         token = directory / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         os.environ[PATH] = str(token)
+
         port = reserved.getsockname()[1]
         arguments = head_arguments(host, port, [f"--num-cpus={process.cores()}"])
         with (directory / "ray_start.log").open("wb") as output:
             ray = RayProcesses(directory, arguments, output)
         print(json.dumps({"address": f"{host}:{port}", "token_path": str(token)}), flush=True)
+
         while not closed.is_set() and ray.death() is None:
             time.sleep(POLL_S)
         code = ray.report(ray.death())
-        closed.wait()  # keep the logs until the launch, whose calls to Ray fail, has left
+        # Keep the logs until the launch, whose calls to Ray fail, has left.
+        closed.wait()
     return code
 
 
 def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[str], stop: Stop) -> int:
     """Run a worker until it is stopped or the head is gone, joining again if Ray dies; returns the exit code."""
-    failures, joined = 0, False
+    failures = 0
+    has_joined = False
     while True:
         try:
             wait_for_head(head, wait_s, stop)
         except ClusterError as error:
-            if not joined:
+            if not has_joined:
                 raise
-            raise SystemExit(f"error: {error}") from error  # exit code 1: the address was right, the head is gone
-        joined = True
+            # Exit code 1: the address was right, the head is gone.
+            raise SystemExit(f"error: {error}") from error
+        has_joined = True
         if stop.requested:
             return 0
+
         started = time.monotonic()
         death = run_worker_once(head, ip, resources, stop)
         if death is None:
             return 0
-        failures = 1 if time.monotonic() - started > HEALTHY_S else failures + 1
+
+        # A Ray that was well for a while has not failed to start.
+        was_healthy = time.monotonic() - started > HEALTHY_S
+        failures = 1 if was_healthy else failures + 1
         if isinstance(head.error(), ConnectionRefusedError):
             raise SystemExit(f"error: --head={head}: the head is gone; this worker leaves")
         if failures == MAX_FAILURES:
@@ -248,12 +262,15 @@ def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: 
                     return None
                 ray.report(death)
                 return death
+
             now = time.monotonic()
             if now >= check_at:
                 check_at = now + HEAD_CHECK_S
-                refused = isinstance(head.error(), ConnectionRefusedError)
-                refused_since = (refused_since or now) if refused else None
-                if refused_since and now - refused_since > HEAD_GONE_S:
+                if not isinstance(head.error(), ConnectionRefusedError):
+                    refused_since = None
+                elif refused_since is None:
+                    refused_since = now
+                elif now - refused_since > HEAD_GONE_S:
                     return "the head"
             time.sleep(POLL_S)
         return None
@@ -284,7 +301,8 @@ def check_token() -> None:
     path = os.environ.get(PATH)
     if not path:
         raise ClusterError(f"{PATH}: not set; it must name the file with the cluster's token (mode 0600)")
-    os.environ.pop(TOKEN, None)  # Ray would prefer it to the file
+    # Ray would prefer it to the file.
+    os.environ.pop(TOKEN, None)
     check_token_file(PATH, path)
 
 
@@ -297,12 +315,14 @@ def arguments() -> argparse.Namespace:
     head = kinds.add_parser("head", help="start a cluster")
     head.add_argument("--address", required=True, metavar="IP:PORT", help="address to listen on")
     head.add_argument("--stop-file", type=Path, metavar="PATH", help="stop once this file exists, and remove it")
+
     worker = kinds.add_parser("worker", help="join a cluster")
     worker.add_argument("--head", required=True, metavar="IP:PORT", help="where the head listens")
-    own = worker.add_mutually_exclusive_group()
-    own.add_argument("--ip", help="address of this node (default: that of the route to the head)")
-    own.add_argument("--interface", metavar="NAME", help="network interface whose address this node uses")
+    node_address = worker.add_mutually_exclusive_group()
+    node_address.add_argument("--ip", help="address of this node (default: that of the route to the head)")
+    node_address.add_argument("--interface", metavar="NAME", help="network interface whose address this node uses")
     worker.add_argument("--wait-s", type=float, default=WAIT_S, help="longest wait for the head (default: %(default)g)")
+
     for kind in (head, worker):
         kind.add_argument("--cpus", type=int, help="CPUs to offer (default: those this process may use)")
         kind.add_argument("--gpus", type=int, help="GPUs to offer (default: those Ray finds)")
@@ -314,17 +334,22 @@ def run(options: argparse.Namespace) -> int:
     """Run the node that the command line describes; returns the exit code."""
     if options.kind == "private":
         return run_private(options.ip)
+
     stop = Stop()
     check_token()
     for directory in sweep():
         say(f"removed {directory}, left by a node that was killed")
+
     resources = [f"--num-cpus={options.cpus if options.cpus is not None else process.cores()}"]
     if options.gpus is not None:
         resources.append(f"--num-gpus={options.gpus}")
     if options.kind == "head":
         return run_head(HeadAddress.parse("--address", options.address), resources, stop, options.stop_file)
     head = HeadAddress.parse("--head", options.head)
-    ip = address_of_interface(options.interface) if options.interface else options.ip or own_address(head)
+    if options.interface:
+        ip = address_of_interface(options.interface)
+    else:
+        ip = options.ip or own_address(head)
     return run_worker(head, ip, options.wait_s, resources, stop)
 
 

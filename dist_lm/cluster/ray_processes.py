@@ -44,14 +44,16 @@ class RayProcesses:
         """Start Ray with its files in `directory`.
 
         Args:
-            arguments: of `ray start`; those of a head begin with --head.
-            output: file for its output; None: that of this process.
+            arguments: arguments of `ray start`; for a head they begin with --head.
+            output: file for its output; None: it shares the output of this process.
         """
         self._names = HEAD_PROCESSES if "--head" in arguments else WORKER_PROCESSES
-        self._seen: dict[str, psutil.Process] = {}
+        self._watched: dict[str, psutil.Process] = {}
         self._temporary = directory / "ray"
-        files = directory / "tmp"  # temporary files of killed ranks are removed with the directory
+        # Temporary files of killed ranks are removed with the directory.
+        files = directory / "tmp"
         files.mkdir()
+
         self._start = subprocess.Popen(
             [
                 *(sys.executable, "-m", "dist_lm.cluster.ray_processes", str(os.getpid()), "--block"),
@@ -66,16 +68,18 @@ class RayProcesses:
         )
 
     def death(self) -> str | None:
-        """Which process died, in words; None while Ray is well."""
+        """Says in words that a process died; None while Ray is well."""
+        # Its children are watched too: `ray start` may notice the end of one of them later.
         code = self._start.poll()
         if code is not None:
             return f"`ray start` left with exit code {code}"
-        if len(self._seen) < len(self._names):
+        if len(self._watched) < len(self._names):
             with suppress(psutil.NoSuchProcess):
                 children = psutil.Process(self._start.pid).children()
-                found = {child.name(): child for child in children if child.name() in self._names}
-                self._seen = self._seen | found  # a new dict: the signal handler may read the old one meanwhile
-        return next((f"{name} died" for name, seen in self._seen.items() if not process.is_alive(seen)), None)
+                started = {child.name(): child for child in children if child.name() in self._names}
+                # A new dict: the signal handler may read the old one meanwhile.
+                self._watched = self._watched | started
+        return next((f"{name} died" for name, child in self._watched.items() if not process.is_alive(child)), None)
 
     def report(self, death: str | None) -> int:
         """Print what died and the end of Ray's logs, which are removed with the directory; returns the exit code."""
@@ -140,17 +144,20 @@ def _processes(directory: Path) -> list[psutil.Process]:
 
     A driver on this machine has Ray's files open too and must not be ended.
     """
-    marked = process.marked(directory.name, MARK)  # checking the open files of every process is slow: only if needed
+    # Checking the open files of every process is slow: only if needed.
+    marked = process.marked(directory.name, MARK)
     return marked or [user for user in process.users_of(directory) if process.title(user).startswith(RAY_TITLE)]
 
 
 def _create(base: Path) -> tuple[Path, int]:
     """A new directory, and the descriptor that holds its lock."""
+    # Another node may sweep the directory before it is locked: then a new one is made.
     while True:
         directory = base / f"{PREFIX}{secrets.token_hex(4)}"
         directory.mkdir(mode=0o700)
         lock = _lock(directory)
-        if lock is not None:  # None: another node swept it before it was locked
+        # None: another node swept it before it was locked.
+        if lock is not None:
             return directory, lock
 
 
@@ -180,10 +187,10 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _remove(directory: Path, grace_s: float) -> None:
-    left = process.end(lambda: _processes(directory), grace_s)
-    shutil.rmtree(directory, ignore_errors=bool(left))
-    if left:
-        raise RuntimeError(f"processes of the Ray node {directory} that SIGKILL does not end: {left}")
+    pids_left = process.end(lambda: _processes(directory), grace_s)
+    shutil.rmtree(directory, ignore_errors=bool(pids_left))
+    if pids_left:
+        raise RuntimeError(f"processes of the Ray node {directory} that SIGKILL does not end: {pids_left}")
 
 
 def say(*lines: str) -> None:

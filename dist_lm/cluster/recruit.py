@@ -79,7 +79,7 @@ def recruit(
     """Find `nodes` nodes that pass inspection. An unfit node is named, and left out if another can replace it.
 
     Args:
-        directory: of the run.
+        directory: the run directory.
         avoid: addresses of nodes to use only if there are not enough others.
         wanted: asked while waiting; if it returns False the result is None.
         warn: receives a line for each node that is left out.
@@ -91,83 +91,93 @@ def recruit(
     """
     deadline = time.monotonic() + timeout_s
     left_out: dict[str, str] = {}  # reason by Ray's node id
-    slow_ones: set[str] = set()  # nodes in `left_out` that are slow but usable
-    tolerated: set[str] = set()  # slow nodes that are used because no other is free
-    starts = 0
+    slow_ids: set[str] = set()  # nodes in `left_out` that are slow but usable
+    tolerated_ids: set[str] = set()  # slow nodes that are used because no other is free
+    failed_starts = 0
     while True:
+        # Avoided nodes are left out only while there are enough others.
         alive = able_nodes(cluster, gpus_per_node)
-        without = {node.id for node in alive if node.id in left_out}
-        avoided = {node.id for node in alive if node.address in avoid}
-        if len(alive) - len(without | avoided) >= nodes:
-            without |= avoided
-        left_s = max(1.0, deadline - time.monotonic())
-        if slow_ones:
-            left_s = min(left_s, SPARE_S)
+        excluded_ids = {node.id for node in alive if node.id in left_out}
+        avoided_ids = {node.id for node in alive if node.address in avoid}
+        if len(alive) - len(excluded_ids | avoided_ids) >= nodes:
+            excluded_ids |= avoided_ids
+
+        # Nobody waits long for a better node than a slow one.
+        wait_s = max(1.0, deadline - time.monotonic())
+        if slow_ids:
+            wait_s = min(wait_s, SPARE_S)
         try:
-            placement = place(cluster, nodes, gpus_per_node, without=without, timeout_s=left_s, wanted=wanted)
+            placement = place(cluster, nodes, gpus_per_node, without=excluded_ids, timeout_s=wait_s, wanted=wanted)
         except NoNodesError as error:
-            if slow_ones:
-                tolerated |= slow_ones
-                left_out = {id_: reason for id_, reason in left_out.items() if id_ not in slow_ones}
-                slow_ones = set()
+            if slow_ids:
+                tolerated_ids |= slow_ids
+                left_out = {node_id: reason for node_id, reason in left_out.items() if node_id not in slow_ids}
+                slow_ids = set()
                 continue
             if len(alive) >= nodes and left_out:
                 raise ClusterError(f"cluster.nodes={nodes}: {'; '.join(left_out.values())}") from error
             raise
         except AgentStartError as error:
-            starts += 1  # the node may just have died, which Ray notices after a while
-            if starts == STARTS or time.monotonic() > deadline:
+            # The node may just have died, which Ray notices after a while.
+            failed_starts += 1
+            if failed_starts == STARTS or time.monotonic() > deadline:
                 raise
             warn(f"{error}; trying again")
             continue
         if placement is None:
             return None
+
         link_bytes = cluster.config.link_check_mib << 20
         try:
-            found = inspect(placement.agents, placement.nodes, directory, demands, link_bytes, wanted)
+            inspection = inspect(placement.agents, placement.nodes, directory, demands, link_bytes, wanted)
         except BaseException:
             placement.release()
             raise
-        if found is None:
+        if inspection is None:
             placement.release()
             return None
-        for text in found.notes:
+        for text in inspection.notes:
             note(text)
-        named = {i: _name(found.hosts[i], node) for i, node in enumerate(placement.nodes)}
-        ids = {i: node.id for i, node in enumerate(placement.nodes)}
-        spare = len(alive) - len(left_out) - nodes
-        bad, kept = sift(found, spare, {i for i, id_ in ids.items() if id_ in tolerated})
-        for node, reason in kept.items():
-            warn(f"node {named[node]} {reason}")
-        if not bad:
-            return Crew(placement, tuple(found.hosts), tuple(found.rates), frozenset(left_out))
+
+        name_of = {i: _name(inspection.hosts[i], node) for i, node in enumerate(placement.nodes)}
+        id_of = {i: node.id for i, node in enumerate(placement.nodes)}
+        n_spare = len(alive) - len(left_out) - nodes
+        tolerated = {i for i, node_id in id_of.items() if node_id in tolerated_ids}
+        rejected, accepted_slow = sift(inspection, n_spare, tolerated)
+        for node, reason in accepted_slow.items():
+            warn(f"node {name_of[node]} {reason}")
+        if not rejected:
+            return Crew(placement, tuple(inspection.hosts), tuple(inspection.rates), frozenset(left_out))
+
+        # Try again with other nodes in place of the rejected ones.
         placement.release()
-        for node, reason in bad.items():
-            left_out[ids[node]] = f"node {named[node]}: {reason}"
-            if node not in found.unfit:
-                slow_ones.add(ids[node])
-        if len(bad) > spare:
+        for node, reason in rejected.items():
+            left_out[id_of[node]] = f"node {name_of[node]}: {reason}"
+            if node not in inspection.unfit:
+                slow_ids.add(id_of[node])
+        if len(rejected) > n_spare:
             raise ClusterError(f"cluster.nodes={nodes}: {'; '.join(left_out.values())}")
-        for node, reason in bad.items():
-            warn(f"node {named[node]} is left out: {reason}")
+        for node, reason in rejected.items():
+            warn(f"node {name_of[node]} is left out: {reason}")
 
 
-def sift(found: Inspection, spare: int, tolerated: Collection[int]) -> tuple[dict[int, str], dict[int, str]]:
+def sift(inspection: Inspection, spare: int, tolerated: Collection[int]) -> tuple[dict[int, str], dict[int, str]]:
     """(nodes to leave out, slow nodes to keep), each with the reason, by node of the gang.
 
     Args:
         spare: largest number of nodes that could replace others.
         tolerated: slow nodes to keep in any case.
     """
-    bad, kept = dict(found.unfit), {}
-    for node, reason in found.slow.items():
-        if node in bad:
+    rejected = dict(inspection.unfit)
+    accepted_slow: dict[int, str] = {}
+    for node, reason in inspection.slow.items():
+        if node in rejected:
             continue
-        if len(bad) < spare and node not in tolerated:
-            bad[node] = reason
+        if len(rejected) < spare and node not in tolerated:
+            rejected[node] = reason
         else:
-            kept[node] = reason
-    return bad, kept
+            accepted_slow[node] = reason
+    return rejected, accepted_slow
 
 
 def place(
@@ -198,6 +208,7 @@ def place(
     from ray.util import placement_group, placement_group_table
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    # Ray places the agents by itself as soon as the nodes are free, one on each node.
     bundle = {"CPU": 1.0} | ({"GPU": float(gpus_per_node)} if gpus_per_node else {})
     selector = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else {}
     group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
@@ -210,13 +221,14 @@ def place(
         ).remote()
         for node in range(nodes)
     ]
+
     placement = Placement(group, agents, ())
     try:
         reserved = _wait([group.ready()], timeout_s, wanted)
         if reserved is False:
             raise NoNodesError(_shortage(cluster, nodes, bundle, len(without), timeout_s))
-        up = [agent.ready.remote() for agent in agents]
-        started = reserved and _wait(up, cluster.config.start_timeout_s, wanted)
+        ready = [agent.ready.remote() for agent in agents]
+        started = reserved and _wait(ready, cluster.config.start_timeout_s, wanted)
         if started is None:
             placement.release()
             return None
@@ -224,10 +236,12 @@ def place(
             raise AgentStartError(
                 f"cluster: agents did not start within cluster.start_timeout_s={cluster.config.start_timeout_s:g} s"
             )
-        ray.get(up)
-        places = placement_group_table(group)["bundles_to_node_id"]
-        known = {node.id: node for node in cluster.nodes()}
-        by_address = sorted(range(nodes), key=lambda i: (known[places[i]].address, places[i]))
+        ray.get(ready)
+
+        # Nodes are numbered by address, so that a restart on the same nodes has the same ranks on each.
+        id_of_bundle = placement_group_table(group)["bundles_to_node_id"]
+        node_of = {node.id: node for node in cluster.nodes()}
+        by_address = sorted(range(nodes), key=lambda i: (node_of[id_of_bundle[i]].address, id_of_bundle[i]))
     except (RayError, KeyError) as error:  # KeyError: a node has just died
         placement.release()
         raise AgentStartError(
@@ -237,7 +251,7 @@ def place(
     except BaseException:
         placement.release()
         raise
-    return Placement(group, [agents[i] for i in by_address], [known[places[i]] for i in by_address])
+    return Placement(group, [agents[i] for i in by_address], [node_of[id_of_bundle[i]] for i in by_address])
 
 
 def _wait(references: Sequence[Any], timeout_s: float, wanted: Callable[[], bool]) -> bool | None:
@@ -254,11 +268,11 @@ def _wait(references: Sequence[Any], timeout_s: float, wanted: Callable[[], bool
 
 
 def _shortage(cluster: RayCluster, nodes: int, bundle: dict[str, float], rejected: int, timeout_s: float) -> str:
-    found = cluster.nodes()
-    out = f", {rejected} nodes left out" if rejected else ""
+    alive = cluster.nodes()
+    left_out = f", {rejected} nodes left out" if rejected else ""
     return (
         f"cluster.nodes={nodes}: not free within {timeout_s:.0f} s: the Ray cluster at {cluster.address} has "
-        f"{len(found)} nodes{out} and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
+        f"{len(alive)} nodes{left_out} and {sum(node.gpus for node in alive)} GPUs; each node must have {bundle} free"
     )
 
 

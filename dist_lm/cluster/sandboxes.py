@@ -63,7 +63,7 @@ class Work:
 
 
 @dataclass
-class Place:
+class SandboxNode:
     """A node with sandboxes."""
 
     name: str
@@ -81,7 +81,7 @@ class Place:
         return self.running / self.workers
 
     def begin(self, work: Work) -> Future[Verdict]:
-        """Run a program; an error of the call itself is one of the place too."""
+        """Run a program; an error of the call itself also counts as an error of the node."""
         try:
             return self.run(work.program, work.limits)
         except Exception as error:
@@ -103,10 +103,12 @@ class ClusterSandboxes:
             workers: programs at once on each node; 0: one for each of its cores.
             trust_me: run programs without isolation where a node allows none.
         """
-        self._cluster, self._workers, self._trust_me = cluster, workers, trust_me
-        self._own = SandboxPool(workers, trust_me)
-        self._places: list[Place] = []
-        self._actors: list[tuple[Place, Any]] = []
+        self._cluster = cluster
+        self._workers = workers
+        self._trust_me = trust_me
+        self._local_pool = SandboxPool(workers, trust_me)
+        self._nodes: list[SandboxNode] = []
+        self._actors: list[tuple[SandboxNode, Any]] = []
         self._waiting: deque[Work] = deque()
         self._running: list[Work] = []
         self._events: SimpleQueue[Event | None] = SimpleQueue()
@@ -114,33 +116,36 @@ class ClusterSandboxes:
 
     def __enter__(self) -> Self:
         """Raises: SandboxError: no sandbox on this node."""
-        own = self._own.__enter__()
-        self._places.append(Place("this node", own.submit, own.workers))
+        local_pool = self._local_pool.__enter__()
+        self._nodes.append(SandboxNode("this node", local_pool.submit, local_pool.workers))
         self._start_actors()
         self._thread.start()
         return self
 
     def __exit__(self, *_exception: object) -> None:
         """Whoever waits for the verdict of a program that has not ended gets a CancelledError."""
+        # None ends the thread; from then on this one alone changes the state.
         self._events.put(None)
         self._thread.join()
-        while not self._events.empty():  # submitted, or ended, meanwhile
+        # Submitted, or ended, meanwhile.
+        while not self._events.empty():
             if event := self._events.get():
                 event()
         for work in (*self._waiting, *self._running):
             if _begins(work):
                 work.verdict.set_exception(CancelledError("the sandboxes were closed"))
         self._close_actors()
-        self._own.__exit__()
+        self._local_pool.__exit__()
 
     def _close_actors(self) -> None:
         if not self._actors:
             return
         import ray
 
-        begun = [actor for place, actor in self._actors if place in self._places and place.workers]
-        if begun:
-            ray.wait([actor.close.remote() for actor in begun], num_returns=len(begun), timeout=CLOSE_S)
+        # Only actors that have begun have sandboxes to close.
+        active = [actor for node, actor in self._actors if node in self._nodes and node.workers]
+        if active:
+            ray.wait([actor.close.remote() for actor in active], num_returns=len(active), timeout=CLOSE_S)
         for _, actor in self._actors:
             ray.kill(actor)
 
@@ -156,62 +161,64 @@ class ClusterSandboxes:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        own = ray.get_runtime_context().get_node_id()
+        this_node_id = ray.get_runtime_context().get_node_id()
         remote = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(SandboxActor)
-        for node in self._cluster.nodes():
-            if node.id == own:
+        for ray_node in self._cluster.nodes():
+            if ray_node.id == this_node_id:
                 continue
-            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-            options = remote.options(scheduling_strategy=there, max_concurrency=MOST_AT_ONCE)
+            strategy = NodeAffinitySchedulingStrategy(ray_node.id, soft=False)
+            options = remote.options(scheduling_strategy=strategy, max_concurrency=MOST_AT_ONCE)
             actor = options.remote(self._workers, self._trust_me)
-            place = Place(f"node {node.address}", partial(_verdict_of, actor))
-            self._actors.append((place, actor))
-            self._places.append(place)
-            begun: Future[tuple[int, str]] = actor.begin.remote().future()
-            begun.add_done_callback(partial(self._put, self._begun, place))
+            node = SandboxNode(f"node {ray_node.address}", partial(_verdict_of, actor))
+            self._actors.append((node, actor))
+            self._nodes.append(node)
+            start: Future[tuple[int, str]] = actor.begin.remote().future()
+            start.add_done_callback(partial(self._put, self._started, node))
 
     def _put(self, then: Callable[..., None], *values: Any) -> None:
         """Let the thread that hands out take note; called from threads of Ray and of sandboxes, which must not wait."""
         self._events.put(partial(then, *values))
 
     def _hand_out(self) -> None:
+        """Runs events one after the other, and gives programs to the least busy nodes after each."""
         while (event := self._events.get()) is not None:
             event()
-            while self._waiting and (free := [place for place in self._places if place.has_room]):
-                place, work = min(free, key=lambda one: one.busy), self._waiting.popleft()
+            while self._waiting and (free := [node for node in self._nodes if node.has_room]):
+                node = min(free, key=lambda node: node.busy)
+                work = self._waiting.popleft()
                 if not _begins(work):
                     continue
                 self._running.append(work)
-                place.running += 1
-                place.begin(work).add_done_callback(partial(self._put, self._ended, place, work))
+                node.running += 1
+                node.begin(work).add_done_callback(partial(self._put, self._ended, node, work))
 
-    def _begun(self, place: Place, begun: Future[tuple[int, str]]) -> None:
-        if error := begun.exception():
-            self._leave(place, error)
+    def _started(self, node: SandboxNode, start: Future[tuple[int, str]]) -> None:
+        if error := start.exception():
+            self._leave(node, error)
             return
-        place.workers, held = begun.result()
-        log.info("%s runs %d programs at once; %s", place.name, place.workers, held)
+        node.workers, fences_text = start.result()
+        log.info("%s runs %d programs at once; %s", node.name, node.workers, fences_text)
 
-    def _ended(self, place: Place, work: Work, verdict: Future[Verdict]) -> None:
-        place.running -= 1
+    def _ended(self, node: SandboxNode, work: Work, verdict: Future[Verdict]) -> None:
+        node.running -= 1
         self._running.remove(work)
         error = verdict.exception()
         if error is None:
             work.verdict.set_result(verdict.result())
-        elif place is self._places[0]:  # no sandbox here any more: nobody else would do better
+        elif node is self._nodes[0]:  # no sandbox here any more: nobody else would do better
             work.verdict.set_exception(error)
         else:
-            self._leave(place, error)
+            self._leave(node, error)
             self._waiting.appendleft(work)
 
-    def _leave(self, place: Place, error: BaseException) -> None:
-        if place in self._places:
-            self._places.remove(place)
-            log.warning("%s runs no programs of models any more: %s", place.name, reason_of(error))
+    def _leave(self, node: SandboxNode, error: BaseException) -> None:
+        if node in self._nodes:
+            self._nodes.remove(node)
+            log.warning("%s runs no programs of models any more: %s", node.name, reason_of(error))
 
 
 def _begins(work: Work) -> bool:
-    """Whether a program runs, now or again; False if who asked for it has cancelled it."""
+    """Whether a program runs, now or again; False if its caller has cancelled it."""
     return work.verdict.running() or work.verdict.set_running_or_notify_cancel()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from dist_lm.cluster import sandboxes as module
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.cluster.sandboxes import AHEAD, ClusterSandboxes, Place, SandboxActor, sandboxes_of
+from dist_lm.cluster.sandboxes import AHEAD, ClusterSandboxes, SandboxActor, SandboxNode, sandboxes_of
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Test, infrastructure_error
@@ -39,7 +39,7 @@ def test_all_nodes_run_programs_and_a_lost_one_loses_none(tmp_path, caplog):
         found = sandboxes_of(cluster, 2, False)
         assert isinstance(found, ClusterSandboxes)
         with found as sandboxes:
-            own, other = sandboxes._places
+            own, other = sandboxes._nodes
             eventually("the other node has begun", lambda: other.workers == 2)
             assert other.name == "node 127.0.0.3"
             ran = {place.name: counted(place) for place in (own, other)}
@@ -54,13 +54,13 @@ def test_all_nodes_run_programs_and_a_lost_one_loses_none(tmp_path, caplog):
                 "the lost node is left out",
                 lambda: (
                     [one.result() for one in [sandboxes.submit(one, LIMITS) for one in more]]
-                    and sandboxes._places == [own]
+                    and sandboxes._nodes == [own]
                 ),
             )
         assert "node 127.0.0.3 runs no programs of models any more: " in caplog.text
 
 
-def counted(place: Place) -> list[Program]:
+def counted(place: SandboxNode) -> list[Program]:
     """The programs that a place is given from now on."""
     given, run = [], place.run
     place.run = lambda program, limits: given.append(program) or run(program, limits)
@@ -69,15 +69,15 @@ def counted(place: Place) -> list[Program]:
 
 def test_a_place_that_fails_is_left_out_and_the_least_busy_one_is_given_work(monkeypatch, caplog):
     """Without Ray: places that never answer, and one that is lost with its first program."""
-    silent = Place("silent", lambda *_: Future(), workers=2)
-    lost = Place("lost", lambda *_: failed("the node has died"), workers=8)
-    monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._places.extend((silent, lost)))
+    silent = SandboxNode("silent", lambda *_: Future(), workers=2)
+    lost = SandboxNode("lost", lambda *_: failed("the node has died"), workers=8)
+    monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._nodes.extend((silent, lost)))
     cluster = RayCluster("", ClusterConfig(name="local"))
     with ClusterSandboxes(cluster, workers=2) as sandboxes:
         futures = [sandboxes.submit(one, LIMITS) for one in programs(12)]
         eventually("all are given out", lambda: sum(one.done() for one in futures) == 12 - silent.running)
         assert 0 < silent.running <= AHEAD * silent.workers
-        assert [one.name for one in sandboxes._places] == ["this node", "silent"]
+        assert [one.name for one in sandboxes._nodes] == ["this node", "silent"]
         done = [(one.result().outcome, place) for place, one in enumerate(futures) if one.done()]
         assert [outcome for outcome, _ in done] == [EXPECTED[place] for _, place in done]
     assert "lost runs no programs of models any more: the node has died" in caplog.text
@@ -86,8 +86,8 @@ def test_a_place_that_fails_is_left_out_and_the_least_busy_one_is_given_work(mon
 @pytest.fixture
 def alone(monkeypatch) -> ClusterSandboxes:
     """The sandboxes of this node, one at once, and nodes that never answer."""
-    silent = Place("silent", lambda *_: Future(), workers=1)
-    monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._places.append(silent))
+    silent = SandboxNode("silent", lambda *_: Future(), workers=1)
+    monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._nodes.append(silent))
     return ClusterSandboxes(RayCluster("", ClusterConfig(name="local")), workers=1)
 
 
@@ -104,7 +104,7 @@ def test_a_program_that_was_cancelled_does_not_run(alone):
     given: list[Future] = []
     verdict = infrastructure_error(Program("python", ""), "none")
     with alone as sandboxes:
-        sandboxes._places[0].run = lambda *_: given.append(Future()) or given[-1]
+        sandboxes._nodes[0].run = lambda *_: given.append(Future()) or given[-1]
         futures = [sandboxes.submit(one, LIMITS) for one in programs(6)]
         eventually("all that can be are given out", lambda: len(sandboxes._running) == 4)
         assert [one.cancel() for one in futures] == [False] * 4 + [True] * 2
