@@ -28,7 +28,7 @@ from dist_lm.prepare.compose import (
     target_stage,
 )
 from dist_lm.prepare.conf_folders import KEY, conf_directory, search_path, with_config_dir
-from dist_lm.prepare.plan import Plan, PlannedStage, make_plan, may_need, untraced
+from dist_lm.prepare.plan import Plan, PlannedStage, check_stage_prefixes, plan_command, untraced
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Place
 from dist_lm.storage.process import cores
@@ -75,38 +75,34 @@ def show_configuration(arguments: list[str]) -> None:
     """Hydra's own views of the configuration: --help, --cfg job, --info, shell completion.
 
     Raises:
-        ConfigError: what is to be shown cannot be composed.
+        ConfigError: the configuration cannot be composed.
     """
     import hydra
 
-    shown, target = list(arguments), default_stage()
+    arguments_of_hydra, target = list(arguments), default_stage()
     if any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments):
         overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
-        named = any(override.startswith("stage=") for override in overrides)
-        target = target_stage(overrides) if named else target
+        if any(override.startswith("stage=") for override in overrides):
+            target = target_stage(overrides)
         check_stage_prefixes(overrides, target)
-        config = compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in many
-        shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
-        kept = [text for text in overrides_of(target, target, overrides) if not text.startswith(f"{KEY}=")]
+        # Refuses in one line what Hydra does in many.
+        config = compose_config(overrides_of(target, target, overrides))
+
+        # Hydra composes again, without what `compose_config` adds: names and what follows from a tokenizer.
+        of_target = [text for text in overrides_of(target, target, overrides) if not text.startswith(f"{KEY}=")]
         folders = [text for text in overrides if text.startswith(f"{KEY}=")]
-        shown += [*search_path(overrides), *for_hydra(kept, stage_named(target).schema, folders)]
-        shown += [f"model.name={config.model.name}", f"corpus.name={config.corpus.name}"]
+        arguments_of_hydra = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
+        arguments_of_hydra += [*search_path(overrides), *for_hydra(of_target, stage_named(target).schema, folders)]
+        arguments_of_hydra += [f"model.name={config.model.name}", f"corpus.name={config.corpus.name}"]
+
     register_schema(stage_named(target).schema)
-    sys.argv[1:] = shown
+    sys.argv[1:] = arguments_of_hydra
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()
 
 
 def run_command(overrides: Sequence[str], console: Console) -> int:
     """Plan what `overrides` ask for, show the plan, and carry it out. Returns the exit code."""
-    from dist_lm.prepare.layout_choice import with_begun_runs
-
-    target = target_stage(overrides)
-    check_stage_prefixes(overrides, target)
-
-    def compose(stage: str) -> Config:
-        return compose_config(overrides_of(stage, target, overrides))
-
-    plan = with_begun_runs(make_plan(target, compose), overrides)
+    plan = plan_command(overrides)
     config = plan.target.config
     check_layouts(plan, config.dry_run)
     no_profile = untraced(plan.target)
@@ -114,7 +110,7 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
     if no_profile:
         console.warning(no_profile)
     if config.dry_run:
-        check_and_describe(plan, console)
+        describe_steps(plan, console)
         return 0
     check_writable(Path(config.work_dir))
     return carry_out(plan, console)
@@ -126,32 +122,20 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
     Raises:
         ConfigError: names the key and what would fit.
     """
-    from dist_lm.prepare.layout_choice import with_layout
+    from dist_lm.prepare.layout import with_layout
 
     for stage in plan.stages if dry_run else plan.missing:
         if stage.stage.place is Place.RANKS and (dry_run or stage.config.cluster.name == "local"):
-            ranks = (ranks_planned if dry_run else ranks_here)(stage.config)
-            with_layout(stage.config, ranks, before=stage.begun)
-
-
-def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
-    """Refuse `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way."""
-    earlier = may_need(target)
-    for override in overrides:
-        if override.startswith("stages."):
-            name = override.split(".")[1].split("=")[0]
-            if name not in earlier or override.partition("=")[0].count(".") < 2:
-                raise ConfigError(
-                    f"{override}: expected stages.NAME.KEY=value with NAME one of {', '.join(earlier) or '(none)'}; "
-                    f"keys of {target} itself are stage.KEY=value"
-                )
+            ranks = ranks_planned(stage.config) if dry_run else ranks_here(stage.config)
+            with_layout(stage.config, ranks, before=stage.continued)
 
 
 def check_writable(work_dir: Path) -> None:
     """Refuse a work directory that cannot be made or written to, before anything starts."""
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=work_dir, prefix=".writable."):  # other commands may try at the same time
+        # Other commands may try at the same time.
+        with NamedTemporaryFile(dir=work_dir, prefix=".writable."):
             pass
     except OSError as error:
         raise ConfigError(f"work_dir={work_dir}: cannot be written to ({error.strerror}); choose another") from error
@@ -172,39 +156,40 @@ def show_plan(plan: Plan, console: Console) -> None:
     )
 
 
-def check_and_describe(plan: Plan, console: Console) -> None:
-    """The dry run: what a step of every training stage holds, sends and takes, played without values."""
+def describe_steps(plan: Plan, console: Console) -> None:
+    """The dry run: plays a step of every training stage without values; prints its memory, messages and time."""
     from dist_lm.dry_run.iterations import memory_rows
     from dist_lm.dry_run.play import play_ranks, rows, summary
-    from dist_lm.parallel.layout import resolve_layout
-    from dist_lm.prepare.layout_choice import on_nodes_of, with_layout
+    from dist_lm.parallel.layout import Layout
+    from dist_lm.prepare.layout import on_nodes_of, with_layout
 
     for stage in plan.stages:
         if stage.stage.place is not Place.RANKS:
             continue
+        ranks = ranks_planned(stage.config)
         if not stage.config.takes_sequences:
-            ranks = ranks_planned(stage.config)
-            layout = resolve_layout(stage.config.parallel, stage.config.model, stage.config.cluster.nodes * ranks)
+            config = with_layout(stage.config, ranks, before=stage.continued)
+            layout = Layout.recorded(config.parallel)
             title = f"dry run: {stage.name} on {layout.world_size} ranks, estimated (its iterations are not played)"
             console.table(title, ("", "memory"), memory_rows(stage.config, layout))
-        else:
-            ranks = ranks_planned(stage.config)
-            config = on_nodes_of(with_layout(stage.config, ranks, console, stage.begun), ranks)
-            layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks)
-            with console.waiting(f"playing a step of {stage.name}"):
-                reports = play_ranks(config, layout)
-            console.summary(f"dry run: {stage.name}", summary(config, layout, reports))
-            columns = ("", *(f"rank {report.rank}" for report in reports))
-            console.table(
-                "what a rank holds, and sends in a step (messages; it receives as much):",
-                columns,
-                rows(config, layout, reports),
-            )
+            continue
+
+        config = on_nodes_of(with_layout(stage.config, ranks, console, stage.continued), ranks)
+        layout = Layout.recorded(config.parallel)
+        with console.waiting(f"playing a step of {stage.name}"):
+            reports = play_ranks(config, layout)
+        console.summary(f"dry run: {stage.name}", summary(config, layout, reports))
+        columns = ("", *(f"rank {report.rank}" for report in reports))
+        console.table(
+            "what a rank holds, and sends in a step (messages; it receives as much):",
+            columns,
+            rows(config, layout, reports),
+        )
     console.line("nothing was started (dry_run=true)")
 
 
 def ranks_planned(config: Config) -> int:
-    """Ranks a node of the hardware that a dry run is for, which need not be this machine's."""
+    """GPUs or ranks per node of the hardware that a dry run plans for, not of this machine."""
     hardware = config.hardware
     if config.cluster.ranks_per_node == -1 and hardware.device == "cuda":
         return hardware.devices_per_node
@@ -212,10 +197,10 @@ def ranks_planned(config: Config) -> int:
 
 
 def ranks_here(config: Config) -> int:
-    """Ranks a node, if the nodes are like this machine."""
+    """Ranks per node if the nodes are like this machine."""
     gpus = 0 if config.device == "cpu" else local_gpus()
-    here = config.cluster.name == "local"
-    require(gpus > 0 or config.device != "cuda" or not here, "device", config.device, "cpu or auto: no GPU here")
+    is_local = config.cluster.name == "local"
+    require(gpus > 0 or config.device != "cuda" or not is_local, "device", config.device, "cpu or auto: no GPU here")
     if config.pool:
         nodes = [Node("", "", cores(), local_gpus())] * config.cluster.nodes
         return ranks_beside(config.pool, config.cluster, nodes, gpus)
@@ -262,24 +247,30 @@ def carry_out(plan: Plan, console: Console) -> int:
             stopped_by = stop.number if isinstance(stop, Stopped) else signal.SIGINT
             console.error(f"stopped at once by {signal.Signals(stopped_by).name}; the same command continues")
         except BaseException as error:
-            full = disk_trouble(
+            disk_message = disk_trouble(
                 error, f"work_dir={plan.target.config.work_dir} (or temporary files, or standard output)"
             )
-            pipeline.end("failed", full or (str(error) if isinstance(error, UserError) else first_line(error)))
-            if full:
-                raise ArtefactError(full) from error
+            if disk_message:
+                pipeline.end("failed", disk_message)
+                raise ArtefactError(disk_message) from error
+            pipeline.end("failed", str(error) if isinstance(error, UserError) else first_line(error))
             raise
+
         if stopped_by:
             end(pipeline, "stopped", f"by {signal.Signals(stopped_by).name}")
             return 128 + stopped_by
-        refused = plan.target.stage.rejection(config)
-        pipeline.end("failed" if refused else "done", refused)
+        # A stage can end without an error and still have produced nothing, such as stage generate without an answer.
+        rejection = plan.target.stage.rejection(config)
+        state = "failed" if rejection else "done"
+        pipeline.end(state, rejection)
+
     print_samples(plan, console)
     plan.target.stage.summarize(config, console)
-    print_outcome(plan, pipeline.stages, "failed" if refused else "done", sys.argv, console)
-    if refused:
-        console.error(refused)
-    return 2 if refused else 0
+    print_outcome(plan, pipeline.stages, state, sys.argv, console)
+    if rejection:
+        console.error(rejection)
+        return 2
+    return 0
 
 
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
@@ -290,28 +281,32 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     from dist_lm.launcher.process import left_at_once, watch_signals
     from dist_lm.launcher.stage_run import run_training_stage
 
-    run_on = {Place.RANKS: run_training_stage, Place.POOL: run_pool_stage}
-    on_cluster = [stage for stage in plan.missing if stage.stage.place in run_on]
-    first = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
-    if first and on_cluster and on_cluster[0].config.cluster.name == "ray":
+    runner_of = {Place.RANKS: run_training_stage, Place.POOL: run_pool_stage}
+    on_cluster = [stage for stage in plan.missing if stage.stage.place in runner_of]
+    n_before = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
+
+    # Stages before the first one on the cluster are built before it is joined: their work takes no node from others.
+    if n_before and on_cluster and on_cluster[0].config.cluster.name == "ray":
         check_on_cluster(on_cluster)
-    for stage in plan.missing[:first]:
+    for stage in plan.missing[:n_before]:
         pipeline.begin(stage.name)
         pipeline.done(stage.name, build_artefact(stage, console))
     if not on_cluster:
         return 0
+
     trains = on_cluster[-1].stage.place is Place.RANKS
     then = "writing a checkpoint, then stopping" if trains else "stopping"
     with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
-        for stage in plan.missing[first:]:
+        for stage in plan.missing[n_before:]:
             pipeline.begin(stage.name)
-            done, detail = False, ""
-            if stage in on_cluster:
-                done = not interrupt.requested and run_on[stage.stage.place](stage, cluster, console, interrupt, job)
+            is_done, detail = False, ""
+            if stage in on_cluster and not interrupt.requested:
+                is_done = runner_of[stage.stage.place](stage, cluster, console, interrupt, job)
             elif not interrupt.requested:
                 with left_at_once(interrupt, console):
-                    done, detail = True, build_artefact(stage, console)
-            if not done:
+                    detail = build_artefact(stage, console)
+                    is_done = True
+            if not is_done:
                 start = stage.progress
                 console.line(f"stopped in stage {stage.name}; the same command continues from {start}")
                 return interrupt.number

@@ -1,56 +1,267 @@
-"""The program of one rank: `torchrun -m dist_lm.train RUN_DIR` (the launcher does the same through Ray).
+"""The program of one rank. torchrun starts it through one of two doors.
 
-It reads the resolved configuration in the run directory, continues from the newest intact checkpoint there, and writes
-`result.json` at a true end. USR1 or TERM make all ranks agree on a step, write a checkpoint and leave with exit code 0
-but without `result.json`.
+    torchrun --nproc-per-node 2 -m dist_lm.train stage=code work_dir=work [key=value]
+    torchrun --nproc-per-node 2 -m dist_lm.train RUN_DIR
+
+The first needs neither a launcher nor Ray: rank 0 composes the configuration, compares it with the run, resolves the
+layout and writes `config.yaml` (`dist_lm.prepare.door`). The second trains the run that a `config.yaml` describes; this
+is what the launcher starts, watches and starts again. At both doors the other ranks wait until rank 0 has told them the
+hash of `config.yaml`, and then all do the same: they continue from the newest intact checkpoint of the run, and write
+`result.json` at a true end.
+
+USR1, TERM or Ctrl-C make all ranks agree on a step, write a checkpoint and leave with exit code 0 but without
+`result.json`. Exit code 2: rank 0 has refused the command line, and one line says why. 1: a rank has failed, and
+`logs/failure_RANK.json` says how.
 """
 
 import errno
 import faulthandler
+import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.flight_recorder import collectives_served
+from dist_lm.cluster.heartbeat import VARIABLE as HEARTBEAT
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
-from dist_lm.errors import UserError
+from dist_lm.cluster.torchrun import complete_environment
+from dist_lm.config.root import Config
+from dist_lm.errors import ArtefactError, UserError
+from dist_lm.prepare.run import Ranks, fit_to_ranks, rank_lock
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.stage import training_stage
+from dist_lm.stages.training.stage import TrainingStage, training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.metrics import write_warnings
-from dist_lm.tracking.redact import redact_text
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import LineFollower, MetricsFollower, write_warnings
+from dist_lm.tracking.redact import redact_text, without_secrets
 from dist_lm.training.heartbeat import StopRequest
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 log = logging.getLogger("dist_lm.train")
 
+USAGE = """usage: torchrun --nproc-per-node N -m dist_lm.train stage=S [key=value]   (as for dist_lm.launch)
+       torchrun --nproc-per-node N -m dist_lm.train RUN_DIR"""
+PREPARED = "dist_lm/prepared"  # key of the store, under which rank 0 tells the others what it has prepared
+PREPARED_WAIT_S = 3600.0  # rank 0 may wait for the locks of a run, and hashes large files
+SEEN_S = 60.0  # a network file system may show a new file with a delay
+POLL_S = 0.2
+PROGRESS_EVERY_S = 1.0
+
 
 def main() -> None:
-    """Run one rank; an exception is recorded in the run directory before it ends the process."""
-    if len(sys.argv) != 2 or "RANK" not in os.environ:
-        sys.exit("usage: torchrun --nproc-per-node N -m dist_lm.train RUN_DIR   (one that `dist_lm.launch` prepared)")
-    run, rank = RunDirectory(Path(sys.argv[1]).resolve()), int(os.environ["RANK"])
+    """Run one rank."""
+    arguments = sys.argv[1:]
+    if not arguments or "RANK" not in os.environ:
+        sys.exit(USAGE)
+    start_with_full_environment()
     die_with_parent()
-    terminal = write_to_log(run.rank_log(rank))
-    if rank == 0:
-        write_warnings(run.warnings, "dist_lm")
-        tell(terminal, f"rank 0 writes to {run.rank_log(0)}")
+
+    if names_run(arguments):
+        run = RunDirectory(Path(arguments[0]).resolve())
+        train_run(run)
+    else:
+        train_stage(arguments)
+
+
+def names_run(arguments: Sequence[str]) -> bool:
+    """Whether the command line is the path of a run directory, and not `key=value`."""
+    return len(arguments) == 1 and (Path(arguments[0]).is_dir() or "=" not in arguments[0])
+
+
+def train_run(run: RunDirectory) -> None:
+    """Train the run that a `config.yaml` describes."""
+    rank, stop = int(os.environ["RANK"]), StopRequest()
+    if not run.config.is_file():
+        Console().error(f"{run.config}: there is no such file; expected the folder of a run, or stage=S [key=value]")
+        sys.exit(2)
+    terminal = Terminal.redirect(run.rank_log(rank))
+
+    with ExitStack() as locks, recorded_failure(run, rank, terminal):
+        store = connect()
+
+        def prepare() -> RunDirectory:
+            locks.enter_context(
+                rank_lock(
+                    run,
+                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
+                    stopped=lambda: stop.requested,
+                )
+            )
+            fit_to_ranks(run, Ranks.started(os.environ))
+            return run
+
+        if rank == 0:
+            write_warnings(run.warnings, "dist_lm")
+            stop_on_signals(stop)
+        prepared_by_first_rank(store, rank, prepare)
+        train(run, rank, stop, terminal)
+
+
+def train_stage(arguments: Sequence[str]) -> None:
+    """Prepare the run that a command line asks for, and train it."""
+    rank, stop = int(os.environ["RANK"]), StopRequest()
+    with ExitStack() as locks:
+        store = connect()
+
+        def prepare() -> RunDirectory | None:
+            from dist_lm.prepare.door import prepare_stage  # only rank 0 needs Hydra
+
+            return prepare_stage(arguments, Ranks.started(os.environ), Console(), stop, locks)
+
+        if rank == 0:
+            stop_on_signals(stop)
+        try:
+            run = prepared_by_first_rank(store, rank, prepare)
+        except UserError as error:
+            if rank == 0:
+                # The others leave without a word.
+                store.set(PREPARED, json.dumps({"refused": True}))
+            Console().error(str(error))
+            sys.exit(2)
+        if run is None:
+            return
+
+        terminal = Terminal.redirect(run.rank_log(rank))
+        with recorded_failure(run, rank, terminal):
+            if rank == 0:
+                write_warnings(run.warnings, "dist_lm")
+            train(run, rank, stop, terminal)
+
+
+def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal") -> None:
+    """Train a prepared run; the part that both doors share."""
+    # Secrets were needed to keep them out of the configuration; programs that ranks start must not inherit them.
+    for name in os.environ.keys() - without_secrets(os.environ).keys():
+        del os.environ[name]
+    if rank != 0:
+        stop_on_signals(stop)
     faulthandler.enable()
-    faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
-    stop = stop_on_signals()
+    # Works in a collective that never returns, too.
+    faulthandler.register(STACKS_SIGNAL)
+
+    config = load_config(run.config)
+    stage = training_stage(config.stage.name)
+    # The launcher shows progress and results then.
+    is_watched = HEARTBEAT in os.environ
+    reports = rank == 0 and not is_watched
+    if rank == 0:
+        terminal.tell(f"rank 0 writes to {run.rank_log(0)}")
+
+    # A single rank waits for no other.
+    has_peers = int(os.environ["WORLD_SIZE"]) > 1
+    with (
+        collectives_served(os.environ) if has_peers else nullcontext(),
+        progress_lines(config, run, terminal) if reports else nullcontext(),
+    ):
+        stage.run_rank(run, stop, own_heartbeat(os.environ))
+    if reports:
+        print_result(stage, config, run, terminal)
+
+
+# --- rank 0 prepares, the others wait ---
+
+
+def connect() -> "Store":
+    """The key-value store of torchrun, by which ranks find each other before they have a process group."""
+    from torch.distributed import rendezvous
+
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=PREPARED_WAIT_S))))
+    return store
+
+
+def prepared_by_first_rank(
+    store: "Store", rank: int, prepare: Callable[[], RunDirectory | None]
+) -> RunDirectory | None:
+    """Call `prepare` on rank 0, and wait for it on the others, which then see the same `config.yaml` (collective).
+
+    Returns:
+        The run that `prepare` returns.
+
+    Raises:
+        SystemExit: with code 2 on other ranks, if rank 0 has refused the command line.
+        ArtefactError: this node does not see the run directory.
+    """
+    if rank == 0:
+        run = prepare()
+        sha256 = durable.sha256_of(run.config) if run else ""
+        store.set(PREPARED, json.dumps({"run": str(run.path.resolve()) if run else "", "sha256": sha256}))
+        return run
+
+    message = json.loads(store.get(PREPARED))
+    if message.get("refused"):
+        sys.exit(2)
+    if not message["run"]:
+        return None
+    run = RunDirectory(Path(message["run"]))
+    await_config(run, message["sha256"])
+    return run
+
+
+def await_config(run: RunDirectory, sha256: str) -> None:
+    """Wait until this node sees the `config.yaml` that rank 0 has written.
+
+    Raises:
+        ArtefactError: it does not appear.
+    """
+    deadline = time.monotonic() + SEEN_S
+    while not (run.config.is_file() and durable.sha256_of(run.config) == sha256):
+        if time.monotonic() > deadline:
+            raise ArtefactError(
+                f"{run.config}: {host_name()} does not see what rank 0 has written: expected work_dir on a file system "
+                "that all nodes share"
+            )
+        time.sleep(POLL_S)
+
+
+def start_with_full_environment() -> None:
+    """Start this program again with the environment that an agent of the launcher gives its ranks.
+
+    The number of threads decides the order of floating-point sums on CPUs, and the allocator and OpenMP read their
+    settings only when a process starts. The process id stays, so torchrun does not notice.
+    """
+    environment = complete_environment(os.environ)
+    if environment is not None:
+        os.execve(sys.executable, sys.orig_argv, environment)  # noqa: S606  no shell is wanted
+
+
+# --- signals and failures ---
+
+
+def stop_on_signals(stop: StopRequest) -> None:
+    """Let USR1, TERM and Ctrl-C set `stop`, which is looked at between steps.
+
+    The launcher passes on USR1 only; the others come from torchrun.
+    """
+
+    def request(number: int, frame: object) -> None:
+        log.info("received %s", signal.Signals(number).name)
+        stop.requested = True
+
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request)
+
+
+@contextmanager
+def recorded_failure(run: RunDirectory, rank: int, terminal: "Terminal") -> Iterator[None]:
+    """Record an exception of the block in the run directory, and end the process."""
     try:
-        stage = training_stage(load_config(run.config).stage.name)
-        several = int(os.environ["WORLD_SIZE"]) > 1  # a single rank waits for no other
-        with collectives_served(os.environ) if several else nullcontext():
-            stage.run_rank(run, stop, own_heartbeat(os.environ))
+        yield
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error, run) else traceback.format_exc())
@@ -58,24 +269,11 @@ def main() -> None:
                 record_failure(run, rank, error)
             except OSError as unrecorded:  # a full disk, most likely the failure itself
                 log.error("%s could not be written: %s", run.rank_failure(rank), unrecorded)
-            tell(terminal, f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})")
+            terminal.tell(f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})")
         finally:
             # other ranks may wait in a collective for this one: leave at once, torchrun ends them
             sys.stderr.flush()
             os._exit(1)
-
-
-def stop_on_signals() -> StopRequest:
-    """A request that USR1 and TERM set; it is looked at between steps."""
-    stop = StopRequest()
-
-    def request(number: int, frame: object) -> None:
-        log.info("received %s", signal.Signals(number).name)
-        stop.requested = True
-
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, request)
-    return stop
 
 
 def is_for_the_user(error: BaseException, run: RunDirectory) -> bool:
@@ -87,28 +285,6 @@ def is_for_the_user(error: BaseException, run: RunDirectory) -> bool:
         # a failed write, unlike a failed open, does not say where; what ranks write they write to the run
         return error.filename is None or Path(str(error.filename)).is_relative_to(run.work.path)
     return isinstance(error, UserError)
-
-
-def write_to_log(path: Path) -> int:
-    """Send this process's output to its own log, C++ libraries included; returns the old standard error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    before = os.dup(2)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    return before
-
-
-def tell(terminal: int, line: str) -> None:
-    """Write a line to the old standard error; the log says so if nobody reads it any more."""
-    try:
-        os.write(terminal, f"{line}\n".encode())
-    except OSError as error:
-        log.warning("the terminal is gone (%s), it missed: %s", error, line)
 
 
 def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
@@ -125,6 +301,87 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
             "user_error": is_for_the_user(error, run),
         },
     )
+
+
+# --- what people see ---
+
+
+class Terminal:
+    """The standard streams that the process had before its output went to its log."""
+
+    def __init__(self, output: TextIO, errors: TextIO) -> None:
+        self._errors = errors
+        self.console = Console(output, errors, live=False)
+
+    @classmethod
+    def redirect(cls, log_file: Path) -> "Terminal":
+        """Send this process's output to its own log, C++ libraries included; returns the streams before."""
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        terminal = cls(*(os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2)))
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        return terminal
+
+    def tell(self, line: str) -> None:
+        """Write a line to the old standard error; the log says so if nobody reads it any more."""
+        try:
+            print(line, file=self._errors, flush=True)
+        except OSError as error:
+            log.warning("the terminal is gone (%s), it missed: %s", error, line)
+
+
+@contextmanager
+def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Iterator[None]:
+    """Print a line of progress about every ten seconds, and the warnings of rank 0, while the block trains.
+
+    A thread reads them from the files of the run, so that a slow terminal delays no step.
+    """
+    ended = threading.Event()
+
+    def follow() -> None:
+        metrics, warnings = MetricsFollower(run.metrics), LineFollower(run.warnings, from_end=True)
+        with terminal.console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
+            is_last = False
+            while not is_last:
+                is_last = ended.wait(PROGRESS_EVERY_S)
+                for warning in warnings.poll():
+                    terminal.console.warning(warning.decode(errors="replace"))
+                for line in metrics.poll():
+                    progress.update(line)
+
+    def follow_while_read() -> None:
+        try:
+            follow()
+        except OSError as error:
+            log.warning("the terminal is gone (%s): no more progress is shown", error)
+
+    thread = threading.Thread(target=follow_while_read, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def print_result(stage: TrainingStage, config: Config, run: RunDirectory, terminal: Terminal) -> None:
+    """Print the summary of a finished run, or what the next command continues from."""
+    # The run may have been moved or copied since its configuration was composed.
+    config = replace(config, work_dir=str(run.work.path), run_id=run.path.name)
+    try:
+        if run.result.exists():
+            stage.summarize(config, terminal.console)
+        else:
+            terminal.console.line(f"stopped; the same command continues from {stage.progress(config)}")
+    except OSError as error:
+        log.warning("the terminal is gone (%s), it missed the result", error)
 
 
 if __name__ == "__main__":

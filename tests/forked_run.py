@@ -8,7 +8,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 
 from dist_lm import train as rank
-from dist_lm.storage.process import reserve_port
+from dist_lm.storage.process import MARK, reserve_port
 from dist_lm.storage.run_directory import RunDirectory
 from tests.parallel.ranks import CONTEXT
 from tests.patience import patient
@@ -50,5 +50,6 @@ def _first_failure(processes: Sequence[ForkServerProcess]) -> int:
 def _rank(number: int, size: int, port: int, path: str) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ[MARK] = "forked"  # the environment is complete
     sys.argv = ["dist_lm.train", path]
     rank.main()

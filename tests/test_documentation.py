@@ -28,7 +28,7 @@ from dist_lm.generation.request import Answer
 from dist_lm.gpu_check import results
 from dist_lm.launch import check_stage_prefixes, ranks_planned
 from dist_lm.prepare.compose import choices, compose_config, overrides_of, target_stage
-from dist_lm.prepare.layout_choice import with_layout
+from dist_lm.prepare.layout import with_layout
 from dist_lm.prepare.plan import may_need
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.training.stage import TrainingStage

@@ -15,6 +15,7 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
+from dist_lm.storage.process import MARK
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.registry import metric_of, metrics_of
@@ -109,7 +110,7 @@ def start(run: RunDirectory, ranks: int, largest_file: int | None = None) -> sub
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(ranks), "-m", "dist_lm.train", str(run.path)),
         ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", MARK: "torchrun"},  # as many threads as forked ranks have
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

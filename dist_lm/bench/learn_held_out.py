@@ -21,7 +21,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.stage import run_of
 from dist_lm.stages.text import held_out_batches
-from dist_lm.stages.training.stage import Opening
+from dist_lm.stages.training.arguments import Opening
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.objective import loss_metrics, summed_losses

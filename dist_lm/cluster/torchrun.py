@@ -8,6 +8,7 @@ process PARENT, and if ranks fail it writes a JSON list of `{rank, exit_code, ti
 import ipaddress
 import json
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import psutil
 
+from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.storage import process
 from dist_lm.tracking.redact import without_secrets
 
-# By default glibc returns large blocks to the kernel and faults them in again at every step: 20 % of the step time of a
+# glibc's default returns large blocks to the kernel and faults them in again at every step: 20 % of the step time of a
 # small model. Blocks of 64 MiB and more are still returned: keeping them fragments the heap of a larger model and saves
 # no time.
 CPU_ALLOCATOR = {
@@ -26,7 +28,7 @@ CPU_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-# By default OpenMP threads spin for about 20 ms after each parallel loop, on cores that another process needs (a
+# OpenMP threads spin by default for about 20 ms after each parallel loop, on cores that another process needs (a
 # learner's cores while its actors generate, and theirs while it updates). This count means about 2 ms.
 OPENMP_SPIN = {"GOMP_SPINCOUNT": "30000"}
 LOOPBACK = "lo"
@@ -53,7 +55,7 @@ def rank_environment(
     The user's own settings of OpenMP, gloo, NCCL and CUDA are kept.
 
     Args:
-        mark: of the gang; its processes are found by it.
+        mark: names the gang in the environment; its processes are found by it.
         logs: folder of the run's logs.
         interface: network interface for messages between ranks; None: gloo and NCCL choose.
         given: overrides everything else.
@@ -63,6 +65,8 @@ def rank_environment(
         "OMP_NUM_THREADS": str(max(1, cores_per_rank)),  # replaces the value that Ray set for the agent
         "PYTHONUNBUFFERED": "1",
     }
+
+    # Defaults give way to settings of the user.
     defaults = dict(OPENMP_SPIN)
     if device == "cuda":
         defaults |= CUDA | {"TORCH_FR_DUMP_TEMP_FILE": str(logs / "nccl_trace_rank_")}
@@ -82,9 +86,53 @@ def interface_of(address: str) -> str | None:
     if sys.platform != "linux":
         return None
     if ipaddress.ip_address(address).is_loopback:
-        return LOOPBACK  # it has all of 127.0.0.0/8 but lists one address
-    interfaces = psutil.net_if_addrs().items()
-    return next((name for name, found in interfaces if address in [entry.address for entry in found]), None)
+        # It has all of 127.0.0.0/8 but lists one address.
+        return LOOPBACK
+    for name, entries in psutil.net_if_addrs().items():
+        if address in [entry.address for entry in entries]:
+            return name
+    return None
+
+
+def complete_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment of a rank that torchrun has started without an agent, as an agent would have made it, but with
+    secrets; None for a rank that has it already.
+
+    Args:
+        environ: the rank's own, with the variables of torchrun.
+    """
+    if process.MARK in environ:
+        return None
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = int(environ.get("GROUP_WORLD_SIZE", "1"))
+    address = environ.get("MASTER_ADDR", "127.0.0.1")
+    return dict(environ) | rank_environment(
+        environ,
+        mark=f"torchrun-{os.getppid()}",
+        logs=Path(tempfile.gettempdir()),
+        device="cuda" if local_gpus() else "cpu",
+        cores_per_rank=process.cores() // ranks,
+        interface=LOOPBACK if nodes == 1 else interface_towards(address),
+        given={},
+    )
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this node reaches another one; None to let gloo and NCCL choose.
+
+    Args:
+        address: host name or IP address of the first node, which may be this one.
+    """
+    try:
+        # connecting a datagram socket sends nothing, it only asks the kernel for the route
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+            route.connect((address, 1))
+            interface = interface_of(route.getsockname()[0])
+    except OSError:
+        return None
+    # A host name of this node may resolve to a loopback address, which the other nodes do not reach.
+    by_name = address != "localhost" and not address.startswith("127.")
+    return None if interface == LOOPBACK and by_name else interface
 
 
 def main() -> None:

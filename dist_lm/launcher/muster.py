@@ -12,11 +12,11 @@ from dist_lm.cluster.recruit import Crew, able_nodes, recruit
 from dist_lm.config.root import Config
 from dist_lm.launcher.process import Interrupt
 from dist_lm.model.size import trained_count
-from dist_lm.prepare.layout_choice import largest
+from dist_lm.prepare.layout import largest
 from dist_lm.tracking.console import Console
 
-BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
-AVERAGE_BYTES = 4  # more with stage.ema_decay
+BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights and two moments
+AVERAGE_BYTES = 4  # in addition, with stage.ema_decay
 GIB = 1 << 30
 LONGEST_GROW_S = 3600.0
 
@@ -27,13 +27,16 @@ class NodesLostError(ClusterError):
 
 def demands_of(config: Config, gpus_per_node: int) -> Demands:
     """The requirements of this run for a node."""
-    least = math.ceil(config.cluster.min_free_gib * GIB)
-    per_parameter = BYTES_PER_PARAMETER + (AVERAGE_BYTES if config.stage.ema_decay else 0)
-    checkpoint = trained_count(config.trained_shape) * config.trained_models * per_parameter
+    bytes_per_parameter = BYTES_PER_PARAMETER
+    if config.stage.ema_decay:
+        bytes_per_parameter += AVERAGE_BYTES
+    checkpoint_bytes = trained_count(config.trained_shape) * config.trained_models * bytes_per_parameter
+
+    min_free_bytes = math.ceil(config.cluster.min_free_gib * GIB)
     return Demands(
         gpus=gpus_per_node,
-        free_bytes=least + checkpoint,
-        temporary_bytes=least,
+        free_bytes=min_free_bytes + checkpoint_bytes,
+        temporary_bytes=min_free_bytes,
         clock_skew_s=config.cluster.max_clock_skew_s,
         link_ratio=config.cluster.min_link_ratio,
         tried=gpus_per_node,
@@ -64,7 +67,7 @@ class Muster:
         self._demands = demands_of(config, gpus_per_node)
         self._interrupt = interrupt
         self._console = console
-        self._note = cache(console.warning)  # says a thing once
+        self._note = cache(console.warning)  # repeats no warning
         self._under_way = False
         self._grow_after_s = config.cluster.grow_after_s
         # Ray ids of unfit nodes, and of nodes that an attempt lost (Ray lists a dead node for a while)
@@ -84,18 +87,24 @@ class Muster:
         """
         config = self._cluster_config
         most = nodes or self._sizes[0]
-        patience = config.start_timeout_s
+
+        timeout_s = config.start_timeout_s
         if self._under_way:
-            patience = config.node_wait_s if most > self._sizes[-1] else max(patience, config.node_wait_s)
+            # A run that can go on with fewer nodes waits only for replacements; one that cannot waits for both.
+            can_shrink = most > self._sizes[-1]
+            timeout_s = config.node_wait_s if can_shrink else max(timeout_s, config.node_wait_s)
         try:
-            crew = self._recruit(most, patience, avoid)
+            crew = self._recruit(most, timeout_s, avoid)
         except ClusterError as shortage:
             crew = self._fewer(most, avoid, shortage)
-        self._under_way = self._under_way or crew is not None
-        if crew:
-            self._lost |= crew.left_out
-            if nodes and len(crew.hosts) < nodes:  # the expected nodes were taken or unfit: wait longer before retrying
-                self._grow_after_s = min(2 * max(self._grow_after_s, 1.0), LONGEST_GROW_S)
+        if crew is None:
+            return None
+
+        self._under_way = True
+        self._lost |= crew.left_out
+        if nodes and len(crew.hosts) < nodes:
+            # The nodes to grow to were taken or unfit: wait longer before the next try.
+            self._grow_after_s = min(2 * max(self._grow_after_s, 1.0), LONGEST_GROW_S)
         return crew
 
     def lose(self, id_: str) -> None:
@@ -103,13 +112,19 @@ class Muster:
         self._lost.add(id_)
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:
-        smaller = [size for size in self._sizes if size < most]
-        while size := largest(smaller, len(able_nodes(self._cluster, self._gpus_per_node))):
+        """The crew of as many nodes as there are, at most `most`; see `call`.
+
+        Args:
+            shortage: why `most` nodes are not available.
+        """
+        smaller_sizes = [size for size in self._sizes if size < most]
+        while size := largest(smaller_sizes, len(able_nodes(self._cluster, self._gpus_per_node))):
             self._console.warning(f"{shortage}; continuing with {size}")
             try:
                 return self._recruit(size, self._cluster_config.start_timeout_s, avoid)
             except ClusterError as error:
-                shortage, smaller = error, [other for other in smaller if other < size]
+                shortage = error
+                smaller_sizes = [smaller for smaller in smaller_sizes if smaller < size]
         if self._under_way:
             raise NodesLostError(f"{shortage}; the same command continues when there are enough nodes") from shortage
         raise shortage
@@ -133,12 +148,15 @@ class Muster:
 
         A node counts once it has been available for cluster.grow_after_s.
         """
-        own = {node.id for node in crew.placement.nodes}
-        if len(own) >= self._sizes[0]:
+        crew_ids = {node.id for node in crew.placement.nodes}
+        if len(crew_ids) >= self._sizes[0]:
             return None
+
         now = time.monotonic()
-        others = [node.id for node in able_nodes(self._cluster, self._gpus_per_node) if node.id not in own | self._lost]
-        self._first_seen = {id_: self._first_seen.get(id_, now) for id_ in others}
-        ready = sum(now - since >= self._grow_after_s for since in self._first_seen.values())
-        size = largest(self._sizes, len(own) + ready)
-        return size if size and size > len(own) else None
+        able_ids = {node.id for node in able_nodes(self._cluster, self._gpus_per_node)}
+        unused_ids = able_ids - crew_ids - self._lost
+        self._first_seen = {node_id: self._first_seen.get(node_id, now) for node_id in unused_ids}
+
+        n_ready = sum(now - first_seen >= self._grow_after_s for first_seen in self._first_seen.values())
+        size = largest(self._sizes, len(crew_ids) + n_ready)
+        return size if size and size > len(crew_ids) else None

@@ -37,6 +37,7 @@ def print_outcome(
     """
     if state != "done" and all(stage.seconds is None for stage in stages):
         return
+    # A terminal without Unicode gets curves of ASCII characters.
     ramp = glyphs_for(sys.stdout.encoding).ramp
     rows = [row(planned, queued, ramp) for planned, queued in zip(plan.stages, stages, strict=True)]
     columns = ("stage", "", "steps", "time", *BELOW)
@@ -48,6 +49,7 @@ def print_outcome(
 
 def print_samples(plan: Plan, console: Console) -> None:
     """Print samples of the earlier stages that this command trained."""
+    # The target prints its own samples in its summary.
     for planned in plan.missing[:-1]:
         run = run_of(planned.config)
         if planned.stage.place is Place.RANKS and list(run.samples.glob("step_*.jsonl")):
@@ -61,28 +63,36 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     Args:
         ramp: characters of the curve, lowest first.
     """
-    begun = queued.state != "waiting"
+    has_begun = queued.state != "waiting"
     state = WORDS.get(queued.state, queued.state)
     if queued.state == "done" and queued.seconds is None:
         state = "there"
-    place = _where(stage) if begun else ""
+    output_path = _where(stage) if has_begun else ""
+
     if stage.stage.place is Place.LAUNCHER:
         detail = queued.detail if queued.state == "done" else ""
-        if detail and queued.seconds is not None:  # `detail` is still that of the plan
+        # `detail` is still that of the plan.
+        if detail and queued.seconds is not None:
             detail = stage.stage.look(stage.config, is_target=False, rebuilt=()).detail
-        took = span(queued.seconds) if queued.seconds is not None else ""
-        return (stage.name, state, "", took, detail, "", place)
+        duration = span(queued.seconds) if queued.seconds is not None else ""
+        return (stage.name, state, "", duration, detail, "", output_path)
+
     run = run_of(stage.config)
-    result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and begun else {}
+    result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and has_begun else {}
     seconds = queued.seconds if queued.seconds is not None else result.get("seconds")
-    took = span(seconds) if seconds is not None else ""
+    duration = span(seconds) if seconds is not None else ""
     if stage.stage.place is Place.POOL:
-        return (stage.name, state, "", took, stage.stage.figures(result), "", place)
-    step = result.get("steps", int(last_metrics(run.metrics).get("step", 0)) if begun else 0)
-    steps = f"{step:,}" if result else f"{step:,}/{stage.config.stage.steps:,}"
-    figures = "; ".join(key_figures(run, result, stage.stage.key_figures)) if begun else ""
-    curve = sparkline([*measured(run, stage.stage.curve).values()], CURVE_WIDTH, ramp) if begun else ""
-    return (stage.name, state, steps, took, figures, curve, place)
+        return (stage.name, state, "", duration, stage.stage.figures(result), "", output_path)
+
+    if not has_begun:
+        return (stage.name, state, f"0/{stage.config.stage.steps:,}", duration, "", "", output_path)
+    if result:
+        steps = f"{result['steps']:,}"
+    else:
+        steps = f"{int(last_metrics(run.metrics).get('step', 0)):,}/{stage.config.stage.steps:,}"
+    figures = "; ".join(key_figures(run, result, stage.stage.key_figures))
+    curve = sparkline([*measured(run, stage.stage.curve).values()], CURVE_WIDTH, ramp)
+    return (stage.name, state, steps, duration, figures, curve, output_path)
 
 
 def measured(run: RunDirectory, metric: str) -> dict[int, float]:
@@ -97,19 +107,25 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
     For an unfinished run that measured the metric once: value and step, such as `wins 54% (step 0)`.
     """
     last = result.get("metrics") or last_metrics(run.metrics)
-    present = ([figure for figure in line if last.get(figure.metric) is not None] for line in lines)
-    shown = next(filter(None, present), [])
     before, steps = result.get("before") or {}, result.get("steps")
-    found = []
-    for figure in shown:
+
+    # The first line whose metrics the run has: not every run measures everything.
+    figures_of_run: Sequence[KeyFigure] = ()
+    for line in lines:
+        figures_of_run = [figure for figure in line if last.get(figure.metric) is not None]
+        if figures_of_run:
+            break
+
+    texts = []
+    for figure in figures_of_run:
         name = figure.metric
-        began = {0: before[name]} if before.get(name) is not None else {}
-        ended = {steps: last[name]} if result else {}
-        (step, first), *others = (began | measured(run, name) | ended).items()
-        was = f"{figure.form(first)} -> " if others else ""
-        when = "" if others or result else f" (step {step:,})"
-        found.append(f"{figure.words} {was}{figure.form(last[name])}{when}")
-    return found
+        at_start = {0: before[name]} if before.get(name) is not None else {}
+        at_end = {steps: last[name]} if result else {}
+        (first_step, first_value), *later = (at_start | measured(run, name) | at_end).items()
+        first = f"{figure.form(first_value)} -> " if later else ""
+        step = "" if later or result else f" (step {first_step:,})"
+        texts.append(f"{figure.words} {first}{figure.form(last[name])}{step}")
+    return texts
 
 
 def next_commands(
@@ -121,6 +137,7 @@ def next_commands(
     if state != "done":
         yield "go on", shlex.join(["python", "-m", "dist_lm.launch", *command[1:]])
         yield "what happened", shlex.join(["python", "-m", "dist_lm", "cluster", "status", work])
+
     run = run_of(config)
     path = str(run.path)
     trains = stage.stage.place is Place.RANKS
@@ -130,11 +147,13 @@ def next_commands(
         yield "report", shlex.join(["python", "-m", "dist_lm", "report", path])
         if list(run.wandb.glob("offline-run-*")):
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
+
     follower = next((other.name for other in all_stages() if other.starts_from == stage.name), None)
     if state == "done" and follower and trains:
-        kept = ("run_id=", "work_dir=", "model=", "corpus=", f"{KEY}=")
-        own = [word for word in with_config_dir(command[1:]) if word.startswith(kept)]
-        yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *own])
+        # Other keys belong to this stage, such as stage.lr.
+        shared_keys = ("run_id=", "work_dir=", "model=", "corpus=", f"{KEY}=")
+        overrides = [override for override in with_config_dir(command[1:]) if override.startswith(shared_keys)]
+        yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *overrides])
 
 
 def _where(stage: PlannedStage) -> str:

@@ -45,12 +45,14 @@ class Pipeline:
         """Write the queue; see `queue_of`."""
         self._tell = tell
         self._began = 0.0  # when the running stage began, monotonic seconds
+
         config = plan.target.config
         self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.target.name, config.run_id)
         self._stages = [
             QueuedStage(stage.name, "done" if stage.action is Action.READY else "waiting", stage.detail)
             for stage in plan.stages
         ]
+
         self._facts: dict[str, Any] = {
             "run_id": config.run_id,
             "command": redact_command(command),
@@ -97,6 +99,7 @@ class Pipeline:
 
     def _write(self, state: State, error: str = "") -> None:
         stages = [asdict(stage) for stage in self._stages]
+        # The command may hold secrets, and errors may quote addresses with passwords.
         durable.write_json(
             self._path,
             self._facts | {"state": state, "error": redact_text(error), "updated": time.time(), "stages": stages},
@@ -119,6 +122,7 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
     path = work.pipeline(name, config.run_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     what = f"stage={name} run_id={config.run_id} in {config.work_dir}"
+    # The same command twice would plan the same stages; other commands may run in the same work directory.
     with locked(work.pipeline_lock(path.stem), what=what, job=job, wait_s=LOOK_S):
         yield Pipeline(plan, command, job, tell)
 
@@ -138,8 +142,10 @@ def build_artefact(planned: PlannedStage, console: Console) -> str:
         console.line(f"{stage.name}: waiting for {owner}, which is building in {work.path}")
 
     with locked(work.build_lock, wait_s=math.inf, on_wait=wait_for):
-        found = stage.inspect(config)
-        if found.ready:
-            return found.detail
+        # Another command may have built it during the wait.
+        artefact = stage.inspect(config)
+        if artefact.ready:
+            return artefact.detail
+
         stage.build(config, console)
         return stage.inspect(config).detail

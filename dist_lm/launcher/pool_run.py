@@ -16,15 +16,14 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.root import TRUST_ME, Config, save_config
-from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.process import Interrupt, left_at_once
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.launcher.watch import WandbCopy, start_wandb
 from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.prepare.plan import PlannedStage
+from dist_lm.prepare.run import launch_lock
 from dist_lm.stages.stage import PoolStage, PoolWork, run_of
 from dist_lm.storage import durable
-from dist_lm.storage.lock import locked
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
@@ -52,34 +51,38 @@ def run_pool_stage(
     """
     stage, config, run = cast(PoolStage, planned.stage), planned.config, run_of(planned.config)
     run.samples.mkdir(parents=True, exist_ok=True)
-    with locked(run.launch_lock, job=job, wait_s=LOOK_S):
+    with launch_lock(run, job):
         save_config(config, run.config)
         rounds = stage.rounds(config)
         opened = _opened(stage, rounds, run, cluster, console, interrupt)
         if opened is None:
             return False
+
         results, tokens, actors, seconds = list[dict[str, Any]](), 0, 0, 0.0
         with watching_pool(config, run, opened[0], console) as watch:
-            for number, one in enumerate(rounds):
-                opened = opened if number == 0 else _opened(stage, [one], run, cluster, console, interrupt)
+            for number, round_config in enumerate(rounds):
+                if number > 0:
+                    opened = _opened(stage, [round_config], run, cluster, console, interrupt)
                 if opened is None:
                     return False
                 work, spec, weights = opened
                 watch.follow(work)
-                before = work.done[1]
+                tokens_before = work.done[1]
+
                 with closing(work):
                     if work.asks:
-                        _, _, wanted = stage.engine(one)
-                        actors, took = _answer(
-                            stage.name, wanted, work, spec, weights, cluster, console, interrupt, watch
+                        _, _, n_actors = stage.engine(round_config)
+                        actors, round_seconds = _answer(
+                            stage.name, n_actors, work, spec, weights, cluster, console, interrupt, watch
                         )
-                        seconds += took
+                        seconds += round_seconds
                     if not work.is_done:
                         work.finish(lambda: not interrupt.requested)
                 if not work.is_done:
                     return False
-                tokens += work.done[1] - before
+                tokens += work.done[1] - tokens_before
                 results.append(work.result())
+
             durable.write_json(
                 run.result,
                 {
@@ -106,13 +109,16 @@ def _opened(
 
     The later rounds are read too, so that what refuses one of them does so before engines work for hours.
     """
-    found: tuple[PoolWork, EngineSpec, Weights] | None = None
+    opened: tuple[PoolWork, EngineSpec, Weights] | None = None
     with left_at_once(interrupt, console):
         for later in rounds[1:]:
             _read(stage, later, run, cluster, console)[0].close()
         work, spec = _read(stage, rounds[0], run, cluster, console)
-        found = work, spec, _weights(stage.checkpoint(rounds[0]), console) if work.asks else {}
-    return found
+
+        # Without missing answers no engine starts, so reading gigabytes of weights would be in vain.
+        weights = _weights(stage.checkpoint(rounds[0]), console) if work.asks else {}
+        opened = work, spec, weights
+    return opened
 
 
 def _read(
@@ -122,6 +128,7 @@ def _read(
     tokenizer = stage.tokenizer(config)
     with console.waiting("reading prompts"):
         work = stage.work(config, run, tokenizer, partial(sandboxes_of, cluster, 0, config.sandbox == TRUST_ME))
+
     device, _ = device_and_ranks(config, cluster)
     options, tp, _ = stage.engine(config)
     spec = EngineSpec(
@@ -143,7 +150,7 @@ def _weights(checkpoint: Path, console: Console) -> Weights:
 
 def _answer(
     name: str,
-    wanted: int,
+    n_actors: int,
     work: PoolWork,
     spec: EngineSpec,
     weights: Weights,
@@ -153,12 +160,13 @@ def _answer(
     watch: "PoolWatch",
 ) -> tuple[int, float]:
     """Answer the missing requests: (engines at the end, seconds without their start)."""
+    # Engines start only once all prompts are read: a wrong file must not cost minutes of GPUs.
     with console.waiting("starting engines"):
         pool = Pool.start(
             cluster,
             spec,
             weights,
-            actors=wanted,
+            actors=n_actors,
             wanted=lambda: not interrupt.requested,
             warn=console.warning,
         )
@@ -166,8 +174,8 @@ def _answer(
     with pool, console.generating(name, work.count) as progress:
         progress.update(*work.done)
         watch.begin()
-        for result in pool.generate(work.requests()):
-            work.take(result)
+        for answer in pool.generate(work.requests()):
+            work.take(answer)
             progress.update(*work.done)
             watch.look(len(pool.members))
         actors, seconds = len(pool.members), time.monotonic() - began
@@ -203,7 +211,7 @@ class PoolWatch:
         self._first = self._last = self._now()
 
     def look(self, engines: int) -> None:
-        """After a result, write a line of metrics if it is due. `engines`: that run."""
+        """After an answer, write a line of metrics if it is due. `engines`: number of those that run."""
         if time.monotonic() - self._last.at >= LINE_S:
             self._write(engines)
 
@@ -214,14 +222,18 @@ class PoolWatch:
 
     def _write(self, engines: int) -> None:
         first, last, now = self._first, self._last, self._now()
-        took, done = now.at - last.at, now.prompts - first.prompts
+        seconds = now.at - last.at
         line = self.work.metrics() | {
             "generate/engines": engines,
-            "generate/tokens_per_s": (now.tokens - last.tokens) / took if took > 0 else 0.0,
-            "generate/prompts_per_s": (now.prompts - last.prompts) / took if took > 0 else 0.0,
+            "generate/tokens_per_s": (now.tokens - last.tokens) / seconds if seconds > 0 else 0.0,
+            "generate/prompts_per_s": (now.prompts - last.prompts) / seconds if seconds > 0 else 0.0,
         }
-        if done:
-            line["generate/eta_s"] = (now.at - first.at) / done * (self.work.count - now.prompts)
+
+        # The time left follows from the mean speed since the engines began, which varies less than the last one.
+        answered = now.prompts - first.prompts
+        if answered:
+            line["generate/eta_s"] = (now.at - first.at) / answered * (self.work.count - now.prompts)
+
         self._last = now
         self._writer.write(now.prompts, line)
         if self._wandb:

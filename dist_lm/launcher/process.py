@@ -43,10 +43,13 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         try:
             program()
         finally:
-            sys.stdout.flush()  # a failure here can still be reported
+            # A failure here can still be reported.
+            sys.stdout.flush()
+        return
     except UserError as error:
         say(str(error))
     except BrokenPipeError:
+        # Other pipes than standard output break too; that is a defect of ours.
         if not _output_is_stuck():
             raise
         drop_output()
@@ -56,8 +59,7 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         if reason is None:
             raise
         say(reason)
-    else:
-        return
+
     drop_output()
     sys.exit(2)
 
@@ -71,12 +73,12 @@ def open_streams() -> None:
     null = Path(os.devnull)
     if sys.stdin is None:
         sys.stdin = null.open()
-    closed = sys.stdout is None
-    if closed:
+    output_was_closed = sys.stdout is None
+    if output_was_closed:
         sys.stdout = null.open("w")
     if sys.stderr is None:
         sys.stderr = null.open("w")
-    if closed:
+    if output_was_closed:
         raise UserError("standard output is closed: leave it open, or send it to /dev/null")
 
 
@@ -89,7 +91,8 @@ def disk_trouble(error: BaseException, elsewhere: str = "standard output or a fi
     if not isinstance(error, OSError) or error.errno not in WAYS_OUT:
         return None
     if error.errno == errno.EACCES and not error.filename:
-        return None  # not a file: a socket, for instance
+        # Not a file: a socket, for instance.
+        return None
     where = error.filename or ("standard output" if _output_is_stuck() else elsewhere)
     return f"{where}: {error.strerror}: {WAYS_OUT[error.errno]}"
 
@@ -150,15 +153,18 @@ def watch_signals(console: Console, then: str = "writing a checkpoint, then stop
     """Signals set the yielded `Interrupt` instead of their usual effect.
 
     Args:
-        then: what happens after the first signal, for the warning.
+        then: the consequence of the first signal, for the warning.
     """
     interrupt = Interrupt()
 
     def note(number: int, frame: object) -> None:
+        # The second Ctrl-C ends at once; batch systems may repeat the other signals.
         if interrupt.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        first, interrupt.number = not interrupt.requested, number
-        if first:
+
+        is_first = not interrupt.requested
+        interrupt.number = number
+        if is_first:
             console.warning(f"received {signal.Signals(number).name}: {then}")
 
     with _handled(dict.fromkeys(SIGNALS, note)):

@@ -19,14 +19,13 @@ from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.muster import Muster
-from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.process import Interrupt
 from dist_lm.launcher.watch import RunWatch, watching
-from dist_lm.parallel.layout import resolve_layout
-from dist_lm.prepare.layout_choice import check_hardware, on_nodes, sizes, with_layout
+from dist_lm.parallel.layout import Layout
+from dist_lm.prepare.layout import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.prepare.plan import PlannedStage
+from dist_lm.prepare.run import begin_attempt, launch_lock, rank_lock
 from dist_lm.stages.stage import Action, run_of
-from dist_lm.storage.lock import OWN_JOB_S, locked
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_state import GangFacts
@@ -43,7 +42,7 @@ class Restarts:
     """Counts failures in a row without a new checkpoint in between."""
 
     limit: int
-    step: int  # of the newest checkpoint at the last failure, or at the start of the launch
+    step: int  # newest checkpoint at the last failure, or at the start of the launch
     failures: int = 0
     blamed: Counter[str] = field(default_factory=Counter)  # node address -> failures that began there
 
@@ -55,7 +54,8 @@ class Restarts:
             address: node where the failure began; None: unknown.
         """
         blamed = Counter([address] if address else [])
-        if step != self.step:  # lower if a damaged checkpoint was skipped
+        # Lower if a damaged checkpoint was skipped.
+        if step != self.step:
             return replace(self, step=step, failures=1, blamed=blamed)
         return replace(self, failures=self.failures + 1, blamed=self.blamed + blamed)
 
@@ -75,7 +75,7 @@ class Outcome:
     """The end of an attempt."""
 
     status: GangStatus
-    step: int  # of the checkpoint that the attempt began from
+    step: int  # checkpoint that the attempt began from
     grow_to: int | None = None  # number of nodes for the next attempt, if this one was stopped to grow
 
 
@@ -84,7 +84,7 @@ class Attempts:
     """Starts gangs on the same run, one at a time, and follows each to its end."""
 
     stage: PlannedStage
-    config: Config  # as `fitted` returns it
+    config: Config  # as `fitted` returns it: its layout is not resolved, since attempts may have other numbers of nodes
     ranks_per_node: int
     muster: Muster
     watch: RunWatch
@@ -100,61 +100,84 @@ class Attempts:
         """Make attempts until one leaves a result; see `run_training_stage`.
 
         Args:
-            config_of: number of nodes -> configuration with a layout, where known.
+            config_of: number of nodes -> configuration with a resolved layout, where known.
         """
         restarts = Restarts(self.config.cluster.max_restarts, checkpoint_files.newest_step(self.run.checkpoints))
-        target = None
-        while crew := self.muster.call(restarts.suspects, target):
+        nodes_wanted = None
+        while crew := self.muster.call(restarts.suspects, nodes_wanted):
             nodes = len(crew.hosts)
             if nodes not in config_of:
                 config_of[nodes] = with_layout(
-                    on_nodes(self.config, nodes), self.ranks_per_node, self.console, self.stage.begun
+                    on_nodes(self.config, nodes), self.ranks_per_node, self.console, self.stage.continued
                 )
             outcome = self.attempt(config_of[nodes], crew)
-            target, failure = outcome.grow_to, outcome.status.failure
+            nodes_wanted = outcome.grow_to
+
             if self.run.result.exists():
                 self.journal.write("finished", steps=self.config.stage.steps)
                 return True
+            failure = outcome.status.failure
             if failure:
-                place = crew.placement.nodes[failure.node] if failure.node is not None else None
-                restarts = restarts.after_failure(
-                    checkpoint_files.newest_step(self.run.checkpoints), place.address if place else None
-                )
-                if place and failure.type == NODE_LOST:
-                    self.muster.lose(place.id)
-                self.journal.write("failed", **record_of(failure, restarts))
-                if failure.user_error or (restarts.left < 0 and not self.interrupt.requested):
-                    raise failure
+                restarts = self._counted(failure, crew, restarts)
             if self.interrupt.requested:
                 report_stop(outcome.status, self.config.cluster, self.console)
                 break
-            if failure:
-                self.watch.restarts(failure)
-                goes_on = f"continuing from {self.stage.progress}, restarts left: {restarts.left}"
-                self.console.warning(f"{failure}; {goes_on}")
-            elif target:
-                report_stop(outcome.status, self.config.cluster, self.console)
-                self.console.line(f"growing to {target} nodes; continuing from {self.stage.progress}")
-            elif checkpoint_files.newest_step(self.run.checkpoints) > outcome.step:
-                self.console.warning(f"another process asked the ranks to stop; continuing from {self.stage.progress}")
-            else:
-                raise ArtefactError(
-                    f"{self.run.path}: every rank ended with exit code 0 but without {self.run.result.name}; see "
-                    f"{self.run.logs}"
-                )
+            self._report_next(outcome, restarts)
+
         self.journal.write("stopped", signal=self.interrupt.number)
         return False
+
+    def _counted(self, failure: GangFailure, crew: Crew, restarts: Restarts) -> Restarts:
+        """The counts after a failure, which is written to the journal.
+
+        Raises:
+            GangFailure: no restart helps, or none is left.
+        """
+        node = crew.placement.nodes[failure.node] if failure.node is not None else None
+        newest_step = checkpoint_files.newest_step(self.run.checkpoints)
+        restarts = restarts.after_failure(newest_step, node.address if node else None)
+        if node and failure.type == NODE_LOST:
+            self.muster.lose(node.id)
+        self.journal.write("failed", **record_of(failure, restarts))
+
+        # After a request to stop nothing would be restarted: the failure is reported with the stop.
+        if failure.user_error or (restarts.left < 0 and not self.interrupt.requested):
+            raise failure
+        return restarts
+
+    def _report_next(self, outcome: Outcome, restarts: Restarts) -> None:
+        """Say why another attempt follows.
+
+        Raises:
+            ArtefactError: there is no reason for another attempt: it would do the same again.
+        """
+        failure, checkpoint = outcome.status.failure, self.stage.progress
+        if failure:
+            self.watch.restarts(failure)
+            self.console.warning(f"{failure}; continuing from {checkpoint}, restarts left: {restarts.left}")
+        elif outcome.grow_to:
+            report_stop(outcome.status, self.config.cluster, self.console)
+            self.console.line(f"growing to {outcome.grow_to} nodes; continuing from {checkpoint}")
+        elif checkpoint_files.newest_step(self.run.checkpoints) > outcome.step:
+            self.console.warning(f"another process asked the ranks to stop; continuing from {checkpoint}")
+        else:
+            raise ArtefactError(
+                f"{self.run.path}: every rank ended with exit code 0 but without {self.run.result.name}; see "
+                f"{self.run.logs}"
+            )
 
     def attempt(self, config: Config, crew: Crew) -> Outcome:
         """One attempt of `config` on `crew`, which is released at the end."""
         self.count += 1
-        self.run.live.unlink(missing_ok=True)  # of the attempt before
+        # Heartbeats of the attempt before.
+        self.run.live.unlink(missing_ok=True)
         start = checkpoint_files.newest_step(self.run.checkpoints)
         save_config(config, self.run.config)
+
         nodes = [
             {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
         ]
-        layout = resolve_layout(config.parallel, config.model, len(nodes) * self.ranks_per_node)
+        layout = Layout.recorded(config.parallel)
         self.journal.write(
             "started",
             attempt=self.count,
@@ -166,15 +189,15 @@ class Attempts:
             slowest_link_mb_per_s=round(min(crew.link_rates) / 1e6) if crew.link_rates else None,
         )
         self.watch.attempt(GangFacts(tuple(crew.hosts), self.ranks_per_node, config.device, str(layout), self.count))
+
         cluster = config.cluster
-        patience = Patience(cluster.hang_steps, cluster.hang_min_s, cluster.hang_otherwise_s)
         try:
             gang = Gang.start(
                 crew,
                 self.run,
                 ranks_per_node=self.ranks_per_node,
                 device=config.device,
-                patience=patience,
+                patience=Patience(cluster.hang_steps, cluster.hang_min_s, cluster.hang_otherwise_s),
                 core_users=self._core_users(config, len(nodes)),
                 drives_actors=bool(config.pool and config.pool.actors),
             )
@@ -184,32 +207,40 @@ class Attempts:
             return self._follow(gang, crew, start)
 
     def _core_users(self, config: Config, nodes: int) -> int:
+        """Processes among which the cores of a node are divided, if a pool of actors works beside the ranks."""
+        if not config.pool:
+            return 0
         gpus = self.ranks_per_node if self.config.device == "cuda" else 0
-        return core_users(config.pool, nodes, self.ranks_per_node, gpus) if config.pool else 0
+        return core_users(config.pool, nodes, self.ranks_per_node, gpus)
 
     def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
         """Follow the gang until it ends. A requested stop is passed on once, and enforced after a timeout."""
-        asked_at: float | None = None
+        stop_requested_at: float | None = None
         grow_to: int | None = None
-        grow_at = time.monotonic()
+        next_growth_check = time.monotonic()
         while True:
             status = gang.poll()
             self.watch.look(gang.usages())
             if status.state != "running":
-                return Outcome(status, start, None if status.failure else grow_to)
+                # After a failure the next attempt takes as many nodes as there are.
+                return Outcome(status, start, grow_to=None if status.failure else grow_to)
+
             pulses = gang.pulses()
             self.journal.live(pulses)
             self.watch.heard(pulses)
+
             now = time.monotonic()
-            if grow_to is None and now >= grow_at:
-                grow_at = now + GROW_EVERY_S
+            if grow_to is None and now >= next_growth_check:
+                next_growth_check = now + GROW_EVERY_S
                 grow_to = self.muster.room_to_grow(crew)
                 if grow_to:
                     self.journal.write("growing", nodes=grow_to)
-            if asked_at is None and (self.interrupt.requested or grow_to):
+
+            # To grow, the ranks write a checkpoint and leave, as for a stop.
+            if stop_requested_at is None and (self.interrupt.requested or grow_to):
                 gang.interrupt()
-                asked_at = now
-            if asked_at is not None and now - asked_at > self.config.cluster.stop_timeout_s:
+                stop_requested_at = now
+            if stop_requested_at is not None and now - stop_requested_at > self.config.cluster.stop_timeout_s:
                 gang.stop()
             time.sleep(POLL_S)
 
@@ -233,33 +264,34 @@ def run_training_stage(
             changed since the plan.
     """
     config, ranks = fitted(stage, cluster)
-    device, run = config.device, run_of(config)
-    possible = sizes(config, ranks, stage.begun)
-    first = with_layout(config, ranks, console, stage.begun)
+    run = run_of(config)
+    possible_nodes = sizes(config, ranks, stage.continued)
+    first_config = with_layout(config, ranks, console, stage.continued)
+
     run.create()
     with ExitStack() as stack:
-        stack.enter_context(locked(run.launch_lock, job=job, wait_s=LOOK_S))
+        stack.enter_context(launch_lock(run, job))
         await_other_ranks(run, console, interrupt)
         if interrupt.requested:
             return False
-        # another command may have run the stage since the plan
+
+        # Another command may have run the stage since the plan.
         if stage.stage.look(stage.config, is_target=stage.is_target, rebuilt=()).action is Action.READY:
             return True
-        save_config(first, run.config)
-        run.note_files(first.noted_files)
-        run.result.unlink(missing_ok=True)  # of fewer steps, if a finished run goes on
+        begin_attempt(first_config, run)
+
         muster = Muster(
             cluster,
             config,
-            possible,
-            gpus_per_node=ranks if device == "cuda" else 0,
+            possible_nodes,
+            gpus_per_node=ranks if config.device == "cuda" else 0,
             directory=run.path,
             interrupt=interrupt,
             console=console,
         )
-        watch = stack.enter_context(watching(first, run, console))
+        watch = stack.enter_context(watching(first_config, run, console))
         attempts = Attempts(stage, config, ranks, muster, watch, console, interrupt)
-        return attempts.until_done({possible[0]: first})
+        return attempts.until_done({possible_nodes[0]: first_config})
 
 
 def fitted(stage: PlannedStage, cluster: RayCluster) -> tuple[Config, int]:
@@ -271,7 +303,7 @@ def fitted(stage: PlannedStage, cluster: RayCluster) -> tuple[Config, int]:
     device, ranks = device_and_ranks(stage.config, cluster)
     config = replace(stage.config, device=device, cluster=replace(stage.config.cluster, ranks_per_node=ranks))
     check_hardware(config)
-    with_layout(config, ranks, before=stage.begun)
+    with_layout(config, ranks, before=stage.continued)
     return config, ranks
 
 
@@ -286,7 +318,7 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
         console.line(f"waiting for the ranks of {owner}, which train {run.path}")
 
     try:
-        with locked(run.rank_lock, wait_s=OWN_JOB_S, on_wait=tell, stopped=lambda: interrupt.requested):
+        with rank_lock(run, on_wait=tell, stopped=lambda: interrupt.requested):
             pass
     except ArtefactError:
         if not interrupt.requested:
@@ -316,8 +348,9 @@ def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> 
 
 def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     """(cpu or cuda, ranks per node) from `device` and the GPUs of most nodes."""
-    found = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
-    gpus = statistics.mode(found) if found else 0  # nodes with fewer GPUs are left out
+    node_gpus = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
+    # Nodes with fewer GPUs are left out.
+    gpus = statistics.mode(node_gpus) if node_gpus else 0
     require(gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: the cluster has no GPU")
     device = "cuda" if config.device == "cuda" or gpus else "cpu"
     if config.pool:

@@ -61,8 +61,9 @@ class WandbCopy:
 
     def line(self, line: Mapping[str, Any], of_this_attempt: bool) -> None:
         """Log a line of metrics; those of earlier attempts, which are read again, give no alerts."""
-        for alert in self._watch.line(line, time.monotonic()) if of_this_attempt else ():
-            self._wandb.alert(alert)
+        if of_this_attempt:
+            for alert in self._watch.line(line, time.monotonic()):
+                self._wandb.alert(alert)
         self._wandb.log(line["step"], line)
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
@@ -74,6 +75,7 @@ class WandbCopy:
         now = time.monotonic()
         for alert in self._watch.tick(now):
             self._wandb.alert(alert)
+        # Loads of nodes have no step of their own, so they go beside the metrics.
         if usages and now >= self._usage_at:
             self._usage_at = now + USAGE_EVERY_S
             self._wandb.beside(usage_metrics(usages))
@@ -100,13 +102,15 @@ class WandbCopy:
         for name in self._corpora:
             manifest = work.corpus_manifest(name)
             if manifest.exists():
-                known = json.loads(manifest.read_text())
-                metadata = {key: known.get(key) for key in ("tokenizer_sha256", "corpus_fingerprint")}
+                fields = json.loads(manifest.read_text())
+                metadata = {key: fields.get(key) for key in ("tokenizer_sha256", "corpus_fingerprint")}
                 self._wandb.link(f"corpus {name}", f"corpus-{name}", "dataset", [manifest], metadata)
 
     def _look_at_files(self) -> None:
         for path in sorted(self._run.samples.glob("step_*.jsonl")):
             self.table(path, int(path.stem.removeprefix("step_")))
+
+        # wandb gets the path and the checksums of a checkpoint, not its gigabytes.
         for pointer in (checkpoint_files.LATEST, checkpoint_files.BEST):
             checkpoint = checkpoint_files.read_pointer(self._run.checkpoints, pointer)
             key = f"{pointer} {checkpoint.name if checkpoint else ''}"
@@ -127,6 +131,7 @@ class WandbCopy:
         return True
 
     def _outcome(self, error: BaseException | None) -> Outcome:
+        # An error after the result, such as a full disk of the launcher, leaves a finished run.
         if self._run.result.exists():
             self._wandb.alert(alerts.finished(self._name, last_metrics(self._run.metrics)))
             return "finished"
@@ -186,19 +191,21 @@ class RunWatch:
             self._wandb.restarts(failure)
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
-        """Pass on everything written since the last call.
+        """Pass on everything that was written since the last call.
 
         Args:
             usages: host -> load of the node.
         """
         for warning in self._warnings.poll():
             self._console.warning(warning.decode(errors="replace"))
+        # A new attempt writes the steps after its checkpoint again.
         for line in self._metrics.poll():
             of_this_attempt = self._progress.update(line)
             if self._wandb:
                 self._wandb.line(line, of_this_attempt)
         if self._wandb:
             self._wandb.look(usages)
+
         now = time.monotonic()
         if now - self._checkpoint_at >= CHECKPOINT_EVERY_S:
             self._checkpoint_at = now
@@ -217,6 +224,7 @@ class RunWatch:
 @contextmanager
 def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[RunWatch]:
     """Watch a run inside the block. At the end wandb gets the rest and how the run ended."""
+    # Lines of earlier attempts have earlier times.
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
         wandb = start_wandb(config, run, console, config.streams)
         with wandb or nullcontext():
@@ -226,7 +234,7 @@ def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[Ru
 def git_commit() -> str | None:
     """The git commit of this checkout, with `-dirty` after uncommitted changes; None without git."""
     try:
-        done = subprocess.run(
+        described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=Path(__file__).parent,
             capture_output=True,
@@ -236,4 +244,4 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return described.stdout.strip() or None

@@ -38,8 +38,24 @@ class Layout:
     def world_size(self) -> int:
         return self.dp * self.tp
 
+    @classmethod
+    def recorded(cls, parallel: ParallelConfig) -> "Layout":
+        """The layout of a resolved `parallel` group, in which no axis is -1."""
+        layout = cls(parallel.dp_replicate, parallel.dp_shard, parallel.tp)
+        assert min(layout.dp_replicate, layout.dp_shard, layout.tp) > 0, f"{layout} is not resolved"
+        return layout
+
     def __str__(self) -> str:
         return f"dp_replicate={self.dp_replicate} dp_shard={self.dp_shard} tp={self.tp}"
+
+
+def started_layout(config: Config) -> Layout | None:
+    """The layout for which a run recorded `config` when its ranks were started; None if no ranks were started yet."""
+    parallel, cluster = config.parallel, config.cluster
+    if parallel.auto or -1 in (parallel.dp_replicate, parallel.dp_shard, parallel.tp, cluster.ranks_per_node):
+        return None
+    layout = Layout.recorded(parallel)
+    return layout if layout.world_size == cluster.nodes * cluster.ranks_per_node else None
 
 
 def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout:

@@ -67,12 +67,16 @@ def compose_config(overrides: Sequence[str]) -> Config:
     folders = [text for text in overrides if text.startswith(f"{KEY}=")]
     overrides = [text for text in overrides if text not in folders]
     parsed = [_parse(text) for text in overrides]
-    named = (str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage")
-    choice = next(named, default_stage())
+
+    # Keys are checked against the schema of the stage before Hydra sees them, because its messages take many lines.
+    stage_choices = [str(override.value()) for override in parsed if override.key_or_group == "stage"]
+    choice = stage_choices[-1] if stage_choices else default_stage()
     stage = program_of(choice, folders)
-    schema = stage_named(stage).schema if stage in stage_names() else Config  # `_check_exists` refuses other names
+    # `_check_exists` refuses other names.
+    schema = stage_named(stage).schema if stage in stage_names() else Config
     for override in parsed:
         _check_exists(override, schema, folders, stage)
+
     register_schema(schema)
     try:
         with one_line_for_yaml(), initialize_config_dir(str(conf_directory()), version_base="1.3"):
@@ -89,6 +93,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         _check_corpora(parsed, folders)
         raise ConfigError(_in_one_line(error, parsed, schema, stage)) from error
+
     assert isinstance(config, Config)
     check_no_secrets(asdict(config), os.environ)
     require(config.stage.name == stage, "stage.name", config.stage.name, f"{stage}, the stage whose program runs")
@@ -103,50 +108,58 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
     from dist_lm.interop.existing_tokenizer import existing_vocab_size
 
     tokenizer: Any = OmegaConf.to_object(composed.tokenizer)
-    found = existing_vocab_size(tokenizer, composed.work_dir)
-    if found is None:
+    vocab_size = existing_vocab_size(tokenizer, composed.work_dir)
+    if vocab_size is None:
         return
-    given = [one.value() for one in overrides if one.key_or_group == VOCAB_SIZE]
-    if given and given[-1] != found:
+    given_sizes = [override.value() for override in overrides if override.key_or_group == VOCAB_SIZE]
+    if given_sizes and given_sizes[-1] != vocab_size:
         raise ConfigError(
-            f"{VOCAB_SIZE}={given[-1]}: tokenizer={tokenizer.source} has {found} pieces: give {VOCAB_SIZE}={found}, or "
-            "leave it out"
+            f"{VOCAB_SIZE}={given_sizes[-1]}: tokenizer={tokenizer.source} has {vocab_size} pieces: give "
+            f"{VOCAB_SIZE}={vocab_size}, or leave it out"
         )
-    OmegaConf.update(composed, VOCAB_SIZE, found)
+    OmegaConf.update(composed, VOCAB_SIZE, vocab_size)
 
 
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
     """The overrides of a command line for `target` that apply to `stage`."""
-    mine: list[str] = []
-    groups = ("stage.", "profile.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
+    target_groups = ("stage.", "profile.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
+    for_stage: list[str] = []
     for override in overrides:
         if match := re.match(r"stages\.(\w+)\.(.+)", override, flags=re.DOTALL):
             if match.group(1) == stage:
-                mine.append(f"stage.{match.group(2)}")
+                for_stage.append(f"stage.{match.group(2)}")
         elif override.startswith("stage="):
             continue
-        elif stage == target or not override.startswith(groups):
-            mine.append(override)
-    mine = [*_following(overrides), *mine]
-    chosen = [override for override in overrides if override.startswith("stage=") and stage == target]
-    own_file = chosen and chosen[-1] != f"stage={PIPELINE}"  # the user's stage file of this program
-    return [chosen[-1] if own_file else f"stage={stage}", *mine]
+        elif stage == target or not override.startswith(target_groups):
+            for_stage.append(override)
+
+    # The user's own stage file, such as stage=my_code, stays; its program is `target`.
+    stage_override = f"stage={stage}"
+    if stage == target:
+        choices_of_stage = [override for override in overrides if override.startswith("stage=")]
+        if choices_of_stage and choices_of_stage[-1] != f"stage={PIPELINE}":
+            stage_override = choices_of_stage[-1]
+    return [stage_override, *_following(overrides), *for_stage]
 
 
 def _following(overrides: Sequence[str]) -> list[str]:
     """Model and tokenizer of `stage.init_from=hf:SOURCE`, or of a stage on the way, unless the command names others."""
-    started = [text for text in overrides if re.match(rf"(stage|stages\.\w+)\.init_from={HF}", text)]
-    if not started:
+    imported = [text for text in overrides if re.match(rf"(stage|stages\.\w+)\.init_from={HF}", text)]
+    if not imported:
         return []
-    source = started[-1].partition("=")[2]
-    named = {"model": ("model=",), "tokenizer": ("tokenizer=", "tokenizer.source=")}
-    return [f"{key}={source}" for key, forms in named.items() if not any(text.startswith(forms) for text in overrides)]
+    source = imported[-1].partition("=")[2]
+    forms_of = {"model": ("model=",), "tokenizer": ("tokenizer=", "tokenizer.source=")}
+    return [
+        f"{group}={source}"
+        for group, forms in forms_of.items()
+        if not any(text.startswith(forms) for text in overrides)
+    ]
 
 
 def own_groups(schema: type[Config]) -> list[str]:
     """The configuration groups that `schema` adds to `Config`."""
-    common = {one.name for one in fields(Config)}
-    return [one.name for one in fields(schema) if one.name not in common]
+    common = {group.name for group in fields(Config)}
+    return [group.name for group in fields(schema) if group.name not in common]
 
 
 def target_stage(overrides: Sequence[str]) -> str:
@@ -155,16 +168,18 @@ def target_stage(overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: no stage is given, or the name is unknown.
     """
-    named = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
-    known = choices("stage", overrides)
-    accepted = ", ".join([*known, PIPELINE])
-    if not named:
+    stage_choices = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
+    known_choices = choices("stage", overrides)
+    accepted = ", ".join([*known_choices, PIPELINE])
+    if not stage_choices:
         raise ConfigError(f"stage is not given: expected stage=S with S one of {accepted}")
-    if named[-1] == PIPELINE:
+
+    choice = stage_choices[-1]
+    if choice == PIPELINE:
         return [stage.name for stage in all_stages() if stage.in_pipeline][-1]
-    if named[-1] not in known:
-        raise ConfigError(f"stage={named[-1]}: expected one of {accepted}")
-    return program_of(named[-1], overrides)
+    if choice not in known_choices:
+        raise ConfigError(f"stage={choice}: expected one of {accepted}")
+    return program_of(choice, overrides)
 
 
 def _parse(text: str) -> Override:
@@ -179,38 +194,49 @@ def _parse(text: str) -> Override:
 
 
 def _check_exists(override: Override, schema: type[Config], folders: Sequence[str], stage: str) -> None:
-    key, value = override.key_or_group, _shown(override)
+    """Refuse an override that is no `key=value` or `group=choice` of `schema`.
+
+    Args:
+        stage: the stage whose program runs.
+
+    Raises:
+        ConfigError: one line that says what would be accepted.
+    """
+    key, override_text = override.key_or_group, _shown(override)
     if override.is_add() or override.is_delete():
-        raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
+        raise ConfigError(f"{override_text}: keys cannot be added or removed; expected key=value")
     if override.is_sweep_override():
-        raise ConfigError(f"{value}: a command starts one run; expected a single value")
+        raise ConfigError(f"{override_text}: a command starts one run; expected a single value")
     if key in GROUPS:
         accepted = choices(key, folders)
         if override.value() not in accepted and not _is_snapshot(override):
-            raise ConfigError(f"{value}: expected one of {', '.join(accepted)}")
+            raise ConfigError(f"{override_text}: expected one of {', '.join(accepted)}")
         return
+
+    # Follow the key through dataclasses, mappings and lists.
     node: Any = schema
-    named_by_user = False
+    # Whether the last part is a key of a mapping, which users choose.
+    is_entry = False
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if is_dataclass(node) and part not in (f.name for f in fields(node)):
-            raise ConfigError(_no_such_key(value, parts[: depth + 1], node, stage))
+            raise ConfigError(_no_such_key(override_text, parts[: depth + 1], node, stage))
         if _is(list, node) and not part.isdecimal():
-            whole = ".".join(parts[:depth])
-            raise ConfigError(f"{value}: {whole} is a list; expected {whole}={_type_name(node)}")
-        named_by_user = not is_dataclass(node)
+            list_key = ".".join(parts[:depth])
+            raise ConfigError(f"{override_text}: {list_key} is a list; expected {list_key}={_type_name(node)}")
+        is_entry = not is_dataclass(node)
         node = _inner_type(node, part)
-    if is_dataclass(node) and not (named_by_user and isinstance(override.value(), dict)):
+    if is_dataclass(node) and not (is_entry and isinstance(override.value(), dict)):
         raise ConfigError(
-            f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}"
+            f"{override_text}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}"
         )
 
 
-def _no_such_key(shown: str, parts: Sequence[str], node: Any, stage: str) -> str:
+def _no_such_key(override_text: str, parts: Sequence[str], node: Any, stage: str) -> str:
     """The message for a key that the stage does not have.
 
     Args:
-        shown: the override.
+        override_text: the override.
         parts: the key up to its first unknown part.
         node: the dataclass that lacks this part.
         stage: the stage whose program runs.
@@ -218,15 +244,15 @@ def _no_such_key(shown: str, parts: Sequence[str], node: Any, stage: str) -> str
     present = present_key(".".join(parts), stage)
     if present is not None:
         way_out = f"give {present} in its place" if present else "leave it out"
-        return f"{shown}: no such key of stage {stage}: {way_out}"
+        return f"{override_text}: no such key of stage {stage}: {way_out}"
 
-    *outer, wrong = parts
+    *outer_parts, unknown = parts
     names = [f.name for f in fields(node)]
-    close = difflib.get_close_matches(wrong, names, n=1)
-    hint = f"did you mean {'.'.join([*outer, close[0]])}? " if close else ""
-    of = f" of {'.'.join(outer)}" if outer else ""
-    owner = f" of stage {stage}" if outer[:1] == ["stage"] else ""
-    return f"{shown}: no such key{owner}; {hint}keys{of}: {', '.join(names)}"
+    similar = difflib.get_close_matches(unknown, names, n=1)
+    hint = f"did you mean {'.'.join([*outer_parts, similar[0]])}? " if similar else ""
+    group = f" of {'.'.join(outer_parts)}" if outer_parts else ""
+    owner = f" of stage {stage}" if outer_parts[:1] == ["stage"] else ""
+    return f"{override_text}: no such key{owner}; {hint}keys{group}: {', '.join(names)}"
 
 
 def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[str] = ()) -> list[str]:
@@ -236,15 +262,17 @@ def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[
         folders: the overrides that name folders of the user.
     """
     parsed = [_parse(text) for text in overrides]
-    chosen = {one.key_or_group: str(one.value()) for one in parsed}
-    added: list[str] = []
-    if {"experiment", "model"} <= chosen.keys():
-        stage = chosen.get("stage", default_stage())
-        check_experiment(chosen["experiment"], chosen["model"], stage, folders)
-    if RECIPE in chosen:
-        model = "" if "experiment" in chosen else chosen.get("model", default_choice("model"))
-        added = recipe_override(chosen[RECIPE], model, chosen.get("stage", default_stage()), folders)
-    return [*added, *(_for_hydra(one, schema) for one in parsed if one.key_or_group != RECIPE)]
+    choice_of = {override.key_or_group: str(override.value()) for override in parsed}
+    stage = choice_of.get("stage", default_stage())
+    if {"experiment", "model"} <= choice_of.keys():
+        check_experiment(choice_of["experiment"], choice_of["model"], stage, folders)
+
+    recipe: list[str] = []
+    if RECIPE in choice_of:
+        # an experiment has its own numbers, whatever the size
+        model = "" if "experiment" in choice_of else choice_of.get("model", default_choice("model"))
+        recipe = recipe_override(choice_of[RECIPE], model, stage, folders)
+    return [*recipe, *(_for_hydra(override, schema) for override in parsed if override.key_or_group != RECIPE)]
 
 
 def _is_snapshot(override: Override) -> bool:
@@ -271,7 +299,8 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
     in_mapping = False
     parts = override.key_or_group.split(".")
     for depth, part in enumerate(parts):
-        outer, node = node, _inner_type(node, part)
+        outer = node
+        node = _inner_type(outer, part)
         if is_dataclass(node) and _is(dict, outer):
             # Hydra cannot create a dataclass under a new key, but accepts one as the value of the mapping
             value = str(override.input_line).partition("=")[2] or "''"
@@ -279,6 +308,8 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
                 value = f"{{{name}: {value}}}"
             return f"++{'.'.join(parts[:depth])}={value}"
         in_mapping = in_mapping or _is(dict, node)
+
+    # `++` adds the key or replaces its value; Hydra refuses a new key without it.
     return f"{'++' if in_mapping else ''}{override.input_line}"
 
 
@@ -336,28 +367,35 @@ def _shown(override: Override) -> str:
 
 def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config], stage: str) -> str:
     """The message of a Hydra or OmegaConf error in one line, with the key=value that caused it."""
-    causes = [error]
-    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
-        causes.append(causes[-1].__cause__)
-    last = causes[-1]
-    lines = str(last).splitlines()
+    cause = error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    lines = str(cause).splitlines()
     message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    key = last.full_key if isinstance(last, OmegaConfBaseException) else None
+
+    key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
     if not key:
         return message
-    given = next((_shown(override) for override in overrides if override.key_or_group == key), None)
-    if isinstance(last, ConfigKeyError):
+    override_text = next((_shown(override) for override in overrides if override.key_or_group == key), None)
+
+    if isinstance(cause, ConfigKeyError):
         parts = key.split(".")
         node = _type_of(parts[:-1], schema)
-        if len(parts) == 1 and last.object_type is not schema:  # inside a list, whose place OmegaConf does not know
-            node, given = last.object_type, f"{key} of a {last.object_type_str}"
-        return _no_such_key(given or key, parts, node, stage) if is_dataclass(node) else f"{key}: {message}"
-    if given is None and isinstance(last, ValidationError):
-        given = redact_command([f"{key}={last.value}"])[0]
-    if not given:
+        # Inside a list, whose place OmegaConf does not know.
+        if len(parts) == 1 and cause.object_type is not schema:
+            node = cause.object_type
+            override_text = f"{key} of a {cause.object_type_str}"
+        if is_dataclass(node):
+            return _no_such_key(override_text or key, parts, node, stage)
         return f"{key}: {message}"
-    parts = key.replace("[", ".").replace("]", "").split(".")  # of an entry of a list: profile.steps[0]
-    return f"{given}: expected {_type_name(_type_of(parts, schema))}"
+
+    if override_text is None and isinstance(cause, ValidationError):
+        override_text = redact_command([f"{key}={cause.value}"])[0]
+    if not override_text:
+        return f"{key}: {message}"
+    # An entry of a list is profile.steps[0].
+    parts = key.replace("[", ".").replace("]", "").split(".")
+    return f"{override_text}: expected {_type_name(_type_of(parts, schema))}"
 
 
 def _type_of(parts: Sequence[str], schema: type[Config]) -> Any:
@@ -379,4 +417,8 @@ def _form(node: Any) -> str:
     if is_dataclass(node):
         return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
     inner = _type_name(_inner_type(node, "NAME"))
-    return f"{{NAME: {inner}}}" if _is(dict, node) else f"[{inner}, ...]" if _is(list, node) else str(node)
+    if _is(dict, node):
+        return f"{{NAME: {inner}}}"
+    if _is(list, node):
+        return f"[{inner}, ...]"
+    return str(node)

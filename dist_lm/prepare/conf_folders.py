@@ -39,20 +39,24 @@ def with_config_dir(arguments: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: the option has no value.
     """
-    rest: list[str] = []
+    overrides: list[str] = []
     folders: list[str] = []
-    left = iter(arguments)
-    for argument in left:
-        flag, equals, value = argument.partition("=")
-        if flag in FLAGS:
-            value = value if equals else next(left, "")
-            if not value:
-                raise ConfigError(f"{flag}: expected a folder of configuration files, such as {flag} my_conf")
-            folders.append(value)
-        else:
-            rest.append(argument)
+    remaining = iter(arguments)
+    for argument in remaining:
+        flag, equals, folder = argument.partition("=")
+        if flag not in FLAGS:
+            overrides.append(argument)
+            continue
+        if not equals:
+            folder = next(remaining, "")
+        if not folder:
+            raise ConfigError(f"{flag}: expected a folder of configuration files, such as {flag} my_conf")
+        folders.append(folder)
+
+    if not folders:
+        return overrides
     quoted = ", ".join("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
-    return [*rest, f"{KEY}=[{quoted}]"] if folders else rest
+    return [*overrides, f"{KEY}=[{quoted}]"]
 
 
 def own_folders(overrides: Sequence[str]) -> list[Path]:
@@ -61,23 +65,26 @@ def own_folders(overrides: Sequence[str]) -> list[Path]:
     Raises:
         ConfigError: a folder does not exist, holds no group, or a file of it has the name of another one.
     """
-    named = [override for override in overrides if override.startswith(f"{KEY}=")]
-    folders = [_folder(entry) for override in named for entry in _entries(override)]
-    known = [conf_directory(), *added_conf()]
-    for place, folder in enumerate(folders):
+    search_paths = [override for override in overrides if override.startswith(f"{KEY}=")]
+    folders = [_folder(entry) for override in search_paths for entry in _entries(override)]
+    packaged_folders = [conf_directory(), *added_conf()]
+    for index, folder in enumerate(folders):
         if not any((folder / group).is_dir() for group in GROUPS):
             raise ConfigError(
                 f"{FLAGS[0]} {folder}: no folder of a group in it ({', '.join(GROUPS)}): expected for example "
                 f"{folder / 'corpus' / 'mine.yaml'}, which is corpus=mine ({KEY})"
             )
+
         for file in sorted(path for group in GROUPS for path in (folder / group).rglob("*")):
             if file.suffix == ".yml":
                 raise ConfigError(f"{file}: names of configuration files end in .yaml: rename it")
-            if file.suffix == ".yaml":
-                _check_utf8(file)
-            for other in (*known, *folders[:place]):
-                twin = other / file.relative_to(folder)
-                if file.suffix == ".yaml" and twin.is_file():
+            if file.suffix != ".yaml":
+                continue
+            _check_utf8(file)
+            # Hydra would silently take the first file of a name.
+            for earlier_folder in (*packaged_folders, *folders[:index]):
+                twin = earlier_folder / file.relative_to(folder)
+                if twin.is_file():
                     raise ConfigError(f"{file}: {twin} has the same name and would be used: choose another name")
     return folders
 
@@ -94,8 +101,13 @@ def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
     folders = (conf_directory(), *own_folders(overrides))
     if group == RECIPE:
         return sorted({path.name for folder in folders for path in (folder / RECIPE).glob("*") if path.is_dir()})
-    computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
-    return sorted([*computed, *(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))])
+
+    without_file: list[str] = []
+    if group == "hardware":
+        without_file = ["auto"]
+    elif group == "stage":
+        without_file = [name for name in stage_names() if name not in OWN]
+    return sorted([*without_file, *(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))])
 
 
 def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str]) -> list[str]:
@@ -112,13 +124,17 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
     folders = (conf_directory(), *own_folders(overrides))
     stages = dict.fromkeys((stage, program_of(stage, overrides)))
     names = [f"{model}_{name}" for name in stages if model] + [*stages]
-    known = choices("stage", overrides)
-    there = [path.stem for folder in folders for path in (folder / RECIPE / recipe).glob("*.yaml")]
-    if there and not any(name == one or name.endswith(f"_{one}") for name in there for one in known):
+
+    # A mistyped name would be a recipe without effect.
+    stage_choices = choices("stage", overrides)
+    file_names = [path.stem for folder in folders for path in (folder / RECIPE / recipe).glob("*.yaml")]
+    is_read = any(name == choice or name.endswith(f"_{choice}") for name in file_names for choice in stage_choices)
+    if file_names and not is_read:
         raise ConfigError(
-            f"recipe={recipe}: {', '.join(sorted(there))}: no stage reads such a file; expected STAGE.yaml or "
-            f"MODEL_STAGE.yaml with STAGE one of {', '.join(known)}"
+            f"recipe={recipe}: {', '.join(sorted(file_names))}: no stage reads such a file; expected STAGE.yaml or "
+            f"MODEL_STAGE.yaml with STAGE one of {', '.join(stage_choices)}"
         )
+
     files = [folder / RECIPE / recipe / f"{name}.yaml" for name in names for folder in folders]
     return [f"+{RECIPE}/{recipe}@{_package(file)}={file.stem}" for file in files if file.is_file()][:1]
 
@@ -131,15 +147,17 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
     """
     folders = (conf_directory(), *own_folders(overrides))
 
-    def there(recipe: str) -> bool:
+    def exists(recipe: str) -> bool:
         return any((folder / RECIPE / f"{recipe}.yaml").is_file() for folder in folders)
 
-    for file in (folder / "experiment" / f"{experiment}.yaml" for folder in folders):
-        defaults = _content(file).get("defaults") or [] if file.is_file() else []
+    for folder in folders:
+        file = folder / "experiment" / f"{experiment}.yaml"
+        if not file.is_file():
+            continue
+        defaults = _content(file).get("defaults") or []
         for entry in (entry for entry in defaults if isinstance(entry, dict) and entry.get(_RECIPES)):
             recipe = str(entry[_RECIPES]).replace("${model}", model).replace("${stage}", stage)
-            lost = not there(recipe) and there(f"{model}_{stage}") and "${" not in recipe
-            if lost:
+            if not exists(recipe) and exists(f"{model}_{stage}") and "${" not in recipe:
                 raise ConfigError(
                     f"experiment={experiment}: no recipe/{recipe}.yaml, and recipe/{model}_{stage}.yaml would not "
                     f"apply: leave out model={model} or the experiment, or write the file below --config-dir"
@@ -147,9 +165,9 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
 
 
 def _package(file: Path) -> str:
-    """Where the keys of a recipe belong: what its line `# @package` says, by default the root."""
-    named = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
-    return named[1] if named else "_global_"
+    """The group that the keys of a recipe belong to: as its line `# @package` says, by default the root."""
+    package = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
+    return package[1] if package else "_global_"
 
 
 def _content(file: Path) -> dict[Any, Any]:
@@ -172,18 +190,19 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
             continue
         content = _content(file)
         entries = [content.get("name"), *(content.get("defaults") or [])]
-        known = [entry for entry in entries if entry in stage_names()]
-        if not known:
+        named_stages = [entry for entry in entries if entry in stage_names()]
+        if not named_stages:
             raise ConfigError(
                 f"{file}: names no stage: expected `defaults: [STAGE, _self_]` with STAGE one of "
                 f"{', '.join(stage_names())}"
             )
-        return known[0]
+        return named_stages[0]
     return choice
 
 
 def default_choice(group: str) -> str:
     """The choice of a group that conf/config.yaml names."""
+    # Hydra would know only after composing, and what is composed depends on the stage.
     defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
     return next(str(entry[group]) for entry in defaults if group in entry)
 
@@ -194,20 +213,22 @@ def default_stage() -> str:
 
 
 def local_hardware() -> str:
-    """The file in conf/hardware for this machine: that of its first GPU, else that of the CPU."""
-    cards = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    known = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
-    return next((name for card in cards[:1] for name in known if name.removesuffix(".yaml") in card), "cpu.yaml")
+    """The file in conf/hardware for this machine: the one of its first GPU, else the one of the CPU."""
+    gpus = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    gpu_files = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
+    return next((name for gpu in gpus[:1] for name in gpu_files if name.removesuffix(".yaml") in gpu), "cpu.yaml")
 
 
 def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
-    """Which file is missing where a user's stage file has no recipe for a size, and the varied stage has one."""
+    """A hint for error messages if a stage file of the user lacks the recipe that its program has for this size."""
     program = program_of(choice, overrides)
-    original, own = conf_directory() / "recipe" / f"{model}_{program}.yaml", f"recipe/{model}_{choice}.yaml"
+    recipe_of_program = conf_directory() / "recipe" / f"{model}_{program}.yaml"
+    user_recipe = f"recipe/{model}_{choice}.yaml"
     folders = own_folders(overrides)
-    if choice == program or not original.is_file() or any((folder / own).is_file() for folder in folders):
+    has_recipe = any((folder / user_recipe).is_file() for folder in folders)
+    if choice == program or not recipe_of_program.is_file() or has_recipe:
         return ""
-    return f" ({original} does not apply to stage={choice}: copy it to {folders[0] / own})"
+    return f" ({recipe_of_program} does not apply to stage={choice}: copy it to {folders[0] / user_recipe})"
 
 
 @contextmanager
@@ -221,10 +242,10 @@ def one_line_for_yaml() -> Iterator[None]:
         yield
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f"{mark.name}:{mark.line + 1}" if mark else "a configuration file"
+        where = f"{mark.name}:{mark.line + 1}" if mark else "a configuration file"
         problem = " ".join(f"{error.context or ''} {error.problem or ''}".split())
         raise ConfigError(
-            f"{place}: no YAML: {problem}: expected spaces for indentation, closed brackets and quotes, each key once"
+            f"{where}: no YAML: {problem}: expected spaces for indentation, closed brackets and quotes, each key once"
         ) from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ConfigError(f"{' '.join(str(error).split())}: expected a YAML file in UTF-8") from error
@@ -241,26 +262,27 @@ def _check_utf8(file: Path) -> None:
 
 def _entries(override: str) -> list[str]:
     try:
-        value = OverridesParser.create().parse_override(override).value()
+        entries = OverridesParser.create().parse_override(override).value()
     except HydraException as error:
         raise ConfigError(f"{override}: expected {KEY}=[DIR, ...]") from error
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise ConfigError(f"{override}: expected {KEY}=[DIR, ...]")
-    return [str(entry) for entry in value]
+    return [str(entry) for entry in entries]
 
 
 def _folder(entry: str) -> Path:
     """The folder of an entry of Hydra's search path: a path, `file://PATH` or `pkg://MODULE`."""
-    scheme, found, rest = entry.partition("://")
-    if found and scheme == "pkg":
-        spec = importlib.util.find_spec(rest)
-        places = list(spec.submodule_search_locations or ()) if spec else []
-        if not places:
+    scheme, separator, address = entry.partition("://")
+    if separator and scheme == "pkg":
+        spec = importlib.util.find_spec(address)
+        locations = list(spec.submodule_search_locations or ()) if spec else []
+        if not locations:
             raise ConfigError(f"{KEY}: {entry}: there is no such package")
-        return Path(places[0])
-    if found and scheme != "file":
+        return Path(locations[0])
+    if separator and scheme != "file":
         raise ConfigError(f"{KEY}: {entry}: expected a folder of this machine")
-    folder = Path(rest if found else entry).expanduser().resolve()
+
+    folder = Path(address if separator else entry).expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(
             f"{FLAGS[0]} {entry}: there is no folder {folder}: expected one laid out as {conf_directory()} ({KEY})"

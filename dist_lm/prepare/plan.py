@@ -1,17 +1,23 @@
-"""The plan of a command: which stages run and from which artefacts. It is computed before anything starts."""
+"""The plan of a command: the stages that run, and where they start from. It is made before anything starts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.registry import stage_named
+from dist_lm.parallel.layout import AXES
+from dist_lm.prepare.compose import compose_config, overrides_of, target_stage
+from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import Action, Place, Stage, run_of
 from dist_lm.training import checkpoint_files
 
-if TYPE_CHECKING:
-    from dist_lm.prepare.layout_choice import Begun
+
+@dataclass(frozen=True)
+class ContinuedRun:
+    """A training run that the command continues."""
+
+    recorded: Config  # the configuration that its ranks read last
+    asked: frozenset[str]  # keys of `parallel` that the command sets
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class PlannedStage:
     config: Config
     action: Action
     detail: str
-    begun: "Begun | None" = None  # of a training run that goes on
+    continued: ContinuedRun | None = None  # if it is a training run with a checkpoint
     is_target: bool = True  # whether the command names it
 
     @property
@@ -31,7 +37,7 @@ class PlannedStage:
 
     @property
     def progress(self) -> str:
-        """What the next command continues from, for messages."""
+        """Names the state that the next command continues from, for messages."""
         return self.stage.progress(self.config)
 
 
@@ -52,6 +58,20 @@ class Plan:
         return tuple(stage for stage in self.stages if stage.action is not Action.READY)
 
 
+def plan_command(overrides: Sequence[str]) -> Plan:
+    """The plan of a command line (`key=value`, `group=choice`).
+
+    Raises:
+        ConfigError: the command line is wrong, a run exists with other settings, or a needed stage is missing with
+            prerequisites=fail.
+        ArtefactError: existing files were made with other settings.
+    """
+    target = target_stage(overrides)
+    check_stage_prefixes(overrides, target)
+    plan = make_plan(target, lambda stage: compose_config(overrides_of(stage, target, overrides)))
+    return with_continued_runs(plan, overrides)
+
+
 def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     """Inspect the work directory and plan `target` and every stage it needs.
 
@@ -64,9 +84,11 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     """
     composed = {target: compose(target)}
     starts_from = stage_named(target).starts_from
-    # a given start makes the stage before unnecessary, for the stages on the way too
-    own = composed[target].stage
-    given = starts_from if starts_from and (own.init_from != "auto" or own.branch_from) else None
+
+    # With another start the stage before is not needed, not by the stages on the way either.
+    settings = composed[target].stage
+    has_other_start = starts_from and (settings.init_from != "auto" or settings.branch_from)
+    unneeded = starts_from if has_other_start else None
 
     def needs_of(name: str) -> Sequence[str]:
         if name not in composed:
@@ -75,32 +97,68 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
             except ConfigError as error:
                 without = "; stage.init_from=none begins without it" if name == starts_from else ""
                 raise ConfigError(f"stage {name}, which stage={target} needs: {error}{without}") from error
-        return [need for need in stage_named(name).reads(composed[name]) if need != given]
+        return [need for need in stage_named(name).reads(composed[name]) if need != unneeded]
 
     order = in_order(target, needs_of)
     configs = {name: composed[name] for name in order}
+
+    # From the last stage to the first: what a stage must make depends on the stages that read it.
     for name in reversed(order[:-1]):
         readers = [config for other, config in configs.items() if name in stage_named(other).reads(config)]
         configs[name] = stage_named(name).for_readers(configs[name], readers)
     check_eval_pool(configs, target)
+
     rebuilt: set[str] = set()
     planned = []
     for name, config in configs.items():
         stage = stage_named(name)
         try:
             stage.check(config)
+        except ConfigError:
+            raise
         except ValueError as error:
-            raise error if isinstance(error, ConfigError) else ConfigError(f"stage={name}: {error}") from error
+            raise ConfigError(f"stage={name}: {error}") from error
         is_target = name == target
-        found = stage.look(config, is_target=is_target, rebuilt=rebuilt)
-        if found.action is not Action.READY:
+        look = stage.look(config, is_target=is_target, rebuilt=rebuilt)
+        if look.action is not Action.READY:
             rebuilt.add(name)
-        planned.append(PlannedStage(stage, found.config, found.action, found.detail, is_target=is_target))
-    missing = [one.name for one in planned[:-1] if one.action is not Action.READY]
+        planned.append(PlannedStage(stage, look.config, look.action, look.detail, is_target=is_target))
+
+    missing = [earlier.name for earlier in planned[:-1] if earlier.action is not Action.READY]
     if missing and configs[target].prerequisites == "fail":
         commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)
         raise ConfigError(f"prerequisites=fail: stage={target} needs {', '.join(missing)} first: run {commands}")
     return Plan(tuple(planned))
+
+
+def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
+    """`plan` with the recorded configurations of the training runs that `overrides` continue."""
+    # Only a layout that this command asks for replaces the recorded one, not a default of conf/.
+    keys = [override.split("=")[0] for override in overrides]
+    asked = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
+    if "parallel" in keys:
+        asked |= set(AXES)
+
+    def with_recorded(stage: PlannedStage) -> PlannedStage:
+        if stage.stage.place is not Place.RANKS or stage.action is not Action.RESUME:
+            return stage
+        recorded = load_config(run_of(stage.config).config)
+        return replace(stage, continued=ContinuedRun(recorded, frozenset(asked)))
+
+    return Plan(tuple(map(with_recorded, plan.stages)))
+
+
+def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
+    """Refuse `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way."""
+    earlier = may_need(target)
+    for override in overrides:
+        if override.startswith("stages."):
+            name = override.split(".")[1].split("=")[0]
+            if name not in earlier or override.partition("=")[0].count(".") < 2:
+                raise ConfigError(
+                    f"{override}: expected stages.NAME.KEY=value with NAME one of {', '.join(earlier) or '(none)'}; "
+                    f"keys of {target} itself are stage.KEY=value"
+                )
 
 
 def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
@@ -109,6 +167,7 @@ def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
     Raises:
         ConfigError: `target` trains, so it could have some.
     """
+    # Idle actors would hold GPUs for the whole run.
     actors = configs[target].eval.pool.actors
     asked = any(getattr(config.stage, "eval_tasks", None) for config in configs.values())
     trains = stage_named(target).place is Place.RANKS
@@ -127,6 +186,7 @@ def untraced(stage: PlannedStage) -> str:
         return ""
     if stage.stage.place is not Place.RANKS:
         raise ConfigError(f"profile.steps={steps}: stage={stage.name} has no training steps: leave it out")
+    # A typing error in the steps would cost a whole run before it is noticed.
     newest = checkpoint_files.newest_step(run_of(stage.config).checkpoints)
     if stage.action is Action.READY:
         return f"profile.steps={steps}: no step is traced, the run is finished; choose another run_id"

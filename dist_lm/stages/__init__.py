@@ -1,1 +1,1 @@
-"""One short file a stage: what it reads, what it optimises, what it reports, what it leaves behind."""
+"""The stages: one object each, with the program of its ranks in the same folder."""

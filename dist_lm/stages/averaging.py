@@ -28,7 +28,8 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.importing.snapshot import write_checkpoint
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.stage import Opening, training_stage
+from dist_lm.stages.training.arguments import Opening
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -52,20 +53,25 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     """
     require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+
     newest = files.find_checkpoint(run.path)
-    found = [newest] if ema else files.steps_in(newest.parent)[-last:]
-    accepted = f"at most {len(found)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
-    require(len(found) >= last, "--last", last, accepted)
-    for checkpoint in found:
+    checkpoints = [newest] if ema else files.steps_in(newest.parent)[-last:]
+    accepted = f"at most {len(checkpoints)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
+    require(len(checkpoints) >= last, "--last", last, accepted)
+    for checkpoint in checkpoints:
         files.require_intact(checkpoint)
-    folder = run.averages / f"{'ema' if ema else f'last_{last}'}_{newest.name}"
+
+    kind = "ema" if ema else f"last_{last}"
+    folder = run.averages / f"{kind}_{newest.name}"
     if folder.exists():
         raise ArtefactError(f"{folder} exists: use it, or remove it first")
-    model = model_config_of(newest)
-    write_average(folder, mean_of(found) if not ema else exponential(newest), newest, model)
-    record = {"of": [checkpoint.name for checkpoint in found], "kind": "ema" if ema else "mean", "metrics": {}}
+
+    tensors = exponential(newest) if ema else mean_of(checkpoints)
+    write_average(folder, tensors, newest, model_config_of(newest))
+    record = {"of": [checkpoint.name for checkpoint in checkpoints], "kind": "ema" if ema else "mean", "metrics": {}}
     durable.write_json(folder / files.AVERAGE, record)
     console.print(f"{folder}: {record['kind']} of {', '.join(record['of'])}", soft_wrap=True)
+
     if device and can_be_measured(run):
         metrics = evaluated(run, {PLAIN: newest, folder.name: folder}, device)
         durable.write_json(folder / files.AVERAGE, record | {"metrics": metrics[folder.name]})
@@ -77,6 +83,7 @@ def mean_of(checkpoints: Sequence[Path]) -> dict[str, MadeTensor]:
     """The mean of each parameter over checkpoints."""
     stored = [stored_tensors(checkpoint) for checkpoint in checkpoints]
 
+    # fp64, since the mean of close numbers must not lose their differences.
     def mean(name: str) -> np.ndarray:
         total = np.zeros(stored[0][name].elements, np.float64)
         for tensors in stored:
@@ -94,18 +101,19 @@ def exponential(checkpoint: Path) -> dict[str, MadeTensor]:
         ArtefactError: it has none.
     """
     suffix = f".{EMA}"
-    found = {
+    averages = {
         name.removeprefix(files.OPTIMIZER).removesuffix(suffix): _made(tensor, tensor.read)
         for name, tensor in stored_tensors(checkpoint).items()
         if name.startswith(files.OPTIMIZER) and name.endswith(suffix)
     }
-    if not found:
+    if not averages:
         raise ArtefactError(f"checkpoint {checkpoint}: holds no exponential average: train with stage.ema_decay=0.999")
-    return found
+    return averages
 
 
 def write_average(folder: Path, tensors: Mapping[str, MadeTensor], newest: Path, model: ModelConfig) -> None:
     """Write the checkpoint `folder` of the step of `newest`; it appears when it is complete."""
+    # The average was never evaluated on the way, so it has no best loss.
     state = replace(files.read_state(newest)[0], best_val_loss=None, best_step=0)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -133,20 +141,22 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
     config, tokenizer = load_config(run.config), Tokenizer.load(run.tokenizer_model)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     world = World(0, 1, 0, torch.device("cuda" if on_gpu else "cpu"))
+    # Evaluators of stages sum over ranks: here there is one.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.group.WORLD
         assert group is not None
         opening = Opening(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
         evaluate = training_stage(config.stage.name).open_data(opening).evaluate
+
         model = Transformer(config.model).to(world.device)
         model.document_mask = config.stage.document_mask
-        found = {}
-        for name, checkpoint in checkpoints.items():
-            weights = {name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()}
+        metrics = {}
+        for label, checkpoint in checkpoints.items():
+            weights = {name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()}
             model.load_state_dict(weights)
-            found[name] = evaluate(model, True, lambda: None)
-        return found
+            metrics[label] = evaluate(model, True, lambda: None)
+        return metrics
     finally:
         dist.destroy_process_group()
 
@@ -155,7 +165,7 @@ def print_metrics(metrics: Mapping[str, Mapping[str, float]], console: Console) 
     """Print a column for each set of weights."""
     table = Table("metric on val", *metrics)
     for name in metrics[PLAIN]:
-        table.add_row(name, *(f"{found[name]:.4f}" for found in metrics.values()))
+        table.add_row(name, *(f"{of_weights[name]:.4f}" for of_weights in metrics.values()))
     console.print(table)
 
 

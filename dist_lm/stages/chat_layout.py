@@ -1,4 +1,4 @@
-"""Whose layout conversations have: ours, or that of the chat template that came with an imported model.
+"""Decides whether conversations are laid out by our chat template or by the one that came with an imported model.
 
 A chat template counts as ours if it renders `CONVERSATIONS` generated conversations as ours does, byte for byte: with
 and without tools, calls, results and a turn of the system, and of several turns. Otherwise it is kept.
@@ -28,15 +28,16 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
     """The chat template of a model of transformers; None if it has none, or lays conversations out as ours.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's own.
     """
     text = chat_template_of(folder)
     if not text:
         return None
+    # Templates that print the date would lay out a corpus differently tomorrow: the day of the import stays.
     today = datetime.now().astimezone().date().isoformat()
-    kept = KeptTemplate(text, tuple(sorted(special_tokens_of(folder).items())), today)
+    template = KeptTemplate(text, tuple(sorted(special_tokens_of(folder).items())), today)
     (opening,) = tokenizer.pieces([tokenizer.opening.first])
-    return None if is_ours(kept, opening) else kept
+    return None if is_ours(template, opening) else template
 
 
 def given_template(config: TokenizerConfig) -> KeptTemplate | None:
@@ -54,12 +55,13 @@ def _of_snapshot(source: str, content: bytes) -> KeptTemplate | None:
     return kept_template(folder_of(source, weights=False), Tokenizer(content, source))
 
 
-def is_ours(kept: KeptTemplate, opening: str) -> bool:
+def is_ours(template: KeptTemplate, opening: str) -> bool:
     """Whether a template lays conversations out as ours. `opening`: the name of the token that opens documents."""
+    # Templates are programs: only their output tells whether two are the same.
     for conversation in islice(conversations(), CONVERSATIONS):
         ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, opening)
         try:
-            if text_of(conversation, kept, texts_as_json=True) != ours:
+            if text_of(conversation, template, texts_as_json=True) != ours:
                 return False
         except ChatError:
             return False
@@ -68,14 +70,19 @@ def is_ours(kept: KeptTemplate, opening: str) -> bool:
 
 def conversations() -> Iterator[Conversation]:
     """Different conversations, the same at every call: every second one has tools, every third one a system turn."""
-    texts = ""
+    previous_text = ""
     for number, example in enumerate(examples(0, 10**9)):
-        found = example.conversation
-        words = [message.content for message in found.messages if message.content and message.role != "system"]
-        if number % 2:  # plain, with what was said before in a turn of its own
-            turns = [Message("user", texts or "Hello"), Message("assistant", "Go on.")] if number % 4 == 1 else []
-            found = Conversation((*turns, Message("user", words[0]), Message("assistant", words[-1])))
-        if number % 3 == 0 and found.messages[0].role != "system":
-            found = Conversation((Message("system", SYSTEM), *found.messages), found.tools)
-        texts = " ".join(words)
-        yield found
+        conversation = example.conversation
+        contents = [turn.content for turn in conversation.messages if turn.content and turn.role != "system"]
+
+        # Plain conversations: every second one has an exchange in front, so that templates see several turns.
+        if number % 2:
+            turns = [Message("user", contents[0]), Message("assistant", contents[-1])]
+            if number % 4 == 1:
+                turns = [Message("user", previous_text or "Hello"), Message("assistant", "Go on."), *turns]
+            conversation = Conversation(tuple(turns))
+
+        if number % 3 == 0 and conversation.messages[0].role != "system":
+            conversation = Conversation((Message("system", SYSTEM), *conversation.messages), conversation.tools)
+        previous_text = " ".join(contents)
+        yield conversation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.root import TRUST_ME
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training.stage import Closing
+from dist_lm.stages.training.arguments import Closing
 from dist_lm.tracking.readable import percent
 
 if TYPE_CHECKING:
@@ -30,21 +30,29 @@ class Code(TextStage):
         from dist_lm.stages.sampling import sample_prompts, write_samples
 
         samples = sample_prompts(closing)
-        if not samples:  # stage.sampling.samples_per_prompt=0
+        # stage.sampling.samples_per_prompt=0.
+        if not samples:
             return {}
+
+        # The first rank judges for all: programs of models run in one sandbox, not in one per rank.
         verdicts: list[dict[str, Any]] = [{}] * len(samples)
         if closing.world.is_first:
-            parsed = [parses_continued(one.language, one.prompt, one.completion, one.finished) for one in samples]
-            ran = runs(samples, parsed, trust_me=closing.config.sandbox == TRUST_ME)
-            verdicts = [{"parses": one, "runs": other} for one, other in zip(parsed, ran, strict=True)]
+            parsed = [
+                parses_continued(sample.language, sample.prompt, sample.completion, sample.finished)
+                for sample in samples
+            ]
+            passed = runs(samples, parsed, trust_me=closing.config.sandbox == TRUST_ME)
+            verdicts = [{"parses": parses, "runs": ran} for parses, ran in zip(parsed, passed, strict=True)]
         dist.broadcast_object_list(verdicts)
-        write_samples(closing, [asdict(one) | verdict for one, verdict in zip(samples, verdicts, strict=True)])
-        figures: dict[str, list[bool]] = {}
+        write_samples(closing, [asdict(sample) | verdict for sample, verdict in zip(samples, verdicts, strict=True)])
+
+        # A sample without a verdict (None) counts neither as right nor as wrong.
+        verdicts_of: dict[str, list[bool]] = {}
         for sample, verdict in zip(samples, verdicts, strict=True):
-            for prefix, found in ((PARSES, verdict["parses"]), (RUNS, verdict["runs"])):
-                if found is not None:
-                    figures.setdefault(f"{prefix}{sample.language}", []).append(found)
-        return {name: sum(found) / len(found) for name, found in sorted(figures.items())}
+            for prefix, is_right in ((PARSES, verdict["parses"]), (RUNS, verdict["runs"])):
+                if is_right is not None:
+                    verdicts_of.setdefault(f"{prefix}{sample.language}", []).append(is_right)
+        return {name: sum(verdicts) / len(verdicts) for name, verdicts in sorted(verdicts_of.items())}
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         for prefix, title in ((PARSES, "samples that parse"), (RUNS, "samples that run")):
@@ -67,21 +75,23 @@ def runs(samples: "Sequence[Sample]", parsed: Sequence[bool | None], trust_me: b
     from dist_lm.sandbox.sandbox import SandboxError
     from dist_lm.sandbox.syntax import whole_lines
 
-    found = list(parsed)
+    # Programs that do not parse are not run.
+    passed = list(parsed)
     try:
         with SandboxPool(trust_me=trust_me) as pool:
-            started = {
-                place: pool.submit(Program(one.language, whole_lines(one.prompt + one.completion, one.finished)))
-                for place, one in enumerate(samples)
-                if parsed[place]
-            }
-            for place, future in started.items():
+            futures = {}
+            for index, sample in enumerate(samples):
+                if parsed[index]:
+                    text = whole_lines(sample.prompt + sample.completion, sample.finished)
+                    futures[index] = pool.submit(Program(sample.language, text))
+
+            for index, future in futures.items():
                 verdict = future.result()
-                found[place] = verdict.outcome == "passed" if verdict.judged else None
+                passed[index] = verdict.outcome == "passed" if verdict.judged else None
     except SandboxError as error:
         log.warning("samples are not executed: %s", error)
         return [None] * len(samples)
-    return found
+    return passed
 
 
 STAGE = Code()

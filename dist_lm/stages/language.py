@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training.stage import Closing
+from dist_lm.stages.training.arguments import Closing
 
 
 class Language(TextStage):

@@ -57,7 +57,9 @@ def stage_named(name: str) -> Stage:
         return importlib.import_module(f"dist_lm.stages.{OWN[name]}").STAGE
     if name not in _added():
         raise ConfigError(f"stage={name}: expected one of {', '.join(stage_names())}")
+
     where = f"entry point {name} = {_added()[name]!r} in group {GROUP}"
+    # The package is not ours: every way in which it can be wrong is named.
     module, _, attribute = _added()[name].partition(":")
     try:
         stage = getattr(importlib.import_module(module), attribute)
@@ -67,6 +69,7 @@ def stage_named(name: str) -> Stage:
         raise ConfigError(f"{where}: expected an object of a subclass of dist_lm.stages.stage.Stage")
     if getattr(stage, "name", None) != name:
         raise ConfigError(f"{where}: expected {attribute}.name = {name!r}, found {getattr(stage, 'name', None)!r}")
+
     folder = stage.conf or Path(str(importlib.import_module(module).__file__)).parent / "conf"
     file = folder / "stage" / f"{name}.yaml"
     if not stage.conf or not file.is_file():
@@ -81,8 +84,8 @@ def all_stages() -> Iterator[Stage]:
 
 def added_conf() -> list[Path]:
     """Folders with the YAML files of stages that other packages add."""
-    found = (stage_named(name).conf for name in sorted(_added()))
-    return list(dict.fromkeys(folder for folder in found if folder))
+    folders = (stage_named(name).conf for name in sorted(_added()))
+    return list(dict.fromkeys(folder for folder in folders if folder))
 
 
 def load_config(path: Path) -> Config:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -12,9 +12,11 @@ from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams, only_answers
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.stages.text import SampledConfig
-from dist_lm.stages.training.stage import Closing
+from dist_lm.stages.training.arguments import Closing
 from dist_lm.storage import durable
+
+if TYPE_CHECKING:
+    from dist_lm.stages.text import SamplesConfig
 
 CACHE_TOKENS = 8192  # enough for some dozens of samples at the same time
 
@@ -32,16 +34,17 @@ class Sample:
 
 def sample_prompts(closing: Closing) -> list[Sample]:
     """Samples for every prompt of stage.sampling; ranks share the work and all get every sample (collective)."""
-    assert isinstance(closing.config, SampledConfig)
-    config = closing.config.stage.sampling
-    wanted = [
+    stage: Any = closing.config.stage  # callers are stages that end with samples
+    config: SamplesConfig = stage.sampling
+    prompts = [
         (language, prompt)
-        for language, prompts in sorted(config.prompts.items())
-        for prompt in prompts
+        for language, prompts_of_language in sorted(config.prompts.items())
+        for prompt in prompts_of_language
         for _ in range(config.samples_per_prompt)
     ]
-    if not wanted:
+    if not prompts:
         return []
+
     tokenizer = closing.tokenizer
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
@@ -51,13 +54,16 @@ def sample_prompts(closing: Closing) -> list[Sample]:
     )
     requests = [
         Request(str(index), tokenizer.encode_prompt(prompt), params, seed=index)
-        for index, (_, prompt) in enumerate(wanted)
+        for index, (_, prompt) in enumerate(prompts)
     ]
-    return [
-        # `decode` drops end-of-text
-        Sample(index, *wanted[index], completion=tokenizer.decode(done.tokens), finished=done.finish == "eot")
-        for index, done in enumerate(answer_all(closing, requests, "stage.sampling"))
-    ]
+    answers = answer_all(closing, requests, "stage.sampling")
+
+    samples = []
+    for index, answer in enumerate(answers):
+        language, prompt = prompts[index]
+        completion = tokenizer.decode(answer.tokens)  # without end-of-text
+        samples.append(Sample(index, language, prompt, completion, finished=answer.finish == "eot"))
+    return samples
 
 
 def answer_all(
@@ -72,6 +78,8 @@ def answer_all(
     """
     if not requests:
         return []
+
+    # A whole copy on each rank: engines do not know the layout of training.
     model = initial or closing.model()
     weights = model.weights if isinstance(model, LoadedModel) else dict(model.named_parameters())
     device = closing.world.device
@@ -83,7 +91,8 @@ def answer_all(
         dtype=generation_dtype(closing.config.parallel, device),
         device=device,
     )
-    del model, weights  # the engine holds its own weights
+    # The engine holds its own weights.
+    del model, weights
     return list(only_answers(shared_answers(engine, requests, closing.world, closing.alive), name))
 
 
@@ -103,16 +112,19 @@ def shared_answers(
     """
     for request in requests[world.rank :: world.size]:
         engine.submit(request)
-    own: list[Answer | Refusal] = []
+
+    answers_of_rank: list[Answer | Refusal] = []
     while engine.busy:
-        for done in engine.step():
-            own.append(done)
+        for answer in engine.step():
+            answers_of_rank.append(answer)
             if finished:
-                finished(done)
+                finished(answer)
         alive()
+
+    # All ranks need all answers, to compute the same figures.
     gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, own)
-    return sorted((result for part in gathered for result in part), key=lambda result: int(result.request))
+    dist.all_gather_object(gathered, answers_of_rank)
+    return sorted((answer for answers in gathered for answer in answers), key=lambda answer: int(answer.request))
 
 
 def write_samples(closing: Closing, samples: Iterable[Mapping[str, Any]]) -> None:

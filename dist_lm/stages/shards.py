@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NAMED = 3  # settings that a message names
+NAMED_DIFFERENCES = 3  # settings that a message names
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 
 
@@ -95,12 +95,16 @@ class Shards(ArtefactStage):
         wanted = wanted_corpora(config)
         missing = missing_corpora(config, wanted)
         correct_corpora(config, [name for name in wanted if name not in missing])
+
+        # Val of every corpus of texts is kept out of train of all others, so all of them are read before the first one
+        # is built. The first one itself is compared while it is built.
         texts = Texts(config.corpus, config.seed)
         if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
             texts.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
                 texts.compare(name for name in text_corpora(config.corpus) if name != first)
                 _ = texts.train_sides
+
         for name in missing:
             build_corpus(config, name, texts, console)
 
@@ -151,25 +155,35 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
             others.
     """
     work = WorkDirectory(Path(config.work_dir))
-    there, missing, notes = [], [], []
+    ready: list[str] = []
+    missing: list[str] = []
+    notes: list[str] = []
     for name in names:
-        directory = work.corpus(name)
-        if not is_whole(directory):
+        corpus_path = work.corpus(name)
+        if not is_whole(corpus_path):
             missing.append(name)
-            known = {manifest_path(directory): "damaged", journal_path(directory): "unfinished"}
-            notes += [f"{name} {words}" for path, words in known.items() if path.is_file()]
+            words_of = {manifest_path(corpus_path): "damaged", journal_path(corpus_path): "unfinished"}
+            notes += [f"{name} {words}" for path, words in words_of.items() if path.is_file()]
             notes += _unlisted(config, name)
             continue
+
         check_corpus(config, name)
-        changed, unknown = _changed(config, name)
-        if list(read_manifest(directory).licences) != _licences(config, name):
-            changed = changed or ["licences only"]
-        (missing if changed else there).append(name)
-        notes += [f"{name} changed: {'; '.join(changed)}"] if changed else []
-        notes += [f"inputs of {name} are not compared: {unknown}"] if unknown else []
+        changes, unknown = _changed(config, name)
+        if not changes and list(read_manifest(corpus_path).licences) != _licences(config, name):
+            changes = ["licences only"]
+        if changes:
+            missing.append(name)
+            notes.append(f"{name} changed: {'; '.join(changes)}")
+        else:
+            ready.append(name)
+        if unknown:
+            notes.append(f"inputs of {name} are not compared: {unknown}")
+
     if missing:
-        notes = [f"{', '.join(there)} there", *notes] if there else notes
+        if ready:
+            notes.insert(0, f"{', '.join(ready)} there")
         return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
+
     counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
     return Artefact(True, "; ".join([f"corpora {', '.join(names) or '(none)'}: {amount(counts)}", *notes]))
 
@@ -209,6 +223,8 @@ def is_whole(directory: Path) -> bool:
         return False
     if not directory.is_dir():
         raise ArtefactError(f"{directory} is a file, but a corpus is a folder: move it away")
+
+    # Opening reads the index of every tar; the members are checked when they are first read.
     try:
         if manifest_path(directory).is_file():
             for split in SPLITS:
@@ -237,6 +253,7 @@ def check_corpus(config: Config, name: str) -> None:
             f"by another version of dist_lm{in_brief(manifest.settings, settings)}: use another work_dir, or remove "
             "that folder to build it again"
         )
+
     if not work.tokenizer_model.exists():
         raise ArtefactError(
             f"{work.corpus(name)} exists, but its tokenizer is missing: restore {work.tokenizer_model}, "
@@ -259,23 +276,24 @@ def is_frozen(config: Config, name: str) -> bool:
 def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
     """The corpora of texts that stay as they are while `missing` are built, although other corpora have changed since.
 
-    Nothing of their val may come into train of the others: they are not built again to drop it.
+    They keep their held-out split, so new train text must not contain it.
     """
     work = WorkDirectory(Path(config.work_dir))
-    there = [
+    existing = [
         name for name in text_corpora(config.corpus) if name not in missing and work.corpus_manifest(name).is_file()
     ]
-    if not there:
+    if not existing:
         return frozenset()
-    now = recipe_of(config, there[0])  # fingerprint and inputs are those of all corpora of texts
+    # Fingerprint and inputs are those of all corpora of texts.
+    current = recipe_of(config, existing[0])
 
     def is_older(name: str) -> bool:
         recipe = read_manifest(work.corpus(name)).recipe
-        if recipe.corpus_fingerprint != now.corpus_fingerprint:
+        if recipe.corpus_fingerprint != current.corpus_fingerprint:
             return is_frozen(config, name)
-        return recipe.inputs_sha256 != now.inputs_sha256
+        return recipe.inputs_sha256 != current.inputs_sha256
 
-    return frozenset(name for name in there if is_older(name))
+    return frozenset(name for name in existing if is_older(name))
 
 
 def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
@@ -284,37 +302,42 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     report = IngestReport()
     sources = corpus_sources(config.corpus, name)
     inputs, recipe = listed_inputs(config.corpus, name), recipe_of(config, name)
-    heads = [f"{one.name} {one.etag}" for listing in inputs for one in listing.taken if one.name.startswith(HUB)]
+
+    # A branch of the hub may have moved on since an earlier build, whose tars are then dropped.
+    heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
     if heads and is_dropped_for_inputs(work.corpus(name), recipe):
         console.warning(
             f"corpus {name} is built from its begin: inputs changed after an earlier build began. `revision` of a "
             f"source keeps it at one commit; those read now: {', '.join(heads)}"
         )
+
     # split and source of the documents inside the encoder, which keeps their order
-    places: deque[tuple[str, int]] = deque()
+    origins: deque[tuple[str, int]] = deque()
     with (
         CorpusWriter(work.corpus(name), recipe) as writer,
         (work.corpus(name) / REJECTED).open("w", encoding="utf-8") as rejected,
         console.counting(f"tokenizing {name}", unit="documents") as count,
     ):
-        kept = dict(writer.kept)
+        # Documents in finished tars that are still to be skipped, by split.
+        n_finished = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
             for split, document, source in divided(config.corpus, name, config.seed, report, texts, rejected):
-                if kept[split]:  # in a finished tar
-                    kept[split] -= 1
+                if n_finished[split]:
+                    n_finished[split] -= 1
                     count.advance()
                 else:
-                    places.append((split, sources.index(source)))
+                    origins.append((split, sources.index(source)))
                     yield document
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
-            split, source = places.popleft()
+            split, source = origins.popleft()
             if split == "val":
                 writer.finish_split("train")
             writer.write(split, document, source)
             count.advance()
-        if any(kept.values()):
+
+        if any(n_finished.values()):
             raise ArtefactError(
                 f"corpus {name}: its sources give fewer documents than the finished tars of {work.corpus(name)} hold: "
                 "they have changed; remove that folder to build it again"
@@ -324,16 +347,19 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
 
 
 def recipe_of(config: Config, name: str) -> Recipe:
-    """What the tars of one corpus depend on."""
-    model = WorkDirectory(Path(config.work_dir)).tokenizer_model
-    read = text_corpora(config.corpus) if form_of(config.corpus, name) == "text" else [name]
+    """The settings and inputs that the tars of one corpus depend on."""
+    tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
+    # Texts depend on the held-out text of all corpora of texts.
+    corpora_read = text_corpora(config.corpus) if form_of(config.corpus, name) == "text" else [name]
     return Recipe(
-        tokenizer_sha256=durable.sha256_of(model),
-        vocab_size=Tokenizer.load(model).vocab_size,
+        tokenizer_sha256=durable.sha256_of(tokenizer_model),
+        vocab_size=Tokenizer.load(tokenizer_model).vocab_size,
         corpus_fingerprint=digest(corpus_fingerprint(config, name)),
         documents_per_member=config.corpus.documents_per_member,
         shard_tokens=config.corpus.shard_tokens,
-        inputs_sha256=inputs_hash(one for corpus in read for one in listed_inputs(config.corpus, corpus)),
+        inputs_sha256=inputs_hash(
+            listing for corpus in corpora_read for listing in listed_inputs(config.corpus, corpus)
+        ),
         own_fingerprint=digest(_fingerprint(config, [name])),
     )
 
@@ -353,28 +379,33 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config)
-    kept = KeptTemplate.read(WorkDirectory(Path(config.work_dir)).tokenizer)
-    template = {"chat_template": asdict(kept)} if kept else {}
-    return _fingerprint(config, [name]) | {"format": FORMAT} | template
+    fingerprint = _fingerprint(config, [name]) | {"format": FORMAT}
+    template = KeptTemplate.read(WorkDirectory(Path(config.work_dir)).tokenizer)
+    if template:
+        fingerprint["chat_template"] = asdict(template)
+    return fingerprint
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
-    chosen: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
-    corpus = asdict(chosen)
+    selected: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
+    corpus = asdict(selected)
     for key in ("name", "documents_per_member", "shard_tokens", "max_bad_fraction"):  # none changes a document
         corpus.pop(key)
-    if not config.corpus.cleaning.licences:  # no document is chosen by its licence
+    # No document is chosen by its licence.
+    if not config.corpus.cleaning.licences:
         for source in chain.from_iterable(corpus["corpora"].values()):
             source.pop("licence")
-    readers = {source.reader: source_traits(source) for sources in chosen.corpora.values() for source in sources}
-    found: dict[str, Any] = {
+
+    # The seed counts only where a reader makes documents by it.
+    readers = {source.reader: source_traits(source) for sources in selected.corpora.values() for source in sources}
+    fingerprint: dict[str, Any] = {
         "seed": config.seed if any(traits.seeded for traits in readers.values()) else None,
         "revisions": {name: traits.revision for name, traits in readers.items()},
         "corpus": corpus,
     }
     if SAMPLED in readers:
-        found |= config.stage.sampled_by()
-    return found
+        fingerprint |= config.stage.sampled_by()
+    return fingerprint
 
 
 def digest(value: Any) -> str:
@@ -384,9 +415,11 @@ def digest(value: Any) -> str:
 
 def in_brief(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How the settings of a fingerprint differ from those `before`, in brackets; empty where these are not known."""
-    found = differences(before, json.loads(json.dumps(now))) if before else []
-    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
-    return f" ({'; '.join(found[:NAMED])}{more})" if found else ""
+    changes = differences(before, json.loads(json.dumps(now))) if before else []
+    if not changes:
+        return ""
+    more = f"; {len(changes) - NAMED_DIFFERENCES} more" if len(changes) > NAMED_DIFFERENCES else ""
+    return f" ({'; '.join(changes[:NAMED_DIFFERENCES])}{more})"
 
 
 STAGE = Shards()

@@ -1,10 +1,10 @@
-"""The interface of a stage: one object in one file, from its inputs to its summary.
+"""The interface of a stage: one object, from its inputs to its summary.
 
-A stage runs in one of three places: in the launcher's own process (`ArtefactStage`), on a gang of ranks
+A stage runs in one of three places: in the launcher's own process (`ArtefactStage`), on ranks
 (`dist_lm.stages.training.stage.TrainingStage`), or on a pool of generation engines (`PoolStage`). The launcher calls
 the methods below and knows no stage by name.
 
-The modules of stages are imported by the launcher, so they import torch only inside the methods that run on ranks.
+The launcher imports the modules of all stages, so they import torch only inside the methods that need it.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +33,7 @@ IMPORT = "import"  # the stage that imports a model of transformers
 
 
 class Action(Enum):
-    """What the launcher must do for a stage."""
+    """The work that a command has to do for a stage."""
 
     READY = "there"
     BUILD = "build"
@@ -41,10 +41,10 @@ class Action(Enum):
 
 
 class Place(Enum):
-    """Where a stage runs."""
+    """The processes that a stage runs in."""
 
     LAUNCHER = "launcher"  # `build` in the launcher's process
-    RANKS = "ranks"  # `program` on a gang of torchrun ranks
+    RANKS = "ranks"  # `run_rank` on ranks that torchrun starts
     POOL = "pool"  # requests to a pool of generation engines
 
 
@@ -77,6 +77,7 @@ class Stage(ABC):
     def __init_subclass__(cls) -> None:
         """A stage that starts from another one needs it."""
         super().__init_subclass__()
+        # Its checkpoint is an output that the stage reads, like the others in `needs`.
         if cls.starts_from and cls.starts_from not in cls.needs:
             cls.needs = (*cls.needs, cls.starts_from)
 
@@ -98,8 +99,10 @@ class Stage(ABC):
 
     def reads(self, config: Config) -> tuple[str, ...]:
         """`needed`; a start from a model of transformers takes its import in place of the stage before."""
-        own, start = self.needed(config), getattr(config.stage, "init_from", "")
-        return (IMPORT, *(need for need in own if need != self.starts_from)) if start.startswith(HF) else own
+        needed = self.needed(config)
+        if getattr(config.stage, "init_from", "").startswith(HF):
+            return (IMPORT, *(stage for stage in needed if stage != self.starts_from))
+        return needed
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """`config` narrowed to what the later stages of a plan read."""
@@ -137,7 +140,7 @@ class Stage(ABC):
         """Print samples of a finished run."""
 
     def progress(self, config: Config) -> str:
-        """What the next command continues from, for messages."""
+        """Names the state that the next command continues from, for messages."""
         return "the files that are there"
 
     def figures(self, result: Mapping[str, Any]) -> str:
@@ -167,8 +170,8 @@ class ArtefactStage(Stage):
         """Build what is missing."""
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
-        found = self.inspect(config)
-        return Look(config, Action.READY if found.ready else Action.BUILD, found.detail)
+        artefact = self.inspect(config)
+        return Look(config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
     def summarize(self, config: Config, console: "Console") -> None:
         console.line(f"{self.name} is there: {config.work_dir}")

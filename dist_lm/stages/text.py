@@ -13,7 +13,8 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, print_before_and_after
+from dist_lm.stages.training.arguments import Opening, StageData
+from dist_lm.stages.training.stage import TrainingStage, print_before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
 
@@ -110,12 +111,15 @@ class TextStage(TrainingStage):
 
         corpus = TokenCorpus.open(run.work.corpus(config.stage.corpus), "val")
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
+
+        # gzip cannot apply a loss mask, so there is no figure for conversations
+        n_documents = 0 if corpus.has_mask else corpus.n_documents
         texts = (
             (
                 corpus.languages[corpus.language_codes[document]],
                 tokenizer.decode(corpus.tokens(document, 1, int(corpus.lengths[document])).tolist()).encode(),
             )
-            for document in range(0 if corpus.has_mask else corpus.n_documents)  # gzip cannot apply a loss mask
+            for document in range(n_documents)
         )
         return {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
 
@@ -177,7 +181,7 @@ def held_out_batches(opening: Opening, corpus: "TokenCorpus", everything: bool) 
 
 
 def evaluator(opening: Opening) -> "Evaluate":
-    """Loss and bits per byte on val: by language for the stage's corpus, one figure for each mixed corpus.
+    """Loss and bits per byte on val: one figure per language for the stage's corpus, one figure for each mixed corpus.
 
     With `stage.fim_rate` also the loss on middles of val documents, with and without what stands after them.
     """
@@ -187,27 +191,30 @@ def evaluator(opening: Opening) -> "Evaluate":
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
     stage, device = opening.config.stage, opening.world.device
-    own, *others = [stage.corpus, *sorted(stage.mix or {})]
-    opened = {name: TokenCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
+    names = [stage.corpus, *sorted(stage.mix or {})]
+    corpora = {name: TokenCorpus.open(opening.run.work.corpus(name), "val") for name in names}
 
-    rearranges = fim_rate_of(opening.config) > 0
-    marks = InfillMarks.of(opening.tokenizer) if rearranges else None
-    middles = {INFILL: (marks, PSM), INFILL_SPM: (marks, SPM), INFILL_LEFT: (None, PSM)} if rearranges else {}
+    # The middle after its left part alone is the baseline: what the right part is worth.
+    middles = {}
+    if fim_rate_of(opening.config) > 0:
+        infill_marks = InfillMarks.of(opening.tokenizer)
+        middles = {INFILL: (infill_marks, PSM), INFILL_SPM: (infill_marks, SPM), INFILL_LEFT: (None, PSM)}
 
     def evaluate(model: "Transformer", everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         metrics = {}
-        for name, corpus in opened.items():
+        for name, corpus in corpora.items():
             batches = held_out_batches(opening, corpus, everything)
             sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive).tolist()
-            if name == own:
+            if name == stage.corpus:
                 metrics |= loss_metrics(sums, corpus.languages, batches.bytes_by_language)
             else:
                 metrics |= mixed_metrics(sums, name, batches.bytes_by_language)
-        corpus = opened[own]
-        for name, (given, form) in middles.items():
+
+        corpus = corpora[stage.corpus]
+        for name, (marks, form) in middles.items():
             batches = HeldOutMiddles(
                 corpus=corpus,
-                marks=given,
+                marks=marks,
                 form=form,
                 seq_len=stage.seq_len,
                 micro_batch=stage.micro_batch,
@@ -236,13 +243,16 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
 
 def print_compression(result: Mapping[str, Any], corpus: str, console: "Console") -> None:
     """Print bits per byte on held-out documents, and those of `gzip -9` on each document alone."""
-    baseline = result["gzip_bits_per_byte"]
-    if not baseline:
+    gzip_bits = result["gzip_bits_per_byte"]
+    if not gzip_bits:
         return
+
     rows = []
-    for name in ("all", *sorted(key for key in baseline if key != "all")):
-        model = result["metrics"][f"val/bits_per_byte{'' if name == 'all' else f'_{name}'}"]
-        rows.append((name, f"{model:.3f}", f"{baseline[name]:.3f}", change(model / baseline[name])))
+    for language in ("all", *sorted(key for key in gzip_bits if key != "all")):
+        suffix = "" if language == "all" else f"_{language}"
+        model_bits = result["metrics"][f"val/bits_per_byte{suffix}"]
+        ratio = change(model_bits / gzip_bits[language])
+        rows.append((language, f"{model_bits:.3f}", f"{gzip_bits[language]:.3f}", ratio))
     console.table(
         f"bits per byte on the held-out documents of corpus {corpus}",
         ("language", "model", "gzip -9", "model against gzip"),

@@ -35,9 +35,9 @@ from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
-REPORT_BYTES = 4_000_000  # of all languages together, for the report
-BEFORE = {"split_by_unicode_script": True, "max_piece_length": 16}  # in reports that do not say
-READ = 2  # times the text that is wanted: what is read to choose it from
+REPORT_BYTES = 4_000_000  # text of all languages together, for the report
+OLD_SETTINGS = {"split_by_unicode_script": True, "max_piece_length": 16}  # if the report of a tokenizer lacks them
+READ = 2  # bytes to read per byte of the sample, which is chosen from them
 
 
 @dataclass
@@ -60,62 +60,45 @@ class TokenizerStage(ArtefactStage):
                 one than `tokenizer=PATH`.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
-        is_there = work.tokenizer_model.exists()
+        exists = work.tokenizer_model.exists()
         if settings.source == KEEP:
-            if not is_there:
+            if not exists:
                 raise ArtefactError(
                     f"tokenizer=keep: {work.tokenizer} holds no tokenizer: train one (tokenizer=train) or give its path"
                 )
             return Artefact(True, f"{settings.vocab_size:,} pieces, kept")
-        if not (is_there and work.tokenizer_report.exists()):
+
+        # The report is written last.
+        if not (exists and work.tokenizer_report.exists()):
             origin = settings.source if settings.is_given else f"corpus={config.corpus.name}"
             return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
+
         report = durable.read_json(work.tokenizer_report)
         if settings.is_given:
-            found, wanted = durable.sha256_of(work.tokenizer_model), sha256(given_tokenizer(settings)).hexdigest()
-            if found != wanted:
-                raise ArtefactError(
-                    f"{work.tokenizer} holds tokenizer {found[:12]}, tokenizer={settings.source} is {wanted[:12]}: use "
-                    "another work_dir, remove that folder to replace it, or keep it by tokenizer=keep"
-                )
+            check_same_file(work, settings)
             check_template(work, settings)
-            return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
-        if (found := report.get("format", 1)) != FORMAT:
-            raise ArtefactError(
-                f"{work.tokenizer} holds a tokenizer of format {found}, this version reads format {FORMAT}: use "
-                "another work_dir, or remove that work_dir to build everything again"
-            )
-        if report["vocab_size"] != config.tokenizer.vocab_size:
-            raise ArtefactError(
-                f"{work.tokenizer} holds {report['vocab_size']} pieces, expected {config.tokenizer.vocab_size} "
-                "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
-                "it again"
-            )
-        check_pieces(work, report, settings)
-        settings_now = text_fingerprint(config)
-        if report.get("text") != digest(settings_now):
-            raise ArtefactError(
-                f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
-                f"{in_brief(report.get('text_settings', {}), settings_now)}: "
-                "keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
-            )
+        else:
+            check_trained(work, report, config)
         return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
 
     def build(self, config: Config, console: "Console") -> None:
         """Train the tokenizer, or copy the given one, and report on it."""
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)
-        wanted = REPORT_BYTES if settings.is_given else settings.train_bytes
+
+        # A given tokenizer needs text only for the figures of the report.
+        sample_bytes = REPORT_BYTES if settings.is_given else settings.train_bytes
         with console.counting("reading documents", unit="documents") as count:
-            documents = read_in_turn(config.corpus, config.seed, READ * wanted)
-            sample = list(sample_by_language((count.each(document) for document in documents), wanted))
+            documents = read_in_turn(config.corpus, config.seed, READ * sample_bytes)
+            sample = list(sample_by_language((count.each(document) for document in documents), sample_bytes))
+
         report: dict[str, Any] = {"config": asdict(settings)}
-        kept = None
+        template = None
         if settings.is_given:
             content = given_tokenizer(settings)
             path = work.tokenizer / read_vocabulary(content, settings.source).file_name
             durable.write_bytes(path, content)
-            kept = template_of(settings)
+            template = template_of(settings)
         else:
             path = work.tokenizer / SentencePieceModel.file_name
             with console.waiting(f"training {settings.vocab_size:,} pieces"):
@@ -123,17 +106,65 @@ class TokenizerStage(ArtefactStage):
             report["config"] |= settings.learned_as
             report["text_settings"] = text_fingerprint(config)
             report["text"] = digest(report["text_settings"])
+
+        # Files of an earlier tokenizer of another kind would be taken for parts of this one.
         (work.tokenizer / CONVERSATIONS).unlink(missing_ok=True)
-        if kept:
-            kept.write(work.tokenizer)
-        for other in (work.tokenizer / kind.file_name for kind in (SentencePieceModel, ByteLevelModel)):
-            if other != path:
-                other.unlink(missing_ok=True)
+        if template:
+            template.write(work.tokenizer)
+        for kind in (SentencePieceModel, ByteLevelModel):
+            other_path = work.tokenizer / kind.file_name
+            if other_path != path:
+                other_path.unlink(missing_ok=True)
+
         report |= tokenizer_report(Tokenizer.load(path), sample_by_language(sample, REPORT_BYTES))
         durable.write_json(work.tokenizer_report, report)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).tokenizer
+
+
+def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
+    """Refuse a work directory with another tokenizer than `tokenizer=PATH`.
+
+    Raises:
+        ArtefactError: names the folder and the way out.
+    """
+    stored_sha256 = durable.sha256_of(work.tokenizer_model)
+    given_sha256 = sha256(given_tokenizer(settings)).hexdigest()
+    if stored_sha256 != given_sha256:
+        raise ArtefactError(
+            f"{work.tokenizer} holds tokenizer {stored_sha256[:12]}, tokenizer={settings.source} is "
+            f"{given_sha256[:12]}: use another work_dir, remove that folder to replace it, or keep it by tokenizer=keep"
+        )
+
+
+def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config) -> None:
+    """Refuse a tokenizer that was trained by another version, with other settings or on another text.
+
+    Raises:
+        ArtefactError: names the folder and the way out.
+    """
+    file_format = report.get("format", 1)
+    if file_format != FORMAT:
+        raise ArtefactError(
+            f"{work.tokenizer} holds a tokenizer of format {file_format}, this version reads format {FORMAT}: use "
+            "another work_dir, or remove that work_dir to build everything again"
+        )
+    if report["vocab_size"] != config.tokenizer.vocab_size:
+        raise ArtefactError(
+            f"{work.tokenizer} holds {report['vocab_size']} pieces, expected {config.tokenizer.vocab_size} "
+            "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
+            "it again"
+        )
+    check_pieces(work, report, config.tokenizer)
+
+    text_settings = text_fingerprint(config)
+    if report.get("text") != digest(text_settings):
+        raise ArtefactError(
+            f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
+            f"{in_brief(report.get('text_settings', {}), text_settings)}: "
+            "keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
+        )
 
 
 def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: TokenizerConfig) -> None:
@@ -142,19 +173,20 @@ def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: Token
     Raises:
         ArtefactError: names the key and the way out.
     """
-    trained = BEFORE | report.get("config", {})
-    for key in BEFORE:
-        wanted = getattr(settings, key)
-        if wanted is not None and wanted != trained[key]:
+    trained_settings = OLD_SETTINGS | report.get("config", {})
+    for key in OLD_SETTINGS:
+        expected = getattr(settings, key)
+        if expected is not None and expected != trained_settings[key]:
             raise ArtefactError(
-                f"{work.tokenizer} was trained with tokenizer.{key}={trained[key]}, expected {wanted}: keep it by "
-                f"tokenizer.{key}=null, use another work_dir, or remove that folder to train it again"
+                f"{work.tokenizer} was trained with tokenizer.{key}={trained_settings[key]}, expected {expected}: keep "
+                f"it by tokenizer.{key}=null, use another work_dir, or remove that folder to train it again"
             )
 
 
 def template_of(settings: TokenizerConfig) -> KeptTemplate | None:
     """The layout of conversations that comes with a given tokenizer; None: ours."""
-    from dist_lm.stages.chat_layout import given_template  # only for models of transformers
+    # Only for models of transformers.
+    from dist_lm.stages.chat_layout import given_template
 
     return given_template(settings)
 
@@ -165,9 +197,9 @@ def check_template(work: WorkDirectory, settings: TokenizerConfig) -> None:
     Raises:
         ArtefactError: names the folder and the way out.
     """
-    found, wanted = KeptTemplate.read(work.tokenizer), template_of(settings)
-    if (found and found.text) != (wanted and wanted.text):
-        names = ["that of an imported model" if one else "ours" for one in (found, wanted)]
+    stored_template, given_template = KeptTemplate.read(work.tokenizer), template_of(settings)
+    if (stored_template and stored_template.text) != (given_template and given_template.text):
+        names = ["that of an imported model" if template else "ours" for template in (stored_template, given_template)]
         raise ArtefactError(
             f"{work.tokenizer}: the layout of conversations is {names[0]}, tokenizer={settings.source} "
             f"tokenizer.chat_template={settings.chat_template} is {names[1]}: use another work_dir, remove that folder "

@@ -16,7 +16,8 @@ from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training.stage import Closing, before_and_after, last_samples
+from dist_lm.stages.training.arguments import Closing
+from dist_lm.stages.training.stage import before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOM = 32  # an answer may have this many tokens more than twice those of the right answer
+ROOM = 32  # tokens that an answer may have beyond twice those of the right answer
 NO_QUESTIONS = (
     "no questions are asked: conversations in the chat template of an imported model cannot be read back from tokens "
     "(tokenizer.chat_template=ours asks them)"
@@ -92,24 +93,25 @@ class Tools(TextStage):
         from dist_lm.chat.template import last_request
         from dist_lm.tokenizer.symbols import END
 
-        shown: set[str] = set()
+        printed_kinds: set[str] = set()
         for sample in last_samples(run):
-            if sample["kind"] not in shown:
-                shown.add(sample["kind"])
-                console.line(f"--- {sample['kind']}, {'right' if sample['right'] else 'wrong'}")
-                for text in (last_request(sample["prompt"]).strip(), sample["found"].removesuffix(END)):
-                    for line in text.splitlines():
-                        console.line(f"    {line}")
+            if sample["kind"] in printed_kinds:
+                continue
+            printed_kinds.add(sample["kind"])
+            console.line(f"--- {sample['kind']}, {'right' if sample['right'] else 'wrong'}")
+            for text in (last_request(sample["prompt"]).strip(), sample["found"].removesuffix(END)):
+                for line in text.splitlines():
+                    console.line(f"    {line}")
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         metrics = result["metrics"]
-        found = [
+        shares = [
             f"{name.replace('_', ' ')} {percent(metrics[f'tools/{name}'])}"
             for name in OVERALL
             if f"tools/{name}" in metrics
         ]
-        if found:
-            yield "calls", ", ".join(found)
+        if shares:
+            yield "calls", ", ".join(shares)
 
 
 def examine(closing: Closing) -> dict[str, float]:
@@ -125,48 +127,55 @@ def examine(closing: Closing) -> dict[str, float]:
     settings = config.stage.questions
     if not settings.per_kind:
         return {}
+    # Scores compare calls as values, which must be read back from the tokens of the answer.
     if tokenizer.kept_template:
         if closing.world.is_first:
             log.warning("stage.questions.per_kind=%d: %s", settings.per_kind, NO_QUESTIONS)
         return {}
+
     corpus = TokenCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
     requests = requests_of(questions, stop_tokens(tokenizer), settings.max_new_tokens)
     answers = answer_all(closing, requests, "stage.questions")
+
     verdicts = []
-    for one, answer in zip(questions, answers, strict=True):
-        tools = one.question.asked.tools
-        found = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
-        verdicts.append(judge(found, one.question.expected, tools))
-    answered = zip(questions, answers, verdicts, strict=True)
-    write_samples(closing, (shown_answer(*one, tokenizer) for one in answered))
-    return figures((one.question.kind, verdict) for one, verdict in zip(questions, verdicts, strict=True))
+    for asked, answer in zip(questions, answers, strict=True):
+        turn = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
+        verdicts.append(judge(turn, asked.question.expected, asked.question.asked.tools))
+    judged = zip(questions, answers, verdicts, strict=True)
+    write_samples(closing, (shown_answer(asked, answer, verdict, tokenizer) for asked, answer, verdict in judged))
+    return figures((asked.question.kind, verdict) for asked, verdict in zip(questions, verdicts, strict=True))
 
 
 def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tokens: int) -> "list[Request]":
-    """Greedy, up to the end of the turn; an answer much longer than twice the right one is cut off."""
+    """A greedy request per question, up to the end of the turn; an answer much longer than twice the right one is cut
+    off.
+
+    Args:
+        ends: ids of the tokens that end a turn.
+    """
     from dist_lm.generation.request import Request, SamplingParams
 
     return [
         Request(
             str(number),
-            one.prompt,
+            asked.prompt,
             SamplingParams(
-                max_new_tokens=min(max_new_tokens, 2 * len(one.expected) + ROOM), temperature=0, stop_tokens=ends
+                max_new_tokens=min(max_new_tokens, 2 * len(asked.expected) + ROOM), temperature=0, stop_tokens=ends
             ),
         )
-        for number, one in enumerate(questions)
+        for number, asked in enumerate(questions)
     ]
 
 
-def shown_answer(one: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
+def shown_answer(asked: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
     """A question and its answer, as `samples/step_N.jsonl` has them."""
     from dist_lm.tokenizer.tokenizer import shown
 
     return {
-        "kind": one.question.kind,
-        "prompt": shown(one.prompt, tokenizer),
-        "expected": shown(one.expected, tokenizer),
+        "kind": asked.question.kind,
+        "prompt": shown(asked.prompt, tokenizer),
+        "expected": shown(asked.expected, tokenizer),
         "found": shown(answer.tokens, tokenizer),
         "finish": answer.finish,
         "right": verdict.exact,
@@ -188,12 +197,14 @@ def print_calls(result: Mapping[str, Any], console: "Console") -> None:
         names = [f"tools/{figure}" + (f"_{kind}" if kind else "") for figure in COLUMNS]
         return [before_and_after(name, before, after, lambda share: f"{share * 100:.0f}") for name in names]
 
+    # The first row is over all kinds.
     rows = [(kind or "all", *cells(kind)) for kind in ["", *kinds]]
     console.table("calls of tools never trained on, %", ("conversations", *COLUMNS.values()), rows)
 
 
 def kind_of(metric: str) -> str:
     """`single` of `tools/parses_single`; empty for a figure over all kinds, and for any other metric."""
+    # Figures and kinds both have underscores, so the figure is recognised by its name.
     name = metric.removeprefix("tools/")
     if name == metric:
         return ""

@@ -152,7 +152,7 @@ def test_speed_does_not_count_the_start_of_engines(trained, cluster, tmp_path, m
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    "slow", ["launcher.pool_run.model_weights", "stages.generate_parts.Samples", "generation.load.stage_tokenizer"]
+    "slow", ["launcher.pool_run.model_weights", "stages.generate.parts.Samples", "generation.load.stage_tokenizer"]
 )
 def test_a_signal_before_engines_start_is_obeyed_at_once(trained, cluster, tmp_path, monkeypatch, number, slow):
     before = [signal.getsignal(one) for one in SIGNALS]

@@ -10,7 +10,7 @@ from dist_lm.cluster.gang import GangStatus
 from dist_lm.launcher.process import Interrupt
 from dist_lm.launcher.stage_run import Attempts, Outcome, Restarts
 from dist_lm.prepare.compose import compose_config
-from dist_lm.prepare.layout_choice import largest, on_nodes, sizes
+from dist_lm.prepare.layout import largest, on_nodes, sizes
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from tests.conftest import TINY

@@ -11,7 +11,7 @@ from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
-from dist_lm.stages.evaluate.stage import labels_of
+from dist_lm.stages.evaluate.inputs import labels_of
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.train import train_tokenizer

@@ -8,7 +8,7 @@ import pytest
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.training import program
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.training.heartbeat import StopRequest, Unheard
+from dist_lm.training.heartbeat import Unheard
 from tests.conftest import TINY
 
 
@@ -38,7 +38,7 @@ def test_ranks_wait_for_the_first_one_longer_than_it_generates(
 
     monkeypatch.setattr(program, "process_group", joined)
     config = compose_config(["stage=language", *TINY, *overrides])
-    started = program.started(RunDirectory(tmp_path), config, StopRequest(), Unheard())
+    started = program.started(RunDirectory(tmp_path), config, Unheard())
     with pytest.raises(JoinedError), started:
         pass
     assert waits[0] > least_s

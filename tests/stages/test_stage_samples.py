@@ -8,7 +8,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.sampling import sample_prompts
-from dist_lm.stages.training.stage import Closing
+from dist_lm.stages.training.arguments import Closing
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
-from dist_lm.stages.tokenizer import BEFORE, READ, REPORT_BYTES, STAGE
+from dist_lm.stages.tokenizer import OLD_SETTINGS, READ, REPORT_BYTES, STAGE
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.symbols import CALL
@@ -125,7 +125,7 @@ def test_other_pieces_are_another_tokenizer(tmp_path: Path) -> None:
     # a report of a version without these keys
     report = tmp_path / "work/tokenizer/report.json"
     value = json.loads(report.read_text())
-    value["config"] = {key: one for key, one in value["config"].items() if key not in BEFORE}
+    value["config"] = {key: one for key, one in value["config"].items() if key not in OLD_SETTINGS}
     report.write_text(json.dumps(value))
     assert STAGE.inspect(with_pieces(max_piece_length=16)).ready
     with pytest.raises(ArtefactError, match="max_piece_length=16, expected 32"):

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity
 
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config, overrides_of
-from dist_lm.stages.training.stage import FREE_KEYS, differing_keys
+from dist_lm.stages.continuing import FREE_KEYS, differing_keys
 from dist_lm.training import step_profiler
 from dist_lm.training.profile_summary import read_profile
 from dist_lm.training.step_meter import WallLaps

@@ -1,4 +1,4 @@
-"""The task `reward` of stage `evaluate`: what a reward model thinks of the answers to a file of prompts."""
+"""The task `reward` of stage `evaluate`: the scores that a reward model gives the answers to a file of prompts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
-SOME = 64  # answers between two looks at the signals
+BATCH = 64  # answers between two looks at the signals
 
 Record = dict[str, Any]
 
@@ -34,13 +34,16 @@ def prompts_of(where: str) -> list[Prompt]:
     """
     files = find_prompts(where, "eval.prompts")
     survey(files, "eval.prompts")
-    found = list(read_prompts(files))
-    for one in found:
-        no_suffix = "has a suffix, but the reward model scores what follows a prompt: leave it out"
-        error = one.error or ("" if one.text else "the prompt is empty") or ("" if one.suffix is None else no_suffix)
+    prompts = list(read_prompts(files))
+    for request in prompts:
+        error = request.error
+        if not error and not request.text:
+            error = "the prompt is empty"
+        if not error and request.suffix is not None:
+            error = "has a suffix, but the reward model scores what follows a prompt: leave it out"
         if error:
-            raise ConfigError(f"eval.prompts={where}: {one.place}: {error}")
-    return found
+            raise ConfigError(f"eval.prompts={where}: {request.place}: {error}")
+    return prompts
 
 
 def reward_scores(
@@ -60,32 +63,38 @@ def reward_scores(
     shape = model_config_of(checkpoint)
     tokenizer = stage_tokenizer(checkpoint, WorkDirectory(Path(config.work_dir)), shape.vocab_size)
     model = Transformer(shape).to(choose_device(config.device, 0)).eval()
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()})
-    found: list[Record] = []
-    for begin in range(0, len(records), SOME):
-        part = records[begin : begin + SOME]
-        laid = [_laid(one, texts[one["id"]], tokenizer, shape.max_seq_len) for one in part]
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()})
+
+    # Answers that cannot be scored keep their place in the order, with their reason.
+    outcomes: list[Record] = []
+    for begin in range(0, len(records), BATCH):
+        batch = records[begin : begin + BATCH]
+        laid_out = [_laid(record, texts[record["id"]], tokenizer, shape.max_seq_len) for record in batch]
         with torch.inference_mode():
-            scores = iter(last_token_scores(model, [own for own in laid if isinstance(own, list)]).tolist())
-        for one, own in zip(part, laid, strict=True):
-            outcome = {"outcome": own} if isinstance(own, str) else {"outcome": "scored", "score": next(scores)}
-            found.append({"id": one["id"]} | outcome)
+            scores = iter(
+                last_token_scores(model, [tokens for tokens in laid_out if isinstance(tokens, list)]).tolist()
+            )
+        for record, tokens in zip(batch, laid_out, strict=True):
+            if isinstance(tokens, str):
+                outcomes.append({"id": record["id"], "outcome": tokens})
+            else:
+                outcomes.append({"id": record["id"], "outcome": "scored", "score": next(scores)})
         if not wanted():
             return None
-    return found
+    return outcomes
 
 
-def _laid(record: Record, asked: str, tokenizer: Tokenizer, context: int) -> list[int] | str:
+def _laid(record: Record, question: str, tokenizer: Tokenizer, context: int) -> list[int] | str:
     """The tokens of a prompt and its answer, or the outcome of an answer that has no score."""
     if "error" in record:
         return "refused"
-    conversation = Conversation((Message("user", asked),))
+    conversation = Conversation((Message("user", question),))
     try:
         tokens = prompt(conversation, tokenizer)
         if record["text"]:
             tokens += answer_tokens(Message("assistant", record["text"]), tokenizer, conversation)
         else:  # the model ended its turn at once; a `Message` is never empty
             tokens += stop_tokens(tokenizer)[:1] if tokenizer.kept_template else tokenizer.mark(END)
-    except ChatError:  # of an imported template, which drops some texts
+    except ChatError:  # templates of imported models drop some texts
         return "no turn"
     return tokens if len(tokens) <= context else "too long"

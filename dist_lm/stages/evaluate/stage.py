@@ -6,11 +6,10 @@
       result.json
 
 This module has the keys and the checks before anything starts.
-`evaluate_work.py` asks one model.
+`work.py` asks one model.
 """
 
 import json
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,13 +21,13 @@ from dist_lm.config.generation import EngineConfig, SamplingConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.config.stage import StageGroup
-from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of
-from dist_lm.stages.generate.stage import FREE, RESULT_KEYS, label_of, newest_run
+from dist_lm.stages.continuing import EVALUATION_FREE_KEYS, EVALUATION_KEYS, differing_keys, refuse_other_settings
+from dist_lm.stages.evaluate.inputs import begun_with, inputs_of, labels_of, refuse_other_inputs, table_of
+from dist_lm.stages.generate.stage import newest_run
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of
-from dist_lm.stages.training.stage import differing_keys, refuse_other_settings
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 AUTO = "auto"
-FREE_HERE = ("stage.cache_tokens", "eval.pool.")
-PROMPTS, CORPUS = "eval.prompts=", "corpus "  # beginnings of names of inputs
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
@@ -62,9 +59,9 @@ class EvaluateConfig(SamplingConfig, EngineConfig, StageGroup):
     max_new_tokens: int = 512
     temperature: float = 0.0
     cpu_s: float = 3.0  # CPU time of a program with its tests
-    documents: int = 200  # of val of each corpus, for bits_per_byte; 0: all
+    documents: int = 200  # held-out documents of each corpus, for bits_per_byte; 0: all
     corpora: list[str] = field(default_factory=lambda: ["language", "code"])  # for bits_per_byte
-    questions_per_part: int = 25  # of a task in a file; after a kill an unfinished file is asked again
+    questions_per_part: int = 25  # questions of a task in a file; after a kill an unfinished file is asked again
 
     def __post_init__(self) -> None:
         self.check_sampling("stage")
@@ -98,55 +95,67 @@ class Evaluate(PoolStage):
     def check(self, config: Config) -> None:
         from dist_lm.evaluation.tasks import FILE_TASKS, REWARD, TASKS, check_tasks
 
-        own = evaluate_config(config)
-        unknown = [task for task in own.stage.tasks if task not in TASKS]
-        require(not unknown, "stage.tasks", own.stage.tasks, f"some of {', '.join(TASKS)}")
-        require(len({*own.stage.tasks}) == len(own.stage.tasks), "stage.tasks", own.stage.tasks, "different tasks")
-        for task in own.stage.tasks:
+        config = evaluate_config(config)
+        unknown = [task for task in config.stage.tasks if task not in TASKS]
+        require(not unknown, "stage.tasks", config.stage.tasks, f"some of {', '.join(TASKS)}")
+        require(
+            len({*config.stage.tasks}) == len(config.stage.tasks), "stage.tasks", config.stage.tasks, "different tasks"
+        )
+        for task in config.stage.tasks:
             if task in FILE_TASKS:
-                path = getattr(own.eval, task)
+                path = getattr(config.eval, task)
                 require(bool(path), f"eval.{task}", path, f"the file of the task {task}, in its published format")
-        if REWARD in own.stage.tasks:
+        if REWARD in config.stage.tasks:
             from dist_lm.generation.load import model_config_of
             from dist_lm.stages.evaluate.reward import prompts_of
 
-            prompts_of(own.eval.prompts)
-            reward = own.eval.reward_model
+            prompts_of(config.eval.prompts)
+            reward = config.eval.reward_model
             require(bool(reward), "eval.reward_model", "", "a run of stage=reward")
             head = model_config_of(checkpoint_files.find_checkpoint(Path(reward).expanduser())).head
             require(head == "scalar", "eval.reward_model", reward, f"a run of stage=reward; its model.head is {head}")
-        check_tasks(own.stage.tasks, own.eval.files, own.sandbox == TRUST_ME)
+        check_tasks(config.stage.tasks, config.eval.files, config.sandbox == TRUST_ME)
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
-        own, run = evaluate_config(config), run_of(config)
-        was_begun = run.inputs.exists() or run.result.exists()  # else it was refused before its first question
-        begun = evaluate_config(load_config(run.config)) if was_begun else None
-        going_on = None if run.result.exists() else begun
-        if begun and not going_on and own.stage.models == [AUTO]:
-            found = [Path(path) for path in begun.stage.models]
+        config, run = evaluate_config(config), run_of(config)
+        # Else it was refused before its first question.
+        has_begun = run.inputs.exists() or run.result.exists()
+        recorded = evaluate_config(load_config(run.config)) if has_begun else None
+        unfinished = None if run.result.exists() else recorded
+
+        # An unfinished run keeps the checkpoints that it began with, even if there are newer ones.
+        if recorded and not unfinished and config.stage.models == [AUTO]:
+            checkpoints = [Path(path) for path in recorded.stage.models]
         else:
-            before = dict(zip(own.stage.models, going_on.stage.models, strict=False)) if going_on else {}
-            found = [checkpoint_of(path, own, before.get(path)) for path in own.stage.models]
-        require(len({*found}) == len(found), "stage.models", own.stage.models, "different models")
-        labels = labels_of(found)
-        own = replace(own, stage=replace(own.stage, models=[str(path) for path in found]))
-        own = with_reward_checkpoint(own, going_on.eval.reward_model if going_on else None)
-        if begun:
-            keys = (*RESULT_KEYS, "eval.")
-            free = (*(key for key in FREE if key not in keys), *FREE_HERE)
-            refuse_other_settings(run, own, [one for key in keys for one in differing_keys(begun, own, key, free)])
-            refuse_other_inputs(run, own)
+            begun_with_of: dict[str, str] = {}
+            if unfinished:
+                begun_with_of = dict(zip(config.stage.models, unfinished.stage.models, strict=False))
+            checkpoints = [checkpoint_of(path, config, begun_with_of.get(path)) for path in config.stage.models]
+        require(len({*checkpoints}) == len(checkpoints), "stage.models", config.stage.models, "different models")
+        labels = labels_of(checkpoints)
+        config = replace(config, stage=replace(config.stage, models=[str(path) for path in checkpoints]))
+        config = with_reward_checkpoint(config, unfinished.eval.reward_model if unfinished else None)
+
+        if recorded:
+            conflicts = [
+                conflict
+                for key in EVALUATION_KEYS
+                for conflict in differing_keys(recorded, config, key, EVALUATION_FREE_KEYS)
+            ]
+            refuse_other_settings(run, config, conflicts)
+            refuse_other_inputs(run, config)
+
         if run.result.exists():
-            return Look(own, Action.READY, figures_of(json.loads(run.result.read_text(encoding="utf-8"))))
-        detail = f"{', '.join(labels)} on {', '.join(own.stage.tasks)}"
-        parts = len(list(run.samples.glob("*/*.jsonl")))
-        if parts:
-            return Look(own, Action.RESUME, f"{detail}; {counted(parts, 'file')} there")
-        return Look(own, Action.BUILD, detail)
+            return Look(config, Action.READY, figures_of(json.loads(run.result.read_text(encoding="utf-8"))))
+        detail = f"{', '.join(labels)} on {', '.join(config.stage.tasks)}"
+        n_files = len(list(run.samples.glob("*/*.jsonl")))
+        if n_files:
+            return Look(config, Action.RESUME, f"{detail}; {counted(n_files, 'file')} there")
+        return Look(config, Action.BUILD, detail)
 
     def rounds(self, config: Config) -> Sequence[Config]:
-        own = evaluate_config(config)
-        return [of_model(own, Path(path)) for path in own.stage.models]
+        config = evaluate_config(config)
+        return [of_model(config, Path(path)) for path in config.stage.models]
 
     def checkpoint(self, config: Config) -> Path:
         return Path(evaluate_config(config).stage.models[0])
@@ -160,39 +169,41 @@ class Evaluate(PoolStage):
         from dist_lm.generation.engine import EngineOptions
         from dist_lm.generation.shard import check_tp
 
-        own = evaluate_config(config)
+        config = evaluate_config(config)
         tp = 1 if config.parallel.tp == -1 else config.parallel.tp
         check_tp(config.model, tp, None, "parallel.tp")
-        cache = max(own.stage.cache_tokens, config.model.max_seq_len)
-        options = EngineOptions(cache, page_tokens=own.stage.page_tokens, max_sequences=own.stage.max_sequences)
-        return options, tp, own.stage.actors
+        cache = max(config.stage.cache_tokens, config.model.max_seq_len)
+        options = EngineOptions(cache, page_tokens=config.stage.page_tokens, max_sequences=config.stage.max_sequences)
+        return options, tp, config.stage.actors
 
     def work(
         self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
     ) -> PoolWork:
         from dist_lm.stages.evaluate.work import Evaluation
 
-        own = evaluate_config(config)
-        refuse_other_inputs(run, own)  # they may have changed while another model was asked
-        inputs = begun_with(run) | inputs_of(own)
-        work = Evaluation(own, run, tokenizer, sandboxes)
+        config = evaluate_config(config)
+        # They may have changed while another model was asked.
+        refuse_other_inputs(run, config)
+        inputs = begun_with(run) | inputs_of(config)
+        work = Evaluation(config, run, tokenizer, sandboxes)
         durable.write_json(run.inputs, inputs)
-        refuse_other_inputs(run, own)  # what was read is what the hashes are of
+        # They may have changed between hashing and reading.
+        refuse_other_inputs(run, config)
         return work
 
     def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """All models with the comparison of each with the first one; writes the table."""
         table = [row for result in results for row in rows_of(result)]
         durable.write_text(table_of(run_of(config)), "".join(json.dumps(row) + "\n" for row in table))
-        compared = [one for other in results[1:] for one in compared_tasks(results[0], other)]
-        return {"models": list(results), "comparisons": compared}
+        comparisons = [comparison for other in results[1:] for comparison in compared_tasks(results[0], other)]
+        return {"models": list(results), "comparisons": comparisons}
 
     def summarize(self, config: Config, console: "Console") -> None:
         """Print the table of figures and the comparisons."""
         run = run_of(config)
         result = json.loads(run.result.read_text(encoding="utf-8"))
         rows = []
-        for row in [row for one in result["models"] for row in rows_of(one)]:
+        for row in [row for model in result["models"] for row in rows_of(model)]:
             interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] is not None else ""
             rows.append(
                 (row["model"], row["task"], row["figure"], f"{row['value']:.3f}", interval, f"{row['items']:,}")
@@ -200,8 +211,8 @@ class Evaluate(PoolStage):
         console.table(
             "figures, with intervals of 95 %", ("model", "task", "figure", "value", "interval", "items"), rows
         )
-        for one in result["comparisons"]:
-            console.line(comparison_text(one))
+        for comparison in result["comparisons"]:
+            console.line(comparison_text(comparison))
         console.line(f"answers: {run.samples}")
 
     def figures(self, result: Mapping[str, Any]) -> str:
@@ -225,65 +236,8 @@ def with_reward_checkpoint(config: EvaluateRunConfig, before: str | None) -> Eva
     """
     if "reward" not in config.stage.tasks:
         return config
-    found = checkpoint_in(Path(config.eval.reward_model).expanduser().resolve(), before)
-    return replace(config, eval=replace(config.eval, reward_model=str(found)))
-
-
-def inputs_of(config: EvaluateRunConfig) -> dict[str, str]:
-    """The SHA-256 of the files that the figures come from: `eval.TASK=PATH`, and the manifest of each checkpoint.
-
-    Args:
-        config: that of `look`, which names checkpoints.
-
-    Of a corpus it is the hash of its documents. A checkpoint or corpus that is gone is left out: the figures of a
-    finished run stay.
-    """
-    from dist_lm.data.manifest import manifest_path, read_manifest
-    from dist_lm.evaluation.tasks import BITS
-
-    found = {f"eval.{task}={path}": path for task, path in config.eval.files.items() if task in config.stage.tasks}
-    if "reward" in config.stage.tasks:
-        found |= {f"{PROMPTS}{path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
-        reward = config.eval.reward_model
-        found[f"eval.reward_model={reward}"] = Path(reward) / checkpoint_files.MANIFEST
-    found |= {f"stage.models={path}": Path(path) / checkpoint_files.MANIFEST for path in config.stage.models}
-    hashes = {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
-    corpora = list(config.stage.corpora) if BITS in config.stage.tasks else []
-    for name in [*corpora, "tools"] if "tools" in config.stage.tasks else corpora:
-        folder = WorkDirectory(Path(config.work_dir)).corpus(name)
-        if manifest_path(folder).is_file():
-            hashes[f"{CORPUS}{name}"] = read_manifest(folder).splits["val"].content
-    return hashes
-
-
-def begun_with(run: RunDirectory) -> dict[str, str]:
-    """What a run of this stage began with, as `inputs_of` gives it; nothing for a new run."""
-    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
-
-
-def refuse_other_inputs(run: RunDirectory, config: EvaluateRunConfig) -> None:
-    """Refuse to show or to go on with figures of files that have changed since.
-
-    Raises:
-        ArtefactError: names the key, the file and the way out.
-    """
-    before, now = begun_with(run), inputs_of(config)
-    changed = [name for name, sha256 in now.items() if before.get(name, sha256) != sha256]
-    if prompts := _named(before, PROMPTS):
-        changed += sorted(prompts ^ _named(now, PROMPTS))  # a glob finds other files
-    if corpora := _named(before, CORPUS):
-        changed += sorted(_named(now, CORPUS) - corpora)  # one that was not there
-    for name in changed:
-        raise ArtefactError(f"{name}: has changed since {run.path} began: choose another run_id")
-
-
-def _named(inputs: Mapping[str, str], beginning: str) -> set[str]:
-    return {name for name in inputs if name.startswith(beginning)}
-
-
-def table_of(run: RunDirectory) -> Path:
-    """The file with a line for a figure."""
-    return run.samples / "table.jsonl"
+    checkpoint = checkpoint_in(Path(config.eval.reward_model).expanduser().resolve(), before)
+    return replace(config, eval=replace(config.eval, reward_model=str(checkpoint)))
 
 
 def checkpoint_of(path: str, config: EvaluateRunConfig, before: str | None) -> Path:
@@ -306,7 +260,7 @@ def checkpoint_in(named: Path, before: str | None) -> Path:
     """The newest checkpoint of what is named, or the one that an unfinished run began with.
 
     Args:
-        before: that one; the run keeps it while it is there, even if there are newer ones.
+        before: the checkpoint of the run, which it keeps while it exists, even if there are newer ones.
 
     Raises:
         ArtefactError: there is none.
@@ -314,16 +268,6 @@ def checkpoint_in(named: Path, before: str | None) -> Path:
     if before and Path(before).is_relative_to(named) and Path(before).is_dir():
         return Path(before)
     return checkpoint_files.find_checkpoint(named)
-
-
-def labels_of(checkpoints: Sequence[Path]) -> list[str]:
-    """STAGE/RUN_ID/STEP of each checkpoint; where these are equal, as much of the paths as tells them apart."""
-    labels = [label_of(path) for path in checkpoints]
-    for parts in range(4, max(len(path.parts) for path in checkpoints) + 1):
-        several = {label for label, number in Counter(labels).items() if number > 1}
-        pairs = zip(labels, checkpoints, strict=True)
-        labels = ["/".join(path.parts[-parts:]) if label in several else label for label, path in pairs]
-    return labels
 
 
 def of_model(config: EvaluateRunConfig, checkpoint: Path) -> EvaluateRunConfig:

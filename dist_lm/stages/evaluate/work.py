@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_lm.errors import UserError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of, text_corpora
@@ -27,21 +27,17 @@ from dist_lm.evaluation.tasks import (
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
+from dist_lm.stages.evaluate.inputs import labels_of, refuse_other_inputs, table_of
 from dist_lm.stages.evaluate.reward import prompts_of, reward_scores
-from dist_lm.stages.evaluate.stage import (
-    AUTO,
-    EvaluateConfig,
-    EvaluateRunConfig,
-    labels_of,
-    refuse_other_inputs,
-    table_of,
-)
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dist_lm.stages.evaluate.stage import EvaluateRunConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Evaluation(PoolWork):
 
     def __init__(
         self,
-        config: EvaluateRunConfig,
+        config: "EvaluateRunConfig",
         run: RunDirectory,
         tokenizer: Tokenizer,
         open_sandboxes: Callable[[], Sandboxes],
@@ -70,14 +66,21 @@ class Evaluation(PoolWork):
             UserError: a task cannot be asked; names it.
         """
         stage, checkpoint = config.stage, Path(config.stage.models[0])
-        self._config, self._run, self._tokenizer = config, run, tokenizer
+        self._config = config
+        self._run = run
+        self._tokenizer = tokenizer
         self._open_sandboxes = open_sandboxes
-        begun: Any = load_config(run.config).stage if run.config.exists() else stage
-        self._labels = dict(zip(begun.models, labels_of([Path(path) for path in begun.models]), strict=True))
+        self._work = WorkDirectory(Path(config.work_dir))
+
+        # Labels tell the models of the whole run apart; `config` has only one of them.
+        run_stage: Any = load_config(run.config).stage if run.config.exists() else stage
+        model_paths = [Path(path) for path in run_stage.models]
+        self._labels = dict(zip(run_stage.models, labels_of(model_paths), strict=True))
         self.label = self._labels[stage.models[0]]
-        self.chat = stage.chat == "always" or (stage.chat == AUTO and answers_requests(checkpoint, tokenizer))
         self._folder = run.samples / self.label.replace("/", "_")
         self._folder.mkdir(parents=True, exist_ok=True)
+
+        self.chat = stage.chat == "always" or (stage.chat == "auto" and answers_requests(checkpoint, tokenizer))
         params = SamplingParams(
             max_new_tokens=stage.max_new_tokens,
             temperature=stage.temperature,
@@ -85,29 +88,35 @@ class Evaluation(PoolWork):
             top_p=stage.top_p,
         )
         asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits_of(stage.cpu_s))
-        self._work = WorkDirectory(Path(config.work_dir))
         if BITS in self._unmeasured:
-            default = stage.corpora == EvaluateConfig().corpora
-            self._corpora = text_corpora([self._work.corpus(name) for name in stage.corpora], may_lack=default)
+            has_default_corpora = stage.corpora == type(stage)().corpora
+            corpora = [self._work.corpus(name) for name in stage.corpora]
+            self._corpora = text_corpora(corpora, may_lack=has_default_corpora)
         self._prompts_asked = prompts_of(config.eval.prompts) if REWARD in stage.tasks else []
-        folder, self._parts, first = self._work.path / "corpora", list[_Part](), 0
+
+        # Questions are numbered through all tasks; their numbers key the random numbers of answers.
+        corpora_path = self._work.path / "corpora"
+        self._parts = list[_Part]()
+        n_questions = 0
         for task in stage.tasks:
             if task != BITS:
                 items = named(
-                    task, lambda task=task: items_of(task, asking, config.eval.files, folder, self._prompts_asked)
+                    task,
+                    lambda task=task: items_of(task, asking, config.eval.files, corpora_path, self._prompts_asked),
                 )
-                self._parts += _in_parts(task, first, items, stage.questions_per_part, self._folder)
-                first += len(items)
+                self._parts += _in_parts(task, n_questions, items, stage.questions_per_part, self._folder)
+                n_questions += len(items)
         self._items = [(part, item) for part in self._parts for item in part.items]
-        self._missing = {number for number, part in enumerate(self._parts) if not part.path.exists()}
         self._part_of = [number for number, part in enumerate(self._parts) for _ in part.items]
+        self._missing = {number for number, part in enumerate(self._parts) if not part.path.exists()}
+
         self._answers = AnswerSets()
         self._judged: dict[int, list[Callable[[], Record]]] = {}  # question -> records of its answers
         self._sandboxes: Sandboxes | None = None
         self._closing = ExitStack()
         self._tokens = 0
         self._before = self._prompts_of_others()
-        self._prompts = sum(len(self._parts[n].items) for n in range(len(self._parts)) if n not in self._missing)
+        self._prompts = sum(len(part.items) for number, part in enumerate(self._parts) if number not in self._missing)
         self.count = self._before + len(self._items)
 
     @property
@@ -132,8 +141,9 @@ class Evaluation(PoolWork):
 
     @property
     def _unmeasured(self) -> list[str]:
-        asked = [task for task in (BITS, REWARD) if task in self._config.stage.tasks]
-        return [task for task in asked if not self._measured(task).exists()]
+        """Tasks that are measured in this process and have no file yet."""
+        measured_here = [task for task in (BITS, REWARD) if task in self._config.stage.tasks]
+        return [task for task in measured_here if not self._measured(task).exists()]
 
     def metrics(self) -> dict[str, float]:
         return {"generate/prompts": self.done[0], "generate/tokens": self._tokens}
@@ -152,15 +162,17 @@ class Evaluation(PoolWork):
         """Judge an answer; write a file whose questions are all answered, while the next ones are asked."""
         number = int(result.request)
         item = self._items[number][1]
-        own = self._answers.add(result, item.n)
-        if isinstance(own, Refusal):
-            self._refuse(number, own.error)
-        if not isinstance(own, list):
+        answers = self._answers.add(result, item.n)
+        if isinstance(answers, Refusal):
+            self._refuse(number, answers.error)
+        # Others of this question are still missing.
+        if not isinstance(answers, list):
             return
+
         if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
             self._sandboxes = self._closing.enter_context(self._open_sandboxes())
-        self._tokens += sum(len(one.tokens) for one in own)
-        self._keep(number, [recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
+        self._tokens += sum(len(answer.tokens) for answer in answers)
+        self._keep(number, [recorded(item, answer, item.judge(answer, self._sandboxes)) for answer in answers])
 
     def finish(self, wanted: Callable[[], bool]) -> None:
         """Wait for the last judgements, then measure bits per byte."""
@@ -168,9 +180,14 @@ class Evaluation(PoolWork):
             if wanted():
                 self._write(number)
         self.close()
-        for task in self._unmeasured if not self._missing else ():
+        if self._missing:
+            return
+
+        for task in self._unmeasured:
             refuse_other_inputs(self._run, self._config)
-            records = (self._bits if task == BITS else self._rewards)(wanted) if wanted() else None
+            if not wanted():
+                return
+            records = self._bits(wanted) if task == BITS else self._rewards(wanted)
             if records is not None:
                 durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
 
@@ -180,12 +197,11 @@ class Evaluation(PoolWork):
         self._closing.close()
 
     def result(self) -> dict[str, Any]:
-        found = {task: self._figures(task) for task in self._config.stage.tasks}
         return {
             "model": self.label,
             "checkpoint": self._config.stage.models[0],
             "chat": self.chat,
-            "tasks": found,
+            "tasks": {task: self._figures(task) for task in self._config.stage.tasks},
         }
 
     def _refuse(self, number: int, error: str) -> None:
@@ -196,16 +212,17 @@ class Evaluation(PoolWork):
         self._judged[number] = records
         self._prompts += 1
         part = self._part_of[number]
-        for other in sorted(self._missing - {part}):  # the newest block may still be judged
+        # The newest block may still be judged.
+        for other in sorted(self._missing - {part}):
             self._write(other)
 
     def _write(self, number: int) -> None:
         """Write a file if all its questions are answered."""
         part = self._parts[number]
         numbers = range(part.first, part.first + len(part.items))
-        if any(one not in self._judged for one in numbers):
+        if any(question not in self._judged for question in numbers):
             return
-        records = [record() for one in numbers for record in self._judged.pop(one)]
+        records = [record() for question in numbers for record in self._judged.pop(question)]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         durable.write_text(part.path, lines)
         self._missing.remove(number)
@@ -222,7 +239,7 @@ class Evaluation(PoolWork):
         return document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
 
     def _rewards(self, wanted: Callable[[], bool]) -> list[Record] | None:
-        texts = {str(one.id): one.text for one in self._prompts_asked}
+        texts = {str(prompt.id): prompt.text for prompt in self._prompts_asked}
         model = Path(self._config.eval.reward_model).expanduser()
         return reward_scores(model, self._config, self._records(REWARD), texts, wanted)
 
@@ -238,7 +255,7 @@ class Evaluation(PoolWork):
 
 
 def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on conversations: by a stage that does, or before it was imported."""
+    """Whether a model was trained on conversations: by its stage, or before its import."""
     stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
     imported = checkpoint.parents[1] / "chat_template.jinja"
     return asks_as_chat(stage, tokenizer) or (stage == "import" and imported.is_file())

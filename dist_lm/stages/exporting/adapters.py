@@ -20,21 +20,21 @@ from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.lora import adapter_of
 from dist_lm.model.size import Shape, parameter_shapes
-from dist_lm.stages.exporting.files import DTYPES, Read, as_torch, made
+from dist_lm.stages.exporting.tensors import DTYPES, Read, as_torch, made
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 from dist_lm.training.checkpoint_tensors import stored_tensors, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of names in the file of weights
+PREFIX = "base_model.model."  # begins the names in the file of weights
 
 
-def write_adapters(folder: Path, checkpoint: Path, found: Architecture, dtype: str, base: str) -> None:
+def write_adapters(folder: Path, checkpoint: Path, architecture: Architecture, dtype: str, base: str) -> None:
     """Write adapter_model.safetensors and adapter_config.json into `folder`.
 
     Args:
-        found: architecture of the model.
+        architecture: the one of transformers that holds the model.
         dtype: bf16 | fp32.
         base: folder or hub id of the base in transformers' form; empty: see `base_name`.
 
@@ -42,15 +42,15 @@ def write_adapters(folder: Path, checkpoint: Path, found: Architecture, dtype: s
         ArtefactError: the base is gone or has changed.
     """
     model, stored = adapted_model(checkpoint), stored_tensors(checkpoint)
-    tensors = peft_tensors(found, model, lambda name: as_torch(stored[files.MODEL + name], name))
+    tensors = peft_tensors(architecture, model, lambda name: as_torch(stored[files.MODEL + name], name))
     stored_dtype = DTYPES[dtype][0]
     parts = {name: made(stored_dtype, tensor.shape, tensor.make) for name, tensor in tensors.items()}
     write_tensors(folder / WEIGHTS, parts, {"format": "pt"})
-    durable.write_json(folder / CONFIG, peft_config(found, model, base or base_name(Path(model.base))))
+    durable.write_json(folder / CONFIG, peft_config(architecture, model, base or base_name(Path(model.base))))
 
 
 def base_name(base: Path) -> str:
-    """Where an imported base came from: a folder or hub id, which transformers loads. The path of another base, which
+    """The folder or hub id that an imported base came from, which transformers loads; else the path of the base, which
     has to be exported first."""
     run = run_of(base)
     source = OmegaConf.select(OmegaConf.load(run.config), "imported.source") if run else None
@@ -71,24 +71,24 @@ class PeftTensor:
 
 @dataclass(frozen=True)
 class _Target:
-    """A weight of theirs with the adapters of the weights of ours in it, at their places in it."""
+    """A weight of transformers, with the adapters of those of our weights that it holds."""
 
     theirs: Converted
-    adapters: tuple[tuple[int, str], ...]  # (place, beginning of the names of the factors)
+    adapters: tuple[tuple[int, str], ...]  # (index of our weight in it, beginning of the names of the factors)
 
     @property
     def module(self) -> str:
         return self.theirs.name.removesuffix(".weight")
 
 
-def peft_tensors(found: Architecture, model: AdaptedModelConfig, read: Read) -> dict[str, PeftTensor]:
+def peft_tensors(architecture: Architecture, model: AdaptedModelConfig, read: Read) -> dict[str, PeftTensor]:
     """The tensors of adapter_model.safetensors by name.
 
     Args:
         read: gives the factors and the scalar head, whole and unpadded.
     """
     tensors: dict[str, PeftTensor] = {}
-    for target in _targets(found, model):
+    for target in _targets(architecture, model):
         rank, (out, into) = model.lora.rank * len(target.adapters), target.theirs.shape
         name = f"{PREFIX}{target.module}"
         tensors[f"{name}.lora_A.weight"] = PeftTensor((rank, into), partial(_lora_a, target, read))
@@ -98,13 +98,14 @@ def peft_tensors(found: Architecture, model: AdaptedModelConfig, read: Read) -> 
     return tensors
 
 
-def peft_config(found: Architecture, model: AdaptedModelConfig, base: str) -> dict[str, Any]:
+def peft_config(architecture: Architecture, model: AdaptedModelConfig, base: str) -> dict[str, Any]:
     """adapter_config.json.
 
     Args:
         base: folder or hub id of the base in transformers' form.
     """
-    targets = _targets(found, model)
+    targets = _targets(architecture, model)
+    # A fused weight of theirs gets the sum of the ranks of ours, and alpha grows with it, so the scale stays.
     fused = {target.module.rpartition(".")[2]: len(target.adapters) for target in targets if len(target.adapters) > 1}
     rank, alpha = model.lora.rank, model.lora.alpha
     return {
@@ -124,14 +125,14 @@ def peft_config(found: Architecture, model: AdaptedModelConfig, base: str) -> di
     }
 
 
-def _targets(found: Architecture, model: AdaptedModelConfig) -> list[_Target]:
+def _targets(architecture: Architecture, model: AdaptedModelConfig) -> list[_Target]:
     shapes = parameter_shapes(model)
     targets = []
-    for one in converted(found, parameter_shapes(model.plain)):
-        adapters = ((place, adapter_of(name)) for place, name in enumerate(one.ours))
-        held = tuple((place, prefix) for place, prefix in adapters if f"{prefix}a" in shapes)
-        if held:
-            targets.append(_Target(one, held))
+    for conversion in converted(architecture, parameter_shapes(model.plain)):
+        prefixes = ((index, adapter_of(name)) for index, name in enumerate(conversion.ours))
+        adapters = tuple((index, prefix) for index, prefix in prefixes if f"{prefix}a" in shapes)
+        if adapters:
+            targets.append(_Target(conversion, adapters))
     return targets
 
 
@@ -144,7 +145,9 @@ def _lora_b(target: _Target, rank: int, read: Read) -> torch.Tensor:
     if len(target.theirs.ours) == 1:
         return factors[0].flatten(1).t()
     heads, width = target.theirs.shapes[0][:2]
-    whole = torch.zeros(heads, len(target.theirs.ours), width, rank * len(factors))  # (H, 3, K, R): see `Converted`
-    for number, ((place, _), b_RHK) in enumerate(zip(target.adapters, factors, strict=True)):
-        whole[:, place, :, number * rank : (number + 1) * rank] = b_RHK.permute(1, 2, 0)
-    return whole.flatten(0, 2)
+
+    # The adapters of one fused weight of theirs stand in blocks of one wider factor.
+    fused_HNKR = torch.zeros(heads, len(target.theirs.ours), width, rank * len(factors))  # N weights: see `Converted`
+    for number, ((index, _), b_RHK) in enumerate(zip(target.adapters, factors, strict=True)):
+        fused_HNKR[:, index, :, number * rank : (number + 1) * rank] = b_RHK.permute(1, 2, 0)
+    return fused_HNKR.flatten(0, 2)

@@ -18,6 +18,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files as files
 
+RECORD, CARD = "export.json", "README.md"  # files of an export: what it was made from, and its card
 NOT_GIVEN = "not given"
 SHOWN = ("val/", "eval/", "code/", "tools/", "preference/", "reward/", "rlhf/")  # groups of metrics
 
@@ -25,7 +26,7 @@ SHOWN = ("val/", "eval/", "code/", "tools/", "preference/", "reward/", "rlhf/") 
 def model_card(
     checkpoint: Path,
     model: ModelConfig,
-    found: Architecture,
+    architecture: Architecture,
     run: RunDirectory | None,
     dtype: str,
     adapters: bool = False,
@@ -33,7 +34,7 @@ def model_card(
     """The content of README.md: model, training, data with licences, evaluation, limits.
 
     Args:
-        run: that holds the checkpoint; None: the checkpoint lies outside a run, and the card has less.
+        run: the run of the checkpoint; None if it lies outside a run, and the card has less.
         adapters: the folder holds adapters for peft, not a whole model.
     """
     state, _ = files.read_state(checkpoint)
@@ -41,6 +42,7 @@ def model_card(
     stage = config.get("stage", {})
     name = "/".join(run.path.parts[-2:]) if run else checkpoint.name
     licences, data = _data(run, stage)
+
     lines = [
         "---",
         f"library_name: {'peft' if adapters else 'transformers'}",
@@ -48,14 +50,16 @@ def model_card(
         "---",
         f"# {name}",
         "",
-        f"{found.name}, {parameter_count(model):,} parameters, weights in {dtype}, at most {model.max_seq_len:,} "
-        "tokens.",
+        f"{architecture.name}, {parameter_count(model):,} parameters, weights in {dtype}, at most "
+        f"{model.max_seq_len:,} tokens.",
         f"Exported by dist_lm from {checkpoint.name}.",
         "",
         "## Training",
         "",
         f"- Steps of the last stage: {state.step:,}; its tokens: {state.tokens:,}",
     ]
+
+    # Where the weights came from.
     if stage.get("init_from", "none") != "none":
         lines.append(f"- Started from: {'/'.join(Path(stage['init_from']).parts[-3:])}")
     if record := files.read_adapters(checkpoint):
@@ -66,10 +70,11 @@ def model_card(
         lines.append(f"- Continues: {'/'.join(Path(stage['branch_from']).parts[-3:])}")
     if imported := config.get("imported"):
         lines.append(f"- Imported from: {imported['source']}; not trained further")
+
     evaluation = _evaluation(run, state.step, checkpoint)
     lines += ["", "## Data", "", *data, "", "## Evaluation", "", *evaluation, "", "## Limits", ""]
     lines += [f"- {limit}" for limit in _limits(model, licences)]
-    if found.family == "Qwen2":
+    if architecture.family == "Qwen2":
         lines.append(
             "- `AutoTokenizer` of transformers 5 splits text as Qwen2's own tokenizer, whatever tokenizer.json says. "
             "The ids of training come from `PreTrainedTokenizerFast.from_pretrained`."
@@ -80,14 +85,16 @@ def model_card(
 def _config(run: RunDirectory | None) -> Mapping[str, Any]:
     if run is None:
         return {}
-    value = OmegaConf.to_container(OmegaConf.load(run.config))
-    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else {}
+    config = OmegaConf.to_container(OmegaConf.load(run.config))
+    return {str(key): group for key, group in config.items()} if isinstance(config, dict) else {}
 
 
 def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str], list[str]]:
     """The licences of the documents, and a table of the corpora of the last stage."""
     names = [stage.get("corpus") or "", *(stage.get("mix") or {})]
-    rows, seen = [], set[str]()
+
+    rows: list[str] = []
+    all_licences = set[str]()
     for name in dict.fromkeys(name for name in names if name and run):
         assert run is not None
         folder = run.work.corpus(name)
@@ -96,34 +103,37 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
             continue
         try:
             manifest = read_manifest(folder)
-            counted = licences_of(folder, manifest)
+            documents_by_licence = licences_of(folder, manifest)
         except ArtefactError as error:
             rows.append(f"| {name} | | | {error} |")
             continue
-        licences = Counter({licence or NOT_GIVEN: count for licence, count in counted.items()})
-        seen |= licences.keys()
+
+        licences = Counter({licence or NOT_GIVEN: count for licence, count in documents_by_licence.items()})
+        all_licences |= licences.keys()
         train = manifest.splits["train"].counts
         listed = ", ".join(f"{licence} ({count:,})" for licence, count in licences.most_common())
         rows.append(f"| {name} | {train.documents:,} | {train.tokens:,} | {listed} |")
+
     if not rows:
-        return seen, ["The run names no corpus."]
-    return seen, ["| corpus | documents | tokens | licences (documents) |", "| --- | --- | --- | --- |", *rows]
+        return all_licences, ["The run names no corpus."]
+    return all_licences, ["| corpus | documents | tokens | licences (documents) |", "| --- | --- | --- | --- |", *rows]
 
 
 def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[str]:
     """The last value of each metric up to the step of the checkpoint. Averaged weights have metrics of their own."""
-    found: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     if (checkpoint / files.AVERAGE).is_file():
-        found = durable.read_json(checkpoint / files.AVERAGE)["metrics"]
+        metrics = durable.read_json(checkpoint / files.AVERAGE)["metrics"]
     elif run is None or not run.metrics.is_file():
         return ["The run has no metrics."]
     else:
         for line in read_metrics(run.metrics):
-            found |= line if line["step"] <= step else {}
+            if line["step"] <= step:
+                metrics |= line
     rows = [
-        f"| {name} | {value:.4g} |"
-        for name, value in sorted(found.items())
-        if name.startswith(SHOWN) and isinstance(value, int | float)
+        f"| {name} | {figure:.4g} |"
+        for name, figure in sorted(metrics.items())
+        if name.startswith(SHOWN) and isinstance(figure, int | float)
     ]
     return ["| metric, held-out data | value |", "| --- | --- |", *rows] if rows else ["The run has no evaluation."]
 

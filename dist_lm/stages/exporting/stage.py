@@ -1,6 +1,6 @@
 """Stage `export`: a run as a folder for transformers and vLLM, and on the hub if `stage.push` names a repository.
 
-`export.py` is the program, which `dist-lm export` runs too.
+`files.py` is the program, which `dist-lm export` runs too.
 """
 
 import re
@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.errors import ArtefactError, UserError, require
+from dist_lm.stages.exporting.model_card import CARD, RECORD
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -22,9 +23,8 @@ from dist_lm.training import checkpoint_files
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
-RECORD, CARD = "export.json", "README.md"
 AUTO = "auto"
-# What an export may have that the next one lacks. transformers takes model.safetensors before an index, and reads
+# Files that an export may have and the next one lacks. transformers takes model.safetensors before an index, and reads
 # adapters wherever their configuration lies.
 STALE = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "model-F16.gguf"),
@@ -64,16 +64,16 @@ class Export(ArtefactStage):
     needs = ("language", "code", "tools", "preference", "reward", "rlhf")
 
     def needed(self, config: Config) -> tuple[str, ...]:
-        stage = own(config)
+        stage = group_of(config)
         return (stage.run,) if stage.init_from == AUTO else ()
 
     def check(self, config: Config) -> None:
-        stage = own(config)
+        stage = group_of(config)
         accepted = f"a stage that trains: {', '.join(self.needs)}"
         require(stage.init_from != AUTO or stage.run not in ("", self.name), "stage.run", stage.run, accepted)
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
-        stage = own(config)
+        stage = group_of(config)
         if stage.init_from == AUTO and stage.run in rebuilt:
             return Look(config, Action.BUILD, f"{stage.run} to {folder_of(config)}, {stage.dtype}")
         return super().look(config, is_target=is_target, rebuilt=rebuilt)
@@ -84,24 +84,31 @@ class Export(ArtefactStage):
         Raises:
             ArtefactError: the run has no checkpoint.
         """
-        stage, folder = own(config), folder_of(config)
+        stage, folder = group_of(config), folder_of(config)
         checkpoint = checkpoint_files.find_checkpoint(_run(config))
         record = durable.read_json(folder / RECORD)
-        wanted = {"checkpoint": str(checkpoint), "manifest": durable.sha256_of(checkpoint / checkpoint_files.MANIFEST)}
-        wanted |= {"dtype": stage.dtype}
-        files: dict[str, int] = record.get("files", {})
-        weighed = [name for name in files if name != CARD or not (folder / CARD).exists()]  # people edit it
-        is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == files[name] for name in weighed)
-        is_whole = is_whole and (not stage.gguf or f"model-{stage.gguf}.gguf" in files)
-        is_pushed = record.get("pushed", "") == stage.push or not stage.push
+        expected = {
+            "checkpoint": str(checkpoint),
+            "manifest": durable.sha256_of(checkpoint / checkpoint_files.MANIFEST),
+            "dtype": stage.dtype,
+        }
+        is_of_checkpoint = expected.items() <= record.items()
+
+        # People edit the model card, so its size does not count.
+        sizes: dict[str, int] = record.get("files", {})
+        compared = [name for name in sizes if name != CARD or not (folder / CARD).exists()]
+        is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == sizes[name] for name in compared)
+        has_gguf = not stage.gguf or f"model-{stage.gguf}.gguf" in sizes
+        is_pushed = not stage.push or record.get("pushed", "") == stage.push
+
         detail = f"{checkpoint.name} to {folder}, {stage.dtype}" + (f", pushed to {stage.push}" if stage.push else "")
-        return Artefact(is_whole and is_pushed and wanted.items() <= record.items(), detail)
+        return Artefact(is_of_checkpoint and is_whole and has_gguf and is_pushed, detail)
 
     def build(self, config: Config, console: "Console") -> None:
         """Write the folder, and upload it if a repository is named."""
         from dist_lm.stages.exporting.files import export  # imports torch
 
-        stage, folder = own(config), folder_of(config)
+        stage, folder = group_of(config), folder_of(config)
         with console.waiting(f"writing {folder}"):
             export(_run(config), folder, stage.dtype, gguf=stage.gguf or None)
         if stage.push:
@@ -115,7 +122,7 @@ class Export(ArtefactStage):
         console.summary("stage=export is done", {"folder": str(folder_of(config))})
 
 
-def own(config: Config) -> ExportGroup:
+def group_of(config: Config) -> ExportGroup:
     """The `stage` group with its type."""
     assert isinstance(config.stage, ExportGroup)
     return config.stage
@@ -123,7 +130,7 @@ def own(config: Config) -> ExportGroup:
 
 def folder_of(config: Config) -> Path:
     """The folder that the stage writes."""
-    stage = own(config)
+    stage = group_of(config)
     name = f"{config.run_id}-{stage.run}"
     return Path(stage.folder).expanduser() if stage.folder else Path(config.work_dir) / "exports" / name
 
@@ -137,7 +144,7 @@ def check_repository(key: str, repository: str) -> None:
 def push_folder(folder: Path, repository: str, api: Any = None) -> None:
     """Upload an export to the Hugging Face hub. A repository that does not exist is made, for its owner alone.
 
-    What an earlier export left there and this one lacks is removed; files of others stay.
+    Files of an earlier export that this one lacks are removed; files of others stay.
 
     Args:
         api: `huggingface_hub.HfApi`, which takes the token of `hf auth login` or HF_TOKEN.
@@ -151,6 +158,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
         from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
     except ImportError as error:
         raise UserError("the hub needs huggingface_hub: pip install huggingface_hub") from error
+
     hub = api or HfApi()
     try:
         hub.create_repo(repository, private=True, exist_ok=True)
@@ -171,7 +179,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
 
 def _run(config: Config) -> Path:
     """The run, or the checkpoint."""
-    stage = own(config)
+    stage = group_of(config)
     if stage.init_from != AUTO:
         return Path(stage.init_from)
     return WorkDirectory(Path(config.work_dir).resolve()).run(stage.run, config.run_id).path

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,15 +25,18 @@ from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.keyed_random import hash_words, signed
-from dist_lm.stages.generate.stage import GenerateConfig, GenerateRunConfig, check_checkpoint, check_inputs, label_of
+from dist_lm.stages.generate.inputs import check_checkpoint, check_inputs, label_of
 from dist_lm.stages.stage import PoolWork
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from dist_lm.stages.generate.stage import GenerateConfig, GenerateRunConfig
 
-def check(config: GenerateRunConfig) -> None:
+
+def check(config: "GenerateRunConfig") -> None:
     """Refuse settings that no engine can run with.
 
     Raises:
@@ -44,20 +47,20 @@ def check(config: GenerateRunConfig) -> None:
     tp_of(config)
 
 
-def params_of(stage: GenerateConfig) -> SamplingParams:
+def params_of(stage: "GenerateConfig") -> SamplingParams:
     """The sampling parameters.
 
     Raises:
         ConfigError: names the key.
     """
     try:
-        params: dict[str, Any] = {one.name: getattr(stage, one.name) for one in fields(SamplingParams)}
+        params: dict[str, Any] = {param.name: getattr(stage, param.name) for param in fields(SamplingParams)}
         return SamplingParams(**params | {"stop": tuple(stage.stop), "stop_tokens": tuple(stage.stop_tokens)})
     except ConfigError as error:
         raise ConfigError(f"stage.{error}") from error
 
 
-def options_of(stage: GenerateConfig) -> EngineOptions:
+def options_of(stage: "GenerateConfig") -> EngineOptions:
     """The size of the engines.
 
     Raises:
@@ -71,7 +74,7 @@ def options_of(stage: GenerateConfig) -> EngineOptions:
         raise ConfigError(f"stage.{error}") from error
 
 
-def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
+def check_tokens(stage: "GenerateConfig", model: ModelConfig) -> None:
     """Refuse settings with which every prompt would be refused.
 
     Raises:
@@ -81,17 +84,18 @@ def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
     for key, tokens in (("stop_tokens", stage.stop_tokens), ("logit_bias", stage.logit_bias)):
         require(all(0 <= token < model.vocab_size for token in tokens), f"stage.{key}", tokens, accepted)
     page = options_of(stage).page_tokens or PLAIN_PAGE_TOKENS  # the device is not known yet
-    least = min(1 + stage.max_new_tokens, model.max_seq_len)  # end-of-text alone is the shortest prompt
+    # End-of-text alone is the shortest prompt.
+    fewest_tokens = min(1 + stage.max_new_tokens, model.max_seq_len)
     require(
-        least <= stage.cache_tokens // page * page,
+        fewest_tokens <= stage.cache_tokens // page * page,
         "stage.cache_tokens",
         stage.cache_tokens,
-        f"whole pages (stage.page_tokens={page}) for at least {least:,} tokens, which one answer of "
+        f"whole pages (stage.page_tokens={page}) for at least {fewest_tokens:,} tokens, which one answer of "
         f"stage.max_new_tokens={stage.max_new_tokens} takes",
     )
 
 
-def tp_of(config: GenerateRunConfig) -> int:
+def tp_of(config: "GenerateRunConfig") -> int:
     """The number of devices that share the model of an engine; 1 for parallel.tp=-1.
 
     Raises:
@@ -109,7 +113,7 @@ class Tally:
     prompts: int = 0
     answers: int = 0
     refused: int = 0
-    tokens: int = 0  # of answers
+    tokens: int = 0  # generated for answers
     refusal: str = ""  # place and reason of the refusal with the smallest prompt number
     refused_at: int = -1  # this prompt number
 
@@ -127,24 +131,31 @@ class Tally:
 class Samples(PoolWork):
     """Makes the requests for the missing parts of a run and writes their answers."""
 
-    def __init__(self, config: GenerateRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: "GenerateRunConfig", run: RunDirectory, tokenizer: Tokenizer) -> None:
         """Find the prompts and the existing parts.
 
         Raises:
             ConfigError: there are no prompts, or the files are invalid.
             ArtefactError: the run began with other prompts, or other weights.
         """
-        self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
-        self._params, self._context = params_of(config.stage), config.model.max_seq_len
-        if config.stage.chat:
-            ends = stop_tokens(tokenizer)
-            self._params = replace(self._params, stop_tokens=(*self._params.stop_tokens, *ends))
-        self._files = find_prompts(config.stage.prompts)
+        self._stage = config.stage
+        self._seed = config.seed
+        self._run = run
+        self._tokenizer = tokenizer
         self._label = label_of(Path(config.stage.checkpoint))
+        self._context = config.model.max_seq_len
+        self._params = params_of(config.stage)
+        if config.stage.chat:
+            self._params = replace(self._params, stop_tokens=(*self._params.stop_tokens, *stop_tokens(tokenizer)))
+
+        # The stamps are taken before the prompts are read, so that no change goes unnoticed.
+        self._files = find_prompts(config.stage.prompts)
         self._stamps = _stamps(self._files)
-        found = check_inputs(self._files, config.stage, run)
-        durable.write_json(run.inputs, found | check_checkpoint(Path(config.stage.checkpoint), run))
-        self.count: int = found["prompts"]
+        inputs = check_inputs(self._files, config.stage, run)
+        durable.write_json(run.inputs, inputs | check_checkpoint(Path(config.stage.checkpoint), run))
+        self.count: int = inputs["prompts"]
+
+        # Existing parts count as answered.
         self.tally = Tally()
         self._missing = set(range(-(-self.count // config.stage.prompts_per_shard)))
         for part in sorted(self._missing):
@@ -154,6 +165,7 @@ class Samples(PoolWork):
                 for line in json_lines(run.samples_part(part)):
                     number += line["index"] == 0
                     self.tally.add(line, number)
+
         self._prompts: dict[int, Prompt] = {}  # requested, not yet answered
         self._answers = AnswerSets()
         self._open: dict[int, dict[int, list[dict[str, Any]]]] = {}  # part -> number of the prompt -> lines
@@ -172,13 +184,15 @@ class Samples(PoolWork):
 
     def metrics(self) -> dict[str, float]:
         tally = self.tally
-        found: dict[str, float] = {
+        metrics: dict[str, float] = {
             "generate/prompts": tally.prompts,
             "generate/answers": tally.answers,
             "generate/refused": tally.refused,
             "generate/tokens": tally.tokens,
         }
-        return found | ({"generate/new_tokens_mean": tally.tokens / tally.answers} if tally.answers else {})
+        if tally.answers:
+            metrics["generate/new_tokens_mean"] = tally.tokens / tally.answers
+        return metrics
 
     def result(self) -> dict[str, Any]:
         tally = self.tally
@@ -204,6 +218,8 @@ class Samples(PoolWork):
             if prompt.number // self._stage.prompts_per_shard not in self._missing:
                 continue
             self._prompts[prompt.number] = prompt
+
+            # A refused prompt gets its line in the part like an answered one.
             if prompt.error:
                 self._refuse(prompt.number, prompt.error)
                 continue
@@ -212,6 +228,8 @@ class Samples(PoolWork):
             except UserError as error:
                 self._refuse(prompt.number, str(error))
                 continue
+
+            # The seed depends on the prompt alone, so an answer does not depend on the engine or the order.
             seed = signed(hash_words(self._seed, prompt.number))
             yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
         self._check_prompts()
@@ -222,7 +240,7 @@ class Samples(PoolWork):
         if isinstance(answers, Refusal):
             self._refuse(number, answers.error)
         elif answers:
-            self._keep(number, [_record(one) for one in answers])
+            self._keep(number, [_record(answer) for answer in answers])
 
     def _check_prompts(self) -> None:
         """Refuse prompts that changed while they were read, which takes as long as the run.
@@ -251,9 +269,13 @@ class Samples(PoolWork):
         if prompt.suffix is not None:
             tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))
             return self._with_room(tokens, "prompt and suffix have")
-        opening, kept = self._tokenizer.opening, max(2, self._context - self._params.max_new_tokens) - 1
-        if self._stage.truncate == "left" and len(tokens) >= self._context and opening.first != opening.end_of_text:
-            return [tokens[0], *tokens[-kept:]]  # the model has seen no text without this token
+
+        # The engine cuts from the left too, but the model has seen no text without its opening token.
+        opening = self._tokenizer.opening
+        is_cut = self._stage.truncate == "left" and len(tokens) >= self._context
+        if is_cut and opening.first != opening.end_of_text:
+            n_last = max(2, self._context - self._params.max_new_tokens) - 1
+            return [tokens[0], *tokens[-n_last:]]
         return tokens
 
     def _with_room(self, tokens: list[int], what: str) -> list[int]:
@@ -268,20 +290,26 @@ class Samples(PoolWork):
         self._keep(number, [{"error": f"{self._prompts[number].place}: {reason}"}])
 
     def _keep(self, number: int, records: list[dict[str, Any]]) -> None:
+        """Store the lines of a prompt; write its part if that is complete now."""
         prompt = self._prompts.pop(number)
-        asked: dict[str, Any] = {"line": prompt.line} if prompt.error else {"prompt": prompt.text}
-        asked |= {} if prompt.suffix is None else {"suffix": prompt.suffix}
-        asked |= {"extra": prompt.extra} if prompt.extra else {}
-        lines = [{"id": prompt.id, "index": 0} | asked | one | {"checkpoint": self._label} for one in records]
+        question: dict[str, Any] = {"line": prompt.line} if prompt.error else {"prompt": prompt.text}
+        if prompt.suffix is not None:
+            question["suffix"] = prompt.suffix
+        if prompt.extra:
+            question["extra"] = prompt.extra
+        lines = [{"id": prompt.id, "index": 0} | question | record | {"checkpoint": self._label} for record in records]
         for line in lines:
             self.tally.add(line, number)
+
         size = self._stage.prompts_per_shard
         part = number // size
-        held = self._open.setdefault(part, {})
-        held[number] = lines
-        if len(held) == min(size, self.count - part * size):
+        lines_of = self._open.setdefault(part, {})
+        lines_of[number] = lines
+        if len(lines_of) == min(size, self.count - part * size):
             text = "".join(
-                json.dumps(line, ensure_ascii=False) + "\n" for _, one in sorted(held.items()) for line in one
+                json.dumps(line, ensure_ascii=False) + "\n"
+                for _, lines_of_prompt in sorted(lines_of.items())
+                for line in lines_of_prompt
             )
             self._check_prompts()
             durable.write_text(self._run.samples_part(part), text)
@@ -290,9 +318,10 @@ class Samples(PoolWork):
 
 
 def _stamps(files: list[Path]) -> list[tuple[int, int, int] | None]:
-    """What differs once a file has been written to or replaced; None: it is gone."""
+    """(modification time, size, inode) of each file, which differ once it was written to or replaced; None: it is
+    gone."""
     stats = [file.stat() if file.exists() else None for file in files]
-    return [(one.st_mtime_ns, one.st_size, one.st_ino) if one else None for one in stats]
+    return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None for stat in stats]
 
 
 def _record(answer: Answer) -> dict[str, Any]:
@@ -300,13 +329,13 @@ def _record(answer: Answer) -> dict[str, Any]:
         "index": answer.index,
         "text": answer.text,
         "tokens": answer.tokens,
-        "logprobs": [_shortest(value) for value in answer.logprobs],
-        "raw_logprobs": [_shortest(value) for value in answer.raw_logprobs],
+        "logprobs": [_shortest(logprob) for logprob in answer.logprobs],
+        "raw_logprobs": [_shortest(logprob) for logprob in answer.raw_logprobs],
         "finish": answer.finish,
         "seed": answer.seed,
     }
 
 
-def _shortest(value: float) -> float:
+def _shortest(number: float) -> float:
     """The number with the fewest digits that is equal in fp32."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(number)))

@@ -1,7 +1,7 @@
 """Stage `generate`: reads prompts and a checkpoint, writes work/runs/generate/RUN_ID/samples/part-*.jsonl.
 
 This module has the keys and the checks before anything starts: the checkpoint, the sampling parameters, and whether the
-prompts are those that the run began with. `generate_parts.py` makes requests and writes answers.
+prompts are those that the run began with. `parts.py` makes requests and writes answers.
 """
 
 import json
@@ -15,12 +15,12 @@ from omegaconf import MISSING
 from dist_lm.config.generation import EngineConfig, SamplingConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
-from dist_lm.data.prompts import find_prompts, survey
+from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, require
+from dist_lm.stages.continuing import ANSWER_FREE_KEYS, ANSWER_KEYS, differing_keys, refuse_other_settings
+from dist_lm.stages.generate.inputs import check_checkpoint, check_inputs, label_of
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of, shown_path
-from dist_lm.stages.training.stage import FREE_KEYS, differing_keys, refuse_other_settings
-from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FROM = ("code", "language")  # stage.checkpoint=auto takes the first of these stages that has a checkpoint
-RESULT_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")  # answers depend on these keys
-FREE = (*(key for key in FREE_KEYS if key not in RESULT_KEYS), "stage.actors", "stage.max_sequences")
 
 
 @dataclass
@@ -83,30 +81,39 @@ class Generate(PoolStage):
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         from dist_lm.stages.generate import parts as generate_parts
 
-        own, run = generate_config(config), run_of(config)
-        generate_parts.check(own)
-        check_inputs(find_prompts(own.stage.prompts), own.stage, run)
-        begun = load_config(run.config) if run.inputs.exists() else None
-        before = Path(generate_config(begun).stage.checkpoint) if begun else None
-        if run.result.exists() and before:  # the checkpoint of a finished run may have been removed
-            start = before if own.stage.checkpoint == AUTO else find_start(own, before)
+        config, run = generate_config(config), run_of(config)
+        generate_parts.check(config)
+        check_inputs(find_prompts(config.stage.prompts), config.stage, run)
+
+        # The checkpoint that the run began with, else the one that the command names.
+        recorded = load_config(run.config) if run.inputs.exists() else None
+        recorded_checkpoint = Path(generate_config(recorded).stage.checkpoint) if recorded else None
+        if run.result.exists() and recorded_checkpoint and config.stage.checkpoint == AUTO:
+            # It may have been removed since the run was finished.
+            start = recorded_checkpoint
         else:
-            start = find_start(own, before)
+            start = find_start(config, recorded_checkpoint)
+        if not (run.result.exists() and recorded_checkpoint):
             check_checkpoint(start, run)
-        own = replace(own, stage=replace(own.stage, checkpoint=str(start)))
+        config = replace(config, stage=replace(config.stage, checkpoint=str(start)))
         if not run.result.exists():
-            self.tokenizer(own)  # refused before anything starts
-        if begun:
-            conflicts = [one for key in RESULT_KEYS for one in differing_keys(begun, own, key, FREE)]
-            refuse_other_settings(run, own, conflicts)
+            # Refused before anything starts.
+            self.tokenizer(config)
+
+        if recorded:
+            conflicts = [
+                conflict for key in ANSWER_KEYS for conflict in differing_keys(recorded, config, key, ANSWER_FREE_KEYS)
+            ]
+            refuse_other_settings(run, config, conflicts)
         if run.result.exists():
             answers = json.loads(run.result.read_text(encoding="utf-8"))["answers"]
-            return Look(own, Action.READY, f"{counted(answers, 'answer')}, {shown_path(run.samples, own)}")
-        parts = len(list(run.samples.glob("part-*.jsonl")))
-        detail = f"{own.stage.prompts} with {label_of(start)}, {sampling_text(own.stage)}"
-        if parts:
-            return Look(own, Action.RESUME, f"{detail}; {counted(parts, 'file')} there")
-        return Look(own, Action.BUILD, detail)
+            return Look(config, Action.READY, f"{counted(answers, 'answer')}, {shown_path(run.samples, config)}")
+
+        n_parts = len(list(run.samples.glob("part-*.jsonl")))
+        detail = f"{config.stage.prompts} with {label_of(start)}, {sampling_text(config.stage)}"
+        if n_parts:
+            return Look(config, Action.RESUME, f"{detail}; {counted(n_parts, 'file')} there")
+        return Look(config, Action.BUILD, detail)
 
     def checkpoint(self, config: Config) -> Path:
         return Path(generate_config(config).stage.checkpoint)
@@ -119,8 +126,8 @@ class Generate(PoolStage):
     def engine(self, config: Config) -> "tuple[EngineOptions, int, int]":
         from dist_lm.stages.generate import parts as generate_parts
 
-        own = generate_config(config)
-        return generate_parts.options_of(own.stage), generate_parts.tp_of(own), own.stage.actors
+        config = generate_config(config)
+        return generate_parts.options_of(config.stage), generate_parts.tp_of(config), config.stage.actors
 
     def work(
         self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
@@ -163,49 +170,24 @@ def generate_config(config: Config) -> GenerateRunConfig:
 
 def refused_text(result: Mapping[str, Any]) -> str:
     """The number of refused prompts and the first reason."""
-    first = result.get("first_refusal")
-    return f"{result['refused']:,} refused" + (f": {first}" if first else "")
+    first_reason = result.get("first_refusal")
+    return f"{result['refused']:,} refused" + (f": {first_reason}" if first_reason else "")
 
 
 def sampling_text(stage: GenerateConfig) -> str:
     """Sampling parameters as text: the usual ones, and others that differ from their default."""
     from dist_lm.generation.request import SamplingParams
 
-    usual, default = ("temperature", "top_k", "top_p", "max_new_tokens", "n"), GenerateConfig(name="")
-    others = [one.name for one in fields(SamplingParams) if one.name not in usual]
-    shown = [*usual, *(key for key in others if getattr(stage, key) != getattr(default, key))]
-    values = [(key, getattr(stage, key)) for key in shown]
-    return " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values)
+    usual_keys = ("temperature", "top_k", "top_p", "max_new_tokens", "n")
+    defaults = GenerateConfig(name="")
+    other_keys = [param.name for param in fields(SamplingParams) if param.name not in usual_keys]
+    changed_keys = [key for key in other_keys if getattr(stage, key) != getattr(defaults, key)]
 
-
-def check_inputs(files: list[Path], stage: GenerateConfig, run: RunDirectory) -> dict[str, Any]:
-    """Number and hashes of the prompts, a part of `prompts.json`.
-
-    Raises:
-        ConfigError: there are no prompts, or the files are invalid.
-        ArtefactError: the run began with other prompts.
-    """
-    found, before = survey(files), begun_with(run)
-    if before and {name: before.get(name) for name in found} != found:
-        raise ArtefactError(f"stage.prompts={stage.prompts}: not what {run.path} began with: choose another run_id")
-    return found
-
-
-def check_checkpoint(checkpoint: Path, run: RunDirectory) -> dict[str, str]:
-    """The hash of a checkpoint's manifest, a part of `prompts.json`.
-
-    Raises:
-        ArtefactError: the run began with other weights at the same place.
-    """
-    found = durable.sha256_of(checkpoint / checkpoint_files.MANIFEST)
-    if begun_with(run).get("checkpoint_sha256", found) != found:
-        raise ArtefactError(f"{checkpoint}: has changed since {run.path} began: choose another run_id")
-    return {"checkpoint_sha256": found}
-
-
-def begun_with(run: RunDirectory) -> dict[str, Any]:
-    """The content of `prompts.json`; nothing for a new run."""
-    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
+    texts = []
+    for key in (*usual_keys, *changed_keys):
+        setting = getattr(stage, key)
+        texts.append(f"{key}={setting:g}" if isinstance(setting, float) else f"{key}={setting}")
+    return " ".join(texts)
 
 
 def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
@@ -217,19 +199,18 @@ def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model.
     """
-    asked = config.stage.checkpoint
-    path = None if asked == AUTO else Path(asked).expanduser().resolve()
+    path = None if config.stage.checkpoint == AUTO else Path(config.stage.checkpoint).expanduser().resolve()
     if before and (path is None or before.is_relative_to(path)):
-        found = before
+        checkpoint = before
         if not before.is_dir():
             raise ArtefactError(f"{before}: this run began with this checkpoint, which is gone: choose another run_id")
     else:
-        found = checkpoint_files.find_checkpoint(
-            path or newest_run(WorkDirectory(Path(config.work_dir).resolve())).path
-        )
-    model = checkpoint_files.read_state(found)[1]
-    checkpoint_files.check_same_model(found, model, config.model, "use the same model")
-    return found
+        run_path = path or newest_run(WorkDirectory(Path(config.work_dir).resolve())).path
+        checkpoint = checkpoint_files.find_checkpoint(run_path)
+
+    model = checkpoint_files.read_state(checkpoint)[1]
+    checkpoint_files.check_same_model(checkpoint, model, config.model, "use the same model")
+    return checkpoint
 
 
 def newest_run(work: WorkDirectory, key: str = "stage.checkpoint", value: str = "PATH") -> RunDirectory:
@@ -237,27 +218,23 @@ def newest_run(work: WorkDirectory, key: str = "stage.checkpoint", value: str = 
 
     Args:
         key: the key that asks for it, for messages.
-        value: what `key` may name instead.
+        value: placeholder for what `key` may name instead.
 
     Raises:
         ArtefactError: neither stage has a checkpoint.
     """
+    # Models of the later stage know more, so they are preferred.
     for stage in FROM:
-        newest = {
+        latest_of = {
             run: checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) for run in work.runs(stage)
         }
-        written = {run: checkpoint.stat().st_mtime for run, checkpoint in newest.items() if checkpoint}
-        if written:
-            return max(written, key=written.__getitem__)
+        written_at = {run: checkpoint.stat().st_mtime for run, checkpoint in latest_of.items() if checkpoint}
+        if written_at:
+            return max(written_at, key=written_at.__getitem__)
     raise ArtefactError(
         f"{key}=auto: no checkpoint of stage {' or '.join(FROM)} in {work.path}: "
         f"run `python -m dist_lm.launch stage=code` first, or give {key}={value}"
     )
-
-
-def label_of(checkpoint: Path) -> str:
-    """The name of a checkpoint in samples: STAGE/RUN_ID/STEP."""
-    return "/".join(checkpoint.parts[-4:-2] + checkpoint.parts[-1:])
 
 
 STAGE = Generate()

@@ -33,7 +33,7 @@ SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }  # keys of GGUF, and what config.json calls them
-OTHERS = ("vocab_size", "attention.value_length", "rope.dimension_count")  # keys that follow from the others
+DERIVED = ("vocab_size", "attention.value_length", "rope.dimension_count")  # keys that follow from those in SIZES
 
 
 def write_snapshot(path: Path, folder: Path) -> None:
@@ -51,46 +51,52 @@ def write_snapshot(path: Path, folder: Path) -> None:
         raise UserError(f"{path} needs the package gguf: pip install 'dist_lm[gguf]'") from error
     try:
         reader = gguf.GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
+        fields = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, OSError, OverflowError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path}: not a whole GGUF file ({error})") from error
+
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    config = _config(values, {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in stored.items()}, str(path))
-    model, found = model_of(config, "imported", str(path))
-    entries = converted(found, parameter_shapes(model))
-    names = names_of_tensors(found, model.n_layers, entries)
+    shapes = {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in stored.items()}  # GGUF: fastest axis first
+    config = _config(fields, shapes, str(path))
+    model, architecture = model_of(config, "imported", str(path))
+    conversions = converted(architecture, parameter_shapes(model))
+    names = names_of_tensors(architecture, model.n_layers, conversions)
+
+    # A tensor too many is an option that our model lacks, so it is refused like one too few.
     for name in [*(set(stored) - set(names)), *(set(names) - set(stored))]:
         reason = "the model has no place for this tensor" if name in stored else "this tensor is missing"
         raise ArtefactError(f"{path}: {name}: {reason}")
 
     def read(name: str) -> Any:
         weights = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
-        tensor = rows_of_transformers(names[name], torch.tensor(weights), model, found)
+        tensor = rows_of_transformers(names[name], torch.tensor(weights), model, architecture)
         return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
     tensors = {
-        one.name: MadeTensor("F32", one.shape, 4 * math.prod(one.shape), partial(read, name))
-        for name, one in names.items()
+        conversion.name: MadeTensor("F32", conversion.shape, 4 * math.prod(conversion.shape), partial(read, name))
+        for name, conversion in names.items()
     }
-    content, file_name = tokenizer_file(values, str(path))
+    content, file_name = tokenizer_file(fields, str(path))
     durable.write_json(folder / "config.json", config)
     durable.write_bytes(folder / file_name, content)
-    if template := values.get("tokenizer.chat_template"):
+    if template := fields.get("tokenizer.chat_template"):
         durable.write_text(folder / "chat_template.jinja", template)
     write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
-def _config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> dict[str, Any]:
+def _config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
     """The file's shape as config.json."""
-    architecture = values.get("general.architecture")
+    architecture = fields.get("general.architecture")
     families = {NAMES[family]: family for family in READ}
     if architecture not in families:
-        raise ArtefactError(f"{place}: general.architecture={architecture}: expected one of {', '.join(families)}")
+        raise ArtefactError(f"{file}: general.architecture={architecture}: expected one of {', '.join(families)}")
+
     prefix = f"{architecture}."
-    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-    for key in own:
-        if key not in SIZES and key not in OTHERS:
-            raise ArtefactError(f"{place}: {architecture}.{key}={own[key]}: the model has no such option")
+    options = {key.removeprefix(prefix): option for key, option in fields.items() if key.startswith(prefix)}
+    for key, option in options.items():
+        if key not in SIZES and key not in DERIVED:
+            raise ArtefactError(f"{file}: {architecture}.{key}={option}: the model has no such option")
+
     family = FAMILIES[families[architecture]]
     config = {
         "architectures": [f"{families[architecture]}ForCausalLM"],
@@ -99,17 +105,19 @@ def _config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pl
         "vocab_size": shapes.get("token_embd.weight", (0,))[0],
         "tie_word_embeddings": "output.weight" not in shapes,
         "rope_theta": 10000.0,
-        **{theirs: _shortest(own[key]) for key, theirs in SIZES.items() if key in own},
+        **{theirs: _shortest(options[key]) for key, theirs in SIZES.items() if key in options},
     }
     if family.biases:
         config |= {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_up.bias" in shapes}
-    width = config.get("head_dim", config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1)))
+
+    # Our heads have one width for queries, keys, values and rotary embedding.
+    d_head = config.get("head_dim", config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1)))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if own.get(key, width) != width:
-            raise ArtefactError(f"{place}: {architecture}.{key}={own[key]}: expected {width}, the width of a head")
+        if options.get(key, d_head) != d_head:
+            raise ArtefactError(f"{file}: {architecture}.{key}={options[key]}: expected {d_head}, the width of a head")
     return config
 
 
-def _shortest(value: Any) -> Any:
+def _shortest(number: Any) -> Any:
     """An fp32 number as people write it: 1e-5, not 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    return float(str(np.float32(number))) if isinstance(number, float) else number

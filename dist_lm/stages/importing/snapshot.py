@@ -45,7 +45,7 @@ from dist_lm.interop.snapshot import (
 from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.stages.chat_layout import kept_template
-from dist_lm.stages.exporting.files import FILE_BYTES, as_torch, in_files, made
+from dist_lm.stages.exporting.tensors import FILE_BYTES, as_torch, in_files, made
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.symbols import END_OF_TEXT
@@ -79,11 +79,14 @@ def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
 
 
 def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirectory:
-    model, found = model_in(folder, name)
+    """Write `run` from a folder in the form of transformers; see `import_model`."""
+    # All checks come before anything is written.
+    model, architecture = model_in(folder, name)
     theirs = _weights(folder)
-    entries = converted(found, parameter_shapes(model))
-    _check_tensors(folder, theirs, entries, model)
+    conversions = converted(architecture, parameter_shapes(model))
+    _check_tensors(folder, theirs, conversions, model)
     content, file_name = tokenizer_of(folder, model.vocab_size)
+
     temporary = RunDirectory(run.path.with_name(f".{name}.{secrets.token_hex(8)}.tmp"))
     try:
         (temporary.path / "tokenizer").mkdir(parents=True)
@@ -91,11 +94,14 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
         if template := chat_template_of(folder):
             durable.write_text(temporary.chat_template, template)
         tokenizer = _tokenizer(folder, content, file_name)
-        if kept := kept_template(folder, tokenizer):
-            kept.write(temporary.path / "tokenizer")
+        if layout := kept_template(folder, tokenizer):
+            layout.write(temporary.path / "tokenizer")
+
         state = TrainState(tokenizer=tokenizer.sha256)
-        write_checkpoint(temporary.checkpoints, _ours(theirs, entries, model), model, state)
-        _write_configuration(temporary, model, found, source, snapshot_record(source, folder))
+        write_checkpoint(temporary.checkpoints, _ours(theirs, conversions, model), model, state)
+        _write_configuration(temporary, model, architecture, source, snapshot_record(source, folder))
+
+        # The run appears only when it is complete.
         temporary.path.rename(run.path)
         durable.fsync_directory(run.path.parent)
     except OSError as error:
@@ -109,11 +115,11 @@ def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
     try:
         return Tokenizer(content, file_name)
     except NoEndOfTextError as error:
-        own = special_tokens_of(folder).get("eos_token", "")
-        named = f"{own}, its eos_token" if own else "the token that ends a text"
+        eos_token = special_tokens_of(folder).get("eos_token", "")
+        token = f"{eos_token}, its eos_token" if eos_token else "the token that ends a text"
         raise ArtefactError(
             f"{folder}: {file_name} has no end-of-text by a known name: copy the folder, and in the files of the "
-            f"tokenizer rename {named}, to {END_OF_TEXT}"
+            f"tokenizer rename {token}, to {END_OF_TEXT}"
         ) from error
 
 
@@ -129,19 +135,22 @@ def write_checkpoint(
     Args:
         adapters: see `checkpoint_files.write_state`.
     """
-    directory = checkpoints / files.step_name(state.step)
-    directory.mkdir(parents=True)
+    checkpoint = checkpoints / files.step_name(state.step)
+    checkpoint.mkdir(parents=True)
+
+    # One rank has written all: every tensor begins at offset 0 of its logical tensor.
     named = {files.MODEL + name: tensor for name, tensor in tensors.items()}
-    digests = {}
+    checksums = {}
     for number, part in enumerate(in_files(named, FILE_BYTES), start=1):
-        path = directory / f"shard-00001-model-{number:05d}{files.TENSORS}"
-        places = {name: {"saved_offsets": [0] * len(tensor.shape)} for name, tensor in part.items()}
-        write_tensors(path, part, {"format": "pt", PLACES: json.dumps(places)})
-        digests[path.name] = durable.sha256_of(path)
-    files.write_state(directory, state, asdict(model), adapters)
-    digests[files.STATE] = durable.sha256_of(directory / files.STATE)
-    files.write_manifest(directory, digests)
-    files.write_pointer(checkpoints, files.LATEST, directory)
+        path = checkpoint / f"shard-00001-model-{number:05d}{files.TENSORS}"
+        offsets = {name: {"saved_offsets": [0] * len(tensor.shape)} for name, tensor in part.items()}
+        write_tensors(path, part, {"format": "pt", PLACES: json.dumps(offsets)})
+        checksums[path.name] = durable.sha256_of(path)
+
+    files.write_state(checkpoint, state, asdict(model), adapters)
+    checksums[files.STATE] = durable.sha256_of(checkpoint / files.STATE)
+    files.write_manifest(checkpoint, checksums)
+    files.write_pointer(checkpoints, files.LATEST, checkpoint)
 
 
 @contextmanager
@@ -162,8 +171,8 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of all files that the index names, or of model.safetensors."""
     names = [WHOLE]
     if (folder / INDEX).is_file():
-        content = read_json(folder / INDEX).get("weight_map")
-        names = sorted({str(name) for name in content.values()}) if isinstance(content, dict) else []
+        file_of = read_json(folder / INDEX).get("weight_map")
+        names = sorted({str(name) for name in file_of.values()}) if isinstance(file_of, dict) else []
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
@@ -178,47 +187,58 @@ def _is_gpt_neox(names: Mapping[str, Any]) -> bool:
 
 
 def _check_tensors(
-    folder: Path, theirs: Mapping[str, StoredTensor], entries: list[Converted], model: ModelConfig
+    folder: Path, theirs: Mapping[str, StoredTensor], conversions: list[Converted], model: ModelConfig
 ) -> None:
     """Refuse missing tensors, other shapes, and tensors that the model has no place for."""
-    for one in entries:
-        if one.name not in theirs:
-            raise ArtefactError(f"{folder}: {one.name} is missing in the weights")
-        if theirs[one.name].shape != one.shape:
+    for tensor in conversions:
+        if tensor.name not in theirs:
+            raise ArtefactError(f"{folder}: {tensor.name} is missing in the weights")
+        if theirs[tensor.name].shape != tensor.shape:
             raise ArtefactError(
-                f"{folder}: {one.name} has shape {theirs[one.name].shape}, expected {one.shape} by {CONFIG}"
+                f"{folder}: {tensor.name} has shape {theirs[tensor.name].shape}, expected {tensor.shape} by {CONFIG}"
             )
-    known = {one.name for one in entries}
-    for name, tensor in theirs.items():
-        if name in known or BUFFERS.fullmatch(name):
+
+    # A tied head may be stored beside the embedding, if it is the same.
+    expected = {tensor.name for tensor in conversions}
+    for name, stored in theirs.items():
+        if name in expected or BUFFERS.fullmatch(name):
             continue
         is_head = model.tie_embeddings and name in (*ALIASES, *ALIASES.values())
-        if not is_head or not np.array_equal(tensor.read(), theirs[entries[0].name].read()):
+        if not is_head or not np.array_equal(stored.read(), theirs[conversions[0].name].read()):
             raise ArtefactError(f"{folder}: {name}: the model has no place for this tensor")
 
 
-def _ours(theirs: Mapping[str, StoredTensor], entries: list[Converted], model: ModelConfig) -> dict[str, MadeTensor]:
+def _ours(
+    theirs: Mapping[str, StoredTensor], conversions: list[Converted], model: ModelConfig
+) -> dict[str, MadeTensor]:
     """Our parameters in fp32. A score of theirs has no bias: ours is 0."""
 
-    def read(one: Converted, place: int) -> torch.Tensor:
-        return one.to_ours(as_torch(theirs[one.name], one.name), place)
+    def read(conversion: Converted, index: int) -> torch.Tensor:
+        return conversion.to_ours(as_torch(theirs[conversion.name], conversion.name), index)
 
-    found: dict[str, MadeTensor] = {}
-    for one in entries:
-        for place, name in enumerate(one.ours):
-            found[name] = made("F32", one.shapes[place], partial(read, one, place))
+    # One tensor of theirs may hold several of ours, such as query, key and value.
+    parameters: dict[str, MadeTensor] = {}
+    for conversion in conversions:
+        for index, name in enumerate(conversion.ours):
+            parameters[name] = made("F32", conversion.shapes[index], partial(read, conversion, index))
     if model.head == "scalar":
-        found["scalar_head.bias"] = made("F32", (1,), lambda: torch.zeros(1))
+        parameters["scalar_head.bias"] = made("F32", (1,), lambda: torch.zeros(1))
+
     shapes: dict[str, Shape] = parameter_shapes(model)
-    return {name: found[name] for name in shapes}
+    return {name: parameters[name] for name in shapes}
 
 
 def _write_configuration(
-    run: RunDirectory, model: ModelConfig, found: Architecture, source: str, read: dict[str, Any]
+    run: RunDirectory, model: ModelConfig, architecture: Architecture, source: str, snapshot: dict[str, Any]
 ) -> None:
+    """Write conf/model/NAME.yaml and config.yaml.
+
+    Args:
+        snapshot: hashes by which a later command finds out whether `source` has changed.
+    """
     conf = run.path / "conf" / "model"
     conf.mkdir(parents=True)
     durable.write_text(conf / f"{model.name}.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(model))))
-    imported = {"source": source, "architecture": found.name, "snapshot": read}
-    value = {"model": asdict(model), "imported": imported}
-    durable.write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(value)))
+    imported = {"source": source, "architecture": architecture.name, "snapshot": snapshot}
+    config = {"model": asdict(model), "imported": imported}
+    durable.write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(config)))

@@ -1,6 +1,6 @@
 """Stage `import`: a model of transformers as the run work/runs/import/NAME, for `stage.init_from=hf:SOURCE`.
 
-A stage that starts from `hf:SOURCE` needs it. `importing.py` is the program, which `dist-lm import` runs too.
+A stage that starts from `hf:SOURCE` needs it. `snapshot.py` is the program, which `dist-lm import` runs too.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class Import(ArtefactStage):
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Import the model that the later stages start from."""
-        sources = sorted({one.stage.init_from for one in readers if one.stage.init_from.startswith(HF)})
+        sources = sorted({reader.stage.init_from for reader in readers if reader.stage.init_from.startswith(HF)})
         if len(sources) > 1:
             raise ConfigError(f"stage.init_from: {' and '.join(sources)}: expected one model for all stages")
         return replace(config, stage=replace(config.stage, init_from=sources[0]))
@@ -65,18 +65,20 @@ class Import(ArtefactStage):
 
         source, run = config.stage.init_from, imported_run(config)
         if not run.config.is_file():
-            model, found = model_in(folder_of(source, weights=False), name_of(source))
+            model, architecture = model_in(folder_of(source, weights=False), name_of(source))
             size = readable_count(parameter_count(model))
-            return Artefact(False, f"{found.name}, {size} parameters from {source}")
-        imported: Any = OmegaConf.select(OmegaConf.load(run.config), "imported")
-        before = OmegaConf.to_container(imported)
-        assert isinstance(before, dict)
-        if changed := change_of(source, before.get("snapshot") or {}):
+            return Artefact(False, f"{architecture.name}, {size} parameters from {source}")
+
+        # A model on the hub, or a folder, may have changed under the same name.
+        node: Any = OmegaConf.select(OmegaConf.load(run.config), "imported")
+        imported = OmegaConf.to_container(node)
+        assert isinstance(imported, dict)
+        if change := change_of(source, imported.get("snapshot") or {}):
             raise ArtefactError(
-                f"{run.path} was imported from {before['source']}, and {source} differs from that ({changed}): remove "
+                f"{run.path} was imported from {imported['source']}, and {source} differs from that ({change}): remove "
                 "this run, or import the other model under a name of its own by dist-lm import"
             )
-        return Artefact(True, f"{before['architecture']} from {before['source']}")
+        return Artefact(True, f"{imported['architecture']} from {imported['source']}")
 
     def build(self, config: Config, console: "Console") -> None:
         """Read the weights, and write the run."""

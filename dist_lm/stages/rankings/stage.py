@@ -16,6 +16,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.ingest import Texts
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.errors import require
+from dist_lm.stages.continuing import with_start
 from dist_lm.stages.shards import (
     SAMPLED,
     CorporaConfig,
@@ -28,7 +29,6 @@ from dist_lm.stages.shards import (
     wanted_corpora,
 )
 from dist_lm.stages.stage import Artefact, ArtefactStage, Look
-from dist_lm.stages.training.stage import with_start
 from dist_lm.storage.run_directory import WorkDirectory
 
 if TYPE_CHECKING:

@@ -31,12 +31,13 @@ from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rloo import Rloo
 from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
+from dist_lm.stages.pool_beside import PoolBeside, joined
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.held_out import HeldOut
 from dist_lm.stages.rlhf.models import Begun, begin, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
 from dist_lm.stages.rlhf.stage import RlhfRunConfig
-from dist_lm.stages.rlhf.supply import PoolBeside, joined, pretraining_text, rollout_source
+from dist_lm.stages.rlhf.supply import pretraining_text, rollout_source
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
@@ -177,7 +178,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
     began = time.time()
     config = load_config(run.config)
     assert isinstance(config, RlhfRunConfig)
-    with started(run, config, stop, heartbeat) as start, ExitStack() as stack:
+    with started(run, config, heartbeat) as start, ExitStack() as stack:
         algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
         begun = begin(run, config, start, algorithm)
         state, world = begun.state, start.world

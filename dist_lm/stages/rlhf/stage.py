@@ -17,8 +17,9 @@ from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.prompts import find_prompts
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.stages.continuing import FREE_KEYS, RLHF_FREE_KEYS
 from dist_lm.stages.stage import KeyFigure
-from dist_lm.stages.training.stage import FREE_KEYS, TrainingStage, before_and_after, last_samples, task_entries
+from dist_lm.stages.training.stage import TrainingStage, before_and_after, last_samples, task_entries
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted, percent, three_decimals
 from dist_lm.training import checkpoint_files
@@ -182,9 +183,7 @@ class Rlhf(TrainingStage):
     schedule_keys = ()
     free_keys = (
         *FREE_KEYS,
-        *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
-        *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.rewards.*.timeout_s"),
-        "rlhf.rewards.*.workers",
+        *RLHF_FREE_KEYS,
     )
     key_figures = (
         (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),

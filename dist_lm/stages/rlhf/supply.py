@@ -1,5 +1,4 @@
-"""The source of rollouts on the first rank of stage `rlhf`, and the pretraining text on all ranks. Other stages use the
-pool of actors for tasks (`eval_tasks.py`).
+"""The source of rollouts on the first rank of stage `rlhf`, and the pretraining text on all ranks.
 
 Rollouts come from a pool of actors on the gang's Ray cluster, or from an engine in this process. Each policy update
 reads the next `rlhf.pretrain_sequences` of a stream of text, so the number of updates gives the position of the stream,
@@ -7,31 +6,28 @@ and a checkpoint stores nothing else.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from dist_lm.cluster.allocation import actors_in_all, site_of, without_pool
-from dist_lm.cluster.pool import ActorsLostError, Pool, PoolRollouts
+from dist_lm.cluster.pool import PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
 from dist_lm.config.corpus import SPLITS
-from dist_lm.config.rlhf import PUSH_AUTO, PUSH_RAY, RolloutPoolConfig
-from dist_lm.config.root import Config
+from dist_lm.config.rlhf import PUSH_AUTO, PUSH_RAY
 from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.engine import Engine
 from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.update import Pretraining
+from dist_lm.stages.pool_beside import PoolBeside, engine_spec
 from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.stages.training.program import RankStart
 from dist_lm.storage.run_directory import RunDirectory
@@ -42,98 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EVERY_NODE = 1_000_000  # no limit on nodes: the number of actors limits the pool
 SEQ_LEN = "rlhf.pretrain_seq_len"
-
-
-@dataclass(frozen=True)
-class PoolBeside:
-    """The cluster that this rank has joined, and the keys of its pool."""
-
-    config: Config
-    pool: RolloutPoolConfig
-    device: str  # cpu | cuda
-    access: RayAccess
-    cluster: RayCluster
-
-    def start(
-        self,
-        spec: EngineSpec,
-        weights: WeightStream,
-        version: int,
-        wanted: Callable[[], bool],
-        sender: "Sender | None" = None,
-    ) -> Pool:
-        """Start the actors. It calls `wanted` at least twice a second while it works; False ends it.
-
-        Raises:
-            ActorsLostError: no free resources for an actor; the message names the keys to change.
-        """
-        pool, ranks = self.pool, int(os.environ["LOCAL_WORLD_SIZE"])
-        actors = actors_in_all(pool, len(self.access.nodes), ranks if self.device == "cuda" else 0)
-        try:
-            started = Pool.start(
-                self.cluster,
-                spec,
-                weights,
-                version=version,
-                actors=actors,
-                wanted=wanted,
-                warn=log.warning,
-                site=site_of(pool, self.access.nodes, ranks, self.device),
-                sender=sender,
-            )
-        except ActorsLostError as error:
-            shared = f", or {pool.key}.placement=shared" if pool.may_share else ""
-            raise ActorsLostError(
-                f"{pool.key}.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node{shared}), "
-                f"or do without: {without_pool(pool)}"
-            ) from error
-        log.info("%d actors: %s", len(started.members), ", ".join(map(str, started.members)))
-        return started
-
-
-@contextmanager
-def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
-    """The cluster of this rank inside the block, for a pool; None without actors, and with a warning without Ray
-    (`torchrun -m dist_lm.train RUN_DIR`).
-
-    Raises:
-        ClusterError: Ray refuses this rank.
-    """
-    pool, access = config.pool, own_access(os.environ)
-    if pool is None or not pool.actors:
-        yield None
-    elif access is None:
-        log.warning("%s.actors=%d: this rank runs without Ray, so it %s", pool.key, pool.actors, pool.without)
-        yield None
-    else:
-        with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
-            yield PoolBeside(config, pool, device.type, access, cluster)
-
-
-def engine_options(pool: RolloutPoolConfig) -> EngineOptions:
-    """The size of an engine of a pool."""
-    return EngineOptions(cache_tokens=pool.cache_tokens, page_tokens=pool.page_tokens, max_sequences=pool.max_sequences)
-
-
-def engine_spec(
-    config: Config, pool: RolloutPoolConfig, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device, texts: bool
-) -> EngineSpec:
-    """The engine of an actor.
-
-    Args:
-        texts: whether answers have texts, which stop texts need.
-    """
-    return EngineSpec(
-        model=config.model,
-        options=engine_options(pool),
-        eot_id=tokenizer.eot_id,
-        vocabulary=tuple(tokenizer.vocabulary()) if texts else None,
-        dtype=dtype,
-        device=device.type,
-        tp=pool.tp,
-    )
 
 
 @contextmanager

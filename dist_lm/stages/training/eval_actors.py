@@ -10,21 +10,39 @@ So a resumed run finds either the figures or the weights of every step up to its
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dist_lm.cluster.pool import Pool
+from dist_lm.config.root import Config
+from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.generation.decoder import WeightStream
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.rollouts import read_to_end
-from dist_lm.stages.training.eval_tasks import Evaluated, discard_weights, pending, stored, weights_file
+from dist_lm.stages.pool_beside import engine_spec, joined
+from dist_lm.stages.training.eval_tasks import (
+    BetweenSteps,
+    Evaluated,
+    TasksOfSteps,
+    discard_weights,
+    pending,
+    stored,
+    weights_file,
+)
 from dist_lm.storage import durable
-from dist_lm.training.heartbeat import Phase
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.training.heartbeat import Heartbeat, Phase
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +71,29 @@ class BesideTraining:
         self._writer = ThreadPoolExecutor(1, "evaluated weights")
         self._evaluator = ThreadPoolExecutor(1, "evaluations")
         self._writing: Future[None] | None = None
-        self._open: dict[int, Future[Records]] = {}  # by step, in their order
+        self._open: dict[int, Future[Records]] = {}  # step -> its records, in the order of steps
         self._pool: Pool | None = None
         for step, due in pending(parts, done).items() if parts.world.is_first else ():
             self._open[step] = self._evaluator.submit(self._evaluate, step, due, None)
 
     def reached(self, step: int) -> None:
         """Write the figures that have arrived; copy the weights if tasks are due."""
-        parts, due = self._parts, self._parts.tasks.due(step)
+        parts = self._parts
+        due = parts.tasks.due(step)
         self._collect()
         if not due:
             return
+
         began = time.perf_counter()
         parts.heartbeat.beat(Phase.EVALUATING, step)
         weights = parts.weights(receives=parts.world.is_first)
         if parts.metrics is None:
             read_to_end(weights)
             return
-        self.before_checkpoint()  # one copy in memory at a time
-        copy = {name: value.cpu() for name, value in weights}
+
+        # One copy in memory at a time.
+        self.before_checkpoint()
+        copy = {name: weight.cpu() for name, weight in weights}
         self._writing = self._writer.submit(self._write, step, copy)
         self._open[step] = self._evaluator.submit(self._evaluate, step, due, self._writing)
         del copy
@@ -89,9 +111,11 @@ class BesideTraining:
             wait(self._open.values(), timeout=LOOK_S)
             self._collect()
             parts.heartbeat.beat(Phase.CLOSING, parts.tasks.steps)
-            left = [len(self._open)]
-            dist.broadcast_object_list(left)
-            if not left[0]:
+
+            # Only the first rank knows how many evaluations are open.
+            n_open = [len(self._open)]
+            dist.broadcast_object_list(n_open)
+            if not n_open[0]:
                 return
 
     def close(self) -> None:
@@ -103,6 +127,7 @@ class BesideTraining:
 
     def _collect(self) -> None:
         """Write the figures of evaluations that are done, in the order of their steps."""
+        # In order, since lines of the metrics file are ordered by step.
         for step, records in list(self._open.items()):
             if not records.done():
                 return
@@ -111,6 +136,7 @@ class BesideTraining:
             del self._open[step]
 
     def _write(self, step: int, copy: dict[str, torch.Tensor]) -> None:
+        # The file appears when it is complete: a resumed run takes it for whole.
         path = weights_file(self._parts.run, step)
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -122,6 +148,7 @@ class BesideTraining:
     def _evaluate(self, step: int, due: Sequence[str], writing: Future[None] | None) -> Records:
         if writing:
             writing.result()
+
         parts = self._parts
         weights, asked = stored(parts, step), parts.tasks.of(due)
         if self._pool is None:
@@ -129,9 +156,10 @@ class BesideTraining:
             self._pool = self._start_pool(weights, step, self._wanted)
         else:
             self._pool.load_weights(weights, step)
+
         with parts.sandboxes(asked) or nullcontext() as sandboxes:
-            for result in self._pool.generate(asked.requests):
-                asked.take(result, sandboxes)
+            for answer in self._pool.generate(asked.requests):
+                asked.take(answer, sandboxes)
             self._go_on()
             return asked.records(self._go_on)
 
@@ -141,3 +169,40 @@ class BesideTraining:
     def _go_on(self) -> None:
         if self._closing.is_set():
             raise AbandonedError
+
+
+@contextmanager
+def tasks_of_steps(
+    config: Config,
+    run: RunDirectory,
+    world: World,
+    tokenizer: Tokenizer,
+    model: Transformer,
+    metrics: MetricsWriter | None,
+    heartbeat: Heartbeat,
+    done: int,
+) -> Iterator[TasksOfSteps]:
+    """Evaluates the tasks of `stage.eval_tasks` inside the block: by actors or by the ranks themselves (collective).
+
+    Args:
+        done: steps of the checkpoint that the run continues from.
+
+    Raises:
+        UserError: a task cannot be asked.
+    """
+    tasks = loop_tasks(config, run, tokenizer)
+    parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)
+    pool = config.pool
+    with joined(config, world.device) if world.is_first else nullcontext() as beside:
+        # Only the first rank knows whether it could join Ray.
+        by_actors = [beside is not None]
+        dist.broadcast_object_list(by_actors)
+        if not by_actors[0] or pool is None:
+            yield BetweenSteps(parts, done)
+            return
+
+        spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
+        parts = replace(parts, cluster=beside.cluster if beside else None)
+        start_pool = partial(beside.start, spec) if beside else None
+        with closing(BesideTraining(parts, start_pool, done)) as beside_training:
+            yield beside_training

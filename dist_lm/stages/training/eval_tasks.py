@@ -6,9 +6,9 @@ With `eval.pool.actors` actors answer instead, while the ranks train (`eval_acto
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.root import TRUST_ME, Config
-from dist_lm.evaluation.in_loop import LoopTasks, Round, figure_name, loop_tasks, metrics_of, write_records
+from dist_lm.evaluation.in_loop import LoopTasks, Round, figure_name, metrics_of, write_records
 from dist_lm.evaluation.tasks import Record
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -30,7 +30,6 @@ from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype, reshard
 from dist_lm.parallel.values import stream_weights
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.stages.rlhf.supply import engine_spec, joined
 from dist_lm.stages.sampling import shared_answers
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -46,7 +45,7 @@ BLOCK = 16  # judgements between two signs of life of the ranks that wait for th
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What an evaluation needs of its run."""
+    """The parts of a run that an evaluation needs."""
 
     config: Config
     run: RunDirectory
@@ -56,11 +55,11 @@ class Evaluated:
     tasks: LoopTasks
     metrics: MetricsWriter | None  # on the first rank
     heartbeat: Heartbeat
-    cluster: RayCluster | None = None  # whose nodes run programs; None: only this one does
+    cluster: RayCluster | None = None  # its nodes run programs; None: only this one does
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the copies that answer."""
+        """The dtype of the copies of the model that answer."""
         return generation_dtype(self.config.parallel, self.world.device)
 
     def sandboxes(self, asked: Round) -> Sandboxes | None:
@@ -69,6 +68,7 @@ class Evaluated:
 
     def weights(self, receives: bool) -> WeightStream:
         """The weights of the model; every rank reads them to the end (collective)."""
+        # Parameters may still be gathered from the last step.
         reshard(self.model)
         return stream_weights(self.model, self.model.config, self.dtype, receives)
 
@@ -76,7 +76,7 @@ class Evaluated:
         """Write figures and answers (first rank).
 
         Args:
-            waited_s: that training waited; None: written before.
+            waited_s: seconds that training waited; None: written before.
         """
         assert self.metrics is not None
         write_records(self.run, step, records)
@@ -104,6 +104,7 @@ def stored(parts: Evaluated, step: int) -> WeightStream:
 def discard_weights(parts: Evaluated, step: int) -> None:
     """Remove the weights of an evaluation, once its figures are on disk (first rank)."""
     assert parts.metrics is not None
+    # A crash in between must find either the figures or the weights.
     parts.metrics.sync()
     weights_file(parts.run, step).unlink(missing_ok=True)
 
@@ -115,15 +116,15 @@ def pending(parts: Evaluated, done: int) -> dict[int, tuple[str, ...]]:
         done: steps of the checkpoint that the run continues from; later ones are trained again.
     """
     written = {(line["step"], name) for line in read_metrics(parts.run.metrics) for name in line}
-    found = {}
+    pending_tasks = {}
     for path in sorted(parts.run.evaluations.glob("step_*")):
         step = int(path.stem.removeprefix("step_"))
         due = tuple(task for task in parts.tasks.due(step) if (step, figure_name(task)) not in written)
         if path == weights_file(parts.run, step) and step <= done and due:
-            found[step] = due
+            pending_tasks[step] = due
         else:
             path.unlink()
-    return found
+    return pending_tasks
 
 
 class BetweenSteps:
@@ -136,9 +137,10 @@ class BetweenSteps:
             done: steps of the checkpoint that the run continues from.
         """
         self._parts = parts
-        left: list[dict[int, tuple[str, ...]]] = [pending(parts, done) if parts.world.is_first else {}]
-        dist.broadcast_object_list(left)
-        for step, due in left[0].items():
+        # The first rank has read the metrics file; all must evaluate the same tasks.
+        pending_tasks: list[dict[int, tuple[str, ...]]] = [pending(parts, done) if parts.world.is_first else {}]
+        dist.broadcast_object_list(pending_tasks)
+        for step, due in pending_tasks[0].items():
             self._evaluate(step, due, stored(parts, step))
             dist.barrier()
             if parts.world.is_first:
@@ -157,9 +159,11 @@ class BetweenSteps:
         """The figures are written already."""
 
     def _evaluate(self, step: int, due: Sequence[str], weights: WeightStream) -> None:
-        parts, began = self._parts, time.perf_counter()
+        began = time.perf_counter()
+        parts = self._parts
         alive = partial(parts.heartbeat.beat, Phase.EVALUATING, step)
         alive()
+
         asked = parts.tasks.of(due)
         with (parts.sandboxes(asked) if parts.world.is_first else None) or nullcontext() as sandboxes:
             records = self._records(asked, weights, sandboxes, alive)
@@ -184,58 +188,22 @@ class BetweenSteps:
         take = partial(asked.take, sandboxes=sandboxes)
         for result in shared_answers(engine, asked.requests, parts.world, alive, take if first else None):
             if first:
-                take(result)  # those of other ranks; its own are being judged
+                # Those of other ranks; its own are being judged.
+                take(result)
         del engine
-        judged = 0
 
-        def together() -> None:
-            nonlocal judged
-            judged += 1
+        # The other ranks count along, so that all of them show signs of life while the first one judges.
+        n_judged = 0
+
+        def count_judgement() -> None:
+            nonlocal n_judged
+            n_judged += 1
             alive()
-            if judged % BLOCK == 0:
+            if n_judged % BLOCK == 0:
                 dist.barrier()
 
         if first:
-            return asked.records(together)
+            return asked.records(count_judgement)
         for _ in range(asked.size):
-            together()
+            count_judgement()
         return {}
-
-
-@contextmanager
-def tasks_of_steps(
-    config: Config,
-    run: RunDirectory,
-    world: World,
-    tokenizer: Tokenizer,
-    model: Transformer,
-    metrics: MetricsWriter | None,
-    heartbeat: Heartbeat,
-    done: int,
-) -> Iterator[TasksOfSteps]:
-    """What evaluates the tasks of `stage.eval_tasks` inside the block (collective).
-
-    Args:
-        done: steps of the checkpoint that the run continues from.
-
-    Raises:
-        UserError: a task cannot be asked.
-    """
-    tasks = loop_tasks(config, run, tokenizer)
-    parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)
-    pool = config.pool
-    with joined(config, world.device) if world.is_first else nullcontext() as beside:
-        by_actors = [beside is not None]
-        dist.broadcast_object_list(by_actors)
-        if not by_actors[0] or pool is None:
-            yield BetweenSteps(parts, done)
-            return
-        from dist_lm.stages.training.eval_actors import BesideTraining
-
-        spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
-        parts = replace(parts, cluster=beside.cluster if beside else None)
-        own = BesideTraining(parts, partial(beside.start, spec) if beside else None, done)
-        try:
-            yield own
-        finally:
-            own.close()

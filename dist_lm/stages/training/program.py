@@ -1,6 +1,7 @@
-"""The program of a rank: the other ranks joined, the parts of a training run built and run, and the result written.
+"""The program of a rank: joins the other ranks, builds the parts of a training run, trains, and writes the result.
 
-Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`) and shares the first and the last part.
+Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`) and shares the first and
+the last part.
 """
 
 import logging
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,14 +28,14 @@ from dist_lm.errors import ArtefactError
 from dist_lm.model.lora import without_adapters
 from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
+from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh, measure_all_reduce, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dtype
 from dist_lm.parallel.values import unsharded_copy
+from dist_lm.stages.continuing import require_same_content
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.stage import Closing, Opening, TrainingStage, training_stage
+from dist_lm.stages.training.arguments import Closing, Opening
 from dist_lm.storage import durable
-from dist_lm.storage.lock import OWN_JOB_S, locked
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics
@@ -46,6 +47,9 @@ from dist_lm.training.step_meter import matmul_flops
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import Trainer
 
+if TYPE_CHECKING:
+    from dist_lm.stages.training.stage import TrainingStage
+
 log = logging.getLogger(__name__)
 
 COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0
@@ -53,7 +57,7 @@ COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0
 
 @dataclass(frozen=True)
 class RankStart:
-    """A rank that has met the others."""
+    """The parts of a rank that has joined the others."""
 
     world: World
     layout: Layout
@@ -62,29 +66,22 @@ class RankStart:
 
 
 @contextmanager
-def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Heartbeat) -> Iterator[RankStart]:
+def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[RankStart]:
     """Join the other ranks inside the block (collective)."""
     # The launcher finds hangs, by the heartbeats. Ranks of stage rlhf wait in one collective as long as the first rank
     # generates, with heartbeats: a shorter timeout would end a healthy run.
     patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s, COLLECTIVE_S) + COLLECTIVE_MARGIN_S
-    with process_group(config.device, patience) as world, ExitStack() as stack:
-        layout = resolve_layout(config.parallel, config.model, world.size)
-        check_batch(config, layout)
+    with process_group(config.device, patience) as world:
+        layout = Layout.recorded(config.parallel)
+        assert layout.world_size == world.size, f"{layout} was not resolved for {world.size} ranks"
         mesh = build_mesh(layout, world.device)
+
         heartbeat.beat(Phase.LINKS, 0)
         links = measure_all_reduce(world)
-        heartbeat.beat(Phase.LOADING, 0)
         if world.is_first:
-            # ranks of a failed attempt take a moment to end, and their locks on NFS are released even later
-            stack.enter_context(
-                locked(
-                    run.rank_lock,
-                    wait_s=OWN_JOB_S,
-                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
-                    stopped=lambda: stop.requested,
-                )
-            )
             durable.write_json(run.links, asdict(links))
+
+        heartbeat.beat(Phase.LOADING, 0)
         yield RankStart(world, layout, mesh, Tokenizer.load(run.work.tokenizer_model))
 
 
@@ -99,8 +96,9 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
         if world.is_first:
             for split in SPLITS:
                 TokenCorpus.open(directory, split)
-    begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
-    if begun:
+
+    has_begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+    if has_begun:
         require_content(run, config.streams)
     elif world.is_first:
         record_content(run, config.streams)
@@ -161,14 +159,15 @@ def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
     return metrics
 
 
-def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
+def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
     """Train from the newest checkpoint of the run, or from stage.init_from, until the last step or a stop."""
     began = time.time()
     config = load_config(run.config)
-    stage = training_stage(config.stage.name)
-    with started(run, config, stop, heartbeat) as start, ExitStack() as stack:
+    with started(run, config, heartbeat) as start, ExitStack() as stack:
         world, mesh, tokenizer = start.world, start.mesh, start.tokenizer
         check_corpora(run, config, tokenizer, world)
+
+        # Model and optimizer, as the newest checkpoint or the start of the run has them.
         shape = config.trained_shape
         if shape.lora is not None:
             from dist_lm.training.adapters import with_base
@@ -177,26 +176,30 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
-        ranks = data_mesh(mesh)
+
+        # The stream continues at the position of the checkpoint.
+        data_axis = data_mesh(mesh)
         opening = Opening(
             config,
             run,
             world,
             tokenizer,
-            data_ranks=ranks.get_group(),
-            dp_rank=ranks.get_local_rank(),
-            dp_size=ranks.size(),
+            data_ranks=data_axis.get_group(),
+            dp_rank=data_axis.get_local_rank(),
+            dp_size=data_axis.size(),
             position=state.position,
             initial=partial(initial_model, config, start, model, begun=state.step > 0),
             alive=lambda: heartbeat.beat(Phase.EVALUATING, state.step),
         )
         data = stage.open_data(opening)
         stream = stack.enter_context(data.stream)
-        flops = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
+
+        flops_per_rank = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
         metrics = open_metrics(run, world, state)
         tasks = None
         if config.stage.eval_tasks:
-            from dist_lm.stages.training.eval_tasks import tasks_of_steps
+            # Few runs need engines and Ray.
+            from dist_lm.stages.training.eval_actors import tasks_of_steps
 
             tasks = stack.enter_context(
                 tasks_of_steps(config, run, world, tokenizer, model, metrics, heartbeat, state.step)
@@ -215,7 +218,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             stop=stop,
             heartbeat=heartbeat,
             flops_per_token=flops_per_token(shape, config.stage.seq_len),
-            peak_flops=world.size * flops,
+            peak_flops=world.size * flops_per_rank,
             bytes_per_token=data.bytes_per_token,
             profiler=step_profiler(run, config, world),
             prepare=stage.prepare(config),
@@ -224,22 +227,26 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         log.info(
             "rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, start.layout, state.step
         )
+
         whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
         closing = partial(Closing, config, run, world, tokenizer, whole_copy)
         if config.stage.eval_at_start and state.step == 0:
-            found = stage.before_training(closing(0, lambda: heartbeat.beat(Phase.EVALUATING, 0)))
-            if metrics and found:
-                metrics.write(0, found)
+            figures = stage.before_training(closing(0, lambda: heartbeat.beat(Phase.EVALUATING, 0)))
+            if metrics and figures:
+                metrics.write(0, figures)
+
         state = trainer.run(state)
+
         heartbeat.beat(Phase.CLOSING, state.step)
-        del optimizer, trainer  # frees memory for `after_training`
+        # Frees memory for `after_training`.
+        del optimizer, trainer
         if state.step == config.stage.steps:
-            step = state.step
+            last_step = state.step
             if tasks:
                 tasks.finish()
-            found = stage.after_training(closing(step, lambda: heartbeat.beat(Phase.CLOSING, step)))
+            figures = stage.after_training(closing(last_step, lambda: heartbeat.beat(Phase.CLOSING, last_step)))
             if metrics:
-                metrics.write(state.step, found)
+                metrics.write(last_step, figures)
                 write_result(run, config, stage, state, stream.packing, time.time() - began)
         del closing, whole_copy, model
 
@@ -257,31 +264,35 @@ def restore(
 ) -> TrainState:
     """Load model and optimizer from the newest intact checkpoint of this run, else from stage.branch_from, else the
     weights of stage.init_from."""
-    sha256 = start.tokenizer.sha256
-    own = checkpoint.newest_intact(run.checkpoints, start.world)
+    tokenizer_sha256 = start.tokenizer.sha256
+    resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
+
+    # A checkpoint of adapters lacks the weights of their base.
     if isinstance(model.config, AdaptedModelConfig):
         checkpoint.load_weights(Path(model.config.base), model, model.config)
-    if own is not None:
-        log.info("continuing from %s", own)
-        state = checkpoint.load(own, model, optimizer, model.config)
-        checkpoint_files.check_tokenizer(own, state, sha256)
-        return replace(state, tokenizer=sha256)
-    if config.stage.branch_from:
-        from dist_lm.stages.training.continuing import require_same_content
 
-        origin = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
-        require_same_content(origin, run, config.streams)
-        state = checkpoint.load(origin, model, optimizer, model.config)
-        checkpoint_files.check_tokenizer(origin, state, sha256)
-        log.info("continuing from %s as a branch", origin)
-        return replace(state, tokenizer=sha256, best_val_loss=None, best_step=0)
+    if resume_from is not None:
+        log.info("continuing from %s", resume_from)
+        state = checkpoint.load(resume_from, model, optimizer, model.config)
+        checkpoint_files.check_tokenizer(resume_from, state, tokenizer_sha256)
+        return replace(state, tokenizer=tokenizer_sha256)
+
+    if config.stage.branch_from:
+        branch_from = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
+        require_same_content(branch_from, run, config.streams)
+        state = checkpoint.load(branch_from, model, optimizer, model.config)
+        checkpoint_files.check_tokenizer(branch_from, state, tokenizer_sha256)
+        log.info("continuing from %s as a branch", branch_from)
+        # The best checkpoint of the other run is not one of this run.
+        return replace(state, tokenizer=tokenizer_sha256, best_val_loss=None, best_step=0)
+
     if config.stage.init_from != "none":
-        origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
-        checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], sha256)
+        init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
+        checkpoint_files.check_tokenizer(init_from, checkpoint_files.read_state(init_from)[0], tokenizer_sha256)
         if model.config.lora is None:
-            checkpoint.load_weights(origin, model, model.config)
-        log.info("starting from the weights of %s", origin)
-    return TrainState(tokenizer=sha256)
+            checkpoint.load_weights(init_from, model, model.config)
+        log.info("starting from the weights of %s", init_from)
+    return TrainState(tokenizer=tokenizer_sha256)
 
 
 @contextmanager
@@ -296,15 +307,15 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
     else:
         copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
         if config.stage.init_from != "none":
-            origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
-            checkpoint.load_weights(origin, copy, copy.config)
+            init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
+            checkpoint.load_weights(init_from, copy, copy.config)
         yield copy
 
 
 def write_result(
     run: RunDirectory,
     config: Config,
-    stage: TrainingStage,
+    stage: "TrainingStage",
     state: TrainState,
     packing: dict[str, float] | None,
     seconds: float,

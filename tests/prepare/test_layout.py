@@ -14,10 +14,10 @@ from dist_lm.dry_run.estimate import estimate_memory
 from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.stage_run import fitted
-from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.layout import Layout, started_layout
 from dist_lm.prepare.compose import compose_config
-from dist_lm.prepare.layout_choice import Begun, on_nodes_of, with_begun_runs, with_layout
-from dist_lm.prepare.plan import Plan, PlannedStage
+from dist_lm.prepare.layout import for_ranks, on_nodes_of, with_layout
+from dist_lm.prepare.plan import ContinuedRun, Plan, PlannedStage, with_continued_runs
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action, run_of
 from dist_lm.tracking.console import Console
@@ -35,10 +35,12 @@ def config(*overrides: str, stage: str = "language", model: str = "large", nodes
     )
 
 
-def layout_of(config, before: Begun | None = None, ranks: int = GPUS) -> str:
+def layout_of(config, before: ContinuedRun | None = None, ranks: int = GPUS) -> str:
     chosen = with_layout(config, ranks, before=before)
-    found = resolve_layout(chosen.parallel, config.model, config.cluster.nodes * ranks)
-    return f"{found.dp_replicate}x{found.dp_shard}x{found.tp}"
+    assert not chosen.parallel.auto
+    layout = Layout.recorded(chosen.parallel)
+    assert layout.world_size == config.cluster.nodes * ranks
+    return f"{layout.dp_replicate}x{layout.dp_shard}x{layout.tp}"
 
 
 # --- open axes ---
@@ -96,7 +98,7 @@ def test_parameters_stay_gathered_where_they_fit(overrides, gathers_once):
 @pytest.mark.parametrize("stage", STAGES)
 def test_large_trains_on_one_to_64_nodes_of_eight(stage, nodes):
     planned = on_nodes_of(with_layout(config(stage=stage, nodes=nodes), GPUS), GPUS)
-    layout = resolve_layout(planned.parallel, planned.model, nodes * GPUS)
+    layout = Layout.recorded(planned.parallel)
     usable = USABLE * planned.hardware.memory_gib * 2**30
     if planned.takes_sequences:
         assert estimate_memory(planned, layout).peak <= usable
@@ -111,8 +113,8 @@ def test_large_trains_on_one_to_64_nodes_of_eight(stage, nodes):
 # --- runs that go on ---
 
 
-def begun(*asked: str, recorded=()) -> Begun:
-    return Begun(with_layout(config(*recorded, f"cluster.ranks_per_node={GPUS}"), GPUS), frozenset(asked))
+def begun(*asked: str, recorded=()) -> ContinuedRun:
+    return ContinuedRun(with_layout(config(*recorded, f"cluster.ranks_per_node={GPUS}"), GPUS), frozenset(asked))
 
 
 def test_a_run_that_goes_on_keeps_its_layout():
@@ -128,7 +130,7 @@ def test_what_auto_has_chosen_is_kept_with_the_layout():
     auto = config("parallel=auto", "hardware.memory_gib=9")
     recorded = with_layout(auto, GPUS)
     assert recorded.parallel.activation_checkpointing != "none"
-    before = Begun(recorded, frozenset(("dp_replicate", "dp_shard", "tp")))
+    before = ContinuedRun(recorded, frozenset(("dp_replicate", "dp_shard", "tp")))
     assert with_layout(config("parallel=auto"), GPUS, before=before).parallel == recorded.parallel
 
 
@@ -165,14 +167,48 @@ def test_the_recorded_configuration_is_that_of_the_run_and_what_is_asked_that_of
     run_of(own).create()
     save_config(own, run_of(own).config)
     stages = [PlannedStage(stage_named("language"), own, action, "") for action in (Action.BUILD, Action.RESUME)]
-    fresh, going_on = with_begun_runs(Plan(tuple(stages)), ["stage=language", "parallel.tp=2", "seed=1"]).stages
-    assert fresh.begun is None
-    assert going_on.begun is not None
-    assert going_on.begun.recorded.parallel.dp_shard == 64
-    assert going_on.begun.asked == {"tp"}
-    [with_group] = with_begun_runs(Plan((stages[1],)), ["parallel=hsdp"]).stages
-    assert with_group.begun is not None
-    assert with_group.begun.asked == {"dp_replicate", "dp_shard", "tp"}
+    fresh, going_on = with_continued_runs(Plan(tuple(stages)), ["stage=language", "parallel.tp=2", "seed=1"]).stages
+    assert fresh.continued is None
+    assert going_on.continued is not None
+    assert going_on.continued.recorded.parallel.dp_shard == 64
+    assert going_on.continued.asked == {"tp"}
+    [with_group] = with_continued_runs(Plan((stages[1],)), ["parallel=hsdp"]).stages
+    assert with_group.continued is not None
+    assert with_group.continued.asked == {"dp_replicate", "dp_shard", "tp"}
+
+
+# --- ranks that torchrun has started ---
+
+
+def recorded_for(nodes: int, ranks: int, *overrides: str):
+    fresh = config(*overrides, f"cluster.ranks_per_node={ranks}", nodes=nodes)
+    return with_layout(fresh, ranks)
+
+
+def test_a_configuration_recorded_for_as_many_ranks_stays_as_it_is():
+    recorded = recorded_for(2, 4, "parallel.tp=2", "parallel.dp_replicate=1")
+    assert started_layout(recorded) == Layout(1, 4, 2)
+    assert for_ranks(recorded, nodes=2, ranks_per_node=4) == recorded
+    assert for_ranks(recorded, nodes=1, ranks_per_node=8).parallel == recorded.parallel
+
+
+def test_another_number_of_ranks_keeps_tp_and_opens_the_other_axes():
+    recorded = recorded_for(2, 4, "parallel.tp=2", "parallel.dp_replicate=4", "parallel.dp_shard=1")
+    other = for_ranks(recorded, nodes=1, ranks_per_node=4)
+    assert (other.cluster.nodes, other.cluster.ranks_per_node) == (1, 4)
+    assert Layout.recorded(other.parallel) == Layout(1, 2, 2)
+    assert for_ranks(other, nodes=1, ranks_per_node=4) == other
+    with pytest.raises(ConfigError, match=r"parallel\.tp=2: the product is not 3 ranks"):
+        for_ranks(recorded, nodes=1, ranks_per_node=3)
+
+
+def test_a_layout_that_was_only_asked_for_is_not_changed_to_fit_the_ranks():
+    asked = config("parallel.dp_replicate=1", "parallel.dp_shard=3", nodes=1)
+    with pytest.raises(ConfigError, match=r"parallel\.dp_shard=3 .*: the product is not 2 ranks"):
+        for_ranks(asked, nodes=1, ranks_per_node=2)
+    assert started_layout(asked) is None
+    open_axes = for_ranks(config(nodes=1), nodes=1, ranks_per_node=2)
+    assert Layout.recorded(open_axes.parallel) == Layout(1, 2, 1)
 
 
 class OneNode:
@@ -193,7 +229,7 @@ def test_the_launcher_continues_a_run_with_its_layout(work, monkeypatch):
     going_on = plan[0].target
     fitted(going_on, cast(RayCluster, OneNode()))
     with pytest.raises(ConfigError, match=r"stage\.global_batch=2: .* 4 data-parallel ranks"):
-        fitted(replace(going_on, begun=None), cast(RayCluster, OneNode()))
+        fitted(replace(going_on, continued=None), cast(RayCluster, OneNode()))
 
 
 def test_a_recorded_layout_still_has_to_fit_the_batch():

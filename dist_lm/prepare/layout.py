@@ -1,0 +1,163 @@
+"""The one place that resolves the layout of a run, for the launcher, the door without a launcher, and the dry run.
+
+`config.yaml` of a run records the resolved layout: concrete parallel.dp_replicate, dp_shard and tp, and auto=false. The
+ranks, the journal and the dry run read it with `Layout.recorded`.
+
+A run that continues keeps its layout, unless the number of ranks has changed or the command asks for another. A new run
+takes the configured layout, or with parallel=auto the one with the fastest estimated step. If dp_replicate and dp_shard
+are both open (-1), FSDP shards inside a node and replicates between nodes if that fits the memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.root import Config
+from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, table
+from dist_lm.errors import ConfigError, require
+from dist_lm.parallel.layout import AXES, check_batch, resolve_layout, started_layout
+from dist_lm.prepare.plan import ContinuedRun
+from dist_lm.tracking.console import Console
+
+AUTO_CHOOSES = ("activation_checkpointing", "reshard_after_forward", "reduce_every_micro_batch")
+
+
+def with_layout(
+    config: Config, ranks_per_node: int, console: Console | None = None, before: ContinuedRun | None = None
+) -> Config:
+    """`config` with the resolved layout of its run: no axis is -1, and auto is false.
+
+    Args:
+        ranks_per_node: the same on each of cluster.nodes nodes.
+        console: shows a recorded layout, or the candidates of parallel=auto.
+        before: the run, if it continues.
+
+    Raises:
+        ConfigError: layout or batch do not fit the ranks, or no layout fits with parallel=auto.
+    """
+    world_size = config.cluster.nodes * ranks_per_node
+    planned = on_nodes_of(config, ranks_per_node)
+    parallel = config.parallel
+
+    recorded = recorded_parallel(before, config, ranks_per_node) if before else None
+    if recorded:
+        parallel = recorded
+        if console:
+            layout = resolve_layout(parallel, config.model, world_size)
+            console.line(f"{layout}: as this run recorded it; to change it, set parallel.dp_replicate, dp_shard and tp")
+    elif parallel.auto:
+        layouts = candidates(planned, world_size)
+        if console:
+            console.table(
+                f"parallel=auto for {world_size} ranks of hardware={config.hardware.name}, "
+                f"{len(layouts):,} candidates:",
+                ("layout", "step", "memory", ""),
+                table(planned, layouts),
+            )
+        parallel = best(planned, layouts).parallel
+    elif sharded := inside_nodes(planned):
+        parallel = sharded
+
+    layout = resolve_layout(parallel, config.model, world_size)
+    axes = {axis: getattr(layout, axis) for axis in AXES}
+    config = replace(config, parallel=replace(parallel, auto=False, **axes))
+    check_batch(config, layout)
+
+    # GPUs with room for all gathered parameters need not gather them twice a step.
+    if gathers_once(config, layout):
+        return replace(config, parallel=replace(config.parallel, reshard_after_forward=False))
+    return config
+
+
+def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int) -> ParallelConfig | None:
+    """`config.parallel` with the layout that the run recorded; None for another number of ranks, or if the command asks
+    for another layout."""
+    cluster = before.recorded.cluster
+    # configurations that were composed for no particular nodes have ranks_per_node=-1
+    recorded_ranks = ranks_per_node if cluster.ranks_per_node == -1 else cluster.ranks_per_node
+    world_size = config.cluster.nodes * ranks_per_node
+    if cluster.nodes * recorded_ranks != world_size:
+        return None
+
+    recorded, new = before.recorded.parallel, config.parallel
+    # Runs of older versions recorded -1.
+    layout = resolve_layout(recorded, config.model, world_size)
+    if any(getattr(new, axis) not in (-1, getattr(layout, axis)) for axis in before.asked.intersection(AXES)):
+        return None
+
+    kept_keys = {"sp"} - before.asked
+    if new.auto:
+        # The choices of auto belong to the layout.
+        kept_keys |= set(AUTO_CHOOSES) - before.asked
+    axes = {axis: getattr(layout, axis) for axis in AXES}
+    return replace(new, auto=False, **axes, **{key: getattr(recorded, key) for key in kept_keys})
+
+
+def for_ranks(config: Config, nodes: int, ranks_per_node: int) -> Config:
+    """The recorded configuration of a run, for ranks that torchrun has started.
+
+    If the run was started with another number of ranks, tp stays and the other axes are resolved again. A layout that
+    no ranks were started with yet is only filled in.
+
+    Raises:
+        ConfigError: layout or batch do not fit the ranks.
+    """
+    parallel, cluster = config.parallel, config.cluster
+    layout = started_layout(config)
+    if layout and layout.world_size != nodes * ranks_per_node:
+        # Tensor parallelism was chosen for the size of the layers, which stays; the other axes only share the batch.
+        parallel = replace(parallel, dp_replicate=-1, dp_shard=-1)
+    cluster = replace(cluster, nodes=nodes, ranks_per_node=ranks_per_node, min_nodes=min(cluster.min_nodes, nodes))
+    return with_layout(replace(config, parallel=parallel, cluster=cluster), ranks_per_node)
+
+
+def check_hardware(config: Config) -> None:
+    """Refuse parallel=auto if the hardware group describes another kind of device than `config.device`.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    planned = config.hardware
+    require(
+        not config.parallel.auto or planned.device == config.device,
+        "hardware",
+        planned.name,
+        f"what the ranks run on (device={config.device}): parallel=auto plans with it; give hardware=NAME",
+    )
+
+
+def on_nodes_of(config: Config, ranks_per_node: int) -> Config:
+    """`config` with hardware.devices_per_node set to the number of ranks, for the estimates."""
+    return replace(config, hardware=replace(config.hardware, devices_per_node=ranks_per_node))
+
+
+# --- runs that shrink and grow ---
+
+
+def sizes(config: Config, ranks_per_node: int, before: ContinuedRun | None = None) -> list[int]:
+    """Numbers of nodes on which a run can continue, largest first: from cluster.nodes down to cluster.min_nodes.
+
+    Raises:
+        ConfigError: the layout does not fit cluster.nodes.
+    """
+    fewest = config.cluster.nodes if config.cluster.min_nodes == -1 else config.cluster.min_nodes
+    with_layout(config, ranks_per_node, before=before)
+    fitting = [config.cluster.nodes]
+    for nodes in range(config.cluster.nodes - 1, fewest - 1, -1):
+        try:
+            with_layout(on_nodes(config, nodes), ranks_per_node, before=before)
+        except ConfigError:
+            continue
+        fitting.append(nodes)
+    return fitting
+
+
+def on_nodes(config: Config, nodes: int) -> Config:
+    """`config` for another number of nodes."""
+    min_nodes = min(config.cluster.min_nodes, nodes)
+    return replace(config, cluster=replace(config.cluster, nodes=nodes, min_nodes=min_nodes))
+
+
+def largest(sizes: Sequence[int], nodes: int) -> int | None:
+    """The largest of `sizes` that is at most `nodes`; `sizes` are descending."""
+    return next((size for size in sizes if size <= nodes), None)

@@ -1,0 +1,316 @@
+"""Settings that may change when a run continues, for all stages: free keys, the schedule, branches of another run.
+
+A run continues under the settings that its `config.yaml` records. A changed setting is refused and the error names the
+key, unless it is one of these:
+
+- `FREE_KEYS` and the additions of a stage: placement, tracking and the like, which do not change results.
+- `SCHEDULE_KEYS`: they may change as long as all steps so far keep their learning rates.
+
+`stage.init_from` gives a run only weights: it begins at step 0, at the beginning of the data, with a new optimizer.
+`stage.branch_from` gives it the whole state of a checkpoint, so only the schedule may differ from the run before.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_lm.config.corpus import HF
+from dist_lm.config.root import Config
+from dist_lm.config.stage import WSD, StageConfig
+from dist_lm.data.manifest import manifest_path, read_manifest
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.stage import IMPORT, Stage, run_of
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.training import checkpoint_files
+
+if TYPE_CHECKING:
+    from dist_lm.stages.training.stage import TrainingStage
+
+# Keys that do not change the result of any stage. A key that ends with a dot stands for its whole group.
+FREE_KEYS = (
+    *("work_dir", "prerequisites", "dry_run", "device", "sandbox", "hardware.", "cluster.", "tracking.", "profile."),
+    *("tokenizer.source", "tokenizer.add_marks", "tokenizer.train_bytes", "tokenizer.workers"),
+    "corpus.",  # the content of corpora is compared by its hash
+    *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
+    *("parallel.reshard_after_forward", "parallel.reduce_every_micro_batch", "parallel.activation_checkpointing"),
+    *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
+    *("stage.init_from", "stage.branch_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),
+    *("stage.keep_checkpoints", "stage.log_every", "stage.max_nonfinite_steps"),
+    *("stage.eval_tasks", "stage.eval_new_tokens", "eval."),
+)
+# Keys that are also free in stage rlhf.
+RLHF_FREE_KEYS = (
+    *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
+    *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction"),
+    *("rlhf.rewards.*.timeout_s", "rlhf.rewards.*.workers"),
+)
+# Stages generate and evaluate compare only the keys that their answers depend on; all others are free.
+ANSWER_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")
+ANSWER_FREE_KEYS = (*(key for key in FREE_KEYS if key not in ANSWER_KEYS), "stage.actors", "stage.max_sequences")
+EVALUATION_KEYS = (*ANSWER_KEYS, "eval.")
+EVALUATION_FREE_KEYS = (
+    *(key for key in ANSWER_FREE_KEYS if key not in EVALUATION_KEYS),
+    *("stage.cache_tokens", "eval.pool."),
+)
+# A change of the schedule is refused only if it changes the learning rate of a step that was taken.
+SCHEDULE_KEYS = ("stage.steps", "stage.schedule", "stage.decay", "stage.min_lr_ratio")
+# Besides the schedule, a branch has its own name and its own measurements.
+BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
+
+
+def require_same_settings(
+    stage: "TrainingStage", run: RunDirectory, config: Config, *, finished: bool, is_target: bool
+) -> None:
+    """Refuse to continue a run of a training stage with other settings than it records.
+
+    Args:
+        finished: whether the run has all its steps.
+        is_target: whether the command names the stage, or builds it on the way.
+
+    Raises:
+        ConfigError: names the run and each key as the command gives it (`stage.KEY` or `stages.NAME.KEY`).
+    """
+    if not (run.config.exists() and has_output(run)):
+        return
+    recorded = load_config(run.config)
+
+    # A later stage uses only the weights of a finished run, so only the model must be the same.
+    compared = "model." if finished and not is_target else ""
+    prefix = "stage." if is_target else f"stages.{stage.name}."
+    conflicts = [
+        conflict.replace("stage.", prefix, 1)
+        for conflict in differing_keys(recorded, config, compared, stage.free_keys)
+    ]
+
+    schedule_keys = tuple(key.replace("stage.", prefix) for key in stage.schedule_keys)
+    if any(conflict.startswith(schedule_keys) for conflict in conflicts):
+        conflicts = without_schedule(conflicts, schedule_keys, run, recorded, config)
+    refuse_other_settings(run, config, conflicts)
+
+
+def has_output(run: RunDirectory) -> bool:
+    """Whether a run has a checkpoint or a result, which other settings would contradict."""
+    return run.result.exists() or checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+
+
+def refuse_other_settings(run: RunDirectory, config: Config, conflicts: list[str]) -> None:
+    """Refuse to continue a run with other settings.
+
+    Raises:
+        ConfigError: names the run and each key.
+    """
+    if conflicts:
+        raise ConfigError(
+            f"{run.path} exists with other settings: {'; '.join(conflicts)}: "
+            f"give them the same values, or choose another run_id than {config.run_id}"
+        )
+
+
+def differing_keys(old: Config, new: Config, prefix: str, free: tuple[str, ...]) -> list[str]:
+    """`key=new (was old)` for every key that starts with `prefix`, differs, and is not in `free`.
+
+    Args:
+        free: beginnings of keys; * stands for any text.
+    """
+    return [
+        f"{key}={after} (was {before})"
+        for key, before, after in _differences(asdict(old), asdict(new))
+        if key.startswith(prefix) and not any(fnmatchcase(key, f"{free_key}*") for free_key in free)
+    ]
+
+
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields (key, before, after) for each difference. A mapping on one side only is one difference."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(name), after.get(name), f"{key}.{name}".removeprefix("."))
+    elif before != after:
+        yield key, before, after
+
+
+# --- the schedule ---
+
+
+def without_schedule(
+    conflicts: list[str], keys: tuple[str, ...], run: RunDirectory, old: Config, new: Config
+) -> list[str]:
+    """`conflicts` of a begun run without those of its schedule, if all steps so far keep their learning rates.
+
+    Args:
+        conflicts: `key=new (was old)`.
+        keys: beginnings of the keys that belong to the schedule.
+
+    Raises:
+        ConfigError: the schedule is the only conflict and changes steps so far; the message names the first one.
+    """
+    schedule_conflicts = [conflict for conflict in conflicts if conflict.startswith(keys)]
+    other_conflicts = [conflict for conflict in conflicts if conflict not in schedule_conflicts]
+
+    steps_taken = checkpoint_files.newest_step(run.checkpoints)
+    changed_step = first_other_rate(old.stage, new.stage, steps_taken)
+    if changed_step is None and new.stage.steps > steps_taken:
+        return other_conflicts
+    if other_conflicts:
+        return conflicts
+
+    reason = f"it has taken {steps_taken} steps"
+    if changed_step is not None:
+        reason += (
+            f", and step {changed_step + 1} would have had another rate or momentum with "
+            f"stage.schedule={new.stage.schedule}"
+        )
+    raise ConfigError(
+        f"{run.path} exists with other settings: {'; '.join(schedule_conflicts)}: {reason}. Give the same values; or "
+        f"branch from one of its checkpoints: stage={new.stage.name} stage.branch_from={run.path}@STEP and another "
+        f"run_id. A run of stage.schedule={WSD} can go on with more steps until its decay begins"
+    )
+
+
+def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int | None:
+    """The first of `steps` 0-based steps whose learning rate or momentum of Muon differs between two schedules; None if
+    there is none."""
+    from dist_lm.training.optimizer import muon_momentum, stage_rate  # imports torch
+
+    for step in range(steps):
+        if stage_rate(before, step) != stage_rate(after, step):
+            return step
+        if muon_momentum(before, step) != muon_momentum(after, step):
+            return step
+    return None
+
+
+# --- where a run starts ---
+
+
+def with_start(stage: Stage, config: Config) -> Config:
+    """`config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
+
+    `auto` becomes the run of the previous stage with the same run_id, `hf:SOURCE` the run of its import. A branch
+    has the start of the run that it continues.
+    """
+    init_from = config.stage.init_from
+    if config.stage.branch_from:
+        return with_branch(config)
+    if init_from.startswith(HF):
+        # only the stage that imports knows where its runs lie
+        from dist_lm.stages.importing.stage import imported_run
+
+        init_from = str(imported_run(config).path.resolve())
+    if init_from == "auto":
+        work = WorkDirectory(Path(config.work_dir).resolve())
+        init_from = str(work.run(stage.starts_from, config.run_id).path) if stage.starts_from else "none"
+    return replace(config, stage=replace(config.stage, init_from=init_from))
+
+
+def with_branch(config: Config) -> Config:
+    """`config` with stage.branch_from as an absolute path, and stage.init_from of the run that it names."""
+    path = Path(config.stage.branch_from).expanduser().resolve()
+    run = _run_at(path)
+    init_from = load_config(run.config).stage.init_from if run and run.config.is_file() else "none"
+    return replace(config, stage=replace(config.stage, branch_from=str(path), init_from=init_from))
+
+
+def check_branch(stage: "TrainingStage", config: Config) -> Path:
+    """The checkpoint of stage.branch_from, after comparing its run with `config`.
+
+    Raises:
+        ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
+        ConfigError: the run belongs to another stage, or differs in more than its schedule.
+    """
+    branch_from = config.stage.branch_from
+    start = checkpoint_files.find_checkpoint(Path(branch_from))
+    origin_run = _run_at(start) if start.parent.name == "checkpoints" else None
+    origin_config = load_config(origin_run.config) if origin_run and origin_run.config.is_file() else None
+    if origin_config is None or origin_config.stage.name != config.stage.name:
+        kind = f"a run of stage={origin_config.stage.name}" if origin_config else "a checkpoint without its run"
+        raise ConfigError(
+            f"stage.branch_from={branch_from}: {kind}; expected RUN@STEP of stage={config.stage.name}: a branch "
+            "continues a run. stage.init_from begins a run with the weights of any checkpoint"
+        )
+
+    state, saved_model = checkpoint_files.read_state(start)
+    checkpoint_files.check_same_model(start, saved_model, config.model)
+    run = run_of(config)
+    if run.work.tokenizer_model.exists():
+        checkpoint_files.check_tokenizer(start, state, durable.sha256_of(run.work.tokenizer_model))
+
+    differing = differing_keys(origin_config, config, "", (*stage.free_keys, *stage.schedule_keys, *BRANCH_KEYS))
+    if differing:
+        raise ConfigError(
+            f"stage.branch_from={branch_from}: its run has other settings: {'; '.join(differing)}: a branch changes "
+            f"only the schedule ({', '.join(stage.schedule_keys)}). stage.init_from begins a run with the "
+            "weights alone"
+        )
+
+    accepted = f"more than {state.step}, the steps of {branch_from}"
+    require(config.stage.steps > state.step, "stage.steps", config.stage.steps, accepted)
+    steps_left = config.stage.steps - state.step
+    accepted = f"at most {steps_left}: the branch begins at step {state.step} of {config.stage.steps}"
+    require(config.stage.decay_steps <= steps_left, "stage.decay_steps", config.stage.decay_steps, accepted)
+
+    require_same_content(start, run, config.streams)
+    return start
+
+
+def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
+    """The checkpoint of stage.init_from, after comparing it with `config`; None without one, and if this command builds
+    it.
+
+    Args:
+        init_from: stage.init_from as the command gives it; `config` has it as `none` or a path.
+        rebuilt: earlier stages that this command builds.
+
+    Raises:
+        ArtefactError: there is no checkpoint, or it belongs to another model or tokenizer.
+    """
+    if init_from.startswith(HF) and IMPORT in rebuilt:
+        from dist_lm.interop.snapshot import named_model
+
+        checkpoint_files.check_start(Path(init_from), asdict(named_model(init_from)), config.model)
+        return None
+    if config.stage.init_from == "none" or stage.starts_from in rebuilt:
+        return None
+
+    start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
+    state, saved_model = checkpoint_files.read_state(start)
+    checkpoint_files.check_start(start, saved_model, config.model)
+    tokenizer_model = run_of(config).work.tokenizer_model
+    if tokenizer_model.exists():
+        checkpoint_files.check_tokenizer(start, state, durable.sha256_of(tokenizer_model))
+    return start
+
+
+def require_same_content(start: Path, run: RunDirectory, corpora: Sequence[str]) -> None:
+    """Refuse to continue from a checkpoint on other content than its run trained on. Missing corpora are not compared.
+
+    Args:
+        start: checkpoint of the run that is continued.
+        run: the branch, whose work directory has the corpora.
+
+    Raises:
+        ArtefactError: names the corpus.
+    """
+    origin_run = _run_at(start)
+    assert origin_run is not None, f"{start} lies in no run"
+    recorded = durable.read_json(origin_run.corpora)
+    for name in corpora:
+        corpus_path = run.work.corpus(name)
+        if manifest_path(corpus_path).is_file() and read_manifest(corpus_path).content != recorded.get(name):
+            raise ArtefactError(
+                f"{origin_run.path} was trained on other content of corpus {name} than {corpus_path} holds: a branch "
+                "continues at its place in the data: restore that corpus, or begin with the weights alone "
+                "(stage.init_from)"
+            )
+
+
+def _run_at(path: Path) -> RunDirectory | None:
+    """The run that a checkpoint, a folder of checkpoints, a run or RUN@STEP belongs to; None if there is none."""
+    name, at, step = str(path).rpartition("@")
+    if at and step.isdecimal() and not path.exists():
+        path = Path(name)
+    candidates = (path, path.parent, path.parents[1]) if len(path.parents) > 1 else ()
+    return next((RunDirectory(folder) for folder in candidates if (folder / "checkpoints").is_dir()), None)

@@ -1,0 +1,57 @@
+"""Arguments that the program of a rank passes to the methods of a training stage, and what they return."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dist_lm.config.root import Config
+from dist_lm.storage.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch.distributed import ProcessGroup
+
+    from dist_lm.data.stream import StepStream
+    from dist_lm.model.transformer import Transformer
+    from dist_lm.parallel.mesh import World
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.training.trainer import Evaluate
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Arguments of `TrainingStage.open_data` on a rank."""
+
+    config: Config
+    run: RunDirectory
+    world: "World"
+    tokenizer: "Tokenizer"
+    data_ranks: "ProcessGroup"  # the ranks that read different data, this one included
+    dp_rank: int  # among `data_ranks`
+    dp_size: int
+    position: int  # sequences consumed so far
+    initial: "Callable[[], AbstractContextManager[Transformer]] | None" = None  # the model that training starts from
+    alive: Callable[[], None] = lambda: None  # writes a heartbeat; long preparations call it regularly
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Training stream and evaluation of a rank."""
+
+    stream: "StepStream"
+    evaluate: "Evaluate"
+    bytes_per_token: float = 0.0  # mean of the training text; 0: the data is not text
+
+
+@dataclass(frozen=True)
+class Closing:
+    """Arguments of `before_training` and `after_training` on a rank."""
+
+    config: Config
+    run: RunDirectory
+    world: "World"
+    tokenizer: "Tokenizer"
+    model: "Callable[[], Transformer]"  # makes a whole copy of the model on every rank (collective)
+    step: int
+    alive: Callable[[], None] = lambda: None  # writes a heartbeat; call it regularly
