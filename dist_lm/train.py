@@ -25,11 +25,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.flight_recorder import collectives_served
@@ -129,11 +129,12 @@ def train_stage(arguments: Sequence[str]) -> None:
         try:
             run = prepared_by_first_rank(store, rank, prepare)
         except UserError as error:
-            if rank == 0:
-                # The others leave without a word.
-                store.set(PREPARED, json.dumps({"refused": True}))
             Console().error(str(error))
-            sys.exit(2)
+            if rank == 0:
+                store.set(PREPARED, json.dumps({"refused": True}))
+            leave(2)
+        except RefusedError:
+            leave(2)  # rank 0 has said why
         if run is None:
             return
 
@@ -177,6 +178,10 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
 # --- rank 0 prepares, the others wait ---
 
 
+class RefusedError(Exception):
+    """Rank 0 has refused the command line, and tells the other ranks so."""
+
+
 def connect() -> "Store":
     """The key-value store of torchrun, by which ranks find each other before they have a process group."""
     from torch.distributed import rendezvous
@@ -194,7 +199,7 @@ def prepared_by_first_rank(
         The run that `prepare` returns.
 
     Raises:
-        SystemExit: with code 2 on other ranks, if rank 0 has refused the command line.
+        RefusedError: rank 0 has refused the command line.
         ArtefactError: this node does not see the run directory.
     """
     if rank == 0:
@@ -205,7 +210,7 @@ def prepared_by_first_rank(
 
     message = json.loads(store.get(PREPARED))
     if message.get("refused"):
-        sys.exit(2)
+        raise RefusedError
     if not message["run"]:
         return None
     run = RunDirectory(Path(message["run"]))
@@ -243,6 +248,14 @@ def start_with_full_environment() -> None:
 # --- signals and failures ---
 
 
+def leave(code: int) -> NoReturn:
+    """End this process at once: ranks that end together all show their own exit code, not that torchrun ended them."""
+    with suppress(OSError):  # a full disk, or a closed terminal
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def stop_on_signals(stop: StopRequest) -> None:
     """Let USR1, TERM and Ctrl-C set `stop`, which is looked at between steps.
 
@@ -272,8 +285,7 @@ def recorded_failure(run: RunDirectory, rank: int, terminal: "Terminal") -> Iter
             terminal.tell(f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})")
         finally:
             # other ranks may wait in a collective for this one: leave at once, torchrun ends them
-            sys.stderr.flush()
-            os._exit(1)
+            leave(1)
 
 
 def is_for_the_user(error: BaseException, run: RunDirectory) -> bool:
