@@ -252,7 +252,7 @@ def _sum_up(
 
     faults: dict[int, str] = {}
     for group in groups:
-        answer_of: dict[int, Any] = {}  # by rank within the group
+        answer_of: dict[int, Any] = {}  # rank within the group -> answer
         for index, (answer, _) in zip(range(len(group)), answers, strict=False):
             local_answers = [answer] * count if isinstance(answer, str) else answer
             answer_of |= {count * index + local: local_answer for local, local_answer in enumerate(local_answers)}

@@ -71,7 +71,7 @@ class Lane:
         tickets = self.tickets
         if not tickets:
             return True
-        answers = sum(other.request.n - len(other.answers) for other in tickets)
+        answers = sum(dealt.request.n - len(dealt.answers) for dealt in tickets)
         return answers + ticket.request.n <= depth.answers and self.load + ticket.tokens <= depth.tokens
 
 

@@ -148,7 +148,7 @@ def next_commands(
         if list(run.wandb.glob("offline-run-*")):
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
 
-    follower = next((other.name for other in all_stages() if other.starts_from == stage.name), None)
+    follower = next((later.name for later in all_stages() if later.starts_from == stage.name), None)
     if state == "done" and follower and trains:
         # Other keys belong to this stage, such as stage.lr.
         shared_keys = ("run_id=", "work_dir=", "model=", "corpus=", f"{KEY}=")

@@ -195,7 +195,8 @@ class Evaluate(PoolStage):
         """All models with the comparison of each with the first one; writes the table."""
         table = [row for result in results for row in rows_of(result)]
         durable.write_text(table_of(run_of(config)), "".join(json.dumps(row) + "\n" for row in table))
-        comparisons = [comparison for other in results[1:] for comparison in compared_tasks(results[0], other)]
+        first_model, *other_models = results
+        comparisons = [comparison for model in other_models for comparison in compared_tasks(first_model, model)]
         return {"models": list(results), "comparisons": comparisons}
 
     def summarize(self, config: Config, console: "Console") -> None:

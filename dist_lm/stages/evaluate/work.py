@@ -213,8 +213,8 @@ class Evaluation(PoolWork):
         self._prompts += 1
         part = self._part_of[number]
         # The newest block may still be judged.
-        for other in sorted(self._missing - {part}):
-            self._write(other)
+        for number_of_part in sorted(self._missing - {part}):
+            self._write(number_of_part)
 
     def _write(self, number: int) -> None:
         """Write a file if all its questions are answered."""
@@ -255,7 +255,7 @@ class Evaluation(PoolWork):
 
 
 def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a model was trained on conversations: by its stage, or before its import."""
+    """Whether a model was trained on conversations: in its stage, or before its import."""
     stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
     imported = checkpoint.parents[1] / "chat_template.jinja"
     return asks_as_chat(stage, tokenizer) or (stage == "import" and imported.is_file())

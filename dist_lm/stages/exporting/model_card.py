@@ -59,7 +59,7 @@ def model_card(
         f"- Steps of the last stage: {state.step:,}; its tokens: {state.tokens:,}",
     ]
 
-    # Where the weights came from.
+    # The origin of the weights.
     if stage.get("init_from", "none") != "none":
         lines.append(f"- Started from: {'/'.join(Path(stage['init_from']).parts[-3:])}")
     if record := files.read_adapters(checkpoint):

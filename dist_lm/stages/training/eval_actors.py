@@ -60,11 +60,11 @@ class AbandonedError(Exception):
 class BesideTraining:
     """Hands due tasks to actors. All methods are collective; only the first rank has actors."""
 
-    def __init__(self, parts: Evaluated, start_pool: StartPool | None, done: int) -> None:
+    def __init__(self, parts: Evaluated, start_pool: StartPool | None, steps_done: int) -> None:
         """
         Args:
             start_pool: on the first rank.
-            done: steps of the checkpoint that the run continues from.
+            steps_done: steps of the checkpoint that the run continues from.
         """
         self._parts, self._start_pool = parts, start_pool
         self._closing = threading.Event()
@@ -73,7 +73,7 @@ class BesideTraining:
         self._writing: Future[None] | None = None
         self._open: dict[int, Future[Records]] = {}  # step -> its records, in the order of steps
         self._pool: Pool | None = None
-        for step, due in pending(parts, done).items() if parts.world.is_first else ():
+        for step, due in pending(parts, steps_done).items() if parts.world.is_first else ():
             self._open[step] = self._evaluator.submit(self._evaluate, step, due, None)
 
     def reached(self, step: int) -> None:
@@ -180,12 +180,12 @@ def tasks_of_steps(
     model: Transformer,
     metrics: MetricsWriter | None,
     heartbeat: Heartbeat,
-    done: int,
+    steps_done: int,
 ) -> Iterator[TasksOfSteps]:
-    """Evaluates the tasks of `stage.eval_tasks` inside the block: by actors or by the ranks themselves (collective).
+    """Evaluates the tasks of `stage.eval_tasks` inside the block, with actors or on the ranks themselves (collective).
 
     Args:
-        done: steps of the checkpoint that the run continues from.
+        steps_done: steps of the checkpoint that the run continues from.
 
     Raises:
         UserError: a task cannot be asked.
@@ -198,11 +198,11 @@ def tasks_of_steps(
         by_actors = [beside is not None]
         dist.broadcast_object_list(by_actors)
         if not by_actors[0] or pool is None:
-            yield BetweenSteps(parts, done)
+            yield BetweenSteps(parts, steps_done)
             return
 
         spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
         parts = replace(parts, cluster=beside.cluster if beside else None)
         start_pool = partial(beside.start, spec) if beside else None
-        with closing(BesideTraining(parts, start_pool, done)) as beside_training:
+        with closing(BesideTraining(parts, start_pool, steps_done)) as beside_training:
             yield beside_training

@@ -109,18 +109,18 @@ def discard_weights(parts: Evaluated, step: int) -> None:
     weights_file(parts.run, step).unlink(missing_ok=True)
 
 
-def pending(parts: Evaluated, done: int) -> dict[int, tuple[str, ...]]:
+def pending(parts: Evaluated, steps_done: int) -> dict[int, tuple[str, ...]]:
     """The tasks without figures, by the steps whose weights are stored. Removes other files (first rank).
 
     Args:
-        done: steps of the checkpoint that the run continues from; later ones are trained again.
+        steps_done: steps of the checkpoint that the run continues from; later ones are trained again.
     """
     written = {(line["step"], name) for line in read_metrics(parts.run.metrics) for name in line}
     pending_tasks = {}
     for path in sorted(parts.run.evaluations.glob("step_*")):
         step = int(path.stem.removeprefix("step_"))
         due = tuple(task for task in parts.tasks.due(step) if (step, figure_name(task)) not in written)
-        if path == weights_file(parts.run, step) and step <= done and due:
+        if path == weights_file(parts.run, step) and step <= steps_done and due:
             pending_tasks[step] = due
         else:
             path.unlink()
@@ -130,15 +130,15 @@ def pending(parts: Evaluated, done: int) -> dict[int, tuple[str, ...]]:
 class BetweenSteps:
     """Answers due tasks at once, on all ranks. Figures are written before the checkpoint of their step."""
 
-    def __init__(self, parts: Evaluated, done: int) -> None:
+    def __init__(self, parts: Evaluated, steps_done: int) -> None:
         """Answers what actors of an earlier attempt have left (collective).
 
         Args:
-            done: steps of the checkpoint that the run continues from.
+            steps_done: steps of the checkpoint that the run continues from.
         """
         self._parts = parts
         # The first rank has read the metrics file; all must evaluate the same tasks.
-        pending_tasks: list[dict[int, tuple[str, ...]]] = [pending(parts, done) if parts.world.is_first else {}]
+        pending_tasks: list[dict[int, tuple[str, ...]]] = [pending(parts, steps_done) if parts.world.is_first else {}]
         dist.broadcast_object_list(pending_tasks)
         for step, due in pending_tasks[0].items():
             self._evaluate(step, due, stored(parts, step))
