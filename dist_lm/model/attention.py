@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
-from dist_lm.model.layers import HeadNorm, RopeTables, adapted, build_adapters, mix_values, rotate
+from dist_lm.model.layers import HeadNorm, RopeTables, mix_values, rotate
+from dist_lm.model.lora import adapted, build_adapters
 from dist_lm.model.size import packs_documents
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees; built once per forward pass, shared by all layers.
+    """Says which keys a query sees; built once per forward pass, shared by all layers.
 
     With neither field set, attention is causal: as many keys as queries, each query sees the tokens up to its own.
     """
@@ -30,10 +31,11 @@ class Visibility:
 
 
 CAUSAL = Visibility()
-# On a CPU, one call per document is slower than a mask if documents are short or rows are short: a mask costs one
-# operation for every pair of tokens of a row.
-WORTH_A_CALL = 8  # tokens per document, on average
-PAIRS_WORTH_A_CALL = 2048  # pairs of tokens per document
+
+# On a CPU, one call per document is faster than a mask only above both limits: a mask costs one operation for every
+# pair of tokens of a row, a call costs a fixed time.
+MIN_TOKENS_PER_CALL = 8  # tokens per document, on average
+MIN_PAIRS_PER_CALL = 2048  # pairs of tokens in the mask, per document
 
 
 def within_documents(
@@ -43,31 +45,33 @@ def within_documents(
     branch_BT: torch.Tensor | None = None,
     boundary: torch.Tensor | None = None,
 ) -> Visibility:
-    """Causal attention inside each document.
+    """Returns the visibility of causal attention inside each document.
 
     Args:
-        document_BT: equal inside a document, different between neighbouring documents.
+        document_BT: int64; equal inside a document, different between neighbouring documents.
         dtype: dtype of queries and keys.
-        branch_BT: 0 in the trunk of a document, 1, 2, ... in the branches after it. A branch sees the trunk and itself,
-            not other branches.
+        branch_BT: int64; 0 in the trunk of a document, 1, 2, ... in the branches after it. A branch sees the trunk and
+            itself, not other branches.
         boundary: `document_boundaries` of `document_BT`; without it a GPU waits for their number.
     """
+    # No kernel knows trees of tokens, so branches always take a mask.
     if branch_BT is not None:
-        same = document_BT[:, :, None] == document_BT[:, None, :]
-        seen = (branch_BT[:, :, None] == branch_BT[:, None, :]) | (branch_BT == 0)[:, None, :]
-        return _masked(same & seen & _causal(document_BT), dtype)
+        same_or_trunk_BTS = (branch_BT[:, :, None] == branch_BT[:, None, :]) | (branch_BT == 0)[:, None, :]
+        return _masked(_causal_in_document(document_BT) & same_or_trunk_BTS, dtype)
+
     packs = packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head)
-    # on a CPU, the choice needs the values of the boundaries, and fake tensors have none
-    choose = document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor)
-    if packs or choose:
-        boundary = document_boundaries(document_BT) if boundary is None else boundary
-        if packs or _is_worth_calls(boundary.diff(), document_BT.shape[1]):
+    # On a CPU, the choice needs the values of the boundaries, and fake tensors have none.
+    chooses = document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor)
+    if packs or chooses:
+        if boundary is None:
+            boundary = document_boundaries(document_BT)
+        if packs or _favours_calls(boundary.diff(), document_BT.shape[1]):
             return Visibility(boundary=boundary)
-    return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & _causal(document_BT), dtype)
+    return _masked(_causal_in_document(document_BT), dtype)
 
 
-def _is_worth_calls(lengths: torch.Tensor, width: int) -> bool:
-    """Whether one call per document is faster on a CPU than a mask.
+def _favours_calls(lengths: torch.Tensor, width: int) -> bool:
+    """Returns whether one call per document is faster on a CPU than a mask.
 
     Args:
         lengths: tokens of each document.
@@ -75,30 +79,31 @@ def _is_worth_calls(lengths: torch.Tensor, width: int) -> bool:
     """
     n_tokens, n_documents = int(lengths.sum()), len(lengths)
     if n_documents * int(lengths[0]) == n_tokens and bool((lengths == lengths[0]).all()):
-        return True  # equal lengths take a single call
-    longest_mask = n_documents * PAIRS_WORTH_A_CALL
-    return n_tokens >= WORTH_A_CALL * n_documents and n_tokens * width > longest_mask
+        return True  # documents of equal length take a single call
+    return n_tokens >= MIN_TOKENS_PER_CALL * n_documents and n_tokens * width > MIN_PAIRS_PER_CALL * n_documents
 
 
-def _causal(like_BT: torch.Tensor) -> torch.Tensor:
-    n_tokens = like_BT.shape[1]
-    return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=like_BT.device).tril_()
+def _causal_in_document(document_BT: torch.Tensor) -> torch.Tensor:
+    n_tokens = document_BT.shape[1]
+    causal_TS = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=document_BT.device).tril_()
+    return (document_BT[:, :, None] == document_BT[:, None, :]) & causal_TS
 
 
 def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
-    # additive: SDPA converts a boolean mask to an additive one in every layer
-    bias = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
-    return Visibility(bias_BTS=bias.masked_fill_(~visible_BTS, float("-inf")))
+    # The mask is additive because SDPA would convert a boolean mask to an additive one in every layer.
+    bias_BTS = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
+    return Visibility(bias_BTS=bias_BTS.masked_fill_(~visible_BTS, float("-inf")))
 
 
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
+    """Returns softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
     if visibility.boundary is not None:
-        apart = ONE_BY_ONE if q_BTHK.device.type == "cpu" else variable_length
-        o_NHK = apart(
+        kernel = PER_DOCUMENT if q_BTHK.device.type == "cpu" else variable_length
+        o_NHK = kernel(
             q_BTHK.flatten(0, 1), k_BSGK.flatten(0, 1), v_BSGK.flatten(0, 1), visibility.boundary, q_BTHK.shape[1]
         )
         return o_NHK.view_as(q_BTHK)
+
     bias = visibility.bias_BTS
     o_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
@@ -114,7 +119,12 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
 def variable_length(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """Causal attention inside each document, (N, H, K), in one kernel."""
+    """Computes causal attention inside each document, (N, H, K), in one kernel.
+
+    Args:
+        boundary: `document_boundaries` of the N tokens.
+        longest: upper bound of the tokens of a document.
+    """
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
 
     o_NHK = varlen_attn(
@@ -132,32 +142,35 @@ def variable_length(
     return o_NHK
 
 
-def one_by_one(
+def per_document(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """`variable_length` with one call per document, or a single call if all documents have one length.
+    """Computes `variable_length` with one call per document, or a single call if all documents have one length.
 
     It computes in fp32: bf16 kernels are compiled for every new length.
     """
     lengths, dtype = boundary.diff().tolist(), q_NHK.dtype
+    assert max(lengths) <= longest
     wide = torch.promote_types(dtype, torch.float32)
     q_NHK, k_NGK, v_NGK = q_NHK.to(wide), k_NGK.to(wide), v_NGK.to(wide)
-    assert max(lengths) <= longest
+
+    # Documents of equal length are the rows of one batch.
     if min(lengths) == max(lengths):
         rows = (len(lengths), lengths[0])
-        together = attend(q_NHK.unflatten(0, rows), k_NGK.unflatten(0, rows), v_NGK.unflatten(0, rows), CAUSAL)
-        return together.flatten(0, 1).to(dtype)
-    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
+        o_BTHK = attend(q_NHK.unflatten(0, rows), k_NGK.unflatten(0, rows), v_NGK.unflatten(0, rows), CAUSAL)
+        return o_BTHK.flatten(0, 1).to(dtype)
+
+    documents = zip(*(x_NHK.transpose(0, 1).split(lengths, dim=1) for x_NHK in (q_NHK, k_NGK, v_NGK)), strict=True)
     grouped = q_NHK.shape[1] != k_NGK.shape[1]
-    outputs = [
-        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=grouped)[0]
-        for q, k, v in documents
+    outputs_HTK = [
+        F.scaled_dot_product_attention(q_HTK[None], k_GTK[None], v_GTK[None], is_causal=True, enable_gqa=grouped)[0]
+        for q_HTK, k_GTK, v_GTK in documents
     ]
-    return torch.cat(outputs, dim=1).transpose(0, 1).to(dtype)
+    return torch.cat(outputs_HTK, dim=1).transpose(0, 1).to(dtype)
 
 
-# the number of calls varies with the batch, so the compiler must not specialise on it
-ONE_BY_ONE = cast(Callable[..., torch.Tensor], torch.compiler.disable(one_by_one))
+# The number of calls varies with the batch, so the compiler must not specialise on it.
+PER_DOCUMENT = cast(Callable[..., torch.Tensor], torch.compiler.disable(per_document))
 
 
 class Attention(nn.Module):
@@ -172,17 +185,19 @@ class Attention(nn.Module):
         self.value = nn.Parameter(torch.empty(key_shape))
         self.output = nn.Parameter(torch.empty(query_shape))
 
-        def bias(has: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape)) if has else None
+        def build_bias(is_used: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape)) if is_used else None
 
-        self.query_bias = bias(config.has_qkv_bias, *query_shape[:2])
-        self.key_bias = bias(config.has_qkv_bias, *key_shape[:2])
-        self.value_bias = bias(config.has_qkv_bias, *key_shape[:2])
-        self.output_bias = bias(config.bias, config.d_model)
+        self.query_bias = build_bias(config.has_qkv_bias, *query_shape[:2])
+        self.key_bias = build_bias(config.has_qkv_bias, *key_shape[:2])
+        self.value_bias = build_bias(config.has_qkv_bias, *key_shape[:2])
+        self.output_bias = build_bias(config.bias, config.d_model)
+
         self.value_residual = config.value_residual
         self.value_mix = nn.Parameter(torch.empty(2)) if config.value_residual and layer > 0 else None
-        self.query_norm = HeadNorm(config) if config.qk_norm else None
-        self.key_norm = HeadNorm(config) if config.qk_norm else None
+        self.query_norm = self.key_norm = None
+        if config.qk_norm:
+            self.query_norm, self.key_norm = HeadNorm(config), HeadNorm(config)
         self.adapters = build_adapters(config, "attention")
 
     def forward(
@@ -190,40 +205,44 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rope: RopeTables,
         visibility: Visibility,
-        first_BSGK: torch.Tensor | None = None,
+        v1_BSGK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention output (B, T, D), and with `model.value_residual` the values of the first layer.
+        """Returns the attention output (B, T, D), and the values of the first layer with `model.value_residual` (else
+        None), which every later layer mixes into its own.
 
         Args:
-            first_BSGK: these values; None: this is the first layer.
+            v1_BSGK: values of the first layer; None: this is the first layer.
         """
         q_BTHK = adapted(to_heads(x_BTD, self.query, self.query_bias), x_BTD, self.adapters, "query")
         k_BSGK = adapted(to_heads(x_BTD, self.key, self.key_bias), x_BTD, self.adapters, "key")
         v_BSGK = adapted(to_heads(x_BTD, self.value, self.value_bias), x_BTD, self.adapters, "value")
-        v_BSGK, first_BSGK = self.mixed(v_BSGK, first_BSGK, self.value_mix)
+
+        v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, self.value_mix)
+
+        # Norm before rotation, as in Qwen3: the norm has one weight per entry of a head, which rotation would mix.
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
         o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output")
-        return o_BTD, first_BSGK
+        return o_BTD, v1_BSGK
 
-    def mixed(
-        self, v_BSGK: torch.Tensor, first_BSGK: torch.Tensor | None, mix_2: torch.Tensor | None
+    def mix_first_values(
+        self, v_BSGK: torch.Tensor, v1_BSGK: torch.Tensor | None, mix_2: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The values to attend to, and those of the first layer for the next one."""
+        """Returns the values to attend to, and the values of the first layer for the next layer."""
         if not self.value_residual:
-            return v_BSGK, None
-        if first_BSGK is None or mix_2 is None:
+            return v_BSGK, None  # later layers need no values of the first
+        if v1_BSGK is None or mix_2 is None:
             return v_BSGK, v_BSGK
-        return mix_values(v_BSGK, first_BSGK, mix_2), first_BSGK
+        return mix_values(v_BSGK, v1_BSGK, mix_2), v1_BSGK
 
 
 def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:
-    """Project x to heads: (B, T, H, K)."""
-    y = F.linear(x_BTD, weight_HKD.flatten(0, 1), None if bias_HK is None else bias_HK.flatten())
-    return y.unflatten(-1, weight_HKD.shape[:2])
+    """Projects x to heads: (B, T, H, K)."""
+    flat_bias = None if bias_HK is None else bias_HK.flatten()
+    return F.linear(x_BTD, weight_HKD.flatten(0, 1), flat_bias).unflatten(-1, weight_HKD.shape[:2])
 
 
 def from_heads(o_BTHK: torch.Tensor, weight_HKD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
-    """Project heads back: (B, T, D)."""
+    """Projects heads back to the residual stream: (B, T, D)."""
     return F.linear(o_BTHK.flatten(2), weight_HKD.flatten(0, 1).t(), bias_D)

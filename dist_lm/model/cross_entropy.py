@@ -14,28 +14,32 @@ DROPPED = -1e30
 """Logit of a token outside the set drawn from. Finite: a rank may hold none of the set, and -inf would become nan."""
 
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits (N, V), targets (N, ...) int64) -> fp32 (N, ...); each row depends on its own logits alone."""
+"""A function (logits (N, V), targets (N, ...) int64) -> fp32 (N, ...); each row depends on its own logits alone."""
 
 
 class Logprobs(NamedTuple):
-    """Sampled tokens and their distributions, in nats, fp32."""
+    """Log-probabilities of targets and entropies of their distributions, in nats, fp32."""
 
-    logprob_BT: torch.Tensor  # of the targets
-    entropy_BT: torch.Tensor  # of the distribution drawn from
+    logprob_BT: torch.Tensor  # log-probability of each target
+    entropy_BT: torch.Tensor  # entropy of the distribution that the target was drawn from
 
 
 def token_losses(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> torch.Tensor:
-    """Cross-entropy of every token in nats, fp32, (N,).
+    """Returns the cross-entropy of every token in nats, fp32, (N,).
 
     Args:
-        label_smoothing: the target distribution is `(1 - a) * one_hot + a / V` (Szegedy et al. 2016, section 7).
+        logits_NV: any float dtype; computed in fp32.
+        targets_N: int64.
+        label_smoothing: a: the target distribution is `(1 - a) * one_hot + a / V` (Szegedy et al. 2016, section 7).
         z_loss: adds `z_loss * log(Z)^2`, Z the sum of the exponentials (Chowdhery et al. 2022, section 5).
     """
     logits_NV = logits_NV.float()
     losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=label_smoothing)
-    return losses_N + z_loss * logits_NV.logsumexp(-1).square() if z_loss else losses_N
+    if z_loss:
+        losses_N = losses_N + z_loss * logits_NV.logsumexp(-1).square()
+    return losses_N
 
 
 def logprobs_and_entropy(
@@ -43,67 +47,81 @@ def logprobs_and_entropy(
     targets_N: torch.Tensor,
     temperature: float,
     entropy_gradient: bool,
-    kept_NV: torch.Tensor | None = None,
+    allowed_NV: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Log-probability of each target, and entropy, of the distribution sampled at `temperature`; nats, fp32, (N, 2).
+    """Returns log-probability of the target and entropy, (N, 2) fp32 in nats, of the distribution at `temperature`.
 
     Args:
         entropy_gradient: whether the entropy has a gradient; the log-probability always has one.
-        kept_NV: bool; the tokens over which the distribution is renormalised. None: all.
+        allowed_NV: bool; the tokens over which the distribution is renormalised. None: all.
     """
-    x_NV = tempered(logits_NV, temperature, kept_NV)
+    x_NV = tempered(logits_NV, temperature, allowed_NV)
     log_z_N = x_NV.logsumexp(-1)
     logprob_N = x_NV.gather(-1, targets_N[:, None])[:, 0] - log_z_N
-    held_NV, held_log_z_N = (x_NV, log_z_N) if entropy_gradient else (x_NV.detach(), log_z_N.detach())
-    entropy_N = held_log_z_N - (held_NV.softmax(-1) * held_NV).sum(-1)
+
+    if not entropy_gradient:
+        x_NV, log_z_N = x_NV.detach(), log_z_N.detach()
+    entropy_N = log_z_N - (x_NV.softmax(-1) * x_NV).sum(-1)
     return torch.stack([logprob_N, entropy_N], dim=-1)
 
 
-def tempered(logits_NV: torch.Tensor, temperature: float, kept_NV: torch.Tensor | None) -> torch.Tensor:
-    """fp32 logits over the temperature; DROPPED for tokens outside `kept_NV` (None: all are inside)."""
+def tempered(logits_NV: torch.Tensor, temperature: float, allowed_NV: torch.Tensor | None) -> torch.Tensor:
+    """Returns fp32 logits over the temperature; DROPPED for tokens outside `allowed_NV` (None: all are inside)."""
     x_NV = logits_NV.float() / temperature
-    return x_NV if kept_NV is None else x_NV.masked_fill(~kept_NV, DROPPED)
+    if allowed_NV is not None:
+        x_NV = x_NV.masked_fill(~allowed_NV, DROPPED)
+    return x_NV
 
 
 def losses_in_chunks(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, chunk_bytes: int
 ) -> torch.Tensor:
-    """`losses(x @ weight^T, targets)` with at most `chunk_bytes` of fp32 logits at once (0: no limit).
+    """Returns `losses(x @ weight^T, targets)` with at most `chunk_bytes` of fp32 logits at once (0: no limit).
 
     With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
     weight in fp32.
     """
-    step = max(1, chunk_bytes // (FP32_BYTES * weight_VD.shape[0])) if chunk_bytes else len(x_ND)
-    if len(x_ND) <= step:
+    if not chunk_bytes:
         return losses(F.linear(x_ND, weight_VD), targets_N)
-    result = _LossesInChunks.apply(x_ND, weight_VD, targets_N, losses, step)
-    assert isinstance(result, torch.Tensor)
-    return result
+
+    chunk_rows = max(1, chunk_bytes // (FP32_BYTES * weight_VD.shape[0]))
+    if len(x_ND) <= chunk_rows:
+        return losses(F.linear(x_ND, weight_VD), targets_N)
+    losses_N = _LossesInChunks.apply(x_ND, weight_VD, targets_N, losses, chunk_rows)
+    assert isinstance(losses_N, torch.Tensor)
+    return losses_N
 
 
 class _LossesInChunks(torch.autograd.Function):
-    """`checkpoint` around each chunk would not do: autograd adds up the gradients of a bf16 weight in bf16."""
+    """Adds up the gradients of the weight in fp32; autograd (`checkpoint` around each chunk) would add bf16 in bf16."""
 
     @staticmethod
     def forward(
-        ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, step: int
+        ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, chunk_rows: int
     ) -> torch.Tensor:
         ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.losses, ctx.step = losses, step
-        parts = zip(x_ND.split(step), targets_N.split(step), strict=True)
-        return torch.cat([losses(F.linear(x, weight_VD), targets) for x, targets in parts])
+        ctx.losses, ctx.chunk_rows = losses, chunk_rows
+        chunks = zip(x_ND.split(chunk_rows), targets_N.split(chunk_rows), strict=True)
+        return torch.cat([losses(F.linear(x_nD, weight_VD), targets_n) for x_nD, targets_n in chunks])
 
     @staticmethod
-    def backward(ctx, gradient_N: torch.Tensor):
+    def backward(ctx, grad_N: torch.Tensor):
         x_ND, weight_VD, targets_N = ctx.saved_tensors
-        of_x, of_weight = torch.empty_like(x_ND), None
-        parts = (value.split(ctx.step) for value in (x_ND, targets_N, gradient_N, of_x))
-        for x, targets, gradient, into in zip(*parts, strict=True):
+        grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), None
+
+        chunks = (tensor.split(ctx.chunk_rows) for tensor in (x_ND, targets_N, grad_N, grad_x_ND))
+        for x_nD, targets_n, grad_n, grad_x_nD in zip(*chunks, strict=True):
             with torch.enable_grad():
-                inputs = (x.detach().requires_grad_(), weight_VD.detach().requires_grad_())
-                outputs = ctx.losses(F.linear(*inputs), targets)
-            of_part, of_weight_part = torch.autograd.grad(outputs, inputs, gradient)
-            into.copy_(of_part)
-            of_weight = of_weight_part.float() if of_weight is None else of_weight.add_(of_weight_part)
-        assert of_weight is not None
-        return of_x, of_weight.to(weight_VD.dtype), None, None, None
+                inputs = (x_nD.detach().requires_grad_(), weight_VD.detach().requires_grad_())
+                losses_n = ctx.losses(F.linear(*inputs), targets_n)
+            chunk_grad_x_nD, chunk_grad_weight_VD = torch.autograd.grad(losses_n, inputs, grad_n)
+
+            # `grad_x_nD` is a view of `grad_x_ND`. The weight's gradient is the sum over chunks, in fp32.
+            grad_x_nD.copy_(chunk_grad_x_nD)
+            if grad_weight_VD is None:
+                grad_weight_VD = chunk_grad_weight_VD.float()
+            else:
+                grad_weight_VD.add_(chunk_grad_weight_VD)
+
+        assert grad_weight_VD is not None
+        return grad_x_ND, grad_weight_VD.to(weight_VD.dtype), None, None, None

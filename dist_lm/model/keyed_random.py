@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.model.lora import initial_factor
 from dist_lm.model.size import ADAPTERS, VALUE_MIX, is_matrix
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ _ROUND_2 = 0xC2B2AE35 - (1 << 32)
 
 
 def signed(word: int) -> int:
-    """The int64 with the same 64 bits."""
+    """Returns the int64 with the same 64 bits."""
     word &= _WORD
     return word - (1 << 64) if word >> 63 else word
 
 
-def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of int64 (the operator shifts arithmetically)."""
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shifts int64 logically to the right (the operator shifts arithmetically)."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -58,9 +59,10 @@ def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
         x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
         x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
         return x ^ (x >> 31)
-    x = (x ^ _shifted(x, 30)) * signed(_MIX_1)
-    x = (x ^ _shifted(x, 27)) * signed(_MIX_2)
-    return x ^ _shifted(x, 31)
+
+    x = (x ^ _shift_right(x, 30)) * signed(_MIX_1)
+    x = (x ^ _shift_right(x, 27)) * signed(_MIX_2)
+    return x ^ _shift_right(x, 31)
 
 
 @overload
@@ -68,7 +70,7 @@ def hash_words(*words: int) -> int: ...
 @overload
 def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> torch.Tensor: ...
 def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> int | torch.Tensor:
-    """64 random bits from a sequence of words: ints, or int64 tensors that broadcast.
+    """Hashes a sequence of words, ints or int64 tensors that broadcast, to 64 random bits.
 
     Ints cost nothing if they come first. A tensor of one value gives the same bits as the int.
 
@@ -90,9 +92,9 @@ def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> int
 
 
 def hash_grid(row: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
-    """32 random bits for every pair of a row and a column, from one hash per row and one per column.
+    """Returns 32 random bits for every pair of a row and a column, from one hash per row and one per column.
 
-    Six cheap passes touch the whole grid; the expensive mixing happens in the hashes of rows and columns.
+    Six cheap passes touch every element of the grid; the expensive mixing happens in the hashes of rows and columns.
 
     Args:
         row: int64 hashes of any shape (...).
@@ -110,13 +112,13 @@ def hash_grid(row: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
 
 
 def residual_site(layer: int, branch: int) -> int:
-    """Number of the site of a residual branch: branch 0 is attention, branch 1 the feed-forward network."""
+    """Returns the dropout site of a residual branch: branch 0 is attention, branch 1 the feed-forward network."""
     return 1 + 2 * layer + branch
 
 
 @dataclass(frozen=True)
 class DropoutKey:
-    """What the dropout of one forward pass depends on."""
+    """Determines all dropout masks of one forward pass."""
 
     rate: float  # probability that an element is dropped, in [0, 1)
     seed: int
@@ -139,23 +141,25 @@ class SiteDropout:
 def dropout_sites(
     key: DropoutKey | None, n_layers: int, d_model: int, first_token: int = 0
 ) -> list[SiteDropout | None]:
-    """All sites of a model, by number; None without dropout.
+    """Returns the dropout of every site of a model: EMBEDDING_SITE, then `residual_site`s; None without dropout.
 
     Args:
         first_token: index, in its sequence, of the first token of the input.
     """
-    count = residual_site(n_layers, 0)
+    n_sites = residual_site(n_layers, 0)
     if key is None or key.rate == 0:
-        return [None] * count
+        return [None] * n_sites
     assert key.sequence_B is not None
+
+    # Sites, channels and rows are hashed separately, so the large (B, T, D) grid costs one cheap mix per element.
     device = key.sequence_B.device
-    state_S = hash_words(key.seed, key.step, torch.arange(count, device=device))
+    state_S = hash_words(key.seed, key.step, torch.arange(n_sites, device=device))
     channel_D = hash_words(key.seed, torch.arange(d_model, device=device))
     return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_token) for state in state_S]
 
 
 def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor:
-    """`x` with dropped elements 0 and the others scaled by `1 / (1 - rate)`; `x` itself without a site."""
+    """Returns `x` with dropped elements 0 and the rest scaled by `1 / (1 - rate)`; `x` itself without a site."""
     if site is None:
         return x_BTD
     token_T = torch.arange(site.first_token, site.first_token + x_BTD.shape[1], device=x_BTD.device)
@@ -163,7 +167,7 @@ def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor
 
 
 def keep_mask(site: SiteDropout, token_T: torch.Tensor) -> torch.Tensor:
-    """Mask of the elements that are kept.
+    """Returns the mask of the elements that are not dropped.
 
     Args:
         token_T: int64; indices of the tokens in their sequence.
@@ -183,7 +187,7 @@ SCALAR_HEAD, TOKEN_HEAD = "scalar_head.weight", "lm_head.weight"
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
-    """The whole value of one parameter, fp32 on the CPU, of logical `shape`.
+    """Returns the unsharded initial value of one parameter, fp32 on the CPU, of logical `shape`.
 
     For adapters see `lora.initial_factor`. Biases are 0, norm weights 1, the scalars of `value_residual` 0.5. Other
     parameters are normal with standard deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the
@@ -192,8 +196,6 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     & Hu 2022, table 3).
     """
     if ADAPTERS in name:
-        from dist_lm.model.lora import initial_factor
-
         return initial_factor(name, shape, seed)
     if name.endswith("bias"):
         return torch.zeros(shape)
@@ -201,6 +203,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.ones(shape)
     if name.endswith(VALUE_MIX):
         return torch.full(shape, 0.5)
+
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):
         if config.residual_init == "zero":
@@ -212,6 +215,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         std /= config.relative_width
     if name == SCALAR_HEAD:
         std = 1 / math.sqrt(config.d_model + 1)
+
+    # The name in the key: adding or removing a parameter does not change the values of the rest.
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0, std, generator=generator)
@@ -219,6 +224,6 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 
 @torch.no_grad()
 def initialise(model: "Transformer", seed: int) -> None:
-    """Fill an unsharded model in place."""
+    """Fills the parameters of an unsharded model in place with `initial_value`."""
     for name, parameter in model.named_parameters():
         parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))

@@ -24,33 +24,40 @@ INPUT_FIRST = "output"  # the weight that is stored as (input, output), the othe
 
 
 class Adapter(nn.Module):
-    """The change of one weight."""
+    """Computes the change of one weight's output."""
 
-    def __init__(self, a: Shape, b: Shape, scale: float) -> None:
+    def __init__(self, a_shape: Shape, b_shape: Shape, scale: float) -> None:
         """
         Args:
-            a, b: shapes, (R, *input) and (R, *output).
+            a_shape: (R, *input).
+            b_shape: (R, *output).
         """
         super().__init__()
-        self.a = nn.Parameter(torch.empty(a))
-        self.b = nn.Parameter(torch.empty(b))
+        self.a = nn.Parameter(torch.empty(a_shape))
+        self.b = nn.Parameter(torch.empty(b_shape))
         self.scale = scale
-        self.is_on = True
+        self.is_on = True  # False inside `without_adapters`
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The change of the output, (B, T, *output), for an input (B, T, *input)."""
+        """Returns the change of the output, (B, T, *output), for an input (B, T, *input)."""
+        # Two products through the small rank cost less than forming B A and multiplying once.
         a, b = self.factors()
         z_BTR = F.linear(x.flatten(2), a.flatten(1)) * self.scale
         return (z_BTR @ b.flatten(1)).unflatten(-1, b.shape[1:])
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The parts of A and B that this rank computes with."""
+        """Returns the parts of A and B that this rank computes with; all of them in a model that is not split."""
         return self.a, self.b
 
 
-def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict:
-    """The adapters of attention or feed_forward, by the name of the weight."""
-    assert isinstance(config, AdaptedModelConfig)
+def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict | None:
+    """Builds the adapters of one part of a block, by the name of the weight, without values; None without adapters.
+
+    Args:
+        part: attention | feed_forward.
+    """
+    if not isinstance(config, AdaptedModelConfig):
+        return None
     shapes = parameter_shapes(config)
     prefix = f"blocks.0.{part}{ADAPTERS}"
     return nn.ModuleDict(
@@ -61,10 +68,18 @@ def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict:
     )
 
 
+def adapted(y: torch.Tensor, x: torch.Tensor, adapters: nn.ModuleDict | None, name: str) -> torch.Tensor:
+    """Returns `y`, the product of weight `name` with x, plus the change of it by the adapter of the weight."""
+    if adapters is None or name not in adapters or not adapters[name].is_on:
+        return y
+    return y + adapters[name](x)
+
+
 def initial_factor(name: str, shape: Shape, seed: int) -> torch.Tensor:
-    """The whole initial value of A or B, fp32 on the CPU: B is 0, A uniform within 1 / sqrt(input), as in peft."""
+    """Returns the unsharded initial A or B, fp32 on the CPU: B is 0, A uniform within 1 / sqrt(input), as in peft."""
     if name.endswith(".b"):
         return torch.zeros(shape)
+
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     bound = 1 / math.sqrt(math.prod(shape[1:]))
@@ -72,7 +87,7 @@ def initial_factor(name: str, shape: Shape, seed: int) -> torch.Tensor:
 
 
 def adapter_of(weight: str) -> str:
-    """The beginning of the names of the factors that change a weight: `blocks.0.feed_forward.adapters.up.` for
+    """Returns the prefix of the names of a weight's factors: `blocks.0.feed_forward.adapters.up.` for
     `blocks.0.feed_forward.up.weight`."""
     module, _, name = weight.removesuffix(".weight").rpartition(".")
     return f"{module}{ADAPTERS}{name}."
@@ -81,24 +96,26 @@ def adapter_of(weight: str) -> str:
 def change(
     weight: str, a: torch.Tensor, b: torch.Tensor, scale: float, box: Sequence[slice] | None = None
 ) -> torch.Tensor:
-    """`scale * B A` with the dimensions of the weight, in fp32.
+    """Returns `scale * B A` with the dimensions of the weight, in fp32.
 
     Args:
-        weight: its name.
-        a, b: whole factors.
+        weight: name of the weight.
+        a, b: unsharded factors.
         box: the part of the weight that is computed; None: all of it.
     """
     first, second = (a, b) if weight.endswith(INPUT_FIRST) else (b, a)
     if box is not None:
-        first = first[(slice(None), *box[: first.dim() - 1])]
-        second = second[(slice(None), *box[first.dim() - 1 :])]
+        n_first_dims = first.dim() - 1  # without the rank
+        first = first[(slice(None), *box[:n_first_dims])]
+        second = second[(slice(None), *box[n_first_dims:])]
+
     product = first.flatten(1).float().t() @ second.flatten(1).float()
     return (product * scale).view(*first.shape[1:], *second.shape[1:])
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model is its base inside the block."""
+    """Turns the adapters off inside the block, so the model computes as its base."""
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
         adapter.is_on = False

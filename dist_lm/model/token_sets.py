@@ -8,7 +8,8 @@ A set is a list of token ids, little-endian, of 2 bytes (4 in vocabularies past 
 the vocabulary, whichever is shorter. So a set takes at most V / 8 bytes, a 32nd of fp32 logits. A set of 0 bytes is the
 whole vocabulary.
 
-Dimensions: N places in all, n places asked for, X bytes of all sets, V vocabulary, C columns.
+Dimensions: N sets, n sets that are read, b of them stored as bits and i as ids, X bytes of all sets, V vocabulary,
+C columns of the vocabulary, K token ids in the sets.
 """
 
 from collections.abc import Callable
@@ -22,17 +23,17 @@ BITS = 8
 
 
 def bytes_as_bits(vocab_size: int) -> int:
-    """Bytes of a set with one bit for each token: the most that a set takes."""
+    """Returns the bytes of a set with one bit for each token: the most that a set takes."""
     return -(-vocab_size // BITS)
 
 
 def bytes_of_id(vocab_size: int) -> int:
-    """Bytes of a token id."""
+    """Returns the bytes of a token id."""
     return 2 if vocab_size <= SHORT_IDS else 4
 
 
 def packed(id_K: np.ndarray, vocab_size: int) -> bytes:
-    """One set.
+    """Packs one set.
 
     Args:
         id_K: token ids, at least one, each once.
@@ -40,6 +41,7 @@ def packed(id_K: np.ndarray, vocab_size: int) -> bytes:
     width = bytes_of_id(vocab_size)
     if width * len(id_K) < bytes_as_bits(vocab_size):
         return id_K.astype(f"<u{width}").tobytes()
+
     bits_V = np.zeros(vocab_size, bool)
     bits_V[id_K] = True
     return np.packbits(bits_V, bitorder="little").tobytes()
@@ -47,49 +49,56 @@ def packed(id_K: np.ndarray, vocab_size: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class TokenSets:
-    """The packed sets of N places."""
+    """N packed sets, one for each sampled token."""
 
     bytes_X: torch.Tensor  # uint8
     begin_N: torch.Tensor  # int64; first byte of each set
     size_N: torch.Tensor  # int64; bytes of each set
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TokenSets":
-        """A copy with `change` applied to every tensor."""
+        """Returns a copy with `change` applied to every tensor."""
         return TokenSets(change(self.bytes_X), change(self.begin_N), change(self.size_N))
 
-    def kept(self, place_n: torch.Tensor, vocab_size: int, columns: range) -> torch.Tensor:
-        """(n, C) bool: which tokens of `columns` are in the sets of these places.
+    def kept(self, index_n: torch.Tensor, vocab_size: int, columns: range) -> torch.Tensor:
+        """Returns (n, C) bool: which tokens of `columns` are in the sets at `index_n`.
 
         Args:
-            place_n: int64.
+            index_n: int64.
             columns: consecutive token ids.
         """
-        begin_n, size_n = self.begin_N[place_n], self.size_N[place_n]
-        kept_nC = (size_n == 0)[:, None].repeat(1, len(columns))
+        begin_n, size_n = self.begin_N[index_n], self.size_N[index_n]
+        allowed_nC = (size_n == 0)[:, None].repeat(1, len(columns))  # a set of 0 bytes is the vocabulary
+
+        # The size of a set tells its form.
         row_b = (size_n == bytes_as_bits(vocab_size)).nonzero()[:, 0]
         row_i = ((size_n > 0) & (size_n < bytes_as_bits(vocab_size))).nonzero()[:, 0]
-        kept_nC[row_b] = self._from_bits(begin_n[row_b], columns)
-        row_K, column_K = self._from_ids(begin_n[row_i], size_n[row_i], bytes_of_id(vocab_size))
-        column_K = column_K - columns.start
-        here_K = (column_K >= 0) & (column_K < len(columns))
-        kept_nC[row_i[row_K[here_K]], column_K[here_K]] = True
-        return kept_nC
 
-    def _from_bits(self, begin_b: torch.Tensor, columns: range) -> torch.Tensor:
-        """(b, C) bool: the columns in sets that begin at these bytes."""
-        first, last = columns.start // BITS, bytes_as_bits(columns.stop)
-        byte_U = torch.arange(first, last, device=begin_b.device)
-        value_bU = self.bytes_X[begin_b[:, None] + byte_U]
+        allowed_nC[row_b] = self._unpack_bits(begin_n[row_b], columns)
+
+        set_K, id_K = self._unpack_ids(begin_n[row_i], size_n[row_i], bytes_of_id(vocab_size))
+        column_K = id_K - columns.start
+        inside_K = (column_K >= 0) & (column_K < len(columns))
+        allowed_nC[row_i[set_K[inside_K]], column_K[inside_K]] = True
+        return allowed_nC
+
+    def _unpack_bits(self, begin_b: torch.Tensor, columns: range) -> torch.Tensor:
+        """Returns (b, C) bool: the columns in the sets of bits that begin at these bytes."""
+        first_byte, end_byte = columns.start // BITS, bytes_as_bits(columns.stop)
+        byte_U = torch.arange(first_byte, end_byte, device=begin_b.device)
+        packed_bU = self.bytes_X[begin_b[:, None] + byte_U]
+
         bit_8 = torch.arange(BITS, dtype=torch.uint8, device=begin_b.device)
-        bits_bC = (value_bU[..., None] >> bit_8 & 1).flatten(1).bool()
-        skipped = columns.start - first * BITS
+        bits_bC = (packed_bU[..., None] >> bit_8 & 1).flatten(1).bool()
+        skipped = columns.start - first_byte * BITS
         return bits_bC[:, skipped : skipped + len(columns)]
 
-    def _from_ids(self, begin_i: torch.Tensor, size_i: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(index of the set, token id) of all ids in sets that begin at these bytes, (K,) int64 each."""
+    def _unpack_ids(self, begin_i: torch.Tensor, size_i: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (index of the set, token id) of all ids in the sets that begin at these bytes, (K,) int64 each."""
         count_i = size_i // width
-        index_K = torch.arange(len(count_i), device=begin_i.device).repeat_interleave(count_i)
-        before_i = count_i.cumsum(0) - count_i
-        number_K = torch.arange(len(index_K), device=begin_i.device) - before_i[index_K]
-        place_K = begin_i[index_K] + width * number_K
-        return index_K, sum((self.bytes_X[place_K + b].long() << BITS * b for b in range(width)), place_K * 0)
+        set_K = torch.arange(len(count_i), device=begin_i.device).repeat_interleave(count_i)
+
+        # Byte of each id: ids of all sets are numbered through, so the ids of earlier sets are subtracted.
+        earlier_i = count_i.cumsum(0) - count_i
+        number_K = torch.arange(len(set_K), device=begin_i.device) - earlier_i[set_K]
+        byte_K = begin_i[set_K] + width * number_K
+        return set_K, sum((self.bytes_X[byte_K + b].long() << BITS * b for b in range(width)), byte_K * 0)

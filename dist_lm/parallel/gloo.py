@@ -13,24 +13,31 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 
 def exchange_messages(module: FSDPModule) -> None:
-    """Make FSDP gather and reduce `module` by exchange."""
+    """Makes FSDP gather and reduce the parameters of `module` by exchange."""
     module.set_custom_all_gather(ExchangeAllGather())
     module.set_custom_reduce_scatter(ExchangeReduceScatter())
 
 
-def gather_by_exchange(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Gather `own` of every rank of `group` into `output`, in the order of ranks; `own` may be a part of `output`."""
-    rank, parts = group.rank(), output.view(group.size(), -1)
-    if parts[rank].data_ptr() != own.data_ptr():
-        parts[rank].copy_(own.reshape(-1))
+def gather_by_exchange(gathered: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Gathers `part` of every rank of `group` into `gathered`, in the order of ranks.
+
+    `part` may be the part of `gathered` that belongs to this rank: then nothing is copied.
+    """
+    rank = group.rank()
+    part_of_rank = gathered.view(group.size(), -1)
+    if part_of_rank[rank].data_ptr() != part.data_ptr():
+        part_of_rank[rank].copy_(part.reshape(-1))
+
+    # All sends and receives are posted at once, so no rank waits for another one's turn.
     messages = []
-    for other in range(group.size()):
-        if other != rank:
-            peer = dist.get_global_rank(group, other)
-            messages.append(dist.P2POp(dist.isend, parts[rank], peer, group))
-            messages.append(dist.P2POp(dist.irecv, parts[other], peer, group))
-    for work in dist.batch_isend_irecv(messages) if messages else []:
-        work.wait()
+    for peer in range(group.size()):
+        if peer != rank:
+            global_rank = dist.get_global_rank(group, peer)
+            messages.append(dist.P2POp(dist.isend, part_of_rank[rank], global_rank, group))
+            messages.append(dist.P2POp(dist.irecv, part_of_rank[peer], global_rank, group))
+    if messages:
+        for work in dist.batch_isend_irecv(messages):
+            work.wait()
 
 
 class _Buffers:
@@ -39,7 +46,7 @@ class _Buffers:
 
 
 class ExchangeAllGather(_Buffers, AllGather):
-    """For `FSDPModule.set_custom_all_gather`."""
+    """The argument of `FSDPModule.set_custom_all_gather`."""
 
     def __call__(
         self,
@@ -48,12 +55,12 @@ class ExchangeAllGather(_Buffers, AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        """As `gather_by_exchange`; complete on return, for any `async_op`."""
+        """Gathers with `gather_by_exchange`; complete on return, for any `async_op`."""
         gather_by_exchange(output_tensor, input_tensor, group)
 
 
 class ExchangeReduceScatter(_Buffers, ReduceScatter):
-    """For `FSDPModule.set_custom_reduce_scatter`."""
+    """The argument of `FSDPModule.set_custom_reduce_scatter`."""
 
     def __call__(
         self,
@@ -63,7 +70,7 @@ class ExchangeReduceScatter(_Buffers, ReduceScatter):
         op: object,
         async_op: bool = False,
     ) -> None:
-        """Sum `input_tensor` over ranks, each part on its own rank; complete on return, for any `async_op`."""
+        """Sums `input_tensor` over ranks, each part on its own rank; complete on return, for any `async_op`."""
         assert op == dist.ReduceOp.SUM, f"{op} is not a sum"
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)

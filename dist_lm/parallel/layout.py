@@ -17,8 +17,8 @@ from dist_lm.errors import ConfigError
 from dist_lm.model.size import ADAPTERS, Shape, is_trained, parameter_shapes
 
 AXES = ("dp_replicate", "dp_shard", "tp")
-LISTED_LAYOUTS = 12  # in an error message
-HEAD_PADDING = 1.25  # `head_padding` above which replicas are better than shards
+LISTED_LAYOUTS = 12  # most layouts listed in an error message
+MAX_HEAD_PADDING = 1.25  # with more `head_padding`, replicas are better than shards
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def started_layout(config: Config) -> Layout | None:
 
 
 def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout:
-    """The layout that `parallel` asks for on `world_size` ranks, with values for -1 that fit.
+    """Returns the layout that `parallel` asks for on `world_size` ranks, with values for -1 that fit.
 
     If dp_replicate and dp_shard are both -1, dp_shard takes as many ranks as the model allows, and the rest are
     replicas: with tensor parallelism dp_shard must divide d_model, without it `head_padding` must be small.
@@ -68,28 +68,32 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
         ConfigError: the product of the axes is not `world_size`, or the model cannot be cut that way; the message lists
             layouts that fit.
     """
-    asked = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in AXES)
-    layout = _filled(parallel, model, world_size)
+    requested = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in AXES)
+    layout = _fill_open_axes(parallel, model, world_size)
     if layout is None:
         raise ConfigError(
-            f"{asked}: the product is not {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
-            f"(dp_replicate, dp_shard, tp) that fit: {_fitting(model, world_size)}"
+            f"{requested}: the product is not {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
+            f"(dp_replicate, dp_shard, tp) that fit: {_list_layouts(model, world_size)}"
         )
+
+    # The product fits the ranks, but the model may not be split that way.
     reason = misfit(layout, model)
     if reason:
-        fitting = _fitting(model, world_size)
-        raise ConfigError(f"{asked}: {reason}; (dp_replicate, dp_shard, tp) that fit {world_size} ranks: {fitting}")
+        fitting = _list_layouts(model, world_size)
+        raise ConfigError(f"{requested}: {reason}; (dp_replicate, dp_shard, tp) that fit {world_size} ranks: {fitting}")
     if parallel.sp and layout.tp == 1:
         raise ConfigError(f"parallel.sp=true: expected parallel.tp > 1 to split sequences over; the layout is {layout}")
     return layout
 
 
 def misfit(layout: Layout, model: ModelConfig) -> str | None:
-    """The reason why `model` does not fit `layout`; None if it fits."""
+    """Returns the reason why `model` does not fit `layout`; None if it fits."""
+    # A rank without a single head, or without a part of the vocabulary, would have an empty shard.
     if layout.tp > model.n_heads:
         return f"tp={layout.tp} is more than model.n_heads={model.n_heads}"
     if -(-model.vocab_size // layout.tp) * (layout.tp - 1) >= model.vocab_size:
         return f"tp={layout.tp} leaves a rank without a part of model.vocab_size={model.vocab_size}"
+    # FSDP splits unevenly on dimension 0 only, and there tensor parallelism has split already.
     if layout.tp > 1 and model.d_model % layout.dp_shard:
         return (
             f"with tensor parallelism dp_shard={layout.dp_shard} must divide model.d_model={model.d_model} "
@@ -99,7 +103,7 @@ def misfit(layout: Layout, model: ModelConfig) -> str | None:
 
 
 def head_padding(layout: Layout, model: ModelConfig) -> float:
-    """Elements of attention weights that FSDP gathers, with padding, per element without padding.
+    """Returns the elements of attention weights that FSDP gathers, with padding, per element without padding.
 
     FSDP cuts attention weights along d_model. If dp_shard does not divide d_model, it cuts along the heads, because it
     cuts unevenly on dimension 0 only: 25 heads over 128 ranks are padded to 128.
@@ -111,110 +115,122 @@ def head_padding(layout: Layout, model: ModelConfig) -> float:
 
 
 def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
-    """All layouts of `world_size` ranks that fit the model with little padding, by tp, then by dp_replicate."""
+    """Lists all layouts of `world_size` ranks that fit the model with little padding, by tp, then by dp_replicate."""
     return [
         layout
         for tp in divisors(world_size)
         for replicate in divisors(world_size // tp)
-        if _cuts_well(layout := Layout(replicate, world_size // tp // replicate, tp), model)
+        if _splits_well(layout := Layout(replicate, world_size // tp // replicate, tp), model)
     ]
 
 
 def check_batch(config: Config, layout: Layout) -> None:
-    """Refuse a global batch or a sequence length that the ranks cannot share equally.
+    """Refuses a global batch or a sequence length that the ranks cannot share equally.
 
     Raises:
         ConfigError: names the key and the nearest values that fit.
     """
+    # A stage without sequences has no global batch to share.
     if config.sequence_keys is None:
         return
     batch_key, seq_len_key = config.sequence_keys
-    batch, seq_len = attrgetter(batch_key, seq_len_key)(config)
-    if batch % layout.dp:
-        near = _nearest(batch, layout.dp)
+    global_batch, seq_len = attrgetter(batch_key, seq_len_key)(config)
+
+    if global_batch % layout.dp:
+        near = _nearest_multiples(global_batch, layout.dp)
         raise ConfigError(
-            f"{batch_key}={batch}: expected a multiple of the {layout.dp} data-parallel ranks, such as {near}"
+            f"{batch_key}={global_batch}: expected a multiple of the {layout.dp} data-parallel ranks, such as {near}"
         )
     if config.parallel.sp and seq_len % layout.tp:
-        near = _nearest(seq_len, layout.tp)
+        near = _nearest_multiples(seq_len, layout.tp)
         raise ConfigError(
             f"{seq_len_key}={seq_len}: with parallel.sp=true expected a multiple of tp={layout.tp}, such as {near}"
         )
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of `number`, ascending."""
+    """Lists all divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _cuts_well(layout: Layout, model: ModelConfig) -> bool:
-    return not misfit(layout, model) and head_padding(layout, model) <= HEAD_PADDING
+def _splits_well(layout: Layout, model: ModelConfig) -> bool:
+    return not misfit(layout, model) and head_padding(layout, model) <= MAX_HEAD_PADDING
 
 
-def _filled(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:
-    """The layout with all -1 replaced; None if no whole number fits."""
+def _fill_open_axes(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:
+    """Returns the layout with all -1 replaced; None if no whole number fits."""
     axes = {name: getattr(parallel, name) for name in AXES}
     open_axes = [name for name in AXES if axes[name] == -1]
+    # Every split between tp and dp would fit, so there is nothing to derive tp from.
     if "tp" in open_axes and len(open_axes) > 1:
         raise ConfigError(
             f"{' '.join(f'parallel.{name}=-1' for name in open_axes)}: expected -1 for tp alone, or for the dp axes"
         )
-    fixed = 1
-    for name in AXES:
-        fixed *= 1 if name in open_axes else axes[name]
-    if world_size % fixed or (not open_axes and fixed != world_size):
+
+    fixed_ranks = math.prod(axes[name] for name in AXES if name not in open_axes)
+    if world_size % fixed_ranks or (not open_axes and fixed_ranks != world_size):
         return None
-    left = world_size // fixed
-    if open_axes == ["dp_replicate", "dp_shard"]:
-        fits = [d for d in divisors(left) if _cuts_well(Layout(left // d, d, axes["tp"]), model)]
-        axes["dp_shard"] = max(fits, default=left)
-        axes["dp_replicate"] = left // axes["dp_shard"]
-    else:
-        axes |= dict.fromkeys(open_axes, left)
-    return Layout(**axes)
+    open_ranks = world_size // fixed_ranks
+
+    if open_axes != ["dp_replicate", "dp_shard"]:
+        return Layout(**axes | dict.fromkeys(open_axes, open_ranks))
+
+    # Shards need less memory than replicas, so shard as far as the model allows.
+    fitting = [d for d in divisors(open_ranks) if _splits_well(Layout(open_ranks // d, d, axes["tp"]), model)]
+    dp_shard = max(fitting, default=open_ranks)
+    return Layout(open_ranks // dp_shard, dp_shard, axes["tp"])
 
 
-def _fitting(model: ModelConfig, world_size: int) -> str:
-    found = layouts_of(model, world_size)
-    shown = ", ".join(f"({x.dp_replicate}, {x.dp_shard}, {x.tp})" for x in found[:LISTED_LAYOUTS])
-    return shown + (f" and {len(found) - LISTED_LAYOUTS} more" if len(found) > LISTED_LAYOUTS else "")
+def _list_layouts(model: ModelConfig, world_size: int) -> str:
+    layouts = layouts_of(model, world_size)
+    listed = ", ".join(
+        f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp})" for layout in layouts[:LISTED_LAYOUTS]
+    )
+    if len(layouts) > LISTED_LAYOUTS:
+        listed += f" and {len(layouts) - LISTED_LAYOUTS} more"
+    return listed
 
 
-def _nearest(value: int, factor: int) -> str:
-    lower, upper = value // factor * factor, (value // factor + 1) * factor
-    return f"{lower} or {upper}" if lower else f"{upper}"
+def _nearest_multiples(number: int, factor: int) -> str:
+    lower = number // factor * factor
+    upper = lower + factor
+    if lower == 0:
+        return f"{upper}"
+    return f"{lower} or {upper}"
 
 
 UNIT_BYTES = 8 << 20  # starting a smaller message takes longer than moving it
-KEPT_BYTES = 64 << 20  # gathered blocks up to this size are kept: gathering them again costs more than it saves
-# Replicated parameters that every tp rank applies to the whole residual stream: without sequence parallelism each rank
-# has the whole gradient. The norms of queries and keys are not among them: a rank applies those to its own heads.
-WHOLE_GRADIENT = (
+FREED_BYTES = 64 << 20  # smaller models stay gathered: gathering their blocks again costs more than it saves
+
+# Replicated parameters that every tp rank applies to all of the residual stream: without sequence parallelism each rank
+# has the complete gradient. The norms of queries and keys are not among them: a rank applies those to its own heads.
+COMPLETE_GRADIENT = (
     *("attention_norm.weight", "feed_forward_norm.weight", "final_norm.weight"),
     *("norm.bias", "output_bias", "down.bias"),
 )
-ALWAYS_WHOLE_GRADIENT = ("scalar_head.bias",)  # added where every rank has all tokens
+ALWAYS_COMPLETE_GRADIENT = ("scalar_head.bias",)  # added where every rank has all tokens
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One parameter on the mesh."""
+    """Says how one parameter is split on the mesh."""
 
     logical: Shape
     padded: Shape  # the tp dimension rounded up to a multiple of tp
-    tp_dim: int | None  # cut by tensor parallelism; None: replicated
-    fsdp_dim: int  # cut by dp_shard
+    tp_dim: int | None  # split by tensor parallelism; None: replicated
+    fsdp_dim: int  # split by dp_shard
 
     def whole(self, layout: Layout) -> int:
-        """Elements that one tensor-parallel rank computes with."""
-        return math.prod(self.padded) // (1 if self.tp_dim is None else layout.tp)
+        """Returns the number of elements that one tensor-parallel rank computes with."""
+        n_shards = 1 if self.tp_dim is None else layout.tp
+        return math.prod(self.padded) // n_shards
 
     def gathered(self, layout: Layout) -> int:
-        """Elements that FSDP gathers for it, with the padding of FSDP."""
+        """Returns the number of elements that FSDP gathers for the parameter, with the padding of FSDP."""
         return math.prod(self.local(layout)) * layout.dp_shard
 
     def local(self, layout: Layout) -> Shape:
-        """Shape of the largest shard."""
+        """Returns the shape of the largest shard."""
         shape = list(self.padded)
         if self.tp_dim is not None:
             shape[self.tp_dim] //= layout.tp
@@ -236,14 +252,14 @@ class Slice:
 
 
 def slice_of(size: int, tp: int, rank: int) -> Slice:
-    """Rank `rank`'s part of a dimension of `size`, cut over `tp` ranks as `torch.chunk` cuts."""
-    held = -(-size // tp)
-    start = min(rank * held, size)
-    return Slice(start, min(held, size - start), held)
+    """Returns rank `rank`'s part of a dimension of `size`, split over `tp` ranks as `torch.chunk` splits it."""
+    padded_size = -(-size // tp)
+    start = min(rank * padded_size, size)
+    return Slice(start, min(padded_size, size - start), padded_size)
 
 
 def shards_key_heads(model: ModelConfig, tp: int) -> bool:
-    """Whether the query heads of a rank form whole groups, so that key and value heads are cut the same way.
+    """Returns whether key and value heads are split like query heads: the query heads of a rank are complete groups.
 
     Otherwise every rank holds all key and value heads (grouped-query attention has few) and computes those it reads.
     """
@@ -251,104 +267,122 @@ def shards_key_heads(model: ModelConfig, tp: int) -> bool:
 
 
 def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[Slice, list[int]]:
-    """The key/value heads of a rank, and the number of its query heads that read each (empty: equal numbers)."""
+    """Returns the key/value heads of a rank, and how many of its query heads read each (empty: equally many)."""
     if shards_key_heads(model, tp):
         return slice_of(model.kv_heads, tp, rank), []
+
+    # The boundary between ranks cuts through a group of query heads, so key heads may be read unequally often.
     read = keys_read(model, tp, rank)
-    first, count = read[0], read[-1] - read[0] + 1
-    queries = [read.count(first + index) for index in range(count)]
-    return Slice(first, count, count), [] if len(set(queries)) == 1 else queries
+    first = read[0]
+    n_keys = read[-1] - first + 1
+    n_queries = [read.count(first + index) for index in range(n_keys)]
+    if len(set(n_queries)) == 1:
+        n_queries = []
+    return Slice(first, n_keys, n_keys), n_queries
 
 
 def keys_read(model: ModelConfig, tp: int, rank: int) -> list[int]:
-    """The key/value head that each query head of a rank reads; padded query heads read any, and their output is cut
-    off."""
-    heads, group = slice_of(model.n_heads, tp, rank), model.n_heads // model.kv_heads
-    return [min(head, model.n_heads - 1) // group for head in range(heads.start, heads.start + heads.held)]
+    """Returns the key/value head that each query head of a rank reads.
+
+    A padded query head reads the last one; its output is cut off.
+    """
+    # Query head h reads key head h // group_size, as in `attention.attend`.
+    heads, group_size = slice_of(model.n_heads, tp, rank), model.n_heads // model.kv_heads
+    return [min(head, model.n_heads - 1) // group_size for head in range(heads.start, heads.start + heads.held)]
 
 
 def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
-    """Placement of every parameter, by name, in the order of `Transformer.named_parameters()`."""
+    """Returns the placement of every parameter, by name, in the order of `Transformer.named_parameters()`."""
     return {name: _placement(name, shape, model, layout) for name, shape in parameter_shapes(model).items()}
 
 
 def one_block(model: ModelConfig, layout: Layout) -> tuple[list[Placement], list[Placement]]:
-    """Placements of (the parameters of one block, the parameters outside blocks); all blocks are alike."""
-    of_all = placements(replace(model, n_layers=1), layout)
-    block = [placement for name, placement in of_all.items() if name.startswith("blocks.")]
-    return block, [placement for name, placement in of_all.items() if not name.startswith("blocks.")]
+    """Returns placements of (the parameters of one block, the parameters outside blocks); all blocks are alike."""
+    # One layer is enough, and a large model has many.
+    by_name = placements(replace(model, n_layers=1), layout)
+    block = [placement for name, placement in by_name.items() if name.startswith("blocks.")]
+    outside = [placement for name, placement in by_name.items() if not name.startswith("blocks.")]
+    return block, outside
 
 
 def blocks_per_unit(model: ModelConfig, layout: Layout, element_bytes: int) -> int:
-    """Number of consecutive blocks that FSDP gathers in one message, so that messages reach UNIT_BYTES."""
+    """Returns how many consecutive blocks FSDP gathers in one message, so that messages reach UNIT_BYTES."""
     return min(model.n_layers, -(-UNIT_BYTES // (_gathered_block(model, layout) * element_bytes)))
 
 
 def has_units_outside(model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
-    """Whether FSDP gathers the embedding by itself, and the head with the final norm. Otherwise all three are gathered
-    together, before the first block, and their gradients are reduced together, after it: nothing hides that."""
+    """Returns whether FSDP gathers the embedding by itself, and the head with the final norm.
+
+    Otherwise all three are gathered in one message before the first block, and their gradients are reduced in one
+    message after its backward pass. No computation hides these messages.
+    """
+    # A tied embedding is used before the first block and after the last, so it stays gathered with the root.
     if model.tie_embeddings or model.head != "tokens":
         return False
-    held = placements(replace(model, n_layers=1), layout)["embedding.weight"].gathered(layout)
-    return held * element_bytes >= UNIT_BYTES
+    embedding = placements(replace(model, n_layers=1), layout)["embedding.weight"]
+    return embedding.gathered(layout) * element_bytes >= UNIT_BYTES
 
 
-def reshards(asked: bool | None, model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
-    """Whether the parameters of a block are freed after its forward pass and gathered again for its backward pass."""
-    if asked is not None:
-        return asked
-    return _gathered_block(model, layout) * model.n_layers * element_bytes > KEPT_BYTES
+def reshards(setting: bool | None, model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
+    """Returns whether the parameters of a block are freed after its forward pass and gathered again for its backward
+    pass.
+
+    Args:
+        setting: `parallel.reshard_after_forward`; None: the size of the model decides.
+    """
+    if setting is not None:
+        return setting
+    return _gathered_block(model, layout) * model.n_layers * element_bytes > FREED_BYTES
 
 
 def _gathered_block(model: ModelConfig, layout: Layout) -> int:
-    """Elements of a block that FSDP has gathered."""
+    """Returns the number of elements of a block after FSDP has gathered it."""
     return sum(placement.gathered(layout) for placement in one_block(model, layout)[0])
 
 
 def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:
-    """Names of the replicated parameters whose gradients must be summed over tp, as each rank has a part of them."""
+    """Names the replicated parameters whose gradients must be summed over tp, because each rank has a part of them."""
     return [
         name
         for name, placement in placements(model, layout).items()
         if layout.tp > 1
         and placement.tp_dim is None
         and is_trained(name, model)
-        and (sp or not name.endswith(WHOLE_GRADIENT))
-        and not name.endswith(ALWAYS_WHOLE_GRADIENT)
+        and (sp or not name.endswith(COMPLETE_GRADIENT))
+        and not name.endswith(ALWAYS_COMPLETE_GRADIENT)
     ]
 
 
 def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
     if ADAPTERS in name:
         return _factor_placement(name, shape, model, layout)
+    is_attention_weight = len(shape) == 3  # (heads, d_head, d_model)
     if layout.tp == 1:
-        return Placement(shape, shape, None, _fsdp_dim(shape, layout.dp_shard))
-    if len(shape) == 1 or name.endswith("_bias") or (_reads_keys(name) and not shards_key_heads(model, layout.tp)):
-        return Placement(shape, shape, None, 2 if len(shape) == 3 else 0)
+        # FSDP splits unevenly on dimension 0 only, and usual numbers of ranks do not divide the number of heads.
+        splits_d_model = is_attention_weight and shape[2] % layout.dp_shard == 0
+        return Placement(shape, shape, None, 2 if splits_d_model else 0)
+
+    # Vectors and biases are replicated: a module slices a bias itself. So are key heads that ranks do not split.
+    is_key = name.endswith(("attention.key", "attention.value"))
+    if len(shape) == 1 or name.endswith("_bias") or (is_key and not shards_key_heads(model, layout.tp)):
+        return Placement(shape, shape, None, 2 if is_attention_weight else 0)
+
+    # Dimension 0 has heads, hidden units or the vocabulary; only `down` has its hidden units second.
     tp_dim = 1 if name.endswith("down.weight") else 0
     padded = list(shape)
     padded[tp_dim] = slice_of(shape[tp_dim], layout.tp, 0).held * layout.tp
-    return Placement(shape, tuple(padded), tp_dim, 2 if len(shape) == 3 else 1 - tp_dim)
+    return Placement(shape, tuple(padded), tp_dim, 2 if is_attention_weight else 1 - tp_dim)
 
 
 def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
-    """A factor (rank, ...) of an adapter: tp cuts it along the dimension of heads or hidden units, if it has it."""
+    """Returns the placement of a factor (rank, ...) of an adapter: tp splits the dimension of heads or hidden units, if
+    the factor has it."""
     weight, factor = name.split(ADAPTERS)[1].split(".")
     last = len(shape) - 1
-    everywhere = weight in ("key", "value") and not shards_key_heads(model, layout.tp)
-    if layout.tp == 1 or factor != ("a" if weight in ("output", "down") else "b") or everywhere:
+    split_factor = "a" if weight in ("output", "down") else "b"
+    is_replicated_key = weight in ("key", "value") and not shards_key_heads(model, layout.tp)
+
+    if layout.tp == 1 or factor != split_factor or is_replicated_key:
         return Placement(shape, shape, None, last if shape[last] % layout.dp_shard == 0 else 0)
     padded = (shape[0], slice_of(shape[1], layout.tp, 0).held * layout.tp, *shape[2:])
     return Placement(shape, padded, 1, last if last > 1 and shape[last] % layout.dp_shard == 0 else 0)
-
-
-def _reads_keys(name: str) -> bool:
-    return name.endswith(("attention.key", "attention.value"))
-
-
-def _fsdp_dim(shape: Shape, ranks: int) -> int:
-    """The dimension d_model of attention weights (n_heads, d_head, d_model), if `ranks` divides it; else dimension 0.
-
-    FSDP cuts unevenly on dimension 0 only, and usual numbers of ranks do not divide the number of heads.
-    """
-    return 2 if len(shape) == 3 and shape[2] % ranks == 0 else 0

@@ -20,7 +20,7 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 
 DATA_AXES = ("dp_replicate", "dp_shard")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-LINK_BYTES = 4 << 20  # of the all-reduce that is timed
+LINK_BYTES = 4 << 20  # size of the all-reduce that is timed
 LINK_ROUNDS = 3
 BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs with bf16 instructions (Ampere)
 
@@ -40,7 +40,7 @@ class World:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """The device of this rank: its GPU if there is one or `device` asks for one, else the CPU.
+    """Returns the device of this rank: its GPU if there is one or `device` asks for one, else the CPU.
 
     Raises:
         ConfigError: this rank should have a GPU and the node has too few.
@@ -56,7 +56,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 
 
 def lacks_bf16(device: torch.device) -> bool:
-    """Whether the device is a GPU without bf16 instructions, such as V100 or T4; the flash kernels refuse it, too.
+    """Returns whether the device is a GPU without bf16 instructions, such as V100 or T4; flash kernels refuse it, too.
 
     A GPU without a number, or one that this process does not see, is planned for another node and counts as a new one.
     """
@@ -66,7 +66,7 @@ def lacks_bf16(device: torch.device) -> bool:
 
 
 def option_device(device: str) -> torch.device:
-    """The device that the option `--device` of a verb names, for a single process.
+    """Returns the device that the option `--device` of a verb names, for a single process.
 
     Raises:
         ConfigError: names the option.
@@ -78,7 +78,7 @@ def option_device(device: str) -> torch.device:
 
 @contextmanager
 def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
-    """Join the process group of the ranks that torchrun started, and leave it cleanly.
+    """Joins the process group of the ranks that torchrun started, and leaves it cleanly.
 
     NCCL moves tensors on CUDA, gloo moves tensors in host memory.
 
@@ -88,16 +88,19 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     Args:
         timeout_s: time that a collective waits for other ranks.
     """
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    chosen = choose_device(device, local_rank)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank_device = choose_device(device, local_rank)
+    if rank_device.type == "cuda":
+        torch.cuda.set_device(rank_device)
     dist.init_process_group(
-        _backends(chosen),
+        _backends(rank_device),
         timeout=timedelta(seconds=timeout_s),
-        device_id=chosen if chosen.type == "cuda" else None,
+        device_id=rank_device if rank_device.type == "cuda" else None,
     )
-    yield World(rank, size, local_rank, chosen)
+
+    yield World(rank, world_size, local_rank, rank_device)
+
+    # Not in a `finally`: after an exception the barrier would wait for ranks that may be gone.
     dist.barrier()
     leave_groups()
 
@@ -113,12 +116,12 @@ def leave_groups() -> None:
 
 
 def _backends(device: torch.device) -> str:
-    # gloo beside NCCL: checkpoints and the norms of offloaded gradients use host memory
+    # gloo works beside NCCL because checkpoints and the norms of offloaded gradients use host memory.
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> TensorAxis:
-    """Join the ranks that share one model on this machine through a given `store`.
+    """Joins the ranks that share one model on this machine through a given `store`.
 
     Messages stay on the loopback interface.
 
@@ -127,10 +130,9 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    named = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-    before = {name: os.environ.get(name) for name in named}
-    os.environ.update(dict.fromkeys(named, LOOPBACK))
-    try:
+
+    # All ranks are on this machine; another interface may be slower, or filtered.
+    with _interface(LOOPBACK):
         dist.init_process_group(
             _backends(device),
             store=store,
@@ -139,21 +141,32 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-    dist.barrier()  # after it no rank needs the store to find the others
+    dist.barrier()  # all ranks have found each other, so none needs the store any more
+
     group = dist.group.WORLD
     assert group
     initialize._MODEL_PARALLEL_GROUP = group  # as in `build_mesh`
     return TensorAxis(group, size, rank, sp=False, functional=False)
 
 
+@contextmanager
+def _interface(name: str) -> Iterator[None]:
+    """Makes gloo and NCCL connect over a network interface inside the block; they know no other way than variables."""
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    previous = {variable: os.environ.get(variable) for variable in variables}
+    os.environ.update(dict.fromkeys(variables, name))
+    try:
+        yield
+    finally:
+        for variable, setting in previous.items():
+            if setting is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = setting
+
+
 def leave_ranks(device: torch.device) -> None:
-    """Leave the group of `join_ranks` without waiting for the other ranks; a collective that is stuck in NCCL ends."""
+    """Leaves the group of `join_ranks` without waiting for its ranks; a collective that is stuck in NCCL ends."""
     initialize._MODEL_PARALLEL_GROUP = None
     if not dist.is_initialized():
         return
@@ -164,26 +177,27 @@ def leave_ranks(device: torch.device) -> None:
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The mesh (dp_replicate, dp_shard, tp) over all ranks; fairscale's regions use its tp groups."""
+    """Builds the mesh (dp_replicate, dp_shard, tp) over all ranks; fairscale's regions use its tp groups."""
     mesh = init_device_mesh(
         device.type,
         (layout.dp_replicate, layout.dp_shard, layout.tp),
         mesh_dim_names=(*DATA_AXES, "tp"),
     )
-    # fairscale has one group per process (`TensorAxis.check_current`); its `initialize_model_parallel` would create a
-    # second communicator for every group of the mesh
+
+    # fairscale has one group per process (`TensorAxis.check_current`). Its `initialize_model_parallel` would create a
+    # second communicator for every group of the mesh.
     initialize._MODEL_PARALLEL_GROUP = mesh.get_group("tp")
     return mesh
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Both dp axes as one axis: the ranks that see different data and share gradients."""
+    """Returns both dp axes as one axis: the ranks that see different data and share gradients."""
     return mesh[DATA_AXES]._flatten("dp")
 
 
 @dataclass(frozen=True)
 class LinkSpeed:
-    """Time of an all-reduce over all ranks."""
+    """The measured time of an all-reduce over all ranks."""
 
     ranks: int
     bytes: int
@@ -192,21 +206,24 @@ class LinkSpeed:
 
 
 def measure_all_reduce(world: World, size: int = LINK_BYTES) -> LinkSpeed:
-    """Time an all-reduce of `size` bytes (collective): the largest time of any rank.
+    """Times an all-reduce of `size` bytes (collective); the largest time of any rank counts.
 
     It is the first collective of a run: it shows that all ranks reach each other over the network that training uses.
     """
-    values = torch.ones(size // 4, dtype=torch.float32, device=world.device)
+    # The barrier before each round keeps the wait for a late rank out of the measured time.
+    message = torch.ones(size // 4, dtype=torch.float32, device=world.device)
     times = []
-    for _ in range(1 + LINK_ROUNDS):  # the first round sets up connections
+    for _ in range(1 + LINK_ROUNDS):
         dist.barrier()
         started = time.perf_counter()
-        dist.all_reduce(values)
+        dist.all_reduce(message)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         times.append(time.perf_counter() - started)
-    seconds = torch.tensor([min(times[1:])], dtype=torch.float64, device=world.device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    slowest = float(seconds)
-    sent = 2 * (world.size - 1) / world.size * size
-    return LinkSpeed(world.size, size, slowest, sent / slowest / 1e9)
+
+    # The first round sets up connections, so it does not count.
+    best = torch.tensor([min(times[1:])], dtype=torch.float64, device=world.device)
+    dist.all_reduce(best, op=dist.ReduceOp.MAX)
+    seconds = float(best)
+    sent_bytes = 2 * (world.size - 1) / world.size * size
+    return LinkSpeed(world.size, size, seconds, sent_bytes / seconds / 1e9)

@@ -1,16 +1,17 @@
 """A model on a mesh: tensor parallelism, activation checkpointing, compiled blocks, FSDP2.
 
-The model is arranged on the meta device, gets memory for its shards alone, and then its values (`values.fill`).
+`build_model` has three steps: arrange the modules on the meta device, allocate the shards of this rank, set their
+values (`values.fill`).
 
-The order matters: tensor parallelism replaces modules, so it comes first. FSDP comes last, because recomputation must
-happen inside its hooks, which gather parameters.
+The order of the arrangement matters: tensor parallelism replaces modules, so it comes first. FSDP comes last, because
+recomputation must happen inside its hooks, which gather parameters.
 
 Activation checkpointing has three modes:
 
-    none        keeps all activations
-    selective   keeps outputs of matrix products, attention and collectives; computes norms, activations, RoPE and
+    none        stores all activations
+    selective   stores outputs of matrix products, attention and collectives; computes norms, activations, RoPE and
                 dropout again (Korthikanti et al. 2022, section 5)
-    full        keeps the input of each block
+    full        stores the input of each block
 
 It is torch's own and not fairscale's `checkpoint_wrapper`: the gradients and the time are the same, recomputation stops
 at the last tensor that is needed, and one mechanism does both modes (`bench checkpointing`).
@@ -60,10 +61,10 @@ FORWARD_METHODS = ("token_losses", "logprobs", "scores")
 must not call each other, which would free and gather these parameters once more."""
 
 RECOMPILATIONS = 48
-"""Of the blocks of one model: with and without values of the first layer, gradients and kept tokens, with one row, with
-one kept token, each for the first shape and then for all shapes."""
+"""Most compilations of the blocks of one model: with and without values of the first layer, gradients and selected
+tokens, with one row, with one selected token, each for the first shape and then for all shapes."""
 
-KEPT = (
+STORED_OPERATORS = (
     "aten::mm",
     "aten::addmm",
     "aten::bmm",
@@ -80,38 +81,45 @@ KEPT = (
 
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
-    """Dtype of the forward and backward pass; master weights and reductions are always fp32.
+    """Returns the dtype of the forward and backward pass; master weights and reductions are always fp32.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
     """
-    wanted, old = parallel.compute_dtype, lacks_bf16(device)
-    if wanted == "bf16" and old:
+    setting = parallel.compute_dtype
+    if setting == "bf16" and lacks_bf16(device):
         raise ConfigError(
             f"parallel.compute_dtype=bf16: {torch.cuda.get_device_name(device)} has no bf16 instructions; "
             "expected auto or fp32, or a GPU of compute capability 8.0 or later"
         )
-    half = not old if device.type == "cuda" else wanted == "fastest" and multiplies_bf16()
-    return torch.bfloat16 if wanted == "bf16" or (wanted in ("auto", "fastest") and half) else torch.float32
+
+    uses_bf16 = setting == "bf16"
+    if setting == "fastest" and device.type == "cpu":
+        uses_bf16 = multiplies_bf16()
+    elif setting in ("auto", "fastest") and device.type == "cuda":
+        uses_bf16 = not lacks_bf16(device)
+    return torch.bfloat16 if uses_bf16 else torch.float32
 
 
 def generation_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
-    """Dtype of whole copies that generate: with `fastest`, fp32 on every CPU, where bf16 kernels are compiled for every
-    new shape."""
-    asked = "auto" if parallel.compute_dtype == "fastest" else parallel.compute_dtype
-    return compute_dtype(replace(parallel, compute_dtype=asked), device)
+    """Returns the dtype of unsharded copies that generate.
+
+    `fastest` means `auto` here, so fp32 on a CPU: its bf16 kernels are compiled for every new shape.
+    """
+    setting = "auto" if parallel.compute_dtype == "fastest" else parallel.compute_dtype
+    return compute_dtype(replace(parallel, compute_dtype=setting), device)
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has bf16 instructions (AMX or AVX512-BF16); other CPUs are slower in bf16 than in fp32."""
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
+    """Returns whether this CPU has bf16 instructions (AMX or AVX512-BF16); other CPUs are slower in bf16 than fp32."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
 
 
 def build_model(
     model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, seed: int
 ) -> Transformer:
-    """An initialised model on `mesh`.
+    """Builds an initialised model on `mesh`.
 
     Gradients are summed over ranks, not averaged: the trainer divides by the global token count. The loss computes at
     most `parallel.loss_chunk_mib` of logits at once.
@@ -125,41 +133,48 @@ def build_model(
 def arrange_model(
     model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, exchange: bool
 ) -> Transformer:
-    """The model on the meta device, every parameter with its placement on `mesh`.
+    """Builds the model on the meta device, every parameter with its placement on `mesh`.
 
     Args:
         device: the device it will run on.
         exchange: whether FSDP sends its messages by exchange (`gloo`).
     """
     layout = layout_of(mesh)
-    where = placements(model_config, layout)
+    placement_of = placements(model_config, layout)
+
+    # 1. Tensor parallelism
     with torch.device("meta"):
         if layout.tp > 1:
-            model = _tensor_parallel(model_config, parallel, mesh, layout, where)
+            model = _tensor_parallel(model_config, parallel, mesh, layout, placement_of)
         else:
             model = Transformer(model_config)
+    model.chunk_bytes = parallel.loss_chunk_mib << 20
     if model_config.lora is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_trained(name, model_config))
-    model.chunk_bytes = parallel.loss_chunk_mib << 20
+
+    # 2. Activation checkpointing and compilation
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
     wrap_blocks(model, parallel.activation_checkpointing, compiled, whole_graph=device.type == "cuda")
+
+    # 3. FSDP, also on one rank if it has to cast or offload
     dtype = compute_dtype(parallel, device)
     if layout.dp > 1 or dtype != torch.float32 or parallel.cpu_offload:
-        _fully_shard(model, parallel, mesh, dtype, where, exchange)
+        _fully_shard(model, parallel, mesh, dtype, placement_of, exchange)
     return model
 
 
 def wrap_blocks(model: Transformer, mode: str, compiled: bool, whole_graph: bool) -> None:
-    """Checkpoint and compile the forward of every block; parameter names do not change.
+    """Checkpoints and compiles the forward of every block; parameter names do not change.
 
     All blocks of a model share one compiled function, and no other model does: a learner of RLHF holds four models, and
     the compiler counts recompilations by function. The compiler must see a selective policy, so it compiles the
     checkpointed forward. Full checkpointing calls the compiled forward again.
 
     Args:
-        whole_graph: a function that the compiler cannot take whole, or compiles RECOMPILATIONS times, is an error.
-            Otherwise those parts run eagerly.
+        mode: none | selective | full.
+        whole_graph: it is an error if the compiler must split a function, or compiles it RECOMPILATIONS times.
+            Otherwise the parts that it leaves out run eagerly.
     """
 
     def compile_block(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -167,6 +182,7 @@ def wrap_blocks(model: Transformer, mode: str, compiled: bool, whole_graph: bool
             forward, fullgraph=whole_graph, isolate_recompiles=True, recompile_limit=RECOMPILATIONS
         )
 
+    # The forward of the class and not of an instance: then all blocks share one compiled function.
     (forward,) = {type(block).forward for block in model.blocks}
     if compiled and mode != "selective":
         forward = compile_block(forward)
@@ -192,17 +208,17 @@ def _selective_contexts():
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    kept = isinstance(operator, torch._ops.OpOverload) and operator.name().partition(".")[0] in KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    is_stored = isinstance(operator, torch._ops.OpOverload) and operator.name().partition(".")[0] in STORED_OPERATORS
+    return CheckpointPolicy.MUST_SAVE if is_stored else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def layout_of(mesh: DeviceMesh) -> Layout:
-    """The layout of a mesh."""
+    """Returns the layout of a mesh."""
     return Layout(*(mesh[name].size() for name in ("dp_replicate", "dp_shard", "tp")))
 
 
 def _tensor_parallel(
-    config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, layout: Layout, where: dict[str, Placement]
+    config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, layout: Layout, placement_of: dict[str, Placement]
 ) -> Transformer:
     axis = TensorAxis(
         group=mesh.get_group("tp"),
@@ -212,20 +228,23 @@ def _tensor_parallel(
         functional=parallel.activation_checkpointing == "selective",
     )
     model = TensorParallelTransformer(config, axis, partial_gradients(config, layout, parallel.sp))
+
+    # The modules create plain parameters of logical shape; each becomes a DTensor of padded shape.
     for name, _ in list(model.named_parameters()):
         module, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(_on_tp_axis(where[name], mesh["tp"])))
+        setattr(model.get_submodule(module), attribute, nn.Parameter(_empty_on_tp(placement_of[name], mesh["tp"])))
     return model
 
 
-def _on_tp_axis(place: Placement, mesh: DeviceMesh) -> DTensor:
-    """An empty DTensor of the padded shape."""
-    shape = list(place.padded)
-    if place.tp_dim is not None:
-        shape[place.tp_dim] //= mesh.size()
-    placement = Replicate() if place.tp_dim is None else Shard(place.tp_dim)
-    # all shards have one shape, so torch derives the padded shape of the whole tensor
-    return DTensor.from_local(torch.empty(shape), mesh, [placement], run_check=False)
+def _empty_on_tp(placement: Placement, mesh: DeviceMesh) -> DTensor:
+    """Returns an empty DTensor of the padded shape."""
+    shard_shape = list(placement.padded)
+    dtensor_placement = Replicate()
+    if placement.tp_dim is not None:
+        shard_shape[placement.tp_dim] //= mesh.size()
+        dtensor_placement = Shard(placement.tp_dim)
+    # All shards have one shape, so torch derives the padded shape of the tensor.
+    return DTensor.from_local(torch.empty(shard_shape), mesh, [dtensor_placement], run_check=False)
 
 
 def _fully_shard(
@@ -233,18 +252,16 @@ def _fully_shard(
     parallel: ParallelConfig,
     mesh: DeviceMesh,
     dtype: torch.dtype,
-    where: dict[str, Placement],
+    placement_of: dict[str, Placement],
     exchange: bool,
 ) -> None:
-    axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else "dp_shard"
+    """Applies FSDP2 to units of the model: consecutive blocks, the embedding, the head, and the rest as root."""
+    layout, element_bytes = layout_of(mesh), dtype.itemsize
+    axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else "dp_shard"
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
-    dims = {id(parameter): where[name].fsdp_dim for name, parameter in model.named_parameters()}
-
-    def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(dims[id(parameter)])
-
-    layout, size = layout_of(mesh), dtype.itemsize
+    # FSDP asks for the placement of a parameter, but does not say its name.
+    fsdp_dims = {id(parameter): placement_of[name].fsdp_dim for name, parameter in model.named_parameters()}
 
     def shard(unit: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
         fully_shard(
@@ -252,36 +269,41 @@ def _fully_shard(
             mesh=mesh[axes],
             mp_policy=precision,
             reshard_after_forward=reshard_after_forward,
-            shard_placement_fn=placement,
+            shard_placement_fn=lambda parameter: Shard(fsdp_dims[id(parameter)]),
             offload_policy=offload,
         )
 
-    if has_units_outside(model.config, layout, size):
+    if has_units_outside(model.config, layout, element_bytes):
         assert model.lm_head is not None
         shard(model.embedding, False)
-        shard([model.final_norm, model.lm_head], False)  # gathered by the norm: the loss reads the weight of the head
-    step = blocks_per_unit(model.config, layout, size)
-    for first in range(0, len(model.blocks), step):
-        unit = list(model.blocks[first : first + step])
-        shard(unit, reshards(parallel.reshard_after_forward, model.config, layout, size))
+        # The loss reads the weight of the head without calling the module, so the norm before it must gather both.
+        shard([model.final_norm, model.lm_head], False)
+    # Small blocks share a message: starting one takes longer than moving few bytes.
+    n_blocks = blocks_per_unit(model.config, layout, element_bytes)
+    for first in range(0, len(model.blocks), n_blocks):
+        unit = list(model.blocks[first : first + n_blocks])
+        shard(unit, reshards(parallel.reshard_after_forward, model.config, layout, element_bytes))
     shard(model, False)
+
+    # Gradients are summed, not averaged: the trainer divides by the global token count.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction with a factor but the sum
             if exchange:
                 exchange_messages(module)
+
     for method in FORWARD_METHODS:
         register_fsdp_forward_method(model, method)
 
 
 def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
-    """Allocate the parameters of a model on the meta device: on `device`, or in host memory if they are offloaded."""
+    """Allocates the parameters of a model on the meta device: on `device`, or in host memory if they are offloaded."""
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
 
 
 def accumulate(model: nn.Module, *, reduce: bool, last: bool) -> None:
-    """Prepare FSDP for the next micro-batch of a step.
+    """Prepares FSDP for the next micro-batch of a step.
 
     A unit that stays gathered from its forward to its backward pass stays gathered until the last micro-batch of the
     step, too: it is gathered once a step.
@@ -293,13 +315,13 @@ def accumulate(model: nn.Module, *, reduce: bool, last: bool) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(reduce, recurse=False)
-            groups = module._get_fsdp_state()._fsdp_param_groups
-            frees = last or any(group._reshard_after_forward for group in groups)
-            module.set_reshard_after_backward(frees, recurse=False)
+            param_groups = module._get_fsdp_state()._fsdp_param_groups
+            frees_unit = last or any(group._reshard_after_forward for group in param_groups)
+            module.set_reshard_after_backward(frees_unit, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free the parameters that FSDP gathered in a forward pass without a backward pass.
+    """Frees the parameters that FSDP gathered in a forward pass without a backward pass.
 
     Otherwise `named_parameters` gives gathered tensors, not the shards that the optimizer and checkpoints use.
     """

@@ -48,31 +48,33 @@ class TensorAxis:
             )
 
     def enter(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """The whole residual stream, as input of this rank's part of a layer."""
+        """Returns the residual stream of all tokens, as input of this rank's part of a layer."""
         if self.sp:
             return wait_tensor(all_gather_single_autograd(x_BTD, TOKEN_DIM, self.group))
         return copy_to_model_parallel_region(x_BTD)
 
     def leave(self, part_BTD: torch.Tensor) -> torch.Tensor:
-        """The sum of the parts of all ranks, as residual stream; may overwrite `part_BTD`."""
+        """Returns the sum of the parts of all ranks, as residual stream; may overwrite `part_BTD`."""
         if self.sp:
             return wait_tensor(reduce_scatter_single_autograd(part_BTD, "sum", TOKEN_DIM, self.group))
         if self.functional:
-            return _SumOfParts.apply(part_BTD, self.group)
+            return _AllReduce.apply(part_BTD, self.group)
         return reduce_from_model_parallel_region(part_BTD)
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of the parts of all ranks. Every rank gets the same sum and must give it the same gradient."""
-        return _SumOfParts.apply(part, self.group)
+        """Returns the sum of the parts of all ranks. Every rank must give the sum the same gradient."""
+        return _AllReduce.apply(part, self.group)
 
     def first_token(self, n_tokens: int) -> int:
-        """Index of the first token in the residual stream of this rank, for sequences of `n_tokens`."""
-        assert not self.sp or n_tokens % self.size == 0, f"{n_tokens} tokens over {self.size} ranks"
-        return self.rank * n_tokens // self.size if self.sp else 0
+        """Returns the index, in its sequence of `n_tokens`, of the first token that this rank holds in its stream."""
+        if not self.sp:
+            return 0
+        assert n_tokens % self.size == 0, f"{n_tokens} tokens over {self.size} ranks"
+        return self.rank * n_tokens // self.size
 
 
-class _SumOfParts(torch.autograd.Function):
-    """All-reduce for a result whose gradient is the same on every rank."""
+class _AllReduce(torch.autograd.Function):
+    """An all-reduce whose sum has the same gradient on every rank, so its backward pass sends nothing."""
 
     @staticmethod
     def forward(ctx, part: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
@@ -84,11 +86,12 @@ class _SumOfParts(torch.autograd.Function):
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, with padding; its gradient is a DTensor with the placements of the parameter."""
+    """Returns this rank's shard, with padding; its gradient is a DTensor with the placements of the parameter."""
     if not isinstance(parameter, DTensor):
         return parameter
-    # the compiler supports to_local
-    return parameter.to_local() if torch.compiler.is_compiling() else _Shard.apply(parameter)
+    if torch.compiler.is_compiling():
+        return parameter.to_local()  # the compiler knows it, unlike `_Shard`
+    return _Shard.apply(parameter)
 
 
 class _Shard(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Values of sharded tensors: the logical part of a shard, whole parameters in and out, sums and norms of gradients.
+"""Values of sharded tensors: their logical part, unsharded weights in and out, sums and norms of gradients.
 
 Tensor parallelism pads a dimension of n to `tp * ceil(n / tp)`. A shard is then the shard that `torch.chunk` of the
 unpadded tensor would give, followed by zeros, so the first entries of a padded shard *are* the shard of the logical
@@ -15,78 +15,89 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.model.lora import Adapter, adapter_of, change
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 
 
 def logical(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """A tensor of logical `shape` that shares memory with `tensor` (a parameter or a moment).
+    """Returns a tensor of logical `shape` that shares memory with `tensor` (a parameter or a moment).
 
-    Scalars, plain tensors and DTensors without padding are returned unchanged. The shards of the result may be uneven,
-    empty or not contiguous.
+    Scalars, plain tensors and DTensors without padding are returned unchanged. The shards of the returned tensor may be
+    uneven, empty or not contiguous.
     """
     shape = torch.Size(shape)
     if tensor.dim() == 0 or tensor.shape == shape:
         return tensor
     assert isinstance(tensor, DTensor), f"shape {tuple(tensor.shape)}, expected {tuple(shape)}"
-    own, _ = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    return with_shard(shard_of(tensor)[tuple(slice(size) for size in own)], tensor, shape)
+    shard_shape, _ = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    return with_shard(shard_of(tensor)[tuple(slice(size) for size in shard_shape)], tensor, shape)
 
 
-def with_shard(part: torch.Tensor, like: DTensor, shape: torch.Size) -> DTensor:
-    """A tensor of `shape` on the mesh of `like` whose shard on this rank is `part` itself, outside autograd.
+def with_shard(shard: torch.Tensor, like: DTensor, shape: torch.Size) -> DTensor:
+    """Returns a tensor of `shape` on the mesh of `like` whose shard on this rank is `shard` itself, outside autograd.
 
-    `DTensor.from_local` would copy offloaded shards to the GPU of the mesh, so what is written would be lost.
+    `DTensor.from_local` would copy offloaded shards to the GPU of the mesh, so a write to them would be lost.
     """
+    # Built by hand, because the public constructors derive the shape from equal shards, copy, or check on all ranks.
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    spec = DTensorSpec(like.device_mesh, like.placements, TensorMeta(shape, stride, part.dtype))
-    return DTensor(part, spec, requires_grad=False)
+    spec = DTensorSpec(like.device_mesh, like.placements, TensorMeta(shape, stride, shard.dtype))
+    return DTensor(shard, spec, requires_grad=False)
 
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor, with padding, outside autograd."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    """Returns this rank's shard of a tensor, with padding, outside autograd."""
+    if isinstance(tensor, DTensor):
+        return tensor._local_tensor
+    return tensor
+
+
+def shard_box(tensor: DTensor) -> tuple[slice, ...]:
+    """Returns the part of a logical tensor that this rank's shard holds, by dimension."""
+    size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
 
 
 @torch.no_grad()
 def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Set every parameter to the logical value `value(name, shape)`; padding becomes zero.
+    """Sets every parameter to the logical value `value(name, shape)`; padding becomes zero.
 
-    All ranks compute the same values, one whole value at a time, so nothing is sent.
+    All ranks compute the same values, one unsharded value at a time, so nothing is sent.
     """
     shapes = parameter_shapes(model_config)
     for name, parameter in model.named_parameters():
-        shape = shapes[name]
-        if parameter.shape != shape:
-            parameter.zero_()
-        target, whole = logical(parameter, shape), value(name, shape)
+        if parameter.shape != shapes[name]:
+            parameter.zero_()  # the padding, too
+
+        target = logical(parameter, shapes[name])
+        unsharded = value(name, shapes[name])
         if isinstance(target, DTensor):
-            own, offset = compute_local_shape_and_global_offset(shape, target.device_mesh, target.placements)
-            whole = whole[tuple(slice(start, start + size) for start, size in zip(offset, own, strict=True))]
-        shard_of(target).copy_(whole)
-        del whole  # before the next one is computed
+            unsharded = unsharded[shard_box(target)]
+        shard_of(target).copy_(unsharded)
+        del unsharded  # before the next one is computed
 
 
 @torch.no_grad()
 def whole_weights(model: nn.Module, model_config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All parameters by name, whole and of logical shape, on every rank (collective). Adapters are merged.
+    """Returns all parameters by name, unsharded and of logical shape, on every rank (collective). Adapters are merged.
 
     They may share memory with the parameters of the model.
     """
-    full, shapes = {}, parameter_shapes(model_config)
+    shapes = parameter_shapes(model_config)
+    weights = {}
     for name in parameter_shapes(model_config.plain):
-        value = _with_change(model, model_config, name, shapes)
-        full[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(dtype)
-    return full
+        weight = merged_weight(model, model_config, name, shapes)
+        weights[name] = _unshard(weight).detach().to(dtype)
+    return weights
 
 
 def stream_weights(
     model: nn.Module, model_config: ModelConfig, dtype: torch.dtype, receives: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """All parameters, one at a time, whole, of logical shape and in `dtype`, in the order of `parameter_shapes`.
-    Adapters are merged.
+    """Yields all parameters, one at a time, unsharded, of logical shape and in `dtype`, in the order of
+    `parameter_shapes`. Adapters are merged.
 
     Collective: every rank reads the stream to its end. The tensors belong to the receiver, and the stream keeps none.
 
@@ -96,44 +107,95 @@ def stream_weights(
     shapes = parameter_shapes(model_config)
     for name in parameter_shapes(model_config.plain):
         if receives:
-            yield name, _whole_copy(model, model_config, name, shapes, dtype)
+            yield name, _unsharded_clone(model, model_config, name, shapes, dtype)
         else:
-            _whole_copy(model, model_config, name, shapes, dtype)
+            _unsharded_clone(model, model_config, name, shapes, dtype)
 
 
-def _whole_copy(
+def _unsharded_clone(
     model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape], dtype: torch.dtype
 ) -> torch.Tensor:
-    """A parameter as a tensor with memory of its own; it is sent in `dtype` (collective)."""
-    with torch.inference_mode(mode=False), torch.no_grad():  # whatever the mode of the reader is
-        cast = _with_change(model, config, name, shapes).detach().to(dtype)
-        whole = cast.full_tensor() if isinstance(cast, DTensor) else cast
-        held = shard_of(model.get_parameter(name))
-        shared = whole.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
-        return whole.clone() if shared else whole
+    """Returns a parameter as a tensor with memory of its own; it is sent in `dtype` (collective)."""
+    # The receiver may read the stream in inference mode, but must get ordinary tensors.
+    with torch.inference_mode(mode=False), torch.no_grad():
+        unsharded = _unshard(merged_weight(model, config, name, shapes).detach().to(dtype))
+        shard = shard_of(model.get_parameter(name))
+        shares_memory = unsharded.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+        if shares_memory:
+            unsharded = unsharded.clone()
+        return unsharded
 
 
-def _with_change(model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
-    """A parameter of logical shape, with the change by its adapter (collective)."""
-    value = logical(model.get_parameter(name), shapes[name])
-    if config.lora is None:
-        return value
-    from dist_lm.parallel.adapters import merged
-
-    return merged(model, name, value, shapes)
+def _unshard(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor
 
 
 def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A plain model with the same weights, for sampling, whole on every rank (collective). Adapters are merged."""
+    """Returns a plain model with the same weights, unsharded on every rank, for sampling (collective). Adapters are
+    merged."""
+    # `assign=True` puts the weights in place, so the copy never allocates parameters of its own.
     with torch.device("meta"):
         copy = Transformer(model_config.plain)
     copy.load_state_dict(whole_weights(model, model_config, dtype), assign=True)
     return copy.eval()
 
 
+def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
+    """Returns a parameter of logical shape plus the change by its LoRA adapter (collective).
+
+    A parameter without an adapter, or inside `without_adapters`, is returned itself.
+
+    Args:
+        name: name of the parameter.
+        shapes: logical shapes of all parameters.
+    """
+    weight = logical(model.get_parameter(name), shapes[name])
+    prefix = adapter_of(name)
+    if config.lora is None or f"{prefix}a" not in shapes:
+        return weight
+    adapter = model.get_submodule(prefix.removesuffix("."))
+    assert isinstance(adapter, Adapter)
+    if not adapter.is_on:
+        return weight
+
+    # Factors are small, so every rank gets them unsharded and computes the change of its shard alone.
+    a, b = (_unshard(logical(getattr(adapter, factor), shapes[prefix + factor])) for factor in ("a", "b"))
+    shard = shard_of(weight).clone()
+    merged = with_shard(shard, weight, weight.shape) if isinstance(weight, DTensor) else shard
+    _add_change(merged, name, a, b, adapter.scale)
+    return merged
+
+
+def _add_change(weight: torch.Tensor, name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
+    """Adds `scale * B A` to this rank's shard of a weight of logical shape, in place; `a` and `b` are unsharded."""
+    box = shard_box(weight) if isinstance(weight, DTensor) else None
+    shard = shard_of(weight)
+    shard.add_(change(name, a.to(shard.device), b.to(shard.device), scale, box))
+
+
+@torch.no_grad()
+def add_changes(
+    model: nn.Module, config: AdaptedModelConfig, shapes: Mapping[str, Shape], factors: Mapping[str, torch.Tensor]
+) -> None:
+    """Adds the changes of an adapter to the weights of a model, whatever its layout, in place.
+
+    Args:
+        config: configuration of the model with the adapter.
+        shapes: logical shapes of the model's parameters.
+        factors: unsharded factors by name.
+    """
+    for name, parameter in model.named_parameters():
+        prefix = adapter_of(name)
+        if f"{prefix}a" in factors:
+            weight = logical(parameter.detach(), shapes[name])
+            _add_change(weight, name, factors[f"{prefix}a"], factors[f"{prefix}b"], config.scale)
+
+
 @torch.no_grad()
 def reduce_partial_gradients(model: nn.Module) -> None:
-    """Sum over tp the gradients of replicated parameters to which each tp rank contributes a part (collective).
+    """Sums over tp the gradients of replicated parameters to which each tp rank contributes a part (collective).
 
     Runs once per step, after the last micro-batch, in one message. FSDP has reduced these gradients before: both sums
     are linear, so their order does not matter.
@@ -141,33 +203,39 @@ def reduce_partial_gradients(model: nn.Module) -> None:
     if not isinstance(model, TensorParallelTransformer):
         return
     parameters = dict(model.named_parameters())
-    gradients = [shard_of(gradient) for name in model.partial if (gradient := parameters[name].grad) is not None]
-    assert len(gradients) == len(model.partial), "every parameter takes part in every step"
+    names = model.partial_gradients
+    gradients = [shard_of(gradient) for name in names if (gradient := parameters[name].grad) is not None]
+    assert len(gradients) == len(names), "every parameter takes part in every step"
     if not gradients:
         return
+
+    # Norms and biases are small: one message instead of many.
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat, group=model.axis.group)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    sums = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, summed in zip(gradients, sums, strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 @torch.no_grad()
-def squared_norms(parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """This rank's contribution to the squared L2 norm of each group of gradients: (len(parts),) float64.
+def squared_norms(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Returns this rank's contribution to the squared L2 norm of each group of gradients: (len(groups),) float64.
 
-    The contributions of all ranks add up to the norm. At least one group has a gradient.
+    The contributions of all ranks add up to the squared norm. At least one group has a gradient.
     """
-    counted = [[shard_of(gradient) for gradient in part if is_first_copy(gradient)] for part in parts]
-    flat = [shard for part in counted for shard in part]
-    if not flat:
-        device = next(gradient.device for part in parts for gradient in part)
-        return torch.zeros(len(parts), dtype=torch.float64, device=device)
-    squares = torch.stack(torch._foreach_norm(flat)).double().square()
-    return torch.stack([part.sum() for part in squares.split([len(part) for part in counted])])
+    # Ranks that hold copies of one shard must not count it twice.
+    counted = [[shard_of(gradient) for gradient in group if is_first_copy(gradient)] for group in groups]
+    shards = [shard for group in counted for shard in group]
+    if not shards:
+        device = next(gradient.device for group in groups for gradient in group)
+        return torch.zeros(len(groups), dtype=torch.float64, device=device)
+
+    squares = torch.stack(torch._foreach_norm(shards)).double().square()
+    return torch.stack([group.sum() for group in squares.split([len(group) for group in counted])])
 
 
 def is_first_copy(tensor: torch.Tensor) -> bool:
-    """Whether this rank is the first of the ranks that hold the same shard."""
+    """Returns whether this rank is the first of the ranks that hold the same shard."""
     if not isinstance(tensor, DTensor):
         return True
     coordinate = tensor.device_mesh.get_coordinate()

@@ -19,12 +19,15 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.config.stage import TrainingGroup
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.size import ADAPTERS, is_trained, parameter_shapes
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.values import logical, shard_of
+from dist_lm.parallel.values import add_changes, logical, shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
+from dist_lm.training.adapters import adapted_model, check_same_adapters, record_of
+from dist_lm.training.checkpoint_tensors import as_fp32, own_parameters
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
 
@@ -32,7 +35,9 @@ log = logging.getLogger(__name__)
 
 FILE_BYTES = 1 << 30  # approximate size of one file, which is assembled in memory before it is written
 
-Found = TypeVar("Found")
+SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
+
+T = TypeVar("T")
 
 
 class CheckpointWriteError(UserError):
@@ -43,21 +48,23 @@ class CheckpointWriteError(UserError):
 class Companion:
     """A second model in the same checkpoint: the critic beside the policy."""
 
-    prefix: str  # of the names of its tensors: `value.`
+    prefix: str  # begins the names of its tensors: `value.`
     model: nn.Module
     optimizer: torch.optim.Optimizer
     config: ModelConfig
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`tensors_of` this model."""
+        """Returns the `tensors_of` this model."""
         return tensors_of(self.model, self.optimizer, self.config, self.prefix)
 
 
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
-    """All tensors by their names in a checkpoint, of logical shape; loading writes into these tensors. Of a model with
-    adapters only what is trained."""
+    """Returns all tensors by their names in a checkpoint, of logical shape; loading writes into these tensors.
+
+    A model with adapters has only its trained tensors in a checkpoint.
+    """
     shapes = parameter_shapes(model_config)
     tensors = {
         f"{prefix}{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
@@ -65,15 +72,16 @@ def tensors_of(
         if is_trained(name, model_config)
     }
     if optimizer is not None:
-        for name, value in named_state(model, optimizer):
-            parameter, _, key = name.rpartition(".")
-            whole = value if key == VARIANCE else logical(value, shapes[parameter])
-            tensors[f"{prefix}{files.OPTIMIZER}{name}"] = whole
+        for name, tensor in named_state(model, optimizer):
+            parameter_name, _, key = name.rpartition(".")
+            if key != VARIANCE:  # the variance has its logical shape already
+                tensor = logical(tensor, shapes[parameter_name])
+            tensors[f"{prefix}{files.OPTIMIZER}{name}"] = tensor
     return tensors
 
 
 def weights_of(model: nn.Module, model_config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The parameters by their names in a checkpoint, of logical shape, adapters excluded."""
+    """Returns the parameters by their names in a checkpoint, of logical shape, adapters excluded."""
     shapes = parameter_shapes(model_config)
     return {
         f"{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
@@ -92,7 +100,7 @@ def write(
     keep: int = 0,
     attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write `tensors` as the checkpoint of `state.step`, update LATEST and BEST, remove old checkpoints (collective).
+    """Writes `tensors` as the checkpoint of `state.step`, moves LATEST and BEST, removes old checkpoints (collective).
 
     Args:
         group: all ranks, with a CPU backend; None: the default group.
@@ -102,30 +110,39 @@ def write(
     Raises:
         CheckpointWriteError: on every rank, if any rank could not write.
     """
+    # A folder that starts with a dot is no checkpoint, so a killed save leaves nothing to load.
     target = checkpoints / files.step_name(state.step)
     temporary = checkpoints / f".{target.name}"
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
     dist.barrier(group)
-    gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, _write_own_files(temporary, tensors, world.rank, group), group)
-    outcome = [next((failure for _, failure in gathered if failure), None)]
-    if world.is_first and not outcome[0]:
+
+    # Every rank writes its files and learns whether all ranks could.
+    written: list = [None] * world.size
+    dist.all_gather_object(written, _write_shards(temporary, tensors, world.rank, group), group)
+    failure = next((error for _, error in written if error), None)
+
+    # The first rank adds state and manifest, and makes the checkpoint visible.
+    if world.is_first and not failure:
         try:
-            digests = {name: digest for part, _ in gathered for name, digest in part.items()}
-            _finish(temporary, target, digests, state, model_config, attached)
+            digests = {name: digest for rank_digests, _ in written for name, digest in rank_digests.items()}
+            _publish(temporary, target, digests, state, model_config, attached)
         except OSError as error:
-            outcome = [str(error)]
-    dist.broadcast_object_list(outcome, group=group)
-    if outcome[0]:
+            failure = str(error)
+    broadcast = [failure]
+    dist.broadcast_object_list(broadcast, group=group)
+    failure = broadcast[0]
+
+    if failure:
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         previous = files.read_pointer(checkpoints, files.LATEST)
-        kept = f"{previous.name} is intact" if previous else "there is no earlier checkpoint"
+        consequence = f"{previous.name} is intact" if previous else "there is no earlier checkpoint"
         raise CheckpointWriteError(
-            f"checkpoint {target} could not be written ({outcome[0]}); {kept}: free space or repair the folder, "
+            f"checkpoint {target} could not be written ({failure}); {consequence}: free space or repair the folder, "
             "then run the same command again"
         )
+
     if world.is_first:
         try:
             files.tidy(checkpoints, state, keep)
@@ -134,19 +151,24 @@ def write(
     return target
 
 
-def _write_own_files(
+def _write_shards(
     directory: Path, tensors: dict[str, torch.Tensor], rank: int, group: dist.ProcessGroup | None
 ) -> tuple[dict[str, str], str | None]:
-    """Write this rank's shards and make them durable (collective): SHA-256 by file name, and the error if it failed."""
+    """Writes this rank's shards and makes them durable (collective).
+
+    Returns:
+        SHA-256 by file name, and the error if it failed.
+    """
     try:
+        # safetensors and not torch's own format, which pickles its metadata.
         writer = dcp.HuggingFaceStorageWriter(
             str(directory), fqn_to_index_mapping=file_numbers(tensors, FILE_BYTES), save_distributed=True
         )
         dcp.save(tensors, storage_writer=writer, process_group=group)
-        own = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
-        for path in own:
+        paths = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
+        for path in paths:
             durable.fsync_file(path)
-        return {path.name: durable.sha256_of(path) for path in own}, None
+        return {path.name: durable.sha256_of(path) for path in paths}, None
     except CheckpointException as error:
         return {}, "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
     except OSError as error:
@@ -154,18 +176,19 @@ def _write_own_files(
 
 
 def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
-    """Number of the file, from 1, that each tensor goes to: a new file starts when the shards fill `file_bytes`.
+    """Returns the number of each tensor's file, from 1: a new file starts when the shards fill `file_bytes`.
 
     torch uses the numbers of the first rank for all ranks; its shards are at least as large as those of other ranks.
     """
-    numbers, written = {}, 0
+    numbers: dict[str, int] = {}
+    n_bytes = 0
     for name, tensor in tensors.items():
-        numbers[name] = 1 + written // file_bytes
-        written += shard_of(tensor).nbytes
+        numbers[name] = 1 + n_bytes // file_bytes
+        n_bytes += shard_of(tensor).nbytes
     return numbers
 
 
-def _finish(
+def _publish(
     temporary: Path,
     target: Path,
     digests: dict[str, str],
@@ -173,16 +196,15 @@ def _finish(
     config: ModelConfig,
     attached: Mapping[str, bytes],
 ) -> None:
+    """Adds state and manifest to the written shards, renames the folder, and points LATEST at it."""
     digests |= files.attach(temporary, attached)
-    record = None
-    if isinstance(config, AdaptedModelConfig):
-        from dist_lm.training.adapters import record_of
-
-        record = record_of(config, target)
-    files.write_state(temporary, state, asdict(config.plain), record)
+    adapters = record_of(config, target) if isinstance(config, AdaptedModelConfig) else None
+    files.write_state(temporary, state, asdict(config.plain), adapters)
     digests[files.STATE] = durable.sha256_of(temporary / files.STATE)
     files.write_manifest(temporary, digests)
-    if target.exists():  # a damaged checkpoint of this step was skipped, and the step is saved again
+
+    # A damaged checkpoint of this step was skipped when the run continued, and the step is saved again.
+    if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
     durable.fsync_directory(target.parent)
@@ -196,35 +218,39 @@ def load(
     model_config: ModelConfig,
     companions: Sequence[Companion] = (),
 ) -> TrainState:
-    """Fill `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective). Of a model with
-    adapters only what is trained; `load_weights` fills its base.
+    """Fills `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective).
+
+    In a model with adapters it fills only the trained parameters; `load_weights` fills the base.
 
     Args:
         companions: more models to fill.
+
+    Returns:
+        The state of the run that was saved with the tensors.
 
     Raises:
         ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
+    # Adapters change which tensors a checkpoint holds, so both sides must agree on them.
     if model_config.lora is not None or files.read_adapters(checkpoint) is not None:
-        from dist_lm.training.adapters import check_same_adapters
-
         check_same_adapters(checkpoint, model_config)
-    own = tensors_of(model, optimizer, model_config)
-    parts = [own, *(companion.tensors() for companion in companions)]
-    read(checkpoint, {name: tensor for part in parts for name, tensor in part.items()})
-    for part in parts:
-        moved = [value for name, value in part.items() if name.endswith(".step")]
-        assert all(float(value) == float(moved[0]) for value in moved), "optimizer step counters disagree"
+
+    models = [tensors_of(model, optimizer, model_config), *(companion.tensors() for companion in companions)]
+    read(checkpoint, {name: tensor for tensors in models for name, tensor in tensors.items()})
+    for tensors in models:
+        # A checkpoint mixed from two saves would show here.
+        steps = {float(tensor) for name, tensor in tensors.items() if name.endswith(".step")}
+        assert len(steps) <= 1, "optimizer step counters disagree"
     return state
 
 
 def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
-    """Fill the parameters of `model`, adapters excluded, from the checkpoint it starts from (collective). Adapters of
-    that checkpoint are merged.
+    """Fills the parameters of `model`, adapters excluded, from the checkpoint it starts from (collective).
 
-    A model with a scalar head may start from one with a token head: then its own head keeps its initial values.
+    Adapters of that checkpoint are merged. A model with a scalar head may start from one with a token head: then the
+    scalar head keeps its initial values.
 
     Raises:
         ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
@@ -232,20 +258,63 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     saved_model = files.read_state(checkpoint)[1]
     files.check_start(checkpoint, saved_model, model_config)
     if files.read_adapters(checkpoint) is not None:
-        from dist_lm.training.adapters import load_merged
-
-        load_merged(checkpoint, model, model_config)
+        _load_merged(checkpoint, model, model_config)
         return
+
     tensors = weights_of(model, model_config)
+    # A new scalar head has no weights in a checkpoint of a language model.
     if saved_model["head"] != model_config.head:
-        tensors = {
-            name: tensor for name, tensor in tensors.items() if not name.startswith(f"{files.MODEL}scalar_head.")
-        }
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(SCALAR_HEAD)}
     read(checkpoint, tensors)
 
 
+def _load_merged(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
+    """Fills the parameters of `model`, but not its adapters, with those of the base of a checkpoint of adapters plus
+    their changes (collective).
+
+    Raises:
+        ArtefactError: a checkpoint is missing, damaged, or belongs to another model.
+    """
+    adapted = adapted_model(checkpoint)
+    load_weights(Path(adapted.base), model, model_config)
+    factors = {
+        name: torch.from_numpy(as_fp32(tensor))
+        for name, tensor in own_parameters(checkpoint).items()
+        if ADAPTERS in name
+    }
+    add_changes(model, adapted, parameter_shapes(model_config), factors)
+
+    # A scalar head is trained beside the adapters, so it is in their checkpoint and not in the base.
+    if model_config.head == adapted.head == "scalar":
+        tensors = weights_of(model, model_config)
+        read(checkpoint, {name: tensor for name, tensor in tensors.items() if name.startswith(SCALAR_HEAD)})
+
+
+def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world: World) -> AdaptedModelConfig:
+    """Returns the model of a run of adapters with its base (collective).
+
+    The base is that of the newest checkpoint of the run or of stage.branch_from, else stage.init_from.
+
+    Raises:
+        ArtefactError: the base is missing, damaged or has changed, or the run has other adapters.
+    """
+    assert isinstance(model, AdaptedModelConfig)
+    # The base is recorded in the checkpoint, so a run continues with the base it began with.
+    resume_from = newest_intact(checkpoints, world)
+    if resume_from is None and stage.branch_from:
+        resume_from = find_intact(Path(stage.branch_from), world)
+    if resume_from is None:
+        base = find_intact(Path(stage.init_from), world).resolve()
+        return AdaptedModelConfig.of(model, model.lora, str(base), files.fingerprint(base))
+
+    check_same_adapters(resume_from, model)
+    saved = adapted_model(resume_from)
+    find_intact(Path(saved.base), world)
+    return AdaptedModelConfig.of(model, model.lora, saved.base, saved.base_sha256)
+
+
 def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill `tensors` from the parts that any layout wrote (collective).
+    """Fills `tensors` from the parts that any layout wrote (collective).
 
     Raises:
         ArtefactError: a tensor is missing in the checkpoint or has another shape there.
@@ -258,46 +327,49 @@ def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:
-    """The newest intact checkpoint, the same on every rank (collective).
+    """Returns the newest intact checkpoint, the same on every rank (collective).
 
     Raises:
         ArtefactError: on every rank, if all checkpoints are damaged.
     """
-    found = _as_on_first_rank(lambda: files.steps_in(checkpoints), world)
-    return files.newest_intact(found, lambda checkpoint: _damage_seen(checkpoint, world))
+    paths = _on_first_rank(lambda: files.steps_in(checkpoints), world)
+    return files.newest_intact(paths, lambda checkpoint: _first_damage(checkpoint, world))
 
 
 def find_intact(path: Path, world: World) -> Path:
-    """The checkpoint that `path` names, after verifying it (collective).
+    """Returns the checkpoint that `path` names, after verifying it (collective).
 
     Raises:
         ArtefactError: on every rank, if there is no checkpoint or it is damaged.
     """
-    found = _as_on_first_rank(lambda: files.find_checkpoint(path), world)
-    return files.require_intact(found, lambda checkpoint: _damage_seen(checkpoint, world))
+    checkpoint = _on_first_rank(lambda: files.find_checkpoint(path), world)
+    return files.require_intact(checkpoint, lambda checkpoint: _first_damage(checkpoint, world))
 
 
-def _damage_seen(checkpoint: Path, world: World) -> str | None:
-    """The first damage that any rank finds; each rank reads a share of the files (collective)."""
-    seen: list[str | None] = [None] * world.size
-    dist.all_gather_object(seen, files.first_damage(checkpoint, share=(world.rank, world.size)))
-    return next((damage for damage in seen if damage), None)
+def _first_damage(checkpoint: Path, world: World) -> str | None:
+    """Returns the first damage that any rank finds; each rank reads a share of the files (collective)."""
+    # Every file is read completely, so the ranks divide them.
+    damage_of_rank: list[str | None] = [None] * world.size
+    dist.all_gather_object(damage_of_rank, files.first_damage(checkpoint, share=(world.rank, world.size)))
+    return next((damage for damage in damage_of_rank if damage), None)
 
 
-def _as_on_first_rank(look: Callable[[], Found], world: World) -> Found:
-    """The result of `look` on the first rank, because other ranks may see an older state of a network file system
-    (collective).
+def _on_first_rank(look: Callable[[], T], world: World) -> T:
+    """Returns on every rank what `look` returns on the first (collective): other ranks may see an older state of a
+    network file system.
 
     Raises:
         ArtefactError: on every rank, the error that `look` raised.
     """
-    answer: list = [None, None]
+    returned_and_error: list = [None, None]
     if world.is_first:
         try:
-            answer[0] = look()
+            returned_and_error[0] = look()
         except ArtefactError as error:
-            answer[1] = str(error)
-    dist.broadcast_object_list(answer)
-    if answer[1]:
-        raise ArtefactError(answer[1])
-    return answer[0]
+            returned_and_error[1] = str(error)
+    dist.broadcast_object_list(returned_and_error)
+
+    returned, error = returned_and_error
+    if error:
+        raise ArtefactError(error)
+    return returned

@@ -6,7 +6,7 @@
       LATEST BEST     each holds the name of one checkpoint
 
 A checkpoint is written under a name that starts with a dot, made durable, renamed, and then pointed at. So a plain name
-means a whole checkpoint, and the manifest reveals later damage.
+means a complete checkpoint, and the manifest reveals later damage.
 """
 
 import json
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
-AVERAGE = "average.json"  # beside averaged weights: what was averaged, and its metrics on val
-STAGE = "stage"  # folder for files of the stage, separate from the files of tensors, which are read as parts of models
+AVERAGE = "average.json"  # beside averaged weights: the averaged checkpoints, and the metrics on val
+STAGE = "stage"  # folder for files of the stage: files of tensors in the checkpoint itself are read as parts of models
 TENSORS = ".safetensors"  # suffix of a file of tensors
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
 FORMAT = 2  # 2: norms of queries and keys as in Qwen3, conversations as ChatML
@@ -38,31 +38,32 @@ def step_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint."""
+    """Returns the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_step(checkpoints: Path) -> int:
-    """The step of the newest checkpoint of a run; 0 if there is none."""
+    """Returns the step of the newest checkpoint of a run; 0 if there is none."""
     latest = read_pointer(checkpoints, LATEST)
     return step_of(latest) if latest else 0
 
 
 def steps_in(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    names = checkpoints.glob("step_*")
-    return sorted(path for path in names if path.name.removeprefix("step_").isdecimal() and path.is_dir())
+    """Lists the complete checkpoints of a run, oldest first."""
+    paths = checkpoints.glob("step_*")
+    return sorted(path for path in paths if path.name.removeprefix("step_").isdecimal() and path.is_dir())
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
-    """The checkpoint that the pointer `name` (LATEST or BEST) names, if it exists.
+    """Returns the checkpoint that the pointer `name` (LATEST or BEST) names; None if it does not exist.
 
-    Without it LATEST is the newest complete checkpoint, from which ranks continue.
+    A missing LATEST means the newest complete checkpoint, from which ranks continue.
     """
     pointer = checkpoints / name
-    target = checkpoints / pointer.read_text().strip() if pointer.exists() else None
-    if target and target.is_dir():
-        return target
+    if pointer.exists():
+        checkpoint = checkpoints / pointer.read_text().strip()
+        if checkpoint.is_dir():
+            return checkpoint
     return next(reversed(steps_in(checkpoints)), None) if name == LATEST else None
 
 
@@ -73,56 +74,61 @@ def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
 def write_state(
     directory: Path, state: TrainState, model: dict[str, Any], adapters: Mapping[str, Any] | None = None
 ) -> None:
-    """Record the state of the run and the configuration of the model.
+    """Records the state of the run and the configuration of the model.
 
     Args:
-        adapters: their settings and their base, if the checkpoint holds adapters alone.
+        adapters: settings and base of the adapters, if the checkpoint holds adapters alone.
     """
-    content = {"format": FORMAT, "state": asdict(state), "model": model}
-    durable.write_json(directory / STATE, content | ({} if adapters is None else {"adapters": adapters}))
+    content: dict[str, Any] = {"format": FORMAT, "state": asdict(state), "model": model}
+    if adapters is not None:
+        content["adapters"] = adapters
+    durable.write_json(directory / STATE, content)
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
-    """(state, model configuration), as `write_state` wrote them.
+    """Returns (state, model configuration), as `write_state` wrote them.
 
     Raises:
         ArtefactError: the file cannot be read, or the checkpoint has another format.
     """
     try:
         content = json.loads((directory / STATE).read_text())
-        found = content["format"]
-        if found == FORMAT:
+        written_format = content["format"]
+        if written_format == FORMAT:
             return TrainState.from_json(content["state"]), content["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
     raise ArtefactError(
-        f"checkpoint {directory}: format {found}, expected {FORMAT}: another version of dist_lm wrote it; train this "
-        "model again under another run_id or work_dir, or load it with that version"
+        f"checkpoint {directory}: format {written_format}, expected {FORMAT}: another version of dist_lm wrote it; "
+        "train this model again under another run_id or work_dir, or load it with that version"
     )
 
 
 def read_adapters(directory: Path) -> dict[str, Any] | None:
-    """Settings and base of the adapters that a checkpoint holds; None if it holds a whole model. After `read_state`."""
+    """Returns settings and base of the adapters that a checkpoint holds; None if it holds a complete model.
+
+    Call it after `read_state`, which refuses a file that cannot be read.
+    """
     return json.loads((directory / STATE).read_text()).get("adapters")
 
 
 def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
-    """Write files of the stage and make them durable; returns SHA-256 by name, for the manifest."""
+    """Writes files of the stage and makes them durable; returns SHA-256 by name, for the manifest."""
+    if not contents:
+        return {}
+    (directory / STAGE).mkdir()
     digests = {}
-    if contents:
-        (directory / STAGE).mkdir()
     for name, content in contents.items():
         path = directory / STAGE / name
         path.write_bytes(content)
         durable.fsync_file(path)
         digests[f"{STAGE}/{name}"] = durable.sha256_of(path)
-    if contents:
-        durable.fsync_directory(directory / STAGE)
+    durable.fsync_directory(directory / STAGE)
     return digests
 
 
 def read_attached(directory: Path, name: str) -> bytes:
-    """The file that the stage attached under `name`.
+    """Reads the file that the stage attached under `name`.
 
     Raises:
         ArtefactError: the file is missing.
@@ -134,13 +140,13 @@ def read_attached(directory: Path, name: str) -> bytes:
 
 
 def write_manifest(directory: Path, sha256: dict[str, str]) -> None:
-    """Record size and SHA-256 of every file; `sha256` maps file name to digest."""
+    """Records size and SHA-256 of every file; `sha256` maps file name to digest."""
     files = {name: {"sha256": digest, "bytes": (directory / name).stat().st_size} for name, digest in sha256.items()}
     durable.write_json(directory / MANIFEST, files)
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 of the manifest of a checkpoint, which changes with any of its files.
+    """Returns the SHA-256 of the manifest of a checkpoint, which changes with any of its files.
 
     Raises:
         ArtefactError: it has no manifest.
@@ -150,7 +156,11 @@ def fingerprint(directory: Path) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """`{sha256, bytes}` by file name, as `write_manifest` wrote them."""
+    """Returns `{sha256, bytes}` by file name, as `write_manifest` wrote them.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         return {name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])} for name, file in manifest.items()}
@@ -159,12 +169,12 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
-    """Compare the files of a checkpoint with its manifest; yields a phrase for each missing, changed or foreign file.
+    """Compares the files of a checkpoint with its manifest; yields a phrase for each missing, changed or foreign file.
 
     A foreign file counts if it ends in `.safetensors`, because tensors are read from all such files.
 
     Args:
-        contents: compare contents too, not only sizes.
+        contents: whether to compare contents too, not only sizes.
         share: (i, n): check every n-th file, starting at the i-th.
 
     Raises:
@@ -193,36 +203,41 @@ def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str
 
 
 def verify(directory: Path, contents: bool = True) -> None:
-    """Refuse a damaged checkpoint.
+    """Refuses a damaged checkpoint.
 
     Raises:
         ArtefactError: names the first missing, truncated, changed or foreign file.
     """
-    if found := first_damage(directory, contents):
-        raise ArtefactError(found)
+    if problem := first_damage(directory, contents):
+        raise ArtefactError(problem)
 
 
 def first_damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """The first damage of a checkpoint as a sentence; None if it is intact."""
+    """Returns the first damage of a checkpoint as a sentence; None if it is intact. Arguments as in `damage`."""
     try:
-        return next((f"checkpoint {directory}: {found}" for found in damage(directory, contents, share)), None)
+        return next((f"checkpoint {directory}: {phrase}" for phrase in damage(directory, contents, share)), None)
     except ArtefactError as error:
         return str(error)
 
 
 def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str | None] = first_damage) -> Path | None:
-    """The newest intact checkpoint of `checkpoints` (oldest first); logs a warning for every damaged one it skips.
+    """Returns the newest intact checkpoint; None if there are no checkpoints.
+
+    It logs a warning for every damaged checkpoint that it skips.
+
+    Args:
+        checkpoints: oldest first.
 
     Raises:
         ArtefactError: all checkpoints are damaged.
     """
     newest_damage = None
     for directory in reversed(checkpoints):
-        found = damage_of(directory)
-        if found is None:
+        problem = damage_of(directory)
+        if problem is None:
             return directory
-        newest_damage = newest_damage or found
-        log.warning("%s; using the checkpoint before it", found)
+        newest_damage = newest_damage or problem
+        log.warning("%s; using the checkpoint before it", problem)
     if newest_damage:
         raise ArtefactError(
             f"no intact checkpoint in {checkpoints[0].parent}: {newest_damage}; remove the run directory to start again"
@@ -231,13 +246,12 @@ def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str |
 
 
 def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
-    """After saving `state`: point BEST at the best step of `state`, then `prune`.
-
-    Checkpoints of later steps are removed first: they were damaged, so the run went back and repeats their steps.
-    """
+    """Cleans up after saving `state`: points BEST at its best step, then calls `prune`."""
+    # Checkpoints of later steps were damaged, so the run went back and repeats their steps.
     for directory in steps_in(checkpoints):
         if directory.name > step_name(state.step):
             _remove(directory)
+
     best = checkpoints / step_name(state.best_step)
     if state.best_val_loss is not None and best.is_dir():
         write_pointer(checkpoints, BEST, best)
@@ -245,17 +259,18 @@ def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves."""
+    """Removes all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves."""
     best = read_pointer(checkpoints, BEST)
-    for directory in steps_in(checkpoints)[:-keep] if keep else []:
-        if directory != best:
-            _remove(directory)
+    if keep:
+        for directory in steps_in(checkpoints)[:-keep]:
+            if directory != best:
+                _remove(directory)
     for leftover in checkpoints.glob(".step_*"):
         _remove(leftover)
 
 
 def _remove(directory: Path) -> None:
-    """Remove a checkpoint; one that a network file system still holds open may stay."""
+    """Removes a checkpoint; one that a network file system still holds open may stay."""
     try:
         shutil.rmtree(directory)
     except OSError as error:
@@ -263,58 +278,72 @@ def _remove(directory: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user names: a step directory, a `checkpoints` folder, a run directory, or RUN@STEP.
+    """Returns the checkpoint that a user names: a step directory, a `checkpoints` folder, a run directory, or RUN@STEP.
 
     Raises:
         ArtefactError: there is no checkpoint.
     """
+    # A damaged checkpoint may lack one of the two files and must still be recognised.
     if any((path / name).is_file() for name in (STATE, MANIFEST)):
         return path
+
     run, at, step = str(path).rpartition("@")
     if at and step.isdecimal() and not path.exists():
-        places = (Path(run), Path(run) / "checkpoints")
-        for found in (checkpoints / step_name(int(step)) for checkpoints in places):
-            if found.is_dir():
-                return found
-        there = ", ".join(str(step_of(one)) for checkpoints in places for one in steps_in(checkpoints))
-        raise ArtefactError(f"{path}: no checkpoint of step {step} there; steps with a checkpoint: {there or 'none'}")
+        return _checkpoint_of_step(path, Path(run), step)
+
     for checkpoints in (path, path / "checkpoints"):
-        found = read_pointer(checkpoints, LATEST)
-        if found is not None:
-            return found
-    foreign = path.suffix == ".gguf" or (path / "config.json").is_file()
-    way_out = "; `dist-lm import` makes a run of a model of transformers or llama.cpp" if foreign else ""
+        checkpoint = read_pointer(checkpoints, LATEST)
+        if checkpoint is not None:
+            return checkpoint
+
+    way_out = ""
+    if path.suffix == ".gguf" or (path / "config.json").is_file():
+        way_out = "; `dist-lm import` makes a run of a model of transformers or llama.cpp"
     raise ArtefactError(
         f"{path}: no checkpoint there (expected a run directory, RUN@STEP, or one of its checkpoints/step_*){way_out}"
     )
 
 
+def _checkpoint_of_step(path: Path, run: Path, step: str) -> Path:
+    folders = (run, run / "checkpoints")
+    for folder in folders:
+        checkpoint = folder / step_name(int(step))
+        if checkpoint.is_dir():
+            return checkpoint
+    steps = ", ".join(str(step_of(checkpoint)) for folder in folders for checkpoint in steps_in(folder))
+    raise ArtefactError(f"{path}: no checkpoint of step {step} there; steps with a checkpoint: {steps or 'none'}")
+
+
 def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = first_damage) -> Path:
-    """`checkpoint`, after verifying all of its files.
+    """Returns `checkpoint` after verifying all of its files.
 
     Raises:
         ArtefactError: it is damaged; the message names the other checkpoints of the run.
     """
-    if found := damage_of(checkpoint):
-        others = [step.name for step in steps_in(checkpoint.parent) if step != checkpoint]
-        raise ArtefactError(f"{found}; other checkpoints of the run: {', '.join(others) or 'none'}")
+    if problem := damage_of(checkpoint):
+        alternatives = [step.name for step in steps_in(checkpoint.parent) if step != checkpoint]
+        raise ArtefactError(f"{problem}; other checkpoints of the run: {', '.join(alternatives) or 'none'}")
     return checkpoint
 
 
 def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
-    """Refuse a checkpoint that a model cannot start from. A model with a scalar head may start from one with a token
-    head.
+    """Refuses a checkpoint that a model cannot start from.
+
+    A model with a scalar head may start from one with a token head.
+
+    Args:
+        saved: configuration of the model in the checkpoint.
 
     Raises:
         ArtefactError: names every key that differs, with both values.
     """
-    new_head = model_config.head == "scalar" and saved["head"] == "tokens"
-    # without a token head, it does not matter whether the token head was tied
-    check_same_model(checkpoint, saved, model_config, but=("head", "tie_embeddings") if new_head else ())
+    replaces_head = model_config.head == "scalar" and saved["head"] == "tokens"
+    # Without a token head, it does not matter whether the token head was tied.
+    check_same_model(checkpoint, saved, model_config, but=("head", "tie_embeddings") if replaces_head else ())
 
 
 def check_tokenizer(checkpoint: Path, state: TrainState, sha256: str) -> None:
-    """Refuse a checkpoint that was trained with another tokenizer than that with this hash.
+    """Refuses a checkpoint that was trained with a tokenizer whose hash is not `sha256`.
 
     Raises:
         ArtefactError: names both hashes. Checkpoints of earlier versions have none.
@@ -333,23 +362,28 @@ def check_same_model(
     way_out: str = "use the same model, or stage.init_from=none to start from new weights",
     but: Sequence[str] = (),
 ) -> None:
-    """Refuse a checkpoint whose model has other shapes or arithmetic.
+    """Refuses a checkpoint whose model has other shapes or arithmetic.
 
     Args:
+        saved: configuration of the model in the checkpoint.
         but: keys that may differ.
 
     Raises:
         ArtefactError: names every key that differs, with both values.
     """
-    own = asdict(model_config.plain)
-    saved = {one.name: one.default for one in fields(ModelConfig)} | saved  # options newer than the checkpoint are off
-    # None means one key/value head per query head
-    own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
+    expected = asdict(model_config.plain)
+    saved = {field.name: field.default for field in fields(ModelConfig)} | saved  # newer options are off
+
+    # None means one key/value head per query head.
+    for model in (expected, saved):
+        model["n_kv_heads"] = model.get("n_kv_heads") or model.get("n_heads")
+
+    # These keys change neither shapes nor arithmetic of a trained model.
     ignored = {"name", "init_std", "residual_init", "base_width", "max_seq_len", *but}
     different = [
-        f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"
-        for key in own
-        if key not in ignored and own[key] != saved.get(key)
+        f"model.{key}={expected[key]} (checkpoint: {saved.get(key)})"
+        for key in expected
+        if key not in ignored and expected[key] != saved.get(key)
     ]
     if different:
         raise ArtefactError(f"checkpoint {checkpoint} belongs to another model: {', '.join(different)}; {way_out}")

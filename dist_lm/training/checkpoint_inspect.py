@@ -16,7 +16,7 @@ from dist_lm.training.checkpoint_tensors import StoredTensor, stored_tensors
 
 
 def print_checkpoint(path: Path, console: Console) -> None:
-    """Print step, model, tensors and files of the checkpoint at `path`; reads headers, not tensors.
+    """Prints step, model, tensors and files of the checkpoint at `path`; reads headers, not tensors.
 
     Raises:
         ArtefactError: there is no checkpoint, or a file is missing, truncated or foreign.
@@ -25,6 +25,7 @@ def print_checkpoint(path: Path, console: Console) -> None:
     files.verify(directory, contents=False)
     state, model = files.read_state(directory)
     tensors = stored_tensors(directory)
+
     console.print(Text(f"Checkpoint {directory}", style="bold"))
     facts = Table(show_header=False, box=None)
     facts.add_row("step", f"{state.step:,}")
@@ -32,31 +33,34 @@ def print_checkpoint(path: Path, console: Console) -> None:
     if state.best_val_loss is not None:
         facts.add_row("best val/loss", f"{three_decimals(state.best_val_loss)}, step {state.best_step:,}")
     facts.add_row("pointed at by", ", ".join(pointers(directory)) or "nothing")
-    facts.add_row("model", ", ".join(f"{key}={value}" for key, value in model.items()))
-    parameters = sum(tensor.elements for tensor in tensors.values() if tensor.name.startswith(files.MODEL))
-    facts.add_row("parameters", f"{parameters:,}")
+    facts.add_row("model", ", ".join(f"{key}={setting}" for key, setting in model.items()))
+    n_parameters = sum(tensor.elements for tensor in tensors.values() if tensor.name.startswith(files.MODEL))
+    facts.add_row("parameters", f"{n_parameters:,}")
+
     console.print(facts)
     console.print(_tensor_table(tensors.values()))
     console.print(_file_table(directory, tensors.values()))
 
 
 def pointers(directory: Path) -> list[str]:
-    """The pointers, LATEST and BEST, that name this checkpoint."""
+    """Lists the pointers, LATEST and BEST, that name this checkpoint."""
     names = (files.LATEST, files.BEST)
     return [name for name in names if files.read_pointer(directory.parent, name) == directory]
 
 
 def group_of(name: str) -> str:
-    """The row of a tensor in the table: one row for all layers, and one for each kind of optimizer tensor."""
-    if found := re.match(rf"(\w+\.)?{re.escape(files.OPTIMIZER)}", name):
-        return f"{found.group()}*.{name.rpartition('.')[2]}"
+    """Returns the row of a tensor in the table: one row for all layers, one for each kind of optimizer tensor."""
+    if prefix := re.match(rf"(\w+\.)?{re.escape(files.OPTIMIZER)}", name):
+        return f"{prefix.group()}*.{name.rpartition('.')[2]}"
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
+    # Layers differ in the number in their names only, so one row stands for all of them.
     groups: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:
         groups.setdefault(group_of(tensor.name), []).append(tensor)
+
     table = Table(title="Tensors", title_justify="left")
     table.add_column("tensors", overflow="fold", no_wrap=True)  # a truncated name would be ambiguous
     table.add_column("count", justify="right")
@@ -64,13 +68,14 @@ def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
         table.add_column(name)
     table.add_column("elements", justify="right")
     table.add_column("size", justify="right")
+
     for name, group in groups.items():
-        shapes, dtypes = {tensor.shape for tensor in group}, {tensor.dtype for tensor in group}
+        shapes = {tensor.shape for tensor in group}
         table.add_row(
             Text(name),
             f"{len(group):,}",
             _readable(shapes.pop()) if len(shapes) == 1 else f"{len(shapes)} shapes",
-            ", ".join(sorted(dtypes)),
+            ", ".join(sorted({tensor.dtype for tensor in group})),
             f"{sum(tensor.elements for tensor in group):,}",
             gib(sum(tensor.bytes for tensor in group)),
         )

@@ -26,29 +26,33 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Context manager that writes the checkpoints of a run; a clean exit waits for the last one.
+    """Writes the checkpoints of a run; leaving it as a context manager waits for the last one, except after an error.
 
-    Beside training it needs host memory for a copy of this rank's parameters and moments, which is kept between saves
+    Beside training it needs host memory for a copy of this rank's parameters and moments, which stays between saves
     (pinned on CUDA), and about `checkpoint.FILE_BYTES` more while it writes.
-
-    Args:
-        beside_training: False: `save` returns when the checkpoint is written.
-        keep: number of newest checkpoints to keep.
     """
 
     def __init__(
         self, checkpoints: Path, model_config: ModelConfig, world: World, *, keep: int, beside_training: bool
     ) -> None:
+        """
+        Args:
+            keep: number of newest checkpoints to keep; 0: all.
+            beside_training: False: `save` returns when the checkpoint is written.
+        """
         self.checkpoints = checkpoints
         self.model_config = model_config
         self.world = world
         self.keep = keep
         self.beside_training = beside_training
-        # a group of its own: messages of the thread must not mix with those of training
+
+        # The thread has its own process group: its messages must not mix with those of training.
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
+
         on_gpu = world.device.type == "cuda"
+        # Staging copies tensors to host memory, pinned on a GPU, while the step that follows is computed.
         self.stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=on_gpu,
@@ -57,9 +61,10 @@ class CheckpointSaver:
                 use_non_blocking_copy=on_gpu,
             )
         )
-        # a new thread starts on GPU 0, whatever the GPU of the rank is
-        start = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **start)
+
+        # A new thread starts on GPU 0, whatever the GPU of the rank is.
+        initializer = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **initializer)
         self.in_flight: Future[Path] | None = None
 
     def __enter__(self) -> "CheckpointSaver":
@@ -70,11 +75,11 @@ class CheckpointSaver:
     ) -> None:
         if error is None:
             self.wait()
-            # what follows, an evaluation for example, must not share its cores with the threads of this group; the
-            # barrier because a rank that leaves earlier would break the last messages of the others
+            # Later work, such as an evaluation, must not share its cores with the threads of this group. The barrier is
+            # there because a rank that leaves earlier would break the last messages of its peers.
             dist.barrier(group=self.group)
             dist.destroy_process_group(self.group)
-        # after a failure other ranks may be gone, and a save that waits for them never ends
+        # After a failure other ranks may be gone, and a save that waits for them never ends.
         self.thread.shutdown(wait=error is None)
         self.stager.close()
 
@@ -86,28 +91,32 @@ class CheckpointSaver:
         companions: Sequence[Companion] = (),
         attached: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Save `state` and the present values of the tensors (collective), after the save before is complete.
+        """Saves `state` and the present values of the tensors (collective), after the previous save is complete.
 
         Args:
             companions: more models for the same checkpoint.
             attached: files of the stage, by name; those of the first rank are written.
 
         Raises:
-            CheckpointWriteError: on every rank, if the save before failed (or this save, if not beside training).
+            CheckpointWriteError: on every rank, if the previous save failed (or this save, if not beside training).
         """
         self.wait()
+
         tensors = checkpoint.tensors_of(model, optimizer, self.model_config)
         for companion in companions:
             tensors |= companion.tensors()
         if self.beside_training:
+            # Training changes the tensors in place, so the thread writes a copy.
             tensors = self.stager.stage(tensors)
             assert isinstance(tensors, dict)
+
+        # The synchronous mode takes the same thread and process group: one code path to test.
         self.in_flight = self.thread.submit(self._write, tensors, state, attached)
         if not self.beside_training:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the save in flight is complete (collective).
+        """Waits until the save in flight is complete (collective).
 
         Raises:
             CheckpointWriteError: on every rank, if it failed.

@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint without torch and without a process group: found by headers, read, written to one file.
+"""The tensors of a checkpoint, read without a process group, and a writer of one file.
 
 The files are safetensors: 8 bytes with the length of a JSON header, the header, then the numbers. The header has name,
-dtype and shape of every part, and its place in the whole tensor (an entry of torch's distributed checkpoint).
+dtype and shape of every part, and its offsets in the tensor (an entry of torch's distributed checkpoint).
 """
 
 import json
@@ -10,38 +10,40 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dist_lm.errors import ArtefactError
-from dist_lm.model.size import Shape
+from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
+from dist_lm.training.adapters import adapted_model
 
-LENGTH_BYTES = 8  # of the field with the length of the header, little-endian
+LENGTH_BYTES = 8  # size of the field with the length of the header, little-endian
 ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that they can be mapped
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor in one file."""
+    """A box of a tensor in one file: what one rank wrote."""
 
     file: Path
     start: int  # byte offset in the file
     item_bytes: int
-    offsets: Shape  # indices of its first entry in the whole tensor
+    offsets: Shape  # indices of its first entry in the tensor
     shape: Shape
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor of logical shape."""
+    """A tensor of logical shape, stored in parts."""
 
     name: str
-    dtype: str  # name of safetensors, such as F32
+    dtype: str  # as safetensors names it, such as F32
     shape: Shape
     parts: tuple[Part, ...]
 
@@ -54,51 +56,56 @@ class StoredTensor:
         return self.elements * self.parts[0].item_bytes
 
     def read(self) -> np.ndarray:
-        """The bytes of the whole tensor in row-major order: (bytes,) uint8."""
-        # opaque entries of the right size: numpy has no bfloat16
-        whole = np.empty(self.shape, np.dtype(f"V{self.parts[0].item_bytes}"))
+        """Returns the bytes of the tensor in row-major order: (bytes,) uint8."""
+        # numpy has no bfloat16, so entries are opaque and only have the right size.
+        array = np.empty(self.shape, np.dtype(f"V{self.parts[0].item_bytes}"))
         for part in self.parts:
             box = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.shape, strict=True))
-            whole[box] = np.memmap(part.file, whole.dtype, "r", part.start, part.shape)
-        return whole.reshape(-1).view(np.uint8)
+            array[box] = np.memmap(part.file, array.dtype, "r", part.start, part.shape)
+        return array.reshape(-1).view(np.uint8)
 
 
 @dataclass(frozen=True)
 class MadeTensor:
-    """A whole tensor whose bytes are computed when they are written."""
+    """A tensor whose bytes are computed when they are written."""
 
-    dtype: str  # name of safetensors, such as F32
+    dtype: str  # as safetensors names it, such as F32
     shape: Shape
     bytes: int
-    make: Callable[[], np.ndarray]
+    make: Callable[[], np.ndarray]  # the bytes in row-major order: (bytes,) uint8
 
     def read(self) -> np.ndarray:
-        """The bytes in row-major order: (bytes,) uint8."""
+        """Computes the bytes in row-major order: (bytes,) uint8."""
         return self.make()
 
 
 def model_weights(directory: Path) -> dict[str, np.ndarray]:
-    """The parameters of a checkpoint, by their names in the model, fp32.
+    """Reads the parameters of a checkpoint, by their names in the model, fp32. Adapters are merged.
 
     Raises:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
-    return {
-        name: tensor.read().view(np.float32).reshape(tensor.shape) for name, tensor in model_tensors(directory).items()
-    }
+    return {name: as_fp32(tensor) for name, tensor in model_tensors(directory).items()}
 
 
 def model_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
-    """The parameters of a checkpoint by their names in the model, sorted by name or in the order of the model. Adapters
-    are merged into the parameters of their base.
+    """Returns the parameters of a checkpoint by their names in the model, sorted by name or in the order of the model.
+    Adapters are merged into the parameters of their base.
 
     Raises:
         ArtefactError: a file cannot be read, a part of a tensor is missing, or the base is gone or has changed.
     """
     if files.read_adapters(directory) is not None:
-        from dist_lm.training.adapters import merged_tensors  # needs torch
+        return _merged_tensors(directory)
+    return dict(own_parameters(directory))
 
-        return merged_tensors(directory)
+
+def own_parameters(directory: Path) -> dict[str, StoredTensor]:
+    """Returns the parameters in the files of a checkpoint, by their names in the model; without the base of adapters.
+
+    Raises:
+        ArtefactError: a file cannot be read, or a part of a tensor is missing.
+    """
     return {
         name.removeprefix(files.MODEL): tensor
         for name, tensor in stored_tensors(directory).items()
@@ -106,8 +113,44 @@ def model_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
     }
 
 
+def _merged_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
+    """Returns the parameters of a base with the adapters of a checkpoint; each is computed when it is read.
+
+    Raises:
+        ArtefactError: the base is missing, damaged or has changed.
+    """
+    from dist_lm.model.lora import adapter_of  # needs torch, which reading a plain checkpoint does not
+
+    config, trained = adapted_model(directory), own_parameters(directory)
+    base = model_tensors(files.require_intact(Path(config.base)))
+    merged: dict[str, StoredTensor | MadeTensor] = {}
+    for name, shape in parameter_shapes(config.plain).items():
+        merged[name] = trained[name] if name in trained else base[name]
+        a, b = (trained.get(f"{adapter_of(name)}{factor}") for factor in ("a", "b"))
+        if a is not None and b is not None:
+            make = partial(_merge, name, base[name], a, b, config.scale)
+            merged[name] = MadeTensor("F32", shape, base[name].bytes, make)
+    return merged
+
+
+def _merge(name: str, weight: StoredTensor | MadeTensor, a: StoredTensor, b: StoredTensor, scale: float) -> np.ndarray:
+    import torch
+
+    from dist_lm.model.lora import change  # needs torch
+
+    a_array, b_array, weight_array = (as_fp32(tensor) for tensor in (a, b, weight))
+    added = change(name, torch.from_numpy(a_array), torch.from_numpy(b_array), scale)
+    merged = torch.from_numpy(weight_array.copy()).add_(added)
+    return merged.flatten().view(torch.uint8).numpy()
+
+
+def as_fp32(tensor: StoredTensor | MadeTensor) -> np.ndarray:
+    """Reads an fp32 tensor."""
+    return tensor.read().view(np.float32).reshape(tensor.shape)
+
+
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, sorted by name.
+    """Returns the tensors of a checkpoint by name, sorted by name; reads headers alone.
 
     Raises:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
@@ -117,41 +160,49 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     for file in sorted(directory.glob(f"*{files.TENSORS}")):
         header, start = read_header(file)
         try:
-            places = json.loads(header.pop(METADATA)[PLACES])
+            sharding = json.loads(header.pop(METADATA)[PLACES])
             for name, entry in header.items():
-                shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-                if size := math.prod(shape):  # a rank may hold padding alone
-                    offsets = tuple(places[name]["saved_offsets"])
-                    parts.setdefault(name, []).append(Part(file, start + first, (last - first) // size, offsets, shape))
-                    dtypes[name] = entry["dtype"]
+                shape = tuple(entry["shape"])
+                first, last = entry["data_offsets"]
+                n_elements = math.prod(shape)
+                if n_elements == 0:
+                    continue  # this rank holds padding alone
+
+                item_bytes = (last - first) // n_elements
+                offsets = tuple(sharding[name]["saved_offsets"])
+                parts.setdefault(name, []).append(Part(file, start + first, item_bytes, offsets, shape))
+                dtypes[name] = entry["dtype"]
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{file}: the header is not that of a checkpoint ({error!r})") from error
-    return {name: _whole(directory, name, dtypes[name], parts[name]) for name in sorted(parts)}
+    return {name: _from_parts(directory, name, dtypes[name], parts[name]) for name in sorted(parts)}
 
 
 def tensors_in(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of any safetensors file, each of them whole.
+    """Returns the tensors of any safetensors file, each with one part.
 
     Raises:
         ArtefactError: the file cannot be read.
     """
     header, start = read_header(file)
     header.pop(METADATA, None)
-    found = {}
+    tensors = {}
     try:
         for name, entry in header.items():
-            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-            part = Part(file, start + first, (last - first) // max(math.prod(shape), 1), (0,) * len(shape), shape)
-            found[name] = StoredTensor(name, entry["dtype"], shape, (part,))
+            shape = tuple(entry["shape"])
+            first, last = entry["data_offsets"]
+            item_bytes = (last - first) // max(math.prod(shape), 1)
+            part = Part(file, start + first, item_bytes, (0,) * len(shape), shape)
+            tensors[name] = StoredTensor(name, entry["dtype"], shape, (part,))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{file}: the header is not that of safetensors ({error!r})") from error
-    if found and file.stat().st_size < max(tensor.parts[0].start + tensor.bytes for tensor in found.values()):
+
+    if tensors and file.stat().st_size < max(tensor.parts[0].start + tensor.bytes for tensor in tensors.values()):
         raise ArtefactError(f"{file}: cut short: expected more bytes by its header; copy it again")
-    return found
+    return tensors
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(header of a safetensors file, byte offset of the numbers).
+    """Returns (header of a safetensors file, byte offset of the numbers).
 
     Raises:
         ArtefactError: `file` is no safetensors file.
@@ -159,6 +210,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+            # Any file has eight first bytes; a length beyond the file tells that it is no safetensors file.
             if length > file.stat().st_size:
                 raise ValueError(f"a header of {length} bytes")
             return dict(json.loads(opened.read(length))), LENGTH_BYTES + length
@@ -166,20 +218,22 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         raise ArtefactError(f"{file}: not a safetensors file ({error})") from error
 
 
-def _whole(directory: Path, name: str, dtype: str, parts: list[Part]) -> StoredTensor:
+def _from_parts(directory: Path, name: str, dtype: str, parts: list[Part]) -> StoredTensor:
+    # No header has the shape of the tensor; the farthest part ends at its corner.
     shape = tuple(max(part.offsets[dim] + part.shape[dim] for part in parts) for dim in range(len(parts[0].shape)))
     tensor = StoredTensor(name, dtype, shape, tuple(parts))
-    found = sum(math.prod(part.shape) for part in parts)
-    if found != tensor.elements:
+
+    n_elements = sum(math.prod(part.shape) for part in parts)
+    if n_elements != tensor.elements:
         raise ArtefactError(
-            f"checkpoint {directory}: {name} has {found:,} of {tensor.elements:,} elements; a file of tensors is "
+            f"checkpoint {directory}: {name} has {n_elements:,} of {tensor.elements:,} elements; a file of tensors is "
             "missing, or a file is there that does not belong to the checkpoint"
         )
     return tensor
 
 
 def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
-    """Write the model of the checkpoint at `path` to the single file `output`; returns the number of tensors.
+    """Writes the model of the checkpoint at `path` to the single file `output`; returns the number of tensors.
 
     Parameters have their names in the model, moments are `optimizer.PARAMETER.exp_avg`. One tensor is in memory at a
     time. `output` appears when it is complete.
@@ -193,6 +247,8 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
         raise ArtefactError(f"--output={output}: the file exists; name another file or remove it first")
     if not output.parent.is_dir():
         raise ArtefactError(f"--output={output}: the folder {output.parent} does not exist; create it first")
+
+    # Check all files first: a damaged checkpoint must not leave half an output.
     directory = files.require_intact(files.find_checkpoint(path))
     tensors = model_tensors(directory)
     if with_optimizer:
@@ -200,6 +256,8 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
         tensors |= {name: tensor for name, tensor in stored.items() if name.startswith(files.OPTIMIZER)}
     state, model = files.read_state(directory)
     metadata = {"format": "pt", "step": str(state.step), "tokens": str(state.tokens), "model": json.dumps(model)}
+
+    # Write under a hidden name and rename, so that `output` is complete whenever it exists.
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
     try:
         write_tensors(temporary, tensors, metadata)
@@ -215,15 +273,17 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, StoredTensor | MadeTensor], metadata: Mapping[str, str]) -> None:
-    """Write the new file `path`, and flush it to disk; one tensor is in memory at a time."""
+    """Writes the new file `path`, and flushes it to disk; one tensor is in memory at a time."""
     header: dict[str, object] = {METADATA: dict(metadata)}
-    end = 0
+    begin = 0
     for name, tensor in tensors.items():
-        offsets = [end, end + tensor.bytes]
-        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        end = offsets[1]
+        end = begin + tensor.bytes
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
+    # JSON ignores trailing spaces, so the header can be padded.
     encoded += b" " * (-len(encoded) % ALIGNMENT)
+
     with path.open("xb") as file:
         file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
         file.write(encoded)

@@ -28,7 +28,7 @@ class Phase(IntEnum):
 
     @property
     def words(self) -> str:
-        """The phase for people, after 'rank N is'."""
+        """The phase in words that continue 'rank N is'."""
         return {
             Phase.STARTING: "starting",
             Phase.LINKS: "in its first collective",
@@ -44,14 +44,14 @@ class Phase(IntEnum):
 
 
 class Heartbeat(Protocol):
-    """Receiver of the progress of a rank."""
+    """Receives the progress of a rank."""
 
     def beat(self, phase: Phase, step: int) -> None:
-        """Report the phase; `step`: completed steps."""
+        """Reports the phase; `step`: completed steps."""
 
 
 class Unheard:
     """The heartbeat of a rank without a watcher."""
 
     def beat(self, phase: Phase, step: int) -> None:
-        """Do nothing."""
+        """Does nothing."""

@@ -1,8 +1,9 @@
 """Objectives: functions from a model and a batch to a sum and a count; next-token loss, trained on and evaluated.
 
-The trainer divides the sum by the count over all micro-batches and ranks, so no objective knows how a batch was cut.
+The trainer divides the sum by the count over all micro-batches and ranks, so no objective knows how the global batch
+was split.
 
-Dimensions: B sequences, T tokens.
+Dimensions: B sequences, T tokens, N = B * T, L languages.
 """
 
 import math
@@ -25,7 +26,7 @@ class LossSum:
     total: torch.Tensor  # scalar fp32, with gradient
     count: torch.Tensor  # scalar fp32
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sums without gradient
-    counts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of metrics that `count` is not the count of
+    counts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # counts of metrics not averaged over `count`
 
 
 class Objective(Protocol):
@@ -33,13 +34,15 @@ class Objective(Protocol):
 
 
 Prepare = Callable[[Transformer, Sequence[Batch]], Sequence[Batch]]
-"""(model, micro-batches of this rank) -> the same with what their loss needs of the global batch (collective)."""
+"""A function (model, micro-batches of this rank) -> micro-batches with all that their loss needs of the global batch
+(collective)."""
 
 
 def next_token(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
-    """Mean cross-entropy over the tokens whose loss mask is 1."""
+    """Returns the objective of language models: cross-entropy, in nats, over the tokens whose loss mask is 1."""
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
+        # The model may leave out tokens that do not count; their loss is 0, as is their mask.
         losses_BT = model.token_losses(batch, label_smoothing, z_loss)
         return LossSum(total=(losses_BT * batch.loss_mask_BT).sum(), count=batch.loss_mask_BT.sum())
 
@@ -55,7 +58,7 @@ def summed_losses(
     group: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Loss on held-out documents, summed over all ranks (collective).
+    """Computes the loss on held-out documents, summed over all ranks (collective).
 
     Args:
         alive: called after every batch.
@@ -63,30 +66,34 @@ def summed_losses(
     Returns:
         (n_languages, 2) float64: nats and predicted tokens of each language.
     """
-    sums = torch.zeros(n_languages + 1, 2, dtype=torch.float64, device=device)  # the last row: not counted
-    for on_host in batches:
-        evaluation = on_host.to(device)
-        losses = model.token_losses(evaluation.batch).flatten().double()
-        language = evaluation.language_BT.flatten()
-        pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
-        sums.index_add_(0, language.where(language >= 0, n_languages), pairs)
+    # Tokens that do not count have language -1; they are added to one more row, which is cut off.
+    sums_L2 = torch.zeros(n_languages + 1, 2, dtype=torch.float64, device=device)
+    for batch in batches:
+        evaluation = batch.to(device)
+        losses_N = model.token_losses(evaluation.batch).flatten().double()
+        language_N = evaluation.language_BT.flatten()
+        language_N = language_N.where(language_N >= 0, n_languages)
+        sums_L2.index_add_(0, language_N, torch.stack([losses_N, torch.ones_like(losses_N)], dim=1))
         alive()
-    sums = sums[:-1].contiguous()
-    dist.all_reduce(sums, group=group)
-    return sums
+
+    sums_L2 = sums_L2[:-1].contiguous()
+    dist.all_reduce(sums_L2, group=group)
+    return sums_L2
 
 
 def loss_metrics(
     sums: Sequence[tuple[float, float]], languages: Sequence[str], n_bytes: Mapping[str, float]
 ) -> dict[str, float]:
-    """`val/loss` (nats per token) and `val/bits_per_byte`, in total and by language.
+    """Returns `val/loss` (nats per token) and `val/bits_per_byte`, in total and by language.
 
     Bits per byte = nats / ln 2 / UTF-8 bytes of the text. The nats include the end-of-text tokens.
+
+    Args:
+        sums: (nats, predicted tokens) of each language, as `summed_losses` returns them.
+        n_bytes: UTF-8 bytes of the text by language.
     """
-    metrics: dict[str, float] = {}
     nats, tokens = (sum(column) for column in zip(*sums, strict=True))
-    metrics["val/loss"] = nats / tokens
-    metrics["val/bits_per_byte"] = nats / math.log(2) / sum(n_bytes.values())
+    metrics = {"val/loss": nats / tokens, "val/bits_per_byte": nats / math.log(2) / sum(n_bytes.values())}
     for (language_nats, language_tokens), language in zip(sums, languages, strict=True):
         if language_tokens:
             metrics[f"val/loss_{language}"] = language_nats / language_tokens
@@ -95,7 +102,7 @@ def loss_metrics(
 
 
 def mixed_metrics(sums: Sequence[tuple[float, float]], corpus: str, n_bytes: Mapping[str, float]) -> dict[str, float]:
-    """`val/loss_CORPUS` and `val/bits_per_byte_CORPUS` of a corpus that is mixed into the data of a stage."""
+    """Returns `val/loss_CORPUS` and `val/bits_per_byte_CORPUS` of a corpus that is mixed into the data of a stage."""
     nats, tokens = (sum(column) for column in zip(*sums, strict=True))
     return {
         f"val/loss_{corpus}": nats / tokens,

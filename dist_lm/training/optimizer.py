@@ -35,13 +35,13 @@ from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import Variance, device_of_whole, orthogonal_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, whole and of logical shape on every rank
-RMS_OF_ADAMW = 0.2  # of the entries of an update of AdamW (Liu et al. 2025, section 2.2)
+VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, unsharded and of logical shape
 EMA = "ema"  # state of a parameter: its exponential average over the steps (`averages.py`)
+RMS_OF_ADAMW = 0.2  # root mean square of the entries of AdamW's update (Liu et al. 2025, section 2.2)
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: not to norms, biases, embeddings and scalars."""
+    """Returns whether weight decay applies to the parameter: not to norms, biases, embeddings and scalars."""
     return not any(part in name for part in ("norm", "bias", "embed", "value_mix"))
 
 
@@ -54,45 +54,53 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Step the parameters that have a gradient."""
+        """Steps the parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
             if "momentum" in group:
-                self._step_matrices(group)
-                continue
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            states = [self.state[parameter] for parameter in parameters]
-            beta1, beta2 = group["betas"]
-            adamw(
-                [shard_of(parameter) for parameter in parameters],
-                [shard_of(parameter.grad) for parameter in parameters],
-                [shard_of(state["exp_avg"]) for state in states],
-                [shard_of(state["exp_avg_sq"]) for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+                self._step_muon(group)
+            else:
+                self._step_adamw(group)
 
-    def _step_matrices(self, group: Mapping[str, Any]) -> None:
+    def _step_adamw(self, group: Mapping[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        states = [self.state[parameter] for parameter in parameters]
+        beta1, beta2 = group["betas"]
+
+        # torch's own fused kernel, on plain tensors instead of DTensors.
+        adamw(
+            [shard_of(parameter) for parameter in parameters],
+            [shard_of(parameter.grad) for parameter in parameters],
+            [shard_of(state["exp_avg"]) for state in states],
+            [shard_of(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_muon(self, group: Mapping[str, Any]) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        momentum = group["momentum"]
+
+        # Momentum works element by element, on shards.
         directions = []
+        variances = []
         for parameter in parameters:
             state, gradient = self.state[parameter], shard_of(parameter.grad)
             state["step"] += 1
-            average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - group["momentum"])
-            directions.append(gradient.lerp(average, group["momentum"]))  # Nesterov
-        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]  # the decay of `stage.lr`
-        variances = [
-            Variance(state[VARIANCE], group["variance_beta"]) if VARIANCE in state else None
-            for state in (self.state[parameter] for parameter in parameters)
-        ]
+            average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - momentum)
+            directions.append(gradient.lerp(average, momentum))  # Nesterov
+            variances.append(Variance(state[VARIANCE], group["variance_beta"]) if VARIANCE in state else None)
+
+        # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
+        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]
         for parameter, step in orthogonal_steps(parameters, directions, variances):
             shard_of(parameter).mul_(1 - decay).sub_(step, alpha=group["lr"])
 
@@ -100,7 +108,7 @@ class ShardedAdamW(torch.optim.AdamW):
 def build_optimizer(
     model: Transformer, settings: OptimizerConfig | RlhfConfig, muon: MuonConfig | None = None
 ) -> ShardedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) for the parameters that have gradients.
+    """Builds AdamW (Loshchilov & Hutter 2019), with Muon for some groups, for the parameters that have gradients.
 
     Moments exist from the start, so that every checkpoint has the same keys.
 
@@ -108,27 +116,30 @@ def build_optimizer(
     as the moments are.
 
     Args:
-        muon: for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
+        muon: settings for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
     """
-    orthogonal = muon is not None and muon.is_on
-    averaged = isinstance(settings, TrainerGroup) and settings.ema_decay > 0
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = {name for name, _ in named if orthogonal and is_matrix(name)}
+    uses_muon = muon is not None and muon.is_on
+    muon_names = {name for name, _ in named if uses_muon and is_matrix(name)}
     optimizer = ShardedAdamW(
-        _groups(model, named, settings, muon if matrices else None),
+        _groups(model, named, settings, muon if muon_names else None),
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
     )
-    normalised = muon is not None and muon.variance_beta > 0
-    shapes = parameter_shapes(model.config) if normalised else {}
+
+    has_average = isinstance(settings, TrainerGroup) and settings.ema_decay > 0
+    has_variance = muon is not None and muon.variance_beta > 0
+    shapes = parameter_shapes(model.config) if has_variance else {}
     for name, parameter in named:
-        # the fused kernel needs the step on the device of the parameter
+        keys = MOMENTS[:1] if name in muon_names else MOMENTS
+        if has_average:
+            keys = (*keys, EMA)
+        # The fused kernel needs the step on the device of the parameter.
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = MOMENTS[:1] if name in matrices else MOMENTS
-        kept = (*moments, EMA) if averaged else moments
-        optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in kept}
-        if normalised and name in matrices:
+        optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in keys}
+
+        if has_variance and name in muon_names:
             optimizer.state[parameter][VARIANCE] = torch.zeros(
                 neuron_shape(name, shapes[name]), dtype=parameter.dtype, device=device_of_whole(parameter)
             )
@@ -141,52 +152,56 @@ def _groups(
     settings: OptimizerConfig | RlhfConfig,
     muon: MuonConfig | None,
 ) -> list[dict[str, Any]]:
-    """Groups of parameters with one rate, one decay and one optimizer."""
+    """Returns groups of parameters with one rate, one decay and one optimizer; the groups of Muon come last."""
     groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
-    for name, parameter in sorted(named, key=lambda one: not is_decayed(one[0])):
-        steps_matrix = muon is not None and is_matrix(name)
+    for name, parameter in sorted(named, key=lambda pair: not is_decayed(pair[0])):
+        steps_with_muon = muon is not None and is_matrix(name)
         ratio = 1.0
         if isinstance(settings, TrainerGroup):
-            ratio = rate_ratio(name, settings, muon if steps_matrix else None, model.config)
-        key = (steps_matrix, is_decayed(name), ratio)
+            ratio = rate_ratio(name, settings, muon if steps_with_muon else None, model.config)
+
+        key = (steps_with_muon, is_decayed(name), ratio)
         if key not in groups:
             group: dict[str, Any] = {"params": [], "lr": settings.lr * ratio, "lr_ratio": ratio}
             decay = settings.weight_decay if is_decayed(name) else 0.0
-            if muon is not None and steps_matrix:
+            if muon is not None and steps_with_muon:
                 decay = decay if muon.weight_decay is None else muon.weight_decay
                 group |= {"momentum": muon.momentum, "variance_beta": muon.variance_beta, "weight_decay": decay}
             else:
-                group["weight_decay"] = decay / ratio  # of AdamW: the decay of `stage.lr` at any rate
+                # AdamW multiplies the decay by the rate of the group; it must follow `stage.lr`.
+                group["weight_decay"] = decay / ratio
             groups[key] = group
         groups[key]["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: "momentum" in group)
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the optimizer, as a checkpoint names them: (`PARAMETER.exp_avg`, tensor)."""
+    """Yields all tensors of the optimizer, as a checkpoint names them: (`PARAMETER.exp_avg`, tensor)."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:  # frozen under adapters
             continue
         assert parameter in optimizer.state, f"{name} is not the tensor that the optimizer was built with"
-        for key, value in optimizer.state[parameter].items():
-            yield f"{name}.{key}", value
+        for key, tensor in optimizer.state[parameter].items():
+            yield f"{name}.{key}", tensor
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of `stage.lr` to `rate`, and the rates of all groups in proportion."""
+    """Sets the rate of `stage.lr` to `rate`, and the rates of all groups in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
 def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
-    """Set the momentum of Muon."""
+    """Sets the momentum of Muon."""
     for group in optimizer.param_groups:
         if "momentum" in group:
             group["momentum"] = momentum
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:
-    """Linear warm-up to `peak`, then a cosine to `min_ratio * peak` at the last step (Loshchilov & Hutter 2017, eq. 5).
+    """Returns the rate of a linear warm-up to `peak`, then a cosine to `min_ratio * peak` at the last step.
+
+    Loshchilov & Hutter 2017, equation 5.
 
     Args:
         step: 0-based optimizer step; the rate of step 0 is above zero.
@@ -198,7 +213,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
 
 
 def stage_rate(stage: TrainerGroup, step: int) -> float:
-    """The learning rate of a 0-based step of a stage.
+    """Returns the learning rate of a 0-based step of a stage.
 
     Schedule `wsd`: linear warm-up, constant (Hu et al. 2024, eq. 1), then a decay over the last `decay_steps`, linear
     or 1-sqrt (Haegele et al. 2024, eq. 1). Schedule `linear` is the same with a linear decay over the last
@@ -210,19 +225,24 @@ def stage_rate(stage: TrainerGroup, step: int) -> float:
         )
     if step < stage.warmup_steps:
         return stage.lr * (step + 1) / stage.warmup_steps
-    is_linear = stage.schedule == LINEAR
-    longest = max(1, stage.steps - stage.warmup_steps)
-    decay_steps = min(longest, max(1, round(stage.decay_share * stage.steps))) if is_linear else stage.decay_steps
-    decayed = step + 1 - (stage.steps - decay_steps)  # steps of the decay, this one included
-    if decayed <= 0 or not decay_steps:
+
+    decay_steps = stage.decay_steps
+    if stage.schedule == LINEAR:
+        steps_after_warmup = max(1, stage.steps - stage.warmup_steps)
+        decay_steps = min(steps_after_warmup, max(1, round(stage.decay_share * stage.steps)))
+
+    decay_step = step + 1 - (stage.steps - decay_steps)  # 1 at the first step of the decay
+    if decay_step <= 0 or not decay_steps:
         return stage.lr
-    progress = min(1.0, decayed / decay_steps)
-    fall = progress if is_linear or stage.decay == LINEAR else math.sqrt(progress)
+    progress = min(1.0, decay_step / decay_steps)
+    fall = math.sqrt(progress)
+    if stage.schedule == LINEAR or stage.decay == LINEAR:
+        fall = progress
     return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * (1 - fall))
 
 
 def rate_group(name: str) -> str | None:
-    """The key of `stage.rates` that a parameter belongs to; None: an adapter, which has the rate `stage.lr`."""
+    """Returns the key of `stage.rates` for a parameter; None for an adapter, which has the rate `stage.lr`."""
     if ADAPTERS in name:
         return None
     if name.startswith(("lm_head.", "scalar_head.")):
@@ -233,32 +253,42 @@ def rate_group(name: str) -> str | None:
 
 
 def rate_ratio(name: str, stage: TrainerGroup, muon: MuonConfig | None, model: ModelConfig) -> float:
-    """Learning rate of a parameter as a multiple of `stage.lr`.
+    """Returns the learning rate of a parameter as a multiple of `stage.lr` (the table at the top of this file).
 
     Args:
-        muon: of a matrix that Muon steps; None: AdamW steps it.
+        muon: settings of the Muon that steps the matrix; None: AdamW steps the parameter.
     """
     group = rate_group(name)
     if group is None:
         return 1.0
     ratio = getattr(stage.rates, group)
+
     if muon is None:
-        return ratio / model.relative_width if group in ("head", "matrices") else ratio
+        if group in ("head", "matrices"):
+            ratio /= model.relative_width
+        return ratio
+
     if muon.lr is not None:
+        # `stage.muon.lr` is a rate of its own, which the schedule of `stage.lr` scales.
         ratio *= muon.lr / stage.lr
     width_power = 0.5 if "attention." in name else 0.0
     if muon.scale == ADAMW:
-        # singular values of 1 are entries of 1 / sqrt(larger side) (Liu et al. 2025, equation 4)
+        # A matrix with singular values of 1 has entries of 1 / sqrt(larger side) (Liu et al. 2025, equation 4).
         ratio *= RMS_OF_ADAMW * math.sqrt(max(parameter_shapes(model)[name][-2:]))
         width_power += 0.5
     return ratio / model.relative_width**width_power
 
 
 def muon_momentum(stage: TrainerGroup, step: int) -> float:
-    """The momentum of Muon at a 0-based step: a linear warm-up from `momentum_low`, and a linear cool-down to it, which
-    the last step reaches."""
+    """Returns the momentum of Muon at a 0-based step.
+
+    It warms up linearly from `momentum_low`, and cools down linearly to it, which the last step reaches.
+    """
     muon = stage.muon
-    rise = step / muon.momentum_warmup_steps if step < muon.momentum_warmup_steps else 1.0
-    left, cooldown = max(0, stage.steps - 1 - step), muon.momentum_cooldown_steps
-    fall = left / cooldown if left < cooldown else 1.0
+    rise = fall = 1.0
+    if step < muon.momentum_warmup_steps:
+        rise = step / muon.momentum_warmup_steps
+    steps_left = max(0, stage.steps - 1 - step)
+    if steps_left < muon.momentum_cooldown_steps:
+        fall = steps_left / muon.momentum_cooldown_steps
     return muon.momentum - (1 - min(rise, fall)) * (muon.momentum - muon.momentum_low)

@@ -14,29 +14,31 @@ DEVIATIONS = 6.0  # standard deviations above the mean that make a loss a spike
 class LossTrend:
     """Mean and variance of recent losses: of the first `WINDOW` losses, then exponential with factor 1 - 1/WINDOW.
 
-    A value of three numbers in the checkpoint, so a resumed run finds the same spikes.
+    Its three numbers are in the checkpoint, so a resumed run finds the same spikes.
     """
 
-    seen: int = 0
+    seen: int = 0  # finite losses so far
     mean: float = 0.0
     variance: float = 0.0
 
     def is_spike(self, loss: float) -> bool:
-        """Whether a loss lies more than `DEVIATIONS` standard deviations above the mean.
+        """Returns whether a loss lies more than `DEVIATIONS` standard deviations above the mean.
 
         Never before `SEEN_ENOUGH` losses, and never for a loss that is not finite: its step counts as skipped.
         """
+        # The first losses fall steeply, so their variance says nothing about spikes.
         if self.seen < SEEN_ENOUGH or not math.isfinite(loss):
             return False
         return loss > self.mean + DEVIATIONS * math.sqrt(self.variance)
 
     def after(self, loss: float) -> "LossTrend":
-        """The trend with one more loss (West 1979, incremental mean and variance); ignores non-finite losses."""
+        """Returns the trend after a loss (West 1979, incremental mean and variance); non-finite ones are ignored."""
         if not math.isfinite(loss):
             return self
         weight = 1 / min(self.seen + 1, WINDOW)
-        off = loss - self.mean
-        return LossTrend(self.seen + 1, self.mean + weight * off, (1 - weight) * (self.variance + weight * off * off))
+        deviation = loss - self.mean
+        variance = (1 - weight) * (self.variance + weight * deviation * deviation)
+        return LossTrend(self.seen + 1, self.mean + weight * deviation, variance)
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,11 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
-        """The inverse of `dataclasses.asdict`; fields that are missing in `values` get their defaults.
+        """Inverts `dataclasses.asdict`; fields that are missing in `values` get their defaults.
 
         Raises:
             TypeError: `values` has an unknown field.
         """
-        known: dict[str, Any] = dict(values)
-        known["loss_trend"] = LossTrend(**values.get("loss_trend", {}))
-        return cls(**known)
+        fields: dict[str, Any] = dict(values)
+        fields["loss_trend"] = LossTrend(**values.get("loss_trend", {}))
+        return cls(**fields)

@@ -1,7 +1,7 @@
 """One optimizer step over the micro-batches of a global batch: accumulate gradients, then update.
 
 An objective returns a sum and a count. Gradients of the sums are added over micro-batches and ranks, then divided once
-by the global count, so the result does not depend on how the batch was cut.
+by the global count, so the step does not depend on how the global batch was split.
 """
 
 import math
@@ -27,8 +27,8 @@ class Sums:
     """Sums over this rank's micro-batches; their gradients are in the model, reduced over ranks but not divided."""
 
     total_count: torch.Tensor  # (2,) float64: loss total, count
-    metrics: dict[str, torch.Tensor]  # of the objective
-    counts: dict[str, torch.Tensor]  # of the metrics that have their own count
+    metrics: dict[str, torch.Tensor]  # sums of `LossSum.metrics`
+    counts: dict[str, torch.Tensor]  # sums of `LossSum.counts`
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class StepResult:
     count: float  # counted tokens of the global batch
     grad_norm: float  # global L2 norm before clipping
     applied: bool  # False: gradients were not finite and the parameters did not change
-    stop_requested: bool  # some rank was asked to stop
-    metrics: dict[str, float]  # of the objective, divided by their counts
+    stop_requested: bool  # at least one rank was asked to stop
+    metrics: dict[str, float]  # metrics of the objective, divided by their counts
     tokens: int  # tokens of all ranks, as they reported them
     grad_norms: Mapping[str, float]  # `grad_norm` by group of parameters; empty without laps
 
@@ -52,7 +52,7 @@ def accumulate_gradients(
     reduce_every_micro_batch: bool = False,
     laps: Laps | None = None,
 ) -> Sums:
-    """Forward and backward pass of every micro-batch; the last one reduces gradients over ranks (collective).
+    """Runs the forward and backward pass of every micro-batch; the last one reduces gradients over ranks (collective).
 
     Args:
         reduce_every_micro_batch: reduce in every micro-batch, which sends more and holds less.
@@ -61,23 +61,34 @@ def accumulate_gradients(
     """
     if laps:
         laps.start()
-    sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
+    total_count = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
     metrics: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
-    for index, batch in enumerate(micro_batches):
-        last = index == len(micro_batches) - 1
-        accumulate(model, reduce=reduce_every_micro_batch or last, last=last)
-        loss = objective(model, batch)
+
+    for index, micro_batch in enumerate(micro_batches):
+        is_last = index == len(micro_batches) - 1
+        # FSDP sends gradients with the last micro-batch only, unless memory is short.
+        accumulate(model, reduce=reduce_every_micro_batch or is_last, last=is_last)
+
+        loss = objective(model, micro_batch)
         _lap(laps, "forward")
         loss.total.backward()
-        sums += torch.stack([loss.total.detach(), loss.count]).double()
-        for into, values in ((metrics, loss.metrics), (counts, loss.counts)):
-            for name, value in values.items():
-                into[name] = into.get(name, torch.zeros_like(value)) + value
+
+        # Sums stay on the device: reading them here would make a GPU wait in every micro-batch.
+        total_count += torch.stack([loss.total.detach(), loss.count]).double()
+        _add_to(metrics, loss.metrics)
+        _add_to(counts, loss.counts)
         _lap(laps, "backward")
+
+    # Only gradients of replicated parameters are left: tensor parallelism has a part of them on each rank.
     reduce_partial_gradients(model)
     _lap(laps, "communication")
-    return Sums(sums, metrics, counts)
+    return Sums(total_count, metrics, counts)
+
+
+def _add_to(sums: dict[str, torch.Tensor], terms: Mapping[str, torch.Tensor]) -> None:
+    for name, term in terms.items():
+        sums[name] = sums.get(name, torch.zeros_like(term)) + term
 
 
 def update(
@@ -91,60 +102,76 @@ def update(
     tokens: int = 0,
     laps: Laps | None = None,
 ) -> StepResult:
-    """Divide the accumulated gradients, clip them, and step the optimizer (collective).
+    """Divides the accumulated gradients, clips them, and steps the optimizer (collective).
 
     Gradients that are not finite leave parameters and moments unchanged.
 
     Args:
-        counts: whether this rank's sums count: True on one of the ranks that see the same data.
+        counts: this rank's sums count: True on one of the ranks that see the same data.
         stop: read here, after the backward pass, so that no step starts after a long one (the first may compile).
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
         laps: gets `communication` and `optimizer`; given on every rank or on none.
     """
-    names, counted = sorted(sums.metrics), sorted(sums.counts)
-    groups = gradients_by_group(model) if laps else {"": _gradients(model)}
+    # Only a timed step reports the norm of each group; one norm over all gradients takes fewer kernels.
+    if laps:
+        groups = gradients_by_group(model)
+    else:
+        groups = {"": [parameter.grad for parameter in model.parameters() if parameter.grad is not None]}
+
+    # Everything that ranks must agree on goes into one message. `torch.full` fills it on the device: a copy from the
+    # host would wait for the GPU.
     device = sums.total_count.device
-    squares = squared_norms(list(groups.values())).to(device)
-    said = torch.full((1,), tokens, dtype=torch.float64, device=device)  # a copy from the host would wait for the GPU
-    reported = [*(sums.metrics[name] for name in names), *(sums.counts[name] for name in counted)]
-    own = torch.cat([said, sums.total_count, *(value.double().reshape(1) for value in reported)])
-    stops = torch.full((1,), float(stop.requested), dtype=torch.float64, device=device)
-    # everything that ranks must agree on, in one message
-    shared = torch.cat([stops, squares, own if counts else torch.zeros_like(own)])
+    stop_1 = torch.full((1,), float(stop.requested), dtype=torch.float64, device=device)
+    tokens_1 = torch.full((1,), tokens, dtype=torch.float64, device=device)
+    metric_names, count_names = sorted(sums.metrics), sorted(sums.counts)
+    metric_sums = [sums.metrics[name] for name in metric_names] + [sums.counts[name] for name in count_names]
+    batch_sums = torch.cat([tokens_1, sums.total_count, *(metric.double().reshape(1) for metric in metric_sums)])
+    if not counts:
+        batch_sums = torch.zeros_like(batch_sums)
+    message = torch.cat([stop_1, squared_norms(list(groups.values())).to(device), batch_sums])
     _lap(laps, "optimizer")
-    dist.all_reduce(shared)
+    dist.all_reduce(message)
     _lap(laps, "communication")
-    stopping, *values = shared.tolist()
-    group_squares, (all_tokens, total, count, *metric_sums) = values[: len(groups)], values[len(groups) :]
-    own_counts = dict(zip(counted, metric_sums[len(names) :], strict=True))
-    norm = math.sqrt(sum(group_squares)) / max(count, 1.0)
-    applied = math.isfinite(norm)
+
+    # This is the only time that a step waits for the GPU.
+    numbers = iter(message.tolist())
+    n_stopping = next(numbers)
+    group_squares = {name: next(numbers) for name in groups}
+    all_tokens, total, count = next(numbers), next(numbers), next(numbers)
+    metric_totals = {name: next(numbers) for name in metric_names}
+    metric_counts = {name: next(numbers) for name in count_names}
+    metrics = {name: metric_totals[name] / max(metric_counts.get(name, count), 1.0) for name in metric_names}
+
+    # The gradients are sums; dividing and clipping are one pass over them.
+    divisor = max(count, 1.0)
+    grad_norm = math.sqrt(sum(group_squares.values())) / divisor
+    applied = math.isfinite(grad_norm)
     if applied:
-        clip = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
-        gradients = [shard_of(gradient) for part in groups.values() for gradient in part]
-        torch._foreach_mul_(gradients, clip / max(count, 1.0))
+        clip = grad_clip / grad_norm if grad_clip and grad_norm > grad_clip else 1.0
+        gradients = [shard_of(gradient) for group in groups.values() for gradient in group]
+        torch._foreach_mul_(gradients, clip / divisor)
         optimizer.step()
+    # Freed also after a skipped step: the next step must not add to them.
     optimizer.zero_grad(set_to_none=True)
     _lap(laps, "optimizer")
-    norms = {name: math.sqrt(square) / max(count, 1.0) for name, square in zip(groups, group_squares, strict=True)}
+
+    grad_norms = {}
+    if laps:
+        grad_norms = {name: math.sqrt(square) / divisor for name, square in group_squares.items()}
     return StepResult(
-        loss=total / max(count, 1.0),
+        loss=total / divisor,
         count=count,
-        grad_norm=norm,
+        grad_norm=grad_norm,
         applied=applied,
-        stop_requested=stopping > 0,
-        metrics={name: metric_sums[i] / max(own_counts.get(name, count), 1.0) for i, name in enumerate(names)},
+        stop_requested=n_stopping > 0,
+        metrics=metrics,
         tokens=int(all_tokens),
-        grad_norms=norms if laps else {},
+        grad_norms=grad_norms,
     )
 
 
-def _gradients(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
 def gradients_by_group(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Gradients by group of parameters; every rank has the same groups, as every step uses all parameters."""
+    """Returns gradients by group of parameters; every rank has the same groups: each step uses all parameters."""
     groups: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -23,12 +23,15 @@ MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot
 
 
 class StepProfiler:
-    """Records some steps, and writes their trace after the last one. As a context manager it drops a part of them."""
+    """Records some steps, and writes their trace after the last one.
+
+    Leaving it as a context manager drops a recording that is not complete.
+    """
 
     def __init__(self, steps: Sequence[int], on_gpu: bool, trace: Path, memory: Path) -> None:
         """
         Args:
-            steps: first and last.
+            steps: first and last step that is recorded.
             trace: file of this rank's trace, `.json.gz`.
             memory: file of this rank's memory snapshot in torch's format (a pickle), if `on_gpu`.
         """
@@ -50,17 +53,19 @@ class StepProfiler:
             self._profile = None
 
     def reached(self, completed: int) -> None:
-        """Step `completed` is complete, the next one begins."""
+        """Notes that step `completed` is complete and the next one begins: starts, goes on or ends recording."""
         step = completed + 1
         if self._step and step > self._last:
-            self._end()
+            self._write_trace()
         if not max(1, self._first - 1) <= step <= self._last:
             return
+
+        # The profiler takes seconds to start, so it is prepared one step early.
         if self._profile is None:
-            # one step early: the profiler takes seconds to start
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
             self._profile = profile(activities=activities)
             self._profile.prepare_trace()
+
         if self._step:
             self._step.__exit__(None, None, None)
         elif step >= self._first:
@@ -72,11 +77,10 @@ class StepProfiler:
             self._step.__enter__()
 
     def marked(self, laps: Laps) -> Laps:
-        """`laps`, whose laps also appear in the trace while a step is recorded."""
+        """Returns `laps`; while a step is recorded they also appear in the trace."""
         return MarkedLaps(laps) if self._step else laps
 
     def _stop(self) -> profile:
-        """Stop recording."""
         assert self._profile
         assert self._step
         self._step.__exit__(None, None, None)
@@ -84,10 +88,11 @@ class StepProfiler:
         self._profile.stop_trace()
         return self._profile
 
-    def _end(self) -> None:
-        recorded, self._profile = self._stop(), None
+    def _write_trace(self) -> None:
+        recording = self._stop()
+        self._profile = None
         self._trace.parent.mkdir(exist_ok=True)
-        recorded.export_chrome_trace(str(self._trace))
+        recording.export_chrome_trace(str(self._trace))
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(self._memory))
             torch.cuda.memory._record_memory_history(enabled=None)
@@ -95,7 +100,7 @@ class StepProfiler:
 
 
 class MarkedLaps:
-    """Laps that leave an annotation at the end of each one."""
+    """Measures laps and leaves an annotation in the trace at the end of each one."""
 
     def __init__(self, laps: Laps) -> None:
         self._laps = laps

@@ -22,7 +22,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import reshard
 from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training import checkpoint_files
+from dist_lm.training import averages, checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective, Prepare
@@ -34,33 +34,34 @@ from dist_lm.training.step_profiler import StepProfiler
 
 log = logging.getLogger(__name__)
 
-DETAILED_EVERY = 10  # steps; at least so many between lines with details
+DETAILED_EVERY = 10  # at least so many steps lie between two lines with details
 
 Evaluate = Callable[[Transformer, bool, Callable[[], None]], dict[str, float]]
-"""(model, whether to use all held-out data, a function to call after every batch) -> metrics, equal on all ranks."""
+"""A function (model, whether to use all held-out data, a function to call after every batch) -> metrics, equal on all
+ranks."""
 
 
 class StepTasks(Protocol):
-    """What is measured beside validation (collective)."""
+    """Measurements beside validation, such as generated samples (collective)."""
 
     def reached(self, step: int) -> None:
-        """So many steps are done; it writes its own metrics."""
+        """Measures after `step` completed steps, if it is due, and writes its own metrics."""
 
     def before_checkpoint(self) -> None:
-        """Called before each checkpoint."""
+        """Finishes what the next checkpoint must include."""
 
 
 class NonFiniteGradientsError(UserError):
-    """NaN or infinite gradients for too many steps in a row."""
+    """Gradients were NaN or infinite for too many steps in a row."""
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """The parts of a training run."""
+    """Trains a model: owns the loop, not the parts, which the program of a rank builds."""
 
     config: Config
     world: World
-    counts_once: bool  # whether this rank's sums count: True on one of the ranks that see the same data
+    counts_once: bool  # this rank's sums count: True on one of the ranks that see the same data
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -71,17 +72,20 @@ class Trainer:
     stop: StopRequest
     heartbeat: Heartbeat
     flops_per_token: int
-    peak_flops: float  # of all ranks together; 0: unknown
-    bytes_per_token: float = 0.0  # of the training text; 0: unknown
+    peak_flops: float  # FLOP/s, sum over ranks; 0: unknown
+    bytes_per_token: float = 0.0  # UTF-8 bytes of the training text per token; 0: unknown
     profiler: StepProfiler | None = None
-    prepare: Prepare | None = None  # called before the passes of a step
+    prepare: Prepare | None = None  # called on the micro-batches before the passes of a step
     tasks: StepTasks | None = None
 
     def __post_init__(self) -> None:
         self.model.document_mask = self.config.stage.document_mask
 
     def run(self, state: TrainState) -> TrainState:
-        """Train from `state` to the last step, or to the step at which all ranks agreed to stop.
+        """Trains from `state` to the last step, or to the step at which all ranks agreed to stop.
+
+        Returns:
+            The state after the last step taken, which the last checkpoint also holds.
 
         Raises:
             NonFiniteGradientsError: after stage.max_nonfinite_steps skipped steps in a row.
@@ -89,88 +93,73 @@ class Trainer:
         """
         stage = self.config.stage
         if stage.eval_at_start and state.step == 0:
-            line = self._evaluate(0, everything=True)
-            if self.metrics:
-                self.metrics.write(0, line)
-            if self.tasks:
-                self.tasks.reached(0)
+            self._evaluate_untrained()
+
+        # The meter hooks into the blocks, so it exists once per attempt, not per step.
         meter = StepMeter(self.world, self.optimizer, stage.steps, self.model.blocks)
         with self._saver() as saver, self.profiler or nullcontext():
             while state.step < stage.steps:
-                if self.profiler:
-                    self.heartbeat.beat(Phase.TRACING, state.step)  # a long trace is no hang
-                    self.profiler.reached(state.step)
+                self._advance_profiler(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
-                rate = stage_rate(stage, state.step)
+
+                # Data: this rank's micro-batches of the next global batch.
                 self.heartbeat.beat(Phase.DATA, state.step)
-                data = next(self.stream)
+                step_data = next(self.stream)
                 meter.data_came()
+
+                # Step: forward and backward passes, then the update. The outcome is the same on every rank.
                 self.heartbeat.beat(Phase.STEP, state.step)
+                rate = stage_rate(stage, state.step)
                 laps = self.profiler.marked(meter.laps) if self.profiler else meter.laps
-                result = self.step(state, data, rate, laps)
-                state = advance(state, result, data.position)
+                outcome = self.step(state, step_data, rate, laps)
+                state = advance(state, outcome, step_data.position)
                 if stage.ema_decay:
-                    self._follow_average(state.step)
-                meter.end(state.step, result.tokens)
-                last = state.step == stage.steps
-                score = None
-                evaluated = last or is_due(state.step, stage.eval_every)
-                written = evaluated or is_due(state.step, stage.log_every)
-                line = self.metrics_of(state, result, rate, meter) if written else {}
-                if evaluated:
-                    line |= self._evaluate(state.step, last)
-                    if stage.ema_decay:
-                        line |= self._evaluate_average(state.step, last)
-                    # the score of every checkpoint is on the same sequences, that of the last one too
-                    others = last and stage.eval_sequences > 0
-                    score = self._evaluate(state.step, False)["val/loss"] if others else line["val/loss"]
-                if self.metrics and written:
-                    self.metrics.write(state.step, line)
+                    averages.follow(self.optimizer, stage.ema_decay, state.step)
+                meter.end(state.step, outcome.tokens)
+
+                # Metrics, and the held-out loss if it is due.
+                val_loss = self._report(state, outcome, rate, meter)
                 if self.tasks:
                     self.tasks.reached(state.step)
                 self._check_finite(state, saver)
-                final = last or result.stop_requested
-                if final or is_due(state.step, stage.checkpoint_every):
-                    state = self._save(saver, state, score, final)
-                if result.stop_requested:
+
+                # Checkpoint, always after the last step: the next attempt or stage begins there.
+                is_final = state.step == stage.steps or outcome.stop_requested
+                if is_final or is_due(state.step, stage.checkpoint_every):
+                    state = self._save(saver, state, val_loss, is_final)
+                if outcome.stop_requested:
                     log.info("stopped at step %d as requested; the checkpoint is written", state.step)
-                    break
-            else:
-                if self.profiler:
-                    self.profiler.reached(state.step)
+                    return state
+
+            if self.profiler:
+                self.profiler.reached(state.step)  # writes the trace if the window includes the last step
         return state
 
-    def _evaluate(self, step: int, everything: bool) -> dict[str, float]:
-        def alive() -> None:
-            self.heartbeat.beat(Phase.EVALUATING, step)
-
-        alive()
-        metrics = self.evaluate(self.model, everything, alive)
-        reshard(self.model)  # a checkpoint needs the shards
-        return metrics
-
-    def _follow_average(self, step: int) -> None:
-        from dist_lm.training.averages import follow
-
-        follow(self.optimizer, self.config.stage.ema_decay, step)
-
-    def _evaluate_average(self, step: int, everything: bool) -> dict[str, float]:
-        from dist_lm.training.averages import measured
-
-        return measured(self.optimizer, partial(self._evaluate, step, everything))
-
     def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
-        """One optimizer step at learning rate `rate` (collective)."""
+        """Takes one optimizer step at learning rate `rate` (collective).
+
+        Args:
+            state: counters before the step.
+            data: this rank's micro-batches, in host memory.
+        """
         stage, model = self.config.stage, self.model
-        batches: Sequence[Batch] = [batch.to(self.world.device) for batch in data.micro_batches]
+
+        # All micro-batches go to the device at once: copies from pinned memory overlap with the first passes.
+        micro_batches: Sequence[Batch] = [batch.to(self.world.device) for batch in data.micro_batches]
         if self.prepare:
-            batches = self.prepare(model, batches)
+            micro_batches = self.prepare(model, micro_batches)
+
+        # The schedule is a function of the step, so a resumed run needs no scheduler state.
         set_learning_rate(self.optimizer, rate)
         set_momentum(self.optimizer, muon_momentum(stage, state.step))
+
+        # The key holds the step, so a resumed run drops what the uninterrupted run would have dropped. It is set for
+        # the training passes only: evaluation uses the same model without dropout.
         model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step) if stage.dropout else None
-        every = self.config.parallel.reduce_every_micro_batch
-        sums = accumulate_gradients(model, self.objective, batches, every, laps)
+        reduces_every = self.config.parallel.reduce_every_micro_batch
+        sums = accumulate_gradients(model, self.objective, micro_batches, reduces_every, laps)
         model.dropout = None
+
         return update(
             model,
             self.optimizer,
@@ -182,8 +171,36 @@ class Trainer:
             laps=laps,
         )
 
+    def _report(self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter) -> float | None:
+        """Measures and writes the metrics of a step if they are due (collective).
+
+        Returns:
+            The held-out loss that ranks a checkpoint of this step, in nats per token; None if nothing was evaluated.
+        """
+        stage = self.config.stage
+        is_last = state.step == stage.steps
+        evaluates = is_last or is_due(state.step, stage.eval_every)
+        if not evaluates and not is_due(state.step, stage.log_every):
+            return None
+
+        line = self.metrics_of(state, outcome, rate, meter)
+        val_loss = None
+        if evaluates:
+            line |= self._evaluate(state.step, everything=is_last)
+            if stage.ema_decay:
+                evaluate = partial(self._evaluate, state.step, is_last)
+                line |= averages.measured(self.optimizer, evaluate)
+
+            # The last evaluation uses all held-out data, but checkpoints are compared on the same sequences.
+            val_loss = line["val/loss"]
+            if is_last and stage.eval_sequences > 0:
+                val_loss = self._evaluate(state.step, everything=False)["val/loss"]
+        if self.metrics:
+            self.metrics.write(state.step, line)
+        return val_loss
+
     def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
-        """The line of metrics of a step (collective)."""
+        """Returns the metrics of a step, without held-out metrics (collective)."""
         stage = self.config.stage
         line = {
             "train/loss": result.loss,
@@ -196,30 +213,57 @@ class Trainer:
         }
         line |= {f"train/grad_norm_{group}": norm for group, norm in result.grad_norms.items()}
         line |= result.metrics | meter.line()
+
+        # MFU counts the planned tokens of a step, also if some of them are padding.
         if self.peak_flops:
-            flops = self.flops_per_token * stage.global_batch * stage.seq_len
-            line["perf/mfu"] = flops / line["perf/step_s"] / self.peak_flops
+            flops_per_step = self.flops_per_token * stage.global_batch * stage.seq_len
+            line["perf/mfu"] = flops_per_step / line["perf/step_s"] / self.peak_flops
         if self.bytes_per_token:
             line["perf/bytes_per_token"] = self.bytes_per_token
+        # These need another all-reduce and a copy of the parameters, so only some lines have them.
         if self.is_detailed(state.step):
             line |= meter.details()
         return line
 
     def is_detailed(self, step: int) -> bool:
-        """Whether the line of `step` has the metrics that cost a pass over the parameters."""
+        """Returns whether the line of `step` has the metrics that cost a pass over the parameters."""
         return step == self.config.stage.steps or is_due(step, detailed_every(self.config.stage.log_every))
+
+    def _evaluate_untrained(self) -> None:
+        line = self._evaluate(0, everything=True)
+        if self.metrics:
+            self.metrics.write(0, line)
+        if self.tasks:
+            self.tasks.reached(0)
+
+    def _evaluate(self, step: int, everything: bool) -> dict[str, float]:
+        """Returns held-out metrics; `everything`: on all held-out data, not on `stage.eval_sequences` (collective)."""
+
+        def beat() -> None:
+            self.heartbeat.beat(Phase.EVALUATING, step)
+
+        beat()
+        metrics = self.evaluate(self.model, everything, beat)
+        reshard(self.model)  # a checkpoint needs the shards
+        return metrics
+
+    def _advance_profiler(self, step: int) -> None:
+        if self.profiler:
+            self.heartbeat.beat(Phase.TRACING, step)  # writing a trace may take minutes, which is no hang
+            self.profiler.reached(step)
 
     def _check_finite(self, state: TrainState, saver: CheckpointSaver) -> None:
         limit = self.config.stage.max_nonfinite_steps
-        if state.nonfinite_steps >= limit:
-            saver.wait()
-            latest = checkpoint_files.read_pointer(self.checkpoints, checkpoint_files.LATEST)
-            raise NonFiniteGradientsError(
-                f"gradients were NaN or infinite in {limit} steps in a row, the last is step {state.step} "
-                f"(stage.max_nonfinite_steps={limit}); the last checkpoint is "
-                f"{latest.name if latest else 'none yet'}: lower stage.lr={self.config.stage.lr:g}, raise "
-                "stage.warmup_steps, with another run_id, or look for bad data"
-            )
+        if state.nonfinite_steps < limit:
+            return
+        saver.wait()
+        latest = checkpoint_files.read_pointer(self.checkpoints, checkpoint_files.LATEST)
+        raise NonFiniteGradientsError(
+            f"gradients were NaN or infinite in {limit} steps in a row, the last is step {state.step} "
+            f"(stage.max_nonfinite_steps={limit}); the last checkpoint is "
+            f"{latest.name if latest else 'none yet'}: lower stage.lr={self.config.stage.lr:g}, raise "
+            "stage.warmup_steps, with another run_id, or look for bad data"
+        )
 
     def _saver(self) -> CheckpointSaver:
         stage = self.config.stage
@@ -231,17 +275,29 @@ class Trainer:
             beside_training=stage.checkpoint_async,
         )
 
-    def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, final: bool) -> TrainState:
+    def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, is_final: bool) -> TrainState:
+        """Saves a checkpoint (collective).
+
+        Args:
+            val_loss: held-out loss of the checkpoint; None: it was not evaluated and cannot become the best one.
+            is_final: waits until the checkpoint is written.
+
+        Returns:
+            The saved state, which names the best checkpoint so far.
+        """
         if val_loss is not None and is_better(val_loss, state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
         self.heartbeat.beat(Phase.SAVING, state.step)
+
+        # Metrics up to this step must be on disk first: a run that resumes here does not write them again.
         if self.tasks:
             self.tasks.before_checkpoint()
         if self.metrics:
             self.metrics.sync()
+
         started = time.perf_counter()
         saver.save(self.model, self.optimizer, state)
-        if final:
+        if is_final:
             saver.wait()
         if self.metrics:
             self.metrics.write(state.step, {"checkpoint/stall_s": time.perf_counter() - started})
@@ -249,7 +305,11 @@ class Trainer:
 
 
 def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
-    """The state after a step; a skipped step also consumes its data."""
+    """Returns the state after a step; a skipped step also consumes its data.
+
+    Args:
+        position: sequences of the stream consumed so far, this step included.
+    """
     return replace(
         state,
         step=state.step + 1,
@@ -263,22 +323,22 @@ def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
 
 
 def is_better(val_loss: float, best: float | None) -> bool:
-    """Whether a checkpoint with this score is the best one; NaN or infinity never is, and does not stay."""
+    """Returns whether a checkpoint with this loss is the best so far; one with NaN or infinity never is."""
     return math.isfinite(val_loss) and (best is None or not best <= val_loss)
 
 
 def detailed_every(log_every: int) -> int:
-    """Steps between lines with details: a multiple of `log_every`, because only those steps write a line."""
+    """Returns the steps between lines with details: a multiple of `log_every`, since only these steps write a line."""
     return log_every * math.ceil(DETAILED_EVERY / log_every)
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether `step` is a multiple of `every` (0: never)."""
+    """Returns whether `step` is a multiple of `every`; never if `every` is 0."""
     return every > 0 and step % every == 0
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
+    """Returns the peak memory of this rank in GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -71,9 +71,7 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
     shape = config.trained_shape
     if isinstance(shape, AdaptedModelConfig):
-        from dist_lm.training.adapters import with_base
-
-        shape = with_base(shape, run.checkpoints, config.stage, start.world)
+        shape = checkpoint.with_base(shape, run.checkpoints, config.stage, start.world)
         origin = Path(shape.base)
     policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
     reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)

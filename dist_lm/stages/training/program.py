@@ -170,9 +170,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         # Model and optimizer, as the newest checkpoint or the start of the run has them.
         shape = config.trained_shape
         if shape.lora is not None:
-            from dist_lm.training.adapters import with_base
-
-            shape = with_base(shape, run.checkpoints, config.stage, world)
+            shape = checkpoint.with_base(shape, run.checkpoints, config.stage, world)
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
