@@ -1,39 +1,85 @@
 """The continuous-batching engine: requests join and leave at any step, with one model and one cache of fixed size.
 
 A step computes some pieces of new prompts and one token for every running sequence. A sequence holds only the pages it
-needs now. When no page is free, the youngest sequence is set aside: the content of its pages moves to host memory
-until pages are free again. So the cache never overflows, and an answer does not depend on other requests (on the CPU in
-fp32 to the last bit: see `linear.py`, `plain_pages.py` and `sampling.py`).
+needs now. When no page is free, the youngest sequence is preempted: the content of its pages moves to host memory until
+pages are free again. So the cache never overflows, and an answer does not depend on other requests (on the CPU in fp32
+to the last bit: see `linear.py`, `paged_cache.py` and `sampling.py`).
 
-    waiting -> prompt -> running -> answered
-                            ^  |
-                            |  v
-                          set aside
+    waiting -> prefilling -> running -> finished
+                               ^  |
+                               |  v
+                            preempted
+
+Dimensions: P pieces of prompts, B sequences that get a token, V vocabulary.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.generation.cache_size import EngineOptions, pages_that_fit
+from dist_lm.config.rlhf import CACHE_SHARE
+from dist_lm.errors import ConfigError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
-from dist_lm.generation.paged_cache import PagePool, Piece, Plan, pages_for
+from dist_lm.generation.paged_cache import ALIGNED, PagePool, Piece, Plan, pages_for
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, Room, TextStream, fitted
-from dist_lm.generation.request import Sequence as Running
+from dist_lm.generation.request import Sequence as AnswerSequence
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
+from dist_lm.generation.shard import share_of
 from dist_lm.generation.transfer import upload
+from dist_lm.model.size import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from dist_lm.generation.sharded import ShardedDecoder
 
 
-_Rows = tuple[list[Running], torch.Tensor, torch.Tensor]
-"""Sequences that get a token, their logits (B, V), and the positions (B,) of the tokens."""
+@dataclass(frozen=True)
+class EngineOptions:
+    """Sizes of an engine."""
+
+    cache_tokens: int = 16384  # tokens that the cache holds, summed over sequences; 0: as many as fit into free memory
+    # tokens of a page; 0: 256 where the flash kernel runs (CUDA in half precision, multiples of 256 only), otherwise 64
+    page_tokens: int = 0
+    max_sequences: int = 64  # sequences that run at the same time
+    piece_tokens: int = 256  # tokens of a prompt that are computed at once
+    step_tokens: int = 512  # prompt tokens per step, at most, but always one piece
+
+    def __post_init__(self) -> None:
+        require(self.page_tokens >= 0, "page_tokens", self.page_tokens, "a positive integer, or 0 to choose")
+        for key in ("max_sequences", "piece_tokens", "step_tokens"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "a positive integer")
+        # A page must be a multiple of a vector register: otherwise rounding would depend on the number of pages.
+        require(self.page_tokens % ALIGNED == 0, "page_tokens", self.page_tokens, f"a multiple of {ALIGNED}")
+        require(
+            self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens),
+            "cache_tokens",
+            self.cache_tokens,
+            f"at least page_tokens={self.page_tokens}, or 0 to take what fits into free memory",
+        )
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of the cache; 0: their number is chosen when a request comes."""
+        assert self.page_tokens, "an engine chooses it"
+        return self.cache_tokens // self.page_tokens
+
+    def most_tokens(self, config: ModelConfig) -> int:
+        """Returns the most tokens that the cache can hold."""
+        return self.cache_tokens or self.max_sequences * config.max_seq_len
+
+
+@dataclass(frozen=True)
+class _LogitRows:
+    """Sequences that get a token in this step."""
+
+    sequences: list[AnswerSequence]
+    logits_BV: torch.Tensor  # fp32
+    position_B: torch.Tensor  # int64, position of the token to draw
 
 
 class Engine:
@@ -54,8 +100,8 @@ class Engine:
     ) -> None:
         """
         Args:
-            weights: of `version`.
-            eot_id: end-of-text, which ends an answer.
+            weights: parameters of `version`.
+            eot_id: id of end-of-text, which ends an answer.
             vocabulary: the bytes of every token; needed for texts.
             tp: devices of this node that share the model; on CUDA the first ones this process sees.
 
@@ -68,21 +114,27 @@ class Engine:
         self._eot_id = eot_id
         self._vocabulary = vocabulary
         self._device = device or torch.device("cpu")
+        self._dtype = dtype
+        self._tp = tp
+
         options = options or EngineOptions()
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
         self.options = replace(options, page_tokens=page_tokens)
-        self._dtype, self._tp = dtype, tp
         self._pool = PagePool(self.options.n_pages)
         self._asleep = not self.options.n_pages
-        checked(config, weights)
-        self._decoder = _build_decoder(config, self.options, dtype, self._device, tp)
-        self._waiting: deque[list[Running]] = deque()
-        self._prompts: list[list[Running]] = []  # all answers to one request; the first one holds the pages
-        self._running: list[Running] = []  # oldest first
-        self._aside: list[Running] = []  # oldest first
-        self._done: list[Answer | Refusal] = []
+
+        self._waiting: deque[list[AnswerSequence]] = deque()  # one sequence per answer, grouped by request
+        self._prefilling: list[list[AnswerSequence]] = []  # the first sequence of a request holds the pages
+        self._running: list[AnswerSequence] = []  # oldest first
+        self._preempted: list[AnswerSequence] = []  # oldest first
+        self._finished: list[Answer | Refusal] = []
+
+        # The last step's plan and sampling groups, with the sequences they are for: most steps can use them again.
         self._plan: tuple[tuple[object, ...], Plan] | None = None
-        self._rows: tuple[list[Running], torch.Tensor, list[Group]] | None = None  # with their seeds
+        self._groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
+
+        checked(config, weights)
+        self._decoder = self._build_decoder()
         self.version: int | None = None  # None: the weights have not arrived completely
         try:
             self.load_weights(weights, version)
@@ -92,25 +144,25 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether requests or results are left."""
-        return bool(self._waiting or self._prompts or self._running or self._aside or self._done)
+        """Whether requests are under way, or answers have not been returned yet."""
+        return bool(self._waiting or self._prefilling or self._running or self._preempted or self._finished)
 
     @property
     def decoder(self) -> Decoder:
-        """The whole model, for computations without the cache; only with tp=1."""
+        """The complete model, for computations without the cache; only with tp=1."""
         assert isinstance(self._decoder, Decoder), "a sharded decoder computes steps of the cache alone"
         return self._decoder
 
     @property
     def tokens_in_flight(self) -> int:
         """Upper bound of the tokens of prompts and answers that are still to be computed."""
-        groups = [*self._waiting, *self._prompts]
-        sequences = [*self._running, *self._aside, *(one for group in groups for one in group)]
-        prompts = sum(group[0].n_prompt - group[0].cached for group in groups)
-        return prompts + sum(one.request.params.max_new_tokens - one.n_new for one in sequences)
+        groups = [*self._waiting, *self._prefilling]
+        sequences = [*self._running, *self._preempted, *(sequence for group in groups for sequence in group)]
+        prompt_tokens = sum(group[0].n_prompt - group[0].cached for group in groups)
+        return prompt_tokens + sum(sequence.request.params.max_new_tokens - sequence.n_new for sequence in sequences)
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        """Replace the weights. After an error the engine accepts no request until a later call succeeds.
+        """Replaces the weights. After an error the engine accepts no request until a later call succeeds.
 
         Raises:
             RuntimeError: requests are under way, so that their answers would mix two versions.
@@ -125,7 +177,7 @@ class Engine:
         self.version = version
 
     def sleep(self) -> None:
-        """Free the memory of the cache until the next request; no request may be under way."""
+        """Frees the memory of the cache until the next request; no request may be under way."""
         assert not self.busy, "their pages would be lost"
         self._plan = None
         with torch.inference_mode():
@@ -137,10 +189,11 @@ class Engine:
         n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self._device, self._tp)
         with torch.inference_mode():
             self._decoder.resize(n_pages)
-        self._pool, self._asleep = PagePool(n_pages), False
+        self._pool = PagePool(n_pages)
+        self._asleep = False
 
     def submit(self, request: Request, on_text: OnText | None = None) -> None:
-        """Queue a request.
+        """Queues a request.
 
         Args:
             on_text: called for every token of its answers.
@@ -152,51 +205,61 @@ class Engine:
             raise RuntimeError("weights did not arrive completely: load them again")
         if self._asleep:
             self._wake()
+
+        # A request that could never run alone is refused here, so that scheduling always makes progress.
         cached = self._pool.n_pages * self.options.page_tokens
         room = Room(self.config.max_seq_len, self.config.vocab_size, cached, self.options.cache_tokens or cached)
         request = fitted(request, room, texts=self._vocabulary is not None)
-        group = [Running(request, index, on_text) for index in range(request.n)]
+
+        group = [AnswerSequence(request, index, on_text) for index in range(request.n)]
         if self._vocabulary is not None:
             for sequence in group:
                 sequence.stream = TextStream(self._vocabulary, request.params.stop)
         self._waiting.append(group)
 
     def cancel(self, request: str) -> None:
-        """End a request now; its answers finish as `cancelled`."""
-        for queue in (self._waiting, self._prompts):
+        """Ends a request now; its answers finish as `cancelled`."""
+        for queue in (self._waiting, self._prefilling):
             for group in [group for group in queue if group[0].request.id == request]:
                 queue.remove(group)
                 for sequence in group:
                     self._finish(sequence, "cancelled")
-        for place in (self._running, self._aside):
-            for sequence in [one for one in place if one.request.id == request]:
-                place.remove(sequence)
+        for queue in (self._running, self._preempted):
+            for sequence in [sequence for sequence in queue if sequence.request.id == request]:
+                queue.remove(sequence)
                 self._finish(sequence, "cancelled")
 
     @torch.inference_mode()
     def step(self) -> list[Answer | Refusal]:
-        """Run one step. Returns the results that it finished."""
-        self._bring_back()
+        """Runs one step: one token for every running sequence. Returns the answers and refusals that it finished."""
+        # Preempted sequences come first: their prompts are paid for, and new requests would take their pages.
+        self._resume()
         self._admit()
-        begun, running = self._compute_prompts(), self._decode()
-        self._running += begun[0] if begun else []
-        if rows := [rows for rows in (running, begun) if rows]:
-            self._take_tokens(rows)
+
+        prefilled = self._prefill()
+        decoded = self._decode()
+        # A prompt that is complete has logits for its first token already, and decodes from the next step on.
+        if prefilled:
+            self._running += prefilled.sequences
+        if rows := [rows for rows in (decoded, prefilled) if rows]:
+            self._draw_tokens(rows)
+
+        # Raise before answers leave: a lost rank may have left wrong logits.
         self._decoder.check()
-        done, self._done = self._done, []
-        return done
+        finished, self._finished = self._finished, []
+        return finished
 
     def run(self) -> list[Answer | Refusal]:
-        """Run steps until all requests are finished. Returns their results."""
+        """Runs steps until all requests are finished. Returns their answers and refusals."""
         return list(self.results())
 
     def results(self) -> Iterator[Answer | Refusal]:
-        """Run steps until all requests are finished. Yields results as soon as they are there."""
+        """Runs steps until all requests are finished. Yields each answer or refusal after the step that finished it."""
         while self.busy:
             yield from self.step()
 
     def close(self) -> None:
-        """End the other processes of the model, if any."""
+        """Ends the other processes of the model, if any."""
         self._decoder.close()
 
     def __enter__(self) -> "Engine":
@@ -205,174 +268,233 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _bring_back(self) -> None:
-        """Resume sequences that were set aside, oldest first, while pages are free for them and their next token."""
-        while self._aside and len(self._running) < self.options.max_sequences:
-            sequence = self._aside[0]
-            needed = pages_for(sequence.cached + 1, self.options.page_tokens)
-            if needed + len(self._running) > self._pool.n_free and (self._running or self._prompts):
+    # Scheduling: which sequences run in this step, and on which pages.
+
+    def _resume(self) -> None:
+        """Resumes preempted sequences, oldest first, while pages are free for them and their next token."""
+        while self._preempted and len(self._running) < self.options.max_sequences:
+            sequence = self._preempted[0]
+            n_needed = pages_for(sequence.cached + 1, self.options.page_tokens)
+            # Every running sequence may need a page in this step, too. A sequence alone always fits.
+            if n_needed + len(self._running) > self._pool.n_free and (self._running or self._prefilling):
                 return
-            self._aside.pop(0)
-            held = pages_for(sequence.cached, self.options.page_tokens)
-            sequence.pages = [self._pool.take() for _ in range(held)]
+
+            self._preempted.pop(0)
+            n_saved = pages_for(sequence.cached, self.options.page_tokens)
+            sequence.pages = [self._pool.take() for _ in range(n_saved)]
             self._decoder.restore(sequence.pages, sequence.saved)
             sequence.saved = None
             self._running.append(sequence)
 
     def _admit(self) -> None:
-        """Start new requests in order, while pages are free for the prompt and for one page per sequence."""
-        while self._waiting and not self._aside:
+        """Starts new requests in order, while pages are free for the prompt and for one page per sequence."""
+        # Preempted sequences are older than any waiting request.
+        while self._waiting and not self._preempted:
             group = self._waiting[0]
-            others = len(self._running) + sum(len(group) for group in self._prompts)
-            if others and others + len(group) > self.options.max_sequences:
+            n_active = len(self._running) + sum(len(group) for group in self._prefilling)
+            n_prompt_pages = pages_for(group[0].n_prompt, self.options.page_tokens)
+            # A request alone is always admitted: `fitted` has checked that the cache holds it.
+            if n_active and n_active + len(group) > self.options.max_sequences:
                 return
-            prompt = pages_for(group[0].n_prompt, self.options.page_tokens)
-            if others and prompt + len(group) + others > self._pool.n_free:
+            if n_active and n_prompt_pages + len(group) + n_active > self._pool.n_free:
                 return
-            self._waiting.popleft()
-            group[0].pages = [self._pool.take() for _ in range(prompt)]
-            self._prompts.append(group)
 
-    def _compute_prompts(self) -> _Rows | None:
-        """Compute the next pieces of prompts, oldest first. Returns the answers whose prompts are complete."""
-        pieces: list[tuple[list[Running], Piece]] = []
-        left = self.options.step_tokens
-        for group in self._prompts:
+            self._waiting.popleft()
+            group[0].pages = [self._pool.take() for _ in range(n_prompt_pages)]
+            # One sequence computes the prompt for all answers to its request.
+            self._prefilling.append(group)
+
+    def _prefill(self) -> _LogitRows | None:
+        """Computes the next pieces of prompts, oldest first. Returns the sequences whose prompts are complete."""
+        pieces = self._next_pieces()
+        if not pieces:
+            return None
+        logits_PV = self._decoder.prefill([piece for _, piece in pieces])
+
+        rows: list[int] = []
+        sequences: list[AnswerSequence] = []
+        for row, (group, piece) in enumerate(pieces):
+            first = group[0]
+            first.cached += len(piece.tokens)
+            if first.cached < first.n_prompt:
+                continue
+            # All answers to a request share the pages of its prompt until they write to them.
+            self._prefilling.remove(group)
+            for sequence in group[1:]:
+                sequence.pages = list(first.pages)
+                sequence.cached = first.cached
+                self._pool.share(sequence.pages)
+            sequences += group
+            rows += [row] * len(group)
+        if not sequences:
+            return None
+
+        positions = [sequence.cached for sequence in sequences]
+        row_B, position_B = upload(self._device, torch.tensor(rows), torch.tensor(positions))
+        return _LogitRows(sequences, logits_PV[row_B], position_B)
+
+    def _next_pieces(self) -> list[tuple[list[AnswerSequence], Piece]]:
+        """Returns the pieces of prompts for this step, at least one, each with the sequences of its request."""
+        pieces: list[tuple[list[AnswerSequence], Piece]] = []
+        tokens_left = self.options.step_tokens
+        for group in self._prefilling:
             first = group[0]
             start = first.cached
             while start < first.n_prompt:
                 end = min(first.n_prompt, start + self.options.piece_tokens)
-                if pieces and (end - start > left or pieces[-1][0] is group):
+                if pieces and (end - start > tokens_left or pieces[-1][0] is group):
                     break  # one piece of a prompt per step: the next piece reads its cache
                 pieces.append((group, Piece(first.tokens[start:end], start, first.pages)))
-                left -= end - start
+                tokens_left -= end - start
                 start = end
-        if not pieces:
-            return None
-        logits_PV = self._decoder.prefill([piece for _, piece in pieces])
-        begun: list[tuple[list[Running], int]] = []
-        for row, (group, piece) in enumerate(pieces):
-            group[0].cached += len(piece.tokens)
-            if group[0].cached == group[0].n_prompt:
-                self._prompts.remove(group)
-                begun.append((group, row))
-        sequences = [sequence for group, _ in begun for sequence in group]
-        for group, _ in begun:
-            for other in group[1:]:
-                other.pages, other.cached = list(group[0].pages), group[0].cached
-                self._pool.share(other.pages)
-        rows, positions = [row for group, row in begun for _ in group], [one.cached for one in sequences]
-        if not begun:
-            return None
-        row_B, position_B = upload(self._device, torch.tensor(rows), torch.tensor(positions))
-        return sequences, logits_PV[row_B], position_B
+        return pieces
 
-    def _decode(self) -> _Rows | None:
-        self._take_pages()
+    def _decode(self) -> _LogitRows | None:
+        """Computes the last token of every running sequence."""
+        self._allocate_pages()
         if not self._running:
             return None
-        running = list(self._running)
-        plan = self._plan_of(running)
-        logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in running], plan)
-        for sequence in running:
+        sequences = list(self._running)
+        plan = self._plan_for(sequences)
+        logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in sequences], plan)
+        for sequence in sequences:
             sequence.cached += 1
-        return running, logits_BV, plan.position_B + 1
+        return _LogitRows(sequences, logits_BV, plan.position_B + 1)
 
-    def _plan_of(self, running: list[Running]) -> Plan:
-        """The plan of the last step, advanced, if no page has changed its holders; otherwise a new one."""
-        key = (self._pool.changes, *running)
+    def _plan_for(self, sequences: list[AnswerSequence]) -> Plan:
+        """Returns the last step's plan, advanced, if no page has changed its holders; otherwise a new plan."""
+        key = (self._pool.changes, *sequences)
         if self._plan and self._plan[0] == key:
             self._plan[1].advance()
         else:
-            self._plan = (key, self._decoder.plan([one.pages for one in running], [one.cached for one in running]))
+            pages = [sequence.pages for sequence in sequences]
+            self._plan = (key, self._decoder.plan(pages, [sequence.cached for sequence in sequences]))
         return self._plan[1]
 
-    def _take_pages(self) -> None:
-        """Give every running sequence a page of its own for its next token; set the youngest aside if none is free."""
-        size = self.options.page_tokens
+    def _allocate_pages(self) -> None:
+        """Gives every running sequence a page that it alone holds for its next token; preempts the youngest if none is
+        free."""
         for sequence in list(self._running):
             while sequence in self._running and not self._has_page(sequence):
-                if self._pool.n_free:
-                    page = self._pool.take()
-                    if sequence.cached % size:  # the last page is shared: copy it
-                        self._decoder.copy_page(sequence.pages[-1], page)
-                        self._pool.give_back([sequence.pages.pop()])
-                    sequence.pages.append(page)
-                else:
-                    self._set_aside(self._running[-1])
+                if not self._pool.n_free:
+                    self._preempt(self._running[-1])
+                    continue
+                page = self._pool.take()
+                last_page_is_shared = sequence.cached % self.options.page_tokens != 0
+                if last_page_is_shared:
+                    self._decoder.copy_page(sequence.pages[-1], page)
+                    self._pool.give_back([sequence.pages.pop()])
+                sequence.pages.append(page)
 
-    def _has_page(self, sequence: Running) -> bool:
-        holds = pages_for(sequence.cached + 1, self.options.page_tokens) <= len(sequence.pages)
-        return holds and self._pool.holders(sequence.pages[-1]) == 1
+    def _has_page(self, sequence: AnswerSequence) -> bool:
+        has_space = pages_for(sequence.cached + 1, self.options.page_tokens) <= len(sequence.pages)
+        return has_space and self._pool.holders(sequence.pages[-1]) == 1
 
-    def _set_aside(self, sequence: Running) -> None:
+    def _preempt(self, sequence: AnswerSequence) -> None:
         self._running.remove(sequence)
-        held = sequence.pages[: pages_for(sequence.cached, self.options.page_tokens)]
-        sequence.saved = self._decoder.save(held)
+        # The last page may be empty: it was taken for the next token.
+        used_pages = sequence.pages[: pages_for(sequence.cached, self.options.page_tokens)]
+        sequence.saved = self._decoder.save(used_pages)
         self._pool.give_back(sequence.pages)
         sequence.pages = []
-        self._aside.insert(0, sequence)
+        self._preempted.insert(0, sequence)
 
-    def _take_tokens(self, rows: Sequence[_Rows]) -> None:
-        """Draw a token for each sequence, and remove sequences that end. Here the host waits, once in a step."""
-        parts, logits, positions = zip(*rows, strict=True)
-        sequences = [sequence for part in parts for sequence in part]
-        logits_BV, position_B = (x[0] if len(x) == 1 else torch.cat(x) for x in (logits, positions))
-        choice = self._choose(sequences, logits_BV, position_B)
+    # Sampling: one token for each sequence, and the end of answers.
+
+    def _draw_tokens(self, rows: Sequence[_LogitRows]) -> None:
+        """Draws a token for each sequence, and removes sequences that end. Here the host waits, once in a step."""
+        sequences = [sequence for part in rows for sequence in part.sequences]
+        logits_BV, position_B = rows[0].logits_BV, rows[0].position_B
+        if len(rows) > 1:
+            logits_BV = torch.cat([part.logits_BV for part in rows])
+            position_B = torch.cat([part.position_B for part in rows])
+        choice = self._sample(sequences, logits_BV, position_B)
+
         columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]
         sets = choice.sets or [None] * len(sequences)
-        for sequence, token, logprob, raw, kept in zip(sequences, *columns, sets, strict=True):
-            if sequence.finish:  # ended with another answer to its request
+        for sequence, token, logprob, raw_logprob, token_set in zip(sequences, *columns, sets, strict=True):
+            if sequence.finish:  # its request was cancelled or refused in this loop
                 continue
-            if math.isnan(raw):
-                self._drop(sequence.request)
+            # nan in one row stays in that row, so only its request is refused.
+            if math.isnan(raw_logprob):
+                self._refuse(sequence.request)
                 continue
-            text = sequence.add(token, logprob, raw, self._eot_id, self.config.max_seq_len, kept)
+            text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
             if sequence.finish:
                 self._running.remove(sequence)
                 self._finish(sequence, sequence.finish)
             if sequence.on_text:  # last, because it may cancel the request
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 
-    def _choose(self, sequences: list[Running], logits_BV: torch.Tensor, position_B: torch.Tensor) -> Choice:
-        params = [one.request.params for one in sequences]
-        adjusted_BV = adjusted(logits_BV, params, [one.tokens for one in sequences])
-        if self._rows is None or self._rows[0] != sequences:
-            (seed_B,) = upload(self._device, torch.tensor([one.seed for one in sequences]))
-            self._rows = (sequences, seed_B, group_rows(params, self._device))
-        _, seed_B, groups = self._rows
-        keep_sets = any(one.request.keep_sets for one in sequences)
+    def _sample(self, sequences: list[AnswerSequence], logits_BV: torch.Tensor, position_B: torch.Tensor) -> Choice:
+        params = [sequence.request.params for sequence in sequences]
+        adjusted_BV = adjusted(logits_BV, params, [sequence.tokens for sequence in sequences])
+        # Seeds and parameters change only when a sequence joins or leaves.
+        if self._groups is None or self._groups[0] != sequences:
+            (seed_B,) = upload(self._device, torch.tensor([sequence.seed for sequence in sequences]))
+            self._groups = (sequences, seed_B, group_rows(params, self._device))
+        _, seed_B, groups = self._groups
+        keep_sets = any(sequence.request.keep_sets for sequence in sequences)
         return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets)
 
-    def _finish(self, sequence: Running, reason: FinishReason) -> None:
+    def _finish(self, sequence: AnswerSequence, reason: FinishReason) -> None:
         sequence.finish = reason
         self._release(sequence)
         assert self.version is not None
-        self._done.append(sequence.answer(self.version))
+        self._finished.append(sequence.answer(self.version))
 
-    def _drop(self, request: Request) -> None:
-        """Refuse a request whose logits are nan: end all its answers and clear their pages."""
-        for place in (self._running, self._aside):
-            for sequence in [one for one in place if one.request is request]:
-                place.remove(sequence)
+    def _refuse(self, request: Request) -> None:
+        """Refuses a request whose logits are nan: ends all its answers and clears their pages."""
+        for queue in (self._running, self._preempted):
+            for sequence in [sequence for sequence in queue if sequence.request is request]:
+                queue.remove(sequence)
                 self._decoder.clear(sequence.pages)
                 self._release(sequence)
                 sequence.finish = "cancelled"
-        self._done.append(Refusal(request.id, "the model's logits are not numbers (nan)"))
+        self._finished.append(Refusal(request.id, "the model's logits are not numbers (nan)"))
 
-    def _release(self, sequence: Running) -> None:
+    def _release(self, sequence: AnswerSequence) -> None:
         if sequence.saved is not None:
             self._decoder.forget(sequence.saved)
             sequence.saved = None
         self._pool.give_back(sequence.pages)
         sequence.pages = []
 
+    def _build_decoder(self) -> "Decoder | ShardedDecoder":
+        options = self.options
+        if self._tp == 1:
+            return Decoder(self.config, options.n_pages, options.page_tokens, self._dtype, self._device)
+        from dist_lm.generation.sharded import ShardedDecoder  # needs process groups, which one device does not
 
-def _build_decoder(
-    config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device, tp: int
-) -> "Decoder | ShardedDecoder":
-    if tp == 1:
-        return Decoder(config, options.n_pages, options.page_tokens, dtype, device)
-    from dist_lm.generation.sharded import ShardedDecoder  # needs process groups, which one device does not
+        return ShardedDecoder(self.config, options.n_pages, options.page_tokens, self._dtype, self._device, self._tp)
 
-    return ShardedDecoder(config, options.n_pages, options.page_tokens, dtype, device, tp)
+
+def pages_that_fit(
+    config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device, tp: int = 1
+) -> int:
+    """Returns the pages of `max_sequences` full contexts, or as many as free memory holds.
+
+    Raises:
+        ConfigError: free memory does not hold one context.
+    """
+    free = free_bytes(device)
+    share = CACHE_SHARE[device.type]
+    page_bytes = options.page_tokens * kv_bytes_per_token(config, share_of(config, tp).kv_heads, dtype.itemsize)
+    n_fitting = int(share * free / page_bytes)
+    n_context = pages_for(config.max_seq_len, options.page_tokens)
+    if n_fitting < n_context:
+        raise ConfigError(
+            f"cache_tokens=0: {share:.0%} of {free / 2**30:.2f} GiB of free {device} memory hold "
+            f"{n_fitting * options.page_tokens} tokens; expected at least model.max_seq_len={config.max_seq_len}: "
+            "end what uses the memory, or set cache_tokens"
+        )
+    return min(n_fitting, options.max_sequences * n_context)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Returns the memory that this process could allocate: of the card, or of the host."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    # Torch keeps freed memory for reuse, so the driver does not count it as free.
+    cached_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached_by_torch

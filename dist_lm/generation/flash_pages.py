@@ -18,60 +18,63 @@ from itertools import accumulate, chain
 import torch
 from torch.nn.attention import current_flash_attention_impl
 
-from dist_lm.generation.paged_cache import PagedCache, Piece, in_cache, pages_for
+from dist_lm.generation.paged_cache import PagedCache, Piece, cells_of, pages_for
 from dist_lm.generation.shard import Share
 from dist_lm.generation.transfer import upload
 
-PAGE_TOKENS = 256  # the kernel accepts multiples of it
+PAGE_TOKENS = 256  # the kernel accepts pages of multiples of this many tokens
 DENSE, STRIDE = 8, 8  # graph sizes: powers of two up to DENSE, then multiples of STRIDE
 WARM_UP = 2  # steps before a capture, in which libraries choose kernels and allocate memory
 
 Step = Callable[[], torch.Tensor]
 Capture = Callable[[Step], tuple[Callable[[], None], torch.Tensor]]
-"""Records a step. Returns a function that replays it, and the tensor that holds the result afterwards."""
+"""Records a step. Returns a function that replays it, and the tensor that holds the logits afterwards."""
 
 
 @dataclass
 class Queries:
-    """Which keys the queries of each sequence see; they are the sequence's last tokens."""
+    """Says which keys the queries of each sequence see; the queries are the sequence's last tokens."""
 
     longest: int  # most queries of a sequence
-    begin_B: torch.Tensor  # int32 (B + 1,), where each sequence's queries begin
+    begin_B: torch.Tensor  # int32 (B + 1,), begin of each sequence's queries
     key_begin_B: torch.Tensor  # int32 (B + 1,), see `FlashPages.key_begins`
     length_B: torch.Tensor  # int32, tokens of each sequence, including the new ones
-    page_BP: torch.Tensor  # int32
+    page_BP: torch.Tensor  # int32, table of pages
 
 
 @dataclass
 class FlashPrefillPlan:
-    """See `PrefillPlan`."""
+    """The `PrefillPlan` of `FlashPages`."""
 
     position_N: torch.Tensor
-    written_N: torch.Tensor
+    cell_N: torch.Tensor
     queries: Queries
 
 
 @dataclass
 class FlashPlan:
-    """See `Plan`."""
+    """The `Plan` of `FlashPages`."""
 
     position_B: torch.Tensor
-    written_B: torch.Tensor
+    cell_B: torch.Tensor
     queries: Queries
 
     def advance(self) -> None:
-        for moved in (self.position_B, self.written_B, self.queries.length_B):
-            moved += 1
+        # In place: graphs read these tensors.
+        self.position_B += 1
+        self.cell_B += 1
+        self.queries.length_B += 1
 
 
 class FlashPages(PagedCache):
-    """The cache. Its last page is spare: no sequence holds it."""
+    """The cache for the flash kernel. Its last page is spare: no sequence holds it."""
 
     def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        whole = (shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head)
-        super().__init__(whole, page_size, dtype, device)
+        super().__init__(
+            (shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), page_size, dtype, device
+        )
         self.spare_page = n_pages
-        self._grouped = shape.kv_heads != shape.n_heads
+        self._is_grouped = shape.kv_heads != shape.n_heads
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashPlan:
         return FlashPlan(*self._plan(pages, [range(position, position + 1) for position in positions]))
@@ -82,23 +85,28 @@ class FlashPages(PagedCache):
     def _plan(
         self, pages: Sequence[Sequence[int]], positions: Sequence[range]
     ) -> tuple[torch.Tensor, torch.Tensor, Queries]:
-        """(position and place of every new token, its queries), in one copy to the device."""
-        size, counts = self.page_size, [len(new) for new in positions]
-        n_pages = max(pages_for(new.stop, size) for new in positions)
-        table = [[*held[:n_pages], *[0] * (n_pages - len(held))] for held in pages]
-        position, written, begin, key_begin, length, page_BP = upload(
+        """Returns (position of every new token, its cell, its queries), in one copy to the device.
+
+        Args:
+            positions: of the new tokens of each sequence.
+        """
+        n_queries = [len(new) for new in positions]
+        n_pages = max(pages_for(new.stop, self.page_size) for new in positions)
+        # Rows of the table have one length; the kernel does not read the padding.
+        table = [[*row[:n_pages], *[0] * (n_pages - len(row))] for row in pages]
+        position_N, cell_N, begin_B, key_begin_B, length_B, page_BP = upload(
             self.key.device,
             torch.tensor([*chain(*positions)]),
-            in_cache(pages, positions, size),
-            _int32([0, *accumulate(counts)]),
+            cells_of(pages, positions, self.page_size),
+            _int32([0, *accumulate(n_queries)]),
             self.key_begins(len(pages), n_pages, torch.device("cpu")),
             _int32([new.stop for new in positions]),
             _int32(table),
         )
-        return position, written, Queries(max(counts), begin, key_begin, length, page_BP)
+        return position_N, cell_N, Queries(max(n_queries), begin_B, key_begin_B, length_B, page_BP)
 
     def key_begins(self, n_rows: int, n_pages: int, device: torch.device) -> torch.Tensor:
-        """Where the keys of each row of a table would begin if all its pages lay in a line: int32 (n_rows + 1,).
+        """Returns the begins of each row's keys as if all pages of its table lay in a line: int32 (n_rows + 1,).
 
         FlashAttention-2 refuses query offsets without key offsets. It then reads only the first `length_B` keys of a
         row, so the offsets depend on the table's shape alone, and steps and graphs never change them.
@@ -106,36 +114,36 @@ class FlashPages(PagedCache):
         """
         return torch.arange(n_rows + 1, dtype=torch.int32, device=device) * (n_pages * self.page_size)
 
-    def places(self, written_N: torch.Tensor) -> torch.Tensor:
-        return written_N
+    def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
+        return cell_N
 
-    def write(self, layer: int, place_X: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
-        for cache, new in ((self.key, key_NGK), (self.value, value_NGK)):
-            cache[layer].flatten(0, 1).index_copy_(0, place_X, new)
+    def write(self, layer: int, index_X: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
+        for cache, new_NGK in ((self.key, k_NGK), (self.value, v_NGK)):
+            cache[layer].flatten(0, 1).index_copy_(0, index_X, new_NGK)
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
         return self._attend(layer, q_BHK, plan.queries)
 
     def prefill(
-        self, layer: int, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, plan: FlashPrefillPlan
+        self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, plan: FlashPrefillPlan
     ) -> torch.Tensor:
         return self._attend(layer, q_NHK, plan.queries)
 
     def _attend(self, layer: int, q_NHK: torch.Tensor, queries: Queries) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
 
-        fa3 = current_flash_attention_impl() == "FA3"
+        is_fa3 = current_flash_attention_impl() == "FA3"
         o_NHK = varlen_attn(
             q_NHK.contiguous(),
             self.key[layer],
             self.value[layer],
             queries.begin_B,
-            None if fa3 else queries.key_begin_B,
+            None if is_fa3 else queries.key_begin_B,
             queries.longest,
             queries.page_BP.shape[1] * self.page_size,
             scale=1.0,
             window_size=(-1, 0),  # causal: the last query sees all keys
-            enable_gqa=self._grouped,
+            enable_gqa=self._is_grouped,
             seqused_k=queries.length_B,
             block_table=queries.page_BP,
             num_splits=1,
@@ -144,8 +152,8 @@ class FlashPages(PagedCache):
         return o_NHK
 
 
-def _int32(values: Sequence) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def _int32(numbers: Sequence) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
 
 
 @dataclass
@@ -154,7 +162,7 @@ class _Graph:
     plan: FlashPlan
     logits_BV: torch.Tensor
     replay: Callable[[], None]
-    filled: int = 0  # sequences in the step before; the other rows write to the spare page
+    n_filled: int = 0  # sequences in the previous step; further rows write to the spare page
 
 
 class DecodeGraphs:
@@ -178,56 +186,61 @@ class DecodeGraphs:
         self._graphs: dict[int, _Graph] = {}
 
     def __call__(self, token_B: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
-        """Logits (B, V); the next step overwrites them."""
+        """Returns logits (B, V); the next step overwrites them."""
         n_rows = len(token_B)
         size = graph_size(n_rows)
         if size not in self._graphs:
             self._graphs[size] = self._build(size)
         graph = self._graphs[size]
-        if graph.filled > n_rows:
-            self._spare(graph.token_B, graph.plan, slice(n_rows, graph.filled))
-        graph.filled = n_rows
+
+        # Rows that had a sequence in the previous step must not write to its pages.
+        if graph.n_filled > n_rows:
+            self._fill_spare(graph.token_B, graph.plan, slice(n_rows, graph.n_filled))
+        graph.n_filled = n_rows
+
         graph.token_B[:n_rows] = token_B
         graph.plan.position_B[:n_rows] = plan.position_B
-        graph.plan.written_B[:n_rows] = plan.written_B
+        graph.plan.cell_B[:n_rows] = plan.cell_B
         graph.plan.queries.length_B[:n_rows] = plan.queries.length_B
         graph.plan.queries.page_BP[:n_rows, : plan.queries.page_BP.shape[1]] = plan.queries.page_BP
+
         graph.replay()
         return graph.logits_BV[:n_rows]
 
     def _build(self, size: int) -> _Graph:
         device = self._cache.key.device
 
-        def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        token_B = integers(torch.int64, size)
+        token_B = zeros(torch.int64, size)
         plan = FlashPlan(
-            position_B=integers(torch.int64, size),
-            written_B=integers(torch.int64, size),
+            position_B=zeros(torch.int64, size),
+            cell_B=zeros(torch.int64, size),
             queries=Queries(
                 longest=1,
                 begin_B=torch.arange(size + 1, dtype=torch.int32, device=device),
                 key_begin_B=self._cache.key_begins(size, self._n_pages, device),
-                length_B=integers(torch.int32, size),
-                page_BP=integers(torch.int32, size, self._n_pages),
+                length_B=zeros(torch.int32, size),
+                page_BP=zeros(torch.int32, size, self._n_pages),
             ),
         )
-        self._spare(token_B, plan, slice(None))
+        self._fill_spare(token_B, plan, slice(None))
+        # The tensors above are the inputs of the graph: every replay reads them at the same addresses.
         replay, logits_BV = self._capture(lambda: self._step(token_B, plan))
         return _Graph(token_B, plan, logits_BV, replay)
 
-    def _spare(self, token_B: torch.Tensor, plan: FlashPlan, rows: slice) -> None:
-        """Fill rows that have no sequence."""
+    def _fill_spare(self, token_B: torch.Tensor, plan: FlashPlan, rows: slice) -> None:
+        """Makes rows without a sequence compute one token in the spare page."""
         token_B[rows] = 0
         plan.position_B[rows] = 0
-        plan.written_B[rows] = self._cache.spare_page * self._cache.page_size
+        plan.cell_B[rows] = self._cache.spare_page * self._cache.page_size
         plan.queries.length_B[rows] = 1
         plan.queries.page_BP[rows] = self._cache.spare_page
 
 
 def graph_size(n_rows: int) -> int:
-    """Size of the graph for `n_rows` sequences."""
+    """Returns the size of the graph for `n_rows` sequences."""
     if n_rows <= DENSE:
         return 1 << (n_rows - 1).bit_length()
     return -(-n_rows // STRIDE) * STRIDE
@@ -237,22 +250,27 @@ class CudaCapture:
     """Records steps as CUDA graphs. They share one memory pool, because they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
-        """`device`: which the steps compute on; the current device may be another one."""
+        """
+        Args:
+            device: the device that computes the steps; it need not be the current device.
+        """
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # a stream of that device: on the stream that torch chooses, steps on another device would not be recorded.
-        # Graphs share memory only if they are captured on one stream
+        # The stream must belong to that device: the stream that torch would choose may not record its steps. Graphs
+        # share memory only if they are captured on one stream.
         self._stream = torch.cuda.Stream(device)
 
     def __call__(self, step: Step) -> tuple[Callable[[], None], torch.Tensor]:
         caller = torch.cuda.current_stream(self._device)
+        # The step reads tensors that the caller's stream may still be writing.
         self._stream.wait_stream(caller)
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 step()
+
+        # Other threads, such as one that pins memory, may call CUDA during the capture.
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as one that pins memory, may call CUDA meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = step()
+            logits_BV = step()
         caller.wait_stream(self._stream)
-        return graph.replay, result
+        return graph.replay, logits_BV

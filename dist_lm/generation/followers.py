@@ -1,8 +1,8 @@
 """The processes of ranks 1 to tp - 1 of a model: start them, send them commands, watch them and end them.
 
 They are children of this process, which is rank 0. Each has a socket that carries commands as JSON; its only reply is
-that it is ready. No process outlives the others: a follower ends when its socket closes, and the kernel kills it when
-this process dies. When a follower dies, the other followers are killed and this process gets a `RankLostError`.
+that it is ready. All processes end with the first: a follower ends when its socket closes, and the kernel kills it when
+this process dies. When a follower dies, its siblings are killed and this process gets a `RankLostError`.
 """
 
 import json
@@ -24,8 +24,8 @@ import dist_lm
 
 READY_S = 180.0  # for all followers to start (they import torch and initialise CUDA)
 END_S = 10.0  # for a follower to end by itself
-NOTICE_S = 5.0  # from a failed collective until the watcher knows which rank died
-WORDS = 2000  # bytes of a follower's last output that an error shows
+NOTICE_S = 5.0  # from a failed collective until the watcher has noticed which rank died
+OUTPUT_BYTES = 2000  # an error shows so much of a follower's last output
 PROGRAM = "dist_lm.generation.sharded"
 
 
@@ -43,34 +43,37 @@ class _Follower:
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process.pid})"
 
-    def last_words(self) -> str:
-        size = os.fstat(self.output.fileno()).st_size
-        return os.pread(self.output.fileno(), WORDS, max(0, size - WORDS)).decode(errors="replace").strip()
+    def last_output(self) -> str:
+        file = self.output.fileno()
+        begin = max(0, os.fstat(file).st_size - OUTPUT_BYTES)
+        return os.pread(file, OUTPUT_BYTES, begin).decode(errors="replace").strip()
 
 
 class Followers:
     """Ranks 1 to tp - 1. The kernel kills them when the thread that started them ends (`die_with_parent`)."""
 
     def __init__(self, tp: int, setup: dict[str, object], on_loss: Callable[[], None]) -> None:
-        """Start the processes and wait until they are ready.
+        """Starts the processes and waits until they are ready.
 
         Args:
             setup: the first message to each follower.
-            on_loss: called in another thread when a follower has died.
+            on_loss: called in a watching thread when a follower has died.
 
         Raises:
             RankLostError: a follower has died, or has not started in time.
         """
         self._on_loss = on_loss
+        self._lock = threading.Lock()  # guards the next two: watchers write them, too
         self._ending = False
         self._failure = ""
         self._failed = threading.Event()
-        self._lock = threading.Lock()
+
         self._followers: list[_Follower] = []
         try:
             for rank in range(1, tp):
                 self._followers.append(_start(rank))
             for follower in self._followers:
+                # Watch before the first message: a process may die while it imports torch.
                 threading.Thread(target=self._watch, args=[follower], daemon=True).start()
             self.tell(setup)
             self._await_ready()
@@ -79,11 +82,12 @@ class Followers:
             raise
 
     def tell(self, command: object) -> None:
-        """Send a command, made of JSON values, to all followers.
+        """Sends a command, made of JSON values, to all followers.
 
         Raises:
             RankLostError: a follower has died.
         """
+        # JSON and not pickle: a command cannot run code.
         message = json.dumps(command).encode()
         try:
             for follower in self._followers:
@@ -93,17 +97,17 @@ class Followers:
             raise
 
     def check(self) -> None:
-        """Raise `RankLostError` if a follower has died or the model was abandoned."""
+        """Raises `RankLostError` if a follower has died or the model was abandoned."""
         if self._failure:
             raise RankLostError(self._failure)
 
     def explain(self, error: BaseException) -> None:
-        """Raise `RankLostError` if a follower's death caused `error`."""
+        """Raises `RankLostError` if a follower's death caused `error`."""
         if self._failed.wait(NOTICE_S):
             raise RankLostError(self._failure) from error
 
     def abandon(self, reason: str) -> None:
-        """Kill the followers, because they are not at the same step any more; from now on `check` raises."""
+        """Kills the followers, because they are not at the same step any more; from now on `check` raises."""
         with self._lock:
             if self._failure or self._ending:
                 return
@@ -112,11 +116,13 @@ class Followers:
         self._kill()
 
     def end(self) -> None:
-        """End the followers and wait for their exit."""
+        """Ends the followers and waits for their exit."""
         with self._lock:
             self._ending = True
         if self._failure:
             self._kill()
+
+        # A follower ends by itself when its socket closes.
         for follower in self._followers:
             follower.connection.close()
         deadline = time.monotonic() + END_S
@@ -133,12 +139,12 @@ class Followers:
         with self._lock:
             if self._ending or self._failure:
                 return
-            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            words = follower.last_words() or "no output"
-            # the last line at the end: some callers show only the last line of an error
-            before = f"{words}\n" if "\n" in words else ""
+            end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            output = follower.last_output() or "no output"
+            # The last line comes at the end: some callers show only the last line of an error.
+            full_output = f"{output}\n" if "\n" in output else ""
             name = f"{follower} of {len(self._followers) + 1} ranks"
-            self._failure = f"{before}{name} {ended}: {words.splitlines()[-1]}"
+            self._failure = f"{full_output}{name} {end}: {output.splitlines()[-1]}"
         self._failed.set()
         self._kill()
         self._on_loss()
@@ -161,18 +167,20 @@ class Followers:
 
 
 def _start(rank: int) -> _Follower:
-    ours, theirs = socket.socketpair()
+    leader_socket, follower_socket = socket.socketpair()
     output = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
+    # The follower must import the same package as this process, wherever that was found.
     paths: Sequence[str] = (str(Path(dist_lm.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
-    with theirs:
+
+    with follower_socket:
         process = subprocess.Popen(
-            # -P: do not import files of the working directory
-            [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(rank), str(os.getpid())],
-            pass_fds=(theirs.fileno(),),
+            # -P: Python must not import files of the working directory.
+            [sys.executable, "-P", "-m", PROGRAM, str(follower_socket.fileno()), str(rank), str(os.getpid())],
+            pass_fds=(follower_socket.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
             start_new_session=True,  # Ctrl-C reaches rank 0 only
         )
-    return _Follower(rank, process, Connection(ours.detach()), output)
+    return _Follower(rank, process, Connection(leader_socket.detach()), output)

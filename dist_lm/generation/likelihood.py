@@ -16,8 +16,8 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.transfer import upload
 
-PACKED_TOKENS = {"cpu": 1024, "cuda": 8192}  # of a forward pass, unless one tree alone has more
-LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # whose logits exist at the same time
+PACKED_TOKENS = {"cpu": 1024, "cuda": 8192}  # most tokens of a forward pass, unless one tree alone has more
+LOGIT_ROWS = {"cpu": 256, "cuda": 2048}  # most rows of logits in memory at once
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Tree:
     @property
     def inputs(self) -> int:
         """Tokens to compute: the last token of a continuation is predicted, but predicts nothing."""
-        return len(self.context) + sum(len(one) - 1 for one in self.continuations)
+        return len(self.context) + sum(len(continuation) - 1 for continuation in self.continuations)
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one continuation."""
+    """How likely a model finds one continuation."""
 
-    logprobs: tuple[float, ...]  # nats, of each token after those before it
+    logprobs: tuple[float, ...]  # nats; of each token given the context and the tokens before it
     is_greedy: bool  # every token is the likeliest one
 
     @property
@@ -47,97 +47,102 @@ class Likelihood:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A tree in a packed pass: its tokens are `begin` to `end`, the context first."""
+class _PackedTree:
+    """The tokens `begin` to `end` of a packed pass: the context, then the continuations without their last tokens."""
 
     begin: int
-    context: int  # tokens
+    n_context: int  # tokens of the context
     end: int
-    bias_TS: torch.Tensor | None  # of continuations: 0 for tokens of the tree that they see, -inf for others
+    bias_TS: torch.Tensor | None  # mask of continuations: 0 for tokens of the tree that they see, -inf elsewhere
 
 
 @torch.inference_mode()
 def likelihoods(decoder: Decoder, trees: Sequence[Tree], device: torch.device) -> Iterator[list[Likelihood]]:
-    """The likelihoods of each tree's continuations, in the order of the trees.
+    """Yields the likelihoods of each tree's continuations, in the order of the trees.
 
     Args:
-        decoder: a whole model; its cache is not touched.
+        decoder: a complete model; its cache is not touched.
     """
-    most = PACKED_TOKENS[device.type]
+    max_tokens = PACKED_TOKENS[device.type]
     pack: list[Tree] = []
     for tree in trees:
-        if pack and sum(one.inputs for one in pack) + tree.inputs > most:
-            yield from _of_pack(decoder, pack, device)
+        # Trees are packed greedily in their order, so that answers can be yielded in order.
+        if pack and sum(packed.inputs for packed in pack) + tree.inputs > max_tokens:
+            yield from _likelihoods_of_pack(decoder, pack, device)
             pack = []
         pack.append(tree)
     if pack:
-        yield from _of_pack(decoder, pack, device)
+        yield from _likelihoods_of_pack(decoder, pack, device)
 
 
-def _of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
+def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
+    # Concatenate the trees. The first token of each continuation is predicted by the last token of the context.
     tokens, positions, rows, targets = list[int](), list[int](), list[int](), list[int]()
-    places = list[_Place]()
+    packed_trees = list[_PackedTree]()
     for tree in pack:
-        begin, last = len(tokens), len(tokens) + len(tree.context) - 1
+        begin, n_context = len(tokens), len(tree.context)
+        last_of_context = begin + n_context - 1
         tokens += tree.context
-        positions += range(len(tree.context))
-        for one in tree.continuations:
-            rows += [last, *range(len(tokens), len(tokens) + len(one) - 1)]
-            tokens += one[:-1]
-            positions += range(len(tree.context), len(tree.context) + len(one) - 1)
-            targets += one
-        places.append(_Place(begin, len(tree.context), len(tokens), _bias(tree, decoder.dtype, device)))
+        positions += range(n_context)
+        for continuation in tree.continuations:
+            n_inputs = len(continuation) - 1
+            rows += [last_of_context, *range(len(tokens), len(tokens) + n_inputs)]
+            tokens += continuation[:-1]
+            positions += range(n_context, n_context + n_inputs)
+            targets += continuation
+        packed_trees.append(_PackedTree(begin, n_context, len(tokens), _bias(tree, decoder.dtype, device)))
     token_N, position_N, row_R, target_R = upload(device, *map(torch.tensor, (tokens, positions, rows, targets)))
 
-    def attend(layer: int, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> torch.Tensor:
-        return torch.cat([_attend(place, q_NHK, key_NGK, value_NGK) for place in places])
+    def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
+        return torch.cat([_attend(tree, q_NHK, k_NGK, v_NGK) for tree in packed_trees])
 
     x_RD = decoder.hidden(token_N, position_N, attend)[row_R]
-    logprobs, greedy = list[float](), list[bool]()
-    step = LOGIT_ROWS[device.type]
-    for x, target in zip(x_RD.split(step), target_R.split(step), strict=True):
-        logits_RV = decoder.logits(x)
-        chosen = logits_RV.gather(1, target[:, None])[:, 0]
-        logprobs += (chosen - logits_RV.logsumexp(dim=1)).tolist()
-        greedy += (logits_RV.argmax(dim=1) == target).tolist()
-    found, begin = list[list[Likelihood]](), 0
+
+    # The logits of all rows may not fit in memory.
+    logprobs, is_likeliest = list[float](), list[bool]()
+    n_rows = LOGIT_ROWS[device.type]
+    for x_rD, target_r in zip(x_RD.split(n_rows), target_R.split(n_rows), strict=True):
+        logits_rV = decoder.logits(x_rD)
+        target_logit_r = logits_rV.gather(1, target_r[:, None])[:, 0]
+        logprobs += (target_logit_r - logits_rV.logsumexp(dim=1)).tolist()
+        is_likeliest += (logits_rV.argmax(dim=1) == target_r).tolist()
+
+    likelihoods_of_trees = list[list[Likelihood]]()
+    begin = 0
     for tree in pack:
-        own = list[Likelihood]()
-        for one in tree.continuations:
-            end = begin + len(one)
-            own.append(Likelihood(tuple(logprobs[begin:end]), all(greedy[begin:end])))
+        likelihoods_of_tree = list[Likelihood]()
+        for continuation in tree.continuations:
+            end = begin + len(continuation)
+            likelihoods_of_tree.append(Likelihood(tuple(logprobs[begin:end]), all(is_likeliest[begin:end])))
             begin = end
-        found.append(own)
-    return found
+        likelihoods_of_trees.append(likelihoods_of_tree)
+    return likelihoods_of_trees
 
 
 def _bias(tree: Tree, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    lengths = [len(one) - 1 for one in tree.continuations if len(one) > 1]
+    """Returns the mask of a tree's continuations: each sees the context and, causally, itself; None without inputs."""
+    lengths = [len(continuation) - 1 for continuation in tree.continuations if len(continuation) > 1]
     if not lengths:
         return None
-    causal = [torch.ones(length, length, dtype=torch.bool).tril() for length in lengths]
-    seen_TS = torch.cat([torch.ones(sum(lengths), len(tree.context), dtype=torch.bool), torch.block_diag(*causal)], 1)
-    return torch.zeros(seen_TS.shape, dtype=dtype).masked_fill_(~seen_TS, float("-inf")).to(device)
+    sees_context = torch.ones(sum(lengths), len(tree.context), dtype=torch.bool)
+    sees_itself = torch.block_diag(*(torch.ones(length, length, dtype=torch.bool).tril() for length in lengths))
+    visible_TS = torch.cat([sees_context, sees_itself], 1)
+    return torch.zeros(visible_TS.shape, dtype=dtype).masked_fill_(~visible_TS, float("-inf")).to(device)
 
 
-def _attend(place: _Place, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> torch.Tensor:
-    """Attention (tokens of the tree, H, K)."""
-    q, key, value = (x[place.begin : place.end].transpose(0, 1)[None] for x in (q_NHK, key_NGK, value_NGK))
-    grouped, context = key.shape[1] != q.shape[1], place.context
-    parts = [
-        F.scaled_dot_product_attention(
-            q[:, :, :context],
-            key[:, :, :context],
-            value[:, :, :context],
-            is_causal=True,
-            scale=1.0,
-            enable_gqa=grouped,
+def _attend(tree: _PackedTree, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
+    """Returns the attention (tokens of the tree, H, K)."""
+    q, k, v = (x_N[tree.begin : tree.end].transpose(0, 1)[None] for x_N in (q_NHK, k_NGK, v_NGK))
+    is_grouped = k.shape[1] != q.shape[1]
+
+    # Two calls, because the context needs no mask: it is causal, and longer than its continuations.
+    context = slice(tree.n_context)
+    o = F.scaled_dot_product_attention(
+        q[:, :, context], k[:, :, context], v[:, :, context], is_causal=True, scale=1.0, enable_gqa=is_grouped
+    )
+    if tree.bias_TS is not None:
+        o_of_continuations = F.scaled_dot_product_attention(
+            q[:, :, tree.n_context :], k, v, attn_mask=tree.bias_TS, scale=1.0, enable_gqa=is_grouped
         )
-    ]
-    if place.bias_TS is not None:
-        parts.append(
-            F.scaled_dot_product_attention(
-                q[:, :, context:], key, value, attn_mask=place.bias_TS, scale=1.0, enable_gqa=grouped
-            )
-        )
-    return torch.cat(parts, dim=2)[0].transpose(0, 1)
+        o = torch.cat([o, o_of_continuations], dim=2)
+    return o[0].transpose(0, 1)

@@ -23,26 +23,34 @@ _NO_ACTIVATION, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none": the ex
 
 class Linear(Protocol):
     def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ weight^T + bias + added_MN`, (M, N)."""
+        """Returns `x @ weight^T + bias + added_MN`, (M, N)."""
         ...
 
 
 def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, gelu: bool = False) -> Linear:
-    """A layer with its weight laid out for the weight's device. `gelu`: apply the exact GELU to the output."""
+    """Returns a layer with its weight laid out for the weight's device.
+
+    Args:
+        gelu: whether to apply the exact GELU to the output.
+    """
     if _packs(weight_ND):
         return _packed(weight_ND, bias_N, gelu)
 
     def linear(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         y_MN = F.linear(x_MD, weight_ND, bias_N)
-        y_MN = y_MN if added_MN is None else added_MN + y_MN
-        return F.gelu(y_MN) if gelu else y_MN
+        if added_MN is not None:
+            y_MN = added_MN + y_MN
+        if gelu:
+            y_MN = F.gelu(y_MN)
+        return y_MN
 
     return linear
 
 
 def _packs(weight: torch.Tensor) -> bool:
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    is_fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return is_fp32_on_cpu and has_onednn
 
 
 def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) -> Linear:
@@ -50,51 +58,59 @@ def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) ->
     n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, gelu, torch.get_num_threads())
     if n_parts:
         return _Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu)
-    whole = _Packed([weight_ND], bias_N, gelu)
 
-    def doubled(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+    # No number of parts rounds alike, so a single row is computed twice, as a batch of two.
+    packed = _Packed([weight_ND], bias_N, gelu)
+
+    def at_least_two_rows(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         if len(x_MD) > 1:
-            return whole(x_MD, added_MN)
-        return whole(x_MD.expand(2, -1), None if added_MN is None else added_MN.expand(2, -1))[:1]
+            return packed(x_MD, added_MN)
+        if added_MN is not None:
+            added_MN = added_MN.expand(2, -1)
+        return packed(x_MD.expand(2, -1), added_MN)[:1]
 
-    return doubled
+    return at_least_two_rows
 
 
 class _Packed:
-    """Products of parts of the inputs with their parts of the weight, added in order."""
+    """Adds, in order, the products of parts of the inputs with their parts of the weight."""
 
-    def __init__(self, parts: Sequence[torch.Tensor], bias_N: torch.Tensor | None, gelu: bool) -> None:
+    def __init__(self, parts_ND: Sequence[torch.Tensor], bias_N: torch.Tensor | None, gelu: bool) -> None:
         reorder = torch.ops.mkldnn._reorder_linear_weight
-        bias = None if bias_N is None else bias_N.contiguous()
-        self._first, *self._others = [reorder(part.contiguous(), TYPICAL_ROWS) for part in parts]
-        self._bias = bias
+        self._first_weight, *self._further_weights = [reorder(part.contiguous(), TYPICAL_ROWS) for part in parts_ND]
+        self._bias = None if bias_N is None else bias_N.contiguous()
         self._activation = _GELU if gelu else _NO_ACTIVATION
-        self._width = parts[0].shape[1]
+        self._width = parts_ND[0].shape[1]
 
     def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         product = torch.ops.mkldnn._linear_pointwise
-        if added_MN is None and not self._others:
-            return product(x_MD, self._first, self._bias, *self._activation)
-        first, *others = x_MD.split(self._width, dim=1)
+        if added_MN is None and not self._further_weights:
+            return product(x_MD, self._first_weight, self._bias, *self._activation)
+
+        first, *further = x_MD.split(self._width, dim=1)
         if added_MN is None:
-            y_MN = product(first, self._first, self._bias, *_NO_ACTIVATION)
+            y_MN = product(first, self._first_weight, self._bias, *_NO_ACTIVATION)
         else:
-            y_MN = product.binary(first, added_MN, self._first, self._bias, "add")
-        for part, weight in zip(others, self._others, strict=True):
+            y_MN = product.binary(first, added_MN, self._first_weight, self._bias, "add")
+        for part, weight in zip(further, self._further_weights, strict=True):
             y_MN = product.binary(part, y_MN, weight, None, "add")
-        return y_MN if self._activation is _NO_ACTIVATION else F.gelu(y_MN)
+        if self._activation is _GELU:
+            y_MN = F.gelu(y_MN)
+        return y_MN
 
 
 @cache
 def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool, threads: int) -> int:
-    """The smallest number of parts with which a single row gets the same bits as in a batch; 0: none does.
+    """Returns the smallest number of parts with which a single row gets the same bits as in a batch; 0: none does.
 
-    The result depends on shapes and not on the weights, so it is cached for new weights.
+    The number depends on shapes and not on the weights, so it is cached for new weights.
     """
+    # Random weights stand for all weights: which kernel oneDNN takes depends on shapes alone.
     generator = torch.Generator().manual_seed(1)
     weight_ND = torch.randn(n_outputs, width, generator=generator)
     bias_N = torch.randn(n_outputs, generator=generator) if biased else None
     for n_parts in PARTS:
+        # A part that is no multiple of a vector would need a loop with a tail, which rounds differently.
         if width % (n_parts * VECTOR) and n_parts > 1:
             break
         if _rounds_alike(_Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu), n_outputs, width):
@@ -103,7 +119,7 @@ def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool
 
 
 def _rounds_alike(linear: Linear, n_outputs: int, width: int) -> bool:
-    """Whether a single row gets the same bits as in a batch."""
+    """Returns whether a single row gets the same bits as in a batch."""
     generator = torch.Generator().manual_seed(0)
     x_MD, added_MN = (torch.randn(4, n, generator=generator) for n in (width, n_outputs))
     return all(

@@ -1,6 +1,6 @@
-"""What generation reads from a run: the model of a checkpoint of any layout, its tokenizer, and openings of documents.
+"""Reads a run for generation: the model of a checkpoint of any layout, its tokenizer, and openings of documents.
 
-One process reads whole tensors; no process group is needed.
+One process reads unsharded tensors; no process group is needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,22 +19,22 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
-DEPTH = 3  # of a run below its work directory (runs/STAGE/RUN_ID)
+DEPTH = 3  # levels of a run below its work directory (runs/STAGE/RUN_ID)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model and its tokenizer."""
 
-    name: str  # of run and checkpoint: `code/default/step_00000400`
+    name: str  # run and checkpoint: `code/default/step_00000400`
     config: ModelConfig
-    weights: dict[str, torch.Tensor]  # by parameter name, in host memory
+    weights: dict[str, torch.Tensor]  # parameters by name, in host memory
     tokenizer: Tokenizer
     run: RunDirectory | None  # None if the checkpoint is outside a run
 
 
 def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
-    """Load a model.
+    """Loads a model.
 
     Args:
         path: a run, a folder of checkpoints, or a checkpoint.
@@ -45,51 +45,54 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     state, config = files.read_state(checkpoint)[0], model_config_of(checkpoint)
-    run = run_of(checkpoint)
     if config.head != "tokens":
         raise ArtefactError(
             f"checkpoint {checkpoint}: its model computes scores and not text (model.head={config.head})"
         )
-    found = tokenizer_of(checkpoint, tokenizer, run)
-    if found.vocab_size != config.vocab_size:
+
+    run = run_of(checkpoint)
+    loaded_tokenizer = tokenizer_of(checkpoint, tokenizer, run)
+    if loaded_tokenizer.vocab_size != config.vocab_size:
         raise ArtefactError(
             f"checkpoint {checkpoint}: its model knows {config.vocab_size} tokens, the tokenizer has "
-            f"{found.vocab_size}: give the tokenizer it was trained with by --tokenizer=PATH"
+            f"{loaded_tokenizer.vocab_size}: give the tokenizer it was trained with by --tokenizer=PATH"
         )
-    files.check_tokenizer(checkpoint, state, found.sha256)
-    weights = {name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()}
+    # The same size is not enough: ids of another tokenizer would be other text.
+    files.check_tokenizer(checkpoint, state, loaded_tokenizer.sha256)
+
+    weights = {name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()}
     name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
-    return LoadedModel(name, config, weights, found, run)
+    return LoadedModel(name, config, weights, loaded_tokenizer, run)
 
 
 def model_config_of(checkpoint: Path) -> ModelConfig:
-    """The model of a checkpoint.
+    """Returns the model configuration in a checkpoint.
 
     Raises:
-        ArtefactError: the checkpoint does not describe one.
+        ArtefactError: the checkpoint does not describe a model.
     """
     _, model = files.read_state(checkpoint)
-    values: dict[str, Any] = dict(model)
+    fields: dict[str, Any] = dict(model)
     try:
-        return ModelConfig(**values)
+        return ModelConfig(**fields)
     except (TypeError, UserError) as error:
         raise ArtefactError(f"checkpoint {checkpoint}: {files.STATE} does not describe a model ({error})") from error
 
 
 def run_of(checkpoint: Path) -> RunDirectory | None:
-    """The run that contains a checkpoint."""
-    places = [checkpoint.absolute(), checkpoint.resolve()]  # the run or a folder above it may be a link
+    """Returns the run that contains a checkpoint; None if the checkpoint is outside a run."""
+    # The run or a folder above it may be a link: prefer the path that has a tokenizer.
     runs = [
-        RunDirectory(place.parents[1])
-        for place in places
-        if place.parent.name in ("checkpoints", "averages") and len(place.parents) >= 2 + DEPTH
+        RunDirectory(path.parents[1])
+        for path in (checkpoint.absolute(), checkpoint.resolve())
+        if path.parent.name in ("checkpoints", "averages") and len(path.parents) >= 2 + DEPTH
     ]
     runs = [run for run in runs if run.config.is_file()]
     return next((run for run in runs if run.tokenizer_model.is_file()), runs[0] if runs else None)
 
 
 def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:
-    """The tokenizer at `named`, else that of the run.
+    """Loads the tokenizer at `named`, else that of the run.
 
     Raises:
         ArtefactError: it is missing or damaged.
@@ -102,6 +105,7 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
                 "tokenizer.json"
             )
         return Tokenizer.load(file)
+
     if run is None:
         raise ArtefactError(
             f"checkpoint {checkpoint}: it lies in no run, so its tokenizer is unknown: give --tokenizer=PATH"
@@ -113,14 +117,16 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
 
 
 def stage_tokenizer(checkpoint: Path, work: WorkDirectory, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint that a stage reads: that of its run or work directory, else that of `work`.
+    """Loads the tokenizer of a checkpoint that a stage reads: that of its run or work directory, else that of `work`.
 
     Raises:
-        ArtefactError: there is none, or it is not the one that the checkpoint was trained with.
+        ArtefactError: there is no tokenizer, or the checkpoint was trained with a different one.
     """
-    inside = len(checkpoint.parents) > 1 + DEPTH  # of a run, with or without its configuration
-    beside = RunDirectory(checkpoint.parents[1]).tokenizer_model if inside else work.tokenizer_model
-    path = beside if beside.exists() else work.tokenizer_model
+    path = work.tokenizer_model
+    is_in_run = len(checkpoint.parents) > 1 + DEPTH  # the run may have no configuration
+    if is_in_run and RunDirectory(checkpoint.parents[1]).tokenizer_model.exists():
+        path = RunDirectory(checkpoint.parents[1]).tokenizer_model
+
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size != vocab_size:
         raise ArtefactError(
@@ -134,32 +140,35 @@ def stage_tokenizer(checkpoint: Path, work: WorkDirectory, vocab_size: int) -> T
 class Openings:
     """Typical beginnings of documents: the prompts of a run's samples (`stage.sampling.prompts`)."""
 
-    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by language
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # texts by language
     corpus: str = ""
-    languages: Sequence[str] = ()  # of the corpus
+    languages: Sequence[str] = ()  # languages of the corpus
 
     def of(self, language: str) -> Sequence[str]:
-        """The openings of a language, at least one.
+        """Returns the openings of a language, at least one.
 
         Raises:
             UserError: there is none; the message names the languages with openings.
         """
         if prompts := self.prompts.get(language):
             return prompts
-        others = ", ".join(name for name, prompts in self.prompts.items() if prompts)
-        way_out = f"use one of {others}, or type" if others else "type"
+        available = self._languages_with_openings()
+        way_out = f"use one of {available}, or type" if available else "type"
         raise UserError(f"/lang {language}: the run has no opening of that language; {way_out} a beginning yourself")
 
     def __str__(self) -> str:
-        known = ", ".join(name for name, prompts in self.prompts.items() if prompts)
-        said = f"openings for {known}" if known else "this run has no openings"
+        available = self._languages_with_openings()
+        text = f"openings for {available}" if available else "this run has no openings"
         if self.languages:
-            said += f" (corpus {self.corpus} holds {', '.join(self.languages)})"
-        return said
+            text += f" (corpus {self.corpus} holds {', '.join(self.languages)})"
+        return text
+
+    def _languages_with_openings(self) -> str:
+        return ", ".join(language for language, prompts in self.prompts.items() if prompts)
 
 
 def read_openings(run: RunDirectory | None) -> Openings:
-    """The openings of a run; none without a run.
+    """Reads the openings of a run; none without a run.
 
     Raises:
         ArtefactError: the run's configuration cannot be read.
@@ -168,12 +177,13 @@ def read_openings(run: RunDirectory | None) -> Openings:
         return Openings()
     try:
         config: Any = OmegaConf.load(run.config)
-        prompts = OmegaConf.select(config, "stage.sampling.prompts") or {}
+        by_language = OmegaConf.select(config, "stage.sampling.prompts") or {}
         corpus = OmegaConf.select(config, "stage.corpus") or ""
-        found = {str(language): [str(prompt) for prompt in several] for language, several in prompts.items()}
+        prompts = {str(language): [str(prompt) for prompt in texts] for language, texts in by_language.items()}
     except Exception as error:  # YAML and OmegaConf raise many types
         raise ArtefactError(f"{run.config}: cannot be read ({' '.join(str(error).split())})") from error
+
     languages: Sequence[str] = ()
     if corpus and manifest_path(run.work.corpus(corpus)).is_file():  # a copied run may lack its corpus
         languages = sorted(read_manifest(run.work.corpus(corpus)).splits["train"].languages)
-    return Openings(found, corpus, languages)
+    return Openings(prompts, corpus, languages)

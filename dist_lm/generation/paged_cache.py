@@ -1,23 +1,40 @@
-"""The paged KV cache: which sequence holds which page, and what the two implementations have in common.
+"""The paged KV cache: the bookkeeping of pages, and the cache in plain PyTorch.
 
 A page holds keys and values of a fixed number of tokens in every layer. Several sequences may hold one page while none
-of them writes to it. `PagePool` counts pages without tensors; `PagedCache` holds the tensors, and `plain_pages.py` and
-`flash_pages.py` implement attention over them.
+of them writes to it. `PagePool` counts the holders of pages, without tensors. `PagedCache` is what the decoder uses: it
+plans a step once and then writes and attends in every layer. `PlainPages`, below, implements it for any device and
+dtype; `flash_pages.py` implements it for the flash kernel. A cell is the space of one token in a page; its number is
+page * page_size + offset.
 
-Dimensions: N tokens, B sequences, H query heads, G key/value heads, K d_head.
+Dimensions: L layers, N tokens, B sequences, H query heads, G key/value heads, K d_head, W page size, P pages of the
+longest sequence, S = P * W, n slots of a `DecodePlan`, X the dimension that an index flattens.
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+from dist_lm.generation.shard import Share
+from dist_lm.generation.transfer import upload
+
+PLAIN_PAGE_TOKENS = 64  # tokens of a page of `PlainPages`, unless an engine's options give another size
+ALIGNED = 16  # fp32 numbers in 64 bytes
+MIN_SLOTS = 2  # a single product takes another kernel, which rounds differently
+SUM_MULTIPLE = 4  # `sum` over a multiple of this many numbers gives the same bits with and without trailing zeros
+MAX_WASTE = 2  # read leading pages in place if they are at most this many times the pages in use, else copy
+ABSENT = -1
 
 
 class PagePool:
-    """Pages 0 to n - 1, each held by any number of sequences. The lowest free page is taken first, which keeps the
-    pages in use close together."""
+    """Counts which pages, 0 to n - 1, are free and how many sequences hold the others.
+
+    The lowest free page is taken first, which keeps the pages in use close to each other.
+    """
 
     def __init__(self, n_pages: int) -> None:
         self._free = list(range(n_pages))
@@ -33,25 +50,25 @@ class PagePool:
         return len(self._free)
 
     def holders(self, page: int) -> int:
-        """Number of sequences that hold a page."""
+        """Returns the number of sequences that hold a page."""
         return self._holders[page]
 
     def take(self) -> int:
-        """Take a free page, which then has one holder; `n_free` must not be 0."""
+        """Takes a free page, which then has one holder; `n_free` must not be 0."""
         self.changes += 1
         page = heapq.heappop(self._free)
         self._holders[page] = 1
         return page
 
     def share(self, pages: Iterable[int]) -> None:
-        """Add one holder to each of these pages."""
+        """Adds one holder to each of these pages."""
         self.changes += 1
         for page in pages:
             assert self._holders[page] > 0
             self._holders[page] += 1
 
     def give_back(self, pages: Iterable[int]) -> None:
-        """Remove one holder from each of these pages; a page without holders is free."""
+        """Removes one holder from each of these pages; a page without holders is free."""
         self.changes += 1
         for page in pages:
             assert self._holders[page] > 0
@@ -61,15 +78,15 @@ class PagePool:
 
 
 def pages_for(n_tokens: int, page_size: int) -> int:
-    """Number of pages that hold `n_tokens`."""
+    """Returns the number of pages that hold `n_tokens`."""
     return -(-n_tokens // page_size)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive tokens of one sequence, computed and cached in one step.
+    """Consecutive tokens of one prompt, computed and cached in one step.
 
-    Piece boundaries depend on the sequence alone, so that a result does not depend on other requests.
+    Piece boundaries depend on the sequence alone, so that its logits do not depend on other requests.
     """
 
     tokens: Sequence[int]
@@ -81,13 +98,13 @@ class Piece:
         return range(self.start, self.start + len(self.tokens))
 
 
-def in_cache(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_size: int) -> torch.Tensor:
-    """page * page_size + offset of the positions of sequences that hold `pages`, int64, on the host."""
+def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_size: int) -> torch.Tensor:
+    """Returns the cells of `positions[b]` of the sequences b that hold `pages[b]`, concatenated: int64, on the host."""
     return torch.tensor(
         [
-            own[position // page_size] * page_size + position % page_size
-            for own, several in zip(pages, positions, strict=True)
-            for position in several
+            sequence_pages[position // page_size] * page_size + position % page_size
+            for sequence_pages, sequence_positions in zip(pages, positions, strict=True)
+            for position in sequence_positions
         ]
     )
 
@@ -95,19 +112,19 @@ def in_cache(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]],
 class Plan(Protocol):
     """The part of a decode step (one new token for every sequence) that is the same in all layers."""
 
-    position_B: torch.Tensor  # int64, of the new token
-    written_B: torch.Tensor  # int64, page * page_size + offset of the new token
+    position_B: torch.Tensor  # int64, position of the new token
+    cell_B: torch.Tensor  # int64, cell of the new token
 
     def advance(self) -> None:
-        """Move every sequence to its next position; allowed only if that position is in the same page."""
+        """Moves every sequence to its next position; allowed only if that position is in the same page."""
         ...
 
 
 class PrefillPlan(Protocol):
     """The part of a computation of pieces that is the same in all layers."""
 
-    position_N: torch.Tensor  # int64, of every token
-    written_N: torch.Tensor  # int64, page * page_size + offset of every token
+    position_N: torch.Tensor  # int64, position of every token
+    cell_N: torch.Tensor  # int64, cell of every token
 
 
 class PagedCache:
@@ -119,46 +136,338 @@ class PagedCache:
         self.value = torch.zeros(*shape, dtype=dtype, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
-        """Plan a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
+        """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         raise NotImplementedError
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PrefillPlan:
-        """Plan the computation of pieces."""
+        """Plans the computation of pieces."""
         raise NotImplementedError
 
-    def places(self, written_N: torch.Tensor) -> torch.Tensor:
-        """The index that `write` takes for tokens at page * page_size + offset; the same in all layers."""
+    def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
+        """Returns the index that `write` takes for these cells; the same in all layers."""
         raise NotImplementedError
 
-    def write(self, layer: int, place_X: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
-        """Store keys and values of N tokens."""
+    def write(self, layer: int, index_X: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
+        """Stores keys and values of N tokens."""
         raise NotImplementedError
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: Any) -> torch.Tensor:
-        """Attention (B, H, K) of one new token per sequence, after its key and value were written."""
+        """Returns the attention (B, H, K) of one new token per sequence, after its key and value were written."""
         raise NotImplementedError
 
     def prefill(
-        self, layer: int, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, plan: Any
+        self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, plan: Any
     ) -> torch.Tensor:
-        """Attention (N, H, K) of concatenated pieces, after their keys and values were written."""
+        """Returns the attention (N, H, K) of concatenated pieces, after their keys and values were written."""
         raise NotImplementedError
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Write zeros, so that no nan stays behind for the next holder."""
+        """Writes zeros, so that no nan stays behind for the next holder."""
+        # A masked key has weight 0, but 0 * nan would still be nan.
         self.key[:, pages] = 0
         self.value[:, pages] = 0
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy one page to another, in all layers."""
+        """Copies one page to another, in all layers."""
         self.key[:, target] = self.key[:, source]
         self.value[:, target] = self.value[:, source]
 
     def save(self, pages: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy the content of pages to host memory."""
+        """Copies the content of pages to host memory."""
         return self.key[:, pages].cpu(), self.value[:, pages].cpu()
 
     def restore(self, pages: Sequence[int], content: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Write content that `save` returned to as many pages."""
+        """Writes content that `save` returned to as many pages."""
         key, value = content
         self.key[:, pages], self.value[:, pages] = key.to(self.key.device), value.to(self.value.device)
+
+
+# The cache in plain PyTorch: batched matrix products that read pages in place.
+#
+# A query's scores with one page are one small product, independent of the batch, and the outputs for the pages of a
+# sequence are added in their order. A sequence therefore gets the same bits in any batch and wherever its pages lie.
+# Rounding also depends on the memory alignment of a row, so heads are padded with zeros to full vector registers.
+#
+# A decode plan assigns slots: a slot is one page as one sequence reads it. The first read takes each page for one of
+# its holders; a page with several holders is read again for each further holder.
+
+
+@dataclass(frozen=True)
+class SharedRead:
+    """A further read of pages with several holders, each for its next holder."""
+
+    page_S: torch.Tensor  # page of each slot
+    row_S: torch.Tensor  # sequence that reads the slot
+    repeats: bool  # the pages are those of the previous read
+
+
+@dataclass
+class DecodePlan:
+    """The `Plan` of `PlainPages`."""
+
+    position_B: torch.Tensor  # int64, position of the new token
+    cell_B: torch.Tensor  # int64, cell of the new token
+    n_leading: int  # the first read takes the pool's pages 0 to n_leading - 1 in place; 0: it copies `page_n`
+    page_n: torch.Tensor  # page of each slot of the first read
+    row_n: torch.Tensor  # sequence that reads each slot of the first read; arbitrary if none does
+    shared: list[SharedRead]  # the slots after those of the first read, in this order
+    slot_X: torch.Tensor  # (B * P,), slot of each page of a sequence; arbitrary if it has no such page
+    summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; n (zeros) if there is no such page
+    index_n: torch.Tensor  # index of each slot in `slot_X`
+    bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
+
+    def advance(self) -> None:
+        self.position_B += 1
+        self.cell_B += 1
+        row_B = torch.arange(len(self.position_B), device=self.position_B.device)
+        self.bias_B1S[row_B, 0, self.position_B] = 0
+
+
+@dataclass
+class PlainPrefillPlan:
+    """The `PrefillPlan` of `PlainPages`."""
+
+    position_N: torch.Tensor
+    cell_N: torch.Tensor
+    in_one_call: bool
+    lengths: Sequence[int]  # tokens of each piece
+    page_S: Sequence[torch.Tensor]  # pages of each piece; empty if it begins a sequence
+    bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: causal
+
+
+class _Slots:
+    """Collects the slots of a plan, in the order of reads."""
+
+    def __init__(self, readers: Mapping[int, Sequence[tuple[int, int]]], n_indices: int) -> None:
+        """
+        Args:
+            readers: by page, (row of the sequence, index in `DecodePlan.slot_X`) of each holder.
+            n_indices: length of `DecodePlan.slot_X`.
+        """
+        self._readers = readers
+        self.rows: list[int] = []  # sequence that reads each slot
+        self.indices: list[int] = []  # index of each slot in `DecodePlan.slot_X`
+        self.slot_of = [ABSENT] * n_indices
+
+    def read(self, pages: list[int], turn: int) -> list[int]:
+        """Adds a slot for each page, read by its holder number `turn`. Returns the page of each slot."""
+        for page in pages:
+            self._add(page, turn)
+        if len(pages) < MIN_SLOTS:
+            pages = pages * MIN_SLOTS
+            self._add(pages[0], len(self._readers[pages[0]]))  # a second slot that no sequence reads
+        return pages
+
+    def _add(self, page: int, turn: int) -> None:
+        holders = self._readers.get(page, ())
+        row, index = 0, 0  # arbitrary if the page has fewer holders
+        if turn < len(holders):
+            row, index = holders[turn]
+            self.slot_of[index] = len(self.rows)
+        self.rows.append(row)
+        self.indices.append(index)
+
+
+def plan_decode(
+    pages: Sequence[Sequence[int]], positions: Sequence[int], page_size: int, device: torch.device
+) -> DecodePlan:
+    """Plans a decode step of `PlainPages`; arguments as in `PagedCache.plan`."""
+    n_pages = [pages_for(position + 1, page_size) for position in positions]
+    longest = max(n_pages)
+    readers: dict[int, list[tuple[int, int]]] = {}
+    for row, (sequence_pages, count) in enumerate(zip(pages, n_pages, strict=True)):
+        for place, page in enumerate(sequence_pages[:count]):
+            readers.setdefault(page, []).append((row, row * longest + place))
+    used_pages = sorted(readers)
+    slots = _Slots(readers, len(pages) * longest)
+
+    # The pool keeps used pages close to page 0, so mostly all leading pages can be read without a copy.
+    n_leading = max(used_pages[-1] + 1, MIN_SLOTS)
+    reads_in_place = n_leading <= MAX_WASTE * max(len(used_pages), MIN_SLOTS)
+    first_pages = slots.read(list(range(n_leading)) if reads_in_place else used_pages, turn=0)
+    first_rows = list(slots.rows)
+
+    # Answers to one request share the pages of its prompt: one more read for each further holder.
+    further_reads: list[tuple[list[int], list[int], bool]] = []  # the fields of `SharedRead`
+    previous: list[int] = []
+    for turn in range(1, max(len(holders) for holders in readers.values())):
+        begin = len(slots.rows)
+        shared_pages = slots.read([page for page in used_pages if len(readers[page]) > turn], turn)
+        further_reads.append((shared_pages, slots.rows[begin:], shared_pages == previous))
+        previous = shared_pages
+
+    # All indices travel in one copy.
+    host_lists = [positions, slots.slot_of, slots.indices, first_pages, first_rows]
+    for shared_pages, rows, _ in further_reads:
+        host_lists += [shared_pages, rows]
+    cell_B = cells_of(pages, [[position] for position in positions], page_size)
+    cell_B, position_B, slot_X, index_n, page_n, row_n, *uploaded = upload(
+        device, cell_B, *(torch.tensor(numbers) for numbers in host_lists)
+    )
+    shared = [
+        SharedRead(page_S, row_S, repeats)
+        for page_S, row_S, (_, _, repeats) in zip(uploaded[::2], uploaded[1::2], further_reads, strict=True)
+    ]
+
+    slot_BP = slot_X.view(len(pages), longest)
+    summed_slot_BP = F.pad(slot_BP, (0, -longest % SUM_MULTIPLE), value=ABSENT)
+    key_S = torch.arange(longest * page_size, device=device)
+    bias_BS = torch.zeros(len(pages), len(key_S), device=device)
+    bias_BS.masked_fill_(key_S > position_B[:, None], float("-inf"))
+    return DecodePlan(
+        position_B=position_B,
+        cell_B=cell_B,
+        n_leading=n_leading if reads_in_place else 0,
+        page_n=page_n,
+        row_n=row_n,
+        shared=shared,
+        slot_X=slot_BP.flatten().clamp(min=0),
+        summed_slot_X=summed_slot_BP.masked_fill(summed_slot_BP == ABSENT, len(slots.rows)).flatten(),
+        index_n=index_n,
+        bias_B1S=bias_BS[:, None],
+    )
+
+
+class PlainPages(PagedCache):
+    """The cache on the CPU, and on devices or dtypes without the flash kernel."""
+
+    def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._padding = -shape.d_head % ALIGNED
+        pages = (max(n_pages, MIN_SLOTS), shape.kv_heads, page_size, shape.d_head + self._padding)
+        super().__init__((shape.n_layers, *pages), page_size, dtype, device)
+        self._head_G = torch.arange(shape.kv_heads, device=device)
+
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
+        return plan_decode(pages, positions, self.page_size, self.key.device)
+
+    def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
+        positions = [piece.positions for piece in pieces]
+        pages_to_read = [piece.pages if piece.start else () for piece in pieces]
+        cell_N, position_N, *page_S = upload(
+            self.key.device,
+            cells_of([piece.pages for piece in pieces], positions, self.page_size),
+            torch.tensor([*chain(*positions)]),
+            *(torch.tensor(pages, dtype=torch.int64) for pages in pages_to_read),
+        )
+
+        # One call gives each piece the bits that it gets alone only if all begin a sequence and are equally long, and
+        # heads are aligned.
+        lengths = [len(piece.tokens) for piece in pieces]
+        are_alike = not any(piece.start for piece in pieces) and len({*lengths}) == 1
+        return PlainPrefillPlan(
+            position_N=position_N,
+            cell_N=cell_N,
+            in_one_call=len(pieces) > 1 and are_alike and not self._padding,
+            lengths=lengths,
+            page_S=page_S,
+            bias_TS=[_causal_bias(piece, self.key) if piece.start else None for piece in pieces],
+        )
+
+    def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
+        # The cache is (pages, G, W, K), so the heads of a token are not adjacent.
+        page_N1, offset_N1 = cell_N[:, None] // self.page_size, cell_N[:, None] % self.page_size
+        return ((page_N1 * len(self._head_G) + self._head_G) * self.page_size + offset_N1).flatten()
+
+    def write(self, layer: int, index_X: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
+        for cache, new_NGK in ((self.key, k_NGK), (self.value, v_NGK)):
+            if self._padding:
+                new_NGK = F.pad(new_NGK, (0, self._padding))
+            width = new_NGK.shape[-1]
+            cache[layer].view(-1, width).index_copy_(0, index_X, new_NGK.reshape(-1, width))
+
+    def decode(self, layer: int, q_BHK: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+        if self._padding:
+            q_BHK = F.pad(q_BHK, (0, self._padding))
+        n_rows, n_heads, width = q_BHK.shape
+        reads = self._reads(layer, plan)
+        n_groups, page_size = reads[0][0].shape[1:3]
+
+        # Scores of every slot, then sorted by sequence and page for the softmax.
+        scores_nX = [
+            torch.bmm(
+                q_BHK.index_select(0, row_n).view(-1, n_heads // n_groups, width),
+                k_nGWK.flatten(0, 1).transpose(1, 2),
+            ).view(-1, n_heads * page_size)
+            for k_nGWK, _, row_n in reads
+        ]
+        score_nX = scores_nX[0] if len(scores_nX) == 1 else torch.cat(scores_nX)
+        score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_size)
+        n_pages = score_BPHW.shape[1]
+        weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + plan.bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
+
+        # Back to slots for the products with values.
+        weight_BPHW = weight_BHS.view(n_rows, n_heads, n_pages, page_size).transpose(1, 2)
+        weight_nX = weight_BPHW.reshape(n_rows * n_pages, n_heads * page_size).index_select(0, plan.index_n)
+        output_nX = q_BHK.new_zeros(len(score_nX) + 1, n_heads * width)  # a last slot of zeros for absent pages
+        begin = 0
+        for _, v_nGWK, row_n in reads:
+            read = slice(begin, begin + len(row_n))
+            torch.bmm(
+                weight_nX[read].view(-1, n_heads // n_groups, page_size),
+                v_nGWK.flatten(0, 1),
+                out=output_nX[read].view(-1, n_heads // n_groups, width),
+            )
+            begin = read.stop
+
+        output_BPX = output_nX.index_select(0, plan.summed_slot_X).view(n_rows, -1, n_heads * width)
+        return output_BPX.sum(dim=1).view(n_rows, n_heads, width)[..., : width - self._padding]
+
+    def _reads(self, layer: int, plan: DecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Returns (keys (n, G, W, K), values, the sequence that reads each slot) for every read of a plan."""
+        key, value = self.key[layer], self.value[layer]
+        if plan.n_leading:
+            reads = [(key[: plan.n_leading], value[: plan.n_leading], plan.row_n)]
+        else:
+            reads = [(key.index_select(0, plan.page_n), value.index_select(0, plan.page_n), plan.row_n)]
+
+        copied = key[:0], value[:0]
+        for shared in plan.shared:
+            if not shared.repeats:
+                copied = key.index_select(0, shared.page_S), value.index_select(0, shared.page_S)
+            reads.append((copied[0], copied[1], shared.row_S))
+        return reads
+
+    def prefill(
+        self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, plan: PlainPrefillPlan
+    ) -> torch.Tensor:
+        if plan.in_one_call:
+            n_rows = len(plan.lengths)
+            q_BHTK, k_BGTK, v_BGTK = (
+                x_N.contiguous().unflatten(0, (n_rows, -1)).transpose(1, 2) for x_N in (q_NHK, k_NGK, v_NGK)
+            )
+            o_BHTK = F.scaled_dot_product_attention(
+                q_BHTK, k_BGTK, v_BGTK, is_causal=True, scale=1.0, enable_gqa=q_BHTK.shape[1] != k_BGTK.shape[1]
+            )
+            return o_BHTK.transpose(1, 2).flatten(0, 1)
+
+        outputs_THK = []
+        begin = 0
+        for length, page_S, bias_TS in zip(plan.lengths, plan.page_S, plan.bias_TS, strict=True):
+            piece = slice(begin, begin + length)
+            begin = piece.stop
+            if bias_TS is None:
+                # A copy, because the alignment of a row must not depend on the pieces before it.
+                k_GSK, v_GSK = (x_NGK[piece].contiguous().transpose(0, 1) for x_NGK in (k_NGK, v_NGK))
+            else:
+                n_keys = bias_TS.shape[1]
+                k_GSK, v_GSK = (
+                    cache[layer].index_select(0, page_S).transpose(0, 1).flatten(1, 2)[:, :n_keys, : q_NHK.shape[-1]]
+                    for cache in (self.key, self.value)
+                )
+            o_1HTK = F.scaled_dot_product_attention(
+                q_NHK[piece].contiguous().transpose(0, 1)[None],
+                k_GSK[None],
+                v_GSK[None],
+                attn_mask=bias_TS,
+                is_causal=bias_TS is None,
+                scale=1.0,
+                enable_gqa=k_GSK.shape[0] != q_NHK.shape[1],
+            )
+            outputs_THK.append(o_1HTK[0].transpose(0, 1))
+        return outputs_THK[0] if len(outputs_THK) == 1 else torch.cat(outputs_THK)
+
+
+def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor:
+    key_S = torch.arange(piece.positions.stop, device=like.device)
+    visible_TS = key_S <= key_S[piece.start :, None]
+    return torch.zeros(visible_TS.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible_TS, float("-inf"))

@@ -1,6 +1,6 @@
-"""The conversation at a terminal: lines are prompts or commands (`/word`), answers are shown while they are generated.
+"""The conversation at a terminal: lines are prompts or commands (`/word`), answers appear while they are generated.
 
-Commands are parsed to values without effects; `PromptLoop` executes them.
+`parse_command` has no effects; `PromptLoop` executes the commands.
 """
 
 import re
@@ -57,23 +57,24 @@ NUMBERS: dict[str, Callable[[str], float]] = {
     "max_new_tokens": int,
 }
 KEYS = (*NUMBERS, "stop", "seed")
-FIRST, MORE = "> ", ". "  # shown before the first line of a prompt, and before further lines
-SYMBOLS = {  # of control characters
+FIRST, MORE = "> ", ". "  # before the first line of a prompt, and before further lines
+SYMBOLS = {  # visible symbols of control characters
     **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
     **{0x7F: "\u2421"},
     **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
 }
 
 ReadLine = Callable[[str, str], str]
-"""(text before the cursor, text already typed) -> a line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
+"""Reads a line: (text before the cursor, text already typed) -> line. Raises EOFError at Ctrl-D, KeyboardInterrupt at
+Ctrl-C."""
 
 Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
-"""A context in which Ctrl-C does not raise; its value tells whether Ctrl-C was pressed."""
+"""Opens a context in which Ctrl-C does not raise; the function it yields tells whether Ctrl-C was pressed."""
 
 
 @dataclass(frozen=True)
 class Do:
-    """Execute an action."""
+    """A command that executes an action."""
 
     action: Action
     argument: str = ""
@@ -81,19 +82,19 @@ class Do:
 
 @dataclass(frozen=True)
 class Change:
-    """Replace the settings and show the setting `key`; without a new value they are equal to the old ones."""
+    """A command that replaces the settings and shows the setting `key`; without a new value the settings are equal."""
 
     key: str
     settings: Settings
 
 
 def is_command(line: str) -> bool:
-    """Whether a line is `/word`, alone or followed by an argument; paths and `//` comments are not."""
+    """Returns whether a line is `/word`, alone or followed by an argument; paths and `//` comments are not."""
     return re.fullmatch(r"/[A-Za-z_]+(\s.*)?", line, re.DOTALL) is not None
 
 
 def parse_command(line: str, settings: Settings) -> Do | Change:
-    """Parse a line for which `is_command` holds.
+    """Parses a line for which `is_command` holds.
 
     Raises:
         UserError: the command is unknown, or its value is not accepted.
@@ -104,6 +105,7 @@ def parse_command(line: str, settings: Settings) -> Do | Change:
         if argument and name != "lang":
             raise UserError(f"/{name} takes no value, found {argument!r}")
         return Do(ACTIONS[name], argument)
+
     if name not in KEYS:
         raise UserError(f"/{name}: no such command; /help lists all commands")
     if not argument:
@@ -111,20 +113,22 @@ def parse_command(line: str, settings: Settings) -> Do | Change:
     if name == "stop":
         stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
         return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
-    read = NUMBERS.get(name, int)
+
+    number_type = NUMBERS.get(name, int)
     try:
-        value = read(argument)
+        number = number_type(argument)
     except (ValueError, OverflowError):
-        raise ConfigError(f"{name}={argument}: expected a {'whole number' if read is int else 'number'}") from None
-    if read is int:
-        check_whole(name, int(value))
+        expected = "whole number" if number_type is int else "number"
+        raise ConfigError(f"{name}={argument}: expected a {expected}") from None
+    if number_type is int:
+        check_whole(name, int(number))
     if name == "seed":
-        return Change(name, replace(settings, seed=int(value)))
-    return Change(name, replace(settings, params=replace(settings.params, **{name: value})))
+        return Change(name, replace(settings, seed=int(number)))
+    return Change(name, replace(settings, params=replace(settings.params, **{name: number})))
 
 
 def check_whole(key: str, value: int) -> None:
-    """Check that a whole number fits a tensor.
+    """Checks that a whole number fits a tensor.
 
     Raises:
         ConfigError: names `key`.
@@ -134,12 +138,12 @@ def check_whole(key: str, value: int) -> None:
 
 
 def unescape(text: str) -> str:
-    r"""Replace `\n`, `\t` and `\\` by the characters they stand for; any other backslash stays."""
-    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
+    r"""Replaces `\n`, `\t` and `\\` by the characters they stand for; any further backslash stays."""
+    return re.sub(r"\\([nt\\])", lambda escape: {"n": "\n", "t": "\t", "\\": "\\"}[escape[1]], text)
 
 
 def value_of(settings: Settings, key: str) -> str:
-    """The value of a setting as text."""
+    """Returns the value of a setting as text."""
     if key == "seed":
         return str(settings.seed)
     if key == "stop":
@@ -148,11 +152,12 @@ def value_of(settings: Settings, key: str) -> str:
 
 
 def carries_on(line: str) -> tuple[str, bool]:
-    r"""(the line without escapes, whether the prompt continues on the next line): `\` at the end continues, `\\` is a
-    single `\`."""
-    kept = line.rstrip("\\")
-    backslashes = len(line) - len(kept)
-    return kept + "\\" * (backslashes // 2), backslashes % 2 == 1
+    r"""Returns the line without escapes, and whether the prompt continues on the next line: `\` at the end continues,
+    `\\` is a single `\`."""
+    # Two backslashes are one character of text; an odd one is left over as the mark.
+    text = line.rstrip("\\")
+    n_backslashes = len(line) - len(text)
+    return text + "\\" * (n_backslashes // 2), n_backslashes % 2 == 1
 
 
 class PromptLoop:
@@ -168,7 +173,11 @@ class PromptLoop:
         interrupts: Interrupts,
         chat: ToolChat | None = None,
     ) -> None:
-        """`chat`: answers prompts as requests; without it each prompt is the beginning of a text."""
+        """
+        Args:
+            openings: reads the openings of the run.
+            chat: answers prompts as requests; without it each prompt is the beginning of a text.
+        """
         self.settings = settings
         self._session = session
         self._openings = openings
@@ -177,11 +186,11 @@ class PromptLoop:
         self._interrupts = interrupts
         self._chat = chat
         self._opening = ""  # the beginning of the next prompt
-        self._offered: dict[str, int] = {}  # number of openings offered so far, by language
-        self._last: str | None = None
+        self._n_offered: dict[str, int] = {}  # number of openings offered so far, by language
+        self._last_prompt: str | None = None
 
     def run(self) -> None:
-        """Run until Ctrl-D or /quit."""
+        """Runs until Ctrl-D or /quit."""
         self._say(f"{self._session.name}; /help lists the commands, Ctrl-D leaves")
         while True:
             try:
@@ -189,8 +198,9 @@ class PromptLoop:
                 if is_command(line):
                     self._execute(line)
                 elif line:
-                    self._last = line
+                    self._last_prompt = line
                     self._answer(line)
+
             except UserError as error:
                 self._say(" ".join(str(error).split()), "red")
             except KeyboardInterrupt:  # at the prompt
@@ -201,21 +211,24 @@ class PromptLoop:
                 return
 
     def _read(self) -> str:
-        """A command, or a whole prompt: the opening followed by what the user typed."""
-        *whole, begun = self._opening.split("\n")
-        for number, line in enumerate(whole):
+        """Reads a command, or a complete prompt: the opening followed by the text that the user typed."""
+        # The user can edit the last line of the opening; the lines before it are only printed.
+        *lines, editable = self._opening.split("\n")
+        for number, line in enumerate(lines):
             self._write(visible((MORE if number else FIRST) + line) + "\n")
-        typed = self._read_line(MORE if whole else FIRST, begun)
+        typed = self._read_line(MORE if lines else FIRST, editable)
         if is_command(typed):
             return typed
-        lines, (line, more) = whole, carries_on(typed)
-        while more:
+
+        line, continues = carries_on(typed)
+        while continues:
             lines.append(line)
-            line, more = carries_on(self._read_line(MORE, ""))
+            line, continues = carries_on(self._read_line(MORE, ""))
         self._opening = ""
         return "\n".join([*lines, line])
 
     def _execute(self, line: str) -> None:
+        """Executes a command; /quit raises EOFError, as Ctrl-D does."""
         match parse_command(line, self.settings):
             case Do("show"):
                 self._show()
@@ -240,17 +253,17 @@ class PromptLoop:
         self._say(f"{'model':{width}}  {self._session.name}, context of {self._session.config.max_seq_len:,} tokens")
 
     def _again(self) -> None:
-        if self._last is None:
+        if self._last_prompt is None:
             raise UserError("/again: there is no prompt yet")
         if self._chat:
             self._chat.take_back()
-        self._answer(self._last)
+        self._answer(self._last_prompt)
 
     def _new(self) -> None:
         if self._chat is None:
             raise UserError("/new: needs --tools; without it every prompt is a new text")
         self._chat.forget()
-        self._last = None
+        self._last_prompt = None
         self._say("new conversation")
 
     def _begin_with(self, language: str) -> None:
@@ -258,46 +271,48 @@ class PromptLoop:
         if not language:
             self._say(str(openings))
             return
-        several = openings.of(language)
-        number = self._offered.get(language, 0) % len(several)
-        self._offered[language] = number + 1
-        self._opening = several[number]
-        which = f" ({number + 1} of {len(several)})" if len(several) > 1 else ""
-        self._say(f"opening of {language}{which}: continue it or press Enter; Ctrl-C discards it")
+        prompts = openings.of(language)
+        index = self._n_offered.get(language, 0) % len(prompts)
+        self._n_offered[language] = index + 1
+        self._opening = prompts[index]
+        count = f" ({index + 1} of {len(prompts)})" if len(prompts) > 1 else ""
+        self._say(f"opening of {language}{count}: continue it or press Enter; Ctrl-C discards it")
 
     def _answer(self, prompt: str) -> None:
-        end = "\n"
+        last_character = "\n"
 
-        def show(text: str) -> None:
-            nonlocal end
-            end = text[-1]
+        def write(text: str) -> None:
+            nonlocal last_character
+            last_character = text[-1]
             self._write(visible(text))
 
         def note(line: str) -> None:
-            nonlocal end
-            if end != "\n":
+            nonlocal last_character
+            if last_character != "\n":
                 self._console.print()
-            end = "\n"
+            last_character = "\n"
             self._say(visible(line))
 
-        tokens = [] if self._chat else self._session.tokens(prompt)
+        prompt_ids = [] if self._chat else self._session.tokens(prompt)
         try:
             with self._interrupts() as interrupted:
                 if self._chat:
-                    outcome = self._chat.answer(prompt, self.settings, show, note, interrupted)
+                    outcome = self._chat.answer(prompt, self.settings, write, note, interrupted)
                 else:
                     outcome = self._session.answer(
-                        tokens, self.settings, 1, lambda index, text: show(text), interrupted=interrupted
+                        prompt_ids, self.settings, 1, lambda index, text: write(text), interrupted=interrupted
                     )
         finally:
-            if end != "\n":
+            if last_character != "\n":
                 self._console.print()
+
         self._say(str(outcome))
-        after = self.settings.seed + 1
-        self.settings = replace(self.settings, seed=after if after < SEED_LIMIT else 0)
+        # A new seed for the next answer; /again would otherwise repeat the answer.
+        next_seed = self.settings.seed + 1
+        self.settings = replace(self.settings, seed=next_seed if next_seed < SEED_LIMIT else 0)
 
     def _write(self, text: str) -> None:
-        """Write text unchanged; the console would replace tabs by spaces."""
+        """Writes text unchanged; the console would replace tabs by spaces."""
         self._console.file.write(text)
         self._console.file.flush()
 
@@ -306,5 +321,5 @@ class PromptLoop:
 
 
 def visible(text: str) -> str:
-    """Replace control characters, except newline and tab, by visible symbols, so that a terminal does not obey them."""
+    """Replaces control characters, except newline and tab, by visible symbols: a terminal must not obey them."""
     return text.translate(SYMBOLS)

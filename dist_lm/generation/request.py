@@ -1,7 +1,7 @@
-"""Requests and answers, and the sequence that leads from one to the other.
+"""Requests and answers, and the sequence of tokens that grows from a request into an answer.
 
 `SamplingParams` says how tokens are drawn and `Request` adds a prompt. `Sequence` collects tokens and text while the
-engine runs. `Answer` or `Refusal` is the result.
+engine runs. It ends as an `Answer`, or the request ends as a `Refusal`.
 """
 
 import codecs
@@ -16,17 +16,17 @@ from dist_lm.errors import ArtefactError, UserError, require
 from dist_lm.model.keyed_random import hash_words, signed
 
 OnText = Callable[[str, int, int, str], None]
-"""(request id, index of the answer, token, text that is now final)."""
+"""A function (request id, index of the answer, token, text that is now final) -> None."""
 
 FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn, and how many.
+    """Says how tokens are drawn, and how many.
 
-    Applied in this order: repetition penalty, logit bias, temperature, then top-k, top-p and min-p, of which a token
-    must pass all three.
+    Applied in this order: repetition penalty, logit bias, temperature, then top-k, top-p and min-p. A token must pass
+    all three filters.
     """
 
     max_new_tokens: int = 128
@@ -56,16 +56,16 @@ class SamplingParams:
 
     @property
     def adjusts_logits(self) -> bool:
-        """Whether single logits change before the temperature applies."""
+        """Whether logits of some tokens change before the temperature applies."""
         return self.repetition_penalty != 1 or bool(self.logit_bias)
 
 
 class RequestError(UserError):
-    """A request that cannot be answered; other requests are not affected. `request`: its id; `reason`: the cause."""
+    """A request cannot be answered; the remaining requests are not affected."""
 
     def __init__(self, request: str, message: str) -> None:
         super().__init__(f"request {request}: {message}")
-        self.request = request
+        self.request = request  # id
         self.reason = message
 
 
@@ -78,22 +78,22 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0  # answers are a function of prompt, params and seed
     n: int = 1  # number of answers; they share the prompt's pages in the cache
-    truncate: Literal["refuse", "left"] = "refuse"  # what happens to a prompt that fills the context
+    truncate: Literal["refuse", "left"] = "refuse"  # a prompt that fills the context is refused, or cut from the left
     keep_sets: bool = False  # answers say from which tokens each token was drawn
 
 
 @dataclass(frozen=True)
 class Room:
-    """What an engine has room for."""
+    """Limits of an engine for a request."""
 
     context: int  # tokens of prompt and answer, model.max_seq_len
     vocab_size: int
-    cached: int  # tokens of all sequences together
-    cache_tokens: int  # the same before it was rounded to pages: what the key asks for
+    cached: int  # tokens of all sequences that the cache holds
+    cache_tokens: int  # the same before rounding to pages: the value of the key
 
 
 def fitted(request: Request, room: Room, texts: bool) -> Request:
-    """The request, with its prompt cut from the left if it is too long and asks for that.
+    """Returns the request after checks; its prompt is cut from the left if it is too long and `truncate=left`.
 
     Args:
         texts: whether the engine matches texts that end an answer.
@@ -108,11 +108,13 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
     prompt, params = list(request.prompt), request.params
     if not prompt:
         refuse("prompt is empty; give at least one token (end-of-text begins a document)")
-    strange = next((token for token in prompt if not 0 <= token < room.vocab_size), None)
-    if strange is not None:
-        refuse(f"prompt has token {strange}; expected 0 to {room.vocab_size - 1}")
+    invalid = next((token for token in prompt if not 0 <= token < room.vocab_size), None)
+    if invalid is not None:
+        refuse(f"prompt has token {invalid}; expected 0 to {room.vocab_size - 1}")
     if request.n < 1:
         refuse(f"n={request.n}: expected a positive integer")
+
+    # A prompt that fills the context leaves no position for an answer.
     if len(prompt) >= room.context:
         if request.truncate == "refuse":
             refuse(
@@ -120,15 +122,18 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
                 "an answer: shorten it, or set truncate=left"
             )
         prompt = prompt[-max(1, room.context - params.max_new_tokens) :]
+
     if params.stop and not texts:
         refuse(f"stop={list(params.stop)}: this engine has no vocabulary and cannot match texts: use stop_tokens")
     unknown = [token for token in (*params.stop_tokens, *params.logit_bias) if not 0 <= token < room.vocab_size]
     if unknown:
         refuse(f"stop_tokens or logit_bias name token {unknown[0]}; expected 0 to {room.vocab_size - 1}")
-    longest = min(len(prompt) + params.max_new_tokens, room.context)
-    if longest > room.cached:
+
+    # Otherwise the sequence would be preempted for ever: even alone it would not fit.
+    n_tokens = min(len(prompt) + params.max_new_tokens, room.context)
+    if n_tokens > room.cached:
         refuse(
-            f"prompt and max_new_tokens={params.max_new_tokens} take {longest} tokens of a cache of "
+            f"prompt and max_new_tokens={params.max_new_tokens} take {n_tokens} tokens of a cache of "
             f"cache_tokens={room.cache_tokens}: lower max_new_tokens or raise cache_tokens"
         )
     return replace(request, prompt=prompt)
@@ -147,7 +152,7 @@ class Answer:
     raw_logprobs: tuple[float, ...]  # nats, of each token under the model's distribution
     finish: FinishReason
     seed: int
-    version: int  # of the weights
+    version: int  # version of the weights
     sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
 
 
@@ -163,13 +168,13 @@ Finished = Callable[[Request, Answer], None]
 
 
 def unseen(request: Request, answer: Answer) -> None:
-    """Nobody waits for single answers."""
+    """The `Finished` of a caller that does not wait for single answers."""
 
 
 def seen(
     requests: SequenceOf[Request], results: Iterable[Answer | Refusal], finished: Finished
 ) -> Iterator[Answer | Refusal]:
-    """`results`, each answer shown to `finished` first."""
+    """Yields `results` again; calls `finished` with each answer first."""
     request_of = {request.id: request for request in requests}
     for result in results:
         if isinstance(result, Answer):
@@ -178,13 +183,13 @@ def seen(
 
 
 def only_answers(results: Iterable[Answer | Refusal], asked: str) -> Iterator[Answer]:
-    """`results`, all of them answers.
+    """Yields `results` again, which must be answers.
 
     Args:
         asked: the model or its requests, for the message.
 
     Raises:
-        ArtefactError: one is a refusal: the model's logits are not numbers.
+        ArtefactError: the next one is a refusal: the model's logits are not numbers.
     """
     for result in results:
         if isinstance(result, Refusal):
@@ -193,27 +198,31 @@ def only_answers(results: Iterable[Answer | Refusal], asked: str) -> Iterator[An
 
 
 def in_order(requests: SequenceOf[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:
-    """All answers, in the order of the requests, then of their index.
+    """Returns all answers, in the order of the requests, then of their index.
 
     Raises:
         RequestError: a request was refused.
     """
-    found: dict[tuple[str, int], Answer] = {}
+    answers: dict[tuple[str, int], Answer] = {}
     for result in results:
         if isinstance(result, Refusal):
             raise RequestError(result.request, result.error)
-        found[result.request, result.index] = result
-    return [found[request.id, index] for request in requests for index in range(request.n)]
+        answers[result.request, result.index] = result
+    return [answers[request.id, index] for request in requests for index in range(request.n)]
 
 
 class AnswerSets:
-    """Answers by their request, until all answers to it are there."""
+    """Collects the answers to each request until all of them have arrived."""
 
     def __init__(self) -> None:
         self._answers: dict[str, list[Answer]] = {}
 
     def add(self, result: Answer | Refusal, n: int) -> list[Answer] | Refusal | None:
-        """Add a result of a request for `n` answers: all of them by index with the last one, or its refusal."""
+        """Adds an answer or the refusal of a request for `n` answers.
+
+        Returns:
+            All answers, by index, with the last one; None before; the refusal if it is one.
+        """
         if isinstance(result, Refusal):
             self._answers.pop(result.request, None)
             return result
@@ -221,7 +230,7 @@ class AnswerSets:
         answers.append(result)
         if len(answers) < n:
             return None
-        return sorted(self._answers.pop(result.request), key=lambda one: one.index)
+        return sorted(self._answers.pop(result.request), key=lambda answer: answer.index)
 
 
 @dataclass(eq=False)
@@ -229,7 +238,7 @@ class Sequence:
     """One answer in progress: the tokens of prompt and answer, and the cache pages that hold their keys and values."""
 
     request: Request
-    index: int  # of the answer
+    index: int  # index of the answer
     on_text: OnText | None
     stream: "TextStream | None" = None  # set if the engine has a vocabulary
     tokens: list[int] = field(init=False)
@@ -238,7 +247,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     sets: list[bytes] = field(default_factory=list)
-    saved: Any = None  # content of the pages while the sequence is set aside
+    saved: Any = None  # content of the pages while the sequence is preempted
     finish: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -247,7 +256,7 @@ class Sequence:
 
     @cached_property
     def seed(self) -> int:
-        """The answer's own seed, int64."""
+        """The seed of this answer, int64."""
         return signed(hash_words(self.request.seed, self.index))
 
     @property
@@ -255,20 +264,26 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     def add(
-        self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int, kept: bytes | None = None
+        self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int, token_set: bytes | None = None
     ) -> str:
-        """Append a token, set `finish` if it is the last one, and return the text that became final.
+        """Appends a token, and sets `finish` if it is the last one.
 
         Args:
-            kept: the tokens among which it was drawn, if that was asked for.
+            context: most tokens of prompt and answer.
+            token_set: the packed set of tokens among which it was drawn; kept if the request asks for sets.
+
+        Returns:
+            The text that became final.
         """
-        params = self.request.params
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.raw_logprobs.append(raw_logprob)
-        if self.request.keep_sets and kept is not None:
-            self.sets.append(kept)
+        if self.request.keep_sets and token_set is not None:
+            self.sets.append(token_set)
         text = self.stream.add(token) if self.stream else ""
+
+        # The first reason that holds counts: end-of-text and stop texts before the limits.
+        params = self.request.params
         if token == eot_id and not params.ignore_eot:
             self.finish = "eot"
         elif token in params.stop_tokens or (self.stream and self.stream.stopped):
@@ -282,7 +297,7 @@ class Sequence:
         return text
 
     def answer(self, version: int) -> Answer:
-        """The finished answer."""
+        """Returns the finished answer; `version`: version of the weights."""
         assert self.finish
         return Answer(
             request=self.request.id,
@@ -303,40 +318,49 @@ class TextStream:
     """Decodes tokens to text one by one. Incomplete characters and possible stop texts are held back."""
 
     def __init__(self, vocabulary: SequenceOf[bytes], stops: SequenceOf[str]) -> None:
-        """`vocabulary`: the bytes of every token; `stops`: texts that end the answer."""
+        """
+        Args:
+            vocabulary: the bytes of every token.
+            stops: texts that end the answer.
+        """
         self._vocabulary = vocabulary
         self._stops = stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._longest = max((len(stop) for stop in stops), default=0)
-        self._given = 0  # characters returned so far
+        self._longest_stop = max((len(stop) for stop in stops), default=0)
+        self._n_returned = 0  # characters returned so far
         self.text = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Append a token. Returns the text that became final: no later stop text can remove it."""
+        """Appends a token. Returns the text that became final: no later stop text can remove it."""
         if self.stopped:
             return ""
-        before = len(self.text)
+        # A token may hold a part of a character; the decoder keeps it until the rest arrives.
+        n_before = len(self.text)
         self.text += self._decoder.decode(self._vocabulary[token])
-        begin = max(0, before - self._longest + 1)
-        found = [at for stop in self._stops if (at := self.text.find(stop, begin)) >= 0]
-        if found:
+
+        # A stop text may begin before the new text.
+        begin = max(0, n_before - self._longest_stop + 1)
+        stop_positions = [at for stop in self._stops if (at := self.text.find(stop, begin)) >= 0]
+        if stop_positions:
             self.stopped = True
-            self.text = self.text[: min(found)]
-        return self._give(len(self.text) if self.stopped else len(self.text) - self._held_back())
+            self.text = self.text[: min(stop_positions)]
+            return self._return_up_to(len(self.text))
+        return self._return_up_to(len(self.text) - self._n_held_back())
 
     def finish(self) -> str:
-        """The text held back so far; no more tokens follow."""
+        """Returns the text held back so far; no more tokens follow."""
         if not self.stopped:
             self.text += self._decoder.decode(b"", final=True)
-        return self._give(len(self.text))
+        return self._return_up_to(len(self.text))
 
-    def _give(self, upto: int) -> str:
-        new, self._given = self.text[self._given : upto], max(self._given, upto)
-        return new
+    def _return_up_to(self, end: int) -> str:
+        text = self.text[self._n_returned : end]
+        self._n_returned = max(self._n_returned, end)
+        return text
 
-    def _held_back(self) -> int:
-        """Characters at the end that may begin a stop text."""
+    def _n_held_back(self) -> int:
+        """Returns the number of characters at the end that may begin a stop text."""
         return max(
             (length for stop in self._stops for length in range(1, len(stop)) if self.text.endswith(stop[:length])),
             default=0,

@@ -1,12 +1,14 @@
-"""From logits to tokens: pure functions. The result of a row depends on that row alone, to the last bit.
+"""From logits to tokens: pure functions. The token of a row depends on that row alone, to the last bit.
 
 One number u in (0, 1), a function of the answer's seed and the token's position, draws a token: the first one, in the
 order of the vocabulary, at which the cumulative probability exceeds u.
 
-Filters do not sort the vocabulary. A few candidates with the largest logits are extracted first; only if they do not
-determine what the filters keep are more extracted, and in the end the whole row.
+Filters do not sort the vocabulary. A few candidates with the largest logits are extracted first. Only if these do not
+determine which tokens pass the filters are more extracted, and in the end all tokens are sorted.
 
-Dimensions: B rows, V vocabulary, M candidates, C chunks of W tokens.
+Filters compute in fp64: fp32 sums over a large vocabulary err by more than the probability of a token at the border.
+
+Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of W tokens, k largest values.
 """
 
 import math
@@ -22,12 +24,12 @@ from dist_lm.model.keyed_random import hash_words
 from dist_lm.model.token_sets import packed
 
 CHUNK = 128  # tokens
-FEW = 1024  # `largest` splits a row into at most this many chunks
+MAX_CHUNKS = 1024  # `largest` splits a row into at most this many chunks
 UNIFORM_BITS = 48
 COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
 GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31  # special values of `Group.candidates`; a row shorter than ALL is sorted
 CANDIDATES = (64, 256, 1024, 4096)  # possible numbers of candidates; a row's parameters choose one
-NUCLEUS_CANDIDATES = 256  # at least, if no top-k bounds their number
+NUCLEUS_CANDIDATES = 256  # smallest number if no top-k bounds it
 
 
 @dataclass(frozen=True)
@@ -37,69 +39,76 @@ class Choice:
     token_B: torch.Tensor  # int64
     logprob_B: torch.Tensor  # fp32, nats, under the distribution it was drawn from (greedy: 0)
     raw_logprob_B: torch.Tensor  # fp32, nats, under softmax(logits); nan if logits are not finite numbers
-    sets: list[bytes]  # of each row, the tokens it was drawn from (`model.token_sets`); empty if not asked for
+    sets: list[bytes]  # tokens that each row was drawn from (`model.token_sets`); empty without `keep_sets`
 
 
 @dataclass(frozen=True)
 class Group:
     """Rows drawn by the same method."""
 
-    members: Sequence[int]  # the rows
-    rows: torch.Tensor | None  # the same on the device, int64; None: all rows
+    members: Sequence[int]  # the rows, on the host
+    rows: torch.Tensor | None  # the rows on the device, int64; None: all rows
     bounded: bool  # the candidates of every row include all that its top-k keeps, and one more
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
-    # filters compute in fp64: fp32 sums of a large vocabulary err by more than the probability of a token at the border
-    temperature_B1: torch.Tensor
+    temperature_B1: torch.Tensor  # fp64
     top_k_B1: torch.Tensor  # int64; ALL if off
-    top_p_B1: torch.Tensor
-    log_min_p_B1: torch.Tensor
+    top_p_B1: torch.Tensor  # fp64
+    log_min_p_B1: torch.Tensor  # fp64
 
 
 def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[Group]:
-    """Group the rows of a batch by the method of drawing."""
-    members: dict[int, list[int]] = {}
-    for row, one in enumerate(params):
-        members.setdefault(_candidates(one), []).append(row)
+    """Groups the rows of a batch by the method of drawing."""
+    rows_by_candidates: dict[int, list[int]] = {}
+    for row, row_params in enumerate(params):
+        rows_by_candidates.setdefault(_n_candidates(row_params), []).append(row)
 
-    order = [row for rows in members.values() for row in rows]
-    own = [params[row] for row in order]
+    # One copy to the device carries the parameters of all rows, sorted by group.
+    order = [row for rows in rows_by_candidates.values() for row in rows]
+    ordered = [params[row] for row in order]
     columns = upload(
         device,
         torch.tensor(order),
-        torch.tensor([one.top_k or ALL for one in own]),
-        torch.tensor([max(one.temperature, COLDEST) for one in own], dtype=torch.float64),
-        torch.tensor([one.top_p for one in own], dtype=torch.float64),
-        torch.tensor([math.log(one.min_p) if one.min_p else -math.inf for one in own], dtype=torch.float64),
+        torch.tensor([p.top_k or ALL for p in ordered]),
+        torch.tensor([max(p.temperature, COLDEST) for p in ordered], dtype=torch.float64),
+        torch.tensor([p.top_p for p in ordered], dtype=torch.float64),
+        torch.tensor([math.log(p.min_p) if p.min_p else -math.inf for p in ordered], dtype=torch.float64),
     )
-    by_group = zip(*(column.split([len(rows) for rows in members.values()]) for column in columns), strict=True)
-    return [
-        Group(
-            members=rows,
-            rows=None if len(rows) == len(params) else row_B,
-            bounded=all(0 < params[row].top_k < candidates for row in rows),
-            candidates=candidates,
-            temperature_B1=temperature_B[:, None],
-            top_k_B1=top_k_B[:, None],
-            top_p_B1=top_p_B[:, None],
-            log_min_p_B1=log_min_p_B[:, None],
+
+    groups = []
+    sizes = [len(rows) for rows in rows_by_candidates.values()]
+    columns_of_groups = zip(*(column_B.split(sizes) for column_B in columns), strict=True)
+    for (candidates, rows), group_columns in zip(rows_by_candidates.items(), columns_of_groups, strict=True):
+        row_B, top_k_B, temperature_B, top_p_B, log_min_p_B = group_columns
+        groups.append(
+            Group(
+                members=rows,
+                rows=None if len(rows) == len(params) else row_B,
+                bounded=all(0 < params[row].top_k < candidates for row in rows),
+                candidates=candidates,
+                temperature_B1=temperature_B[:, None],
+                top_k_B1=top_k_B[:, None],
+                top_p_B1=top_p_B[:, None],
+                log_min_p_B1=log_min_p_B[:, None],
+            )
         )
-        for (candidates, rows), (row_B, top_k_B, temperature_B, top_p_B, log_min_p_B) in zip(
-            members.items(), by_group, strict=True
-        )
-    ]
+    return groups
 
 
-def _candidates(params: SamplingParams) -> int:
+def _n_candidates(params: SamplingParams) -> int:
     if params.temperature == 0:
         return GREEDY
     if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
         return UNFILTERED
-    needed = params.top_k + 1 if params.top_k else NUCLEUS_CANDIDATES
-    return next((most for most in CANDIDATES if needed <= most), ALL)
+    # One more than top-k: it shows whether the last token ties with the next.
+    needed = NUCLEUS_CANDIDATES
+    if params.top_k:
+        needed = params.top_k + 1
+    return next((number for number in CANDIDATES if needed <= number), ALL)
 
 
 def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
-    """Numbers in (0, 1), fp64, as a function of (seed, position), both int64."""
+    """Returns numbers in (0, 1), fp64, as a function of (seed, position), both int64."""
+    # 48 bits fit fp64 exactly, and the half keeps 0 and 1 out.
     bits_B = hash_words(seed_B, position_B) & ((1 << UNIFORM_BITS) - 1)
     return (bits_B.double() + 0.5) / (1 << UNIFORM_BITS)
 
@@ -111,223 +120,253 @@ def sample(
     adjusted_BV: torch.Tensor | None = None,
     keep_sets: bool = False,
 ) -> Choice:
-    """Draw one token for each row. The host waits for the device once, and once more if a row needs more candidates.
+    """Draws one token for each row. The host waits for the device once, and once more if a row needs more candidates.
 
     Args:
-        logits_BV: fp32, of the model.
+        logits_BV: fp32 logits of the model.
         groups: see `group_rows`.
         uniform_B: see `uniform`.
         adjusted_BV: logits to draw from instead, see `adjusted`.
-        keep_sets: whether the sets of tokens are wanted; the host then waits once more for each group.
+        keep_sets: whether to return the sets of tokens; the host then waits once more for each group.
     """
-    drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
-    device = logits_BV.device
-    token_B = torch.empty(len(logits_BV), dtype=torch.int64, device=device)
-    logprob_B = torch.empty(len(logits_BV), device=device)
-    unclear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
-    sets = [b""] * len(logits_BV) if keep_sets else []
+    source_BV = logits_BV if adjusted_BV is None else adjusted_BV
+    n_rows, device = len(logits_BV), logits_BV.device
+    token_B = torch.empty(n_rows, dtype=torch.int64, device=device)
+    logprob_B = torch.empty(n_rows, device=device)
+    unclear_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
+    sets = [b""] * n_rows if keep_sets else []
+
     for group in groups:
         if group.rows is None:
-            token_B, logprob_B, unclear_B, kept = _draw(drawn_BV, group, uniform_B)
+            token_B, logprob_B, unclear_B, passed = _draw(source_BV, group, uniform_B)
         else:
             rows = group.rows
-            token_B[rows], logprob_B[rows], unclear_B[rows], kept = _draw(drawn_BV[rows], group, uniform_B[rows])
-        if keep_sets and kept is not None:
-            for row, one in zip(group.members, _packed_rows(kept, logits_BV.shape[-1]), strict=True):
-                sets[row] = one
-    *chosen, unclear_B = download(token_B, logprob_B, token_logprobs(logits_BV, token_B), unclear_B)
+            token_B[rows], logprob_B[rows], unclear_B[rows], passed = _draw(source_BV[rows], group, uniform_B[rows])
+        if keep_sets and passed is not None:
+            for row, token_set in zip(group.members, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
+                sets[row] = token_set
+
+    # Log-probabilities for training are those of the model, before any setting of the sampler.
+    raw_logprob_B = token_logprobs(logits_BV, token_B)
+    token_B, logprob_B, raw_logprob_B, unclear_B = download(token_B, logprob_B, raw_logprob_B, unclear_B)
+
+    # Rows whose candidates did not suffice are drawn again, with more candidates.
     unclear = unclear_B.tolist()
     for group in groups:
-        places = [place for place, row in enumerate(group.members) if unclear[row]]
-        if places:
-            members = [group.members[place] for place in places]
-            place_n, row_n = upload(device, torch.tensor(places), torch.tensor(members))
-            adjusted_nV = None if adjusted_BV is None else adjusted_BV[row_n]
-            more = [_with_more(group, place_n)]
-            again = sample(logits_BV[row_n], more, uniform_B[row_n], adjusted_nV, keep_sets)
-            for whole, part in zip(chosen, (again.token_B, again.logprob_B, again.raw_logprob_B), strict=True):
-                whole[members] = part
-            for place, one in enumerate(again.sets):
-                sets[members[place]] = one
-    return Choice(chosen[0], chosen[1], chosen[2], sets)
+        indices = [index for index, row in enumerate(group.members) if unclear[row]]
+        if not indices:
+            continue
+        rows = [group.members[index] for index in indices]
+        index_n, row_n = upload(device, torch.tensor(indices), torch.tensor(rows))
+        adjusted_nV = None if adjusted_BV is None else adjusted_BV[row_n]
+        redrawn = sample(
+            logits_BV[row_n], [_with_more_candidates(group, index_n)], uniform_B[row_n], adjusted_nV, keep_sets
+        )
+        token_B[rows] = redrawn.token_B
+        logprob_B[rows] = redrawn.logprob_B
+        raw_logprob_B[rows] = redrawn.raw_logprob_B
+        if keep_sets:
+            for row, token_set in zip(rows, redrawn.sets, strict=True):
+                sets[row] = token_set
+    return Choice(token_B, logprob_B, raw_logprob_B, sets)
 
 
-_Kept = tuple[torch.Tensor, torch.Tensor]
-"""Token ids and whether each is kept: (B, M) int64 and bool."""
+_Passed = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and whether each passed the filters: (B, M) int64 and bool."""
 
 
-def _packed_rows(kept: _Kept, vocab_size: int) -> list[bytes]:
-    id_BM, keep_BM = (part.numpy() for part in download(*kept))
-    return [packed(id_M[keep_M], vocab_size) for id_M, keep_M in zip(id_BM, keep_BM, strict=True)]
+def _pack_rows(passed: _Passed, vocab_size: int) -> list[bytes]:
+    id_BM, passes_BM = (tensor.numpy() for tensor in download(*passed))
+    return [packed(id_M[passes_M], vocab_size) for id_M, passes_M in zip(id_BM, passes_BM, strict=True)]
 
 
 def adjusted(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Iterable[int]]
 ) -> torch.Tensor | None:
-    """Logits after repetition penalty and logit bias; None if no row has either.
+    """Returns logits after repetition penalty and logit bias; None if no row has either.
 
     Args:
-        seen: tokens of the prompt and the answer so far, of each row.
+        seen: for each row, tokens of the prompt and the answer so far.
     """
-    if not any(one.adjusts_logits for one in params):
+    if not any(row_params.adjusts_logits for row_params in params):
         return None
-    penalised: list[tuple[int, float]] = []  # (index in all rows, penalty)
-    biased: list[tuple[int, float]] = []
-    for row, (one, tokens) in enumerate(zip(params, seen, strict=True)):
+
+    # Both change few logits: their indices in the flattened rows travel to the device, and not dense rows.
+    penalties: list[tuple[int, float]] = []  # (index in the flattened rows, penalty)
+    biases: list[tuple[int, float]] = []
+    for row, (row_params, tokens) in enumerate(zip(params, seen, strict=True)):
         first = row * logits_BV.shape[-1]
-        if one.repetition_penalty != 1:
-            penalised += [(first + token, one.repetition_penalty) for token in set(tokens)]
-        biased += [(first + token, bias) for token, bias in one.logit_bias.items()]
-    place_n, place_m, penalty_n, bias_m = upload(
+        if row_params.repetition_penalty != 1:
+            penalties += [(first + token, row_params.repetition_penalty) for token in set(tokens)]
+        biases += [(first + token, bias) for token, bias in row_params.logit_bias.items()]
+    index_n, index_m, penalty_n, bias_m = upload(
         logits_BV.device,
-        *(torch.tensor([place for place, _ in pairs], dtype=torch.int64) for pairs in (penalised, biased)),
-        *(torch.tensor([value for _, value in pairs], dtype=torch.float32) for pairs in (penalised, biased)),
+        *(torch.tensor([index for index, _ in pairs], dtype=torch.int64) for pairs in (penalties, biases)),
+        *(torch.tensor([number for _, number in pairs], dtype=torch.float32) for pairs in (penalties, biases)),
     )
+
     logit_X = logits_BV.flatten().clone()
-    own_n = logit_X[place_n]
-    logit_X[place_n] = torch.where(own_n > 0, own_n / penalty_n, own_n * penalty_n)
-    logit_X[place_m] += bias_m
+    seen_logit_n = logit_X[index_n]
+    logit_X[index_n] = torch.where(seen_logit_n > 0, seen_logit_n / penalty_n, seen_logit_n * penalty_n)
+    logit_X[index_m] += bias_m
     return logit_X.view_as(logits_BV)
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits) at one token of each row, fp32."""
+    """Returns log softmax(logits) at one token of each row, fp32, nats."""
     return logits_BV.gather(1, token_B[:, None])[:, 0] - log_normaliser(logits_BV)[:, 0]
 
 
 def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
-    """logsumexp (B, 1) of each row, computed from softmax: its kernel is twice as fast, and its maximum is never 0."""
+    """Returns the logsumexp (B, 1) of each row, computed from softmax, whose kernel is twice as fast; the largest
+    probability is never 0."""
     return x_BV.amax(dim=-1, keepdim=True) - x_BV.softmax(dim=-1).amax(dim=-1, keepdim=True).log()
 
 
 def _draw(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept | None]:
-    """(token, its log-probability, whether the candidates did not suffice) for each row, and what the filters kept
-    (None: all)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Passed | None]:
+    """Returns for each row the token, its log-probability, whether the candidates did not suffice, and which tokens
+    passed the filters (None: all)."""
+    # A small vocabulary is sorted completely instead.
     if 0 < group.candidates < logits_BV.shape[-1]:
         return _draw_candidates(logits_BV, group, uniform_B)
+
     clear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     if group.candidates == GREEDY:
         token_B = logits_BV.argmax(dim=-1)
-        kept = token_B[:, None], ~clear_B[:, None]
-        return token_B, torch.zeros(len(logits_BV), device=logits_BV.device), clear_B, kept
+        logprob_B = torch.zeros(len(logits_BV), device=logits_BV.device)
+        return token_B, logprob_B, clear_B, (token_B[:, None], ~clear_B[:, None])
     if group.candidates == UNFILTERED:
         return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), clear_B, None
+
     x_BV = filtered(logits_BV / group.temperature_B1, group)
     id_BV = torch.arange(x_BV.shape[-1], device=x_BV.device).expand_as(x_BV)
     return *_draw_unfiltered(x_BV, uniform_B), clear_B, (id_BV, x_BV > -math.inf)
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the chunk by cumulative sums of chunks, then the token by cumulative sums inside it."""
+    """Returns the token of each row and its log-probability.
+
+    It finds the chunk by cumulative sums of chunks, then the token by cumulative sums inside the chunk.
+    """
     n_tokens = x_BV.shape[-1]
     p_BV = x_BV.softmax(dim=-1)
     if n_tokens % CHUNK:
         p_BV = F.pad(p_BV, (0, -n_tokens % CHUNK))
     p_BCW = p_BV.unflatten(-1, (-1, CHUNK))
-    chunk_BC = p_BCW.sum(dim=-1).double()
-    upto_BC = chunk_BC.cumsum(dim=-1)
-    target_B1 = uniform_B[:, None] * upto_BC[:, -1:]
-    chunk_B1 = _first_above(upto_BC, target_B1)
-    inside_BW = _chunks(p_BCW, chunk_B1)[:, 0].double()
-    upto_BW = inside_BW.cumsum(dim=-1)
-    share_B1 = 1 - (upto_BC.gather(1, chunk_B1) - target_B1) / chunk_BC.gather(1, chunk_B1)
-    place_B1 = _first_above(upto_BW, share_B1 * upto_BW[:, -1:])
-    token_B = (chunk_B1 * CHUNK + place_B1)[:, 0].clamp_(max=n_tokens - 1)  # out of range only if logits are nan
-    return token_B, inside_BW.gather(1, place_B1)[:, 0].log().float()
+
+    chunk_p_BC = p_BCW.sum(dim=-1).double()
+    chunk_cdf_BC = chunk_p_BC.cumsum(dim=-1)
+    target_B1 = uniform_B[:, None] * chunk_cdf_BC[:, -1:]
+    chunk_B1 = _first_above(chunk_cdf_BC, target_B1)
+
+    # The part of the chunk's probability that lies before the target.
+    token_p_BW = _chunks(p_BCW, chunk_B1)[:, 0].double()
+    token_cdf_BW = token_p_BW.cumsum(dim=-1)
+    share_B1 = 1 - (chunk_cdf_BC.gather(1, chunk_B1) - target_B1) / chunk_p_BC.gather(1, chunk_B1)
+    offset_B1 = _first_above(token_cdf_BW, share_B1 * token_cdf_BW[:, -1:])
+
+    token_B = (chunk_B1 * CHUNK + offset_B1)[:, 0].clamp_(max=n_tokens - 1)  # out of range only if logits are nan
+    return token_B, token_p_BW.gather(1, offset_B1)[:, 0].log().float()
 
 
 def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
-    """The chosen chunks of each row, (B, k, W)."""
+    """Returns k chunks of each row, (B, k, W)."""
     n_rows, n_chunks, width = x_BCW.shape
     first_B1 = torch.arange(0, n_rows * n_chunks, n_chunks, device=x_BCW.device)[:, None]
     return x_BCW.reshape(-1, width).index_select(0, (chunk_Bk + first_B1).flatten()).view(n_rows, -1, width)
 
 
-def _first_above(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index (B, 1) of the first cumulative sum above the target, at most that of the last one with any weight."""
-    last = (upto < upto[:, -1:]).sum(dim=-1, keepdim=True)
-    return torch.minimum(torch.searchsorted(upto, target, right=True), last)
+def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Returns the index (B, 1) of the first cumulative sum above the target, at most the last index with any weight."""
+    last = (cdf < cdf[:, -1:]).sum(dim=-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(cdf, target, right=True), last)
 
 
 def _draw_candidates(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Passed]:
     logit_BM, id_BM = largest(logits_BV, group.candidates)
     x_BM = logit_BM / group.temperature_B1
-    place_M = torch.arange(group.candidates, device=x_BM.device)
-    in_top_k_BM = place_M < group.top_k_B1
-    norm_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
+
+    # Probabilities after top-k. If top-k does not end among the candidates, all tokens are in the normaliser.
+    rank_M = torch.arange(group.candidates, device=x_BM.device)
+    in_top_k_BM = rank_M < group.top_k_B1
+    log_z_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
     if not group.bounded:
-        of_all_B1 = log_normaliser(logits_BV / group.temperature_B1)
-        norm_B1 = torch.where(group.top_k_B1 < group.candidates, norm_B1, of_all_B1)
-    p_BM = (x_BM - norm_B1).exp()
-    keep_BM = _kept(x_BM, p_BM, in_top_k_BM, group)
-    # unclear: all candidates are kept, or the first dropped one ties with the last kept one: more tokens may be kept
-    n_kept_B1 = keep_BM.sum(dim=-1, keepdim=True)
-    next_B1 = n_kept_B1.clamp(max=group.candidates - 1)
+        log_z_of_all_B1 = log_normaliser(logits_BV / group.temperature_B1)
+        log_z_B1 = torch.where(group.top_k_B1 < group.candidates, log_z_B1, log_z_of_all_B1)
+    p_BM = (x_BM - log_z_B1).exp()
+    passes_BM = _passes(x_BM, p_BM, in_top_k_BM, group)
+
+    # More tokens may pass if all candidates pass, or if the first one that fails ties with the last one that passes.
+    n_passed_B1 = passes_BM.sum(dim=-1, keepdim=True)
+    next_B1 = n_passed_B1.clamp(max=group.candidates - 1)
     ties_B1 = x_BM.gather(1, next_B1) == x_BM.gather(1, next_B1 - 1)
-    unclear_B = ((n_kept_B1 == group.candidates) | (ties_B1 & (n_kept_B1 > 0)))[:, 0]
+    unclear_B = ((n_passed_B1 == group.candidates) | (ties_B1 & (n_passed_B1 > 0)))[:, 0]
 
-    # in the order of the vocabulary: two tokens that rounding swaps do not change the draw
+    # Draw in the order of the vocabulary: then two tokens that rounding swaps do not change the draw.
     id_BM, order_BM = id_BM.sort(dim=-1)
-    keep_BM = keep_BM.gather(1, order_BM)
-    weight_BM = (p_BM.gather(1, order_BM) * keep_BM).double()
-    upto_BM = weight_BM.cumsum(dim=-1)
-    chosen_B1 = _first_above(upto_BM, uniform_B[:, None] * upto_BM[:, -1:])
+    passes_BM = passes_BM.gather(1, order_BM)
+    weight_BM = (p_BM.gather(1, order_BM) * passes_BM).double()
+    cdf_BM = weight_BM.cumsum(dim=-1)
+    chosen_B1 = _first_above(cdf_BM, uniform_B[:, None] * cdf_BM[:, -1:])
     token_B = id_BM.gather(1, chosen_B1)[:, 0]
-    logprob_B = (weight_BM.gather(1, chosen_B1) / upto_BM[:, -1:]).log()[:, 0].float()
-    return token_B, logprob_B, unclear_B, (id_BM, keep_BM)
+    logprob_B = (weight_BM.gather(1, chosen_B1) / cdf_BM[:, -1:]).log()[:, 0].float()
+    return token_B, logprob_B, unclear_B, (id_BM, passes_BM)
 
 
-def _with_more(group: Group, place_n: torch.Tensor) -> Group:
-    """Members of a group, as a batch of their own with the next larger number of candidates."""
+def _with_more_candidates(group: Group, index_n: torch.Tensor) -> Group:
+    """Returns some members of a group as all rows of a batch, with the next larger number of candidates."""
     columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
-    more = next((most for most in CANDIDATES if most > group.candidates), ALL)
-    return Group(range(len(place_n)), None, group.bounded, more, *(column[place_n] for column in columns))
+    candidates = next((number for number in CANDIDATES if number > group.candidates), ALL)
+    return Group(range(len(index_n)), None, group.bounded, candidates, *(column_B1[index_n] for column_B1 in columns))
 
 
-def _kept(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:
-    """Mask of tokens, most likely first, that pass top-k, top-p and min-p; the first one always passes."""
+def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:
+    """Returns the mask of tokens, most likely first, that pass top-k, top-p and min-p; the first one always passes."""
     before_BM = p_BM.cumsum(dim=-1) - p_BM
     in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last tokens
-    keep_BM = in_top_k_BM & in_top_p_BM & (x_BM >= x_BM[:, :1] + group.log_min_p_B1)
-    keep_BM[:, 0] = True
-    return keep_BM
+    in_min_p_BM = x_BM >= x_BM[:, :1] + group.log_min_p_B1
+    passes_BM = in_top_k_BM & in_top_p_BM & in_min_p_BM
+    passes_BM[:, 0] = True
+    return passes_BM
 
 
 def filtered(x_BV: torch.Tensor, group: Group) -> torch.Tensor:
-    """Tempered logits with dropped tokens at -inf, by sorting whole rows: the definition of the filters."""
+    """Returns tempered logits with dropped tokens at -inf, by sorting all tokens: the definition of the filters."""
     descending_BV, id_BV = x_BV.sort(dim=-1, descending=True, stable=True)
     smallest_B1 = descending_BV.gather(1, group.top_k_B1.clamp(max=x_BV.shape[-1]) - 1)
     in_top_k_BV = descending_BV >= smallest_B1  # ties stay
     p_BV = descending_BV.masked_fill(~in_top_k_BV, -math.inf).softmax(dim=-1)
-    keep_BV = _kept(descending_BV, p_BV, in_top_k_BV, group)
-    return torch.full_like(x_BV, -math.inf).scatter(1, id_BV, descending_BV.masked_fill(~keep_BV, -math.inf))
+    passes_BV = _passes(descending_BV, p_BV, in_top_k_BV, group)
+    return torch.full_like(x_BV, -math.inf).scatter(1, id_BV, descending_BV.masked_fill(~passes_BV, -math.inf))
 
 
 def largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest values of each row and their indices, both (B, k), sorted by value, ties by index.
+    """Returns the k largest entries of each row and their indices, both (B, k), sorted by size, ties by index.
 
     They are in the k chunks with the largest maxima, so most of a row is read once. Those chunks are split again.
     """
-    value_Bk, id_Bk = _largest(x_BV, k)
+    x_Bk, id_Bk = _largest(x_BV, k)
     id_Bk, order_Bk = id_Bk.sort(dim=-1)
-    value_Bk, order_Bk = value_Bk.gather(1, order_Bk).sort(dim=-1, descending=True, stable=True)
-    return value_Bk, id_Bk.gather(1, order_Bk)
+    x_Bk, order_Bk = x_Bk.gather(1, order_Bk).sort(dim=-1, descending=True, stable=True)
+    return x_Bk, id_Bk.gather(1, order_Bk)
 
 
 def _largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     n_tokens = x_BV.shape[-1]
-    width = -(-n_tokens // FEW)
-    if 2 * k * width > n_tokens:
-        value_Bk, id_Bk = x_BV.topk(k, dim=-1, sorted=False)
-        return value_Bk, id_Bk
+    width = -(-n_tokens // MAX_CHUNKS)
+    if 2 * k * width > n_tokens:  # the chunks would be most of the row
+        x_Bk, id_Bk = x_BV.topk(k, dim=-1, sorted=False)
+        return x_Bk, id_Bk
+
     if n_tokens % width:
         x_BV = F.pad(x_BV, (0, -n_tokens % width), value=-math.inf)
+    # The k largest entries are in at most k chunks, and no chunk with a smaller maximum has one.
     x_BCW = x_BV.unflatten(-1, (-1, width))
-    # in index order, so that every level finds the same ones among equal values
+    # Chunks are in index order, so that every level finds the same entries among equal ones.
     chunk_Bk = x_BCW.amax(dim=-1).topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
-    value_Bk, place_Bk = _largest(_chunks(x_BCW, chunk_Bk).flatten(1), k)
-    return value_Bk, chunk_Bk.gather(1, place_Bk // width) * width + place_Bk % width
+    x_Bk, index_Bk = _largest(_chunks(x_BCW, chunk_Bk).flatten(1), k)
+    return x_Bk, chunk_Bk.gather(1, index_Bk // width) * width + index_Bk % width

@@ -1,4 +1,4 @@
-"""One model that continues texts: one request at a time, its text passed on while it is generated."""
+"""A session with one model: one request at a time, its text passed on while it is generated."""
 
 import time
 from collections import Counter
@@ -16,7 +16,7 @@ from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
 from dist_lm.parallel.mesh import lacks_bf16
 
-CACHE_TOKENS = 16384  # of all answers to a request, at most; answers beyond it wait
+CACHE_TOKENS = 16384  # cached tokens of all answers to a request, at most; answers beyond it wait
 ENDINGS: dict[FinishReason, str] = {
     "eot": "end of text",
     "stop": "stop text",
@@ -36,7 +36,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a request."""
+    """The answers to a request."""
 
     answers: tuple[Answer, ...]  # in the order in which they ended
     seconds: float
@@ -47,17 +47,21 @@ class Outcome:
         return any(answer.finish == "cancelled" for answer in self.answers)
 
     def __str__(self) -> str:
-        """`16 tokens, 210 tokens/s, end of text, seed 7`; with several answers, the number of each ending."""
-        tokens = sum(len(answer.tokens) for answer in self.answers)
-        ways = Counter(ENDINGS[answer.finish] for answer in self.answers)
-        several = len(self.answers) > 1
-        ended = ", ".join(f"{count} {way}" if several else way for way, count in ways.items())
-        facts = [f"{len(self.answers)} answers"] if several else []
-        if tokens:
-            facts += [f"{tokens:,} token{'' if tokens == 1 else 's'}", f"{tokens / self.seconds:,.0f} tokens/s"]
+        """Says `16 tokens, 210 tokens/s, end of text, seed 7`; with several answers, the number of each ending."""
+        facts = []
+        endings = Counter(ENDINGS[answer.finish] for answer in self.answers)
+        if len(self.answers) > 1:
+            facts.append(f"{len(self.answers)} answers")
+            ending = ", ".join(f"{count} {words}" for words, count in endings.items())
+        else:
+            ending = ", ".join(endings)
+
+        n_tokens = sum(len(answer.tokens) for answer in self.answers)
+        if n_tokens:
+            facts += [f"{n_tokens:,} token{'' if n_tokens == 1 else 's'}", f"{n_tokens / self.seconds:,.0f} tokens/s"]
         else:  # Ctrl-C while the prompt was computed
-            ended = "stopped before the first token"
-        return ", ".join([*facts, ended, f"seed {self.seed}"])
+            ending = "stopped before the first token"
+        return ", ".join([*facts, ending, f"seed {self.seed}"])
 
 
 def build_engine(
@@ -68,25 +72,26 @@ def build_engine(
     tp: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Engine:
-    """An engine for up to `answers` whole contexts at a time, in bf16 on a GPU that has it and fp32 elsewhere, as in
-    training.
+    """Builds an engine for up to `answers` full contexts at a time.
 
     Args:
         cache_tokens: upper bound of the cache, unless a single context is longer.
         tp: devices that share the model.
-        dtype: of another arithmetic.
+        dtype: None: bf16 on a GPU that has it and fp32 elsewhere, as in training.
     """
-    half = device.type == "cuda" and not lacks_bf16(device)
-    dtype = dtype or (torch.bfloat16 if half else torch.float32)
-    page = best_page_tokens(loaded.config, dtype, device)
-    # one page more than the context, because answers copy the last page they share
-    longest = (pages_for(loaded.config.max_seq_len, page) + 1) * page
+    if dtype is None:
+        has_bf16 = device.type == "cuda" and not lacks_bf16(device)
+        dtype = torch.bfloat16 if has_bf16 else torch.float32
+
+    # One page more than the context, because answers copy the last page they share.
+    page_tokens = best_page_tokens(loaded.config, dtype, device)
+    context_tokens = (pages_for(loaded.config.max_seq_len, page_tokens) + 1) * page_tokens
     return Engine(
         loaded.config,
         loaded.weights,
         eot_id=loaded.tokenizer.eot_id,
         vocabulary=loaded.tokenizer.vocabulary(),
-        options=EngineOptions(max(longest, min(cache_tokens, answers * longest)), page),
+        options=EngineOptions(max(context_tokens, min(cache_tokens, answers * context_tokens)), page_tokens),
         dtype=dtype,
         device=device,
         tp=tp,
@@ -97,21 +102,27 @@ class Session:
     """An engine with its tokenizer."""
 
     def __init__(self, loaded: LoadedModel, device: torch.device, answers: int = 1, tp: int = 1) -> None:
-        """`answers`: maximum number of answers to one request; `tp`: devices that share the model."""
-        self.name, self.tokenizer, self.config = loaded.name, loaded.tokenizer, loaded.config
+        """
+        Args:
+            answers: maximum number of answers to one request.
+            tp: devices that share the model.
+        """
+        self.name = loaded.name
+        self.tokenizer = loaded.tokenizer
+        self.config = loaded.config
         self._engine = build_engine(loaded, device, answers, tp=tp)
-        self._requests = 0
+        self._n_requests = 0
 
     def close(self) -> None:
-        """End the other processes of the model, if any."""
+        """Ends the other processes of the model, if any."""
         self._engine.close()
 
     def tokens(self, text: str, name: str = "the prompt", after: str | None = None) -> list[int]:
-        """Tokenize a text as the beginning of a document.
+        """Tokenizes a text as the beginning of a document.
 
         Args:
-            name: what errors call the text.
-            after: a text behind the answer: the model is asked for what stands between the two (fill in the middle).
+            name: the name of the text in errors.
+            after: a text behind the answer: the model is asked for the text between the two (fill in the middle).
 
         Raises:
             UserError: a text is not valid Unicode, the texts fill the context, or the tokenizer lacks the marks.
@@ -122,6 +133,7 @@ class Session:
             utf8(after, "--suffix")
             name = f"{name} with --suffix"
             tokens = InfillMarks.of(self.tokenizer).prompt(tokens, self.tokenizer.encode(after))
+
         context = self.config.max_seq_len
         if len(tokens) >= context:
             raise UserError(
@@ -139,7 +151,7 @@ class Session:
         interrupted: Callable[[], bool] = lambda: False,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
-        """Continue `prompt` `n` times.
+        """Continues `prompt` `n` times.
 
         Args:
             on_text: called with (index of the answer, new text).
@@ -149,30 +161,33 @@ class Session:
         Raises:
             UserError: the engine refused the request.
         """
-        self._requests += 1
-        request = Request(str(self._requests), prompt, settings.params, settings.seed, n)
-        shown, answers, refusals = [0] * n, list[Answer](), list[Refusal]()
+        self._n_requests += 1
+        request = Request(str(self._n_requests), prompt, settings.params, settings.seed, n)
+        n_passed_on = [0] * n  # characters of each answer
 
-        def show(index: int, text: str) -> None:
-            shown[index] += len(text)
+        def pass_on(index: int, text: str) -> None:
+            n_passed_on[index] += len(text)
             if text:
                 on_text(index, text)
 
-        def take(request: str, index: int, token: int, text: str) -> None:
+        def receive(request: str, index: int, token: int, text: str) -> None:
             on_token(token)
-            show(index, text)
+            pass_on(index, text)
 
+        answers, refusals = list[Answer](), list[Refusal]()
         started = time.perf_counter()
-        self._engine.submit(request, take)
+        self._engine.submit(request, receive)
+        # One request at a time, so every answer that finishes belongs to it.
         while self._engine.busy:
             if interrupted():
                 self._engine.cancel(request.id)
-            for done in self._engine.step():
-                if isinstance(done, Refusal):
-                    refusals.append(done)
+            for finished in self._engine.step():
+                if isinstance(finished, Refusal):
+                    refusals.append(finished)
                     continue
-                show(done.index, done.text[shown[done.index] :])  # text that was held back as a possible stop text
-                answers.append(done)
+                # A cancelled answer may end with text that was held back as a possible stop text.
+                pass_on(finished.index, finished.text[n_passed_on[finished.index] :])
+                answers.append(finished)
         if refusals:
             raise UserError(f"{self.name}: {refusals[0].error}")
         return Outcome(tuple(answers), time.perf_counter() - started, settings.seed)

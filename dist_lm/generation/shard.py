@@ -1,14 +1,14 @@
-"""One rank's part of a model that several ranks share: how it is cut from whole weights, and where ranks communicate.
+"""One rank's share of a model on several devices: how it is cut from unsharded weights, and where ranks communicate.
 
-The parts are those of training (`dist_lm.parallel.layout`): each rank holds some heads, some hidden units and some
-of the vocabulary, padded with zeros so that all ranks hold equally many. Two things are simpler than in training,
-because no weight changes: a bias that is added after ranks sum their outputs is held by rank 0 alone, with zeros on the
-others; and if the query heads of a rank read key heads unequally, the rank holds one key head for each query head.
+The shares are those of training (`dist_lm.parallel.layout`): each rank holds some heads, some hidden units and some
+of the vocabulary, padded with zeros so that all ranks hold equally many. Two rules are simpler than in training,
+because no weight changes: rank 0 alone holds a bias that is added after ranks sum their outputs, and all further ranks
+hold zeros; and if the query heads of a rank read key heads unequally, the rank holds one key head for each query head.
 
 Dimensions: M rows, D d_model, V vocabulary, U vocabulary entries of a rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +29,14 @@ CUT_INPUTS = "feed_forward.down.weight"
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank computes in every layer, padding included."""
+    """The part of every layer that a rank computes, padding included; with one rank, the complete layer."""
 
     rank: int
     n_layers: int
     d_head: int
     heads: Slice
     kv_heads: int
-    read: tuple[int, ...]  # the key heads it holds, in this order, then zeros up to kv_heads
+    key_heads: tuple[int, ...]  # the key/value heads it holds, in this order, then zeros up to kv_heads
     units: Slice  # hidden units of the feed-forward network
     pieces: Slice  # vocabulary entries
 
@@ -46,23 +46,23 @@ class Share:
 
 
 def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
-    """The share of rank `rank` of `tp`."""
-    keys, queries = keys_of(config, tp, rank)
-    read = keys_read(config, tp, rank) if queries else range(keys.start, keys.stop)
+    """Returns the share of rank `rank` of `tp`."""
+    keys, n_queries_of_key = keys_of(config, tp, rank)
+    key_heads = keys_read(config, tp, rank) if n_queries_of_key else range(keys.start, keys.stop)
     return Share(
         rank=rank,
         n_layers=config.n_layers,
         d_head=config.d_head,
         heads=slice_of(config.n_heads, tp, rank),
-        kv_heads=keys.held if shards_key_heads(config, tp) else len(read),
-        read=tuple(read),
+        kv_heads=keys.held if shards_key_heads(config, tp) else len(key_heads),
+        key_heads=tuple(key_heads),
         units=slice_of(config.d_ff, tp, rank),
         pieces=slice_of(config.vocab_size, tp, rank),
     )
 
 
 def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp") -> None:
-    """Check that a model can be cut into `tp` parts and that there are enough GPUs.
+    """Checks that a model can be cut into `tp` parts and that there are enough GPUs.
 
     Args:
         devices: GPUs of the node; None: ranks compute on the CPU, in any number.
@@ -76,84 +76,90 @@ def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp")
     require(devices is None or tp <= devices, key, tp, f"at most {devices}, the GPUs that one node has for an engine")
 
 
-def cut(name: str, value: torch.Tensor, share: Share) -> torch.Tensor:
-    """A rank's part of the parameter `name`, as a view if possible."""
+def cut(name: str, parameter: torch.Tensor, share: Share) -> torch.Tensor:
+    """Returns a rank's part of the parameter `name`, as a view if possible."""
+    # The name without its layer: all layers are cut alike.
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
     if kind in ("attention.query", "attention.query_bias", "attention.output"):
-        return _slice(value, share.heads)
+        return _slice(parameter, share.heads)
     if kind in ("attention.key", "attention.key_bias", "attention.value", "attention.value_bias"):
-        return _rows(value, share.read, share.kv_heads)
+        return _pad_rows(parameter[list(share.key_heads)], share.kv_heads)
+
+    # Added after the sum over ranks in training, and before it here: one rank alone may add it.
     if kind in SUMMED_BIASES:
-        return value if share.rank == 0 else torch.zeros_like(value)
+        return parameter if share.rank == 0 else torch.zeros_like(parameter)
+
     if kind == CUT_INPUTS:
-        return _slice(value.t(), share.units).t()
+        return _slice(parameter.t(), share.units).t()
     if kind.startswith("feed_forward."):
-        return _slice(value, share.units)
+        return _slice(parameter, share.units)
     if kind in ("embedding.weight", "lm_head.weight"):
-        return _slice(value, share.pieces)
+        return _slice(parameter, share.pieces)
     assert "norm." in kind or kind == VALUE_MIX, name
-    return value
+    return parameter
 
 
 def part_shapes(config: ModelConfig, share: Share) -> dict[str, Shape]:
-    """Shapes of a rank's parts of all parameters, by name."""
-    whole = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(config).items()}
-    return {name: tuple(cut(name, value, share).shape) for name, value in whole.items()}
+    """Returns the shapes of a rank's parts of all parameters, by name."""
+    parameters = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(config).items()}
+    return {name: tuple(cut(name, parameter, share).shape) for name, parameter in parameters.items()}
 
 
-def _slice(value: torch.Tensor, part: Slice) -> torch.Tensor:
-    return _padded(value[part.start : part.stop], part.held)
+def _slice(parameter: torch.Tensor, part: Slice) -> torch.Tensor:
+    return _pad_rows(parameter[part.start : part.stop], part.held)
 
 
-def _rows(value: torch.Tensor, rows: Sequence[int], held: int) -> torch.Tensor:
-    return _padded(value[list(rows)], held)
-
-
-def _padded(rows: torch.Tensor, held: int) -> torch.Tensor:
-    missing = held - len(rows)
-    return F.pad(rows, (*[0] * (2 * rows.dim() - 1), missing)) if missing else rows
+def _pad_rows(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
+    padding = n_rows - len(rows)
+    if padding:
+        rows = F.pad(rows, (*[0] * (2 * rows.dim() - 1), padding))
+    return rows
 
 
 def build_embedding(
     weight_UD: torch.Tensor, pieces: Slice, axis: TensorAxis | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The embedding: tokens (M,) to vectors (M, D), summed over ranks."""
+    """Returns the embedding: a function from tokens (M,) to vectors (M, D), summed over ranks."""
     if axis is None:
         return lambda token_M: F.embedding(token_M, weight_UD)
-    # tokens of other ranks take a row of zeros; multiplying by 0 instead would let nan through
-    held_UD = F.pad(weight_UD, (0, 0, 0, 1))
+
+    # Tokens outside the share take a row of zeros; multiplying by 0 instead would let nan through.
+    padded_weight_UD = F.pad(weight_UD, (0, 0, 0, 1))
 
     def embed(token_M: torch.Tensor) -> torch.Tensor:
         axis.check_current()  # a forward pass begins here
         row_M = token_M - pieces.start
-        held_M = (row_M >= 0) & (row_M < pieces.real)
-        return axis.leave(F.embedding(row_M.where(held_M, pieces.held), held_UD))
+        is_local_M = (row_M >= 0) & (row_M < pieces.real)
+        return axis.leave(F.embedding(row_M.where(is_local_M, pieces.held), padded_weight_UD))
 
     return embed
 
 
 def leaving(linear: Linear, axis: TensorAxis) -> Linear:
-    """A linear layer over this rank's part of the inputs; every rank gets the sum over ranks."""
+    """Returns a linear layer over this rank's part of the inputs; every rank gets the sum over ranks."""
 
-    def summed(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+    def sum_over_ranks(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         y_MN = axis.leave(linear(x_MD))
-        return y_MN if added_MN is None else added_MN + y_MN
+        if added_MN is not None:
+            y_MN = added_MN + y_MN
+        return y_MN
 
-    return summed
+    return sum_over_ranks
 
 
 def gathering(linear: Linear, axis: TensorAxis, vocabulary: int) -> Linear:
-    """The head: the leader gets all logits (M, V), every other rank its own (M, U)."""
-    real = [slice_of(vocabulary, axis.size, rank).real for rank in range(axis.size)]
+    """Returns the head: the leader gets all logits (M, V), every follower its own (M, U)."""
+    sizes = [slice_of(vocabulary, axis.size, rank).real for rank in range(axis.size)]
 
-    def gathered(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+    def gather(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         assert added_MN is None
         part_MU = linear(x_MD)
         if axis.rank != LEADER:
             dist.gather(part_MU, group=axis.group, group_dst=LEADER)
             return part_MU
+        # `gather` wants equal parts; the padding of the vocabulary is cut off after it.
         parts = list(part_MU.new_empty(axis.size, *part_MU.shape).unbind())
         dist.gather(part_MU, parts, group=axis.group, group_dst=LEADER)
-        return torch.cat([part[:, :n] for part, n in zip(parts, real, strict=True)], dim=1)
+        return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
-    return gathered
+    return gather

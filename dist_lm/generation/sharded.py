@@ -1,8 +1,8 @@
-"""A model on several devices of one node: rank 0 leads inside the engine's process, the other ranks follow.
+"""A model on several devices of one node: rank 0 leads inside the engine's process, ranks 1 to tp - 1 follow.
 
 `ShardedDecoder` sends every command to the followers and then executes it on rank 0, so all ranks meet in the
-collectives of `shard.py`. Ranks execute the same commands in the same order and cannot disagree about what is computed.
-Only rank 0 has whole logits, and it alone chooses tokens.
+collectives of `shard.py`. Ranks execute the same commands in the same order, so they compute the same step. Only rank 0
+has the logits of the complete vocabulary, and it alone draws tokens.
 
 `followers.py` starts each follower as `python -m dist_lm.generation.sharded SOCKET RANK PARENT`. A follower ends when
 its socket closes, even inside a collective that never completes.
@@ -40,7 +40,7 @@ TIMEOUT_S = 120.0  # for ranks to meet, and for a living rank to join a collecti
 
 
 class ShardedDecoder:
-    """The methods of `Decoder`, on all ranks. The thread that creates it has to live as long as it is used."""
+    """Has the methods of `Decoder`, on all ranks. The thread that creates it has to live as long as it is used."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ShardedDecoder:
         device: torch.device,
         tp: int,
     ) -> None:
-        """Start the followers, each with as many threads as this process, and connect to them.
+        """Starts the followers, each with as many threads as this process, and connects to them.
 
         Raises:
             ConfigError: the model cannot be cut into `tp` parts, there are fewer GPUs, or this is not Linux.
@@ -60,15 +60,23 @@ class ShardedDecoder:
         """
         if sys.platform != "linux":
             raise ConfigError(f"tp={tp}: expected 1 on {sys.platform}; several devices need Linux")
-        gpu = device.type == "cuda"
-        check_tp(config, tp, torch.cuda.device_count() if gpu else None)
+        on_gpu = device.type == "cuda"
+        check_tp(config, tp, torch.cuda.device_count() if on_gpu else None)
         if dist.is_initialized():
             raise RuntimeError(
                 "this process is a rank already: create a model on several devices in a process of its own"
             )
-        device = torch.device("cuda", 0) if gpu else device
-        place = tempfile.TemporaryDirectory(prefix="dist_lm_ranks_")  # readable by its owner only
-        store = str(Path(place.name) / "store")
+        if on_gpu:
+            device = torch.device("cuda", 0)
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+        self._shares = [share_of(config, tp, rank) for rank in range(tp)]
+        self._tickets = count()
+
+        # The followers read the setup from their sockets and find each other through a file.
+        folder = tempfile.TemporaryDirectory(prefix="dist_lm_ranks_")  # readable by its owner only
+        store = str(Path(folder.name) / "store")
         setup = {
             "model": asdict(config),
             "tp": tp,
@@ -80,16 +88,14 @@ class ShardedDecoder:
             "threads": torch.get_num_threads(),
             "timeout_s": TIMEOUT_S,
         }
-        self._config, self._dtype, self._device = config, dtype, device
-        self._shares = [share_of(config, tp, rank) for rank in range(tp)]
-        self._tickets = count()
         self._followers = Followers(tp, setup, on_loss=lambda: _unblock(device))
-        self._end = weakref.finalize(self, _end, self._followers, device, place)
+        self._end = weakref.finalize(self, _end, self._followers, device, folder)
+
         try:
             with self._in_step():
                 self._axis = join_ranks(device, dist.FileStore(store, tp), LEADER, tp, TIMEOUT_S)
-            if not gpu:  # NCCL keeps reading the file
-                place.cleanup()
+            if not on_gpu:  # NCCL keeps reading the file
+                folder.cleanup()
             decoder = Decoder(config, n_pages, page_size, dtype, device, self._shares[LEADER], self._axis)
             self._rank = Rank(decoder, device)
         except BaseException:
@@ -97,17 +103,18 @@ class ShardedDecoder:
             raise
 
     def load(self, weights: Weights) -> None:
-        """See `Decoder`. Parameters are sent one by one, so no device ever holds all of them."""
+        """Does the same as `Decoder.load`. Parameters are sent one by one, so no device ever holds all of them."""
         look_up = looked_up(self._config, weights)
 
-        def hand_out(name: str) -> torch.Tensor:
-            whole = look_up(name).detach().to(self._device, self._dtype)
+        def send_parts(name: str) -> torch.Tensor:
+            # Cast before sending: a message of bf16 is half as long.
+            parameter = look_up(name).detach().to(self._device, self._dtype)
             for rank, share in enumerate(self._shares[1:], 1):
-                dist.send(cut(name, whole, share).contiguous(), group=self._axis.group, group_dst=rank)
-            return cut(name, whole, self._shares[LEADER]).contiguous()
+                dist.send(cut(name, parameter, share).contiguous(), group=self._axis.group, group_dst=rank)
+            return cut(name, parameter, self._shares[LEADER]).contiguous()
 
         with self._in_step("load"):
-            self._rank.decoder.build(hand_out)
+            self._rank.decoder.build(send_parts)
 
     def resize(self, n_pages: int) -> None:
         self._execute("resize", n_pages)
@@ -116,9 +123,9 @@ class ShardedDecoder:
         return self._execute("prefill", [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces])
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
-        """See `Decoder`. Replaces the plan before."""
-        own = self._execute("plan", [list(pages_of_one) for pages_of_one in pages], list(positions))
-        return SharedPlan(own.position_B, own.written_B, lambda: self._execute("advance"))
+        """Does the same as `Decoder.plan`; it replaces the previous plan."""
+        plan = self._execute("plan", [list(sequence_pages) for sequence_pages in pages], list(positions))
+        return SharedPlan(plan.position_B, plan.cell_B, lambda: self._execute("advance"))
 
     def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
         return self._execute("decode", list(tokens))
@@ -130,7 +137,7 @@ class ShardedDecoder:
         self._execute("clear", list(pages))
 
     def save(self, pages: Sequence[int]) -> int:
-        """See `Decoder`. Each rank keeps its own part under the returned number."""
+        """Does the same as `Decoder.save`. Each rank stores its part under the returned number."""
         ticket = next(self._tickets)
         self._execute("save", ticket, list(pages))
         return ticket
@@ -142,28 +149,31 @@ class ShardedDecoder:
         self._execute("forget", content)
 
     def check(self) -> None:
-        """Raise `RankLostError` if a follower has ended, so that the last results may be wrong."""
+        """Raises `RankLostError` if a follower has ended, so that the last logits may be wrong."""
         self._followers.check()
 
     def close(self) -> None:
-        """End the followers."""
+        """Ends the followers."""
         self._end()
 
     def _execute(self, command: str, *arguments: Any) -> Any:
-        """Execute a command on all ranks. Returns the result of rank 0."""
+        """Executes a command on all ranks. Returns what it returns on rank 0."""
         with self._in_step(command, *arguments):
             return getattr(self._rank, command)(*arguments)
 
     @contextmanager
     def _in_step(self, *command: object) -> Iterator[None]:
-        """Send a command to the followers before rank 0 executes it. After an exception in between, ranks are at
-        different places, so the model is abandoned."""
+        """Sends a command to the followers before rank 0 executes it inside the block.
+
+        After an exception in the block, ranks are at different steps, so the model is abandoned.
+        """
         self._followers.check()
         try:
             if command:
                 self._followers.tell(command)
             yield
         except (RuntimeError, OSError) as error:
+            # A dead follower explains most errors, and its output says more than the error of a collective.
             self._followers.explain(error)
             self._followers.abandon(f"the model cannot be used any more: one of its steps failed ({error})")
             raise
@@ -179,24 +189,24 @@ class SharedPlan:
     """A `Plan` that advances on all ranks."""
 
     position_B: torch.Tensor
-    written_B: torch.Tensor
+    cell_B: torch.Tensor
     advance: Callable[[], None]
 
 
 def _unblock(device: torch.device) -> None:
-    """End a collective that this process waits in. Only NCCL needs it: gloo notices a lost peer itself."""
+    """Ends a collective that this process waits in. Only NCCL needs it: gloo notices a lost peer itself."""
     if device.type == "cuda":
         leave_ranks(device)
 
 
-def _end(followers: Followers, device: torch.device, place: tempfile.TemporaryDirectory[str]) -> None:
+def _end(followers: Followers, device: torch.device, folder: tempfile.TemporaryDirectory[str]) -> None:
     followers.end()
     leave_ranks(device)
-    place.cleanup()
+    folder.cleanup()
 
 
 class Rank:
-    """One rank between two commands. Each method in `COMMANDS` executes one; its arguments are JSON values."""
+    """Executes the commands on one rank. Each method in `COMMANDS` executes one; its arguments are JSON values."""
 
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self.decoder = decoder
@@ -212,7 +222,7 @@ class Rank:
         return self.decoder.prefill([Piece(*piece) for piece in pieces])
 
     def plan(self, pages: list[list[int]], positions: list[int]) -> Plan:
-        """Set the plan of all decode steps until the next plan."""
+        """Sets the plan of all decode steps until the next plan."""
         self._plan = self.decoder.plan(pages, positions)
         return self._plan
 
@@ -241,21 +251,23 @@ class Rank:
 
 
 class Follower(Rank):
-    """A rank other than 0, which receives its weights from rank 0."""
+    """Ranks 1 to tp - 1, which receive their weights from rank 0."""
 
     def __init__(self, setup: dict[str, Any], rank: int) -> None:
-        """Join the other ranks."""
-        config, tp, dtype = ModelConfig(**setup["model"]), setup["tp"], getattr(torch, setup["dtype"])
+        """Joins all ranks of the model."""
         torch.set_num_threads(setup["threads"])
+        config, tp = ModelConfig(**setup["model"]), setup["tp"]
         device = torch.device(setup["device"], rank) if setup["device"] == "cuda" else torch.device("cpu")
         share = share_of(config, tp, rank)
-        self._shapes, self._dtype = part_shapes(config, share), dtype
+        self._shapes = part_shapes(config, share)
+        self._dtype = getattr(torch, setup["dtype"])
         self._axis = join_ranks(device, dist.FileStore(setup["store"], tp), rank, tp, setup["timeout_s"])
-        sizes = setup["n_pages"], setup["page_size"]
-        super().__init__(Decoder(config, *sizes, dtype, device, share, self._axis), device)
+
+        decoder = Decoder(config, setup["n_pages"], setup["page_size"], self._dtype, device, share, self._axis)
+        super().__init__(decoder, device)
 
     def load(self) -> None:
-        """Receive this rank's part of every parameter, in the order in which `Decoder.build` asks for them."""
+        """Receives this rank's part of every parameter, in the order in which `Decoder.build` asks for them."""
 
         def receive(name: str) -> torch.Tensor:
             part = torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
@@ -269,12 +281,15 @@ COMMANDS = ("load", "resize", "prefill", "plan", "advance", "decode", "copy_page
 
 
 def main() -> None:
-    """Run one follower until its socket closes."""
-    channel, rank, parent = map(int, sys.argv[1:])
+    """Runs one follower until its socket closes."""
+    socket_number, rank, parent = map(int, sys.argv[1:])
+    # First of all: the leader may have died while this process started.
     die_with_parent(parent)
-    connection = Connection(channel)
+    connection = Connection(socket_number)
     threading.Thread(target=_exit_at_hang_up, args=[connection], daemon=True).start()
+
     setup = json.loads(connection.recv_bytes())
+    # Sent before the ranks join: the leader joins only after all followers have started.
     connection.send_bytes(b"ready")
     try:
         _serve(connection, setup, rank)
@@ -284,7 +299,7 @@ def main() -> None:
 
 
 def _exit_at_hang_up(connection: Connection) -> None:
-    """End this process as soon as the other end of its socket closes, whatever it is doing."""
+    """Ends this process as soon as the leader's end of its socket closes, even inside a collective."""
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
     poll.poll()

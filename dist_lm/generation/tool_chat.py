@@ -16,7 +16,7 @@ from dist_lm.tokenizer.symbols import CALL
 from dist_lm.tools.use.loop import Ending, Exchange, converse
 from dist_lm.tools.use.toolbox import Limits, Toolbox
 
-LONGEST = 300  # characters shown of a call or a result
+LINE_LENGTH = 300  # most characters of a line about a call or a result
 UNTAUGHT = ("language", "code")  # stages that do not teach calls
 CUT_OFF = ("length", "context")  # the turn ended before the model closed it
 ENDINGS: dict[Ending, str] = {
@@ -42,7 +42,7 @@ class ToolOptions:
 
 @dataclass(frozen=True)
 class ChatOutcome:
-    """The result of one request."""
+    """The turns of the model in answer to one request."""
 
     exchange: Exchange
     outcomes: tuple[Outcome, ...]  # one for each turn of the model
@@ -53,14 +53,18 @@ class ChatOutcome:
         return self.exchange.ending == "stopped"
 
     def __str__(self) -> str:
-        """`2 turns, 48 tokens, 1.2 s, answered, seed 7`."""
-        turns, tokens = len(self.outcomes), sum(len(one.answers[0].tokens) for one in self.outcomes)
-        ending = ENDINGS[self.exchange.ending] + (f" ({self.exchange.note})" if self.exchange.note else "")
+        """Says `2 turns, 48 tokens, 1.2 s, answered, seed 7`."""
+        n_turns = len(self.outcomes)
+        n_tokens = sum(len(outcome.answers[0].tokens) for outcome in self.outcomes)
+
+        ending = ENDINGS[self.exchange.ending]
+        if self.exchange.note:
+            ending += f" ({self.exchange.note})"
         finish = self.outcomes[-1].answers[0].finish
         if finish in CUT_OFF and self.exchange.ending in ("answered", "no turn"):
             ending += f", cut off: {FINISHES[finish]}"
         return (
-            f"{turns} turn{'' if turns == 1 else 's'}, {tokens:,} token{'' if tokens == 1 else 's'}, "
+            f"{n_turns} turn{'' if n_turns == 1 else 's'}, {n_tokens:,} token{'' if n_tokens == 1 else 's'}, "
             f"{self.seconds:.1f} s, {ending}, seed {self.outcomes[0].seed}"
         )
 
@@ -69,23 +73,28 @@ class ToolChat:
     """The conversation so far. A request without an answer is removed, so that the next request can follow."""
 
     def __init__(self, session: Session, toolbox: Toolbox | None, max_rounds: int) -> None:
-        """`toolbox`: None: the model may call nothing.
+        """
+        Args:
+            toolbox: the functions the model may call; None: it may call nothing.
+            max_rounds: turns with calls per request, at most.
 
         Raises:
             UserError: the chat template of an imported model writes calls in another form than ours.
         """
-        self._session, self._toolbox, self._max_rounds = session, toolbox, max_rounds
+        self._session = session
+        self._toolbox = toolbox
+        self._max_rounds = max_rounds
         if toolbox and session.tokenizer.kept_template:
             require_hermes_calls(session.tokenizer)
         self.forget()
 
     def forget(self) -> None:
-        """Start a new conversation."""
-        self._said = self._before = Conversation((), self._toolbox.tools if self._toolbox else ())
+        """Starts a new conversation."""
+        self._conversation = self._previous = Conversation((), self._toolbox.tools if self._toolbox else ())
 
     def take_back(self) -> None:
-        """Remove the last request and everything that followed."""
-        self._said = self._before
+        """Removes the last request and everything that followed."""
+        self._conversation = self._previous
 
     def answer(
         self,
@@ -95,7 +104,7 @@ class ToolChat:
         on_note: Callable[[str], None],
         interrupted: Callable[[], bool] = lambda: False,
     ) -> ChatOutcome:
-        """Send `text` as the user's turn, run the model's calls, and return after its answer.
+        """Sends `text` as the user's turn, runs the model's calls, and returns after its answer.
 
         Args:
             on_text: called with each piece of the model's text, calls excluded.
@@ -106,29 +115,32 @@ class ToolChat:
         """
         if not text.strip():
             raise UserError("the request is empty: type what the model should do")
-        outcomes: list[Outcome] = []
-        asked = replace(self._said, messages=(*self._said.messages, Message("user", text)))
-        prompt(asked, self._session.tokenizer)  # raises for a bad request before the model is asked
+        request = replace(self._conversation, messages=(*self._conversation.messages, Message("user", text)))
+        prompt(request, self._session.tokenizer)  # raises for a bad request before the conversation changes
 
-        def ask(conversation: Conversation) -> Message | None:
-            outcomes.append(self._turn(conversation, settings, on_text, interrupted))
-            if outcomes[-1].stopped:
+        outcomes: list[Outcome] = []
+
+        def generate_turn(conversation: Conversation) -> Message | None:
+            outcome = self._turn(conversation, settings, on_text, interrupted)
+            outcomes.append(outcome)
+            if outcome.stopped:
                 return None
-            tokens = [token for token in outcomes[-1].answers[0].tokens if token != self._session.tokenizer.eot_id]
+            tokens = [token for token in outcome.answers[0].tokens if token != self._session.tokenizer.eot_id]
             return parse_turn(tokens, self._session.tokenizer)
 
         started = time.perf_counter()
-        self._before = self._said
+        self._previous = self._conversation
         exchange = converse(
-            asked,
-            ask,
+            request,
+            generate_turn,
             lambda call: self._toolbox.run(call, interrupted) if self._toolbox else None,
             self._max_rounds,
             on_call=lambda call: on_note(f"-> {shown_call(call)}"),
             on_result=lambda call, result: on_note(f"<- {shown_result(result)}"),
         )
+        # A request without an answer would leave two turns of the user in a row.
         if exchange.ending == "answered":
-            self._said = exchange.conversation
+            self._conversation = exchange.conversation
         return ChatOutcome(exchange, tuple(outcomes), time.perf_counter() - started)
 
     def _turn(
@@ -138,52 +150,63 @@ class ToolChat:
         on_text: Callable[[str], None],
         interrupted: Callable[[], bool],
     ) -> Outcome:
-        session, marks = self._session, self._session.tokenizer
-        tokens, context = prompt(conversation, session.tokenizer), session.config.max_seq_len
-        if len(tokens) >= context:
+        """Generates one turn of the model.
+
+        Raises:
+            UserError: the conversation fills the context.
+        """
+        session, tokenizer = self._session, self._session.tokenizer
+        prompt_ids, context = prompt(conversation, tokenizer), session.config.max_seq_len
+        if len(prompt_ids) >= context:
             if len(conversation.messages) > 1:
-                what, way_out = "conversation has", "/new starts another one, --tool-characters shortens results"
+                subject, way_out = "conversation has", "/new starts another one, --tool-characters shortens results"
             else:
-                what, way_out = "request and the tools have", "offer fewer functions or shorten the request"
+                subject, way_out = "request and the tools have", "offer fewer functions or shorten the request"
             raise UserError(
-                f"the {what} {len(tokens):,} tokens, and the model's context is {context:,} (model.max_seq_len): "
-                f"{way_out}"
+                f"the {subject} {len(prompt_ids):,} tokens, and the model's context is {context:,} "
+                f"(model.max_seq_len): {way_out}"
             )
-        calling, call = False, marks.special_ids.get(CALL)
 
-        def look(token: int) -> None:
-            nonlocal calling
-            calling = calling or token == call
+        # Everything from the first call on is not text for the user.
+        call_id = tokenizer.special_ids.get(CALL)
+        has_called = False
 
-        def show(index: int, text: str) -> None:
-            if not calling:
+        def on_token(token: int) -> None:
+            nonlocal has_called
+            has_called = has_called or token == call_id
+
+        def on_piece(index: int, text: str) -> None:
+            if not has_called:
                 on_text(text)
 
-        params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, *stop_tokens(marks)))
-        own = replace(settings, params=params)
-        return session.answer(tokens, own, 1, show, interrupted=interrupted, on_token=look)
+        params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, *stop_tokens(tokenizer)))
+        turn_settings = replace(settings, params=params)
+        return session.answer(prompt_ids, turn_settings, 1, on_piece, interrupted=interrupted, on_token=on_token)
 
 
 def warning_of(stage: str | None) -> str | None:
-    """A warning for a model of a stage that does not teach calls; otherwise None."""
+    """Returns a warning for a model of a stage that does not teach calls; otherwise None."""
     if stage not in UNTAUGHT:
         return None
     return f"this model was trained by stage={stage}, which does not teach calls: train it with stage=tools first"
 
 
 def shown_call(call: Call) -> str:
-    """A call in one line: `weather(city="Oslo", days=3)`."""
-    return _short(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
+    """Returns a call in one line: `weather(city="Oslo", days=3)`."""
+    arguments = ", ".join(f"{name}={_json(argument)}" for name, argument in call.arguments.items())
+    return _shorten(f"{call.name}({arguments})")
 
 
 def shown_result(result: Json) -> str:
-    """A result in one line."""
-    return _short(_json(result))
+    """Returns the result of a call in one line."""
+    return _shorten(_json(result))
 
 
-def _json(value: Json) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _json(content: Json) -> str:
+    return json.dumps(content, ensure_ascii=False)
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."
+def _shorten(text: str) -> str:
+    if len(text) <= LINE_LENGTH:
+        return text
+    return f"{text[:LINE_LENGTH]} ..."

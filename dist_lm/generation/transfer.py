@@ -1,7 +1,7 @@
 """Copies between the host and the device of an engine: few, because each costs microseconds of a decode step.
 
 Several tensors travel in one copy, as bytes one after the other. Uploads start in pinned memory, so that the host does
-not wait for them; a download is where it waits for the device. On a CPU nothing is copied.
+not wait for them; in a download it waits for the device. On a CPU nothing is copied.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import torch
 
 
 def upload(device: torch.device, *arrays: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Copy host tensors to the device, in one copy. The host does not wait.
+    """Copies host tensors to the device, in one copy. The host does not wait.
 
     Args:
-        arrays: those with the largest numbers first, so that all are aligned.
+        arrays: tensors of the widest dtype first, so that all are aligned.
     """
     if device.type == "cpu":
         return arrays
-    # the allocator of pinned memory reuses the block only after the copy has ended
+    # The allocator of pinned memory reuses the block only after the copy has ended.
     return _unpack(_pack(arrays).pin_memory().to(device, non_blocking=True), arrays)
 
 

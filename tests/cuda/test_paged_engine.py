@@ -14,8 +14,7 @@ from dist_lm.generation import flash_pages
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.flash_pages import PAGE_TOKENS, CudaCapture, DecodeGraphs, FlashPages
-from dist_lm.generation.paged_cache import Piece
-from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.generation.paged_cache import Piece, PlainPages
 from dist_lm.model.size import parameter_shapes
 from dist_lm.prepare.compose import compose_config
 from tests.cuda.flash_contract import RefusedError, checked_varlen_attn

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import CACHE_SHARE
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.generation import cache_size
+from dist_lm.generation import engine as engine_module
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
 from dist_lm.generation.sampling import adjusted, group_rows, sample, uniform
@@ -189,16 +189,16 @@ def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(model
         assert all(answer == crowded[key] for key, answer in answers_of(alone).items())
 
 
-def test_sequences_are_set_aside_and_pages_shared_where_the_cache_is_small(model, monkeypatch):
+def test_sequences_are_preempted_and_pages_shared_where_the_cache_is_small(model, monkeypatch):
     engine = engine_of(model, replace(SMALL, cache_tokens=11 * PAGE))
-    aside, shared = [], []
-    set_aside, share = engine._set_aside, engine._pool.share
-    monkeypatch.setattr(engine, "_set_aside", lambda one: (aside.append(one), set_aside(one)))
+    preempted, shared = [], []
+    preempt, share = engine._preempt, engine._pool.share
+    monkeypatch.setattr(engine, "_preempt", lambda sequence: (preempted.append(sequence), preempt(sequence)))
     monkeypatch.setattr(engine._pool, "share", lambda pages: (shared.extend(pages), share(pages)))
     for request in requests_of_all_kinds():
         engine.submit(request)
     engine.run()
-    assert len(aside) > 3
+    assert len(preempted) > 3
     assert len(shared) > 10
 
 
@@ -325,12 +325,12 @@ def test_a_cache_is_as_large_as_free_memory_allows_and_as_requests_need(monkeypa
     page_bytes = PAGE * kv_bytes_per_token(CONFIG, CONFIG.kv_heads, 4)
     cpu, longest = torch.device("cpu"), CONFIG.max_seq_len // PAGE
     for pages, expected in ((longest, longest), (3 * longest, 3 * longest), (10**6, SMALL.max_sequences * longest)):
-        monkeypatch.setattr(cache_size, "free_bytes", lambda device, n=pages: n * page_bytes / CACHE_SHARE["cpu"])
-        assert cache_size.pages_that_fit(CONFIG, options, torch.float32, cpu) == expected
-        assert cache_size.pages_that_fit(CONFIG, options, torch.bfloat16, cpu) >= expected
-    monkeypatch.setattr(cache_size, "free_bytes", lambda device: page_bytes)
+        monkeypatch.setattr(engine_module, "free_bytes", lambda device, n=pages: n * page_bytes / CACHE_SHARE["cpu"])
+        assert engine_module.pages_that_fit(CONFIG, options, torch.float32, cpu) == expected
+        assert engine_module.pages_that_fit(CONFIG, options, torch.bfloat16, cpu) >= expected
+    monkeypatch.setattr(engine_module, "free_bytes", lambda device: page_bytes)
     with pytest.raises(ConfigError, match=r"cache_tokens=0: .*at least model\.max_seq_len=160"):
-        cache_size.pages_that_fit(CONFIG, options, torch.float32, cpu)
+        engine_module.pages_that_fit(CONFIG, options, torch.float32, cpu)
 
 
 @pytest.mark.parametrize(

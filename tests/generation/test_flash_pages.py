@@ -12,8 +12,7 @@ from dist_lm.generation import engine as engine_module
 from dist_lm.generation.decoder import Decoder, best_page_tokens, build_cache
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
-from dist_lm.generation.paged_cache import pages_for
-from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.generation.paged_cache import PlainPages, pages_for
 from dist_lm.generation.shard import share_of
 from dist_lm.stages.generate.stage import GenerateConfig
 from tests.generation.test_engine import CONFIG, GROUPED, PAGE, model_of, requests_of_all_kinds, run_schedule
