@@ -61,7 +61,7 @@ def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numb
                 yield number, line, ()
             elif line.strip():
                 row = _json_row(line)
-                yield number, row, columns_of(row)
+                yield number, row, columns_in_row(row)
 
 
 def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
@@ -169,7 +169,7 @@ def _json_row(line: bytes) -> Row | BadRow:
     return _object(row)
 
 
-def columns_of(row: Row | BadRow) -> Sequence[str]:
+def columns_in_row(row: Row | BadRow) -> Sequence[str]:
     """Returns the columns of a row; none of a broken one."""
     if isinstance(row, BadRow):
         return ()
@@ -191,7 +191,7 @@ def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
         raise ArtefactError(f"{name}: broken JSON ({error})") from None
     for number, element in enumerate(rows, start=1):
         row = _object(element)
-        yield number, row, columns_of(row)
+        yield number, row, columns_in_row(row)
 
 
 def _decoded(batch: Any) -> Iterator[Row | BadRow]:

@@ -12,7 +12,7 @@ from itertools import groupby
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
-from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row, columns_of
+from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row, columns_in_row
 from dist_lm.data.sources.listing import by_suffix, list_files
 from dist_lm.data.sources.opening import open_content
 from dist_lm.data.sources.reader import Candidate, reader
@@ -52,7 +52,7 @@ def samples(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numbere
         for key, members in groupby(_members(tar), key=lambda member: member[0]):
             row = _row(members, tar, {*(wanted_columns or ())})
             printable_key = key.encode(errors="backslashreplace").decode()  # names in tars may have any encoding
-            yield printable_key, row, columns_of(row)
+            yield printable_key, row, columns_in_row(row)
         _check_end(name, tar)
 
 
