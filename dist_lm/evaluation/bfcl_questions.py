@@ -1,4 +1,4 @@
-"""Questions of the Berkeley Function Calling Leaderboard (BFCL), read from the installed package `bfcl-eval`.
+"""Reads questions of the Berkeley Function Calling Leaderboard (BFCL) from the installed package `bfcl-eval`.
 
 Function descriptions become tools with a JSON schema. The questions are for evaluation only: no code that makes
 training data imports this module.
@@ -16,12 +16,12 @@ from dist_lm.errors import ArtefactError
 from dist_lm.storage.durable import json_lines
 
 PACKAGE, MODULE = "bfcl-eval", "bfcl_eval"
-CATEGORIES = (  # single-turn, Python
+CATEGORIES = (  # all have a single turn, in Python
     *("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance"),
     *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance"),
 )
 WITHOUT_ANSWERS = ("irrelevance", "live_irrelevance", "live_relevance")  # scored only by whether there is a call
-JSON_TYPES = {  # BFCL's type name -> JSON schema's; as in `bfcl_eval/constants/type_mappings.py`
+JSON_TYPES = {  # BFCL's type name -> JSON schema's, from `bfcl_eval/constants/type_mappings.py`
     "integer": "integer",
     "number": "number",
     "float": "number",
@@ -54,7 +54,7 @@ class BfclQuestion:
 
 
 def find_data() -> Path:
-    """The data folder of `bfcl-eval`.
+    """Returns the data folder of `bfcl-eval`.
 
     Raises:
         ArtefactError: the package is not installed, or has no such folder.
@@ -72,41 +72,44 @@ def find_data() -> Path:
 
 
 def read_questions(data: Path, limit: int = 0) -> list[BfclQuestion]:
-    """The first `limit` questions (0: all) of each category that exists in the folder `data`.
+    """Returns the first `limit` questions (0: all) of each category that exists in the folder `data`.
 
     Raises:
         ArtefactError: no category exists, or a file has an unknown layout.
     """
     questions: list[BfclQuestion] = []
     for category in CATEGORIES:
-        file = _newest_file(data, category)
-        if file is not None:
-            questions += _read(file, category, limit)
+        path = _newest_file(data, category)
+        if path is not None:
+            questions += _read(path, category, limit)
     if not questions:
         raise ArtefactError(f"{data}: no questions of {', '.join(CATEGORIES)} (BFCL_*_CATEGORY.json)")
     return questions
 
 
 def _newest_file(folder: Path, category: str) -> Path | None:
-    found = [re.fullmatch(rf"BFCL_v(\d+)_{category}\.json", path.name) for path in folder.glob("BFCL_v*.json")]
-    newest = max((match for match in found if match), default=None, key=lambda match: int(match[1]))
+    names = [path.name for path in folder.glob("BFCL_v*.json")]
+    matches = [match for name in names if (match := re.fullmatch(rf"BFCL_v(\d+)_{category}\.json", name))]
+    newest = max(matches, default=None, key=lambda match: int(match[1]))
     return folder / newest[0] if newest else None
 
 
-def _read(file: Path, category: str, limit: int) -> list[BfclQuestion]:
+def _read(path: Path, category: str, limit: int) -> list[BfclQuestion]:
     answers: dict[str, Any] = {}
     if category not in WITHOUT_ANSWERS:
-        for line in _lines(file.parent / "possible_answer" / file.name):
+        for line in _lines(path.parent / "possible_answer" / path.name):
             answers[line["id"]] = line["ground_truth"]
+
     questions = []
-    for line in _lines(file)[: limit or None]:
+    for line in _lines(path)[: limit or None]:
         try:
             functions = _distinct(line["function"])
+            tools = tuple(tool_of(function) for function in functions)
             questions.append(
                 BfclQuestion(
                     id=line["id"],
                     category=category,
-                    asked=Conversation(_messages(line["question"][0]), tuple(tool_of(one) for one in functions)),
+                    asked=Conversation(_messages(line["question"][0]), tools),
                     functions=functions,
                     answers=() if category in WITHOUT_ANSWERS else tuple(answers[line["id"]]),
                 )
@@ -114,32 +117,32 @@ def _read(file: Path, category: str, limit: int) -> list[BfclQuestion]:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             name = line.get("id") if isinstance(line, dict) else line
             raise ArtefactError(
-                f"{file}: question {name}: unknown layout, not that of the known versions of {PACKAGE} "
+                f"{path}: question {name}: unknown layout, not that of the known versions of {PACKAGE} "
                 f"({type(error).__name__}: {error})"
             ) from error
     return questions
 
 
-def _lines(file: Path) -> list[Any]:
+def _lines(path: Path) -> list[Any]:
     try:
-        return list(json_lines(file))
+        return list(json_lines(path))
     except (OSError, ValueError) as error:
-        raise ArtefactError(f"{file}: {error}: install {PACKAGE} again") from error
+        raise ArtefactError(f"{path}: {error}: install {PACKAGE} again") from error
 
 
 def _distinct(functions: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """The first function of each name."""
-    by_name: dict[str, dict[str, Any]] = {}
+    """Returns the first function of each name."""
+    first_of: dict[str, dict[str, Any]] = {}
     for function in functions:
-        by_name.setdefault(function["name"], function)
-    return tuple(by_name.values())
+        first_of.setdefault(function["name"], function)
+    return tuple(first_of.values())
 
 
-def _messages(said: Iterable[dict[str, str]]) -> tuple[Message, ...]:
-    """The turns; consecutive messages of one role become one turn."""
+def _messages(messages: Iterable[dict[str, str]]) -> tuple[Message, ...]:
+    """Returns the turns; consecutive messages of one role become one turn, as a conversation needs."""
     turns: list[Message] = []
-    for one in said:
-        role, content = one["role"], one["content"]
+    for message in messages:
+        role, content = message["role"], message["content"]
         if role not in ("system", "user", "assistant"):
             raise ValueError(f"role {role!r} is not known: expected system, user or assistant")
         if turns and turns[-1].role == role:
@@ -149,30 +152,34 @@ def _messages(said: Iterable[dict[str, str]]) -> tuple[Message, ...]:
 
 
 def tool_of(function: dict[str, Any]) -> Tool:
-    """Convert a function description of BFCL.
+    """Converts a function description of BFCL to a tool.
 
     Raises:
-        ValueError: it uses an unknown type.
+        ValueError: the description uses an unknown type.
     """
     parameters = schema_of(function["parameters"])
     parameters.setdefault("properties", {})
     return Tool(function["name"], function.get("description", ""), parameters)
 
 
-def schema_of(described: dict[str, Any]) -> dict[str, Json]:
-    """Convert a part of a description to JSON schema."""
+def schema_of(description: dict[str, Any]) -> dict[str, Json]:
+    """Converts a part of a description to JSON schema.
+
+    Raises:
+        ValueError: the description uses an unknown type.
+    """
     schema: dict[str, Json] = {}
-    for key, value in described.items():
+    for key, part in description.items():
         if key in NOT_SCHEMA:
             continue
         if key == "type":
-            if not isinstance(value, str) or value not in JSON_TYPES:
-                raise ValueError(f"the type {value!r} is not known: expected one of {', '.join(JSON_TYPES)}")
-            schema[key] = JSON_TYPES[value]
-        elif key == "properties" and isinstance(value, dict):
-            schema[key] = {name: schema_of(part) for name, part in value.items()}
-        elif key in ("items", "additionalProperties") and isinstance(value, dict):
-            schema[key] = schema_of(value)
+            if not isinstance(part, str) or part not in JSON_TYPES:
+                raise ValueError(f"the type {part!r} is not known: expected one of {', '.join(JSON_TYPES)}")
+            schema[key] = JSON_TYPES[part]
+        elif key == "properties" and isinstance(part, dict):
+            schema[key] = {name: schema_of(property_part) for name, property_part in part.items()}
+        elif key in ("items", "additionalProperties") and isinstance(part, dict):
+            schema[key] = schema_of(part)
         else:
-            schema[key] = value
+            schema[key] = part
     return schema

@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text: the same text for every model, whatever its tokenizer."""
+"""Measures bits per byte of held-out text, which is the same text for every model, whatever its tokenizer."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -34,57 +34,64 @@ class HeldOutText:
 
 
 def text_corpora(folders: Sequence[Path], may_lack: bool) -> list[Path]:
-    """The corpora of text among `stage.corpora`. Conversations are left out.
+    """Returns the corpora of text among the folders of `stage.corpora`. Conversations are left out.
 
     Args:
-        may_lack: some of them may be missing.
+        may_lack: whether some of the corpora may be missing.
 
     Raises:
-        ArtefactError: one is missing, or none has text.
+        ArtefactError: a corpus is missing, or none has text.
     """
-    key = f"stage.corpora=[{','.join(one.name for one in folders)}]"
+    key = f"stage.corpora=[{','.join(folder.name for folder in folders)}]"
     missing = [folder for folder in folders if not manifest_path(folder).is_file()]
     if missing and not (may_lack and len(missing) < len(folders)):
-        raise ArtefactError(
-            f"{key}: no {' and no '.join(one.name for one in missing)} in {missing[0].parent}: run stage=shards, or "
-            "name others"
-        )
-    found = [folder for folder in folders if folder not in missing]
-    found = [folder for folder in found if not (val := TokenCorpus.open(folder, "val")).has_mask and len(val.lengths)]
-    if not found:
+        names = " and no ".join(folder.name for folder in missing)
+        raise ArtefactError(f"{key}: no {names} in {missing[0].parent}: run stage=shards, or name others")
+
+    corpora = []
+    for folder in folders:
+        if folder not in missing:
+            val = TokenCorpus.open(folder, "val")
+            if not val.has_mask and len(val.lengths):
+                corpora.append(folder)
+    if not corpora:
         raise ArtefactError(f"{key}: no held-out text, only conversations: name a corpus of text")
-    return found
+    return corpora
 
 
 def documents_of(corpora: Sequence[Path], tokenizer: Path, limit: int) -> list[HeldOutText]:
-    """Documents of the val splits, evenly spread.
+    """Returns documents of the val splits, evenly spread. Empty ones are left out.
 
     Args:
-        corpora: those of `text_corpora`.
-        tokenizer: of the work directory, which the shards were made with.
-        limit: documents of each corpus; 0: all.
+        corpora: the folders that `text_corpora` returned.
+        tokenizer: path of the tokenizer of the work directory, which encoded the shards.
+        limit: most documents of each corpus; 0: all.
 
     Raises:
         ArtefactError: a corpus was written with another tokenizer.
     """
-    found = []
-    pieces = Tokenizer.load(tokenizer)
+    documents = []
+    corpus_tokenizer = Tokenizer.load(tokenizer)
     for folder in corpora:
-        read_manifest(folder).require_tokenizer(pieces.sha256, folder)
+        read_manifest(folder).require_tokenizer(corpus_tokenizer.sha256, folder)
         corpus = TokenCorpus.open(folder, "val")
-        for number in spread(len(corpus.lengths), limit).tolist():
-            text = pieces.decode(corpus.tokens(number, 0, int(corpus.lengths[number])).tolist())
-            language = corpus.languages[int(corpus.language_codes[number])]
+        for index in spread(len(corpus.lengths), limit).tolist():
+            text = corpus_tokenizer.decode(corpus.tokens(index, 0, int(corpus.lengths[index])).tolist())
+            language = corpus.languages[int(corpus.language_codes[index])]
             if text:
-                found.append(HeldOutText(f"{folder.name}/{number}", f"{folder.name} {language}", text))
-    return found
+                documents.append(HeldOutText(f"{folder.name}/{index}", f"{folder.name} {language}", text))
+    return documents
 
 
 def windows(tokens: Sequence[int], opening: int, context: int) -> Iterator[Tree]:
-    """A document as trees: each token is predicted once, by the opening and what stands before it in its window."""
+    """Yields a document as trees of at most `context` predicted tokens.
+
+    Each token is predicted once, by the tokens before it in its window. Before a window stands the last token of the
+    previous one; before the first window, the opening.
+    """
     for begin in range(0, len(tokens), context):
-        before = opening if begin == 0 else tokens[begin - 1]
-        yield Tree((before,), (tuple(tokens[begin : begin + context]),))
+        previous = opening if begin == 0 else tokens[begin - 1]
+        yield Tree((previous,), (tuple(tokens[begin : begin + context]),))
 
 
 def document_bits(
@@ -94,7 +101,13 @@ def document_bits(
     documents: Sequence[HeldOutText],
     wanted: Callable[[], bool],
 ) -> list[Record] | None:
-    """Bits and bytes of each document, in this process; None if `wanted` became false.
+    """Computes bits and bytes of each document, in this process.
+
+    Args:
+        wanted: called after each window; the computation ends when it returns False.
+
+    Returns:
+        A record for each document: id, group, bits, bytes. None if `wanted` returned False.
 
     Raises:
         ArtefactError: the checkpoint is damaged.
@@ -104,17 +117,25 @@ def document_bits(
     weights = model_weights(checkpoint_files.require_intact(checkpoint))
     decoder = Decoder(config.model, 2, best_page_tokens(config.model, dtype, device), dtype, device)
     with torch.inference_mode():
-        decoder.load({name: torch.from_numpy(value) for name, value in weights.items()})
-    context, opening = config.model.max_seq_len, tokenizer.opening.first
-    cut = [list(windows(tokenizer.encode(one.text), opening, context)) for one in documents]
-    nats = [0.0] * len(documents)
-    owners = [number for number, trees in enumerate(cut) for _ in trees]
-    scored = likelihoods(decoder, [tree for trees in cut for tree in trees], device)
-    for number, (found,) in zip(owners, scored, strict=True):
-        nats[number] += found.total
+        decoder.load({name: torch.from_numpy(array) for name, array in weights.items()})
+
+    # All windows are scored as one list, so that short documents share a forward pass.
+    trees: list[Tree] = []
+    document_of: list[int] = []  # index of the document of each tree
+    for index, document in enumerate(documents):
+        token_ids = tokenizer.encode(document.text)
+        for tree in windows(token_ids, tokenizer.opening.first, config.model.max_seq_len):
+            trees.append(tree)
+            document_of.append(index)
+
+    log_likelihoods = [0.0] * len(documents)  # nats
+    scores = likelihoods(decoder, trees, device)
+    for index, (continuation,) in zip(document_of, scores, strict=True):
+        log_likelihoods[index] += continuation.total
         if not wanted():
             return None
+
     return [
-        {"id": one.id, "group": one.source, "bits": -total / math.log(2), "bytes": len(one.text.encode())}
-        for one, total in zip(documents, nats, strict=True)
+        {"id": document.id, "group": document.source, "bits": -nats / math.log(2), "bytes": len(document.text.encode())}
+        for document, nats in zip(documents, log_likelihoods, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The figures of several models as rows, the paired comparison of two models, and both as text."""
+"""Writes the figures of models as rows, compares two models on the same items, and puts both into words."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,57 +9,68 @@ from dist_lm.tracking.readable import counted
 
 
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The figures of a model as rows: model, task, figure, value, low, high, items."""
+    """Returns the figures of a model as rows: model, task, figure, value, low, high, items."""
     rows = []
-    for task, found in result["tasks"].items():
-        for name, value in found["figures"].items():
-            rows.append({"model": result["model"], "task": task, "figure": name, **value})
-        for group, (name, value, items) in found["groups"].items():
-            part = {"figure": f"{name}, {group}", "value": value, "low": None, "high": None, "items": items}
-            rows.append({"model": result["model"], "task": task, **part})
+    for task, scores in result["tasks"].items():
+        model_task = {"model": result["model"], "task": task}
+        for name, interval in scores["figures"].items():
+            rows.append({**model_task, "figure": name, **interval})
+        for group, (name, share, items) in scores["groups"].items():
+            no_interval = {"value": share, "low": None, "high": None, "items": items}
+            rows.append({**model_task, "figure": f"{name}, {group}", **no_interval})
     return rows
 
 
 def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A paired test for each task, over the items that both models have values of.
+    """Returns a paired test for each task, over the items that both models have values of.
 
-    Of items that only one of them has, as where a question does not fit a context, the number is `left_out`.
+    `left_out` counts the items that only one model has: a question may not fit the context of the other one.
     """
-    from dist_lm.evaluation.tasks import REWARD
+    from dist_lm.evaluation.tasks import REWARD  # imports torch, which the launcher does without
 
-    found = []
-    for task, values in first["tasks"].items():
-        one: dict[str, Any] = {"task": task, "first": first["model"], "second": second["model"]}
-        a, b = (dict(zip(own["ids"], own["values"], strict=True)) for own in (values, second["tasks"][task]))
-        pairs = [(a[name], b[name]) for name in a if name in b]
-        one["left_out"] = len(a) + len(b) - 2 * len(pairs)
+    comparisons = []
+    for task, scores in first["tasks"].items():
+        comparison: dict[str, Any] = {"task": task, "first": first["model"], "second": second["model"]}
+        other_scores = second["tasks"][task]
+        first_values = dict(zip(scores["ids"], scores["values"], strict=True))
+        second_values = dict(zip(other_scores["ids"], other_scores["values"], strict=True))
+        pairs = [(first_values[name], second_values[name]) for name in first_values if name in second_values]
+        comparison["left_out"] = len(first_values) + len(second_values) - 2 * len(pairs)
+
         if pairs:
-            one |= asdict(paired_test(*zip(*pairs, strict=True)))
+            comparison |= asdict(paired_test(*zip(*pairs, strict=True)))
             if task == REWARD:
-                one["wins"] = asdict(estimate([0.5 if x == y else float(y > x) for x, y in pairs]))
-        found.append(one)
-    return found
+                comparison["wins"] = asdict(estimate([0.5 if x == y else float(y > x) for x, y in pairs]))
+        comparisons.append(comparison)
+    return comparisons
 
 
 def comparison_text(one: Mapping[str, Any]) -> str:
-    """`own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
-    between = f"{one['task']}: {one['second']} - {one['first']}"
+    """Returns a comparison as `own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
+    subject = f"{one['task']}: {one['second']} - {one['first']}"
     if "difference" not in one:
-        return f"{between}: not compared, they have no question in common"
-    left, wins = one.get("left_out"), one.get("wins")
-    without = f"; without {counted(left, 'question')} that only one of them has" if left else ""
-    won = f"; wins {wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}]" if wins else ""
-    return (
-        f"{between} = {one['difference']:+.3f} "
-        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']}){won}{without}"
+        return f"{subject}: not compared, they have no question in common"
+
+    text = (
+        f"{subject} = {one['difference']:+.3f} "
+        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']})"
     )
+    if wins := one.get("wins"):
+        text += f"; wins {wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}]"
+    if left_out := one.get("left_out"):
+        text += f"; without {counted(left_out, 'question')} that only one of them has"
+    return text
 
 
 def figures_of(result: Mapping[str, Any]) -> str:
-    """The first figure of each task and model, for the closing table."""
-    words = []
-    for one in result["models"]:
-        first = {task: next(iter(own["figures"].items())) for task, own in one["tasks"].items() if own["figures"]}
-        shown = ", ".join(f"{task} {name} {value['value']:.3f}" for task, (name, value) in first.items())
-        words.append(f"{one['model']}: {shown}" if len(result["models"]) > 1 else shown)
-    return "; ".join(words)
+    """Returns the first figure of each task and model, for the closing table."""
+    texts = []
+    for model_result in result["models"]:
+        figures = []
+        for task, scores in model_result["tasks"].items():
+            if scores["figures"]:
+                name, interval = next(iter(scores["figures"].items()))
+                figures.append(f"{task} {name} {interval['value']:.3f}")
+        text = ", ".join(figures)
+        texts.append(f"{model_result['model']}: {text}" if len(result["models"]) > 1 else text)
+    return "; ".join(texts)

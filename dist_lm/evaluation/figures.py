@@ -1,4 +1,4 @@
-"""From answers to figures: the request of a question, the record of an answer, the figures of a task's records."""
+"""Turns questions into requests, answers into records, and the records of a task into figures."""
 
 import hashlib
 from collections import Counter
@@ -12,66 +12,75 @@ from dist_lm.model.keyed_random import hash_words, signed
 
 
 def request_of(number: int, task: str, item: Item, seed: int) -> Request:
-    """The request of a question. Its random numbers are keyed by (seed, task, question).
+    """Returns the request of a question. Its random numbers are keyed by (seed, task, question).
 
     Args:
-        number: its id.
-        seed: of the run.
+        number: id of the request.
+        seed: seed of the run.
     """
     digest = hashlib.sha256(f"{task}/{item.id}".encode()).digest()
-    own = signed(hash_words(seed, int.from_bytes(digest[:8], "big")))
-    return Request(str(number), item.prompt, item.params, own, item.n)
+    request_seed = signed(hash_words(seed, int.from_bytes(digest[:8], "big")))
+    return Request(str(number), item.prompt, item.params, request_seed, item.n)
 
 
 def refused(item: Item, error: str) -> Record:
-    """The record of a question that could not be asked; it counts as failed."""
+    """Returns the record of a question that could not be asked; it counts as failed."""
     return {"id": item.id, "group": item.group, "index": 0, "passed": False, "outcome": "refused", "error": error}
 
 
 def recorded(item: Item, answer: Answer, judged: Callable[[], Record]) -> Callable[[], Record]:
-    """A function that waits for the judgement of an answer; returns its record."""
+    """Returns a function that waits for the judgement of an answer and returns its record."""
 
     def record() -> Record:
-        known = {"id": item.id, "group": item.group, "index": answer.index}
-        return known | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
+        question = {"id": item.id, "group": item.group, "index": answer.index}
+        return question | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
 
     return record
 
 
 def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
-    """pass@k over questions with intervals, shares of groups, and the values of each question."""
-    passed: dict[str, list[bool]] = {}
-    group: dict[str, str] = {}
+    """Returns pass@k over questions with intervals, pass@1 of groups, and the pass@1 of each question.
+
+    pass@1 is always among the figures.
+    """
+    passed_of: dict[str, list[bool]] = {}  # question -> whether each of its answers passed
+    group_of: dict[str, str] = {}
     for record in records:
-        passed.setdefault(record["id"], []).append(record["passed"])
-        group[record["id"]] = record["group"]
-    values = {k: [pass_at_k(max(k, len(own)), sum(own), k) for own in passed.values()] for k in sorted({1, *ks})}
-    first = dict(zip(passed, values[1], strict=True))
+        passed_of.setdefault(record["id"], []).append(record["passed"])
+        group_of[record["id"]] = record["group"]
+
+    # A refused question has one record whatever n is, so it counts as k samples that fail.
+    pass_rates = {
+        k: [pass_at_k(max(k, len(passed)), sum(passed), k) for passed in passed_of.values()] for k in sorted({1, *ks})
+    }
+    pass_at_1 = dict(zip(passed_of, pass_rates[1], strict=True))
+
     groups = {}
-    for name in sorted({*group.values()} - {""}):
-        own = [value for one, value in first.items() if group[one] == name]
-        groups[name] = ("pass@1", sum(own) / len(own), len(own))
+    for group in sorted({*group_of.values()} - {""}):
+        rates = [rate for question, rate in pass_at_1.items() if group_of[question] == group]
+        groups[group] = ("pass@1", sum(rates) / len(rates), len(rates))
     return {
-        "figures": {f"pass@{k}": _shown(estimate(values[k])) for k in sorted({1, *ks})},
+        "figures": {f"pass@{k}": _figure(estimate(rates)) for k, rates in pass_rates.items()},
         "groups": groups,
         "outcomes": _outcomes(records),
-        "ids": list(passed),
-        "values": values[1],
+        "ids": list(passed_of),
+        "values": pass_rates[1],
     }
 
 
 def bits_figures(records: list[Record]) -> dict[str, Any]:
-    """Bits per byte over all documents, and of each source."""
+    """Returns bits per byte over all documents, and of each source."""
 
-    def of(part: list[Record]) -> Estimate:
-        return ratio_estimate([one["bits"] for one in part], [one["bytes"] for one in part])
+    def bits_per_byte(part: list[Record]) -> dict[str, Any]:
+        return _figure(ratio_estimate([record["bits"] for record in part], [record["bytes"] for record in part]))
+
+    figures = {BITS: bits_per_byte(records)}
+    for source in sorted({record["group"] for record in records}):
+        figures[f"{BITS}, {source}"] = bits_per_byte([record for record in records if record["group"] == source])
 
     mean_bytes = sum(record["bytes"] for record in records) / len(records)
-    sources = sorted({record["group"] for record in records})
-    parts = {source: [record for record in records if record["group"] == source] for source in sources}
     return {
-        "figures": {BITS: _shown(of(records))}
-        | {f"{BITS}, {source}": _shown(of(part)) for source, part in parts.items()},
+        "figures": figures,
         "groups": {},
         "outcomes": {},
         "ids": [record["id"] for record in records],
@@ -80,10 +89,10 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
 
 
 def reward_figures(records: list[Record]) -> dict[str, Any]:
-    """The mean score of the answers that have one; its unit is that of the reward model."""
+    """Returns the mean score of the answers that have one; its unit is that of the reward model."""
     scores = {record["id"]: record["score"] for record in records if "score" in record}
     return {
-        "figures": {"score": _shown(estimate([*scores.values()]))} if scores else {},
+        "figures": {"score": _figure(estimate([*scores.values()]))} if scores else {},
         "groups": {},
         "outcomes": _outcomes(records),
         "ids": [*scores],
@@ -92,9 +101,9 @@ def reward_figures(records: list[Record]) -> dict[str, Any]:
 
 
 def _outcomes(records: list[Record]) -> dict[str, int]:
-    """The number of records of each outcome; scores of older runs have none."""
+    """Returns the number of records of each outcome; scores of older runs have no outcome."""
     return dict(sorted(Counter(record.get("outcome", "scored") for record in records).items()))
 
 
-def _shown(found: Estimate) -> dict[str, Any]:
-    return {"value": found.value, "low": found.low, "high": found.high, "items": found.tasks}
+def _figure(interval: Estimate) -> dict[str, Any]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "items": interval.tasks}

@@ -1,4 +1,4 @@
-"""Tasks during training: which are due at a step, their questions, and the metrics of the answers.
+"""Evaluates tasks during training: which are due at a step, their questions, and the metrics of the answers.
 
 The questions, their order and the random numbers of their answers are those of stage `evaluate` with one greedy answer,
 so both give the same figures for the same weights.
@@ -28,22 +28,22 @@ class LoopTasks:
 
     every: Mapping[str, int]  # steps between two evaluations; 0: only after the last step
     items: Mapping[str, Sequence[Item]]
-    steps: int  # of the run
+    steps: int  # steps of the run
     seed: int
 
     def due(self, step: int) -> tuple[str, ...]:
-        """The tasks that are evaluated after `step` steps."""
-        last = step == self.steps
-        return tuple(task for task, every in self.every.items() if last or (every and step % every == 0))
+        """Returns the tasks that are evaluated after `step` steps."""
+        is_last = step == self.steps
+        return tuple(task for task, every in self.every.items() if is_last or (every and step % every == 0))
 
     def of(self, tasks: Iterable[str]) -> "Round":
-        """The questions of these tasks."""
+        """Returns an evaluation of these tasks."""
         questions = [(task, item) for task in tasks for item in self.items[task]]
         return Round(questions, self.seed)
 
 
 class Round:
-    """One evaluation: its requests, and what becomes of the answers."""
+    """One evaluation: its requests, and the judgements of the answers."""
 
     def __init__(self, questions: Sequence[tuple[str, Item]], seed: int) -> None:
         self._questions = questions
@@ -51,49 +51,52 @@ class Round:
             request_of(number, task, item, seed) for number, (task, item) in enumerate(questions) if not item.error
         ]
         self.executes = any(task in CODE_TASKS for task, _ in questions)
-        self._waiting: dict[int, Callable[[], Record]] = {
+        # Functions that wait for a judgement and return its record, by the number of the question.
+        self._records: dict[int, Callable[[], Record]] = {
             number: _refusal(item, item.error) for number, (_, item) in enumerate(questions) if item.error
         }
 
     @property
     def size(self) -> int:
-        """The number of its questions."""
+        """Number of questions."""
         return len(self._questions)
 
     def take(self, result: Answer | Refusal, sandboxes: Sandboxes | None) -> None:
-        """Begin to judge an answer; a second one to the same question is ignored."""
+        """Begins to judge an answer; a second one to the same question is ignored."""
         number = int(result.request)
-        if number in self._waiting:
+        if number in self._records:
             return
-        item = self._questions[number][1]
+
+        _, item = self._questions[number]
         if isinstance(result, Refusal):
-            self._waiting[number] = _refusal(item, result.error)
+            self._records[number] = _refusal(item, result.error)
         else:
-            self._waiting[number] = recorded(item, result, item.judge(result, sandboxes))
+            self._records[number] = recorded(item, result, item.judge(result, sandboxes))
 
     def records(self, alive: Callable[[], None]) -> dict[str, list[Record]]:
-        """The records of each task, in the order of its questions; waits for the judgements.
+        """Waits for the judgements and returns the records of each task, in the order of its questions.
 
         Args:
-            alive: called after each of them.
+            alive: called after each record.
         """
-        found: dict[str, list[Record]] = {}
+        records: dict[str, list[Record]] = {}
         for number, (task, _) in enumerate(self._questions):
-            found.setdefault(task, []).append(self._waiting[number]())
+            records.setdefault(task, []).append(self._records[number]())
             alive()
-        return found
+        return records
 
 
 def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopTasks:
-    """The tasks of `stage.eval_tasks`.
+    """Returns the tasks of `stage.eval_tasks`.
 
     Raises:
         UserError: a task cannot be asked; names it.
         ArtefactError: the file of a task has changed since the run began.
     """
     stage = config.stage
-    chat = asks_as_chat(stage.name, tokenizer)
-    asking = Asking.greedy(tokenizer, config.model.max_seq_len, chat, stage.eval_new_tokens)
+    as_chat = asks_as_chat(stage.name, tokenizer)
+    asking = Asking.greedy(tokenizer, config.model.max_seq_len, as_chat, stage.eval_new_tokens)
+
     items = {}
     for task in stage.eval_tasks:
         try:
@@ -105,26 +108,28 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
 
 
 def figure_name(task: str) -> str:
-    """The metric that every evaluation of a task has."""
+    """Returns the name of the metric that every evaluation of a task has."""
     return f"eval/{task}/{FIGURE}"
 
 
 def metrics_of(records: Mapping[str, list[Record]]) -> dict[str, float]:
-    """`eval/TASK/pass@1` with the ends of its interval."""
+    """Returns `eval/TASK/pass@1` with the ends of its interval, for each task."""
     metrics = {}
-    for task, own in records.items():
-        figure = task_figures(own, [1])["figures"][FIGURE]
-        metrics |= {figure_name(task): figure["value"]}
-        metrics |= {f"eval/{task}/{end}": figure[end] for end in ("low", "high")}
+    for task, task_records in records.items():
+        figure = task_figures(task_records, [1])["figures"][FIGURE]
+        metrics[figure_name(task)] = figure["value"]
+        metrics[f"eval/{task}/low"] = figure["low"]
+        metrics[f"eval/{task}/high"] = figure["high"]
     return metrics
 
 
 def write_records(run: RunDirectory, step: int, records: Mapping[str, list[Record]]) -> None:
-    """Write the answers of each task with their verdicts, an object a line."""
-    for task, own in records.items():
+    """Writes the answers of each task with their verdicts, a JSON object in each line."""
+    for task, task_records in records.items():
         path = run.task_samples(task, step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in own))
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in task_records]
+        durable.write_text(path, "".join(lines))
 
 
 def _refusal(item: Item, error: str) -> Callable[[], Record]:

@@ -1,4 +1,4 @@
-"""Programming problems with tests: our own 150, and files of HumanEval, MBPP and MultiPL-E in their published formats.
+"""Reads programming problems with tests: our own 150, and published files of HumanEval, MBPP and MultiPL-E.
 
 A problem has a prompt, the beginning of a program. A base model continues it up to a stop text; a chat model is asked
 for it and answers with a block of code. The program runs in the sandbox only.
@@ -20,7 +20,7 @@ from dist_lm.sandbox.task import code_of, refuse_broken
 
 PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nassert ", "\n```")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021
-MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```")  # as in bigcode's harness
+MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```")  # bigcode's harness has the same
 OWN_STOPS: dict[Language, tuple[str, ...]] = {"python": PYTHON_STOPS, "bash": ("\n}",), "sql": (";",)}
 MULTIPL_E: dict[str, Language] = {"py": "python", "sh": "bash"}  # languages of the sandbox
 
@@ -33,18 +33,18 @@ class Problem:
     language: Language
     prompt: str  # beginning of the program
     tests: tuple[Test, ...]
-    solution: str  # what completes the prompt; empty: unknown
+    solution: str  # code that completes the prompt; empty: unknown
     stop: tuple[str, ...]  # texts that end a completion; not part of it
-    closing: str = ""  # behind a completion that a stop text ended
-    suffix: str | None = None  # to fill in the middle: what stands behind the completion
-    # an answer of a chat model that holds one of these repeats the prompt from the first one on
+    closing: str = ""  # code put behind a completion that a stop text ended
+    suffix: str | None = None  # code behind the completion, for filling in the middle
+    # An answer of a chat model that holds one of these texts repeats the prompt from the first one on.
     entries: tuple[str, ...] = ()
-    level: int = 0  # of our own problems: 1 is the easiest
-    task: str = ""  # what a chat model is asked; empty: to complete the prompt
+    level: int = 0  # for our own problems: 1 is the easiest
+    task: str = ""  # request to a chat model; empty: to complete the prompt
 
     @property
     def question(self) -> str:
-        """The request to a chat model."""
+        """Text of the request to a chat model."""
         name = NAMES[self.language]
         if self.task:
             return f"{self.task}\n\nAnswer with one block of {name} code."
@@ -54,28 +54,31 @@ class Problem:
         )
 
     def completed(self, completion: str, stopped: bool = True) -> Program:
-        """The program of a base model. `stopped`: a stop text ended the completion."""
+        """Returns the program of a base model. `stopped` says whether a stop text ended the completion."""
         closing = self.closing if stopped else ""
         return Program(self.language, f"{self.prompt}{completion}{closing}{self.suffix or ''}", self.tests)
 
     def answered(self, answer: str) -> Program:
-        """The program of a chat model: its first block of code, or else all of its answer.
+        """Returns the program of a chat model: its first block of code, or else all of its answer.
 
-        Code that does not repeat the prompt completes it, with or without what closes it.
+        Code that does not repeat the prompt completes it, with or without `closing`.
         """
         code = code_of(answer)
         if not self.entries:
             return Program(self.language, code, self.tests)
+
+        # The answer repeats the function, but perhaps not the imports before it.
         if any(entry in code for entry in self.entries):
             head = self.prompt[: max(self.prompt.find(self.entries[0]), 0)]
             return Program(self.language, head + code, self.tests)
+
         closing = "" if code.rstrip().endswith(self.closing.strip()) else self.closing
-        begun = self.prompt if self.prompt.endswith("\n") else f"{self.prompt}\n"
-        return Program(self.language, f"{begun}{code}{closing}", self.tests)
+        prompt = self.prompt if self.prompt.endswith("\n") else f"{self.prompt}\n"
+        return Program(self.language, f"{prompt}{code}{closing}", self.tests)
 
 
 def own_problems(language: Language) -> list[Problem]:
-    """Our own 50 problems of a language, the easiest first."""
+    """Returns our own 50 problems of a language, the easiest first."""
     text = files("dist_lm.evaluation").joinpath("problems", f"{language}.jsonl").read_text(encoding="utf-8")
     return [_own(language, json.loads(line)) for line in text.splitlines()]
 
@@ -84,56 +87,58 @@ def _own(language: Language, line: Mapping[str, Any]) -> Problem:
     name = line["id"].partition("/")[2]
     entries = {"python": (f"def {name}(",), "bash": _functions(name), "sql": ("SELECT", "select", "Select")}[language]
     closing = {"python": "", "bash": "\n}\n", "sql": ";\n"}[language]
-    tests = tuple(Test(**test) for test in line["tests"])
-    stops = OWN_STOPS[language]
+
     return Problem(
-        line["id"],
-        language,
-        line["prompt"],
-        tests,
-        line["solution"],
-        stops,
-        closing,
+        id=line["id"],
+        language=language,
+        prompt=line["prompt"],
+        tests=tuple(Test(**test) for test in line["tests"]),
+        solution=line["solution"],
+        stop=OWN_STOPS[language],
+        closing=closing,
         entries=entries,
         level=line["level"],
     )
 
 
 def _functions(name: str) -> tuple[str, ...]:
-    """How the function `name` may begin in Bash."""
+    """Returns the ways in which the function `name` may begin in Bash."""
     return f"{name}()", f"{name} ()", f"function {name}"
 
 
 def own_infills() -> list[Problem]:
-    """Our Python problems whose solution has several lines, each with one line of it left out."""
-    found = []
+    """Returns our Python problems whose solution has several lines, each with one line of it left out."""
+    infills = []
     for problem in own_problems("python"):
         lines = problem.solution.splitlines(keepends=True)
         if len(lines) < 2:
             continue
-        place = len(lines) // 2
-        middle, indent = lines[place], len(lines[place]) - len(lines[place].lstrip())
-        found.append(
+
+        # The indentation of the missing line belongs to the prompt.
+        index = len(lines) // 2
+        line = lines[index]
+        indent = len(line) - len(line.lstrip())
+        infills.append(
             replace(
                 problem,
                 id=problem.id.replace("python/", "infill/"),
-                prompt=problem.prompt + "".join(lines[:place]) + middle[:indent],
-                solution=middle[indent:].rstrip("\n"),
-                suffix="\n" + "".join(lines[place + 1 :]),
+                prompt=problem.prompt + "".join(lines[:index]) + line[:indent],
+                solution=line[indent:].rstrip("\n"),
+                suffix="\n" + "".join(lines[index + 1 :]),
                 stop=("\n",),
             )
         )
-    return found
+    return infills
 
 
-# --- files of others ---
+# --- published files ---
 
 
 def humaneval(path: Path) -> list[Problem]:
-    """HumanEval.jsonl or HumanEval.jsonl.gz (Chen et al. 2021).
+    """Reads HumanEval.jsonl or HumanEval.jsonl.gz (Chen et al. 2021).
 
     Raises:
-        ConfigError: it is not such a file.
+        ConfigError: `path` is not such a file.
     """
 
     def read(line: Mapping[str, Any]) -> Problem:
@@ -143,19 +148,19 @@ def humaneval(path: Path) -> list[Problem]:
         if name not in line["prompt"]:
             raise UserError(f"entry_point is {name}, which `prompt` does not begin")
         test = Test(code=f"{line['test']}\ncheck({name})\n")
-        known = line["canonical_solution"]
+        solution = line["canonical_solution"]
         return Problem(
-            line["task_id"], "python", line["prompt"], (test,), known, HUMANEVAL_STOPS, entries=(f"def {name}(",)
+            line["task_id"], "python", line["prompt"], (test,), solution, HUMANEVAL_STOPS, entries=(f"def {name}(",)
         )
 
     return _read("eval.humaneval", path, read)
 
 
 def mbpp(path: Path) -> list[Problem]:
-    """mbpp.jsonl or sanitized-mbpp.json (Austin et al. 2021). The prompt is a comment with text and tests.
+    """Reads mbpp.jsonl or sanitized-mbpp.json (Austin et al. 2021). The prompt is a comment with text and tests.
 
     Raises:
-        ConfigError: it is not such a file.
+        ConfigError: `path` is not such a file.
     """
 
     def read(line: Mapping[str, Any]) -> Problem:
@@ -179,65 +184,75 @@ def mbpp(path: Path) -> list[Problem]:
 
 
 def multipl_e(path: Path) -> list[Problem]:
-    """A file of MultiPL-E (Cassano et al. 2022) with programs in Python or Bash.
+    """Reads a file of MultiPL-E (Cassano et al. 2022) with programs in Python or Bash.
 
     Raises:
-        ConfigError: it is not such a file, or in another language.
+        ConfigError: `path` is not such a file, or its programs are in another language.
     """
 
     def read(line: Mapping[str, Any]) -> Problem:
         if line["language"] not in MULTIPL_E:
             raise UserError(f"language {line['language']}: the sandbox runs {' and '.join(MULTIPL_E)}")
         language = MULTIPL_E[line["language"]]
-        stops = tuple(line["stop_tokens"])
+
+        # The function to complete is the last one of the prompt.
+        entries: tuple[str, ...] = ()
+        if names := re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE):
+            name = names[-1][0] or names[-1][1]
+            entries = (f"def {name}(",) if language == "python" else _functions(name)
+
+        # Tests in Bash close the function that a stop text left open.
         tests = line["tests"].lstrip()
-        closes = tests.startswith("}")  # the tests close the function that a stop text left open
-        found = re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE)
-        name = (found[-1][0] or found[-1][1]) if found else ""
-        entries = () if not name else (f"def {name}(",) if language == "python" else _functions(name)
+        closing = "\n}\n" if tests.startswith("}") else ""
         test = Test(code=tests.removeprefix("}") + "\n")
-        closing = "\n}\n" if closes else ""
+        stops = tuple(line["stop_tokens"])
         return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entries=entries)
 
     return _read("eval.multipl_e", path, read)
 
 
 def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) -> list[Problem]:
-    """The problems of a file.
+    """Returns the problems of a file. `read` makes a problem of a JSON object.
 
     Raises:
-        ConfigError: names the key, the file, the line, and what is wrong with it.
+        ConfigError: names the key, the file, the line, and the fault.
     """
-    found: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     place = ""
     try:
-        for where, line in _lines(path):
-            place = where
+        for line_name, line in _lines(path):
+            place = line_name
             problem = read(json.loads(line) if isinstance(line, str) else line)
             if not any((test.code if test.stdout is None else test.stdout).strip() for test in problem.tests):
                 raise UserError("it has no tests, so every program would pass")
             refuse_broken(problem.language, problem.tests)
-            if problem.id in found:
+            if problem.id in problems:
                 raise UserError(f"{problem.id} occurs twice; expected problems with different ids")
-            found[problem.id] = problem
+            problems[problem.id] = problem
     except OSError as error:
         raise ConfigError(f"{key}={path}: cannot be read ({error.strerror or error})") from error
     except UserError as error:
         raise ConfigError(f"{key}={path}{place}: {error}") from error
     except KeyError as error:
         raise ConfigError(f"{key}={path}{place}: not the published format: no field {error}") from error
-    except (ValueError, TypeError, AttributeError, EOFError, zlib.error) as error:  # the last two: of gzip
+    except (ValueError, TypeError, AttributeError, EOFError, zlib.error) as error:  # gzip raises the last two
         raise ConfigError(f"{key}={path}{place}: not the published format ({type(error).__name__}: {error})") from error
-    if not found:
+
+    if not problems:
         raise ConfigError(f"{key}={path}: expected problems; the file has none")
-    return [*found.values()]
+    return [*problems.values()]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place in the file, for messages; its text, or its value in a file that is one JSON list) of each problem."""
+    """Yields (place in the file for messages, problem) for each problem.
+
+    A problem is a line of JSON, or a value of the list that the file holds.
+    """
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     if text.lstrip().startswith("["):
-        yield from ((f" entry {number}", entry) for number, entry in enumerate(json.loads(text), 1))
-    else:  # not splitlines: JSON may hold U+2028 as it is
-        yield from ((f" line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        yield from ((f" entry {number}", problem) for number, problem in enumerate(json.loads(text), 1))
+        return
+
+    # No splitlines: JSON may hold U+2028 as it is.
+    yield from ((f" line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())

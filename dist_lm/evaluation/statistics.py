@@ -1,4 +1,4 @@
-"""Figures of sampled answers with their uncertainty: pass@k, intervals, and paired tests of two models.
+"""Computes figures of sampled answers with their uncertainty: pass@k, intervals, and paired tests of two models.
 
 Everything is a function of its inputs: the bootstrap draws from a generator with a fixed seed.
 """
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 10_000
-AT_ONCE = 1 << 18  # items drawn at a time: a block stays in the cache
-LEVEL = 0.95  # of intervals
+AT_ONCE = 1 << 18  # items drawn at a time, so that a block stays in the CPU's cache
+LEVEL = 0.95  # confidence level of intervals
 SEED = 0
-BISECTIONS = 50  # to 1e-15
+BISECTIONS = 50  # give a precision of 1e-15
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Estimate:
     tasks: int
 
     def __str__(self) -> str:
-        """`0.420 [0.280, 0.560]`."""
+        """Returns `0.420 [0.280, 0.560]`."""
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Whether two models differ on the same tasks."""
+    """The difference of two models on the same tasks, with its interval and p value."""
 
     difference: float  # mean over tasks, second model minus first
     low: float
@@ -42,10 +42,10 @@ class PairedTest:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Probability that one of k samples passes, estimated without bias: Chen et al. 2021, equation 1.
+    """Estimates the probability that one of k samples passes, without bias: Chen et al. 2021, equation 1.
 
     Args:
-        samples: drawn for a task, at least k; `passed` of them pass.
+        samples: number of samples of a task, at least k; `passed` of them pass.
     """
     assert 0 <= passed <= samples >= k > 0
     if samples - passed < k:
@@ -54,7 +54,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value a task.
+    """Returns the mean over tasks with its interval, from one value for each task.
 
     Values that are all 0 or 1 have the exact binomial interval: a bootstrap of equal values has no width. Any others
     are resampled (Efron 1979, percentile interval).
@@ -69,9 +69,9 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def binomial_interval(passed: int, tasks: int) -> tuple[float, float]:
-    """The interval of a share (Clopper and Pearson 1934): neither end is refuted by a one-sided test at (1 - LEVEL)/2.
+    """Returns the interval of a share: neither end is refuted by a one-sided test at (1 - LEVEL)/2.
 
-    It covers the true share with probability LEVEL at least, for any number of tasks.
+    Source: Clopper and Pearson 1934. It covers the true share with probability LEVEL at least, for any number of tasks.
     """
     assert 0 <= passed <= tasks > 0
     tail = (1 - LEVEL) / 2
@@ -81,7 +81,7 @@ def binomial_interval(passed: int, tasks: int) -> tuple[float, float]:
 
 
 def _at_most(passed: int, tasks: int, share: float) -> float:
-    """P(X <= passed) of X ~ Binomial(tasks, share), 0 < share < 1."""
+    """Returns P(X <= passed) for X ~ Binomial(tasks, share), 0 < share < 1."""
     passes = np.arange(passed + 1)
     choices = [math.lgamma(tasks + 1) - math.lgamma(x + 1) - math.lgamma(tasks - x + 1) for x in range(passed + 1)]
     logs = np.array(choices) + passes * math.log(share) + (tasks - passes) * math.log1p(-share)
@@ -89,24 +89,28 @@ def _at_most(passed: int, tasks: int, share: float) -> float:
 
 
 def _share_where(is_above: Callable[[float], bool]) -> float:
-    """The share at which a condition begins to hold, by bisection."""
+    """Returns the share at which a condition begins to hold, by bisection."""
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if is_above(middle) else (middle, high)
+        if is_above(middle):
+            high = middle
+        else:
+            low = middle
     return (low + high) / 2
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """The ratio of two sums over items, such as bits and bytes of documents; items are resampled."""
-    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
-    ratios = np.concatenate([above[drawn].sum(axis=1) / below[drawn].sum(axis=1) for drawn in _resamples(len(above))])
+    """Returns the ratio of two sums over items, such as bits and bytes of documents; items are resampled."""
+    above = np.asarray(numerators, np.float64)
+    below = np.asarray(denominators, np.float64)
+    ratios = np.concatenate([above[index].sum(axis=1) / below[index].sum(axis=1) for index in _resamples(len(above))])
     low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Compare two models by one value a task, in the same order.
+    """Compares two models by one value for each task, in the same order.
 
     McNemar's exact test (binomial) if all values are 0 or 1. Otherwise a permutation test that flips the signs of the
     tasks' differences.
@@ -114,20 +118,25 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     assert len(first) == len(second) > 0
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     low, high = np.quantile(_resampled_means(difference), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    binary = {*first, *second} <= {0.0, 1.0}
-    if binary:
+
+    if {*first, *second} <= {0.0, 1.0}:
+        method = "McNemar"
         p = mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
     else:
-        chance = np.random.default_rng(SEED)
-        signs = (chance.choice([-1.0, 1.0], size=shape) for shape in _blocks(len(difference)))
-        means = np.abs(np.concatenate([(some * difference).mean(axis=1) for some in signs]))
-        # the observed assignment counts as one, so p is never 0 (Phipson and Smyth 2010)
+        method = "permutation"
+        generator = np.random.default_rng(SEED)
+        signs = (generator.choice([-1.0, 1.0], size=shape) for shape in _blocks(len(difference)))
+        means = np.abs(np.concatenate([(block * difference).mean(axis=1) for block in signs]))
+        # The observed assignment counts as one, so p is never 0 (Phipson and Smyth 2010).
         p = (1 + int((means >= abs(difference.mean()) - 1e-12).sum())) / (1 + RESAMPLES)
-    return PairedTest(float(difference.mean()), float(low), float(high), p, "McNemar" if binary else "permutation")
+    return PairedTest(float(difference.mean()), float(low), float(high), p, method)
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided exact p value of McNemar's test (1947): tasks that only one of two models passes."""
+    """Returns the two-sided exact p value of McNemar's test (1947).
+
+    `gained` and `lost` count the tasks that only the second or only the first of two models passes.
+    """
     total = gained + lost
     if total == 0:
         return 1.0
@@ -136,19 +145,19 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def _resampled_means(values: np.ndarray) -> np.ndarray:
-    return np.concatenate([values[drawn].mean(axis=1) for drawn in _resamples(len(values))])
+    return np.concatenate([values[index].mean(axis=1) for index in _resamples(len(values))])
 
 
-def _resamples(items: int) -> Iterator[np.ndarray]:
-    """`RESAMPLES` draws of `items` items with replacement, as blocks of indices [resamples, items].
+def _resamples(n_items: int) -> Iterator[np.ndarray]:
+    """Yields `RESAMPLES` draws of `n_items` items with replacement, as blocks of indices [resamples, items].
 
     The generator is read in the same order whatever the size of a block, so the draws are the same.
     """
-    chance = np.random.default_rng(SEED)
-    return (chance.integers(items, size=shape) for shape in _blocks(items))
+    generator = np.random.default_rng(SEED)
+    return (generator.integers(n_items, size=shape) for shape in _blocks(n_items))
 
 
-def _blocks(items: int) -> Iterator[tuple[int, int]]:
-    """Shapes [resamples, items] of about `AT_ONCE` items, `RESAMPLES` rows together."""
-    rows = max(1, AT_ONCE // items)
-    return ((min(rows, RESAMPLES - begin), items) for begin in range(0, RESAMPLES, rows))
+def _blocks(n_items: int) -> Iterator[tuple[int, int]]:
+    """Yields shapes [resamples, items] of about `AT_ONCE` items each and `RESAMPLES` rows in total."""
+    rows = max(1, AT_ONCE // n_items)
+    return ((min(rows, RESAMPLES - begin), n_items) for begin in range(0, RESAMPLES, rows))

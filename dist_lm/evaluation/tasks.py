@@ -1,4 +1,4 @@
-"""Tasks of stage `evaluate`: what a model is asked, and how its answers are judged.
+"""Defines the tasks of stage `evaluate`: the questions to a model, and how its answers are judged.
 
 An item is one question of a task. Code is judged by its tests in the sandbox, beside generation; calls of functions are
 compared with the expected ones.
@@ -14,11 +14,15 @@ from dist_lm.chat.template import prompt as chat_prompt
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.evaluation import CODE_TASKS, FILE_TASKS, LOOP_TASKS
 from dist_lm.data.infill import InfillMarks
+from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.prompts import Prompt
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.evaluation.bfcl_questions import BfclQuestion, find_data, read_questions
+from dist_lm.evaluation.bfcl_score import is_right
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
+from dist_lm.evaluation.tool_questions import Asked, choose
+from dist_lm.evaluation.tool_score import judge, read_answer
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
@@ -31,14 +35,14 @@ READERS = dict(zip(FILE_TASKS, (humaneval, mbpp, multipl_e), strict=True))
 INFILL, TOOLS, BFCL, BITS, REWARD = "infill", "tools", "bfcl", "bits_per_byte", "reward"
 TASKS = (*LOOP_TASKS, BITS, REWARD)
 CHATS = ("tools", "rlhf", "preference")  # stages whose models answer requests
-TURN_TOKENS = 512  # of an answer with calls
-QUESTIONS = 100  # of each kind of conversation
-CPU_S = 3.0  # of a program with its tests
+TURN_TOKENS = 512  # most tokens of an answer with calls
+QUESTIONS = 100  # questions of each kind of conversation
+CPU_S = 3.0  # CPU seconds of a program with its tests
 
 Record = dict[str, Any]
-"""`passed`, `outcome`, `text` of an answer, and what else its task knows."""
+"""The judgement of an answer: `passed`, `outcome`, and further facts of its task."""
 Judge = Callable[[Answer, Sandboxes | None], Callable[[], Record]]
-"""(answer, sandboxes) -> a function that waits for the judgement."""
+"""Function of (answer, sandboxes) that begins a judgement and returns a function that waits for it."""
 
 
 @dataclass(frozen=True)
@@ -49,30 +53,30 @@ class Item:
     group: str  # level, kind or category
     prompt: Sequence[int]
     params: SamplingParams
-    n: int  # answers
+    n: int  # number of answers
     judge: Judge
-    error: str = ""  # why it cannot be asked; it counts as failed
+    error: str = ""  # why it cannot be asked; such a question counts as failed
 
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put to one model."""
+    """The settings by which a model is asked."""
 
     tokenizer: Tokenizer
-    context: int
-    chat: bool  # questions are turns of a user
-    params: SamplingParams  # of code
-    n: int  # answers to a question about code
+    context: int  # the model's maximum sequence length
+    chat: bool  # whether questions are turns of a user
+    params: SamplingParams  # for questions about code
+    n: int  # number of answers to a question about code
     limits: Limits
 
     @classmethod
     def greedy(cls, tokenizer: Tokenizer, context: int, chat: bool, new_tokens: int) -> "Asking":
-        """One answer a question, the likeliest token each time."""
+        """Returns the settings for one greedy answer to each question."""
         return cls(tokenizer, context, chat, SamplingParams(new_tokens, 0.0), 1, limits_of(CPU_S))
 
 
 def limits_of(cpu_s: float) -> Limits:
-    """The limits of a program with its tests."""
+    """Returns the limits of a program with its tests."""
     return Limits(cpu_s=cpu_s, wall_s=max(4.0, 8 * cpu_s))
 
 
@@ -82,7 +86,7 @@ def asks_as_chat(stage: str, tokenizer: Tokenizer) -> bool:
 
 
 def check_tasks(tasks: Sequence[str], files: Mapping[str, Path], trust_me: bool) -> None:
-    """Read the files of tasks, and see that their programs can run.
+    """Refuses tasks whose files cannot be read, or whose programs cannot run here.
 
     Raises:
         UserError: a file is missing or invalid, or there is no sandbox.
@@ -97,12 +101,12 @@ def check_tasks(tasks: Sequence[str], files: Mapping[str, Path], trust_me: bool)
 def items_of(
     task: str, asking: Asking, files: Mapping[str, Path], corpora: Path, prompts: Sequence[Prompt] = ()
 ) -> list[Item]:
-    """The questions of a task, the same at every call.
+    """Returns the questions of a task, the same at every call.
 
     Args:
-        files: of the tasks in FILE_TASKS.
+        files: files of the tasks in FILE_TASKS.
         corpora: folder of the work directory's corpora, for the task tools.
-        prompts: for the task reward.
+        prompts: prompts for the task reward.
 
     Raises:
         UserError: a file or a package is missing, or the tokenizer lacks a mark.
@@ -122,29 +126,33 @@ def items_of(
 
 
 def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
-    """Problems as completions of a base model, or requests to a chat model."""
+    """Returns problems as beginnings for a base model to complete, or as requests to a chat model."""
 
     def judge_of(problem: Problem) -> Judge:
-        def judge(answer: Answer, sandboxes: Sandboxes | None) -> Callable[[], Record]:
-            ended = answer.finish == "stop"
-            program = problem.answered(answer.text) if asking.chat else problem.completed(answer.text, ended)
+        def judge_program(answer: Answer, sandboxes: Sandboxes | None) -> Callable[[], Record]:
+            if asking.chat:
+                program = problem.answered(answer.text)
+            else:
+                program = problem.completed(answer.text, stopped=answer.finish == "stop")
             return executed(program, sandboxes, asking.limits)
 
-        return judge
+        return judge_program
 
-    def item(problem: Problem) -> Item:
+    items = []
+    for problem in problems:
         if asking.chat:
             tokens = chat_prompt(Conversation((Message("user", problem.question),)), asking.tokenizer)
             params = replace(asking.params, stop_tokens=stop_tokens(asking.tokenizer))
         else:
-            tokens, params = asking.tokenizer.encode_prompt(problem.prompt), replace(asking.params, stop=problem.stop)
-        return _fitting(Item(problem.id, group_of(problem), tokens, params, asking.n, judge_of(problem)), asking)
-
-    return [item(problem) for problem in problems]
+            tokens = asking.tokenizer.encode_prompt(problem.prompt)
+            params = replace(asking.params, stop=problem.stop)
+        item = Item(problem.id, group_of(problem), tokens, params, asking.n, judge_of(problem))
+        items.append(_fitting(item, asking))
+    return items
 
 
 def infill_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
-    """Lines to fill in.
+    """Returns lines to fill in, between the code before and behind them.
 
     Raises:
         UserError: the tokenizer lacks the marks.
@@ -154,31 +162,24 @@ def infill_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
     def judge_of(problem: Problem) -> Judge:
         return lambda answer, sandboxes: executed(problem.completed(answer.text), sandboxes, asking.limits)
 
-    return [
-        _fitting(
-            Item(
-                problem.id,
-                group_of(problem),
-                marks.prompt(
-                    asking.tokenizer.encode_prompt(problem.prompt), asking.tokenizer.encode(problem.suffix or "")
-                ),
-                replace(asking.params, stop=problem.stop),
-                asking.n,
-                judge_of(problem),
-            ),
-            asking,
-        )
-        for problem in problems
-    ]
+    items = []
+    for problem in problems:
+        prefix = asking.tokenizer.encode_prompt(problem.prompt)
+        suffix = asking.tokenizer.encode(problem.suffix or "")
+        params = replace(asking.params, stop=problem.stop)
+        tokens = marks.prompt(prefix, suffix)
+        item = Item(problem.id, group_of(problem), tokens, params, asking.n, judge_of(problem))
+        items.append(_fitting(item, asking))
+    return items
 
 
 def group_of(problem: Problem) -> str:
-    """The level of one of our problems."""
+    """Returns the level of one of our problems; empty for published ones."""
     return f"level {problem.level}" if problem.level else ""
 
 
 def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> Callable[[], Record]:
-    """Start the tests of a program; the record has their outcome."""
+    """Starts the tests of a program and returns a function that waits for the record of their outcome."""
     assert sandboxes is not None, "code is executed in a sandbox only"
     future = sandboxes.submit(program, limits)
 
@@ -195,74 +196,80 @@ def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> C
 
 
 def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:
-    """Prompts whose answers a reward model scores later."""
-
-    def item(prompt: Prompt) -> Item:
+    """Returns prompts whose answers a reward model scores later."""
+    record: Record = {"passed": True, "outcome": "answered"}
+    items = []
+    for prompt in prompts:
         tokens, params = asking.tokenizer.encode_prompt(prompt.text), asking.params
         if asking.chat:
             tokens = chat_prompt(Conversation((Message("user", prompt.text),)), asking.tokenizer)
             params = replace(params, stop_tokens=stop_tokens(asking.tokenizer))
-        answered: Record = {"passed": True, "outcome": "answered"}
-        return _fitting(Item(str(prompt.id), "", tokens, params, 1, lambda *_: lambda: answered), asking)
-
-    return [item(prompt) for prompt in prompts]
+        item = Item(str(prompt.id), "", tokens, params, 1, lambda *_: lambda: record)
+        items.append(_fitting(item, asking))
+    return items
 
 
 def tool_items(asking: Asking, folder: Path) -> list[Item]:
-    """Questions of held-out conversations with tools, answered greedily. Their ids are the same for every model.
+    """Returns questions of held-out conversations with tools, for greedy answers. All models have the same ids.
 
     Raises:
         ArtefactError: there are no conversations, or they were written with an unknown tokenizer.
     """
-    from dist_lm.data.manifest import manifest_path, read_manifest
-    from dist_lm.evaluation.tool_questions import choose
-    from dist_lm.evaluation.tool_score import judge, read_answer
-
     if not manifest_path(folder).is_file():
         raise ArtefactError(f"{folder}: no conversations for stage.tasks=[tools]: run stage=tools first")
-    corpus, manifest, written = TokenCorpus.open(folder, "val"), read_manifest(folder), asking.tokenizer
-    if written.sha256 != manifest.recipe.tokenizer_sha256:  # the model has another one than the work directory
-        written = Tokenizer.load(WorkDirectory(folder.parents[1]).tokenizer_model)
-        manifest.require_tokenizer(written.sha256, folder)
+    corpus, manifest = TokenCorpus.open(folder, "val"), read_manifest(folder)
+
+    # The model may have another tokenizer than the work directory.
+    corpus_tokenizer = asking.tokenizer
+    if corpus_tokenizer.sha256 != manifest.recipe.tokenizer_sha256:
+        corpus_tokenizer = Tokenizer.load(WorkDirectory(folder.parents[1]).tokenizer_model)
+        manifest.require_tokenizer(corpus_tokenizer.sha256, folder)
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
-    def item(asked: Any) -> Item:
-        def judged(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
+    def judge_of(asked: Asked) -> Judge:
+        def judge_turn(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
             turn = read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer)
             verdict = judge(turn, asked.question.expected, asked.question.asked.tools)
-            outcome = "passed" if verdict.exact else "failed" if verdict.is_turn else "no turn"
+            outcome = "no turn"
+            if verdict.is_turn:
+                outcome = "passed" if verdict.exact else "failed"
             return lambda: {"passed": verdict.exact, "outcome": outcome}
 
-        name = f"tools/{asked.document}.{asked.place}"
-        return _fitting(Item(name, asked.question.kind, asked.prompt, params, 1, judged), asking)
+        return judge_turn
 
-    return [item(asked) for asked in choose(corpus, asking.tokenizer, QUESTIONS, asking.context, written)]
+    items = []
+    for asked in choose(corpus, asking.tokenizer, QUESTIONS, asking.context, corpus_tokenizer):
+        name = f"tools/{asked.document}.{asked.place}"
+        item = Item(name, asked.question.kind, asked.prompt, params, 1, judge_of(asked))
+        items.append(_fitting(item, asking))
+    return items
 
 
 def bfcl_items(asking: Asking, questions: Sequence[BfclQuestion]) -> list[Item]:
-    """Questions of the Berkeley Function Calling Leaderboard, answered greedily."""
-    from dist_lm.evaluation.bfcl import is_right
-    from dist_lm.evaluation.tool_score import read_answer
-
+    """Returns questions of the Berkeley Function Calling Leaderboard, for greedy answers."""
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
-    def item(question: BfclQuestion) -> Item:
-        def judged(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
+    def judge_of(question: BfclQuestion) -> Judge:
+        def judge_turn(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
             turn = read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer)
             right = is_right(turn, question)
             return lambda: {"passed": right, "outcome": "passed" if right else "failed", "is_turn": turn is not None}
 
-        try:
-            tokens = chat_prompt(question.asked, asking.tokenizer)
-        except UserError as error:
-            return Item(question.id, question.category, (), params, 1, judged, f"not a valid conversation: {error}")
-        return _fitting(Item(question.id, question.category, tokens, params, 1, judged), asking)
+        return judge_turn
 
-    return [item(question) for question in questions]
+    items = []
+    for question in questions:
+        item = Item(question.id, question.category, (), params, 1, judge_of(question))
+        try:
+            item = _fitting(replace(item, prompt=chat_prompt(question.asked, asking.tokenizer)), asking)
+        except UserError as error:
+            item = replace(item, error=f"not a valid conversation: {error}")
+        items.append(item)
+    return items
 
 
 def _fitting(item: Item, asking: Asking) -> Item:
-    """The item; if its prompt leaves no space for an answer, with the error."""
+    """Returns the item; if its prompt leaves no space for an answer, with an error in place of the prompt."""
     if len(item.prompt) < asking.context:
         return item
     return replace(item, prompt=(), error=f"{len(item.prompt)} tokens, the model's context is {asking.context}")

@@ -1,4 +1,4 @@
-"""Questions about tool use: turns of held-out conversations in which the assistant decides whether and what to call.
+"""Selects questions about tool use: turns of held-out conversations in which the assistant decides what to call.
 
 A turn is asked if it contains calls or answers the user. A turn that puts tool results into words is not asked, because
 many wordings are correct.
@@ -15,16 +15,16 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 # Conversations of these kinds give one question; all others give one for every decision.
-FIRST = ("single", "parallel", "hub")  # the first decision: no earlier call shows how to use the tool
-LAST = ("recovery", "answer")  # the last one, which the kind is about (the call after an error, the answer without one)
-OWN = "tools_"  # the prefix of the corpus's language names; the rest of a name is the kind
+FIRST = ("single", "parallel", "hub")  # first decision: no earlier call shows how to use the tool
+LAST = ("recovery", "answer")  # last decision, which the kind is about: the call after an error, the answer without one
+OWN = "tools_"  # prefix of the corpus's language names; the rest of a name is the kind
 
 
 @dataclass(frozen=True)
 class Question:
     """A turn that the assistant has to write."""
 
-    kind: str  # of the conversation: single, parallel, ...
+    kind: str  # kind of the conversation: single, parallel, ...
     asked: Conversation  # the messages before the turn
     expected: Message
 
@@ -36,58 +36,66 @@ class Asked:
     question: Question
     prompt: list[int]
     expected: list[int]  # the expected turn, with the mark that ends it
-    document: int = 0  # of the corpus
+    document: int = 0  # index in the corpus
 
     @property
     def place(self) -> int:
-        """The turn's number in its conversation."""
+        """Index of the turn in its conversation."""
         return len(self.question.asked.messages)
 
 
 def questions_of(conversation: Conversation, kind: str) -> list[Question]:
-    """The questions of one conversation; none if it has no tools or its calls cannot be checked."""
+    """Returns the questions of one conversation; none if it has no tools or its calls cannot be checked."""
     if not conversation.tools or not _can_be_checked(conversation):
         return []
+
     messages = conversation.messages
-    places = [
-        number
-        for number, message in enumerate(messages)
-        if message.role == "assistant" and (message.calls or messages[number - 1].role == "user")
+    decisions = [
+        index
+        for index, message in enumerate(messages)
+        if message.role == "assistant" and (message.calls or messages[index - 1].role == "user")
     ]
     if kind in FIRST:
-        places = places[:1]
+        decisions = decisions[:1]
     elif kind in LAST:
-        places = places[-1:]
+        decisions = decisions[-1:]
+
+    # A call of a tool that is not offered cannot be expected.
+    names = {tool.name for tool in conversation.tools}
     return [
-        Question(kind, Conversation(messages[:place], conversation.tools), messages[place])
-        for place in places
-        if all(call.name in {tool.name for tool in conversation.tools} for call in messages[place].calls)
+        Question(kind, Conversation(messages[:index], conversation.tools), messages[index])
+        for index in decisions
+        if all(call.name in names for call in messages[index].calls)
     ]
 
 
 def choose(
     corpus: TokenCorpus, tokenizer: Tokenizer, per_kind: int, context: int, written: Tokenizer | None = None
 ) -> list[Asked]:
-    """The first `per_kind` questions of each kind in a corpus, sorted by kind; every call returns the same ones.
+    """Returns the first `per_kind` questions of each kind in a corpus, sorted by kind; every call returns the same.
 
     Args:
-        tokenizer: of the model that is asked.
+        tokenizer: tokenizer of the model that is asked.
         context: the model's maximum sequence length; a question is skipped if prompt and expected turn exceed it.
         written: the tokenizer that the corpus was written with; None: the model's.
     """
-    chosen: dict[str, list[Asked]] = {}
+    questions_by_kind: dict[str, list[Asked]] = {}
     kinds = [name.removeprefix(OWN) for name in corpus.languages]
     for document, code in enumerate(corpus.language_codes.tolist()):
-        kept = chosen.setdefault(kinds[code], [])
-        if len(kept) < per_kind:
-            tokens = corpus.tokens(document, 0, int(corpus.lengths[document]))
-            found = questions_of(parse(tokens.tolist(), written or tokenizer), kinds[code])
-            kept += [one for one in asked(found, tokenizer, document) if len(one.prompt) + len(one.expected) <= context]
-    return [one for _, kept in sorted(chosen.items()) for one in kept[:per_kind]]
+        questions = questions_by_kind.setdefault(kinds[code], [])
+        if len(questions) >= per_kind:
+            continue
+
+        tokens = corpus.tokens(document, 0, int(corpus.lengths[document]))
+        conversation = parse(tokens.tolist(), written or tokenizer)
+        for question in asked(questions_of(conversation, kinds[code]), tokenizer, document):
+            if len(question.prompt) + len(question.expected) <= context:
+                questions.append(question)
+    return [question for _, questions in sorted(questions_by_kind.items()) for question in questions[:per_kind]]
 
 
 def asked(questions: Iterable[Question], tokenizer: Tokenizer, document: int = 0) -> list[Asked]:
-    """Tokenize questions of a document."""
+    """Encodes questions of a document with this index."""
     return [
         Asked(
             question,

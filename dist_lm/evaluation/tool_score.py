@@ -1,4 +1,4 @@
-"""Scores of tool use: compare one turn with the expected one, then compute shares over many. Pure functions.
+"""Scores tool use: compares one turn with the expected one, then computes shares over many turns.
 
 Calls are compared as the Berkeley Function Calling Leaderboard compares them (`chat.compare`).
 """
@@ -18,7 +18,7 @@ Wanted = TypeVar("Wanted")
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result for one turn."""
+    """The score of one turn."""
 
     wanted: int  # number of expected calls
     is_turn: bool  # the tokens parse as a turn, and the model ended it
@@ -30,20 +30,20 @@ class Verdict:
 
     @property
     def parses(self) -> bool:
-        """A turn, with a call if one was expected."""
+        """Whether it is a turn, with a call if one was expected."""
         return self.is_turn and (self.called or not self.wanted)
 
     @property
     def refused(self) -> bool:
-        """An answer in words although a call was expected."""
+        """Whether it is an answer in words although a call was expected."""
         return self.is_turn and not self.called and self.wanted > 0
 
 
 def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer) -> Message | None:
-    """Parse the turn that a model wrote.
+    """Parses the turn that a model wrote.
 
     Args:
-        ended: the model wrote the end of its turn, so that the turn was not cut off.
+        ended: whether the model wrote the end of its turn, so that the turn was not cut off.
 
     Returns:
         The turn, or None if it was cut off or does not parse.
@@ -56,39 +56,40 @@ def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer) -> Mes
         return None
 
 
-def judge(found: Message | None, expected: Message, tools: Sequence[Tool]) -> Verdict:
-    """Compare a turn (None: it does not parse) with the expected one, given the offered tools."""
-    calls = found.calls if found else ()
-    wanted = expected.calls
+def judge(turn: Message | None, expected: Message, tools: Sequence[Tool]) -> Verdict:
+    """Compares a turn (None: it does not parse) with the expected one, given the offered tools."""
+    calls = turn.calls if turn else ()
+    expected_calls = expected.calls
+    names = sorted(call.name for call in calls)
     return Verdict(
-        wanted=len(wanted),
-        is_turn=found is not None,
+        wanted=len(expected_calls),
+        is_turn=turn is not None,
         called=bool(calls),
         valid=bool(calls) and all(_fits(call, tools) for call in calls),
-        names=found is not None and sorted(call.name for call in calls) == sorted(call.name for call in wanted),
-        right=calls_made(calls, wanted, tools),
-        exact=found is not None and same_calls(calls, wanted, tools),
+        names=turn is not None and names == sorted(call.name for call in expected_calls),
+        right=calls_made(calls, expected_calls, tools),
+        exact=turn is not None and same_calls(calls, expected_calls, tools),
     )
 
 
-def calls_made(found: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> int:
-    """Number of expected calls that were made; one call found matches at most one expected call."""
-    by_name = {tool.name: tool for tool in tools}
-    return matched(found, expected, lambda call, wanted: same_call(call, wanted, by_name[wanted.name]))
+def calls_made(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> int:
+    """Returns the number of expected calls that were made; a call matches at most one expected call."""
+    tool_of = {tool.name: tool for tool in tools}
+    return matched(calls, expected, lambda call, target: same_call(call, target, tool_of[target.name]))
 
 
-def matched(found: Sequence[Call], expected: Iterable[Wanted], same: Callable[[Call, Wanted], bool]) -> int:
-    """Number of `expected` that a call found is the same as, in any order and each call once."""
-    left = list(found)
-    for wanted in expected:
-        place = next((place for place, call in enumerate(left) if same(call, wanted)), None)
-        if place is not None:
-            left.pop(place)
-    return len(found) - len(left)
+def matched(calls: Sequence[Call], expected: Iterable[Wanted], same: Callable[[Call, Wanted], bool]) -> int:
+    """Returns how many of `expected` are the same as a call, in any order and each call once."""
+    unmatched = list(calls)
+    for target in expected:
+        index = next((index for index, call in enumerate(unmatched) if same(call, target)), None)
+        if index is not None:
+            unmatched.pop(index)
+    return len(calls) - len(unmatched)
 
 
 def figures(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, float]:
-    """Metrics of all (kind, verdict) pairs: `tools/NAME` over all, `tools/NAME_KIND` for each kind.
+    """Returns metrics of (kind, verdict) pairs: `tools/NAME` over all, `tools/NAME_KIND` for each kind.
 
     Over turns with an expected call: parses, valid_call, name_exact, call_exact, false_refusals (shares of turns),
     args_exact (share of expected calls), and parallel_exact over turns with several expected calls.
@@ -97,36 +98,40 @@ def figures(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, float]:
     by_kind: dict[str, list[Verdict]] = {}
     for kind, verdict in verdicts:
         by_kind.setdefault(kind, []).append(verdict)
-    everything = [verdict for found in by_kind.values() for verdict in found]
-    found = {f"tools/{name}": share for name, share in _shares(everything).items()}
-    for kind, part in sorted(by_kind.items()):
-        of_kind = {name: share for name, share in _shares(part).items() if name != "parallel_exact"}
-        found |= {f"tools/{name}_{kind}": share for name, share in of_kind.items()}
-    return found
+
+    all_verdicts = [verdict for of_kind in by_kind.values() for verdict in of_kind]
+    metrics = {f"tools/{name}": share for name, share in _shares(all_verdicts).items()}
+    for kind, of_kind in sorted(by_kind.items()):
+        for name, share in _shares(of_kind).items():
+            if name != "parallel_exact":
+                metrics[f"tools/{name}_{kind}"] = share
+    return metrics
 
 
 def _shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    calling = [verdict for verdict in verdicts if verdict.wanted]
-    several = [verdict for verdict in calling if verdict.wanted > 1]
-    words = [verdict for verdict in verdicts if not verdict.wanted]
-    found = {}
-    if calling:
-        found["parses"] = _share(verdict.parses for verdict in calling)
-        found["valid_call"] = _share(verdict.valid for verdict in calling)
-        found["name_exact"] = _share(verdict.names for verdict in calling)
-        found["args_exact"] = sum(verdict.right for verdict in calling) / sum(verdict.wanted for verdict in calling)
-        found["call_exact"] = _share(verdict.exact for verdict in calling)
-        found["false_refusals"] = _share(verdict.refused for verdict in calling)
-    if several:
-        found["parallel_exact"] = _share(verdict.exact for verdict in several)
-    if words:
-        found["irrelevance"] = _share(verdict.exact for verdict in words)
-    return found
+    with_calls = [verdict for verdict in verdicts if verdict.wanted]
+    with_several = [verdict for verdict in with_calls if verdict.wanted > 1]
+    in_words = [verdict for verdict in verdicts if not verdict.wanted]
+
+    shares = {}
+    if with_calls:
+        num_expected = sum(verdict.wanted for verdict in with_calls)
+        shares["parses"] = _share(verdict.parses for verdict in with_calls)
+        shares["valid_call"] = _share(verdict.valid for verdict in with_calls)
+        shares["name_exact"] = _share(verdict.names for verdict in with_calls)
+        shares["args_exact"] = sum(verdict.right for verdict in with_calls) / num_expected
+        shares["call_exact"] = _share(verdict.exact for verdict in with_calls)
+        shares["false_refusals"] = _share(verdict.refused for verdict in with_calls)
+    if with_several:
+        shares["parallel_exact"] = _share(verdict.exact for verdict in with_several)
+    if in_words:
+        shares["irrelevance"] = _share(verdict.exact for verdict in in_words)
+    return shares
 
 
-def _share(values: Iterable[bool]) -> float:
-    counted = list(values)
-    return sum(counted) / len(counted)
+def _share(outcomes: Iterable[bool]) -> float:
+    counts = list(outcomes)
+    return sum(counts) / len(counts)
 
 
 def _fits(call: Call, tools: Sequence[Tool]) -> bool:

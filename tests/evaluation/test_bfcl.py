@@ -15,8 +15,9 @@ from dist_lm.chat.schema import check_tool, problems
 from dist_lm.data.sources.reader import READERS
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation import bfcl_questions
-from dist_lm.evaluation.bfcl import BfclResult, is_right, print_table
+from dist_lm.evaluation.bfcl import BfclResult, print_table
 from dist_lm.evaluation.bfcl_questions import BfclQuestion, read_questions, schema_of
+from dist_lm.evaluation.bfcl_score import is_right
 from tests.training_run import linked, write_untrained
 
 AREA = {

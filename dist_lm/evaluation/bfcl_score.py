@@ -1,0 +1,125 @@
+"""Scores turns by the rules of the Berkeley Function Calling Leaderboard (BFCL) for Python.
+
+The rules are those of `bfcl_eval/eval_checker/ast_eval/ast_checker.py` (Apache-2.0), quirks included. An answer lists
+the accepted values of each argument, and "" among them if the argument may be left out. An integer is accepted as a
+float, but not inside a list. A value may have the type of the accepted values instead of the declared type (BFCL calls
+such a value a variable), and is then compared unchanged.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dist_lm.chat.compare import standard_text
+from dist_lm.chat.messages import Call, Json, Message
+from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion
+from dist_lm.evaluation.tool_score import matched
+
+PYTHON_TYPES: dict[str, type] = {  # BFCL's type name -> type of a value
+    "string": str,
+    "any": str,
+    "integer": int,
+    "float": float,
+    "number": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "dict": dict,
+}
+LISTS = ("array", "tuple")
+
+
+def is_right(turn: Message | None, question: BfclQuestion) -> bool:
+    """Whether a turn is right; one that does not parse (None) counts as a turn without calls, as on the leaderboard."""
+    calls = turn.calls if turn else ()
+    if question.category.endswith("irrelevance"):
+        return not calls
+    if question.category.endswith("relevance"):
+        return bool(calls)
+    return right_calls(calls, question.answers, question.functions)
+
+
+def right_calls(calls: Sequence[Call], answers: Sequence[BfclAnswer], functions: Sequence[dict[str, Any]]) -> bool:
+    """Whether the calls match `answers` one to one, in any order. `functions` are BFCL's descriptions."""
+    function_of = {function["name"]: function for function in functions}
+
+    def same(call: Call, answer: BfclAnswer) -> bool:
+        ((name, accepted),) = answer.items()
+        return right_call(call, name, accepted, function_of[name])
+
+    return len(calls) == len(answers) == matched(calls, answers, same)
+
+
+def right_call(call: Call, name: str, accepted: dict[str, list[Json]], function: dict[str, Any]) -> bool:
+    """Whether a call names the function `name` and its arguments are accepted."""
+    parameters = function["parameters"].get("properties", {})
+    required = function["parameters"].get("required", [])
+    if call.name != name or any(key not in call.arguments for key in required):
+        return False
+    for key, argument in call.arguments.items():
+        if key not in parameters or key not in accepted or not _right_value(argument, accepted[key], parameters[key]):
+            return False
+    return all(key in call.arguments or "" in values for key, values in accepted.items())
+
+
+def _right_value(value: Json, accepted: list[Json], parameter: dict[str, Any]) -> bool:
+    declared = PYTHON_TYPES[parameter["type"]]
+    declared_element = PYTHON_TYPES[parameter["items"]["type"]] if parameter["type"] in LISTS else None
+    if parameter["type"] == "float" and type(value) is int:
+        value = float(value)
+
+    # A value of another type than declared may still have the type of the accepted values.
+    accepted_type = _type_of(accepted)
+    is_variable = accepted_type not in (None, declared)
+    has_declared_type = type(value) is declared
+    if has_declared_type and declared_element is not None:
+        has_declared_type = _elements_fit(value, accepted, declared_element)
+    if not has_declared_type:
+        if type(value) is not accepted_type:
+            return False
+        is_variable = True
+    if is_variable:
+        return value in accepted
+
+    if declared is dict:
+        return any(_right_object(value, candidate) for candidate in accepted)
+    if declared is list and declared_element is dict:
+        return any(_right_objects(value, candidate) for candidate in accepted)
+    if declared is str:
+        return standard_text(value) in [standard_text(text) for text in accepted if isinstance(text, str)]
+    if declared is list:
+        return list(map(_standard, value)) in [list(map(_standard, candidate)) for candidate in accepted]
+    return value in accepted
+
+
+def _type_of(accepted: list[Json]) -> type | None:
+    """Returns the type of the first accepted value; "" stands for a missing argument and does not count."""
+    return next((type(value) for value in accepted if value != ""), None)
+
+
+def _elements_fit(value: list[Json], accepted: list[Json], declared: type) -> bool:
+    """Whether, for some accepted list, each element has the declared type or the type of that list's elements."""
+    return any(
+        not isinstance(candidate, list)
+        or all(type(element) is declared or type(element) is _type_of(candidate) for element in value)
+        for candidate in accepted
+    )
+
+
+def _right_object(value: dict[str, Json], accepted: Json) -> bool:
+    """Whether an object is right. `accepted` is {key: accepted values}, "" among them if the key may be left out."""
+    if not isinstance(accepted, dict):
+        return False
+    for key, part in value.items():
+        if key not in accepted or _standard(part) not in [_standard(candidate) for candidate in accepted[key]]:
+            return False
+    return all(key in value or "" in values for key, values in accepted.items())
+
+
+def _right_objects(value: list[Json], accepted: Json) -> bool:
+    if not isinstance(accepted, list) or len(value) != len(accepted):
+        return False
+    return all(_right_object(element, candidate) for element, candidate in zip(value, accepted, strict=True))
+
+
+def _standard(value: Json) -> Json:
+    return standard_text(value) if isinstance(value, str) else value
