@@ -44,7 +44,17 @@ OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.NotEq: ast.Eq,
 }
 # Decorators that do not look at the argument names of their function.
-PLAIN_DECORATORS = {"staticmethod", "classmethod", "property", "contextmanager", "cache", "wraps", "setter", "override"}
+PLAIN_DECORATORS = {
+    "staticmethod",
+    "classmethod",
+    "property",
+    "contextmanager",
+    "cache",
+    "lru_cache",
+    "wraps",
+    "setter",
+    "override",
+}
 PASSES = 3  # a name that an `if` assigned can be replaced by its value only when that is one assignment
 READS_LOCALS = {"locals", "vars", "eval", "exec", "dir"}
 

@@ -34,13 +34,13 @@ PROBE = Tool("probe_tool", "probe_text", {"type": "object", "properties": {"x": 
 PROBE_CALL = Call(PROBE.name, {"x": 7})
 
 
-def text_of(conversation: Conversation, kept: KeptTemplate, texts_as_json: bool = False) -> str:
+def text_of(conversation: Conversation, template: KeptTemplate, texts_as_json: bool = False) -> str:
     """Returns the text that transformers would render. `texts_as_json` is that of `messages_of`.
 
     Raises:
         ChatError: the template refuses the conversation.
     """
-    return rendered(kept, messages_of(conversation.messages, texts_as_json), tools_of(conversation.tools), False)
+    return rendered(template, messages_of(conversation.messages, texts_as_json), tools_of(conversation.tools), False)
 
 
 def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def tools_of(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
 
 
 @lru_cache(maxsize=8)
-def _shows(kept: KeptTemplate) -> tuple[bool, bool, bool]:
+def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
     """Returns whether the template shows tools, calls and results, by rendering probes."""
     turns = (
         Message("user", "probe"),
@@ -110,20 +110,20 @@ def _shows(kept: KeptTemplate) -> tuple[bool, bool, bool]:
         # With tools only the question: a template may have a tool's name from its call.
         probe_turns = turns[:1] if tools else turns
         try:
-            return probe in rendered(kept, messages_of(probe_turns), tools_of(tools), False)
+            return probe in rendered(template, messages_of(probe_turns), tools_of(tools), False)
         except ChatError:
             return False
 
     return is_shown(PROBE.name, (PROBE,)), is_shown(PROBE.name, ()), is_shown("probe_result", ())
 
 
-def check_probes(kept: KeptTemplate, conversation: Conversation) -> None:
+def check_probes(template: KeptTemplate, conversation: Conversation) -> None:
     """Refuses a conversation with tools, calls or results that the template leaves out.
 
     Raises:
         ChatError: names what the template leaves out.
     """
-    shows_tools, shows_calls, shows_results = _shows(kept)
+    shows_tools, shows_calls, shows_results = _shows(template)
     for is_there, is_shown, parts in (
         (bool(conversation.tools), shows_tools, "tools"),
         (any(message.calls for message in conversation.messages), shows_calls, "calls"),
@@ -135,19 +135,19 @@ def check_probes(kept: KeptTemplate, conversation: Conversation) -> None:
             )
 
 
-def rendered(kept: KeptTemplate, messages: Any, tools: Any, opening: bool) -> str:
+def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -> str:
     """Returns the text of messages and tools in OpenAI's format. `opening` adds the beginning of the assistant's turn.
 
     Raises:
         ChatError: the template refuses the conversation, or takes too many steps.
     """
     try:
-        return _compiled(kept).render(
+        return _compiled(template).render(
             messages=messages,
             tools=tools,
             documents=None,
             add_generation_prompt=opening,
-            **dict(kept.special_tokens),
+            **dict(template.special_tokens),
             **{STEPS: [0]},
         )
     except FAILURES as error:
@@ -212,7 +212,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 @lru_cache(maxsize=8)
-def _compiled(kept: KeptTemplate) -> jinja2.Template:
+def _compiled(template: KeptTemplate) -> jinja2.Template:
     """Returns the template, compiled in a sandbox with the filters and functions of transformers.
 
     `strftime_now` gives the day of the import, so that the same conversation always has the same tokens.
@@ -234,12 +234,12 @@ def _compiled(kept: KeptTemplate) -> jinja2.Template:
     environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
-        "strftime_now": date.fromisoformat(kept.day).strftime,
+        "strftime_now": date.fromisoformat(template.day).strftime,
         "namespace": _Namespace,
         "dict": lambda *pairs, **named: dict(*pairs, **named),
     }
 
-    source = GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", kept.text)
+    source = GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template.text)
     try:
         return environment.from_string(environment.counted(source))
     except (jinja2.TemplateError, RecursionError) as error:

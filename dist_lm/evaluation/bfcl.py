@@ -53,77 +53,77 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
     questions = read_questions(find_data(), limit=limit)
     loaded = load_model(path, tokenizer)
 
-    results = answer(questions, loaded, torch_device, Console(stderr=True))
-    print_table(loaded.name, results, Console(highlight=False))
+    outcomes = answer(questions, loaded, torch_device, Console(stderr=True))
+    print_table(loaded.name, outcomes, Console(highlight=False))
     if json_file:
-        lines = [json.dumps(_record(result), ensure_ascii=False) + "\n" for result in results]
+        lines = [json.dumps(_record(outcome), ensure_ascii=False) + "\n" for outcome in outcomes]
         durable.write_text(json_file, "".join(lines))
 
 
 def answer(
     questions: Sequence[BfclQuestion], loaded: LoadedModel, device: torch.device, progress: Console
 ) -> list[BfclResult]:
-    """Answers all questions greedily and scores the answers. Results are in the order of the questions."""
+    """Answers all questions greedily and scores the answers. Outcomes are in the order of the questions."""
     tokenizer = loaded.tokenizer
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
     items = bfcl_items(Asking.greedy(tokenizer, loaded.config.max_seq_len, True, TURN_TOKENS), questions)
-    results: dict[int, BfclResult] = {}  # by the index of the question
+    outcomes: dict[int, BfclResult] = {}  # by the index of the question
     for index, item in enumerate(items):
         if item.error:
-            results[index] = BfclResult(questions[index], False, False, "", item.error)
+            outcomes[index] = BfclResult(questions[index], False, False, "", item.error)
         else:
             engine.submit(request_of(index, BFCL, item, 0))
 
     answers = only_answers(engine.results(), loaded.name)
-    num_submitted = len(items) - len(results)
+    num_submitted = len(items) - len(outcomes)
     is_quiet = not progress.is_terminal
     for reply in track(answers, "answering", num_submitted, console=progress, disable=is_quiet, transient=True):
         index = int(reply.request)
         record = items[index].judge(reply, None)()
         text = shown(reply.tokens, tokenizer)
-        results[index] = BfclResult(questions[index], record["passed"], record["is_turn"], text)
-    return [results[index] for index in range(len(questions))]
+        outcomes[index] = BfclResult(questions[index], record["passed"], record["is_turn"], text)
+    return [outcomes[index] for index in range(len(questions))]
 
 
-def print_table(name: str, results: Sequence[BfclResult], console: Console) -> None:
+def print_table(name: str, outcomes: Sequence[BfclResult], console: Console) -> None:
     """Prints a row for each category, and advice if few answers parse or questions were skipped."""
     table = Table(title=f"BFCL, one turn, Python: {name}", title_justify="left")
     table.add_column("category")
     for column in ("questions", "right", "%", "turns, %", "not asked"):
         table.add_column(column, justify="right")
 
-    for category in dict.fromkeys(result.question.category for result in results):
-        rows = [result for result in results if result.question.category == category]
-        num_right = sum(result.right for result in rows)
-        num_turns = sum(result.is_turn for result in rows)
-        num_skipped = sum(bool(result.note) for result in rows)
+    for category in dict.fromkeys(outcome.question.category for outcome in outcomes):
+        rows = [outcome for outcome in outcomes if outcome.question.category == category]
+        num_right = sum(outcome.right for outcome in rows)
+        num_turns = sum(outcome.is_turn for outcome in rows)
+        num_skipped = sum(bool(outcome.note) for outcome in rows)
         shares = (f"{100 * num_right / len(rows):.1f}", f"{100 * num_turns / len(rows):.1f}")
         skipped = f"{num_skipped:,}" if num_skipped else ""
         table.add_row(category, f"{len(rows):,}", f"{num_right:,}", *shares, skipped)
     console.print(table)
 
-    num_asked = sum(not result.note for result in results)
-    num_turns = sum(result.is_turn for result in results)
+    num_asked = sum(not outcome.note for outcome in outcomes)
+    num_turns = sum(outcome.is_turn for outcome in outcomes)
     if num_turns < FEW_TURNS * num_asked:
         console.print(
             f"{num_turns:,} of {num_asked:,} answers are whole turns: this model has not learned the call format; "
             "train it with stage=tools, or for more stage.steps",
             soft_wrap=True,
         )
-    if skipped_results := [result for result in results if result.note]:
+    if skipped_results := [outcome for outcome in outcomes if outcome.note]:
         example = skipped_results[0]
         console.print(
             f"not asked, and counted as wrong: {example.question.id} ({example.note}), and others", soft_wrap=True
         )
 
 
-def _record(result: BfclResult) -> dict[str, object]:
+def _record(outcome: BfclResult) -> dict[str, object]:
     return {
-        "category": result.question.category,
-        "id": result.question.id,
-        "right": result.right,
-        "parses": result.is_turn,
-        "found": result.found,
-        "expected": list(result.question.answers),
-        "note": result.note,
+        "category": outcome.question.category,
+        "id": outcome.question.id,
+        "right": outcome.right,
+        "parses": outcome.is_turn,
+        "found": outcome.found,
+        "expected": list(outcome.question.answers),
+        "note": outcome.note,
     }

@@ -2,8 +2,8 @@
 
 The rules are those of `bfcl_eval/eval_checker/ast_eval/ast_checker.py` (Apache-2.0), quirks included. An answer lists
 the accepted values of each argument, and "" among them if the argument may be left out. An integer is accepted as a
-float, but not inside a list. A value may have the type of the accepted values instead of the declared type (BFCL calls
-such a value a variable), and is then compared unchanged.
+float, but not inside a list. An argument may have the type of the accepted values instead of the declared type (BFCL
+calls such an argument a variable), and is then compared unchanged.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion
 from dist_lm.evaluation.tool_score import matched
 
-PYTHON_TYPES: dict[str, type] = {  # BFCL's type name -> type of a value
+PYTHON_TYPES: dict[str, type] = {  # BFCL's type name -> type of an argument
     "string": str,
     "any": str,
     "integer": int,
@@ -58,68 +58,68 @@ def right_call(call: Call, name: str, accepted: dict[str, list[Json]], function:
     for key, argument in call.arguments.items():
         if key not in parameters or key not in accepted or not _right_value(argument, accepted[key], parameters[key]):
             return False
-    return all(key in call.arguments or "" in values for key, values in accepted.items())
+    return all(key in call.arguments or "" in accepted_values for key, accepted_values in accepted.items())
 
 
-def _right_value(value: Json, accepted: list[Json], parameter: dict[str, Any]) -> bool:
+def _right_value(argument: Json, accepted: list[Json], parameter: dict[str, Any]) -> bool:
     declared = PYTHON_TYPES[parameter["type"]]
     declared_element = PYTHON_TYPES[parameter["items"]["type"]] if parameter["type"] in LISTS else None
-    if parameter["type"] == "float" and type(value) is int:
-        value = float(value)
+    if parameter["type"] == "float" and type(argument) is int:
+        argument = float(argument)
 
-    # A value of another type than declared may still have the type of the accepted values.
+    # An argument of another type than declared may still have the type of the accepted values.
     accepted_type = _type_of(accepted)
     is_variable = accepted_type not in (None, declared)
-    has_declared_type = type(value) is declared
+    has_declared_type = type(argument) is declared
     if has_declared_type and declared_element is not None:
-        has_declared_type = _elements_fit(value, accepted, declared_element)
+        has_declared_type = _elements_fit(argument, accepted, declared_element)
     if not has_declared_type:
-        if type(value) is not accepted_type:
+        if type(argument) is not accepted_type:
             return False
         is_variable = True
     if is_variable:
-        return value in accepted
+        return argument in accepted
 
     if declared is dict:
-        return any(_right_object(value, candidate) for candidate in accepted)
+        return any(_right_object(argument, candidate) for candidate in accepted)
     if declared is list and declared_element is dict:
-        return any(_right_objects(value, candidate) for candidate in accepted)
+        return any(_right_objects(argument, candidate) for candidate in accepted)
     if declared is str:
-        return standard_text(value) in [standard_text(text) for text in accepted if isinstance(text, str)]
+        return standard_text(argument) in [standard_text(text) for text in accepted if isinstance(text, str)]
     if declared is list:
-        return list(map(_standard, value)) in [list(map(_standard, candidate)) for candidate in accepted]
-    return value in accepted
+        return list(map(_standard, argument)) in [list(map(_standard, candidate)) for candidate in accepted]
+    return argument in accepted
 
 
 def _type_of(accepted: list[Json]) -> type | None:
     """Returns the type of the first accepted value; "" stands for a missing argument and does not count."""
-    return next((type(value) for value in accepted if value != ""), None)
+    return next((type(candidate) for candidate in accepted if candidate != ""), None)
 
 
-def _elements_fit(value: list[Json], accepted: list[Json], declared: type) -> bool:
+def _elements_fit(argument: list[Json], accepted: list[Json], declared: type) -> bool:
     """Whether, for some accepted list, each element has the declared type or the type of that list's elements."""
     return any(
         not isinstance(candidate, list)
-        or all(type(element) is declared or type(element) is _type_of(candidate) for element in value)
+        or all(type(element) is declared or type(element) is _type_of(candidate) for element in argument)
         for candidate in accepted
     )
 
 
-def _right_object(value: dict[str, Json], accepted: Json) -> bool:
+def _right_object(argument: dict[str, Json], accepted: Json) -> bool:
     """Whether an object is right. `accepted` is {key: accepted values}, "" among them if the key may be left out."""
     if not isinstance(accepted, dict):
         return False
-    for key, part in value.items():
+    for key, part in argument.items():
         if key not in accepted or _standard(part) not in [_standard(candidate) for candidate in accepted[key]]:
             return False
-    return all(key in value or "" in values for key, values in accepted.items())
+    return all(key in argument or "" in accepted_values for key, accepted_values in accepted.items())
 
 
-def _right_objects(value: list[Json], accepted: Json) -> bool:
-    if not isinstance(accepted, list) or len(value) != len(accepted):
+def _right_objects(argument: list[Json], accepted: Json) -> bool:
+    if not isinstance(accepted, list) or len(argument) != len(accepted):
         return False
-    return all(_right_object(element, candidate) for element, candidate in zip(value, accepted, strict=True))
+    return all(_right_object(element, candidate) for element, candidate in zip(argument, accepted, strict=True))
 
 
-def _standard(value: Json) -> Json:
-    return standard_text(value) if isinstance(value, str) else value
+def _standard(part: Json) -> Json:
+    return standard_text(part) if isinstance(part, str) else part

@@ -45,19 +45,19 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
     return comparisons
 
 
-def comparison_text(one: Mapping[str, Any]) -> str:
+def comparison_text(comparison: Mapping[str, Any]) -> str:
     """Returns a comparison as `own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
-    subject = f"{one['task']}: {one['second']} - {one['first']}"
-    if "difference" not in one:
+    subject = f"{comparison['task']}: {comparison['second']} - {comparison['first']}"
+    if "difference" not in comparison:
         return f"{subject}: not compared, they have no question in common"
 
     text = (
-        f"{subject} = {one['difference']:+.3f} "
-        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']})"
+        f"{subject} = {comparison['difference']:+.3f} "
+        f"[{comparison['low']:.3f}, {comparison['high']:.3f}], p = {comparison['p']:.2g} ({comparison['method']})"
     )
-    if wins := one.get("wins"):
+    if wins := comparison.get("wins"):
         text += f"; wins {wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}]"
-    if left_out := one.get("left_out"):
+    if left_out := comparison.get("left_out"):
         text += f"; without {counted(left_out, 'question')} that only one of them has"
     return text
 

@@ -11,29 +11,36 @@ from dist_lm.generation.request import Answer, Request
 from dist_lm.model.keyed_random import hash_words, signed
 
 
-def request_of(number: int, task: str, item: Item, seed: int) -> Request:
+def request_of(number: int, task: str, question: Item, seed: int) -> Request:
     """Returns the request of a question. Its random numbers are keyed by (seed, task, question).
 
     Args:
         number: id of the request.
         seed: seed of the run.
     """
-    digest = hashlib.sha256(f"{task}/{item.id}".encode()).digest()
+    digest = hashlib.sha256(f"{task}/{question.id}".encode()).digest()
     request_seed = signed(hash_words(seed, int.from_bytes(digest[:8], "big")))
-    return Request(str(number), item.prompt, item.params, request_seed, item.n)
+    return Request(str(number), question.prompt, question.params, request_seed, question.n)
 
 
-def refused(item: Item, error: str) -> Record:
+def refused(question: Item, error: str) -> Record:
     """Returns the record of a question that could not be asked; it counts as failed."""
-    return {"id": item.id, "group": item.group, "index": 0, "passed": False, "outcome": "refused", "error": error}
+    return {
+        "id": question.id,
+        "group": question.group,
+        "index": 0,
+        "passed": False,
+        "outcome": "refused",
+        "error": error,
+    }
 
 
-def recorded(item: Item, answer: Answer, judged: Callable[[], Record]) -> Callable[[], Record]:
+def recorded(question: Item, answer: Answer, judged: Callable[[], Record]) -> Callable[[], Record]:
     """Returns a function that waits for the judgement of an answer and returns its record."""
 
     def record() -> Record:
-        question = {"id": item.id, "group": item.group, "index": answer.index}
-        return question | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
+        known = {"id": question.id, "group": question.group, "index": answer.index}
+        return known | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
 
     return record
 

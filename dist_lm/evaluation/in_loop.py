@@ -38,7 +38,7 @@ class LoopTasks:
 
     def of(self, tasks: Iterable[str]) -> "Round":
         """Returns an evaluation of these tasks."""
-        questions = [(task, item) for task in tasks for item in self.items[task]]
+        questions = [(task, question) for task in tasks for question in self.items[task]]
         return Round(questions, self.seed)
 
 
@@ -48,12 +48,16 @@ class Round:
     def __init__(self, questions: Sequence[tuple[str, Item]], seed: int) -> None:
         self._questions = questions
         self.requests: list[Request] = [
-            request_of(number, task, item, seed) for number, (task, item) in enumerate(questions) if not item.error
+            request_of(number, task, question, seed)
+            for number, (task, question) in enumerate(questions)
+            if not question.error
         ]
         self.executes = any(task in CODE_TASKS for task, _ in questions)
         # Functions that wait for a judgement and return its record, by the number of the question.
         self._records: dict[int, Callable[[], Record]] = {
-            number: _refusal(item, item.error) for number, (_, item) in enumerate(questions) if item.error
+            number: _refusal(question, question.error)
+            for number, (_, question) in enumerate(questions)
+            if question.error
         }
 
     @property
@@ -67,11 +71,11 @@ class Round:
         if number in self._records:
             return
 
-        _, item = self._questions[number]
+        _, question = self._questions[number]
         if isinstance(result, Refusal):
-            self._records[number] = _refusal(item, result.error)
+            self._records[number] = _refusal(question, result.error)
         else:
-            self._records[number] = recorded(item, result, item.judge(result, sandboxes))
+            self._records[number] = recorded(question, result, question.judge(result, sandboxes))
 
     def records(self, alive: Callable[[], None]) -> dict[str, list[Record]]:
         """Waits for the judgements and returns the records of each task, in the order of its questions.
@@ -97,14 +101,14 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
     as_chat = asks_as_chat(stage.name, tokenizer)
     asking = Asking.greedy(tokenizer, config.model.max_seq_len, as_chat, stage.eval_new_tokens)
 
-    items = {}
+    questions = {}
     for task in stage.eval_tasks:
         try:
-            items[task] = items_of(task, asking, config.eval.files, run.work.path / "corpora")
+            questions[task] = items_of(task, asking, config.eval.files, run.work.path / "corpora")
         except UserError as error:
             raise type(error)(f"stage.eval_tasks: {task}: {error}") from error
     run.require_files(config.noted_files)
-    return LoopTasks(stage.eval_tasks, items, stage.steps, config.seed)
+    return LoopTasks(stage.eval_tasks, questions, stage.steps, config.seed)
 
 
 def figure_name(task: str) -> str:
@@ -132,5 +136,5 @@ def write_records(run: RunDirectory, step: int, records: Mapping[str, list[Recor
         durable.write_text(path, "".join(lines))
 
 
-def _refusal(item: Item, error: str) -> Callable[[], Record]:
-    return lambda: refused(item, error)
+def _refusal(question: Item, error: str) -> Callable[[], Record]:
+    return lambda: refused(question, error)

@@ -1,19 +1,20 @@
 """Golden runs: a work directory made by an earlier commit, which the present code must continue and read alike.
 
-    python tests/golden/golden.py make CHECKOUT FOLDER    CHECKOUT: a clone of that commit; FOLDER is made
+    python tests/golden/golden.py make CHECKOUT FOLDER [PART ...]    CHECKOUT: a clone of that commit; FOLDER is made
     python tests/golden/golden.py check FOLDER [PART ...]
 
 `make` runs the quick start of CHECKOUT into FOLDER/work, then every other stage, LoRA, GRPO, and runs that USR1 stops
-in their middle. Then it looks at copies of this directory with the code of CHECKOUT, and writes what it sees to
-FOLDER/expected.json. `check` does the same with the code around this file and compares. The parts:
+in their middle. Then it looks at copies of this directory with the code of CHECKOUT, and writes hashes and figures to
+FOLDER/expected/PART.json. `check` does the same with the code around this file and compares. The parts:
 
     finished   every finished stage is "there", and no file of its run changes
     resume     each stopped run ends with the same tensors and metrics
     outputs    the same greedy answers, scores, exported files and import; the report builds
     fresh      tokenizer, shards and a few steps of stages language and code from nothing
 
-Tensors are compared bit by bit, so both commands must run on the same kind of CPU with the same torch. An
-interrupted `make` continues.
+Tensors are compared bit by bit, so both commands must run on the same kind of CPU with the same torch. An interrupted
+`make` continues. tests/golden/expected.json has the hashes that commit 805e6f6 gave: where `make` runs with it on the
+same kind of CPU, it must give the same ones.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parents[2]
+COMMITTED = Path(__file__).with_name("expected.json")
 SIZE = ("model=nano",)
 PROMPTS = ("def add(a, b):\n", "import os\n\n\ndef ", "#!/bin/bash\n# Print ", "SELECT name FROM users WHERE ", "The ")
 GREEDY = ("stage.temperature=0", "stage.max_new_tokens=48")
@@ -72,7 +74,7 @@ OUTPUTS = {
         *("stage=export", "run_id=lora", "stage.init_from={work}/runs/code/lora"),
         "stage.folder={scratch}/exports/lora",
     ),
-    "import": ("stage=import", "stage.init_from=hf:{scratch}/exports/code"),
+    "import": ("stage=import", "stage.init_from=hf:{scratch}/exports/code", "run_id=code"),
 }
 # the step after which USR1 comes, and the launch
 STOPPED = {
@@ -187,13 +189,13 @@ def metrics(run: Path) -> str:
 
 
 def files(folder: Path, *patterns: str) -> dict[str, str]:
-    names = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
-    return {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in names}
+    paths = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in paths}
 
 
 def answers(run: Path) -> str:
     """A hash of the answers of a run of stage generate."""
-    keys = ("id", "index", "text", "tokens", "finish", "logprobs")
+    keys = ("id", "index", "text", "tokens", "finish", "raw_logprobs")
     lines = [json.loads(line) for part in sorted(run.glob("samples/part-*.jsonl")) for line in part.open()]
     assert lines, f"{run}: no answers"
     return sha256(json.dumps([[line.get(key) for key in keys] for line in lines]).encode())
@@ -244,12 +246,18 @@ def outputs(golden: Golden, scratch: Path) -> Iterator[tuple[str, Any]]:
         if name.startswith("generate"):
             yield name, answers(run)
         elif name.startswith("export"):
-            folder = scratch / "exports" / name.replace("export", "code").replace("code_", "")
-            yield name, files(folder, "*.safetensors", "*.json", "*.jinja", "*.model")
+            # The other JSON files name the folder of the run.
+            folder = scratch / "exports" / ("lora" if name == "export_lora" else "code")
+            yield name, files(folder, "*.safetensors", "config.json", "tokenizer*", "special*", "*.jinja")
         elif name == "import":
             yield name, {**checkpoint(run), **files(run, "tokenizer/*", "conf/model/*")}
         else:
-            yield name, json.loads((run / "result.json").read_text(encoding="utf-8"))
+            result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+            for model in result["models"]:
+                scores = sha256(json.dumps(model["tasks"], sort_keys=True).encode())
+                figures = {task: task_result["figures"] for task, task_result in model["tasks"].items()}
+                yield f"{name} {model['model']}", {**figures, "sha256": scores}
+            yield f"{name}, comparisons", result["comparisons"]
     golden.run("dist_lm", "report", str(work), log=scratch / "logs/report.log")
     page = (work / "report.html").read_text(encoding="utf-8")
     runs = ("language/default", "code/default", "tools/default", "reward/default", "rlhf/default", "rlhf/grpo")
@@ -304,7 +312,7 @@ def last_step(file: Path) -> int:
     return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
 
 
-def make(golden: Golden) -> None:
+def make(golden: Golden, parts: Sequence[str]) -> None:
     golden.folder.mkdir(parents=True, exist_ok=True)
     prompts = [json.dumps({"prompt": prompt}) for prompt in PROMPTS]
     (golden.folder / "prompts.jsonl").write_text("\n".join(prompts) + "\n", encoding="utf-8")
@@ -320,13 +328,26 @@ def make(golden: Golden) -> None:
         report(f"{stage}, stopped")
         stop(golden, stage)
 
-    expected: dict[str, Any] = {"machine": machine(), "commit": commit(golden.checkout)}
-    for part in PARTS:
-        report(part)
-        expected[part] = look(golden, part)
-        shutil.rmtree(golden.folder / part)
-    text = json.dumps(expected, indent=1, sort_keys=True, default=str)
-    (golden.folder / "expected.json").write_text(text + "\n", encoding="utf-8")
+    (golden.folder / "expected").mkdir(exist_ok=True)
+    for part in parts or PARTS:
+        path = golden.folder / f"expected/{part}.json"
+        if not path.exists():
+            report(part)
+            made = {"machine": machine(), "commit": commit(golden.checkout), "part": part, "seen": look(golden, part)}
+            path.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            shutil.rmtree(golden.folder / part)
+        compare_with_committed(read(path))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def compare_with_committed(made: dict[str, Any]) -> None:
+    """Say so if `make` gave other hashes than the committed ones, on the same kind of CPU by the same commit."""
+    committed = read(COMMITTED).get(made["part"]) if COMMITTED.exists() else None
+    if committed and committed != made and all(committed[key] == made[key] for key in ("machine", "commit")):
+        report(f"{made['part']}: not as in {COMMITTED.name}, although commit and machine are the same")
 
 
 def look(golden: Golden, part: str) -> dict[str, Any]:
@@ -354,16 +375,16 @@ def report(text: str) -> None:
 
 
 def check(golden: Golden, parts: Sequence[str]) -> bool:
-    """Compare what the present code makes of the golden directory with expected.json. Returns whether all is equal."""
-    expected = json.loads((golden.folder / "expected.json").read_text(encoding="utf-8"))
-    if expected["machine"] != machine():
-        report(f"made on {expected['machine']}, this is {machine()}: bits may differ")
+    """Compare what the present code makes of the golden directory with `expected`. Returns whether all is equal."""
     equal = True
     for part in parts or PARTS:
         begin = time.monotonic()
+        expected = read(golden.folder / f"expected/{part}.json")
+        if expected["machine"] != machine():
+            report(f"made on {expected['machine']}, this is {machine()}: bits may differ")
         seen = look(golden, part)
-        for name in sorted({*seen, *expected[part]}):
-            before, now = expected[part].get(name), seen.get(name)
+        for name in sorted({*seen, *expected["seen"]}):
+            before, now = expected["seen"].get(name), seen.get(name)
             if before != now:
                 equal = False
                 report(f"DIFFERENT {part}: {name}\n  was {json.dumps(before)}\n  is  {json.dumps(now)}")
@@ -377,13 +398,15 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     maker = verbs.add_parser("make")
     maker.add_argument("checkout", type=Path)
-    maker.add_argument("folder", type=Path)
     checker = verbs.add_parser("check")
-    checker.add_argument("folder", type=Path)
-    checker.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=", ".join(PARTS))
+    for verb in (maker, checker):
+        verb.add_argument("folder", type=Path)
+        verb.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     arguments = parser.parse_args()
+    if unknown := {*arguments.parts} - {*PARTS}:
+        parser.error(f"unknown part {', '.join(unknown)}: expected {', '.join(PARTS)}")
     if arguments.verb == "make":
-        make(Golden(arguments.folder, arguments.checkout))
+        make(Golden(arguments.folder, arguments.checkout), arguments.parts)
         return 0
     return 0 if check(Golden(arguments.folder, HERE), arguments.parts) else 1
 
