@@ -182,7 +182,9 @@ def _size(value: Any) -> float:
     """Returns the length of a text or list, the magnitude of a number, 1 for anything else."""
     if isinstance(value, str | list | tuple):
         return len(value)
-    return abs(value) if isinstance(value, int | float) else 1
+    if isinstance(value, int | float):
+        return abs(value)
+    return 1
 
 
 class _Bounded(ImmutableSandboxedEnvironment):

@@ -164,5 +164,9 @@ def _next_roles(previous: Message | None) -> tuple[str, ...]:
     if previous is None:
         return ("system", "user")
     if previous.role == "assistant":
-        return ("tool",) if previous.calls else ("user",)
-    return ("user",) if previous.role == "system" else ("assistant",)
+        if previous.calls:
+            return ("tool",)
+        return ("user",)
+    if previous.role == "system":
+        return ("user",)
+    return ("assistant",)

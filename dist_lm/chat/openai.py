@@ -201,7 +201,9 @@ def _result(content: str) -> Json:
 
 def _value(value: Json, where: str) -> Json:
     """Returns `value`, read first if it is JSON text."""
-    return json_text.read(value, where) if isinstance(value, str) and value.strip() else value
+    if isinstance(value, str) and value.strip():
+        return json_text.read(value, where)
+    return value
 
 
 def _list(value: Json, where: str) -> list:

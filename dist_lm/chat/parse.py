@@ -282,7 +282,9 @@ def _text(token_ids: list[int], begin: int, end: int, tokenizer: Tokenizer) -> s
 
 def _without_added_space(text: str, tokenizer: Tokenizer) -> str:
     """Returns `text` without the space that the tokenizer put before it."""
-    return text.removeprefix(" ") if tokenizer.adds_space else text
+    if tokenizer.adds_space:
+        return text.removeprefix(" ")
+    return text
 
 
 def _checked(token_id: Any, index: int, vocab_size: int) -> int:

@@ -231,7 +231,9 @@ def _place(path: Iterable[Any], word: str = "") -> str:
     text = _path(path)
     if not text:
         return "s"
-    return f" {word} {text}" if word else f" {text}"
+    if word:
+        return f" {word} {text}"
+    return f" {text}"
 
 
 def _path(steps: Iterable[Any]) -> str:
@@ -249,7 +251,9 @@ def _path(steps: Iterable[Any]) -> str:
 def _short(text: str) -> str:
     """Returns `text` in one line of printable characters, cut to 120."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= 120 else line[:119] + "…"
+    if len(line) <= 120:
+        return line
+    return line[:119] + "…"
 
 
 def _is_integer(_checker: Any, instance: Json) -> bool:

@@ -91,7 +91,9 @@ def _newest_file(folder: Path, category: str) -> Path | None:
     names = [path.name for path in folder.glob("BFCL_v*.json")]
     matches = [match for name in names if (match := re.fullmatch(rf"BFCL_v(\d+)_{category}\.json", name))]
     newest = max(matches, default=None, key=lambda match: int(match[1]))
-    return folder / newest[0] if newest else None
+    if newest:
+        return folder / newest[0]
+    return None
 
 
 def _read(path: Path, category: str, limit: int) -> list[BfclQuestion]:

@@ -122,4 +122,6 @@ def _right_objects(argument: list[Json], accepted: Json) -> bool:
 
 
 def _standard(part: Json) -> Json:
-    return standard_text(part) if isinstance(part, str) else part
+    if isinstance(part, str):
+        return standard_text(part)
+    return part

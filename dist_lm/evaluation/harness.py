@@ -135,7 +135,9 @@ class EngineModel(TemplateLM):
         return [*opening, *ids]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self._template.text if chat_template else None
+        if chat_template:
+            return self._template.text
+        return None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation; without `add_generation_prompt` it ends inside the last turn.

@@ -175,7 +175,9 @@ def infill_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
 
 def group_of(problem: Problem) -> str:
     """Returns the level of one of our problems; empty for published ones."""
-    return f"level {problem.level}" if problem.level else ""
+    if problem.level:
+        return f"level {problem.level}"
+    return ""
 
 
 def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> Callable[[], Record]:

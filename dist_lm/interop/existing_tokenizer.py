@@ -26,7 +26,9 @@ def given_tokenizer(config: TokenizerConfig) -> bytes:
         path = _path_of(config)
         name, content = str(path), path.read_bytes()
 
-    return with_marks(content, name) if config.add_marks else content
+    if config.add_marks:
+        return with_marks(content, name)
+    return content
 
 
 def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:

@@ -211,7 +211,9 @@ def _step(part: dict[str, Any]) -> str:
     if step_type == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
         return f"Split {part['pattern'].get('Regex')}"
     if step_type == "ByteLevel" and not part.get("add_prefix_space"):
-        return "ByteLevel regex" if part.get("use_regex", True) else "ByteLevel"
+        if part.get("use_regex", True):
+            return "ByteLevel regex"
+        return "ByteLevel"
     if step_type == "Digits" and part.get("individual_digits"):
         return "Digits"
     return json.dumps(part, sort_keys=True)

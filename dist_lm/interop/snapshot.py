@@ -183,7 +183,9 @@ def chat_template_of(folder: Path) -> str:
     template = durable.read_json(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several templates with names
         template = next((named.get("template") for named in template if named.get("name") == "default"), None)
-    return template if isinstance(template, str) else ""
+    if isinstance(template, str):
+        return template
+    return ""
 
 
 def special_tokens_of(folder: Path) -> dict[str, str]:
@@ -211,7 +213,9 @@ def change_of(source: str, record: dict[str, Any]) -> str:
     """Returns what differs between the snapshot that `source` names and the recorded one; empty if nothing does."""
     folder = folder_of(source, weights=False)
     if not _is_folder(source):
-        return "" if record.get("revision") == folder.name else f"commit {folder.name}"
+        if record.get("revision") == folder.name:
+            return ""
+        return f"commit {folder.name}"
 
     paths = dict(_files(folder))
     recorded = record.get("files") or {}

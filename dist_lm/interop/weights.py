@@ -86,14 +86,18 @@ class Converted:
             return torch.stack(tuple(tensors), dim=1).reshape(self.shape)
 
         (tensor,) = tensors
-        return tensor.flatten(0, 1).t().contiguous() if self.is_transposed else tensor.reshape(self.shape)
+        if self.is_transposed:
+            return tensor.flatten(0, 1).t().contiguous()
+        return tensor.reshape(self.shape)
 
     def to_ours(self, tensor: torch.Tensor, place: int = 0) -> torch.Tensor:
         """Returns our tensor with index `place` in `ours`, from their tensor."""
         shape = self.shapes[place]
         if len(self.ours) > 1:
             return tensor.view(shape[0], len(self.ours), *shape[1:])[:, place].contiguous()
-        return tensor.t().contiguous().view(shape) if self.is_transposed else tensor.reshape(shape)
+        if self.is_transposed:
+            return tensor.t().contiguous().view(shape)
+        return tensor.reshape(shape)
 
 
 def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[Converted]:

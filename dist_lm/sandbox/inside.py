@@ -143,7 +143,9 @@ class _Run:
 
     def fork(self) -> int:
         """Forks into new namespaces, if there are any. Returns the child's pid; 0 in the child."""
-        return confine.fork_into_namespaces() if self.namespaces else os.fork()
+        if self.namespaces:
+            return confine.fork_into_namespaces()
+        return os.fork()
 
     def answer(self) -> None:
         """Reads a request, makes its attempts and writes the answer; runs in the forked process."""

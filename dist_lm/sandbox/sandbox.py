@@ -387,4 +387,6 @@ def _unused_user() -> int:
     """Picks a user id that no account and no process uses; returns 0 if this namespace has none."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     highest = max(first + count - 1 for first, _, count in ranges)
-    return _FIRST_UNUSED + os.getpid() if highest > 2 * _FIRST_UNUSED else highest
+    if highest > 2 * _FIRST_UNUSED:
+        return _FIRST_UNUSED + os.getpid()
+    return highest

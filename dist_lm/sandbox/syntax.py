@@ -37,7 +37,9 @@ def python_error(text: str) -> str:
 def parses_bash(text: str) -> bool | None:
     """Whether `bash -n` (read, do not execute) accepts `text`; None without bash or after a timeout."""
     error = bash_error(text)
-    return None if error is None else not error
+    if error is None:
+        return None
+    return not error
 
 
 def bash_error(text: str) -> str | None:
@@ -72,7 +74,9 @@ def _bash_message(text: str, *options: str) -> str:
     if process.returncode:
         return message or f"exit code {process.returncode}"
     # Bash only warns of a here-document without its end, but it swallows the code behind it.
-    return message if "here-document" in message else ""
+    if "here-document" in message:
+        return message
+    return ""
 
 
 def _not_passable(text: str) -> str:
@@ -106,7 +110,9 @@ def sql_test_error(text: str) -> str:
     if reason := sql_error(text):
         return reason
     count = len(split_statements(text))
-    return "" if count == 1 else f"expected one statement, found {count}"
+    if count == 1:
+        return ""
+    return f"expected one statement, found {count}"
 
 
 def _sql_errors(text: str) -> Iterator[str]:
@@ -149,7 +155,9 @@ PARSERS = {"python": parses_python, "bash": parses_bash, "sql": parses_sql}
 
 def parses(language: str, text: str) -> bool | None:
     """Whether `text` parses as `language`; None for a language without a parser."""
-    return PARSERS[language](text) if language in PARSERS else None
+    if language in PARSERS:
+        return PARSERS[language](text)
+    return None
 
 
 def parses_continued(language: str, prompt: str, completion: str, finished: bool) -> bool | None:

@@ -94,4 +94,6 @@ def _test(value: Any, before: str) -> Test:
         raise UserError(f"test {value!r:.100}: expected `code` or `stdout`")
 
     test = Test(**parts)
-    return replace(test, before=f"{before}\n{test.before}") if before else test
+    if before:
+        return replace(test, before=f"{before}\n{test.before}")
+    return test

@@ -302,7 +302,9 @@ class Tokenizer:
     def mark(self, name: str) -> list[int]:
         """Returns the ids of a mark: one id, or those of its name as text if the tokenizer lacks the mark."""
         mark_id = self.special_ids.get(name)
-        return self._vocabulary.encode(name) if mark_id is None else [mark_id]
+        if mark_id is None:
+            return self._vocabulary.encode(name)
+        return [mark_id]
 
     def mark_id(self, name: str) -> int:
         """Returns the token id of a mark.
@@ -321,7 +323,9 @@ class Tokenizer:
     def opening_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens that transformers puts before a text with our export; none or one."""
         opening_id = self.eot_id if self.is_trained else self._vocabulary.opening
-        return () if opening_id is None else (opening_id,)
+        if opening_id is None:
+            return ()
+        return (opening_id,)
 
     @property
     def file_names(self) -> dict[str, int]:
@@ -371,7 +375,9 @@ def read_vocabulary(content: bytes, name: str) -> Vocabulary:
         ArtefactError: `content` is neither that nor a SentencePiece model.
     """
     is_json = content.lstrip()[:1] == b"{"
-    return ByteLevelModel(content, name) if is_json else SentencePieceModel(content, name)
+    if is_json:
+        return ByteLevelModel(content, name)
+    return SentencePieceModel(content, name)
 
 
 def special_ids(vocabulary: Vocabulary) -> dict[str, int]:

@@ -194,4 +194,6 @@ def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
 
 def _ratio(n_bytes: int, tokens: int) -> float:
     """Returns the bytes per token; 0 if there is no text."""
-    return n_bytes / tokens if tokens else 0.0
+    if tokens:
+        return n_bytes / tokens
+    return 0.0
