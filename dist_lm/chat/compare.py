@@ -35,13 +35,16 @@ def same_calls(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[
     for expected_call in expected:
         if expected_call.name not in tool_of:
             raise ChatError(f"an expected call names {shown(expected_call.name)}: there is no such tool")
+    # A call may fit several expected ones, so taking the first fit could miss a matching.
     fits = [[same_call(call, target, tool_of[target.name]) for call in calls] for target in expected]
     return _all_matched(fits)
 
 
 def same_value(value: Json, expected: Json, schema: Json) -> bool:
     """Whether `value` passes for `expected`. `schema` is that of both values; `{}` if it is unknown."""
-    schema = schema if isinstance(schema, dict) else {}
+    # Schemas of models and data sets may have any shape.
+    if not isinstance(schema, dict):
+        schema = {}
     kind = type(expected)
     if kind is dict:
         return type(value) is dict and _same_object(value, expected, schema)

@@ -34,6 +34,7 @@ def write_ranking(ranking: Ranking) -> str:
         ChatError: the ranking is empty, contradicts itself, or is not well formed; the message names the place.
     """
     check_ranking(ranking)
+    # Ranks are counted from 0 without gaps, so rankings with the same order have the same text.
     ranking_value = {
         "prompt": _conversation_value(ranking.prompt),
         "completions": list(ranking.completions),

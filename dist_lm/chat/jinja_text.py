@@ -194,6 +194,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("*", "**"))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        # Such an operation takes memory and time without a loop that could be counted.
         size = _size(left) * _size(right)
         repeats = isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)
         if size > (LONGEST if repeats else LARGEST) or (operator == "**" and size > MOST_DIGITS):
@@ -223,6 +224,7 @@ def _compiled(template: KeptTemplate) -> jinja2.Template:
     def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
+    # Jinja's own `tojson` escapes characters for HTML.
     def tojson(
         value: Json,
         ensure_ascii: bool = False,
@@ -241,6 +243,7 @@ def _compiled(template: KeptTemplate) -> jinja2.Template:
         "dict": lambda *pairs, **named: dict(*pairs, **named),
     }
 
+    # The tag changes no text, and plain Jinja does not know it.
     source = GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", template.text)
     try:
         return environment.from_string(environment.counted(source))

@@ -96,6 +96,7 @@ def answer_tokens(asked: Conversation, message: Message, tokenizer: Tokenizer) -
 @lru_cache(maxsize=8)
 def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant: those behind two answers of a probe."""
+    # Some templates end the last turn otherwise than earlier ones.
     answers = ("probe_first", "probe_last")
     turns = [Message(role, text) for text in answers for role in ("user", "assistant")]
     text = rendered(kept, messages_of(turns), None, False)
@@ -182,6 +183,7 @@ class _Page:
         self._conversation = conversation
         check_probes(self._kept, conversation)
 
+        # The private character is removed again before encoding, so no text may hold it.
         all_texts = json.dumps([messages_of(conversation.messages), tools_of(conversation.tools)], ensure_ascii=False)
         characters = {*all_texts, *self._kept.text}
         private = next(chr(code) for code in range(FIRST_PRIVATE, LAST_PRIVATE) if chr(code) not in characters)

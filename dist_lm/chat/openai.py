@@ -63,6 +63,7 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
         content = _content(turn.get("content"), where)
 
         if role == "tool":
+            # Without an id, results come in the order of the calls.
             call_id = str(turn.get("tool_call_id") or "")
             index = call_ids.index(call_id) if call_id in call_ids else len(results)
             if turn.get("name") and index < len(calls) and turn["name"] != calls[index].name:
@@ -144,6 +145,7 @@ def _call(value: Json, where: str) -> Call:
 
 def _in_order(results: Sequence[tuple[str, Json]], call_ids: Sequence[str], where: str) -> tuple[Json, ...]:
     """Returns the results in the order of the calls; in their own order where a call or a result has no id."""
+    # Data sets of other tools leave ids out; then their order is all there is.
     answered_ids = [call_id for call_id, _ in results]
     if not all(answered_ids) or not all(call_ids):
         return tuple(content for _, content in results)

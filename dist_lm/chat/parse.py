@@ -262,7 +262,11 @@ def _read_answer(reader: _Reader, text: str) -> Message:
             raise ChatError(f"{at}: expected an object of name and arguments, and nothing else")
         calls.append(Call(value["name"], value["arguments"]))
         reader.skip_space(f"{CALL} or {END}")
-    return Message("assistant", text.removesuffix("\n") if calls else text, tuple(calls))
+
+    # The layout puts a line break between the text and the first call.
+    if calls:
+        text = text.removesuffix("\n")
+    return Message("assistant", text, tuple(calls))
 
 
 def _read_results(reader: _Reader) -> Message:

@@ -78,12 +78,14 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
         lines = [line for error in validator.iter_errors(call.arguments) for line in _lines(error)]
     except (ArithmeticError, RecursionError):
         return ["the arguments are too large to be compared with the schema"]
+    # Several keywords may say the same of an argument.
     return list(dict.fromkeys(lines))
 
 
 def _validator_of(tool: Tool) -> Validator:
     where = f"tool {shown(tool.name)}, parameters"
     text = json_text.write(tool.parameters, where)
+    # The length is checked first: the work below grows with it.
     if len(text) > LONGEST_SCHEMA:
         raise ChatError(f"{where}: {len(text)} characters; expected at most {LONGEST_SCHEMA}")
     return _validator(text, where)

@@ -108,6 +108,7 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
 
         return kept_template.prompt(conversation, tokenizer)
 
+    # Shards hold end-of-text; a model with an opening of its own has never seen a document without it.
     tokens = np.array(_encoded([*layout(conversation), *_opening("assistant")], tokenizer))
     return tokenizer.opening.put(tokens).tolist()
 
@@ -211,6 +212,7 @@ def _answer(message: Message, where: str) -> list[Part]:
     parts: list[Part] = []
     text = message.content
     for number, call in enumerate(message.calls):
+        # The model itself writes the line break before a call.
         if number or text:
             parts.append(Part(f"{text}\n", is_answer=True))
         call_json = _json({"name": call.name, "arguments": call.arguments}, f"{where}, call {number}")
@@ -240,6 +242,7 @@ def _mark(name: str, is_answer: bool = False) -> Part:
 def _json(value: Json, where: str) -> str:
     """Returns `value` as JSON that spells no mark."""
     text = json_text.write(value, where)
+    # Parsers of text would read a mark inside a string as a mark.
     for mark in SPECIAL_TOKENS if "<" in text else ():
         text = text.replace(mark, f"\\u003c{mark[1:]}")
     return text

@@ -112,6 +112,7 @@ def document_bits(
     Raises:
         ArtefactError: the checkpoint is damaged.
     """
+    # The engine has no log-likelihoods of given text, so the weights are loaded into a decoder here.
     device = choose_device(config.device, 0)
     dtype = generation_dtype(config.parallel, device)
     weights = model_weights(checkpoint_files.require_intact(checkpoint))

@@ -37,6 +37,7 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
         pairs = [(first_values[name], second_values[name]) for name in first_values if name in second_values]
         comparison["left_out"] = len(first_values) + len(second_values) - 2 * len(pairs)
 
+        # Scores have a scale of their own, so their comparison has a win rate too.
         if pairs:
             comparison |= asdict(paired_test(*zip(*pairs, strict=True)))
             if task == REWARD:

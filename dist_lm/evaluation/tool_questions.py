@@ -86,6 +86,7 @@ def choose(
         if len(questions) >= per_kind:
             continue
 
+        # The shards hold no conversations but their tokens.
         tokens = corpus.tokens(document, 0, int(corpus.lengths[document]))
         conversation = parse(tokens.tolist(), written or tokenizer)
         for question in asked(questions_of(conversation, kinds[code]), tokenizer, document):

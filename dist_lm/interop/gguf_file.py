@@ -181,7 +181,8 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Archite
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     vocabulary = gguf_vocabulary(tokenizer, Path(tokenizer.name).read_bytes())
-    unused_ids = range(len(vocabulary.tokens), vocab_size)  # rows of the embedding that are no token
+    # llama.cpp expects a name for every row of the embedding.
+    unused_ids = range(len(vocabulary.tokens), vocab_size)
     writer.add_vocab_size(vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)

@@ -107,6 +107,7 @@ def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[C
         shapes: shapes of our parameters by name, in the order of the model. Their models have no bias of a scalar
             head, so ours is left out.
     """
+    # Several names of ours map to one of theirs where their tensor is fused.
     our_names: dict[str, list[str]] = {}  # by their name
     for name in shapes:
         layer = re.match(r"blocks\.(\d+)\.", name)
