@@ -169,7 +169,9 @@ def mbpp(path: Path) -> list[Problem]:
         asserts = "\n".join(line["test_list"])
         if not asserts.strip():
             raise UserError("test_list is empty, so every program would pass")
-        test = Test(code=f"{setup}\n{asserts}\n")  # some setups use classes of the program
+
+        # The setup comes after the program, because some setups use its classes.
+        test = Test(code=f"{setup}\n{asserts}\n")
         return Problem(
             f"MBPP/{line['task_id']}",
             "python",

@@ -73,6 +73,7 @@ def _bash_message(text: str, *options: str) -> str:
     message = process.stderr.decode(errors="replace").strip()
     if process.returncode:
         return message or f"exit code {process.returncode}"
+
     # Bash only warns of a here-document without its end, but it swallows the code behind it.
     if "here-document" in message:
         return message
