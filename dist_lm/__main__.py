@@ -1,6 +1,7 @@
 """`python -m dist_lm VERB` = `dist-lm VERB`: every command that does not run a stage.
 
-This module and `verbs` only declare them. Each verb imports its package when it is called.
+This module and `verbs` only declare the commands. Each verb imports its package when it is called, which keeps `--help`
+quick.
 """
 
 import sys

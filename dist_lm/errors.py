@@ -1,4 +1,4 @@
-"""Errors a person can mend.
+"""Errors that a user can correct.
 
 Every entry point prints a `UserError` as one line and exits 2; anything else is a defect of ours and keeps its
 traceback.
@@ -7,11 +7,11 @@ traceback.
 import re
 from typing import Any
 
-FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")  # no separator, nothing hidden, no option of a command
+FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")  # excludes separators, hidden names and options of a command
 
 
 class UserError(ValueError):
-    """Something the user can get wrong: the message names the key, file or rank, the value, and the way out."""
+    """A mistake of the user: the message names the key, file or rank, the value, and the way out."""
 
 
 class ConfigError(UserError):
@@ -23,21 +23,21 @@ class ArtefactError(UserError):
 
 
 def require(condition: bool, key: str, value: Any, accepted: str) -> None:
-    """Refuse `key=value` in one line that says what would be accepted."""
+    """Raise ConfigError for `key=value` unless `condition` holds; the message says what would be accepted."""
     if not condition:
         raise ConfigError(f"{key}={value}: expected {accepted}")
 
 
 def require_folder_name(key: str, name: str) -> None:
-    """Refuse a name that cannot be a folder of the work directory, or would lead out of it."""
+    """Raise ConfigError for a name that cannot be a folder of the work directory, or would lead out of it."""
     require(bool(FOLDER_NAME.fullmatch(name)), key, repr(name), "up to 100 letters, digits, _ . and - (a folder)")
 
 
 def utf8(text: str, name: str) -> bytes:
-    """`text` in UTF-8.
+    """Returns `text` in UTF-8.
 
     Raises:
-        UserError: `text` holds a lone surrogate; the message gives its place in `name`.
+        UserError: `text` holds a lone surrogate; the message gives its position in `name`.
     """
     try:
         return text.encode()

@@ -30,7 +30,10 @@ def fsync_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically: a reader sees the old file or the new one, never a part."""
+    """Replace `path` by `content` atomically: a reader sees the old file or the new one, never a part of one.
+
+    When it returns, file and folder entry are on disk.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several nodes may write at once
     try:
         with temporary.open("wb") as file:
@@ -40,6 +43,8 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+    # Without this a crash could undo the rename, although the content itself is on disk.
     fsync_directory(path.parent)
 
 
@@ -54,36 +59,39 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` for text, in UTF-8."""
+    """Write text with `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_bytes` for a JSON value, indented and with sorted keys."""
+    """Write a JSON value with `write_bytes`, indented and with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if the file is missing or holds another value.
+    """Returns the JSON object in a file; an empty one if the file is missing or holds another JSON value.
 
     Raises:
-        ArtefactError: the file is no JSON.
+        ArtefactError: the file holds no JSON.
     """
+    if not path.exists():
+        return {}
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ArtefactError(f"{path}: no JSON ({error}); move it away to continue without it") from error
-    return value if isinstance(value, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
+    """Returns the hexadecimal SHA-256 of a file, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def json_lines(path: Path) -> Iterator[Any]:
-    """The value of every line that is not blank.
+    """Yields the JSON value of every line that is not blank.
 
     Lines end with a newline only: `str.splitlines` would also split at U+2028, U+2029 and U+0085, which JSON permits in
     strings.

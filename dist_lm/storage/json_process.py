@@ -1,7 +1,7 @@
 """A Python module in a process of its own that answers requests: one JSON object a line, over a socket.
 
-For functions of users, which may hang, fail or end their process. Nothing is unpickled. What they print goes to
-standard error. The process ends when its parent ends, and the parent kills it after a time limit.
+Runs functions of users, which may hang, fail or end their process. Nothing is unpickled. What the functions print goes
+to standard error. The process ends when its parent ends, and the parent kills it after a time limit.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ LOOK_S = 0.05  # interval between calls of `interrupted`
 
 
 class JsonProcess:
-    """The parent's side: the process and its socket."""
+    """The parent's side of the connection: the process and its socket."""
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         """Start `python -m module SOCKET arguments`.
 
         Args:
-            environment: None: that of this process.
+            environment: variables of the new process; None: those of this process.
         """
-        self._connection, theirs = socket.socketpair()
-        with theirs:
+        self._connection, child_socket = socket.socketpair()
+        with child_socket:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(theirs.fileno()), *arguments],
+                [sys.executable, "-m", module, str(child_socket.fileno()), *arguments],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(child_socket.fileno(),),
                 start_new_session=True,  # Ctrl-C reaches only the parent; `end` kills the whole group
                 env=environment,
             )
@@ -45,11 +45,11 @@ class JsonProcess:
 
     @property
     def pid(self) -> int:
-        """Id of the process."""
+        """Returns the id of the process."""
         return self._process.pid
 
-    def send(self, value: Mapping[str, Any], seconds: float) -> None:
-        """Send one message.
+    def send(self, message: Mapping[str, Any], seconds: float) -> None:
+        """Send one message; `seconds` is the time limit.
 
         Raises:
             TimeoutError: the process did not read it within the time limit.
@@ -57,32 +57,38 @@ class JsonProcess:
         """
         self._connection.settimeout(seconds)
         try:
-            self._connection.sendall(_line(value))
+            self._connection.sendall(_line(message))
         except TimeoutError:
             raise TimeoutError(f"did not read a request within {seconds:g} s and was ended") from None
 
     def receive(self, seconds: float, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """The next message.
+        """Returns the next message.
 
         Args:
-            interrupted: called at least every `LOOK_S` seconds.
+            seconds: time limit.
+            interrupted: called at least every `LOOK_S` seconds; true ends the wait.
 
         Raises:
             TimeoutError: the time limit has passed, or `interrupted` returned true; the message says which.
-            EOFError, OSError: the process has ended, or something else than JSON was written to the socket.
+            EOFError, OSError: the process has ended, or something other than JSON was written to the socket.
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
             if interrupted():
                 raise TimeoutError("was stopped")
-            left = deadline - time.monotonic()
-            if left <= 0:
+
+            # Short waits, so that `interrupted` is called often.
+            remaining = deadline - time.monotonic()
+
+            if remaining <= 0:
                 raise TimeoutError(f"took longer than {seconds:g} s and was ended")
-            if select.select([self._connection], [], [], min(LOOK_S, left))[0]:
-                part = self._connection.recv(1 << 16)
-                if not part:
+            if select.select([self._connection], [], [], min(LOOK_S, remaining))[0]:
+                received = self._connection.recv(1 << 16)
+                if not received:
                     raise EOFError
-                self._received += part
+                self._received += received
+
+        # More than one message may have arrived; the rest stays for the next call.
         line, _, self._received = self._received.partition(b"\n")
         try:
             return json.loads(line)
@@ -90,13 +96,13 @@ class JsonProcess:
             raise OSError(f"expected a line of JSON, got {line[:80]!r}") from error
 
     def code(self) -> int | None:
-        """The exit code of the process; None if it does not end within a second."""
+        """Returns the exit code of the process; None if it does not end within a second."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(1.0)
         return None
 
     def end(self) -> None:
-        """Kill the process and everything that it has started."""
+        """Kill the process and all processes that it has started."""
         self._connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -105,21 +111,24 @@ class JsonProcess:
 
 @contextmanager
 def asked() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[Mapping[str, Any]], None]]]:
-    """The process's side: the queue of requests, and the function that sends an answer.
+    """Answer requests in the child process: yields the queue of requests, and the function that sends an answer.
 
     Print goes to standard error. The process ends when its parent closes the socket, even while a function runs, and
-    after a line that is no JSON, which it shows.
+    after a line that is no JSON, which it prints.
     """
+    # A print of the user's function must not reach the standard output of the launch.
     os.dup2(2, 1)
+
     requests: queue.Queue[dict[str, Any]] = queue.Queue()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
 
         def listen() -> None:
             code = 1
             try:
+                # A thread reads, so that the end of the parent is noticed while a function of the user runs.
                 with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
                     for line in lines:
-                        if line.endswith(b"\n"):  # else the parent was killed while it sent it
+                        if line.endswith(b"\n"):  # an incomplete line: the parent was killed while sending
                             requests.put(json.loads(line))
                 code = 0
             except ValueError:
@@ -128,8 +137,8 @@ def asked() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[Mapping[s
                 os._exit(code)
 
         threading.Thread(target=listen, daemon=True).start()
-        yield requests, lambda value: connection.sendall(_line(value))
+        yield requests, lambda answer: connection.sendall(_line(answer))
 
 
-def _line(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value).encode() + b"\n"
+def _line(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"

@@ -31,11 +31,11 @@ def locked(
 
     Args:
         what: name of the locked thing in messages; the folder of `path` by default.
-        job: batch job of this process. An owner of the same job is an earlier start that is about to end, so it is
-            waited for.
-        wait_s: longest wait for any owner.
+        job: id of the batch job of this process. An owner of the same job is an earlier start that is about to end, so
+            it is waited for.
+        wait_s: longest wait for any owner, in seconds.
         on_wait: called once with the owner.
-        stopped: asked while waiting; if it returns True the wait ends with the error below.
+        stopped: called while waiting; if it returns True the wait ends with the error below.
 
     Raises:
         ArtefactError: another process holds the lock (the message names host and process), or the file system has no
@@ -44,43 +44,56 @@ def locked(
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         started = time.monotonic()
-        waits = False
-        while not _taken(descriptor, path):
+        announced = False
+
+        while not _try_lock(descriptor, path):
             owner = owner_of(path) or "another process"
-            patience = max(wait_s, OWN_JOB_S) if job and re.search(rf"\bjob {re.escape(job)}$", owner) else wait_s
-            if time.monotonic() - started >= patience or stopped():
+            patience_s = wait_s
+
+            # Another start of this job is about to end: the batch system has requeued the job.
+            if job and re.search(rf"\bjob {re.escape(job)}$", owner):
+                patience_s = max(wait_s, OWN_JOB_S)
+
+            if time.monotonic() - started >= patience_s or stopped():
                 raise ArtefactError(
                     f"{what or path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
                 )
-            if not waits:
+
+            if not announced:
                 on_wait(owner)
-                waits = True
+                announced = True
             time.sleep(_POLL_S)
+
         os.ftruncate(descriptor, 0)
-        owner = f"process {os.getpid()} on {socket.gethostname()}" + (f" of job {job}" if job else "")
-        os.pwrite(descriptor, f"{owner}\n".encode(), 0)
+        new_owner = f"process {os.getpid()} on {socket.gethostname()}"
+        if job:
+            new_owner += f" of job {job}"
+        os.pwrite(descriptor, f"{new_owner}\n".encode(), 0)
+
         yield
     finally:
         os.close(descriptor)
 
 
 def owner_of(path: Path) -> str:
-    """The last owner of a lock file; empty without one."""
+    """Returns the last owner that a lock file names; an empty string without a lock file."""
     return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock now."""
+    """Returns whether a process holds the lock now."""
     if not path.exists():
         return False
+
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # read-only: it may belong to another user
     try:
-        return not _taken(descriptor, path, fcntl.LOCK_SH)  # on NFS an exclusive lock needs a file open for writing
+        return not _try_lock(descriptor, path, fcntl.LOCK_SH)  # on NFS an exclusive lock needs a file open for writing
     finally:
         os.close(descriptor)
 
 
-def _taken(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
+def _try_lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
+    """Returns whether the lock was free and is held now; raises ArtefactError if the file system has no locks."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,6 +101,7 @@ def _taken(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
+
         raise ArtefactError(
             f"{path}: this file system has no file locks ({error.strerror}), which keep two launches "
             "apart: choose a work_dir on another file system, or mount this one with locks"

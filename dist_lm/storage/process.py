@@ -21,33 +21,33 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
-    """The living processes with `mark` in an environment variable, except this one."""
-    found = []
+    """Returns the living processes with `mark` in an environment variable, except this one."""
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and is_alive(process) and process.environ().get(variable) == mark:
-                found.append(process)
+                processes.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
             continue
-    return found
+    return processes
 
 
 def users_of(directory: Path) -> list[psutil.Process]:
-    """The living processes with an open file below `directory`, except this one."""
-    found = []
+    """Returns the living processes with an open file below `directory`, except this one."""
+    processes = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and any(
                 directory in Path(file.path).parents for file in process.open_files()
             ):
-                found.append(process)
+                processes.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
             continue
-    return found
+    return processes
 
 
 def title(process: psutil.Process) -> str:
-    """The command line of a process, which it may have overwritten; empty if it has ended."""
+    """Returns the command line of a process, which it may have overwritten; empty if it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -55,7 +55,7 @@ def title(process: psutil.Process) -> str:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Returns whether a process runs; a zombie does not."""
     try:
         return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -63,7 +63,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def state(process: psutil.Process) -> str:
-    """The kernel's letter for the state (T stopped, D waiting for a device, R any other); empty if it has ended."""
+    """Returns the kernel's letter for the state (T stopped, D waiting for a device, else R); empty if it has ended."""
     try:
         status = process.status()
     except psutil.NoSuchProcess:
@@ -72,13 +72,16 @@ def state(process: psutil.Process) -> str:
 
 
 def catches(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether a process has installed a handler for a signal (by default SIGUSR1 would end it)."""
+    """Returns whether a process has installed a handler for a signal (by default SIGUSR1 would end it)."""
     if sys.platform != "linux":
         return True
+
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+    # SigCgt is a hexadecimal mask; bit N - 1 stands for signal N.
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
@@ -92,34 +95,38 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
-    """End every process that `find` returns: SIGTERM, then SIGKILL to those left after `grace_s`.
+    """End every process that `find` returns: SIGTERM, then SIGKILL to those that still live after `grace_s` seconds.
 
     Returns:
-        The ids of processes left `kill_s` after the first SIGKILL (blocked in the kernel).
+        Ids of the processes that still live `kill_s` seconds after the first SIGKILL (blocked in the kernel).
     """
-    asked: set[int] = set()
+    # Search again in each round: a process may have started others meanwhile.
+    terminated: set[int] = set()
     deadline = time.monotonic() + grace_s
-    while (left := find()) and time.monotonic() < deadline:
-        for process in left:
-            if process.pid not in asked:
-                asked.add(process.pid)
+    while (living := find()) and time.monotonic() < deadline:
+        for process in living:
+            if process.pid not in terminated:
+                terminated.add(process.pid)
                 send(process, signal.SIGTERM)
         time.sleep(POLL_S)
+
     deadline = time.monotonic() + kill_s
-    while (left := find()) and time.monotonic() < deadline:
-        for process in left:
+    while (living := find()) and time.monotonic() < deadline:
+        for process in living:
             send(process, signal.SIGKILL)
         time.sleep(POLL_S)
-    return [process.pid for process in left]
+
+    return [process.pid for process in living]
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def reserve_port() -> socket.socket:
-    """A socket with a TCP port that no address of this machine uses, as torch's TCPStore listens on all of them.
+    """Returns a socket with a TCP port that no address of this machine uses, as torch's TCPStore listens on all of
+    them.
 
     While it is open, the kernel gives the port to no other socket that asks for any; a server that asks for this one
     may listen there.
@@ -142,5 +149,7 @@ def die_with_parent(parent: int | None = None) -> None:
         return
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+
+    # The parent may have ended before prctl, which then sends no signal.
     if parent is not None and os.getppid() != parent:
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Paths below the work directory, whose names no other code knows, and the hashes of files that a run began with.
+"""Paths below the work directory, and the hashes of files that a run began with. No other module knows these names.
 
 work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}
@@ -25,9 +25,9 @@ from dist_lm.storage import durable
 
 
 def tokenizer_in(folder: Path) -> Path:
-    """The file of the tokenizer in a folder."""
-    given = folder / "tokenizer.json"
-    return given if given.exists() else folder / "tokenizer.model"
+    """Returns the path of the tokenizer in a folder: `tokenizer.json` if it exists, else `tokenizer.model`."""
+    hugging_face = folder / "tokenizer.json"
+    return hugging_face if hugging_face.exists() else folder / "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class WorkDirectory:
 
     @property
     def build_lock(self) -> Path:
-        """Held by the command that builds tokenizer or corpora."""
+        """Lock held by the command that builds tokenizer or corpora."""
         return self.path / ".build.lock"
 
     def corpus(self, name: str) -> Path:
@@ -61,19 +61,19 @@ class WorkDirectory:
         return self.corpus(name) / "manifest.json"
 
     def pipeline(self, stage: str, run_id: str) -> Path:
-        """JSON: status of the last command for `stage` and `run_id`, stage by stage."""
+        """JSON with the status of the last command for `stage` and `run_id`, stage by stage."""
         return self.path / "pipelines" / f"{stage}-{run_id}.json"
 
     def pipeline_lock(self, name: str) -> Path:
-        """Held by the command whose `pipeline` file has this name."""
+        """Lock held by the command whose `pipeline` file has this name."""
         return self.path / "pipelines" / f".{name}.lock"
 
     def pipelines(self) -> list[Path]:
-        """The existing pipeline files, newest last."""
+        """Returns the existing pipeline files, newest last."""
         return sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)
 
     def runs(self, stage: str) -> list["RunDirectory"]:
-        """The existing runs of a stage, ordered by name."""
+        """Returns the existing runs of a stage, ordered by name."""
         return [RunDirectory(path) for path in sorted((self.path / "runs" / stage).glob("[!.]*")) if path.is_dir()]
 
     def run(self, stage: str, run_id: str) -> "RunDirectory":
@@ -82,7 +82,7 @@ class WorkDirectory:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run of one training stage."""
+    """One run of one stage."""
 
     path: Path
 
@@ -98,7 +98,7 @@ class RunDirectory:
 
     @property
     def corpora(self) -> Path:
-        """JSON: corpus -> split -> hash of the content that the run trains on."""
+        """JSON, corpus -> split -> hash of the content that the run trains on."""
         return self.path / "corpora.json"
 
     @property
@@ -109,8 +109,8 @@ class RunDirectory:
     @property
     def tokenizer_model(self) -> Path:
         """The tokenizer of an imported model, else that of the work directory."""
-        own = tokenizer_in(self.path / "tokenizer")
-        return own if own.is_file() else self.work.tokenizer_model
+        imported = tokenizer_in(self.path / "tokenizer")
+        return imported if imported.is_file() else self.work.tokenizer_model
 
     @property
     def chat_template(self) -> Path:
@@ -119,7 +119,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: `step`, `time`, and that step's metrics."""
+        """Metrics file, one JSON object a line: `step`, `time`, and that step's metrics."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -129,12 +129,12 @@ class RunDirectory:
 
     @property
     def launch_lock(self) -> Path:
-        """Held by the launcher of the run."""
+        """Lock held by the launcher of the run."""
         return self.path / ".launch.lock"
 
     @property
     def rank_lock(self) -> Path:
-        """Held by rank 0, with or without a launcher."""
+        """Lock held by rank 0, with or without a launcher."""
         return self.path / ".ranks.lock"
 
     @property
@@ -164,7 +164,7 @@ class RunDirectory:
         return self.logs / f"failure_{rank:05d}.json"
 
     def rank_failures(self) -> list[Path]:
-        """The existing records of failed ranks."""
+        """Returns the existing records of failed ranks."""
         return sorted(self.logs.glob("failure_*.json"))
 
     def collectives(self, rank: int) -> Path:
@@ -182,7 +182,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
-        """One JSON object a line: attempts started and ended, growth, stops (`cluster/events.py`)."""
+        """Events, one JSON object a line: attempts started and ended, growth, stops (`cluster/events.py`)."""
         return self.logs / "events.jsonl"
 
     @property
@@ -204,23 +204,23 @@ class RunDirectory:
 
     @property
     def evaluations(self) -> Path:
-        """Weights that wait for their evaluation by actors, a file a step."""
+        """Weights that wait until actors evaluate them, one file for each evaluated step."""
         return self.path / "evaluations"
 
     @property
     def inputs(self) -> Path:
-        """JSON: how many prompts stage `generate` began with, and the hashes of their files and of the checkpoint; of
-        `evaluate` the hashes of files of tasks, of corpora and of checkpoints."""
+        """JSON of what the run began with: for `generate` the number of prompts and the hashes of their files and of
+        the checkpoint, for `evaluate` the hashes of task files, corpora and checkpoints."""
         return self.path / "prompts.json"
 
     @property
     def noted_files(self) -> Path:
-        """JSON: the hashes of the files of `stage.eval_tasks` and of the prompts of stage rlhf."""
+        """JSON with the hashes of the files of `stage.eval_tasks` and of the prompts of stage rlhf."""
         return self.path / "noted_files.json"
 
     @property
     def profile(self) -> Path:
-        """What ranks record of the steps in `profile.steps`."""
+        """Folder of what ranks record during the steps in `profile.steps`."""
         return self.path / "profile"
 
     def trace(self, rank: int) -> Path:
@@ -228,7 +228,7 @@ class RunDirectory:
         return self.profile / f"trace_{rank:05d}.json.gz"
 
     def traces(self) -> dict[int, Path]:
-        """The existing traces by rank."""
+        """Returns the existing traces by rank."""
         return {int(path.name[6:11]): path for path in sorted(self.profile.glob("trace_?????.json.gz"))}
 
     def memory_snapshot(self, rank: int) -> Path:
@@ -240,18 +240,20 @@ class RunDirectory:
         return self.path / "wandb"
 
     def note_files(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """Write the SHA-256 of the files of each key (`Config.noted_files`)."""
-        if now := _hashes(files):
-            durable.write_json(self.noted_files, self._noted() | now)
+        """Add the SHA-256 of the files of each key (`Config.noted_files`) to `noted_files.json`."""
+        if hashes := _hashes(files):
+            durable.write_json(self.noted_files, self._noted() | hashes)
 
     def require_files(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """Refuse files that have changed: figures of one name would be of different questions, or a run of other
-        prompts.
+        """Refuse files that have changed since the run began.
+
+        Scores of one name would belong to different questions otherwise, or the run would mix two sets of prompts.
 
         Raises:
             ArtefactError: names the key, the file and the way out.
         """
         noted = self._noted()
+
         for name, sha256 in _hashes(files).items():
             if noted.get(name, sha256) != sha256:
                 way_out = "give the new one another name" if name.startswith("eval.") else "choose another run_id"
@@ -267,10 +269,16 @@ class RunDirectory:
 
 
 def _hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """One hash a key; of several files that of their names and hashes."""
-    found = {}
+    """Returns one hash for each key; for several files it is the hash of their names and hashes."""
+    hash_of = {}
+
     for name, paths in files.items():
-        hashes = [durable.sha256_of(file) for file in paths]
-        listed = json.dumps([[file.name, sha256] for file, sha256 in zip(paths, hashes, strict=True)])
-        found[name] = hashes[0] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
-    return found
+        file_hashes = [durable.sha256_of(file) for file in paths]
+        names_and_hashes = json.dumps([[path.name, sha256] for path, sha256 in zip(paths, file_hashes, strict=True)])
+
+        if len(file_hashes) == 1:
+            hash_of[name] = file_hashes[0]
+        else:
+            hash_of[name] = hashlib.sha256(names_and_hashes.encode()).hexdigest()
+
+    return hash_of

@@ -27,11 +27,13 @@ def checkpoint_verify(path: CheckpointPath) -> None:
     from dist_lm.training import checkpoint_files
 
     directory = checkpoint_files.find_checkpoint(path)
+
     damage = list(checkpoint_files.damage(directory))
     for line in damage:
         print(line)
     if damage:
         raise ArtefactError(f"checkpoint {directory}: damaged files: {len(damage)}")
+
     print(f"{directory}: {len(checkpoint_files.read_manifest(directory))} files, all intact")
 
 

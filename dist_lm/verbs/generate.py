@@ -58,7 +58,7 @@ def generate(
     from dist_lm.generation.tool_chat import ToolOptions
     from dist_lm.tools.use.toolbox import Limits
 
-    values = {
+    sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -66,5 +66,6 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
+
     options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools or chat else None
-    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options, suffix))
+    raise typer.Exit(generate(path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix))
