@@ -25,7 +25,7 @@ from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainD
 from dist_lm.tracking.redact import redact_text
 
 FILE_WIDTH = 160  # columns of output that is not a terminal
-ENDLESS = 100_000
+ENDLESS = 100_000  # columns: a width that every table fits
 NARROW = 90  # on fewer columns folded cells are hard to read
 GAP = 2  # characters between two columns of a table
 FRAME = 4  # columns of a panel's frame
@@ -41,16 +41,20 @@ class Console:
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """
+        """Open the console; nothing is printed yet.
+
         Args:
-            output: None: standard output.
-            errors: None: standard error.
-            live: a live view, or plain lines; None: live if `output` is a terminal that can.
+            output: stream of results; None: standard output.
+            errors: stream of warnings and errors; None: standard error.
+            live: whether to draw a live view instead of plain lines; None: if `output` is a terminal that can.
             clock: seconds; paces plain lines.
         """
-        self._out, self._err = _printer(output or sys.stdout), _printer(errors or sys.stderr)
-        can = self._out.file.isatty() and not self._out.is_dumb_terminal
-        self._live = can if live is None else live
+        self._out = _printer(output or sys.stdout)
+        self._err = _printer(errors or sys.stderr)
+
+        if live is None:
+            live = self._out.file.isatty() and not self._out.is_dumb_terminal
+        self._live = live
         self._clock = clock
         self._view: LiveView | None = None
 
@@ -61,11 +65,11 @@ class Console:
 
     def warning(self, text: str) -> None:
         """Print `warning: text` to standard error."""
-        said = redact_text(" ".join(text.split()))
+        message = redact_text(" ".join(text.split()))
         with self._above(self._err):
             if self._view:
-                self._view.state.warn(said, self._clock())
-            self._err.print(Text.assemble(("warning: ", "bold yellow"), said))
+                self._view.state.warn(message, self._clock())
+            self._err.print(Text.assemble(("warning: ", "bold yellow"), message))
 
     def error(self, text: str) -> None:
         """Print `error: text` to standard error, in one line."""
@@ -85,51 +89,59 @@ class Console:
         below: Collection[str] = (),
         under: str = "",
     ) -> None:
-        """Print a table of plain text.
+        """Print a table of plain text; a table that is too wide is folded.
 
         Args:
             below: columns whose cells are printed below their row where the table does not fit the terminal.
-            under: the column under which these lines begin; empty: the first.
+            under: the column under which these lines start; empty: the first.
         """
-        listed = [tuple(row) for row in rows]
+        cells = [tuple(row) for row in rows]
+
         width = self._out.width
-        widths = _widths(columns, listed, width)
-        whole = _table_width(widths) <= width
-        fits = whole and widths == _widths(columns, listed, ENDLESS)
+        widths = _widths(columns, cells, width)
+        words_stay_whole = _table_width(widths) <= width
+        nothing_folds = words_stay_whole and widths == _widths(columns, cells, ENDLESS)
+
         table = Table(box=None, pad_edge=False)
-        for column, own in zip(columns, widths, strict=True):
-            table.add_column(column, overflow="fold", width=own if whole else None)
-        for row in listed:
+        for column, column_width in zip(columns, widths, strict=True):
+            table.add_column(column, overflow="fold", width=column_width if words_stay_whole else None)
+        for row in cells:
             table.add_row(*(Text(cell) for cell in row))
+
         with self._above(self._out):
-            # printed apart, because rich folds a table's title to the width of the table
+            # The title is printed separately, because rich folds the title of a table to the table's width.
             self._out.print(Text(title, style="bold"), soft_wrap=not self._out.is_terminal)
-            if fits or not below or (whole and width >= NARROW):
+
+            if nothing_folds or not below or (words_stay_whole and width >= NARROW):
                 self._out.print(table, soft_wrap=False)
             else:
-                self._out.print(*_with_rows_below(columns, listed, below, under, width), sep="\n")
+                self._out.print(*_with_rows_below(columns, cells, below, under, width), sep="\n")
 
-    def summary(self, title: str, entries: Mapping[str, str]) -> None:
-        """Print a panel of names and values; without a frame where the frame would fold a value, such as a path."""
+    def summary(self, title: str, texts: Mapping[str, str]) -> None:
+        """Print a panel of names and texts; without a frame where the frame would fold a text, such as a path."""
         grid = Table.grid(padding=(0, 2))
-        for name, value in entries.items():
-            grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
+        for name, text in texts.items():
+            grid.add_row(Text(name, style="bold"), Text(text, overflow="fold"))
+
         with self._above(self._out):
             if self._out.measure(grid).maximum + FRAME <= self._out.width:
                 panel = Panel(grid, title=Text(title), title_align="left", expand=False)
                 self._out.print(panel, soft_wrap=False)
                 return
+
             self._out.print(Text(title, style="bold"))
-            width = max(map(len, entries))
-            for name, value in entries.items():
-                self._out.print(Text.assemble((f"{name:{width}}", "bold"), "  ", value))
+            width = max(map(len, texts))
+            for name, text in texts.items():
+                self._out.print(Text.assemble((f"{name:{width}}", "bold"), "  ", text))
 
     @contextmanager
     def pipeline(self, title: str, stages: Iterable[tuple[str, StageState, str]]) -> Iterator[None]:
-        """Show the stages of a pipeline as (name, state, detail); work in the block is shown in the same view."""
+        """Show the stages of a pipeline as (name, state, detail); work started in the block appears in the same
+        view."""
         if not self._live:
             yield
             return
+
         state = LiveState(self._clock(), title, [StageLine(*stage) for stage in stages])
         with self._viewing(state):
             yield
@@ -147,14 +159,15 @@ class Console:
     def counting(self, label: str, unit: str, total: int | None = None) -> Iterator[Count]:
         """Show the progress of counted work; at the end one line stays."""
         with self._progress(label, total) as display:
-            count = Count(display, unit, self._clock)
-            yield count
-            display.finish(count.text())
+            counter = Count(display, unit, self._clock)
+            yield counter
+            display.finish(counter.text())
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:
         """Show work whose progress is unknown; at the end one line stays."""
         started = self._clock()
+
         with self._progress(label, None) as display:
             display.show(0, str)
             yield
@@ -167,6 +180,7 @@ class Console:
         Args:
             since: seconds since 1970; lines with an earlier time belong to an earlier attempt.
         """
+
         state = TrainingState(steps, since)
         with self._progress(label, steps, state) as display:
             progress = TrainingProgress(display, state, self._clock)
@@ -189,12 +203,15 @@ class Console:
         if self._view is None:
             with self._viewing(LiveState(self._clock())), self._progress(label, total, training) as display:
                 yield display
-            if isinstance(display, Work) and display.result:  # the view is gone, its last line stays
+            if isinstance(display, Work) and display.result:  # the view is gone, so its last line is printed
                 self.line(f"{label}: {display.result}")
             return
-        view, work = self._view, Work(label, total, self._clock(), training=training)
+
+        view = self._view
+        work = Work(label, total, self._clock(), training=training)
         with view.lock:
             view.state.works.append(work)
+
         try:
             yield work
         finally:
@@ -211,26 +228,34 @@ class Console:
                 self._view = None
 
     def _above(self, stream: RichConsole) -> AbstractContextManager[None]:
-        """A block in which to print to a stream that may share the terminal with the view."""
-        shares = self._view is not None and stream.file.isatty()
-        return self._view.above() if self._view and (shares or stream is self._out) else nullcontext()
+        """Returns the context in which to print to a stream that may share the terminal with the view."""
+        # Standard error may be a file while the view is on a terminal: nothing needs to move then.
+        shares_terminal = self._view is not None and stream.file.isatty()
+        if self._view and (shares_terminal or stream is self._out):
+            return self._view.above()
+        return nullcontext()
 
 
 def _printer(file: TextIO) -> RichConsole:
-    made = RichConsole(file=file, highlight=False, soft_wrap=True)
-    if not made.file.isatty():
-        made.width = FILE_WIDTH
-    return made
+    printer = RichConsole(file=file, highlight=False, soft_wrap=True)
+    # rich would assume 80 columns and fold every longer line.
+    if not printer.file.isatty():
+        printer.width = FILE_WIDTH
+    return printer
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Widths of the columns of a table: as wide as fits `width`, at least as wide as the longest word."""
-    cells = list(zip(columns, *rows, strict=True))
-    words = [max(cell_len(word) for cell in column for word in ("", *cell.split())) for column in cells]
-    found = [max(map(cell_len, column)) for column in cells]
-    while _table_width(found) > width and found != words:
-        found[max((place for place in range(len(found)) if found[place] > words[place]), key=found.__getitem__)] -= 1
-    return found
+    """Returns the widths of a table's columns: as wide as fits `width`, at least as wide as the longest word."""
+    cells_of = list(zip(columns, *rows, strict=True))
+    longest_words = [max(cell_len(word) for cell in cells for word in ("", *cell.split())) for cells in cells_of]
+    widths = [max(map(cell_len, cells)) for cells in cells_of]
+
+    # Narrow the widest column, cell by cell, until the table fits or every column is at its longest word.
+    while _table_width(widths) > width and widths != longest_words:
+        foldable = [index for index in range(len(widths)) if widths[index] > longest_words[index]]
+        widths[max(foldable, key=widths.__getitem__)] -= 1
+
+    return widths
 
 
 def _table_width(widths: Sequence[int]) -> int:
@@ -240,28 +265,29 @@ def _table_width(widths: Sequence[int]) -> int:
 def _with_rows_below(
     columns: Sequence[str], rows: Sequence[Sequence[str]], below: Collection[str], under: str, width: int
 ) -> Iterator[Text]:
-    """A table for a narrow terminal: cells of the columns `below` follow their row; words stay whole."""
-    short = [place for place, column in enumerate(columns) if column not in below]
-    in_line = [[row[place] for place in short] for row in (columns, *rows)]
-    widths = _widths(in_line[0], in_line[1:], width)
-    start = GAP + sum(
-        own + GAP for place, own in zip(short, widths, strict=True) if place < columns.index(under or columns[0])
-    )
+    """Yields the lines of a table for a narrow terminal: cells of the columns `below` follow their row."""
+    in_row = [index for index, column in enumerate(columns) if column not in below]
+    row_cells = [[row[index] for index in in_row] for row in (columns, *rows)]
+    widths = _widths(row_cells[0], row_cells[1:], width)
+
+    # The lines below a row start where the column `under` starts.
+    before_under = columns.index(under or columns[0])
+    start = GAP + sum(column + GAP for index, column in zip(in_row, widths, strict=True) if index < before_under)
+
+    def padded(text: str, column: int) -> str:
+        return text + " " * (column - cell_len(text))
 
     def aligned(cells: Sequence[str]) -> Iterator[str]:
-        folded = [_wrapped(cell, own) for cell, own in zip(cells, widths, strict=True)]
-        for line in zip_longest(*folded, fillvalue=""):
-            yield (
-                (" " * GAP)
-                .join(part + " " * (own - cell_len(part)) for part, own in zip(line, widths, strict=True))
-                .rstrip()
-            )
+        folded = [_wrapped(cell, column) for cell, column in zip(cells, widths, strict=True)]
+        for parts in zip_longest(*folded, fillvalue=""):
+            yield (" " * GAP).join(map(padded, parts, widths)).rstrip()
 
-    yield from (Text(line, style="bold") for line in aligned(in_line[0]))
-    for row, cells in zip(rows, in_line[1:], strict=True):
+    yield from (Text(line, style="bold") for line in aligned(row_cells[0]))
+
+    for row, cells in zip(rows, row_cells[1:], strict=True):
         yield from map(Text, aligned(cells))
-        for place, cell in enumerate(row):
-            if place not in short and cell:
+        for index, cell in enumerate(row):
+            if index not in in_row and cell:
                 yield from (Text(" " * start + line, style="dim") for line in _wrapped(cell, width - start))
 
 

@@ -1,6 +1,7 @@
-"""Dashboards as values: a board a stage, a section a group of metrics, a panel a metric.
+"""Dashboards as values: one board for each stage, one section for each group of metrics, one panel for each metric.
 
-Boards follow from the registry: a new metric has a panel at the next push. `TOGETHER` lists the metrics that share one.
+Boards follow from the registry: a new metric has a panel at the next push. `SHARED_PANELS` lists the metrics that share
+one.
 """
 
 import re
@@ -13,8 +14,8 @@ from dist_lm.tracking.registry import MEASURED_STAGES, Metric, metrics_of
 OVERVIEW = "overview"
 BOARDS = (OVERVIEW, *MEASURED_STAGES)
 
-# title -> metrics that share a panel, at the place of the first one
-TOGETHER = {
+# Title -> metrics that share a panel. The panel stands where the first of them would stand.
+SHARED_PANELS = {
     "Loss, trained and held out": ("train/loss", "val/loss"),
     "Where the time of a step goes": (
         "perf/data_wait_s",
@@ -45,13 +46,17 @@ TOGETHER = {
     "Log-probabilities of held-out answers": ("preference/chosen_logprob", "preference/rejected_logprob"),
     "Score of the model it started from": ("reward/score_mean", "reward/score_std"),
 }
-# positive values that span several powers of ten
+
+# These metrics are positive and span several powers of ten.
 LOGARITHMIC = ("train/grad_norm", "train/grad_norm_{group}", "train/update_ratio", "rlhf/policy_grad_norm")
-# groups at the beginning and at the end of every board
-FIRST, LAST = ("loss", "held-out"), ("updates", "optimizer", "throughput", "memory", "time", "system")
-OPEN = 4  # sections that are open at first
-# sections of the overview
-COMPARED = {
+
+# Groups at the top and at the bottom of every board; the others stand between them.
+FIRST_GROUPS = ("loss", "held-out")
+LAST_GROUPS = ("updates", "optimizer", "throughput", "memory", "time", "system")
+NUM_OPEN = 4  # sections that are unfolded at first
+
+# Sections of the overview and their metrics.
+OVERVIEW_SECTIONS = {
     "learning": ("train/loss", "val/loss", "val/bits_per_byte"),
     "speed": ("perf/tokens_per_s", "perf/tokens_per_s_per_rank", "perf/mfu", "perf/step_s"),
     "tools": ("tools/call_exact", "tools/irrelevance"),
@@ -69,22 +74,22 @@ class Panel:
 
     title: str
     metrics: tuple[Metric, ...]  # single metrics, or families that one pattern matches
-    pattern: str = ""  # of a family: a regular expression (RE2) for the whole name
+    pattern: str = ""  # for a family: a regular expression (RE2) that matches the full names
 
     @property
     def unit(self) -> str:
-        """The unit of all its metrics; empty where they differ."""
+        """Returns the unit of all its metrics; empty where they differ."""
         units = {metric.unit for metric in self.metrics}
         return units.pop() if len(units) == 1 else ""
 
     @property
     def logarithmic(self) -> bool:
-        """Whether the axis of values is logarithmic."""
+        """Returns whether the vertical axis is logarithmic."""
         return all(metric.name in LOGARITHMIC for metric in self.metrics)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The plotted metrics by name; empty for a family."""
+        """Returns the names of the plotted metrics; empty for a family."""
         return () if self.pattern else tuple(metric.name for metric in self.metrics)
 
 
@@ -99,7 +104,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Board:
-    """A workspace: that of a stage, or the overview."""
+    """The workspace of a stage, or the overview."""
 
     name: str
     title: str
@@ -107,82 +112,95 @@ class Board:
 
     @property
     def stage(self) -> str:
-        """The stage whose runs are shown; empty: all stages."""
+        """Returns the stage whose runs are shown; empty: all stages."""
         return "" if self.name == OVERVIEW else self.name
 
     @property
     def panels(self) -> tuple[Panel, ...]:
-        """The panels of all sections."""
+        """Returns the panels of all sections."""
         return tuple(panel for section in self.sections for panel in section.panels)
 
 
 def boards(name: str | None = None) -> tuple[Board, ...]:
-    """The overview, then a board for each stage that writes metrics; with a name this board only.
+    """Returns the overview and a board for each stage that writes metrics; with `name` only this board.
 
     Raises:
         ConfigError: no board has this name.
     """
     if name is None:
         return tuple(board_of(name) for name in BOARDS)
+
     require(name in BOARDS, "board", name, ", ".join(BOARDS))
     return (board_of(name),)
 
 
 def board_of(name: str) -> Board:
-    """The board of a stage, or the overview."""
+    """Returns the board of a stage, or the overview."""
     if name == OVERVIEW:
-        return Board(name, "dist_lm overview of the pipeline", tuple(_compared()))
+        return Board(name, "dist_lm overview of the pipeline", tuple(_overview_sections()))
+
     panels = list(_panels(metrics_of(name)))
-    groups = sorted(dict.fromkeys(panel.metrics[0].group for panel in panels), key=_place)
+    groups = sorted(dict.fromkeys(panel.metrics[0].group for panel in panels), key=_group_order)
     sections = tuple(
-        Section(group, tuple(panel for panel in panels if panel.metrics[0].group == group), is_open=place < OPEN)
-        for place, group in enumerate(groups)
+        Section(group, tuple(panel for panel in panels if panel.metrics[0].group == group), is_open=position < NUM_OPEN)
+        for position, group in enumerate(groups)
     )
     return Board(name, f"dist_lm stage {name}", sections)
 
 
-def _place(group: str) -> int:
-    if group in FIRST:
-        return FIRST.index(group)
-    return len(FIRST) + (1 + LAST.index(group) if group in LAST else 0)
+def _group_order(group: str) -> int:
+    """Returns the sort key of a group; groups between the first and the last ones keep the registry's order."""
+    if group in FIRST_GROUPS:
+        return FIRST_GROUPS.index(group)
+    if group in LAST_GROUPS:
+        return len(FIRST_GROUPS) + 1 + LAST_GROUPS.index(group)
+    return len(FIRST_GROUPS)
 
 
-def _compared() -> Iterator[Section]:
-    every = {metric.name: metric for stage in MEASURED_STAGES for metric in metrics_of(stage)}
-    for heading, names in COMPARED.items():
+def _overview_sections() -> Iterator[Section]:
+    metric_named = {metric.name: metric for stage in MEASURED_STAGES for metric in metrics_of(stage)}
+
+    for heading, names in OVERVIEW_SECTIONS.items():
         panels = []
         for name in names:
-            metric = every[name]
+            metric = metric_named[name]
             panels.append(_family((metric,)) if metric.slot else Panel(name, (metric,)))
         yield Section(heading, tuple(panels), is_open=True)
 
 
 def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
-    """A panel for each metric or group of `TOGETHER`; families with the same stem share a panel and a pattern."""
+    """Yields a panel for each metric or entry of `SHARED_PANELS`; families with one stem share a panel and a
+    pattern."""
     by_name = {metric.name: metric for metric in metrics}
-    shared = {name: title for title, names in TOGETHER.items() for name in names}
-    made: set[str] = set()
+    title_of = {name: title for title, names in SHARED_PANELS.items() for name in names}
+    plotted: set[str] = set()
+
     for metric in metrics:
-        if metric.name in made:
+        if metric.name in plotted:
             continue
+
         if metric.slot:
-            alike = tuple(other for other in metrics if other.slot and other.stem == metric.stem)
-            panel = _family(alike)
-        elif metric.name in shared:
-            title = shared[metric.name]
-            panel = Panel(title, tuple(by_name[name] for name in TOGETHER[title] if name in by_name))
+            families = tuple(family for family in metrics if family.slot and family.stem == metric.stem)
+            panel = _family(families)
+        elif metric.name in title_of:
+            title = title_of[metric.name]
+            panel = Panel(title, tuple(by_name[name] for name in SHARED_PANELS[title] if name in by_name))
+            # The stage may have only one of the metrics that share the panel.
             panel = panel if len(panel.metrics) > 1 else Panel(metric.name, (metric,))
         else:
             panel = Panel(metric.name, (metric,))
-        made |= {one.name for one in panel.metrics}
+
+        plotted |= {metric.name for metric in panel.metrics}
         yield panel
 
 
 def _family(metrics: tuple[Metric, ...]) -> Panel:
-    stem, first = metrics[0].stem, metrics[0]
-    if stem == first.name:  # a slot in the middle: a panel of its own
-        before, _, rest = first.name.partition("{")
-        after = rest.partition("}")[2]
+    first = metrics[0]
+    stem = first.stem
+    if stem == first.name:  # the slot is in the middle of the name, so no other family has this stem
+        before, _, after_brace = first.name.partition("{")
+        after = after_brace.partition("}")[2]
         return Panel(f"{before}*{after} by {first.slot}", metrics, f"^{re.escape(before)}.+{re.escape(after)}$")
-    by = " and ".join(dict.fromkeys(metric.slot for metric in metrics))
-    return Panel(f"{stem} by {by}", metrics, f"^{re.escape(stem)}_.+$")
+
+    slots = " and ".join(dict.fromkeys(metric.slot for metric in metrics))
+    return Panel(f"{stem} by {slots}", metrics, f"^{re.escape(stem)}_.+$")

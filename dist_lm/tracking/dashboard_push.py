@@ -35,12 +35,12 @@ def push(
     """Save each board as a view of a project and replace the view of an earlier push.
 
     Args:
-        entity: user or team; None: that of the login.
+        entity: user or team in wandb; None: the default of the login.
         environ: holds the login.
-        say: gets a line for each saved view.
+        say: called with a line for each saved view.
 
     Returns:
-        The addresses.
+        The address of each view, in the order of `boards`.
 
     Raises:
         ConfigError: no login, or wandb-workspaces is not installed.
@@ -51,26 +51,31 @@ def push(
             "dashboard push: no wandb login here: set WANDB_API_KEY or run `wandb login`; "
             "`dist-lm dashboard show` lists the panels without one"
         )
+
+    # Building them needs no network, so a missing package is reported before wandb is asked.
     workspaces = [workspace_of(board, entity or "", project) for board in boards]
+
     with _in_one_line():
         import wandb
 
         owner = entity or wandb.Api().default_entity
         if not owner:
             raise ConfigError("dashboard push: the login has no default entity: give --entity NAME")
+
         addresses = []
         for board, workspace in zip(boards, workspaces, strict=True):
             workspace.entity = owner
-            if known := _at_server(workspace):
-                replace_view(workspace, known)
+            if saved_before := _at_server(workspace):
+                replace_view(workspace, saved_before)
             workspace.save()
             addresses.append(workspace.url)
             say(f"{board.name}: {workspace.url}")
+
     return addresses
 
 
 def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
-    """A board as a workspace that has not been sent yet.
+    """Returns a board as a workspace that has not been sent yet.
 
     Raises:
         ConfigError: wandb-workspaces is not installed.
@@ -82,7 +87,7 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
         raise ConfigError(f"dashboard push needs wandb-workspaces ({missing}): {PIP}") from missing
 
     def plot(panel: Panel) -> wr.LinePlot:
-        made = wr.LinePlot(
+        line_plot = wr.LinePlot(
             title=panel.title,
             x="Step",
             y=list(panel.names),
@@ -90,8 +95,9 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
             title_y=panel.unit or None,
             log_y=True if panel.logarithmic else None,
         )
-        name_panel(made, _id(board.name, panel.title))
-        return made
+
+        name_panel(line_plot, _id(board.name, panel.title))
+        return line_plot
 
     layout = ws.SectionLayoutSettings(columns=COLUMNS, rows=ROWS)
     sections = [
@@ -103,8 +109,9 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
         )
         for section in board.sections
     ]
+
     runs = ws.RunsetSettings(filters=f"JobType = '{board.stage}'") if board.stage else ws.RunsetSettings()
-    made = ws.Workspace(
+    workspace = ws.Workspace(
         entity=entity,
         project=project,
         name=board.title,
@@ -112,12 +119,13 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
         runset_settings=runs,
         auto_generate_panels=False,
     )
-    name_view(made, f"nw-{slug_of(board)}-v")
-    return made
+    # The id follows from the name, so that a second push finds the first one's view.
+    name_view(workspace, f"nw-{slug_of(board)}-v")
+    return workspace
 
 
 def slug_of(board: Board) -> str:
-    """The last part of the view's address: 11 characters, as in wandb's own addresses."""
+    """Returns the last part of the view's address: 11 characters, as in wandb's own addresses."""
     return _id(board.name)[:11]
 
 
@@ -141,23 +149,24 @@ def name_view(workspace: "Workspace", name: str) -> None:
     workspace._internal_name = name
 
 
-def replace_view(workspace: "Workspace", known: "Workspace") -> None:
-    """Make `save` replace the view `known` of the server."""
+def replace_view(workspace: "Workspace", saved: "Workspace") -> None:
+    """Make `save` replace the view `saved` of the server."""
     _require(workspace, WORKSPACE_FIELDS)
-    workspace._internal_id = known._internal_id
+    workspace._internal_id = saved._internal_id
 
 
-def _require(thing: object, names: tuple[str, ...]) -> None:
-    there = {field.name for field in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else set()
-    if gone := [name for name in names if name not in there]:
+def _require(instance: object, names: tuple[str, ...]) -> None:
+    fields = {field.name for field in dataclasses.fields(instance)} if dataclasses.is_dataclass(instance) else set()
+
+    if missing := [name for name in names if name not in fields]:
         raise ConfigError(
-            f"{PACKAGE} {version(PACKAGE)}: {type(thing).__name__} has no field {', '.join(gone)}, which keeps the ids "
-            f"of dashboards; use the tested version: pip install '{PACKAGE}=={TESTED}'"
+            f"{PACKAGE} {version(PACKAGE)}: {type(instance).__name__} has no field {', '.join(missing)}, which keeps "
+            f"the ids of dashboards; use the tested version: pip install '{PACKAGE}=={TESTED}'"
         )
 
 
 def _at_server(workspace: "Workspace") -> "Workspace | None":
-    """The workspace at this address; None if the server has none."""
+    """Returns the workspace at this address; None if the server has none."""
     from wandb_workspaces.workspaces import Workspace
 
     try:
@@ -171,7 +180,8 @@ def _at_server(workspace: "Workspace") -> "Workspace | None":
 @contextmanager
 def _in_one_line() -> Iterator[None]:
     """Silence wandb's client and turn its errors into one line."""
-    silent, os.environ["WANDB_SILENT"] = os.environ.get("WANDB_SILENT"), "true"
+    silent = os.environ.get("WANDB_SILENT")
+    os.environ["WANDB_SILENT"] = "true"
     try:
         yield
     except UserError:

@@ -17,51 +17,55 @@ def print_boards(boards: Sequence[Board], console: Console) -> None:
     for board in boards:
         rows = [
             (
-                section.name if place == 0 else "",
+                section.name if position == 0 else "",
                 panel.title,
                 panel.pattern or ("" if panel.names == (panel.title,) else ", ".join(panel.names)),
                 panel.unit,
                 "log" if panel.logarithmic else "",
             )
             for section in board.sections
-            for place, panel in enumerate(section.panels)
+            for position, panel in enumerate(section.panels)
         ]
+
         title = f"{board.title} ({counted(len(board.panels), 'panel')})"
         console.table(title, ("section", "panel", "plots", "unit", "axis"), rows, below=("plots",), under="panel")
 
 
 def newest_offline(run: RunDirectory) -> Path:
-    """The folder of the newest offline wandb run of a run directory.
+    """Returns the folder of the newest offline wandb run of a run directory.
 
     Raises:
         ArtefactError: the run directory has none.
     """
-    found = [log for log in run.wandb.glob("offline-run-*/*.wandb") if log.is_file()]
-    if not found:
+    logs = [log for log in run.wandb.glob("offline-run-*/*.wandb") if log.is_file()]
+    if not logs:
         raise ArtefactError(
             f"{run.path}: no offline wandb run in {run.wandb}: expected a run directory (work/runs/STAGE/RUN_ID) of a "
             "launch with tracking=wandb and no login, or tracking.mode=offline"
         )
-    return max(found, key=lambda log: (log.stat().st_mtime_ns, log.name)).parent
+    return max(logs, key=lambda log: (log.stat().st_mtime_ns, log.name)).parent
 
 
 def leet_command(run: RunDirectory) -> list[str]:
-    """The command that opens the newest offline run in `wandb leet`, wandb's terminal program."""
+    """Returns the command that opens the newest offline run in `wandb leet`, wandb's terminal program."""
     return [sys.executable, "-m", "wandb", "leet", "run", str(newest_offline(run))]
 
 
 def open_in_leet(run: RunDirectory) -> None:
     """Replace this process by `wandb leet` on the newest offline run; does not return.
 
+
     Raises:
         ArtefactError: no offline run, or no terminal.
     """
+
     command = leet_command(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ArtefactError(
             "--offline draws on a terminal, but input or output is not one: run it without a pipe, or write a file: "
             f"python -m dist_lm report {run.path}"
         )
+
     os.environ["WANDB_DIR"] = str(run.path)  # its log must not go to the current directory
     sys.stdout.flush()
     os.execv(command[0], command)  # noqa: S606 - no shell, and the program takes over the terminal

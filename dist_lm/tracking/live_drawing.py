@@ -10,13 +10,13 @@ from dist_lm.tracking.live_state import shrunk
 
 @dataclass(frozen=True)
 class Glyphs:
-    """A set of characters, each one cell wide."""
+    """The characters of the live view, each one cell wide."""
 
-    ramp: str  # of sparklines, lowest first
+    ramp: str  # characters of a sparkline, lowest first
     spinner: str
-    marks: dict[str, str]  # by the state of a stage
-    full: str  # of a bar
-    rest: str
+    marks: dict[str, str]  # state of a stage -> character
+    full: str  # the filled part of a bar
+    rest: str  # the empty part of a bar
     dot: str  # separates two facts
     times: str
     cut: str  # marks a shortened text
@@ -45,7 +45,7 @@ ASCII = Glyphs(
 
 
 def glyphs_for(encoding: str) -> Glyphs:
-    """Unicode where the encoding of the terminal has these characters, else ASCII."""
+    """Returns Unicode characters where the encoding of the terminal has them, else ASCII."""
     unicode = (UNICODE.ramp, UNICODE.spinner, *UNICODE.marks.values(), UNICODE.full, UNICODE.rest)
     try:
         "".join((*unicode, UNICODE.times, UNICODE.cut)).encode(encoding)
@@ -55,42 +55,50 @@ def glyphs_for(encoding: str) -> Glyphs:
 
 
 def fitted(text: Text, width: int, cut: str) -> Text:
-    """`text` in at most `width` cells; a longer text ends with `cut`."""
+    """Returns `text` in at most `width` cells; a longer text ends with `cut`."""
     if text.cell_len <= width:
         return text
+
     if width <= len(cut):
         return Text(cut[: max(0, width)])
+
     short = text.copy()
+    # Cut in cells, not characters: a wide character takes two.
     short.truncate(width - len(cut))
     short.rstrip()
     return short.append(cut)
 
 
 def line(left: Text, right: Text, width: int, cut: str) -> Text:
-    """`left` and `right` at both edges of `width` cells; `left` is shortened first, then `right` is dropped."""
+    """Returns a line of `width` cells with `left` and `right` at its edges; `left` is shortened first, then `right` is
+    dropped."""
     if right.cell_len and right.cell_len + 8 <= width:
         left = fitted(left, width - right.cell_len - 1, cut)
         return Text.assemble(left, " " * (width - left.cell_len - right.cell_len), right)
+
     return fitted(left, width, cut)
 
 
 def bar(share: float, width: int, glyphs: Glyphs) -> Text:
-    """A progress bar, full to `share` (0 to 1)."""
+    """Returns a progress bar, filled to `share` (0 to 1)."""
     full = min(width, max(0, round(share * width)))
     return Text.assemble((glyphs.full * full, "green"), (glyphs.rest * (width - full), "dim"))
 
 
-def sparkline(values: Sequence[float], width: int, ramp: str, floor: float | None = None) -> str:
-    """Values as characters of `ramp`, at most `width` of them.
+def sparkline(numbers: Sequence[float], width: int, ramp: str, floor: float | None = None) -> str:
+    """Returns a curve as at most `width` characters of `ramp`.
 
     Args:
-        floor: value of the lowest character; None: the minimum.
+        floor: number that the lowest character stands for; None: the minimum.
     """
-    points = shrunk(values, max(1, width))
+    points = shrunk(numbers, max(1, width))
     if not points or width < 1:
         return ""
+
     low = min(points) if floor is None else min(floor, *points)
     high = max(points)
     if high <= low:
+        # A flat curve is drawn in the middle.
         return ramp[len(ramp) // 2] * len(points)
-    return "".join(ramp[min(len(ramp) - 1, int((value - low) / (high - low) * len(ramp)))] for value in points)
+
+    return "".join(ramp[min(len(ramp) - 1, int((point - low) / (high - low) * len(ramp)))] for point in points)

@@ -1,6 +1,6 @@
-"""What the live view shows, as values: the stages of a pipeline, work in progress, a training stage, the last warning.
+"""The state that the live view draws: stages of a pipeline, work in progress, a training stage, the last warning.
 
-The launcher feeds it with lines of the metrics file and with heartbeats of the ranks; `live_view` draws it.
+The launcher updates it with lines of the metrics file and with heartbeats of the ranks; `live_view` draws it.
 """
 
 import math
@@ -12,46 +12,56 @@ from typing import Any, Literal
 from dist_lm.tracking.metrics import is_late
 from dist_lm.tracking.readable import four_digits, percent, three_decimals
 
-LIMIT = 256  # points kept of a series: more than a terminal has columns
+LIMIT = 256  # most points of a series: more than a terminal has columns
 StageState = Literal["waiting", "running", "done"]
 
 
 class Series:
-    """All values of a metric as at most `LIMIT` means of equally many neighbours: constant memory for any run."""
+    """The curve of a metric as at most `LIMIT` means of equally many neighbours: constant memory for any run."""
 
     def __init__(self) -> None:
         self._points: list[float] = []
-        self._stretch = 1  # values behind a point
-        self._sum, self._count = 0.0, 0  # of the point that is not complete
+        self._stretch = 1  # number of values that a point is the mean of
+        # sum and count of the newest point, which is not complete yet
+        self._sum = 0.0
+        self._count = 0
         self.first: float | None = None
-        self.count = 0  # values added
+        self.count = 0  # number of values added
 
     def add(self, value: float) -> None:
         """Append a finite value."""
         if self.first is None:
             self.first = value
         self.count += 1
-        self._sum, self._count = self._sum + value, self._count + 1
+
+        self._sum += value
+        self._count += 1
         if self._count < self._stretch:
             return
+
         self._points.append(self._sum / self._count)
-        self._sum, self._count = 0.0, 0
+        self._sum = 0.0
+        self._count = 0
+
+        # Halve the resolution when the limit is reached.
         if len(self._points) == LIMIT:
             self._points = shrunk(self._points, LIMIT // 2)
             self._stretch *= 2
 
     def points(self) -> list[float]:
-        """The means, the incomplete last one included."""
-        return self._points + ([self._sum / self._count] if self._count else [])
+        """Returns the means, the incomplete last one included."""
+        incomplete = [self._sum / self._count] if self._count else []
+        return self._points + incomplete
 
 
-def shrunk(values: Sequence[float], width: int) -> list[float]:
-    """At most `width` means of neighbouring values."""
-    n = len(values)
+def shrunk(points: Sequence[float], width: int) -> list[float]:
+    """Returns at most `width` means of neighbouring points."""
+    n = len(points)
     if n <= width:
-        return list(values)
-    cuts = [place * n // width for place in range(width + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+        return list(points)
+
+    cuts = [index * n // width for index in range(width + 1)]
+    return [sum(points[start:stop]) / (stop - start) for start, stop in pairwise(cuts)]
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,9 @@ class Figure:
     label: str  # first word of the row
     form: Callable[[float], str]
     unit: str = ""
-    from_zero: bool = False  # the curve starts at zero, not at its minimum
-    plain: str = ""  # words of a plain progress line; empty: left out
-    importance: int = 3  # 0: the last row to go on a small terminal
+    from_zero: bool = False  # the vertical axis starts at zero, not at the curve's minimum
+    plain: str = ""  # format in a plain progress line; empty: not in it
+    importance: int = 3  # 0: the last row that a small terminal drops
 
 
 FIGURES = (
@@ -79,7 +89,7 @@ FIGURES = (
     Figure("perf/tokens_per_s", "speed", four_digits, "tokens/s", from_zero=True, plain="{} tokens/s", importance=1),
     Figure("train/lr", "lr", four_digits, from_zero=True, importance=9),
 )
-"""Rows of a training stage, in this order, each where the stage has the metric."""
+"""Rows of a training stage, in this order; a metric that the stage does not have gets no row."""
 
 HEADLINES = (
     ("rlhf/win_rate", "wins {}", percent),
@@ -91,14 +101,14 @@ HEADLINES = (
     ("val/loss", "val loss {}", three_decimals),
     ("train/loss", "loss {}", three_decimals),
 )
-"""The result of a finished stage: the first metric that it has."""
+"""The result of a finished stage is the first of these metrics that it has."""
 
 
 @dataclass(frozen=True)
 class GangFacts:
-    """The ranks of an attempt and their nodes."""
+    """The nodes and ranks of an attempt."""
 
-    hosts: tuple[str, ...]  # one a node
+    hosts: tuple[str, ...]  # one host name for each node
     ranks_per_node: int
     device: str
     layout: str
@@ -122,97 +132,118 @@ class TrainingState:
     steps: int
     since: float = 0.0  # seconds since 1970: lines with an earlier time belong to an earlier attempt
     step: int = 0
-    newest: dict[str, tuple[float, int]] = field(default_factory=dict)  # last finite value of each metric, its step
-    series: dict[str, Series] = field(default_factory=dict)  # of the figures
+    newest: dict[str, tuple[float, int]] = field(default_factory=dict)  # metric -> (last finite value, its step)
+    series: dict[str, Series] = field(default_factory=dict)  # metric -> curve, for the metrics of `FIGURES`
     gang: GangFacts | None = None
     ranks: tuple[RankPulse, ...] = ()
     ranks_at: float = 0.0  # time of the last `hear`, by the clock of the view
-    saved: tuple[int, float | None] | None = None  # step of the newest checkpoint, and its time by the same clock
-    best: tuple[int, float] | None = None  # step and val/loss
+    saved: tuple[int, float | None] | None = None  # (step, time) of the newest checkpoint, by the same clock
+    best: tuple[int, float] | None = None  # (step, val/loss) of the lowest val/loss
     _time: float = 0.0
-    _first: tuple[int, float] | None = None  # step and time (s) of the first line of this attempt
+    _first: tuple[int, float] | None = None  # (step, time in s) of the first line of this attempt
 
     def take(self, line: Mapping[str, Any]) -> bool:
-        """Take in one line of the metrics file. Returns False for a line of an earlier attempt, which is not timed."""
-        step, at = line["step"], line.get("time", self._time)
+        """Update the state with one line of the metrics file.
+
+        Returns False for a line of an earlier attempt, which does not count for the estimate of the time left.
+        """
+        step = line["step"]
+        at = line.get("time", self._time)
+        # Scores of tasks may arrive after later steps, so they move neither the step nor the clock.
         if is_late(line):
             return at >= self.since
-        if step < self.step:  # a resumed run has cut the file, which is read again from its start
-            self.newest, self.series, self.best = {}, {}, None
+
+        # A resumed run has cut the metrics file, which is then read again from its start.
+        if step < self.step:
+            self.newest = {}
+            self.series = {}
+            self.best = None
+
+        # Only steps of this attempt tell how long a step takes now.
         earlier = at < self.since
         if earlier:
             self._first = None
         elif self._first is None or step < self.step:
             self._first = (step, at)
-        self.step, self._time = step, at
+        self.step = step
+        self._time = at
+
         finite = {
             name: value for name, value in line.items() if isinstance(value, int | float) and math.isfinite(value)
         }
         self.newest.update({name: (value, step) for name, value in finite.items()})
+
         for figure in FIGURES:
             if figure.metric in finite:
                 self.series.setdefault(figure.metric, Series()).add(finite[figure.metric])
+
         loss = finite.get("val/loss")
         if loss is not None and (self.best is None or loss < self.best[1]):
             self.best = (step, loss)
+
         return not earlier
 
     def shown(self, metric: str, words: str, form: Callable[[float], str]) -> str:
-        """The newest value of a metric in `words`; a value of an earlier step is shown with it: `val 3.421 @ 400`.
+        """Returns the newest value of a metric in `words`; an older value is followed by its step: `val 3.421 @ 400`.
 
-        Empty where the metric has no value.
+        The text is empty if the metric has no value.
         """
         if metric not in self.newest:
             return ""
+
         value, step = self.newest[metric]
         text = words.format(form(value))
         return text if step == self.step else f"{text} @ {step:,}"
 
     def hear(self, ranks: Sequence[RankPulse], now: float) -> None:
-        """Take in the heartbeats of all ranks."""
+        """Record the heartbeats of all ranks."""
         self.ranks, self.ranks_at = tuple(ranks), now
 
     def save(self, step: int, at: float | None) -> None:
-        """Take in the step of the newest checkpoint (0: none) and its time (None: unknown)."""
+        """Record the step of the newest checkpoint (0: there is none) and its time (None: unknown)."""
         if step and (self.saved is None or self.saved[0] != step):
             self.saved = (step, at)
 
     def start(self, gang: GangFacts, since: float = 0.0) -> None:
-        """Begin another attempt at `since`, seconds since 1970: lines of the attempt before may come again."""
-        self.gang, self.ranks = gang, ()
+        """Begin another attempt at `since`, in seconds since 1970; lines of earlier attempts may be read again."""
+        self.gang = gang
+        self.ranks = ()
         if since > self.since:
-            self.since, self._first = since, None
+            self.since = since
+            self._first = None
 
     def seconds_left(self) -> float | None:
-        """Estimate from the mean step time of this attempt; None: not known yet, or finished."""
+        """Estimates the time left in seconds from the mean step time of this attempt; None: unknown yet, or
+        finished."""
         if self._first is None or self.step <= self._first[0] or self.step >= self.steps:
             return None
-        a_step = (self._time - self._first[1]) / (self.step - self._first[0])
-        return a_step * (self.steps - self.step)
+
+        step_s = (self._time - self._first[1]) / (self.step - self._first[0])
+        return step_s * (self.steps - self.step)
 
     def headline(self) -> str:
-        """The result of the stage in a few words."""
+        """Returns the result of the stage in a few words."""
         return next(filter(None, (self.shown(name, words, form) for name, words, form in HEADLINES)), "")
 
 
 @dataclass
 class Work:
-    """One piece of work in progress, counted or not."""
+    """One piece of work in progress; it may be counted."""
 
     label: str
     total: int | None
-    began: float  # by the clock of the view, s
+    began: float  # seconds, by the clock of the view
     done: int = 0
-    text: Callable[[], str] = str  # makes the progress text, only when it is drawn
+    text: Callable[[], str] = str  # returns the progress text; called only when it is drawn
     training: TrainingState | None = None
     result: str | None = None  # None until it ends well
 
     def show(self, done: int, text: Callable[[], str]) -> None:
-        """Take in the progress; the view draws it at its own pace."""
+        """Record the progress; the view draws it at its own pace."""
         self.done, self.text = done, text
 
     def finish(self, text: str) -> None:
-        """Take in the result."""
+        """Record the result."""
         self.result = text
 
 
@@ -229,13 +260,13 @@ class StageLine:
 
 @dataclass
 class LiveState:
-    """Everything that the live view shows. Times are of one clock, in seconds."""
+    """The full state of the live view. Times are in seconds, by one clock."""
 
     began: float
     title: str = ""
     stages: list[StageLine] = field(default_factory=list)
-    works: list[Work] = field(default_factory=list)  # in progress, the innermost last
-    over: list[str] = field(default_factory=list)  # finished works of the running stage
+    works: list[Work] = field(default_factory=list)  # works in progress, the innermost last
+    over: list[str] = field(default_factory=list)  # results of finished works of the running stage
     warning: str = ""
     warnings: int = 0
     warned_at: float = 0.0
@@ -243,20 +274,26 @@ class LiveState:
     def begin(self, name: str, now: float) -> None:
         """Mark a stage as running."""
         stage = self._stage(name)
-        stage.state, stage.began, self.over = "running", now, []
+        stage.state = "running"
+        stage.began = now
+        self.over = []
 
     def done(self, name: str, now: float, detail: str = "") -> None:
-        """Mark a stage as done; without `detail` the result of its last work stays."""
+        """Mark a stage as done; without `detail` the result of its last work remains."""
         stage = self._stage(name)
-        stage.state, stage.ended = "done", now
+        stage.state = "done"
+        stage.ended = now
         stage.detail = detail or stage.detail
 
     def close(self, work: Work) -> None:
         """End a piece of work, with or without a result."""
         self.works.remove(work)
+
+        # An interrupted work has no result to show, and work outside a pipeline has no row.
         running = self.running
         if work.result is None or running is None:
             return
+
         if work.training:
             running.detail = work.training.headline() or work.result
         else:
@@ -264,17 +301,19 @@ class LiveState:
             running.detail = self.over[-1]
 
     def warn(self, text: str, now: float) -> None:
-        """Keep the newest warning and count them."""
-        self.warning, self.warnings, self.warned_at = text, self.warnings + 1, now
+        """Record the newest warning and count all warnings."""
+        self.warning = text
+        self.warnings += 1
+        self.warned_at = now
 
     @property
     def running(self) -> StageLine | None:
-        """The running stage."""
+        """Returns the running stage; None if no stage runs."""
         return next((stage for stage in self.stages if stage.state == "running"), None)
 
     @property
     def training(self) -> TrainingState | None:
-        """The training in progress."""
+        """Returns the training in progress; None if there is none."""
         return next((work.training for work in reversed(self.works) if work.training), None)
 
     def _stage(self, name: str) -> StageLine:

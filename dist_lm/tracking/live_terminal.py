@@ -22,34 +22,39 @@ from dist_lm.tracking.live_view import view_lines
 DRAW_S = 0.25
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 TO_END_OF_LINE, TO_END_OF_SCREEN = "\x1b[K", "\x1b[J"
-BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"  # a frame that is shown at once; terminals that do not know them ignore them
+BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"  # draw a frame at once; a terminal without this feature ignores them
 
 
 class LiveView:
     """A context manager that draws a `LiveState`; hold `lock` to change the state."""
 
     def __init__(self, console: Console, state: LiveState, clock: Callable[[], float] = time.monotonic) -> None:
-        """
+        """Prepare the view; the block of the context manager starts and ends it.
+
         Args:
             console: rich's console of the terminal.
-            clock: the clock of the state, s.
+            clock: the clock of the state's times, in seconds.
         """
         self.lock = threading.RLock()  # a signal handler may print while this thread draws
         self.state = state
         self.clock = clock
+
         self._console = console
         self._glyphs = glyphs_for(console.encoding)
+
         self._region = Region(console.file)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, name="live view", daemon=True)
         self._guarded: list[tuple[str, TextIO]] = []
 
     def __enter__(self) -> "LiveView":
+        # What other code prints must not break into the drawn lines.
         for name in ("stdout", "stderr"):
             stream: TextIO = getattr(sys, name)
             if stream.isatty():
                 self._guarded.append((name, stream))
                 setattr(sys, name, Above(stream, self))
+
         self.draw()
         self._thread.start()
         return self
@@ -57,13 +62,15 @@ class LiveView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+
         self._over.set()
         try:
             self._thread.join()
-        finally:  # a second Ctrl-C may interrupt the join
+        finally:  # also if a second Ctrl-C interrupts the join
             for name, stream in self._guarded:
                 cast(Above, getattr(sys, name)).finish()
                 setattr(sys, name, stream)
+
             with self.lock:
                 self._region.erase(self._console.size.width)
 
@@ -72,14 +79,15 @@ class LiveView:
         with self.lock:
             if self._over.is_set():
                 return
+
             width, height = self._console.size
-            # one row stays free for the command line, or for the last message
+            # One row stays free for the command line, or for the last message.
             lines = view_lines(self.state, self.clock(), width - 1, height - 1, self._glyphs)
             self._region.draw([self._escaped(line) for line in lines], [line.cell_len for line in lines], width)
 
     @contextmanager
     def above(self) -> Iterator[None]:
-        """Whole lines that are printed in the block stay above the view."""
+        """Erase the view for the block, so that complete lines printed in it appear above the view."""
         with self.lock:
             self._region.erase(self._console.size.width)
             try:
@@ -88,15 +96,15 @@ class LiveView:
                 self.draw()
 
     def _escaped(self, line: Text) -> str:
-        with self._console.capture() as captured:
+        with self._console.capture() as capture:
             self._console.print(line, end="", soft_wrap=True)
-        return captured.get()
+        return capture.get()
 
     def _work(self) -> None:
         while not self._over.wait(DRAW_S):
             try:
                 self.draw()
-            except OSError:  # the terminal is gone: the work goes on without a view
+            except OSError:  # the terminal is gone; the stage continues without a view
                 return
 
 
@@ -109,11 +117,11 @@ class Above:
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Print the lines that `text` completes and keep the rest."""
-        whole, newline, self._line = (self._line + text).rpartition("\n")
+        """Print the lines that `text` completes and buffer the rest. Returns the number of characters of `text`."""
+        complete, newline, self._line = (self._line + text).rpartition("\n")
         if newline:
             with self._view.above():
-                self._stream.write(whole + newline)
+                self._stream.write(complete + newline)
                 self._stream.flush()
         return len(text)
 
@@ -131,36 +139,45 @@ class Region:
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
-        self._widths: list[int] = []  # cells of the drawn lines
-        self._columns = 0  # of the terminal when they were drawn
+        self._widths: list[int] = []  # width of each drawn line, in cells
+        self._columns = 0  # columns of the terminal when they were drawn
         self._last: list[str] | None = None
 
     def draw(self, lines: Sequence[str], widths: Sequence[int], columns: int) -> None:
         """Replace the drawn lines.
 
         Args:
-            lines: with their escape sequences.
-            widths: cells of each line.
-            columns: of the terminal now; it has folded lines that were drawn for more columns.
+            lines: text of each line, with escape sequences.
+            widths: width of each line, in cells.
+            columns: columns of the terminal now.
         """
         if self._last == list(lines) and columns == self._columns:
             return
-        text = [BEGIN, HIDE, self._to_top(columns)]
+
+        parts = [BEGIN, HIDE, self._to_top(columns)]
+        # The terminal has become narrower and has folded the drawn lines.
         if columns < self._columns:
-            text.append(TO_END_OF_SCREEN)
-        text.append("\r\n".join(f"{line}{TO_END_OF_LINE}" for line in lines))
-        text.append(f"{TO_END_OF_SCREEN}{END}")
-        self._write("".join(text))
-        self._widths, self._columns, self._last = list(widths), columns, list(lines)
+            parts.append(TO_END_OF_SCREEN)
+
+        parts.append("\r\n".join(f"{line}{TO_END_OF_LINE}" for line in lines))
+        parts.append(f"{TO_END_OF_SCREEN}{END}")
+        self._write("".join(parts))
+
+        self._widths = list(widths)
+        self._columns = columns
+        self._last = list(lines)
 
     def erase(self, columns: int) -> None:
-        """Remove the lines and show the cursor where the first one began."""
+        """Remove the drawn lines and show the cursor at the start of the first one."""
         if self._last is None:
             return
+
         self._write(f"{BEGIN}{self._to_top(columns)}{TO_END_OF_SCREEN}{SHOW}{END}")
-        self._widths, self._last = [], None
+        self._widths = []
+        self._last = None
 
     def _to_top(self, columns: int) -> str:
+        # A line that is wider than the terminal takes several rows (division rounded up).
         rows = sum(max(1, -(-width // max(1, columns))) for width in self._widths)
         return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "")
 

@@ -18,7 +18,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.tracking.registry import metric_of
 
-TAIL_BYTES = 64 << 10
+TAIL_BYTES = 64 << 10  # `last_metrics` reads this much of the end of a file
 MetricsLine = dict[str, Any]
 """`step` (int), `time` (float) and metrics by name (float, int, or None where the value was not finite)."""
 
@@ -27,7 +27,7 @@ class MetricsWriter:
     """Appends to a metrics file; each line has reached the operating system when `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending; an incomplete last line of a killed writer is cut off."""
+        """Open `path` for appending; an incomplete last line, left by a killed writer, is cut off."""
         self._path = path
         if path.exists():
             _cut_torn_line(path)
@@ -37,31 +37,35 @@ class MetricsWriter:
         """Append one line.
 
         Args:
-            at: seconds since 1970; None: now.
+            at: time of the line in seconds since 1970; None: now.
 
         Raises:
             UnknownMetricError: a name is not in the registry.
         """
         for name in metrics:
             metric_of(name)
+
         line = {"step": step, "time": time.time() if at is None else at}
         line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Flush the lines to disk: before the checkpoint that says their steps are done."""
+        """Flush the lines to disk; called before a checkpoint is written that counts their steps as completed."""
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines after `step` in one durable replacement: a resumed run writes them again.
+        """Remove the lines after `step`, which a resumed run writes again, in one durable replacement of the file.
 
         Raises:
             ArtefactError: a line before the last one is damaged.
         """
-        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        lines = [line for line in read_metrics(self._path) if line["step"] <= step]
         self._file.close()
-        durable.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        durable.write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+
+        # The old descriptor still belongs to the replaced file.
         self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -76,10 +80,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[MetricsLine]:
-    """Every complete line of a metrics file, in order.
+    """Yields every complete line of a metrics file, in order.
 
     Raises:
-        ArtefactError: a complete line is no metrics line.
+        ArtefactError: a complete line is not a metrics line.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -88,28 +92,33 @@ def read_metrics(path: Path) -> Iterator[MetricsLine]:
 
 
 def is_late(line: Mapping[str, Any]) -> bool:
-    """Whether a line has only figures of tasks, which may belong to an earlier step than the line before."""
+    """Returns whether a line has only scores of tasks, which may belong to an earlier step than the line before."""
     names = line.keys() - {"step", "time"}
     return bool(names) and all(name.startswith("eval/") for name in names)
 
 
 def last_metrics(path: Path) -> MetricsLine:
-    """The newest value of every metric in the last 64 KiB of a metrics file; empty if there is no file.
+    """Returns the newest value of every metric in the last 64 KiB of a metrics file; empty if there is no file.
 
     `step` and `time` are those of the newest line that is not late.
     """
     if not path.exists():
         return {}
+
     with path.open("rb") as file:
         start = max(0, path.stat().st_size - TAIL_BYTES)
         file.seek(start)
         lines = file.read().splitlines(keepends=True)
+
+    # The first line of the tail is incomplete, unless the tail is the complete file.
     merged: MetricsLine = {}
     for raw in lines[1:] if start else lines:
         if raw.endswith(b"\n"):
             line = _parse(raw, f"{path} near its end")
-            place = ("step", "time") if is_late(line) else ()
-            merged |= {name: value for name, value in line.items() if value is not None and name not in place}
+            # A late line brings new scores, but its step and time are older than those of the lines before.
+            excluded = ("step", "time") if is_late(line) else ()
+            merged |= {name: value for name, value in line.items() if value is not None and name not in excluded}
+
     return merged
 
 
@@ -117,7 +126,7 @@ class LineFollower:
     """Reads the lines that another process appends to a file, which may not exist yet."""
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
-        """`from_end`: leave out the lines that the file has now."""
+        """Follow `path`; with `from_end` the lines that the file has now are skipped."""
         self._path = path
         self._inode = -1
         self._offset = 0
@@ -125,7 +134,7 @@ class LineFollower:
             self.poll()
 
     def poll(self) -> list[bytes]:
-        """The complete lines since the last call; none while there is no file.
+        """Returns the complete lines since the last call; none while there is no file.
 
         A file that was replaced or became shorter is read again from its start.
         """
@@ -133,12 +142,18 @@ class LineFollower:
             file = self._path.open("rb")
         except FileNotFoundError:
             return []
+
         with file:
             status = os.fstat(file.fileno())
+            # A replaced file has another inode.
             if status.st_ino != self._inode or status.st_size < self._offset:
-                self._inode, self._offset = status.st_ino, 0
+                self._inode = status.st_ino
+                self._offset = 0
+
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
+        # An incomplete line is read again by the next call.
+
         self._offset += len(complete) + len(newline)
         return complete.splitlines()
 
@@ -151,21 +166,23 @@ class MetricsFollower:
         self._lines = LineFollower(path)
 
     def poll(self) -> list[MetricsLine]:
-        """The lines since the last call.
+        """Returns the lines since the last call.
 
         Raises:
-            ArtefactError: a complete line is no metrics line.
+            ArtefactError: a complete line is not a metrics line.
         """
         return [_parse(raw, str(self._path)) for raw in self._lines.poll()]
 
 
-def _parse(raw: bytes, where: str) -> MetricsLine:
+def _parse(raw: bytes, location: str) -> MetricsLine:
     try:
         line = json.loads(raw)
     except ValueError:
         line = None
+
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        raise ArtefactError(f"{where}: not a metrics line: {raw[:80]!r}; move the file away to continue without it")
+        raise ArtefactError(f"{location}: not a metrics line: {raw[:80]!r}; move the file away to continue without it")
+
     return line
 
 

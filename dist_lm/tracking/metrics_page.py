@@ -7,21 +7,21 @@ HEAD = """# Metrics
 
 Generated from `dist_lm/tracking/registry.py` by `python -m dist_lm metrics > docs/metrics.md`; do not edit.
 
-`metrics.jsonl`, wandb, dashboards and reports use these names only. `{slot}` stands for a language, a corpus or a kind.
-A line is written every `stage.log_every` steps (stage generate: about every ten seconds; a step is a prompt).
-Losses and norms are those of the last step; times and speeds are means since the previous line.
-`train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are on every tenth step and the last line only.
-↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
-A group without a column of stages belongs to those in its heading.
+The files `metrics.jsonl`, wandb, dashboards and reports use these names. A `{slot}` stands for a language, a corpus, a
+kind of conversation or another name. A line is written every `stage.log_every` steps (stage generate: about every ten
+seconds; a step is a prompt). Losses and norms belong to the last step; times and speeds are means since the line
+before. `train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are measured on every tenth step and the
+last line. ↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
+If a table has no column of stages, its heading names them.
 """
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 
 
 def page(stage: str | None = None) -> str:
-    """docs/metrics.md: a Markdown table for each group of metrics.
+    """Returns the text of docs/metrics.md: a Markdown table for each group of metrics.
 
     Args:
-        stage: only the metrics of this stage.
+        stage: include only metrics of this stage; None: all metrics.
 
     Raises:
         ConfigError: the stage writes no metrics.
@@ -29,20 +29,25 @@ def page(stage: str | None = None) -> str:
     metrics = METRICS if stage is None else metrics_of(stage)
     if not metrics:
         raise ConfigError(f"--stage {stage}: expected one of {', '.join(MEASURED_STAGES)}")
+
     groups = dict.fromkeys(metric.group for metric in metrics)
     tables = [_markdown(group, [metric for metric in metrics if metric.group == group]) for group in groups]
     return "\n".join([HEAD, *tables])
 
 
 def _markdown(group: str, metrics: list[Metric]) -> str:
-    """The table of a group; the families of a metric share its row, and stages are named once where all are equal."""
+    """Returns the table of a group. Families of a metric share its row; stages are in the heading if all rows have the
+    same."""
     rows: dict[str, list[Metric]] = {}
     single = {metric.name for metric in metrics if not metric.slot}
     for metric in metrics:
+        # `val/loss` and `val/loss_{corpus}` have one meaning, so they share a row.
         rows.setdefault(metric.stem if metric.stem in single else metric.name, []).append(metric)
-    of_group = {_stages(metric) for metric in metrics}
-    columns = ("name", "unit", "meaning") if len(of_group) == 1 else ("name", "unit", "stages", "meaning")
-    title = group if len(of_group) > 1 or group in of_group else f"{group} ({of_group.pop()})"
+
+    stages_of_rows = {_stages(metric) for metric in metrics}
+    columns = ("name", "unit", "meaning") if len(stages_of_rows) == 1 else ("name", "unit", "stages", "meaning")
+    title = group if len(stages_of_rows) > 1 or group in stages_of_rows else f"{group} ({stages_of_rows.pop()})"
+
     table = [
         columns,
         ["---"] * len(columns),
@@ -52,7 +57,7 @@ def _markdown(group: str, metrics: list[Metric]) -> str:
 
 
 def _cell(metrics: list[Metric], column: str) -> str:
-    """A cell of the row of a metric and its families."""
+    """Returns one cell in the row of a metric and its families."""
     first = metrics[0]
     if column == "name":
         return ", ".join(f"`{metric.name}`" for metric in metrics)

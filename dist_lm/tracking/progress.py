@@ -1,4 +1,4 @@
-"""Progress of work, shown in the live view or as plain lines."""
+"""The progress of work, which the live view or plain lines display."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,28 +15,31 @@ PLAIN_SHARE = 0.1  # a plain line is also due after this share of the work
 
 
 class PlainDisplay:
-    """A line about every ten seconds, or every tenth of the work if that is sooner."""
+    """Prints a line about every ten seconds, or every tenth of the work if that is sooner."""
 
     def __init__(self, console: Console, label: str, total: int | None, clock: Callable[[], float]) -> None:
         self._console = console
         self._label = label
         self._total = total
         self._clock = clock
-        self._shown: tuple[int, float] | None = None  # count and time of the last line
+        self._due_from: tuple[int, float] | None = None  # (count, time) of the first call or of the last printed line
         self._printed: int | None = None  # count of the last printed line
         self._latest = 0
 
-    def show(self, done: int, text: Callable[[], str]) -> None:
-        now, self._latest = self._clock(), done
-        if done == self._total:  # `finish` prints the last line
+    def show(self, completed: int, text: Callable[[], str]) -> None:
+        now = self._clock()
+        self._latest = completed
+
+        if completed == self._total:  # `finish` prints the last line
             return
-        if self._shown is not None:
-            share = (done - self._shown[0]) / self._total if self._total else 0.0
-            if now - self._shown[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
+        if self._due_from is not None:
+            share = (completed - self._due_from[0]) / self._total if self._total else 0.0
+            if now - self._due_from[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
                 return
             self._print(text())
-            self._printed = done
-        self._shown = (done, now)
+            self._printed = completed
+
+        self._due_from = (completed, now)
 
     def finish(self, text: str) -> None:
         if self._latest != self._printed:
@@ -47,7 +50,7 @@ class PlainDisplay:
 
 
 Display = Work | PlainDisplay
-"""Shows one piece of work."""
+"""Either displays one piece of work."""
 
 
 class Count:
@@ -65,13 +68,13 @@ class Count:
         self.done += by
         self._display.show(self.done, self.text)
 
-    def each(self, item: Item) -> Item:
-        """Count one item and return it."""
+    def each(self, element: Item) -> Item:
+        """Count one element and return it, so that `map` can count."""
         self.advance()
-        return item
+        return element
 
     def text(self) -> str:
-        """The count and its rate."""
+        """Returns the count and its rate."""
         elapsed = self._clock() - self._started
         rate = f" ({self.done / elapsed:,.0f}/s)" if elapsed > 0 else ""
         return f"{self.done:,} {self._unit}{rate}"
@@ -86,29 +89,34 @@ class TrainingProgress:
         self._clock = clock
 
     def update(self, line: Mapping[str, Any]) -> bool:
-        """Take in one line of the metrics file. Returns False for a line of an earlier attempt, which is not shown."""
+        """Record one line of the metrics file. Returns False for a line of an earlier attempt, which is not
+        displayed."""
         of_this_attempt = self.state.take(line)
         if of_this_attempt:
             self._display.show(self.state.step, self.text)
+
         return of_this_attempt
 
     def heard(self, ranks: Sequence[RankPulse]) -> None:
-        """Take in the last heartbeats of the ranks."""
+        """Record the last heartbeats of the ranks."""
         self.state.hear(ranks, self._clock())
 
     def saved(self, step: int, just_now: bool) -> None:
-        """Take in the step of the newest checkpoint; 0: none."""
+        """Record the step of the newest checkpoint; 0: there is none."""
         self.state.save(step, self._clock() if just_now else None)
 
     def text(self) -> str:
-        """Step, figures (with their step where they are older), time left."""
+        """Returns step, figures (an older one with its step) and the time left, separated by two spaces."""
         state = self.state
-        parts = [f"step {state.step:,}/{state.steps:,}"]
-        parts += filter(None, (state.shown(one.metric, one.plain, one.form) for one in FIGURES if one.plain))
-        left = state.seconds_left()
-        if left is not None:
-            parts.append(f"{duration(left)} left")
-        return "  ".join(parts)
+        facts = [f"step {state.step:,}/{state.steps:,}"]
+        figures = [figure for figure in FIGURES if figure.plain]
+        facts += filter(None, (state.shown(figure.metric, figure.plain, figure.form) for figure in figures))
+
+        left_s = state.seconds_left()
+        if left_s is not None:
+            facts.append(f"{duration(left_s)} left")
+
+        return "  ".join(facts)
 
 
 class GenerationProgress:
@@ -118,23 +126,30 @@ class GenerationProgress:
         self._display = display
         self._prompts = prompts
         self._clock = clock
+
         self._began = clock()
-        self._first: tuple[int, int] | None = None  # prompts and tokens at the first update
-        self._done = (0, 0)
+        self._first: tuple[int, int] | None = None  # (prompts, tokens) at the first update
+        self._totals = (0, 0)  # (prompts, tokens) at the last update
 
     def update(self, prompts: int, tokens: int) -> None:
-        """Take in the totals of answered prompts and tokens, earlier commands included."""
-        self._done = (prompts, tokens)
+        """Record the totals of answered prompts and tokens, those of earlier commands included."""
+        self._totals = (prompts, tokens)
         if self._first is None:
-            self._first = self._done
+            self._first = self._totals
         self._display.show(prompts, self.text)
 
     def text(self) -> str:
-        """Prompts, speed of this command and the time left."""
-        elapsed, first = self._clock() - self._began, self._first or self._done
-        new, tokens = self._done[0] - first[0], self._done[1] - first[1]
-        speed = tokens / elapsed if elapsed > 0 else 0.0
-        parts = [f"{self._done[0]:,}/{self._prompts:,} prompts", f"{four_digits(speed)} tokens/s"]
-        if new and self._done[0] < self._prompts:
-            parts.append(f"{duration(elapsed / new * (self._prompts - self._done[0]))} left")
-        return "  ".join(parts)
+        """Returns answered prompts, the speed of this command in tokens/s and the time left."""
+        elapsed = self._clock() - self._began
+        prompts, tokens = self._totals
+
+        # Earlier commands may have answered prompts: speed and time left count what this command adds.
+        first_prompts, first_tokens = self._first or self._totals
+        new_prompts = prompts - first_prompts
+        speed = (tokens - first_tokens) / elapsed if elapsed > 0 else 0.0
+
+        facts = [f"{prompts:,}/{self._prompts:,} prompts", f"{four_digits(speed)} tokens/s"]
+        if new_prompts and prompts < self._prompts:
+            facts.append(f"{duration(elapsed / new_prompts * (self._prompts - prompts))} left")
+
+        return "  ".join(facts)

@@ -2,14 +2,16 @@
 
 
 def gib(size: float) -> str:
-    """Bytes: `56 B`, `2.0 KiB`, `8.8 MiB`, `2.53 GiB`."""
+    """Formats a number of bytes: `56 B`, `2.0 KiB`, `8.8 MiB`, `2.53 GiB`."""
     if size < 2**20:
         return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size:.0f} B"
+
+    # From 128 MiB on, as 0.13 GiB.
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def readable_count(count: int) -> str:
-    """1,087,000,000 -> `1.09 B`."""
+    """Formats a count with a unit: 1,087,000,000 -> `1.09 B`."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
         if abs(count) >= size:
             return f"{count / size:.2f} {unit}"
@@ -17,46 +19,49 @@ def readable_count(count: int) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 file`, `2 files`, `1,000 files`."""
+    """Formats a count and its noun: `1 file`, `2 files`, `1,000 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def span(seconds: float) -> str:
-    """`0.288 ms`, `46.2 ms`, `1.63 s`, `29:50 min`, `1:24:03 h`."""
+    """Formats a time in seconds to three digits: `0.288 ms`, `46.2 ms`, `1.63 s`, `29:50 min`, `1:24:03 h`."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
     return f"{seconds:.3g} s" if seconds < 100 else duration(seconds)
 
 
 def duration(seconds: float) -> str:
-    """`42 s`, `3:05 min` or `2:03:05 h`."""
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
-    hours, minutes_rest = divmod(minutes, 60)
+    """Formats a time in whole seconds: `42 s`, `3:05 min` or `2:03:05 h`."""
+    total_seconds = round(seconds)
+    minutes, rest_seconds = divmod(total_seconds, 60)
+    hours, rest_minutes = divmod(minutes, 60)
+
     if hours:
-        return f"{hours}:{minutes_rest:02d}:{rest:02d} h"
-    return f"{minutes}:{rest:02d} min" if minutes else f"{whole} s"
+        return f"{hours}:{rest_minutes:02d}:{rest_seconds:02d} h"
+    return f"{minutes}:{rest_seconds:02d} min" if minutes else f"{total_seconds} s"
 
 
 def four_digits(value: float) -> str:
-    """A measured value: `0.0772`, `2.314`, `9,412`, `1.23 M`, `1.20e-05`. report/page.js does the same."""
+    """Formats a measured value to four digits: `0.0772`, `2.314`, `9,412`, `1.23 M`, `1.20e-05`. report/page.js does
+    the same."""
     if value and abs(value) < 1e-3:
         return f"{value:.2e}"
     if abs(value) < 100:
         return f"{value:.4g}"
+
     return f"{value:,.0f}" if abs(value) < 1e6 else readable_count(round(value))
 
 
 def three_decimals(value: float) -> str:
-    """A loss or a score that is compared with others: `2.000`."""
+    """Formats a loss or a score, which readers compare with others: `2.000`."""
     return f"{value:.3f}"
 
 
 def percent(share: float) -> str:
-    """`75%`, `12.3%`."""
+    """Formats a share (0 to 1) as a percentage: `75%`, `12.3%`."""
     return f"{100 * share:.1f}".removesuffix(".0") + "%"
 
 
 def change(ratio: float) -> str:
-    """From 1 to `ratio`: `+1.9%`, `-12%`."""
+    """Formats the change from 1 to `ratio`: `+1.9%`, `-12%`."""
     return f"{'+' if ratio >= 1 else ''}{percent(ratio - 1)}"

@@ -1,5 +1,4 @@
-"""Secrets: removed from command lines, environments and what is recorded; refused in a configuration, which is written
-to disk."""
+"""Secrets: they are removed from recorded command lines, environments and texts, and refused in a configuration."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,65 +21,75 @@ _SECRET_WORDS = {
     "jwt",
     "pgpassword",
 }
-# words that mean other things too (pass@1, the folder PWD), so only where the name is an option's or a variable's
+
+# Words with other meanings (pass@1, the folder PWD), so they count only as the end of an option or a variable.
 _SECRET_ENDINGS = re.compile(r"(?i)(?:^|[_-])(?:auth|bearer)$|[a-z0-9][_-](?:pass|pwd)$")
 _SECRET_PREFIXES = ("RAY_AUTH_", "MYSQL_PWD")
 _SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
-_PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
+_PLACES = ("_PATH", "_FILE", "_DIR")  # endings of variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
+
 _WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s]+@")  # a password may hold an @
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether the last word of a name is `token`, `key`, `password` or another word for a secret.
+    """Returns whether the last word of a name is `token`, `key`, `password` or another word for a secret.
 
     `hf_token` is a secret name; `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are
     separated by punctuation or by capitals.
     """
-    own = name.rpartition(".")[2]
-    words = [word for word in _WORD.findall(own) if not word.isdigit()]
-    last = [word.lower() for word in words[-2:]]
-    if last == ["key", "id"]:  # AWS_ACCESS_KEY_ID
+    last_part = name.rpartition(".")[2]
+    words = [word for word in _WORD.findall(last_part) if not word.isdigit()]
+    last_words = [word.lower() for word in words[-2:]]
+
+    if last_words == ["key", "id"]:  # AWS_ACCESS_KEY_ID
         return True
-    if _SECRET_ENDINGS.search(own):
+    if _SECRET_ENDINGS.search(last_part):
         return True
-    measured = last[:1] == ["per"] and len(last) == 2
+
+    # A rate such as bytes_per_token is not a secret.
+    measured = last_words[:1] == ["per"] and len(last_words) == 2
     return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS and not measured)
 
 
 def redact_text(text: str) -> str:
-    """`text` with user and password removed from every URL."""
+    """Returns `text` with user and password removed from every URL."""
     return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text) if "://" in text else text
 
 
-def redact(value: Any) -> Any:
-    """A copy of a tree of mappings and sequences; secrets, recognised by key or in URLs, are replaced by `***`."""
-    if isinstance(value, Mapping):
-        return {key: _redact_named(str(key), item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
-    return redact_text(value) if isinstance(value, str) else value
+def redact(tree: Any) -> Any:
+    """Returns a copy of a tree of mappings and sequences in which secrets, found by key or in URLs, are `***`."""
+    if isinstance(tree, Mapping):
+        return {key: _redact_named(str(key), child) for key, child in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [redact(child) for child in tree]
+    return redact_text(tree) if isinstance(tree, str) else tree
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
-    """A command line with the values of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE` replaced by `***`."""
+    """Returns a command line in which VALUE of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE` is `***`."""
     safe = []
     hide_next = False
+
     for argument in arguments:
         name, equals, value = argument.partition("=")
+
         if hide_next:
             safe.append(REDACTED)
         elif equals and value and is_secret_name(name):
             safe.append(f"{name}={REDACTED}")
         else:
             safe.append(redact_text(argument))
+
+        # The value of `--secret VALUE` is the next argument.
         hide_next = not equals and argument.startswith("--") and is_secret_name(argument)
+
     return safe
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without secrets, for processes that need none.
+    """Returns an environment without secrets, for processes that need none.
 
     URLs with a password are removed as well, except those of proxies, which may be required for network access.
     """
@@ -95,29 +104,30 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
     """Refuse addresses with a password, values of keys named like secrets, and values of secret variables.
 
     Args:
-        config: composed, interpolations resolved.
-        environ: environment whose variables `${oc.env:NAME}` may have inserted.
+        config: the composed configuration with resolved interpolations.
+        environ: environment whose variables `${oc.env:NAME}` may have inserted into the configuration.
 
     Raises:
         ConfigError: names the key, never the secret.
     """
-    secret = {
+    secrets = {
         value: name
         for name, value in environ.items()
         if is_secret_name(name) and not _is_place(name.upper(), value) and len(value) >= _SHORTEST
     }
+
     for key, value in _texts(config, ""):
         if redact_text(value) != value:
             raise ConfigError(f"{key}=(an address with a password): expected {_WAY_OUT}")
         if value and is_secret_name(key):
             raise ConfigError(f"{key}=(a secret): expected {_WAY_OUT}")
-        for held, name in secret.items():
-            if held in value:
+        for secret, name in secrets.items():
+            if secret in value:
                 raise ConfigError(f"{key}=(what the variable {name} holds): expected {_WAY_OUT}")
 
 
 def _is_place(name: str, value: str) -> bool:
-    """Whether a variable holds the path of a secret, or a working directory as APPTAINER_PWD does."""
+    """Returns whether a variable holds the path of a secret, or a working directory as APPTAINER_PWD does."""
     return name.endswith(_PLACES) or (name.endswith("_PWD") and value.startswith("/"))
 
 
@@ -127,14 +137,15 @@ def _redact_named(name: str, value: Any) -> Any:
     return redact(value)
 
 
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every text in a tree of mappings and sequences; includes keys that hold secrets."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from ((key, name),) if isinstance(name, str) and redact_text(name) != name else ()
-            yield from _texts(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item, key)
-    elif isinstance(value, str):
-        yield key, value
+def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Yields (dotted name, text) for every text in a tree of mappings and sequences, and for keys that hold secrets."""
+    if isinstance(tree, Mapping):
+        for name, child in tree.items():
+            if isinstance(name, str) and redact_text(name) != name:
+                yield key, name
+            yield from _texts(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple):
+        for child in tree:
+            yield from _texts(child, key)
+    elif isinstance(tree, str):
+        yield key, tree

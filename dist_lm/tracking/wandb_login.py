@@ -13,12 +13,13 @@ from dist_lm.tracking.redact import without_secrets
 
 log = logging.getLogger(__name__)
 LOGIN = ("WANDB_API_KEY", "WANDB_BASE_URL")
-# these would override the identity and the folder of the run
+
+# These variables would override the identity and the folder of the run.
 OURS = ("WANDB_MODE", "WANDB_RESUME", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_SERVICE")
 
 
 def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
-    """`online`, `offline` or `disabled`, from tracking.mode and the login of this machine.
+    """Returns `online`, `offline` or `disabled`, from tracking.mode and the login of this machine.
 
     `auto` follows WANDB_MODE=offline and disabled; otherwise it is online with WANDB_API_KEY or a netrc entry for
     wandb's host, and offline without.
@@ -28,6 +29,7 @@ def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
     """
     if tracking.mode == "offline":
         return "offline"
+
     login = bool(environ.get("WANDB_API_KEY")) or _netrc_login(environ)
     if tracking.mode == "online":
         if not login:
@@ -36,34 +38,38 @@ def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
                 "or use tracking.mode=auto"
             )
         return "online"
-    asked = environ.get("WANDB_MODE")
-    if asked in ("offline", "disabled"):
-        return asked
+
+    requested = environ.get("WANDB_MODE")
+    if requested in ("offline", "disabled"):
+        return requested
     return "online" if login else "offline"
 
 
 def wandb_environment(environ: Mapping[str, str], online: bool) -> dict[str, str]:
-    """The environment of wandb's processes: no secret, except the login where runs are sent."""
-    kept = {name: value for name, value in without_secrets(environ).items() if name not in OURS}
-    return kept | {name: environ[name] for name in LOGIN if online and name in environ}
+    """Returns the environment of wandb's processes: it holds no secret, except the login if runs are sent."""
+    harmless = {name: value for name, value in without_secrets(environ).items() if name not in OURS}
+    if not online:
+        return harmless
+    return harmless | {name: environ[name] for name in LOGIN if name in environ}
 
 
 def base_url(environ: Mapping[str, str]) -> str:
-    """The address of wandb's server: WANDB_BASE_URL, else that of `wandb login --host`, else wandb's own."""
+    """Returns the address of wandb's server: WANDB_BASE_URL, else that of `wandb login --host`, else wandb's own."""
     return environ.get("WANDB_BASE_URL") or _saved_base_url(environ) or "https://api.wandb.ai"
 
 
 def _saved_base_url(environ: Mapping[str, str]) -> str:
-    """The address in the settings file of the user's account, where `wandb login --host` writes it; empty without."""
+    """Returns the address that `wandb login --host` wrote to the user's settings file; empty if there is none."""
     folder = Path(environ.get("WANDB_CONFIG_DIR") or _home(environ) / ".config" / "wandb")
     file = folder.expanduser() / "settings"
+
     settings = configparser.ConfigParser()
     try:
         settings.read_string(file.read_text(encoding="utf-8"))
         return settings.get("default", "base_url", fallback="")
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:  # wandb takes such a file for an empty one
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:  # wandb treats such a file as empty
         _warn(file, error)
         return ""
 
@@ -71,6 +77,7 @@ def _saved_base_url(environ: Mapping[str, str]) -> str:
 def _netrc_login(environ: Mapping[str, str]) -> bool:
     file = Path(environ.get("NETRC") or _home(environ) / ".netrc").expanduser()
     host = urlparse(base_url(environ)).netloc  # with the port: `wandb login` writes it so
+
     try:
         login = netrc.netrc(str(file)).authenticators(host)
     except (FileNotFoundError, NotADirectoryError):
@@ -78,6 +85,7 @@ def _netrc_login(environ: Mapping[str, str]) -> bool:
     except (OSError, UnicodeDecodeError, netrc.NetrcParseError) as error:  # wandb cannot read it either
         _warn(file, error)
         return False
+
     return login is not None and bool(login[2])
 
 

@@ -1,8 +1,8 @@
 """The process that records a run in wandb: `python -m dist_lm.tracking.wandb_process`, started by `WandbRun`.
 
 It writes wandb's own files without a network, so everything can be sent later, and starts an `Uploader` where there is
-a login. Input: orders as JSON lines, first {directory, init, finish_s}, then those of `Recorder.carry_out`, last
-{order: finish, outcome}; an input without the last one means that the launcher was killed and the run will continue.
+a login. Input: orders as JSON lines, first {directory, init, finish_s}, then the orders of `Recorder.carry_out`, last
+{order: finish, outcome}. If the last one is missing, the launcher was killed and the run will continue.
 Output: {kind: warning | line, text} for people. The process ends in bounded time, whatever server and launcher do.
 """
 
@@ -25,39 +25,42 @@ from dist_lm.tracking.wandb_upload import Uploader
 
 NICE = 5  # ranks have priority
 LOCK = ".process.lock"
-RECORDED = "recorded.json"  # in the run's wandb folder: keys of orders and their rows, see `Recorder`
-ENDED = -1  # row of the orders of an attempt that ended in order
+RECORDED = "recorded.json"  # file in the run's wandb folder: keys of orders and their rows, see `Recorder`
+ENDED = -1  # row number in RECORDED for the orders of an attempt that ended properly
 TASKS, STEP_OF_TASKS = "eval/", "eval/step"
-FLUSH_S = 1.0  # longest delay before a row is on disk
-ROWS, CHARACTERS = 200, 4000  # of a table of samples, and of its cells
-NUMBERS = ("tokens", "logprobs", "raw_logprobs")  # columns with a number for each token, left out
+FLUSH_S = 1.0  # seconds; longest delay before a row is on disk
+ROWS, CHARACTERS = 200, 4000  # most rows of a table of samples, longest text of a cell
+NUMBERS = ("tokens", "logprobs", "raw_logprobs")  # columns with a number for each token; tables leave them out
 
 
 def main() -> None:
     """Carry out the orders on standard input."""
     os.nice(NICE)
-    say = _voice()
+    say = _open_messages()
+
     orders = _orders(sys.stdin)
-    start = next(orders, None)
-    if start is None:
+    first = next(orders, None)
+    if first is None:
         return
-    run = RunDirectory(Path(start["directory"]))
-    # unsent files and logs belong into the run, not into the home or current directory
+
+    run = RunDirectory(Path(first["directory"]))
+    # Unsent files and logs belong into the run, not into the home or current directory.
     os.environ |= {
         "WANDB_DIR": str(run.path),
         "WANDB_DATA_DIR": str(run.wandb),
         "WANDB_CACHE_DIR": str(run.wandb / "cache"),
     }
+
     try:
-        # the process of an earlier attempt may still be sending
-        with locked(run.wandb / LOCK, what=str(run.wandb), wait_s=60.0 + start["finish_s"]):
-            _record(run, start, orders, say)
-    except Exception as error:  # the run goes on without wandb
+        # The process of an earlier attempt may still be sending.
+        with locked(run.wandb / LOCK, what=str(run.wandb), wait_s=60.0 + first["finish_s"]):
+            _record(run, first, orders, say)
+    except Exception as error:  # the run continues without wandb
         say(
             "warning",
             f"wandb stopped ({type(error).__name__}: {error}); the run goes on, and metrics.jsonl has every metric",
         )
-        for _ in orders:  # the launcher must never block on a full pipe
+        for _ in orders:  # reads on, so that the launcher never blocks on a full pipe
             continue
 
 
@@ -67,7 +70,11 @@ def _record(
     init = start["init"]
     recorder = Recorder(run, init)
     online = init["mode"] == "online"
-    uploader = Uploader(logs_of(run, init["id"]), wandb_environment(os.environ, online), say) if online else None
+    uploader = None
+    if online:
+        uploader = Uploader(logs_of(run, init["id"]), wandb_environment(os.environ, online), say)
+
+    # If no `finish` arrives, the launcher was killed.
     outcome = "stopped"
     for order in orders:
         if order["order"] == "finish":
@@ -77,22 +84,24 @@ def _record(
                 recorder.carry_out(order)
             except Exception as error:
                 if order["order"] == "metrics":
+                    # Without metrics the copy is worth nothing; a lost table, link or alert is only reported.
                     raise
                 say("warning", f"wandb did not take {order['order']} ({type(error).__name__}: {error})")
+
     recorder.finish(outcome)
     if uploader and not uploader.finish(start["finish_s"]):
         say("warning", f"wandb's server has not got everything yet; to send the rest: wandb sync {run.wandb}")
 
 
 def _orders(lines: TextIO) -> Iterator[dict[str, Any]]:
-    """The orders; an incomplete last line of a killed launcher is ignored."""
+    """Yields the orders; an incomplete last line, left by a killed launcher, is ignored."""
     for line in lines:
         if line.endswith("\n"):
             yield json.loads(line)
 
 
-def _voice() -> Callable[[str, str], None]:
-    """A function that sends messages to the launcher; prints of libraries go to standard error, which is a file."""
+def _open_messages() -> Callable[[str, str], None]:
+    """Returns a function that sends messages to the launcher; prints of libraries go to standard error, a file."""
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -107,35 +116,38 @@ def _voice() -> Callable[[str, str], None]:
 
 
 def logs_of(run: RunDirectory, identity: str) -> list[Path]:
-    """wandb's files of a run, one an attempt, oldest first."""
-    found = run.wandb.glob(f"offline-run-*-{identity}/run-{identity}.wandb")
-    return sorted(found, key=lambda path: path.parent.name)
+    """Returns wandb's files of a run, one for each attempt, oldest first."""
+    logs = run.wandb.glob(f"offline-run-*-{identity}/run-{identity}.wandb")
+    return sorted(logs, key=lambda path: path.parent.name)
 
 
 def last_step(logs: Sequence[Path]) -> int:
-    """The last step in wandb's files, read from the files because a writer may have been killed; -1 without one."""
+    """Returns the last step in wandb's files, which a killed writer may have left incomplete; -1 if there is none."""
     for log in reversed(logs):
+        # wandb's own reader: the format of the file is not documented.
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-        steps = [-1]
+        last = -1
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as reading:
             assert reading.stdout is not None
             for line in reading.stdout:
                 if b'"type":"history"' in line:
-                    steps = [max(steps[0], int(json.loads(line)["history"]["step"].get("num", 0)))]
+                    last = max(last, int(json.loads(line)["history"]["step"].get("num", 0)))
+
         if reading.returncode:
             raise RuntimeError(f"{log}: `wandb leet inspect` ended with exit code {reading.returncode}")
-        if steps[0] >= 0:
-            return steps[0]
+
+        if last >= 0:
+            return last
     return -1
 
 
 class Recorder:
     """Records one attempt of a run.
 
-    wandb writes the row of a step to its file when a later step is logged, after all that was ordered before. So a kill
-    loses what came with the rows after the last one in the files, `_resumed_at`, and nothing else. `_step` is the row
-    that is open now. `_rows`, kept in RECORDED, has the row of every order that must come once; the next attempt
-    repeats those orders whose row was lost. (An artifact may have been written before its row: wandb keeps equal ones
+    wandb writes the row of a step to its file when a later step is logged, after all orders before it. So a kill loses
+    what came with the rows after the last row in the files, `_resumed_at`, and nothing else. `_step` is the row that is
+    open now. `_rows`, stored in RECORDED, has the row of every order that must be carried out once; the next attempt
+    repeats the orders whose row was lost. (An artifact may have been written before its row: wandb stores equal ones
     once.)
 
     Attributes:
@@ -143,14 +155,18 @@ class Recorder:
     """
 
     def __init__(self, run: RunDirectory, init: dict[str, Any]) -> None:
-        """Begin; steps that earlier attempts have recorded are skipped."""
+        """Start recording; steps that earlier attempts have recorded are skipped."""
         import wandb  # takes a second
 
-        self._step = self._resumed_at = last_step(logs_of(run, init["id"]))
+        last_recorded = last_step(logs_of(run, init["id"]))
+        self._step = last_recorded
+        self._resumed_at = last_recorded
+
         self._rows_file = run.wandb / RECORDED
         self._rows = {key: row for key, row in rows_of(self._rows_file).items() if row <= self._resumed_at}
-        self._save()  # before a row of this attempt takes the number of a lost one
-        # by default wandb records machine, environment and command without our redaction
+        self._save()  # before a row of this attempt gets the number of a lost one
+
+        # By default wandb records machine, environment and command without our redaction.
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -162,13 +178,16 @@ class Recorder:
             x_save_requirements=False,
             x_transaction_log_flush_interval=FLUSH_S,
         )
+
         self._wandb = wandb
-        given: dict[str, Any] = init | {"mode": "offline", "dir": str(run.path)}
-        self._run = wandb.init(settings=settings, **given)
+        options: dict[str, Any] = init | {"mode": "offline", "dir": str(run.path)}
+        self._run = wandb.init(settings=settings, **options)
         self.log = Path(self._run.dir).parent / f"run-{init['id']}.wandb"
-        if self._resumed_at >= 0:  # the summary of an attempt replaces that of the one before
-            earlier = last_metrics(run.metrics)
-            self._run.summary.update({name: earlier[name] for name in earlier if name not in ("step", "time")})
+
+        # The summary of an attempt replaces the summary of the one before, so it starts with the known values.
+        if self._resumed_at >= 0:
+            last_values = last_metrics(run.metrics)
+            self._run.summary.update({name: last_values[name] for name in last_values if name not in ("step", "time")})
 
     def carry_out(self, order: dict[str, Any]) -> None:
         """Carry out one order of `WandbRun`."""
@@ -185,6 +204,8 @@ class Recorder:
         if outcome == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=int(outcome != "finished"))
+        # A later attempt repeats none of these orders.
+
         self._rows = dict.fromkeys(self._rows, ENDED)
         self._save()
 
@@ -192,24 +213,27 @@ class Recorder:
         step = order["step"]
         if any(name.startswith(TASKS) for name in order["values"]):
             self._tasks(step, order["values"])
+        # Earlier attempts have recorded the steps up to `_resumed_at`.
         elif step >= self._step and step > self._resumed_at:
             self._step = step
             self._run.log(order["values"], step=step)
 
     def _tasks(self, step: int, values: dict[str, float]) -> None:
-        """Record figures of tasks, which may arrive after later steps: wandb draws them over `eval/step`."""
+        """Record scores of tasks, which may arrive after later steps: wandb draws them over `eval/step`."""
         row = self._row(step)
+
         if self._is_new(f"tasks {step} {' '.join(sorted(values))}", row):
             self._step = row
             self._run.define_metric(f"{TASKS}*", step_metric=STEP_OF_TASKS)
             self._run.log(values | {STEP_OF_TASKS: step}, step=row)
 
     def _beside(self, order: dict[str, Any]) -> None:
-        if self._step > self._resumed_at:  # else no row exists yet
+        if self._step > self._resumed_at:  # otherwise this attempt has no row yet
             self._run.log(order["values"], step=self._step)
 
     def _samples(self, order: dict[str, Any]) -> None:
         row = self._row(order["step"])
+
         if self._is_new(f"samples {order['key']}", row):
             self._step = row
             columns, rows = table_of(json_lines(Path(order["path"])))
@@ -219,22 +243,25 @@ class Recorder:
     def _link(self, order: dict[str, Any]) -> None:
         if not self._is_new(f"link {order['key']}", self._row()):
             return
+
         artifact = self._wandb.Artifact(order["name"], type=order["kind"], metadata=order["metadata"])
         for file in order["files"]:
             artifact.add_reference(Path(file).as_uri(), name=Path(file).name)
+
         self._run.log_artifact(artifact, aliases=["latest", *order["aliases"]])
 
     def _alert(self, order: dict[str, Any]) -> None:
         self._run.alert(order["title"], order["text"], level=order["level"])
 
     def _row(self, step: int = 0) -> int:
-        """The row of an order that may be late: that of `step`, or the open one if it is a later one."""
+        """Returns the row of an order that may be late: the row of `step`, or the open row if it is later."""
         return max(self._step, step, self._resumed_at + 1)
 
     def _is_new(self, key: str, row: int) -> bool:
-        """Whether an order must be carried out; it is noted with its row."""
+        """Returns whether an order must be carried out, and records it with its row."""
         if key in self._rows:
             return False
+
         self._rows[key] = row
         self._save()
         return True
@@ -244,26 +271,29 @@ class Recorder:
 
 
 def rows_of(path: Path) -> dict[str, int]:
-    """The orders of earlier attempts and their rows; runs of earlier versions have a list of what has survived."""
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return dict.fromkeys(known, ENDED) if isinstance(known, list) else known
+    """Returns the orders of earlier attempts and their rows.
+
+    Runs of earlier versions have a list of the orders that survived instead.
+    """
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    return dict.fromkeys(recorded, ENDED) if isinstance(recorded, list) else recorded
 
 
 def table_of(samples: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows) of the first `ROWS` samples.
+    """Returns (columns, rows) of a table with the first `ROWS` samples.
 
     The columns are the keys of all samples in order of appearance, except `NUMBERS`. A missing value is None, a long
     text is cut, and lists and objects become JSON.
     """
-    kept = [sample for _, sample in zip(range(ROWS), samples, strict=False)]
-    columns = [key for key in dict.fromkeys(key for sample in kept for key in sample) if key not in NUMBERS]
-    return columns, [[_cell(sample.get(column)) for column in columns] for sample in kept]
+    first_samples = [sample for _, sample in zip(range(ROWS), samples, strict=False)]
+    columns = [key for key in dict.fromkeys(key for sample in first_samples for key in sample) if key not in NUMBERS]
+    return columns, [[_cell(sample.get(column)) for column in columns] for sample in first_samples]
 
 
-def _cell(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    text = redact_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+def _cell(field: Any) -> Any:
+    if field is None or isinstance(field, bool | int | float):
+        return field
+    text = redact_text(field if isinstance(field, str) else json.dumps(field, ensure_ascii=False))
     return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ... ({len(text)} characters)"
 
 

@@ -1,7 +1,7 @@
-"""The wandb copy of a run, seen from the launcher: everything is handed to a separate process, nothing is waited for.
+"""The wandb copy of a run, seen from the launcher: a separate process does all the work, and no call waits for it.
 
 metrics.jsonl has every metric, so a failure of wandb is reported once and never ends a run. Ranks do not use wandb. The
-process (`wandb_process`) writes wandb's files into the run directory and sends them where there is a login.
+process (`wandb_process`) writes wandb's files into the run directory and sends them if there is a login.
 """
 
 import json
@@ -22,16 +22,17 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact, redact_command, redact_text
 from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode
 
-IDENTITY = "identity.json"  # in the run's wandb folder: {id}
-DIRTY = "-dirty"
-SAMPLES, SAMPLES_OF = "samples/generations", {"tools": "samples/tool_calls", "rlhf": "samples/rollouts"}
-"""Name of the table of samples: the usual one, and those of single stages."""
+IDENTITY = "identity.json"  # file in the run's wandb folder: {id}
+DIRTY = "-dirty"  # ending of a commit whose files were changed
+SAMPLES = "samples/generations"
+SAMPLES_OF = {"tools": "samples/tool_calls", "rlhf": "samples/rollouts"}
+"""Names of the table of samples in wandb by stage; `SAMPLES` for all other stages."""
 Outcome = Literal["finished", "failed", "stopped"]
 """How an attempt ended; a stopped run will continue."""
 
 
 class WandbRun:
-    """The wandb run of a run directory, the same one over all attempts."""
+    """The wandb run of a run directory; all attempts continue the same one."""
 
     def __init__(
         self, run: RunDirectory, console: Console, init: dict[str, Any], environ: Mapping[str, str], finish_s: float
@@ -41,9 +42,11 @@ class WandbRun:
         self._directory = run.wandb
         self._job_type: str = init["job_type"]
         self._finish_s = finish_s
+
         run.wandb.mkdir(parents=True, exist_ok=True)
         self.id = _identity(run.wandb / IDENTITY)
         self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
         start = {"directory": str(run.path.resolve()), "init": init | {"id": self.id}, "finish_s": finish_s}
         with (run.wandb / "process.log").open("ab") as log:
             self._process = subprocess.Popen(
@@ -54,6 +57,7 @@ class WandbRun:
                 env=wandb_environment(environ, init["mode"] == "online"),
                 start_new_session=True,  # Ctrl-C must reach the launcher only, which then calls `finish`
             )
+
         self._orders.put(start)
         self._threads = [
             threading.Thread(target=work, name=f"wandb {work.__name__}", daemon=True)
@@ -82,10 +86,10 @@ class WandbRun:
             config: recorded without secrets.
             job_type: the stage.
             group: the run_id, shared by the stages of one pipeline.
-            git_commit: ends with `-dirty` if files were changed; the changes are not recorded.
+            git_commit: commit of the code, ending with `-dirty` if files were changed; None: unknown.
             command: the command line, recorded without secrets.
             environ: holds the login and wandb's own settings.
-            console: prints failures of wandb.
+            console: prints the failures of wandb.
 
         Returns:
             None with tracking=none, or WANDB_MODE=disabled.
@@ -96,10 +100,12 @@ class WandbRun:
         mode = "disabled" if tracking.name == "none" else wandb_mode(tracking, environ)
         if mode == "disabled":
             return None
+
         git = {
             "git_commit": git_commit and git_commit.removesuffix(DIRTY),
             "git_dirty": git_commit and git_commit.endswith(DIRTY),
         }
+
         init = {
             "project": tracking.project,
             "entity": tracking.entity,
@@ -110,19 +116,20 @@ class WandbRun:
             "config": redact(config) | git | {"command": redact_command(command)},
             "mode": mode,
         }
+
         return cls(run, console, init, environ, tracking.finish_s)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of a step; steps that were recorded before are skipped.
 
-        `step`, `time` and values that are None (not finite) are left out.
+        `step`, `time` and values that are None (not finite) are not recorded.
         """
-        values = {name: value for name, value in metrics.items() if name not in ("step", "time") and value is not None}
-        self._orders.put({"order": "metrics", "step": step, "values": values})
+        finite = {name: value for name, value in metrics.items() if name not in ("step", "time") and value is not None}
+        self._orders.put({"order": "metrics", "step": step, "values": finite})
 
-    def beside(self, values: Mapping[str, float]) -> None:
-        """Record values without a step, such as the load of nodes, at the newest step."""
-        self._orders.put({"order": "beside", "values": dict(values)})
+    def beside(self, figures: Mapping[str, float]) -> None:
+        """Record figures without a step, such as the load of nodes, at the newest step."""
+        self._orders.put({"order": "beside", "values": dict(figures)})
 
     def samples(self, path: Path, step: int) -> None:
         """Record a file of JSON lines as a table."""
@@ -141,10 +148,10 @@ class WandbRun:
         """Record files as an artifact by reference (path and hash); they are never uploaded.
 
         Args:
-            key: a key that was linked before, also by an earlier attempt, is skipped.
-            name: of the artifact.
+            key: identifies the link; a key that was linked before, also by an earlier attempt, is skipped.
+            name: name of the artifact.
             kind: wandb's type of the artifact: tokenizer, dataset, model.
-            metadata: recorded without secrets.
+            metadata: facts about the artifact, recorded without secrets.
         """
         order = {"order": "link", "key": key, "name": name, "kind": kind, "aliases": list(aliases)}
         self._orders.put(order | {"files": [str(file.resolve()) for file in files], "metadata": redact(metadata)})
@@ -155,13 +162,15 @@ class WandbRun:
         self._orders.put({"order": "alert", "title": alert.title, "text": text, "level": alert.level})
 
     def finish(self, outcome: Outcome, grace_s: float = 60.0) -> None:
-        """End the recording; waits at most tracking.finish_s for a server that answers.
+        """End the recording; wait at most tracking.finish_s for a server that answers.
 
-        A process that has not ended `grace_s` later is left behind, with a warning.
+        A process that has not ended `grace_s` seconds later continues alone, with a warning.
         """
         timeout_s = self._finish_s + grace_s
+
         self._orders.put({"order": "finish", "outcome": outcome})
         self._orders.put(None)
+
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -170,6 +179,7 @@ class WandbRun:
                 f"metric; to send the rest: wandb sync {self._directory}"
             )
             return
+
         for thread in self._threads:
             thread.join(timeout_s)
 
@@ -182,6 +192,7 @@ class WandbRun:
                     pipe.write(json.dumps(order).encode() + b"\n")
                     pipe.flush()
         except BrokenPipeError:
+            # Orders that nobody reads are dropped; the run continues.
             code = self._process.wait()
             if code:  # with code 0 the process has reported the reason itself
                 self._console.warning(
@@ -194,12 +205,13 @@ class WandbRun:
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
             for line in pipe:
-                said = json.loads(line)
-                (self._console.warning if said["kind"] == "warning" else self._console.line)(said["text"])
+                message = json.loads(line)
+                show = self._console.warning if message["kind"] == "warning" else self._console.line
+                show(message["text"])
 
 
 def _identity(path: Path) -> str:
-    known = json.loads(path.read_text()) if path.exists() else {}
-    identity = known.get("id") or secrets.token_hex(4)
+    recorded = json.loads(path.read_text()) if path.exists() else {}
+    identity = recorded.get("id") or secrets.token_hex(4)
     durable.write_json(path, {"id": identity})
     return identity

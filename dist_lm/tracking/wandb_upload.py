@@ -21,8 +21,9 @@ from dist_lm.storage.process import die_with_parent
 from dist_lm.tracking.wandb_login import base_url
 
 RETRY_S = (5.0, 60.0)  # first and longest wait after an attempt that sent nothing
-PROBE_S = 1.0
-# the client keeps trying an absent server, at short intervals, for as long as the run lasts
+PROBE_S = 1.0  # time limit of a question whether the server answers
+
+# The client retries an absent server, at short intervals, for as long as the run lasts.
 PATIENT = {
     f"WANDB_X_{part}_{name}": value
     for part in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")
@@ -31,7 +32,7 @@ PATIENT = {
 
 
 def marker_of(log: Path) -> Path:
-    """The file that wandb writes beside a sent file."""
+    """Returns the file that wandb writes beside a file that it has sent."""
     return log.with_name(f"{log.name}.synced")
 
 
@@ -45,30 +46,36 @@ class Uploader:
         say: Callable[[str, str], None],
         retry_s: float = RETRY_S[0],
     ) -> None:
-        """
+        """Start the thread.
+
         Args:
             logs: wandb's files of the run, oldest first; the last one is being written.
-            environ: with a login.
-            say: gets (warning or line, text) for people.
-            retry_s: wait before the second attempt.
+            environ: environment of the client, with a login.
+            say: called with (`warning` or `line`, text) for people.
+            retry_s: wait before the second attempt, in seconds.
         """
         *earlier, self._growing = logs
         self._earlier = [log for log in earlier if not marker_of(log).exists()]
+
         self._environ = dict(environ) | PATIENT
         self._say = say
         self._retry_s = retry_s
         self._over = threading.Event()
         self._sync: subprocess.Popen[str] | None = None
+
         self._thread = threading.Thread(target=self._work, name="wandb upload", daemon=True)
         self._thread.start()
 
     def finish(self, patience_s: float) -> bool:
-        """Wait at most `patience_s` while the server answers. Returns whether everything has been sent."""
-        deadline, missed = time.monotonic() + patience_s, 0
-        while self._thread.is_alive() and time.monotonic() < deadline and missed < 2:
+        """Wait at most `patience_s` seconds while the server answers. Returns whether all files have been sent."""
+        deadline = time.monotonic() + patience_s
+        num_missed = 0
+        while self._thread.is_alive() and time.monotonic() < deadline and num_missed < 2:
+            # One missed answer may be chance; a server that misses two is absent.
             self._thread.join(PROBE_S)
             if self._thread.is_alive():
-                missed += not answers(self._environ)
+                num_missed += not answers(self._environ)
+
         self._over.set()
         if self._sync is not None:
             end_tree(self._sync)
@@ -76,7 +83,7 @@ class Uploader:
         return not self.left()
 
     def left(self) -> list[Path]:
-        """The files that have not been sent completely."""
+        """Returns the files that have not been sent completely."""
         return [log for log in (*self._earlier, self._growing) if not marker_of(log).exists()]
 
     def _work(self) -> None:
@@ -85,24 +92,29 @@ class Uploader:
         self._try_until_sent([self._growing], live=True)
 
     def _try_until_sent(self, logs: list[Path], live: bool) -> bool:
+
         wait_s = self._retry_s
+
         while not self._over.is_set():
-            begun = self._send(logs, live)
+            accepted = self._send(logs, live)
             if all(marker_of(log).exists() for log in logs):
                 return True
-            if begun:  # a second attempt would send the accepted rows again
+
+            # The server has accepted rows and then refused: another attempt would send them again.
+            if accepted:
                 if not self._over.is_set():
                     self._say(
                         "warning",
                         f"wandb's server refuses {logs[-1]}; to try again later: wandb sync {logs[-1].parent.parent}",
                     )
                 return False
+
             self._over.wait(wait_s)
             wait_s = min(2 * wait_s, RETRY_S[1])
         return False
 
     def _send(self, logs: list[Path], live: bool) -> bool:
-        """Run wandb's sync once. Returns whether the server accepted anything."""
+        """Run wandb's sync once. Returns whether the server accepted any row."""
         command = [
             sys.executable,
             "-m",
@@ -114,7 +126,8 @@ class Uploader:
             *(["--live"] if live else []),
             *map(str, logs),
         ]
-        begun = failed = False
+
+        accepted = failed = False
         with subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -127,24 +140,29 @@ class Uploader:
             assert self._sync.stdout is not None
             if self._over.is_set():  # `finish` ran before the process existed
                 end_tree(self._sync)
+
             for line in self._sync.stdout:
-                if "View run" in line and not begun:
-                    begun = True
+                if "View run" in line and not accepted:
+                    accepted = True
                     self._say("line", f"wandb: {line.rpartition(' at ')[2].strip()}")
                 failed = failed or "ERROR" in line
+
         if failed or self._sync.returncode:
-            for log in logs:  # wandb marks a file as sent even if it gave up half way
+            # wandb marks a file as sent even if it gave up half way.
+            for log in logs:
                 marker_of(log).unlink(missing_ok=True)
-        return begun
+
+        return accepted
 
 
 def answers(environ: Mapping[str, str]) -> bool:
-    """Whether wandb's server answers within `PROBE_S`."""
+    """Returns whether wandb's server answers within `PROBE_S` seconds."""
     request = urllib.request.Request(base_url(environ), method="GET")  # noqa: S310 - the user's own address
     try:
         with urllib.request.urlopen(request, timeout=PROBE_S):  # noqa: S310
             return True
     except urllib.error.HTTPError as error:
+        # A refusal is an answer; an error of the server is none.
         return error.code < 500
     except OSError:
         return False
@@ -152,16 +170,17 @@ def answers(environ: Mapping[str, str]) -> bool:
 
 def end_tree(process: subprocess.Popen[str]) -> None:
     """Kill a process and its children."""
-    with suppress(psutil.NoSuchProcess):  # has just ended
+    with suppress(psutil.NoSuchProcess):  # it has just ended
         root = psutil.Process(process.pid)
-        for one in (root, *root.children(recursive=True)):
+        for member in (root, *root.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                member.kill()
 
 
 def main(parent: str, *arguments: str) -> None:
-    """wandb's own command line, killed with its parent process."""
+    """Run wandb's own command line; the kernel kills it with its parent process."""
     die_with_parent(int(parent))
+
     from wandb.cli.cli import cli
 
     cli(list(arguments), prog_name="wandb")

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from dist_lm.errors import ConfigError
-from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, Panel, board_of, boards
+from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, SHARED_PANELS, Panel, board_of, boards
 from dist_lm.tracking.registry import MEASURED_STAGES, METRICS, metric_of, metrics_of
 
 
@@ -44,7 +44,7 @@ def test_panels_show_nothing_that_is_not_in_the_registry(name: str) -> None:
 
 def test_what_belongs_together_and_what_is_logarithmic_exists() -> None:
     names = {metric.name for metric in METRICS}
-    assert names >= {name for group in TOGETHER.values() for name in group}
+    assert names >= {name for group in SHARED_PANELS.values() for name in group}
     assert names >= set(LOGARITHMIC)
     code = {panel.title: panel for panel in board_of("code").panels}
     assert code["Loss, trained and held out"].names == ("train/loss", "val/loss")
