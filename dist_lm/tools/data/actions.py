@@ -1,7 +1,8 @@
-"""What record tools do: the verbs of their names and of requests, and their arguments.
+"""The actions of record tools: the verbs in their names and in requests, and their arguments.
 
-Actions of one circle lie on one shelf, so a conversation may have several tools for one thing: a tool that finds or
-makes a record, and others that take its number. No verb belongs to two actions, so a tool's name identifies its action.
+Actions of one circle lie on one shelf, so a conversation may have several tools for one subject: a tool that finds or
+creates a record, and others that take its id. No verb belongs to two actions, so the name of a tool identifies its
+action.
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ class Action:
     """One operation on records."""
 
     key: str
-    circle: int
-    verbs: tuple[str, ...]  # in names of tools
-    said: tuple[str, ...]  # in requests
-    descriptions: tuple[str, ...]  # {a}: `an order`, {the}: `order`, {all}: `orders`
-    takes_id: bool = False
-    own: tuple[str, ...] = ()  # arguments of the action itself: `name kind`; `?` marks an optional one
-    fields: tuple[int, int] = (0, 0)  # number of the domain's fields that become arguments: least, most
+    circle: int  # actions with the same number may occur in one conversation about one subject
+    verbs: tuple[str, ...]  # verbs in names of tools
+    request_verbs: tuple[str, ...]
+    descriptions: tuple[str, ...]  # with {a}: `an order`, {the}: `order`, {all}: `orders`
+    takes_id: bool = False  # whether the action needs the id of a record
+    own_arguments: tuple[str, ...] = ()  # arguments of the action as `name kind`; `?` marks an optional one
+    fields: tuple[int, int] = (0, 0)  # least and largest number of the domain's fields that become arguments
     extra: tuple[str, ...] = ()  # optional arguments; a tool has at most one
 
 
@@ -48,7 +49,7 @@ ACTIONS = (
         ("assign", "delegate", "hand over", "pass on"),
         ("Assign {a} to a person", "Hand over {a}"),
         takes_id=True,
-        own=("assignee person",),
+        own_arguments=("assignee person",),
         extra=("notify flag", "role one_of lead/helper/observer"),
     ),
     Action(
@@ -58,7 +59,7 @@ ACTIONS = (
         ("rename", "retitle", "change the name of"),
         ("Rename {a}", "Give {a} a new name"),
         takes_id=True,
-        own=("new name title",),
+        own_arguments=("new name title",),
     ),
     Action(
         "approve",
@@ -103,7 +104,7 @@ ACTIONS = (
         ("comment on", "add a note to", "annotate"),
         ("Write a comment on {a}", "Add a note to {a}"),
         takes_id=True,
-        own=("text text",),
+        own_arguments=("text text",),
         extra=("author given", "pinned flag"),
     ),
     Action(
@@ -113,7 +114,7 @@ ACTIONS = (
         ("share", "forward", "send"),
         ("Share {a} by email", "Send {a} to somebody"),
         takes_id=True,
-        own=("email email",),
+        own_arguments=("email email",),
         extra=("access one_of read/write/admin", "message text", "days few"),
     ),
     Action(
@@ -139,7 +140,7 @@ ACTIONS = (
         ("schedule", "plan", "book", "arrange"),
         ("Schedule {a}", "Plan {a} for a day"),
         takes_id=True,
-        own=("day date", "time clock"),
+        own_arguments=("day date", "time clock"),
         extra=("minutes minutes", "remind flag"),
     ),
     Action(
@@ -149,7 +150,7 @@ ACTIONS = (
         ("tag", "label", "mark", "put labels on"),
         ("Add tags to {a}", "Label {a}"),
         takes_id=True,
-        own=("tags words",),
+        own_arguments=("tags words",),
     ),
     Action(
         "archive",

@@ -1,7 +1,7 @@
 """All tools: actions on the things of 24 domains, and formulas; each in several variants.
 
-A tool is a pure function of its topic and its variant. Its shelf depends on the topic alone (not on the style of the
-name, nor on the verb), and a conversation takes all its tools from one shelf.
+A tool is a pure function of its topic and its variant. Its shelf depends on the topic alone, not on the verb or the
+style of its name, and all tools of a conversation are on one shelf.
 """
 
 import hashlib
@@ -18,10 +18,19 @@ from dist_lm.tools.data.values import Value, schema_of
 from dist_lm.tools.data.words import STYLE_WEIGHTS, STYLES, argument_name, article, domains, plural, tool_name
 
 SHELVES = 40  # val_fraction=0.05 holds out two
-INVENTED = 10_000  # invented domains a shelf
-VARIANTS = 8  # a topic: they differ in names, arguments and descriptions
-DEFAULTS = {"flag": False, "few": 1}
-LONG = ("address", "size", "words", "people", "codes", "numbers", "title", "text")  # kinds that no search takes
+INVENTED = 10_000  # invented domains of each shelf
+VARIANTS = 8  # variants of each topic: they differ in names, arguments and descriptions
+DEFAULTS: dict[str, Json] = {"flag": False, "few": 1}  # kind -> default of an optional argument
+LONG = (
+    "address",
+    "size",
+    "words",
+    "people",
+    "codes",
+    "numbers",
+    "title",
+    "text",
+)  # kinds that are no condition of a search
 HINTS = {
     "date": ("YYYY-MM-DD", "the day, as YYYY-MM-DD"),
     "clock": ("HH:MM", "24 hours, HH:MM"),
@@ -37,19 +46,19 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument."""
+    """One argument of a tool."""
 
     name: str  # in words: `due date`
     key: str  # in calls: `due_date`
-    kind: str  # of values.py
+    kind: str  # a kind of values.py
     required: bool = True
     default: Json = None
     description: str = ""
-    inside: str = ""  # key of the object that holds the argument; "": none
+    inside: str = ""  # key of the object that contains the argument; "": none
 
     @property
     def schema(self) -> dict[str, Json]:
-        """Its JSON schema."""
+        """Returns the JSON schema of the argument."""
         schema = schema_of(self.kind)
         if self.description:
             schema["description"] = self.description
@@ -60,70 +69,77 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Specification:
-    """A tool as the generator knows it: its schema, and how requests may speak of it."""
+    """A tool of the generator: its schema, and the words that requests use for it."""
 
     tool: Tool
     family: str  # record | formula | service
     domain: str
     action: str  # create, search, ...; the key of a formula or service
-    thing: str  # the subject in words
-    verb: str  # in the name
-    style: str
+    subject: str  # the noun of the records, or the name of the computed figure
+    verb: str  # the verb in the tool's name
+    style: str  # of `words.STYLES`
     parameters: tuple[Parameter, ...]
     shelf: int  # decides between train and val
 
     @property
     def id_parameter(self) -> Parameter | None:
-        """The argument that names a record."""
+        """Returns the argument that identifies a record; None if there is none."""
         return next((parameter for parameter in self.parameters if parameter.kind == "record"), None)
 
 
 @dataclass(frozen=True)
 class Topic:
-    """The subject of a tool."""
+    """What a tool works on and does; each topic has `VARIANTS` tools."""
 
     domain: str
-    thing: str
+    subject: str
     action: str  # a key of actions.py, or of a formula
     family: str
 
 
 def specification(topic: Topic, variant: int) -> Specification:
-    """Variant `variant` of the tool of `topic`."""
-    rng = random.Random(f"tool {topic.domain} {topic.thing} {topic.action} {variant}")  # noqa: S311  (no secrets)
+    """Returns the tool of `topic` in one of its variants (0 to `VARIANTS` - 1)."""
+    rng = random.Random(f"tool {topic.domain} {topic.subject} {topic.action} {variant}")  # noqa: S311  (no secrets)
+    # Each variant has a seed of its own, so no other tool can change it.
     style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
+
     if topic.family == "record":
         action = BY_KEY[topic.action]
         verb = rng.choice(action.verbs)
         parameters = _record_parameters(topic, action, style, rng)
         description = rng.choice(action.descriptions).format(
-            a=article(topic.thing), the=topic.thing, all=plural(topic.thing)
+            a=article(topic.subject), the=topic.subject, all=plural(topic.subject)
         )
-        thing = plural(topic.thing) if topic.action in ("search", "count") else topic.thing
+        noun = plural(topic.subject) if topic.action in ("search", "count") else topic.subject
     else:
         formula = formula_of(topic.action)
         verb = rng.choice(VERBS[topic.family][0])
         parameters = tuple(_parameter(text, style, rng) for text in formula.takes)
-        description = f"{verb.capitalize()} {formula.said}"
-        thing = topic.thing
-    name = tool_name(verb, thing, style)
+        description = f"{verb.capitalize()} {formula.phrase}"
+        noun = topic.subject
+
+    name = tool_name(verb, noun, style)
     tool = Tool(name, description, schema_with(parameters))
     return Specification(
-        tool, topic.family, topic.domain, topic.action, topic.thing, verb, style, parameters, shelf_of(topic)
+        tool, topic.family, topic.domain, topic.action, topic.subject, verb, style, parameters, shelf_of(topic)
     )
 
 
 def shelf_of(topic: Topic) -> int:
-    """The shelf of a topic: one for every thing and circle of actions, one for every formula."""
+    """Returns the shelf of a topic, from 0 to `SHELVES` - 1: one for every subject and circle of actions, or
+    formula."""
+    # An invented domain lies on one shelf with all its subjects and formulas.
     if is_invented(topic.domain):
         return int(topic.domain.removeprefix(PREFIX)) % SHELVES
+
+    # The digest decides, so a new topic moves no other one.
     circle = BY_KEY[topic.action].circle if topic.family == "record" else 0
-    digest = hashlib.blake2b(f"{topic.thing} {circle}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{topic.subject} {circle}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % SHELVES
 
 
 def group_of(shelf: int) -> str:
-    """The hash by which a corpus splits: as a fraction of 2**64 it is (shelf + 0.2) / SHELVES.
+    """Returns the hash by which a corpus splits: as a fraction of 2**64 it is (shelf + 0.2) / SHELVES.
 
     So a val_fraction of 1 or 2 % holds out one shelf, and 5 % hold out two.
     """
@@ -132,53 +148,58 @@ def group_of(shelf: int) -> str:
 
 @cache
 def shelf_topics(shelf: int) -> tuple[Topic, ...]:
-    """The topics of a shelf, in a fixed order."""
+    """Returns the topics of a shelf, in a fixed order."""
     return tuple(topic for topic in topics() if shelf_of(topic) == shelf)
 
 
 def invented_topics(shelf: int, rng: random.Random) -> tuple[Topic, ...]:
-    """The topics of one invented domain of a shelf."""
+    """Returns the topics of one invented domain of a shelf."""
     domain = f"{PREFIX}{shelf + SHELVES * rng.randrange(INVENTED)}"
-    things, formulas = invented_domain(domain)[0], invented_formulas(domain)
-    records = (Topic(domain, thing, action.key, "record") for thing in things for action in ACTIONS)
+    subjects = invented_domain(domain)[0]
+    formulas = invented_formulas(domain)
+
+    records = (Topic(domain, subject, action.key, "record") for subject in subjects for action in ACTIONS)
     return (*records, *(Topic(domain, name_of(formula), formula.key, formula.family) for formula in formulas))
 
 
 @cache
 def topics() -> tuple[Topic, ...]:
-    """All topics."""
+    """Returns all topics, except those of invented domains."""
     records = [
-        Topic(domain, thing, action.key, "record")
-        for domain, (things, _) in domains().items()
-        for thing in things
+        Topic(domain, subject, action.key, "record")
+        for domain, (subjects, _) in domains().items()
+        for subject in subjects
         for action in ACTIONS
     ]
+
     return (*records, *(Topic(formula.domain, formula.key, formula.key, formula.family) for formula in FORMULAS))
 
 
 @cache
 def formula_of(key: str) -> Formula:
-    """The formula with this key."""
+    """Returns the formula with this key."""
     if is_invented(key):
-        return next(one for one in invented_formulas(key.partition(" formula ")[0]) if one.key == key)
+        return next(formula for formula in invented_formulas(key.partition(" formula ")[0]) if formula.key == key)
     return next(formula for formula in FORMULAS if formula.key == key)
 
 
 def name_of(formula: Formula) -> str:
-    """The words of a tool's name, from what is computed: `the area of a circle` is `circle area`."""
-    what, of, whose = formula.said.removeprefix("the ").partition(" of ")
-    return f"{whose.partition(' ')[2]} {what}" if of else what
+    """Returns the words of a tool's name, from what is computed: `the area of a circle` gives `circle area`."""
+    measure, of, noun = formula.phrase.removeprefix("the ").partition(" of ")
+    return f"{noun.partition(' ')[2]} {measure}" if of else measure
 
 
 def fields_of(domain: str) -> tuple[tuple[str, str], ...]:
-    """`(name, kind)` of the fields of a record of `domain`."""
+    """Returns `(name, kind)` of each field of the records of `domain`."""
     return (invented_domain(domain) if is_invented(domain) else domains()[domain])[1]
 
 
 def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
-    """The JSON schema of the arguments of a tool."""
+    """Returns the JSON schema of the arguments of a tool."""
     properties: dict[str, Json] = {}
     required: list[str] = []
+
+    # Arguments of one object are nested in its schema; the object is required, whatever it contains.
     for parameter in parameters:
         if not parameter.inside:
             properties[parameter.key] = parameter.schema
@@ -190,66 +211,84 @@ def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
             inner = properties[parameter.inside]
             inner["properties"][parameter.key] = parameter.schema
             inner["required"] += [parameter.key] * parameter.required
+
     return {"type": "object", "properties": properties, "required": required}
 
 
-def arguments_of(parameters: tuple[Parameter, ...], given: Mapping[Parameter, Value]) -> dict[str, Json]:
-    """The arguments of a call: those of `parameters` that are given, in their order."""
-    found: dict[str, Json] = {}
+def arguments_of(parameters: tuple[Parameter, ...], values: Mapping[Parameter, Value]) -> dict[str, Json]:
+    """Returns the arguments of a call as JSON: those of `parameters` that have a value, in the order of the schema."""
+    arguments: dict[str, Json] = {}
     for parameter in parameters:
-        if parameter in given:
-            place = found.setdefault(parameter.inside, {}) if parameter.inside else found
-            place[parameter.key] = given[parameter].json
-    return found
+        if parameter in values:
+            container = arguments.setdefault(parameter.inside, {}) if parameter.inside else arguments
+            container[parameter.key] = values[parameter].json
+
+    return arguments
 
 
 def values_of(specification: Specification, arguments: dict[str, Json]) -> dict[str, Json]:
-    """`{name in words: value}` of the arguments of a call, defaults filled in."""
-    found = {}
+    """Returns `{name in words: value}` of the arguments of a call, with the defaults of absent arguments."""
+    value_by_name = {}
     for parameter in specification.parameters:
-        place = arguments.get(parameter.inside, {}) if parameter.inside else arguments
-        value = place.get(parameter.key, parameter.default)
+        container = arguments.get(parameter.inside, {}) if parameter.inside else arguments
+        value = container.get(parameter.key, parameter.default)
         if value is not None:
-            found[parameter.name] = value
-    return found
+            value_by_name[parameter.name] = value
+
+    return value_by_name
 
 
 def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Random) -> tuple[Parameter, ...]:
-    found = []
+    parameters = []
+
     if action.takes_id:
-        name = rng.choice([f"{topic.thing} id", f"{topic.thing} id", "id", f"{topic.thing} number"])
-        found.append(Parameter(name, argument_name(name, style), "record"))
-    found += [_parameter(text, style, rng) for text in action.own]
+        name = rng.choice([f"{topic.subject} id", f"{topic.subject} id", "id", f"{topic.subject} number"])
+        parameters.append(Parameter(name, argument_name(name, style), "record"))
+
+    parameters += [_parameter(text, style, rng) for text in action.own_arguments]
+
     fields = list(fields_of(topic.domain))
     if topic.action in ("search", "count", "newest"):  # conditions that a record either meets or does not
         fields = [field for field in fields if field[1] not in LONG]
-    count = min(len(fields), rng.randint(*action.fields)) if action.fields[1] else 0
-    picked = rng.sample(fields, count)
+    num_fields = min(len(fields), rng.randint(*action.fields)) if action.fields[1] else 0
+    chosen_fields = rng.sample(fields, num_fields)
+
+    # Sometimes one object contains the fields.
     inside = ""
-    if count and topic.action in ("update", "search", "create") and rng.random() < 0.2:
+    if num_fields and topic.action in ("update", "search", "create") and rng.random() < 0.2:
         inside = {"update": "changes", "search": "filter", "create": rng.choice(["details", "data"])}[topic.action]
-    for number, (name, kind) in enumerate(picked):
+
+    # The first field is required, so that every call has an argument of the domain.
+    for number, (name, kind) in enumerate(chosen_fields):
         required = number == 0 or rng.random() < (0.6 if topic.action == "create" else 0.5)
         parameter = _parameter(f"{name} {kind}", style, rng, required, inside)
-        # what is not named stays as it is, so a change has no defaults
-        found.append(replace(parameter, default=None) if topic.action == "update" else parameter)
+        # A field that the call does not name stays as it is, so an update has no defaults.
+        if topic.action == "update":
+            parameter = replace(parameter, default=None)
+        parameters.append(parameter)
+
     if action.extra and rng.random() < 0.5:
-        found.append(_parameter(rng.choice(action.extra), style, rng, required=False))
-    names = [parameter.name for parameter in found]
-    return tuple(parameter for number, parameter in enumerate(found) if parameter.name not in names[:number])
+        parameters.append(_parameter(rng.choice(action.extra), style, rng, required=False))
+
+    # An action's own argument may have the name of a field; the first of two stays.
+    names = [parameter.name for parameter in parameters]
+    return tuple(parameter for number, parameter in enumerate(parameters) if parameter.name not in names[:number])
 
 
 def _parameter(text: str, style: str, rng: random.Random, required: bool = True, inside: str = "") -> Parameter:
-    """`due date date?` is an optional argument of the kind `date`."""
+    """Reads a parameter from text: `due date date?` is an optional argument `due date` of the kind `date`."""
     required = required and not text.endswith("?")
     text = text.removesuffix("?")
+
     name, one_of, options = text.partition(" one_of ")
     if one_of:
         kind = f"one_of {options}"
     else:
         name, _, kind = text.rpartition(" ")
+
     default: Json = None
     if not required and (one_of or kind in DEFAULTS):
         default = options.split("/")[0] if one_of else DEFAULTS[kind]
+
     hint = rng.choice(HINTS[kind]) if kind in HINTS and rng.random() < 0.15 else ""
     return Parameter(name, argument_name(name, style), kind, required, default, hint, inside)

@@ -1,6 +1,6 @@
-"""The kinds of conversations, from the request to the answer.
+"""The kinds of conversations: functions that write one, from the request to the answer.
 
-An episode takes its tools from the scene and returns the turns. Results are the return values of the tools.
+Each function picks its tools from the scene and returns the turns. Results are the return values of the tools.
 """
 
 import random
@@ -10,62 +10,73 @@ from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.tools.data.actions import BY_KEY
 from dist_lm.tools.data.catalogue import Specification, Topic
 from dist_lm.tools.data.phrasing import (
-    Given,
+    ArgumentValues,
     answer,
+    argument_phrase,
     describe,
+    in_words,
     instruction,
     nothing_fits,
-    piece,
     question_back,
     request,
-    shown,
 )
 from dist_lm.tools.data.scene import Scene, ToolFailure, call_of, record_of, with_record
 from dist_lm.tools.data.words import upper_first
 
 Turns = list[Message]
-ROUND = 4  # turns of a request with one call: request, call, result, answer
-FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
-IN_SESSION = 6  # requests to the same tools, at most
+ROUND = 4  # messages of a request with one call: request, call, result, answer
+FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)  # further requests of a conversation, one of these numbers
+IN_SESSION = 6  # most requests of a session; a session that is too long loses its last ones
 
 
 def single(scene: Scene) -> Turns:
-    """One or more requests of one call each. A schema costs many tokens, so it mostly serves several requests."""
+    """Writes one or more requests of one call each. A schema costs many tokens, so it mostly serves several
+    requests."""
     rng = scene.rng
     first = scene.take()
-    turns = _asked_and_done(scene, first)
+
+    # Further requests use the tool again, or a second tool for the same subject.
+    turns = _round(scene, first)
     for _ in range(rng.choice(FURTHER_ROUNDS)):
-        if rng.random() < 0.4 and len(scene.tools) < 2 and scene.has(_about(first.thing)):
-            tool = scene.take(_about(first.thing))
+        if rng.random() < 0.4 and len(scene.tools) < 2 and scene.has(_about(first.subject)):
+            tool = scene.take(_about(first.subject))
         else:
             tool = rng.choice(scene.tools)
-        turns += _asked_and_done(scene, tool)
+        turns += _round(scene, tool)
+
     return turns
 
 
 def session(scene: Scene) -> Turns:
-    """Request after request to the same two to four tools."""
+    """Writes request after request to the same two to four tools."""
     for _ in range(scene.rng.randint(2, 4)):
-        _take_one_more(scene)
-    return [turn for _ in range(IN_SESSION) for turn in _asked_and_done(scene, scene.rng.choice(scene.tools))]
+        _add_tool(scene)
+
+    return [turn for _ in range(IN_SESSION) for turn in _round(scene, scene.rng.choice(scene.tools))]
 
 
 def parallel(scene: Scene) -> Turns:
-    """One request, and two or three calls that are independent of each other."""
+    """Writes one request, and two or three calls that are independent of each other."""
     rng = scene.rng
+
     first = scene.take()
-    same = rng.random() < 0.6
-    tools = [first] * rng.choice([2, 2, 3]) if same else [first, scene.take()]
-    given = [scene.arguments(tool) for tool in tools]
-    parts = [instruction(tool, values, rng) for tool, values in zip(tools, given, strict=True)]
-    between = rng.choice([", and ", "; ", ", also ", " and ", ". "])
-    text = between.join(part if between != ". " else upper_first(part) for part in parts)
-    calls = tuple(call_of(tool, values) for tool, values in zip(tools, given, strict=True))
+    same_tool = rng.random() < 0.6
+    tools = [first] * rng.choice([2, 2, 3]) if same_tool else [first, scene.take()]
+    arguments_of_call = [scene.arguments(tool) for tool in tools]
+
+    instructions = [instruction(tool, arguments, rng) for tool, arguments in zip(tools, arguments_of_call, strict=True)]
+    separator = rng.choice([", and ", "; ", ", also ", " and ", ". "])
+    if separator == ". ":
+        instructions = list(map(upper_first, instructions))
+    text = separator.join(instructions)
+
+    calls = tuple(call_of(tool, arguments) for tool, arguments in zip(tools, arguments_of_call, strict=True))
     results = tuple(scene.world.execute(tool, call) for tool, call in zip(tools, calls, strict=True))
     answers = [
-        answer(tool, record_of(tool, values), result, rng)
-        for tool, values, result in zip(tools, given, results, strict=True)
+        answer(tool, record_of(tool, arguments), result, rng)
+        for tool, arguments, result in zip(tools, arguments_of_call, results, strict=True)
     ]
+
     return [
         Message("user", upper_first(f"{rng.choice(['', '', 'please '])}{text}{rng.choice(['.', '.', ''])}")),
         Message("assistant", calls=calls),
@@ -75,114 +86,150 @@ def parallel(scene: Scene) -> Turns:
 
 
 def sequential(scene: Scene) -> Turns:
-    """A call that finds or makes a record, then a call on that record."""
+    """Writes a call that finds or creates a record, then a call on that record."""
     rng = scene.rng
     first = scene.take(lambda topic: topic.action in ("create", "search", "newest"))
+
+    # The second tool works on the same subject and is in the same circle, so it is on the same shelf.
     circle = BY_KEY[first.action].circle
     second = scene.take(
-        lambda topic: topic.thing == first.thing and _takes_id(topic) and BY_KEY[topic.action].circle == circle
+        lambda topic: topic.subject == first.subject and _takes_id(topic) and BY_KEY[topic.action].circle == circle
     )
-    given = scene.arguments(first)
-    shelf = scene.world.records.get(first.thing, {})
-    for key in list(shelf)[:-1]:  # one record only fits
-        del shelf[key]
+
+    # One record is left that fits, so the second call has one meaning.
+    arguments = scene.arguments(first)
+    records = scene.world.records.get(first.subject, {})
+    for record_id in list(records)[:-1]:
+        del records[record_id]
     scene.world.busy.clear()
-    later = scene.arguments(second, without=[parameter.name for parameter in second.parameters if _is_id(parameter)])
-    then = rng.choice([" and ", ", then ", " and then ", ". Then "])
-    text = instruction(first, given, rng) + then + instruction(second, later, rng, it=rng.choice(["it", "it", "that"]))
-    result = scene.world.execute(first, call_of(first, given))
+
+    ids = [parameter.name for parameter in second.parameters if _is_id(parameter)]
+    second_arguments = scene.arguments(second, without=ids)
+    link = rng.choice([" and ", ", then ", " and then ", ". Then "])
+    text = instruction(first, arguments, rng) + link
+    text += instruction(second, second_arguments, rng, it=rng.choice(["it", "it", "that"]))
+
+    result = scene.world.execute(first, call_of(first, arguments))
     record_id = result["ids"][0] if first.action == "search" else result["id"]
-    later = with_record(second, later, record_id)
+    second_arguments = with_record(second, second_arguments, record_id)
+
     return [
         Message("user", upper_first(f"{text}{rng.choice(['.', '.', ''])}")),
-        Message("assistant", calls=(call_of(first, given),)),
+        Message("assistant", calls=(call_of(first, arguments),)),
         Message("tool", results=(result,)),
-        *_done(scene, second, later),
+        *_call_and_answer(scene, second, second_arguments),
     ]
 
 
 def irrelevant(scene: Scene) -> Turns:
-    """A request that none of the tools serves."""
+    """Writes a request that none of the tools serves."""
     rng = scene.rng
-    wanted = scene.take()
-    text = request(wanted, scene.arguments(wanted), rng)
-    scene.tools.remove(wanted)
-    scene.hidden.add((wanted.thing, wanted.action))
-    if rng.random() < 0.5 and scene.has(_about(wanted.thing)):
-        scene.take(_about(wanted.thing))
+    absent = scene.take()
+    text = request(absent, scene.arguments(absent), rng)
+
+    # The tool that would serve the request is not offered, nor is another variant of it.
+    scene.tools.remove(absent)
+    scene.hidden.add((absent.subject, absent.action))
+
+    if rng.random() < 0.5 and scene.has(_about(absent.subject)):
+        scene.take(_about(absent.subject))
     else:
         scene.take()
+
     return [Message("user", text), Message("assistant", nothing_fits(rng))]
 
 
 def missing(scene: Scene) -> Turns:
-    """A request without a required argument: the assistant asks, the user answers, the call follows."""
+    """Writes a request without a required argument: the assistant asks, the user answers, the call follows."""
     rng = scene.rng
     tool = scene.take()
-    left_out = rng.choice([parameter for parameter in tool.parameters if parameter.required])
-    given = scene.arguments(tool)
-    value = given[left_out]
-    short = {parameter: other for parameter, other in given.items() if parameter != left_out}
-    reply = rng.choice(
-        [value.said, f"The {left_out.name} is {value.said}.", piece(left_out, value, True, rng), value.said]
-    )
-    if left_out.kind == "flag":
-        reply = f"{left_out.name}: {value.said}"
-    return [
-        Message("user", request(tool, short, rng)),
-        Message("assistant", question_back([left_out], tool, rng)),
-        Message("user", upper_first(reply.removeprefix(": ")) if rng.random() < 0.5 and reply != value.said else reply),
-        *_done(scene, tool, given),
+    omitted = rng.choice([parameter for parameter in tool.parameters if parameter.required])
+    arguments = scene.arguments(tool)
+
+    incomplete = {parameter: value for parameter, value in arguments.items() if parameter != omitted}
+
+    # The reply names the value alone, or together with its argument; a flag needs its name.
+    wording = arguments[omitted].wording
+    phrase = argument_phrase(omitted, arguments[omitted], True, rng)
+    reply = rng.choice([wording, f"The {omitted.name} is {wording}.", phrase, wording])
+    if omitted.kind == "flag":
+        # `yes` alone would leave open what it answers.
+        reply = f"{omitted.name}: {wording}"
+
+    turns = [
+        Message("user", request(tool, incomplete, rng)),
+        Message("assistant", question_back([omitted], tool, rng)),
     ]
+    if rng.random() < 0.5 and reply != wording:
+        reply = upper_first(reply.removeprefix(": "))
+    return [*turns, Message("user", reply), *_call_and_answer(scene, tool, arguments)]
 
 
 def recovery(scene: Scene) -> Turns:
-    """A call that fails, and the call that mends it."""
+    """Writes a call that fails, and the call that corrects it."""
     rng = scene.rng
+
+    # The server is busy: the same call succeeds the second time.
     if rng.random() < 0.35:
         tool = scene.take()
-        given = scene.arguments(tool)
+        arguments = scene.arguments(tool)
         scene.world.busy.add(tool.tool.name)
-        return [Message("user", request(tool, given, rng)), *_failed(scene, tool, given), *_done(scene, tool, given)]
+        return [
+            Message("user", request(tool, arguments, rng)),
+            *_failing_call(scene, tool, arguments),
+            *_call_and_answer(scene, tool, arguments),
+        ]
+
+    # The user mistypes the id: the error names the one that is meant.
     tool = scene.take(_takes_id)
-    given = scene.arguments(tool)
-    right = record_of(tool, given)
-    assert right is not None
-    wrong = _slip(right, scene.world.records[tool.thing], rng)
-    mistaken = with_record(tool, given, wrong)
+    arguments = scene.arguments(tool)
+
+    record_id = record_of(tool, arguments)
+    assert record_id is not None
+    mistyped_id = _typing_error(record_id, scene.world.records[tool.subject], rng)
+    mistyped = with_record(tool, arguments, mistyped_id)
+
     return [
-        Message("user", request(tool, mistaken, rng)),
-        *_failed(scene, tool, mistaken),
-        *_done(scene, tool, given),
+        Message("user", request(tool, mistyped, rng)),
+        *_failing_call(scene, tool, mistyped),
+        *_call_and_answer(scene, tool, arguments),
     ]
 
 
 def plain_answer(scene: Scene) -> Turns:
-    """A turn without a call: a question that an earlier result answers, a question about the tools, or thanks."""
+    """Writes a turn without a call: a question that an earlier result answers, a question about the tools, or
+    thanks."""
     rng = scene.rng
+
+    # A call, then thanks that need no call.
     if rng.random() < 0.25:
-        turns = _asked_and_done(scene, scene.take())
+        turns = _round(scene, scene.take())
         thanks = rng.choice(["Thanks!", "Thank you.", "Great, thanks.", "Perfect."])
         return [*turns, Message("user", thanks), Message("assistant", rng.choice(["You are welcome.", "Gladly."]))]
+
+    # A question about the offered tools.
     if rng.random() < 0.2:
         tool = scene.take()
         text = rng.choice(["What can you do?", "How can you help me?", "What are your tools for?"])
         return [Message("user", text), Message("assistant", f"I can {describe(tool, rng)}.")]
+
+    # A question that the result of an earlier lookup answers.
     tool = scene.take(lambda topic: topic.action == "lookup")
-    turns = _asked_and_done(scene, tool)
+    turns = _round(scene, tool)
     result: dict[str, Json] = turns[2].results[0]
     name = rng.choice(list(result))
-    words = name.replace("_", " ")
+    field = name.replace("_", " ")
     text = rng.choice(["What is its {}?", "And the {}?", "What was the {} again?", "Tell me the {} once more."])
-    return [*turns, Message("user", text.format(words)), Message("assistant", f"The {words} is {shown(result[name])}.")]
+    reply = f"The {field} is {in_words(result[name])}."
+    return [*turns, Message("user", text.format(field)), Message("assistant", reply)]
 
 
 def invented(scene: Scene) -> Turns:
-    """Requests for tools of an invented domain."""
+    """Writes requests for tools of an invented domain."""
     return scene.rng.choice((single, single, parallel))(scene)
 
 
-KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # share of conversations, episode
+KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # kind -> (share of conversations, function)
     "single": (0.30, single),
     "session": (0.18, session),
     "parallel": (0.09, parallel),
@@ -195,50 +242,59 @@ KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # share of convers
 }
 
 
-def _asked_and_done(scene: Scene, tool: Specification) -> Turns:
-    given = scene.arguments(tool)
-    return [Message("user", request(tool, given, scene.rng)), *_done(scene, tool, given)]
+def _round(scene: Scene, tool: Specification) -> Turns:
+
+    arguments = scene.arguments(tool)
+    return [Message("user", request(tool, arguments, scene.rng)), *_call_and_answer(scene, tool, arguments)]
 
 
-def _done(scene: Scene, tool: Specification, given: Given) -> Turns:
-    """The call, its result, and the answer."""
-    call = call_of(tool, given)
+def _call_and_answer(scene: Scene, tool: Specification, arguments: ArgumentValues) -> Turns:
+    """Returns the call, its result, and the answer."""
+    call = call_of(tool, arguments)
     result = scene.world.execute(tool, call)
-    return [*_called(call, result), Message("assistant", answer(tool, record_of(tool, given), result, scene.rng))]
+    return [
+        *_call_and_result(call, result),
+        Message("assistant", answer(tool, record_of(tool, arguments), result, scene.rng)),
+    ]
 
 
-def _failed(scene: Scene, tool: Specification, given: Given) -> Turns:
-    """The call and its error."""
-    call = call_of(tool, given)
+def _failing_call(scene: Scene, tool: Specification, arguments: ArgumentValues) -> Turns:
+    """Returns the call and its error."""
+    call = call_of(tool, arguments)
     try:
         scene.world.execute(tool, call)
     except ToolFailure as failure:
-        return _called(call, {"error": str(failure)})
+        return _call_and_result(call, {"error": str(failure)})
+
+    # The caller has arranged that the call fails, so this is a mistake of the generator.
     raise AssertionError(f"{call} was to fail")
 
 
-def _called(call: Call, result: Json) -> Turns:
+def _call_and_result(call: Call, result: Json) -> Turns:
     return [Message("assistant", calls=(call,)), Message("tool", results=(result,))]
 
 
-def _slip(right: str, known: dict[str, dict[str, Json]], rng: random.Random) -> str:
-    """`right` with two neighbouring characters exchanged: a typing error."""
-    places = [place for place in range(len(right) - 1) if right[place] != right[place + 1]]
-    place = rng.choice([place for place in places if right[place : place + 2].isalnum()] or places)
-    wrong = right[:place] + right[place + 1] + right[place] + right[place + 2 :]
-    return wrong if wrong not in known else f"{right}0"
+def _typing_error(record_id: str, records: dict[str, dict[str, Json]], rng: random.Random) -> str:
+    """Returns an id with two neighbouring characters exchanged, which is no id of another record."""
+    # Exchanging equal characters would change nothing; letters and digits are preferred to separators.
+    positions = [index for index in range(len(record_id) - 1) if record_id[index] != record_id[index + 1]]
+    between_alike = [index for index in positions if record_id[index : index + 2].isalnum()]
+    index = rng.choice(between_alike or positions)
+    mistyped = record_id[:index] + record_id[index + 1] + record_id[index] + record_id[index + 2 :]
+    # The mistyped id must be nobody's.
+    return mistyped if mistyped not in records else f"{record_id}0"
 
 
-def _take_one_more(scene: Scene) -> None:
-    """Take one more tool, often for the same thing as the first, so that only the action tells them apart."""
-    if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].thing)):
-        scene.take(_about(scene.tools[0].thing))
+def _add_tool(scene: Scene) -> None:
+    """Add a tool, often for the same subject as the first, so that only the action tells them apart."""
+    if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].subject)):
+        scene.take(_about(scene.tools[0].subject))
     else:
         scene.take()
 
 
-def _about(thing: str) -> Callable[[Topic], bool]:
-    return lambda topic: topic.thing == thing
+def _about(subject: str) -> Callable[[Topic], bool]:
+    return lambda topic: topic.subject == subject
 
 
 def _takes_id(topic: Topic) -> bool:

@@ -2,8 +2,8 @@
 
     shelf -> tools -> request -> calls, executed -> answer
 
-The group of an example is the shelf of its tools, and decides between train and val. No tool lies on two shelves, so
-the tools of val examples, and their names, occur in no train example.
+The group of an example is the shelf of its tools, and decides between train and val. No tool is on two shelves, so the
+tools of val examples, and their names, occur in no train example.
 """
 
 import json
@@ -16,12 +16,12 @@ from dist_lm.tools.data.catalogue import SHELVES, Specification, group_of, inven
 from dist_lm.tools.data.episodes import KINDS, ROUND
 from dist_lm.tools.data.scene import Scene, World
 
-REVISION = 9  # one more with every change to the generated text: a corpus of another revision is refused
-LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one drawn for each example
-INVENTED = {"invented": 1.0, "session": 0.3}  # share of a kind that is about invented domains
-LONGEST_SESSION = 1800  # characters of a session
-OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # tools that are not needed, one of these numbers
-MOST_TOOLS = 4
+REVISION = 9  # increases with every change of the generated text: a corpus of another revision is refused
+LONGEST = (650, 800, 900, 900)  # most characters of all JSON and text; one of these limits is drawn for each example
+INVENTED = {"invented": 1.0, "session": 0.3}  # share of the conversations of a kind that are about invented domains
+LONGEST_SESSION = 1800  # most characters of a session
+OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # tools that the request does not need, one of these numbers
+MOST_TOOLS = 4  # most tools of a conversation with tools that it does not need
 SYSTEM = (
     "You are a helpful assistant.",
     "Use the tools where they help.",
@@ -35,53 +35,72 @@ class Example:
     """A conversation with its kind, group and tools."""
 
     conversation: Conversation
-    kind: str  # of episodes.KINDS
+    kind: str  # a key of episodes.KINDS
     group: str  # hexadecimal hash: decides the split
     tools: tuple[Specification, ...]  # in the order of the conversation
 
 
 def examples(seed: int, count: int) -> Iterator[Example]:
-    """Examples 0 to `count` - 1."""
+    """Yields examples 0 to `count` - 1."""
     return (example(seed, number) for number in range(count))
 
 
 def example(seed: int, number: int) -> Example:
-    """Example `number`, a function of the two arguments alone."""
+    """Returns example `number`, which depends on the two arguments alone."""
+    # One generator for each example, so that examples can be written in any order.
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)
     kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
+    # An attempt may be too long; the next one continues with the same random numbers.
+
     while True:
-        if found := _attempt(kind, shelf, rng):
-            return found
+        if new_example := _attempt(kind, shelf, rng):
+            return new_example
 
 
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
-    """An example, or None if it would be too long or two tools share a name."""
-    unknown = kind in INVENTED and rng.random() < INVENTED[kind]
-    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
+    """Returns an example, or None if it would be too long or two tools have the same name."""
+    from_invented = kind in INVENTED and rng.random() < INVENTED[kind]
+    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if from_invented else shelf_topics(shelf))
+
     turns = KINDS[kind][1](scene)
+
+    # A call identifies its tool by name alone.
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
-    needed = len(scene.tools)
+
+    num_needed = len(scene.tools)
+
+    # A session uses all of its tools.
     if kind != "session":
-        scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
+        scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - num_needed)))
+
     if turns[0].role != "system" and rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
+
+    # Drop the last rounds of a conversation with several, or tools that it does not need, until it is short enough.
     longest = LONGEST_SESSION if kind == "session" else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
-        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", "session") else 1
-        if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
+        num_rounds = 1
+        if kind in ("single", "invented", "session"):
+            num_rounds = [turn.role for turn in turns].count("user")
+
+        if num_rounds > 1 and (len(scene.tools) == num_needed or rng.random() < 0.8):
             turns = turns[:-ROUND]
-        elif len(scene.tools) > needed:
+        elif len(scene.tools) > num_needed:
             scene.tools.pop()
         else:
             return None
+
+    # The position of a tool must not tell whether it is needed.
     rng.shuffle(scene.tools)
     conversation = Conversation(tuple(turns), tuple(tool.tool for tool in scene.tools))
     return Example(conversation, kind, group_of(shelf), tuple(scene.tools))
 
 
 def _characters(tools: list[Specification], turns: list[Message]) -> int:
-    shown = [[tool.tool.name, tool.tool.description, tool.tool.parameters] for tool in tools]
-    said = [[turn.content, [[call.name, call.arguments] for call in turn.calls], list(turn.results)] for turn in turns]
-    return len(json.dumps([shown, said]))
+    tool_texts = [[tool.tool.name, tool.tool.description, tool.tool.parameters] for tool in tools]
+    turn_texts = [
+        [turn.content, [[call.name, call.arguments] for call in turn.calls], list(turn.results)] for turn in turns
+    ]
+    return len(json.dumps([tool_texts, turn_texts]))

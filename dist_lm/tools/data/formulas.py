@@ -1,4 +1,4 @@
-"""Tools that compute: formulas, and services whose answers come from a table that a hash stands for.
+"""Tools that compute: formulas, and services whose answers a hash determines, in place of a table.
 
 The results in conversations are what these functions return for the arguments of the call.
 """
@@ -17,23 +17,23 @@ SKIES = ("sunny", "cloudy", "rain", "snow", "fog", "windy")
 VERBS = {
     "formula": (("calculate", "compute", "work out"), ("calculate", "work out", "compute", "tell me", "I need")),
     "service": (("check", "lookup", "query"), ("tell me", "check", "look up", "what is", "I want to know")),
-}  # by family: verbs of names, and of requests
+}  # family -> (verbs in names of tools, verbs in requests)
 
 
 @dataclass(frozen=True)
 class Formula:
-    """A function of its arguments, by their names in words."""
+    """A tool that computes a figure from its arguments."""
 
     key: str
     domain: str
-    said: str  # in requests: `the area of a circle`
-    takes: tuple[str, ...]  # `name kind`; with `?` optional
-    run: Callable[[Arguments], Json]
+    phrase: str  # in requests: `the area of a circle`
+    takes: tuple[str, ...]  # arguments as `name kind`; `?` marks an optional one
+    run: Callable[[Arguments], Json]  # arguments by their names in words -> result
     family: str = "formula"
 
 
 def _loan(a: Arguments) -> float:
-    """The annuity of a loan, monthly."""
+    """Returns the monthly payment of a loan with equal payments."""
     months, rate = a["years"] * 12, a["yearly rate"] / 1200
     return round(a["amount"] * rate / (1 - (1 + rate) ** -months), 2)
 
@@ -57,7 +57,8 @@ def _temperature(a: Arguments) -> float:
 
 
 def _keyed(low: int, high: int, *parts: Json) -> int:
-    """A number between `low` and `high` that depends on `parts` alone, in place of a table."""
+    """Returns a number from `low` to `high` that depends on `parts` alone, in place of a table."""
+    # Python's own hash of strings differs between processes.
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return low + int.from_bytes(digest, "big") % (high - low + 1)
 

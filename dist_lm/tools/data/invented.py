@@ -1,7 +1,7 @@
-"""Invented domains: things, fields and formulas with made-up names, which a model can only copy from the schema.
+"""Invented domains: subjects, fields and formulas with made-up names, which a model can only copy from the schema.
 
-In known domains a model learns the words by heart and completes `calculate_hypot` from memory. Domain n lies on shelf n
-modulo the number of shelves, so its tools are on one side of the split, as all tools are.
+In the listed domains a model learns the words by heart and completes `calculate_hypot` from memory. Domain n is on
+shelf n modulo the number of shelves, so all its tools are on one side of the split.
 """
 
 import random
@@ -12,15 +12,15 @@ from dist_lm.tools.data.formulas import Arguments, Formula
 from dist_lm.tools.data.words import article, words
 
 PREFIX = "invented "
-THINGS = 2
-FIELDS = 6
-FOUND_BY = 3  # of the fields
-FORMULAS = 3
-TAKEN = {  # by family
+SUBJECTS = 2  # of a domain
+FIELDS = 6  # of a domain
+NUM_SEARCHED = 3  # fields that make good conditions of a search; they come first
+FORMULAS = 3  # of a domain
+ARGUMENT_KINDS = {  # family of formula -> kinds of its arguments
     "formula": ("decimal", "amount", "amount", "few", "percent", "minutes", "money", "size", "numbers", "year"),
     "service": ("word", "city", "date", "code", "amount", "email", "given", "few", "clock", "title"),
 }
-KINDS = (
+FIELD_KINDS = (
     *("person", "given", "city", "product", "title", "text", "word", "code", "email", "path", "date", "clock"),
     *("few", "amount", "amount", "percent", "year", "decimal", "decimal", "money", "flag"),
     *("words", "numbers", "codes", "address", "size", "size", "choice", "choice"),
@@ -31,75 +31,85 @@ CODAS = ("", "", *"bdgklmnprstvx", "ck", "ll", "nd", "ng", "nt", "rk", "sh", "ss
 
 
 def invented_word(rng: random.Random) -> str:
-    """A made-up word."""
+    """Returns a made-up word of one to three syllables."""
     syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(1, 3))]
     return "".join(syllables)
 
 
 def is_invented(domain: str) -> bool:
-    """Whether `domain` is an invented one."""
+    """Returns whether `domain` is an invented one."""
     return domain.startswith(PREFIX)
 
 
 @cache
 def invented_domain(domain: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """`(things, ((field, kind), ...))` of the domain `invented N`, as `words.domains()` has them."""
+    """Returns `(subjects, ((field, kind), ...))` of the domain `invented N`, in the form of `words.domains()`."""
     rng = random.Random(domain)  # noqa: S311  (no secrets)
-    names = _different(THINGS + FIELDS, rng)
-    # searches take the first fields
-    kinds = [rng.choice(("word", "amount", "date")) if number < FOUND_BY else _kind(rng) for number in range(FIELDS)]
-    return tuple(names[:THINGS]), tuple(zip(names[THINGS:], kinds, strict=True))
+    names = _different(SUBJECTS + FIELDS, rng)
+    # Searches use the first fields.
+    kinds = [
+        rng.choice(("word", "amount", "date")) if number < NUM_SEARCHED else _kind(rng) for number in range(FIELDS)
+    ]
+
+    return tuple(names[:SUBJECTS]), tuple(zip(names[SUBJECTS:], kinds, strict=True))
 
 
 @cache
 def invented_formulas(domain: str) -> tuple[Formula, ...]:
-    """The formulas of the domain `invented N`; keys begin with its name."""
+    """Returns the formulas of the domain `invented N`; their keys begin with its name."""
     rng = random.Random(f"{domain} formulas")  # noqa: S311  (no secrets)
     return tuple(_formula(f"{domain} formula {number}", domain, rng) for number in range(FORMULAS))
 
 
 def _formula(key: str, domain: str, rng: random.Random) -> Formula:
-    what, whose, *names = _different(2 + rng.choice((1, 2, 2, 3)), rng)
+    figure, noun, *names = _different(2 + rng.choice((1, 2, 2, 3)), rng)
     family = rng.choice(("formula", "formula", "service"))
-    takes = [f"{name} {rng.choice(TAKEN[family])}" for name in names]
-    said = rng.choice((f"the {what} of {article(whose)}", f"the {what}"))
-    return Formula(key, domain, said, tuple(takes), measure, family)
+    takes = [f"{name} {rng.choice(ARGUMENT_KINDS[family])}" for name in names]
+    phrase = rng.choice((f"the {figure} of {article(noun)}", f"the {figure}"))
+
+    return Formula(key, domain, phrase, tuple(takes), measure, family)
 
 
 def measure(arguments: Arguments) -> Json:
-    """All numbers added up, and the letters of all texts."""
+    """Returns the sum of all numbers and of the lengths of all texts."""
     return round(sum(map(_size, arguments.values())), 2)
 
 
-def _size(value: Json) -> float:
-    if isinstance(value, dict):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list):
-        return sum(map(_size, value))
-    return len(value) if isinstance(value, str) else float(value)
+def _size(argument: Json) -> float:
+    if isinstance(argument, dict):
+        return sum(map(_size, argument.values()))
+    if isinstance(argument, list):
+        return sum(map(_size, argument))
+    if isinstance(argument, str):
+        return len(argument)
+    return float(argument)
 
 
 def _kind(rng: random.Random) -> str:
-    kind = rng.choice(KINDS)
+    kind = rng.choice(FIELD_KINDS)
     return f"one_of {'/'.join(_different(3, rng))}" if kind == "choice" else kind
 
 
 def _different(count: int, rng: random.Random) -> list[str]:
-    found: list[str] = []
-    while len(found) < count:
+    names: list[str] = []
+
+    while len(names) < count:
         name = _name(rng)
-        if name not in found:
-            found.append(name)
-    return found
+        if name not in names:
+            names.append(name)
+
+    return names
 
 
 def _name(rng: random.Random) -> str:
-    known = words("common")
+    common_words = words("common")
     layout = rng.random()
+
+    # One or two words, invented or common: neither alone reveals an invented domain.
     if layout < 0.25:
         return invented_word(rng)
     if layout < 0.4:
-        return f"{rng.choice(known)} {invented_word(rng)}"
+        return f"{rng.choice(common_words)} {invented_word(rng)}"
     if layout < 0.65:
-        return " ".join(rng.sample(known, 2))
-    return rng.choice(known)
+        return " ".join(rng.sample(common_words, 2))
+    return rng.choice(common_words)

@@ -1,4 +1,4 @@
-"""What people and the assistant say: requests in many ways, their arguments in several notations, and answers."""
+"""The words of user and assistant: requests in many ways, arguments in several notations, and answers."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from dist_lm.tools.data.formulas import VERBS
 from dist_lm.tools.data.values import Value, plural_kind
 from dist_lm.tools.data.words import article, plural, upper_first
 
-Given = dict[Parameter, Value]
+ArgumentValues = dict[Parameter, Value]  # the arguments of a call, in the order of the request
 
 OPENINGS = (
     *("", "", "", "", "", "Please ", "Please ", "Can you ", "Could you ", "I need you to ", "Now ", "Hey, "),
@@ -28,10 +28,10 @@ ASIDES = (
     "We talked about it this morning.",
 )
 PRONOUNS = ("it", "that")
-PARTICLES = (" up", " over", " away")  # of verbs that take no `it` after them
+PARTICLES = (" up", " over", " away")  # endings of verbs that no `it` follows
 CLAUSE_VERBS = ("tell me", "find out", "check", "I want to know")  # before `whether`
 LINKS = ("with ", "for ", "in ", "on ", "at ", "to ", "of ", "saying ", "and ")
-NEAR = {  # how a value is said without the argument's name, if no other argument is of its kind
+NEAR = {  # kind -> phrases without the argument's name, for the only argument of its kind
     "person": ("for {}", "for {}"),
     "given": ("for {}",),
     "city": ("in {}", "in {}"),
@@ -54,95 +54,121 @@ NEAR = {  # how a value is said without the argument's name, if no other argumen
 }
 
 
-def request(specification: Specification, given: Given, rng: random.Random) -> str:
-    """A request for one call with the arguments `given`."""
-    body, pieces = _body_and_pieces(specification, given, rng)
+def request(specification: Specification, arguments: ArgumentValues, rng: random.Random) -> str:
+    """Returns a request for one call with `arguments`."""
+    body, phrases = _body_and_phrases(specification, arguments, rng)
+
+    # A question takes no opening such as `please`, and ends with a question mark.
     question = body.startswith(("how ", "what ", "tell me", "I need", "I want", "I would"))
     opening = "" if question else rng.choice(OPENINGS)
-    text = upper_first(opening + _joined(body, pieces, rng))
+    text = upper_first(opening + _sentence(body, phrases, rng))
+
     text += "?" if question or opening in ("Can you ", "Could you ") else rng.choice([".", ".", ""])
     if rng.random() < 0.08:
         text = f"{rng.choice(ASIDES)} {text}"
+
     return text
 
 
-def instruction(specification: Specification, given: Given, rng: random.Random, it: str = "") -> str:
-    """The request as part of a longer sentence. `it`: the pronoun for a record that the sentence has named."""
-    body, pieces = _body_and_pieces(specification, given, rng, it)
-    return body + "".join(_linked(piece, " ") for piece in _anded(pieces))
+def instruction(specification: Specification, arguments: ArgumentValues, rng: random.Random, it: str = "") -> str:
+    """Returns the request as part of a longer sentence; `it` is the pronoun for a record that the sentence has
+    named."""
+    body, phrases = _body_and_phrases(specification, arguments, rng, it)
+    return body + "".join(_with_separator(phrase, " ") for phrase in _with_and(phrases))
 
 
-def piece(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -> str:
-    """One argument in words. `alone`: no other argument is of its kind."""
-    name, said, kind = parameter.name, value.said, parameter.kind
+def argument_phrase(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -> str:
+    """Returns one argument in words; `alone` says that no other argument is of its kind."""
+    name = parameter.name
+    wording = value.wording
+    kind = parameter.kind
+
+    # A flag or one of several options needs the name of its argument: `on` alone has no meaning.
     if kind == "flag":
-        on = rng.choice(["on", "yes", "true"]) if value.json else rng.choice(["off", "no", "false"])
-        return rng.choice([f"{name}: {on}", f"with {name} {on}", f"{name} {on}", f"{name} = {on}"])
+        setting = rng.choice(["on", "yes", "true"]) if value.json else rng.choice(["off", "no", "false"])
+        return rng.choice([f"{name}: {setting}", f"with {name} {setting}", f"{name} {setting}", f"{name} = {setting}"])
+
     if kind.startswith("one_of"):
-        return rng.choice([f"with {name} {said}", f"{name} {said}", f"{name}: {said}", f"{name} = {said}"])
+        return rng.choice([f"with {name} {wording}", f"{name} {wording}", f"{name}: {wording}", f"{name} = {wording}"])
+
     if alone and kind in NEAR and rng.random() < 0.5:
-        return rng.choice(NEAR[kind]).format(said)
-    forms = [f"with {name} {said}", f"{name} {said}", f"{name}: {said}", f"with the {name} {said}", f"{name} = {said}"]
+        return rng.choice(NEAR[kind]).format(wording)
+
+    forms = [
+        f"with {name} {wording}",
+        f"{name} {wording}",
+        f"{name}: {wording}",
+        f"with the {name} {wording}",
+        f"{name} = {wording}",
+    ]
     if not plural_kind(kind):
-        forms += [f"with {said} as the {name}", f"the {name} is {said}"]
+        forms += [f"with {wording} as the {name}", f"the {name} is {wording}"]
     return rng.choice(forms)
 
 
 def describe(specification: Specification, rng: random.Random) -> str:
-    """What a tool does, without arguments: `cancel an order`."""
+    """Returns what a tool does, without arguments: `cancel an order`."""
     if specification.family != "record":
-        return f"{rng.choice(['find out', 'tell you'])} {formula_of(specification.action).said}"
-    return _verb_and_thing(specification, article(specification.thing), rng)
+        return f"{rng.choice(['find out', 'tell you'])} {formula_of(specification.action).phrase}"
+    return _verb_and_subject(specification, article(specification.subject), rng)
 
 
-def shown(value: Json) -> str:
-    """A value in words; numbers and texts as the result has them."""
+def in_words(value: Json) -> str:
+    """Returns a value in words; numbers and texts stay as they are in the result."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(shown, value)) if value else "none"
+        return ", ".join(map(in_words, value)) if value else "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def answer(specification: Specification, record_id: str | None, result: Json, rng: random.Random) -> str:
-    """The answer that puts a result in words."""
-    thing = specification.thing
+    """Returns the answer that puts a result in words."""
+    subject = specification.subject
+
     if specification.family != "record":
-        said = formula_of(specification.action).said
+        phrase = formula_of(specification.action).phrase
         if isinstance(result, dict):
-            return f"Here is {said}: {facts(result)}." if rng.random() < 0.4 else upper_first(f"{facts(result)}.")
-        return rng.choice([f"The answer is {shown(result)}.", f"It is {shown(result)}.", f"{shown(result)}."])
+            return f"Here is {phrase}: {facts(result)}." if rng.random() < 0.4 else upper_first(f"{facts(result)}.")
+        return rng.choice([f"The answer is {in_words(result)}.", f"It is {in_words(result)}.", f"{in_words(result)}."])
+
     action = specification.action
     if action == "create":
-        return rng.choice(["The new {} has the id {}.", "Done: {} {}.", "Created {} {}."]).format(thing, result["id"])
+        return rng.choice(["The new {} has the id {}.", "Done: {} {}.", "Created {} {}."]).format(subject, result["id"])
+
     if action == "lookup":
-        return f"{thing.capitalize()} {record_id}: {facts(result)}."
+        return f"{subject.capitalize()} {record_id}: {facts(result)}."
+
     if action == "search":
         ids = result["ids"]
         if not ids:
-            return f"There are no such {plural(thing)}."
+            return f"There are no such {plural(subject)}."
         return rng.choice(["Found {}: {}.", "{} found: {}."]).format(
-            thing if len(ids) == 1 else plural(thing), shown(ids)
+            subject if len(ids) == 1 else plural(subject), in_words(ids)
         )
+
     if action == "newest":
-        return f"The latest {thing} is {result['id']}."
+        return f"The latest {subject} is {result['id']}."
     if action == "count":
         return rng.choice(["The count is {}.", "There are {}.", "I found {}."]).format(result["count"])
-    rest = {name: value for name, value in result.items() if name not in ("id", "deleted")}
-    closing = f": {facts(rest)}." if rest and rng.random() < 0.6 else "."
-    done = rng.choice(["Done with {} {}", "{} {} is done", "Ready: {} {}"]).format(thing, record_id)
-    return upper_first(done + closing)
+
+    # The other actions return the record's id and perhaps what they changed.
+    changes = {name: value for name, value in result.items() if name not in ("id", "deleted")}
+    closing = f": {facts(changes)}." if changes and rng.random() < 0.6 else "."
+
+    confirmation = rng.choice(["Done with {} {}", "{} {} is done", "Ready: {} {}"]).format(subject, record_id)
+    return upper_first(confirmation + closing)
 
 
 def facts(result: dict[str, Json]) -> str:
-    """`status paid, total 12`."""
-    return ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in result.items())
+    """Returns a result in words, such as `status paid, total 12`."""
+    return ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in result.items())
 
 
 def question_back(missing: Sequence[Parameter], specification: Specification, rng: random.Random) -> str:
-    """The question for arguments that a call still needs."""
+    """Returns the question for arguments that a call still needs."""
     names = " and the ".join(parameter.name for parameter in missing)
     return rng.choice(
         [
@@ -155,7 +181,7 @@ def question_back(missing: Sequence[Parameter], specification: Specification, rn
 
 
 def nothing_fits(rng: random.Random) -> str:
-    """The answer to a request that no tool serves."""
+    """Returns the answer to a request that no tool serves."""
     return rng.choice(
         [
             "None of my tools can do that.",
@@ -165,72 +191,94 @@ def nothing_fits(rng: random.Random) -> str:
     )
 
 
-def _body_and_pieces(
-    specification: Specification, given: Given, rng: random.Random, it: str = ""
+def _body_and_phrases(
+    specification: Specification, arguments: ArgumentValues, rng: random.Random, it: str = ""
 ) -> tuple[str, list[str]]:
-    rest = [(parameter, value) for parameter, value in given.items() if parameter.kind != "record"]
-    record = next((value for parameter, value in given.items() if parameter.kind == "record"), None)
+    """Returns the beginning of a request, without arguments, and a phrase for each argument except the record."""
+    others = [(parameter, value) for parameter, value in arguments.items() if parameter.kind != "record"]
+    record = next((value for parameter, value in arguments.items() if parameter.kind == "record"), None)
+
     if specification.family != "record":
-        said = formula_of(specification.action).said
-        verbs = CLAUSE_VERBS if said.startswith(("whether ", "which ", "how ")) else VERBS[specification.family][1]
-        body = f"{rng.choice(verbs)} {said}"
+        phrase = formula_of(specification.action).phrase
+        # `compute whether` is no English, so a clause has verbs of its own.
+        verbs = CLAUSE_VERBS if phrase.startswith(("whether ", "which ", "how ")) else VERBS[specification.family][1]
+        body = f"{rng.choice(verbs)} {phrase}"
     elif it:
-        body = _verb_and_thing(specification, it, rng)
+        body = _verb_and_subject(specification, it, rng)
     elif record is not None:
-        body = _verb_and_thing(specification, _record(specification.thing, record.said, rng), rng)
+        body = _verb_and_subject(specification, _record(specification.subject, record.wording, rng), rng)
     else:
-        body = _verb_and_thing(specification, article(specification.thing), rng)
-    kinds = [parameter.kind for parameter, _ in rest]
-    return body, [piece(parameter, value, kinds.count(parameter.kind) == 1, rng) for parameter, value in rest]
+        body = _verb_and_subject(specification, article(specification.subject), rng)
+
+    kinds = [parameter.kind for parameter, _ in others]
+    return body, [
+        argument_phrase(parameter, value, kinds.count(parameter.kind) == 1, rng) for parameter, value in others
+    ]
 
 
-def _record(thing: str, said: str, rng: random.Random) -> str:
-    """`order AB-12` in words."""
+def _record(subject: str, record_id: str, rng: random.Random) -> str:
+    """Returns a record such as `order AB-12` in words."""
     return rng.choice(
         [
-            f"{thing} {said}",
-            f"the {thing} {said}",
-            f"{thing} number {said}",
-            f"the {thing} with id {said}",
-            f"the {thing} with the id {said}",
+            f"{subject} {record_id}",
+            f"the {subject} {record_id}",
+            f"{subject} number {record_id}",
+            f"the {subject} with id {record_id}",
+            f"the {subject} with the id {record_id}",
         ]
     )
 
 
-def _verb_and_thing(specification: Specification, thing: str, rng: random.Random) -> str:
+def _verb_and_subject(specification: Specification, subject: str, rng: random.Random) -> str:
+
     action = BY_KEY[specification.action]
-    said = [verb for verb in action.said if thing not in PRONOUNS or not verb.endswith(PARTICLES)]
-    own = specification.verb
-    verb = own if own in said and rng.random() < 0.5 else rng.choice(said)
+    # `hand over it` is wrong, so such verbs are left out before a pronoun.
+    verbs = [verb for verb in action.request_verbs if subject not in PRONOUNS or not verb.endswith(PARTICLES)]
+
+    # Half of the requests use the verb of the tool's name, if it is one that people say.
+    named = specification.verb
+    verb = named if named in verbs and rng.random() < 0.5 else rng.choice(verbs)
+
     if specification.action == "count":
-        return f"{verb} {plural(specification.thing)}{' are there' if verb == 'how many' else ''}"
+        return f"{verb} {plural(specification.subject)}{' are there' if verb == 'how many' else ''}"
+
     if specification.action == "search":
-        return f"{verb} {rng.choice(['', 'all ', 'the '])}{plural(specification.thing)}"
+        return f"{verb} {rng.choice(['', 'all ', 'the '])}{plural(specification.subject)}"
+
     if specification.action == "newest":
-        return f"{verb} {specification.thing}"
-    return f"{verb} {thing}"
+        return f"{verb} {specification.subject}"
+
+    return f"{verb} {subject}"
 
 
-def _joined(body: str, pieces: list[str], rng: random.Random) -> str:
-    """A sentence of a body and its arguments."""
+def _sentence(body: str, phrases: list[str], rng: random.Random) -> str:
+    """Returns a sentence of a body and its arguments: in brackets, after a colon, as a list, or in a row."""
     layout = rng.random()
-    plain = [part.removeprefix("with ").removeprefix(": ") for part in pieces]
-    if len(pieces) > 1 and layout < 0.12:
+
+    # The items of a list need no prepositions.
+    plain = [phrase.removeprefix("with ").removeprefix(": ") for phrase in phrases]
+
+    if len(phrases) > 1 and layout < 0.12:
         return f"{body} ({', '.join(plain)})"
-    if len(pieces) > 1 and layout < 0.24:
+    if len(phrases) > 1 and layout < 0.24:
         return f"{body}: {'; '.join(plain)}"
-    if pieces and layout < 0.3:
-        return body + "".join(f"\n- {part}" for part in plain)
-    between = rng.choice([" ", ", ", " and "])
-    return body + "".join(_linked(part, between if number else " ") for number, part in enumerate(pieces))
+    if phrases and layout < 0.3:
+        return body + "".join(f"\n- {phrase}" for phrase in plain)
+
+    separator = rng.choice([" ", ", ", " and "])
+    return body + "".join(
+        _with_separator(phrase, separator if number else " ") for number, phrase in enumerate(phrases)
+    )
 
 
-def _linked(part: str, between: str) -> str:
-    """An argument with its separator: a space alone only before a word such as `with`, else a comma."""
-    if part.startswith(":"):
-        return part
-    return (", " if between == " " and not part.startswith(LINKS) else between) + part
+def _with_separator(phrase: str, separator: str) -> str:
+    """Returns an argument with its separator: a space alone only before a word such as `with`, else a comma."""
+    if phrase.startswith(":"):
+        return phrase
+    if separator == " " and not phrase.startswith(LINKS):
+        separator = ", "
+    return separator + phrase
 
 
-def _anded(pieces: list[str]) -> list[str]:
-    return [*pieces[:1], *(part if part.startswith(":") else f"and {part}" for part in pieces[1:])]
+def _with_and(phrases: list[str]) -> list[str]:
+    return [*phrases[:1], *(phrase if phrase.startswith(":") else f"and {phrase}" for phrase in phrases[1:])]

@@ -1,4 +1,4 @@
-"""What a conversation is made from: its tools, the arguments of calls, and the records that the tools work on."""
+"""The material of a conversation: its tools, the arguments of calls, and the records that the tools work on."""
 
 import random
 from collections.abc import Callable, Iterable
@@ -16,219 +16,259 @@ from dist_lm.tools.data.catalogue import (
     specification,
     values_of,
 )
-from dist_lm.tools.data.phrasing import Given
+from dist_lm.tools.data.phrasing import ArgumentValues
 from dist_lm.tools.data.values import Value, code, draw, quoted
 
-RICH = ("create", "search", "update")  # chosen twice as often: their arguments are of all kinds
-CONDITIONS = ("search", "count", "newest")
+RICH = ("create", "search", "update")  # actions chosen twice as often: their arguments are of all kinds
+CONDITIONS = ("search", "count", "newest")  # actions whose arguments are conditions on records
 TRIES = 5  # draws for a value that no other argument has
-OPTIONAL = 0.4  # share of optional arguments that are given
+OPTIONAL = 0.4  # share of optional arguments that a call has
 COMPUTED = 0.3  # share of formulas and services among the tools of a shelf that has some
 Record = dict[str, Json]
-COMMENTS, TAGS = "_comments", "_tags"  # fields that actions add; no domain has such names
+COMMENTS, TAGS = "_comments", "_tags"  # fields that actions add to records; no domain has such names
 
 
 class ToolFailure(Exception):  # noqa: N818  (part of a conversation, not an error of this program)
-    """A call that the tool refuses; the message is the result."""
+    """A call that the tool refuses; the message becomes the result of the call."""
 
 
 @dataclass
 class World:
-    """The records of one conversation, by thing and id, and the execution of calls on them."""
+    """The records of one conversation, by subject and id, and the execution of calls on them."""
 
     rng: random.Random
     records: dict[str, dict[str, Record]] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)  # names of tools that fail once, as if a server were down
 
-    def put(self, thing: str, domain: str, known: Record | None = None, record_id: str | None = None) -> str:
-        """Add a record with the fields of its domain, some of them given by `known`; returns the id."""
-        shelf = self.records.setdefault(thing, {})
-        key = record_id or self._free_id(shelf)
-        shelf[key] = {name: draw(kind, self.rng).json for name, kind in fields_of(domain)} | (known or {})
-        return key
+    def put(self, subject: str, domain: str, fields: Record | None = None, record_id: str | None = None) -> str:
+        """Add a record with the fields of its domain, of which `fields` sets some; returns the id."""
+        records = self.records.setdefault(subject, {})
+        record_id = record_id or self._free_id(records)
+        records[record_id] = {name: draw(kind, self.rng).json for name, kind in fields_of(domain)} | (fields or {})
+        return record_id
 
     def execute(self, specification: Specification, call: Call) -> Json:
-        """The result of a call.
+        """Returns the result of a call.
 
         Raises:
-            ToolFailure: the tool refuses it.
+            ToolFailure: the tool refuses the call.
         """
+        # A busy tool fails once; the repeated call succeeds.
         if call.name in self.busy:
             self.busy.remove(call.name)
             raise ToolFailure("the server is busy, try again")
-        given = values_of(specification, call.arguments)
+
+        arguments = values_of(specification, call.arguments)
+
         if specification.family != "record":
-            return formula_of(specification.action).run(given)
+            return formula_of(specification.action).run(arguments)
+
         id_parameter = specification.id_parameter
         if id_parameter is None:
-            return self._without_id(specification, given)
-        record_id = given.pop(id_parameter.name)
-        return self._with_id(specification, record_id, given)
+            return self._without_id(specification, arguments)
 
-    def _without_id(self, specification: Specification, given: Record) -> Json:
-        shelf = self.records.setdefault(specification.thing, {})
-        fields = {name for name, _ in fields_of(specification.domain)}
-        known = {name: value for name, value in given.items() if name in fields}
+        record_id = arguments.pop(id_parameter.name)
+        return self._with_id(specification, record_id, arguments)
+
+    def _without_id(self, specification: Specification, arguments: Record) -> Json:
+        records = self.records.setdefault(specification.subject, {})
+        field_names = {name for name, _ in fields_of(specification.domain)}
+        fields = {name: value for name, value in arguments.items() if name in field_names}
+
         if specification.action == "create":
-            return {"id": self.put(specification.thing, specification.domain, known)}
-        asked = _conditions(specification, known)
-        found = [key for key, record in shelf.items() if all(record.get(name) == asked[name] for name in asked)]
-        if specification.action == "count":
-            return {"count": len(found)}
-        if specification.action == "newest":
-            if not found:
-                raise ToolFailure(f"no {specification.thing} matches")
-            return {"id": found[-1]}
-        return {"ids": found[: given.get("limit", 10)]}
+            return {"id": self.put(specification.subject, specification.domain, fields)}
 
-    def _with_id(self, specification: Specification, record_id: str, given: Record) -> Json:
-        shelf = self.records.setdefault(specification.thing, {})
-        if record_id not in shelf:
-            close = [key for key in shelf if sorted(key) == sorted(record_id)]
-            hint = f", did you mean {close[0]}?" if close else ""
-            raise ToolFailure(f"no {specification.thing} {record_id}{hint}")
-        record = shelf[record_id]
+        # The other actions search; `limit` and the like are no conditions.
+        conditions = _conditions(specification, fields)
+        matching = [
+            record_id
+            for record_id, record in records.items()
+            if all(record.get(name) == condition for name, condition in conditions.items())
+        ]
+
+        if specification.action == "count":
+            return {"count": len(matching)}
+
+        if specification.action == "newest":
+            if not matching:
+                raise ToolFailure(f"no {specification.subject} matches")
+            return {"id": matching[-1]}
+
+        return {"ids": matching[: arguments.get("limit", 10)]}
+
+    def _with_id(self, specification: Specification, record_id: str, arguments: Record) -> Json:
+        records = self.records.setdefault(specification.subject, {})
+
+        if record_id not in records:
+            # A mistyped id has the characters of the right one, in another order.
+            similar = [other_id for other_id in records if sorted(other_id) == sorted(record_id)]
+            hint = f", did you mean {similar[0]}?" if similar else ""
+            raise ToolFailure(f"no {specification.subject} {record_id}{hint}")
+
+        record = records[record_id]
         action = specification.action
+
         if action == "lookup":
-            shown = [name for name, kind in fields_of(specification.domain) if kind not in ("address", "size")]
-            start = len(specification.thing) % (len(shown) - 2)
-            return {name.replace(" ", "_"): record[name] for name in shown[start : start + 3]}
+            fields = [name for name, kind in fields_of(specification.domain) if kind not in ("address", "size")]
+            # Three fields, whose position depends on the subject alone.
+            start = len(specification.subject) % (len(fields) - 2)
+            return {name.replace(" ", "_"): record[name] for name in fields[start : start + 3]}
+
         if action == "delete":
-            del shelf[record_id]
+            del records[record_id]
             return {"deleted": record_id}
+
         if action == "update":
-            record.update(given)
-            return {"id": record_id, "updated": len(given)}
+            record.update(arguments)
+            return {"id": record_id, "updated": len(arguments)}
+
         if action == "comment":
-            comments = record[COMMENTS] = [*record.get(COMMENTS, []), given["text"]]
+            comments = record[COMMENTS] = [*record.get(COMMENTS, []), arguments["text"]]
             return {"id": record_id, "comments": len(comments)}
+
         if action == "tag":
-            tags = record[TAGS] = list(dict.fromkeys([*record.get(TAGS, []), *given["tags"]]))
+            tags = record[TAGS] = list(dict.fromkeys([*record.get(TAGS, []), *arguments["tags"]]))
             return {"id": record_id, "tags": tags}
-        record.update(given)
-        done = {
-            "assign": lambda: {"assignee": given["assignee"]},
-            "rename": lambda: {"name": given["new name"]},
+
+        record.update(arguments)
+        effect = {
+            "assign": lambda: {"assignee": arguments["assignee"]},
+            "rename": lambda: {"name": arguments["new name"]},
             "approve": lambda: {"approved": True},
-            "share": lambda: {"sent_to": given["email"]},
-            "schedule": lambda: {"day": given["day"], "time": given["time"]},
+            "share": lambda: {"sent_to": arguments["email"]},
+            "schedule": lambda: {"day": arguments["day"], "time": arguments["time"]},
             "archive": lambda: {"archived": True},
         }[action]()
-        return {"id": record_id, **done}
+        return {"id": record_id, **effect}
 
-    def _free_id(self, shelf: dict[str, Record]) -> str:
+    def _free_id(self, records: dict[str, Record]) -> str:
         while True:
-            key = code(self.rng)
-            if key not in shelf:
-                return key
+            new_id = code(self.rng)
+            if new_id not in records:
+                return new_id
 
 
 @dataclass
 class Scene:
-    """The state of a conversation that is being written."""
+    """The state of a conversation that a function of `episodes` is writing."""
 
     rng: random.Random
     world: World
-    topics: tuple[Topic, ...]  # of one shelf
+    topics: tuple[Topic, ...]  # all of one shelf
     tools: list[Specification] = field(default_factory=list)
     hidden: set[tuple[str, str]] = field(default_factory=set)  # (thing, action) of tools that must not appear
 
     def has(self, fits: Callable[[Topic], bool]) -> bool:
-        """Whether the shelf has such a tool that is not taken yet."""
+        """Returns whether the shelf has an unused tool whose topic fits."""
         return any(map(fits, self._free()))
 
     def take(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """Pick a tool of the shelf whose topic fits, and add it to the tools."""
-        found = self.pick(fits)
-        self.tools.append(found)
-        return found
+        """Pick an unused tool of the shelf whose topic fits, and add it to the tools."""
+        tool = self.pick(fits)
+        self.tools.append(tool)
+        return tool
 
     def pick(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """A tool of the shelf whose topic fits and is not taken yet."""
+        """Returns an unused tool of the shelf whose topic fits."""
         free = [topic for topic in self._free() if fits(topic)]
+
+        # Few topics compute, so they get a fixed share; otherwise they would hardly occur.
         computed = [topic for topic in free if topic.family != "record"]
         records = [topic for topic in free if topic.family == "record"]
-        side = computed if computed and (not records or self.rng.random() < COMPUTED) else records
-        weights = [2 if topic.action in RICH else 1 for topic in side]
-        return specification(self.rng.choices(side, weights)[0], self.rng.randrange(VARIANTS))
+        candidates = computed if computed and (not records or self.rng.random() < COMPUTED) else records
+        weights = [2 if topic.action in RICH else 1 for topic in candidates]
+
+        return specification(self.rng.choices(candidates, weights)[0], self.rng.randrange(VARIANTS))
 
     def add_others(self, count: int) -> None:
-        """Add tools that are not needed; half of them are for the thing of a needed one."""
-        things = {tool.thing for tool in self.tools}
+        """Add up to `count` tools that are not needed; half of them are for the subject of a needed one."""
+        subjects = {tool.subject for tool in self.tools}
+
         for _ in range(count):
-            near = [topic for topic in self._free() if topic.thing in things]
-            if near and self.rng.random() < 0.5:
-                chosen = specification(self.rng.choice(near), self.rng.randrange(VARIANTS))
+            related = [topic for topic in self._free() if topic.subject in subjects]
+            if related and self.rng.random() < 0.5:
+                chosen = specification(self.rng.choice(related), self.rng.randrange(VARIANTS))
             else:
                 chosen = self.pick()
+
             if chosen.tool.name not in {tool.tool.name for tool in self.tools}:
                 self.tools.append(chosen)
 
-    def _other_than(self, given: Given, kind: str) -> Value:
-        """A value that no other argument of the kind has: no request asks for the rate from EUR to EUR."""
-        taken = [value.json for parameter, value in given.items() if parameter.kind == kind]
+    def _distinct_value(self, arguments: ArgumentValues, kind: str) -> Value:
+        """Returns a value that no other argument of the kind has: no request asks for the rate from EUR to EUR."""
+        used = [value.json for parameter, value in arguments.items() if parameter.kind == kind]
         tries = (draw(kind, self.rng) for _ in range(TRIES))
-        return next((value for value in tries if kind == "flag" or value.json not in taken), draw(kind, self.rng))
+        distinct = (value for value in tries if kind == "flag" or value.json not in used)
+        return next(distinct, draw(kind, self.rng))
 
     def _free(self) -> list[Topic]:
-        taken = {(tool.thing, tool.action) for tool in self.tools} | self.hidden
-        return [topic for topic in self.topics if (topic.thing, topic.action) not in taken]
+        used = {(tool.subject, tool.action) for tool in self.tools} | self.hidden
+        return [topic for topic in self.topics if (topic.subject, topic.action) not in used]
 
-    def arguments(self, tool: Specification, without: Iterable[str] = ()) -> Given:
-        """Values for a call of `tool`, in the order of the request; adds the records that the call finds.
+    def arguments(self, tool: Specification, without: Iterable[str] = ()) -> ArgumentValues:
+        """Returns values for a call of `tool`, in the order of the request; adds the records that the call finds.
 
         Args:
             without: names of arguments to leave out.
         """
-        given: Given = {}
+        arguments: ArgumentValues = {}
+
         for parameter in tool.parameters:
             if parameter.name in without or not (parameter.required or self.rng.random() < OPTIONAL):
                 continue
+
             if parameter.kind == "record":
-                key = self.world.put(tool.thing, tool.domain)
-                given[parameter] = Value(key, quoted(key, self.rng) if self.rng.random() < 0.2 else key)
+                record_id = self.world.put(tool.subject, tool.domain)
+                arguments[parameter] = Value(
+                    record_id, quoted(record_id, self.rng) if self.rng.random() < 0.2 else record_id
+                )
             else:
-                given[parameter] = self._other_than(given, parameter.kind)
+                arguments[parameter] = self._distinct_value(arguments, parameter.kind)
+
+        # Some records meet the conditions, so most searches find one.
         if tool.action in CONDITIONS:
-            known = {parameter.name: value.json for parameter, value in given.items()}
+            conditions = {parameter.name: value.json for parameter, value in arguments.items()}
             for _ in range(self.rng.randint(1, 3)):
-                self.world.put(tool.thing, tool.domain, known)
-        return in_turn(given, self.rng)
+                self.world.put(tool.subject, tool.domain, conditions)
+
+        return in_request_order(arguments, self.rng)
 
 
-def call_of(tool: Specification, given: Given) -> Call:
-    """The call with these arguments, in the order of the schema."""
-    return Call(tool.tool.name, arguments_of(tool.parameters, given))
+def call_of(tool: Specification, arguments: ArgumentValues) -> Call:
+    """Returns the call with these arguments, in the order of the schema."""
+    return Call(tool.tool.name, arguments_of(tool.parameters, arguments))
 
 
-def record_of(tool: Specification, given: Given) -> str | None:
-    """The record that a call is about."""
-    return next((str(value.json) for parameter, value in given.items() if parameter.kind == "record"), None)
+def record_of(tool: Specification, arguments: ArgumentValues) -> str | None:
+    """Returns the id of the record that a call is about; None if it is about none."""
+    return next((str(value.json) for parameter, value in arguments.items() if parameter.kind == "record"), None)
 
 
-def with_record(tool: Specification, given: Given, record_id: Json) -> Given:
-    """`given` with another record, which comes first."""
+def with_record(tool: Specification, arguments: ArgumentValues, record_id: Json) -> ArgumentValues:
+    """Returns `arguments` with another record, which comes first."""
     record = tool.id_parameter
     assert record is not None
-    others = {parameter: value for parameter, value in given.items() if parameter.kind != "record"}
-    return {record: Value(record_id, str(record_id))} | others
+    other_arguments = {parameter: value for parameter, value in arguments.items() if parameter.kind != "record"}
+    return {record: Value(record_id, str(record_id))} | other_arguments
 
 
-def in_turn(given: Given, rng: random.Random) -> Given:
-    """The order of a request: any, but the record comes first and the fields of one object stay together."""
+def in_request_order(arguments: ArgumentValues, rng: random.Random) -> ArgumentValues:
+    """Returns the arguments in the order of a request: any, but first the record, and fields of one object in a row."""
     groups: dict[str, list[Parameter]] = {}
-    for parameter in given:
+    for parameter in arguments:
         groups.setdefault(parameter.inside or parameter.key, []).append(parameter)
+
+    # Sorting is stable: the groups behind the record stay shuffled.
     shuffled = rng.sample(list(groups.values()), len(groups))
     shuffled.sort(key=lambda group: all(parameter.kind != "record" for parameter in group))
-    return {parameter: given[parameter] for group in shuffled for parameter in _record_first(group, rng)}
+    return {parameter: arguments[parameter] for group in shuffled for parameter in _record_first(group, rng)}
 
 
 def _record_first(group: list[Parameter], rng: random.Random) -> list[Parameter]:
     return sorted(rng.sample(group, len(group)), key=lambda parameter: parameter.kind != "record")
 
 
-def _conditions(specification: Specification, given: Record) -> Record:
-    """The conditions of a search, without optional ones at their default."""
+def _conditions(specification: Specification, conditions: Record) -> Record:
+    """Returns the conditions of a search, without optional ones at their default."""
     optional = {p.name: p.default for p in specification.parameters if not p.required}
-    return {name: value for name, value in given.items() if name not in optional or optional[name] != value}
+    return {name: value for name, value in conditions.items() if name not in optional or optional[name] != value}

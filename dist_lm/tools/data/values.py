@@ -1,6 +1,6 @@
-"""Kinds of arguments: the JSON schema of each, and values drawn from sets so large that none can be learned by heart.
+"""Kinds of arguments: the JSON schema of each, and values from sets so large that no model learns them by heart.
 
-A value comes with the way a person says it: a date may be `3 May 2024` in a request and is `2024-05-03` in the call.
+A value has two forms: a date may be `3 May 2024` in a request and is `2024-05-03` in the call.
 """
 
 import datetime
@@ -22,17 +22,17 @@ HOSTS = ("com", "org", "net", "io", "dev")
 
 @dataclass(frozen=True)
 class Value:
-    """An argument, and how a request says it."""
+    """The value of an argument in the call, and its wording in a request."""
 
     json: Json
-    said: str
+    wording: str
 
 
 Draw = Callable[[random.Random], Value]
 
 
 def schema_of(kind: str) -> dict[str, Json]:
-    """The JSON schema of values of `kind` (without description and default)."""
+    """Returns the JSON schema of values of `kind` (without description and default)."""
     name, _, options = kind.partition(" ")
     if name == "one_of":
         return {"type": "string", "enum": options.split("/")}
@@ -40,65 +40,65 @@ def schema_of(kind: str) -> dict[str, Json]:
 
 
 def draw(kind: str, rng: random.Random) -> Value:
-    """A value of `kind`."""
+    """Returns a random value of `kind`."""
     name, _, options = kind.partition(" ")
     if name == "one_of":
-        picked = rng.choice(options.split("/"))
-        return Value(picked, picked)
+        option = rng.choice(options.split("/"))
+        return Value(option, option)
     return _KINDS[name][1](rng)
 
 
 def plural_kind(kind: str) -> bool:
-    """Whether a value is a list or an object, which a request spells out after the argument's name."""
+    """Returns whether values are lists or objects, which a request spells out after the argument's name."""
     return kind in ("words", "people", "codes", "numbers", "address", "size")
 
 
 def quoted(text: str, rng: random.Random) -> str:
-    """`text` as a request marks it: in double or single quotes."""
+    """Returns `text` in double or single quotes, as in a request."""
     mark = "'" if rng.random() < 0.3 and "'" not in text else '"'
     return f"{mark}{text}{mark}"
 
 
 def made_up_name(rng: random.Random) -> str:
-    """A name nobody has."""
+    """Returns a made-up name."""
     return "".join(rng.choice(words("syllable")) for _ in range(rng.randint(2, 3))).capitalize()
 
 
 def phrase(rng: random.Random) -> str:
-    """A few words, such as a title."""
-    noun, other = rng.sample(words("noun"), 2)
+    """Returns a few words, such as a title."""
+    noun, second_noun = rng.sample(words("noun"), 2)
     adjective = rng.choice(words("adjective"))
     verb = rng.choice(words("verb"))
     return rng.choice(
         [
             f"{adjective} {noun}",
-            f"{noun} {other}",
-            f"{adjective} {noun} {other}",
+            f"{noun} {second_noun}",
+            f"{adjective} {noun} {second_noun}",
             f"{verb} the {noun}",
             f"{verb} the {adjective} {noun}",
-            f"{noun} of the {other}",
+            f"{noun} of the {second_noun}",
             f"{noun} {rng.randint(1, 999)}",
         ]
     )
 
 
 def sentence(rng: random.Random) -> str:
-    """Some words of free text, such as a note; no grammar, so only what was said can be repeated."""
+    """Returns some words of free text, such as a note. They have no grammar, so a model can only copy them."""
     pools = [words("noun"), words("common"), words("verb"), words("common"), words("city"), words("given")]
     return " ".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 9)))
 
 
 def code(rng: random.Random) -> str:
-    """The number of a record, such as `AB-4821`."""
+    """Returns the id of a record, such as `AB-4821`."""
     letters = "".join(rng.choice(CODE_LETTERS) for _ in range(rng.randint(1, 3)))
     digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
     return rng.choice([f"{letters}-{digits}", f"{letters}{digits}", f"{letters.lower()}_{digits}"])
 
 
 def _person(rng: random.Random) -> Value:
-    given = rng.choice(words("given")) if rng.random() < 0.8 else made_up_name(rng)
-    family = rng.choice(words("family")) if rng.random() < 0.7 else made_up_name(rng)
-    return _name(f"{given} {family}", rng)
+    given_name = rng.choice(words("given")) if rng.random() < 0.8 else made_up_name(rng)
+    family_name = rng.choice(words("family")) if rng.random() < 0.7 else made_up_name(rng)
+    return _name(f"{given_name} {family_name}", rng)
 
 
 def _name(text: str, rng: random.Random) -> Value:
@@ -139,7 +139,7 @@ def _code(rng: random.Random) -> Value:
 def _email(rng: random.Random) -> Value:
     user = rng.choice(words("given")).lower() if rng.random() < 0.6 else made_up_name(rng).lower()
     user += rng.choice(["", "", f".{rng.choice(words('family')).lower()}", str(rng.randint(1, 99))])
-    return _same(f"{user}@{_domain(rng)}")
+    return _verbatim(f"{user}@{_domain(rng)}")
 
 
 def _domain(rng: random.Random) -> str:
@@ -148,47 +148,50 @@ def _domain(rng: random.Random) -> str:
 
 
 def _handle(rng: random.Random) -> Value:
-    return _same(f"{rng.choice(words('noun'))}_{rng.choice(words('noun'))}{rng.choice(['', str(rng.randint(1, 999))])}")
+    name = f"{rng.choice(words('noun'))}_{rng.choice(words('noun'))}"
+    return _verbatim(name + rng.choice(["", str(rng.randint(1, 999))]))
 
 
 def _host(rng: random.Random) -> Value:
     if rng.random() < 0.5:
-        return _same(".".join(str(rng.randint(1, 254)) for _ in range(4)))
-    return _same(f"{rng.choice(words('noun'))}{rng.randint(1, 99)}.{_domain(rng)}")
+        return _verbatim(".".join(str(rng.randint(1, 254)) for _ in range(4)))
+    return _verbatim(f"{rng.choice(words('noun'))}{rng.randint(1, 99)}.{_domain(rng)}")
 
 
 def _url(rng: random.Random) -> Value:
-    return _same(f"https://{_domain(rng)}/{rng.choice(words('noun'))}{rng.choice(['', f'/{rng.randint(1, 9999)}'])}")
+    page = f"https://{_domain(rng)}/{rng.choice(words('noun'))}"
+    return _verbatim(page + rng.choice(["", f"/{rng.randint(1, 9999)}"]))
 
 
 def _path(rng: random.Random) -> Value:
     parts = [rng.choice(words("noun")) for _ in range(rng.randint(1, 3))]
-    return _same(f"/{'/'.join(parts)}{rng.choice(['', f'_{rng.randint(1, 99)}', '.txt', '.csv'])}")
+    return _verbatim(f"/{'/'.join(parts)}{rng.choice(['', f'_{rng.randint(1, 99)}', '.txt', '.csv'])}")
 
 
 def _phone(rng: random.Random) -> Value:
-    return _same(f"+{rng.randint(1, 98)} {rng.randint(100, 999)} {rng.randint(1000, 99999)}")
+    return _verbatim(f"+{rng.randint(1, 98)} {rng.randint(100, 999)} {rng.randint(1000, 99999)}")
 
 
 def _version(rng: random.Random) -> Value:
-    return _same(f"{rng.randint(0, 12)}.{rng.randint(0, 30)}.{rng.randint(0, 30)}")
+    return _verbatim(f"{rng.randint(0, 12)}.{rng.randint(0, 30)}.{rng.randint(0, 30)}")
 
 
 def _date(rng: random.Random) -> Value:
     day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(365 * 9))
-    said = day.isoformat()
+    wording = day.isoformat()
     if rng.random() < 0.25:
         month = MONTHS[day.month - 1]
-        said = rng.choice([f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}"])
-    return Value(day.isoformat(), said)
+        wording = rng.choice([f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}"])
+    return Value(day.isoformat(), wording)
 
 
 def _clock(rng: random.Random) -> Value:
-    return _same(f"{rng.randrange(24):02}:{rng.choice([0, 0, 15, 30, 45, rng.randrange(60)]):02}")
+    return _verbatim(f"{rng.randrange(24):02}:{rng.choice([0, 0, 15, 30, 45, rng.randrange(60)]):02}")
 
 
 def _integer(low: int, high: int, rng: random.Random) -> Value:
     number = rng.randint(low, high)
+    # Requests sometimes spell out small numbers.
     if number <= 10 and rng.random() < 0.15:
         return Value(number, SMALL_NUMBERS[number])
     return Value(number, str(number))
@@ -204,22 +207,24 @@ def _money(rng: random.Random) -> Value:
     return Value(number, str(number))
 
 
-def _listed(items: list[str], rng: random.Random) -> str:
-    """Items of a list as a request names them."""
+def _enumeration(texts: list[str], rng: random.Random) -> str:
+    """Returns the texts of a list as a request enumerates them."""
     if rng.random() < 0.4:
-        return ", ".join(f'"{item}"' for item in items)
-    return ", ".join(items[:-1]) + f" and {items[-1]}" if len(items) > 1 and rng.random() < 0.5 else ", ".join(items)
+        return ", ".join(f'"{text}"' for text in texts)
+    if len(texts) > 1 and rng.random() < 0.5:
+        return ", ".join(texts[:-1]) + f" and {texts[-1]}"
+    return ", ".join(texts)
 
 
 def _numbers(rng: random.Random) -> Value:
     high = rng.choice([20, 100, 1000])
-    items = [rng.randint(1, high) for _ in range(rng.randint(3, 8))]
-    return Value(items, ", ".join(map(str, items)))
+    numbers = [rng.randint(1, high) for _ in range(rng.randint(3, 8))]
+    return Value(numbers, ", ".join(map(str, numbers)))
 
 
 def _codes(rng: random.Random) -> Value:
-    items = [code(rng) for _ in range(rng.randint(2, 6))]
-    return Value(items, _listed(items, rng))
+    codes = [code(rng) for _ in range(rng.randint(2, 6))]
+    return Value(codes, _enumeration(codes, rng))
 
 
 def _address(rng: random.Random) -> Value:
@@ -239,8 +244,8 @@ def _mostly_known(name: str, share: float) -> Draw:
 
 def _sample_of(name: str) -> Draw:
     def drawn(rng: random.Random) -> Value:
-        items = rng.sample(words(name), rng.randint(1, 3))
-        return Value(items, _listed(items, rng))
+        texts = rng.sample(words(name), rng.randint(1, 3))
+        return Value(texts, _enumeration(texts, rng))
 
     return drawn
 
@@ -254,13 +259,15 @@ def _in_range(low: int, high: int) -> Draw:
 
 
 def _flag(rng: random.Random) -> Value:
-    value = rng.random() < 0.6
-    return Value(value, "yes" if value else "no")
+    is_set = rng.random() < 0.6
+    return Value(is_set, "yes" if is_set else "no")
 
 
-def _same(text: str) -> Value:
+def _verbatim(text: str) -> Value:
     return Value(text, text)
 
+
+# JSON schemas and drawing functions of all kinds but `one_of`.
 
 _STRING: dict[str, Json] = {"type": "string"}
 _WHOLE: dict[str, Json] = {"type": "integer"}

@@ -9,18 +9,18 @@ STYLE_WEIGHTS = (36, 24, 18, 10, 6, 6)
 
 @cache
 def words(name: str) -> tuple[str, ...]:
-    """The list `name` of words.txt."""
+    """Returns the list `name` of words.txt."""
     return _lists()[name]
 
 
 @cache
 def domains() -> dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]]:
-    """`{domain: (objects, ((field, kind), ...))}` of domains.txt; a field is in words, such as `due date`."""
-    found = {}
+    """Returns `{domain: (subjects, ((field, kind), ...))}` of domains.txt; a field is in words, such as `due date`."""
+    fields_of_domain = {}
     for name, rest in _lines("domains.txt"):
-        objects, fields = rest.split(" | ")
-        found[name] = (_items(objects), tuple(_field(field) for field in _items(fields)))
-    return found
+        subjects, fields = rest.split(" | ")
+        fields_of_domain[name] = (_items(subjects), tuple(_field(field) for field in _items(fields)))
+    return fields_of_domain
 
 
 @cache
@@ -29,10 +29,11 @@ def _lists() -> dict[str, tuple[str, ...]]:
 
 
 def _field(text: str) -> tuple[str, str]:
-    """`status one_of open/paid` is `("status", "one_of open/paid")`."""
-    before, one_of, options = text.partition(" one_of ")
+    """Reads a field and its kind: `status one_of open/paid` gives `("status", "one_of open/paid")`."""
+    name, one_of, options = text.partition(" one_of ")
     if one_of:
-        return before, f"one_of {options}"
+        return name, f"one_of {options}"
+
     name, _, kind = text.rpartition(" ")
     return name, kind
 
@@ -47,15 +48,16 @@ def _items(text: str) -> tuple[str, ...]:
     return tuple(text.split("; "))
 
 
-def tool_name(verb: str, thing: str, style: str) -> str:
-    """`("get", "purchase order", "camel")` is `getPurchaseOrder`."""
-    words = f"{verb} {thing}".split()
+def tool_name(verb: str, subject: str, style: str) -> str:
+    """Returns the name of a tool: `("get", "purchase order", "camel")` gives `getPurchaseOrder`."""
+    words = f"{verb} {subject}".split()
+
     if style == "camel":
         return camel(words)
     if style == "dotted":
-        return f"{thing.replace(' ', '_')}.{verb.replace(' ', '_')}"
+        return f"{subject.replace(' ', '_')}.{verb.replace(' ', '_')}"
     if style == "reversed":
-        return "_".join(f"{thing} {verb}".split())
+        return "_".join(f"{subject} {verb}".split())
     if style == "kebab":
         return "-".join(words)
     if style == "plain":
@@ -64,28 +66,29 @@ def tool_name(verb: str, thing: str, style: str) -> str:
 
 
 def argument_name(words: str, style: str) -> str:
-    """`due date` is `due_date`, or `dueDate` beside a tool in camel case."""
+    """Returns the name of an argument: `due_date` for `due date`, or `dueDate` beside a tool in camel case."""
     return camel(words.split()) if style in ("camel", "plain") else "_".join(words.split())
 
 
 def camel(words: list[str]) -> str:
-    """`dueDate`."""
+    """Returns words in camel case, such as `dueDate`."""
     return words[0] + "".join(word.capitalize() for word in words[1:])
 
 
-def plural(thing: str) -> str:
-    """`policy` is `policies`."""
-    if thing.endswith("y") and thing[-2] not in "aeou":
-        return f"{thing[:-1]}ies"
-    return f"{thing}es" if thing.endswith(("s", "x", "ch", "sh")) else f"{thing}s"
+def plural(subject: str) -> str:
+    """Returns the plural of a noun: `policies` for `policy`."""
+    if subject.endswith("y") and subject[-2] not in "aeou":
+        return f"{subject[:-1]}ies"
+
+    return f"{subject}es" if subject.endswith(("s", "x", "ch", "sh")) else f"{subject}s"
 
 
 def upper_first(text: str) -> str:
-    """`text` with an upper-case first letter."""
+    """Returns `text` with an upper-case first letter."""
     return text[0].upper() + text[1:]
 
 
 def article(words: str) -> str:
-    """`an order`."""
-    one = "an" if words[0] in "aeiou" and not words.startswith(("use", "uni")) else "a"
-    return f"{one} {words}"
+    """Returns words with their indefinite article, such as `an order`."""
+    indefinite = "an" if words[0] in "aeiou" and not words.startswith(("use", "uni")) else "a"
+    return f"{indefinite} {words}"

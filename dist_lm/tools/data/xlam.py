@@ -1,8 +1,8 @@
 """Rows of `Salesforce/xlam-function-calling-60k` (and mirrors in its format) as conversations.
 
-A row has a request (`query`), and as JSON texts the tools there were (`tools`: name, description, and for each
-parameter a Python type, a description and a default) and the calls that answer it (`answers`: name, arguments). Results
-are not in the set, so a conversation ends with its calls.
+A row has a request (`query`) and two JSON texts: the offered tools (`tools`: name, description, and for each parameter
+a Python type, a description and a default) and the calls that answer the request (`answers`: name, arguments). The set
+has no results of calls, so a conversation ends with its calls.
 """
 
 import json
@@ -37,112 +37,131 @@ GENERIC = re.compile(r"(\w+)\s*\[(.*)\]$", re.DOTALL)
 
 
 class RowError(UserError):
-    """A row that is not in the format; the message says what is wrong with it."""
+    """A row that is not in the format; the message names the column and the error."""
 
 
 def conversation_of_row(row: Mapping[str, Any]) -> Conversation:
-    """The request of `row` and the calls that answer it; without any, that no tool fits.
+    """Returns the request of `row` and the calls that answer it; without calls, the answer says that no tool fits.
 
     Raises:
-        RowError: a column is missing, is no JSON, or is not of the shape above.
+        RowError: a column is missing, is not JSON, or does not have the form above.
     """
     query = row.get("query")
     if not isinstance(query, str) or not query:
         raise RowError("query: expected text")
-    tools = tuple(_tool(value) for value in _objects(row, "tools"))
-    calls = tuple(_call(value) for value in _objects(row, "answers"))
+
+    tools = tuple(_tool(entry) for entry in _objects(row, "tools"))
+    calls = tuple(_call(entry) for entry in _objects(row, "answers"))
+
     schemas = {tool.name: tool.parameters for tool in tools}
+
+    # A model cannot learn to call a tool that it is not offered.
     unknown = {call.name for call in calls} - schemas.keys()
     if unknown:
         raise RowError(f"answers: call {min(unknown)}, which is not among the tools")
+
     calls = tuple(_without_nulls(call, schemas[call.name]) for call in calls)
     answer = Message("assistant", calls=calls) if calls else Message("assistant", NOTHING_FITS)
     return Conversation((Message("user", query), answer), tools)
 
 
 def _without_nulls(call: Call, schema: dict[str, Json]) -> Call:
-    """`call` without the nulls that stand for arguments that are not given: those whose type has no null."""
-    takes_null = {name for name, part in schema["properties"].items() if part.get("type", "null") == "null"}
-    given = {name: value for name, value in call.arguments.items() if value is not None or name in takes_null}
-    return Call(call.name, given)
+    """Returns `call` without nulls where the type of the argument has no null: they stand for absent arguments."""
+    takes_null = {
+        name for name, property_schema in schema["properties"].items() if property_schema.get("type", "null") == "null"
+    }
+    arguments = {name: value for name, value in call.arguments.items() if value is not None or name in takes_null}
+    return Call(call.name, arguments)
 
 
 def schema_of_type(text: str) -> dict[str, Json]:
-    """The JSON schema of a Python type: `List[int]` is an array of integers, `str, optional` a string."""
+    """Returns the JSON schema of a Python type: `List[int]` is an array of integers, `str, optional` a string."""
     text = text.strip().removesuffix("optional").rstrip(" ,").strip()
+
     generic = GENERIC.match(text)
     if generic is None:
         return dict(TYPES.get(text.lower(), {}))
-    name, inner = generic[1].lower(), _split(generic[2])
+
+    name = generic[1].lower()
+    types = _split(generic[2])
     if name == "optional":
-        return schema_of_type(inner[0])
+        return schema_of_type(types[0])
     if name == "union":
-        options = [schema for schema in map(schema_of_type, inner) if schema != {"type": "null"}]
+        options = [schema for schema in map(schema_of_type, types) if schema != {"type": "null"}]
         return options[0] if len(options) == 1 else {"anyOf": options}
     if name in ("list", "set", "array", "sequence", "iterable"):
-        return {"type": "array", "items": schema_of_type(inner[0])}
+        return {"type": "array", "items": schema_of_type(types[0])}
     if name == "tuple":
-        return {"type": "array", "items": schema_of_type(inner[0])} if len(set(inner)) == 1 else {"type": "array"}
+        return {"type": "array", "items": schema_of_type(types[0])} if len(set(types)) == 1 else {"type": "array"}
     if name == "dict":
         return {"type": "object"}
     return {}
 
 
 def _objects(row: Mapping[str, Any], column: str) -> list[dict[str, Json]]:
-    value = row.get(column)
-    if isinstance(value, str):
+    objects = row.get(column)
+    if isinstance(objects, str):
         try:
-            value = json.loads(value)
+            objects = json.loads(objects)
         except ValueError as error:
             raise RowError(f"{column}: no JSON ({error})") from None
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+
+    if not isinstance(objects, list) or not all(isinstance(element, dict) for element in objects):
         raise RowError(f"{column}: expected a list of objects")
-    return value
+    return objects
 
 
-def _tool(value: dict[str, Json]) -> Tool:
-    parameters = value.get("parameters") or {}
-    if not isinstance(value.get("name"), str) or not isinstance(parameters, dict):
+def _tool(description: dict[str, Json]) -> Tool:
+    parameters = description.get("parameters") or {}
+    if not isinstance(description.get("name"), str) or not isinstance(parameters, dict):
         raise RowError("tools: expected name and parameters of each")
+
     properties: dict[str, Json] = {}
     required: list[str] = []
     for name, parameter in parameters.items():
         if not isinstance(parameter, dict):
-            raise RowError(f"tools: parameter {name} of {value['name']}: expected an object")
+            raise RowError(f"tools: parameter {name} of {description['name']}: expected an object")
         properties[name], is_required = _property(parameter)
         required += [name] * is_required
+
     schema = {"type": "object", "properties": properties, "required": required}
-    return Tool(value["name"], str(value.get("description") or ""), schema)
+    return Tool(description["name"], str(description.get("description") or ""), schema)
 
 
 def _property(parameter: dict[str, Json]) -> tuple[dict[str, Json], bool]:
-    """`(schema, whether it is required)`: optional are those that say so, or have a default."""
+    """Returns (schema, whether it is required); a parameter is optional if its type says so or it has a default."""
+    # The set writes `str, optional`, and an empty text for no default.
     kind = str(parameter.get("type") or "any")
     schema = schema_of_type(kind)
+
     if parameter.get("description"):
         schema["description"] = str(parameter["description"])
+
     default = parameter.get("default")
     has_default = default is not None and default != ""
     if has_default:
         schema["default"] = default
+
     optional = "optional" in kind.lower() or has_default
     return schema, not optional
 
 
-def _call(value: dict[str, Json]) -> Call:
-    arguments = value.get("arguments")
-    if not isinstance(value.get("name"), str) or not isinstance(arguments, dict):
+def _call(answer: dict[str, Json]) -> Call:
+    arguments = answer.get("arguments")
+    if not isinstance(answer.get("name"), str) or not isinstance(arguments, dict):
         raise RowError("answers: expected name and arguments of each")
-    return Call(value["name"], arguments)
+    return Call(answer["name"], arguments)
 
 
 def _split(text: str) -> list[str]:
-    """Arguments of a generic type: `int, List[str, int]` are two."""
-    parts, depth = [""], 0
+    """Splits the arguments of a generic type: `int, List[str, int]` has two."""
+    arguments = [""]
+    depth = 0
     for character in text:
         depth += (character == "[") - (character == "]")
         if character == "," and depth == 0:
-            parts.append("")
+            arguments.append("")
         else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
+            arguments[-1] += character
+
+    return [argument.strip() for argument in arguments]

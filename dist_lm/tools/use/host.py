@@ -1,8 +1,8 @@
 """The process that runs a user's functions as tools: `python -m dist_lm.tools.use.host SOCKET FILE CHARACTERS`.
 
-The signature and docstring of a function become a tool's name, description and JSON schema. Argument types are those
-that Pydantic has a schema for (int, float, str, bool, list[T], dict, Literal, Optional, Enum, dates, dataclasses).
-Descriptions come from the docstring, in Google, reST or NumPy style.
+The signature and docstring of a function become a tool's name, description and JSON schema.
+Argument types are those for which Pydantic has a schema (int, float, str, bool, list[T], dict, Literal, Optional, Enum,
+dates, dataclasses). Descriptions come from the docstring, in Google, reST or NumPy style.
 
 The process loads FILE, sends its tools over the socket (a file descriptor), then answers calls (`JsonProcess`).
 """
@@ -28,8 +28,8 @@ from dist_lm.errors import UserError
 from dist_lm.storage.json_process import asked
 
 Function = Callable[..., Any]
-ATTRIBUTE = "TOOLS"
-MODULE = "registered_tools"  # name of the loaded module; the file's own name may be that of a module it imports
+ATTRIBUTE = "TOOLS"  # the file may list its tools under this name
+MODULE = "registered_tools"  # name of the loaded module; its file may have the name of a module that it imports
 BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -38,7 +38,7 @@ class SignatureError(UserError):
 
 
 def tool_of(function: Function) -> Tool:
-    """The tool that describes `function` to a model.
+    """Returns the tool that describes `function` to a model.
 
     Raises:
         SignatureError: an argument has no type, has a type without a JSON schema, or cannot be passed by name.
@@ -46,24 +46,31 @@ def tool_of(function: Function) -> Tool:
     name = function.__name__
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
         raise SignatureError(f"{name}: expected a plain function, found one that is asynchronous or a generator")
-    said = parse(inspect.getdoc(function) or "")
-    described = {part.arg_name: _line(part.description) for part in said.params}
+
+    docstring = parse(inspect.getdoc(function) or "")
+    description_of = {param.arg_name: _line(param.description) for param in docstring.params}
     properties: dict[str, Json] = {}
     required = []
+
     for parameter, adapter in adapters(function).items():
         default = inspect.signature(function).parameters[parameter].default
+        # `Optional[int] = None` becomes an int that may be absent, which is simpler for the model.
         schema = _schema(adapter, f"{name}({parameter})")
         if default is None:
             schema = _without_null(schema)
-        if text := described.get(parameter):
-            schema["description"] = text
+
+        if description := description_of.get(parameter):
+            schema["description"] = description
+
         if default is inspect.Parameter.empty:
             required.append(parameter)
         elif default is not None:
             schema |= _default(default)
         properties[parameter] = schema
+
     parameters = {"type": "object", "properties": properties, "required": required}
-    tool = Tool(name, _line(" ".join(filter(None, (said.short_description, said.long_description)))), parameters)
+    description = _line(" ".join(filter(None, (docstring.short_description, docstring.long_description))))
+    tool = Tool(name, description, parameters)
     try:
         check_tool(tool)
     except ChatError as error:
@@ -72,7 +79,7 @@ def tool_of(function: Function) -> Tool:
 
 
 def adapters(function: Function) -> dict[str, TypeAdapter[Any]]:
-    """The converter from JSON of each argument, by name.
+    """Returns name -> adapter, which validates the JSON of an argument and converts it.
 
     Raises:
         SignatureError: as `tool_of`.
@@ -82,60 +89,71 @@ def adapters(function: Function) -> dict[str, TypeAdapter[Any]]:
         types = typing.get_type_hints(function, include_extras=True)
     except Exception as error:
         raise SignatureError(f"{name}: its annotations cannot be read ({type(error).__name__}: {error})") from None
-    found: dict[str, TypeAdapter[Any]] = {}
+
+    adapter_of: dict[str, TypeAdapter[Any]] = {}
     for parameter in inspect.signature(function).parameters.values():
-        place = f"{name}({parameter})" if parameter.kind in BY_NAME else f"{name}({parameter.name})"
+        location = f"{name}({parameter})" if parameter.kind in BY_NAME else f"{name}({parameter.name})"
         if parameter.kind not in BY_NAME:
-            raise SignatureError(f"{place}: {parameter.kind.description}; expected arguments that are given by name")
+            raise SignatureError(f"{location}: {parameter.kind.description}; expected arguments that are given by name")
+
         if parameter.name not in types:
-            raise SignatureError(f"{place}: no type; expected an annotation such as {parameter.name}: int")
+            raise SignatureError(f"{location}: no type; expected an annotation such as {parameter.name}: int")
+
         try:
-            found[parameter.name] = TypeAdapter(types[parameter.name])
+            adapter_of[parameter.name] = TypeAdapter(types[parameter.name])
         except (PydanticUserError, TypeError) as error:
-            raise SignatureError(f"{place}: {_line(str(error)).split('. ')[0]}") from None
-    return found
+            raise SignatureError(f"{location}: {_line(str(error)).split('. ')[0]}") from None
+
+    return adapter_of
 
 
-def _schema(adapter: TypeAdapter[Any], place: str) -> dict[str, Json]:
+def _schema(adapter: TypeAdapter[Any], location: str) -> dict[str, Json]:
     try:
         schema = adapter.json_schema()
     except PydanticUserError as error:
-        raise SignatureError(f"{place}: there is no JSON for it ({_line(str(error)).split('. ')[0]})") from None
-    return _plain(schema, schema.get("$defs", {}), place, ())
+        raise SignatureError(f"{location}: there is no JSON for it ({_line(str(error)).split('. ')[0]})") from None
+    return _plain(schema, schema.get("$defs", {}), location, ())
 
 
-def _plain(schema: Json, named: dict[str, Json], place: str, inside: tuple[str, ...]) -> Json:
-    """The schema without titles and with references replaced by their targets, which is shorter for the model."""
+def _plain(schema: Json, named: dict[str, Json], location: str, inside: tuple[str, ...]) -> Json:
+    """Returns the schema without titles and with references replaced by their targets, which is shorter for the
+    model."""
     if isinstance(schema, list):
-        return [_plain(part, named, place, inside) for part in schema]
+        return [_plain(part, named, location, inside) for part in schema]
     if not isinstance(schema, dict):
         return schema
+
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         if name in inside:
-            raise SignatureError(f"{place}: {name} holds itself; expected a type that ends")
-        rest = {key: part for key, part in schema.items() if key != "$ref"}
-        return _plain(named[name], named, place, (*inside, name)) | _plain(rest, named, place, inside)
-    kept = {}
+            raise SignatureError(f"{location}: {name} holds itself; expected a type that ends")
+        siblings = {key: part for key, part in schema.items() if key != "$ref"}
+        return _plain(named[name], named, location, (*inside, name)) | _plain(siblings, named, location, inside)
+
+    plain = {}
     for key, part in schema.items():
         if key == "properties":
-            kept[key] = {name: _plain(one, named, place, inside) for name, one in part.items()}
+            plain[key] = {
+                name: _plain(property_schema, named, location, inside) for name, property_schema in part.items()
+            }
         elif key in ("enum", "const", "default", "required"):
-            kept[key] = part
+            plain[key] = part
+        # `additionalProperties: true` is the default of JSON schema.
         elif key not in ("$defs", "title") and not (key == "additionalProperties" and part is True):
-            kept[key] = _plain(part, named, place, inside)
-    return {"type": kept.pop("type"), **kept} if "type" in kept else kept
+            plain[key] = _plain(part, named, location, inside)
+
+    return {"type": plain.pop("type"), **plain} if "type" in plain else plain
 
 
 def _without_null(schema: dict[str, Json]) -> dict[str, Json]:
-    """The schema of `Optional[int] = None` becomes that of int: the model may leave the argument out."""
-    others = [part for part in schema.get("anyOf", []) if part != {"type": "null"}]
-    beside = {key: part for key, part in schema.items() if key != "anyOf"}
-    return {**others[0], **beside} if len(others) == 1 else schema
+    """Returns the schema of `int` for `Optional[int] = None`, since the model may leave the argument out."""
+    alternatives = [part for part in schema.get("anyOf", []) if part != {"type": "null"}]
+    siblings = {key: part for key, part in schema.items() if key != "anyOf"}
+    return {**alternatives[0], **siblings} if len(alternatives) == 1 else schema
 
 
 def _default(value: Any) -> dict[str, Json]:
-    """`{"default": value}`, or nothing if JSON cannot express the value."""
+    """Returns `{"default": value}`, or an empty schema if JSON cannot express the value."""
     try:
         return {"default": to_jsonable_python(value)}
     except (PydanticSerializationError, ValueError):
@@ -147,16 +165,20 @@ def _line(text: str | None) -> str:
 
 
 def main() -> None:
-    """Load the file, send its tools, and answer calls until the parent ends."""
-    file, characters = Path(sys.argv[2]), int(sys.argv[3])
+    """Load the file, send its tools, and answer calls until the parent process ends."""
+    file = Path(sys.argv[2])
+    characters = int(sys.argv[3])
+
     with asked() as (calls, send):
         try:
             functions = {function.__name__: function for function in functions_of(load(file), file)}
             tools = [tool_of(function) for function in functions.values()]
         except BaseException as error:  # loading the file may raise anything, SystemExit included
-            known = isinstance(error, SignatureError)
-            send({"refused": str(error) if known else f"{type(error).__name__}: {error}"})
+            reason = str(error) if isinstance(error, SignatureError) else f"{type(error).__name__}: {error}"
+            send({"refused": reason})
             return
+
+        # Calls are answered in order; the process ends when the parent closes the socket.
         send({"tools": [[tool.name, tool.description, tool.parameters] for tool in tools]})
         while True:
             call = calls.get()
@@ -164,11 +186,12 @@ def main() -> None:
 
 
 def load(file: Path) -> ModuleType:
-    """The module in `file`. It can import modules of its own folder."""
+    """Returns the module in `file`, which can import modules of its own folder."""
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(MODULE, file)
     if spec is None or spec.loader is None:
         raise SignatureError("expected a Python file (.py)")
+
     module = importlib.util.module_from_spec(spec)
     sys.modules[MODULE] = module
     spec.loader.exec_module(module)
@@ -176,41 +199,45 @@ def load(file: Path) -> ModuleType:
 
 
 def functions_of(module: ModuleType, file: Path) -> list[Function]:
-    """The functions in `TOOLS`, or else the public functions that the file defines.
+    """Returns the functions in `TOOLS`, or else the public functions that the file defines.
 
     Raises:
         SignatureError: there is no function, two have the same name, or `TOOLS` holds something else.
     """
-    named = getattr(module, ATTRIBUTE, None)
-    if named is None:
-        found = list(
-            dict.fromkeys(  # a function with two names counts once
-                value
-                for name, value in vars(module).items()
-                if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    listed = getattr(module, ATTRIBUTE, None)
+    if listed is None:
+        # Imported functions are no tools; a function with two names counts once.
+        functions = list(
+            dict.fromkeys(
+                member
+                for name, member in vars(module).items()
+                if inspect.isfunction(member) and member.__module__ == module.__name__ and not name.startswith("_")
             )
         )
     else:
-        if not isinstance(named, list | tuple):
-            raise SignatureError(f"{ATTRIBUTE} is {named!r}; expected a list of functions")
-        found = list(named)
-        for one in found:
-            if not inspect.isroutine(one):
-                raise SignatureError(f"{ATTRIBUTE} holds {one!r}; expected functions")
-    if not found:
+        if not isinstance(listed, list | tuple):
+            raise SignatureError(f"{ATTRIBUTE} is {listed!r}; expected a list of functions")
+        functions = list(listed)
+        for function in functions:
+            if not inspect.isroutine(function):
+                raise SignatureError(f"{ATTRIBUTE} holds {function!r}; expected functions")
+
+    if not functions:
         raise SignatureError(f"no functions; expected some without _ at the beginning, or {ATTRIBUTE} = [...]")
-    names = [one.__name__ for one in found]
+    names = [function.__name__ for function in functions]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SignatureError(f"two functions are named {twice}")
-    return found
+
+    return functions
 
 
 def answer(function: Function, arguments: dict[str, Any], characters: int) -> dict[str, Any]:
-    """`{"result": JSON}` of a call, or `{"error": why}`. A result longer than `characters` becomes a cut text."""
+    """Returns `{"result": JSON}` of a call, or `{"error": why}`; a result longer than `characters` becomes a cut
+    text."""
     try:
         readers = adapters(function)
-        given = {name: readers[name].validate_json(json.dumps(value)) for name, value in arguments.items()}
-        result = to_jsonable_python(function(**given))
+        values = {name: readers[name].validate_json(json.dumps(value)) for name, value in arguments.items()}
+        result = to_jsonable_python(function(**values))
         json_text.write(result, "the result")  # refuses values that a conversation cannot hold
         text = json.dumps(result, ensure_ascii=False)
     except ValidationError as error:
@@ -220,9 +247,11 @@ def answer(function: Function, arguments: dict[str, Any], characters: int) -> di
         return {"error": str(error)[:characters]}
     except (Exception, SystemExit) as error:
         return {"error": f"{type(error).__name__}: {error}"[:characters]}
+
     if len(text) > characters:
-        shown = result if isinstance(result, str) else text
-        return {"result": f"{shown[:characters]} ... (cut: {characters:,} of {len(shown):,} characters)"}
+        full_text = result if isinstance(result, str) else text
+        return {"result": f"{full_text[:characters]} ... (cut: {characters:,} of {len(full_text):,} characters)"}
+
     return {"result": result}
 
 

@@ -8,7 +8,7 @@ from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message
 from dist_lm.chat.schema import problems
 
 Ask = Callable[[Conversation], Message | None]
-"""Returns the assistant's next turn; None: generation was stopped. Raises ChatError if the output is not a turn."""
+"""Returns the assistant's next turn; None: generation was stopped. Raises ChatError if the output is no turn."""
 
 Run = Callable[[Call], Json]
 """Returns the result of a call that fits its tool. An error is returned as a result."""
@@ -18,16 +18,16 @@ Ending = Literal["answered", "rounds", "refused", "no turn", "stopped"]
 
 @dataclass(frozen=True)
 class Exchange:
-    """The outcome of a request."""
+    """The outcome of a request to the model."""
 
     conversation: Conversation  # up to the last complete turn
     ending: Ending
-    rounds: int  # turns with calls
+    rounds: int  # number of turns with calls that were run
     note: str = ""  # for ending "no turn": the error
 
     @property
     def answer(self) -> str:
-        """The model's answer; empty if there is none."""
+        """Returns the model's answer; empty if there is none."""
         return self.conversation.messages[-1].content if self.ending == "answered" else ""
 
 
@@ -49,31 +49,42 @@ def converse(
         on_call: called before a call is run or refused.
         on_result: called with the result of a call.
     """
+    # A model that repeats a refused call would do so for ever.
     refused: tuple[Call, ...] = ()  # calls of the previous turn, if all were refused
+
     for rounds in range(max_rounds + 1):
         try:
             turn = ask(conversation)
         except ChatError as error:
             return Exchange(conversation, "no turn", rounds, str(error))
+
         if turn is None:
             return Exchange(conversation, "stopped", rounds)
+        # The limit is reached: these calls are not run, and their turn is not part of the conversation.
         if turn.calls and rounds == max_rounds:
             break
+
         conversation = _with(conversation, turn)
         if not turn.calls:
             return Exchange(conversation, "answered", rounds)
+
         results = []
-        fits = False
+        any_fits = False
         for call in turn.calls:
             on_call(call)
-            wrong = problems(call, conversation.tools)
-            fits = fits or not wrong
-            results.append({"error": "; ".join(wrong)} if wrong else run(call))
+            call_problems = problems(call, conversation.tools)
+            any_fits = any_fits or not call_problems
+            if call_problems:
+                results.append({"error": "; ".join(call_problems)})
+            else:
+                results.append(run(call))
             on_result(call, results[-1])
+
         conversation = _with(conversation, Message("tool", results=tuple(results)))
         if turn.calls == refused:
             return Exchange(conversation, "refused", rounds + 1)
-        refused = () if fits else turn.calls
+        refused = () if any_fits else turn.calls
+
     return Exchange(conversation, "rounds", max_rounds)
 
 

@@ -14,10 +14,10 @@ LOADING_S = 60.0  # limit for loading the file and its imports
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of a call."""
+    """Limits of one call."""
 
-    seconds: float = 10.0
-    characters: int = 4000  # longest JSON of a result
+    seconds: float = 10.0  # longest time
+    characters: int = 4000  # longest result, as JSON
 
     def __post_init__(self) -> None:
         require(self.seconds > 0, "--tool-seconds", self.seconds, "a positive number of seconds")
@@ -25,7 +25,7 @@ class Limits:
 
 
 class Toolbox:
-    """The functions of one file. They run one at a time in a separate process, which keeps its state between calls."""
+    """The functions of one file as tools. They run one at a time in one separate process, so state survives a call."""
 
     def __init__(self, file: Path, limits: Limits) -> None:
         """Load `file`.
@@ -34,11 +34,13 @@ class Toolbox:
             UserError: the file is missing or cannot be loaded, or a function cannot be a tool; the message names it.
         """
         if not file.is_file():
-            found = "a folder" if file.is_dir() else "no such file"
-            raise UserError(f"--tools={file}: {found}; expected a Python file with functions")
-        self._file, self._limits = file, limits
+            reason = "a folder" if file.is_dir() else "no such file"
+            raise UserError(f"--tools={file}: {reason}; expected a Python file with functions")
+
+        self._file = file
+        self._limits = limits
         self._host: JsonProcess | None = None
-        self.tools = self._begin()
+        self.tools = self._start()
 
     def __enter__(self) -> "Toolbox":
         return self
@@ -47,19 +49,20 @@ class Toolbox:
         self.close()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; the next call starts another one."""
         if self._host:
             self._host.end()
             self._host = None
 
     def run(self, call: Call, interrupted: Callable[[], bool] = lambda: False) -> Json:
-        """The result of a call that fits one of the tools. An error becomes the result `{"error": why}`."""
+        """Returns the result of a call that fits one of the tools; an error becomes the result `{"error": why}`."""
         try:
             if self._host is None:
-                self._begin()
+                # An earlier call has ended the process or was stopped.
+                self._start()
             assert self._host
             self._host.send({"name": call.name, "arguments": call.arguments}, self._limits.seconds)
-            found = self._host.receive(self._limits.seconds, interrupted)
+            reply = self._host.receive(self._limits.seconds, interrupted)
         except TimeoutError as error:
             self.close()
             return {"error": f"{call.name} {error}"}
@@ -69,12 +72,13 @@ class Toolbox:
             return {"error": f"{call.name} ended its own process (exit code {code})"}
         except UserError as error:
             return {"error": str(error)}
-        return found["result"] if "result" in found else {"error": found["error"]}
 
-    def _begin(self) -> tuple[Tool, ...]:
+        return reply["result"] if "result" in reply else {"error": reply["error"]}
+
+    def _start(self) -> tuple[Tool, ...]:
         self._host = JsonProcess("dist_lm.tools.use.host", str(self._file), str(self._limits.characters))
         try:
-            said = self._host.receive(LOADING_S)
+            reply = self._host.receive(LOADING_S)
         except TimeoutError:
             self.close()
             raise UserError(f"--tools={self._file}: reading it takes longer than {LOADING_S:.0f} s") from None
@@ -82,7 +86,9 @@ class Toolbox:
             code = self._host.code()
             self.close()
             raise UserError(f"--tools={self._file}: it ends the process that reads it (exit code {code})") from None
-        if "refused" in said:
+
+        if "refused" in reply:
             self.close()
-            raise UserError(f"--tools={self._file}: {' '.join(said['refused'].split())}")
-        return tuple(Tool(*one) for one in said["tools"])
+            raise UserError(f"--tools={self._file}: {' '.join(reply['refused'].split())}")
+
+        return tuple(Tool(*tool) for tool in reply["tools"])

@@ -43,6 +43,6 @@ def test_a_field_may_have_the_name_of_what_an_action_leaves_behind():
         scene = Scene(rng, World(rng), (topic,))
         tool = scene.take()
         given = scene.arguments(tool)
-        (record,) = scene.world.records[tool.thing].values()
+        (record,) = scene.world.records[tool.subject].values()
         record |= {"comments": 3, "own tags": 3, "tags": 3}
         assert scene.world.execute(tool, call_of(tool, given))

@@ -35,7 +35,7 @@ def test_a_name_lies_on_one_shelf_in_whatever_style(tools):
     words: dict[str, int] = {}
     for tool in tools:
         assert shelf.setdefault(bare(tool.tool.name), tool.shelf) == tool.shelf, tool.tool.name
-        key = " ".join(sorted(f"{tool.verb} {tool.thing}".split()))
+        key = " ".join(sorted(f"{tool.verb} {tool.subject}".split()))
         assert words.setdefault(key, tool.shelf) == tool.shelf, key
 
 
@@ -67,8 +67,8 @@ def test_val_is_made_as_train_is():
     """All families are in val, and most of the words of its names are in train."""
     val = [topic for topic in topics() if is_val(group_of(shelf_of(topic)))]
     assert {topic.family for topic in val} == {"record", "formula", "service"}
-    train = {word for topic in topics() if topic not in val for word in topic.thing.split()}
-    seen = [set(topic.thing.split()) <= train for topic in val if topic.family == "record"]
+    train = {word for topic in topics() if topic not in val for word in topic.subject.split()}
+    seen = [set(topic.subject.split()) <= train for topic in val if topic.family == "record"]
     assert sum(seen) > 0.9 * len(seen)
 
 
