@@ -1,4 +1,4 @@
-"""What a run ran on and with: hardware, and how configurations differ. Pure."""
+"""The conditions of runs: their hardware, and how their configurations differ. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -12,27 +12,36 @@ from dist_lm.report.facts import RunFacts
 from dist_lm.stages.registry import stage_named, stage_names
 from dist_lm.tracking.readable import four_digits, gib, percent
 
-UNKNOWN = "–"  # also of a missing key
-NAMED = 3  # hosts named in a cell
+UNKNOWN = "–"  # shown for unknown figures and missing keys
+NAMED = 3  # most hosts named in a cell
 OPEN = "???"  # OmegaConf's missing value
-NAMES = ("run_id", "work_dir")  # always differ
+NAMES = ("run_id", "work_dir")  # keys that always differ
 
 
 def hardware_of(runs: Sequence[RunFacts]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """A table with a row for each run: (columns, rows); columns that are unknown for all runs are left out."""
+    """Returns (columns, rows) of a table with a row for each run; columns unknown for all runs are left out."""
     cells = [(run.label, _cells(run)) for run in runs]
     columns = [name for name in cells[0][1] if any(row[name] != UNKNOWN for _, row in cells)]
     return columns, [(label, [row[name] for name in columns]) for label, row in cells]
 
 
 def _cells(run: RunFacts) -> dict[str, str]:
-    attempt, planned = run.attempt, run.config.get("hardware", {})
+    attempt = run.attempt
+    planned = run.config.get("hardware", {})
+
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
-    more = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
-    nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more})" if hosts else UNKNOWN
+    others = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
+    nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{others})" if hosts else UNKNOWN
+
     ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
     bus = run.links.get("bus_gb_per_s")
+
     memory, speed, mfu = map(run.finite, ("perf/memory_gib", "perf/tokens_per_s", "perf/mfu"))
+    planned_for = UNKNOWN
+    if {"name", "memory_gib", "bf16_tflops"} <= planned.keys():
+        planned_for = f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, "
+        planned_for += f"{planned['bf16_tflops']:g} TFLOP/s in bf16"
+
     return {
         "Device": str(attempt.get("device") or run.config.get("device") or UNKNOWN),
         "Nodes": nodes,
@@ -42,11 +51,7 @@ def _cells(run: RunFacts) -> dict[str, str]:
         "Tokens/s, median": four_digits(float(np.median(speed))) if len(speed) else UNKNOWN,
         "MFU, median": percent(float(np.median(mfu))) if len(mfu) else UNKNOWN,
         "First all-reduce": f"{bus:.2f} GB/s" if bus else UNKNOWN,
-        "Planned for": (
-            f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, {planned['bf16_tflops']:g} TFLOP/s in bf16"
-            if {"name", "memory_gib", "bf16_tflops"} <= planned.keys()
-            else UNKNOWN
-        ),
+        "Planned for": planned_for,
     }
 
 
@@ -58,18 +63,18 @@ class Row:
     values: tuple[str, ...]
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys and values as text; a list is one value."""
-    if isinstance(value, Mapping) and value:
-        found: dict[str, str] = {}
-        for key, item in value.items():
-            found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
-        return found
-    return {prefix: as_text(value)}
+def flat(config: Any, prefix: str = "") -> dict[str, str]:
+    """Returns dotted keys and values as text; a list is one value."""
+    if isinstance(config, Mapping) and config:
+        texts: dict[str, str] = {}
+        for key, child in config.items():
+            texts |= flat(child, f"{prefix}.{key}" if prefix else str(key))
+        return texts
+    return {prefix: as_text(config)}
 
 
 def as_text(value: Any) -> str:
-    """A value as on the command line."""
+    """Returns a value as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -80,18 +85,21 @@ def as_text(value: Any) -> str:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The keys whose values differ between configurations, in the order of the first one."""
+    """Returns the keys whose values differ between configurations, in the order of the first one."""
     columns = [flat(config) for config in configs]
+
     keys = dict.fromkeys(key for column in columns for key in column if key not in NAMES)
     rows = [Row(key, tuple(column.get(key, UNKNOWN) for column in columns)) for key in keys]
     return [row for row in rows if len(set(row.values)) > 1]
 
 
 def from_defaults(config: Mapping[str, Any]) -> list[Row]:
-    """(key, default, value) of the keys whose value differs from the default in the code."""
+    """Returns key, default and value of the keys whose value differs from the default in the code."""
     name = str(config.get("stage", {}).get("name", ""))
-    # a run whose stage is not installed any more is compared with the common keys
+
+    # A run whose stage is not installed any more is compared with the common keys.
     defaults = defaults_of(stage_named(name).schema if name in stage_names() else Config)
+
     rows = []
     for key, value in flat(config).items():
         default = defaults.get(key, OPEN)
@@ -101,9 +109,9 @@ def from_defaults(config: Mapping[str, Any]) -> list[Row]:
 
 
 def defaults_of(schema: type) -> dict[str, str]:
-    """The default of each key in the code; `OPEN` without one."""
-    found = flat(OmegaConf.to_container(OmegaConf.structured(schema)))
+    """Returns the default of each key in the code; `OPEN` for a key without one."""
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(schema)))
     for name, group in get_type_hints(schema).items():
         if is_dataclass(group):
-            found |= flat(OmegaConf.to_container(OmegaConf.structured(group)), name)
-    return found
+            defaults |= flat(OmegaConf.to_container(OmegaConf.structured(group)), name)
+    return defaults

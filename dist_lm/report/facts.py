@@ -1,4 +1,4 @@
-"""The content of a report, as values."""
+"""The content of a report: what is read from runs and work directories, as values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ class Checkpoint:
 
     step: int
     time: float  # seconds since 1970
-    marks: str = ""  # "newest", "best", both, or neither; "gone": not kept
-    stall_s: float | None = None  # how long training waited for it
+    marks: str = ""  # "newest", "best", both, or neither; "gone": deleted
+    stall_s: float | None = None  # seconds that training waited for it
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class Samples:
     """Samples of the model, from the newest file of a run."""
 
     source: str = ""  # name of the file
-    rows: tuple[Mapping[str, Any], ...] = ()  # a selection
-    total: int = 0  # rows of the file
-    files: int = 0  # files of the run
+    rows: tuple[Mapping[str, Any], ...] = ()  # a selection of the rows
+    total: int = 0  # number of rows of the file
+    files: int = 0  # number of files of the run
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a bar; `start` and `width` are per cent."""
+    """A part of a horizontal bar; `start` and `width` are percentages of its length."""
 
     label: str
     size: str
     start: float
     width: float
     colour: int
-    words: str
+    words: str  # explanation, displayed while the pointer is on the part
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ class RunFacts:
     state: State
     config: Mapping[str, Any]  # without secrets
     model: ModelConfig | None  # None: written by another version
-    layout: Layout | None  # of the newest attempt
+    layout: Layout | None  # layout of the newest attempt; None: unknown
     series: Mapping[str, Series]
-    clock: Series  # seconds since 1970 by step
+    clock: Series  # time of each step, in seconds since 1970
     result: Mapping[str, Any]
     events: tuple[Mapping[str, Any], ...]
     links: Mapping[str, Any]
@@ -76,42 +76,45 @@ class RunFacts:
 
     @property
     def attempt(self) -> Mapping[str, Any]:
-        """The newest `started` event; empty without one."""
+        """Returns the newest `started` event; empty without one."""
         return next((event for event in reversed(self.events) if event["event"] == "started"), {})
 
     @property
     def step(self) -> int:
-        """The newest measured step."""
+        """Returns the newest measured step."""
         return int(self.clock.steps[-1]) if len(self.clock.steps) else 0
 
     @property
     def steps(self) -> int | None:
-        """The planned number of steps."""
+        """Returns the planned number of steps; None for a stage without steps."""
         return self.config.get("stage", {}).get("steps")
 
     @property
     def corpora(self) -> frozenset[str]:
-        """The corpora the run reads, by name: its own, its mix, its pretraining text."""
-        stage, rlhf = self.config.get("stage", {}), self.config.get("rlhf") or {}
+        """Returns the names of the corpora that the run reads: its own, its mix, its pretraining text."""
+        stage = self.config.get("stage", {})
+        rlhf = self.config.get("rlhf") or {}
+
         names = {*(stage.get("mix") or {})}
         if rlhf.get("pretrain_coefficient"):
             names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
         if not rlhf.get("prompts_from"):
             names.add(stage.get("corpus"))
+
         return frozenset(str(name) for name in names if name)
 
     @property
     def loops(self) -> bool:
-        """Whether the trainer's loop ran it: the rank holds the gradients and moments of one model."""
+        """Returns whether the trainer's loop ran it: then a rank holds gradients and moments of one model."""
         return "lr" in self.config.get("stage", {}) and "rlhf" not in self.config
 
     def last(self, name: str) -> float | None:
-        """The newest finite value of a metric."""
+        """Returns the newest finite value of a metric; None without any."""
         finite = self.finite(name)
         return float(finite[-1]) if len(finite) else None
 
     def finite(self, name: str) -> np.ndarray:
-        """The finite values of a metric; empty without any."""
+        """Returns the finite values of a metric; empty without any."""
         series = self.series.get(name)
         return series.values[np.isfinite(series.values)] if series else np.zeros(0)
 
@@ -121,9 +124,9 @@ class WorkFacts:
     """The files that runs of a work directory share."""
 
     path: Path
-    corpora: Mapping[str, Manifest]  # those that the runs read
-    tokenizer: Mapping[str, Any]  # report.json
-    pipeline: Mapping[str, Any]  # the reported command; empty: runs were named one by one
+    corpora: Mapping[str, Manifest]  # corpora that the runs read, by name
+    tokenizer: Mapping[str, Any]  # content of report.json
+    pipeline: Mapping[str, Any]  # the reported command; empty if runs were named one by one
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Facts:
     works: tuple[WorkFacts, ...] = field(default=())
 
     def by_stage(self) -> dict[str, list[RunFacts]]:
-        """Runs by stage, in their order."""
+        """Returns the runs of each stage, in their order."""
         stages: dict[str, list[RunFacts]] = {}
         for run in self.runs:
             stages.setdefault(run.stage, []).append(run)

@@ -1,4 +1,4 @@
-"""The layout of a run: which rank holds which part of the model, as pictures (SVG), and the memory of a rank. Pure.
+"""The layout of a run: pictures (SVG) of which rank holds which part of the model, and the memory of a rank. Pure.
 
 Colours are CSS classes; the style sheet of the page defines them for light and dark.
 """
@@ -18,18 +18,18 @@ from dist_lm.tracking.readable import counted, gib, readable_count
 
 ELEMENT_BYTES = 4  # parameters, gradients and moments are fp32; bf16 computation casts gathered parameters
 MEMORY = "perf/memory_gib"
-MOST_RANKS = 256  # cells drawn for one replica
-MOST_REPLICAS = 8
+MOST_RANKS = 256  # most cells drawn for one replica
+MOST_REPLICAS = 8  # most replicas drawn
 NODE_COLOURS = 6
-CELL, LARGE_CELL, GAP = 18, 64, 4
-PICTURE = 132  # longest side of the picture of a parameter
-DRAWN = 16  # shards drawn along a side; the rest is one area
-LETTER = 7  # width of a character
+CELL, LARGE_CELL, GAP = 18, 64, 4  # pixels
+PICTURE = 132  # longest side of the picture of a parameter, in pixels
+DRAWN = 16  # most shards drawn along a side; the rest is one area
+LETTER = 7  # width of a character, in pixels
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A bar, and words on memory outside the bar."""
+    """The memory of a rank as a bar, and a text on memory outside the bar."""
 
     parts: tuple[Share, ...]
     total: str
@@ -37,8 +37,13 @@ class RankMemory:
 
 
 def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
-    """The memory of runs that share model and layout; of runs outside the trainer's loop the policy's weights only."""
+    """Returns the memory of runs with one model and layout.
+
+    Runs outside the trainer's loop count with the policy's weights only.
+    """
     looped = [run for run in runs if run.loops]
+
+    # Muon keeps one moment for each element of a matrix, AdamW two.
     muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
     sizes = {"weights": held_elements(model, layout)}
     if looped:
@@ -46,44 +51,52 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
         sizes["moments of the optimizer"] = held_elements(
             model, layout, lambda name: 1 if muon and is_matrix(name) else 2
         )
-    total, start, parts = sum(sizes.values()), 0.0, []
+
+    total = sum(sizes.values())
+    start = 0.0
+    parts = []
     for colour, (label, elements) in enumerate(sizes.items()):
         width = 100 * elements / total
         size = gib(elements * ELEMENT_BYTES)
         parts.append(Share(label, size, start, width, colour, f"{label}: {size}"))
         start += width
+
+    # Activations and messages are not computed here; the measured peak includes them.
     peaks = [run.finite(MEMORY).max() for run in looped or runs if len(run.finite(MEMORY))]
-    words = []
-    if others := [run for run in runs if not run.loops]:
-        critic = "critic, " if any(run.config.get("rlhf", {}).get("value_lr") for run in others) else ""
-        labels = ", ".join(run.label for run in others)
-        words.append(f"{labels}: the policy only; {critic}reference and reward model come on top.")
+    notes = []
+    if rlhf_runs := [run for run in runs if not run.loops]:
+        critic = "critic, " if any(run.config.get("rlhf", {}).get("value_lr") for run in rlhf_runs) else ""
+        labels = ", ".join(run.label for run in rlhf_runs)
+        notes.append(f"{labels}: the policy only; {critic}reference and reward model come on top.")
+
     if peaks:
-        words.insert(
+        notes.insert(
             0, f"Measured at most: {gib(max(peaks) * 2**30)}, including activations, messages and the program itself."
         )
+
     return RankMemory(
         tuple(parts),
         f"{gib(total * ELEMENT_BYTES)} of {'model and optimizer' if looped else 'weights'}",
-        " ".join(words),
+        " ".join(notes),
     )
 
 
 def held_elements(model: ModelConfig, layout: Layout, times: Callable[[str], int] = lambda name: 1) -> int:
-    """Elements of all parameters on the fullest rank, each counted `times(name)`."""
+    """Returns the number of elements on the rank with the most; a parameter counts `times(name)` times."""
     return sum(
         times(name) * math.prod(placement.local(layout)) for name, placement in placements(model, layout).items()
     )
 
 
 def _has_muon(stage: Mapping[str, Any]) -> bool:
+    # No rate in the configuration means the default, which is above 0.
     rate = (stage.get("muon") or {}).get("lr", 0)
     return rate is None or float(rate) > 0
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A layout of a model."""
+    """A model in one layout, with the runs that use both."""
 
     label: str
     words: str
@@ -93,126 +106,155 @@ class Panel:
 
 
 def panels(runs: Sequence[RunFacts]) -> list[Panel]:
-    """A panel for every known layout, with its runs."""
-    together: dict[tuple, list[RunFacts]] = {}
+    """Returns a panel for every known combination of model, layout and hosts, with its runs."""
+    members_of: dict[tuple, list[RunFacts]] = {}
     for run in runs:
         if run.model and run.layout:
             hosts = tuple(str(node.get("host")) for node in run.attempt.get("nodes", []))
-            together.setdefault((str(run.model), run.layout, hosts), []).append(run)
-    return [_panel(members) for members in together.values()]
+            members_of.setdefault((str(run.model), run.layout, hosts), []).append(run)
+    return [_panel(members) for members in members_of.values()]
 
 
 def _panel(runs: Sequence[RunFacts]) -> Panel:
-    model, layout = runs[0].model, runs[0].layout
+    model = runs[0].model
+    layout = runs[0].layout
     assert model
     assert layout
-    drawn = [facts_of(kind, layout) for kind in kinds(model, layout)]
+
+    kind_facts = [facts_of(kind, layout) for kind in kinds(model, layout)]
     labels = ", ".join(run.label for run in runs)
     mesh = mesh_picture(layout, runs[0].attempt)
-    return Panel(labels, _sentences(model, layout), mesh, drawn, rank_memory(model, layout, runs))
+    return Panel(labels, _sentences(model, layout), mesh, kind_facts, rank_memory(model, layout, runs))
 
 
 def _sentences(model: ModelConfig, layout: Layout) -> str:
-    total, held = parameter_count(model), held_elements(model, layout)
-    parts = [
+    total = parameter_count(model)
+    held = held_elements(model, layout)
+
+    sentences = [
         f"{layout} on {counted(layout.world_size, 'rank')}.",
         f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}. Norms and biases are not drawn.",
     ]
+
     if layout.dp_replicate > 1:
-        parts.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")
+        sentences.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")
     if layout.dp_shard * layout.tp > MOST_RANKS or layout.dp_replicate > MOST_REPLICAS:
-        parts.append("Not every rank is drawn; the others follow the same pattern.")
-    parts.append(
-        "A column is a shard (dp_shard), a row a tensor-parallel rank, a colour a node."
-        if layout.world_size > 1
-        else ""
-    )
-    return " ".join(part for part in parts if part)
+        sentences.append("Not every rank is drawn; the others follow the same pattern.")
+    if layout.world_size > 1:
+        sentences.append("A column is a shard (dp_shard), a row a tensor-parallel rank, a colour a node.")
+    return " ".join(sentences)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Parameters with the same placement."""
+    """Matrices with the same placement."""
 
     name: str
-    count: int  # in the model
+    count: int  # number of them in the model
     placement: Placement
 
     @property
     def elements(self) -> int:
+        """Returns the number of elements of all of them, without padding."""
         return self.count * math.prod(self.placement.logical)
 
 
 def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
-    """The matrices of a model, grouped by placement; norms and biases are small and left out."""
-    by_name: dict[str, list[Placement]] = {}
+    """Returns the matrices of a model, grouped by placement; norms and biases are small and left out."""
+    # A matrix that all blocks have is one kind: `blocks.3.attention.query.weight` counts as `attention.query.weight`.
+    placements_of: dict[str, list[Placement]] = {}
     for name, placement in placements(model, layout).items():
         parts = name.split(".")
-        by_name.setdefault(".".join(parts[2:]) if parts[0] == "blocks" else name, []).append(placement)
-    alike: dict[Placement, list[str]] = {}
-    for name, members in by_name.items():
+        placements_of.setdefault(".".join(parts[2:]) if parts[0] == "blocks" else name, []).append(placement)
+
+    names_of: dict[Placement, list[str]] = {}
+    for name, members in placements_of.items():
         if len(members[0].logical) > 1 and not name.endswith("_bias"):
-            alike.setdefault(members[0], []).append(name)
-    found = [
-        Kind(_joined([name.removesuffix(".weight") for name in names]), sum(len(by_name[name]) for name in names), of)
-        for of, names in alike.items()
-    ]
+            names_of.setdefault(members[0], []).append(name)
+
+    found = []
+    for placement, names in names_of.items():
+        count = sum(len(placements_of[name]) for name in names)
+        found.append(Kind(_common_prefix_once([name.removesuffix(".weight") for name in names]), count, placement))
     return sorted(found, key=lambda kind: -kind.elements)
 
 
-def _joined(names: list[str]) -> str:
-    """Names with a common prefix written once: `attention.query, key, value`."""
-    first = names[0].rpartition(".")[0]
-    rest = [name.removeprefix(f"{first}.") if first else name for name in names[1:]]
-    return ", ".join([names[0], *rest])
+def _common_prefix_once(names: list[str]) -> str:
+    """Returns names whose common prefix is written once: `attention.query, key, value`."""
+    prefix = names[0].rpartition(".")[0]
+    short_names = [name.removeprefix(f"{prefix}.") if prefix else name for name in names[1:]]
+    return ", ".join([names[0], *short_names])
 
 
 def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
-    """The rank at a position of the mesh."""
+    """Returns the rank at a position of the mesh."""
     return (replica * layout.dp_shard + shard) * layout.tp + tp
 
 
 def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
-    """The mesh with a cell for each rank: columns are dp_shard, rows tp, blocks replicas, colours nodes."""
+    """Returns a picture of the mesh with a cell for each rank.
+
+    Columns are dp_shard, rows tp, blocks replicas, colours nodes.
+    """
     per_node = max(1, int(attempt.get("ranks_per_node", layout.world_size)))
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
+
+    # Large meshes are drawn in part: all follow the same pattern.
     shards = min(layout.dp_shard, max(1, MOST_RANKS // layout.tp))
     tps = min(layout.tp, MOST_RANKS)
     replicas = min(layout.dp_replicate, MOST_REPLICAS, max(1, 4 * MOST_RANKS // (shards * tps)))
-    cell = LARGE_CELL if shards * replicas <= 8 and tps <= 8 else CELL if shards * tps > 64 else 34
+
+    # Few ranks get large cells, many get small ones.
+    if shards * replicas <= 8 and tps <= 8:
+        cell = LARGE_CELL
+    elif shards * tps > 64:
+        cell = CELL
+    else:
+        cell = 34
+
+    # Replicas stand side by side while they fit 720 pixels, then in further rows.
     block = shards * (cell + GAP)
     per_row = max(1, min(replicas, 720 // (block + 24)))
-    head_x, head_y, label = 44, 20, layout.dp_replicate > 1
+    head_x, head_y = 44, 20
+    label = layout.dp_replicate > 1
     row_height = tps * (cell + GAP) + head_y + (18 if label else 0)
     width = head_x + per_row * (block + 24) - 24
     height = math.ceil(replicas / per_row) * row_height
-    parts = []
+
+    shapes = []
     for replica in range(replicas):
         left = head_x + replica % per_row * (block + 24)
         top = replica // per_row * row_height + head_y + (18 if label else 0)
         if label:
-            parts.append(f'<text class="strong" x="{left}" y="{top - 22}">replica {replica}</text>')
+            shapes.append(f'<text class="strong" x="{left}" y="{top - 22}">replica {replica}</text>')
+
         for shard in range(shards):
             if cell > CELL or shard % 8 == 0:
-                middle = left + shard * (cell + GAP) + cell / 2
-                parts.append(
-                    f'<text class="mid" x="{middle:g}" y="{top - 6}">{"s" if cell > CELL else ""}{shard}</text>'
+                centre = left + shard * (cell + GAP) + cell / 2
+                shapes.append(
+                    f'<text class="mid" x="{centre:g}" y="{top - 6}">{"s" if cell > CELL else ""}{shard}</text>'
                 )
+
             for tp in range(tps):
                 x, y = left + shard * (cell + GAP), top + tp * (cell + GAP)
-                parts.append(_cell(rank_of(layout, replica, shard, tp), x, y, cell, per_node, hosts))
+                shapes.append(_cell(rank_of(layout, replica, shard, tp), x, y, cell, per_node, hosts))
+
     for row in range(math.ceil(replicas / per_row)):
         for tp in range(tps):
             y = row * row_height + head_y + (18 if label else 0) + tp * (cell + GAP) + cell / 2 + 4
-            parts.append(f'<text class="end" x="{head_x - 8}" y="{y:g}">tp {tp}</text>')
-    return _svg(width, height, "ranks", "".join(parts))
+            shapes.append(f'<text class="end" x="{head_x - 8}" y="{y:g}">tp {tp}</text>')
+
+    return _svg(width, height, "ranks", "".join(shapes))
 
 
 def _cell(rank: int, x: float, y: float, size: int, per_node: int, hosts: list[str]) -> str:
     node = rank // per_node
     host = f" on {hosts[node]}" if node < len(hosts) else ""
     title = escape(f"rank {rank}, node {node}{host}")
-    text = f'<text class="mid cell" x="{x + size / 2:g}" y="{y + size / 2 + 4:g}">{rank}</text>' if size > CELL else ""
+    text = ""
+    if size > CELL:
+        text = f'<text class="mid cell" x="{x + size / 2:g}" y="{y + size / 2 + 4:g}">{rank}</text>'
+
     return (
         f'<g><title>{title}</title><rect class="node{node % NODE_COLOURS}" x="{x:g}" y="{y:g}" width="{size}" '
         f'height="{size}" rx="4"/>{text}</g>'
@@ -220,62 +262,76 @@ def _cell(rank: int, x: float, y: float, size: int, per_node: int, hosts: list[s
 
 
 def parameter_picture(kind: Kind, layout: Layout) -> Markup:
-    """A parameter as a rectangle divided into its shards; padding is hatched, the shard of rank 0 is filled."""
+    """Draws a parameter as a rectangle divided into its shards; padding is hatched, the shard of rank 0 is filled."""
     placement = kind.placement
     shape, axes = _as_matrix(placement)
     height, width = _proportions(shape)
     rows = _cuts(axes[0], placement, layout)
     columns = _cuts(axes[1], placement, layout)
-    parts = []
+
+    shapes = []
     for row in range(rows):
         for column in range(columns):
             if row >= DRAWN or column >= DRAWN:
                 continue
+
             x, y = column * width / columns, row * height / rows
-            own = " own" if row == 0 and column == 0 else ""
+            of_rank_0 = " own" if row == 0 and column == 0 else ""
             ranks = _holders(layout, placement, axes, row, column)
-            parts.append(
-                f'<g><title>{escape(_words(ranks))}</title><rect class="part{own}" x="{x:.2f}" y="{y:.2f}" '
+            shapes.append(
+                f'<g><title>{escape(_words(ranks))}</title><rect class="part{of_rank_0}" x="{x:.2f}" y="{y:.2f}" '
                 f'width="{width / columns:.2f}" height="{height / rows:.2f}"/>'
             )
+
+            # The ranks are written into a shard that is large enough, and always in its title.
             label = _short(ranks)
             if width / columns > 6 + LETTER * len(label) and height / rows > 14:
-                middle, line = x + width / columns / 2, y + height / rows / 2 + 4
-                parts.append(f'<text class="mid{own}" x="{middle:.1f}" y="{line:.1f}">{escape(label)}</text>')
-            parts.append("</g>")
-    parts.append(_padding(placement, axes, width, height))
+                centre, baseline = x + width / columns / 2, y + height / rows / 2 + 4
+                shapes.append(
+                    f'<text class="mid{of_rank_0}" x="{centre:.1f}" y="{baseline:.1f}">{escape(label)}</text>'
+                )
+
+            shapes.append("</g>")
+
+    shapes.append(_padding(placement, axes, width, height))
+
     if rows > DRAWN or columns > DRAWN:
         x, y = min(1, DRAWN / columns) * width, min(1, DRAWN / rows) * height
-        parts.append(f'<path class="rest" d="M{x:.1f} 0H{width:.1f}V{height:.1f}H0V{y:.1f}H{x:.1f}Z"/>')
-    return _svg(width, height, "parameter", "".join(parts))
+        shapes.append(f'<path class="rest" d="M{x:.1f} 0H{width:.1f}V{height:.1f}H0V{y:.1f}H{x:.1f}Z"/>')
+
+    return _svg(width, height, "parameter", "".join(shapes))
 
 
 def facts_of(kind: Kind, layout: Layout) -> dict[str, str]:
-    """The picture of a kind and the text beside it."""
+    """Returns the picture of a kind and the texts beside it, by their names in the page's template."""
     placement = kind.placement
-    cuts = []
+    splits = []
+
     if placement.tp_dim is not None and layout.tp > 1:
         padded, size = placement.padded[placement.tp_dim], placement.logical[placement.tp_dim]
-        more = f" (padded from {size:,} to {padded:,})" if padded != size else ""
-        cuts.append(f"dim {placement.tp_dim} by tp\u00a0{layout.tp}{more}")
+        padding = f" (padded from {size:,} to {padded:,})" if padded != size else ""
+        splits.append(f"dim {placement.tp_dim} by tp\u00a0{layout.tp}{padding}")
     if layout.dp_shard > 1:
-        cuts.append(f"dim {placement.fsdp_dim} by dp_shard\u00a0{layout.dp_shard}")
+        splits.append(f"dim {placement.fsdp_dim} by dp_shard\u00a0{layout.dp_shard}")
+
+    number = f"{kind.count} of " if kind.count > 1 else ""
     return {
         "name": kind.name,
         "picture": parameter_picture(kind, layout),
-        "shape": (f"{kind.count} of " if kind.count > 1 else "")
-        + " × ".join(f"{size:,}" for size in placement.logical),
+        "shape": number + " × ".join(f"{size:,}" for size in placement.logical),
         "elements": f"{readable_count(kind.elements)} in all",
-        "cut": ", ".join(cuts) or "whole on every rank",
+        "cut": ", ".join(splits) or "whole on every rank",
         "held": gib(kind.count * math.prod(placement.local(layout)) * ELEMENT_BYTES),
     }
 
 
 def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A parameter as (rows, columns), and the dimensions behind each: heads and their width are rows."""
+    """Returns a parameter as (rows, columns), and the dimensions behind each: heads and their width are rows."""
     shape = placement.padded
+
     if len(shape) == 3:
         return (shape[0] * shape[1], shape[2]), ((0, 1), (2,))
+
     return (shape[0], shape[1]), ((0,), (1,))
 
 
@@ -292,48 +348,58 @@ def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
 def _holders(
     layout: Layout, placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], row: int, column: int
 ) -> list[int]:
-    """The ranks that hold one shard."""
-    at = {0: row, 1: column}
+    """Returns the ranks that hold one shard."""
+    position_on = {0: row, 1: column}
     axis_of = {dim: number for number, dims in enumerate(axes) for dim in dims}
-    tps = range(layout.tp) if placement.tp_dim is None or layout.tp == 1 else [at[axis_of[placement.tp_dim]]]
-    shard = at[axis_of[placement.fsdp_dim]] if layout.dp_shard > 1 else 0
+    # Every tensor-parallel rank has the shard of a parameter that tp does not split.
+    tps: Sequence[int] = range(layout.tp)
+    if placement.tp_dim is not None and layout.tp > 1:
+        tps = [position_on[axis_of[placement.tp_dim]]]
+    shard = position_on[axis_of[placement.fsdp_dim]] if layout.dp_shard > 1 else 0
+
     return [rank_of(layout, replica, shard, tp) for replica in range(layout.dp_replicate) for tp in tps]
 
 
 def _padding(placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], width: float, height: float) -> str:
     if placement.tp_dim is None or placement.padded == placement.logical:
         return ""
-    real = placement.logical[placement.tp_dim] / placement.padded[placement.tp_dim]
-    x, y = (0.0, height * real) if placement.tp_dim in axes[0] else (width * real, 0.0)
+
+    logical_share = placement.logical[placement.tp_dim] / placement.padded[placement.tp_dim]
+    x, y = (0.0, height * logical_share) if placement.tp_dim in axes[0] else (width * logical_share, 0.0)
+
     return f'<rect class="padding" x="{x:.2f}" y="{y:.2f}" width="{width - x:.2f}" height="{height - y:.2f}"/>'
 
 
 def _words(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_listed(ranks)}"
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_enumeration(ranks)}"
 
 
 def _short(ranks: list[int]) -> str:
-    return _listed(ranks) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]} …"
+    return _enumeration(ranks) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]} …"
 
 
-def _listed(ranks: list[int]) -> str:
-    return (
-        ", ".join(_runs(ranks)) if len(ranks) <= 24 else f"{', '.join(map(str, ranks[:24]))} and {len(ranks) - 24} more"
-    )
+def _enumeration(ranks: list[int]) -> str:
+    if len(ranks) <= 24:
+        return ", ".join(_ranges(ranks))
+    return f"{', '.join(map(str, ranks[:24]))} and {len(ranks) - 24} more"
 
 
-def _runs(ranks: list[int]) -> Iterator[str]:
-    """Ranges of consecutive numbers, such as `0-3`."""
+def _ranges(ranks: list[int]) -> Iterator[str]:
+    """Yields ranges of consecutive numbers, such as `0-3`."""
     start = 0
     for stop in range(1, len(ranks) + 1):
         if stop == len(ranks) or ranks[stop] != ranks[stop - 1] + 1:
-            first, last = ranks[start], ranks[stop - 1]
-            yield str(first) if first == last else f"{first}-{last}" if last > first + 1 else f"{first}, {last}"
+            first = ranks[start]
+            last = ranks[stop - 1]
+            if first == last:
+                yield str(first)
+            else:
+                yield f"{first}-{last}" if last > first + 1 else f"{first}, {last}"
             start = stop
 
 
 def _svg(width: float, height: float, kind: str, content: str) -> Markup:
-    # every value in `content` is a number, or was escaped
+    # Every value in `content` is a number, or was escaped.
     return Markup(  # noqa: S704
         f'<svg class="{kind}" width="{width + 2:.0f}" height="{height + 2:.0f}" '
         f'viewBox="-1 -1 {width + 2:.0f} {height + 2:.0f}" role="img">{content}</svg>'

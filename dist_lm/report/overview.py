@@ -1,4 +1,4 @@
-"""The results of a run: a card with its state and main figures, and its samples. Pure."""
+"""The results of a run: a card with its state and main figures, its samples, its scores. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,25 +7,25 @@ from typing import Any, Literal
 import numpy as np
 
 from dist_lm.evaluation.comparison import comparison_text, rows_of
-from dist_lm.report.charts import HEADLINES, SHOWN_FIRST, known
+from dist_lm.report.charts import HEADLINES, NUM_VISIBLE, registered_metric
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
-LONGEST = 1600  # characters of a text
+LONGEST = 1600  # most characters of a text
 VERDICTS = ("right", "parses")
 BEGINNING = ("prompt",)
 ANSWERS = ("completion", "found", "text")
-KNOWN = (*VERDICTS, *BEGINNING, *ANSWERS, "kind", "language", "expected", "checkpoint", "id", "index")
+PLACED = (*VERDICTS, *BEGINNING, *ANSWERS, "kind", "language", "expected", "checkpoint", "id", "index")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The newest value of a metric."""
+    """The newest value of a metric, formatted."""
 
     name: str
     value: str
     unit: str
-    before: str  # the first value; empty where the comparison says nothing
+    before: str  # the first value; empty if a comparison says nothing
     at: str  # the step of the value; empty for the newest step of the run
 
 
@@ -41,41 +41,50 @@ class Card:
 
 
 def card_of(run: RunFacts) -> Card:
-    """The card of a run."""
-    entries = [entry for name in HEADLINES if (entry := _entry(run, name))]
-    return Card(run.label, run.stage, run.state, _words(run), tuple(entries[:SHOWN_FIRST]))
+    """Returns the card of a run."""
+    figures = [figure for name in HEADLINES if (figure := _entry(run, name))]
+    return Card(run.label, run.stage, run.state, _words(run), tuple(figures[:NUM_VISIBLE]))
 
 
 def _entry(run: RunFacts, name: str) -> Entry | None:
     value = run.last(name)
+
     if value is None:
         return None
-    metric = known(name)
+
+    metric = registered_metric(name)
+
     series = run.series[name]
     finite = np.flatnonzero(np.isfinite(series.values))
+    # Speeds do not improve with training, so their first value says nothing.
     learned = metric.better and not name.startswith("perf/") and len(series.values) > 1
     before = four_digits(float(series.values[finite[0]])) if learned else ""
+
     step = int(series.steps[finite[-1]])
     return Entry(name, four_digits(value), metric.unit, before, f"{step:,}" if step < run.step else "")
 
 
 def _words(run: RunFacts) -> str:
-    parts = []
+    facts = []
     if run.steps:
-        parts.append(f"step {run.step:,} of {run.steps:,}")
+        facts.append(f"step {run.step:,} of {run.steps:,}")
     elif "answers" in run.result:
-        parts.append(f"{run.result['answers']:,} answers")
+        facts.append(f"{run.result['answers']:,} answers")
+
     if parameters := run.result.get("parameters"):
-        parts.append(f"{readable_count(parameters)} parameters")
+        facts.append(f"{readable_count(parameters)} parameters")
     elif run.config.get("model", {}).get("name"):
-        parts.append(f"model {run.config['model']['name']}")
+        facts.append(f"model {run.config['model']['name']}")
+
     if run.layout:
-        parts.append(counted(run.layout.world_size, "rank"))
+        facts.append(counted(run.layout.world_size, "rank"))
+
     if seconds := run.result.get("seconds"):
-        parts.append(duration(seconds))
+        facts.append(duration(seconds))
     elif len(run.clock.values) > 1:
-        parts.append(duration(float(run.clock.values.max() - run.clock.values.min())))
-    return " · ".join(part.replace(" ", "\u00a0") for part in parts)
+        facts.append(duration(float(run.clock.values.max() - run.clock.values.min())))
+
+    return " · ".join(fact.replace(" ", "\u00a0") for fact in facts)
 
 
 @dataclass(frozen=True)
@@ -92,16 +101,22 @@ class Sample:
 
 
 def sample_of(row: Mapping[str, Any]) -> Sample:
-    """A row of a file of samples, of any stage."""
-    judged = [key for key in VERDICTS if isinstance(row.get(key), bool)]
-    verdict, words = "", ""
-    if judged:
-        good = row[judged[0]]
+    """Returns a row of a file of samples, of any stage, in the form of the page."""
+    judgements = [key for key in VERDICTS if isinstance(row.get(key), bool)]
+    verdict = ""
+    words = ""
+
+    if judgements:
+        good = row[judgements[0]]
         verdict = "good" if good else "bad"
-        words = {"right": ("right", "wrong"), "parses": ("parses", "does not parse")}[judged[0]][0 if good else 1]
+        good_word, bad_word = {"right": ("right", "wrong"), "parses": ("parses", "does not parse")}[judgements[0]]
+        words = good_word if good else bad_word
     elif "error" in row:
-        verdict, words = "bad", str(row["error"])
+        verdict = "bad"
+        words = str(row["error"])
+
     answer = next((str(row[key]) for key in ANSWERS if row.get(key) is not None), "")
+
     return Sample(
         kind=str(row.get("kind") or row.get("language") or row.get("id") or ""),
         verdict=verdict,
@@ -109,48 +124,52 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
         prompt=_cut(str(row.get("prompt", "")), tail=True),
         answer=_cut(answer),
         expected=_cut(str(row.get("expected", ""))),
-        facts=tuple(_facts({key: value for key, value in row.items() if key not in KNOWN and key != "error"})),
+        facts=tuple(_facts({key: field for key, field in row.items() if key not in PLACED and key != "error"})),
     )
 
 
 def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
-    for key, value in row.items():
-        if isinstance(value, Mapping):
-            found += _facts(value)
-        elif isinstance(value, bool):
-            found.append((key.replace("_", " "), "yes" if value else "no"))
-        elif isinstance(value, float):
-            found.append((key.replace("_", " "), four_digits(value)))
-        elif isinstance(value, int | str) and len(str(value)) <= 40:
-            found.append((key.replace("_", " "), str(value)))
-    return found
+    facts = []
+    for key, field in row.items():
+        if isinstance(field, Mapping):
+            facts += _facts(field)
+        elif isinstance(field, bool):
+            facts.append((key.replace("_", " "), "yes" if field else "no"))
+        elif isinstance(field, float):
+            facts.append((key.replace("_", " "), four_digits(field)))
+        elif isinstance(field, int | str) and len(str(field)) <= 40:
+            facts.append((key.replace("_", " "), str(field)))
+
+    return facts
 
 
 def _cut(text: str, tail: bool = False) -> str:
-    """The beginning or the end of a long text, with the number of missing characters."""
+    """Returns the beginning or the end of a long text, with the number of missing characters."""
     if len(text) <= LONGEST:
         return text
-    more = len(text) - LONGEST
-    return (
-        f"[{more:,} characters before]\n{text[-LONGEST:]}" if tail else f"{text[:LONGEST]}\n[{more:,} characters more]"
-    )
+
+    num_missing = len(text) - LONGEST
+    if tail:
+        return f"[{num_missing:,} characters before]\n{text[-LONGEST:]}"
+    return f"{text[:LONGEST]}\n[{num_missing:,} characters more]"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a run of stage `evaluate` found."""
+    """The results of a run of stage `evaluate`."""
 
     rows: tuple[tuple[str, str, str, str, str, str], ...]  # model, task, figure, value, interval, items
     comparisons: tuple[str, ...]
 
 
 def scores_of(run: RunFacts) -> Scores | None:
-    """The figures of each model; None for a run of another stage, or that is not finished."""
+    """Returns the scores of each model; None for a run of another stage, or one that is not finished."""
     if run.stage != "evaluate" or not run.result:
         return None
+
     rows = []
     for row in [row for model in run.result["models"] for row in rows_of(model)]:
         interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
         rows.append((row["model"], row["task"], row["figure"], f"{row['value']:.3f}", interval, f"{row['items']:,}"))
-    return Scores(tuple(rows), tuple(comparison_text(one) for one in run.result["comparisons"]))
+
+    return Scores(tuple(rows), tuple(comparison_text(comparison) for comparison in run.result["comparisons"]))

@@ -23,15 +23,16 @@ from dist_lm.tracking.readable import counted
 
 FILE = "report.html"
 HERE = Path(__file__).parent
-SAMPLES = 80  # of all runs together
+SAMPLES = 80  # most samples of all runs of a report
 
 
 def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None) -> tuple[Path, int]:
     """Write the report of `paths`.
 
     Args:
-        output: the file; None: `report.html` in the only directory of `paths`, else in the current directory.
-        run_id: of a command in a work directory; None: the newest one.
+        output: the file; None: `report.html` in the directory of `paths` if it is the only one, else in the current
+            directory.
+        run_id: the run_id of a command in a work directory; None: the newest command.
 
     Returns:
         The file and its size in bytes.
@@ -43,26 +44,30 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
     output = output or (paths[0] / FILE if len(paths) == 1 else Path(FILE))
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ArtefactError(f"--output {output}: give a file in an existing directory, such as {FILE}")
+
     page = render(read_facts(paths, run_id), made=time.strftime("%Y-%m-%d %H:%M"))
     durable.write_text(output, page)
     return output, output.stat().st_size
 
 
 def render(facts: Facts, made: str) -> str:
-    """The page as HTML.
+    """Returns the page as HTML.
 
     Args:
-        made: date and time, for people.
+        made: date and time of the report, for people.
     """
     by_stage = facts.by_stage()
-    shown = max(2, SAMPLES // max(1, len(facts.runs)))
+    samples_per_run = max(2, SAMPLES // max(1, len(facts.runs)))
     stages = charts_of(by_stage, facts.runs)
+
     style = _inline("vendor/uPlot.min.css") + _inline("page.css")
     library, script = _inline("vendor/uPlot.iife.min.js"), _inline("page.js")
+
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+
     return environment.get_template("page.html.jinja").render(
         facts=facts,
         made=made,
@@ -75,7 +80,11 @@ def render(facts: Facts, made: str) -> str:
         stages=stages,
         cards=[card_of(run) for run in facts.runs],
         stage_samples={
-            stage: [(run, [sample_of(row) for row in run.samples.rows[:shown]]) for run in runs if run.samples.rows]
+            stage: [
+                (run, [sample_of(row) for row in run.samples.rows[:samples_per_run]])
+                for run in runs
+                if run.samples.rows
+            ]
             for stage, runs in by_stage.items()
         },
         stage_scores={
@@ -96,23 +105,26 @@ def render(facts: Facts, made: str) -> str:
 
 
 def notes_of(chart: Chart) -> list[str]:
-    """Notes below a chart: values that are not drawn, values that are not finite."""
+    """Returns the notes below a chart: on values that are not drawn, and on values that are not finite."""
     notes = []
+
     thinned = [line.curve for line in chart.lines if len(line.curve.points.steps) < line.curve.measured]
     if thinned:
-        most = max(thinned, key=lambda curve: curve.measured)
+        longest = max(thinned, key=lambda curve: curve.measured)
         notes.append(
-            f"{most.measured:,} measured values, {len(most.points.steps):,} drawn: "
+            f"{longest.measured:,} measured values, {len(longest.points.steps):,} drawn: "
             "smallest and largest of each stretch of steps"
         )
-    lost = sum(line.curve.not_finite for line in chart.lines)
-    if lost:
-        notes.append(f"{counted(lost, 'value')} not finite: gaps in the curve")
+
+    not_finite = sum(line.curve.not_finite for line in chart.lines)
+    if not_finite:
+        notes.append(f"{counted(not_finite, 'value')} not finite: gaps in the curve")
+
     return notes
 
 
 def policy(style: str, scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy that allows the scripts of the page only, and no loading or sending."""
+    """Returns a Content-Security-Policy that allows only the scripts of the page, and neither loading nor sending."""
     allowed = " ".join(_hash(script) for script in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
@@ -125,8 +137,9 @@ def _hash(text: str) -> str:
 
 
 def _inline(name: str) -> Markup:
-    """A file of this package for verbatim inclusion in the page."""
+    """Returns a file of this package for inclusion in the page without escaping."""
     text = (HERE / name).read_text(encoding="utf-8")
+    # Such text would end its element early.
     assert not any(end in text for end in ("</script", "</style")), name
     return Markup(text)  # noqa: S704
 
