@@ -1,4 +1,4 @@
-"""Checks of arithmetic: attention kernels, keyed randomness, a compiled step, against a higher precision or the CPU.
+"""Checks of arithmetic against a higher precision or the CPU: attention kernels, keyed randomness, a compiled step.
 
 Dimensions: B sequences, T tokens, H query heads, G key/value heads, K d_head, D d_model.
 """
@@ -18,22 +18,23 @@ from dist_lm.model.attention import CAUSAL, Visibility, attend, within_documents
 from dist_lm.model.keyed_random import DropoutKey, dropout_sites, keep_mask
 from dist_lm.training.step import StepResult
 
-Makes = Callable[[torch.device, torch.dtype], Visibility]
+VisibilityOf = Callable[[torch.device, torch.dtype], Visibility]  # the mask on a device, for queries of a dtype
 HALF = torch.bfloat16
-HALF_ERROR = 0.02  # of an output or a gradient in bf16, relative to the largest value
-FULL_ERROR = 1e-4  # in fp32
+HALF_ERROR = 0.02  # largest error of an output or a gradient in bf16, relative to the largest value
+FULL_ERROR = 1e-4  # the same in fp32
 
 
 def varlen(probe: Probe) -> None:
-    """Packed documents through the variable-length kernel, with one key head a query head and with groups."""
+    """Checks packed documents in the variable-length kernel, with one key head for each query head and with groups."""
     rows, tokens, heads, key_heads, width = (2, 96, 5, 1, 16) if probe.rehearsal else (2, 2048, 25, 5, 64)
+
     document_BT = documents(rows, tokens)
 
     def packed(device: torch.device, dtype: torch.dtype) -> Visibility:
-        found = within_documents(document_BT.to(device), dtype, width)
-        chosen = found.boundary is not None or device.type == "cpu"
-        expect(chosen, f"attention in {dtype} with {width} numbers a head did not take the variable-length kernel")
-        return found
+        visibility = within_documents(document_BT.to(device), dtype, width)
+        uses_kernel = visibility.boundary is not None or device.type == "cpu"
+        expect(uses_kernel, f"attention in {dtype} with {width} numbers a head did not take the variable-length kernel")
+        return visibility
 
     for name, groups in (("heads", heads), ("groups", key_heads)):
         shape = (rows, tokens, heads, groups, width)
@@ -41,10 +42,11 @@ def varlen(probe: Probe) -> None:
 
 
 def masks(probe: Probe) -> None:
-    """Attention that PyTorch computes: causal, and with masks of documents (fp32) and of branches (bf16)."""
+    """Checks attention that PyTorch computes: causal, and with masks of documents (fp32) and of branches (bf16)."""
     rows, tokens, heads, width = (2, 64, 5, 16) if probe.rehearsal else (2, 1024, 25, 64)
     shape = (rows, tokens, heads, heads, width)
-    document_BT, branch_BT = documents(rows, tokens), documents(rows, tokens) % 3
+    document_BT = documents(rows, tokens)
+    branch_BT = documents(rows, tokens) % 3
 
     def causal(device: torch.device, dtype: torch.dtype) -> Visibility:
         return CAUSAL
@@ -56,13 +58,14 @@ def masks(probe: Probe) -> None:
 
 
 def documents(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    """Numbers of documents of random lengths, int64 (rows, tokens)."""
+    """Returns the document number of each token, for documents of random lengths: int64 (rows, tokens)."""
     generator = torch.Generator().manual_seed(seed)
+    # Eight documents a row on average.
     return (torch.rand(rows, tokens, generator=generator) < 8 / tokens).long().cumsum(1)
 
 
-def _masked(document_BT: torch.Tensor, branch_BT: torch.Tensor | None = None) -> Makes:
-    """Visibility as a mask on any device, because branches always take one."""
+def _masked(document_BT: torch.Tensor, branch_BT: torch.Tensor | None = None) -> VisibilityOf:
+    """Returns visibility as a mask on any device, because branches always need one."""
     branches = torch.zeros_like(document_BT) if branch_BT is None else branch_BT
     return lambda device, dtype: within_documents(
         document_BT.to(device), dtype, d_head=0, branch_BT=branches.to(device)
@@ -70,33 +73,40 @@ def _masked(document_BT: torch.Tensor, branch_BT: torch.Tensor | None = None) ->
 
 
 def _compare(
-    probe: Probe, name: str, shape: tuple[int, ...], dtype: torch.dtype, makes: Makes, reference: Makes
+    probe: Probe, name: str, shape: tuple[int, ...], dtype: torch.dtype, makes: VisibilityOf, reference: VisibilityOf
 ) -> None:
-    """Output and gradients of `attend` on the device against a higher precision on the CPU, with the same inputs."""
+    """Compares output and gradients of `attend` on the device with a higher precision on the CPU, for equal inputs."""
     rows, tokens, heads, groups, width = shape
+
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(rows, tokens, n, width, generator=generator).to(dtype) for n in (heads, groups, groups)]
     weight = torch.randn(rows, tokens, heads, width, generator=generator).to(dtype)
 
-    def run(device: torch.device, dtype: torch.dtype, makes: Makes) -> list[torch.Tensor]:
-        q, k, v = own = [value.to(device, dtype, copy=True).requires_grad_() for value in inputs]
+    def run(device: torch.device, dtype: torch.dtype, makes: VisibilityOf) -> list[torch.Tensor]:
+        leaves = [tensor.to(device, dtype, copy=True).requires_grad_() for tensor in inputs]
+        q, k, v = leaves
         output = attend(q, k, v, makes(device, dtype))
         output.backward(weight.to(device, dtype))
-        return [output.detach(), *(value.grad for value in own if value.grad is not None)]
+        return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    found = run(probe.world.device, dtype, makes)
+    measured = run(probe.world.device, dtype, makes)
     higher = torch.float32 if dtype == HALF else torch.float64
     expected = run(torch.device("cpu"), higher, reference)
     limit = HALF_ERROR if dtype == HALF else FULL_ERROR
-    for what, one, other in zip(("output", "query", "key", "value"), found, expected, strict=True):
-        error = float((one.float().cpu() - other).abs().max() / other.abs().max())
-        probe.note(f"{name}, {what} error", error)
-        expect(error <= limit, f"{name}: error of {what} is {error:.2g} of the largest value, expected {limit}")
+
+    for tensor_name, actual, reference_value in zip(
+        ("output", "query", "key", "value"), measured, expected, strict=True
+    ):
+        error = float((actual.float().cpu() - reference_value).abs().max() / reference_value.abs().max())
+
+        probe.note(f"{name}, {tensor_name} error", error)
+        expect(error <= limit, f"{name}: error of {tensor_name} is {error:.2g} of the largest value, expected {limit}")
 
 
 def bits(probe: Probe) -> None:
-    """Randomness that is a function of keys has the same bits on every device."""
-    device, cpu = probe.world.device, torch.device("cpu")
+    """Checks that randomness, a function of keys, has the same bits on every device."""
+    device = probe.world.device
+    cpu = torch.device("cpu")
     rows, tokens, width = (2, 32, 40) if probe.rehearsal else (2, 1024, 1600)
 
     def masks_of(mask: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
@@ -107,8 +117,9 @@ def bits(probe: Probe) -> None:
 
     expected = masks_of(keep_mask, cpu)
     for name, function in (("eager", keep_mask), ("compiled", torch.compile(keep_mask))):
-        found = masks_of(function, device)
-        expect(torch.equal(found, expected), f"{name} dropout masks differ in {(found != expected).sum()} places")
+        masks = masks_of(function, device)
+        expect(torch.equal(masks, expected), f"{name} dropout masks differ in {(masks != expected).sum()} places")
+
     position_N = torch.arange(4096)
     seed_N = position_N * 0x9E3779B97F4A7C1 - (1 << 62)
     drawn = uniform(seed_N.to(device), position_N.to(device)).cpu()
@@ -116,47 +127,64 @@ def bits(probe: Probe) -> None:
 
 
 def compiled(probe: Probe) -> None:
-    """Three training steps with dropout on packed documents, then batches of other sizes for the same kernels."""
+    """Checks three training steps with dropout on packed documents, then batches of other sizes in the same kernels."""
     shape = ("model=medium", "model.n_layers=4", "stage.seq_len=1024")
     tiny = ("model=nano", "model.n_layers=2", "stage.seq_len=64", "model.vocab_size=512")
-    losses, norms = {}, {}
+
+    losses: dict[str, list[float]] = {}
+    norms: dict[str, float] = {}
     for name, compile_, dtype in (
         ("fp32", "never", "fp32"),
         ("eager", "never", "bf16"),
         ("compiled", "always", "bf16"),
     ):
-        ways = (f"parallel.compile={compile_}", f"parallel.compute_dtype={dtype}", "stage.dropout=0.1")
-        config = probe.config(*shape, *ways, "stage.lr=1e-3", tiny=tiny)
+        settings = (f"parallel.compile={compile_}", f"parallel.compute_dtype={dtype}", "stage.dropout=0.1")
+        config = probe.config(*shape, *settings, "stage.lr=1e-3", tiny=tiny)
         training = Training(probe, config)
+
         results: list[StepResult] = [training.step(packed_batches(training, 2, 2)) for _ in range(3)]
-        losses[name], norms[name] = [result.loss for result in results], results[0].grad_norm
+        losses[name] = [result.loss for result in results]
+        norms[name] = results[0].grad_norm
+
+        # Other stages and last micro-batches have other sizes; they must not need new kernels without end.
         if name == "compiled":
-            for size in (1, 3, 4, 5):  # of other stages and of last micro-batches
+            for size in (1, 3, 4, 5):
                 training.step(packed_batches(training, 1, size))
         del training
+
     for name, reference, limit in (("eager", "fp32", 0.01), ("compiled", "fp32", 0.01), ("compiled", "eager", 0.005)):
-        errors = [abs(a / b - 1) for a, b in zip(losses[name], losses[reference], strict=True)]
+        errors = [
+            abs(loss / reference_loss - 1) for loss, reference_loss in zip(losses[name], losses[reference], strict=True)
+        ]
         norm_error = abs(norms[name] / norms[reference] - 1)
+
         probe.note(f"{name} against {reference}, loss error", max(errors))
         probe.note(f"{name} against {reference}, gradient norm error", norm_error)
         expect(max(errors) <= limit, f"{name} losses {losses[name]} differ from {losses[reference]} of {reference}")
         expect(norm_error <= 5 * limit, f"{name} gradient norm {norms[name]}, of {reference} {norms[reference]}")
         expect(all(map(math.isfinite, losses[name])), f"{name} losses are not finite: {losses[name]}")
+
     probe.note("compiled graphs", counters["stats"]["unique_graphs"])
 
 
 def packed_batches(training: Training, count: int, rows: int) -> list[Batch]:
-    """Micro-batches of random tokens in documents of random lengths; the same at every call for one step."""
-    config, generator = training.config, torch.Generator().manual_seed(training.state.step)
+    """Returns micro-batches of random tokens in documents of random lengths; the same for every call at one step."""
+    config = training.config
+    generator = torch.Generator().manual_seed(training.state.step)
+
     batches = []
     for index in range(count):
         shape = (rows, config.stage.seq_len)
         document_BT = documents(*shape, seed=training.state.step + 100 * index)
+
+        # Positions restart at the first token of each document.
         first_BT = torch.ones_like(document_BT, dtype=torch.bool)
         first_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-        place_BT = torch.arange(shape[1]).expand(shape)
-        position_BT = place_BT - (place_BT * first_BT).cummax(1).values
+        index_BT = torch.arange(shape[1]).expand(shape)
+        position_BT = index_BT - (index_BT * first_BT).cummax(1).values
+
         plain = Batch.plain(torch.randint(0, config.model.vocab_size, shape, generator=generator))
         number_B = plain.sequence_B + rows * index
         batches.append(replace(plain, document_BT=document_BT, position_BT=position_BT, sequence_B=number_B))
+
     return batches

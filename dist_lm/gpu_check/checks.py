@@ -1,22 +1,22 @@
-"""The list of checks, and which of them a command runs. No torch here."""
+"""The list of checks, and the choice of those that a command runs. Imports no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dist_lm.errors import ConfigError
 
-WITHIN_S = 600  # all checks of one card
-REHEARSAL_S = 300.0  # limit of each check of a rehearsal, which takes three minutes in all
+WITHIN_S = 600  # seconds for all checks of one card together
+REHEARSAL_S = 300.0  # seconds for each check of a rehearsal; a full rehearsal takes three minutes
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check."""
+    """One check and its limits."""
 
-    name: str  # of `--only`
-    shows: str  # for the table
-    place: str  # package.module:function
-    budget_s: float
+    name: str  # the name for `--only`
+    shows: str  # its subject, for the table
+    target: str  # package.module:function
+    budget_s: float  # the check fails if it takes longer
     # one: a process group of one rank; all: one of all GPUs, under torchrun; launcher: it starts the launcher itself
     runs: str = "one"
     several: bool = False  # needs more than one GPU
@@ -46,20 +46,23 @@ CHECKS = (
 
 
 def chosen(only: Sequence[str], gpus: int) -> list[Check]:
-    """The checks that `--only` names, or all that `gpus` GPUs can run.
+    """Returns the checks that `--only` names, or all that `gpus` GPUs can run.
 
     Raises:
-        ConfigError: an unknown name, or a check that needs more GPUs.
+        ConfigError: a name is unknown, or its check needs more GPUs.
     """
-    known = {check.name: check for check in CHECKS}
+    check_of = {check.name: check for check in CHECKS}
     for name in only:
-        if name not in known:
-            raise ConfigError(f"--only={name}: expected one of {', '.join(known)}")
-        if known[name].several and gpus < 2:
+        if name not in check_of:
+            raise ConfigError(f"--only={name}: expected one of {', '.join(check_of)}")
+        if check_of[name].several and gpus < 2:
             raise ConfigError(f"--only={name}: this check needs --gpus=2 or more")
-    return [check for check in CHECKS if check.name in only or (not only and (gpus > 1 or not check.several))]
+
+    if only:
+        return [check for check in CHECKS if check.name in only]
+    return [check for check in CHECKS if gpus > 1 or not check.several]
 
 
 def named(name: str) -> Check:
-    """The check of a name."""
+    """Returns the check with this name."""
     return next(check for check in CHECKS if check.name == name)

@@ -1,6 +1,6 @@
 """Checks that use the launcher as a user does: all stages, and recovery of a run whose rank dies or hangs.
 
-All text is generated, so that nothing depends on what is installed or reachable.
+All text is generated, so that no check depends on installed or reachable data.
 """
 
 import json
@@ -19,18 +19,19 @@ from dist_lm.gpu_check.probe import MARK, Probe, expect
 from dist_lm.storage import process
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 
-STAGES = ("language", "code", "tools", "reward", "rlhf")  # that train
+STAGES = ("language", "code", "tools", "reward", "rlhf")  # the stages that train
 POLL_S = 0.1
-WAIT_S = 120.0  # for a run to reach a step
+WAIT_S = 120.0  # seconds within which a run must reach a step
 GENERATED = (
     "corpus.corpora.language=[{reader: 'dist_lm.demo.bash:read_bash', language: bash, limit: 300}]",
     "corpus.corpora.code=[{reader: 'dist_lm.demo.sql:read_sql', language: sql, limit: 300}]",
     "corpus.corpora.tools=[{reader: tools, language: tools, limit: 150}]",
     "corpus.corpora.rankings=[{reader: synthetic_rankings, language: synthetic, limit: 30}]",
-    "corpus.val_fraction=0.2",  # so that few documents have some that are held out
+    "corpus.val_fraction=0.2",  # so that some of the few documents are held out
     *("model.vocab_size=1024", "experiment=smoke", "tracking=none", "parallel.compile=never"),
 )
-TINY = ("model.d_model=40", "model.d_ff=80", "model.n_layers=1")  # for a rehearsal
+TINY = ("model.d_model=40", "model.d_ff=80", "model.n_layers=1")  # the model of a rehearsal
+# A few steps on few sequences, for a rehearsal of all stages.
 SMALL = (
     *TINY,
     *("stages.tools.questions.per_kind=1", "stages.tools.questions.max_new_tokens=16"),
@@ -45,13 +46,16 @@ SMALL = (
 
 
 def smoke(probe: Probe) -> None:
-    """Every stage for a few steps."""
+    """Checks that every stage runs for a few steps."""
     work = WorkDirectory(probe.folder / "work")
     small = SMALL if probe.rehearsal else ()
     one_card = ("cluster.ranks_per_node=1", "rlhf.pool.placement=shared")
+
     with launched(probe, work, "stage=rlhf", *one_card, *small) as launcher:
         code = launcher.wait()
+
     expect(code == 0, f"the launcher ended with exit code {code}: {last_line(probe)}")
+
     for stage in STAGES:
         run = work.run(stage, "default")
         expect(run.result.is_file(), f"stage {stage} has no result")
@@ -59,40 +63,48 @@ def smoke(probe: Probe) -> None:
 
 
 def kill(probe: Probe) -> None:
-    """A rank is killed after a checkpoint: the gang ends and continues from the checkpoint."""
+    """Kills a rank after a checkpoint, and checks that the gang ends and continues from the checkpoint."""
     _disturbed(probe, psutil.Process.kill, "killed by SIGKILL")
 
 
 def hang(probe: Probe) -> None:
-    """A rank is stopped, so that the others wait for it in a collective."""
+    """Stops a rank, so that the others wait for it in a collective, and checks that the run continues."""
     _disturbed(probe, psutil.Process.suspend, "hung", "cluster.hang_min_s=10", "cluster.hang_steps=5")
 
 
-def _disturbed(probe: Probe, disturb: Callable[[psutil.Process], None], said: str, *overrides: str) -> None:
+def _disturbed(probe: Probe, disturb: Callable[[psutil.Process], None], expected_words: str, *overrides: str) -> None:
+
     work = WorkDirectory(probe.folder / "work")
     run = work.run("language", "default")
     steps = ("steps=300", "checkpoint_every=20") if probe.rehearsal else ("steps=3000", "checkpoint_every=100")
     settings = (f"cluster.ranks_per_node={probe.ranks}", "stage.eval_every=0", *(f"stage.{step}" for step in steps))
     tiny = (*TINY, "stage.global_batch=4", "stage.micro_batch=2") if probe.rehearsal else ()
+
     with launched(probe, work, "stage=language", *settings, *tiny, *overrides) as launcher:
         wait_until((run.checkpoints / "LATEST").exists, launcher, "a checkpoint", probe)
         victim = ranks()[-1]
-        at = time.time()
+        disturbed_at = time.time()
         disturb(victim)
         wait_until(lambda: bool(_failures(run)), launcher, "the failure in events.jsonl", probe)
         code = launcher.wait()
+
     expect(code == 0, f"the launcher ended with exit code {code}: {last_line(probe)}")
+
     (failure,) = _failures(run)
     words = f"{failure['type']}: {failure['error']}"
-    expect(said in words, f"expected a failure with the words '{said}', found: {words}")
-    probe.note("found after s", failure["time"] - at)
+    expect(expected_words in words, f"expected a failure with the words '{expected_words}', found: {words}")
+
+    probe.note("found after s", failure["time"] - disturbed_at)
+
     started = [event for event in read_events(run.events) if event["event"] == "started"]
     expect(
         len(started) == 2 and started[1]["step"] > 0, f"expected a second attempt from a checkpoint, found {started}"
     )
+
     probe.note("restarted after s", started[1]["time"] - failure["time"])
-    left = [found.pid for found in ranks()]
-    expect(not left, f"ranks of the run are left: {left}")
+
+    remaining = [rank.pid for rank in ranks()]
+    expect(not remaining, f"ranks of the run are left: {remaining}")
 
 
 def _failures(run: RunDirectory) -> list[dict]:
@@ -101,11 +113,11 @@ def _failures(run: RunDirectory) -> list[dict]:
 
 @contextmanager
 def launched(probe: Probe, work: WorkDirectory, *overrides: str) -> Iterator[subprocess.Popen]:
-    """The launcher in a process of its own; its output goes to launch.txt. Ended when the block is left early."""
-    ours = (f"device={probe.device_type}", f"work_dir={work.path}")
+    """Starts the launcher in a process of its own, with output to launch.txt; ends it when the block is left early."""
+    own_overrides = (f"device={probe.device_type}", f"work_dir={work.path}")
     with (probe.folder / "launch.txt").open("wb") as output:
         launcher = subprocess.Popen(
-            [sys.executable, "-m", "dist_lm.launch", *overrides, *GENERATED, *ours],
+            [sys.executable, "-m", "dist_lm.launch", *overrides, *GENERATED, *own_overrides],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -120,13 +132,13 @@ def launched(probe: Probe, work: WorkDirectory, *overrides: str) -> Iterator[sub
 
 
 def last_line(probe: Probe) -> str:
-    """The last line of the launcher's output."""
+    """Returns the last line of the launcher's output."""
     lines = [line.strip() for line in (probe.folder / "launch.txt").read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "no output")
 
 
 def wait_until(holds: Callable[[], bool], launcher: subprocess.Popen, what: str, probe: Probe) -> None:
-    """Wait for a condition while the launcher runs."""
+    """Wait for a condition while the launcher runs; fails the check after `WAIT_S` seconds."""
     deadline = time.monotonic() + WAIT_S
     while not holds():
         expect(launcher.poll() is None, f"the launcher ended before {what}: {last_line(probe)}")
@@ -135,10 +147,10 @@ def wait_until(holds: Callable[[], bool], launcher: subprocess.Popen, what: str,
 
 
 def ranks() -> list[psutil.Process]:
-    """The ranks that this check has started, the newest last."""
-    found = []
+    """Returns the ranks that this check has started, the newest last."""
+    processes = []
     for candidate in process.marked(os.environ[MARK], MARK):
-        words = process.title(candidate)
-        if "dist_lm.train" in words and "dist_lm.cluster.torchrun" not in words:
-            found.append(candidate)
-    return sorted(found, key=lambda rank: rank.create_time())
+        title = process.title(candidate)
+        if "dist_lm.train" in title and "dist_lm.cluster.torchrun" not in title:
+            processes.append(candidate)
+    return sorted(processes, key=lambda rank: rank.create_time())

@@ -1,4 +1,4 @@
-"""What a check works with, and the program of one check: `python -m dist_lm.gpu_check.probe NAME FOLDER RANKS MODE`.
+"""The tools of a check, and the program of one check: `python -m dist_lm.gpu_check.probe NAME FOLDER RANKS MODE`.
 
 The program writes FOLDER/facts.json after every fact, and FOLDER/failure.txt, one line, if the check fails. With
 several ranks it runs in each of them; the first to fail writes the reason.
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 CARD, REHEARSAL = "card", "rehearsal"
 MARK = "DIST_LM_GPU_CHECK"  # environment variable by which the processes of a check are found
 FACTS, FAILURE = "facts.json", "failure.txt"
-LONGEST_REASON = 300  # characters
-COLLECTIVE_S = 60.0
+LONGEST_REASON = 300  # most characters of a failure's reason
+COLLECTIVE_S = 60.0  # longest time of a collective
 
 
 class CheckFailedError(UserError):
-    """A check found something wrong; the message says what."""
+    """A check failed; the message says what is wrong."""
 
 
 def expect(holds: bool, otherwise: str) -> None:
@@ -44,59 +44,66 @@ def expect(holds: bool, otherwise: str) -> None:
 class Probe:
     """Device, sizes and files of one check."""
 
-    folder: Path  # for files of the check
+    folder: Path  # folder for files of the check
     ranks: int  # GPUs that the check may use
-    rehearsal: bool  # on a CPU, at tiny sizes
-    joined: "World | None" = None  # the ranks, where the check has a process group
+    rehearsal: bool  # whether it runs on a CPU, at tiny sizes
+    process_group: "World | None" = None  # the ranks; None for a check without a process group
     facts: dict[str, float] = field(default_factory=dict)
 
     @property
     def device_type(self) -> str:
+        """Returns `cpu` for a rehearsal, else `cuda`."""
         return "cpu" if self.rehearsal else "cuda"
 
     @property
     def world(self) -> "World":
-        assert self.joined, "this check has no process group"
-        return self.joined
+        """Returns the ranks of the check."""
+        assert self.process_group, "this check has no process group"
+        return self.process_group
 
     def note(self, name: str, value: float) -> None:
         """Record a figure, whose unit is the last word of its name."""
         self.facts[name] = float(f"{value:.5g}")
-        if self.joined is None or self.joined.is_first:
+        if self.process_group is None or self.process_group.is_first:
             durable.write_text(self.folder / FACTS, json.dumps(self.facts))
 
     def config(self, *overrides: str, tiny: tuple[str, ...] = ()) -> Config:
-        """The configuration of a training stage.
+        """Returns the configuration of a training stage.
 
         Args:
-            tiny: overrides that a rehearsal adds.
+            tiny: added in a rehearsal.
+            overrides: added to those of every check.
         """
-        ours = ("stage=language", "tracking=none", f"device={self.device_type}", *overrides)
-        return compose_config([*ours, *(tiny if self.rehearsal else ())])
+        common = ("stage=language", "tracking=none", f"device={self.device_type}", *overrides)
+        return compose_config([*common, *(tiny if self.rehearsal else ())])
 
 
 def run(check: Check, probe: Probe) -> None:
     """Run one check in this process."""
-    function = pkgutil.resolve_name(check.place)
+    function = pkgutil.resolve_name(check.target)
     if check.runs == "launcher":
         function(probe)
         return
+
+    # A check that starts the launcher needs no torch itself.
     import torch
 
     from dist_lm.parallel.mesh import process_group
 
-    if probe.rehearsal:  # traces all the same, but Inductor and g++ would take minutes
+    # Dynamo traces in a rehearsal, too, but Inductor and g++ would take minutes.
+    if probe.rehearsal:
         torch.compiler.set_stance("default", force_backend="eager")
-    with process_group(probe.device_type, COLLECTIVE_S) as probe.joined:
+
+    with process_group(probe.device_type, COLLECTIVE_S) as probe.process_group:
         function(probe)
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error; errors that are not about a finding begin with their type."""
+    """Returns the first line of an error; an error that no `expect` raised starts with its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    words = lines[0] if lines else ""
+    first_line = lines[0] if lines else ""
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{kind}{words}"[:LONGEST_REASON]
+    return f"{kind}{first_line}"[:LONGEST_REASON]
 
 
 def main() -> None:
@@ -104,6 +111,7 @@ def main() -> None:
     name, folder, ranks, mode = sys.argv[1:]
     die_with_parent()
     probe = Probe(Path(folder), int(ranks), rehearsal=mode == REHEARSAL)
+
     try:
         run(named(name), probe)
     except Exception as error:
@@ -114,7 +122,7 @@ def main() -> None:
         except FileExistsError:
             print("another rank failed before", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # other ranks may be gone, and leaving the process group would wait for them
+        os._exit(1)  # leaving the process group would wait for other ranks, which may be gone
 
 
 if __name__ == "__main__":

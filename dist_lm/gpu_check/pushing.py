@@ -1,4 +1,4 @@
-"""Weights straight from one process into another, as `rlhf.pool.push` sends them; the receiver is killed once, too."""
+"""A check of weights sent directly into another process, as by `rlhf.pool.push`; the receiver is killed once."""
 
 import hashlib
 import multiprocessing
@@ -20,72 +20,86 @@ from dist_lm.gpu_check.probe import Probe, expect
 from dist_lm.model.size import parameter_shapes
 from dist_lm.storage.process import die_with_parent
 
-ADDRESS = "127.0.0.1"  # of both processes
-PATIENCE_S = 20.0
+ADDRESS = "127.0.0.1"  # address of both processes
+PATIENCE_S = 20.0  # longest wait for the other process
 DTYPE = torch.bfloat16
 
 
 def push(probe: Probe) -> None:
-    """By CUDA IPC on one card, and by NCCL broadcast to a second one."""
+    """Checks CUDA IPC on one card, and the NCCL broadcast to a second one."""
     tiny = ("model=nano", "model.n_layers=2", "model.vocab_size=512")
     config = replace(probe.config("model=large", "model.n_layers=4", tiny=tiny).model, max_seq_len=64)
-    own = probe.world.device
-    second = torch.device("cuda", 1) if own.type == "cuda" else own
-    several = probe.rehearsal or torch.cuda.device_count() > 1
+    first_device = probe.world.device
+    second_device = torch.device("cuda", 1) if first_device.type == "cuda" else first_device
+    has_second = probe.rehearsal or torch.cuda.device_count() > 1
+
     receiver = _Child(config, probe.folder)
-    for way, device in ((IPC, own), *([(BROADCAST, second)] if several else [])):
-        receiver = _check(probe, config, way, device, receiver)
+    for method, device in ((IPC, first_device), *([(BROADCAST, second_device)] if has_second else [])):
+        receiver = _check(probe, config, method, device, receiver)
+
     receiver.kill()
 
 
-def _check(probe: Probe, config: ModelConfig, way: str, other: torch.device, receiver: "_Child") -> "_Child":
-    """Two versions, a third one whose receiver is killed half way, and a fourth one to another. Returns that one."""
-    device, shapes = probe.world.device, parameter_shapes(config)
+def _check(probe: Probe, config: ModelConfig, method: str, target: torch.device, receiver: "_Child") -> "_Child":
+    """Sends two versions, a third whose receiver is killed half way, a fourth to a new receiver, which it returns."""
+    device = probe.world.device
+    shapes = parameter_shapes(config)
+    # A rehearsal needs several buckets, too.
     bucket_bytes = BUCKET_BYTES if device.type == "cuda" else 100_000
-    sender = Sender(config, DTYPE, device, lambda place: way, ADDRESS, PATIENCE_S, bucket_bytes, _Stores(probe.folder))
-    warned: list[str] = []
+    sender = Sender(
+        config, DTYPE, device, lambda place: method, ADDRESS, PATIENCE_S, bucket_bytes, _Stores(probe.folder)
+    )
+    warnings: list[str] = []
 
     def weights(version: int, kill: bool):
         generator = torch.Generator(device).manual_seed(version)
-        for number, (name, shape) in enumerate(shapes.items()):
-            if kill and number == len(shapes) // 2:
+        for index, (name, shape) in enumerate(shapes.items()):
+            if kill and index == len(shapes) // 2:
                 receiver.kill()
             yield name, torch.randn(shape, generator=generator, device=device).to(DTYPE)
 
     def send(version: int, kill: bool = False) -> float:
-        receiver.device = other
-        began = time.perf_counter()
-        held = sender.send(
-            weights(version, kill), version, cast("list[Member]", [receiver]), lambda: True, warned.append
+        receiver.device = target
+
+        started = time.perf_counter()
+        pushed = sender.send(
+            weights(version, kill), version, cast("list[Member]", [receiver]), lambda: True, warnings.append
         )
-        seconds = time.perf_counter() - began
-        assert isinstance(held, Held)
+        seconds = time.perf_counter() - started
+
+        assert isinstance(pushed, Held)
+
+        # The receiver of a complete push has the bits that were sent.
         if not kill:
-            expect(not warned, f"{way}: {warned[:1]}")
-            found, sent = receiver.digest(), _digest(unpacked(iter(held.buckets), config, DTYPE))
-            expect(found == sent, f"{way}: the other process has other weights ({found})")
+            expect(not warnings, f"{method}: {warnings[:1]}")
+            received = receiver.digest()
+            sent = _digest(unpacked(iter(pushed.buckets), config, DTYPE))
+            expect(received == sent, f"{method}: the other process has other weights ({received})")
         return seconds
 
     send(0)
-    probe.note(f"{way} GB/s", sum(sizes_of(config, DTYPE, bucket_bytes)) / send(1) / 1e9)
-    probe.note(f"{way}, receiver killed s", send(2, kill=True))
-    expect(len(warned) == 1, f"{way}: the sender has not noticed that its receiver was killed")
-    warned.clear()
+    probe.note(f"{method} GB/s", sum(sizes_of(config, DTYPE, bucket_bytes)) / send(1) / 1e9)
+
+    # The sender must notice the loss and be able to push to the next receiver.
+    probe.note(f"{method}, receiver killed s", send(2, kill=True))
+    expect(len(warnings) == 1, f"{method}: the sender has not noticed that its receiver was killed")
+    warnings.clear()
     receiver = _Child(config, probe.folder)
     send(3)
+
     sender.close()
     return receiver
 
 
 def _digest(weights) -> str:
-    found = hashlib.sha256()
-    for _, value in weights:
-        found.update(value.cpu().view(torch.int16).numpy().tobytes())
-    return found.hexdigest()
+    sha256 = hashlib.sha256()
+    for _, tensor in weights:
+        sha256.update(tensor.cpu().view(torch.int16).numpy().tobytes())
+    return sha256.hexdigest()
 
 
 class _Stores:
-    """A file for each group: this check has no Ray."""
+    """Creates the store of a group as a file, because this check has no Ray."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -95,20 +109,21 @@ class _Stores:
 
 
 class _Child:
-    """A `Member` in a process of its own."""
+    """A receiver in a process of its own, with the interface of `Member`."""
 
     left = False
     place = Place("")
 
     def __init__(self, config: ModelConfig, stores: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_receive, args=(theirs, config, stores), daemon=True)
+        self._pipe, child_end = context.Pipe()
+        self._process = context.Process(target=_receive, args=(child_end, config, stores), daemon=True)
         self._process.start()
         assert self._process.pid
+
         self.pid = self._process.pid
-        self.device = torch.device("cpu")  # that receives
-        self._pipe.recv()  # it has imported torch
+        self.device = torch.device("cpu")  # device that receives
+        self._pipe.recv()  # the child has imported torch
 
     def receive(self, offer: Offer, version: int) -> None:
         self._pipe.send((offer, self.device))
@@ -120,7 +135,7 @@ class _Child:
         """See `Member`."""
 
     def digest(self) -> str:
-        """Of the weights that it got, or why it got none."""
+        """Returns the digest of the received weights, or the reason why it received none."""
         return self._pipe.recv() if self._pipe.poll(PATIENCE_S) else "no answer"
 
     def kill(self) -> None:
@@ -132,17 +147,21 @@ class _Child:
 
 
 def _receive(pipe: Connection, config: ModelConfig, stores: Path) -> None:
-    """The program of the child: what `PoolActor.receive` does, without an engine."""
+    """The program of the child: it does what `PoolActor.receive` does, without an engine."""
     die_with_parent()
     pipe.send("ready")
+
     receiver: Receiver | None = None
     while True:
         offer, device = pipe.recv()
         try:
             if receiver is None or receiver.offer.group != offer.group:
+                # A new group of processes needs a new receiver; further versions use the same one.
                 receiver = Receiver(offer, device, ADDRESS, store=_Stores(stores))
+
             buckets = receiver.buckets(config, DTYPE)
             weights = dict(unpacked(buckets, config, DTYPE))
+            # All buckets have been consumed by now.
             for _ in buckets:
                 raise AssertionError
             pipe.send(_digest(weights.items()))

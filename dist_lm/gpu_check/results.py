@@ -1,4 +1,4 @@
-"""What checks found: a JSON file that is written after each check, and the table of docs/gpu.md made from it.
+"""The outcomes of checks: a JSON file that is written after each check, and the table of docs/gpu.md made from it.
 
     {"machine": {"device": ..., "torch": ..., "cuda": ..., "gpus": 1, "rehearsal": false},
      "checks": {"varlen": {"status": "passed", "seconds": 6.1, "reason": "", "facts": {...}, "date": "2026-12-01"}}}
@@ -30,8 +30,8 @@ class Result:
     status: Literal["passed", "failed", "over budget"]
     seconds: float
     date: str  # YYYY-MM-DD
-    reason: str = ""  # of a failure, one line
-    facts: Mapping[str, float] = field(default_factory=dict)  # also those found before a failure
+    reason: str = ""  # reason of a failure, one line
+    facts: Mapping[str, float] = field(default_factory=dict)  # figures; also those measured before a failure
 
     @property
     def passed(self) -> bool:
@@ -40,8 +40,8 @@ class Result:
     def __str__(self) -> str:
         if self.passed:
             return facts_in_words(self.facts)
-        found = f"; before that: {facts_in_words(self.facts)}" if self.facts else ""
-        return f"{self.status}: {self.reason}{found}"
+        facts_before = f"; before that: {facts_in_words(self.facts)}" if self.facts else ""
+        return f"{self.status}: {self.reason}{facts_before}"
 
 
 @dataclass
@@ -52,42 +52,46 @@ class Results:
     checks: dict[str, Result] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Replace the file."""
-        content = {"machine": self.machine, "checks": {name: asdict(one) for name, one in self.checks.items()}}
+        """Write the results to `path`, replacing an earlier file."""
+        checks = {name: asdict(result) for name, result in self.checks.items()}
+        content = {"machine": self.machine, "checks": checks}
         durable.write_text(path, json.dumps(content, indent=2) + "\n")  # facts keep their order
 
 
 def read_results(path: Path) -> Results | None:
-    """The results in a file; None without a file.
+    """Returns the results in a file; None without a file.
 
     Raises:
-        ArtefactError: the file holds something else.
+        ArtefactError: the file was not written by `Results.write`.
     """
     content = durable.read_json(path)
     if not content:
         return None
+
     try:
-        return Results(content["machine"], {name: Result(**values) for name, values in content["checks"].items()})
+        return Results(content["machine"], {name: Result(**fields) for name, fields in content["checks"].items()})
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{path}: not written by `dist-lm gpu check` ({error}); move it away") from error
 
 
 def facts_in_words(facts: Mapping[str, float]) -> str:
-    """`compiled 4x4096: 31,240 tokens/s; ...`"""
-    parts = []
+    """Returns facts such as `compiled 4x4096: 31,240 tokens/s; ...`."""
+    texts = []
     for name, value in facts.items():
-        what, _, unit = name.rpartition(" ")
-        parts.append(f"{what}: {four_digits(value)} {unit}")
-    return "; ".join(parts)
+        label, _, unit = name.rpartition(" ")
+        texts.append(f"{label}: {four_digits(value)} {unit}")
+    return "; ".join(texts)
 
 
 def table(checks: Sequence[Check], results: Results | None) -> str:
-    """Markdown: what ran where, then a row for each check. A check that has not run has an empty cell."""
+    """Returns Markdown: a line on the machine, then a row for each check; a check without result has an empty cell."""
     lines = [_header(results), "", "| `--only` | check | result |", "| --- | --- | --- |"]
+
     for check in checks:
         result = results.checks.get(check.name) if results else None
         cell = f"{result.date}: {_cell(result)} " if result else ""
         lines.append(f"| `{check.name}` | {check.shows} | {cell}|")
+
     return "\n".join(lines) + "\n"
 
 
@@ -99,21 +103,25 @@ def _cell(result: Result) -> str:
 def _header(results: Results | None) -> str:
     if results is None:
         return NOTHING
+
     machine = results.machine
     if machine["rehearsal"]:
         return f"A rehearsal on a CPU, torch {machine['torch']}. {NOTHING}"
+
     return f"{machine['gpus']} x {machine['device']}, torch {machine['torch']}, CUDA {machine['cuda']}."
 
 
 def rewrite(page: Path, content: str) -> None:
-    """Replace what lies between the markers of a page.
+    """Replace the text between the markers of a page.
 
     Raises:
-        ArtefactError: the page does not have both markers once, in order.
+        ArtefactError: the page does not have both markers, in order.
     """
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not (found and ended):
+    before, begin, after_begin = text.partition(BEGIN)
+    _, end, after = after_begin.partition(END)
+
+    if not (begin and end):
         raise ArtefactError(f"{page}: expected the lines {BEGIN} and {END}, between which the table goes")
+
     durable.write_text(page, f"{before}{BEGIN}\n{content}{END}{after}")

@@ -1,6 +1,6 @@
-"""Run checks one after the other: each in processes of its own, which a failure or an overrun of its budget ends.
+"""Runs checks one after the other, each in processes of its own, which a failure or an overrun of its budget ends.
 
-Whatever a check does to the GPU or to its own process, the next one starts clean.
+Whatever a check does to the GPU or to its own process, the next check starts clean.
 """
 
 import json
@@ -28,9 +28,10 @@ from dist_lm.tracking.readable import duration
 from dist_lm.tracking.redact import without_secrets
 
 RESULTS, LOG = "results.json", "log.txt"
-OWN = "made_by_gpu_check"  # a file in every folder that may be replaced
-GRACE_S = 3.0  # from TERM to KILL
-LOOK = """
+MARKER = "made_by_gpu_check"  # file that marks a folder that may be replaced
+GRACE_S = 3.0  # seconds from SIGTERM to SIGKILL
+# A program, so that no torch is loaded here: it would hold memory of the card.
+LIST_GPUS = """
 import json, torch
 gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
 device = torch.cuda.get_device_name(0) if gpus else ""
@@ -41,13 +42,13 @@ print(json.dumps({"device": device, "gpus": gpus, "torch": torch.__version__, "c
 def check_gpus(
     only: Sequence[str], gpus: int, folder: Path, page: Path | None, *, rehearse: bool, say: Callable[[str], None]
 ) -> bool:
-    """Run the checks and print the rows of the table; whether all passed.
+    """Run the checks and print the rows of the table. Returns whether all passed.
 
     Args:
-        only: names of checks; none: all.
-        gpus: GPUs to use.
-        folder: gets results.json and a folder for each check. Results of the same machine that are there are kept.
-        page: a page whose table to replace.
+        only: names of checks; empty: all checks that `gpus` GPUs can run.
+        gpus: number of GPUs to use.
+        folder: for results.json and a folder of each check. Earlier results of the same machine are kept.
+        page: a page whose table is replaced; None: no page.
 
     Raises:
         ConfigError: no GPU, too few GPUs, an unknown check, or a folder that cannot be used.
@@ -57,8 +58,11 @@ def check_gpus(
     require(gpus > 0, "--gpus", gpus, "a positive integer")
     if page is not None and rehearse:
         raise ConfigError(f"--table={page}: a rehearsal measures no card; leave out --table or --rehearse")
+
     checks = chosen(only, gpus)
     machine = machine_of(gpus, rehearse)
+
+    # Problems with the output are reported before the first check runs.
     file = folder.resolve() / RESULTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,47 +70,56 @@ def check_gpus(
             _check_replaceable(file.parent / check.name)
     except OSError as error:
         raise ConfigError(f"--output={folder}: expected a folder that can be written to ({error.strerror})") from error
-    found = results.read_results(file)
-    if found is None or found.machine != machine:
-        found = Results(machine)
+
+    all_results = results.read_results(file)
+    if all_results is None or all_results.machine != machine:
+        all_results = Results(machine)
     if page is not None:
-        results.rewrite(page, results.table(CHECKS, found))  # a page without markers fails here
+        results.rewrite(page, results.table(CHECKS, all_results))  # a page without markers fails here
+
     check = checks[0]
     try:
         with stopped_by_signals():
             for check in checks:
-                found.checks[check.name] = result = run_check(check, gpus, file.parent / check.name, rehearse=rehearse)
-                found.write(file)
+                result = run_check(check, gpus, file.parent / check.name, rehearse=rehearse)
+                all_results.checks[check.name] = result
+                all_results.write(file)
                 log = "" if result.passed else f"  ({file.parent / check.name / LOG})"
                 say(f"{check.name:<11}{result.status} in {duration(result.seconds)}  {result}{log}".rstrip())
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        kept = f"; {file} holds the results before it" if file.exists() else ""
-        say(f"{check.name:<11}stopped by {signal.Signals(number).name}{kept}")
+        note = f"; {file} holds the results before it" if file.exists() else ""
+        say(f"{check.name:<11}stopped by {signal.Signals(number).name}{note}")
         raise SystemExit(128 + number) from None
-    rows = results.table(CHECKS if page else checks, found)
+
+    rows = results.table(CHECKS if page else checks, all_results)
     if page is not None:
         results.rewrite(page, rows)
+
     say(f"\n{rows}\n{file}")
-    return all(found.checks[check.name].passed for check in checks)
+    return all(all_results.checks[check.name].passed for check in checks)
 
 
 def machine_of(gpus: int, rehearse: bool) -> Machine:
-    """Cards and software of this machine.
+    """Returns the cards and the software of this machine.
 
     Raises:
         ConfigError: there is no GPU, or there are fewer than `gpus`.
     """
     if rehearse:
         return {"device": "CPU", "gpus": 0, "torch": metadata.version("torch"), "cuda": None, "rehearsal": True}
-    looked = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
-    if looked.returncode:
-        raise ConfigError(f"gpu check: torch cannot use CUDA: {(looked.stderr.strip().splitlines() or [''])[-1]}")
-    machine = json.loads(looked.stdout)
+
+    listing = subprocess.run([sys.executable, "-c", LIST_GPUS], capture_output=True, text=True, check=False)
+    if listing.returncode:
+        raise ConfigError(f"gpu check: torch cannot use CUDA: {(listing.stderr.strip().splitlines() or [''])[-1]}")
+
+    machine = json.loads(listing.stdout)
+
     if not machine["gpus"]:
         raise ConfigError(
             f"gpu check: no GPU that torch {machine['torch']} can use; --rehearse runs tiny sizes on the CPU"
         )
+
     require(gpus <= machine["gpus"], "--gpus", gpus, f"at most {machine['gpus']}, the GPUs of this machine")
     return machine | {"rehearsal": False}
 
@@ -115,25 +128,29 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
     """Run one check and end all its processes.
 
     Args:
-        folder: replaced by the files of this check.
+        folder: folder of the check; its content is replaced.
 
     Raises:
-        ConfigError: the folder was not made by this function, or cannot be replaced.
+        ConfigError: the folder was not created by this function, or cannot be replaced.
     """
     _check_replaceable(folder)
     try:
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir()
-        (folder / OWN).touch()
+        (folder / MARKER).touch()
     except OSError as error:
         raise ConfigError(f"{error.filename or folder}: {error.strerror}: choose another --output") from error
-    log, mark = folder / LOG, secrets.token_hex(8)
+
+    log = folder / LOG
+    mark = secrets.token_hex(8)
     budget_s = REHEARSAL_S if rehearse else check.budget_s
-    began, code = time.monotonic(), None
+    started = time.monotonic()
+    code = None
+
     with log.open("wb") as output, process.reserve_port() as reserved:
         port = str(reserved.getsockname()[1])
-        started = subprocess.Popen(
+        child = subprocess.Popen(
             command_of(check, gpus, folder, rehearse=rehearse),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -142,14 +159,18 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
             start_new_session=True,  # a Ctrl-C goes to this process, which ends it
         )
         try:
-            code = started.wait(budget_s)
+            code = child.wait(budget_s)
         except subprocess.TimeoutExpired:
-            pass  # `code` says so
+            pass  # `code` stays None
         finally:
+            # A check may have started processes in other sessions, so they are found by their mark.
             process.end(lambda: process.marked(mark, probe.MARK), GRACE_S)
-            started.wait()
-    seconds = time.monotonic() - began
-    facts, date = durable.read_json(folder / probe.FACTS), time.strftime("%Y-%m-%d")
+            child.wait()
+
+    seconds = time.monotonic() - started
+    facts = durable.read_json(folder / probe.FACTS)
+    date = time.strftime("%Y-%m-%d")
+
     if code == 0:
         return Result("passed", seconds, date, facts=facts)
     if code is None:
@@ -158,37 +179,42 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what this program did not make."""
-    if folder.is_symlink() or (folder.exists() and not (folder / OWN).is_file()):
+    """Raise ConfigError for a folder that this program did not create."""
+    if folder.is_symlink() or (folder.exists() and not (folder / MARKER).is_file()):
         raise ConfigError(
             f"{folder}: not made by `gpu check`, which would replace it: move it, or use another --output"
         )
 
 
 def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list[str]:
-    """The command line of a check."""
+    """Returns the command line of a check."""
     mode = probe.REHEARSAL if rehearse else probe.CARD
     program = [probe.__name__, check.name, str(folder), str(gpus), mode]
+
     if check.runs != "all":
         return [sys.executable, "-m", *program]
-    # torchrun reports failed ranks to a file descriptor: here the log
-    ours = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), "2"]
-    return [*ours, "--standalone", "--nproc-per-node", str(gpus), "-m", *program]
+
+    # torchrun reports failed ranks to a file descriptor; here it is that of the log.
+    torchrun = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), "2"]
+    return [*torchrun, "--standalone", "--nproc-per-node", str(gpus), "-m", *program]
 
 
 def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[str, str]:
     if check.runs == "launcher":
         return without_secrets(os.environ)
+
     threads = process.cores() // (gpus if check.runs == "all" else 1)
-    ours = environment_of(GroupSize(1, max(1, threads)), 0, port, "cpu" if rehearse else "cuda")
-    return ours if rehearse else CUDA | ours
+    environment = environment_of(GroupSize(1, max(1, threads)), 0, port, "cpu" if rehearse else "cuda")
+    return environment if rehearse else CUDA | environment
 
 
 def _failure(folder: Path, code: int) -> str:
-    """The reason that a rank wrote, or what is known without one."""
-    written = folder / probe.FAILURE
-    if written.is_file() and (reason := written.read_text().strip()):
+    """Returns the reason that a rank wrote, or else how the process ended and the last line of its log."""
+    reason_file = folder / probe.FAILURE
+    if reason_file.is_file() and (reason := reason_file.read_text().strip()):
         return reason
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
     lines = [line.strip() for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
-    return f"{how}; last line of its log: {lines[-1][: probe.LONGEST_REASON]}" if lines else how
+    return f"{ending}; last line of its log: {lines[-1][: probe.LONGEST_REASON]}" if lines else ending

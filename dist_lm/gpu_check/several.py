@@ -29,31 +29,36 @@ PARITY = (
 
 
 def nccl(probe: Probe) -> None:
-    """Sums over all ranks in the dtypes that training sends, and the bandwidth of an all-reduce."""
+    """Checks sums over all ranks in the dtypes that training sends; measures the bandwidth of an all-reduce."""
     world = probe.world
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        value = torch.full((1000 * world.size,), float(world.rank + 1), dtype=dtype, device=world.device)
+        summed = torch.full((1000 * world.size,), float(world.rank + 1), dtype=dtype, device=world.device)
         expected = float(sum(range(1, world.size + 1)))
-        part = torch.empty(1000, dtype=dtype, device=world.device)
-        dist.reduce_scatter_tensor(part, value.clone())
-        gathered = torch.empty_like(value)
-        dist.all_gather_into_tensor(gathered, part)
-        dist.all_reduce(value)
-        for name, found in (("all_reduce", value), ("reduce_scatter and all_gather", gathered)):
-            expect(bool((found == expected).all()), f"{name} of {dtype}: {found[:3].tolist()}, expected {expected}")
+
+        # A reduce-scatter and an all-gather together are an all-reduce.
+        own_part = torch.empty(1000, dtype=dtype, device=world.device)
+        dist.reduce_scatter_tensor(own_part, summed.clone())
+        gathered = torch.empty_like(summed)
+        dist.all_gather_into_tensor(gathered, own_part)
+
+        dist.all_reduce(summed)
+
+        for name, actual in (("all_reduce", summed), ("reduce_scatter and all_gather", gathered)):
+            expect(bool((actual == expected).all()), f"{name} of {dtype}: {actual[:3].tolist()}, expected {expected}")
+
     for size in (4 << 20, (16 if probe.rehearsal else 512) << 20):
         links = measure_all_reduce(world, size)
         probe.note(f"all-reduce of {size >> 20} MiB GB/s", links.bus_gb_per_s)
 
 
 def fsdp(probe: Probe) -> None:
-    """Parameters split over all ranks."""
+    """Checks parameters split over all ranks by FSDP."""
     _parity(probe, f"parallel.dp_shard={probe.world.size}")
     _speed(probe, f"parallel.dp_shard={probe.world.size}")
 
 
 def tp(probe: Probe) -> None:
-    """Heads, hidden units and vocabulary split over all ranks, with split sequences too."""
+    """Checks heads, hidden units and vocabulary split over all ranks, with and without split sequences."""
     size = probe.world.size
     for sp in ("false", "true"):
         _parity(probe, "parallel.dp_shard=1", f"parallel.tp={size}", f"parallel.sp={sp}")
@@ -61,35 +66,42 @@ def tp(probe: Probe) -> None:
 
 
 def _parity(probe: Probe, *overrides: str) -> None:
-    """Losses of a few steps in fp32, beside those of a whole model on each rank that takes the whole batch."""
+    """Compares losses of a few steps in fp32 with those of an unsplit model that takes the full batch on each rank."""
     config = probe.config(*PARITY, *overrides, tiny=TINY)
     training = Training(probe, config)
     dp = training.layout.dp
     index = probe.world.rank // training.layout.tp
-    alone = _steps_alone(probe, config)
+    unsplit_step = _unsplit_steps(probe, config)
+
     name = " ".join(override.removeprefix("parallel.") for override in overrides)
+
     worst = 0.0
     for step in range(STEPS):
-        whole = _batches(config, step, dp)
-        loss = training.step([batch.to(probe.world.device) for batch in whole[index::dp]]).loss
-        expected = alone(whole)
+        full_batch = _batches(config, step, dp)
+        loss = training.step([batch.to(probe.world.device) for batch in full_batch[index::dp]]).loss
+
+        expected = unsplit_step(full_batch)
         worst = max(worst, abs(loss / expected - 1))
         expect(worst <= LOSS_ERROR, f"{name}: loss {loss} at step {step}, {expected} on one card")
+
     probe.note(f"{name}, loss error", worst)
 
 
 def _batches(config: Config, step: int, dp: int) -> list[Batch]:
-    """The micro-batches of all data-parallel ranks."""
+    """Returns the micro-batches of all data-parallel ranks."""
+    # Every rank draws all of them, so no rank has to send any.
     torch.manual_seed(step)
     return [random_batch(config) for _ in range(MICRO_BATCHES * dp)]
 
 
-def _steps_alone(probe: Probe, config: Config) -> Callable[[list[Batch]], float]:
+def _unsplit_steps(probe: Probe, config: Config) -> Callable[[list[Batch]], float]:
     world = probe.world
+
     model = Transformer(config.model)
     initialise(model, config.seed)
     model = model.to(world.device)
     model.document_mask = False
+
     optimizer = build_optimizer(model, config.stage, config.stage.muon)
     set_learning_rate(optimizer, config.stage.lr)
 

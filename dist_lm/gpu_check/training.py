@@ -1,4 +1,4 @@
-"""Checks of training on one card: speed and memory of `large`, both optimizers, asynchronous checkpoints."""
+"""Checks of training on one card: speed and memory of `large`, both optimizers, asynchronous saving."""
 
 import math
 import time
@@ -30,7 +30,7 @@ from dist_lm.training.step_meter import DeviceLaps, Laps, WallLaps, matmul_flops
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import advance, peak_memory_gib
 
-WARM_UP, TIMED = 2, 4  # steps
+WARM_UP, TIMED = 2, 4  # numbers of steps
 LARGE = ("model=large", "stage.seq_len=4096")
 TINY = ("model=nano", "model.n_layers=2", "model.vocab_size=512", "stage.seq_len=64")
 
@@ -39,168 +39,207 @@ class Training:
     """Model, optimizer and trainer of a configuration on the ranks of a check."""
 
     def __init__(self, probe: Probe, config: Config, model: Transformer | None = None) -> None:
-        """`model`: one that is built already."""
-        self.config, self.device = config, probe.world.device
+        """Build model, optimizer and trainer; an existing `model` is used instead of a new one."""
+        self.config = config
+        self.device = probe.world.device
         self.layout = resolve_layout(config.parallel, config.model, probe.world.size)
         mesh = build_mesh(self.layout, self.device)
         self.model = model or build_model(config.model, config.parallel, mesh, self.device, config.seed)
+
         self.optimizer = build_optimizer(self.model, config.stage, config.stage.muon)
+
+        # A loss that several tensor-parallel ranks compute counts once.
         counts = mesh.get_local_rank("tp") == 0
         self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), counts)
         self.state = TrainState()
 
     def step(self, batches: Sequence[Batch], laps: Laps | None = None) -> StepResult:
-        """One optimizer step (collective)."""
+        """Takes one optimizer step (collective)."""
         result = self.trainer.step(self.state, StepData(0, list(batches), 0), self.config.stage.lr, laps)
         self.state = advance(self.state, result, 0)
         return result
 
     def seconds_per_step(self, batches: Sequence[Batch]) -> float:
-        """Mean seconds of a step after some that warm up; memory is counted from here on."""
+        """Returns the mean time of a step in seconds, after `WARM_UP` steps; the peak memory counts from there on."""
         for _ in range(WARM_UP):
             self.step(batches)
+
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             torch.cuda.synchronize(self.device)
-        began = time.perf_counter()
+
+        started = time.perf_counter()
         for _ in range(TIMED):
             expect(math.isfinite(self.step(batches).loss), "the loss is not finite")
+
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return (time.perf_counter() - began) / TIMED
+        return (time.perf_counter() - started) / TIMED
 
 
 def large(probe: Probe) -> None:
-    """Steps on 2 and 4 sequences, eager and compiled, beside the dry run's estimate; a profile at the end."""
+    """Measures steps on 2 and 4 sequences, eager and compiled, beside the dry run's estimate; writes a profile."""
     config = probe.config(*LARGE, "parallel.compile=always", "stage.micro_batch=4", "stage.global_batch=4", tiny=TINY)
     training = Training(probe, config)
     peak = matmul_flops(training.device, compute_dtype(config.parallel, training.device), config.hardware)
+
     for sequences in (2, 4):
         estimate(probe, training, sequences)
         with torch.compiler.set_stance("force_eager"):
             note_speed(probe, training, "eager", sequences, peak)
         note_speed(probe, training, "compiled", sequences, peak)
+
         if sequences == 2:
-            torch.compiler.reset()  # the next size gets kernels of its own, not ones for any size
+            torch.compiler.reset()  # otherwise the next size would get kernels for any size
+
     profile(probe, training, batches_of(training, 4))
 
 
 def batches_of(training: Training, sequences: int) -> list[Batch]:
-    """One micro-batch of random tokens, a document a sequence."""
+    """Returns one micro-batch of random tokens; each sequence is one document."""
     stage = training.config.stage
     stage.micro_batch = sequences
     return [random_batch(training.config).to(training.device)]
 
 
-def note_speed(probe: Probe, training: Training, way: str, sequences: int, peak: float) -> None:
-    """Record speed and memory of steps on one micro-batch of `sequences`.
+def note_speed(probe: Probe, training: Training, mode: str, sequences: int, peak: float) -> None:
+    """Record speed and memory of steps on one micro-batch.
 
+        sequences: number of sequences of the micro-batch.
     Args:
-        peak: FLOP/s of one device; 0: MFU is not recorded.
+        peak: peak FLOP/s of one device; 0: MFU is not recorded.
     """
     config = training.config
-    name = f"{way} {sequences}x{config.stage.seq_len}"
+    name = f"{mode} {sequences}x{config.stage.seq_len}"
     tokens = sequences * config.stage.seq_len * training.layout.dp
     seconds = training.seconds_per_step(batches_of(training, sequences))
+
     probe.note(f"{name} tokens/s", tokens / seconds)
+
     if peak:
         flops = flops_per_token(config.model, config.stage.seq_len) * tokens
         probe.note(f"{name} MFU %", 100 * flops / seconds / peak / probe.world.size)
+
     probe.note(f"{name} memory GiB", peak_memory_gib(training.device))
 
 
 def estimate(probe: Probe, training: Training, sequences: int) -> None:
-    """Record what the dry run expects of a step."""
+    """Record the dry run's estimate of a step."""
     if training.config.hardware.device != training.device.type:
         return  # conf/hardware does not know this card
-    config, name = training.config, f"dry run {sequences}x{training.config.stage.seq_len}"
+
+    config = training.config
+    name = f"dry run {sequences}x{training.config.stage.seq_len}"
     config.stage.micro_batch = config.stage.global_batch = sequences
     seconds = step_seconds(estimate_work(config, training.layout), training.layout, config.hardware)
     memory = estimate_memory(config, training.layout).peak
+
     if probe.rehearsal:
         return  # a tiny step is mostly overhead, which the estimate leaves out
+
     probe.note(f"{name} tokens/s", sequences * config.stage.seq_len / seconds)
     probe.note(f"{name} memory GiB", memory / 2**30)
 
 
 def profile(probe: Probe, training: Training, batches: Sequence[Batch]) -> None:
-    """Write a trace of two steps (Perfetto) and a list of operators; record where a step went."""
+    """Write a trace of two steps (Perfetto) and a list of operators; record where the time of a step went."""
     on_gpu = training.device.type == "cuda"
-    trace, laps = probe.folder / "trace.json.gz", laps_on(training.device)
+    trace = probe.folder / "trace.json.gz"
+    laps = laps_on(training.device)
+
     with StepProfiler((2, 3), on_gpu, trace, probe.folder / "memory.pickle") as profiler:
         for completed in range(4):
             profiler.reached(completed)
             training.step(batches, profiler.marked(laps))
-    found = read_profile(trace)
+
+    summary = read_profile(trace)
     lines = [
-        f"{1e3 * seconds:10.2f} ms  {calls:8,.0f} calls  {name}" for name, calls, seconds in top_operators([found])
+        f"{1e3 * seconds:10.2f} ms  {calls:8,.0f} calls  {name}" for name, calls, seconds in top_operators([summary])
     ]
     (probe.folder / "operators.txt").write_text("\n".join(lines) + "\n")
-    for part, seconds in (("compute", found.compute), ("idle", found.idle)):
-        probe.note(f"profile, {part} %", 100 * seconds / found.step)
+
+    for label, seconds in (("compute", summary.compute), ("idle", summary.idle)):
+        probe.note(f"profile, {label} %", 100 * seconds / summary.step)
     if on_gpu:
-        probe.note("profile, host waits/step", found.waits)
-        probe.note("profile, pageable copies/step", found.pageable)
+        probe.note("profile, host waits/step", summary.waits)
+        probe.note("profile, pageable copies/step", summary.pageable)
 
 
 def laps_on(device: torch.device) -> Laps:
-    """Laps that time the work of a device."""
+    """Returns laps that time the work of a device."""
     return DeviceLaps(device) if device.type == "cuda" else WallLaps()
 
 
 def optimizers(probe: Probe) -> None:
-    """Steps on one batch with each optimizer: the loss falls; seconds of the update."""
+    """Checks that the loss on one batch falls with each optimizer, and measures the time of the update."""
     model = None
     shape = (*LARGE, "stage.micro_batch=1", "stage.lr=3e-4", "parallel.compile=never")
-    for name, more in (("AdamW", ()), ("Muon", ("stage.muon.lr=0.02",))):
-        training = Training(probe, probe.config(*shape, *more, tiny=TINY), model)
-        model, batches = training.model, batches_of(training, 1)
+    for name, settings in (("AdamW", ()), ("Muon", ("stage.muon.lr=0.02",))):
+        training = Training(probe, probe.config(*shape, *settings, tiny=TINY), model)
+        model = training.model
+        batches = batches_of(training, 1)
+
         laps = laps_on(training.device)
+        # The first steps allocate the moments; their time does not count.
         losses = [training.step(batches, laps).loss for _ in range(WARM_UP)]
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
         laps.take()
+
         losses += [training.step(batches, laps).loss for _ in range(TIMED)]
         if training.device.type == "cuda":
             torch.cuda.synchronize(training.device)
+
         probe.note(f"{name} ms", 1e3 * laps.take()["optimizer"] / TIMED)
         probe.note(f"{name}, loss fell nats", losses[0] - losses[-1])
         expect(losses[-1] < losses[0], f"{name}: the loss on one batch went from {losses[0]:.4f} to {losses[-1]:.4f}")
-        del training  # its moments, before those of the next
+        del training  # frees its moments before the next ones are allocated
 
 
 def save(probe: Probe) -> None:
-    """Save after two steps while two more run, load into another model, and take the same two steps there."""
+    """Saves after two steps while two more run, loads into another model, and takes the same two steps there."""
     config = probe.config("model=medium", "stage.seq_len=1024", "stage.micro_batch=4", "stage.lr=1e-3", tiny=TINY)
     first = Training(probe, config)
+
     batches = [batches_of(first, config.stage.micro_batch) for _ in range(4)]
     checkpoints = probe.folder / "checkpoints"
     checkpoints.mkdir()
+
     with CheckpointSaver(checkpoints, config.model, probe.world, keep=1, beside_training=True) as saver:
-        for one in batches[:2]:
-            first.step(one)
-        saved = {
-            name: shard_of(value).clone()
-            for name, value in checkpoint.tensors_of(first.model, first.optimizer, config.model).items()
+        for step_batches in batches[:2]:
+            first.step(step_batches)
+
+        # Copies of the tensors as they are now: the steps below overwrite them while the save runs.
+        saved_tensors = {
+            name: shard_of(tensor).clone()
+            for name, tensor in checkpoint.tensors_of(first.model, first.optimizer, config.model).items()
         }
-        began, state = time.perf_counter(), first.state
+
+        started = time.perf_counter()
+        state = first.state
         saver.save(first.model, first.optimizer, state)
-        probe.note("pause s", time.perf_counter() - began)
-        losses = [first.step(one).loss for one in batches[2:]]
+
+        probe.note("pause s", time.perf_counter() - started)
+        losses = [first.step(step_batches).loss for step_batches in batches[2:]]
         saver.wait()
-        probe.note("written after s", time.perf_counter() - began)
+        probe.note("written after s", time.perf_counter() - started)
+
     path = checkpoint.newest_intact(checkpoints, probe.world)
     expect(path is not None, f"no checkpoint in {checkpoints}")
     assert path
     probe.note("size GiB", sum(file.stat().st_size for file in path.iterdir()) / 2**30)
+
+    # Another seed, so that no tensor is right without being loaded.
     config.seed += 1
     second = Training(probe, config)
     second.state = checkpoint.load(path, second.model, second.optimizer, config.model)
     expect(second.state == state, f"saved {state}, loaded {second.state}")
+
     loaded = checkpoint.tensors_of(second.model, second.optimizer, config.model)
-    differ = [name for name, value in saved.items() if not torch.equal(value, shard_of(loaded[name]))]
+    differ = [name for name, tensor in saved_tensors.items() if not torch.equal(tensor, shard_of(loaded[name]))]
     expect(not differ, f"{len(differ)} tensors differ from those saved, the first is {differ[0] if differ else ''}")
-    again = [second.step(one).loss for one in batches[2:]]
-    error = max(abs(a / b - 1) for a, b in zip(again, losses, strict=True))
+
+    resumed_losses = [second.step(step_batches).loss for step_batches in batches[2:]]
+    error = max(abs(resumed_loss / loss - 1) for resumed_loss, loss in zip(resumed_losses, losses, strict=True))
     probe.note("resumed, loss error", error)
-    expect(error <= 1e-4, f"losses {losses} became {again} after resuming")
+    expect(error <= 1e-4, f"losses {losses} became {resumed_losses} after resuming")

@@ -41,7 +41,7 @@ HEADLINES = (  # most important first; cards and visible charts show the first `
     "perf/tokens_per_s",
     "perf/memory_gib",
 )
-COLOURS = 8  # of the style sheet
+COLOURS = 8  # number of colours in the style sheet
 NUM_VISIBLE = 4
 
 

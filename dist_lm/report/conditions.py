@@ -30,8 +30,8 @@ def _cells(run: RunFacts) -> dict[str, str]:
     planned = run.config.get("hardware", {})
 
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
-    others = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
-    nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{others})" if hosts else UNKNOWN
+    more_hosts = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
+    nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more_hosts})" if hosts else UNKNOWN
 
     ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
     bus = run.links.get("bus_gb_per_s")

@@ -129,11 +129,12 @@ def _panel(runs: Sequence[RunFacts]) -> Panel:
 
 def _sentences(model: ModelConfig, layout: Layout) -> str:
     total = parameter_count(model)
-    held = held_elements(model, layout)
+    elements_per_rank = held_elements(model, layout)
 
     sentences = [
         f"{layout} on {counted(layout.world_size, 'rank')}.",
-        f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}. Norms and biases are not drawn.",
+        f"Of {readable_count(total)} parameters a rank holds {readable_count(elements_per_rank)}. "
+        "Norms and biases are not drawn.",
     ]
 
     if layout.dp_replicate > 1:
@@ -172,11 +173,11 @@ def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
         if len(members[0].logical) > 1 and not name.endswith("_bias"):
             names_of.setdefault(members[0], []).append(name)
 
-    found = []
+    groups = []
     for placement, names in names_of.items():
         count = sum(len(placements_of[name]) for name in names)
-        found.append(Kind(_common_prefix_once([name.removesuffix(".weight") for name in names]), count, placement))
-    return sorted(found, key=lambda kind: -kind.elements)
+        groups.append(Kind(_common_prefix_once([name.removesuffix(".weight") for name in names]), count, placement))
+    return sorted(groups, key=lambda kind: -kind.elements)
 
 
 def _common_prefix_once(names: list[str]) -> str:

@@ -22,7 +22,7 @@ class Mixture:
 def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixture]:
     """Returns a bar for each run whose corpora exist: its languages, weighted by the share of their corpus."""
     work_of = {work.path: work for work in works}
-    colours: dict[str, int] = {}  # of languages, the same ones in all bars
+    colours: dict[str, int] = {}  # language -> colour, the same in all bars
     bars = []
     for run in runs:
         work = work_of.get(run.path.parents[2])

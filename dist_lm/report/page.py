@@ -45,16 +45,16 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ArtefactError(f"--output {output}: give a file in an existing directory, such as {FILE}")
 
-    page = render(read_facts(paths, run_id), made=time.strftime("%Y-%m-%d %H:%M"))
+    page = render(read_facts(paths, run_id), created_at=time.strftime("%Y-%m-%d %H:%M"))
     durable.write_text(output, page)
     return output, output.stat().st_size
 
 
-def render(facts: Facts, made: str) -> str:
+def render(facts: Facts, created_at: str) -> str:
     """Returns the page as HTML.
 
     Args:
-        made: date and time of the report, for people.
+        created_at: date and time of the report, for people.
     """
     by_stage = facts.by_stage()
     samples_per_run = max(2, SAMPLES // max(1, len(facts.runs)))
@@ -70,7 +70,7 @@ def render(facts: Facts, made: str) -> str:
 
     return environment.get_template("page.html.jinja").render(
         facts=facts,
-        made=made,
+        created_at=created_at,
         policy=policy(style, [library, script]),
         style=style,
         library=library,

@@ -30,7 +30,7 @@ from dist_lm.tracking.redact import redact, redact_command, redact_text
 from dist_lm.training import checkpoint_files
 
 EXPECTED = "give a run (work/runs/STAGE/RUN_ID), all runs of a stage (work/runs/STAGE), or a work directory"
-MOST_SAMPLES = 16  # of one run
+MOST_SAMPLES = 16  # samples of one run
 STALL = "checkpoint/stall_s"
 
 

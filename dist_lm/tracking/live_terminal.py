@@ -48,7 +48,7 @@ class LiveView:
         self._guarded: list[tuple[str, TextIO]] = []
 
     def __enter__(self) -> "LiveView":
-        # What other code prints must not break into the drawn lines.
+        # Output of other code must not break into the drawn lines.
         for name in ("stdout", "stderr"):
             stream: TextIO = getattr(sys, name)
             if stream.isatty():

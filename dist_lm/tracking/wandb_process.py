@@ -166,7 +166,7 @@ class Recorder:
         self._rows = {key: row for key, row in rows_of(self._rows_file).items() if row <= self._resumed_at}
         self._save()  # before a row of this attempt gets the number of a lost one
 
-        # By default wandb records machine, environment and command without our redaction.
+        # Unless told otherwise, wandb records machine, environment and command, without our redaction.
         settings = wandb.Settings(
             silent=True,
             console="off",

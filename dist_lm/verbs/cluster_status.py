@@ -1,4 +1,4 @@
-"""Status of a work directory, read from its files: the newest command, its stages, its run, nodes and last error."""
+"""The verb `cluster status`: the newest command on a work directory, its stages, run, nodes and last error."""
 
 import json
 import time
@@ -22,6 +22,7 @@ from dist_lm.tracking.metrics import last_metrics
 from dist_lm.tracking.readable import counted, duration, four_digits, percent, three_decimals
 from dist_lm.training import checkpoint_files
 
+# (words, style) of each state of a command.
 WORDS = {
     "running": ("running", "bold green"),
     "lost": ("its launcher is gone: the same command continues", "bold red"),
@@ -29,8 +30,8 @@ WORDS = {
     "failed": ("failed", "bold red"),
     "stopped": ("stopped: the same command continues", "yellow"),
 }
-LEFT = "generate/eta_s"
-PROGRESS = (  # (metric, how it is shown)
+LEFT = "generate/eta_s"  # says nothing once no launcher works on the run
+PROGRESS = (  # (metric, words, format of the value)
     ("train/loss", "loss {}", three_decimals),
     ("val/bits_per_byte", "val {} bits/byte", three_decimals),
     ("perf/tokens_per_s", "{} tokens/s", four_digits),
@@ -44,23 +45,23 @@ COLOURS = {"waiting": "dim"} | {state: style for state, (_, style) in WORDS.item
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run of a stage."""
+    """The status of one run of a stage."""
 
     path: str
-    asks: bool  # its stage asks engines and trains nothing
-    held: bool  # a launcher works on it
-    step: int
-    steps: int | None  # configured
-    figures: str  # of a finished run
-    metrics: dict[str, float]  # newest value of each
-    attempt: dict[str, Any]  # the newest `started` event
-    restarts: int
+    asks: bool  # whether its stage asks engines and trains nothing
+    held: bool  # whether a launcher works on it
+    step: int  # newest step in the metrics
+    steps: int | None  # configured number of steps; None: the stage has none
+    figures: str  # results of a finished run, in words
+    metrics: dict[str, float]  # newest value of each metric
+    attempt: dict[str, Any]  # the newest `started` event; empty without one
+    restarts: int  # number of failures
     last_error: str
     last_error_at: float  # seconds since 1970
-    ranks: list[dict[str, Any]]  # their last heartbeats
+    ranks: list[dict[str, Any]]  # last heartbeat of each rank
     heard_at: float  # time of the heartbeats, seconds since 1970; 0: never
-    links: dict[str, float]
-    checkpoint: str
+    links: dict[str, float]  # speed of the first all-reduce
+    checkpoint: str  # name of the newest one; empty: none
     finished: bool
 
 
@@ -70,39 +71,53 @@ class PipelineStatus:
 
     name: str  # target stage and run_id
     state: str  # running | lost | done | failed | stopped; lost: its launcher was killed
-    facts: dict[str, Any]
+    facts: dict[str, Any]  # the command's file in `pipelines`
     run: RunStatus | None
     others: list[str] = field(default_factory=list)  # other pipelines in the work directory: name and state
 
 
 def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
-    """The status of the newest command.
+    """Returns the status of the newest command.
 
     Args:
-        run_id: of the command; None: of any command.
+        run_id: run_id of the command; None: any.
 
     Raises:
         ArtefactError: no such command was started on this work directory.
     """
     work = WorkDirectory(work_dir)
-    found = [(path.stem, durable.read_json(path)) for path in work.pipelines()]
-    chosen = [(name, facts) for name, facts in found if run_id in (None, facts["run_id"])]
-    if not chosen:
-        wanted = f" with run_id={run_id}" if run_id else ""
-        raise ArtefactError(f"{work_dir}: no command was started here{wanted}; give the work_dir of a launch")
-    name, facts = chosen[-1]
-    at = [stage for stage in facts["stages"] if stage["state"] != "waiting"]
-    directories = [work.run(stage["name"], facts["run_id"]) for stage in at]
+
+    commands = [(path.stem, durable.read_json(path)) for path in work.pipelines()]
+    matching = [(name, facts) for name, facts in commands if run_id in (None, facts["run_id"])]
+    if not matching:
+        requested = f" with run_id={run_id}" if run_id else ""
+        raise ArtefactError(f"{work_dir}: no command was started here{requested}; give the work_dir of a launch")
+
+    name, facts = matching[-1]
+    begun_stages = [stage for stage in facts["stages"] if stage["state"] != "waiting"]
+    directories = [work.run(stage["name"], facts["run_id"]) for stage in begun_stages]
     present = [directory for directory in directories if directory.config.exists()]
+
     run = read_run(present[-1]) if present else None
     state = _state(work, name, facts)
-    if run and run.heard_at < facts["started"]:  # heartbeats of an earlier command
+
+    # Heartbeats of an earlier command say nothing about this one.
+    if run and run.heard_at < facts["started"]:
         run = replace(run, ranks=[])
+
+    # A killed launcher could not write that its stage ended.
     if state == "lost":
-        facts["stages"] = [{**one, "state": "lost"} if one["state"] == "running" else one for one in facts["stages"]]
+        facts["stages"] = [
+            {**stage, "state": "lost"} if stage["state"] == "running" else stage for stage in facts["stages"]
+        ]
         facts["updated"] = max(facts["updated"], run.heard_at if run else 0.0)
-    others = [f"{other} ({_state(work, other, values)})" for other, values in found if other != name]
-    return PipelineStatus(name, state, facts, run, others)
+
+    other_commands = [
+        f"{other_name} ({_state(work, other_name, other_facts)})"
+        for other_name, other_facts in commands
+        if other_name != name
+    ]
+    return PipelineStatus(name, state, facts, run, other_commands)
 
 
 def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
@@ -111,15 +126,19 @@ def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
 
 
 def read_run(run: RunDirectory) -> RunStatus:
-    """The status of one run."""
+    """Returns the status of one run."""
     events = list(read_events(run.events))
     started = [event for event in events if event["event"] == "started"]
     failed = [event for event in events if event["event"] == "failed"]
+
     live = durable.read_json(run.live)
+
     metrics = last_metrics(run.metrics)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+
     config = load_config(run.config) if run.config.exists() else None
     stage = stage_named(config.stage.name) if config else None
+
     return RunStatus(
         path=str(run.path),
         asks=bool(stage and stage.place is Place.POOL),
@@ -141,30 +160,33 @@ def read_run(run: RunDirectory) -> RunStatus:
 
 
 def as_json(status: PipelineStatus) -> str:
-    """The status as JSON, for programs."""
+    """Returns the status as JSON, for programs."""
     return json.dumps(asdict(status), indent=2, sort_keys=True)
 
 
 def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
-    """A row for each node of the newest attempt: node, host, address, ranks, step, state, age of the heartbeat.
+    """Returns (node, host, address, ranks, step, state, age of the heartbeat) for each node of the newest attempt.
 
     Args:
-        now: seconds since 1970.
+        now: current time, in seconds since 1970.
     """
     per_node: int = run.attempt.get("ranks_per_node", 1)
+
     rows = []
-    for node, place in enumerate(run.attempt.get("nodes", [])):
-        numbers = range(node * per_node, (node + 1) * per_node)
-        ranks = [rank for rank in run.ranks if rank["rank"] in numbers]
-        shown = f"{numbers[0]}" if per_node == 1 else f"{numbers[0]}-{numbers[-1]}"
-        rows.append((str(node), place["host"], place["address"], shown, *_doing(ranks, run, now)))
+    for node, facts in enumerate(run.attempt.get("nodes", [])):
+        node_ranks = range(node * per_node, (node + 1) * per_node)
+        heartbeats = [rank for rank in run.ranks if rank["rank"] in node_ranks]
+        ranks_text = f"{node_ranks[0]}" if per_node == 1 else f"{node_ranks[0]}-{node_ranks[-1]}"
+        rows.append((str(node), facts["host"], facts["address"], ranks_text, *_doing(heartbeats, run, now)))
+
     return rows
 
 
 def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple[str, str, str]:
-    """Step, state and age of the oldest heartbeat of a node's ranks."""
+    """Returns step, state and age of the oldest heartbeat of a node's ranks; empty texts if there is none."""
     if not run.held or not ranks:
         return "", "ended" if not run.held else "starting", ""
+
     slowest = max(ranks, key=lambda rank: rank["age_s"])
     stopped = " (stopped)" if slowest["state"] == "T" else ""
     age = slowest["age_s"] + max(0.0, now - run.heard_at)
@@ -174,9 +196,11 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
 def print_status(status: PipelineStatus, console: Console) -> None:
     """Print the stages, the run, its nodes and the last error."""
     now = time.time()
-    facts, (words, style) = status.facts, WORDS[status.state]
+    facts = status.facts
+    words, style = WORDS[status.state]
     until = now if status.state == "running" else facts["updated"]
     job = f", job {facts['job']}" if facts["job"] else ""
+
     console.print(Text.assemble((status.name, "bold"), ": ", (words, style)))
     console.print(
         Text(
@@ -185,17 +209,21 @@ def print_status(status: PipelineStatus, console: Console) -> None:
             style="dim",
         )
     )
+
     stages = Table(box=None, pad_edge=False)
     for column in ("stage", "state", ""):
         stages.add_column(column)
     for stage in facts["stages"]:
         stages.add_row(stage["name"], Text(stage["state"], style=COLOURS[stage["state"]]), Text(stage["detail"]))
     console.print(stages)
+
     if facts["error"]:
         console.print(Text.assemble(("error: ", "bold red"), facts["error"]), soft_wrap=True)
+
     if status.run:
         console.print()
         _print_run(status.run, console, now)
+
     if status.others:
         console.print(Text(f"also here: {', '.join(status.others)}", style="dim"), soft_wrap=True)
 
@@ -203,12 +231,16 @@ def print_status(status: PipelineStatus, console: Console) -> None:
 def _print_run(run: RunStatus, console: Console, now: float) -> None:
     console.print(Text(run.path, style="bold"), soft_wrap=True)
     console.print(Text(_progress(run)), soft_wrap=True)
+
     if run.attempt:
-        n_nodes, per_node = len(run.attempt["nodes"]), run.attempt["ranks_per_node"]
-        nodes = f"{n_nodes} node" if n_nodes == 1 else f"{n_nodes} nodes"
+        num_nodes = len(run.attempt["nodes"])
+        per_node = run.attempt["ranks_per_node"]
+        nodes = "1 node" if num_nodes == 1 else f"{num_nodes} nodes"
+
         speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s" if run.links.get("bus_gb_per_s") else ""
         slowest = run.attempt.get("slowest_link_mb_per_s")
         speed += f", slowest link {slowest:,} MB/s" if slowest else ""
+
         console.print(
             Text(
                 f"{nodes} x {per_node} ranks on {run.attempt['device']}, {run.attempt['layout']}, "
@@ -216,28 +248,36 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
             ),
             soft_wrap=True,
         )
+
         table = Table(box=None, pad_edge=False)
         for column in ("node", "host", "address", "ranks", "step", "state", "heard"):
             table.add_column(column)
         for row in node_rows(run, now):
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
+
     if run.last_error:
-        at = f"last error, {duration(now - run.last_error_at)} ago: "
-        console.print(Text.assemble((at, "yellow"), run.last_error), soft_wrap=True)
+        when = f"last error, {duration(now - run.last_error_at)} ago: "
+        console.print(Text.assemble((when, "yellow"), run.last_error), soft_wrap=True)
 
 
 def _progress(run: RunStatus) -> str:
-    of = f"/{run.steps:,}" if run.steps else ""
-    parts = [f"{counted(run.step, 'prompt')} answered" if run.asks else f"step {run.step:,}{of}"]
+    if run.asks:
+        facts = [f"{counted(run.step, 'prompt')} answered"]
+    else:
+        facts = [f"step {run.step:,}/{run.steps:,}" if run.steps else f"step {run.step:,}"]
+
     for name, words, form in PROGRESS:
         if name in run.metrics and (name != LEFT or run.held):
-            parts.append(words.format(form(run.metrics[name])))
+            facts.append(words.format(form(run.metrics[name])))
+
     if run.figures:
-        parts.append(run.figures)
+        facts.append(run.figures)
+
     if not run.asks:
-        parts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
-    return "  ".join(parts)
+        facts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
+
+    return "  ".join(facts)
 
 
 def _clock(at: float) -> str:

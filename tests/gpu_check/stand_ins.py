@@ -1,4 +1,4 @@
-"""Checks that stand in for the real ones: what `place` of a check names."""
+"""Checks that stand in for the real ones: what `target` of a check names."""
 
 import json
 import os

@@ -17,7 +17,7 @@ from dist_lm.training import checkpoint
 @pytest.fixture
 def probe(tmp_path) -> Iterator[Probe]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Probe(tmp_path, 1, rehearsal=True, joined=World(0, 1, 0, torch.device("cpu")))
+    yield Probe(tmp_path, 1, rehearsal=True, process_group=World(0, 1, 0, torch.device("cpu")))
     dist.destroy_process_group()
 
 

@@ -77,7 +77,7 @@ class Specification:
     action: str  # create, search, ...; the key of a formula or service
     subject: str  # the noun of the records, or the name of the computed figure
     verb: str  # the verb in the tool's name
-    style: str  # of `words.STYLES`
+    style: str  # one of `words.STYLES`
     parameters: tuple[Parameter, ...]
     shelf: int  # decides between train and val
 
@@ -89,7 +89,7 @@ class Specification:
 
 @dataclass(frozen=True)
 class Topic:
-    """What a tool works on and does; each topic has `VARIANTS` tools."""
+    """The subject and the action of a tool; each topic has `VARIANTS` tools."""
 
     domain: str
     subject: str

@@ -12,10 +12,10 @@ from dist_lm.tools.data.formulas import Arguments, Formula
 from dist_lm.tools.data.words import article, words
 
 PREFIX = "invented "
-SUBJECTS = 2  # of a domain
-FIELDS = 6  # of a domain
+SUBJECTS = 2  # per domain
+FIELDS = 6  # per domain
 NUM_SEARCHED = 3  # fields that make good conditions of a search; they come first
-FORMULAS = 3  # of a domain
+FORMULAS = 3  # per domain
 ARGUMENT_KINDS = {  # family of formula -> kinds of its arguments
     "formula": ("decimal", "amount", "amount", "few", "percent", "minutes", "money", "size", "numbers", "year"),
     "service": ("word", "city", "date", "code", "amount", "email", "given", "few", "clock", "title"),

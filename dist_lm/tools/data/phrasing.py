@@ -195,7 +195,7 @@ def _body_and_phrases(
     specification: Specification, arguments: ArgumentValues, rng: random.Random, it: str = ""
 ) -> tuple[str, list[str]]:
     """Returns the beginning of a request, without arguments, and a phrase for each argument except the record."""
-    others = [(parameter, value) for parameter, value in arguments.items() if parameter.kind != "record"]
+    further_arguments = [(parameter, value) for parameter, value in arguments.items() if parameter.kind != "record"]
     record = next((value for parameter, value in arguments.items() if parameter.kind == "record"), None)
 
     if specification.family != "record":
@@ -210,9 +210,10 @@ def _body_and_phrases(
     else:
         body = _verb_and_subject(specification, article(specification.subject), rng)
 
-    kinds = [parameter.kind for parameter, _ in others]
+    kinds = [parameter.kind for parameter, _ in further_arguments]
     return body, [
-        argument_phrase(parameter, value, kinds.count(parameter.kind) == 1, rng) for parameter, value in others
+        argument_phrase(parameter, value, kinds.count(parameter.kind) == 1, rng)
+        for parameter, value in further_arguments
     ]
 
 
