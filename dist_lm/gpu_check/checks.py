@@ -28,20 +28,20 @@ def _check(name: str, module: str, budget_s: float, shows: str, runs: str = "one
 
 CHECKS = (
     _check("varlen", "arithmetic", 25, "packed attention in bf16, forward and backward, against fp32 on the CPU"),
-    _check("masks", "arithmetic", 25, "causal attention, masks of documents and branches, likewise"),
-    _check("bits", "arithmetic", 30, "dropout masks and sampling draws equal those of the CPU, also compiled"),
+    _check("masks", "arithmetic", 25, "attention with causal, document and branch masks, against the CPU"),
+    _check("bits", "arithmetic", 30, "dropout masks and sampling draws equal those of the CPU, also when compiled"),
     _check("compiled", "arithmetic", 65, "steps in bf16, compiled and eager, against fp32; recompilations"),
-    _check("engine", "engine", 65, "flash pages, CUDA graphs, new weights against a plain forward pass; speed"),
-    _check("push", "pushing", 40, "new weights into another process by CUDA IPC, to a second GPU by NCCL; a kill"),
-    _check("large", "training", 130, "`large`: speed and memory, eager and compiled, against the dry run; a profile"),
+    _check("engine", "engine", 65, "pages, CUDA graphs and new weights against a plain forward pass; speed"),
+    _check("push", "pushing", 40, "new weights to another process by CUDA IPC, to another GPU by NCCL; a kill"),
+    _check("large", "training", 130, "`large`: speed and memory, eager and compiled, beside the dry run; a profile"),
     _check("optimizers", "training", 50, "AdamW and Muon at `large`: the loss falls; time of an update"),
-    _check("save", "training", 40, "asynchronous save: pause; equal tensors after loading, equal losses on resume"),
+    _check("save", "training", 40, "asynchronous save: its pause; equal tensors when loaded, equal losses after it"),
     _check("smoke", "launched", 130, "all stages up to `rlhf`, through the launcher", runs="launcher"),
     _check("nccl", "several", 40, "sums of collectives; bandwidth of an all-reduce", runs="all"),
-    _check("fsdp", "several", 120, "FSDP: the losses of one GPU; speed and memory at `large`", runs="all"),
-    _check("tp", "several", 120, "tensor parallelism, likewise; with `parallel.sp` too", runs="all"),
-    _check("kill", "launched", 150, "SIGKILL to a rank: the run continues", runs="launcher", several=True),
-    _check("hang", "launched", 180, "a stopped rank is found and restarted", runs="launcher", several=True),
+    _check("fsdp", "several", 120, "FSDP: the same losses as on one GPU; speed and memory at `large`", runs="all"),
+    _check("tp", "several", 120, "tensor parallelism, also with `parallel.sp`: the same losses; speed and memory", runs="all"),
+    _check("kill", "launched", 150, "a rank is killed with SIGKILL: the run continues", runs="launcher", several=True),
+    _check("hang", "launched", 180, "a rank is stopped: the launcher notices it, and the run continues", runs="launcher", several=True),
 )
 
 
