@@ -1,9 +1,9 @@
 """Generated Bash: scripts of functions and steps, in the style of one author.
 
-The wheels of the default install hold three shell scripts, 5 kB in all, so the shell scripts of the quick start are
-generated. Document i depends on (seed, i) alone. A document takes its pieces from bash_pieces.txt: all from those that
-are held out for val, or none, so val scripts are about things that no train script does. A test reads the scripts with
-`bash -n`.
+The wheels of the default install contain three shell scripts, 5 kB in all, so the shell scripts of the quick start are
+generated. Document i depends on (seed, i) alone. A document takes its pieces from bash_pieces.txt: either all from
+those that are held out for val, or none of them, so val scripts are about subjects that no train script has. A test
+reads the scripts with `bash -n`.
 """
 
 import random
@@ -19,9 +19,9 @@ from dist_lm.data.sources.reader import Candidate, reader, text_hash
 from dist_lm.document import Document
 
 DEFAULT_DOCUMENTS = 1000  # about 0.8 MB
-HELD_OUT = 0.05  # share of documents from the pieces of val
-EVERY = 7  # of so many pieces one is held out
-CHOICE = re.compile(r"‹([^‹›]*)›")  # innermost first: alternatives may hold words
+HELD_OUT = 0.05  # share of the documents that use the pieces of val
+HELD_OUT_EVERY = 7  # one piece in this number is held out for val
+CHOICE = re.compile(r"‹([^‹›]*)›")  # innermost first: alternatives may contain words
 VARIABLE = re.compile(r"\$([a-z_]\w*)")
 SHEBANGS = ("#!/bin/bash", "#!/bin/bash", "#!/usr/bin/env bash", "#!/usr/bin/env bash", "#!/usr/bin/bash")
 OPTIONS = ("", "set -e", "set -eu", "set -euo pipefail", "set -euo pipefail", "set -u", "set -o errexit -o nounset")
@@ -33,28 +33,29 @@ Piece = TypeVar("Piece")
 
 @dataclass(frozen=True)
 class Function:
-    """A function as bash_pieces.txt has it, with choices still open."""
+    """A function of bash_pieces.txt, whose choices are still open."""
 
-    names: str
-    does: str
-    call: str
-    body: str
+    names: str  # alternatives, separated by ¦
+    does: str  # comment on the function
+    call: str  # with NAME in place of the name
+    body: str  # with NAME in place of the name
 
 
 @dataclass(frozen=True)
 class Author:
-    """The habits of one author, the same through a whole script."""
+    """The habits of one author, which apply to all of a script."""
 
     shebang: str
     options: str
-    head: str  # of a function
+    head: str  # first line of a function
     indent: str
     braces: bool  # ${name} in place of $name
     comments: float  # share of functions and steps with a comment
-    main: bool  # the steps are in a function `main`
+    main: bool  # whether the steps are in a function `main`
 
     @classmethod
     def random(cls, rng: random.Random) -> "Author":
+        """Returns random habits."""
         return cls(
             shebang=rng.choice(SHEBANGS),
             options=rng.choice(OPTIONS),
@@ -65,88 +66,102 @@ class Author:
             main=rng.random() < 0.25,
         )
 
-    def written(self, text: str, depth: int = 0) -> str:
-        """Lines with the author's indentation; a here-document keeps its own."""
-        lines, inside = [], False
+    def indented(self, text: str, depth: int = 0) -> str:
+        """Returns lines with the author's indentation and style of variables; a here-document keeps its own."""
+        lines: list[str] = []
+        in_document = False
         for line in text.split("\n"):
-            bare = line.lstrip(" ")
-            if inside or not bare:
+            stripped = line.lstrip(" ")
+            if in_document or not stripped:
                 lines.append(line)
             else:
-                lines.append(self.indent * (depth + (len(line) - len(bare)) // 2) + bare)
-            inside = (inside or line.endswith("<<END")) and line != "END"
-        found = "\n".join(lines)
-        return VARIABLE.sub(r"${\1}", found) if self.braces else found
+                lines.append(self.indent * (depth + (len(line) - len(stripped)) // 2) + stripped)
+
+            in_document = (in_document or line.endswith("<<END")) and line != "END"
+
+        indented_text = "\n".join(lines)
+        return VARIABLE.sub(r"${\1}", indented_text) if self.braces else indented_text
 
 
 @reader(seeded=True, revision=1)
 def read_bash(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` documents (0: `DEFAULT_DOCUMENTS`)."""
+    """Yields `source.limit` documents (0: `DEFAULT_DOCUMENTS`)."""
     for i in range(source.limit or DEFAULT_DOCUMENTS):
         rng = random.Random(f"bash {seed} {i}")  # noqa: S311  (text, not secrets)
         held_out = rng.random() < HELD_OUT
+
         text = bash_document(rng, held_out)
-        # a hash at the beginning of its range is in val, at the end in train
+
+        # Small hashes belong to val, large ones to train.
         group = ("0" * 8 if held_out else "f" * 8) + text_hash(text)[8:]
         yield Document(text, source.language, f"generated:bash:seed={seed}:{i}", source.licence, group)
 
 
 def bash_document(rng: random.Random, held_out: bool) -> str:
-    """A script: a comment, options, functions, and steps that call them.
+    """Returns a script: a comment, options, functions, and steps that call them.
 
     Args:
-        held_out: from the pieces of val.
+        held_out: whether it consists of the pieces of val.
     """
     author = Author.random(rng)
-    defined, calls, purposes = [], [], []
-    for function in rng.sample(_side(functions(), held_out), rng.choice([0, 1, 1, 2, 2, 3, 4])):
+    definitions: list[str] = []
+    calls: list[str] = []
+    purposes: list[str] = []
+    for function in rng.sample(_of_split(functions(), held_out), rng.choice([0, 1, 1, 2, 2, 3, 4])):
         definition, call, purpose = _function(function, author, rng)
-        defined.append(definition)
+        definitions.append(definition)
         calls.append(call)
         purposes.append(purpose)
-    chosen = rng.sample(_side(steps(), held_out), rng.choice([1, 1, 2, 3]) if defined else rng.randint(2, 4))
-    parts = [_step(step, author, rng) for step in chosen]
+
+    # A script without functions needs a few more steps.
+    num_steps = rng.choice([1, 1, 2, 3]) if definitions else rng.randint(2, 4)
+    chosen_steps = rng.sample(_of_split(steps(), held_out), num_steps)
+    parts = [_step(step, author, rng) for step in chosen_steps]
     for call in calls:
         parts.insert(rng.randint(0, len(parts)), call)
-    purpose = purposes[0] if purposes else chosen[0].partition("\n")[0].removeprefix("# ")
+
+    purpose = purposes[0] if purposes else chosen_steps[0].partition("\n")[0].removeprefix("# ")
     head = [author.shebang]
     if rng.random() < author.comments:
         head.append(f"# {_filled(purpose, rng, {})}")
     if author.options:
         head.append(author.options)
+
+    # Here-documents must not be indented, and options are parsed at the top level.
     if author.main and not any("<<END" in part or "getopts" in part for part in parts):
         body = "\n".join(author.indent + line if line else line for line in "\n".join(parts).split("\n"))
         parts = [f"{author.head.replace('NAME', 'main')}\n{body}\n}}", 'main "$@"']
-    return "\n".join(head) + "\n\n" + "\n\n".join([*defined, *parts]) + "\n"
+
+    return "\n".join(head) + "\n\n" + "\n\n".join([*definitions, *parts]) + "\n"
 
 
 @cache
 def functions() -> list[Function]:
-    """All functions of bash_pieces.txt."""
-    found = []
+    """Returns all functions of bash_pieces.txt."""
+    parsed = []
     for piece in _section("functions"):
         name, does, call, body = piece.split("\n", 3)
-        found.append(
+        parsed.append(
             Function(name.removeprefix("name: "), does.removeprefix("does: "), call.removeprefix("call: "), body)
         )
-    return found
+    return parsed
 
 
 @cache
 def steps() -> list[str]:
-    """All steps of bash_pieces.txt, each with its comment in the first line."""
+    """Returns all steps of bash_pieces.txt, each with its comment in the first line."""
     return _section("steps")
 
 
 @cache
 def words() -> dict[str, list[str]]:
-    """The word lists of bash_pieces.txt, by name."""
+    """Returns the word lists of bash_pieces.txt, by name."""
     lines = [line.split(": ", 1) for line in "\n".join(_section("words")).split("\n")]
-    return {name: values.split("; ") for name, values in lines}
+    return {name: alternatives.split("; ") for name, alternatives in lines}
 
 
-def _side(pieces: list[Piece], held_out: bool) -> list[Piece]:
-    return [piece for number, piece in enumerate(pieces) if (number % EVERY == 0) == held_out]
+def _of_split(pieces: list[Piece], held_out: bool) -> list[Piece]:
+    return [piece for index, piece in enumerate(pieces) if (index % HELD_OUT_EVERY == 0) == held_out]
 
 
 def _section(name: str) -> list[str]:
@@ -156,32 +171,34 @@ def _section(name: str) -> list[str]:
 
 
 def _function(function: Function, author: Author, rng: random.Random) -> tuple[str, str, str]:
-    """`(definition, call, what it does)`."""
-    bound: dict[str, str] = {}  # one piece says the same word each time
+    """Returns `(definition, call, comment)` of a function."""
+    bound: dict[str, str] = {}  # a word is chosen once for the full piece
     name = rng.choice(function.names.split("¦"))
-    does, call = _filled(function.does, rng, bound), _filled(function.call, rng, bound).replace("NAME", name)
-    body = author.written(_filled(function.body, rng, bound).replace("NAME", name), depth=1)
+    does = _filled(function.does, rng, bound)
+    call = _filled(function.call, rng, bound).replace("NAME", name)
+    body = author.indented(_filled(function.body, rng, bound).replace("NAME", name), depth=1)
     comment = f"# {does}\n" if rng.random() < author.comments else ""
-    return f"{comment}{author.head.replace('NAME', name)}\n{body}\n}}", author.written(call), does
+
+    return f"{comment}{author.head.replace('NAME', name)}\n{body}\n}}", author.indented(call), does
 
 
 def _step(step: str, author: Author, rng: random.Random) -> str:
     comment, _, body = _filled(step, rng, {}).partition("\n")
-    written = author.written(body)
-    return f"{comment}\n{written}" if rng.random() < author.comments else written
+    body_text = author.indented(body)
+    return f"{comment}\n{body_text}" if rng.random() < author.comments else body_text
 
 
 def _filled(text: str, rng: random.Random, bound: dict[str, str]) -> str:
-    """`text` with a word or an alternative for every ‹...›. `bound`: the words chosen before, by their name."""
+    """Returns `text` with a word or an alternative for every ‹...›; `bound` has the words chosen before, by name."""
 
-    def chosen(match: re.Match[str]) -> str:
-        inside = match.group(1)
-        if "¦" in inside:
-            return rng.choice(inside.split("¦"))
-        if inside not in bound:
-            bound[inside] = rng.choice(words()[inside.rstrip("0123456789")])
-        return bound[inside]
+    def choose(match: re.Match[str]) -> str:
+        choice = match.group(1)
+        if "¦" in choice:
+            return rng.choice(choice.split("¦"))
+        if choice not in bound:
+            bound[choice] = rng.choice(words()[choice.rstrip("0123456789")])
+        return bound[choice]
 
     while CHOICE.search(text):
-        text = CHOICE.sub(chosen, text)
+        text = CHOICE.sub(choose, text)
     return text

@@ -3,11 +3,11 @@
     python -m dist_lm.demo.ladder FOLDER
 
 writes FOLDER/{train,held_out}.jsonl, prompts with tests (`rlhf.prompts_from`, `rlhf.held_out_from`), and
-FOLDER/solved.jsonl, other tasks with their solutions as conversations (reader `messages`), from which a model learns
-the form of an answer before it is rewarded. Tasks depend on the seed alone, and no task is in two parts.
+FOLDER/solved.jsonl: other tasks with their solutions, as conversations (reader `messages`). From these a model learns
+the form of an answer before it is rewarded. Tasks depend on the seed alone, and no task is in two files.
 
-A rung makes tasks that differ in their numbers and words. Expected values are computed here, beside the solution, so a
-test can hold one against the other.
+All tasks of a rung differ in their numbers and words. Expected values are computed here, beside the solution, so a test
+can compare the two.
 """
 
 import argparse
@@ -22,19 +22,19 @@ from typing import Any, Literal
 from dist_lm.storage import durable
 
 Part = Literal["solved", "train", "held_out"]
-SHARES: Mapping[Part, int] = {"solved": 8, "train": 6, "held_out": 2}  # of 16: which part a task belongs to
-SIZES: Mapping[Part, int] = {"solved": 1620, "train": 1080, "held_out": 216}
-MOST, SMALL = 99, 24  # largest number of a task, and of a length
+SHARES: Mapping[Part, int] = {"solved": 8, "train": 6, "held_out": 2}  # shares of all tasks, out of 16
+SIZES: Mapping[Part, int] = {"solved": 1620, "train": 1080, "held_out": 216}  # numbers of tasks
+MOST, SMALL = 99, 24  # largest number in a task, and largest length
 WORDS = ("river", "Stone", "a b", "pear", "LAMP", "night sky", "Oslo", "ink", "maple", "Quartz", "x", "sand dune")
 NAMES = tuple(word.replace(" ", "_") for word in WORDS)
 OPENINGS = {"python": "Python f(x)", "bash": "Bash f x", "sql": "SQL"}
 ANSWERS = {"python": "def f(x): return {}", "bash": "f() {{ echo {}; }}", "sql": "SELECT {}"}
-TRIED = 200  # draws for one task, at most: a rung's numbers may be used up
+MOST_DRAWS = 200  # draws for one task: all numbers of a rung may be in use
 
 
 @dataclass(frozen=True)
 class TinyTask:
-    """A request, its tests as `kind=tests` reads them, and an answer that passes."""
+    """A request, its tests in the form of `kind=tests`, and an answer that passes them."""
 
     level: int
     language: str
@@ -44,25 +44,25 @@ class TinyTask:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The line of a file of prompts."""
+        """Returns the task as a line of a file of prompts."""
         return {"prompt": self.prompt, "language": self.language, "level": self.level, "tests": list(self.tests)}
 
     @property
     def conversation(self) -> dict[str, Any]:
-        """The line of a file of conversations."""
+        """Returns the task as a line of a file of conversations."""
         turns = (("user", self.prompt), ("assistant", self.solution))
         return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 @dataclass(frozen=True)
 class Rung:
-    """Tasks of one kind: {a} and {b} in request and solution stand for numbers from 2 on."""
+    """Tasks of one kind: {a} and {b} in request and solution stand for numbers from 2 to `most`."""
 
     level: int
-    takes: str  # what f is called with: int, text, list; `rows` for SQL
-    asks: str
-    solution: str  # an expression of x; for SQL what follows SELECT
-    value: Callable[[Any, int, int], Any]  # (argument, a, b) -> expected; for SQL the rows
+    takes: str  # type of the argument of f: int, text, list; `rows` for SQL
+    asks: str  # the requested value, in words
+    solution: str  # an expression of x; for SQL the text after SELECT
+    value: Callable[[Any, int, int], Any]  # (argument, a, b) -> expected value; for SQL the expected rows
     most: int = MOST
 
 
@@ -113,35 +113,38 @@ RUNGS = (*(("python", rung) for rung in PYTHON), *(("bash", rung) for rung in BA
 
 
 def tasks(seed: int, part: Part, count: int) -> Iterator[TinyTask]:
-    """Different tasks of a part: each rung in turn, `count` in all, fewer if the numbers of a rung are used up."""
+    """Yields `count` different tasks of a part, each rung in turn; fewer if the numbers of a rung are used up."""
+    # Each part has a generator of its own, so that the size of one part does not change another.
     rng = random.Random(f"ladder {seed} {part}")  # noqa: S311 no secret
-    made: set[str] = set()
-    for place in range(count):
-        language, rung = RUNGS[place % len(RUNGS)]
-        for _ in range(TRIED):
+    prompts: set[str] = set()
+
+    for index in range(count):
+        language, rung = RUNGS[index % len(RUNGS)]
+        for _ in range(MOST_DRAWS):
             a, b = rng.sample(range(2, rung.most + 1), 2)
             prompt = f"{OPENINGS[language]}: {rung.asks.format(a=a, b=b)}"
-            if prompt not in made and part_of(prompt) == part:
-                made.add(prompt)
+            if prompt not in prompts and part_of(prompt) == part:
+                prompts.add(prompt)
                 yield _task(language, rung, prompt, rng, a, b)
                 break
 
 
 def part_of(prompt: str) -> Part:
-    """The part that a task belongs to, whatever the seed is."""
-    place = hashlib.sha256(prompt.encode()).digest()[0] % 16
+    """Returns the part that a task belongs to, for every seed."""
+    position = hashlib.sha256(prompt.encode()).digest()[0] % 16
+
     for part, share in SHARES.items():
-        place -= share
-        if place < 0:
+        position -= share
+        if position < 0:
             return part
     raise AssertionError("shares of 16")
 
 
 def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b: int) -> TinyTask:
     solution = rung.solution.format(a=a, b=b)
-    cases = [
-        [(argument, rung.value(argument, a, b)) for argument in arguments] for arguments in _arguments(rung, rng, a, b)
-    ]
+    tests_arguments = _arguments(rung, rng, a, b)
+    cases = [[(argument, rung.value(argument, a, b)) for argument in arguments] for arguments in tests_arguments]
+
     tests: list[str | dict[str, str]] = []
     for pairs in cases:
         if language == "python":
@@ -151,40 +154,45 @@ def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b:
         else:
             [(table, rows)] = pairs
             tests.append({"before": _table(table), "stdout": "\n".join(map(str, rows))})
+
     return TinyTask(rung.level, language, prompt, tuple(tests), ANSWERS[language].format(solution))
 
 
 def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]]:
-    """The arguments of two tests: some at random, and some where another number gives another value."""
+    """Returns the arguments of two tests: random ones, and ones for which wrong numbers give wrong values."""
 
-    def values(*more: int) -> list[int]:
-        others = [value for value in range(1, MOST + 2) if value not in (a, a + 1)]
-        found = [*rng.sample(others, rng.randint(3, 5)), *more]
-        rng.shuffle(found)
-        return found
+    def numbers(*extra: int) -> list[int]:
+        candidates = [number for number in range(1, MOST + 2) if number not in (a, a + 1)]
+        drawn = [*rng.sample(candidates, rng.randint(3, 5)), *extra]
+        rng.shuffle(drawn)
+        return drawn
 
+    # Numbers around a and b tell `above` from `at least`, and `{a}` from a neighbour.
     if rung.takes == "int":
         return [rng.sample(range(1, MOST + 2), 2), [a - 1, a + 1, b, b + 1]]
+
     if rung.takes == "text":
         texts = (" ".join(rng.sample(WORDS, len(WORDS))) for _ in range(2))
         return [[text[: a + 4 + rng.randint(0, 5)].strip()] for text in texts]
+
     if rung.takes == "list":
-        return [[values(a, a + 1) + values() * (a // 3 if rung.most == SMALL else 0)], [values(a + 1), values()]]
-    prices = (values(a, a + 1), values(a, a - 1, a + 1))
-    return [[[*zip(rng.sample(NAMES, len(given)), given, strict=True)]] for given in prices]
+        return [[numbers(a, a + 1) + numbers() * (a // 3 if rung.most == SMALL else 0)], [numbers(a + 1), numbers()]]
+
+    prices = (numbers(a, a + 1), numbers(a, a - 1, a + 1))
+    return [[[*zip(rng.sample(NAMES, len(table_prices)), table_prices, strict=True)]] for table_prices in prices]
 
 
 def _table(rows: Sequence[tuple[str, int]]) -> str:
-    values = ", ".join(f"('{name}', {price})" for name, price in rows)
-    return f"CREATE TABLE items (name TEXT, price INTEGER); INSERT INTO items VALUES {values}"  # noqa: S608 our own
+    rows_text = ", ".join(f"('{name}', {price})" for name, price in rows)
+    return f"CREATE TABLE items (name TEXT, price INTEGER); INSERT INTO items VALUES {rows_text}"  # noqa: S608 our own
 
 
 def write(folder: Path, seed: int = 0, sizes: Mapping[Part, int] = SIZES) -> None:
     """Write the three files."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in sizes.items():
-        found = list(tasks(seed, part, count))
-        lines = [task.conversation if part == "solved" else task.fields for task in found]
+        part_tasks = list(tasks(seed, part, count))
+        lines = [task.conversation if part == "solved" else task.fields for task in part_tasks]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         durable.write_text(folder / f"{part}.jsonl", text)
 
@@ -193,8 +201,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write tiny tasks with tests.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    write(given.folder, given.seed)
+    options = parser.parse_args()
+    write(options.folder, options.seed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Generated SQL: schemas of many trades and statements about them.
 
-Document i depends on (seed, i) alone, so it is the same on every machine. A test runs the documents with SQLite.
+Document i depends on (seed, i) alone, so all machines generate the same text. A test runs the documents with SQLite.
 """
 
 import random
@@ -17,43 +17,51 @@ from dist_lm.demo.sql_statements import CHANGES, create_table, insert_rows
 from dist_lm.document import Document
 
 DEFAULT_DOCUMENTS = 600  # about 1.0 MB
-MADE = re.compile(r"(CREATE \w+|ALTER TABLE \w+ ADD COLUMN) \w+")  # a document makes each name once
-SHORTEST, LONGEST = 500, 2600  # characters aimed at
+CREATED = re.compile(r"(CREATE \w+|ALTER TABLE \w+ ADD COLUMN) \w+")  # a document creates each name once
+SHORTEST, LONGEST = 500, 2600  # characters; a document ends after a length between these
 
 
 @reader(seeded=True, revision=1)
 def read_sql(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` documents (0: `DEFAULT_DOCUMENTS`)."""
+    """Yields `source.limit` documents (0: `DEFAULT_DOCUMENTS`)."""
     for i in range(source.limit or DEFAULT_DOCUMENTS):
         text = sql_document(random.Random(f"sql {seed} {i}"))  # noqa: S311  (text, not secrets)
         yield Document(text, source.language, f"generated:sql:seed={seed}:{i}", source.licence, text_hash(text))
 
 
 def sql_document(rng: random.Random) -> str:
-    """A schema, rows for it, and statements about it, in the style of one author."""
+    """Returns a schema, rows for it, and statements about it, in the style of one author."""
     trade, tables = random_schema(rng)
     scene = Scene(rng, tables, Style.random(rng))
     style = scene.style
-    size = rng.randint(SHORTEST, LONGEST)
+
+    target_length = rng.randint(SHORTEST, LONGEST)
     parts = []
     if rng.random() < 0.4 and style.comments != "none":
         parts.append(style.comment(f"{spoken(trade)}: {', '.join(spoken(table.name) for table in tables)}").rstrip())
+
     parts += [style.finish(create_table(scene, table)) for table in tables]
-    filled = rng.randint(0, len(tables))  # parents come before children and get their rows first
-    for table in tables[:filled]:
+
+    # Parents come before children and get their rows first.
+    num_with_rows = rng.randint(0, len(tables))
+    for table in tables[:num_with_rows]:
         parts += map(style.finish, insert_rows(scene, table, 1, rng.randint(1, 4)))
-    seen: set[str] = set()  # statements, and names of what they make
-    while sum(len(part) + 2 for part in parts) < size:
+
+    used: set[str] = set()  # statements, and the objects that they create
+    while sum(len(part) + 2 for part in parts) < target_length:
         write = rng.choice(rng.choices([QUERIES, ANALYSES, CHANGES], weights=[35, 35, 30])[0])
         statement = write(scene)
-        if statement is None or statement[1] in seen:
+        if statement is None or statement[1] in used:
             continue
+
         words, text = statement
-        made = MADE.match(text)
-        if made and made.group() in seen:
+        created = CREATED.match(text)
+        if created and created.group() in used:
             continue
-        seen |= {text, made.group()} if made else {text}
+        used |= {text, created.group()} if created else {text}
+
         comment = style.comment(words) if rng.random() < 0.6 else ""
         parts.append(comment + style.finish(text))
-    between = rng.choice(["\n\n", "\n\n", "\n"])
-    return between.join(parts) + "\n"
+
+    separator = rng.choice(["\n\n", "\n\n", "\n"])
+    return separator.join(parts) + "\n"

@@ -1,6 +1,6 @@
-"""Statements about a schema that count and measure: groups, windows, table expressions, bands, periods.
+"""Statements that count and measure the rows of a schema: groups, windows, table expressions, bands, periods.
 
-Each function returns `(what it does in words, SQL)`, or None if the schema has no table or column for it.
+Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
 """
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
@@ -14,42 +14,51 @@ AGGREGATES = [("SUM", "total"), ("AVG", "average"), ("MIN", "lowest"), ("MAX", "
 
 
 def group_by_value(scene: Scene) -> Statement | None:
-    picked = scene.table_with({"city", "country", "choice", "flag"})
-    if picked is None:
+    """Counts rows by the value of a column."""
+    table_and_column = scene.table_with({"city", "country", "choice", "flag"})
+    if table_and_column is None:
         return None
-    table, column = picked
-    items = [
+    table, column = table_and_column
+
+    columns = [
         column.name,
         f"COUNT(*) AS {scene.rng.choice(['n', 'total', 'how_many', table.name + '_count'])}",
     ]
     words = f"number of {spoken(table.name)} by {spoken(column.name)}"
+
     numbers = table.of(QUANTITIES)
     if numbers:
         function, _ = scene.rng.choice(AGGREGATES)
         measured = scene.rng.choice(numbers).name
-        items.append(f"ROUND({function}({measured}), 2) AS {function.lower()}_{measured}")
-    clauses: list[Clause] = [("SELECT", items, ", "), ("FROM", [table.name], "")]
+        columns.append(f"ROUND({function}({measured}), 2) AS {function.lower()}_{measured}")
+
+    clauses: list[Clause] = [("SELECT", columns, ", "), ("FROM", [table.name], "")]
     if scene.rng.random() < 0.4:
         condition, spoken_condition = scene.predicate(table)
         clauses.append(("WHERE", [condition], ""))
         words += f", {spoken_condition}"
+
     clauses.append(("GROUP BY", [column.name], ", "))
     if scene.rng.random() < 0.5:
         clauses.append(("HAVING", [f"COUNT(*) {scene.rng.choice(['>', '>='])} {scene.rng.randint(1, 5)}"], ""))
     clauses.append(("ORDER BY", [scene.rng.choice(["2 DESC", column.name, "COUNT(*) DESC"])], ", "))
+
     return words, scene.style.render(clauses)
 
 
 def totals_of_children(scene: Scene) -> Statement | None:
+    """Aggregates a quantity of child rows for each parent."""
     relation = scene.relation()
     if relation is None or not relation[0].of(QUANTITIES):
         return None
     child, key, parent = relation
     c, p = scene.alias(child), scene.alias(parent)
+
     measured = scene.rng.choice(child.of(QUANTITIES)).name
     function, words = scene.rng.choice(AGGREGATES)
     label = scene.rng.choice(parent.columns).name
     name = f"{words}_{measured}"
+
     clauses: list[Clause] = [
         ("SELECT", [f"{p}.{label}", f"{function}({c}.{measured}) AS {name}"], ", "),
         ("FROM", [scene.named(parent)], ""),
@@ -62,40 +71,49 @@ def totals_of_children(scene: Scene) -> Statement | None:
 
 
 def above_average(scene: Scene) -> Statement | None:
-    picked = scene.table_with(QUANTITIES)
-    if picked is None:
+    """Selects the rows above the average of a column, or at its maximum."""
+    table_and_column = scene.table_with(QUANTITIES)
+    if table_and_column is None:
         return None
-    table, column = picked
+    table, column = table_and_column
+
     function, words = scene.rng.choice(AGGREGATES[1:2] + AGGREGATES[3:])
     operator = ">" if function == "AVG" else "="
+
     inner: list[Clause] = [("SELECT", [f"{function}({column.name})"], ""), ("FROM", [table.name], "")]
     clauses: list[Clause] = [
         ("SELECT", [table.key, *scene.some(table, 3)], ", "),
         ("FROM", [table.name], ""),
         ("WHERE", [f"{column.name} {operator} {scene.style.block(inner)}"], ""),
     ]
+
     relation = "above the" if operator == ">" else "at the"
     return f"{spoken(table.name)} {relation} {words} {spoken(column.name)}", scene.style.render(clauses)
 
 
 def with_expression(scene: Scene) -> Statement | None:
+    """Joins a table with a table expression that counts its children."""
     relation = scene.relation()
     if relation is None:
         return None
     child, key, parent = relation
+
     name = scene.rng.choice([f"{singular(child.name)}_counts", f"per_{singular(parent.name)}", "totals", "stats"])
-    items = [key, "COUNT(*) AS n"]
+    columns = [key, "COUNT(*) AS n"]
     numbers = child.of(QUANTITIES)
     if numbers:
-        items.append(f"SUM({scene.rng.choice(numbers).name}) AS amount")
-    inner: list[Clause] = [("SELECT", items, ", "), ("FROM", [child.name], ""), ("GROUP BY", [key], ", ")]
+        columns.append(f"SUM({scene.rng.choice(numbers).name}) AS amount")
+    inner: list[Clause] = [("SELECT", columns, ", "), ("FROM", [child.name], ""), ("GROUP BY", [key], ", ")]
+
+    # A name that is used twice in the statement would be ambiguous.
     p = scene.alias(parent)
     if p in (name, "n"):
         return None
+
     outer: list[Clause] = [
         (
             "SELECT",
-            [*scene.some(parent, 2, f"{p}."), *(f"{name}.{item.split(' AS ')[1]}" for item in items[1:])],
+            [*scene.some(parent, 2, f"{p}."), *(f"{name}.{column.split(' AS ')[1]}" for column in columns[1:])],
             ", ",
         ),
         ("FROM", [scene.named(parent)], ""),
@@ -103,39 +121,51 @@ def with_expression(scene: Scene) -> Statement | None:
         ("WHERE", [f"{name}.n >= {scene.rng.randint(1, 6)}"], ""),
         ("ORDER BY", [f"{name}.n DESC"], ", "),
     ]
+
     text = f"WITH {name} AS (\n{scene.style.indented(scene.style.render(inner))}\n)\n{scene.style.render(outer)}"
     return f"{spoken(parent.name)} by number of {spoken(child.name)}", text
 
 
 def recursive(scene: Scene) -> Statement | None:
-    picked = scene.table_with(DATES)
-    if picked is None:
+    """Counts rows for each day of a recursive calendar."""
+    table_and_column = scene.table_with(DATES)
+    if table_and_column is None:
         return None
-    table, column = picked
-    year, days = scene.rng.randint(2016, 2024), scene.rng.choice([7, 14, 30, 31, 90])
+    table, column = table_and_column
+
+    year = scene.rng.randint(2016, 2024)
+    days = scene.rng.choice([7, 14, 30, 31, 90])
     steps = (
         f"SELECT DATE('{year}-{scene.rng.randint(1, 12):02d}-01')\nUNION ALL\n"
         f"SELECT DATE(day, '+1 day') FROM days LIMIT {days}"
     )
+
     text = (
         f"WITH RECURSIVE days(day) AS (\n{scene.style.indented(steps)}\n)\n"
         f"SELECT days.day, COUNT({table.name}.{table.key}) AS n\nFROM days\n"
         f"LEFT JOIN {table.name} ON DATE({table.name}.{column.name}) = days.day\nGROUP BY days.day"
     )
+
     return f"{spoken(table.name)} a day for {days} days, empty days included", text
 
 
 def window(scene: Scene) -> Statement | None:
-    picked = scene.table_with(QUANTITIES)
-    if picked is None:
+    """Ranks rows or computes running figures with a window function."""
+    table_and_column = scene.table_with(QUANTITIES)
+    if table_and_column is None:
         return None
-    table, column = picked
-    groups = [c.name for c in table.of({"choice", "city", "country"})] + [key for key, _ in table.parents]
+    table, column = table_and_column
+
+    groups = [candidate.name for candidate in table.of({"choice", "city", "country"})] + [
+        key for key, _ in table.parents
+    ]
     partition = f"PARTITION BY {scene.rng.choice(groups)} " if groups else ""
     dates = table.of(DATES)
     by_time = scene.rng.choice(dates).name if dates else table.key
+
     name = column.name
-    best, later = f"({partition}ORDER BY {name} DESC)", f"{partition}ORDER BY {by_time}"
+    best = f"({partition}ORDER BY {name} DESC)"
+    later = f"{partition}ORDER BY {by_time}"
     expression, words = scene.rng.choice(
         [
             (f"ROW_NUMBER() OVER {best} AS position", "position by"),
@@ -145,13 +175,16 @@ def window(scene: Scene) -> Statement | None:
             (f"AVG({name}) OVER ({later} ROWS BETWEEN 2 PRECEDING AND CURRENT ROW) AS smoothed", "smoothed"),
         ]
     )
-    first = scene.style.flat([("SELECT", [table.key, name, expression], ", "), ("FROM", [table.name], "")])
+
+    # A window function is not allowed in WHERE, so a filter by position needs a subquery.
+    subquery = scene.style.flat([("SELECT", [table.key, name, expression], ", "), ("FROM", [table.name], "")])
     if scene.rng.random() < 0.3 and " AS position" in expression:
         top = scene.rng.randint(1, 5)
         return (
             f"the first {top} {spoken(table.name)} by {spoken(name)}",
-            f"SELECT *\nFROM ({first})\nWHERE position <= {top}",
+            f"SELECT *\nFROM ({subquery})\nWHERE position <= {top}",
         )
+
     clauses: list[Clause] = [
         ("SELECT", [table.key, *scene.some(table, 2), expression], ", "),
         ("FROM", [table.name], ""),
@@ -160,13 +193,16 @@ def window(scene: Scene) -> Statement | None:
 
 
 def buckets(scene: Scene) -> Statement | None:
-    picked = scene.table_with(QUANTITIES)
-    if picked is None:
+    """Sorts the values of a column into three bands with CASE."""
+    table_and_column = scene.table_with(QUANTITIES)
+    if table_and_column is None:
         return None
-    table, column = picked
-    whole = 1.0 if column.kind == "ratio" else 400.0
-    low, high = (float(argument) for argument in column.arguments or ("0", str(whole)))
-    cut = [f"{low + (high - low) * share:.{0 if high > 10 else 2}f}" for share in (0.33, 0.66)]
+    table, column = table_and_column
+
+    default_high = 1.0 if column.kind == "ratio" else 400.0
+    low, high = (float(argument) for argument in column.arguments or ("0", str(default_high)))
+    limits = [f"{low + (high - low) * share:.{0 if high > 10 else 2}f}" for share in (0.33, 0.66)]
+
     names = scene.rng.choice(
         [
             ("low", "medium", "high"),
@@ -175,39 +211,47 @@ def buckets(scene: Scene) -> Statement | None:
             ("C", "B", "A"),
         ]
     )
+
     label = scene.rng.choice(["bucket", "band", "category_label", "size_class"])
     i = scene.style.indent
     case = (
-        f"CASE\n{i}WHEN {column.name} < {cut[0]} THEN '{names[0]}'\n"
-        f"{i}WHEN {column.name} < {cut[1]} THEN '{names[1]}'\n{i}ELSE '{names[2]}'\nEND AS {label}"
+        f"CASE\n{i}WHEN {column.name} < {limits[0]} THEN '{names[0]}'\n"
+        f"{i}WHEN {column.name} < {limits[1]} THEN '{names[1]}'\n{i}ELSE '{names[2]}'\nEND AS {label}"
     )
+
     if scene.style.layout == "line":
         case = " ".join(case.split())
+
     clauses: list[Clause] = [
         ("SELECT", [case, "COUNT(*)"], ", "),
         ("FROM", [table.name], ""),
         ("GROUP BY", [label], ", "),
     ]
+
     return f"{spoken(table.name)} sorted into bands of {spoken(column.name)}", scene.style.render(clauses)
 
 
 def by_period(scene: Scene) -> Statement | None:
-    picked = scene.table_with(DATES)
-    if picked is None:
+    """Counts rows by year, month, weekday or hour."""
+    table_and_column = scene.table_with(DATES)
+    if table_and_column is None:
         return None
-    table, column = picked
+    table, column = table_and_column
+
     pattern, period = scene.rng.choice([("%Y", "year"), ("%Y-%m", "month"), ("%w", "weekday"), ("%H", "hour")])
-    items = [f"STRFTIME('{pattern}', {column.name}) AS {period}", "COUNT(*) AS n"]
+    columns = [f"STRFTIME('{pattern}', {column.name}) AS {period}", "COUNT(*) AS n"]
     numbers = table.of({"money", "int", "measure"})
     if numbers:
-        items.append(f"SUM({scene.rng.choice(numbers).name}) AS total")
+        columns.append(f"SUM({scene.rng.choice(numbers).name}) AS total")
+
     clauses: list[Clause] = [
-        ("SELECT", items, ", "),
+        ("SELECT", columns, ", "),
         ("FROM", [table.name], ""),
         ("WHERE", [f"{column.name} IS NOT NULL"], " AND "),
         ("GROUP BY", [period], ", "),
         ("ORDER BY", [period], ", "),
     ]
+
     return f"{spoken(table.name)} by {period} of {spoken(column.name)}", scene.style.render(clauses)
 
 

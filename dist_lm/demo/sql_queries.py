@@ -1,6 +1,6 @@
-"""Statements about a schema that ask for rows: filters, joins, subqueries, sets, text functions, views.
+"""Statements that select rows of a schema: filters, joins, subqueries, sets, text functions, views.
 
-Each function returns `(what it does in words, SQL)`, or None if the schema has no table or column for it.
+Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
 """
 
 from collections.abc import Callable
@@ -11,25 +11,30 @@ from dist_lm.demo.sql_schema import TEXTS, singular
 
 
 def plain(scene: Scene) -> Statement | None:
+    """Selects the rows of one table that meet some conditions."""
     table = scene.rng.choice(scene.tables)
     conditions = [scene.predicate(table) for _ in range(scene.rng.randint(1, 3))]
     order = scene.rng.choice(table.columns).name
+
     clauses: list[Clause] = [
         ("SELECT", scene.rng.choice([["*"], [table.key, *scene.some(table, 4)], scene.some(table, 4)]), ", "),
         ("FROM", [table.name], ""),
         ("WHERE", [condition for condition, _ in conditions], " AND "),
         ("ORDER BY", [order + scene.rng.choice(["", " DESC", " ASC"])], ", "),
     ]
+
     if scene.rng.random() < 0.5:
         clauses.append(("LIMIT", [str(scene.rng.choice([5, 10, 20, 50, 100]))], ""))
     return f"{spoken(table.name)} {' and '.join(words for _, words in conditions)}", scene.style.render(clauses)
 
 
 def distinct_values(scene: Scene) -> Statement | None:
-    picked = scene.table_with({"city", "country", "choice", "word", "unit"})
-    if picked is None:
+    """Lists the distinct values of a column."""
+    table_and_column = scene.table_with({"city", "country", "choice", "word", "unit"})
+    if table_and_column is None:
         return None
-    table, column = picked
+    table, column = table_and_column
+
     clauses: list[Clause] = [
         ("SELECT DISTINCT", [column.name], ", "),
         ("FROM", [table.name], ""),
@@ -39,12 +44,15 @@ def distinct_values(scene: Scene) -> Statement | None:
 
 
 def join_two(scene: Scene) -> Statement | None:
+    """Joins a child table with its parent."""
     relation = scene.relation()
     if relation is None:
         return None
     child, key, parent = relation
+
     c, p = scene.alias(child), scene.alias(parent)
     condition, words = scene.predicate(child, f"{c}.")
+
     clauses: list[Clause] = [
         ("SELECT", [*scene.some(parent, 2, f"{p}."), *scene.some(child, 3, f"{c}.")], ", "),
         ("FROM", [scene.named(child)], ""),
@@ -59,6 +67,7 @@ def join_two(scene: Scene) -> Statement | None:
 
 
 def join_three(scene: Scene) -> Statement | None:
+    """Counts grandchildren with two left joins."""
     chains = [
         (a, key_a, scene.table(b), key_b, scene.table(c))
         for a in scene.tables
@@ -66,11 +75,14 @@ def join_three(scene: Scene) -> Statement | None:
         for key_b, c in scene.table(b).parents
         if len({a.name, b, c}) == 3
     ]
+
     if not chains:
         return None
+
     low, low_key, middle, middle_key, top = scene.rng.choice(chains)
     a, b, c = scene.alias(low), scene.alias(middle), scene.alias(top)
     label = scene.rng.choice(top.columns).name
+
     clauses: list[Clause] = [
         ("SELECT", [f"{c}.{label}", f"COUNT({a}.{low.key}) AS {low.name}_count"], ", "),
         ("FROM", [scene.named(top)], ""),
@@ -83,19 +95,24 @@ def join_three(scene: Scene) -> Statement | None:
 
 
 def without_children(scene: Scene) -> Statement | None:
+    """Selects parents without children, by LEFT JOIN or NOT EXISTS."""
     relation = scene.relation()
     if relation is None:
         return None
+
     child, key, parent = relation
     words = f"{spoken(parent.name)} without {spoken(child.name)}"
+
     c, p = scene.alias(child), scene.alias(parent)
-    shown = scene.some(parent, 3, f"{p}.")
-    head: list[Clause] = [("SELECT", shown, ", "), ("FROM", [scene.named(parent)], "")]
+    columns = scene.some(parent, 3, f"{p}.")
+    head: list[Clause] = [("SELECT", columns, ", "), ("FROM", [scene.named(parent)], "")]
+
     if scene.rng.random() < 0.5:
         join = f"{scene.named(child)} ON {c}.{key} = {p}.{parent.key}"
         return words, scene.style.render(
             [*head, ("LEFT JOIN", [join], ""), ("WHERE", [f"{c}.{child.key} IS NULL"], "")]
         )
+
     inner: list[Clause] = [
         ("SELECT", ["1"], ""),
         ("FROM", [scene.named(child)], ""),
@@ -105,12 +122,15 @@ def without_children(scene: Scene) -> Statement | None:
 
 
 def with_matching_children(scene: Scene) -> Statement | None:
+    """Selects parents with children that meet a condition."""
     relation = scene.relation()
     if relation is None:
         return None
     child, key, parent = relation
+
     condition, words = scene.predicate(child)
     inner: list[Clause] = [("SELECT", [key], ""), ("FROM", [child.name], ""), ("WHERE", [condition], "")]
+
     clauses: list[Clause] = [
         ("SELECT", scene.some(parent, 4), ", "),
         ("FROM", [parent.name], ""),
@@ -120,25 +140,31 @@ def with_matching_children(scene: Scene) -> Statement | None:
 
 
 def both_sets(scene: Scene) -> Statement | None:
+    """Combines the values of two columns with a set operation."""
     first = scene.table_with(TEXTS)
     second = scene.table_with(TEXTS)
     if first is None or second is None or first == second:
         return None
+
     operator, words = scene.rng.choice(
         [("UNION", "or"), ("UNION ALL", "or"), ("INTERSECT", "and"), ("EXCEPT", "but not")]
     )
+
     parts = []
     for table, column in (first, second):
         parts.append(scene.style.flat([("SELECT", [column.name], ", "), ("FROM", [table.name], "")]))
-    joined = f"\n{operator}\n".join(parts)
-    return f"{spoken(first[1].name)} of {spoken(first[0].name)} {words} of {spoken(second[0].name)}", joined
+
+    set_operation = f"\n{operator}\n".join(parts)
+    return f"{spoken(first[1].name)} of {spoken(first[0].name)} {words} of {spoken(second[0].name)}", set_operation
 
 
 def text_functions(scene: Scene) -> Statement | None:
-    picked = scene.table_with(TEXTS)
-    if picked is None:
+    """Applies a text function to a column."""
+    table_and_column = scene.table_with(TEXTS)
+    if table_and_column is None:
         return None
-    table, column = picked
+    table, column = table_and_column
+
     name = column.name
     expression, words = scene.rng.choice(
         [
@@ -150,21 +176,26 @@ def text_functions(scene: Scene) -> Statement | None:
             (f"REPLACE(LOWER({name}), ' ', '-')", "as a slug"),
         ]
     )
+
     alias = scene.rng.choice(["label", "display", "shown", f"{name}_text"])
     clauses: list[Clause] = [
         ("SELECT", [table.key, f"{expression} AS {alias}"], ", "),
         ("FROM", [table.name], ""),
     ]
+
     if scene.rng.random() < 0.5:
         clauses.append(("WHERE", [scene.predicate(table)[0]], ""))
+
     return f"{spoken(name)} of {spoken(table.name)} {words}", scene.style.render(clauses)
 
 
 def view(scene: Scene) -> Statement | None:
+    """Creates a view of another statement."""
     inner = scene.rng.choice([join_two, totals_of_children, group_by_value, by_period])(scene)
     if inner is None:
         return None
     words, text = inner
+
     kind = scene.rng.choice(["overview", "summary", "report", "listing"])
     name = f"{scene.rng.choice(scene.tables).name}_{kind}_{scene.rng.randint(1, 99)}"
     return words, f"CREATE VIEW {name} AS\n{text}"

@@ -1,4 +1,4 @@
-"""What generated SQL is written about, and how: picks of tables, columns and conditions, in the style of one author."""
+"""The schema of generated SQL and the style of its author: picks of tables, columns and conditions."""
 
 import random
 import re
@@ -6,26 +6,27 @@ from dataclasses import dataclass
 
 from dist_lm.demo.sql_schema import DATES, NUMBERS, TEXTS, Column, Table, literal, quoted
 
-Statement = tuple[str, str]  # what it does in words, SQL
-Clause = tuple[str, list[str], str]  # keyword, items, what stands between the items
+Statement = tuple[str, str]  # (description, SQL)
+Clause = tuple[str, list[str], str]  # (keyword, items, separator between the items)
 FUNCTIONS = {
     *("AVG", "COUNT", "LAG", "MAX", "MIN", "RANK", "ROW_NUMBER", "SUM"),
     *("COALESCE", "DATE", "LENGTH", "LOWER", "REPLACE", "ROUND", "STRFTIME", "SUBSTR", "TRIM", "UPPER"),
 }
-# Literals and comments keep their letters; only words written in capitals are keywords.
+# Literals and comments keep their case; only words written in capitals are keywords.
+
 TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/|\b[A-Z][A-Z_]+\b", re.S)
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """The habits of one author, the same through a whole document."""
+    """The habits of one author, which apply to all of a document."""
 
-    keywords: str  # upper | lower | mixed (functions in small letters)
+    keywords: str  # upper | lower | mixed (only functions are lower case)
     layout: str  # line | clauses | lists | leading (comma)
     indent: str
-    alias: str  # as | bare | none (whole table names)
+    alias: str  # as | bare | none (full table names)
     comments: str  # line | block | none
-    key: str  # how a primary key is declared
+    key: str  # declaration of a primary key
     types: dict[str, str]  # kind of column -> SQL type
     named_constraints: bool
     not_null: bool
@@ -33,8 +34,10 @@ class Style:
 
     @classmethod
     def random(cls, rng: random.Random) -> "Style":
+        """Returns random habits."""
         text = rng.choice(["TEXT", "VARCHAR(255)", "VARCHAR(100)", "TEXT"])
         types: dict[str, str] = dict.fromkeys(sorted(TEXTS | {"choice"}), text)
+
         if text == "VARCHAR(255)":
             types |= {
                 "note": "TEXT",
@@ -42,6 +45,7 @@ class Style:
                 "choice": "VARCHAR(20)",
                 "country": "VARCHAR(80)",
             }
+
         types |= {
             "code": rng.choice(["TEXT", "CHAR(12)", "VARCHAR(20)"]),
             "int": rng.choice(["INTEGER", "INT", "INTEGER", "BIGINT"]),
@@ -52,6 +56,7 @@ class Style:
             "moment": rng.choice(["TIMESTAMP", "DATETIME", "TEXT"]),
         }
         types |= dict.fromkeys(["ratio", "measure", "coordinate"], rng.choice(["REAL", "DOUBLE PRECISION", "FLOAT"]))
+
         return cls(
             keywords=rng.choice(["upper", "upper", "lower", "mixed"]),
             layout=rng.choice(["line", "clauses", "clauses", "lists", "lists", "leading"]),
@@ -68,37 +73,39 @@ class Style:
         )
 
     def render(self, clauses: list[Clause]) -> str:
-        """The clauses of a statement, without its semicolon."""
+        """Returns a statement without its semicolon, on several lines if the author does so."""
         flat = self.flat(clauses)
         if self.layout == "line" or len(flat) < 50:
             return flat
         return "\n".join(self._clause(*clause) for clause in clauses)
 
     def flat(self, clauses: list[Clause]) -> str:
-        """The clauses on one line."""
+        """Returns a statement without its semicolon, on one line."""
         return " ".join(f"{keyword} {separator.join(items)}".strip() for keyword, items, separator in clauses)
 
     def block(self, clauses: list[Clause]) -> str:
-        """A subquery with its parentheses."""
+        """Returns a subquery with its parentheses."""
         text = self.render(clauses)
         return f"({text})" if "\n" not in text else f"(\n{self.indented(text)}\n)"
 
     def indented(self, text: str) -> str:
+        """Returns lines with one more indentation; empty lines stay empty."""
         return "\n".join(self.indent + line if line else line for line in text.split("\n"))
 
     def comment(self, text: str) -> str:
-        """A comment line before a statement; empty for an author without comments."""
+        """Returns a comment line before a statement; an empty text for an author without comments."""
         if self.comments == "none":
             return ""
         return f"/* {text} */\n" if self.comments == "block" else f"-- {text}\n"
 
     def finish(self, text: str) -> str:
-        """Write keywords in this author's letters, and end the statement."""
+        """Returns a statement with keywords in this author's case, and with its end."""
 
         def recase(match: re.Match[str]) -> str:
             token = match.group()
             if not token[0].isupper() or self.keywords == "upper":
                 return token
+            # In the mixed style, functions are lower case: names before a parenthesis.
             call = token in FUNCTIONS and match.string.startswith("(", match.end())
             return token.lower() if self.keywords == "lower" or call else token
 
@@ -107,6 +114,8 @@ class Style:
     def _clause(self, keyword: str, items: list[str], separator: str) -> str:
         if len(items) < 2 or self.layout == "clauses":
             return f"{keyword} {separator.join(items)}".strip()
+
+        # Only conditions and lists are split over lines.
         if separator == " AND ":
             return f"{keyword} " + f"\n{self.indent}AND ".join(items)
         if separator != ", ":
@@ -118,17 +127,18 @@ class Style:
 
 @dataclass(frozen=True)
 class Scene:
-    """The schema that statements are about, and the style of their author."""
+    """The schema of the statements, and the style of their author."""
 
     rng: random.Random
     tables: list[Table]
     style: Style
 
     def table(self, name: str) -> Table:
+        """Returns the table with this name."""
         return next(table for table in self.tables if table.name == name)
 
     def relation(self) -> tuple[Table, str, Table] | None:
-        """`(child, foreign key column, parent)` of two different tables."""
+        """Returns `(child, foreign key column, parent)` of two different tables; None if no key connects two."""
         relations = [
             (child, column, self.table(parent))
             for child in self.tables
@@ -138,70 +148,79 @@ class Scene:
         return self.rng.choice(relations) if relations else None
 
     def table_with(self, kinds: set[str]) -> tuple[Table, Column] | None:
-        """A table and one of its columns of these kinds."""
+        """Returns a table and one of its columns of these kinds; None if no table has one."""
         pairs = [(table, column) for table in self.tables for column in table.of(kinds)]
         return self.rng.choice(pairs) if pairs else None
 
     def alias(self, table: Table) -> str:
-        """How columns of `table` are prefixed in a join."""
+        """Returns the prefix of the columns of `table` in a join: the shortest that no other table has."""
         if self.style.alias == "none":
             return table.name
+
         for short in (_initials, _beginning):
-            others = [short(other.name) for other in self.tables if other.name != table.name]
-            if short(table.name) not in others:
+            used = [short(other.name) for other in self.tables if other.name != table.name]
+            if short(table.name) not in used:
                 return short(table.name)
         return table.name
 
     def named(self, table: Table) -> str:
-        """`table` in a FROM clause, with its alias."""
+        """Returns `table` with its alias, for a FROM clause."""
         if self.style.alias == "none":
             return table.name
         return f"{table.name} {'AS ' if self.style.alias == 'as' else ''}{self.alias(table)}"
 
     def some(self, table: Table, at_most: int, prefix: str = "") -> list[str]:
-        """Names of some columns, in the order of the table."""
+        """Returns the names of one to `at_most` columns, in the order of the table."""
         names = [column.name for column in table.columns]
-        count = self.rng.randint(1, min(at_most, len(names)))
-        return [prefix + names[i] for i in sorted(self.rng.sample(range(len(names)), count))]
+        num_columns = self.rng.randint(1, min(at_most, len(names)))
+        return [prefix + names[index] for index in sorted(self.rng.sample(range(len(names)), num_columns))]
 
     def predicate(self, table: Table, prefix: str = "") -> tuple[str, str]:
-        """`(condition, the condition in words)` on one column."""
+        """Returns `(condition, its description)` on one column."""
         rng = self.rng
         column = rng.choice(table.columns)
-        name, words = prefix + column.name, column.name.replace("_", " ")
-        value = literal(rng, column)
+        name = prefix + column.name
+        words = spoken(column.name)
+        literal_value = literal(rng, column)
+
         if column.nullable and rng.random() < 0.5:
             negated = rng.random() < 0.5
             return f"{name} IS {'NOT ' if negated else ''}NULL", f"{'with' if negated else 'without'} {words}"
+
         if column.kind == "flag":
-            return f"{name} = {value}", f"where {words} is {'true' if value == '1' else 'false'}"
+            return f"{name} = {literal_value}", f"where {words} is {'true' if literal_value == '1' else 'false'}"
+
         if column.kind in NUMBERS:
             if rng.random() < 0.25:
-                low, high = sorted((value, literal(rng, column)), key=float)
+                low, high = sorted((literal_value, literal(rng, column)), key=float)
                 return f"{name} BETWEEN {low} AND {high}", f"with {words} from {low} to {high}"
-            operator, spoken = rng.choice([(">", "above"), (">=", "at least"), ("<", "below"), ("<=", "at most")])
-            return f"{name} {operator} {value}", f"with {words} {spoken} {value}"
+            operator, relation = rng.choice([(">", "above"), (">=", "at least"), ("<", "below"), ("<=", "at most")])
+            return f"{name} {operator} {literal_value}", f"with {words} {relation} {literal_value}"
+
         if column.kind in DATES:
-            operator, spoken = rng.choice([(">=", "since"), ("<", "before"), (">", "after")])
-            return f"{name} {operator} {value}", f"with {words} {spoken} {value.strip(chr(39))}"
+            operator, relation = rng.choice([(">=", "since"), ("<", "before"), (">", "after")])
+            return f"{name} {operator} {literal_value}", f"with {words} {relation} {literal_value.strip(chr(39))}"
+
         if column.kind == "choice":
             options = column.arguments[0].split("|")
-            picked = rng.sample(options, rng.randint(1, min(3, len(options))))
-            if len(picked) > 1:
+            chosen = rng.sample(options, rng.randint(1, min(3, len(options))))
+            if len(chosen) > 1:
                 return (
-                    f"{name} IN ({', '.join(map(quoted, picked))})",
-                    f"whose {words} is {' or '.join(picked)}",
+                    f"{name} IN ({', '.join(map(quoted, chosen))})",
+                    f"whose {words} is {' or '.join(chosen)}",
                 )
+
             operator = rng.choice(["=", "=", "<>"])
             return (
-                f"{name} {operator} {quoted(picked[0])}",
-                f"whose {words} is {'' if operator == '=' else 'not '}{picked[0]}",
+                f"{name} {operator} {quoted(chosen[0])}",
+                f"whose {words} is {'' if operator == '=' else 'not '}{chosen[0]}",
             )
+
         if rng.random() < 0.5:
-            part = value.strip("'").split(" ")[-1].replace("'", "")[:4]
+            part = literal_value.strip("'").split(" ")[-1].replace("'", "")[:4]
             pattern = rng.choice([f"{part}%", f"%{part}%", f"%{part}"])
             return f"{name} LIKE {quoted(pattern)}", f"whose {words} looks like {part}"
-        return f"{name} = {value}", f"whose {words} is {value.strip(chr(39))}"
+        return f"{name} = {literal_value}", f"whose {words} is {literal_value.strip(chr(39))}"
 
 
 def _initials(name: str) -> str:
@@ -213,5 +232,5 @@ def _beginning(name: str) -> str:
 
 
 def spoken(name: str) -> str:
-    """A name in words."""
+    """Returns a name in words."""
     return name.replace("_", " ")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-QUANTITIES = {"int", "money", "ratio", "measure"}  # what can be summed
+QUANTITIES = {"int", "money", "ratio", "measure"}  # kinds of columns that can be summed
 NUMBERS = QUANTITIES | {"year", "coordinate"}
 TEXTS = {"person", "email", "city", "country", "title", "unit", "word", "address", "note", "phone", "code"}
 DATES = {"date", "moment"}
@@ -13,11 +13,11 @@ DATES = {"date", "moment"}
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column and what kind of value it holds."""
+    """A column and the kind of its values."""
 
     name: str
     kind: str
-    arguments: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()  # bounds of a number, or the options of a choice
     nullable: bool = False
 
 
@@ -31,12 +31,12 @@ class Table:
     columns: tuple[Column, ...]
 
     def of(self, kinds: set[str]) -> list[Column]:
-        """The columns of some kinds, without foreign keys."""
+        """Returns the columns of some kinds, without foreign keys."""
         return [column for column in self.columns if column.kind in kinds]
 
 
 def singular(name: str) -> str:
-    """`order_items` -> `order_item`."""
+    """Returns the singular of a name: `order_items` -> `order_item`."""
     for plural, ending in (
         ("ies", "y"),
         ("sses", "ss"),
@@ -52,14 +52,14 @@ def singular(name: str) -> str:
 
 @cache
 def words() -> dict[str, list[str]]:
-    """The word lists of `sql_words.txt`, by name."""
+    """Returns the word lists of `sql_words.txt`, by name."""
     lines = [line.split(": ", 1) for line in _lines("sql_words.txt") if line]
-    return {name: values.split("; ") for name, values in lines}
+    return {name: word_list.split("; ") for name, word_list in lines}
 
 
 @cache
 def trades() -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """`(trade, [(table, column definitions), ...])` of every trade in `sql_trades.txt`."""
+    """Returns `(trade, [(table, column definitions), ...])` for every trade in `sql_trades.txt`."""
     parsed = []
     for paragraph in "\n".join(_lines("sql_trades.txt")).strip().split("\n\n"):
         name, *lines = paragraph.splitlines()
@@ -74,39 +74,43 @@ def _lines(name: str) -> list[str]:
 
 
 def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
-    """A trade and two to four of its tables, with some of their columns, and keys between them."""
+    """Returns a trade and two to four of its tables, with some of their columns and the keys between them."""
     name, tables = rng.choice(trades())
-    wanted = set(rng.sample([table for table, _ in tables], rng.randint(2, min(4, len(tables)))))
-    own_key = rng.random() < 0.5  # `book_id` instead of `id`
+    chosen_tables = set(rng.sample([table for table, _ in tables], rng.randint(2, min(4, len(tables)))))
+    own_key = rng.random() < 0.5  # keys are called `book_id` instead of `id`
+
     schema: list[Table] = []
     for table, definitions in tables:
-        if table not in wanted:
+        if table not in chosen_tables:
             continue
+
+        # `>table` refers to a table that may be missing, `>>name` to the table itself.
         parents = []
         columns = []
         for definition in definitions:
-            first, *rest = definition.split()
-            if first.startswith(">>"):
-                parents.append((f"{first[2:]}_id", table))
-            elif first.startswith(">"):
-                if first[1:] in wanted:
-                    parents.append((f"{singular(first[1:])}_id", first[1:]))
+            name_or_reference, *rest = definition.split()
+            if name_or_reference.startswith(">>"):
+                parents.append((f"{name_or_reference[2:]}_id", table))
+            elif name_or_reference.startswith(">"):
+                if name_or_reference[1:] in chosen_tables:
+                    parents.append((f"{singular(name_or_reference[1:])}_id", name_or_reference[1:]))
             else:
                 kind = rest[0].removesuffix("?")
-                columns.append(Column(first, kind, tuple(rest[1:]), nullable=rest[0].endswith("?")))
-        kept = sorted(rng.sample(range(len(columns)), rng.randint(min(3, len(columns)), len(columns))))
+                columns.append(Column(name_or_reference, kind, tuple(rest[1:]), nullable=rest[0].endswith("?")))
+
+        positions = sorted(rng.sample(range(len(columns)), rng.randint(min(3, len(columns)), len(columns))))
         key = f"{singular(table)}_id" if own_key else "id"
-        schema.append(Table(table, key, tuple(parents), tuple(columns[i] for i in kept)))
+        schema.append(Table(table, key, tuple(parents), tuple(columns[position] for position in positions)))
     return name, schema
 
 
 def quoted(text: str) -> str:
-    """A string literal."""
+    """Returns a string literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def literal(rng: random.Random, column: Column, serial: int | None = None) -> str:
-    """A value for `column` as SQL. `serial`: number of the row; codes and e-mail addresses differ by it."""
+    """Returns a value for `column` as SQL; codes and e-mail addresses differ by `serial`, the number of the row."""
     if column.nullable and serial is not None and rng.random() < 0.3:
         return "NULL"
     if column.kind in NUMBERS or column.kind == "flag":

@@ -1,6 +1,6 @@
-"""Statements about a schema that make the tables and their rows, and change them.
+"""Statements that create the tables of a schema and their rows, and change them.
 
-Each function returns `(what it does in words, SQL)`, or None if the schema has no table or column for it.
+Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
 """
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
@@ -12,24 +12,31 @@ from dist_lm.demo.sql_schema import QUANTITIES, Table, literal, quoted, singular
 
 
 def create_table(scene: Scene, table: Table) -> str:
-    """CREATE TABLE with keys, checks and defaults."""
-    rng, style = scene.rng, scene.style
+    """Returns CREATE TABLE with keys, checks and defaults."""
+    rng = scene.rng
+    style = scene.style
     lines = [f"{table.key} {style.key}"]
     constraints = []
+
     for column, parent in table.parents:
-        own = parent == table.name
-        lines.append(f"{column} {style.types['int']}{'' if own or not style.not_null else ' NOT NULL'}")
+        to_itself = parent == table.name
+        # The first row of a table that refers to itself has no parent, so the column may be NULL.
+        lines.append(f"{column} {style.types['int']}{'' if to_itself or not style.not_null else ' NOT NULL'}")
+
         reference = f"FOREIGN KEY ({column}) REFERENCES {parent} ({scene.table(parent).key})"
         reference += rng.choice(
-            ["", "", " ON DELETE CASCADE", " ON DELETE SET NULL"] if own else ["", "", " ON DELETE CASCADE"]
+            ["", "", " ON DELETE CASCADE", " ON DELETE SET NULL"] if to_itself else ["", "", " ON DELETE CASCADE"]
         )
+
         if style.named_constraints:
             reference = f"CONSTRAINT fk_{table.name}_{column} {reference}"
         constraints.append(reference)
+
     for column in table.columns:
         line = f"{column.name} {style.types[column.kind]}"
         if not column.nullable and (style.not_null or rng.random() < 0.2):
             line += " NOT NULL"
+
         if column.kind in ("code", "email") and rng.random() < 0.5:
             line += " UNIQUE"
         elif column.kind == "flag" and rng.random() < 0.6:
@@ -41,28 +48,32 @@ def create_table(scene: Scene, table: Table) -> str:
             line += f" CHECK ({column.name} >= 0)"
         elif column.kind == "moment" and not column.nullable and rng.random() < 0.3:
             line += " DEFAULT CURRENT_TIMESTAMP"
+
         lines.append(line)
+
     exists = rng.choice(["", "", "IF NOT EXISTS "])
     body = ",\n".join(style.indent + line for line in lines + constraints)
     return f"CREATE TABLE {exists}{table.name} (\n{body}\n)"
 
 
 def insert_rows(scene: Scene, table: Table, first: int, count: int) -> list[str]:
-    """INSERT statements for rows `first` to `first + count - 1`: one with many rows, or many with one."""
+    """Returns INSERT statements for rows `first` to `first + count - 1`: one with many rows, or many with one."""
     rng = scene.rng
     with_key = rng.random() < 0.5
     names = [table.key] * with_key + [column for column, _ in table.parents] + [c.name for c in table.columns]
+
     rows = []
     for serial in range(first, first + count):
-        values = [str(serial)] if with_key else []
-        values += [
-            "NULL"
-            if parent == table.name and serial == first
-            else str(rng.randint(1, max(1, serial - (parent == table.name))))
-            for _, parent in table.parents
-        ]
-        values += [literal(rng, column, serial) for column in table.columns]
-        rows.append(f"({', '.join(values)})")
+        fields = [str(serial)] if with_key else []
+        for _, parent in table.parents:
+            # A row of a table that refers to itself may have only earlier rows as parents.
+            if parent == table.name and serial == first:
+                fields.append("NULL")
+            else:
+                fields.append(str(rng.randint(1, max(1, serial - (parent == table.name)))))
+        fields += [literal(rng, column, serial) for column in table.columns]
+        rows.append(f"({', '.join(fields)})")
+
     head = f"INSERT INTO {table.name} ({', '.join(names)})"
     if rng.random() < 0.3:
         return [f"{head} VALUES {row}" for row in rows]
@@ -72,10 +83,12 @@ def insert_rows(scene: Scene, table: Table, first: int, count: int) -> list[str]
 
 
 def update_rows(scene: Scene) -> Statement | None:
-    picked = scene.table_with(QUANTITIES)
-    if picked is None:
+    """Changes a quantity in the rows that meet a condition."""
+    table_and_column = scene.table_with(QUANTITIES)
+    if table_and_column is None:
         return None
-    table, column = picked
+    table, column = table_and_column
+
     condition, words = scene.predicate(table)
     name = column.name
     change, verb = scene.rng.choice(
@@ -86,20 +99,25 @@ def update_rows(scene: Scene) -> Statement | None:
             (f"{name} = COALESCE({name}, 0)", "fill in"),
         ]
     )
+
     clauses: list[Clause] = [
         ("UPDATE", [table.name], ""),
         ("SET", [change], ", "),
         ("WHERE", [condition], ""),
     ]
+
     return f"{verb} the {spoken(name)} of {spoken(table.name)} {words}", scene.style.render(clauses)
 
 
 def update_from_children(scene: Scene) -> Statement | None:
+    """Derives a column of the parents from their children."""
     relation = scene.relation()
     if relation is None or not relation[2].of({"flag", "int"}):
         return None
     child, key, parent = relation
+
     column = scene.rng.choice(parent.of({"flag", "int"}))
+
     inner: list[Clause] = [
         ("SELECT", ["COUNT(*)"], ""),
         ("FROM", [child.name], ""),
@@ -107,6 +125,7 @@ def update_from_children(scene: Scene) -> Statement | None:
     ]
     if column.kind == "flag":
         inner[0] = ("SELECT", ["COUNT(*) > 0"], "")
+
     clauses: list[Clause] = [
         ("UPDATE", [parent.name], ""),
         ("SET", [f"{column.name} = {scene.style.block(inner)}"], ""),
@@ -115,7 +134,9 @@ def update_from_children(scene: Scene) -> Statement | None:
 
 
 def delete_rows(scene: Scene) -> Statement | None:
+    """Deletes the rows that meet some conditions."""
     table = scene.rng.choice(scene.tables)
+
     conditions = [scene.predicate(table) for _ in range(scene.rng.randint(1, 2))]
     clauses: list[Clause] = [
         ("DELETE FROM", [table.name], ""),
@@ -125,10 +146,12 @@ def delete_rows(scene: Scene) -> Statement | None:
 
 
 def delete_orphans(scene: Scene) -> Statement | None:
+    """Deletes children whose parent is missing."""
     relation = scene.relation()
     if relation is None:
         return None
     child, key, parent = relation
+
     inner: list[Clause] = [("SELECT", [parent.key], ""), ("FROM", [parent.name], "")]
     clauses: list[Clause] = [
         ("DELETE FROM", [child.name], ""),
@@ -138,12 +161,15 @@ def delete_orphans(scene: Scene) -> Statement | None:
 
 
 def create_index(scene: Scene) -> Statement | None:
+    """Creates an index, sometimes a partial one."""
     table = scene.rng.choice(scene.tables)
     names = scene.some(table, 2)
     if table.parents and scene.rng.random() < 0.4:
         names = [table.parents[0][0], *names[:1]]
+
     order = scene.rng.choice(["", "", " DESC"])
     text = f"CREATE INDEX idx_{table.name}_{'_'.join(names)} ON {table.name} ({', '.join(names)}{order})"
+
     if scene.rng.random() < 0.25:
         condition, words = scene.predicate(table)
         return f"only {spoken(table.name)} {words}", f"{text}\nWHERE {condition}"
@@ -151,8 +177,10 @@ def create_index(scene: Scene) -> Statement | None:
 
 
 def add_column(scene: Scene) -> Statement | None:
+    """Adds a column to a table."""
     table = scene.rng.choice(scene.tables)
-    taken = {column.name for column in table.columns}
+    existing = {column.name for column in table.columns}
+
     options = [
         ("remarks", "note"),
         ("updated_at", "moment"),
@@ -160,7 +188,8 @@ def add_column(scene: Scene) -> Statement | None:
         ("external_code", "code"),
         ("weight", "measure"),
     ]
-    name, kind = scene.rng.choice([option for option in options if option[0] not in taken])
+    name, kind = scene.rng.choice([option for option in options if option[0] not in existing])
+
     default = " DEFAULT 0" if kind in ("flag", "measure") else ""
     return (
         f"new column {spoken(name)}",
@@ -169,14 +198,18 @@ def add_column(scene: Scene) -> Statement | None:
 
 
 def copy_rows(scene: Scene) -> Statement | None:
+    """Copies the rows that meet a condition to a new table."""
     table = scene.rng.choice(scene.tables)
     condition, words = scene.predicate(table)
+
     suffix = scene.rng.choice(["archive", "backup", "selected", "snapshot"])
+
     clauses: list[Clause] = [
         ("SELECT", [table.key, *scene.some(table, 4)], ", "),
         ("FROM", [table.name], ""),
         ("WHERE", [condition], ""),
     ]
+
     return (
         f"keep {spoken(table.name)} {words}",
         f"CREATE TABLE {table.name}_{suffix} AS\n{scene.style.render(clauses)}",
@@ -184,35 +217,43 @@ def copy_rows(scene: Scene) -> Statement | None:
 
 
 def upsert(scene: Scene) -> Statement | None:
+    """Inserts a row, or changes it if its key exists."""
     table = scene.rng.choice(scene.tables)
     columns = [column for column in table.columns if not column.nullable]
     if table.parents or len(columns) != len(table.columns):
         return None
+
     serial = scene.rng.randint(1, 9)
-    values = [str(serial)] + [literal(scene.rng, column, 500 + serial) for column in columns]
+    fields = [str(serial)] + [literal(scene.rng, column, 500 + serial) for column in columns]
     changed = scene.rng.choice(columns).name
     names = [table.key, *(column.name for column in columns)]
-    text = f"INSERT INTO {table.name} ({', '.join(names)})\nVALUES ({', '.join(values)})\n"
+
+    text = f"INSERT INTO {table.name} ({', '.join(names)})\nVALUES ({', '.join(fields)})\n"
     text += f"ON CONFLICT ({table.key}) DO UPDATE SET {changed} = excluded.{changed}"
     return f"add a {spoken(singular(table.name))}, or change its {spoken(changed)}", text
 
 
 def trigger(scene: Scene) -> Statement | None:
+    """Creates a trigger that counts children in a column of their parent."""
     relation = scene.relation()
     if relation is None or not relation[2].of({"int", "money"}):
         return None
     child, key, parent = relation
+
     column = scene.rng.choice(parent.of({"int", "money"})).name
     event, row, sign = scene.rng.choice([("INSERT", "new", "+"), ("DELETE", "old", "-")])
+
     text = (
         f"CREATE TRIGGER {child.name}_after_{event.lower()} AFTER {event} ON {child.name}\n"
         f"FOR EACH ROW\nBEGIN\n{scene.style.indent}UPDATE {parent.name} "
         f"SET {column} = {column} {sign} 1 WHERE {parent.key} = {row}.{key};\nEND"
     )
+
     return f"keep {spoken(column)} of {spoken(parent.name)} in step", text
 
 
 def transaction(scene: Scene) -> Statement | None:
+    """Groups an update and a deletion in a transaction."""
     steps = [statement for statement in (update_rows(scene), delete_rows(scene)) if statement]
     body = ";\n".join(text for _, text in steps)
     return "all or nothing", f"BEGIN TRANSACTION;\n{body};\nCOMMIT"

@@ -1,9 +1,9 @@
-"""Python and English from installed wheels: the same text on every machine and under every version of Python.
+"""Python and English text from installed wheels: the same on every machine and with every version of Python.
 
-All wheels here are dependencies of dist_lm, pinned in launch/constraints.txt. Their `.py` files do not depend on the
-platform or on the Python version; torch's builds (CPU, CUDA, macOS) differ in torch/version.py alone, which is not
-read. pip records the path, size and SHA-256 of every file of a wheel: the files are chosen by these records and
-checked against them, so neither the host's own text nor an edited file reaches a corpus.
+All wheels in the list are dependencies of dist_lm, pinned in launch/constraints.txt. Their `.py` files do not depend on
+the platform or on the Python version; torch's builds (CPU, CUDA, macOS) differ in torch/version.py alone, which is not
+read. pip records path, size and SHA-256 of every file of a wheel. Files are chosen by these records and compared with
+them, so neither the host's own text nor an edited file gets into a corpus.
 """
 
 import ast
@@ -26,8 +26,8 @@ from dist_lm.errors import ArtefactError
 
 log = logging.getLogger(__name__)
 
-PYTHON_BYTES, ENGLISH_BYTES = 2_600_000, 1_800_000  # read up to so many, of files in the order of a hash
-SMALLEST, LARGEST = 400, 40_000  # bytes of a file: no stubs, no tables of constants
+PYTHON_BYTES, ENGLISH_BYTES = 2_600_000, 1_800_000  # bytes of text that are read, from files in the order of a hash
+SMALLEST, LARGEST = 400, 40_000  # bytes of a file; this excludes stubs and tables of constants
 SKIPPED = {
     "_identifier.py",
     "_vendor",
@@ -37,7 +37,7 @@ SKIPPED = {
     "testing",
     "tests",
     "version.py",
-}  # parts of a path
+}  # files and folders that are not read
 MIN_DOCSTRING = 40  # characters; a shorter one is a label, not prose
 MIN_DOCUMENT = 240  # characters
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -45,13 +45,13 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and the folders that are read."""
+    """A pinned wheel and its folders that are read."""
 
     name: str
     version: str  # a test compares it with launch/constraints.txt
     licence: str
-    code: tuple[str, ...]  # below site-packages, for Python
-    prose: tuple[str, ...] = ()  # for English: folders of which a third or more is docstrings
+    code: tuple[str, ...]  # folders below site-packages that are read for Python
+    prose: tuple[str, ...] = ()  # folders that are read for English: at least a third of their text is docstrings
 
 
 TORCH_CODE = (
@@ -82,34 +82,36 @@ WHEELS = (
 
 @dataclass(frozen=True)
 class WheelFile:
-    """One file as pip recorded it."""
+    """One file of a wheel, with pip's record of it."""
 
     wheel: Wheel
-    name: str  # below site-packages
-    place: Path
+    name: str  # path below site-packages
+    path: Path
     sha256: str  # URL-safe base64 without padding
     size: int  # bytes
 
     @property
     def origin(self) -> str:
-        """The file without any path of this machine."""
+        """Returns a name of the file that has no path of this machine."""
         return f"{self.wheel.name}:{self.name}"
 
 
 @reader(revision=1, keys=("language",))
 def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Python files of the wheels, `PYTHON_BYTES` in all. `seed` is not used.
+    """Yields Python files of the wheels, about `PYTHON_BYTES` in total. `seed` is not used.
 
     Raises:
         ArtefactError: a wheel is not installed.
     """
     yield from _notes(source)
+
     n_bytes = 0
     for file in wheel_files("code"):
         text = _read(file, source)
         if isinstance(text, Rejected):
             yield text
             continue
+
         yield Document(text, source.language, file.origin, file.wheel.licence, text_hash(text))
         n_bytes += file.size
         if n_bytes >= PYTHON_BYTES:
@@ -118,64 +120,72 @@ def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 @reader(revision=1, keys=("language",))
 def read_english(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Docstrings of the wheels, a document a module and a class, `ENGLISH_BYTES` in all. `seed` is not used.
+    """Yields docstrings of the wheels, one document for each module and class, about `ENGLISH_BYTES` in total.
 
-    Documents of one file are in the group of the file, so none is held out from a model that trains on the file.
+    Documents of one file are in the group of the file, so none is held out while a model trains on the file. `seed` is
+    not used.
 
     Raises:
         ArtefactError: a wheel is not installed.
     """
     yield from _notes(source)
+
     n_bytes = 0
     for file in wheel_files("prose"):
         text = _read(file, source)
         if isinstance(text, Rejected):
             yield text
             continue
+
         try:
             tree = _parse(text)
         except SyntaxError:
             yield Rejected(source.language, file.origin, "unparsable")
             continue
+
         module = ".".join(Path(file.name).with_suffix("").parts).removesuffix(".__init__")
         for name, prose in docstring_documents(tree, module):
             yield Document(prose, source.language, f"{file.origin}:{name}", file.wheel.licence, text_hash(text))
             n_bytes += len(prose.encode())
+
         if n_bytes >= ENGLISH_BYTES:
             return
 
 
 def wheel_files(use: Literal["code", "prose"]) -> list[WheelFile]:
-    """The files of all wheels for one use, in the order of a hash of their path: every part is a sample of the whole.
+    """Returns the files of all wheels for one use, in the order of a hash of their path, so that any part is a sample.
 
     Raises:
-        ArtefactError: a wheel is not installed, or nothing records its files.
+        ArtefactError: a wheel is not installed, or has no record of its files.
     """
-    found = []
+    files = []
     for wheel in WHEELS:
         installed = _installed(wheel)
         for name, digest, size in csv.reader(io.StringIO(installed.read_text("RECORD"))):
             if name.endswith(".py") and name.startswith(getattr(wheel, use)) and SKIPPED.isdisjoint(Path(name).parts):
-                place = Path(str(installed.locate_file(name)))
-                found.append(WheelFile(wheel, name, place, digest.removeprefix("sha256="), int(size)))
-    fitting = [file for file in found if SMALLEST <= file.size <= LARGEST]
+                path = Path(str(installed.locate_file(name)))
+                files.append(WheelFile(wheel, name, path, digest.removeprefix("sha256="), int(size)))
+
+    fitting = [file for file in files if SMALLEST <= file.size <= LARGEST]
     return sorted(fitting, key=lambda file: hashlib.sha256(f"{use} {file.name}".encode()).digest())
 
 
 def docstring_documents(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """`(dotted name, text)` of the module with its functions, and of every class with its methods.
+    """Yields `(dotted name, text)` for the module with its functions, and for every class with its methods.
 
-    The text reads as help() does: a name, its docstring, the next name.
+    The text has the form of help(): a name, its docstring, the next name.
     """
     bodies: list[tuple[str, ast.Module | Definition]] = [(module, tree)]
     while bodies:
         name, node = bodies.pop(0)
+
         parts = [_docstring(node)]
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef):
                 bodies.append((f"{name}.{child.name}", child))
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := _docstring(child)):
                 parts.append(f"{child.name}({', '.join(_argument_names(child.args))})\n\n{docstring}")
+
         prose = "\n\n".join(part for part in parts if part)
         if len(prose) >= MIN_DOCUMENT:
             yield name, f"{name}\n\n{prose}\n"
@@ -184,38 +194,45 @@ def docstring_documents(tree: ast.Module, module: str) -> Iterator[tuple[str, st
 def _installed(wheel: Wheel) -> metadata.Distribution:
     way_out = f"pip install -c launch/constraints.txt {wheel.name}, or take corpus=hub"
     try:
-        found = metadata.distribution(wheel.name)
+        distribution = metadata.distribution(wheel.name)
     except metadata.PackageNotFoundError:
         raise ArtefactError(f"corpus source: the text of {wheel.name} is not installed: {way_out}") from None
-    if not found.read_text("RECORD"):
-        raise ArtefactError(f"corpus source: nothing records the files of {wheel.name} {found.version}: {way_out}")
-    return found
+    if not distribution.read_text("RECORD"):
+        raise ArtefactError(
+            f"corpus source: nothing records the files of {wheel.name} {distribution.version}: {way_out}"
+        )
+
+    return distribution
 
 
 def _notes(source: SourceConfig) -> Iterator[Rejected]:
-    """A wheel of another version gives other text: it is read all the same, counted, and named in a warning."""
-    others = []
+    """Yields a note for each wheel of another version, which is read nevertheless; a warning names these wheels."""
+    differences = []
     for wheel in WHEELS:
         version = _installed(wheel).version.partition("+")[0]  # without the build: 2.13.0+cpu
         if version != wheel.version:
-            others.append(f"{wheel.name} {version} in place of {wheel.version}")
-            yield Rejected(source.language, others[-1], "other_version")
-    if others:
+            differences.append(f"{wheel.name} {version} in place of {wheel.version}")
+            yield Rejected(source.language, differences[-1], "other_version")
+
+    if differences:
         log.warning(
             "%s: the text differs from that of the pinned wheels (pip install -c launch/constraints.txt)",
-            ", ".join(others),
+            ", ".join(differences),
         )
 
 
 def _read(file: WheelFile, source: SourceConfig) -> str | Rejected:
     """The text of a file, unless it was edited after pip installed it."""
     try:
-        content = file.place.read_bytes()
+        content = file.path.read_bytes()
     except OSError:
         return Rejected(source.language, file.origin, "unreadable")
+
+    # The record has URL-safe base64 without padding.
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
     if digest != file.sha256:
         return Rejected(source.language, file.origin, "edited")
+
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -229,12 +246,13 @@ def _parse(text: str) -> ast.Module:
 
 
 def _docstring(node: ast.Module | Definition) -> str:
-    """The docstring of a node without its indentation; empty if it is too short to be prose.
+    """Returns the docstring of a node without its indentation; an empty text if it is too short to be prose.
 
-    Not by inspect.cleandoc, whose rules differ between versions of Python.
+    The rules of inspect.cleandoc differ between versions of Python, so it is not used.
     """
     first, *rest = (ast.get_docstring(node, clean=False) or "").expandtabs().split("\n")
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
+
     text = "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()
     return text if len(text) >= MIN_DOCSTRING else ""
 
@@ -243,5 +261,6 @@ def _argument_names(arguments: ast.arguments) -> list[str]:
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     if arguments.vararg:
         names.append(f"*{arguments.vararg.arg}")
+
     names += [argument.arg for argument in arguments.kwonlyargs]
     return [*names, f"**{arguments.kwarg.arg}"] if arguments.kwarg else names

@@ -153,7 +153,7 @@ def test_docstrings_are_in_the_group_of_their_file(documents):
 def test_an_edited_file_is_left_out_and_counted(monkeypatch, tmp_path):
     edited = wheels.wheel_files("code")[0]
     copy = tmp_path / "copy.py"
-    copy.write_bytes(edited.place.read_bytes() + b"\n# edited\n")
+    copy.write_bytes(edited.path.read_bytes() + b"\n# edited\n")
     files = [wheels.WheelFile(edited.wheel, edited.name, copy, edited.sha256, edited.size)]
     monkeypatch.setattr(wheels, "wheel_files", lambda use: files)
     assert [one.reason for one in read(wheels.read_python) if isinstance(one, Rejected)] == ["edited"]
