@@ -1,4 +1,4 @@
-"""Estimates memory and work of a step by arithmetic: rough, but thousands of layouts a second. No torch here.
+"""Estimates memory and work of a step by arithmetic: roughly, but thousands of layouts a second. Imports no torch.
 
 `parallel=auto` compares layouts by these estimates; tests compare them with played steps.
 
@@ -22,86 +22,91 @@ from dist_lm.parallel.layout import (
 )
 
 FP32_BYTES = 4
-ELEMENTWISE_PASSES = 6  # of elementwise operations over the activations of a block
-# without and with a sharded vocabulary: passes over a block of fp32 logits, and peak bytes for each logit
+ELEMENTWISE_PASSES = 6  # passes of elementwise operations over the activations of a block
+
+# Without and with a sharded vocabulary: passes over a block of fp32 logits, and peak bytes for each logit.
 LOSS_PASSES = (10, 25)
 LOSS_BYTES = (10.5, 15)
-SLICE_PASSES = 6  # over the weights of a tensor-parallel rank, matrix products excluded
-OPTIMIZER_PASSES = 9  # over each fp32 shard: scaling and norm of gradients, AdamW
+
+SLICE_PASSES = 6  # passes over the weights of a tensor-parallel rank, without matrix products
+OPTIMIZER_PASSES = 9  # passes over each fp32 shard: scaling and norm of gradients, AdamW
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes behind an estimate; a tensor-parallel rank's part where a tensor is sharded by tp."""
+    """The sizes behind an estimate; if tp shards a tensor, they count the part of one tensor-parallel rank."""
 
-    own: int  # elements of this rank's shards
-    own_trained: int  # those that training changes, of blocks and outside
-    own_matrices: int  # of these, those of matrices inside blocks
-    trained: int  # elements that training changes of what a tensor-parallel rank computes with
+    own_elements: int  # elements of this rank's shards
+    own_trained: int  # elements of these shards that training changes, in blocks and outside
+    own_matrices: int  # elements of these that belong to matrices inside blocks
+    trained: int  # trained elements that a tensor-parallel rank computes with
     gathered_trained: int  # the same as FSDP gathers them, padding included
     blocks: int  # elements of all blocks
     outside: int  # elements of embedding, head and final norm
     gathered_blocks: int  # elements of all blocks as FSDP gathers them, padding included
-    gathered_outside: int
+    gathered_outside: int  # elements outside blocks as FSDP gathers them, padding included
     head: int  # elements of the output head
     n_layers: int
     units: int  # groups of blocks that FSDP gathers together
     units_outside: int  # groups of parameters outside blocks that FSDP gathers together
     resharded: bool  # FSDP frees gathered blocks until the backward pass
-    tokens: int  # of a micro-batch
-    micro_batches: int
+    tokens: int  # tokens of a micro-batch
+    micro_batches: int  # micro-batches of a rank in a step
     width: int  # D
     attention: int  # H K
     hidden: int  # F
-    kept_hidden: int  # tensors of width F that a block keeps
-    vocabulary: int
+    kept_hidden: int  # number of tensors of width F that a block keeps for the backward pass
+    vocabulary: int  # rows of the vocabulary on this rank
 
 
 def is_half(config: Config) -> bool:
-    """Whether forward and backward pass compute in bf16 on `config.hardware`."""
+    """Returns whether forward and backward pass compute in bf16 on `config.hardware`."""
     dtype = config.parallel.compute_dtype
     return dtype == "bf16" or (dtype in ("auto", "fastest") and config.hardware.device == "cuda")
 
 
 def element_bytes(config: Config) -> int:
-    """Bytes of a number in the forward and backward pass."""
+    """Returns the bytes of a number in the forward and backward pass."""
     return 2 if is_half(config) else FP32_BYTES
 
 
 def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
-    """(micro-batches of a rank in a step, sequences of the largest one)."""
+    """Returns (micro-batches of a rank in a step, sequences of the largest one)."""
     sequences = max(1, config.stage.global_batch // layout.dp)
     size = min(config.stage.micro_batch, sequences)
     return -(-sequences // size), size
 
 
 def offloads(config: Config) -> bool:
-    """Whether parameters, gradients and optimizer state are in host memory."""
+    """Returns whether parameters, gradients and optimizer state are in host memory."""
     return config.parallel.cpu_offload and config.hardware.device == "cuda"
 
 
 def gradients_add_up(config: Config, layout: Layout) -> bool:
-    """Whether a rank keeps whole gradients between micro-batches, not shards."""
+    """Returns whether a rank keeps unsharded gradients between micro-batches."""
     return micro_batches_of(config, layout)[0] > 1 and not config.parallel.reduce_every_micro_batch
 
 
 def shapes_of(config: Config, layout: Layout) -> Shapes:
-    """The sizes of `config` on the fullest rank of `layout`."""
-    model, size = config.trained_shape, element_bytes(config)
+    """Returns the sizes of `config` on the fullest rank of `layout`."""
+    model = config.trained_shape
+    size = element_bytes(config)
     block, outside = one_block(model, layout)
-    every = {name: place for name, place in placements(model, layout).items() if is_trained(name, model)}
+
+    trained = {name: placement for name, placement in placements(model, layout).items() if is_trained(name, model)}
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
+
     return Shapes(
-        own=sum(math.prod(place.local(layout)) for place in [*block * model.n_layers, *outside]),
-        own_trained=sum(math.prod(place.local(layout)) for place in every.values()),
-        own_matrices=sum(math.prod(place.local(layout)) for name, place in every.items() if is_matrix(name)),
-        trained=sum(place.whole(layout) for place in every.values()),
-        gathered_trained=sum(place.gathered(layout) for place in every.values()),
-        blocks=model.n_layers * sum(place.whole(layout) for place in block),
-        outside=sum(place.whole(layout) for place in outside),
-        gathered_blocks=model.n_layers * sum(place.gathered(layout) for place in block),
-        gathered_outside=sum(place.gathered(layout) for place in outside),
+        own_elements=sum(math.prod(placement.local(layout)) for placement in [*block * model.n_layers, *outside]),
+        own_trained=sum(math.prod(placement.local(layout)) for placement in trained.values()),
+        own_matrices=sum(math.prod(placement.local(layout)) for name, placement in trained.items() if is_matrix(name)),
+        trained=sum(placement.whole(layout) for placement in trained.values()),
+        gathered_trained=sum(placement.gathered(layout) for placement in trained.values()),
+        blocks=model.n_layers * sum(placement.whole(layout) for placement in block),
+        outside=sum(placement.whole(layout) for placement in outside),
+        gathered_blocks=model.n_layers * sum(placement.gathered(layout) for placement in block),
+        gathered_outside=sum(placement.gathered(layout) for placement in outside),
         head=vocabulary * model.d_model,
         n_layers=model.n_layers,
         units=-(-model.n_layers // blocks_per_unit(model, layout, size)),
@@ -118,119 +123,165 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 
 
 def estimate_memory(config: Config, layout: Layout) -> StepMemory:
-    """Bytes of tensors on the fullest rank of `layout`; with parallel.cpu_offload those in host memory apart."""
-    parallel, shapes = config.parallel, shapes_of(config, layout)
+    """Returns the bytes of tensors on the fullest rank of `layout`.
+
+    With parallel.cpu_offload, tensors in host memory are counted separately.
+    """
+    parallel = config.parallel
+    shapes = shapes_of(config, layout)
     size = element_bytes(config)
+
     sharded = layout.dp > 1 or size != FP32_BYTES
     adds_up = gradients_add_up(config, layout)
     gradients = FP32_BYTES * (shapes.trained if adds_up or not sharded else shapes.own_trained)
+
     gathered = 0
     if sharded:
+        # Blocks that are freed after use need the memory of two: one computes while the next is gathered.
         in_blocks = shapes.gathered_blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
         gathered = size * (shapes.gathered_outside + in_blocks)
-    made, kept = _block_activations(config, layout, shapes, size)
-    block = 0.0 if parallel.activation_checkpointing == "none" else made  # recomputed, one block at a time
-    chunk = _chunk(config, shapes)
-    loss = chunk * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
-    apart = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
-    mask = 0 if apart or not config.stage.document_mask else config.stage.seq_len * size
-    residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
-    # the peak is between forward and backward pass, or at the end where the gradients outside blocks are reduced
-    turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
-    copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
+
+    all_activations, kept_activations = _block_activations(config, layout, shapes, size)
+    # A block is computed again, one after the other, unless it keeps all of its activations.
+    block = 0.0 if parallel.activation_checkpointing == "none" else all_activations
+
+    chunk_tokens = _chunk(config, shapes)
+    loss = chunk_tokens * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
+
+    # A kernel for packed documents needs no mask.
+    has_kernel = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
+    mask = 0 if has_kernel or not config.stage.document_mask else config.stage.seq_len * size
+    stream = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
+
+    # The peak is between forward and backward pass, or at the end, when the gradients outside blocks are reduced.
+    turning_point = gathered + shapes.n_layers * kept_activations + max(loss, block) + stream
+    num_copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
     reduced = shapes.gathered_outside / shapes.units_outside if config.trained_shape.lora is None else 0
-    end = FP32_BYTES * reduced * copies + gathered + block + residual if sharded else 0.0
+    end = FP32_BYTES * reduced * num_copies + gathered + block + stream if sharded else 0.0
+
     memory = StepMemory(
-        parameters=FP32_BYTES * shapes.own,
+        parameters=FP32_BYTES * shapes.own_elements,
         gradients=gradients,
         optimizer=FP32_BYTES * _optimizer_state(config, shapes),
-        activations=round(max(turn, end)),
+        activations=round(max(turning_point, end)),
     )
+
     return memory.offloaded(adds_up) if offloads(config) else memory
 
 
 def _optimizer_state(config: Config, shapes: Shapes) -> int:
-    """Numbers that a rank keeps beside its trained parameters: Muon has one moment, and NorMuon one number a neuron."""
-    model, muon = config.trained_shape, config.stage.muon
-    kept = (3 if config.stage.ema_decay else 2) * shapes.own_trained
+    """Returns the number of optimizer values on a rank: Muon has one moment, NorMuon one more value for each neuron."""
+    model = config.trained_shape
+    muon = config.stage.muon
+
+    # AdamW has two moments; an average of the weights is as large as one more.
+    num_values = (3 if config.stage.ema_decay else 2) * shapes.own_trained
     if not muon.is_on:
-        return kept
-    kept -= shapes.own_matrices
+        return num_values
+
+    num_values -= shapes.own_matrices
+
     if muon.variance_beta:
         trained = {name: shape for name, shape in parameter_shapes(model).items() if is_trained(name, model)}
-        kept += sum(math.prod(neuron_shape(name, shape)) for name, shape in trained.items() if is_matrix(name))
-    return kept
+        num_values += sum(math.prod(neuron_shape(name, shape)) for name, shape in trained.items() if is_matrix(name))
+
+    return num_values
 
 
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:
-    """Bytes of activations of one block: (needed by its backward pass, kept until then)."""
+    """Returns bytes of activations of one block: (needed by its backward pass, kept until then)."""
     parallel = config.parallel
     residual = shapes.width / (layout.tp if parallel.sp else 1)
-    normed = shapes.width if parallel.sp else residual  # gathered again with sp
-    inputs = 1 if config.model.parallel_residual else 2  # of norms
-    made = inputs * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
+    normed = shapes.width if parallel.sp else residual  # with sp, norms gather their output again
+    inputs = 1 if config.model.parallel_residual else 2  # number of norm inputs
+
+    needed = inputs * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
     if config.stage.dropout:
-        made += 2 * residual * (1 + 1 / size)
-    kept = {
-        "none": made,
+        needed += 2 * residual * (1 + 1 / size)
+
+    kept_elements = {
+        "none": needed,
         # outputs of matrix products and attention
         "selective": 3 * residual + 4 * shapes.attention + (shapes.kept_hidden // 2) * shapes.hidden,
         "full": residual,
     }[parallel.activation_checkpointing]
-    return made * size * shapes.tokens, kept * size * shapes.tokens
+
+    return needed * size * shapes.tokens, kept_elements * size * shapes.tokens
 
 
 def _chunk(config: Config, shapes: Shapes) -> int:
-    """Tokens whose logits exist at the same time."""
+    """Returns the number of tokens whose logits exist at the same time."""
     return min(shapes.tokens, max(1, (config.parallel.loss_chunk_mib << 20) // (FP32_BYTES * shapes.vocabulary)))
 
 
 def estimate_work(config: Config, layout: Layout) -> Work:
-    """The work of a step on the fullest rank of `layout`."""
-    parallel, shapes, hardware = config.parallel, shapes_of(config, layout), config.hardware
+    """Returns the work of a step on the fullest rank of `layout`."""
+    parallel = config.parallel
+    hardware = config.hardware
+    shapes = shapes_of(config, layout)
     half = is_half(config)
     size = element_bytes(config)
-    part = Work()
+
+    micro_batch = Work()
+
+    # Matrix products: each forward pass, its two products in the backward pass, and what is computed again.
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
     attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
     head_passes = 4 if _chunk(config, shapes) < shapes.tokens else 3
     frozen = max(0, shapes.blocks - shapes.trained)  # weights of blocks without gradients
-    part.operation(2 * shapes.tokens * (shapes.blocks * (3 + recomputed) - frozen), 0, hardware, half)
-    part.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half)
-    part.operation(2 * shapes.tokens * shapes.head * (head_passes - bool(frozen)), 0, hardware, half)
-    made, _ = _block_activations(config, layout, shapes, size)
-    again = 0 if parallel.activation_checkpointing == "none" else 1
-    part.operation(0, made * shapes.n_layers * (ELEMENTWISE_PASSES + 2 * again), hardware, half)
-    part.operation(0, shapes.tokens * shapes.vocabulary * FP32_BYTES * LOSS_PASSES[layout.tp > 1], hardware, half)
+
+    micro_batch.operation(2 * shapes.tokens * (shapes.blocks * (3 + recomputed) - frozen), 0, hardware, half)
+    micro_batch.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half)
+    micro_batch.operation(2 * shapes.tokens * shapes.head * (head_passes - bool(frozen)), 0, hardware, half)
+
+    # Elementwise operations, the loss, and with tp the slices of the weights are bound by memory.
+    activations, _ = _block_activations(config, layout, shapes, size)
+    recomputes = 0 if parallel.activation_checkpointing == "none" else 1
+    micro_batch.operation(0, activations * shapes.n_layers * (ELEMENTWISE_PASSES + 2 * recomputes), hardware, half)
+    micro_batch.operation(
+        0, shapes.tokens * shapes.vocabulary * FP32_BYTES * LOSS_PASSES[layout.tp > 1], hardware, half
+    )
     if layout.tp > 1:
-        part.operation(0, SLICE_PASSES * size * (shapes.blocks + shapes.outside), hardware, half)
-    _tensor_parallel_messages(part, config, layout, shapes, size)
-    work = part * shapes.micro_batches
-    # what stays gathered until the backward pass stays gathered until the last micro-batch
+        micro_batch.operation(0, SLICE_PASSES * size * (shapes.blocks + shapes.outside), hardware, half)
+
+    _tensor_parallel_messages(micro_batch, config, layout, shapes, size)
+
+    work = micro_batch * shapes.micro_batches
+
+    # Parameters that stay gathered until the backward pass stay gathered until the last micro-batch.
     gathers = 2 * shapes.micro_batches if shapes.resharded else 1
     elements = gathers * shapes.gathered_blocks + shapes.gathered_outside
     messages = gathers * shapes.units + shapes.units_outside
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * elements, messages)
     if layout.dp > 1:  # copies out of the gathered buffer
         work.operation(0, 2 * size * elements, hardware, half)
+
+    # Gradients are reduced after the last micro-batch, or after each one.
     reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
     gathered = FP32_BYTES * shapes.gathered_trained
     units = shapes.units + shapes.units_outside
+
     for _ in range(reductions):
         _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, gathered, units)
         _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own_trained, units)
         work.operation(0, 2 * gathered, hardware, half)
+
+    # Adding gradients of micro-batches, the optimizer, and the sum of losses and counts.
     work.operation(0, 3 * FP32_BYTES * shapes.trained * (shapes.micro_batches - 1), hardware, half)
     work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own_trained, hardware, half)
     work.collective("all_reduce", WORLD, layout.world_size, 8)
+
     return work
 
 
 def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
     parallel, layers = config.parallel, shapes.n_layers
+
     stream = size * shapes.tokens * shapes.width
-    # two regions a block, forward and backward; embedding and input of the head; two more with full recomputation
+    # Two regions for each block, forward and backward, and two more with full recomputation; embedding and input of
+    # the head.
     regions = layers * (4 + (2 if parallel.activation_checkpointing == "full" else 0)) + 2
+
     if parallel.sp:
         work.collective("all_gather", "tp", layout.tp, stream, regions)
         work.collective("reduce_scatter", "tp", layout.tp, stream, regions)

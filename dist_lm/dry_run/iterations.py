@@ -1,6 +1,6 @@
-"""Memory of a rank in stage `rlhf`, by arithmetic: while it trains, and while the engine beside it generates. No torch.
+"""Memory of a rank in stage `rlhf`, by arithmetic: while it trains, and while the engine beside it generates.
 
-Its iterations are not played. An update is estimated as a step of sequences.
+Iterations are not played; an update is estimated as a step of sequences. Imports no torch.
 """
 
 from dataclasses import dataclass, replace
@@ -17,49 +17,63 @@ from dist_lm.tracking.readable import gib
 
 @dataclass(frozen=True)
 class RlhfMemory:
-    """Bytes on the device of a rank, and of an engine, which is the same device if `beside`."""
+    """Bytes on the device of a rank and on that of an engine, which are one device if `beside`."""
 
     models: int  # parameters of all models
     gradients: int
-    optimizer: int  # of the trained models
+    optimizer: int  # moments of all trained models
     activations: int
     engine: int  # weights of the engine
-    cache: int  # of the engine while it generates
-    cache_tokens: int
-    beside: bool
-    in_turns: bool  # the cache is freed while the rank trains
+    cache: int  # KV cache of the engine while it generates
+    cache_tokens: int  # tokens that the cache has room for
+    beside: bool  # whether the engine is on the device of the rank
+    in_turns: bool  # whether the cache is freed while the rank trains
 
     @property
     def training(self) -> int:
-        own = self.models + self.gradients + self.optimizer + self.activations
-        return own + (self.engine + (0 if self.in_turns else self.cache) if self.beside else 0)
+        """Returns the peak bytes of the device while the rank trains."""
+        total = self.models + self.gradients + self.optimizer + self.activations
+        if self.beside:
+            total += self.engine + (0 if self.in_turns else self.cache)
+        return total
 
     @property
     def generating(self) -> int:
-        return self.engine + self.cache + (self.models + self.optimizer if self.beside else 0)
+        """Returns the peak bytes of the device while the engine generates."""
+        total = self.engine + self.cache
+        if self.beside:
+            total += self.models + self.optimizer
+        return total
 
 
 def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
-    """The memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
-    model, pool, step = config.model, config.pool, estimate_memory(update_of(config), layout)
-    # policy, reference (the base of adapters is the reference), critic, reward model
+    """Returns the memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
+    model = config.model
+    pool = config.pool
+    step = estimate_memory(update_of(config), layout)
+
+    # Policy, reference (with adapters, their base is the reference), critic, reward model.
     models = (2 if config.trained_shape.lora is None else 1) + config.rlhf.has_critic + config.rlhf.asks_reward_model
     optimizer = config.trained_models * step.optimizer
+
     size = element_bytes(config)
     engine = size * parameter_count(model) // pool.tp
     keys = keys_of(model, pool.tp, 0)[0].held if shards_key_heads(model, pool.tp) else model.kv_heads
-    token = kv_bytes_per_token(model, keys, size)
-    held = engine + (models * step.parameters + optimizer if config.engine_beside_rank else 0)
-    free = max(0, int(config.hardware.memory_gib * 2**30) - held)
-    fit = int(CACHE_SHARE[config.hardware.device] * free / token)
+    token_bytes = kv_bytes_per_token(model, keys, size)
+
+    # The cache gets a share of the memory that is free, at most what all sequences can use.
+    occupied = engine + (models * step.parameters + optimizer if config.engine_beside_rank else 0)
+    free = max(0, int(config.hardware.memory_gib * 2**30) - occupied)
+    fit = int(CACHE_SHARE[config.hardware.device] * free / token_bytes)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
+
     return RlhfMemory(
         models=models * step.parameters,
         gradients=step.gradients,
         optimizer=optimizer,
         activations=step.activations,
         engine=engine,
-        cache=tokens * token,
+        cache=tokens * token_bytes,
         cache_tokens=tokens,
         beside=config.engine_beside_rank,
         in_turns=config.in_turns,
@@ -67,12 +81,12 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
 
 
 def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
-    """(name, value), for people."""
+    """Returns (name, text) of each part of the memory, for people."""
     memory = rlhf_memory(rlhf_config(config), layout)
 
     def peak(size: int) -> str:
-        most = config.hardware.memory_gib
-        return f"{gib(size)} of {most:g} GiB{' - does not fit' if size > most * 2**30 else ''}"
+        available = config.hardware.memory_gib
+        return f"{gib(size)} of {available:g} GiB{' - does not fit' if size > available * 2**30 else ''}"
 
     freed = ", freed while the rank trains" if memory.in_turns else ""
     return [
@@ -88,11 +102,12 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
 
 
 def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
-    """`config` whose stage describes one update, for estimates: rollouts of the longest kind, in micro-batches."""
+    """Returns `config` with a stage that describes one update: micro-batches of rollouts of the largest length."""
     rlhf = config.rlhf
     length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
     rollouts = max(1, rlhf.prompts * rlhf.group // rlhf.minibatches)
     sequences = max(1, rlhf.micro_batch_tokens // length)
+
     stage = TrainerGroup(
         name=config.stage.name,
         init_from=config.stage.init_from,

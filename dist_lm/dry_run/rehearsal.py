@@ -1,9 +1,9 @@
-"""One step of one rank, taken by the trainer itself, with every operation observed.
+"""Takes one step of one rank with the real trainer, and observes every operation.
 
 `python -m dist_lm.dry_run.rehearsal CONFIG RANK WORLD_SIZE` plays a rank of a world that does not exist: the model is
 laid out over a fake process group, and the step runs on fake tensors, which have shapes and dtypes but no values. It
-prints what the step holds, computes and sends as one line of JSON. The rank belongs to the process, so each played rank
-needs a process of its own. With real tensors and ranks, `rehearse` measures a real step.
+prints memory, work and messages of the step as one line of JSON. A process has one rank, so each played rank needs a
+process of its own. With real tensors and ranks, `rehearse` measures a real step.
 """
 
 import gc
@@ -40,28 +40,33 @@ from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Trainer
 
-PLAYED = 3  # micro-batches: all but the first, which gathers, and the last, which reduces, do the same work
+PLAYED = 3  # micro-batches: the first gathers, the last reduces, and all between them do the same work
 
 
 def main() -> None:
-    """Play one rank and print the result."""
+    """Play one rank and print its memory and work."""
     path, rank, world_size = sys.argv[1:]
-    gc.freeze()  # excludes half a million objects of imported modules from collections
+    gc.freeze()  # the garbage collector skips half a million objects of imported modules
     memory, work = play(load_config(Path(path)), int(rank), int(world_size))
     print(json.dumps({"memory": asdict(memory), "work": vars(work)}))
 
 
 def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
-    """A step of `rank` on fake tensors."""
+    """Returns memory and work of a step of `rank` on fake tensors."""
     cpu = torch.device("cpu")  # fake CUDA tensors would need a driver
     layout = resolve_layout(config.parallel, config.model, world_size)
-    micro_batches, size = micro_batches_of(config, layout)
-    offload, config = offloads(config), as_played(config, size)
+    micro_batches, sequences = micro_batches_of(config, layout)
+    offload = offloads(config)
+    config = as_played(config, sequences)
+
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = build_mesh(layout, cpu)
+
     counter = WorkCounter(config.hardware, {mesh.get_group(axis).group_name: axis for axis in AXES})
-    # built outside the fake mode, because DeviceMesh reads the values of its tensors
+
+    # The model is built outside the fake mode, because DeviceMesh reads the values of its tensors.
     model = arrange_model(config.trained_shape, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
+
     memory = LiveMemory(gloo=config.hardware.device == "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, counter):
         materialise(model, config.parallel, cpu)
@@ -69,7 +74,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
         stage = training_stage(config.stage.name)
         batches = [stage.example_batch(config) or random_batch(config) for _ in range(min(micro_batches, PLAYED))]
         world = World(rank, world_size, 0, cpu)
-        step = rehearse(
+        step_memory = rehearse(
             config,
             mesh,
             world,
@@ -81,24 +86,30 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
             counter.next_part,
             stage.prepare(config),
         )
+
     if offload:
-        step = step.offloaded(gradients_add_up(config, layout))
-    parts = counter.parts[-len(batches) :]
-    if micro_batches > PLAYED:
-        parts[1] = parts[1] * (micro_batches - 2)
-    return step, sum(parts[1:], parts[0])
+        step_memory = step_memory.offloaded(gradients_add_up(config, layout))
+
+    # Parts before the first micro-batch belong to the construction of the model.
+    micro_batch_work = counter.parts[-len(batches) :]
+    if micro_batches > PLAYED:  # the second stands for all between the first and the last
+        micro_batch_work[1] = micro_batch_work[1] * (micro_batches - 2)
+    return step_memory, sum(micro_batch_work[1:], micro_batch_work[0])
 
 
 def as_played(config: Config, sequences: int) -> Config:
-    """The configuration of a fake step on the CPU that does what the planned hardware would do."""
-    parallel, stage = config.parallel, config.stage
-    stage = replace(stage, micro_batch=sequences)
+    """Returns the configuration of a fake step on the CPU that does the work of the planned hardware."""
+    parallel = config.parallel
+    stage = replace(config.stage, micro_batch=sequences)
+
     if config.hardware.device == "cuda" and parallel.compute_dtype in ("auto", "fastest"):
         parallel = replace(parallel, compute_dtype="bf16")
+
     if documents_apart(config.hardware.device, is_half(config), config.model.d_head):
-        # packed attention keeps what causal attention keeps; fake tensors have no boundaries and would use a mask
+        # Packed attention keeps the tensors of causal attention; fake tensors have no boundaries and would need a mask.
         stage.document_mask = False  # of this copy, also where it is no key
-    # offloading keeps the same tensors, only elsewhere: `play` accounts for it
+
+    # Offloading keeps the same tensors in another memory, which `play` accounts for.
     return replace(config, stage=stage, parallel=replace(parallel, compile="never", cpu_offload=False))
 
 
@@ -114,29 +125,33 @@ def rehearse(
     on_micro_batch: Callable[[], None] = lambda: None,
     prepare: Prepare | None = None,
 ) -> StepMemory:
-    """Take one step on `micro_batches` and return its memory (collective, unless the process group is fake).
+    """Takes one step on `micro_batches` and returns its memory (collective, unless the process group is fake).
 
     Args:
-        memory: has observed the allocation of the model too.
+        memory: observer that has also observed the allocation of the model.
         on_micro_batch: called before each micro-batch.
         prepare: see `Trainer.prepare`.
     """
-    held: list[int] = []
+    live_bytes: list[int] = []
 
     def watched(model: Transformer, batch: Batch) -> LossSum:
-        held.append(memory.live)
+        live_bytes.append(memory.live)
         on_micro_batch()
         return objective(model, batch)
 
-    hook = optimizer.register_step_pre_hook(lambda *_: held.append(memory.live))
+    hook = optimizer.register_step_pre_hook(lambda *_: live_bytes.append(memory.live))
+
     counts_once = mesh.get_local_rank("tp") == 0
     trainer = trainer_of_steps(config, world, model, optimizer, watched, counts_once, prepare)
+
     memory.reset_peak()
     trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
     hook.remove()
+
     parameters = sum(shard_of(parameter).nbytes for parameter in model.parameters())
     moments = sum(shard_of(tensor).nbytes for state in optimizer.state.values() for tensor in state.values())
-    gradients = max(held) - held[0]
+    # Before the optimizer step, or before a later micro-batch, gradients are all that has been added.
+    gradients = max(live_bytes) - live_bytes[0]
     return StepMemory(parameters, gradients, moments, memory.peak - parameters - moments - gradients)
 
 
@@ -149,7 +164,7 @@ def trainer_of_steps(
     counts_once: bool,
     prepare: Prepare | None = None,
 ) -> Trainer:
-    """A trainer for single steps, without data, evaluation, checkpoints and files of its own."""
+    """Returns a trainer for single steps, without data, evaluation, checkpoints and files."""
     return Trainer(
         config=config,
         world=world,
@@ -170,7 +185,7 @@ def trainer_of_steps(
 
 
 def random_batch(config: Config) -> Batch:
-    """A micro-batch of random tokens with one document a sequence."""
+    """Returns a micro-batch of random tokens; each sequence is one document."""
     stage = config.stage
     shape = (stage.micro_batch, stage.seq_len)
     tokens_BT = torch.randint(0, config.model.vocab_size, shape)

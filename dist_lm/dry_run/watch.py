@@ -1,6 +1,6 @@
-"""Counts what the operations of a step do, real or fake: bytes alive, arithmetic, memory traffic, messages.
+"""Counts live bytes, arithmetic, memory traffic and messages of the operations of a step, real or fake.
 
-`Watch` shows every operation to observers; `LiveMemory` and `WorkCounter` are observers.
+`Watch` reports every operation to observers; `LiveMemory` and `WorkCounter` are observers.
 """
 
 import weakref
@@ -22,16 +22,16 @@ from dist_lm.dry_run.work import WORLD, Work
 
 ANSWER = 2.0
 """The value of every fake tensor that a step reads: a gradient norm that is finite and clipped to 1."""
-COPIED_BY_GLOO = ("all_gather", "reduce_scatter")
+COPIED_BY_GLOO = ("all_gather", "reduce_scatter")  # collectives for which gloo copies the full tensor
 aten = torch.ops.aten
-FREE = (  # allocations, and waits for a message that is counted on its own
+FREE = (  # allocations, and waiting for a message that is counted by itself
     *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
     torch.ops._c10d_functional.wait_tensor.default,
 )
-RESULT = -1  # the whole tensor is the result, not an argument
+RESULT = -1  # the full tensor is the result, not an argument
 c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
-# operator -> (kind, argument that holds the whole tensor: the gathered one, or the one to be scattered)
+# Operator -> (kind, position of the argument with the full tensor: the gathered one, or the one to be scattered).
 COLLECTIVES: Mapping[Any, tuple[str, int]] = {
     c10d._allgather_base_: ("all_gather", 0),
     c10d.allgather_: ("all_gather", 0),
@@ -52,14 +52,15 @@ COLLECTIVES: Mapping[Any, tuple[str, int]] = {
 
 
 class Watch(TorchDispatchMode):
-    """A context manager that shows every operation in the block to observers.
+    """A context manager that reports every operation in the block to observers.
 
     An operation on DTensors is counted once, for the local tensors. To learn the shape of the result, DTensor also runs
-    it on meta tensors of the whole shape; these are not counted (they made a large optimizer look 60 times its size).
+    it on meta tensors of the full shape; these are not counted (they made a large optimizer look 60 times its size).
     FSDP2 frees and allocates memory by resizing storages, which is not an operation.
     """
 
     def __init__(self, *observers: "LiveMemory | WorkCounter") -> None:
+
         super().__init__()
         self._observers = observers
         self._looking_ahead = False
@@ -67,7 +68,8 @@ class Watch(TorchDispatchMode):
         self._look_ahead = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def __enter__(self) -> "Watch":
-        resize, look_ahead = self._resize, self._look_ahead
+        resize = self._resize
+        look_ahead = self._look_ahead
 
         def resize_and_tell(storage: torch.UntypedStorage, size: int) -> None:
             resize(storage, size)
@@ -94,52 +96,66 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         fake = bool(args) and isinstance(args[0], FakeTensor)
+
         if fake and func is torch.ops.prim.device.default:
-            return args[0].fake_device  # a shortcut: two of three calls
+            return args[0].fake_device  # a shortcut, because two of three calls ask this
+
+        # A fake tensor has no values, but the step reads the gradient norm.
         if fake and func is torch.ops.aten._local_scalar_dense.default:
             return ANSWER if args[0].is_floating_point() else round(ANSWER)
+
+        # DTensor calls again with its local tensors, which are counted.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
+
         result = func(*args, **kwargs)
+
         if not self._looking_ahead:
             for observer in self._observers:
                 observer.after(func, args, kwargs, result)
+
         return result
 
 
 class LiveMemory:
     """An observer of `Watch` that counts the bytes of live tensors.
 
-    A storage counts from the first operation that shows it until it is freed. Memory that an operation allocates and
-    frees inside is not seen, except one case: gloo's gather and scatter copy the whole tensor (NCCL's do not).
+    A storage counts from the first operation that returns it until it is freed. Memory that an operation allocates and
+    frees inside is not seen, with one exception: gloo's gather and scatter copy the full tensor (NCCL's do not).
     """
 
     def __init__(self, gloo: bool) -> None:
-        self.live = 0  # bytes now
-        self.peak = 0  # most bytes so far
+        self.live = 0  # bytes that are live now
+        self.peak = 0  # largest `live` since `reset_peak`
         self._gloo = gloo
-        self._sizes: dict[int, int] = {}  # by id of the storage
-        self._references: dict[int, weakref.ref] = {}
+        self._sizes: dict[int, int] = {}  # id of a storage -> bytes
+        self._references: dict[int, weakref.ref] = {}  # id of a storage -> reference that reports its end
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count the storages of an operation's result."""
         for tensor in _tensors(result):
             if tensor.device.type != "meta":
                 self.resized(tensor.untyped_storage())
+
         if self._gloo and (collective := collective_of(func, args, result)) and collective.kind in COPIED_BY_GLOO:
             self.peak = max(self.peak, self.live + collective.size)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+        """Count the new size of a storage."""
+        key = id(storage)
+        size = storage.nbytes()
+
         before = self._sizes.get(key)
         if before is None:
             self._references[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))
+
         if size != before:
             self._sizes[key] = size
             self.live += size - (before or 0)
             self.peak = max(self.peak, self.live)
 
     def reset_peak(self) -> None:
-        """Begin a new peak."""
+        """Start a new peak at the bytes that are live now."""
         self.peak = self.live
 
     def _drop(self, key: int) -> None:
@@ -148,25 +164,28 @@ class LiveMemory:
 
 
 class WorkCounter:
-    """An observer of `Watch` that counts work, by parts of a step."""
+    """An observer of `Watch` that counts the work of each part of a step."""
 
     def __init__(self, hardware: HardwareConfig, axes: Mapping[str, str]) -> None:
-        """
+        """Start with one part.
+
         Args:
-            axes: axis of the mesh by name of its process group.
+            hardware: hardware whose speed determines the time of an operation.
+            axes: name of a process group -> axis of the mesh.
         """
         self.parts = [Work()]
         self._hardware = hardware
         self._axes = axes
 
     def next_part(self) -> None:
-        """Begin a new part."""
+        """Start a new part."""
         self.parts.append(Work())
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A resize costs nothing."""
+        """Ignore a resize, which is no work."""
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Count an operation, or a message of a collective."""
         if collective := collective_of(func, args, result):
             axis = self._axes.get(collective.group, WORLD)
             self.parts[-1].collective(collective.kind, axis, collective.ranks, collective.size)
@@ -175,10 +194,13 @@ class WorkCounter:
 
     def _operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+
         if _is_free(func, outputs):
             return
+
         if func._schema.is_mutable and not outputs:  # foreach and fused operations
             outputs = _written(func, args, kwargs)
+
         flops = _flops(func._overloadpacket, args, kwargs, result)
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
         moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
@@ -191,40 +213,49 @@ class Collective:
 
     kind: str  # all_gather | reduce_scatter | all_to_all | send | all_reduce | broadcast
     group: str  # name of the process group
-    ranks: int  # of the group
-    size: int  # bytes of the whole tensor
+    ranks: int  # ranks of the group
+    size: int  # bytes of the full tensor
 
 
 def collective_of(func: Any, args: Any, result: Any) -> Collective | None:
-    """The collective that `func(*args)` was; None for any other operation."""
+    """Returns the collective that `func(*args)` was; None for any other operation."""
     if func._overloadpacket not in COLLECTIVES:
         return None
+
     kind, position = COLLECTIVES[func._overloadpacket]
-    whole = result if position == RESULT else args[position]
-    group = next((a for a in reversed(args) if isinstance(a, str)), None) or _group_of(args)
+    full_tensor = result if position == RESULT else args[position]
+    group = next((argument for argument in reversed(args) if isinstance(argument, str)), None) or _group_of(args)
     ranks = dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
-    return Collective(kind, group, ranks, sum(tensor.nbytes for tensor in _tensors(whole)))
+    return Collective(kind, group, ranks, sum(tensor.nbytes for tensor in _tensors(full_tensor)))
 
 
 def _group_of(args: Any) -> str:
-    scripts = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
+    scripts = [
+        argument
+        for argument in args
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type())
+    ]
     return dist.ProcessGroup.unbox(scripts[0]).group_name
 
 
 def _is_free(func: Any, outputs: list[torch.Tensor]) -> bool:
-    """Whether nothing is computed: the result is a view, or memory without values."""
+    """Returns whether nothing is computed: the result is a view, or memory without values."""
     if func in FREE:
         return True
     if func._schema.is_mutable:
         return False
-    return not outputs or all(r.alias_info is not None for r in func._schema.returns)
+    return not outputs or all(output.alias_info is not None for output in func._schema.returns)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The arguments that `func` writes to."""
-    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return _tensors([given[name] for name in names if name in given])
+    """Returns the arguments that `func` writes to."""
+    argument_of = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    names = [
+        argument.name
+        for argument in func._schema.arguments
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return _tensors([argument_of[name] for name in names if name in argument_of])
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
@@ -235,5 +266,5 @@ def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
     return flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -1,8 +1,8 @@
-"""Memory and work of a step on one rank, and the time that the work takes on planned hardware. No torch here.
+"""Memory and work of a step on one rank, and the time of the work on planned hardware. Imports no torch.
 
 The time is a model, not a measurement. An operation takes as long as its arithmetic or its memory traffic, whichever is
 longer (roofline, Williams et al. 2009). A collective takes the transfer of a ring over its slowest link plus a latency
-for each of log2(n) hops. Messages of tensor parallelism are waited for; those of the data axes overlap computation.
+for each of log2(n) hops. Computation waits for messages of tensor parallelism and overlaps those of the data axes.
 """
 
 import math
@@ -24,21 +24,21 @@ class StepMemory:
     """Bytes of tensors on one rank."""
 
     parameters: int  # shards of the fp32 master weights
-    gradients: int  # accumulated, or of the last micro-batch: the larger
+    gradients: int  # the larger of accumulated gradients and those of the last micro-batch
     optimizer: int  # shards of the moments
     activations: int  # the rest of the peak: activations, gathered parameters, message buffers
-    host: int = 0  # part of the first three in host memory
+    host: int = 0  # the part of the first three that is in host memory
 
     @property
     def peak(self) -> int:
-        """Peak of the device, bytes."""
+        """Returns the peak of the device in bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations - self.host
 
     def offloaded(self, adds_up: bool) -> "StepMemory":
-        """The same step under parallel.cpu_offload.
+        """Returns the memory of the same step under parallel.cpu_offload.
 
         Args:
-            adds_up: whole gradients accumulate on the device.
+            adds_up: whether unsharded gradients accumulate on the device.
         """
         host = self.parameters + self.optimizer + (0 if adds_up else self.gradients)
         return replace(self, host=host)
@@ -61,70 +61,75 @@ class Work:
             self.messages + other.messages,
         )
 
-    def __mul__(self, times: int) -> "Work":
+    def __mul__(self, factor: int) -> "Work":
         return Work(
-            self.flops * times,
-            self.device_s * times,
-            Counter({axis: count * times for axis, count in self.sent.items()}),
-            Counter({axis: count * times for axis, count in self.messages.items()}),
+            self.flops * factor,
+            self.device_s * factor,
+            Counter({axis: count * factor for axis, count in self.sent.items()}),
+            Counter({axis: count * factor for axis, count in self.messages.items()}),
         )
 
     def operation(self, flops: float, moved: float, hardware: HardwareConfig, half: bool) -> None:
         """Add one operation.
 
         Args:
-            moved: bytes read and written.
-            half: inputs are bf16, not fp32.
+            flops: arithmetic of the operation.
+            moved: bytes that it reads and writes.
+            half: whether its inputs are bf16, not fp32.
         """
         self.flops += flops
         self.device_s += max(flops / matmul_flops(hardware, half), moved / (hardware.memory_gb_s * 1e9))
 
     def collective(self, kind: str, axis: str, ranks: int, size: int, times: int = 1) -> None:
-        """Add `times` collectives over `ranks` ranks on a whole tensor of `size` bytes."""
+        """Add `times` collectives over `ranks` ranks on a full tensor of `size` bytes."""
         if ranks > 1:
-            # bytes that a rank sends (and receives) for each byte of the whole tensor, in a ring
+            # Bytes that a rank sends (and receives) for each byte of the full tensor, in a ring.
             share = {"send": 1, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
             self.sent[axis] += round(share * size) * times
             self.messages[axis] += times
 
 
 def matmul_flops(hardware: HardwareConfig, half: bool) -> float:
-    """Attainable FLOP/s of large matrix products."""
+    """Returns the attainable FLOP/s of large matrix products."""
     return hardware.attainable * (hardware.bf16_tflops if half else hardware.fp32_tflops) * 1e12
 
 
 def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareConfig) -> float:
-    """Seconds of all messages of one axis, one after the other."""
+    """Returns the time in seconds of all messages of one axis, one after the other."""
     if not work.messages[axis]:
         return 0.0
+
     ranks, stride = _extent(axis, layout)
     in_node = max(1, min(ranks, hardware.devices_per_node // stride))  # ranks of a group on one node
     crosses = in_node < ranks
     latency_us = hardware.inter_node_us if crosses else hardware.intra_node_us
-    # a ring leaves each node once, over the links of all its members
+
+    # A ring leaves each node once, over the links of all its members.
     rate = hardware.intra_node_gb_s
     if crosses:
         rate = min(rate, hardware.inter_node_gb_s * in_node)
+
     hops = max(1, math.ceil(math.log2(ranks)))
     return work.messages[axis] * hops * latency_us * 1e-6 + work.sent[axis] / (rate * 1e9)
 
 
 def resident(memory: StepMemory, hardware: HardwareConfig) -> int:
-    """Peak bytes of the device, the overhead of the allocator on CPU included."""
+    """Returns the peak bytes of the device, with the overhead of the allocator on a CPU."""
     return round(memory.peak * (CPU_RESIDENT if hardware.device == "cpu" else 1))
 
 
 def step_seconds(work: Work, layout: Layout, hardware: HardwareConfig) -> float:
-    """Seconds of a step."""
-    data = sum(message_seconds(work, axis, layout, hardware) for axis in ("dp_shard", "dp_replicate"))
-    waited = sum(message_seconds(work, axis, layout, hardware) for axis in ("tp", WORLD))
-    return work.device_s + waited + data - hardware.overlap * min(data, work.device_s)
+    """Returns the time of a step in seconds."""
+    data_s = sum(message_seconds(work, axis, layout, hardware) for axis in ("dp_shard", "dp_replicate"))
+    waited_s = sum(message_seconds(work, axis, layout, hardware) for axis in ("tp", WORLD))
+    return work.device_s + waited_s + data_s - hardware.overlap * min(data_s, work.device_s)
 
 
 def _extent(axis: str, layout: Layout) -> tuple[int, int]:
-    """(ranks of a group of `axis`, distance between neighbouring ranks)."""
+    """Returns (ranks of a group of `axis`, distance between neighbouring ranks)."""
     if axis == WORLD:
         return layout.world_size, 1
+
     sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)
     index = AXES.index(axis)
     return sizes[index], math.prod(sizes[index + 1 :])
