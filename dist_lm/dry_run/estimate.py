@@ -156,7 +156,9 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     # The peak is between forward and backward pass, or at the end, when the gradients outside blocks are reduced.
     turning_point = gathered + shapes.n_layers * kept_activations + max(loss, block) + stream
     num_copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
-    reduced = shapes.gathered_outside / shapes.units_outside if config.trained_shape.lora is None else 0
+    reduced = 0
+    if config.trained_shape.lora is None:
+        reduced = shapes.gathered_outside / shapes.units_outside
     end = FP32_BYTES * reduced * num_copies + gathered + block + stream if sharded else 0.0
 
     memory = StepMemory(

@@ -263,7 +263,9 @@ def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
         return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
-    return flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
+    if packet in flop_registry:
+        return flop_registry[packet](*args, **kwargs, out_val=result)
+    return 0
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:

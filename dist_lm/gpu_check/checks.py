@@ -39,9 +39,22 @@ CHECKS = (
     _check("smoke", "launched", 130, "all stages up to `rlhf`, through the launcher", runs="launcher"),
     _check("nccl", "several", 40, "sums of collectives; bandwidth of an all-reduce", runs="all"),
     _check("fsdp", "several", 120, "FSDP: the same losses as on one GPU; speed and memory at `large`", runs="all"),
-    _check("tp", "several", 120, "tensor parallelism, also with `parallel.sp`: the same losses; speed and memory", runs="all"),
+    _check(
+        "tp",
+        "several",
+        120,
+        "tensor parallelism, also with `parallel.sp`: the same losses; speed and memory",
+        runs="all",
+    ),
     _check("kill", "launched", 150, "a rank is killed with SIGKILL: the run continues", runs="launcher", several=True),
-    _check("hang", "launched", 180, "a rank is stopped: the launcher notices it, and the run continues", runs="launcher", several=True),
+    _check(
+        "hang",
+        "launched",
+        180,
+        "a rank is stopped: the launcher notices it, and the run continues",
+        runs="launcher",
+        several=True,
+    ),
 )
 
 

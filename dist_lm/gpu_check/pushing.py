@@ -129,14 +129,18 @@ class _Child:
         self._pipe.send((offer, self.device))
 
     def why_not(self) -> str | None:
-        return None if self._process.is_alive() else f"process {self.pid} has ended"
+        if self._process.is_alive():
+            return None
+        return f"process {self.pid} has ended"
 
     def forget_push(self) -> None:
         """See `Member`."""
 
     def digest(self) -> str:
         """Returns the digest of the received weights, or the reason why it received none."""
-        return self._pipe.recv() if self._pipe.poll(PATIENCE_S) else "no answer"
+        if self._pipe.poll(PATIENCE_S):
+            return self._pipe.recv()
+        return "no answer"
 
     def kill(self) -> None:
         self._process.kill()

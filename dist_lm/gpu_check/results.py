@@ -97,7 +97,9 @@ def table(checks: Sequence[Check], results: Results | None) -> str:
 
 def _cell(result: Result) -> str:
     words = str(result).replace("|", "\\|")
-    return f"passed. {words}".removesuffix(". ") if result.passed else f"**{words}**"
+    if result.passed:
+        return f"passed. {words}".removesuffix(". ")
+    return f"**{words}**"
 
 
 def _header(results: Results | None) -> str:

@@ -217,4 +217,6 @@ def _failure(folder: Path, code: int) -> str:
     ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     lines = [line.strip() for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
-    return f"{ending}; last line of its log: {lines[-1][: probe.LONGEST_REASON]}" if lines else ending
+    if lines:
+        return f"{ending}; last line of its log: {lines[-1][: probe.LONGEST_REASON]}"
+    return ending

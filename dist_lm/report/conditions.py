@@ -31,7 +31,9 @@ def _cells(run: RunFacts) -> dict[str, str]:
 
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
     more_hosts = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
-    nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more_hosts})" if hosts else UNKNOWN
+    nodes = UNKNOWN
+    if hosts:
+        nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more_hosts})"
 
     ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
     bus = run.links.get("bus_gb_per_s")

@@ -116,7 +116,9 @@ class RunFacts:
     def finite(self, name: str) -> np.ndarray:
         """Returns the finite values of a metric; empty without any."""
         series = self.series.get(name)
-        return series.values[np.isfinite(series.values)] if series else np.zeros(0)
+        if series:
+            return series.values[np.isfinite(series.values)]
+        return np.zeros(0)
 
 
 @dataclass(frozen=True)

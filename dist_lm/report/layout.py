@@ -338,7 +338,9 @@ def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, 
 
 def _proportions(shape: tuple[int, int]) -> tuple[float, float]:
     ratio = min(4.0, max(0.25, shape[0] / shape[1]))  # a long rectangle would look like a line
-    return (PICTURE, PICTURE / ratio) if ratio > 1 else (PICTURE * ratio, PICTURE)
+    if ratio > 1:
+        return (PICTURE, PICTURE / ratio)
+    return (PICTURE * ratio, PICTURE)
 
 
 def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
@@ -372,11 +374,15 @@ def _padding(placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _words(ranks: list[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_enumeration(ranks)}"
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {_enumeration(ranks)}"
 
 
 def _short(ranks: list[int]) -> str:
-    return _enumeration(ranks) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]} …"
+    if len(ranks) <= 3:
+        return _enumeration(ranks)
+    return f"{ranks[0]}, {ranks[1]} …"
 
 
 def _enumeration(ranks: list[int]) -> str:

@@ -150,7 +150,9 @@ def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) 
         return f"{runs[0].path.parent.name} / {runs[0].path.name}"
 
     stages = sorted({run.path.parent.name for run in runs})
-    return f"{len(runs)} runs of {stages[0]}" if len(stages) == 1 else f"{len(runs)} runs"
+    if len(stages) == 1:
+        return f"{len(runs)} runs of {stages[0]}"
+    return f"{len(runs)} runs"
 
 
 def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[RunFacts]) -> WorkFacts:
@@ -258,7 +260,9 @@ def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
     for event in reversed(events):
         if event["event"] == "started":
             pairs = dict(part.split("=", 1) for part in str(event.get("layout", "")).split())
-            return Layout(*(int(pairs[axis]) for axis in AXES)) if set(AXES) <= pairs.keys() else None
+            if set(AXES) <= pairs.keys():
+                return Layout(*(int(pairs[axis]) for axis in AXES))
+            return None
     return None
 
 

@@ -90,7 +90,9 @@ class Panel:
     @property
     def names(self) -> tuple[str, ...]:
         """Returns the names of the plotted metrics; empty for a family."""
-        return () if self.pattern else tuple(metric.name for metric in self.metrics)
+        if self.pattern:
+            return ()
+        return tuple(metric.name for metric in self.metrics)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,9 @@ def _cell(metrics: list[Metric], column: str) -> str:
         return f"{first.unit} {ARROWS[first.better]}".strip()
     if column == "stages":
         return _stages(first)
-    return f"{first.meaning.removesuffix('.')}, {first.only}." if first.only else first.meaning
+    if first.only:
+        return f"{first.meaning.removesuffix('.')}, {first.only}."
+    return first.meaning
 
 
 def _stages(metric: Metric) -> str:

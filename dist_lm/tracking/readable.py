@@ -7,7 +7,9 @@ def gib(size: float) -> str:
         return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size:.0f} B"
 
     # From 128 MiB on, as 0.13 GiB.
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+    if size >= 2**27:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB"
 
 
 def readable_count(count: int) -> str:
@@ -38,7 +40,9 @@ def duration(seconds: float) -> str:
 
     if hours:
         return f"{hours}:{rest_minutes:02d}:{rest_seconds:02d} h"
-    return f"{minutes}:{rest_seconds:02d} min" if minutes else f"{total_seconds} s"
+    if minutes:
+        return f"{minutes}:{rest_seconds:02d} min"
+    return f"{total_seconds} s"
 
 
 def four_digits(value: float) -> str:
@@ -49,7 +53,9 @@ def four_digits(value: float) -> str:
     if abs(value) < 100:
         return f"{value:.4g}"
 
-    return f"{value:,.0f}" if abs(value) < 1e6 else readable_count(round(value))
+    if abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return readable_count(round(value))
 
 
 def three_decimals(value: float) -> str:

@@ -55,7 +55,9 @@ def is_secret_name(name: str) -> bool:
 
 def redact_text(text: str) -> str:
     """Returns `text` with user and password removed from every URL."""
-    return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text) if "://" in text else text
+    if "://" in text:
+        return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text)
+    return text
 
 
 def redact(tree: Any) -> Any:

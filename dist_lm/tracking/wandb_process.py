@@ -276,7 +276,9 @@ def rows_of(path: Path) -> dict[str, int]:
     Runs of earlier versions have a list of the orders that survived instead.
     """
     recorded = json.loads(path.read_text()) if path.exists() else {}
-    return dict.fromkeys(recorded, ENDED) if isinstance(recorded, list) else recorded
+    if isinstance(recorded, list):
+        return dict.fromkeys(recorded, ENDED)
+    return recorded
 
 
 def table_of(samples: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -294,7 +296,9 @@ def _cell(field: Any) -> Any:
     if field is None or isinstance(field, bool | int | float):
         return field
     text = redact_text(field if isinstance(field, str) else json.dumps(field, ensure_ascii=False))
-    return text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ... ({len(text)} characters)"
+    if len(text) <= CHARACTERS:
+        return text
+    return f"{text[:CHARACTERS]} ... ({len(text)} characters)"
 
 
 if __name__ == "__main__":

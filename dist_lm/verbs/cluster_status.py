@@ -237,7 +237,9 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
         per_node = run.attempt["ranks_per_node"]
         nodes = "1 node" if num_nodes == 1 else f"{num_nodes} nodes"
 
-        speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s" if run.links.get("bus_gb_per_s") else ""
+        speed = ""
+        if run.links.get("bus_gb_per_s"):
+            speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s"
         slowest = run.attempt.get("slowest_link_mb_per_s")
         speed += f", slowest link {slowest:,} MB/s" if slowest else ""
 

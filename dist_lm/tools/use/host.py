@@ -142,14 +142,18 @@ def _plain(schema: Json, named: dict[str, Json], location: str, inside: tuple[st
         elif key not in ("$defs", "title") and not (key == "additionalProperties" and part is True):
             plain[key] = _plain(part, named, location, inside)
 
-    return {"type": plain.pop("type"), **plain} if "type" in plain else plain
+    if "type" in plain:
+        return {"type": plain.pop("type"), **plain}
+    return plain
 
 
 def _without_null(schema: dict[str, Json]) -> dict[str, Json]:
     """Returns the schema of `int` for `Optional[int] = None`, since the model may leave the argument out."""
     alternatives = [part for part in schema.get("anyOf", []) if part != {"type": "null"}]
     siblings = {key: part for key, part in schema.items() if key != "anyOf"}
-    return {**alternatives[0], **siblings} if len(alternatives) == 1 else schema
+    if len(alternatives) == 1:
+        return {**alternatives[0], **siblings}
+    return schema
 
 
 def _default(value: Any) -> dict[str, Json]:

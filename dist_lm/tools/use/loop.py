@@ -28,7 +28,9 @@ class Exchange:
     @property
     def answer(self) -> str:
         """Returns the model's answer; empty if there is none."""
-        return self.conversation.messages[-1].content if self.ending == "answered" else ""
+        if self.ending == "answered":
+            return self.conversation.messages[-1].content
+        return ""
 
 
 def converse(

@@ -73,7 +73,9 @@ class Toolbox:
         except UserError as error:
             return {"error": str(error)}
 
-        return reply["result"] if "result" in reply else {"error": reply["error"]}
+        if "result" in reply:
+            return reply["result"]
+        return {"error": reply["error"]}
 
     def _start(self) -> tuple[Tool, ...]:
         self._host = JsonProcess("dist_lm.tools.use.host", str(self._file), str(self._limits.characters))
