@@ -60,7 +60,6 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, *observers: "LiveMemory | WorkCounter") -> None:
-
         super().__init__()
         self._observers = observers
         self._looking_ahead = False
@@ -194,7 +193,6 @@ class WorkCounter:
 
     def _operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-
         if _is_free(func, outputs):
             return
 

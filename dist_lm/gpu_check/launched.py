@@ -73,7 +73,6 @@ def hang(probe: Probe) -> None:
 
 
 def _disturbed(probe: Probe, disturb: Callable[[psutil.Process], None], expected_words: str, *overrides: str) -> None:
-
     work = WorkDirectory(probe.folder / "work")
     run = work.run("language", "default")
     steps = ("steps=300", "checkpoint_every=20") if probe.rehearsal else ("steps=3000", "checkpoint_every=100")

@@ -114,7 +114,6 @@ def machine_of(gpus: int, rehearse: bool) -> Machine:
         raise ConfigError(f"gpu check: torch cannot use CUDA: {(listing.stderr.strip().splitlines() or [''])[-1]}")
 
     machine = json.loads(listing.stdout)
-
     if not machine["gpus"]:
         raise ConfigError(
             f"gpu check: no GPU that torch {machine['torch']} can use; --rehearse runs tiny sizes on the CPU"

@@ -329,7 +329,6 @@ def facts_of(kind: Kind, layout: Layout) -> dict[str, str]:
 def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]:
     """Returns a parameter as (rows, columns), and the dimensions behind each: heads and their width are rows."""
     shape = placement.padded
-
     if len(shape) == 3:
         return (shape[0] * shape[1], shape[2]), ((0, 1), (2,))
 

@@ -48,7 +48,6 @@ def card_of(run: RunFacts) -> Card:
 
 def _entry(run: RunFacts, name: str) -> Entry | None:
     value = run.last(name)
-
     if value is None:
         return None
 

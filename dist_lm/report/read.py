@@ -142,7 +142,6 @@ def _runs_of(work: WorkDirectory, pipeline: dict[str, Any]) -> list[RunDirectory
 
 
 def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) -> str:
-
     if len(pipelines) == 1 and all(run.work.path in pipelines for run in runs):
         return f"{next(iter(pipelines)).name} / {next(iter(pipelines.values()))['run_id']}"
 
@@ -236,7 +235,6 @@ def _by_step(steps: np.ndarray, values: np.ndarray, first: bool) -> Series:
 
 
 def _config(path: Path) -> dict[str, Any]:
-
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:

@@ -157,7 +157,6 @@ def replace_view(workspace: "Workspace", saved: "Workspace") -> None:
 
 def _require(instance: object, names: tuple[str, ...]) -> None:
     fields = {field.name for field in dataclasses.fields(instance)} if dataclasses.is_dataclass(instance) else set()
-
     if missing := [name for name in names if name not in fields]:
         raise ConfigError(
             f"{PACKAGE} {version(PACKAGE)}: {type(instance).__name__} has no field {', '.join(missing)}, which keeps "

@@ -62,7 +62,6 @@ class LiveView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-
         self._over.set()
         try:
             self._thread.join()

@@ -43,7 +43,6 @@ def view_lines(state: LiveState, now: float, width: int, height: int, glyphs: Gl
 
     if not stage_rows:
         rows = [_work_row(work, now, width, glyphs) for work in state.works]
-
         return (rows + [text for _, text in details])[-height:]
 
     # Stages give up their rows in two steps: finished and waiting ones are counted, then only the running one stays.

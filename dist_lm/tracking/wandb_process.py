@@ -221,7 +221,6 @@ class Recorder:
     def _tasks(self, step: int, values: dict[str, float]) -> None:
         """Record scores of tasks, which may arrive after later steps: wandb draws them over `eval/step`."""
         row = self._row(step)
-
         if self._is_new(f"tasks {step} {' '.join(sorted(values))}", row):
             self._step = row
             self._run.define_metric(f"{TASKS}*", step_metric=STEP_OF_TASKS)
@@ -233,7 +232,6 @@ class Recorder:
 
     def _samples(self, order: dict[str, Any]) -> None:
         row = self._row(order["step"])
-
         if self._is_new(f"samples {order['key']}", row):
             self._step = row
             columns, rows = table_of(json_lines(Path(order["path"])))

@@ -92,7 +92,6 @@ class Uploader:
         self._try_until_sent([self._growing], live=True)
 
     def _try_until_sent(self, logs: list[Path], live: bool) -> bool:
-
         wait_s = self._retry_s
 
         while not self._over.is_set():

@@ -243,7 +243,6 @@ KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # kind -> (share o
 
 
 def _round(scene: Scene, tool: Specification) -> Turns:
-
     arguments = scene.arguments(tool)
     return [Message("user", request(tool, arguments, scene.rng)), *_call_and_answer(scene, tool, arguments)]
 

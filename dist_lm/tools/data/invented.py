@@ -92,7 +92,6 @@ def _kind(rng: random.Random) -> str:
 
 def _different(count: int, rng: random.Random) -> list[str]:
     names: list[str] = []
-
     while len(names) < count:
         name = _name(rng)
         if name not in names:

@@ -231,7 +231,6 @@ def _record(subject: str, record_id: str, rng: random.Random) -> str:
 
 
 def _verb_and_subject(specification: Specification, subject: str, rng: random.Random) -> str:
-
     action = BY_KEY[specification.action]
     # `hand over it` is wrong, so such verbs are left out before a pronoun.
     verbs = [verb for verb in action.request_verbs if subject not in PRONOUNS or not verb.endswith(PARTICLES)]

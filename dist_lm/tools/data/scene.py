@@ -98,7 +98,6 @@ class World:
 
     def _with_id(self, specification: Specification, record_id: str, arguments: Record) -> Json:
         records = self.records.setdefault(specification.subject, {})
-
         if record_id not in records:
             # A mistyped id has the characters of the right one, in another order.
             similar = [other_id for other_id in records if sorted(other_id) == sorted(record_id)]
