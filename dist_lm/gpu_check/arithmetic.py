@@ -89,6 +89,7 @@ def _compare(
         output.backward(weight.to(device, dtype))
         return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
+    # The reference has the same inputs, rounded to `dtype`, but computes in a higher precision.
     measured = run(probe.world.device, dtype, makes)
     higher = torch.float32 if dtype == HALF else torch.float64
     expected = run(torch.device("cpu"), higher, reference)
@@ -110,6 +111,7 @@ def bits(probe: Probe) -> None:
     rows, tokens, width = (2, 32, 40) if probe.rehearsal else (2, 1024, 1600)
 
     def masks_of(mask: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
+        # A number beyond 32 bits, as in a long run.
         sequence_B = torch.tensor([5, (1 << 40) + 3], device=device)[:rows]
         key = DropoutKey(0.1, seed=7, step=123_456, sequence_B=sequence_B)
         sites = dropout_sites(key, 2, width)
@@ -120,6 +122,7 @@ def bits(probe: Probe) -> None:
         masks = masks_of(function, device)
         expect(torch.equal(masks, expected), f"{name} dropout masks differ in {(masks != expected).sum()} places")
 
+    # Seeds use all 64 bits, of which a device might lose the upper ones.
     position_N = torch.arange(4096)
     seed_N = position_N * 0x9E3779B97F4A7C1 - (1 << 62)
     drawn = uniform(seed_N.to(device), position_N.to(device)).cpu()

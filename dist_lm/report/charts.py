@@ -189,9 +189,11 @@ def charts_of(stages: Mapping[str, Sequence[RunFacts]], runs: Sequence[RunFacts]
 def _stage(stage: str, runs: Sequence[RunFacts], index_of: Mapping[int, int], most: int) -> StageCharts:
     charts = [_chart(title, names, runs, index_of, most) for title, names in _titles(runs).items()]
 
+    # A constant needs no chart; it is listed with its value.
     still = tuple(chart for chart in charts if chart.drawable and not chart.moves)
     moving = [chart for chart in charts if chart.drawable and chart.moves]
 
+    # The first charts are visible at once; a stage without headlines shows any.
     headlines = [chart for name in HEADLINES for chart in moving if chart.name == name]
     first = tuple((headlines or moving)[:NUM_VISIBLE])
 
@@ -270,6 +272,7 @@ def still_values(chart: Chart) -> list[Still]:
         when = f"step {int(points.steps[0]):,}" if line.curve.measured == 1 else ""
         stills.append(Still(line.label, line.colour % COLOURS, last_value, when))
 
+    # Equal values of all parts of a family, such as languages, are one line.
     one_run = len({line.run for line in chart.lines}) == 1
     if one_run and len({(still.value, still.when) for still in stills}) == 1:
         parts = f"all {len(stills)} parts" if len(stills) > 1 else ""

@@ -101,6 +101,7 @@ class Sample:
 
 def sample_of(row: Mapping[str, Any]) -> Sample:
     """Returns a row of a file of samples, of any stage, in the form of the page."""
+    # Stages judge their samples differently: by a right answer, by syntax, or by an error.
     judgements = [key for key in VERDICTS if isinstance(row.get(key), bool)]
     verdict = ""
     words = ""

@@ -63,6 +63,7 @@ def render(facts: Facts, created_at: str) -> str:
     style = _inline("vendor/uPlot.min.css") + _inline("page.css")
     library, script = _inline("vendor/uPlot.iife.min.js"), _inline("page.js")
 
+    # Text of a run may be hostile: everything is escaped, and a missing name is an error.
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -108,6 +109,7 @@ def notes_of(chart: Chart) -> list[str]:
     """Returns the notes below a chart: on values that are not drawn, and on values that are not finite."""
     notes = []
 
+    # A reader must know that a curve does not show every measured value.
     thinned = [line.curve for line in chart.lines if len(line.curve.points.steps) < line.curve.measured]
     if thinned:
         longest = max(thinned, key=lambda curve: curve.measured)

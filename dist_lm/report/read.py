@@ -202,6 +202,7 @@ def read_series(path: Path) -> tuple[dict[str, Series], Series]:
     Raises:
         ArtefactError: a line is damaged.
     """
+    # Arrays take 8 bytes for a number; lists of Python numbers would take four times as much.
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
 

@@ -92,6 +92,7 @@ def timeline_of(runs: Sequence[RunFacts]) -> Timeline | None:
             for first, last, words in attempts(run)
         ]
 
+        # Many marks would cover each other, so only the newest are drawn.
         timed = [checkpoint for checkpoint in run.checkpoints if checkpoint.time]
         left_out += max(0, len(timed) - MOST_MARKS)
         for checkpoint in timed[-MOST_MARKS:]:

@@ -15,6 +15,7 @@ from dist_lm.tracking.readable import counted
 def print_boards(boards: Sequence[Board], console: Console) -> None:
     """Print a table for each board: section, panel, plotted metrics, unit, axis."""
     for board in boards:
+        # A section's name is printed once, and metrics only where they differ from the title.
         rows = [
             (
                 section.name if position == 0 else "",
@@ -58,7 +59,6 @@ def open_in_leet(run: RunDirectory) -> None:
     Raises:
         ArtefactError: no offline run, or no terminal.
     """
-
     command = leet_command(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise ArtefactError(

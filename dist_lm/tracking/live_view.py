@@ -70,6 +70,7 @@ def _header(state: LiveState, now: float, width: int, glyphs: Glyphs) -> Text:
 
 
 def _stage_row(stage: StageLine, state: LiveState, now: float, width: int, glyphs: Glyphs) -> Text:
+    # All names have one width, so that details start in one column.
     name_width = max(len(line.name) for line in state.stages)
     mark = _spinner(now, glyphs) if stage.state == "running" else glyphs.marks[stage.state]
     name_style = {"running": "bold", "waiting": "dim"}.get(stage.state, "")
@@ -82,6 +83,7 @@ def _stage_row(stage: StageLine, state: LiveState, now: float, width: int, glyph
         left.append(stage.detail, "dim")
         return line(left, Text(elapsed, "dim"), width, glyphs.cut)
 
+    # The outermost work is the stage's; works inside it have rows of their own.
     work = state.works[0] if state.works else None
     began = stage.began if stage.began is not None else now
     if work is None:
@@ -145,6 +147,7 @@ def _counted_stages(state: LiveState, now: float, width: int, glyphs: Glyphs) ->
     rows: list[Text] = []
     done: list[str] = []
     waiting: list[str] = []
+
     for stage in state.stages:
         if stage.state == "done":
             done.append(stage.name)
@@ -285,6 +288,7 @@ def _wrapped(facts: list[Text], width: int, glyphs: Glyphs) -> list[Text]:
 
 def _doing(ranks: tuple[RankPulse, ...], since: float) -> Text:
     """Returns what most ranks do; or names the rank with the oldest heartbeat, if it is older than `QUIET_S`."""
+    # The commonest phase stands for all ranks, but a rank that is silent for long is named instead.
     commonest, _ = Counter(rank.doing for rank in ranks).most_common(1)[0]
     silent = max(ranks, key=lambda rank: rank.age_s)
     if silent.age_s + since > QUIET_S:
@@ -299,6 +303,7 @@ def _nodes(state: TrainingState, now: float, width: int, glyphs: Glyphs) -> list
     if gang is None or len(gang.hosts) < 2 or not state.ranks:
         return []
 
+    # Ranks are numbered node by node.
     by_node: dict[int, list[RankPulse]] = {}
     for rank in state.ranks:
         by_node.setdefault(rank.rank // gang.ranks_per_node, []).append(rank)

@@ -42,6 +42,7 @@ class MetricsWriter:
         Raises:
             UnknownMetricError: a name is not in the registry.
         """
+        # An unknown name is refused before anything is written.
         for name in metrics:
             metric_of(name)
 

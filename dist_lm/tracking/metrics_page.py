@@ -45,6 +45,7 @@ def _markdown(group: str, metrics: list[Metric]) -> str:
         rows.setdefault(metric.stem if metric.stem in single else metric.name, []).append(metric)
 
     stages_of_rows = {_stages(metric) for metric in metrics}
+    # One column less if all rows have the same stages, which then stand in the heading.
     columns = ("name", "unit", "meaning") if len(stages_of_rows) == 1 else ("name", "unit", "stages", "meaning")
     title = group if len(stages_of_rows) > 1 or group in stages_of_rows else f"{group} ({stages_of_rows.pop()})"
 

@@ -112,6 +112,7 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
     Raises:
         ConfigError: names the key, never the secret.
     """
+    # A short value also occurs inside harmless words, and a path is no secret.
     secrets = {
         value: name
         for name, value in environ.items()

@@ -39,6 +39,7 @@ def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
             )
         return "online"
 
+    # With tracking.mode=auto, wandb's own variable decides before the login does.
     requested = environ.get("WANDB_MODE")
     if requested in ("offline", "disabled"):
         return requested

@@ -166,9 +166,11 @@ class WandbRun:
 
         A process that has not ended `grace_s` seconds later continues alone, with a warning.
         """
+        # The process itself ends after `finish_s`; the grace covers a process that hangs.
         timeout_s = self._finish_s + grace_s
 
         self._orders.put({"order": "finish", "outcome": outcome})
+        # Ends the thread that feeds the process.
         self._orders.put(None)
 
         try:

@@ -54,6 +54,7 @@ class Uploader:
             say: called with (`warning` or `line`, text) for people.
             retry_s: wait before the second attempt, in seconds.
         """
+        # Only the last file still grows; the others are sent once.
         *earlier, self._growing = logs
         self._earlier = [log for log in earlier if not marker_of(log).exists()]
 

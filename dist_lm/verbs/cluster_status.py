@@ -187,6 +187,7 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
     if not run.held or not ranks:
         return "", "ended" if not run.held else "starting", ""
 
+    # The rank with the oldest heartbeat shows first that a node hangs.
     slowest = max(ranks, key=lambda rank: rank["age_s"])
     stopped = " (stopped)" if slowest["state"] == "T" else ""
     age = slowest["age_s"] + max(0.0, now - run.heard_at)
@@ -198,6 +199,7 @@ def print_status(status: PipelineStatus, console: Console) -> None:
     now = time.time()
     facts = status.facts
     words, style = WORDS[status.state]
+    # A command that has ended stops counting its time.
     until = now if status.state == "running" else facts["updated"]
     job = f", job {facts['job']}" if facts["job"] else ""
 

@@ -78,6 +78,7 @@ class Toolbox:
         return {"error": reply["error"]}
 
     def _start(self) -> tuple[Tool, ...]:
+        # Loading runs the user's code for the first time: it may hang, raise, or end its process.
         self._host = JsonProcess("dist_lm.tools.use.host", str(self._file), str(self._limits.characters))
         try:
             reply = self._host.receive(LOADING_S)
