@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.bench.command import bench
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.process import run_program
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
@@ -60,7 +60,7 @@ def data_inspect(
 
 @data.command("new")
 def data_new(
-    places: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],
+    inputs: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],
     out: Annotated[Path, typer.Option("--out", help="The file to write: DIR/corpus/NAME.yaml.")],
     sample: Annotated[int, typer.Option(help="MiB of text that are read of each corpus.", min=1)] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
@@ -71,7 +71,7 @@ def data_new(
     from dist_lm.data.new import new_corpus
     from dist_lm.prepare.conf_folders import choices
 
-    new_corpus(places, out, Console(), sample_bytes=sample << 20, force=force, taken=choices("corpus"))
+    new_corpus(inputs, out, Console(), sample_bytes=sample << 20, force=force, taken=choices("corpus"))
 
 
 @app.command("metrics")
@@ -237,7 +237,6 @@ def dashboard_show(
     ] = None,
 ) -> None:
     """Print the panels of the views as a table, or with --offline show the curves of a run in the terminal."""
-    from dist_lm.errors import require
     from dist_lm.storage.run_directory import RunDirectory
     from dist_lm.tracking.console import Console
     from dist_lm.tracking.dashboard import boards
