@@ -1,13 +1,15 @@
 "use strict";
-// Draws the charts of the page with uPlot, from the JSON in #chart-data. Text goes in as text, never as HTML.
+// Draws the charts of the page with uPlot, from the JSON in #chart-data. Text of a run is inserted as text, never as HTML.
 (() => {
   const data = JSON.parse(document.getElementById("chart-data").textContent);
-  const charts = new Map(); // figure -> its state
+  const charts = new Map(); // figure -> state of its chart
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const UNITS = [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]];
   const DASHES = [[], [6, 4], [2, 3], [10, 4, 2, 4]];
+  // Steps are whole, so ticks of their axis have whole distances: 1, 2, 5, 10, ...
+  const STEP_DISTANCES = [1, 2, 5].flatMap((n) => Array.from({length: 13}, (_, p) => n * 10 ** p)).sort((a, b) => a - b);
 
-  // what was measured, as `four_digits` in tracking/readable.py says it
+  // Formats a measured value as `four_digits` in tracking/readable.py does.
   function fourDigits(value) {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
@@ -18,8 +20,8 @@
     return (value / least).toFixed(2) + " " + unit;
   }
 
-  // a tick of an axis
-  function words(value) {
+  // Formats the value of a tick.
+  function tickText(value) {
     if (value === null) return "";
     const size = Math.abs(value);
     for (const [unit, least] of UNITS) if (size >= least && size >= 1e4) return trimmed(value / least, 4) + " " + unit;
@@ -28,8 +30,8 @@
   }
   const trimmed = (value, digits) => String(Number(value.toPrecision(digits)));
 
-  // from steps to tokens or hours: a line through knots
-  function along(knots, step) {
+  // Maps a step to tokens or hours, by interpolation between knots.
+  function interpolate(knots, step) {
     const {x, y} = knots;
     let low = 0, high = x.length - 1;
     if (step <= x[0]) return y[0];
@@ -46,18 +48,18 @@
     return {x: pressed("[data-x]")?.dataset.x ?? "step", logX: !!pressed("[data-log=x]"), logY: !!pressed("[data-log=y]")};
   }
 
-  // [x, y] of a curve on the chosen axis; a step without a place on it is left out
-  function placed(line, part, axis) {
+  // Returns [x, y] of a curve on the chosen axis. Steps without a position on it are left out.
+  function pointsOn(line, part, axis) {
     const steps = data.steps[part.x], knots = axis.x === "step" ? null : data.runs[line.run][axis.x];
     if (axis.x !== "step" && !knots) return [[], []];
     const xs = [], ys = [];
-    steps.forEach((step, place) => {
-      let x = knots ? along(knots, step) : step;
+    steps.forEach((step, index) => {
+      let x = knots ? interpolate(knots, step) : step;
       if (axis.x === "hours") x *= 60;
       if (axis.logX && !(x > 0)) return;
       if (xs.length && x <= xs[xs.length - 1]) return;
       xs.push(x);
-      ys.push(part.y[place]);
+      ys.push(part.y[index]);
     });
     return [xs, ys];
   }
@@ -68,7 +70,7 @@
     return x >= 2 || x === 0 ? trimmed(x, 3) + " min" : trimmed(x * 60, 3) + " s";
   }
 
-  // ticks of a logarithmic axis: 1 2 5 of every decade, or even ones where it spans less than one
+  // Returns the ticks of a logarithmic axis: 1 2 5 of every decade; even distances if the axis spans less than a decade.
   function logTicks(low, high) {
     if (high / low < 10) {
       const step = [1, 2, 5, 10].map((n) => n * 10 ** Math.floor(Math.log10((high - low) / 4))).find((n) => (high - low) / n <= 6);
@@ -83,7 +85,17 @@
         if (tick >= low * 0.999 && tick <= high * 1.001) ticks.push(Number(tick.toPrecision(12)));
       }
     }
-    return decades > 8 ? ticks.filter((_, place) => place % Math.ceil(decades / 6) === 0) : ticks;
+    return decades > 8 ? ticks.filter((_, index) => index % Math.ceil(decades / 6) === 0) : ticks;
+  }
+
+  const logAxis = {splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits};
+
+  // Ranges of the axes: a single value gets some room on both sides, and a curve near zero starts at zero.
+  function xRange(log) {
+    return (u, low, high) => {
+      if (low !== high) return [low, high];
+      return log ? [low / 2, high * 2] : [low - 1, high + 1];
+    };
   }
 
   function yRange(log) {
@@ -96,27 +108,38 @@
     };
   }
 
+  // Draws the chart of a figure with the axes that the toolbar of its section selects.
   function build(figure) {
     const chart = data.charts[Number(figure.dataset.chart)], section = figure.closest("section");
     const axis = axisOf(section), logY = axis.logY && chart.positive;
     charts.get(figure)?.plot?.destroy();
+
     const plotAt = figure.querySelector(".plot"), width = Math.floor(plotAt.clientWidth);
-    if (!width) return; // inside a closed group
+    if (!width) return; // a closed group has no width; it is drawn when it opens
+
+    // A curve with a trend is thin and pale, and its trend bold.
     const tables = [], series = [{}], rows = [];
     for (const line of chart.lines) {
       const colour = "--c" + line.colour % 8, dash = DASHES[Math.floor(line.colour / 8) % DASHES.length];
-      const [xs, ys] = placed(line, line, axis);
+      const [xs, ys] = pointsOn(line, line, axis);
       if (!xs.length) continue;
-      const row = {label: line.label, colour, dashed: dash.length > 0, places: [series.length], hidden: false};
+      const row = {label: line.label, colour, dashed: dash.length > 0, indices: [series.length], hidden: false};
       tables.push([xs, ys]);
-      series.push({stroke: () => css(colour), width: line.trend ? 1 : 1.75, alpha: line.trend ? 0.38 : 1, dash, points: {show: xs.length < 40, size: 5, fill: () => css(colour)}});
+      series.push({
+        stroke: () => css(colour),
+        width: line.trend ? 1 : 1.75,
+        alpha: line.trend ? 0.38 : 1,
+        dash,
+        points: {show: xs.length < 40, size: 5, fill: () => css(colour)},
+      });
       if (line.trend) {
-        row.places.push(series.length);
-        tables.push(placed(line, line.trend, axis));
+        row.indices.push(series.length);
+        tables.push(pointsOn(line, line.trend, axis));
         series.push({stroke: () => css(colour), width: 2, dash, points: {show: false}});
       }
       rows.push(row);
     }
+
     const legend = figure.querySelector(".legend");
     legend.replaceChildren();
     if (!rows.length) {
@@ -125,28 +148,59 @@
       return;
     }
     plotAt.replaceChildren();
-    const joined = uPlot.join(tables);
-    const state = {rows, axis, logY, joined};
-    const look = {font: "12px system-ui, sans-serif", stroke: () => css("--muted"), grid: {stroke: () => css("--grid"), width: 1}, ticks: {show: false}};
+
+    // uPlot needs one list of x for all curves.
+    const aligned = uPlot.join(tables);
+    const state = {rows, axis, logY, aligned};
+    const look = {
+      font: "12px system-ui, sans-serif",
+      stroke: () => css("--muted"),
+      grid: {stroke: () => css("--grid"), width: 1},
+      ticks: {show: false},
+    };
     const measure = document.createElement("canvas").getContext("2d");
     measure.font = look.font;
+    const textWidth = (text) => measure.measureText(text ?? "").width;
+
     state.plot = new uPlot({
       width,
       height: figure.parentElement.classList.contains("first") ? 240 : 200,
       padding: [10, 14, 0, 0],
       legend: {show: false},
-      cursor: {y: false, sync: {key: section.id + axis.x, setSeries: false}, points: {size: 7}, drag: {x: true, y: false, setScale: true}, dataIdx: nearest(joined)},
+      cursor: {
+        y: false,
+        sync: {key: section.id + axis.x, setSeries: false},
+        points: {size: 7},
+        drag: {x: true, y: false, setScale: true},
+        dataIdx: nearest(aligned),
+      },
       scales: {
-        x: {time: false, distr: axis.logX ? 3 : 1, log: 10, range: (u, low, high) => (low === high ? (axis.logX ? [low / 2, high * 2] : [low - 1, high + 1]) : [low, high])},
+        x: {time: false, distr: axis.logX ? 3 : 1, log: 10, range: xRange(axis.logX)},
         y: {distr: logY ? 3 : 1, log: 10, range: yRange(logY)},
       },
       axes: [
-        {...look, size: 30, gap: 6, space: 52, ...(axis.logX ? {splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits} : {}), incrs: axis.x === "step" ? [1, 2, 5].flatMap((n) => Array.from({length: 13}, (_, p) => n * 10 ** p)).sort((a, b) => a - b) : undefined, values: (u, splits) => splits.map((x) => (axis.x === "hours" ? minutes(x) : words(x)))},
-        {...look, gap: 6, space: 36, size: (u, values) => Math.ceil(Math.max(24, ...(values ?? []).map((text) => measure.measureText(text ?? "").width)) + 12), ...(logY ? {splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits} : {}), values: (u, splits) => splits.map(words)},
+        {
+          ...look,
+          size: 30,
+          gap: 6,
+          space: 52,
+          ...(axis.logX ? logAxis : {}),
+          incrs: axis.x === "step" ? STEP_DISTANCES : undefined,
+          values: (u, splits) => splits.map((x) => (axis.x === "hours" ? minutes(x) : tickText(x))),
+        },
+        {
+          ...look,
+          gap: 6,
+          space: 36,
+          size: (u, values) => Math.ceil(Math.max(24, ...(values ?? []).map(textWidth)) + 12),
+          ...(logY ? logAxis : {}),
+          values: (u, splits) => splits.map(tickText),
+        },
       ],
       series,
-      hooks: {setCursor: [(u) => tell(figure, u.cursor.idxs)]},
-    }, joined, plotAt);
+      hooks: {setCursor: [(u) => showValues(figure, u.cursor.idxs)]},
+    }, aligned, plotAt);
+
     for (const row of rows) {
       const item = document.createElement("button"), dot = document.createElement("i");
       item.type = "button";
@@ -158,22 +212,24 @@
       item.addEventListener("click", () => {
         row.hidden = !row.hidden;
         item.setAttribute("aria-pressed", String(!row.hidden));
-        for (const place of row.places) state.plot.setSeries(place, {show: !row.hidden});
+        for (const index of row.indices) state.plot.setSeries(index, {show: !row.hidden});
       });
       legend.append(item);
     }
+
     state.at = Object.assign(document.createElement("span"), {className: "at"});
     legend.append(state.at);
     charts.set(figure, state);
-    tell(figure, null);
+    showValues(figure, null);
   }
 
-  // the place of the value of a curve that is next to the cursor: curves do not have all steps
-  function nearest(joined) {
-    return (u, series, place, x) => {
-      const values = joined[series], xs = joined[0];
-      if (!series || (values[place] !== undefined && values[place] !== null)) return place;
-      let low = place, high = place;
+  // Finds the index of a curve's value next to the cursor: a curve does not have a value at every x of the chart.
+  function nearest(aligned) {
+    return (u, series, index, x) => {
+      const values = aligned[series], xs = aligned[0];
+      if (!series || (values[index] !== undefined && values[index] !== null)) return index;
+
+      let low = index, high = index;
       while (low >= 0 && (values[low] === undefined || values[low] === null)) low--;
       while (high < values.length && (values[high] === undefined || values[high] === null)) high++;
       if (low < 0) return high < values.length ? high : null;
@@ -182,26 +238,28 @@
     };
   }
 
-  // values at the cursor, or the last ones
-  function tell(figure, places) {
+  // Writes the values at the cursor to the legend; without a cursor, the last ones.
+  function showValues(figure, indices) {
     const state = charts.get(figure);
     if (!state?.at) return;
-    const {rows, joined, axis} = state;
+    const {rows, aligned, axis} = state;
+
     let at = null;
     for (const row of rows) {
-      const values = joined[row.places[0]];
-      let place = places?.[row.places[0]];
-      if (place === null || place === undefined) {
-        place = values.length - 1;
-        while (place > 0 && (values[place] === null || values[place] === undefined)) place--;
-      } else at = joined[0][place];
-      row.value.textContent = fourDigits(values[place]);
+      const values = aligned[row.indices[0]];
+      let index = indices?.[row.indices[0]];
+      if (index === null || index === undefined) {
+        index = values.length - 1;
+        while (index > 0 && (values[index] === null || values[index] === undefined)) index--;
+      } else at = aligned[0][index];
+      row.value.textContent = fourDigits(values[index]);
     }
+
     state.at.textContent = at === null ? "last" : xWords[axis.x](at);
   }
 
   const figures = [...document.querySelectorAll("figure.chart")];
-  const drawn = (within) => figures.filter((figure) => within.contains(figure)).forEach(build);
+  const draw = (within) => figures.filter((figure) => within.contains(figure)).forEach(build);
 
   for (const toolbar of document.querySelectorAll(".toolbar")) {
     const section = toolbar.closest("section");
@@ -212,7 +270,7 @@
       button.addEventListener("click", () => {
         if (axis) for (const other of toolbar.querySelectorAll("[data-x]")) other.setAttribute("aria-pressed", String(other === button));
         else button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
-        drawn(section);
+        draw(section);
       });
     }
   }
@@ -221,7 +279,7 @@
   }
   let width = innerWidth;
   addEventListener("resize", () => {
-    if (innerWidth === width) return; // a telephone hides its address bar
+    if (innerWidth === width) return; // only the height changes when a telephone hides its address bar
     width = innerWidth;
     for (const [figure, state] of charts) {
       const room = figure.querySelector(".plot").clientWidth;
@@ -231,15 +289,15 @@
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => charts.forEach((state) => state.plot?.redraw(false)));
 
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
-  const seen = new IntersectionObserver((entries) => {
+  const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
       for (const link of links.values()) link.removeAttribute("aria-current");
       links.get(entry.target.id)?.setAttribute("aria-current", "true");
     }
   }, {rootMargin: "-20% 0px -75% 0px"});
-  for (const id of links.keys()) seen.observe(document.getElementById(id));
+  for (const id of links.keys()) observer.observe(document.getElementById(id));
 
-  drawn(document.body);
-  document.documentElement.dataset.drawn = "true"; // for those that wait for it
+  draw(document.body);
+  document.documentElement.dataset.drawn = "true"; // a test waits for it
 })();
