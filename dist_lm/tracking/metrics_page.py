@@ -7,12 +7,12 @@ HEAD = """# Metrics
 
 Generated from `dist_lm/tracking/registry.py` by `python -m dist_lm metrics > docs/metrics.md`; do not edit.
 
-The files `metrics.jsonl`, wandb, dashboards and reports use these names. A `{slot}` stands for a language, a corpus, a
-kind of conversation or another name. A line is written every `stage.log_every` steps (stage generate: about every ten
-seconds; a step is a prompt). Losses and norms belong to the last step; times and speeds are means since the line
-before. `train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are measured on every tenth step and the
-last line. ↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
-If a table has no column of stages, its heading names them.
+`metrics.jsonl`, wandb, dashboards and reports use these names. `{slot}` stands for a language, a corpus or another
+name. A line is written every `stage.log_every` steps (stage generate: about every ten seconds; a step is a prompt).
+Losses and norms belong to the last step; times and speeds are means since the line before.
+`train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are on every tenth step and the last line.
+↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
+Headings name the stages of tables without that column.
 """
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 
