@@ -16,6 +16,7 @@ USR1, TERM or Ctrl-C make all ranks agree on a step, write a checkpoint and leav
 
 import errno
 import faulthandler
+import io
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.flight_recorder import collectives_served
@@ -318,6 +319,34 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
 # --- what people see ---
 
 
+class TerminalStream(io.TextIOBase):
+    """Writes to a file descriptor of a terminal; if nobody reads it any more, the log says so once and training goes on.
+
+    Other streams would raise, and rich would end the process.
+    """
+
+    encoding = "utf-8"
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._is_gone = False
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, text: str) -> int:
+        if not self._is_gone:
+            try:
+                os.write(self._descriptor, text.encode(errors="replace"))
+            except OSError as error:
+                self._is_gone = True  # first: warnings are written here, too
+                log.warning("the terminal is gone (%s), it missed: %s", error, text.rstrip())
+        return len(text)
+
+
 class Terminal:
     """The standard streams that the process had before its output went to its log."""
 
@@ -332,21 +361,18 @@ class Terminal:
         descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
         sys.stderr.flush()
-        terminal = cls(*(os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2)))
+        output, errors = (cast("TextIO", TerminalStream(os.dup(number))) for number in (1, 2))
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.close(descriptor)
         logging.basicConfig(
             level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
         )
-        return terminal
+        return cls(output, errors)
 
     def tell(self, line: str) -> None:
-        """Write a line to the old standard error; the log says so if nobody reads it any more."""
-        try:
-            print(line, file=self._errors, flush=True)
-        except OSError as error:
-            log.warning("the terminal is gone (%s), it missed: %s", error, line)
+        """Write a line to the old standard error."""
+        self._errors.write(f"{line}\n")
 
 
 @contextmanager
@@ -368,13 +394,7 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
                 for line in metrics.poll():
                     progress.update(line)
 
-    def follow_while_read() -> None:
-        try:
-            follow()
-        except OSError as error:
-            log.warning("the terminal is gone (%s): no more progress is shown", error)
-
-    thread = threading.Thread(target=follow_while_read, name="progress", daemon=True)
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
     thread.start()
     try:
         yield
@@ -387,13 +407,10 @@ def print_result(stage: TrainingStage, config: Config, run: RunDirectory, termin
     """Print the summary of a finished run, or what the next command continues from."""
     # The run may have been moved or copied since its configuration was composed.
     config = replace(config, work_dir=str(run.work.path), run_id=run.path.name)
-    try:
-        if run.result.exists():
-            stage.summarize(config, terminal.console)
-        else:
-            terminal.console.line(f"stopped; the same command continues from {stage.progress(config)}")
-    except OSError as error:
-        log.warning("the terminal is gone (%s), it missed the result", error)
+    if run.result.exists():
+        stage.summarize(config, terminal.console)
+    else:
+        terminal.console.line(f"stopped; the same command continues from {stage.progress(config)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import re
 import shlex
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,12 @@ from dist_lm.prepare.door import prepare_stage
 from dist_lm.prepare.layout import with_layout
 from dist_lm.prepare.run import Ranks, fit_to_ranks, launch_lock, rank_lock
 from dist_lm.stages.registry import load_config
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.lock import is_locked
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.heartbeat import StopRequest
 from tests.conftest import TINY
 from tests.prepare.planned import make_run
@@ -233,3 +236,42 @@ def test_a_node_that_does_not_see_the_run_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "POLL_S", 0.0)
     with pytest.raises(ArtefactError, match="does not see what rank 0 has written: expected work_dir on a file system"):
         train.await_config(run, "0" * 64)
+
+
+# --- what people see ---
+
+
+def trained(work: WorkDirectory, terminal: train.Terminal) -> RunDirectory:
+    """A run whose first step was written while rank 0 showed its progress."""
+    run = prepared(work, *LANGUAGE)
+    with train.progress_lines(load_config(run.config), run, terminal):
+        writer = MetricsWriter(run.metrics)
+        writer.write(1, {"train/loss": 3.25})
+        writer.close()
+    return run
+
+
+def test_rank_0_prints_progress_and_what_a_stopped_run_continues_from(work, monkeypatch):
+    monkeypatch.setattr(train, "PROGRESS_EVERY_S", 0.01)
+    output, errors = io.StringIO(), io.StringIO()
+    terminal = train.Terminal(output, errors)
+    run = trained(work, terminal)
+    assert re.search(r"language: step 1/\d+ .*3\.25", output.getvalue())
+    train.print_result(training_stage("language"), load_config(run.config), run, terminal)
+    assert "stopped; the same command continues from the start of the stage" in output.getvalue()
+    terminal.tell("a line")
+    assert errors.getvalue() == "a line\n"
+
+
+def test_training_does_not_need_its_terminal(work, monkeypatch, caplog):
+    """As in `torchrun ... | head`: the reader of standard output has left."""
+    monkeypatch.setattr(train, "PROGRESS_EVERY_S", 0.01)
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream: Any = train.TerminalStream(writer)
+    terminal = train.Terminal(stream, stream)
+    run = trained(work, terminal)
+    train.print_result(training_stage("language"), load_config(run.config), run, terminal)
+    terminal.tell("a line")
+    os.close(writer)
+    assert caplog.text.count("the terminal is gone ([Errno 32] Broken pipe), it missed: ") == 1
