@@ -320,9 +320,9 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
 
 
 class TerminalStream(io.TextIOBase):
-    """Writes to a file descriptor of a terminal; if nobody reads it any more, the log says so once and training goes on.
+    """Writes to the file descriptor of a terminal; if nobody reads it any more, the log says so once.
 
-    Other streams would raise, and rich would end the process.
+    Training goes on, while other streams would raise, and rich would end the process.
     """
 
     encoding = "utf-8"
