@@ -200,8 +200,12 @@ def launcher_defaults(script: str) -> list[str]:
 
 
 def check_torchrun(arguments: list[str]) -> None:
-    module = arguments[arguments.index("-m") + 1]
+    """torchrun: options, a module, and for training without a launcher what the launcher takes."""
+    place = arguments.index("-m") + 1
+    module, overrides = arguments[place], arguments[place + 1 :]
     assert importlib.util.find_spec(module), f"{module}: no such module"
+    if module == "dist_lm.train" and any("=" in override for override in overrides):
+        check_launch(overrides)
 
 
 def check_tests(arguments: list[str]) -> None:
@@ -242,6 +246,7 @@ def test_shell_line_can_be_typed(line: Line):
         ("dist-lm no-such-verb", "no-such-verb"),
         ("bash launch/no_such.sh", "no_such.sh"),
         ("torchrun -m dist_lm.no_such_module RUN", "no_such_module"),
+        ("torchrun -m dist_lm.train stage=code stage.no_such_key=1", "no_such_key"),
     ],
 )
 def test_a_wrong_line_is_found(text: str, named: str):
