@@ -169,7 +169,7 @@ def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
     """
     # Idle actors would hold GPUs for the whole run.
     actors = configs[target].eval.pool.actors
-    has_tasks = any(getattr(config.stage, "eval_tasks", None) for config in configs.values())
+    has_tasks = any(config.stage.eval_tasks for config in configs.values())
     trains = stage_named(target).place is Place.RANKS
     accepted = "0 without stage.eval_tasks: these actors answer its tasks and nothing else"
     require(has_tasks or not trains or actors == 0, "eval.pool.actors", actors, accepted)
