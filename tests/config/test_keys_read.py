@@ -20,7 +20,7 @@ from tests.config.keys_of_schemas import settable_keys
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_S = 600  # of a launch
+DEADLINE_S = patient(600)  # of a launch
 # class -> the one that its keys are copied to, and read from
 COPIES = {"EvalPoolConfig": "EvalPool", "ModelConfig": "AdaptedModelConfig"}
 # a run whose tasks actors answer

@@ -39,7 +39,7 @@ def outside() -> dict[str, str]:
 def source(checkout: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", '. "$0/launch/env.sh" && command -v python && echo "$PYTHONPATH"', str(checkout)]
     return subprocess.run(
-        command, env=outside() | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=240
+        command, env=outside() | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=patient(240)
     )
 
 

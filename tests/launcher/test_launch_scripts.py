@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from _pytest.mark.expression import Expression
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -30,7 +32,11 @@ def program(path: Path, text: str) -> None:
 
 def calls(tmp_path: Path, script: str, *arguments: str, env: dict[str, str]) -> list[str]:
     done = subprocess.run(
-        ["bash", str(ROOT / "launch" / script), *arguments], env=env, capture_output=True, text=True, timeout=120
+        ["bash", str(ROOT / "launch" / script), *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=patient(120),
     )
     assert done.returncode == 0, done.stderr
     return (tmp_path / "calls").read_text().splitlines()

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dist_lm.launcher.process import disk_trouble
+from tests.patience import patient
 
 PROGRAM = """
 import sys
@@ -29,7 +30,7 @@ def shell(words: list[str], redirection: str) -> tuple[int, str, str]:
         capture_output=True,
         text=True,
         env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        timeout=100,
+        timeout=patient(100),
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
