@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -335,7 +336,6 @@ def make(golden: Golden, parts: Sequence[str]) -> None:
             report(part)
             made = {"machine": machine(), "commit": commit(golden.checkout), "part": part, "seen": look(golden, part)}
             path.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            shutil.rmtree(golden.folder / part)
         compare_with_committed(read(path))
 
 
@@ -352,9 +352,11 @@ def compare_with_committed(made: dict[str, Any]) -> None:
 
 def look(golden: Golden, part: str) -> dict[str, Any]:
     """What the code of `golden` makes of a copy of its work directory."""
-    scratch = golden.folder / part
-    shutil.rmtree(scratch, ignore_errors=True)
-    return json.loads(json.dumps(dict(PARTS[part](golden, scratch))))
+    # Several checks may run beside each other. A scratch folder stays where a part fails, with its logs.
+    scratch = Path(tempfile.mkdtemp(prefix=f"{part}-", dir=golden.folder))
+    seen = json.loads(json.dumps(dict(PARTS[part](golden, scratch))))
+    shutil.rmtree(scratch)
+    return seen
 
 
 def machine() -> dict[str, str]:
@@ -389,7 +391,6 @@ def check(golden: Golden, parts: Sequence[str]) -> bool:
                 equal = False
                 report(f"DIFFERENT {part}: {name}\n  was {json.dumps(before)}\n  is  {json.dumps(now)}")
         report(f"{part}: {len(seen)} compared in {time.monotonic() - begin:.0f} s")
-        shutil.rmtree(golden.folder / part)
     return equal
 
 
