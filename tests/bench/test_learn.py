@@ -107,6 +107,7 @@ def other_pieces(work, documents):
     return f"other: work_dir={work.path} model.vocab_size=512"
 
 
+@pytest.mark.heavy
 def test_other_tokenizers_are_compared_on_the_same_text(tiny_work, work, tmp_path):
     documents = [one for language in ("python", "bash", "sql") for one in texts(language, 200)]
     recipe = other_pieces(work, documents)

@@ -30,7 +30,9 @@ def started(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) 
     return work
 
 
-@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.bars), 1])
+@pytest.mark.parametrize(
+    "staleness", [pytest.param(0, marks=pytest.mark.bars), pytest.param(1, marks=pytest.mark.heavy)]
+)
 def test_figures_are_there_once_after_a_kill_and_training_is_the_same(started, tmp_path: Path, staleness: int):
     own = (*SETTINGS, f"rlhf.max_staleness={staleness}")
     run = prepare(work_of(started, tmp_path / "tasks"), *own, TASKS)

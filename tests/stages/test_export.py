@@ -329,6 +329,7 @@ print(rise_of(in_and_out))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_that_of_a_few_copies_of_one_tensor(work: WorkDirectory, tmp_path: Path):
     """425 MB of weights, the largest tensor has 34 MB."""
