@@ -138,7 +138,8 @@ def attempts_of(answer: bytes) -> list[Attempt]:
         offset += stdout_bytes
         stderr_tail = answer[offset : offset + tail_bytes]
         offset += tail_bytes
-        attempts.append(Attempt(*facts, stdout.decode(errors="replace"), stderr_tail.decode(errors="replace")))
+        texts = (output.decode(errors="replace") for output in (stdout, stderr_tail))
+        attempts.append(Attempt(*facts, *texts))
     return attempts
 
 
