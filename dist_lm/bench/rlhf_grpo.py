@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 
 from dist_lm.bench.rlhf_loops import CLIP, ITERATIONS, RATE, Peer, causal, word_tokenizer, words_of
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.config.root import Config
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 
 GROUP = 8
 

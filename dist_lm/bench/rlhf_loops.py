@@ -18,7 +18,6 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig, given
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -29,6 +28,8 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig, not_null
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import (
     RlhfModels,
@@ -40,7 +41,6 @@ from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
 from dist_lm.stages.exporting.files import write_model
-from dist_lm.stages.rlhf.program import ALGORITHMS
 
 PROMPTS, PROMPT = 64, 9  # prompts of an iteration; tokens of each, with the end-of-text token at its start
 EPOCHS = 4
@@ -70,7 +70,7 @@ class ToyRun:
         self._world, self._parallel = world, parallel
         self._mesh = build_mesh(resolve_layout(parallel, shape, world.size), world.device)
         self._algorithm = ALGORITHMS[rlhf.algorithm](rlhf)
-        coefficient = given(rlhf.kl_coefficient)
+        coefficient = not_null(rlhf.kl_coefficient)
 
         self._models = RlhfModels(
             trained(self._model(shape), rlhf, rlhf.lr),
@@ -79,7 +79,7 @@ class ToyRun:
         if self._algorithm.has_critic:
             critic, reward = (self._model(replace(shape, head="scalar"), seed=1) for _ in range(2))
             start_critic(critic, reward, "zero")
-            trained_critic = trained(critic, rlhf, given(rlhf.value_lr))
+            trained_critic = trained(critic, rlhf, not_null(rlhf.value_lr))
             self._models = replace(self._models, critic=trained_critic, reward=reward.requires_grad_(False))
 
         if source is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.rlhf import AS_MANY, SHARED, RolloutPoolConfig
+from dist_lm.config.pool import AS_MANY, SHARED, RolloutPoolConfig
 from dist_lm.errors import ConfigError
 
 CPU_RANKS = 2  # they run every code path of several ranks; more would only divide the same cores

@@ -25,7 +25,7 @@ from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
 from dist_lm.cluster.pool_weights import Stored, store
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.recruit import NoNodesError
-from dist_lm.config.rlhf import AS_MANY
+from dist_lm.config.pool import AS_MANY
 from dist_lm.generation.decoder import WeightStream, check_weights
 from dist_lm.generation.request import Answer, Finished, Request, in_order, seen, unseen
 from dist_lm.generation.shard import check_tp

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT
+from dist_lm.config.pool import PUSH_AUTO, PUSH_DIRECT
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import parameter_shapes
 

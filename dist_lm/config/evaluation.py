@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from dist_lm.config.rlhf import RolloutPoolConfig
+from dist_lm.config.pool import RolloutPoolConfig
 
 FILE_TASKS = ("humaneval", "mbpp", "multipl_e")
 """Tasks whose file the user has: `eval.TASK=PATH`."""

@@ -20,8 +20,8 @@ from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.renamed import with_present_keys
-from dist_lm.config.rlhf import RolloutPoolConfig
 from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
 from dist_lm.config.tracking import ProfileConfig, TrackingConfig
 from dist_lm.errors import ConfigError, require

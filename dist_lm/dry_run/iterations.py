@@ -5,7 +5,7 @@ Iterations are not played; an update is estimated as a step of sequences. Import
 
 from dataclasses import dataclass, replace
 
-from dist_lm.config.rlhf import CACHE_SHARE
+from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainerGroup
 from dist_lm.dry_run.estimate import element_bytes, estimate_memory

@@ -23,7 +23,7 @@ import psutil
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import CACHE_SHARE
+from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
 from dist_lm.generation.paged_cache import ALIGNED, PagePool, Piece, Plan, pages_for

@@ -1,6 +1,17 @@
-"""The RLHF loop: prompts, rollouts, rewards, updates, new weights for generation. It depends on no algorithm or layout.
+"""The RLHF loop: rollouts, scores, advantages, updates, new weights for generation. It knows no algorithm or layout.
 
-take judged rollouts (first rank) -> share -> forward passes of all models -> prepare -> updates -> push weights
+An iteration:
+
+    sample      the first rank takes the rollouts that engines drew (`schedule.py`, `rollouts.py`)
+    score       rules judged them there (`rewards.py`); every rank gets the rollouts that have a score
+    experience  forward passes of policy, reference, critic and reward model (`experience.py`)
+    advantages  the algorithm computes the inputs of its losses (`algorithm.py`)
+    update      `epochs` passes over the rollouts in minibatches, each a step of policy and critic
+    push        the new weights go to the engines
+    report      metrics and samples
+
+Dimensions: B rollouts, T tokens of the longest completion, N completion tokens of a micro-batch, S rollouts of a
+minibatch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,18 +21,21 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import SamplingParams
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.rlhf.algorithm import Algorithm, Prepared
+from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
+from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.experience import Collected, collect
-from dist_lm.rlhf.models import Beside, Execution, RlhfModels, dealing, one_after_other, sent_weights
-from dist_lm.rlhf.packed_rollouts import Passes
+from dist_lm.rlhf.models import Beside, Execution, RlhfModels, Trained, dealing, one_after_other, sent_weights
+from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
 from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, share_scored
 from dist_lm.rlhf.rollouts import (
@@ -32,16 +46,20 @@ from dist_lm.rlhf.rollouts import (
     requests_of,
     rollouts_of,
 )
-from dist_lm.rlhf.sampling_again import SamplingAgain
-from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, is_drawn_by
+from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, is_drawn_by
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf.update import Pretraining, Updater, Updates
 from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import LossSum, Objective, next_token
 from dist_lm.training.optimizer import learning_rate, set_learning_rate
+from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import WallLaps
-from dist_lm.training.trainer import is_due
+from dist_lm.training.trainer import NonFiniteGradientsError, is_due
 
-QUANTILES = (10, 50, 90)  # of the scores, in percent
+Columns = Mapping[str, torch.Tensor]
+Pretraining = Callable[[int], Sequence[Batch]]
+"""(number of the update since the start of the run) -> this rank's micro-batches of text, on the models' device."""
+
+QUANTILES = (10, 50, 90)  # quantiles of the scores in the metrics, in percent
 
 
 @dataclass(frozen=True)
@@ -58,20 +76,20 @@ class IterationReport:
 
 @dataclass(frozen=True)
 class RolloutSupply:
-    """What only the first rank has: prompts, the source of completions, and the rules."""
+    """The part of the loop that only the first rank has: prompts, the source of completions, and the rules."""
 
     source: RolloutSource
     prompts: PromptOrder
     judge: Judge
-    stop_tokens: tuple[int, ...] = ()  # that end a completion, besides end-of-text; not with rlhf.ignore_eot
+    stop_tokens: tuple[int, ...] = ()  # tokens that end a completion, besides end-of-text; not with rlhf.ignore_eot
 
     def draw(
         self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
     ) -> Rollouts:
-        """`samples` completions of each prompt.
+        """Returns `samples` completions of each prompt.
 
         Args:
-            position: of the first prompt in the order of prompts.
+            position: position of the first prompt in the order of prompts.
         """
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
@@ -82,14 +100,15 @@ class RolloutSupply:
             ignore_eot=config.ignore_eot,
         )
         requests = requests_of(prompts, position, samples, params, seed)
+        # Rules that run programs begin with each answer at once, while the engines go on.
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
 
 class IterationTasks(Protocol):
-    """What is measured after iterations, with the engines that draw rollouts (collective)."""
+    """Measurements after iterations, with the engines that draw rollouts (collective)."""
 
     def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
-        """So many iterations are done; `schedule`: on the first rank."""
+        """Called after each iteration; `schedule`: on the first rank."""
 
     def before_checkpoint(self) -> None:
         """Called before each checkpoint."""
@@ -101,7 +120,7 @@ class Learner:
 
     config: RlhfConfig
     seed: int
-    iterations: int  # of the whole run
+    iterations: int  # length of the whole run
     world: World
     mesh: DeviceMesh
     parallel: ParallelConfig
@@ -114,7 +133,7 @@ class Learner:
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
     tasks: IterationTasks | None = None
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
-    beside: Beside = one_after_other  # how the work of policy and critic is run
+    beside: Beside = one_after_other  # runs the work of policy and critic
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -132,24 +151,27 @@ class Learner:
         assert self.world.is_first == (self.supply is not None), "rollouts come from the first rank"
 
     def run(self, state: RlhfState) -> RlhfState:
-        """From `state` to the last iteration, or to the one after which the ranks agreed to stop (collective).
+        """Train from `state` to the last iteration, or until the ranks agree to stop (collective).
 
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
             RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows.
         """
+        # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
         if self.supply is None:
             read_to_end(self._weights())
             return self._loop(state, None)
+
         config, supply = self.config, self.supply
 
         def draw(position: int, prompts: int) -> Rollouts:
             return supply.draw(supply.prompts(position, prompts), position, config.group, config, self.seed)
 
-        again = None
+        draw_again = None
         if config.sampling_rounds:
             judge = partial(supply.judge, expected=config.prompts * config.group)
-            again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
+            draw_again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
+
         with RolloutSchedule(
             supply.source,
             partial(draw, prompts=config.prompts),
@@ -157,20 +179,33 @@ class Learner:
             staleness=config.max_staleness,
             iterations=self.iterations,
             prompts=config.prompts,
-            draw_judged=again,
+            draw_judged=draw_again,
         ) as schedule:
             schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
             return self._loop(state, schedule)
 
     def _loop(self, state: RlhfState, schedule: RolloutSchedule | None) -> RlhfState:
-        run = self._execution()
-        updater = Updater(run, self.algorithm, self.stop, self.pretraining)
+        execution = Execution(
+            config=self.config,
+            models=self.models,
+            device=self.world.device,
+            dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
+            counts=self.mesh.get_local_rank("tp") == 0,
+            reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
+            alive=self.alive,
+            beside=self.beside,
+        )
+        updater = Updater(execution, self.algorithm, self.stop, self.pretraining)
+
         while state.iteration < self.iterations:
-            state, stopping = self._iteration(replace(state, pending={}), run, updater, schedule)
+            # Rollouts drawn ahead are in the schedule now; only a checkpoint has them in the state.
+            state, stopping = self._iteration(replace(state, pending={}), execution, updater, schedule)
             if self.tasks:
                 self.tasks.reached(state.iteration, schedule)
-            last = state.iteration == self.iterations or stopping
-            if last or is_due(state.iteration, self.save_every):
+
+            is_last = state.iteration == self.iterations or stopping
+            if is_last or is_due(state.iteration, self.save_every):
+                # Rollouts that older weights draw are part of the state: the saved weights would draw others.
                 state = replace(state, pending=schedule.ahead(state.version) if schedule else {})
                 if self.tasks:
                     self.tasks.before_checkpoint()
@@ -180,57 +215,59 @@ class Learner:
         return state
 
     def _iteration(
-        self, state: RlhfState, run: Execution, updater: Updater, schedule: RolloutSchedule | None
+        self, state: RlhfState, execution: Execution, updater: "Updater", schedule: RolloutSchedule | None
     ) -> tuple[RlhfState, bool]:
-        """One iteration: the state after it, and whether a stop was requested."""
+        """Returns the state after one iteration, and whether a stop was requested."""
         clock = WallLaps()
         self.alive()
+
+        # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
         drawn = schedule.take(state.iteration) if schedule else None
         scored = share_scored(drawn.judged if drawn else None)
         rollouts = scored.rollouts
         clock.lap("rollout")
-        order = {"seed": self.seed, "iteration": state.iteration, "parts": self.config.minibatches}
-        passes = Passes(rollouts, run.dealing, run.device, **order)
-        first = [batch for minibatch in passes(0) for batch in minibatch.batches]
-        collected = collect(run, rollouts, scored.rule_score_B, first, state.reward_scale)
+
+        # Advantages: the forward passes use the micro-batches of the first update, so that its ratio is exactly 1.
+        passes = Passes(
+            rollouts,
+            execution.dealing,
+            execution.device,
+            seed=self.seed,
+            iteration=state.iteration,
+            parts=self.config.minibatches,
+        )
+        batches = [batch for minibatch in passes(0) for batch in minibatch.batches]
+        collected = collect(
+            execution, rollouts, scored.rule_score_B, batches, state.reward_scale, self.algorithm.ratio_of
+        )
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         clock.lap("forward")
+
         self._set_learning_rates(state.iteration)
         updates = updater(state, prepared, passes)
         clock.lap("update")
+
+        # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
         metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
-        state = self._advanced(updates.state, scored.prompts, collected, metrics)
+        state = _after_iteration(updates.state, scored.prompts, collected, metrics)
         if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
             if schedule:
                 schedule.push(state.version, self._weights())
             else:
                 read_to_end(self._weights())
         clock.lap("push")
-        parts, score_B = collected.part_B, collected.experience.score_B
-        laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
-        own = metrics | laps | {"timing/iteration_s": sum(laps.values())}
-        self.report(IterationReport(state.iteration, own, updates.metrics, rollouts, parts, score_B))
-        return state, updates.stop_requested
 
-    def _advanced(
-        self, state: RlhfState, prompts: int, collected: Collected, metrics: Mapping[str, float]
-    ) -> RlhfState:
-        reward = metrics["rlhf/reward_mean"]
-        better = state.best_reward is None or reward > state.best_reward
-        return replace(
-            state,
-            iteration=state.iteration + 1,
-            prompt_position=state.prompt_position + prompts,
-            kl=state.kl.after(metrics.get("rlhf/kl", 0.0), len(collected.experience.score_B)),
-            reward_scale=collected.reward_scale,
-            best_reward=reward if better else state.best_reward,
-            best_iteration=state.iteration + 1 if better else state.best_iteration,
-        )
+        laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
+        metrics |= laps | {"timing/iteration_s": sum(laps.values())}
+        score_B = collected.experience.score_B
+        self.report(IterationReport(state.iteration, metrics, updates.metrics, rollouts, collected.part_B, score_B))
+        return state, updates.stop_requested
 
     def _weights(self) -> WeightStream:
         return sent_weights(self.models.policy.model, self.parallel, self.world)
 
     def _set_learning_rates(self, iteration: int) -> None:
+        """Set the rates of an iteration: all its updates have the same one, however many rlhf.stop_kl allows."""
         config = self.config
         for trained, peak in ((self.models.policy, config.lr), (self.models.critic, config.value_lr)):
             if trained and peak is not None:
@@ -243,17 +280,196 @@ class Learner:
                 )
                 set_learning_rate(trained.optimizer, rate)
 
-    def _execution(self) -> Execution:
-        return Execution(
-            config=self.config,
-            models=self.models,
-            device=self.world.device,
-            dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
-            counts=self.mesh.get_local_rank("tp") == 0,
-            reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
-            alive=self.alive,
-            beside=self.beside,
+
+def _after_iteration(state: RlhfState, prompts: int, collected: Collected, metrics: Mapping[str, float]) -> RlhfState:
+    """Returns the state after an iteration whose updates are done.
+
+    Args:
+        prompts: number of prompts drawn.
+    """
+    reward = metrics["rlhf/reward_mean"]
+    is_best = state.best_reward is None or reward > state.best_reward
+    return replace(
+        state,
+        iteration=state.iteration + 1,
+        prompt_position=state.prompt_position + prompts,
+        kl=state.kl.after(metrics.get("rlhf/kl", 0.0), len(collected.experience.score_B)),
+        reward_scale=collected.reward_scale,
+        best_reward=reward if is_best else state.best_reward,
+        best_iteration=state.iteration + 1 if is_best else state.best_iteration,
+    )
+
+
+# --- updates ---
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Results of the updates of an iteration, the same on every rank."""
+
+    state: RlhfState
+    metrics: Sequence[Mapping[str, float]]  # means of each update, before it
+    stop_requested: bool
+
+
+@dataclass(frozen=True)
+class Updater:
+    """Updates policy and critic on one rank: passes over the rollouts in minibatches."""
+
+    execution: Execution
+    algorithm: Algorithm
+    stop: StopRequest
+    pretraining: Pretraining | None = None
+
+    def __call__(self, state: RlhfState, prepared: Prepared, passes: Passes) -> Updates:
+        """Makes all passes over an iteration's rollouts, or fewer if rlhf.stop_kl ends them (collective).
+
+        Raises:
+            NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
+        """
+        config = self.execution.config
+        metrics: list[dict[str, float]] = []
+        stopping = False
+        for number in range(not_null(config.epochs)):
+            for minibatch in passes(number):
+                self.execution.alive()
+                policy_result, *critic_results = self._steps(state, prepared, minibatch)
+
+                results = [policy_result, *critic_results]
+                state = _after_update(state, results)
+                self._check_finite(state)
+                stopping = stopping or any(result.stop_requested for result in results)
+
+                metrics.append(policy_result.metrics | {"policy_grad_norm": policy_result.grad_norm})
+                for critic in critic_results:
+                    metrics[-1] |= critic.metrics | {"value_grad_norm": critic.grad_norm}
+                # Rollouts of a policy that is too far away teach nothing reliable.
+                if config.stop_kl and metrics[-1]["approx_kl"] > config.stop_kl:
+                    return Updates(state, metrics, stopping)
+        return Updates(state, metrics, stopping)
+
+    def _steps(self, state: RlhfState, prepared: Prepared, minibatch: Minibatch) -> Sequence[StepResult]:
+        """Returns the result of a step of the policy, and of the critic if there is one."""
+        models, config = self.execution.models, self.execution.config
+
+        def policy_step() -> StepResult:
+            # Text joins the rollouts of the same update, so that one optimizer step sees both gradients.
+            batches: list[Batch] = list(minibatch.batches)
+            share = 0.0
+            if self.pretraining and config.pretrain_coefficient:
+                texts = self.pretraining(state.policy_updates)
+                count = float(prepared.count_B[torch.from_numpy(minibatch.rollout_S)].sum())
+                share = count / max(_targets_of_all_ranks(texts, self.execution.counts), 1.0)
+                batches += texts
+            return self._step(models.policy, policy_objective(self.algorithm, prepared, config, share), batches)
+
+        if not models.critic:
+            return [policy_step()]
+
+        # Two models that share nothing: on one CPU they are updated at the same time.
+        critic, objective = models.critic, critic_objective(self.algorithm, prepared.tokens)
+        return self.execution.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
+
+    def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
+        execution, model = self.execution, trained.model
+        sums = accumulate_gradients(model, objective, batches, execution.reduce_every_micro_batch)
+        return update(
+            model,
+            trained.optimizer,
+            sums,
+            grad_clip=execution.config.grad_clip,
+            counts=execution.counts,
+            stop=self.stop,
         )
+
+    def _check_finite(self, state: RlhfState) -> None:
+        config = self.execution.config
+        if state.nonfinite_updates >= config.max_nonfinite_updates:
+            critic = f" and rlhf.value_lr={config.value_lr:g}" if config.value_lr is not None else ""
+            raise NonFiniteGradientsError(
+                f"gradients were NaN or infinite in {state.nonfinite_updates} updates in a row, in iteration "
+                f"{state.iteration} (rlhf.max_nonfinite_updates={config.max_nonfinite_updates}): lower "
+                f"rlhf.lr={config.lr:g}{critic}, or look for an unbounded reward"
+            )
+
+
+def policy_objective(
+    algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, pretraining_share: float = 0.0
+) -> Objective:
+    """Returns the policy loss on rollouts, and the next-token loss on text (PPO-ptx: Ouyang et al. 2022, eq. 2).
+
+    Args:
+        pretraining_share: count of the policy loss / text tokens of the update. The step divides all losses by that
+            count, so this factor makes the text loss a mean over the text tokens.
+    """
+    # `drawn_N` of a batch are places in the flattened (B, T) columns.
+    flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
+    longest = next(iter(prepared.tokens.values())).shape[1]
+    text_objective = next_token()
+
+    def objective(model: Transformer, batch: Batch) -> LossSum:
+        if not isinstance(batch, RolloutBatch):
+            text_loss = text_objective(model, batch)
+            weight, name = config.pretrain_coefficient * pretraining_share, "pretrain_loss"
+            # Text adds nothing to the count, which is that of the policy loss; its metric has a count of its own.
+            return LossSum(
+                total=weight * text_loss.total,
+                count=torch.zeros_like(text_loss.count),
+                metrics={name: text_loss.total.detach()},
+                counts={name: text_loss.count},
+            )
+
+        now = model.logprobs(batch, config.temperature, algorithm.uses_entropy, batch.sets)
+        drawn = DrawnTokens(
+            logprob_N=now.logprob_BT.flatten()[batch.counted_N],
+            entropy_N=now.entropy_BT.flatten()[batch.counted_N],
+            rollout_N=batch.drawn_N // longest,
+            columns={name: column[batch.drawn_N] for name, column in flat_columns.items()},
+            kl_coefficient=prepared.kl_coefficient,
+        )
+        loss = algorithm.policy_loss(drawn)
+
+        # A rollout counts once, at its first token; metrics are means over tokens.
+        is_first_N = batch.drawn_N % longest == 0
+        count_N = prepared.count_B[drawn.rollout_N] * is_first_N
+        counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
+        return replace(loss, count=count_N.sum(), counts=counts)
+
+    return objective
+
+
+def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
+    """Returns the critic's loss on rollouts.
+
+    Args:
+        columns: (B, T) each.
+    """
+    flat_columns = {name: column.flatten() for name, column in columns.items()}
+
+    def objective(model: Transformer, batch: Batch) -> LossSum:
+        assert isinstance(batch, RolloutBatch)
+        value_N = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
+        return algorithm.value_loss(value_N, {name: column[batch.drawn_N] for name, column in flat_columns.items()})
+
+    return objective
+
+
+def _targets_of_all_ranks(batches: Sequence[Batch], counts: bool) -> float:
+    """Returns the number of targets in the loss masks of all ranks (collective)."""
+    n_targets = sum(float(batch.loss_mask_BT.sum()) for batch in batches) if counts else 0.0
+    total = torch.tensor(n_targets, dtype=torch.float64, device=batches[0].tokens_BT.device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def _after_update(state: RlhfState, results: Sequence[StepResult]) -> RlhfState:
+    """Returns the state after one update of the policy, and of the critic if there is one."""
+    return replace(
+        state,
+        policy_updates=state.policy_updates + 1,
+        value_updates=state.value_updates + len(results) - 1,
+        nonfinite_updates=0 if all(result.applied for result in results) else state.nonfinite_updates + 1,
+    )
 
 
 # --- metrics ---
@@ -267,10 +483,12 @@ def iteration_metrics(
     updates: Updates,
     drawn: Drawn | None,
 ) -> dict[str, float]:
-    """Metrics of an iteration, without the clock's. Names follow TRL and OpenRLHF where the meaning is the same.
+    """Returns the metrics of an iteration, without the clock's.
+
+    Names follow TRL and OpenRLHF where the meaning is the same.
 
     Args:
-        state: before the iteration.
+        state: the state before the iteration.
         drawn: None except on the first rank.
     """
     experience, mask_BT = collected.experience, collected.experience.mask_BT
@@ -288,13 +506,17 @@ def iteration_metrics(
         "rollout/prompts": float(scored.prompts),
         "rollout/staleness": float((state.version - rollouts.version_B).mean()),
     }
-    for percent, value in zip(QUANTILES, np.percentile(experience.score_B.cpu().double(), QUANTILES), strict=True):
-        metrics[f"rlhf/score_p{percent}"] = float(value)
-    if int(np.unique(rollouts.position_B).size) < len(rollouts):
+    for percent, quantile in zip(QUANTILES, np.percentile(experience.score_B.cpu().double(), QUANTILES), strict=True):
+        metrics[f"rlhf/score_p{percent}"] = float(quantile)
+
+    has_groups = int(np.unique(rollouts.position_B).size) < len(rollouts)
+    if has_groups:
         groups = groups_of(experience.score_B, experience.prompt_B)
-        share_B = 1 / groups.size_B.double()  # a group counts 1
+        # A mean over groups: each rollout weighs the inverse of its group's size.
+        share_B = 1 / groups.size_B.double()
         metrics["rlhf/group_std_mean"] = float((groups.std_B * share_B).sum() / share_B.sum())
         metrics["rlhf/groups_without_signal"] = float(((groups.std_B == 0) * share_B).sum() / share_B.sum())
+
     if experience.reference_logprob_BT is not None:
         kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
         kl = float(kl_BT.double().sum() / len(rollouts))
@@ -303,16 +525,19 @@ def iteration_metrics(
             "rlhf/kl_coefficient": state.kl.coefficient,
             "rlhf/reward_mean": score - state.kl.coefficient * kl,
         }
+
     if len(rollouts.set_size_M):
         metrics["rollout/set_bytes"] = float(rollouts.set_size_M.mean())
+    # With fresh weights the engine and the trainer compute the same model; a gap shows that they don't.
     gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
     metrics["rollout/logprob_gap"] = float(gap_BT.max())
     if drawn and drawn.drawing_s:
         metrics["rollout/tokens_per_s"] = float(drawn.judged.rollouts.new_tokens_B.sum()) / drawn.drawing_s
         metrics["timing/judging_s"] = drawn.judging_s
+
     metrics |= scored.metrics
     metrics |= {f"rlhf/part_{name}": float(score_B.double().mean()) for name, score_B in collected.part_B.items()}
-    metrics |= {f"rlhf/{name}": value for name, value in prepared.metrics.items()}
+    metrics |= {f"rlhf/{name}": number for name, number in prepared.metrics.items()}
     for name in updates.metrics[0]:
-        metrics[f"rlhf/{name}"] = sum(update[name] for update in updates.metrics) / len(updates.metrics)
+        metrics[f"rlhf/{name}"] = sum(means[name] for means in updates.metrics) / len(updates.metrics)
     return metrics

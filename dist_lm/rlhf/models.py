@@ -14,7 +14,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import ADAPTERS
@@ -22,12 +21,13 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import compute_dtype, reshard
 from dist_lm.parallel.values import shard_of, stream_weights
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.packed_rollouts import Dealing
 from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 
 SCALAR_HEAD = "scalar_head."
 
-First = TypeVar("First")
+First = TypeVar("First")  # type of the result of the first of two functions
 Second = TypeVar("Second")
 
 
@@ -45,12 +45,13 @@ class RlhfModels:
 
     policy: Trained
     critic: Trained | None = None  # with a scalar head; None: the algorithm has no critic
-    reference: Transformer | None = None  # None: no KL penalty; a policy of adapters is its own, without these
+    # None: no KL penalty. A policy of adapters is its own reference: the same model with the adapters switched off
+    reference: Transformer | None = None
     reward: Transformer | None = None  # with a scalar head; None: all reward parts are rules
 
 
 def as_reference(models: RlhfModels) -> AbstractContextManager[None]:
-    """Inside the block, the model `models.reference` is the reference; only there, if it is the policy."""
+    """Makes `models.reference` compute as the reference inside the block, where it may be the policy itself."""
     if models.reference is not models.policy.model:
         return nullcontext()
     from dist_lm.model.lora import without_adapters
@@ -59,7 +60,7 @@ def as_reference(models: RlhfModels) -> AbstractContextManager[None]:
 
 
 def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
-    """With a new optimizer at the rate `lr`."""
+    """Returns the model with a new optimizer at the rate `lr`."""
     return Trained(model, build_optimizer(model, replace(config, lr=lr)))
 
 
@@ -73,30 +74,37 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
     Raises:
         ConfigError: `source` has no such head, or has another shape.
     """
+    # Parameters gathered by an earlier forward pass are not the shards that are copied here.
     for model in (critic, source):
         reshard(model)
-    given = dict(source.named_parameters())
+
+    trunk = dict(source.named_parameters())
     for name, parameter in critic.named_parameters():
+        # Adapters begin as they are: they add nothing to the trunk yet.
         if ADAPTERS in name:
             continue
         if name.startswith(SCALAR_HEAD) and head == "zero":
             shard_of(parameter).zero_()
-        elif name not in given:
+        elif name not in trunk:
             raise ConfigError("rlhf.value_head=reward_model: expected zero, as there is no reward model")
-        elif given[name].shape != parameter.shape:
+        elif trunk[name].shape != parameter.shape:
             raise ConfigError(
                 f"a critic whose {name} has shape {tuple(parameter.shape)} cannot start from a model where it has "
-                f"shape {tuple(given[name].shape)}: reward model and policy must have the same shape"
+                f"shape {tuple(trunk[name].shape)}: reward model and policy must have the same shape"
             )
         else:
-            shard_of(parameter).copy_(shard_of(given[name]))
+            shard_of(parameter).copy_(shard_of(trunk[name]))
 
 
 def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> WeightStream:
-    """The weights of a model in the engine's dtype, on the first rank; every rank reads to the end (collective)."""
+    """Streams the weights of a model in the engine's dtype to the first rank (collective).
+
+    Every rank must read the stream to its end.
+    """
     reshard(model)
+    # An engine in another process may use the same card next.
     if world.device.type == "cuda":
-        torch.cuda.empty_cache()  # an engine in another process may use the same card next
+        torch.cuda.empty_cache()
     return stream_weights(model, model.config, compute_dtype(parallel, world.device), receives=world.is_first)
 
 
@@ -110,7 +118,7 @@ class Beside(Protocol):
 
 
 def one_after_other(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
-    """`first`, then `second`."""
+    """Runs `first`, then `second`."""
     return first(), second()
 
 
@@ -123,25 +131,28 @@ def own_threads(world: World) -> Iterator[Beside]:
 
     If both functions fail, the error of the first is raised, with a note about the second.
     """
+    # Collectives of two models at the same time could meet in another order on another rank.
     threads = torch.get_num_threads()
     if world.size > 1 or world.device.type != "cpu" or threads < 2:
         yield one_after_other
         return
-    with ThreadPoolExecutor(1, "beside") as other:
+
+    with ThreadPoolExecutor(1, "beside") as second_thread:
 
         def beside(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
-            torch.set_num_threads(threads // 2)  # of both
-            later = other.submit(second)
+            torch.set_num_threads(threads // 2)  # each function computes with that many
+            future = second_thread.submit(second)
             try:
-                found = first()
+                first_result = first()
             except BaseException as error:
-                if also := later.exception():
-                    error.add_note(f"the function beside it failed too: {also!r}")
+                if second_error := future.exception():
+                    error.add_note(f"the function beside it failed too: {second_error!r}")
                 raise
             finally:
-                wait([later])  # the second function has ended before an error of the first propagates
+                # The second function must not run on while an error of the first propagates.
+                wait([future])
                 torch.set_num_threads(threads)
-            return found, later.result()
+            return first_result, future.result()
 
         yield beside
 
@@ -154,14 +165,14 @@ class Execution:
     models: RlhfModels
     device: torch.device
     dealing: Dealing
-    counts: bool  # this rank's sums count; of the ranks that see the same rollouts, one counts
+    counts: bool  # whether this rank's sums count; of the ranks that see the same rollouts, one counts
     reduce_every_micro_batch: bool
     alive: Callable[[], None]  # called before every forward pass and update, from any thread
     beside: Beside
 
 
 def dealing(mesh: DeviceMesh, parallel: ParallelConfig, micro_batch_tokens: int) -> Dealing:
-    """How this rank's mesh divides rollouts among its ranks."""
+    """Returns how the ranks of the mesh divide rollouts among themselves, as this rank sees it."""
     ranks = data_mesh(mesh)
-    multiple = mesh["tp"].size() if parallel.sp else 1
+    multiple = mesh["tp"].size() if parallel.sp else 1  # sequence parallelism splits a row among the ranks of tp
     return Dealing(micro_batch_tokens, ranks.get_local_rank(), ranks.size(), multiple)

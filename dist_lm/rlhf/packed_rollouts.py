@@ -28,7 +28,8 @@ class RolloutBatch(Batch):
     """Rollouts in rows, each without its last token. `counted_N` are the places whose targets are completion tokens."""
 
     drawn_N: torch.Tensor = field(kw_only=True)  # int64; place of each completion token in a flattened (B, T)
-    sets: TokenSets | None = field(kw_only=True, default=None)  # among which each of N was drawn; None: all tokens
+    # the tokens among which each of N was drawn; None: the whole vocabulary
+    sets: TokenSets | None = field(kw_only=True, default=None)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RolloutBatch":
         changed = cast(RolloutBatch, Batch._each(self, change))
@@ -47,7 +48,7 @@ class WholeBatch(Batch):
 class Dealing:
     """How rollouts are divided into micro-batches and among ranks."""
 
-    micro_batch_tokens: int  # of a micro-batch, at most (but at least one row)
+    micro_batch_tokens: int  # largest micro-batch; it has at least one row
     dp_rank: int = 0
     dp_size: int = 1
     multiple: int = 1  # the width of a row is a multiple of this
@@ -57,14 +58,14 @@ class Dealing:
 class Minibatch:
     """The rollouts of one update."""
 
-    batches: list[RolloutBatch]  # this rank's, on the models' device
+    batches: list[RolloutBatch]  # this rank's micro-batches, on the models' device
     rollout_S: np.ndarray  # int64; the rollouts of all ranks
 
 
 class Passes:
     """The passes over an iteration's rollouts: pass number -> its minibatches in order.
 
-    The first pass is kept, because the forward passes before the first update use its batches too.
+    The first pass is computed once, because the forward passes before the first update use its batches too.
     """
 
     def __init__(
@@ -72,70 +73,80 @@ class Passes:
     ) -> None:
         """
         Args:
-            parts: minibatches of a pass.
+            parts: number of minibatches of a pass.
         """
         self._rollouts, self._dealing, self._device = rollouts, dealing, device
         self._order, self._parts = (seed, iteration), parts
         self._first: list[Minibatch] = []
 
     def __call__(self, number: int) -> list[Minibatch]:
+        # One minibatch of all rollouts is the same in every pass.
         if self._first and (number == 0 or self._parts == 1):
-            return self._first  # one minibatch of all rollouts is the same in every pass
-        made = [
-            Minibatch(
-                [batch.to(self._device) for batch in rollout_batches(self._rollouts, part, self._dealing)],
-                part,
-            )
-            for part in minibatches(*self._order, number, len(self._rollouts), self._parts)
-        ]
+            return self._first
+
+        result = []
+        for rollout_S in minibatches(*self._order, number, len(self._rollouts), self._parts):
+            batches = rollout_batches(self._rollouts, rollout_S, self._dealing)
+            result.append(Minibatch([batch.to(self._device) for batch in batches], rollout_S))
         if not self._first:
-            self._first = made
-        return made
+            self._first = result
+        return result
 
 
 def completion_mask(rollouts: Rollouts) -> np.ndarray:
-    """(B, T) bool: True on the tokens of each completion, left-aligned."""
+    """Returns True on the tokens of each completion, left-aligned, (B, T) bool."""
     longest = int(rollouts.new_tokens_B.max())
     return np.arange(longest) < rollouts.new_tokens_B[:, None]
 
 
 def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts: int) -> list[np.ndarray]:
-    """Numbers of the rollouts of each update of a pass: disjoint parts of all rollouts, reshuffled every pass."""
+    """Returns the numbers of the rollouts of each update of a pass, int64: disjoint parts, reshuffled every pass."""
     order = permutation(n_rollouts, key(Shuffle.UPDATES, seed, iteration, epoch))
     return np.array_split(order, min(n_parts, n_rollouts))
 
 
 def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
-    """A rank's micro-batches of the rollouts `chosen_S`, each without its last token.
+    """Returns a rank's micro-batches of the rollouts `chosen_S`, each without its last token.
 
     Rows are as wide as the longest of all rollouts, so that few different shapes occur.
     """
-    rows, turns = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
-    return [rows.batch(begin, end) for begin, end in turns]
+    rows, spans = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
+    return [rows.batch(begin, end) for begin, end in spans]
 
 
 def whole_batches(rollouts: Rollouts, dealing: Dealing) -> list[WholeBatch]:
-    """A rank's micro-batches of all rollouts, last tokens included."""
+    """Returns a rank's micro-batches of all rollouts, last tokens included."""
     every_S = np.arange(len(rollouts))
-    rows, turns = _dealt(rollouts, every_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B)
-    return [rows.whole_batch(begin, end) for begin, end in turns]
+    rows, spans = _dealt(rollouts, every_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B)
+    return [rows.whole_batch(begin, end) for begin, end in spans]
 
 
 def _dealt(
     rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, length_B: np.ndarray
-) -> tuple["_Placed", list[tuple[int, int]]]:
-    """This rank's rows of the first `length_B` tokens of each rollout, and (begin row, end row) of each micro-batch."""
+) -> tuple["_Rows", list[tuple[int, int]]]:
+    """Returns this rank's rows, and (begin row, end row) of each micro-batch.
+
+    Args:
+        chosen_S: numbers of the rollouts.
+        length_B: tokens of each rollout that are placed, from its first one on.
+    """
+    # The width depends on all rollouts, not on the chosen ones: compiled kernels see few different shapes.
     width = -(-int(length_B.max()) // dealing.multiple) * dealing.multiple
     chosen_S = longest_first(np.sort(chosen_S), length_B)
     row_S = best_fit_decreasing(length_B[chosen_S], width)
-    rows = -(-(int(row_S.max()) + 1) // dealing.dp_size)  # per rank
-    at_a_time = max(1, dealing.micro_batch_tokens // width)
-    own = row_S % dealing.dp_size == dealing.dp_rank
-    placed = _Placed(rollouts, chosen_S[own], row_S[own] // dealing.dp_size, width, rows, length_B)
-    return placed, [(begin, min(begin + at_a_time, rows)) for begin in range(0, rows, at_a_time)]
+
+    # Rows go to the ranks in turns. Every rank gets the same number, so that all ranks take part in every pass.
+    rows_per_rank = -(-(int(row_S.max()) + 1) // dealing.dp_size)
+    is_own_S = row_S % dealing.dp_size == dealing.dp_rank
+    own_row_S = row_S[is_own_S] // dealing.dp_size
+    rows = _Rows(rollouts, chosen_S[is_own_S], own_row_S, width, rows_per_rank, length_B)
+
+    rows_per_batch = max(1, dealing.micro_batch_tokens // width)
+    starts = range(0, rows_per_rank, rows_per_batch)
+    return rows, [(begin, min(begin + rows_per_batch, rows_per_rank)) for begin in starts]
 
 
-class _Placed:
+class _Rows:
     """A rank's rows as one grid of tokens."""
 
     def __init__(
@@ -147,18 +158,26 @@ class _Placed:
         rows: int,
         length_B: np.ndarray,
     ) -> None:
+        """
+        Args:
+            number_S: numbers of the rollouts.
+            row_S: the row of each.
+            width: tokens of a row.
+            rows: number of rows.
+            length_B: tokens of each rollout that are placed.
+        """
         order = np.argsort(row_S, kind="stable")
         number_S, row_S = number_S[order], row_S[order]
         prompt_S, new_S = rollouts.prompt_tokens_B[number_S], rollouts.new_tokens_B[number_S]
         length_S = length_B[number_S]
         longest = int(rollouts.new_tokens_B.max())
-        begins_row_S = np.diff(row_S, prepend=-1) > 0
-        # start of a rollout in its row: the tokens before it, minus the tokens before its row
+
+        # A rollout starts in its row after the tokens before it, less the tokens before its row.
+        is_first_S = np.diff(row_S, prepend=-1) > 0
+        row_index_S = np.cumsum(is_first_S) - 1  # number of its row among the rows that are used
         before_S = np.cumsum(length_S) - length_S
-        begin_S = row_S * width + before_S - before_S[begins_row_S][np.cumsum(begins_row_S) - 1]
-        document_S = np.arange(len(row_S)) - np.flatnonzero(begins_row_S)[np.cumsum(begins_row_S) - 1]
-        all_lengths_B = rollouts.prompt_tokens_B + rollouts.new_tokens_B
-        source_S = (np.cumsum(all_lengths_B) - all_lengths_B)[number_S]
+        begin_S = row_S * width + before_S - before_S[is_first_S][row_index_S]
+        document_S = np.arange(len(row_S)) - np.flatnonzero(is_first_S)[row_index_S]
 
         self.width = width
         self.tokens = np.zeros(rows * width, np.int64)
@@ -166,46 +185,53 @@ class _Placed:
         self.mask = np.zeros(rows * width, np.float32)
         self.document = np.full(rows * width, len(number_S), np.int64)  # padding is a separate document
         self.position = np.zeros(rows * width, np.int64)
-        within = _ranges(length_S)
-        place = np.repeat(begin_S, length_S) + within
-        self.tokens[place] = rollouts.tokens_N[np.repeat(source_S, length_S) + within]
-        self.document[place] = np.repeat(document_S, length_S)
-        self.position[place] = within
-        new_within = _ranges(new_S)
-        # a completion token is predicted at the token before it
-        self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_within
-        self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_within]
+
+        # Copy the tokens: `source_S` is where each rollout begins in `rollouts.tokens_N`.
+        all_lengths_B = rollouts.prompt_tokens_B + rollouts.new_tokens_B
+        source_S = (np.cumsum(all_lengths_B) - all_lengths_B)[number_S]
+        offset = _ranges(length_S)
+        index = np.repeat(begin_S, length_S) + offset
+        self.tokens[index] = rollouts.tokens_N[np.repeat(source_S, length_S) + offset]
+        self.document[index] = np.repeat(document_S, length_S)
+        self.position[index] = offset
+
+        # A completion token is predicted at the token before it.
+        new_offset = _ranges(new_S)
+        self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
+        self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
         self.mask[self.counted] = 1
-        self.drawn = np.repeat(number_S * longest, new_S) + new_within
+        self.drawn = np.repeat(number_S * longest, new_S) + new_offset
+
         all_new_B = rollouts.new_tokens_B
-        self.place_in_M = np.repeat((np.cumsum(all_new_B) - all_new_B)[number_S], new_S) + new_within
+        self.place_in_M = np.repeat((np.cumsum(all_new_B) - all_new_B)[number_S], new_S) + new_offset
         self.rollouts = rollouts
-        self.end, self.number = begin_S + length_S - 1, number_S
+        self.end = begin_S + length_S - 1
+        self.number = number_S
 
     def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
-        """Rows `begin_row` to `end_row` - 1, with targets."""
+        """Returns rows `begin_row` to `end_row` - 1, with targets."""
         begin = begin_row * self.width
-        counted = (self.counted >= begin) & (self.counted < end_row * self.width)
+        is_inside = (self.counted >= begin) & (self.counted < end_row * self.width)
         return RolloutBatch(
             **self._tokens(begin_row, end_row),
             targets_BT=self._grid(self.targets, begin_row, end_row),
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
-            counted_N=torch.from_numpy(self.counted[counted] - begin),
-            drawn_N=torch.from_numpy(self.drawn[counted]),
-            sets=self.rollouts.sets_of(self.place_in_M[counted]),
+            counted_N=torch.from_numpy(self.counted[is_inside] - begin),
+            drawn_N=torch.from_numpy(self.drawn[is_inside]),
+            sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
         )
 
     def whole_batch(self, begin_row: int, end_row: int) -> WholeBatch:
-        """Rows `begin_row` to `end_row` - 1, with the places of last tokens."""
+        """Returns rows `begin_row` to `end_row` - 1, with the places of last tokens."""
         begin = begin_row * self.width
-        ends = (self.end >= begin) & (self.end < end_row * self.width)
+        is_inside = (self.end >= begin) & (self.end < end_row * self.width)
         tokens = self._tokens(begin_row, end_row)
         return WholeBatch(
             **tokens,
             targets_BT=torch.zeros_like(tokens["tokens_BT"]),
             loss_mask_BT=torch.zeros(tokens["tokens_BT"].shape),
-            end_S=torch.from_numpy(self.end[ends] - begin),
-            rollout_S=torch.from_numpy(self.number[ends]),
+            end_S=torch.from_numpy(self.end[is_inside] - begin),
+            rollout_S=torch.from_numpy(self.number[is_inside]),
         )
 
     def _tokens(self, begin_row: int, end_row: int) -> dict[str, Any]:
@@ -221,6 +247,6 @@ class _Placed:
 
 
 def _ranges(length_S: np.ndarray) -> np.ndarray:
-    """0 to length - 1 for each length, concatenated."""
+    """Returns 0 to length - 1 for each length, concatenated."""
     total = int(length_S.sum())
     return np.arange(total) - np.repeat(np.cumsum(length_S) - length_S, length_S)

@@ -30,22 +30,23 @@ NEAREST_TO_ONE = -1e-7  # largest log-probability whose odds are finite in fp32
 
 
 def dpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
-    """DPO, equation 7, (N,). Arguments: log-ratios."""
+    """Returns the losses of DPO, equation 7, (N,). The arguments are log-ratios."""
     return -F.logsigmoid(beta * (better_N - worse_N))
 
 
 def plackett_luce_losses(
     ratio_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor, beta: float
 ) -> torch.Tensor:
-    """DPO from rankings, equation 20 (appendix A.3), one loss for each choice, (P, K); DPO's for two completions.
+    """Returns the losses of DPO from rankings, equation 20 (appendix A.3), one for each choice, (P, K).
 
-    Arguments: log-ratios, and those of `ranking_losses`, which divides ties by Efron's rule.
+    For two completions this is DPO. The arguments are log-ratios, and those of `ranking_losses`, which divides ties by
+    Efron's rule.
     """
     return ranking_losses(beta * ratio_PK, rank_PK, there_PK)
 
 
 def ipo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
-    """IPO, equation 17 with beta for tau, (N,). Arguments: mean log-ratios of a token.
+    """Returns the losses of IPO, equation 17 with beta for tau, (N,). The arguments are mean log-ratios of a token.
 
     The paper does not name the mean. Its authors confirmed it to TRL: sums would make the loss grow with length.
     """
@@ -60,7 +61,7 @@ def kto_losses(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> torch.Tensor:
-    """KTO, equation 8 without its constant, mean over the two completions of a pair, (N,).
+    """Returns the losses of KTO, equation 8 without its constant, mean over the two completions of a pair, (N,).
 
     Args:
         better_N, worse_N: log-ratios.
@@ -72,19 +73,21 @@ def kto_losses(
 
 
 def orpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
-    """The part of ORPO that compares odds, equations 4 and 7 with beta for lambda, (N,). Arguments: mean
-    log-probabilities of a token."""
+    """Returns the part of ORPO that compares odds, equations 4 and 7 with beta for lambda, (N,).
+
+    The arguments are mean log-probabilities of a token.
+    """
     return -beta * F.logsigmoid(log_odds(better_N) - log_odds(worse_N))
 
 
 def log_odds(logprob_N: torch.Tensor) -> torch.Tensor:
-    """log(p / (1 - p)), (N,)."""
+    """Returns log(p / (1 - p)) for log-probabilities, (N,)."""
     logprob_N = logprob_N.clamp(max=NEAREST_TO_ONE)
     return logprob_N - (-torch.expm1(logprob_N)).log()
 
 
 def simpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
-    """SimPO, equation 6, (N,). Arguments: mean log-probabilities of a token."""
+    """Returns the losses of SimPO, equation 6, (N,). The arguments are mean log-probabilities of a token."""
     return -F.logsigmoid(beta * (better_N - worse_N) - gamma)
 
 
@@ -93,20 +96,22 @@ def simpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float, gam
 
 @dataclass(frozen=True)
 class Completions:
-    """Log-probabilities of the completions of a batch, with what people said of them."""
+    """Log-probabilities of the completions of a batch, with the verdicts on them."""
 
     logprob_C: torch.Tensor  # nats, sum over the tokens; with gradient
     reference_C: torch.Tensor  # the same under the reference; (0,) if the loss has none
     tokens_C: torch.Tensor  # float32; number of tokens
     prompt_C: torch.Tensor  # int64; number of the prompt, from 0
-    prompt_logprob_P: torch.Tensor  # of the prompt without its first token; (0,) unless the loss learns text
+    prompt_logprob_P: (
+        torch.Tensor
+    )  # nats, sum over the prompt without its first token; (0,) unless the loss learns text
     prompt_tokens_P: torch.Tensor  # float32; number of these tokens
     ranked: RankedPlaces  # places are numbers of completions
 
 
 @dataclass(frozen=True)
 class GlobalValues:
-    """What a loss needs of the whole global batch."""
+    """Quantities of the whole global batch that a loss reads."""
 
     reference_point: torch.Tensor | None = None  # scalar; KTO's z0
     tokens_per_pair: torch.Tensor | None = None  # scalar; tokens of prompt and better completion, mean over all pairs
@@ -118,54 +123,66 @@ class PreferenceLoss:
 
     settings: PreferenceConfig
 
-    def rewards(self, found: Completions) -> torch.Tensor:
-        """Implicit rewards, (C,): the loss compares them."""
-        beta = self.settings.strength
-        ratio_C = found.logprob_C - found.reference_C if self.settings.has_reference else found.logprob_C
-        return beta * (ratio_C if self.settings.algorithm in (DPO, KTO) else ratio_C / found.tokens_C)
+    def rewards(self, completions: Completions) -> torch.Tensor:
+        """Returns the implicit rewards that the loss compares, (C,)."""
+        ratio_C = self._log_ratios(completions)
+        if self.settings.algorithm not in (DPO, KTO):
+            ratio_C = ratio_C / completions.tokens_C
+        return self.settings.strength * ratio_C
 
-    def __call__(self, found: Completions, of_all: GlobalValues) -> LossSum:
-        """Summed losses of all choices, and their number: K - 1 for a ranking (Plackett and Luce), 1 for a pair.
+    def __call__(self, completions: Completions, batch_values: GlobalValues) -> LossSum:
+        """Returns the summed losses of all choices, and their number.
 
-        Metrics are sums over choices. The chosen completion is the better one; the rejected one stands for the mean of
-        the completions that a choice leaves.
+        A ranking has K - 1 choices (Plackett and Luce), a pair has 1. Metrics are sums over choices. The chosen
+        completion is the better one; the rejected one stands for the mean of the completions that a choice leaves.
         """
-        ranked, settings = found.ranked, self.settings
+        ranked, settings = completions.ranked, self.settings
         count = choices(ranked.there_PK).sum() + len(ranked.margin_N)
-        total = self._pair_losses(found, of_all).sum()
+        total = self._pair_losses(completions, batch_values).sum()
         if len(ranked.place_PK):
             assert settings.algorithm == DPO, "only DPO learns from whole rankings"
-            ratio_PK = (found.logprob_C - found.reference_C)[ranked.place_PK]
+            ratio_PK = self._log_ratios(completions)[ranked.place_PK]
             total = total + plackett_luce_losses(ratio_PK, ranked.rank_PK, ranked.there_PK, settings.strength).sum()
-        return LossSum(total=total, count=count.float(), metrics=self._metrics(found, of_all, count))
+        return LossSum(total=total, count=count.float(), metrics=self._metrics(completions, batch_values, count))
 
-    def _pair_losses(self, found: Completions, of_all: GlobalValues) -> torch.Tensor:
-        """(N,)"""
+    def _log_ratios(self, completions: Completions) -> torch.Tensor:
+        """Returns log-ratios, (C,); log-probabilities if the loss reads no reference."""
+        if not self.settings.has_reference:
+            return completions.logprob_C
+        return completions.logprob_C - completions.reference_C
+
+    def _pair_losses(self, completions: Completions, batch_values: GlobalValues) -> torch.Tensor:
+        """Returns the losses of the pairs, (N,)."""
         settings, beta = self.settings, self.settings.strength
-        better, worse = found.ranked.better_N, found.ranked.worse_N
-        ratio_C = found.logprob_C - found.reference_C if settings.has_reference else found.logprob_C
-        mean_C = ratio_C / found.tokens_C
+        better, worse = completions.ranked.better_N, completions.ranked.worse_N
+        ratio_C = self._log_ratios(completions)
+        mean_C = ratio_C / completions.tokens_C
+
         if settings.algorithm == DPO:
             return dpo_losses(ratio_C[better], ratio_C[worse], beta)
         if settings.algorithm == IPO:
             return ipo_losses(mean_C[better], mean_C[worse], beta)
         if settings.algorithm == KTO:
-            assert of_all.reference_point is not None
+            assert batch_values.reference_point is not None
             weights = (_or(settings.desirable_weight, 1.0), _or(settings.undesirable_weight, 1.0))
-            return kto_losses(ratio_C[better], ratio_C[worse], of_all.reference_point, beta, *weights)
+            return kto_losses(ratio_C[better], ratio_C[worse], batch_values.reference_point, beta, *weights)
         if settings.algorithm == ORPO:
-            assert of_all.tokens_per_pair is not None
-            text_N = found.prompt_logprob_P[found.prompt_C[better]] + found.logprob_C[better]
-            return orpo_losses(mean_C[better], mean_C[worse], beta) - text_N / of_all.tokens_per_pair
+            assert batch_values.tokens_per_pair is not None
+            text_N = completions.prompt_logprob_P[completions.prompt_C[better]] + completions.logprob_C[better]
+            return orpo_losses(mean_C[better], mean_C[worse], beta) - text_N / batch_values.tokens_per_pair
         return simpo_losses(mean_C[better], mean_C[worse], beta, _or(settings.gamma, 1.0))
 
     @torch.no_grad()
-    def _metrics(self, found: Completions, of_all: GlobalValues, count: torch.Tensor) -> dict[str, torch.Tensor]:
-        ranked, reward_C = found.ranked, self.rewards(found).detach()
+    def _metrics(
+        self, completions: Completions, batch_values: GlobalValues, count: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Returns the metrics as sums over choices, scalars."""
+        ranked, reward_C = completions.ranked, self.rewards(completions).detach()
         chosen, rejected = _chosen_and_rejected(reward_C, ranked)
+        chosen_logprob, rejected_logprob = _chosen_and_rejected(completions.logprob_C.detach(), ranked)
+
         right = (reward_C[ranked.better_N] > reward_C[ranked.worse_N]).sum()
         right = right + right_choices(reward_C[ranked.place_PK], ranked.rank_PK, ranked.there_PK)
-        chosen_logprob, rejected_logprob = _chosen_and_rejected(found.logprob_C.detach(), ranked)
         metrics = {
             "accuracy": right.float(),
             "margin": chosen - rejected,
@@ -174,24 +191,26 @@ class PreferenceLoss:
             "chosen_logprob": chosen_logprob,
             "rejected_logprob": rejected_logprob,
         }
-        if of_all.reference_point is not None:
-            metrics["kl"] = of_all.reference_point * count
+        if batch_values.reference_point is not None:
+            metrics["kl"] = batch_values.reference_point * count
         return metrics
 
 
-def tokens_of_pairs(found: Completions) -> torch.Tensor:
-    """Predicted tokens of prompt and better completion, summed over the pairs, scalar."""
-    better = found.ranked.better_N
-    return (found.prompt_tokens_P[found.prompt_C[better]] + found.tokens_C[better]).sum()
+def tokens_of_pairs(completions: Completions) -> torch.Tensor:
+    """Returns the predicted tokens of prompt and better completion, summed over the pairs, scalar."""
+    better = completions.ranked.better_N
+    return (completions.prompt_tokens_P[completions.prompt_C[better]] + completions.tokens_C[better]).sum()
 
 
 def _chosen_and_rejected(value_C: torch.Tensor, ranked: RankedPlaces) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over all choices of the value of the chosen completion, and of the mean value of those that remain."""
+    """Returns the value of the chosen completion and the mean of those that remain, each summed over all choices."""
     value_PK = value_C[ranked.place_PK]
-    rest_PKK = remaining(ranked.rank_PK, ranked.there_PK).to(value_C.dtype)
-    left_PK = rest_PKK.sum(-1)
-    chosen = (value_PK * (left_PK > 0)).sum() + value_C[ranked.better_N].sum()
-    mean_PK = (rest_PKK @ value_PK[:, :, None])[:, :, 0] / left_PK.clamp(min=1)
+    remaining_PKK = remaining(ranked.rank_PK, ranked.there_PK).to(value_C.dtype)
+    n_remaining_PK = remaining_PKK.sum(-1)
+
+    # The last completion of a ranking leaves none, so it is no choice.
+    chosen = (value_PK * (n_remaining_PK > 0)).sum() + value_C[ranked.better_N].sum()
+    mean_PK = (remaining_PKK @ value_PK[:, :, None])[:, :, 0] / n_remaining_PK.clamp(min=1)
     return chosen, mean_PK.sum() + value_C[ranked.worse_N].sum()
 
 

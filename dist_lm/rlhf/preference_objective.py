@@ -24,17 +24,20 @@ PlacedBatches = Iterable[tuple[Batch, Sequence[PlacedRanking]]]
 
 
 def segment_logprobs(model: Transformer, batch: CompletionBatch) -> torch.Tensor:
-    """Log-probability of each completion, then of each prompt, summed over its targets, fp32, (S,); 0 for prompts
-    without targets."""
+    """Returns the log-probability of each completion, then of each prompt, summed over its targets, nats, fp32, (S,).
+
+    It is 0 for prompts without targets.
+    """
     losses_BT = model.token_losses(batch)
     sums = losses_BT.new_zeros(len(batch.tokens_S) + 1)
     return -sums.index_add(0, batch.segment_BT.flatten(), losses_BT.flatten())[1:]
 
 
 def completions_of(model: Transformer, batch: CompletionBatch) -> Completions:
-    """The completions of a batch under the model."""
+    """Returns the completions of a batch under the model."""
     assert batch.ranked is not None, "a batch with verdicts"
-    logprob_S, n = segment_logprobs(model, batch), len(batch.prompt_C)
+    logprob_S = segment_logprobs(model, batch)
+    n = len(batch.prompt_C)
     return _completions(batch, logprob_S[:n], logprob_S[n:])
 
 
@@ -56,34 +59,38 @@ def _completions(batch: CompletionBatch, logprob_C: torch.Tensor, prompt_logprob
 
 
 def preference_objective(loss: PreferenceLoss) -> Objective:
-    """Summed losses of the choices of a batch; metrics under `train/`."""
+    """Returns the objective: summed losses of the choices of a batch; its metrics are under `train/`."""
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
         assert isinstance(batch, CompletionBatch)
-        found = loss(completions_of(model, batch), GlobalValues(batch.reference_point, batch.tokens_per_pair))
-        return replace(found, metrics={f"train/{name}": value for name, value in found.metrics.items()})
+        batch_values = GlobalValues(batch.reference_point, batch.tokens_per_pair)
+        sums = loss(completions_of(model, batch), batch_values)
+        return replace(sums, metrics={f"train/{name}": metric for name, metric in sums.metrics.items()})
 
     return objective
 
 
 def preparation(loss: PreferenceLoss) -> Prepare | None:
-    """What must be known of the global batch before the passes of a step; None: nothing."""
+    """Returns the function that adds quantities of the global batch before the passes of a step; None: none needed."""
     if loss.settings.has_reference_point:
         return _with_reference_point
-    return _with_tokens_per_pair if loss.settings.learns_text else None
+    if loss.settings.learns_text:
+        return _with_tokens_per_pair
+    return None
 
 
 @torch.no_grad()
 def _with_reference_point(model: Transformer, micro_batches: Sequence[Batch]) -> list[Batch]:
-    """The batches with KTO's reference point of the global batch (collective)."""
+    """Returns the batches with KTO's reference point of the global batch (collective)."""
     batches = cast(Sequence[CompletionBatch], micro_batches)
     sums = torch.stack([kl_sums(model, batch) for batch in batches]).sum(0)
-    dist.all_reduce(sums)  # ranks that share a batch count it once each: a ratio does not see that
+    # Ranks that share a batch count it once each; that leaves the ratio of the sums as it is.
+    dist.all_reduce(sums)
     return [replace(batch, reference_point=reference_point(sums), mismatched=None) for batch in batches]
 
 
 def _with_tokens_per_pair(model: Transformer, micro_batches: Sequence[Batch]) -> list[Batch]:
-    """The batches with the mean number of tokens that a pair of the global batch learns as text (collective)."""
+    """Returns the batches with the mean number of text tokens of a pair of the global batch (collective)."""
     batches = cast(Sequence[CompletionBatch], micro_batches)
     sums = torch.stack([_text_sums(batch) for batch in batches]).sum(0)
     dist.all_reduce(sums)
@@ -91,23 +98,23 @@ def _with_tokens_per_pair(model: Transformer, micro_batches: Sequence[Batch]) ->
 
 
 def _text_sums(batch: CompletionBatch) -> torch.Tensor:
-    """Tokens that pairs learn as text, and pairs, (2,) fp64."""
-    found = _completions(batch, batch.tokens_S, batch.tokens_S)
-    pairs = torch.ones_like(found.ranked.margin_N).sum()
-    return torch.stack([tokens_of_pairs(found), pairs]).double()
+    """Returns the number of tokens that pairs learn as text, and the number of pairs, (2,) fp64."""
+    completions = _completions(batch, batch.tokens_S, batch.tokens_S)  # log-probabilities are not read
+    pairs = torch.ones_like(completions.ranked.margin_N).sum()
+    return torch.stack([tokens_of_pairs(completions), pairs]).double()
 
 
 def kl_sums(model: Transformer, batch: CompletionBatch) -> torch.Tensor:
-    """Log-ratios of mismatched completions, summed, and their number, (2,) fp64."""
-    others = batch.mismatched
-    assert others is not None, "a batch with mismatched completions"
+    """Returns the sum of the log-ratios of mismatched completions, and their number, (2,) fp64."""
+    mismatched = batch.mismatched
+    assert mismatched is not None, "a batch with mismatched completions"
     assert batch.mismatched_reference_P is not None
-    ratio = segment_logprobs(model, others).double().sum() - batch.mismatched_reference_P.double().sum()
-    return torch.stack([ratio, torch.ones_like(others.prompt_C).sum().double()])
+    ratio = segment_logprobs(model, mismatched).double().sum() - batch.mismatched_reference_P.double().sum()
+    return torch.stack([ratio, torch.ones_like(mismatched.prompt_C).sum().double()])
 
 
 def reference_point(sums: torch.Tensor) -> torch.Tensor:
-    """KTO's estimate of the KL divergence from the reference, at least 0, scalar fp32: see `kl_sums`."""
+    """Returns KTO's estimate of the KL divergence from the reference, at least 0, scalar fp32, from `kl_sums`."""
     return (sums[0] / sums[1].clamp(min=1)).clamp(min=0).float()
 
 
@@ -115,8 +122,8 @@ def reference_point(sums: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class SeenRanking:
-    """A held-out ranking under the model."""
+class RankingLogprobs:
+    """Log-probabilities of a held-out ranking under the model."""
 
     logprob_K: np.ndarray  # float32
     tokens_K: np.ndarray  # float32
@@ -131,81 +138,95 @@ def seen_rankings(
     device: torch.device,
     group: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
-) -> tuple[dict[int, SeenRanking], torch.Tensor | None]:
-    """Each held-out ranking by number, and KTO's reference point over all of them, the same on every rank (collective).
+) -> tuple[dict[int, RankingLogprobs], torch.Tensor | None]:
+    """Returns each held-out ranking by number, and KTO's reference point over all of them (collective).
+
+    Both are the same on every rank.
 
     Args:
         group: the ranks that hold other rankings than this one.
         alive: called after every batch.
     """
-    own: dict[int, SeenRanking] = {}
+    own_rankings: dict[int, RankingLogprobs] = {}
     sums = None
-    for made, placed in batches:
-        batch = made.to(device)
+    for batch_on_host, placed in batches:
+        batch = batch_on_host.to(device)
         assert isinstance(batch, CompletionBatch)
-        n, logprob_S = len(batch.prompt_C), segment_logprobs(model, batch).cpu().numpy()
+        logprob_S = segment_logprobs(model, batch).cpu().numpy()
         tokens_S = batch.tokens_S.cpu().numpy()
-        for number, one in enumerate(placed):
-            of_prompt = float(logprob_S[n + number]), float(tokens_S[n + number])
-            own[one.document] = SeenRanking(logprob_S[one.places], tokens_S[one.places], *of_prompt)
+        for prompt, ranking in enumerate(placed, len(batch.prompt_C)):  # segments of prompts follow the completions
+            own_rankings[ranking.document] = RankingLogprobs(
+                logprob_K=logprob_S[ranking.places],
+                tokens_K=tokens_S[ranking.places],
+                prompt_logprob=float(logprob_S[prompt]),
+                prompt_tokens=float(tokens_S[prompt]),
+            )
         if batch.mismatched:
-            found = kl_sums(model, batch)
-            sums = found if sums is None else sums + found
+            sums_of_batch = kl_sums(model, batch)
+            sums = sums_of_batch if sums is None else sums + sums_of_batch
         alive()
-    gathered: list[dict[int, SeenRanking]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, own, group=group)
-    if sums is not None:
-        dist.all_reduce(sums, group=group)
-    everything = {number: one for part in gathered for number, one in part.items()}
-    return dict(sorted(everything.items())), None if sums is None else reference_point(sums).cpu()
+
+    gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, own_rankings, group=group)
+    logprobs_of_ranking = {number: ranking for part in gathered for number, ranking in part.items()}
+    if sums is None:
+        return dict(sorted(logprobs_of_ranking.items())), None
+    dist.all_reduce(sums, group=group)
+    return dict(sorted(logprobs_of_ranking.items())), reference_point(sums).cpu()
 
 
 def held_out_metrics(
     loss: PreferenceLoss,
     rankings: RankingCorpus,
     reference: SplitReference | None,
-    seen: Mapping[int, SeenRanking],
+    logprobs_of_ranking: Mapping[int, RankingLogprobs],
     point: torch.Tensor | None,
     seed: int,
 ) -> dict[str, float]:
-    """`val/loss` and `preference/...` over held-out rankings; accuracy and tau over all their pairs, not only those
-    that the loss compares, and by source and number of completions too.
+    """Returns `val/loss` and `preference/...` over held-out rankings.
+
+    Accuracy and tau are over all pairs of the rankings, not only those that the loss compares, and by source and number
+    of completions too.
 
     Args:
         seed: of the run; draws the pairs that the loss compares.
     """
 
     def completions(numbers: Sequence[int]) -> Completions:
-        ones = [seen[number] for number in numbers]
-        ends = np.cumsum([len(one.logprob_K) for one in ones])
+        chosen = [logprobs_of_ranking[number] for number in numbers]
+        sizes = [len(ranking.logprob_K) for ranking in chosen]
         placed = [
-            PlacedRanking(number, np.arange(end - len(one.logprob_K), end))
-            for number, one, end in zip(numbers, ones, ends.tolist(), strict=True)
+            PlacedRanking(number, np.arange(end - size, end))
+            for number, size, end in zip(numbers, sizes, np.cumsum(sizes).tolist(), strict=True)
         ]
-        way = loss.settings.lesson
-        verdicts = [lesson(rankings.verdict(number), way, 0.0, seed, number) for number in numbers]
-        own = [reference.logprob[rankings.places(number)] for number in numbers] if reference else [np.zeros(0)]
+        verdicts = [lesson(rankings.verdict(number), loss.settings.lesson, 0.0, seed, number) for number in numbers]
+        reference_parts = [np.zeros(0)]
+        if reference:
+            reference_parts = [reference.logprob[rankings.places(number)] for number in numbers]
         return Completions(
-            logprob_C=torch.from_numpy(np.concatenate([one.logprob_K for one in ones])),
-            reference_C=torch.from_numpy(np.concatenate(own).astype(np.float32)),
-            tokens_C=torch.from_numpy(np.concatenate([one.tokens_K for one in ones])),
-            prompt_C=torch.repeat_interleave(torch.tensor([len(one.logprob_K) for one in ones])),
-            prompt_logprob_P=torch.tensor([one.prompt_logprob for one in ones]),
-            prompt_tokens_P=torch.tensor([one.prompt_tokens for one in ones]),
+            logprob_C=torch.from_numpy(np.concatenate([ranking.logprob_K for ranking in chosen])),
+            reference_C=torch.from_numpy(np.concatenate(reference_parts).astype(np.float32)),
+            tokens_C=torch.from_numpy(np.concatenate([ranking.tokens_K for ranking in chosen])),
+            prompt_C=torch.repeat_interleave(torch.tensor(sizes)),
+            prompt_logprob_P=torch.tensor([ranking.prompt_logprob for ranking in chosen]),
+            prompt_tokens_P=torch.tensor([ranking.prompt_tokens for ranking in chosen]),
             ranked=ranked_places(placed, verdicts),
         )
 
-    def means(found: Completions) -> dict[str, float]:
-        per_pair = tokens_of_pairs(found) / max(len(found.ranked.margin_N), 1)
-        done = loss(found, GlobalValues(point, per_pair))
-        return {name: float(value) / float(done.count) for name, value in {"loss": done.total, **done.metrics}.items()}
+    def means(part: Completions) -> dict[str, float]:
+        tokens_per_pair = tokens_of_pairs(part) / max(len(part.ranked.margin_N), 1)
+        sums = loss(part, GlobalValues(point, tokens_per_pair))
+        named = {"loss": sums.total, **sums.metrics}
+        return {name: float(total) / float(sums.count) for name, total in named.items()}
 
-    everything = completions(list(seen))
-    reward_C, ends = loss.rewards(everything).numpy(), np.cumsum([len(one.logprob_K) for one in seen.values()])
-    scores = dict(zip(seen, np.split(reward_C, ends[:-1]), strict=True))
-    found = means(everything)
-    metrics = {"val/loss": found.pop("loss")} | {f"preference/{name}": value for name, value in found.items()}
-    for source in sorted({rankings.source(number) for number in seen}):
-        part = [number for number in seen if rankings.source(number) == source]
-        metrics[f"val/loss_{source}"] = means(completions(part))["loss"]
+    every_completion = completions(list(logprobs_of_ranking))
+    figures = means(every_completion)
+    metrics = {"val/loss": figures.pop("loss")} | {f"preference/{name}": mean for name, mean in figures.items()}
+    for source in sorted({rankings.source(number) for number in logprobs_of_ranking}):
+        numbers = [number for number in logprobs_of_ranking if rankings.source(number) == source]
+        metrics[f"val/loss_{source}"] = means(completions(numbers))["loss"]
+
+    reward_C = loss.rewards(every_completion).numpy()
+    ends = np.cumsum([len(ranking.logprob_K) for ranking in logprobs_of_ranking.values()])
+    scores = dict(zip(logprobs_of_ranking, np.split(reward_C, ends[:-1]), strict=True))
     return metrics | agreement_figures(beside_verdicts(rankings, scores), "preference", ("accuracy", "kendall_tau"))

@@ -13,13 +13,13 @@ Dimensions: P prompts, K completions of a prompt. `there_PK` is bool: False wher
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-BINS = 10  # of the calibration error: (0.5, 0.55], ... (0.95, 1]
+BINS = 10  # bins of the calibration error: (0.5, 0.55], ... (0.95, 1]
 
 # --- likelihood ---
 
 
 def ranking_losses(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of every choice of a ranking, in nats, fp32, (P, K).
+    """Returns the negative log-likelihood of every choice of a ranking, in nats, fp32, (P, K).
 
     The last choice has no alternative and costs 0: a prompt with K completions has K - 1 choices (`choices`). Scores of
     missing completions affect neither losses nor gradients, whatever their value.
@@ -27,39 +27,46 @@ def ranking_losses(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torc
     score_PK = score_PK.float()
     worse_PKK = (rank_PK[:, None, :] > rank_PK[:, :, None]) & there_PK[:, None, :]
     tied_PKK = (rank_PK[:, None, :] == rank_PK[:, :, None]) & there_PK[:, None, :]
+
+    # Efron: of m tied completions, each weighs (1 - j / m) in the denominator of the j-th choice.
     before_PK = tied_PKK.tril(-1).sum(-1)  # tied completions that stand before this one
-    left_PK = 1 - before_PK / tied_PKK.sum(-1).clamp(min=1)
-    weight_PKK = worse_PKK + tied_PKK * left_PK[:, :, None]
+    tie_weight_PK = 1 - before_PK / tied_PKK.sum(-1).clamp(min=1)
+    weight_PKK = worse_PKK + tied_PKK * tie_weight_PK[:, :, None]
+
+    # The row of a missing completion weighs only itself, so that its logarithm is finite; a missing score may be NaN,
+    # and 0 * NaN is NaN.
     weight_PKK = weight_PKK.where(there_PK[:, :, None], torch.eye(score_PK.shape[1], device=score_PK.device))
-    safe_PK = score_PK.where(there_PK, 0.0)  # a missing score may be NaN, and 0 * NaN is NaN
-    rest_PK = torch.logsumexp(safe_PK[:, None, :] + weight_PKK.log(), dim=-1)
-    return (rest_PK - safe_PK) * there_PK
+    safe_PK = score_PK.where(there_PK, 0.0)
+    denominator_PK = torch.logsumexp(safe_PK[:, None, :] + weight_PKK.log(), dim=-1)
+    return (denominator_PK - safe_PK) * there_PK
 
 
 def choices(there_PK: torch.Tensor) -> torch.Tensor:
-    """Number of choices of every prompt, one fewer than its completions, (P,) int64."""
+    """Returns the number of choices of every prompt, one fewer than its completions, (P,) int64."""
     return (there_PK.sum(-1) - 1).clamp(min=0)
 
 
 def pair_losses(winner_N: torch.Tensor, loser_N: torch.Tensor, margin_N: torch.Tensor | None = None) -> torch.Tensor:
-    """Negative log-likelihood of judgements between two completions, in nats, fp32, (N,): Bradley and Terry.
+    """Returns the negative log-likelihood of judgements between two completions, nats, fp32, (N,): Bradley and Terry.
 
     Args:
         margin_N: least difference by which the winner's score should be larger (Touvron et al. 2023, eq. 2).
     """
     lead_N = winner_N.float() - loser_N.float()
-    return -F.logsigmoid(lead_N if margin_N is None else lead_N - margin_N)
+    if margin_N is not None:
+        lead_N = lead_N - margin_N
+    return -F.logsigmoid(lead_N)
 
 
 def remaining(rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
-    """Which completions a choice leaves, (P, K, K) bool: the worse ones, and of tied ones those at later places."""
+    """Returns which completions a choice leaves, (P, K, K) bool: the worse ones, and tied ones at later places."""
     worse_PKK = rank_PK[:, None, :] > rank_PK[:, :, None]
     tied_PKK = rank_PK[:, None, :] == rank_PK[:, :, None]
     return (worse_PKK | tied_PKK.triu(1)) & there_PK[:, None, :] & there_PK[:, :, None]
 
 
 def right_choices(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
-    """Number of choices, of the K - 1 of each ranking, whose score is above those of all worse completions, scalar."""
+    """Returns how many of the K - 1 choices of each ranking score above all worse completions, summed, scalar."""
     worse_PKK = (rank_PK[:, None, :] > rank_PK[:, :, None]) & there_PK[:, None, :]
     left_PK = remaining(rank_PK, there_PK).sum(-1)
     best_PK = score_PK[:, None, :].masked_fill(~worse_PKK, -torch.inf).amax(-1)
@@ -70,7 +77,7 @@ def right_choices(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch
 
 
 def agreement(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> dict[str, float]:
-    """Agreement of scores with ranks over the completions that exist; empty if all of them are tied.
+    """Returns the agreement of scores with ranks over the completions that exist; empty if all of them are tied.
 
     `accuracy`: share of the untied pairs whose better completion has the larger score; equal scores count half.
     `kendall_tau`: tau-b (Kendall 1945), mean over the prompts whose completions are not all tied.
@@ -79,14 +86,18 @@ def agreement(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Ten
     lead_PKK, judged_PKK = _pairs(score_PK, rank_PK, there_PK)
     order_PKK = (rank_PK[:, None, :] - rank_PK[:, :, None]).sign()  # 1 where the first completion is better
     agree_PKK = lead_PKK.sign() * order_PKK
-    both_PKK = there_PK[:, :, None] & there_PK[:, None, :] & _upper(score_PK.shape[1], score_PK.device)
     ranked_P = judged_PKK.flatten(1).any(1)
-    # ties on either side leave the denominator of tau-b
-    untied_P = (both_PKK & (lead_PKK != 0)).flatten(1).sum(1)
-    tau_P = (agree_PKK * judged_PKK).flatten(1).sum(1) / (untied_P * judged_PKK.flatten(1).sum(1)).sqrt().clamp(min=1)
+
+    # tau-b: pairs that are tied on either side leave the denominator
+    pair_PKK = there_PK[:, :, None] & there_PK[:, None, :] & _upper(score_PK.shape[1], score_PK.device)
+    untied_P = (pair_PKK & (lead_PKK != 0)).flatten(1).sum(1)
+    judged_P = judged_PKK.flatten(1).sum(1)
+    tau_P = (agree_PKK * judged_PKK).flatten(1).sum(1) / (untied_P * judged_P).sqrt().clamp(min=1)
+
     best_P = rank_PK.masked_fill(~there_PK, torch.iinfo(rank_PK.dtype).max).amin(1)
     chosen_P = score_PK.masked_fill(~there_PK, -torch.inf).argmax(1)
     hit_P = rank_PK.gather(1, chosen_P[:, None])[:, 0] == best_P
+
     pairs, ranked = float(judged_PKK.sum()), float(ranked_P.sum())
     if not pairs:
         return {}
@@ -98,24 +109,29 @@ def agreement(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Ten
 
 
 def calibration_error(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> float:
-    """Expected calibration error of the pair probabilities, in [0, 0.5] (Guo et al. 2017, eq. 3); 0 without pairs.
+    """Returns the expected calibration error of the pair probabilities, in [0, 0.5]; 0 without pairs.
 
-    For each pair: the probability that the completion with the larger score is better, against how often it is, in
-    `BINS` bins weighted by their number of pairs.
+    Guo et al. 2017, eq. 3. The probability that the completion with the larger score is better is compared with how
+    often it is, in `BINS` bins weighted by their number of pairs.
     """
     lead_PKK, judged_PKK = _pairs(score_PK, rank_PK, there_PK)
     order_PKK = (rank_PK[:, None, :] - rank_PK[:, :, None]).sign()
-    sure_N = lead_PKK.abs().sigmoid()[judged_PKK]
+    confidence_N = lead_PKK.abs().sigmoid()[judged_PKK]
     right_N = (lead_PKK.sign() * order_PKK)[judged_PKK].add(1).div(2)
-    if not len(sure_N):
+    if not len(confidence_N):
         return 0.0
-    bin_N = ((sure_N - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
-    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bin_N.cpu(), (sure_N - right_N).double().cpu())
-    return float(gap.abs().sum() / len(sure_N))
+
+    bin_N = ((confidence_N - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gaps = (confidence_N - right_N).double().cpu()
+    gap_of_bin = torch.zeros(BINS, dtype=torch.float64).index_add(0, bin_N.cpu(), gaps)
+    return float(gap_of_bin.abs().sum() / len(confidence_N))
 
 
 def _pairs(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(P, K, K) each: score of the first minus score of the second; pairs that exist and are not tied, each once."""
+    """Returns the score of the first minus that of the second, and which pairs count, (P, K, K) each.
+
+    A pair counts once, if both completions exist and are not tied.
+    """
     safe_PK = score_PK.float().where(there_PK, 0.0)
     lead_PKK = safe_PK[:, :, None] - safe_PK[:, None, :]
     there_PKK = there_PK[:, :, None] & there_PK[:, None, :]

@@ -1,4 +1,4 @@
-"""Log-probabilities of rankings under the reference: computed once, before the first step, and kept with the run.
+"""Log-probabilities of rankings under the reference: computed once, before the first step, and saved with the run.
 
 The reference is the model that training starts from, so it need not be held beside the policy. The file
 `reference.safetensors` holds `SPLIT.logprob` and `SPLIT.mismatched` (`SplitReference`). Its metadata have a key, which
@@ -31,7 +31,7 @@ from dist_lm.storage import durable
 log = logging.getLogger(__name__)
 
 KEY, SHA256, CHECKPOINT = "key", "sha256", "checkpoint"
-PROGRESS_S = 30.0  # between two lines of the log
+PROGRESS_S = 30.0  # seconds between two lines of the log
 
 
 def reference_of(
@@ -42,40 +42,45 @@ def reference_of(
     world: World,
     group: dist.ProcessGroup | None,
     *,
-    begun: bool,
+    has_steps: bool,
     alive: Callable[[], None],
 ) -> dict[str, SplitReference]:
-    """The reference of each split: from the file if its key is this one, else computed and written (collective).
+    """Returns the reference of each split: from the file if its key is this one, else computed and written.
+
+    Collective.
 
     Args:
-        key: `checkpoint` and whatever else the numbers depend on.
-        initial: the reference.
+        key: `checkpoint` and all else that the numbers depend on.
+        initial: opens the reference model.
         group: the ranks that read different data.
-        begun: whether the run has taken steps. Then the file belongs to the reference that it began with, even if the
-            checkpoint at that place has changed since.
+        has_steps: whether the run has taken steps. Then the file belongs to the reference that it began with, even if
+            the checkpoint at that path has changed since.
         alive: called after every batch.
     """
-    found: list[dict[str, SplitReference] | None] = [None]
+    stored: list[dict[str, SplitReference] | None] = [None]
     if world.is_first:
-        found[0] = _stored(path, key, begun)
-    dist.broadcast_object_list(found, 0, device=world.device)
-    if found[0] is not None:
-        return found[0]
-    if begun and world.is_first:
+        stored[0] = _stored(path, key, has_steps)
+    dist.broadcast_object_list(stored, 0, device=world.device)
+    if stored[0] is not None:
+        return stored[0]
+
+    if has_steps and world.is_first:
         log.warning("%s is missing or does not fit: computed again from %s", path, key[CHECKPOINT])
     with initial() as model:
-        made = {name: split_reference(model, batches, world, group, alive) for name, batches in splits.items()}
+        references = {name: split_reference(model, batches, world, group, alive) for name, batches in splits.items()}
         reshard(model)
     if world.is_first:
-        _write(path, key, made)
+        _write(path, key, references)
+    # No rank may go on before the file is there: a run that ends now must find it again.
     dist.barrier()
-    return made
+    return references
 
 
-def _stored(path: Path, key: Mapping[str, Any], begun: bool) -> dict[str, SplitReference] | None:
-    """The arrays of a file that is whole and has this key; None without one."""
+def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, SplitReference] | None:
+    """Returns the arrays of a file that is intact and has this key; None if there is no such file."""
     if not path.is_file():
         return None
+
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -84,29 +89,34 @@ def _stored(path: Path, key: Mapping[str, Any], begun: bool) -> dict[str, SplitR
     except (SafetensorError, KeyError, ValueError) as error:
         log.warning("%s is damaged (%s)", path, error)
         return None
+
     if metadata.get(SHA256) != _hash(arrays):
         log.warning("%s is damaged: its arrays have another hash than it says", path)
         return None
     changed = [name for name in key if saved.get(name) != key[name]]
-    if changed and not (begun and changed == [CHECKPOINT]):
+    if changed and not (has_steps and changed == [CHECKPOINT]):
         log.info("%s belongs to another %s", path, " and ".join(changed))
         return None
+
     names = sorted({name.partition(".")[0] for name in arrays})
     return {name: SplitReference(arrays[f"{name}.logprob"], arrays[f"{name}.mismatched"]) for name in names}
 
 
-def _write(path: Path, key: Mapping[str, Any], made: Mapping[str, SplitReference]) -> None:
-    arrays = {f"{name}.{part}": getattr(one, part) for name, one in made.items() for part in ("logprob", "mismatched")}
+def _write(path: Path, key: Mapping[str, Any], references: Mapping[str, SplitReference]) -> None:
+    arrays = {}
+    for name, reference in references.items():
+        arrays[f"{name}.logprob"] = reference.logprob
+        arrays[f"{name}.mismatched"] = reference.mismatched
     metadata = {KEY: json.dumps(dict(key), sort_keys=True), SHA256: _hash(arrays)}
     durable.write_bytes(path, save(arrays, metadata))
     log.info("wrote %s", path)
 
 
 def _hash(arrays: Mapping[str, np.ndarray]) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, array in sorted(arrays.items()):
-        found.update(f"{name} {array.shape} {array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {array.shape} {array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()
 
 
 @torch.no_grad()
@@ -117,37 +127,47 @@ def split_reference(
     group: dist.ProcessGroup | None,
     alive: Callable[[], None],
 ) -> SplitReference:
-    """Log-probabilities of all rankings of a split, the same on every rank (collective).
+    """Returns the log-probabilities of all rankings of a split, the same on every rank (collective).
+
+    A ranking that no rank has read, because it is too long, has NaN.
 
     Args:
         model: the reference.
-        batches: made by `Trees`, which decide whether there are mismatched completions.
+        batches: assembled by `Trees`, which decide whether there are mismatched completions.
         group: the ranks that read different data; None: all.
         alive: called after every batch.
     """
-    rankings, asks = batches.rankings, cast(Trees, batches.assemble).mismatches
+    rankings = batches.rankings
+    n_rankings = rankings.corpus.n_documents
+    has_mismatches = cast(Trees, batches.assemble).mismatches
     logprob = np.zeros(int(rankings.completions.sum()), np.float32)
-    others = np.zeros(rankings.corpus.n_documents if asks else 0, np.float32)
-    seen = np.zeros(rankings.corpus.n_documents, np.float32)
-    told = time.monotonic()
-    for made, placed in batches:
-        batch = made.to(world.device)
+    mismatched = np.zeros(n_rankings if has_mismatches else 0, np.float32)
+    is_read = np.zeros(n_rankings, np.float32)  # 1 for rankings of this rank's share
+
+    logged_at = time.monotonic()
+    for batch_on_host, placed in batches:
+        batch = batch_on_host.to(world.device)
         assert isinstance(batch, CompletionBatch)
-        own_S = segment_logprobs(model, batch).cpu().numpy()
-        for one in placed:
-            logprob[rankings.places(one.document)], seen[one.document] = own_S[one.places], 1
+        logprob_S = segment_logprobs(model, batch).cpu().numpy()
+        for ranking in placed:
+            logprob[rankings.places(ranking.document)] = logprob_S[ranking.places]
+            is_read[ranking.document] = 1
+
         if batch.mismatched:
             prompt_C = batch.mismatched.prompt_C
-            values_C = segment_logprobs(model, batch.mismatched)[: len(prompt_C)].double()
-            sums_P = values_C.new_zeros(len(placed)).index_add(0, prompt_C, values_C)
-            others[[one.document for one in placed]] = sums_P.cpu().numpy()
+            logprob_C = segment_logprobs(model, batch.mismatched)[: len(prompt_C)].double()
+            sum_P = logprob_C.new_zeros(len(placed)).index_add(0, prompt_C, logprob_C)
+            mismatched[[ranking.document for ranking in placed]] = sum_P.cpu().numpy()
+
         alive()
-        if world.is_first and time.monotonic() - told > PROGRESS_S:
-            told = time.monotonic()
-            log.info("reference: %d rankings of this rank's share of %d are done", int(seen.sum()), len(seen))
-    whole = torch.from_numpy(np.concatenate([logprob, others, seen])).to(world.device)
-    dist.all_reduce(whole, group=group)
-    logprob, others, seen = np.split(whole.cpu().numpy(), np.cumsum([len(logprob), len(others)]))
-    logprob[np.repeat(seen == 0, rankings.completions)] = np.nan
-    others[seen[: len(others)] == 0] = np.nan
-    return SplitReference(logprob, others)
+        if world.is_first and time.monotonic() - logged_at > PROGRESS_S:
+            logged_at = time.monotonic()
+            log.info("reference: %d rankings of this rank's share of %d are done", int(is_read.sum()), len(is_read))
+
+    # Each ranking was read by one rank and is 0 on all others, so one sum gives every rank all of them.
+    sums = torch.from_numpy(np.concatenate([logprob, mismatched, is_read])).to(world.device)
+    dist.all_reduce(sums, group=group)
+    logprob, mismatched, is_read = np.split(sums.cpu().numpy(), np.cumsum([len(logprob), len(mismatched)]))
+    logprob[np.repeat(is_read == 0, rankings.completions)] = np.nan
+    mismatched[is_read[: len(mismatched)] == 0] = np.nan
+    return SplitReference(logprob, mismatched)

@@ -27,13 +27,15 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training.objective import LossSum
 
 Scores = TypeVar("Scores", float, np.ndarray, torch.Tensor)
-KEY = "normaliser"  # of the reward scale in result.json
-FIGURES = ("accuracy", "kendall_tau", "top1", "calibration_error")  # of scores on held-out rankings
+KEY = "normaliser"  # key of the reward scale in result.json
+FIGURES = ("accuracy", "kendall_tau", "top1", "calibration_error")  # agreement of scores with held-out rankings
 SMALLEST_STD = 1e-6  # avoids a division by 0 where all scores are equal
 
 
 def choices_of_people(model: Transformer, batch: Batch) -> LossSum:
-    """Negative log-likelihood of all choices of a batch of rankings, in nats, and their number. An `Objective`.
+    """Returns the negative log-likelihood of all choices of a batch of rankings, in nats, and their number.
+
+    It is an `Objective`.
 
     A ranking of K completions is K - 1 choices (Plackett and Luce), a judgement is one (Bradley and Terry). The trainer
     divides by the global count, so every choice has the same weight, whatever ranking it belongs to. `train/accuracy`:
@@ -44,9 +46,11 @@ def choices_of_people(model: Transformer, batch: Batch) -> LossSum:
     score_N = model.scores(batch, learns_offset=False).flatten()  # only differences have a likelihood
     score_PK = score_N[ranked.place_PK]
     better_N, worse_N = score_N[ranked.better_N], score_N[ranked.worse_N]
+
     losses_PK = ranking_losses(score_PK, ranked.rank_PK, ranked.there_PK)
     losses_N = pair_losses(better_N, worse_N, ranked.margin_N)
     count = choices(ranked.there_PK).sum() + len(ranked.margin_N)
+
     with torch.no_grad():
         right = right_choices(score_PK, ranked.rank_PK, ranked.there_PK) + (better_N > worse_N).sum()
     return LossSum(
@@ -66,27 +70,28 @@ class RewardScale:
 
     @classmethod
     def of(cls, score_B: torch.Tensor) -> "RewardScale":
-        """Mean and population standard deviation of `score_B`."""
+        """Returns the scale with the mean and the population standard deviation of `score_B`."""
         score_B = score_B.double()
         return cls(float(score_B.mean()), float(score_B.std(unbiased=False)))
 
     def __call__(self, scores: Scores) -> Scores:
-        """Normalised scores."""
+        """Returns normalised scores."""
         return (scores - self.mean) / max(self.std, SMALLEST_STD)
 
 
 def read_reward_scale(run: RunDirectory) -> RewardScale:
-    """The scale that a finished run of stage reward measured.
+    """Returns the scale that a finished run of stage reward measured.
 
     Raises:
         ArtefactError: the run is not finished, is of another stage, or gave every sample the same score.
     """
     if not run.result.is_file():
         raise ArtefactError(f"{run.path} is not finished (no {run.result.name}): run stage=reward to its end")
-    found = json.loads(run.result.read_text()).get(KEY)
-    if found is None:
+    recorded = json.loads(run.result.read_text()).get(KEY)
+    if recorded is None:
         raise ArtefactError(f"{run.result} has no {KEY}: expected a run of stage=reward")
-    scale = RewardScale(float(found["mean"]), float(found["std"]))
+
+    scale = RewardScale(float(recorded["mean"]), float(recorded["std"]))
     if not (math.isfinite(scale.mean) and math.isfinite(scale.std) and scale.std > 0):
         raise ArtefactError(
             f"{run.result}: {KEY} has mean={scale.mean} std={scale.std}: a reward model that gives every sample the "
@@ -97,25 +102,26 @@ def read_reward_scale(run: RunDirectory) -> RewardScale:
 
 @torch.no_grad()
 def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], batch: int = 16) -> np.ndarray:
-    """The score of each sequence at its last token, (len(sequences),) float32.
+    """Returns the score of each sequence at its last token, (len(sequences),) float32.
 
     Args:
-        model: with a scalar head.
-        sequences: tokens of a prompt and its completion, none empty.
+        model: a model with a scalar head.
+        sequences: token ids of a prompt and its completion, none empty.
         batch: sequences per forward pass; sequences of similar length go together.
     """
     scores = np.zeros(len(sequences), np.float32)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     device = model.embedding.weight.device
     for begin in range(0, len(order), batch):
-        chosen = order[begin : begin + batch]
-        lengths = torch.tensor([len(sequences[number]) for number in chosen])
-        tokens_BT = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
-        for b, number in enumerate(chosen):
+        numbers = order[begin : begin + batch]
+        length_B = torch.tensor([len(sequences[number]) for number in numbers])
+        tokens_BT = torch.zeros(len(numbers), int(length_B.max()), dtype=torch.int64)
+        for b, number in enumerate(numbers):
             tokens_BT[b, : len(sequences[number])] = torch.tensor(sequences[number])
-        # attention is causal, so the padding after the last token does not change its score
+
+        # Attention is causal, so the padding after the last token does not change its score.
         score_BT = model.scores(Batch.plain(tokens_BT.to(device))).cpu()
-        scores[chosen] = score_BT[torch.arange(len(chosen)), lengths - 1].numpy()
+        scores[numbers] = score_BT[torch.arange(len(numbers)), length_B - 1].numpy()
     return scores
 
 
@@ -129,7 +135,7 @@ class ScoredRanking:
     source: str
     scores: np.ndarray  # (K,) float32
     ranks: np.ndarray  # (K,) the smallest is the best
-    margin: float | None  # of a judgement; None: a ranking
+    margin: float | None  # margin of a judgement; None: a ranking
 
 
 @torch.no_grad()
@@ -140,59 +146,70 @@ def scores_of_rankings(
     group: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[int, np.ndarray]:
-    """Scores of the completions of each ranking, (K,) float32 by ranking number, the same on every rank (collective).
+    """Returns the scores of each ranking, (K,) float32 by its number, the same on every rank (collective).
 
     Args:
         group: the ranks that hold other rankings than this one.
         alive: called after every batch.
     """
-    own: dict[int, np.ndarray] = {}
+    scores_of_rank: dict[int, np.ndarray] = {}
     for batch, placed in batches:
         score_N = model.scores(batch.to(device)).flatten().float().cpu().numpy()
-        own |= {one.document: score_N[one.places] for one in placed}
+        scores_of_rank |= {ranking.document: score_N[ranking.places] for ranking in placed}
         alive()
+
     gathered: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, own, group=group)
-    found = {number: scores for part in gathered for number, scores in part.items()}
-    return dict(sorted(found.items()))
+    dist.all_gather_object(gathered, scores_of_rank, group=group)
+    scores = {number: score_K for part in gathered for number, score_K in part.items()}
+    return dict(sorted(scores.items()))
 
 
 def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
-    """Scores by ranking number, joined with the ranks or judgements; each judgement becomes a ranking of two."""
-    found, pair = [], np.array([0, 1], np.uint8)
-    for number, own in scores.items():
+    """Returns scores with their ranks or judgements; each judgement becomes a ranking of two.
+
+    Args:
+        scores: (K,) by ranking number.
+    """
+    scored = []
+    better_first = np.array([0, 1], np.uint8)
+    for number, score_K in scores.items():
         source, verdict = rankings.source(number), rankings.verdict(number)
         if len(verdict.ranks):
-            found.append(ScoredRanking(source, own, verdict.ranks, None))
+            scored.append(ScoredRanking(source, score_K, verdict.ranks, None))
             continue
-        for places, margin in zip(verdict.judgements.astype(np.int64), verdict.margins, strict=True):
-            found.append(ScoredRanking(source, own[places], pair, float(margin)))
-    return found
+        for pair, margin in zip(verdict.judgements.astype(np.int64), verdict.margins, strict=True):
+            scored.append(ScoredRanking(source, score_K[pair], better_first, float(margin)))
+    return scored
 
 
 def reward_metrics(scored: Sequence[ScoredRanking]) -> dict[str, float]:
-    """`val/loss` (nats per choice) over all rankings and by source (`val/loss_SOURCE`), and `reward/...` of `FIGURES`:
-    see `agreement_figures`."""
+    """Returns the loss and the agreement of scores with rankings.
+
+    `val/loss` (nats per choice) is over all rankings, `val/loss_SOURCE` by source; `reward/...`: see
+    `agreement_figures`.
+    """
     metrics = {"val/loss": mean_loss(scored)} | agreement_figures(scored, "reward")
-    for source in sorted({one.source for one in scored}):
-        metrics[f"val/loss_{source}"] = mean_loss([one for one in scored if one.source == source])
+    for source in sorted({ranking.source for ranking in scored}):
+        metrics[f"val/loss_{source}"] = mean_loss([ranking for ranking in scored if ranking.source == source])
     return metrics
 
 
 def agreement_figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str] = FIGURES) -> dict[str, float]:
-    """`GROUP/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`)."""
+    """Returns `GROUP/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`)."""
     metrics = _figures(scored, group, names, "")
-    for source in sorted({one.source for one in scored}):
-        metrics |= _figures([one for one in scored if one.source == source], group, names, f"_{source}")
-    for k in sorted({len(one.scores) for one in scored}):
-        metrics |= _figures([one for one in scored if len(one.scores) == k], group, names, f"_k{k}")
+    for source in sorted({ranking.source for ranking in scored}):
+        part = [ranking for ranking in scored if ranking.source == source]
+        metrics |= _figures(part, group, names, f"_{source}")
+    for k in sorted({len(ranking.scores) for ranking in scored}):
+        part = [ranking for ranking in scored if len(ranking.scores) == k]
+        metrics |= _figures(part, group, names, f"_k{k}")
     return metrics
 
 
 def mean_loss(scored: Sequence[ScoredRanking]) -> float:
-    """Mean negative log-likelihood of a choice in nats: the training loss without label noise."""
-    ranked = [one for one in scored if one.margin is None]
-    judged = [one for one in scored if one.margin is not None]
+    """Returns the mean negative log-likelihood of a choice in nats: the training loss without label noise."""
+    ranked = [ranking for ranking in scored if ranking.margin is None]
+    judged = [ranking for ranking in scored if ranking.margin is not None]
     total, count = 0.0, float(len(judged))
     if ranked:
         score_PK, rank_PK, there_PK = _padded(ranked)
@@ -200,25 +217,27 @@ def mean_loss(scored: Sequence[ScoredRanking]) -> float:
         count += float(choices(there_PK).sum())
     if judged:
         score_P2, _, _ = _padded(judged)
-        margin_P = torch.tensor([one.margin for one in judged])
+        margin_P = torch.tensor([ranking.margin for ranking in judged])
         total += float(pair_losses(score_P2[:, 0], score_P2[:, 1], margin_P).double().sum())
     return total / count
 
 
 def _figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str], suffix: str) -> dict[str, float]:
-    tensors = _padded(scored)
-    found = agreement(*tensors) | {"calibration_error": calibration_error(*tensors)}
-    return {f"{group}/{name}{suffix}": value for name, value in found.items() if name in names}
+    score_PK, rank_PK, there_PK = _padded(scored)
+    figures = agreement(score_PK, rank_PK, there_PK)
+    figures["calibration_error"] = calibration_error(score_PK, rank_PK, there_PK)
+    return {f"{group}/{name}{suffix}": figure for name, figure in figures.items() if name in names}
 
 
 def _padded(scored: Sequence[ScoredRanking]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(score_PK, rank_PK, there_PK)."""
-    shape = (len(scored), max(len(one.scores) for one in scored))
-    score_PK, rank_PK = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    """Returns (score_PK, rank_PK, there_PK), padded to the largest number of completions."""
+    shape = (len(scored), max(len(ranking.scores) for ranking in scored))
+    score_PK = torch.zeros(shape)
+    rank_PK = torch.zeros(shape, dtype=torch.int64)
     there_PK = torch.zeros(shape, dtype=torch.bool)
-    for p, one in enumerate(scored):
-        k = len(one.scores)
-        score_PK[p, :k] = torch.from_numpy(one.scores)
-        rank_PK[p, :k] = torch.from_numpy(one.ranks.astype(np.int64))
+    for p, ranking in enumerate(scored):
+        k = len(ranking.scores)
+        score_PK[p, :k] = torch.from_numpy(ranking.scores)
+        rank_PK[p, :k] = torch.from_numpy(ranking.ranks.astype(np.int64))
         there_PK[p, :k] = True
     return score_PK, rank_PK, there_PK

@@ -2,9 +2,9 @@
 
 Rules run on the first rank, which holds the rollouts. A rollout on which a rule fails has no score: it leaves the
 iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `share_scored` gives
-every rank the others with their scores.
+every rank the remaining rollouts with their scores.
 
-Dimensions: B rollouts.
+Dimensions: D rollouts drawn, B of these that have a score.
 """
 
 import logging
@@ -17,13 +17,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
-from dist_lm.rlhf.reward_function import FunctionRule, RewardError
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.rollouts import WHOLE, JudgedRollouts, Rollouts
-from dist_lm.rlhf.rules import Alive, Failure, Judged, Rule, length_rule, parses_rule
-from dist_lm.rlhf.tests_rule import TestsRule
+from dist_lm.rlhf.rules import (
+    Alive,
+    Failure,
+    FunctionRule,
+    Judged,
+    RewardError,
+    Rule,
+    TestsRule,
+    length_rule,
+    parses_rule,
+)
 from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.syntax import parses
 from dist_lm.sandbox.task import Task
@@ -31,7 +39,7 @@ from dist_lm.sandbox.task import Task
 log = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[int]], str]
-"""Tokens to text; special tokens give no text."""
+"""Turns token ids into text; special tokens give no text."""
 REWARD_MODEL = "reward_model"  # the kind of part that is no rule
 _FIRST = 0  # the rank that holds the rollouts
 
@@ -46,7 +54,7 @@ class Tasks:
 
 
 def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, Rule]:
-    """The reward parts that are rules, by name. Whoever makes them closes them.
+    """Returns the reward parts that are rules, by name. The caller closes them.
 
     Raises:
         ConfigError: this machine has no parser for a language, or no sandbox for tests.
@@ -60,6 +68,7 @@ def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:
     if part.kind == "length":
         return length_rule(part.target)
     if part.kind == "parses":
+        # The parser of a language may be a program that this machine lacks.
         if parses(part.language, "") is None:
             raise ConfigError(f"rlhf.rewards.{name}.language={part.language}: no parser for it on this machine")
         return parses_rule(part.language, part.of)
@@ -83,17 +92,18 @@ class Judge:
             max_failed_fraction: largest share of the rollouts of an iteration that may stay without a score.
             alive: called while rules work, from any thread.
             tasks: for parts of kind `tests`.
-            request_of: the text of the user's last turn in a prompt; None: the prompt has no turns.
+            request_of: reads the text of the user's last turn in a prompt; None: the prompt has no turns.
         """
-        self._request_of = request_of
-        self._parts, self._decode, self._alive = parts, decode, alive
+        self._parts, self._decode, self._request_of = parts, decode, request_of
         self._max_failed_fraction = max_failed_fraction
+        self._alive = alive
         self._rules = rules_of(parts, tasks)
-        self._early = [rule for rule in self._rules.values() if isinstance(rule, TestsRule)]
+        # programs run beside generation, so that their time is hidden
+        self._beside_generation = [rule for rule in self._rules.values() if isinstance(rule, TestsRule)]
 
     def begin(self, request: Request, answer: Answer) -> None:
         """Let rules that work beside generation begin with an answer, whose rollout is judged later."""
-        for rule in self._early:
+        for rule in self._beside_generation:
             rule.begin(
                 Judged(
                     **self._texts(list(request.prompt), list(answer.tokens)),
@@ -105,7 +115,7 @@ class Judge:
             )
 
     def __call__(self, rollouts: Rollouts, expected: int = 0) -> JudgedRollouts:
-        """The score of every rollout under every rule.
+        """Returns the rollouts with their score under every rule; NaN where the rule failed.
 
         Args:
             expected: rollouts of the iteration, if these are only some of them.
@@ -115,39 +125,42 @@ class Judge:
         """
         if not self._rules:
             return JudgedRollouts(rollouts, {})
+
         judged = [
             Judged(
-                **self._texts(one.prompt.tolist(), one.completion.tolist()),
-                new_tokens=len(one.completion),
-                whole=one.whole,
-                position=one.position,
-                sample=one.sample,
+                **self._texts(rollout.prompt.tolist(), rollout.completion.tolist()),
+                new_tokens=len(rollout.completion),
+                whole=rollout.whole,
+                position=rollout.position,
+                sample=rollout.sample,
             )
-            for one in rollouts
+            for rollout in rollouts
         ]
         expected = max(expected, len(judged))
-        failed: set[int] = set()
-        found = {}
+        failed: set[int] = set()  # numbers of the rollouts on which some rule failed
+        score_of_rule = {}
         for name, rule in self._rules.items():
-            found[name] = np.full(len(judged), np.nan)
-            for place, score in enumerate(rule(judged, self._alive)):
+            score_of_rule[name] = np.full(len(judged), np.nan)
+            for b, score in enumerate(rule(judged, self._alive)):
                 if not isinstance(score, Failure):
-                    found[name][place] = score
+                    score_of_rule[name][b] = score
                     continue
-                failed.add(place)
-                one, what = judged[place], f"{self._title(name)} has no score"
-                at = f"prompt {one.position}, sample {one.sample}: {score.reason}"
-                log.warning("%s for %s; the completion is left out", what, at)
+
+                failed.add(b)
+                failure = f"{self._title(name)} has no score"
+                cause = f"prompt {judged[b].position}, sample {judged[b].sample}: {score.reason}"
+                log.warning("%s for %s; the completion is left out", failure, cause)
                 if len(failed) > self._max_failed_fraction * expected:
                     raise RewardError(
-                        f"{what} for {at}. With it, {len(failed)} of {expected} completions of an iteration have no "
-                        f"score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise that"
+                        f"{failure} for {cause}. With it, {len(failed)} of {expected} completions of an iteration have "
+                        f"no score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise "
+                        "that"
                     )
-        return JudgedRollouts(rollouts, found)
+        return JudgedRollouts(rollouts, score_of_rule)
 
     def _texts(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, str]:
         text = self._decode(prompt)
-        request = self._request_of(prompt) if self._request_of else text
+        request = self._request_of(prompt) if self._request_of else text  # without turns the prompt is the request
         return {"prompt": text, "completion": self._decode(completion), "request": request}
 
     def _title(self, name: str) -> str:
@@ -172,7 +185,13 @@ def total_score(
     whole_B: torch.Tensor,
     missing_eos_penalty: float,
 ) -> torch.Tensor:
-    """The weighted sum of the parts, (B,) fp32, minus the penalty for completions that were cut off."""
+    """Returns the weighted sum of the parts, (B,) fp32, minus the penalty for completions that were cut off.
+
+    Args:
+        score_of_part: (B,) by the name of the part.
+        whole_B: bool; whether the completion was not cut off.
+    """
+    # A completion that was cut off has no end to judge, so it pays the penalty whatever its parts say.
     total_B = -missing_eos_penalty * (~whole_B).float()
     for name, part in parts.items():
         total_B = total_B + part.weight * score_of_part[name].float()
@@ -186,22 +205,22 @@ class Scored:
     rollouts: Rollouts
     rule_score_B: Mapping[str, torch.Tensor]  # fp32, by part
     kept_D: np.ndarray  # bool; which of the rollouts drawn these are
-    prompts: int  # drawn, those without any rollout here included
-    failed: Mapping[str, int]  # rollouts drawn without a score, by part
+    prompts: int  # number of prompts drawn, those without any rollout here included
+    failed: Mapping[str, int]  # number of rollouts drawn without a score, by part
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Share of the rollouts drawn that were left out, and how many each part failed on."""
+        """Share of the rollouts drawn that were left out, and the number that each part failed on."""
         failed = {f"rlhf/failed_{name}": float(count) for name, count in self.failed.items()}
         return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed} if failed else {}
 
 
 def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
-    """The first rank's rollouts with a score under every rule, on every rank (collective).
+    """Returns the first rank's rollouts with a score under every rule, on every rank (collective).
 
     Args:
         judged: None on all other ranks.
-        some: there must be a rollout with a score.
+        some: whether there must be a rollout with a score.
 
     Raises:
         RewardError: no rollout has one.
@@ -209,6 +228,8 @@ def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
     shared: list = [judged]
     dist.broadcast_object_list(shared, _FIRST)
     drawn, scores = shared[0].rollouts, shared[0].scores
+
+    # A rollout needs the score of every rule: a sum without one part would compare unequal things.
     kept_D = np.ones(len(drawn), bool)
     for score_D in scores.values():
         kept_D &= np.isfinite(score_D)

@@ -32,12 +32,12 @@ from dist_lm.model.token_sets import TokenSets
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
 WHOLE = ("eot", "stop")
-"""Finish reasons of a completion that was not cut off."""
+"""The finish reasons of a completion that was not cut off."""
 
 _SEED = 0x726F6C6C  # keeps sampling seeds apart from other values keyed by seed and position
 
 PromptOrder = Callable[[int, int], list[Sequence[int]]]
-"""(first position, count) -> the tokens of those prompts."""
+"""(first position, count) -> the token ids of the prompts there."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,24 @@ class ShuffledPrompts:
             raise ArtefactError("there are no prompts to draw completions for")
 
     def __call__(self, position: int, count: int) -> list[Sequence[int]]:
-        found: list[Sequence[int]] = []
-        while len(found) < count:
-            epoch, begin = divmod(position + len(found), len(self.prompts))
+        """Returns `count` prompts from `position` on, over the border of an epoch if need be."""
+        prompts: list[Sequence[int]] = []
+        while len(prompts) < count:
+            epoch, begin = divmod(position + len(prompts), len(self.prompts))
             order = permutation(len(self.prompts), key(Shuffle.PROMPTS, self.seed, epoch))
-            found += [self.prompts[int(i)] for i in order[begin : begin + count - len(found)]]
-        return found
+            prompts += [self.prompts[int(i)] for i in order[begin : begin + count - len(prompts)]]
+        return prompts
 
 
 class RolloutSource(Protocol):
     """Draws completions, on the first rank. Whoever opens a source closes it."""
 
     def load_weights(self, weights: Any, version: int) -> None:
-        """Continue with other weights: a `WeightStream`, which is read to its end, or what `hold` returned."""
+        """Continue with other weights.
+
+        Args:
+            weights: a `WeightStream`, which is read to its end, or the return value of `hold`.
+        """
         ...
 
     def hold(self, weights: WeightStream) -> Any:
@@ -72,7 +77,7 @@ class RolloutSource(Protocol):
         ...
 
     def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
-        """All answers, in the order of the requests, then of the answer's index.
+        """Returns all answers, in the order of the requests, then of the answer's index.
 
         Args:
             finished: called with each answer as soon as it is there.
@@ -83,7 +88,7 @@ class RolloutSource(Protocol):
         ...
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
-        """Every answer, or the refusal of a request, as soon as it is there."""
+        """Yields every answer, or the refusal of a request, as soon as it is there."""
         ...
 
 
@@ -115,7 +120,9 @@ class EngineRollouts:
                 self.engine.submit(request)
             except RequestError as error:
                 yield Refusal(request.id, error.reason)
+
         yield from self.engine.results()
+        # The rank that trains next uses the memory of the cache.
         if self._sleeps:
             self.engine.sleep()
 
@@ -126,10 +133,10 @@ class Rollout:
 
     prompt: np.ndarray  # int64 tokens
     completion: np.ndarray  # int64 tokens, the stop token included
-    logprobs: np.ndarray  # fp32, nats: of each completion token under the distribution it was drawn from
+    logprobs: np.ndarray  # fp32, nats; each completion token under the distribution it was drawn from
     finish: FinishReason
-    version: int  # of the weights that drew it
-    position: int  # of its prompt in the order of prompts
+    version: int  # version of the weights that drew it
+    position: int  # position of its prompt in the order of prompts
     sample: int  # number among the completions of its prompt
 
     @property
@@ -150,8 +157,8 @@ class Rollouts:
     version_B: np.ndarray  # int64
     position_B: np.ndarray  # int64
     sample_B: np.ndarray  # int64
-    # the tokens among which each completion token was drawn (`model.token_sets`); both empty if all are of the
-    # whole vocabulary
+    # the tokens among which each completion token was drawn (`model.token_sets`); both empty if every token was drawn
+    # from the whole vocabulary
     set_size_M: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32; bytes of each set
     sets_X: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8; the packed sets
 
@@ -159,47 +166,54 @@ class Rollouts:
         return len(self.new_tokens_B)
 
     def __iter__(self) -> Iterator[Rollout]:
-        end, new_end = 0, 0
-        columns = (self.prompt_tokens_B, self.new_tokens_B, self.finish_B, self.version_B)
-        rows = zip(*columns, self.position_B, self.sample_B, strict=True)
-        for prompt_tokens, new_tokens, finish, version, position, sample in rows:
-            begin, middle, new_begin = end, end + prompt_tokens, new_end
-            end, new_end = middle + new_tokens, new_end + new_tokens
+        end_N = np.cumsum(self.prompt_tokens_B + self.new_tokens_B)
+        end_M = np.cumsum(self.new_tokens_B)
+        for b, new_tokens in enumerate(self.new_tokens_B):
+            end, new_end = end_N[b], end_M[b]
+            middle = end - new_tokens  # where the prompt ends and the completion begins
             yield Rollout(
-                self.tokens_N[begin:middle],
-                self.tokens_N[middle:end],
-                self.logprobs_M[new_begin:new_end],
-                FINISHES[finish],
-                int(version),
-                int(position),
-                int(sample),
+                prompt=self.tokens_N[middle - self.prompt_tokens_B[b] : middle],
+                completion=self.tokens_N[middle:end],
+                logprobs=self.logprobs_M[new_end - new_tokens : new_end],
+                finish=FINISHES[self.finish_B[b]],
+                version=int(self.version_B[b]),
+                position=int(self.position_B[b]),
+                sample=int(self.sample_B[b]),
             )
 
     @property
     def whole(self) -> np.ndarray:
-        """(B,) bool: which rollouts ended by a stop token."""
+        """Which rollouts ended by a stop token, (B,) bool."""
         return np.isin(self.finish_B, [FINISHES.index(reason) for reason in WHOLE])
 
     def chosen(self, chosen_B: np.ndarray) -> "Rollouts":
-        """Those where `chosen_B` (bool) is true."""
+        """Returns the rollouts where `chosen_B` (bool) is true."""
         chosen_N = np.repeat(chosen_B, self.prompt_tokens_B + self.new_tokens_B)
         chosen_M = np.repeat(chosen_B, self.new_tokens_B)
-        found = {name: value[chosen_B] for name, value in vars(self).items() if name.endswith("_B")}
+        columns = {name: column_B[chosen_B] for name, column_B in vars(self).items() if name.endswith("_B")}
         if len(self.set_size_M):
-            found["set_size_M"] = self.set_size_M[chosen_M]
-            found["sets_X"] = self.sets_X[np.repeat(chosen_M, self.set_size_M)]
-        return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **found)
+            columns["set_size_M"] = self.set_size_M[chosen_M]
+            columns["sets_X"] = self.sets_X[np.repeat(chosen_M, self.set_size_M)]
+        return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **columns)
 
     def sets_of(self, place_K: np.ndarray) -> TokenSets | None:
-        """The sets of these places in M, in host memory; None: all are the whole vocabulary."""
+        """Returns the sets of K completion tokens, in host memory; None: all were drawn from the whole vocabulary.
+
+        Args:
+            place_K: positions of the tokens in M.
+        """
         if not len(self.set_size_M):
             return None
-        size_K, end_M = self.set_size_M[place_K].astype(np.int64), np.cumsum(self.set_size_M, dtype=np.int64)
-        # consecutive places, such as those of a completion, are one slice
-        runs = np.split(place_K, np.flatnonzero(np.diff(place_K) != 1) + 1) if len(place_K) else []
-        parts = [self.sets_X[end_M[run[0]] - self.set_size_M[run[0]] : end_M[run[-1]]] for run in runs]
-        bytes_X = np.concatenate([self.sets_X[:0], *parts])
-        return TokenSets(*(torch.from_numpy(one) for one in (bytes_X, np.cumsum(size_K) - size_K, size_K)))
+        size_K = self.set_size_M[place_K].astype(np.int64)
+        end_M = np.cumsum(self.set_size_M, dtype=np.int64)
+
+        # Consecutive places, such as those of a completion, are one slice: few copies instead of one a token.
+        spans = np.split(place_K, np.flatnonzero(np.diff(place_K) != 1) + 1) if len(place_K) else []
+        slices = [self.sets_X[end_M[span[0]] - self.set_size_M[span[0]] : end_M[span[-1]]] for span in spans]
+        bytes_X = np.concatenate([self.sets_X[:0], *slices])
+
+        begin_K = np.cumsum(size_K) - size_K
+        return TokenSets(torch.from_numpy(bytes_X), torch.from_numpy(begin_K), torch.from_numpy(size_K))
 
 
 @dataclass(frozen=True)
@@ -208,7 +222,7 @@ class JudgedRollouts:
 
     rollouts: Rollouts
     scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
-    left_out: int = 0  # prompts that were drawn beside those of the rollouts (`sampling_again`)
+    left_out: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
 
     @property
     def prompts(self) -> int:
@@ -216,14 +230,14 @@ class JudgedRollouts:
         return len(np.unique(self.rollouts.position_B)) + self.left_out
 
     def of_prompts(self, position_P: np.ndarray, left_out: int) -> "JudgedRollouts":
-        """The rollouts of the prompts at these positions."""
+        """Returns the rollouts of the prompts at these positions."""
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
         return JudgedRollouts(self.rollouts.chosen(chosen_B), scores, left_out)
 
 
-def joined(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
-    """All rollouts, in the order of the parts; each part has scores of the same rules."""
+def concatenated(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
+    """Returns all rollouts, in the order of the parts; each part has scores under the same rules."""
     names = vars(parts[0].rollouts)
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
@@ -233,13 +247,15 @@ def joined(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
 def requests_of(
     prompts: Sequence[Sequence[int]], first_position: int, samples: int, params: SamplingParams, seed: int
 ) -> list[Request]:
-    """Requests whose answers depend only on the weights and on (seed, position of the prompt, sample).
+    """Returns requests whose answers depend only on the weights and on (seed, position of the prompt, sample).
 
     Args:
         first_position: position of `prompts[0]` in the order of prompts.
-        params: with filters, the answers keep the sets of tokens that they were drawn from.
+        samples: completions of each prompt.
+        params: with filters, the answers have the sets of tokens that they were drawn from.
     """
     assert not params.adjusts_logits, params
+    # Filters renormalise probabilities over the tokens that they allow; training must use the same sets.
     filters = (params.top_k, params.top_p, params.min_p) != (0, 1, 0)
     return [
         Request(str(position), prompt, params, signed(hash_words(seed, _SEED, position)), samples, keep_sets=filters)
@@ -248,24 +264,24 @@ def requests_of(
 
 
 def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollouts:
-    """The answers to `requests_of` as arrays."""
+    """Returns the answers to `requests_of` as arrays."""
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 
-    sets = [one for answer in answers for one in answer.sets]
+    token_sets = [packed for answer in answers for packed in answer.sets]
 
     def column(values: list[int]) -> np.ndarray:
         return np.array(values, np.int64)
 
     return Rollouts(
         tokens_N=column([token for answer in answers for token in (*prompts[answer.request], *answer.tokens)]),
-        logprobs_M=np.array([value for answer in answers for value in answer.logprobs], np.float32),
+        logprobs_M=np.array([logprob for answer in answers for logprob in answer.logprobs], np.float32),
         prompt_tokens_B=column([len(prompts[answer.request]) for answer in answers]),
         new_tokens_B=column([len(answer.tokens) for answer in answers]),
         finish_B=column([FINISHES.index(answer.finish) for answer in answers]),
         version_B=column([answer.version for answer in answers]),
         position_B=column([int(answer.request) for answer in answers]),
         sample_B=column([answer.index for answer in answers]),
-        set_size_M=np.array([len(one) for one in sets], np.int32),
-        sets_X=np.array(bytearray().join(sets), np.uint8),
+        set_size_M=np.array([len(packed) for packed in token_sets], np.int32),
+        sets_X=np.array(bytearray().join(token_sets), np.uint8),
     )

@@ -1,16 +1,46 @@
 """Rules: the parts of a reward that need no model. A rule judges a batch of completions and may fail on some.
 
-No rule executes what a model wrote in this process: code is only parsed.
+| kind of part | score | where it runs |
+| --- | --- | --- |
+| length | closeness to a number of tokens | here |
+| parses | whether the text parses; it is not executed | here |
+| function | a user's function of request and completion | in a process of its own (`reward_function.py`) |
+| tests | share of the task's tests that the completion passes | in sandboxes, beside generation |
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYetError
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+from dist_lm.errors import UserError
+from dist_lm.rlhf.config import RewardPartConfig
+from dist_lm.sandbox.pool import Sandboxes, SandboxPool
+from dist_lm.sandbox.program import Limits, Verdict
+from dist_lm.sandbox.sandbox import fences
 from dist_lm.sandbox.syntax import parses, parses_continued, whole_lines
+from dist_lm.sandbox.task import Task
+from dist_lm.storage.json_process import JsonProcess
+
+log = logging.getLogger(__name__)
 
 Alive = Callable[[], None]
 """Called while a rule works, from any thread."""
+
+LOADING_S = 300.0  # seconds within which a user's function and its imports must be loaded
+LONGEST_REASON = 300  # characters of an unexpected answer in a message
+ALL_TESTS = "all"
+ALIVE_S = 1.0  # seconds between two signs of life while a program runs
+
+
+class RewardError(UserError):
+    """The reward of an iteration cannot be computed."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +51,14 @@ class Judged:
     completion: str
     new_tokens: int
     whole: bool  # it ended by a stop token and was not cut off
-    position: int = 0  # of its prompt in the order of prompts
+    position: int = 0  # position of its prompt in the order of prompts
     sample: int = 0  # number among the completions of its prompt
     request: str = ""  # text of the user's last turn in the prompt
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a completion has no score."""
+    """A completion has no score."""
 
     reason: str
 
@@ -40,7 +70,7 @@ class Rule(Protocol):
     """One part of the reward. It may keep processes between calls, which `close` ends."""
 
     def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
-        """A finite number or a failure for each completion, in order.
+        """Yields a finite number or a failure for each completion, in order.
 
         Raises:
             UserError: the rule can judge nothing, whatever the completion.
@@ -52,30 +82,36 @@ class Rule(Protocol):
         ...
 
 
+# --- plain functions of the text ---
+
+
 @dataclass(frozen=True)
 class TextRule:
-    """A rule that is a plain function."""
+    """A `Rule` that is a plain function."""
 
     score: Callable[[Judged], Score]
 
     def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
-        for one in judged:
+        for rollout in judged:
             alive()
-            yield self.score(one)
+            yield self.score(rollout)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """There is no process to end."""
 
 
 def length_rule(target: int) -> TextRule:
-    """1 at `target` tokens, falling linearly to 0 at no tokens and at twice as many."""
+    """Returns the rule that gives 1 at `target` tokens, falling linearly to 0 at no tokens and at twice as many."""
     return TextRule(lambda judged: max(0.0, 1 - abs(judged.new_tokens - target) / target))
 
 
 def parses_rule(language: str, of: str) -> TextRule:
-    """1 if the text parses, else 0. The last line of a completion that was cut off does not count.
+    """Returns the rule that gives 1 if the text parses, else 0.
+
+    The last line of a completion that was cut off does not count. No code is executed.
 
     Args:
+        language: python | bash | sql.
         of: document (request and completion as one text) | completion.
     """
 
@@ -84,6 +120,205 @@ def parses_rule(language: str, of: str) -> TextRule:
             verdict = parses_continued(language, judged.request, judged.completion, judged.whole)
         else:
             verdict = parses(language, whole_lines(judged.completion, judged.whole))
-        return Failure(f"the parser of {language} gave no verdict in time") if verdict is None else float(verdict)
+        if verdict is None:
+            return Failure(f"the parser of {language} gave no verdict in time")
+        return float(verdict)
 
     return TextRule(score)
+
+
+# --- a user's function, in its own process ---
+
+
+class FunctionRule:
+    """A `Rule` that calls a user's function in its own process.
+
+    The process gets all texts of a batch at once, and answers one by one. A completion on which the function raises,
+    hangs, ends its process or returns no finite number is a `Failure`. After a hang or an exit the process is started
+    again, for the completions that are left.
+    """
+
+    def __init__(self, path: str, key: str, timeout_s: float) -> None:
+        """Start the process.
+
+        Args:
+            path: 'package.module:name' of a function of the text of the user's last turn and the completion's.
+            key: the config key, for messages.
+            timeout_s: limit of a call in seconds.
+        """
+        self._path, self._key, self._timeout_s = path, key, timeout_s
+        self._process: JsonProcess | None = None
+        self._loaded = False
+        self._start()
+
+    def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+        """Yields the scores.
+
+        Raises:
+            RewardError: the function cannot be imported in its process.
+        """
+        n_scored = 0
+        while n_scored < len(judged):
+            for score in self._scores(self._ready(alive), judged[n_scored:], alive):
+                n_scored += 1
+                yield score
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process:
+            self._process.end()
+        self._process, self._loaded = None, False
+
+    @property
+    def pid(self) -> int | None:
+        """Id of the process; None: the next call starts one."""
+        return self._process.pid if self._process else None
+
+    def _start(self) -> JsonProcess:
+        # The process finds the function where this one does.
+        path = os.pathsep.join(folder for folder in sys.path if folder)
+        environment = dict(os.environ) | {"PYTHONPATH": path}
+        self._process = JsonProcess("dist_lm.rlhf.reward_function", self._path, environment=environment)
+        return self._process
+
+    def _ready(self, alive: Alive) -> JsonProcess:
+        """Returns the process once it has imported the function."""
+        process = self._process or self._start()
+        if self._loaded:
+            return process
+
+        try:
+            reason = process.receive(LOADING_S, _calling(alive)).get("refused")
+        except TimeoutError:
+            reason = f"importing it takes longer than {LOADING_S:.0f} s"
+        except (EOFError, OSError, ValueError):
+            reason = f"importing it ended the process (exit code {process.code()})"
+        if reason:
+            self.close()
+            raise RewardError(f"{self._key}={self._path}: {reason}")
+        self._loaded = True
+        return process
+
+    def _scores(self, process: JsonProcess, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+        """Yields the scores up to the first completion that costs the process."""
+        answered = 0
+        try:
+            process.send({"judged": [[rollout.request, rollout.completion] for rollout in judged]}, self._timeout_s)
+            while answered < len(judged):
+                score = _score_of_answer(process.receive(self._timeout_s, _calling(alive)))
+                answered += 1
+                yield score
+            return
+        except TimeoutError as error:
+            reason = str(error)
+        except (EOFError, OSError, ValueError):
+            reason = f"ended its process (exit code {process.code()})"
+        finally:
+            # The process still works on texts whose scores nobody would read.
+            if answered < len(judged):
+                self.close()
+        yield Failure(reason)
+
+
+def _calling(alive: Alive) -> Callable[[], bool]:
+    """Returns the `interrupted` of `JsonProcess.receive`: it calls `alive` and never interrupts."""
+
+    def interrupted() -> bool:
+        alive()
+        return False
+
+    return interrupted
+
+
+def _score_of_answer(answer: dict[str, Any]) -> Score:
+    value = answer.get("value")
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return Failure(str(answer.get("failure", f"answered {answer!s:.{LONGEST_REASON}}")))
+
+
+# --- tests, in the sandbox ---
+
+
+class TestsRule:
+    """A `Rule` that runs the answer to a task with the task's tests, in the sandbox.
+
+    Programs run beside generation, with actors on cores of all nodes: each starts as soon as its completion is there
+    (`begin`), and its verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes
+    too much has a score; an error of the sandbox gives none, so that completion leaves the iteration.
+    """
+
+    __test__ = False  # pytest would take the class for tests
+
+    def __init__(
+        self,
+        key: str,
+        part: RewardPartConfig,
+        tasks: Mapping[str, Task],
+        trust_me: bool,
+        sandboxes: Callable[[int, bool], Sandboxes] = SandboxPool,
+    ) -> None:
+        """
+        Args:
+            key: the config key, for messages.
+            tasks: by the text of the prompt.
+            trust_me: run programs without isolation where this machine has none.
+            sandboxes: opens the sandboxes from (programs at a time on a node, trust_me); called at the first program.
+
+        Raises:
+            SandboxError: this machine has no sandbox.
+        """
+        self._key, self._tasks = key, tasks
+        self._needs_all = part.score == ALL_TESTS
+        self._limits = Limits(cpu_s=part.cpu_s, wall_s=part.wall_s)
+        self._open_sandboxes = partial(sandboxes, part.workers, trust_me)
+        self._sandboxes: Sandboxes | None = None
+        self._running: dict[Judged, Future[Verdict]] = {}
+        log.info("%s: %s", key, fences(trust_me).describe())
+
+    def begin(self, judged: Judged) -> None:
+        """Start the program of a completion that will be judged later."""
+        self._running[judged] = self._submit(judged)
+
+    def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+        """Yields the share of tests passed, or 1 only if all are.
+
+        Raises:
+            RewardError: a prompt has no tests.
+        """
+        verdicts = [self._running.pop(rollout, None) or self._submit(rollout) for rollout in judged]
+        for verdict in verdicts:
+            yield self._score(_waited(verdict, alive))
+
+    def close(self) -> None:
+        """End the sandboxes."""
+        self._running.clear()
+        sandboxes, self._sandboxes = self._sandboxes, None
+        if sandboxes is not None:
+            sandboxes.__exit__()
+
+    def _submit(self, judged: Judged) -> Future[Verdict]:
+        task = self._tasks.get(judged.prompt)
+        if task is None:
+            raise RewardError(f"{self._key}: no tests for the prompt {judged.prompt!r:.200}")
+        if self._sandboxes is None:
+            self._sandboxes = self._open_sandboxes().__enter__()
+        return self._sandboxes.submit(task.program(judged.completion), self._limits)
+
+    def _score(self, verdict: Verdict) -> Score:
+        if not verdict.judged:
+            return Failure(f"the sandbox failed: {verdict.output}")
+        share = verdict.passed / verdict.total
+        return float(share == 1) if self._needs_all else share
+
+
+def _waited(verdict: Future[Verdict], alive: Alive) -> Verdict:
+    """Waits for a verdict, with a sign of life each second."""
+    while True:
+        alive()
+        try:
+            return verdict.result(ALIVE_S)
+        except NotYetError:
+            # The verdict itself may have ended with this error.
+            if verdict.done():
+                return verdict.result()

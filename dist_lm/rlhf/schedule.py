@@ -1,13 +1,16 @@
-"""Which weights draw which rollouts: generation may run ahead of training by `staleness` iterations.
+"""Which weights draw which rollouts, and which prompts are drawn again.
 
-Version v of the weights is the policy after v iterations. The rollouts of iteration i are drawn by version
-max(0, i - staleness), however long anything takes, so they stay a pure function of the seed.
+Generation may run ahead of training by `staleness` iterations. Version v of the weights is the policy after v
+iterations. The rollouts of iteration i are drawn by version max(0, i - staleness), however long anything takes, so they
+stay a pure function of the seed.
 
     staleness 0:   draw 0 | train 0 | draw 1 | train 1 | ...
     staleness 1:   draw 0 | train 0             | train 1             | ...
                           | draw 1 by version 0 | draw 2 by version 1 | ...
 
 With staleness, rules judge the rollouts of an iteration while those of the next one are drawn.
+
+Dimensions: B rollouts.
 """
 
 import time
@@ -17,21 +20,26 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self, TypeVar
 
-from dist_lm.generation.decoder import WeightStream
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, read_to_end
+import numpy as np
 
-Done = TypeVar("Done")
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.rlhf.config import RewardPartConfig
+from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, concatenated, read_to_end
+
+Work = TypeVar("Work")
 Draw = Callable[[int], Rollouts]
 """position of the first prompt -> the rollouts of an iteration, by the weights that the source has."""
 Judging = Callable[[Rollouts], JudgedRollouts]
 """The rollouts of an iteration with their scores under the rules."""
 DrawJudged = Callable[[int], JudgedRollouts]
-"""Draws and judges in one, where the scores decide which prompts are drawn (`sampling_again`)."""
+"""Draws and judges in one, where the scores decide which prompts are drawn (`SamplingAgain`)."""
+DrawPrompts = Callable[[int, int], Rollouts]
+"""(position of the first prompt, number of prompts) -> their rollouts, by the weights that the source has."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Judged rollouts, and how long they took."""
+    """Judged rollouts, and the seconds that drawing and judging took."""
 
     judged: JudgedRollouts
     drawing_s: float
@@ -39,7 +47,7 @@ class Drawn:
 
 
 def is_drawn_by(version: int, staleness: int, iterations: int) -> bool:
-    """Whether this version of the weights draws rollouts in a run of so many iterations."""
+    """Returns whether this version of the weights draws rollouts in a run of so many iterations."""
     return version == 0 or version + staleness < iterations
 
 
@@ -62,13 +70,14 @@ class RolloutSchedule:
     ) -> None:
         """
         Args:
-            iterations: of the whole run; nothing is drawn for later ones.
-            prompts: that `draw` takes.
-            draw_judged: instead of `draw` and `judge`.
+            iterations: length of the whole run; nothing is drawn for later ones.
+            prompts: number of prompts of a `draw`.
+            draw_judged: replaces `draw` and `judge`.
         """
         self._source, self._draw, self._judge = source, draw, judge
         self._prompts, self._draw_judged = prompts, draw_judged
-        self._position = 0  # of the next prompt; used where rollouts are drawn, one iteration after the other
+        # position of the next prompt; used where rollouts are drawn, one iteration after the other
+        self._position = 0
         self._staleness, self._iterations = staleness, iterations
         self._drawn: dict[int, Callable[[], Drawn]] = {}
         self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
@@ -80,13 +89,14 @@ class RolloutSchedule:
         """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again.
 
         Args:
-            position: of the first prompt that is not of an iteration before `version`.
+            position: position of the first prompt of iteration `version`.
         """
         self._position = position + sum(judged.prompts for judged in pending.values())
         for iteration, judged in pending.items():
-            # rollouts of a checkpoint written before scores were kept are judged now
+            # A checkpoint of an old release has rollouts without scores.
             scored = judged if judged.scores else self._judge(judged.rollouts)
             self._drawn[iteration] = partial(Drawn, scored, 0.0, 0.0)
+
         ahead = range(version, min(version + self._staleness + 1, self._iterations))
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
@@ -94,26 +104,27 @@ class RolloutSchedule:
         """Read new weights to the end; they draw the rollouts of iteration `version + staleness`."""
         self._submit(version, weights, [version + self._staleness])
 
-    def beside(self, work: Callable[[], Done], version: int, weights: WeightStream | None) -> Callable[[], Done]:
-        """Other work for the source, with the weights of `version`: after the rollouts that are asked for, or at once
-        with staleness 0. Returns a function that waits for its result.
+    def beside(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
+        """Run `work`, which uses the source, after the rollouts that are submitted; returns a function that waits.
 
         Args:
-            weights: None: they were pushed last. Otherwise no rollouts are asked for after them.
+            weights: weights of `version` for the work; None: they were pushed last. If given, no rollouts are drawn
+                after them.
         """
         if self._thread is None:
             if weights is not None:
                 self._source.load_weights(weights, version)
-            found = work()
-            return lambda: found
-        held = None if weights is None else self._source.hold(weights)
+            outcome = work()
+            return lambda: outcome
 
-        def loaded() -> Done:
-            if held is not None:
-                self._source.load_weights(held, version)
+        held_weights = None if weights is None else self._source.hold(weights)
+
+        def load_and_work() -> Work:
+            if held_weights is not None:
+                self._source.load_weights(held_weights, version)
             return work()
 
-        return self._thread.submit(loaded).result
+        return self._thread.submit(load_and_work).result
 
     def take(self, iteration: int) -> Drawn:
         """Wait for the rollouts of an iteration. Each can be taken once."""
@@ -124,8 +135,8 @@ class RolloutSchedule:
 
         A checkpoint at `version` keeps them, because its own weights would draw others.
         """
-        own = range(version, version + self._staleness)
-        return {iteration: drawn().judged for iteration, drawn in sorted(self._drawn.items()) if iteration in own}
+        older = range(version, version + self._staleness)
+        return {iteration: drawn().judged for iteration, drawn in sorted(self._drawn.items()) if iteration in older}
 
     def __enter__(self) -> Self:
         return self
@@ -136,27 +147,29 @@ class RolloutSchedule:
                 threads.shutdown(cancel_futures=True)
 
     def _submit(self, version: int, weights: WeightStream, iterations: list[int]) -> None:
+        """Have these weights draw the rollouts of the iterations: in the thread, or when they are taken."""
         load = None
         if not iterations:
             read_to_end(weights)
-        elif self._thread:  # older weights may still draw rollouts
+        elif self._thread:
+            # Older weights may still draw rollouts in the thread, so the new ones wait their turn there.
             load = partial(self._source.load_weights, self._source.hold(weights), version)
         else:
             self._source.load_weights(weights, version)
+
         for iteration in iterations:
-            draw = partial(self._timed, load)
             if self._draw_judged:
                 work = partial(self._timed_in_one, self._draw_judged, load)
                 self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
             elif self._thread and self._rules:
-                draw = self._thread.submit(draw).result
+                draw = self._thread.submit(partial(self._timed, load)).result
                 self._drawn[iteration] = self._rules.submit(self._judged, draw).result
             else:
-                self._drawn[iteration] = partial(self._judged, draw)
+                self._drawn[iteration] = partial(self._judged, partial(self._timed, load))
             load = None
 
     def _timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
-        """The rollouts, and the seconds that loading weights and drawing took."""
+        """Returns the rollouts, and the seconds that loading weights and drawing took."""
         started = time.perf_counter()
         if load:
             load()
@@ -177,3 +190,67 @@ class RolloutSchedule:
         judged = draw(self._position)
         self._position += judged.prompts
         return Drawn(judged, time.perf_counter() - started, 0.0)
+
+
+# --- sampling again ---
+
+
+@dataclass(frozen=True)
+class SamplingAgain:
+    """Replaces prompts whose rollouts all score alike by the next ones (Yu et al. 2025, section 3.2).
+
+    An advantage relative to the group is 0 in such a group, so it gives no gradient. Which prompts are drawn depends
+    only on the weights and on the position in the order of prompts, and their number is saved with the rollouts, so a
+    run that was interrupted draws the same ones.
+
+        round 1: draw `prompts` prompts        | keep the groups with a signal
+        round 2: draw as many as are missing   | keep ...
+        after the last round: fill up with groups without a signal, the earliest first
+
+    Only rules are looked at. With a reward model among the parts, whose scores hardly ever agree, every group has a
+    signal.
+    """
+
+    draw: DrawPrompts
+    judge: Callable[[Rollouts], JudgedRollouts]
+    parts: Mapping[str, RewardPartConfig]
+    prompts: int  # prompts of an iteration
+    rounds: int  # largest number of draws
+
+    def __call__(self, position: int) -> JudgedRollouts:
+        """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on."""
+        rounds: list[JudgedRollouts] = []
+        informative: list[int] = []  # positions of prompts whose group has a signal
+        n_drawn = 0
+        for _ in range(self.rounds):
+            missing = self.prompts - len(informative)
+            if not missing:
+                break
+            rounds.append(self.judge(self.draw(position + n_drawn, missing)))
+            n_drawn += missing
+            informative += positions_with_signal(rounds[-1], self.parts)
+
+        # An iteration has its full number of prompts even if too few groups have a signal.
+        drawn = [int(prompt) for judged in rounds for prompt in np.unique(judged.rollouts.position_B)]
+        without_signal = [prompt for prompt in drawn if prompt not in set(informative)]
+        chosen = [*informative, *without_signal[: self.prompts - len(informative)]]
+        return concatenated(rounds).of_prompts(np.array(chosen), left_out=n_drawn - len(chosen))
+
+
+def positions_with_signal(judged: JudgedRollouts, parts: Mapping[str, RewardPartConfig]) -> list[int]:
+    """Returns the positions of the prompts whose rollouts do not all have the same score.
+
+    Rollouts without a score do not count.
+    """
+    position_B = judged.rollouts.position_B
+    has_reward_model = bool(set(parts) - set(judged.scores))
+    if has_reward_model:
+        return [int(prompt) for prompt in np.unique(position_B)]
+
+    score_B = sum((part.weight * judged.scores[name] for name, part in parts.items()), np.zeros(len(position_B)))
+    positions = []
+    for prompt in np.unique(position_B):
+        group_scores = score_B[(position_B == prompt) & np.isfinite(score_B)]
+        if len(group_scores) and group_scores.min() < group_scores.max():
+            positions.append(int(prompt))
+    return positions

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
 
@@ -21,10 +22,16 @@ class KlController:
     target: float | None = None  # nats per sequence; None: the coefficient is fixed
     horizon: int = 10_000  # sequences within which the coefficient changes by at most about 20 %
 
+    @classmethod
+    def of(cls, config: RlhfConfig) -> "KlController":
+        """Returns the controller at the start of a run."""
+        return cls(not_null(config.kl_coefficient), config.kl_target, config.kl_horizon)
+
     def after(self, kl: float, sequences: int) -> "KlController":
-        """The controller after `sequences` rollouts with mean KL `kl` (nats per sequence)."""
+        """Returns the controller after `sequences` rollouts with mean KL `kl` (nats per sequence)."""
         if self.target is None:
             return self
+        # The clip keeps one iteration with an extreme KL from throwing the coefficient far off.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         return replace(self, coefficient=self.coefficient * (1 + error * sequences / self.horizon))
 
@@ -50,42 +57,39 @@ class RlhfState:
         return self.iteration
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields except the pending rollouts, as JSON values."""
+        """Returns all fields except the pending rollouts, as JSON values."""
         values = {name: value for name, value in vars(self).items() if name != "pending"}
         scale = asdict(self.reward_scale) if self.reward_scale else None
         return values | {"kl": asdict(self.kl), "reward_scale": scale}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores."""
-        return {
-            f"{iteration}.{name}": value
-            for iteration, judged in self.pending.items()
-            for name, value in (
-                *vars(judged.rollouts).items(),
-                (LEFT_OUT, np.array([judged.left_out])),
-                *((f"{SCORE}{part}", score_B) for part, score_B in judged.scores.items()),
-            )
-        }
+        """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores."""
+        arrays = {}
+        for iteration, judged in self.pending.items():
+            for name, array in vars(judged.rollouts).items():
+                arrays[f"{iteration}.{name}"] = array
+            arrays[f"{iteration}.{LEFT_OUT}"] = np.array([judged.left_out])
+            for part, score_B in judged.scores.items():
+                arrays[f"{iteration}.{SCORE}{part}"] = score_B
+        return arrays
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "RlhfState":
-        """The inverse of `to_dict` and `arrays`."""
-        pending: dict[int, dict[str, np.ndarray]] = {}
-        for key, value in arrays.items():
+        """Returns the state that `to_dict` and `arrays` describe."""
+        arrays_of_iteration: dict[int, dict[str, np.ndarray]] = {}
+        for key, array in arrays.items():
             iteration, _, name = key.partition(".")
-            pending.setdefault(int(iteration), {})[name] = value
-        judged = {}
-        for iteration, parts in sorted(pending.items()):
-            scores = {name.removeprefix(SCORE): value for name, value in parts.items() if name.startswith(SCORE)}
-            own = {name: value for name, value in parts.items() if not name.startswith(SCORE)}
-            left_out = own.pop(LEFT_OUT, np.zeros(1, np.int64))
-            judged[iteration] = JudgedRollouts(Rollouts(**own), scores, int(left_out[0]))
+            arrays_of_iteration.setdefault(int(iteration), {})[name] = array
+
+        pending = {}
+        for iteration, named in sorted(arrays_of_iteration.items()):
+            scores = {name.removeprefix(SCORE): score_B for name, score_B in named.items() if name.startswith(SCORE)}
+            columns = {name: array for name, array in named.items() if not name.startswith(SCORE)}
+            # Checkpoints of old releases have no such array.
+            left_out = columns.pop(LEFT_OUT, np.zeros(1, np.int64))
+            pending[iteration] = JudgedRollouts(Rollouts(**columns), scores, int(left_out[0]))
+
         scale = values["reward_scale"]
-        return cls(
-            **{
-                **values,
-                "kl": KlController(**values["kl"]),
-                "reward_scale": RewardScale(**scale) if scale else None,
-                "pending": judged,
-            }
-        )
+        reward_scale = RewardScale(**scale) if scale else None
+        restored = {"kl": KlController(**values["kl"]), "reward_scale": reward_scale, "pending": pending}
+        return cls(**{**values, **restored})

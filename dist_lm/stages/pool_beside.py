@@ -16,7 +16,7 @@ from dist_lm.cluster.allocation import actors_in_all, site_of, without_pool
 from dist_lm.cluster.pool import ActorsLostError, Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
-from dist_lm.config.rlhf import RolloutPoolConfig
+from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import EngineOptions

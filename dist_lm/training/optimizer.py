@@ -27,7 +27,6 @@ from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.optimizer import OptimizerConfig
-from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, TrainerGroup
 from dist_lm.model.size import ADAPTERS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
@@ -105,9 +104,7 @@ class ShardedAdamW(torch.optim.AdamW):
             shard_of(parameter).mul_(1 - decay).sub_(step, alpha=group["lr"])
 
 
-def build_optimizer(
-    model: Transformer, settings: OptimizerConfig | RlhfConfig, muon: MuonConfig | None = None
-) -> ShardedAdamW:
+def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonConfig | None = None) -> ShardedAdamW:
     """Builds AdamW (Loshchilov & Hutter 2019), with Muon for some groups, for the parameters that have gradients.
 
     Moments exist from the start, so that every checkpoint has the same keys.
@@ -149,7 +146,7 @@ def build_optimizer(
 def _groups(
     model: Transformer,
     named: Sequence[tuple[str, nn.Parameter]],
-    settings: OptimizerConfig | RlhfConfig,
+    settings: OptimizerConfig,
     muon: MuonConfig | None,
 ) -> list[dict[str, Any]]:
     """Returns groups of parameters with one rate, one decay and one optimizer; the groups of Muon come last."""

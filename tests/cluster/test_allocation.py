@@ -7,7 +7,7 @@ import pytest
 from dist_lm.cluster.allocation import Reserved, Site, actors_in_all, core_users, missing_places, ranks_beside, site_of
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.rlhf import AS_MANY, RolloutPoolConfig
+from dist_lm.config.pool import AS_MANY, RolloutPoolConfig
 from dist_lm.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from dist_lm.cluster.pool_actor import Member
 from dist_lm.cluster.pool_push import MOST_FAILURES, Held, Sender
 from dist_lm.cluster.pool_weights import BROADCAST, IPC, RAY, Place, push_way
 from dist_lm.cluster.push_link import FAILURES, Offer, Receiver, SharedBucket, opened, packed, sizes_of, unpacked
-from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT, PUSH_RAY
+from dist_lm.config.pool import PUSH_AUTO, PUSH_DIRECT, PUSH_RAY
 from dist_lm.errors import ArtefactError
 from tests.cluster.small_pool import MODEL, weights_of
 from tests.patience import patient

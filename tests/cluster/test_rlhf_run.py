@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT
+from dist_lm.config.pool import PUSH_AUTO, PUSH_DIRECT
 from dist_lm.config.root import save_config
 from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.generation.load import load_model

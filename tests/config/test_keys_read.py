@@ -15,19 +15,24 @@ from pathlib import Path
 import pytest
 
 from dist_lm.prepare.compose import own_groups
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.stages.registry import OWN, stage_named
 from tests.config.keys_of_schemas import settable_keys
 from tests.patience import patient
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = patient(600)  # of a launch
-# class -> the one that its keys are copied to, and read from
-COPIES = {"EvalPoolConfig": "EvalPool", "ModelConfig": "AdaptedModelConfig"}
 # a run whose tasks actors answer
 ASKED = (
     *("stage.init_from=WORK/runs/language/default", "stage.steps=2", "stage.warmup_steps=1"),
     *("stage.eval_tasks={own_sql: 0}", "stage.eval_new_tokens=4", "eval.pool.actors=1"),
 )
+# class -> those that its keys are copied to, and read from
+COPIES = {
+    "EvalPoolConfig": ("EvalPool",),
+    "ModelConfig": ("AdaptedModelConfig",),
+    "RlhfRunGroup": tuple(algorithm.Keys.__name__ for algorithm in ALGORITHMS.values()),
+}
 # launches in an empty work directory, one after the other; the first runs the eight stages of the pipeline
 LAUNCHES = (
     ("stage=rlhf",),
@@ -80,7 +85,7 @@ def is_listed(key: str, listed: str) -> bool:
 
 def is_read(owner: type, name: str, reads: Reads, bases: bool = False) -> bool:
     """Whether a field of a class was read; with `bases` also of a class that it inherits the field from."""
-    classes = {owner.__name__, COPIES.get(owner.__name__, owner.__name__)}
+    classes = {owner.__name__, *COPIES.get(owner.__name__, ())}
     if bases:
         classes |= {base.__name__ for base in owner.__mro__}
     return any((one, name) in reads for one in classes)

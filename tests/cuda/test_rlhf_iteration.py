@@ -21,13 +21,13 @@ from dist_lm.parallel.sharding import RECOMPILATIONS, arrange_model, materialise
 from dist_lm.parallel.values import shard_of
 from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf import experience, packed_rollouts
+from dist_lm.rlhf.algorithms.ppo import Ppo
 from dist_lm.rlhf.experience import collect
+from dist_lm.rlhf.learner import Updater
 from dist_lm.rlhf.models import Execution, RlhfModels, dealing, one_after_other, trained
 from dist_lm.rlhf.packed_rollouts import Passes
-from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import FINISHES, Rollouts
 from dist_lm.rlhf.state import KlController, RlhfState
-from dist_lm.rlhf.update import Updater
 from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.training.heartbeat import StopRequest
 from tests.cuda.card import CARD, Traffic, empty_on_card, stand_in

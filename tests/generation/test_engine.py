@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import CACHE_SHARE
+from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation.engine import Engine, EngineOptions

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RolloutPoolConfig
+from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.generation import decoder as decoder_module
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation.decoder import Decoder, best_page_tokens, build_cache

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.stage import RlhfRunConfig
 

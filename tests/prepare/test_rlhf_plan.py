@@ -10,7 +10,7 @@ from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config, overrides_of
 from dist_lm.stages.continuing import FREE_KEYS, differing_keys
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.rlhf.stage import STAGE, check_given, rlhf_config
+from dist_lm.stages.rlhf.stage import STAGE, check_inputs, rlhf_config
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.training import checkpoint_files
@@ -122,7 +122,7 @@ def test_a_reward_model_whose_scores_cannot_be_normalised_is_refused_before_anyt
     given = rlhf_config(compose_config(["stage=rlhf", *TINY_MODEL]))
 
     def check(reward_model: Path | str, normalise: bool = True) -> None:
-        check_given(
+        check_inputs(
             replace(given, rlhf=replace(given.rlhf, reward_model=str(reward_model), normalise_reward=normalise))
         )
 

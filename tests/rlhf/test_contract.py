@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.rlhf import ALGORITHMS, READ, RewardPartConfig, RlhfConfig
 from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import Layout
 from dist_lm.prepare.compose import compose_config
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import DEFAULTS, RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.policy_gradient import groups_of
 from dist_lm.stages.rlhf.stage import rlhf_config
 from tests.rlhf.toy import GroupMean, toy
@@ -34,9 +35,9 @@ STOPS = tuple(range(1, 9))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_key_that_an_algorithm_does_not_read_is_null_and_refused_by_name(algorithm: str):
     config = RlhfConfig(algorithm=algorithm)
-    for key in {key for keys in READ.values() for key in keys}:
-        if key in READ[algorithm]:
-            assert getattr(config, key) == READ[algorithm][key] or READ[algorithm][key] is None, key
+    for key in {key for keys in DEFAULTS.values() for key in keys}:
+        if key in DEFAULTS[algorithm]:
+            assert getattr(config, key) == DEFAULTS[algorithm][key] or DEFAULTS[algorithm][key] is None, key
         else:
             assert getattr(config, key) is None
             with pytest.raises(ConfigError, match=rf"rlhf\.{key}=0\.5: expected null: rlhf\.algorithm={algorithm} "):
@@ -54,8 +55,8 @@ def test_ppo_has_the_values_that_it_had():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_files_of_conf_set_no_key_that_some_algorithm_does_not_read(algorithm: str, model: str):
     group = rlhf_config(compose_config(["stage=rlhf", f"model={model}", f"rlhf.algorithm={algorithm}"])).rlhf
-    assert {key: getattr(group, key) for key, value in READ[algorithm].items() if value is not None} == {
-        key: value for key, value in READ[algorithm].items() if value is not None
+    assert {key: getattr(group, key) for key, value in DEFAULTS[algorithm].items() if value is not None} == {
+        key: value for key, value in DEFAULTS[algorithm].items() if value is not None
     }
 
 

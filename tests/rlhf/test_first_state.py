@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.state import KlController
 from dist_lm.stages.rlhf.models import first_state

@@ -13,11 +13,11 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.data.batch import Batch
 from dist_lm.demo.ladder import RUNGS, Part, TinyTask, tasks
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.rlhf.models import sent_weights, trained
 from dist_lm.rlhf.rewards import Judge, Tasks

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.stages.rlhf.supply import PretrainingText
+from dist_lm.stages.rlhf.program import PretrainingText
 from tests.parallel.ranks import RankGroups
 from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy, write_text
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
+from dist_lm.rlhf.algorithms.ppo import Ppo
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import start_critic
-from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState

@@ -7,10 +7,10 @@ import torch
 
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.config.stage import LoraConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.models import as_reference, sent_weights
 from dist_lm.rlhf.rollouts import EngineRollouts
 from tests.parallel.ranks import RankGroups

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.models import Beside, one_after_other, own_threads
 from tests.patience import patient
 from tests.rlhf.toy import LENGTH, Toy, tensors_of, toy

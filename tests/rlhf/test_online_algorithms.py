@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience
-from dist_lm.rlhf.dapo import overlong_penalty
-from dist_lm.stages.rlhf.program import ALGORITHMS
+from dist_lm.rlhf.algorithms.dapo import overlong_penalty
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RlhfConfig
 
 NEAR = 1e-6
 LENGTHS = (5, 2, 3, 1, 4, 4, 6, 3)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import ALGORITHMS, RewardPartConfig, RlhfConfig
 from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.rollouts import EngineRollouts
 from tests.parallel.ranks import RankGroups
 from tests.rlhf.toy import MODEL, engine_of, toy, weights_of

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from dist_lm.config.rlhf import ALGORITHMS, RlhfConfig
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RlhfConfig
 from tests.rlhf.toy import LENGTH, TOKENS, toy
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience
+from dist_lm.rlhf.algorithms.ppo import Ppo
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.policy_gradient import ESTIMATES, explained_variance, mean_and_std
-from dist_lm.rlhf.ppo import Ppo
 
 PLAIN = RlhfConfig(whiten_advantages=False, lam=1.0)
 MASK = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).float()

@@ -16,7 +16,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.stages.rlhf.supply import PretrainingText
+from dist_lm.stages.rlhf.program import PretrainingText
 from tests.rlhf.toy import LENGTH, MODEL, VOCABULARY, Toy, tensors_of, toy, weights_of, write_text
 
 pytestmark = pytest.mark.usefixtures("one_rank")

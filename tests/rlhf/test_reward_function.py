@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config.rlhf import RewardPartConfig
-from dist_lm.rlhf.reward_function import FunctionRule, RewardError, answer
+from dist_lm.rlhf.config import RewardPartConfig
+from dist_lm.rlhf.reward_function import answer
 from dist_lm.rlhf.rewards import Judge
-from dist_lm.rlhf.rules import Failure, Judged
+from dist_lm.rlhf.rules import Failure, FunctionRule, Judged, RewardError
 from tests.patience import patient
 from tests.rlhf import toy_rewards
 from tests.rlhf.toy import rollouts_with

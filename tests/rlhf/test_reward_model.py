@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingStream
 from dist_lm.errors import ArtefactError
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.rankings import pair_losses, ranking_losses
 from dist_lm.rlhf.reward_model import (
     RewardScale,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RewardPartConfig
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.rewards import Judge, RewardError, share_scored, total_score
 from dist_lm.rlhf.rollouts import JudgedRollouts
 from dist_lm.rlhf.rules import Failure, Judged, Rule, length_rule, parses_rule

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.errors import ConfigError
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
-from dist_lm.rlhf.sampling_again import SamplingAgain, positions_with_signal
+from dist_lm.rlhf.schedule import SamplingAgain, positions_with_signal
 from dist_lm.rlhf.state import RlhfState
 from tests.rlhf.toy import rollouts_with, tensors_of, toy
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 
-from dist_lm.config.rlhf import ALGORITHMS, RewardPartConfig, RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.model.token_sets import bytes_as_bits, packed
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.experience import token_logprobs
 from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, joined
+from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, concatenated
 from dist_lm.rlhf.state import KlController, RlhfState
 from tests.model.small_models import small_config, small_model
 from tests.rlhf.toy import MODEL, Toy, rollouts_with, tensors_of, toy
@@ -167,7 +168,7 @@ def test_sets_stay_with_their_rollouts():
         assert sets is not None
         found = sets.kept(torch.arange(len(part.logprobs_M)), VOCABULARY, range(VOCABULARY))
         assert torch.equal(found, kept_MV[torch.from_numpy(places)])
-    both = joined([JudgedRollouts(rollouts, {}), JudgedRollouts(some, {})]).rollouts
+    both = concatenated([JudgedRollouts(rollouts, {}), JudgedRollouts(some, {})]).rollouts
     sets = both.sets_of(np.arange(len(both.logprobs_M)))
     assert sets is not None
     assert torch.equal(sets.kept(every, VOCABULARY, range(VOCABULARY)), kept_MV)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.generation.request import Answer, Request
+from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.rewards import Judge, RewardError, Tasks
-from dist_lm.rlhf.rules import Failure, Judged
-from dist_lm.rlhf.tests_rule import TestsRule
+from dist_lm.rlhf.rules import Failure, Judged, TestsRule
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Test, Verdict, infrastructure_error
 from dist_lm.sandbox.task import Task
@@ -118,7 +117,7 @@ def test_a_judge_begins_with_the_texts_that_it_judges_later():
         made = replace(made, tokens_N=np.array([1, 2, 3, 1, 2]))
         request = Request("0", [1])
         judge.begin(request, Answer("0", 0, 1, (2, 3), "", (0.0, 0.0), (0.0, 0.0), "eot", 0, 0))
-        begun = judge._early[0]._begun
+        begun = judge._beside_generation[0]._running
         assert set(begun) == {Judged("double", "echo 4", 2, True, 0, 0, request="double")}
         assert judge(made).scores["mine"].tolist() == [0.5, 0.5]
         assert not begun

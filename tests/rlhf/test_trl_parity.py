@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.rlhf.policy_gradient import groups_of
-from dist_lm.stages.rlhf.program import ALGORITHMS
 from tests.rlhf.test_online_algorithms import EXPERIENCE as UNEVEN
 from tests.rlhf.test_online_algorithms import LONGEST, MOVED, OLD, REFERENCE, Tokens, loss_of, padded, with_gradient
 

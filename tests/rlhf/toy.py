@@ -1,6 +1,6 @@
 """A policy of two layers that learns in seconds, a second algorithm, hand-made rollouts, and a corpus of text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig, given
 from dist_lm.document import TokenizedDocument
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer
@@ -19,12 +18,13 @@ from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig, not_null
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
-from dist_lm.stages.rlhf.program import ALGORITHMS
 from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import named_state
 from tests.data.synthetic_corpus import write
@@ -120,7 +120,7 @@ def toy(
     critic = None
     if algorithm.has_critic:
         critic = build(replace(model, head="scalar"))
-        start_critic(critic, reward or policy, given(config.value_head))
+        start_critic(critic, reward or policy, not_null(config.value_head))
     learner = Learner(
         config=config,
         seed=seed,
@@ -130,7 +130,7 @@ def toy(
         parallel=parallel,
         models=RlhfModels(
             policy=trained(policy, config, config.lr),
-            critic=trained(critic, config, given(config.value_lr)) if critic else None,
+            critic=trained(critic, config, not_null(config.value_lr)) if critic else None,
             reference=build(model).requires_grad_(False) if reference else None,
             reward=reward.requires_grad_(False) if reward else None,
         ),
@@ -138,7 +138,7 @@ def toy(
         supply=supply_of(config, source(), seed, stop_tokens) if world.is_first else None,
         **options,
     )
-    made = Toy(learner, RlhfState(KlController(given(config.kl_coefficient), config.kl_target, config.kl_horizon)))
+    made = Toy(learner, RlhfState(KlController(not_null(config.kl_coefficient), config.kl_target, config.kl_horizon)))
     made.learner = replace(learner, report=made.reports.append, save=made.saved.append)
     return made
 
@@ -166,11 +166,15 @@ def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
 # --- another algorithm: a completion against the mean of the others of its prompt (kool et al. 2019) ---
 
 
-class GroupMean:
-    """An `Algorithm` with neither critic nor clip."""
+class GroupMean(Algorithm):
+    """An `Algorithm` with neither critic nor clip nor keys."""
 
-    has_critic = False
-    uses_entropy = False
+    def __init__(self) -> None:
+        """Reads no configuration."""
+
+    @property
+    def uses_entropy(self) -> bool:
+        return False
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
         same_BB = (experience.prompt_B[:, None] == experience.prompt_B[None]).float()
@@ -184,9 +188,6 @@ class GroupMean:
         gain = (drawn.logprob_N * drawn.columns["advantage"]).sum()
         moved = (drawn.columns["old"] - drawn.logprob_N).detach().sum()
         return LossSum(-gain, torch.tensor(float(len(drawn.logprob_N))), {"approx_kl": moved})
-
-    def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
-        raise NotImplementedError
 
 
 # --- rollouts made by hand ---

@@ -12,7 +12,7 @@ from dist_lm.generation.request import SamplingParams
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.stages.rlhf.tasks import TasksOfIterations
+from dist_lm.stages.rlhf.evaluations import TasksOfIterations
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.test_rlhf_run import prepare, work_of
 from tests.rlhf.toy import MODEL, engine_of

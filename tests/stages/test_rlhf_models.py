@@ -15,8 +15,8 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.prepare.compose import compose_config
-from dist_lm.rlhf.grpo import Grpo
-from dist_lm.stages.rlhf.models import Begun, begin, saved_files, train_state, trunk_of_critic
+from dist_lm.rlhf.algorithms.grpo import Grpo
+from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state, trunk_of_critic
 from dist_lm.stages.rlhf.stage import rlhf_config
 from dist_lm.stages.training.program import RankStart
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -46,14 +46,14 @@ def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
     return made
 
 
-def begun(work: WorkDirectory, tools: str, reward: str) -> tuple[RunDirectory, Begun]:
+def begun(work: WorkDirectory, tools: str, reward: str) -> tuple[RunDirectory, LoadedRun]:
     start_at, reward_at = work.run("tools", tools).path, work.run("reward", reward).path
     given = ["rlhf.algorithm=grpo", "rlhf.normalise_reward=false", f"rlhf.reward_model={reward_at}"]
     config = rlhf_config(compose_config(["stage=rlhf", *TINY_MODEL, *given, f"stage.init_from={start_at}"]))
     layout = resolve_layout(config.parallel, config.model, 1)
     start = RankStart(WORLD, layout, build_mesh(layout, WORLD.device), Tokenizer.load(work.tokenizer_model))
     run = work.run("rlhf", "default")
-    return run, begin(run, config, start, Grpo(config.rlhf))
+    return run, load_run(run, config, start, Grpo(config.rlhf))
 
 
 @pytest.mark.usefixtures("_alone")

@@ -1,4 +1,7 @@
-"""Stage `preference` on ranks: rankings as trees of completions, the reference, figures on held-out rankings."""
+"""Stage `preference` on ranks: rankings as trees of completions, the reference, figures on held-out rankings.
+
+Dimensions: B sequences, T tokens, P rankings, K completions of a ranking, C completions, S segments, N pairs.
+"""
 
 import json
 from collections.abc import Callable
@@ -26,7 +29,7 @@ from dist_lm.training import checkpoint_files
 
 
 def open_data(opening: Opening) -> StageData:
-    """Rankings of the stage's corpus, with their log-probabilities under the reference (collective).
+    """Opens the rankings of the stage's corpus, with their log-probabilities under the reference (collective).
 
     Raises:
         ConfigError: a setting that rankings do not allow.
@@ -36,24 +39,29 @@ def open_data(opening: Opening) -> StageData:
     assert isinstance(config, PreferenceRunConfig)
     stage, settings = config.stage, config.stage.preference
     train, val = open_rankings(opening)
-    plain = Trees(None, settings.learns_text, settings.has_reference_point)
-    reference = _reference(opening, config, train, val, plain) if settings.has_reference else {}
-    trees = replace(plain, reference=reference.get("train"))
-    stream = ranking_stream(opening, train, settings.lesson, settings.label_noise, trees)
-    loss, of_val = PreferenceLoss(settings), reference.get("val")
+
+    # The trees of the reference itself have no reference yet.
+    plain_trees = Trees(None, settings.learns_text, settings.has_reference_point)
+    references = _references(opening, config, train, val, plain_trees) if settings.has_reference else {}
+    train_trees = replace(plain_trees, reference=references.get("train"))
+    val_reference = references.get("val")
+
+    stream = ranking_stream(opening, train, settings.lesson, settings.label_noise, train_trees)
+    loss = PreferenceLoss(settings)
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         limit = 0 if everything else stage.eval_sequences
-        batches = ranking_batches(opening, val, limit, replace(plain, reference=of_val))
-        seen, point = seen_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
-        return held_out_metrics(loss, val, of_val, seen, point, config.seed)
+        batches = ranking_batches(opening, val, limit, replace(plain_trees, reference=val_reference))
+        logprobs, point = seen_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        return held_out_metrics(loss, val, val_reference, logprobs, point, config.seed)
 
     return StageData(stream, evaluate)
 
 
-def _reference(
+def _references(
     opening: Opening, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
 ) -> dict[str, SplitReference]:
+    """Returns the log-probabilities of both splits under the reference (collective)."""
     stage, run = config.stage, opening.run
     key: dict[str, Any] = {
         CHECKPOINT: _start(config),
@@ -61,23 +69,22 @@ def _reference(
         "seq_len": stage.seq_len,
         "mismatches": trees.mismatches,
     }
+    # The file is valid for this reference, corpus and length of sequences; any other would give other numbers.
+    splits = dict(zip(SPLITS, (train, val), strict=True))
     return reference_of(
         run.reference,
         key,
-        {
-            name: ranking_batches(opening, split, assemble=trees)
-            for name, split in zip(SPLITS, (train, val), strict=True)
-        },
+        {name: ranking_batches(opening, rankings, assemble=trees) for name, rankings in splits.items()},
         opening.initial or partial(_no_model, run.reference),
         opening.world,
         opening.data_ranks,
-        begun=opening.position > 0,
+        has_steps=opening.position > 0,
         alive=opening.alive,
     )
 
 
 def _start(config: PreferenceRunConfig) -> str:
-    """What the reference is: the hash of the checkpoint that training starts from, or the seed of a new model."""
+    """Identifies the reference: the hash of the checkpoint that training starts from, or the seed of a new model."""
     if config.stage.init_from == "none":
         return f"seed {config.seed} {json.dumps(asdict(config.model), sort_keys=True)}"
     return checkpoint_files.fingerprint(checkpoint_files.find_checkpoint(Path(config.stage.init_from)))
@@ -88,12 +95,16 @@ def _no_model(path: Path) -> Any:
 
 
 def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
-    """A micro-batch with one ranking per sequence, for the dry run."""
+    """Returns a micro-batch with one ranking per sequence, for the dry run."""
     settings, stage = config.stage.preference, config.stage
     rows, k = stage.micro_batch, min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
-    own_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
-    branch_BT, row_B1 = own_T.repeat(rows, 1), torch.arange(rows)[:, None]
-    segment_BT = (branch_BT + k * row_B1).where(branch_BT > 0, rows * k + 1 + row_B1 if settings.learns_text else 0)
+    branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
+    branch_BT = branch_T.repeat(rows, 1)
+
+    # Segments are numbered from 1: all completions, then all prompts. 0 is a token that no loss reads.
+    row_B1 = torch.arange(rows)[:, None]
+    prompt_segment = rows * k + 1 + row_B1 if settings.learns_text else 0
+    segment_BT = (branch_BT + k * row_B1).where(branch_BT > 0, prompt_segment)
     batch = CompletionBatch(
         tokens_BT=torch.randint(0, config.model.vocab_size, branch_BT.shape),
         targets_BT=torch.randint(0, config.model.vocab_size, branch_BT.shape),
@@ -113,11 +124,14 @@ def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
     return batch
 
 
-def _example_places(rows: int, k: int, whole: bool) -> RankedPlaces:
+def _example_places(rows: int, k: int, as_rankings: bool) -> RankedPlaces:
+    """Returns `rows` rankings of k completions, whole or as pairs of neighbours."""
     place_PK = torch.arange(rows * k).view(rows, k)
-    none = torch.zeros(0, dtype=torch.int64)
-    better_N, worse_N = (none, none) if whole else (place_PK[:, :-1].flatten(), place_PK[:, 1:].flatten())
-    place_PK = place_PK if whole else place_PK[:0]
+    if as_rankings:
+        better_N = worse_N = torch.zeros(0, dtype=torch.int64)
+    else:
+        better_N, worse_N = place_PK[:, :-1].flatten(), place_PK[:, 1:].flatten()
+        place_PK = place_PK[:0]
     return RankedPlaces(
         place_PK=place_PK,
         rank_PK=torch.arange(k).repeat(len(place_PK), 1),

@@ -89,24 +89,24 @@ class Preference(TrainingStage):
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
         before, after = result.get("before", {}), result["metrics"]
-        rows = [(words, before_and_after(name, before, after, three_decimals)) for name, words in ROWS.items()]
+        rows = [(label, before_and_after(name, before, after, three_decimals)) for name, label in ROWS.items()]
         console.table("held-out rankings", ("figure", "before -> after"), [row for row in rows if row[1]])
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
         """Stage preference writes no samples."""
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if found := result.get("algorithm"):
-            yield "loss", found
+        if algorithm := result.get("algorithm"):
+            yield "loss", algorithm
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """`algorithm`: of the loss."""
+        """Returns `algorithm`: the name of the loss and its main settings."""
         settings = settings_of(config)
         return {"algorithm": f"{settings.algorithm} from {settings.lesson}, beta {settings.strength:g}"}
 
 
 def settings_of(config: Config) -> PreferenceConfig:
-    """The group `stage.preference`."""
+    """Returns the group `stage.preference`."""
     assert isinstance(config, PreferenceRunConfig)
     return config.stage.preference
 

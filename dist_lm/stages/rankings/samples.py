@@ -43,7 +43,7 @@ class Opening:
 
     language: str
     text: str
-    place: str  # corpus and document
+    origin: str  # corpus and number of the document
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sample:
 
 
 def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Console) -> Iterator[Candidate]:
-    """A ranking, or the reason why there is none, for each of `source.limit` openings (0: `DEFAULT_RANKINGS`).
+    """Yields a ranking, or the reason why there is none, for each of `source.limit` openings (0: `DEFAULT_RANKINGS`).
 
     Raises:
         ArtefactError: there is no model, or no program in the corpus.
@@ -67,15 +67,16 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
     work = WorkDirectory(Path(config.work_dir))
     loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
     corpus = TokenCorpus.open(work.corpus(config.stage.corpus), "train")
-    found = openings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
-    if not found:
+    chosen = openings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
+    if not chosen:
         raise ArtefactError(
             f"corpus {corpus.directory} has no documents in {', '.join(PARSERS)}: name another in stage.corpus"
         )
+
     with console.counting(f"sampling {loaded.name}", unit="samples", total=None) as count:
-        for number, samples in sample(loaded, found, config, count.advance):
-            opening = found[number]
-            name = f"generated:{loaded.name}:seed={config.seed}:{opening.place}"
+        for number, samples in sample(loaded, chosen, config, count.advance):
+            opening = chosen[number]
+            name = f"generated:{loaded.name}:seed={config.seed}:{opening.origin}"
             ranking = ranking_of_samples(opening, samples)
             if ranking is None:
                 yield Rejected(f"{source.language}_{opening.language}", name, "no_ranking")
@@ -84,27 +85,33 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 
 
 def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
-    """The first one to four lines of documents at even distances, in languages that have a parser."""
+    """Returns the first one to four lines of documents at even distances, in languages that have a parser."""
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
-    found = []
-    for place in spread(len(documents), limit).tolist():
-        number = documents[place]
+    chosen = []
+    for index in spread(len(documents), limit).tolist():
+        number = documents[index]
         language = corpus.languages[corpus.language_codes[number]]
-        # a token has about one character or more, so this number of tokens covers the opening
-        head = tokenizer.decode(corpus.tokens(number, 1, min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)))
-        lines = head.splitlines(keepends=True)[: 1 + key(Shuffle.SAMPLE_LINES, seed, number) % MOST_LINES]
-        text = "".join(lines)[:LONGEST_OPENING]
+
+        # A token has about one character or more, so this number of tokens covers the opening.
+        end = min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)
+        head = tokenizer.decode(corpus.tokens(number, 1, end))
+        n_lines = 1 + key(Shuffle.SAMPLE_LINES, seed, number) % MOST_LINES
+        text = "".join(head.splitlines(keepends=True)[:n_lines])[:LONGEST_OPENING]
         if text.strip():
-            found.append(Opening(language, text, f"{corpus.directory.name}:{number}"))
-    return found
+            chosen.append(Opening(language, text, f"{corpus.directory.name}:{number}"))
+    return chosen
 
 
 def sample(
-    loaded: LoadedModel, found: Sequence[Opening], config: RankingsConfig, advance: Callable[[], None]
+    loaded: LoadedModel, chosen: Sequence[Opening], config: RankingsConfig, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """(number of an opening, its samples), in the order of the openings."""
+    """Yields (number of an opening, its samples), in the order of the openings.
+
+    An opening that leaves no room for a sample is left out.
+    """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    # One engine for all openings: their samples share its batches.
     engine = Engine(
         loaded.config,
         loaded.weights,
@@ -113,64 +120,68 @@ def sample(
         dtype=torch.float32,  # equal samples on all machines of a kind
         device=device,
     )
-    answers: dict[int, list[Answer]] = {}
-    for number, opening in enumerate(found):
+
+    answers_of: dict[int, list[Answer]] = {}
+    for number, opening in enumerate(chosen):
         requests = requests_of(number, opening, config.stage.samples, config.seed, loaded.tokenizer)
-        if any(len(one.prompt) + one.params.max_new_tokens > loaded.config.max_seq_len for one in requests):
+        longest = max(len(request.prompt) + request.params.max_new_tokens for request in requests)
+        if longest > loaded.config.max_seq_len:
             continue
-        answers[number] = []
+        answers_of[number] = []
         for request in requests:
             engine.submit(request)
-    for done in only_answers(engine.results(), "stage.samples"):
-        answers[int(done.request.partition(":")[0])].append(done)
+
+    for answer in only_answers(engine.results(), "stage.samples"):
+        answers_of[int(answer.request.partition(":")[0])].append(answer)
         advance()
-    for number, own in answers.items():
-        own.sort(key=lambda answer: (answer.request, answer.index))
-        yield number, [sample_of(answer, loaded.tokenizer) for answer in own]
+
+    # Answers arrive in any order; samples must not depend on it.
+    for number, answers in answers_of.items():
+        answers.sort(key=lambda answer: (answer.request, answer.index))
+        yield number, [sample_of(answer, loaded.tokenizer) for answer in answers]
 
 
 def requests_of(
     number: int, opening: Opening, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
-    """The requests for an opening: continuations as text, and answers as a turn."""
-    word = key(Shuffle.SAMPLES, seed, number)
-    total = settings.fewest + word % (settings.most - settings.fewest + 1)
+    """Returns the requests for an opening: continuations as text, and answers as a turn."""
+    random_word = key(Shuffle.SAMPLES, seed, number)
+    total = settings.fewest + random_word % (settings.most - settings.fewest + 1)
     params = SamplingParams(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         stop_tokens=stop_tokens(tokenizer),
     )
+    # Half as text, half as a turn: the policy of stage rlhf answers turns, but programs are learned as text.
     as_turn = prompt(Conversation((Message("user", opening.text),)), tokenizer)
     as_text = tokenizer.encode_prompt(opening.text)
+
     parts = (("text", as_text, (total + 1) // 2), ("turn", as_turn, total // 2))
     return [
-        Request(f"{number}:{kind}", tokens, params, seed=key(word, i) % 2**31, n=n)
+        Request(f"{number}:{kind}", tokens, params, seed=key(random_word, i) % 2**31, n=n)
         for i, (kind, tokens, n) in enumerate(parts)
     ]
 
 
 def sample_of(answer: Answer, tokenizer: Tokenizer) -> Sample:
-    """The text up to the first special token, which begins another turn or a call."""
+    """Returns the text up to the first special token, which begins another turn or a call."""
     special = set(tokenizer.special_ids.values())
-    end = next((place for place, token in enumerate(answer.tokens) if token in special), len(answer.tokens))
+    end = next((index for index, token in enumerate(answer.tokens) if token in special), len(answer.tokens))
     return Sample(tokenizer.decode(answer.tokens[:end]), finished=answer.finish in ("eot", "stop"))
 
 
 def ranking_of_samples(opening: Opening, samples: Sequence[Sample]) -> Ranking | None:
-    """The ranking of different, non-empty samples by quality; None if they all have the same quality."""
-    kept = list({one.text: one for one in samples if one.text.strip()}.values())
-    scores = [
-        marks_of(
-            opening.text,
-            one.text,
-            bool(parses_continued(opening.language, opening.text, one.text, one.finished)),
-        ).quality
-        for one in kept
-    ]
+    """Returns the ranking of different, non-empty samples by quality; None if they all have the same quality."""
+    # The same text twice would be a tie with itself.
+    different = list({sample.text: sample for sample in samples if sample.text.strip()}.values())
+    scores = []
+    for candidate in different:
+        parsed = bool(parses_continued(opening.language, opening.text, candidate.text, candidate.finished))
+        scores.append(marks_of(opening.text, candidate.text, parsed).quality)
     if len(set(scores)) < 2:
         return None
     return Ranking(
         prompt=Conversation((Message("user", opening.text),)),
-        completions=tuple(one.text for one in kept),
+        completions=tuple(candidate.text for candidate in different),
         ranks=ranks_of_scores(scores),
     )

@@ -102,17 +102,18 @@ class Rankings(ArtefactStage):
     def build(self, config: Config, console: "Console") -> None:
         """Build every missing or damaged corpus."""
         assert isinstance(config, RankingsConfig)
-        wanted = wanted_corpora(config, rankings=True)
-        missing = missing_corpora(config, wanted)
-        correct_corpora(config, [name for name in wanted if name not in missing])
+        names = wanted_corpora(config, rankings=True)
+        missing = missing_corpora(config, names)
+        correct_corpora(config, [name for name in names if name not in missing])
+
         for name in missing:
-            made = {}
+            samples = {}
             for source in corpus_sources(config.corpus, name):
                 if source.reader == SAMPLED:
                     from dist_lm.stages.rankings.samples import ranked_samples  # imports torch
 
-                    made[repr(source)] = list(ranked_samples(source, config, console))
-            build_corpus(config, name, Texts(config.corpus, config.seed, made), console, encode_ranking)
+                    samples[repr(source)] = list(ranked_samples(source, config, console))
+            build_corpus(config, name, Texts(config.corpus, config.seed, samples), console, encode_ranking)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).corpus("rankings")

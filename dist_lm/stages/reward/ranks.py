@@ -1,4 +1,7 @@
-"""Stage `reward` on ranks: rankings as data, agreement on held-out rankings, scores of samples at the end."""
+"""Stage `reward` on ranks: rankings as data, agreement on held-out rankings, scores of samples at the end.
+
+Dimensions: P rankings, K completions of a ranking.
+"""
 
 import logging
 from collections.abc import Callable
@@ -38,7 +41,7 @@ EXAMPLE_COMPLETIONS = 4  # completions per ranking in the dry run
 
 
 def open_data(opening: Opening) -> StageData:
-    """Rankings of the stage's corpus.
+    """Opens the rankings of the stage's corpus.
 
     Raises:
         ConfigError: a setting that rankings do not allow.
@@ -57,7 +60,7 @@ def open_data(opening: Opening) -> StageData:
 
 
 def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
-    """Train and val of a stage that reads only rankings.
+    """Opens train and val of a stage that reads only rankings.
 
     Raises:
         ArtefactError: the corpus holds no rankings.
@@ -74,7 +77,7 @@ def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
 def ranking_stream(
     opening: Opening, train: RankingCorpus, learn_from: str, label_noise: float, assemble: Assemble | None = None
 ) -> RankingStream:
-    """The steps over `train`; the last three arguments are those of `RankingStream`."""
+    """Opens the steps over `train`; the last three arguments are those of `RankingStream`."""
     stage = opening.config.stage
     return RankingStream(
         train,
@@ -97,10 +100,10 @@ def ranking_stream(
 def ranking_batches(
     opening: Opening, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
 ) -> RankingBatches:
-    """This rank's share of the rankings, each once, in batches.
+    """Returns this rank's share of the rankings, each once, in batches.
 
     Args:
-        limit: sequences at most; 0: all.
+        limit: largest number of sequences; 0: all.
     """
     stage = opening.config.stage
     return RankingBatches(
@@ -117,7 +120,7 @@ def ranking_batches(
 
 
 def score_samples(closing: Closing) -> dict[str, float]:
-    """`reward/score_mean` and `reward/score_std` of answers of the initial model to prompts of val (collective).
+    """Returns `reward/score_mean` and `reward/score_std` of the initial model's answers to prompts of val (collective).
 
     Without an initial model that generates text, with stage.reward.normaliser_prompts=0, or where no prompt leaves room
     for an answer, the completions of val are scored instead.
@@ -129,28 +132,35 @@ def score_samples(closing: Closing) -> dict[str, float]:
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
     val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
-    asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
-    sequences = policy_samples(closing, config, val) if asked else []
-    sequences = sequences or completions_of(val, config.model.max_seq_len, closing.tokenizer)
+
+    # The initial model is the policy that stage rlhf starts from: its answers are what the scores will be used on.
+    sequences = []
+    if settings.normaliser_prompts and starts_from_policy(config.stage.init_from):
+        sequences = policy_samples(closing, config, val)
+    if not sequences:
+        sequences = completions_of(val, config.model.max_seq_len, closing.tokenizer)
     if not sequences:
         raise ArtefactError(
             f"corpus {closing.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
             f"model.max_seq_len={config.model.max_seq_len} tokens, so no score can be normalised: add shorter ones"
         )
+
+    # Each rank scores its share of the sequences; all ranks compute the same statistics.
     model = closing.model()
     share = slice(closing.world.rank, None, closing.world.size)
     gathered: list = [None] * closing.world.size
     dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
     closing.alive()
     scores = np.zeros(len(sequences), np.float32)
-    for rank, part in enumerate(gathered):
-        scores[rank :: closing.world.size] = part
-    found = RewardScale.of(torch.from_numpy(scores))
-    return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
+    for rank, scores_of_rank in enumerate(gathered):
+        scores[rank :: closing.world.size] = scores_of_rank
+
+    scale = RewardScale.of(torch.from_numpy(scores))
+    return {"reward/score_mean": scale.mean, "reward/score_std": scale.std, "reward/scored": float(len(sequences))}
 
 
 def starts_from_policy(init_from: str) -> bool:
-    """Whether training started from a model that generates text."""
+    """Returns whether training started from a model that generates text."""
     if init_from == "none":
         return False
     start = checkpoint_files.find_checkpoint(Path(init_from))
@@ -158,10 +168,11 @@ def starts_from_policy(init_from: str) -> bool:
 
 
 def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
-    """Prompts of val with answers of the initial model, sampled as rollouts are: temperature 1, no filters.
+    """Returns prompts of val with answers of the initial model, as token ids; empty if no prompt leaves room for one.
 
-    Every rank gets all of them (collective). None if no prompt leaves room for an answer.
+    The answers are sampled as rollouts are: temperature 1, no filters. Every rank gets all of them (collective).
     """
+    # Sampled as rollouts are, so that the scale fits them.
     settings, tokenizer = config.stage.reward, closing.tokenizer
     loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
@@ -174,12 +185,14 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
             settings.normaliser_new_tokens,
         )
         return []
+
     if len(prompts) < settings.normaliser_prompts:
         log.info(
             "stage.reward.normaliser_prompts=%d: only %d prompts of val leave room for an answer; mean and deviation "
             "of scores are measured on these",
             *(settings.normaliser_prompts, len(prompts)),
         )
+
     requests = [
         Request(str(number), prompt, params, seed=config.seed + number) for number, prompt in enumerate(prompts)
     ]
@@ -188,7 +201,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
 
 
 def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """The prompts of `limit` rankings at even distances, as tokens."""
+    """Returns the prompts of `limit` rankings at even distances, as token ids."""
     return [
         tokenizer.opening.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
         for number in spread(rankings.corpus.n_documents, limit).tolist()
@@ -196,22 +209,25 @@ def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> lis
 
 
 def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """Every prompt with each of its completions as tokens, at most `longest` tokens long."""
-    found = []
+    """Returns every prompt with each of its completions as token ids, if they have at most `longest` tokens."""
+    sequences = []
     for number in range(rankings.corpus.n_documents):
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
         for k in range(1, int(branch.max()) + 1):
-            found.append(tokenizer.opening.put(tokens[(branch == 0) | (branch == k)]).tolist())
-    return [sequence for sequence in found if len(sequence) <= longest]
+            sequences.append(tokenizer.opening.put(tokens[(branch == 0) | (branch == k)]).tolist())
+    return [sequence for sequence in sequences if len(sequence) <= longest]
 
 
 def example_batch(config: RewardRunConfig) -> Batch:
-    """A micro-batch with one ranking per sequence, for the dry run."""
-    stage, k = config.stage, min(EXAMPLE_COMPLETIONS, config.stage.seq_len - 1)
+    """Returns a micro-batch with one ranking per sequence, for the dry run."""
+    stage = config.stage
+    k = min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
     shape = (stage.micro_batch, stage.seq_len)
-    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
-    ends = torch.stack([(own <= branch).sum() - 1 for branch in range(1, k + 1)])
-    place_PK = ends + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
+
+    # A dry run needs shapes and places; the tokens may be random.
+    branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
+    end_K = torch.stack([(branch_T <= branch).sum() - 1 for branch in range(1, k + 1)])
+    place_PK = end_K + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
     none = torch.zeros(0, dtype=torch.int64)
     return Batch(
         tokens_BT=torch.randint(0, config.model.vocab_size, shape),
@@ -220,7 +236,7 @@ def example_batch(config: RewardRunConfig) -> Batch:
         document_BT=torch.zeros(shape, dtype=torch.int64),
         position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
         sequence_B=torch.arange(stage.micro_batch),
-        branch_BT=own.repeat(stage.micro_batch, 1),
+        branch_BT=branch_T.repeat(stage.micro_batch, 1),
         ranked=RankedPlaces(
             place_PK=place_PK,
             rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),

@@ -41,7 +41,7 @@ COLUMNS = {  # figure -> its column in the summary
 
 @dataclass
 class RewardConfig:
-    """What stage reward learns from a ranking, and the samples whose scores it measures at the end."""
+    """The choices that stage reward learns from a ranking, and the samples whose scores it measures at the end."""
 
     # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
     learn_from: str = "rankings"
@@ -90,12 +90,11 @@ class Reward(TrainingStage):
         """Refuse answers that would fill the context where the start generates some."""
         assert isinstance(config, RewardRunConfig)
         settings, longest = config.stage.reward, config.model.max_seq_len
-        new, generates = (
-            settings.normaliser_new_tokens,
-            settings.normaliser_prompts and config.stage.init_from != "none",
-        )
-        accepted = f"less than model.max_seq_len={longest}"
-        require(not generates or new < longest, "stage.reward.normaliser_new_tokens", new, accepted)
+        # Without an initial model, completions of val are scored and nothing is generated.
+        if settings.normaliser_prompts and config.stage.init_from != "none":
+            new_tokens = settings.normaliser_new_tokens
+            accepted = f"less than model.max_seq_len={longest}"
+            require(new_tokens < longest, "stage.reward.normaliser_new_tokens", new_tokens, accepted)
 
     def objective(self, config: Config) -> "Objective":
         from dist_lm.rlhf.reward_model import choices_of_people
@@ -113,7 +112,7 @@ class Reward(TrainingStage):
         return reward_ranks.score_samples(closing)
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """`normaliser`: mean and standard deviation of scores, for stage rlhf."""
+        """Returns `normaliser`: mean and standard deviation of scores, for stage rlhf."""
         from dist_lm.rlhf.reward_model import KEY
 
         return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}
@@ -132,28 +131,29 @@ class Reward(TrainingStage):
         """A reward model writes no samples."""
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        if found := result.get("normaliser"):
+        if scale := result.get("normaliser"):
             scored = result["metrics"]["reward/scored"]
-            yield "scores", f"mean {found['mean']:.3f}, deviation {found['std']:.3f} on {scored:,.0f} samples"
+            yield "scores", f"mean {scale['mean']:.3f}, deviation {scale['std']:.3f} on {scored:,.0f} samples"
 
 
 def print_agreement(result: Mapping[str, Any], console: "Console") -> None:
     """Print a row for all rankings, each number of completions and each source, `before -> after`."""
     before, after = result.get("before", {}), result["metrics"]
-    parts = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]
-    rows = [
-        (label(part), *(before_and_after(f"reward/{name}{part}", before, after, three_decimals) for name in COLUMNS))
-        for part in parts
-    ]
+    # A row for all rankings, one for each source and one for each number of completions.
+    suffixes = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]
+    rows = []
+    for suffix in suffixes:
+        figures = (before_and_after(f"reward/{name}{suffix}", before, after, three_decimals) for name in COLUMNS)
+        rows.append((label(suffix), *figures))
     if rows:
         console.table("agreement with held-out rankings", ("rankings", *COLUMNS.values()), rows)
 
 
-def label(part: str) -> str:
-    """`all`, `of 4` for `_k4`, or the source."""
-    if size := re.fullmatch(r"_k(\d+)", part):
+def label(suffix: str) -> str:
+    """Returns the label of a row: `all`, `of 4` for `_k4`, or the source."""
+    if size := re.fullmatch(r"_k(\d+)", suffix):
         return f"of {size[1]}"
-    return part.removeprefix("_") or "all"
+    return suffix.removeprefix("_") or "all"
 
 
 STAGE = Reward()

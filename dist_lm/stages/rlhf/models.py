@@ -11,11 +11,11 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
-from dist_lm.config.rlhf import given
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
 from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.config import not_null
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.rlhf.state import KlController, RlhfState
@@ -33,19 +33,19 @@ VALUE = "value."  # prefix of the critic's tensors
 # files of this stage in a checkpoint
 STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.json", "frozen.json"
 
-# keys of a model that change no hidden state, or that `d_head` and `kv_heads` give
-NOT_OF_THE_TRUNK = {
+# keys of a model that change no hidden state, or that `d_head` and `kv_heads` stand for
+NOT_IN_TRUNK = {
     *("name", "head", "max_seq_len", "tie_embeddings", "logit_cap", "init_std", "residual_init"),
     *("base_width", "head_width", "n_kv_heads"),
 }
 
 Bases = Mapping[str, Mapping[str, str]]
-"""The checkpoints of the frozen models, by the key that names each; see `base_record`."""
+"""Records of the checkpoints of the frozen models, by the key that names each; see `base_record`."""
 
 
 @dataclass(frozen=True)
-class Begun:
-    """Loaded models and the state of the run."""
+class LoadedRun:
+    """The models and the state of a run, as loaded from checkpoints."""
 
     models: RlhfModels
     state: RlhfState
@@ -60,93 +60,109 @@ class Begun:
         return (Companion(VALUE, critic.model, critic.optimizer, critic.model.config),) if critic else ()
 
 
-def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> Begun:
-    """Load the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
+def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> LoadedRun:
+    """Loads the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
 
     Raises:
         ArtefactError: a checkpoint is missing, damaged, belongs to another model, or is not the one that the run began
             with.
     """
-    own = checkpoint.newest_intact(run.checkpoints, start.world)
-    origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
+    resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
+    init_from = None if config.stage.init_from == "none" else Path(config.stage.init_from)
     shape = config.trained_shape
     if isinstance(shape, AdaptedModelConfig):
         shape = checkpoint.with_base(shape, run.checkpoints, config.stage, start.world)
-        origin = Path(shape.base)
+        init_from = Path(shape.base)
+
+    # Policy and reference. A policy of adapters is its own reference: its base has the reference's weights.
     policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
     reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)
-    if origin:
-        origin = checkpoint.find_intact(origin, start.world)
-        checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], start.tokenizer.sha256)
-        for model in (reference,) if shape.lora or own else (reference, policy.model):
-            checkpoint.load_weights(origin, model, shape)
-    reward_at = None
+    if init_from:
+        init_from = checkpoint.find_intact(init_from, start.world)
+        checkpoint_files.check_tokenizer(init_from, checkpoint_files.read_state(init_from)[0], start.tokenizer.sha256)
+        checkpoint.load_weights(init_from, reference, shape)
+        if not (shape.lora or resume_from):
+            checkpoint.load_weights(init_from, policy.model, shape)
+
+    reward = reward_checkpoint = None
     if config.rlhf.asks_reward_model:
-        reward_at = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
-    frozen = {key: base_record(path) for key, path in ((START, origin), (REWARD_MODEL, reward_at)) if path}
-    reward, critic, critic_base = _reward_model(reward_at, config, start) if reward_at else None, None, None
+        reward_checkpoint = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
+        reward = _reward_model(reward_checkpoint, config, start)
+    bases = ((START, init_from), (REWARD_MODEL, reward_checkpoint))
+    frozen = {key: base_record(path) for key, path in bases if path}
+
+    # Only algorithms with a baseline of their own train a critic; the others must not hold one.
+    critic = critic_base = None
     if algorithm.has_critic:
-        scalar = replace(shape, head="scalar")
-        critic = trained(_model(scalar, config, start), config.rlhf, given(config.rlhf.value_lr))
-        trunk = trunk_of_critic(reward, policy.model, scalar, given(config.rlhf.value_head))
-        if shape.lora or not own:
-            start_critic(critic.model, trunk, given(config.rlhf.value_head))
+        scalar_shape = replace(shape, head="scalar")
+        critic = trained(_model(scalar_shape, config, start), config.rlhf, not_null(config.rlhf.value_lr))
+        trunk = trunk_of_critic(reward, policy.model, scalar_shape, not_null(config.rlhf.value_head))
+        # A checkpoint of adapters does not hold the trunk.
+        if shape.lora or not resume_from:
+            start_critic(critic.model, trunk, not_null(config.rlhf.value_head))
         if isinstance(shape, AdaptedModelConfig):
             critic_base = frozen[REWARD_MODEL if trunk is reward else START]
-    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, frozen, critic_base)
-    if own:
-        log.info("continuing from %s", own)
+
+    loaded = LoadedRun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, frozen, critic_base)
+    if resume_from:
+        log.info("continuing from %s", resume_from)
         if critic_base:
-            check_critic(own, critic_base)
-        check_frozen(own, frozen)
-        state = checkpoint.load(own, policy.model, policy.optimizer, shape, begun.companions)
-        return replace(begun, state=read_state(own), tokens=state.tokens)
-    if origin:
-        log.info("starting from the weights of %s", origin)
-    return begun
+            check_critic(resume_from, critic_base)
+        check_frozen(resume_from, frozen)
+        state = checkpoint.load(resume_from, policy.model, policy.optimizer, shape, loaded.companions)
+        return replace(loaded, state=read_state(resume_from), tokens=state.tokens)
+
+    if init_from:
+        log.info("starting from the weights of %s", init_from)
+    return loaded
 
 
 def base_record(directory: Path) -> dict[str, str]:
-    """A checkpoint that a frozen model, or the critic with adapters, is of: path and SHA-256 of its manifest."""
+    """Identifies the checkpoint that a frozen model, or the base of a critic with adapters, was loaded from.
+
+    The record has the path and the SHA-256 of the manifest.
+    """
     return {"base": str(directory), "base_sha256": checkpoint_files.fingerprint(directory)}
 
 
-def check_frozen(own: Path, frozen: Bases) -> None:
+def check_frozen(resume_from: Path, frozen: Bases) -> None:
     """Refuse a reference and a reward model other than those that the run began with; they may have moved.
 
     Raises:
         ArtefactError: names the checkpoint, the key and both models.
     """
-    if not (own / checkpoint_files.STAGE / FROZEN).exists():
-        return  # of a release that did not record them
+    # Old releases did not record them.
+    if not (resume_from / checkpoint_files.STAGE / FROZEN).exists():
+        return
+
     none = {"base": "none", "base_sha256": ""}
-    saved: Bases = json.loads(checkpoint_files.read_attached(own, FROZEN))
+    saved: Bases = json.loads(checkpoint_files.read_attached(resume_from, FROZEN))
     for key in (START, REWARD_MODEL):
         was, now = (records.get(key, none) for records in (saved, frozen))
         if was["base_sha256"] != now["base_sha256"]:
             raise ArtefactError(
-                f"checkpoint {own}: {key} was {was['base']} (manifest {was['base_sha256'][:12]}), found {now['base']} "
-                f"({now['base_sha256'][:12]}): name that checkpoint (RUN@STEP), or choose another run_id"
+                f"checkpoint {resume_from}: {key} was {was['base']} (manifest {was['base_sha256'][:12]}), found "
+                f"{now['base']} ({now['base_sha256'][:12]}): name that checkpoint (RUN@STEP), or choose another run_id"
             )
 
 
-def check_critic(own: Path, base: Mapping[str, str]) -> None:
+def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
     """Refuse adapters of a critic for another base.
 
     Raises:
         ArtefactError: names the checkpoint and both bases.
     """
-    saved = json.loads(checkpoint_files.read_attached(own, CRITIC))
+    saved = json.loads(checkpoint_files.read_attached(resume_from, CRITIC))
     if saved["base_sha256"] != base["base_sha256"]:
         raise ArtefactError(
-            f"checkpoint {own}: the critic's adapters belong to {saved['base']} (manifest "
+            f"checkpoint {resume_from}: the critic's adapters belong to {saved['base']} (manifest "
             f"{saved['base_sha256'][:12]}), found {base['base']} ({base['base_sha256'][:12]}): put that checkpoint "
             "back, or name it by rlhf.reward_model"
         )
 
 
 def first_state(group: RlhfRunGroup) -> RlhfState:
-    """The state before the first iteration, with the scale of scores that stage reward measured.
+    """Returns the state before the first iteration, with the scale of scores that stage reward measured.
 
     Raises:
         ArtefactError: the reward model's run is not finished.
@@ -154,25 +170,26 @@ def first_state(group: RlhfRunGroup) -> RlhfState:
     scale = None
     if group.asks_reward_model and group.normalise_reward:
         scale = read_reward_scale(RunDirectory(Path(group.reward_model)))
-    return RlhfState(KlController(given(group.kl_coefficient), group.kl_target, group.kl_horizon), reward_scale=scale)
+    return RlhfState(KlController.of(group), reward_scale=scale)
 
 
-def saved_files(state: RlhfState, begun: Begun) -> dict[str, bytes]:
-    """Files of this stage in a checkpoint: name -> content."""
-    found: dict[str, Any] = {STATE: state.to_dict(), FROZEN: begun.frozen}
-    if begun.critic_base:
-        found[CRITIC] = begun.critic_base
-    written = {name: json.dumps(value, indent=1).encode() for name, value in found.items()}
-    return written | {PENDING: save_arrays(dict(state.arrays()))}
+def saved_files(state: RlhfState, loaded: LoadedRun) -> dict[str, bytes]:
+    """Returns the files of this stage in a checkpoint: name -> content."""
+    # The frozen models are not in the checkpoint; their hashes refuse others when the run continues.
+    records: dict[str, Any] = {STATE: state.to_dict(), FROZEN: loaded.frozen}
+    if loaded.critic_base:
+        records[CRITIC] = loaded.critic_base
+    files = {name: json.dumps(record, indent=1).encode() for name, record in records.items()}
+    return files | {PENDING: save_arrays(dict(state.arrays()))}
 
 
 def train_state(state: RlhfState, tokens: int, tokenizer_sha256: str) -> TrainState:
-    """The counters of every checkpoint; here a step is an iteration and a position is a prompt."""
+    """Returns the counters of every checkpoint; here a step is an iteration and a position is a prompt."""
     return TrainState(state.iteration, tokens, state.prompt_position, tokenizer=tokenizer_sha256)
 
 
 def read_state(directory: Path) -> RlhfState:
-    """Read the files of `saved_files`.
+    """Reads the files of `saved_files`.
 
     Raises:
         ArtefactError: a file is missing or has another content.
@@ -188,27 +205,31 @@ def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart) -> Trans
     return build_model(shape, config.parallel, start.mesh, start.world.device, config.seed)
 
 
-def _reward_model(found: Path, config: RlhfRunConfig, start: RankStart) -> Transformer:
-    shape = ModelConfig(**checkpoint_files.read_state(found)[1])
+def _reward_model(path: Path, config: RlhfRunConfig, start: RankStart) -> Transformer:
+    shape = ModelConfig(**checkpoint_files.read_state(path)[1])
     check_reward_model(config, shape)
     model = _model(shape, config, start)
-    checkpoint.load_weights(found, model, shape)
+    checkpoint.load_weights(path, model, shape)
     return model.requires_grad_(False)
 
 
 def trunk_of_critic(
     reward: Transformer | None, policy: Transformer, shape: ModelConfig, value_head: str
 ) -> Transformer:
-    """Initial weights of the critic: the reward model if it computes as `shape` does, else the policy.
+    """Returns the model that the critic starts from: the reward model if it computes as `shape` does, else the policy.
 
     Raises:
         ConfigError: the critic shall have the head of a reward model that computes otherwise.
     """
     if reward is None:
         return policy
-    compared = sorted({one.name for one in fields(ModelConfig)} - NOT_OF_THE_TRUNK | {"d_head", "kv_heads"})
+
+    # A trunk fits only a model that computes the same hidden states with the same parameters.
+    compared = sorted({key.name for key in fields(ModelConfig)} - NOT_IN_TRUNK | {"d_head", "kv_heads"})
     pairs = ((key, getattr(reward.config, key), getattr(shape, key)) for key in compared)
-    unlike = [f"{key}={found} (policy: {own})" for key, found, own in pairs if found != own]
+    unlike = [
+        f"{key}={of_reward} (policy: {of_policy})" for key, of_reward, of_policy in pairs if of_reward != of_policy
+    ]
     if unlike and value_head == "reward_model":
         raise ConfigError(f"rlhf.value_head=reward_model: expected zero, as the reward model has {', '.join(unlike)}")
     return policy if unlike else reward

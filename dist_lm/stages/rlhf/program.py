@@ -1,43 +1,48 @@
-"""The program of a rank in stage `rlhf`: builds the learner, runs it, reports and saves.
+"""The program of a rank in stage `rlhf`: builds the parts of the learner, runs it, reports and saves.
 
-All ranks hold the models. The first rank holds the prompts and the source of rollouts.
+All ranks hold the models and their share of pretraining text. The first rank holds the prompts, the rules and the
+source of rollouts: a pool of actors on the gang's Ray cluster, or an engine in this process.
 """
 
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
 
 from dist_lm.chat.template import stop_tokens
+from dist_lm.cluster.pool import PoolRollouts
 from dist_lm.cluster.sandboxes import sandboxes_of
-from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.corpus import SPLITS
+from dist_lm.config.pool import PUSH_AUTO, PUSH_RAY
 from dist_lm.config.root import TRUST_ME
+from dist_lm.data.batch import Batch
+from dist_lm.data.sequences import note_of_left_out
+from dist_lm.data.stream import SequenceStream, StepStream
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
-from dist_lm.parallel.mesh import World
-from dist_lm.rlhf.algorithm import Algorithm
-from dist_lm.rlhf.dapo import Dapo
-from dist_lm.rlhf.dr_grpo import DrGrpo
-from dist_lm.rlhf.grpo import Grpo
-from dist_lm.rlhf.gspo import Gspo
-from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.generation.engine import Engine
+from dist_lm.parallel.mesh import World, data_mesh
+from dist_lm.parallel.sharding import compute_dtype
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+from dist_lm.rlhf.learner import IterationReport, Learner, Pretraining, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
-from dist_lm.rlhf.ppo import Ppo
-from dist_lm.rlhf.reinforce_pp import ReinforcePp
 from dist_lm.rlhf.rewards import Judge, Tasks
-from dist_lm.rlhf.rloo import Rloo
-from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
+from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.stages.pool_beside import PoolBeside, joined
+from dist_lm.stages.pool_beside import PoolBeside, engine_spec, joined
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.rlhf.held_out import HeldOut
-from dist_lm.stages.rlhf.models import Begun, begin, saved_files, train_state
+from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
+from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
 from dist_lm.stages.rlhf.stage import RlhfRunConfig
-from dist_lm.stages.rlhf.supply import pretraining_text, rollout_source
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
@@ -58,17 +63,251 @@ from dist_lm.training.step_meter import Eta
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import is_due, peak_memory_gib
 
+if TYPE_CHECKING:
+    from dist_lm.cluster.pool_actor import EngineSpec
+    from dist_lm.cluster.pool_push import Sender
+
 log = logging.getLogger(__name__)
 
-ALGORITHMS: dict[str, Callable[[RlhfConfig], Algorithm]] = {
-    "ppo": Ppo,
-    "grpo": Grpo,
-    "dr_grpo": DrGrpo,
-    "rloo": Rloo,
-    "reinforce_pp": ReinforcePp,
-    "dapo": Dapo,
-    "gspo": Gspo,
-}
+SEQ_LEN = "rlhf.pretrain_seq_len"
+FIRST_WEIGHTS = -1  # version of the weights that actors start with; the learner sends others before it asks
+
+
+def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
+    """Train from the newest checkpoint of the run, or from stage.init_from, until the last iteration or a stop."""
+    began = time.time()
+    config = load_config(run.config)
+    assert isinstance(config, RlhfRunConfig)
+    with started(run, config, heartbeat) as start, ExitStack() as stack:
+        world, tokenizer = start.world, start.tokenizer
+
+        # Models and state, from a checkpoint of this run or from stage.init_from.
+        algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
+        loaded = load_run(run, config, start, algorithm)
+        state = loaded.state
+        metrics = open_metrics(run, world, train_state(state, loaded.tokens, tokenizer.sha256))
+        profiler = step_profiler(run, config, world)
+        reporter = Reporter(config, run, world, tokenizer, metrics, heartbeat, loaded.tokens, state.iteration, profiler)
+
+        # Prompts, rules and engines, on the first rank.
+        check_corpora(run, config, tokenizer, world)
+        run.require_files(config.noted_files)  # prompts must not change while the run goes on
+        train_prompts, held_out_prompts = read_all(config, run, tokenizer)
+        pool = stack.enter_context(joined(config, world.device)) if world.is_first else None
+        supply = open_supply(config, start, loaded, train_prompts, reporter, stack, pool)
+
+        tasks = None
+        if config.stage.eval_tasks:
+            source = supply.source if supply else None
+            cluster = pool.cluster if pool else None
+            tasks = tasks_of_iterations(
+                config, run, start, loaded.models.policy.model, source, metrics, heartbeat, cluster
+            )
+        # Before the first iteration both models are the same: the win rate then shows the noise of the later one.
+        evaluating = partial(reporter.alive, Phase.EVALUATING)
+        held_out = HeldOut(config, start, loaded.models, supply, held_out_prompts, evaluating)
+        if state.iteration == 0:
+            comparison = held_out.compare(state.reward_scale)
+            if metrics and comparison:
+                metrics.write(0, comparison)
+
+        text = stack.enter_context(pretraining_text(config, run, start, state.policy_updates))
+        saver = CheckpointSaver(
+            run.checkpoints,
+            loaded.models.policy.model.config,
+            world,
+            keep=config.stage.keep_checkpoints,
+            beside_training=config.stage.checkpoint_async,
+        )
+        with saver, profiler or nullcontext():
+            if profiler:
+                profiler.reached(state.iteration)
+            learner = Learner(
+                config=config.rlhf,
+                seed=config.seed,
+                iterations=config.stage.steps,
+                world=world,
+                mesh=start.mesh,
+                parallel=config.parallel,
+                models=loaded.models,
+                algorithm=algorithm,
+                supply=supply,
+                pretraining=text,
+                save_every=config.stage.checkpoint_every,
+                save=Saving(saver, loaded, reporter, world.is_first),
+                report=reporter,
+                tasks=tasks,
+                alive=partial(reporter.alive, Phase.STEP),
+                beside=stack.enter_context(own_threads(world)),
+                stop=stop,
+            )
+            log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)
+            state = learner.run(state)
+
+        reporter.alive(Phase.CLOSING)
+        if state.iteration == config.stage.steps:
+            comparison = held_out.compare(state.reward_scale)
+            if metrics:
+                metrics.write(state.iteration, comparison)
+                counters = train_state(state, reporter.tokens, tokenizer.sha256)
+                write_result(run, config, state, counters, time.time() - began)
+
+
+# --- the source of rollouts ---
+
+
+def open_supply(
+    config: RlhfRunConfig,
+    start: RankStart,
+    loaded: LoadedRun,
+    prompts: Sequence[Sequence[int]],
+    reporter: "Reporter",
+    stack: ExitStack,
+    pool: PoolBeside | None,
+) -> RolloutSupply | None:
+    """Opens prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
+
+    Args:
+        stack: closes rules and source.
+        pool: the cluster of the actors; None: an engine in this process.
+    """
+    weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
+    if not start.world.is_first:
+        read_to_end(weights)
+        return None
+
+    group, tokenizer = config.rlhf, start.tokenizer
+    generating = partial(reporter.alive, Phase.GENERATING)
+    # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
+    on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
+    tasks = Tasks(tasks_of(group, tokenizer), config.sandbox == TRUST_ME, on_nodes)
+    judge = Judge(
+        group.rewards, tokenizer.decode, group.max_failed_fraction, generating, tasks, request_reader(tokenizer)
+    )
+    stack.enter_context(judge)
+    source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
+    return RolloutSupply(source, ShuffledPrompts(prompts, config.seed), judge, stop_tokens=stop_tokens(tokenizer))
+
+
+@contextmanager
+def rollout_source(
+    config: RlhfRunConfig,
+    tokenizer: Tokenizer,
+    weights: WeightStream,
+    device: torch.device,
+    alive: Callable[[], None],
+    pool: PoolBeside | None,
+) -> Iterator[RolloutSource]:
+    """Opens the source of rollouts inside the block: actors, or a local engine.
+
+    Args:
+        weights: weights of any version of the policy.
+        alive: called regularly during generation.
+        pool: the cluster of the actors; None: a local engine.
+
+    Raises:
+        ClusterError: Ray has no free resources for an actor.
+    """
+
+    def keep_going() -> bool:
+        alive()
+        return True
+
+    dtype, texts = compute_dtype(config.parallel, device), bool(config.stage.eval_tasks)
+    spec = engine_spec(config, config.pool, tokenizer, dtype, device, texts)
+    if pool is not None:
+        with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
+            yield PoolRollouts(actors, sleeps=config.in_turns)
+        return
+
+    engine = Engine(
+        spec.model,
+        weights,
+        eot_id=spec.eot_id,
+        vocabulary=spec.vocabulary,
+        options=spec.options,
+        dtype=spec.dtype,
+        device=device,
+    )
+    yield EngineRollouts(engine, sleeps=config.in_turns)
+
+
+def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> "Sender | None":
+    """Returns the sender of weights straight to actors; None if rlhf.pool.push leaves that to Ray."""
+    push = config.pool.push
+    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu"):
+        return None
+    from dist_lm.cluster.pool_push import sender_for
+
+    patience_s = config.cluster.hang_min_s / 4  # this rank may not wait as long as a hang takes
+    return sender_for(push, spec.model, spec.dtype, device, tp=spec.tp, patience_s=patience_s)
+
+
+# --- pretraining text ---
+
+
+@dataclass(frozen=True)
+class PretrainingText:
+    """This rank's share of a stream of text, update by update. Implements `Pretraining`.
+
+    Each policy update reads the next `rlhf.pretrain_sequences` sequences, so the number of updates gives the position
+    of the stream, and a checkpoint stores nothing else.
+    """
+
+    stream: StepStream
+    sequences: int  # per update over all ranks
+    device: torch.device
+
+    def __call__(self, update: int) -> list[Batch]:
+        """Returns the micro-batches of the next update, whose number must be `update`."""
+        data = next(self.stream)
+        assert data.position == (update + 1) * self.sequences, (data.position, update)
+        return [batch.to(self.device) for batch in data.micro_batches]
+
+
+@contextmanager
+def pretraining_text(
+    config: RlhfRunConfig, run: RunDirectory, start: RankStart, updates: int
+) -> Iterator[Pretraining | None]:
+    """Opens the pretraining text inside the block; None if rlhf.pretrain_coefficient is 0.
+
+    Args:
+        updates: policy updates so far.
+
+    Raises:
+        ArtefactError: a corpus is missing or too small for a sequence.
+    """
+    group = config.rlhf
+    if not group.pretrain_coefficient:
+        yield None
+        return
+
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in group.pretrain_streams}
+    if start.world.is_first:
+        for corpus in corpora.values():
+            if note := note_of_left_out(corpus, group.pretrain_seq_len, SEQ_LEN):
+                log.warning("%s", note)
+
+    ranks = data_mesh(start.mesh)
+    with SequenceStream(
+        corpora[group.pretrain_corpus],
+        seed=config.seed,
+        seq_len=group.pretrain_seq_len,
+        global_batch=group.pretrain_sequences,
+        micro_batch=max(1, group.micro_batch_tokens // group.pretrain_seq_len),
+        dp_rank=ranks.get_local_rank(),
+        dp_size=ranks.size(),
+        position=updates * group.pretrain_sequences,
+        pad_id=start.tokenizer.pad_id,
+        opening=start.tokenizer.opening,
+        mix={corpora[name]: share for name, share in sorted(group.pretrain_mix.items())},
+        pin_memory=start.world.device.type == "cuda",
+        seq_len_key=SEQ_LEN,
+    ) as stream:
+        yield PretrainingText(stream, group.pretrain_sequences, start.world.device)
+
+
+# --- reports, checkpoints and the result ---
 
 
 @dataclass
@@ -91,26 +330,30 @@ class Reporter:
 
     def __call__(self, report: IterationReport) -> None:
         """Report an iteration."""
-        new = int(report.rollouts.new_tokens_B.sum())
-        self.tokens += new
+        new_tokens = int(report.rollouts.new_tokens_B.sum())
+        self.tokens += new_tokens
         self.iteration = report.iteration
-        took = report.metrics["timing/iteration_s"]  # without loading, comparisons, saves and tasks in between
+
+        # The time of the iteration alone, without loading, comparisons, saves and tasks in between.
+        seconds = report.metrics["timing/iteration_s"]
         line = dict(report.metrics) | {
             "train/tokens": self.tokens,
-            "perf/step_s": took,
-            "perf/tokens_per_s": new / took,
-            "perf/tokens_per_s_per_rank": new / took / self.world.size,
-            "perf/samples_per_s": len(report.rollouts) / took,
+            "perf/step_s": seconds,
+            "perf/tokens_per_s": new_tokens / seconds,
+            "perf/tokens_per_s_per_rank": new_tokens / seconds / self.world.size,
+            "perf/samples_per_s": len(report.rollouts) / seconds,
             "perf/memory_gib": peak_memory_gib(self.world.device),
         }
         left_s = self._eta.after(report.iteration)
         if left_s is not None:
             line["perf/eta_s"] = left_s
-        last = report.iteration == self.config.stage.steps
-        shown = last or is_due(report.iteration, self.config.stage.eval_every)
-        if self.metrics and (shown or report.iteration == 1 or report.iteration % self.config.stage.log_every == 0):
+
+        stage = self.config.stage
+        has_table = report.iteration == stage.steps or is_due(report.iteration, stage.eval_every)
+        is_logged = has_table or report.iteration == 1 or report.iteration % stage.log_every == 0
+        if self.metrics and is_logged:
             self.metrics.write(report.iteration, line)
-        if self.metrics and shown and self.config.rlhf.table_rollouts:
+        if self.metrics and has_table and self.config.rlhf.table_rollouts:
             self._write_table(report)
         if self.profiler:
             self.alive(Phase.TRACING)
@@ -124,24 +367,27 @@ class Reporter:
     def _write_table(self, report: IterationReport) -> None:
         """Write `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
         n = len(report.score_B)
-        wanted = min(n, self.config.rlhf.table_rollouts)
+        rows = min(n, self.config.rlhf.table_rollouts)
         order = report.score_B.argsort(descending=True, stable=True).tolist()
-        chosen = {order[i * (n - 1) // max(1, wanted - 1)] for i in range(wanted)}
+        chosen = {order[i * (n - 1) // max(1, rows - 1)] for i in range(rows)}
+
+        # `Rollouts` are read in order; the table is sorted by reward at the end.
         lines = []
-        for place, rollout in enumerate(report.rollouts):
-            if place in chosen:
-                line = {
-                    "kind": "rollout",
-                    "prompt": shown(rollout.prompt.tolist(), self.tokenizer),
-                    "completion": shown(rollout.completion.tolist(), self.tokenizer),
-                    "reward": float(report.score_B[place]),
-                    "parts": {name: float(score_B[place]) for name, score_B in report.part_B.items()},
-                    "tokens": len(rollout.completion),
-                    "finish": rollout.finish,
-                    "version": rollout.version,
-                }
-                lines.append((line["reward"], place, json.dumps(line, ensure_ascii=False)))
-        lines.sort(key=lambda line: (-line[0], line[1]))
+        for b, rollout in enumerate(report.rollouts):
+            if b not in chosen:
+                continue
+            line = {
+                "kind": "rollout",
+                "prompt": shown(rollout.prompt.tolist(), self.tokenizer),
+                "completion": shown(rollout.completion.tolist(), self.tokenizer),
+                "reward": float(report.score_B[b]),
+                "parts": {name: float(score_B[b]) for name, score_B in report.part_B.items()},
+                "tokens": len(rollout.completion),
+                "finish": rollout.finish,
+                "version": rollout.version,
+            }
+            lines.append((-line["reward"], b, json.dumps(line, ensure_ascii=False)))
+        lines.sort(key=lambda line: line[:2])
         path = self.run.samples / f"step_{report.iteration:08d}.jsonl"
         durable.write_text(path, "".join(f"{text}\n" for _, _, text in lines))
 
@@ -151,132 +397,28 @@ class Saving:
     """Saves a checkpoint after an iteration (collective)."""
 
     saver: CheckpointSaver
-    begun: Begun
+    loaded: LoadedRun
     reporter: Reporter
     is_first: bool
 
     def __call__(self, state: RlhfState) -> None:
         """Save `state` with the current models."""
         self.reporter.alive(Phase.SAVING)
+        # A checkpoint may not be newer than the metrics: a resumed run writes only the later lines.
         if self.reporter.metrics:
             self.reporter.metrics.sync()
+
         began = time.perf_counter()
-        policy = self.begun.models.policy
+        policy = self.loaded.models.policy
         self.saver.save(
             policy.model,
             policy.optimizer,
             train_state(state, self.reporter.tokens, self.reporter.tokenizer.sha256),
-            self.begun.companions,
-            saved_files(state, self.begun) if self.is_first else {},
+            self.loaded.companions,
+            saved_files(state, self.loaded) if self.is_first else {},
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
-
-
-def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
-    """Train from the newest checkpoint of the run, or from stage.init_from, until the last iteration or a stop."""
-    began = time.time()
-    config = load_config(run.config)
-    assert isinstance(config, RlhfRunConfig)
-    with started(run, config, heartbeat) as start, ExitStack() as stack:
-        algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
-        begun = begin(run, config, start, algorithm)
-        state, world = begun.state, start.world
-        metrics = open_metrics(run, world, train_state(begun.state, begun.tokens, start.tokenizer.sha256))
-        profiler = step_profiler(run, config, world)
-        reporter = Reporter(
-            config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration, profiler
-        )
-        check_corpora(run, config, start.tokenizer, world)
-        run.require_files(config.noted_files)
-        train, held_out_prompts = read_all(config, run, start.tokenizer)
-        beside = stack.enter_context(joined(config, world.device)) if world.is_first else None
-        supply = _supply(config, start, begun, train, reporter, stack, beside)
-        tasks = None
-        if config.stage.eval_tasks:
-            from dist_lm.stages.rlhf.tasks import tasks_of_iterations
-
-            source, policy = supply.source if supply else None, begun.models.policy.model
-            cluster = beside.cluster if beside else None
-            tasks = tasks_of_iterations(config, run, start, policy, source, metrics, heartbeat, cluster)
-        looks = partial(reporter.alive, Phase.EVALUATING)
-        held_out = HeldOut(config, start, begun.models, supply, held_out_prompts, looks)
-        if state.iteration == 0:
-            found = held_out.compare(state.reward_scale)
-            if metrics and found:
-                metrics.write(0, found)
-        text = stack.enter_context(pretraining_text(config, run, start, state.policy_updates))
-        with _saver(run, config, start, begun) as saver, profiler or nullcontext():
-            if profiler:
-                profiler.reached(state.iteration)
-            learner = Learner(
-                config=config.rlhf,
-                seed=config.seed,
-                iterations=config.stage.steps,
-                world=world,
-                mesh=start.mesh,
-                parallel=config.parallel,
-                models=begun.models,
-                algorithm=algorithm,
-                supply=supply,
-                pretraining=text,
-                save_every=config.stage.checkpoint_every,
-                save=Saving(saver, begun, reporter, world.is_first),
-                report=reporter,
-                tasks=tasks,
-                alive=partial(reporter.alive, Phase.STEP),
-                beside=stack.enter_context(own_threads(world)),
-                stop=stop,
-            )
-            log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)
-            state = learner.run(state)
-        reporter.alive(Phase.CLOSING)
-        if state.iteration == config.stage.steps:
-            found = held_out.compare(state.reward_scale)
-            if metrics:
-                metrics.write(state.iteration, found)
-                counters = train_state(state, reporter.tokens, start.tokenizer.sha256)
-                write_result(run, config, state, counters, time.time() - began)
-
-
-def _supply(
-    config: RlhfRunConfig,
-    start: RankStart,
-    begun: Begun,
-    prompts: Sequence[Sequence[int]],
-    reporter: Reporter,
-    stack: ExitStack,
-    beside: PoolBeside | None,
-) -> RolloutSupply | None:
-    """Prompts and source of rollouts on the first rank; None on other ranks (collective)."""
-    weights = sent_weights(begun.models.policy.model, config.parallel, start.world)
-    if not start.world.is_first:
-        read_to_end(weights)
-        return None
-    group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
-    on_nodes = partial(sandboxes_of, beside.cluster if beside else None)
-    tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME, on_nodes)
-    request_of = request_reader(start.tokenizer)
-    judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks, request_of)
-    stack.enter_context(judge)
-    source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws, beside))
-    return RolloutSupply(
-        source,
-        ShuffledPrompts(prompts, config.seed),
-        judge,
-        stop_tokens=stop_tokens(start.tokenizer),
-    )
-
-
-def _saver(run: RunDirectory, config: RlhfRunConfig, start: RankStart, begun: Begun) -> CheckpointSaver:
-    stage = config.stage
-    return CheckpointSaver(
-        run.checkpoints,
-        begun.models.policy.model.config,
-        start.world,
-        keep=stage.keep_checkpoints,
-        beside_training=stage.checkpoint_async,
-    )
 
 
 def write_result(
@@ -291,6 +433,7 @@ def write_result(
     reward = metrics.get("rlhf/reward_mean")
     if reward is None or not math.isfinite(reward):
         raise ArtefactError(f"{run.metrics}: rlhf/reward_mean of the last iteration is {reward}, expected a number")
+
     more = {
         "prompts": state.prompt_position,
         "first": metrics_of_step(run, 1),

@@ -30,7 +30,7 @@ Prompts = list[Sequence[int]]
 
 
 def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
-    """(prompts, held-out prompts) as tokens. Prompts too long for an answer are left out with a warning.
+    """Returns (prompts, held-out prompts) as token ids. Prompts too long for an answer are left out with a warning.
 
     Raises:
         ArtefactError, ConfigError: no prompt is left.
@@ -39,32 +39,34 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
     if group.prompts_from:
         train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
     else:
-        train, held_out = (
-            _of_corpus(run.work.corpus(config.stage.corpus), split, tokenizer) for split in ("train", "val")
-        )
+        corpus = run.work.corpus(config.stage.corpus)
+        train, held_out = (_of_corpus(corpus, split, tokenizer) for split in ("train", "val"))
     if group.held_out_from:
         held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
+
+    # A prompt must leave room for the longest completion.
     room = config.model.max_seq_len - group.max_new_tokens
-    kept = [prompt for prompt in train if len(prompt) <= room]
-    if len(kept) < len(train):
+    short = [prompt for prompt in train if len(prompt) <= room]
+    if len(short) < len(train):
         log.warning(
             "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
-            *(len(train) - len(kept), len(train), room, config.model.max_seq_len, group.max_new_tokens),
+            *(len(train) - len(short), len(train), room, config.model.max_seq_len, group.max_new_tokens),
         )
     if not train and group.prompts_from:
         raise ArtefactError(
             f"{PROMPTS_FROM}={group.prompts_from}: a hash holds out one prompt in {HELD_OUT_OF}, here all of "
             f"{len(held_out)}: add prompts, or name a file of held-out ones by {HELD_OUT_FROM}"
         )
-    if not kept:
+    if not short:
         raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
+
     compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
     if len(compared) < group.held_out_prompts:
         log.info(
             "held-out prompts: %d, fewer than rlhf.held_out_prompts=%d; the win rate uses these",
             *(len(compared), group.held_out_prompts),
         )
-    return kept, compared
+    return short, compared
 
 
 def check_prompts(group: RlhfRunGroup) -> None:
@@ -73,40 +75,47 @@ def check_prompts(group: RlhfRunGroup) -> None:
     Raises:
         ConfigError, ArtefactError: name the key, file and line.
     """
-    for key, where in _files(group):
-        for prompt in _prompts_of(where, key):
+    for key, pattern in _files(group):
+        for prompt in _prompts_of(pattern, key):
             if _asks_tests(group):
                 _task(prompt, key, readable=False)
+
     for name, part in group.rewards.items():
         if part.kind == "function":
             imported_function(part.function, f"rlhf.rewards.{name}.function")
 
 
 def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
-    """The tests of all prompts by the text of the prompt as a model sees it; nothing if no reward asks for them.
+    """Returns the tests of all prompts by the text of the prompt as a model sees it; none if no reward asks for them.
 
     `check_prompts`, before the run started, read every test in its language.
 
     Raises:
-        ConfigError, ArtefactError: name the key, file and line of a prompt without tests, or with others before.
+        ConfigError, ArtefactError: name the key, file and line of a prompt without tests, or with two different ones.
     """
-    found: dict[str, Task] = {}
-    for key, where in _files(group) if _asks_tests(group) else ():
-        for prompt in _prompts_of(where, key):
-            text, task = tokenizer.decode(_rendered(prompt, key, tokenizer)), _task(prompt, key, readable=True)
-            if found.setdefault(text, task) != task:
+    if not _asks_tests(group):
+        return {}
+
+    tasks: dict[str, Task] = {}
+    for key, pattern in _files(group):
+        for prompt in _prompts_of(pattern, key):
+            text = tokenizer.decode(_rendered(prompt, key, tokenizer))
+            task = _task(prompt, key, readable=True)
+            if tasks.setdefault(text, task) != task:
                 raise ArtefactError(f"{key}: {prompt.place}: the same prompt has other tests in a line before")
-    return found
+    return tasks
 
 
 def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
-    """What reads the text of the user's last turn from the tokens of a prompt, in the layout of the tokenizer's chats.
+    """Returns a function that reads the text of the user's last turn from the tokens of a prompt.
+
+    It knows the layout of the tokenizer's chats from a probe: the text before and after the request of a conversation.
 
     Raises:
         ChatError: a kept chat template cannot write a request.
     """
-    asked = Conversation((Message("user", "probe"),))
-    before, _, after = shown(rendered(asked, tokenizer), tokenizer).rpartition("probe")
+    conversation = Conversation((Message("user", "probe"),))
+    before, _, after = shown(rendered(conversation, tokenizer), tokenizer).rpartition("probe")
     opening = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
 
     def request_of(tokens: Sequence[int]) -> str:
@@ -117,12 +126,9 @@ def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
 
 
 def _files(group: RlhfRunGroup) -> list[tuple[str, str]]:
-    """Keys of files of prompts, and what they name."""
-    return [
-        (key, where)
-        for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from))
-        if where
-    ]
+    """Returns the keys of files of prompts that are set, with their file or glob."""
+    keys = ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from))
+    return [(key, pattern) for key, pattern in keys if pattern]
 
 
 def _asks_tests(group: RlhfRunGroup) -> bool:
@@ -137,23 +143,27 @@ def _task(prompt: Prompt, key: str, readable: bool) -> Task:
 
 
 def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
-    """The tokens of each document before the first learned token: before the assistant's turn, or the completions."""
+    """Returns the tokens of each document before the first learned one: before the assistant's turn or the completions.
+
+    Each prompt occurs once, though several rankings may have the same one.
+    """
     corpus = TokenCorpus.open(directory, split)
     if not corpus.has_mask:
         raise ArtefactError(
             f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
             "stage.corpus, or give rlhf.prompts_from=FILE"
         )
-    found: dict[tuple[int, ...], None] = {}
+    prompts: dict[tuple[int, ...], None] = {}
     for document in range(corpus.n_documents):
         length = int(corpus.lengths[document])
-        begins = int(corpus.mask(document, 0, length).argmax())
-        found[tuple(tokenizer.opening.put(corpus.tokens(document, 0, begins).copy()).tolist())] = None
-    return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
+        first_learned = int(corpus.mask(document, 0, length).argmax())
+        token_ids = tokenizer.opening.put(corpus.tokens(document, 0, first_learned).copy())
+        prompts[tuple(token_ids.tolist())] = None
+    return [list(prompt) for prompt in prompts if prompt]
 
 
-def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
-    return [_rendered(prompt, key, tokenizer) for prompt in _prompts_of(where, key)]
+def _of_files(pattern: str, key: str, tokenizer: Tokenizer) -> Prompts:
+    return [_rendered(prompt, key, tokenizer) for prompt in _prompts_of(pattern, key)]
 
 
 def _rendered(prompt: Prompt, key: str, tokenizer: Tokenizer) -> Sequence[int]:
@@ -163,27 +173,38 @@ def _rendered(prompt: Prompt, key: str, tokenizer: Tokenizer) -> Sequence[int]:
         raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
 
 
-def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
-    """The prompts of the files that `key` names. An invalid prompt, or none at all, is an error."""
+def _prompts_of(pattern: str, key: str) -> Iterator[Prompt]:
+    """Yields the prompts of the files that `key` names.
+
+    Raises:
+        ConfigError, ArtefactError: a prompt is invalid, or there is none.
+    """
     prompt = None
-    for prompt in read_prompts(find_prompts(where, key=key)):
+    for prompt in read_prompts(find_prompts(pattern, key=key)):
         if prompt.error:
             raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
         if prompt.suffix is not None:
             raise ArtefactError(f"{key}: {prompt.place}: has a `suffix`, which no turn of a chat has: remove it")
         yield prompt
+
     if prompt is None:
-        raise ArtefactError(f"{key}={where}: no prompts there; expected a file or glob of .jsonl or .txt with some")
+        raise ArtefactError(f"{key}={pattern}: no prompts there; expected a file or glob of .jsonl or .txt with some")
 
 
 def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
+    """Returns the prompts for training and the held-out ones."""
     if all_for_training:
         return prompts, []
-    sides: tuple[Prompts, Prompts] = ([], [])
+    train: Prompts = []
+    held_out: Prompts = []
     for prompt in prompts:
-        sides[_is_held_out(prompt)].append(prompt)
-    return sides
+        if _is_held_out(prompt):
+            held_out.append(prompt)
+        else:
+            train.append(prompt)
+    return train, held_out
 
 
 def _is_held_out(prompt: Sequence[int]) -> bool:
+    """Decides by a hash of the prompt, so that it stays on its side when the file grows."""
     return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RlhfConfig, RolloutPoolConfig
+from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainingGroup, check_shares
 from dist_lm.data.prompts import find_prompts
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.rlhf.config import RlhfConfig
 from dist_lm.stages.continuing import FREE_KEYS, RLHF_FREE_KEYS
 from dist_lm.stages.stage import KeyFigure
 from dist_lm.stages.training.stage import TrainingStage, before_and_after, last_samples, task_entries
@@ -39,8 +40,8 @@ ROWS = {  # metric -> its row in the summary
     "rlhf/truncated_rate": "share of truncated rollouts",
     "rollout/tokens_per_s": "sampled tokens per second",
 }
-SHOWN = 3  # rollouts in the summary
-WIDTH = 160  # characters shown of a rollout
+PRINTED_ROLLOUTS = 3  # in the summary
+WIDTH = 160  # characters printed of a rollout
 
 
 @dataclass
@@ -64,7 +65,7 @@ class RlhfRunGroup(RlhfConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # weight 0 removes a part, so that a command can remove parts of conf/
+        # Weight 0 removes a part, so that a command can remove parts of conf/.
         self.rewards = {
             name: part
             for name, part in self.rewards.items()
@@ -73,12 +74,16 @@ class RlhfRunGroup(RlhfConfig):
         for key in ("held_out_prompts", "table_rollouts"):
             require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
         require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+
+        # Tests are columns of a file of prompts; documents of a corpus have none.
         tested = [name for name, part in self.rewards.items() if part.kind == "tests"]
         accepted = f"a file of prompts with tests, for rlhf.rewards.{'.'.join(tested[:1])}.kind=tests"
         require(not tested or bool(self.prompts_from), "rlhf.prompts_from", repr(self.prompts_from), accepted)
         require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, none, or the path of a run")
+        # A new critic cannot take the head of a model that is not there.
         headless = self.value_head == "reward_model" and not self.asks_reward_model
         require(not headless, "rlhf.value_head", self.value_head, "zero, as there is no reward model")
+
         for key in ("pretrain_sequences", "pretrain_seq_len"):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
         check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
@@ -130,8 +135,8 @@ class RlhfRunConfig(Config):
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:
-        given = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
-        prompts = {f"{key}={where}": find_prompts(where, key) for key, where in given.items() if where}
+        patterns = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
+        prompts = {f"{key}={pattern}": find_prompts(pattern, key) for key, pattern in patterns.items() if pattern}
         return super().noted_files | prompts
 
     @property
@@ -147,14 +152,18 @@ class RlhfRunConfig(Config):
         super().check_stage()
         longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
         require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
-        cached = self.rlhf.pool.cache_tokens
-        plain = self.device == "cpu" or self.parallel.compute_dtype == "fp32"
-        page = self.rlhf.pool.page_tokens or (FEWEST_PAGE_TOKENS if plain else MOST_PAGE_TOKENS)
+
+        # The cache of an engine must hold at least one whole sequence.
+        cached, page = self.rlhf.pool.cache_tokens, self.rlhf.pool.page_tokens
+        if not page:
+            in_fp32 = self.device == "cpu" or self.parallel.compute_dtype == "fp32"
+            page = FEWEST_PAGE_TOKENS if in_fp32 else MOST_PAGE_TOKENS
         accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
         accepted += ", or 0 to take what fits into free memory"
         require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
         actors = self.eval.pool.actors if self.stage.eval_tasks else 0
         require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
+
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
@@ -162,6 +171,7 @@ class RlhfRunConfig(Config):
         group, longest = self.rlhf, self.model.max_seq_len
         if not group.pretrain_coefficient:
             return
+
         texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
         listed = ", ".join(texts)
         accepted = f"a text of corpus={self.corpus.name}: {listed}"
@@ -181,10 +191,7 @@ class Rlhf(TrainingStage):
     curve = "rlhf/reward_mean"
     writes_text = True
     schedule_keys = ()
-    free_keys = (
-        *FREE_KEYS,
-        *RLHF_FREE_KEYS,
-    )
+    free_keys = (*FREE_KEYS, *RLHF_FREE_KEYS)
     key_figures = (
         (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
     )
@@ -195,11 +202,12 @@ class Rlhf(TrainingStage):
         run_rank(run, stop, heartbeat)
 
     def needed(self, config: Config) -> tuple[str, ...]:
-        own = rlhf_config(config)
-        built = {"rankings" if name in own.ranked_corpora else "shards" for name in own.streams}
-        if own.rlhf.asks_reward_model and own.rlhf.reward_model == AUTO:
-            built.add("reward")
-        return tuple(name for name in self.needs if name in built or name == self.starts_from)
+        # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus.
+        run_config = rlhf_config(config)
+        read = {"rankings" if name in run_config.ranked_corpora else "shards" for name in run_config.streams}
+        if run_config.rlhf.asks_reward_model and run_config.rlhf.reward_model == AUTO:
+            read.add("reward")
+        return tuple(name for name in self.needs if name in read or name == self.starts_from)
 
     def check(self, config: Config) -> None:
         """Refuse prompts of a corpus of texts, which have no turn to answer."""
@@ -211,19 +219,20 @@ class Rlhf(TrainingStage):
             )
 
     def resolved(self, config: Config, finished: bool) -> Config:
-        own = rlhf_config(config)
+        run_config = rlhf_config(config)
+        # The inputs of a finished run may be gone: it is not trained again.
         if not finished:
-            check_given(own)
-        return with_reward_run(own)
+            check_inputs(run_config)
+        return with_reward_run(run_config)
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
         first, last = result["first"], result["metrics"]
         names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
-        rows = [
-            (ROWS.get(name) or name.removeprefix("rlhf/part_"), f"{first[name]:.3f}", f"{last[name]:.3f}")
-            for name in names
-            if first.get(name) is not None and last.get(name) is not None
-        ]
+        rows = []
+        for name in names:
+            if first.get(name) is not None and last.get(name) is not None:
+                label = ROWS.get(name) or name.removeprefix("rlhf/part_")
+                rows.append((label, f"{first[name]:.3f}", f"{last[name]:.3f}"))
         console.table("iterations", ("", "first", "last"), rows)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
@@ -231,8 +240,11 @@ class Rlhf(TrainingStage):
         from dist_lm.chat.template import last_request
 
         rollouts = last_samples(run)
-        for place in sorted({i * (len(rollouts) - 1) // (SHOWN - 1) for i in range(SHOWN)} if rollouts else set()):
-            rollout = rollouts[place]
+        if not rollouts:
+            return
+        last = len(rollouts) - 1
+        for index in sorted({i * last // (PRINTED_ROLLOUTS - 1) for i in range(PRINTED_ROLLOUTS)}):
+            rollout = rollouts[index]
             console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")
             console.line(f"    {one_line(last_request(rollout['prompt']))}")
             console.line(f"    {one_line(rollout['completion'])}")
@@ -255,18 +267,18 @@ class Rlhf(TrainingStage):
 
 
 def one_line(text: str) -> str:
-    """The beginning of a text, in one line."""
+    """Returns the beginning of a text, in one line."""
     flat = text.replace("\n", "\\n")
     return flat if len(flat) <= WIDTH else f"{flat[:WIDTH]}..."
 
 
 def rlhf_config(config: Config) -> RlhfRunConfig:
-    """`config` with the type of this stage."""
+    """Returns `config` with the type of this stage."""
     assert isinstance(config, RlhfRunConfig)
     return config
 
 
-def check_given(config: RlhfRunConfig) -> None:
+def check_inputs(config: RlhfRunConfig) -> None:
     """Refuse prompts, functions or a reward model that are missing or invalid.
 
     Raises:
@@ -276,17 +288,19 @@ def check_given(config: RlhfRunConfig) -> None:
 
     group = config.rlhf
     check_prompts(group)
-    if group.asks_reward_model and group.reward_model != AUTO:
-        path = Path(group.reward_model).expanduser()
-        found = checkpoint_files.find_checkpoint(path)
-        check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))
-        if group.normalise_reward and not RunDirectory(path).result.is_file():
-            is_run = found.parent == RunDirectory(path).checkpoints
-            accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
-            raise ArtefactError(
-                f"rlhf.reward_model={group.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
-                "result has the mean and the deviation of scores"
-            )
+    if not group.asks_reward_model or group.reward_model == AUTO:
+        return
+
+    path = Path(group.reward_model).expanduser()
+    reward_checkpoint = checkpoint_files.find_checkpoint(path)
+    check_reward_model(config, ModelConfig(**checkpoint_files.read_state(reward_checkpoint)[1]))
+    if group.normalise_reward and not RunDirectory(path).result.is_file():
+        is_run = reward_checkpoint.parent == RunDirectory(path).checkpoints
+        accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
+        raise ArtefactError(
+            f"rlhf.reward_model={group.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
+            "result has the mean and the deviation of scores"
+        )
 
 
 def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
@@ -303,15 +317,15 @@ def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
 
 
 def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:
-    """`config` with rlhf.reward_model as an absolute path; `none` if no part of the reward uses it."""
-    found = config.rlhf.reward_model
+    """Returns `config` with rlhf.reward_model as an absolute path; `none` if no part of the reward uses it."""
+    reward_model = config.rlhf.reward_model
     if not config.rlhf.asks_reward_model:
-        found = NO_MODEL
-    elif found == AUTO:
-        found = str(WorkDirectory(Path(config.work_dir).resolve()).run("reward", config.run_id).path)
+        reward_model = NO_MODEL
+    elif reward_model == AUTO:
+        reward_model = str(WorkDirectory(Path(config.work_dir).resolve()).run("reward", config.run_id).path)
     else:
-        found = str(Path(found).expanduser().resolve())
-    return replace(config, rlhf=replace(config.rlhf, reward_model=found))
+        reward_model = str(Path(reward_model).expanduser().resolve())
+    return replace(config, rlhf=replace(config.rlhf, reward_model=reward_model))
 
 
 STAGE = Rlhf()

@@ -1,0 +1,236 @@
+"""The conf group `rlhf`: rollouts, rewards and updates of an iteration, whatever the algorithm.
+
+The keys that only some algorithms read are declared beside their losses (`dist_lm/rlhf/algorithms`); `RlhfConfig` has
+them too, as null. The keys of a whole run are in `dist_lm/stages/rlhf/stage.py`, those of the engines in
+`dist_lm/config/pool.py`. No torch: the launcher reads this file.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from dist_lm.config.optimizer import OptimizerConfig
+from dist_lm.errors import require
+from dist_lm.rlhf.algorithm import AlgorithmKeys
+from dist_lm.rlhf.algorithms.registry import ALGORITHMS
+
+REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests")
+TEST_SCORES = ("share", "all")
+PARSED_LANGUAGES = ("python", "bash", "sql")
+Value = TypeVar("Value")
+
+
+@dataclass
+class RewardPartConfig:
+    """One part of the reward of a rollout."""
+
+    kind: str = ""  # reward_model | length | parses | function | tests
+    weight: float = 1.0  # factor in the sum of all parts
+    target: int = 0  # length: tokens of a completion with reward 1; the reward falls to 0 at 0 and at twice as many
+    language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
+    of: str = "document"  # parses: document (request and completion as one text) | completion
+    function: str = ""  # function: 'package.module:name', called as name(request, completion) -> float
+    timeout_s: float = 10.0  # function: limit of a call in seconds
+    score: str = "share"  # tests: share of the tests passed | all: 1 if all passed, else 0
+    cpu_s: float = 0.5  # tests: CPU seconds of a completion's tests, all together
+    wall_s: float = 4.0  # tests: the same limit by the clock
+    workers: int = 0  # tests: programs at a time on a node; 0: one for each of its cores
+
+    def check(self, key: str) -> None:
+        """Refuse values out of bounds.
+
+        Args:
+            key: name of this part in the configuration, for messages.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        require(self.kind in REWARD_KINDS, f"{key}.kind", self.kind, ", ".join(REWARD_KINDS))
+        require(math.isfinite(self.weight), f"{key}.weight", self.weight, "a finite number")
+
+        if self.kind == "length":
+            require(self.target > 0, f"{key}.target", self.target, "a positive number of tokens")
+        if self.kind == "parses":
+            require(self.language in PARSED_LANGUAGES, f"{key}.language", self.language, ", ".join(PARSED_LANGUAGES))
+            require(self.of in ("document", "completion"), f"{key}.of", self.of, "document or completion")
+        if self.kind == "tests":
+            require(self.score in TEST_SCORES, f"{key}.score", self.score, ", ".join(TEST_SCORES))
+            for name, seconds in (("cpu_s", self.cpu_s), ("wall_s", self.wall_s)):
+                require(0 < seconds < math.inf, f"{key}.{name}", seconds, "a positive number of seconds")
+            require(self.workers >= 0, f"{key}.workers", self.workers, "a positive integer, or 0 to choose")
+        if self.kind == "function":
+            module, colon, name = self.function.partition(":")
+            is_path = bool(module and colon and name)
+            require(is_path, f"{key}.function", self.function, "package.module:function")
+            seconds = self.timeout_s
+            require(0 < seconds < math.inf, f"{key}.timeout_s", seconds, "a positive number of seconds")
+
+
+@dataclass
+class IterationConfig(OptimizerConfig):
+    """An iteration: rollouts for a batch of prompts, their rewards, then `epochs` passes of updates over them.
+
+    A key that is null takes the default of its algorithm. It stays null, and must, if the algorithm does not read it.
+    """
+
+    name: str = "ppo"
+    algorithm: str = "ppo"
+    # rollouts
+    prompts: int = 64  # per iteration
+    samples: int | None = None  # rollouts per prompt: the group
+    max_new_tokens: int = 128
+    # largest number of draws of an iteration, to replace groups whose scores are all the same
+    sampling_rounds: int | None = None
+    temperature: float = 1.0  # divides the logits in sampling and in every log-probability pass
+    # draw only from the k likeliest tokens (0: off), and from the smallest set with this much probability (1: off);
+    # log-probabilities, entropy and KL are then those of the distribution over the allowed tokens, here and in training
+    top_k: int = 0
+    top_p: float = 1.0
+    ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
+    max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
+    importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
+    # updates
+    epochs: int | None = None  # passes over the rollouts of an iteration; stop_kl may end them earlier
+    minibatches: int = 1  # optimizer steps per pass
+    micro_batch_tokens: int = 8192  # largest micro-batch of a rank in tokens; more if one sequence is longer
+    # keys of AdamW: `beta1`, `beta2` and `grad_clip` have the defaults of `OptimizerConfig`
+    lr: float = 1e-6  # learning rate of the policy
+    value_lr: float | None = None  # learning rate of the critic
+    warmup_iterations: int = 0
+    min_lr_ratio: float = 1.0  # final learning rate / peak, by a cosine; 1: constant
+    weight_decay: float = 0.0
+    adam_eps: float = 1e-5
+    max_nonfinite_updates: int = 10  # consecutive updates with NaN/inf gradients before the run stops
+    kl_coefficient: float | None = None  # weight of the KL from the reference, per token
+    kl_target: float | None = None  # nats per sequence to which the adaptive coefficient steers; null: fixed
+    kl_horizon: int = 10_000  # rollouts within which the coefficient may change by about 20 %
+    entropy_coefficient: float = 0.0  # weight of the entropy bonus of each token's distribution
+    stop_kl: float = 0.0  # mean KL per token (nats) from the start of the iteration that ends its updates; 0: off
+    pretrain_coefficient: float = 0.0  # weight of the mean next-token loss on pretraining text; 0: off
+    value_head: str | None = None  # a new critic's head: zero | reward_model
+    # rewards
+    rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; the score is their weighted sum
+    # largest share of an iteration's rollouts whose function (or other rule) may fail; they are left out
+    max_failed_fraction: float = 0.05
+    missing_eos_penalty: float | None = None  # subtracted from the score of a completion that was cut off
+    normalise_reward: bool = True  # scale the reward model's scores to mean 0, std 1 on samples of the reference
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    name: {key.name: key.default for key in fields(algorithm.Keys)} for name, algorithm in ALGORITHMS.items()
+}
+"""algorithm -> its keys with their defaults. A default of None is computed by `AlgorithmKeys.complete`."""
+
+
+def _nullable_keys() -> list[tuple[str, Any, Any]]:
+    """Returns the fields (name, type, default None) of all keys of algorithms that no iteration reads itself."""
+    common = {key.name for key in fields(IterationConfig)}
+    type_of_key: dict[str, Any] = {}
+    for algorithm in ALGORITHMS.values():
+        hints = get_type_hints(algorithm.Keys)
+        for name in (key.name for key in fields(algorithm.Keys) if key.name not in common):
+            declared = type_of_key.setdefault(name, hints[name])
+            assert declared == hints[name], f"{algorithm.__name__}: another algorithm has {name} as {declared}"
+    return [(name, declared | None, field(default=None)) for name, declared in type_of_key.items()]
+
+
+_KeysOfAlgorithms: Any = make_dataclass("_KeysOfAlgorithms", _nullable_keys())
+
+
+@dataclass
+class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
+    """An iteration with the keys of its algorithm (`AlgorithmKeys`), those of other algorithms being null."""
+
+    def __post_init__(self) -> None:
+        require(self.algorithm in ALGORITHMS, "rlhf.algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        self._read_keys_of_algorithm()
+        self._check_bounds()
+
+        # The adaptive controller multiplies the coefficient, so 0 would stay 0.
+        target = self.kl_target
+        require(
+            target is None or not_null(self.kl_coefficient) > 0,
+            "rlhf.kl_coefficient",
+            self.kl_coefficient,
+            f"a positive number to begin with: rlhf.kl_target={target} only multiplies it",
+        )
+        fewest = ALGORITHMS[self.algorithm].Keys.fewest_samples
+        accepted = f"at least {fewest}: rlhf.algorithm={self.algorithm} compares the rollouts of a prompt"
+        require(self.group >= fewest, "rlhf.samples", self.samples, accepted)
+
+        # Every update needs a rollout.
+        rollouts = self.prompts * self.group
+        require(
+            self.minibatches <= rollouts,
+            "rlhf.minibatches",
+            self.minibatches,
+            f"at most the {rollouts} rollouts of an iteration (rlhf.prompts x rlhf.samples)",
+        )
+        for name, part in self.rewards.items():
+            part.check(f"rlhf.rewards.{name}")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the algorithm trains a value model."""
+        return ALGORITHMS[self.algorithm].has_critic
+
+    @property
+    def group(self) -> int:
+        """Rollouts of a prompt."""
+        return not_null(self.samples)
+
+    @property
+    def algorithm_keys(self) -> AlgorithmKeys:
+        """The keys that the algorithm reads, without nulls."""
+        return self._algorithm_keys
+
+    def _read_keys_of_algorithm(self) -> None:
+        """Replace nulls by the algorithm's defaults; refuse keys that it does not read and values out of bounds."""
+        defaults = DEFAULTS[self.algorithm]
+        for key in sorted({key for keys in DEFAULTS.values() for key in keys}):
+            value = getattr(self, key)
+            if key not in defaults:
+                readers = ", ".join(name for name, keys in DEFAULTS.items() if key in keys)
+                accepted = f"null: rlhf.algorithm={self.algorithm} does not read it (read by {readers})"
+                require(value is None, f"rlhf.{key}", value, accepted)
+            elif value is None:
+                setattr(self, key, defaults[key])
+
+        keys = ALGORITHMS[self.algorithm].Keys(**{key: getattr(self, key) for key in defaults})
+        for key in fields(keys):
+            value, bounds = getattr(keys, key.name), key.metadata.get("bounds")
+            if bounds and value is not None:
+                require(bounds.accepts(value), f"rlhf.{key.name}", value, bounds.accepted)
+
+        # Defaults that depend on other keys come last: they need values within bounds.
+        keys.complete(self)
+        for key in fields(keys):
+            setattr(self, key.name, getattr(keys, key.name))
+        self._algorithm_keys = keys
+
+    def _check_bounds(self) -> None:
+        """Refuse values out of bounds of the keys that all algorithms read."""
+        for key in ("prompts", "max_new_tokens", "minibatches", "micro_batch_tokens"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        for key in ("max_nonfinite_updates", "kl_horizon"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        self.check_optimizer("rlhf")
+        require(0 < self.temperature < math.inf, "rlhf.temperature", self.temperature, "a positive number")
+        for key in (
+            *("max_staleness", "warmup_iterations", "importance_cap"),
+            *("entropy_coefficient", "stop_kl", "pretrain_coefficient"),
+        ):
+            require(0 <= getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
+
+        require(self.top_k >= 0, "rlhf.top_k", self.top_k, "a positive integer, or 0 (off)")
+        require(0 < self.top_p <= 1, "rlhf.top_p", self.top_p, "in (0, 1]; 1 is off")
+        require(0 <= self.max_failed_fraction <= 1, "rlhf.max_failed_fraction", self.max_failed_fraction, "in [0, 1]")
+        target = self.kl_target
+        require(target is None or 0 < target < math.inf, "rlhf.kl_target", target, "a positive number, or null")
+
+
+def not_null(value: Value | None) -> Value:
+    """Returns the value of a key that the algorithm reads."""
+    assert value is not None, "a key that the algorithm does not read"
+    return value

@@ -1,0 +1,193 @@
+"""Measurements of stage `rlhf` beside training: the win rate on held-out prompts, and the tasks of `stage.eval_tasks`.
+
+Dimensions: P prompts, D rollouts drawn, B of these that have a score.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.evaluation.in_loop import Round, loop_tasks
+from dist_lm.evaluation.tasks import Record
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.experience import add_up, end_scores
+from dist_lm.rlhf.learner import RolloutSupply
+from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
+from dist_lm.rlhf.reward_model import RewardScale
+from dist_lm.rlhf.rewards import Scored, share_scored, total_score
+from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
+from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
+from dist_lm.stages.rlhf.stage import RlhfRunConfig
+from dist_lm.stages.training.eval_tasks import Evaluated
+from dist_lm.stages.training.program import RankStart
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.training.heartbeat import Heartbeat, Phase
+
+log = logging.getLogger(__name__)
+
+POLICY_SEED, REFERENCE_SEED = 1, 2  # added to the seed of the run
+POLICY_VERSION, REFERENCE_VERSION = -2, -3  # weight versions for the pool, different from those of all iterations
+
+Records = dict[str, list[Record]]
+
+# --- win rate ---
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts on every rank, and the comparison of the answers to them.
+
+    The win rate is the share of prompts where the policy's answer scores above the reference's. Both models sample at
+    the sampling temperature with different seeds. Before the first iteration they are the same model, so the win rate
+    is about one half. A prompt with an answer that has no score is not compared.
+    """
+
+    config: RlhfRunConfig
+    start: RankStart
+    models: RlhfModels
+    supply: RolloutSupply | None  # on the first rank
+    prompts: Sequence[Sequence[int]]
+    alive: Callable[[], None]
+
+    def compare(self, scale: RewardScale | None) -> dict[str, float]:
+        """Returns `rlhf/win_rate` (ties count half) and the mean scores; empty if no prompt is compared (collective).
+
+        Args:
+            scale: mean and standard deviation of the reward model's scores.
+        """
+        if not self.prompts:
+            return {}
+
+        reference = self.models.reference or self.models.policy.model
+        policy_P = self._scores(self.models.policy.model, POLICY_VERSION, POLICY_SEED, scale)
+        with as_reference(self.models):
+            reference_P = self._scores(reference, REFERENCE_VERSION, REFERENCE_SEED, scale)
+
+        has_both_P = ~(policy_P.isnan() | reference_P.isnan())
+        policy_P, reference_P = policy_P[has_both_P], reference_P[has_both_P]
+        if not len(policy_P):
+            log.warning("no held-out prompt has two answers with a score, so there is no win rate (rlhf.rewards)")
+            return {}
+        win_P = (policy_P > reference_P).double() + (policy_P == reference_P).double() / 2
+        return {
+            "rlhf/win_rate": float(win_P.mean()),
+            "rlhf/held_out_score": float(policy_P.double().mean()),
+            "rlhf/held_out_score_reference": float(reference_P.double().mean()),
+            "rlhf/held_out": float(len(policy_P)),
+        }
+
+    def _scores(self, model: Transformer, version: int, seed: int, scale: RewardScale | None) -> torch.Tensor:
+        """Returns the scores of the answers of `model`, (P,); NaN where there is none (collective)."""
+        group = self.config.rlhf
+        weights = sent_weights(model, self.config.parallel, self.start.world)
+        judged = None
+        if self.supply:
+            self.supply.source.load_weights(weights, version)
+            rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
+            judged = self.supply.judge(rollouts, expected=group.prompts * group.group)
+        else:
+            read_to_end(weights)
+
+        # Unlike in training, no answer may have a score: then there is just no win rate.
+        scored = share_scored(judged, some=False)
+        score_P = torch.full((len(self.prompts),), torch.nan)
+        if scored.kept_D.any():
+            score_P[torch.from_numpy(scored.kept_D)] = self._total(scored, scale)
+        return score_P
+
+    def _total(self, scored: Scored, scale: RewardScale | None) -> torch.Tensor:
+        """Returns the weighted sum of all parts, (B,)."""
+        group, score_of_part = self.config.rlhf, dict(scored.rule_score_B)
+        if self.models.reward:
+            raw_B = self._reward_model_scores(self.models.reward, scored.rollouts)
+            parts_of_model = [name for name, part in group.rewards.items() if part.kind == "reward_model"]
+            score_of_part |= dict.fromkeys(parts_of_model, scale(raw_B) if scale else raw_B)
+        whole_B = torch.from_numpy(scored.rollouts.whole)
+        return total_score(score_of_part, group.rewards, whole_B, group.missing_eos_penalty or 0.0)
+
+    def _reward_model_scores(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
+        mesh, device = self.start.mesh, self.start.world.device
+        shares = dealing(mesh, self.config.parallel, self.config.rlhf.micro_batch_tokens)
+        score_B = end_scores(reward, rollouts, shares, device, self.alive)
+        return add_up([score_B], mesh.get_local_rank("tp") == 0)[0].cpu()
+
+
+# --- tasks ---
+
+
+@dataclass(frozen=True)
+class TasksOfIterations:
+    """Evaluates tasks after iterations, with the engines that draw rollouts and their weights.
+
+    With staleness 0 the engines answer between two iterations. Otherwise they answer after the rollouts that are asked
+    for, while the ranks train. A checkpoint waits for the figures of its iteration. All methods are collective.
+    """
+
+    parts: Evaluated
+    source: RolloutSource | None  # on the first rank
+    staleness: int
+    _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # by iteration, in their order
+
+    def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
+        """Have the tasks answered that are due after so many iterations; `schedule`: on the first rank."""
+        parts, due = self.parts, self.parts.tasks.due(iteration)
+        if not due:
+            return
+        began = time.perf_counter()
+        parts.heartbeat.beat(Phase.EVALUATING, iteration)
+
+        # The learner has pushed the weights of this iteration, unless they draw no rollouts.
+        has_weights = is_drawn_by(iteration, self.staleness, parts.tasks.steps)
+        weights = None if has_weights else parts.weights(receives=schedule is not None)
+        if schedule:
+            work = partial(self._evaluate, parts.tasks.of(due))
+            self._open[iteration] = schedule.beside(work, iteration, weights)
+        elif weights:
+            read_to_end(weights)
+
+        if not self.staleness:
+            self.before_checkpoint(time.perf_counter() - began)
+
+    def before_checkpoint(self, waited_s: float | None = None) -> None:
+        """Wait for the figures of all iterations so far, and write them."""
+        # A run that continues from the checkpoint does not answer these tasks again.
+        for iteration, records in self._open.items():
+            self.parts.write(iteration, records(), waited_s)
+        self._open.clear()
+        dist.barrier()
+
+    def _evaluate(self, questions: Round) -> Records:
+        assert self.source is not None
+        with self.parts.sandboxes(questions) or nullcontext() as sandboxes:
+            for answer in self.source.results(questions.requests):
+                questions.take(answer, sandboxes)
+            return questions.records(lambda: None)
+
+
+def tasks_of_iterations(
+    config: RlhfRunConfig,
+    run: RunDirectory,
+    start: RankStart,
+    policy: Transformer,
+    source: RolloutSource | None,
+    metrics: MetricsWriter | None,
+    heartbeat: Heartbeat,
+    cluster: RayCluster | None = None,
+) -> TasksOfIterations:
+    """Returns the evaluation of the tasks of `stage.eval_tasks`.
+
+    Args:
+        source: on the first rank.
+        cluster: see `Evaluated`.
+    """
+    tasks = loop_tasks(config, run, start.tokenizer)
+    parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat, cluster)
+    return TasksOfIterations(parts, source, config.rlhf.max_staleness)
