@@ -11,8 +11,9 @@ from dist_lm.config import renamed
 from dist_lm.config.renamed import RENAMED, present_key, with_present_keys
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.continuing import differing_keys
 from dist_lm.stages.registry import load_config, stage_named
-from dist_lm.stages.training.stage import differing_keys, training_stage
+from dist_lm.stages.training.stage import training_stage
 from tests.config.keys_of_schemas import settable_keys
 
 FILES = sorted((Path(__file__).parent / "runs_of_805e6f6").glob("*.yaml"))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.cluster.sandboxes import ClusterSandboxes, Place
+from dist_lm.cluster.sandboxes import ClusterSandboxes, SandboxNode
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.generation.decoder import WeightStream
@@ -219,7 +219,7 @@ def test_programs_of_answers_run_on_other_nodes_too(work: WorkDirectory, parts: 
             return pool.submit(program, limits)
 
         def on_another_node(self: ClusterSandboxes) -> None:
-            self._places[:] = [Place("another node", run, workers=2)]
+            self._nodes[:] = [SandboxNode("another node", run, workers=2)]
 
         monkeypatch.setattr(RayCluster, "nodes", lambda self: ["this node", "another node"])
         monkeypatch.setattr(ClusterSandboxes, "_start_actors", on_another_node)
