@@ -380,19 +380,20 @@ def test_metrics_page_is_the_one_that_the_registry_makes():
 # Length
 
 
-def test_readme_has_at_most_150_lines():
-    assert len(text_of(ROOT / "README.md").splitlines()) <= 150
+def test_readme_has_at_most_160_lines():
+    assert len(text_of(ROOT / "README.md").splitlines()) <= 160
 
 
 # pages of later features, and decisions, have limits of their own
-WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_000, "recipes.md": 1_000}
-WORDS_OF_A_PAGE["sandbox.md"] = 750
+WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_500, "recipes.md": 1_000}
+WORDS_OF_A_PAGE["architecture.md"] = 2_400  # the map of the code: packages, nouns, what runs when
+WORDS_OF_A_PAGE["sandbox.md"] = 800
 WORDS_OF_A_PAGE["algorithms.md"] = 1_500
 WORDS_OF_A_PAGE["metrics.md"] = 2_400  # generated: it grows with the metrics
-WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 800, "eval_tasks.md": 500}
+WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 850, "eval_tasks.md": 500}
 
 
-def test_docs_have_at_most_10650_words():
+def test_docs_are_short():
     """Without the results of `dist-lm gpu check`, which the command writes."""
     lengths = {page.name: len(text_of(page).split()) for page in DOCS.glob("*.md")}
     for name, most in WORDS_OF_A_PAGE.items():
@@ -401,4 +402,4 @@ def test_docs_have_at_most_10650_words():
     before, _, rest = text_of(DOCS / "gpu.md").partition(results.BEGIN)
     generated, _, _ = rest.partition(results.END)
     assert before
-    assert written - len(generated.split()) <= 10_650
+    assert written - len(generated.split()) <= 10_300
