@@ -30,7 +30,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import preference_objective, segment_logprobs
 from dist_lm.stages.exporting.files import write_model
-from dist_lm.stages.preference.stage import settings_of
+from dist_lm.stages.preference.config import settings_of
 
 TREE, PLAIN = "our step on trees", "as many tokens, next-token loss"
 TRL, TRL_KNOWN = "TRL", "TRL, reference known"

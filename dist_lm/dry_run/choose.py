@@ -87,7 +87,7 @@ def _as_step(config: Config) -> Config:
         return config
 
     from dist_lm.dry_run.iterations import update_of
-    from dist_lm.stages.rlhf.stage import rlhf_config
+    from dist_lm.stages.rlhf.config import rlhf_config
 
     return update_of(rlhf_config(config))
 
@@ -98,7 +98,7 @@ def _peak(config: Config, layout: Layout) -> int:
         return estimate_memory(config, layout).peak
 
     from dist_lm.dry_run.iterations import rlhf_memory
-    from dist_lm.stages.rlhf.stage import rlhf_config
+    from dist_lm.stages.rlhf.config import rlhf_config
 
     return rlhf_memory(rlhf_config(config), layout).training
 

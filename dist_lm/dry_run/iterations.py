@@ -11,7 +11,7 @@ from dist_lm.config.stage import TrainerGroup
 from dist_lm.dry_run.estimate import element_bytes, estimate_memory
 from dist_lm.model.size import kv_bytes_per_token, parameter_count
 from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
-from dist_lm.stages.rlhf.stage import RlhfRunConfig, rlhf_config
+from dist_lm.stages.rlhf.config import RlhfRunConfig, rlhf_config
 from dist_lm.tracking.readable import gib
 
 

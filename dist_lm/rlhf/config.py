@@ -1,7 +1,7 @@
 """The conf group `rlhf`: rollouts, rewards and updates of an iteration, whatever the algorithm.
 
 The keys that only some algorithms read are declared beside their losses (`dist_lm/rlhf/algorithms`); `RlhfConfig` has
-them too, as null. The keys of a whole run are in `dist_lm/stages/rlhf/stage.py`, those of the engines in
+them too, as null. The keys of a whole run are in `dist_lm/stages/rlhf/config.py`, those of the engines in
 `dist_lm/config/pool.py`. No torch: the launcher reads this file.
 """
 

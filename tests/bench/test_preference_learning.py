@@ -24,7 +24,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import held_out_metrics, preference_objective, preparation, seen_rankings
 from dist_lm.rlhf.reference import split_reference
-from dist_lm.stages.preference.stage import settings_of
+from dist_lm.stages.preference.config import settings_of
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dist_lm.training.step import accumulate_gradients, update

@@ -20,8 +20,9 @@ from dist_lm.parallel.layout import Layout
 from dist_lm.prepare.compose import compose_config
 from dist_lm.report.page import write_report
 from dist_lm.stages.registry import load_config
+from dist_lm.stages.rlhf.config import RlhfRunConfig, rlhf_config
 from dist_lm.stages.rlhf.models import VALUE
-from dist_lm.stages.rlhf.stage import RlhfRunConfig, rlhf_config, with_reward_run
+from dist_lm.stages.rlhf.stage import with_reward_run
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import stored_tensors

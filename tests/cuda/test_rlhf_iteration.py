@@ -28,7 +28,7 @@ from dist_lm.rlhf.models import Execution, RlhfModels, dealing, one_after_other,
 from dist_lm.rlhf.packed_rollouts import Passes
 from dist_lm.rlhf.rollouts import FINISHES, Rollouts
 from dist_lm.rlhf.state import KlController, RlhfState
-from dist_lm.stages.rlhf.stage import RlhfRunConfig
+from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.training.heartbeat import StopRequest
 from tests.cuda.card import CARD, Traffic, empty_on_card, stand_in
 

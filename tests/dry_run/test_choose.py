@@ -11,7 +11,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.layout import check_hardware, on_nodes_of, with_layout
-from dist_lm.stages.rlhf.stage import rlhf_config
+from dist_lm.stages.rlhf.config import rlhf_config
 from dist_lm.tracking.console import Console
 
 

@@ -6,7 +6,7 @@ from dist_lm.dry_run.iterations import memory_rows, rlhf_memory
 from dist_lm.model.size import parameter_count
 from dist_lm.parallel.layout import Layout
 from dist_lm.prepare.compose import compose_config
-from dist_lm.stages.rlhf.stage import rlhf_config
+from dist_lm.stages.rlhf.config import rlhf_config
 
 LARGE = ("stage=rlhf", "model=large", "hardware=h100")
 LAYOUT = Layout(1, 8, 1)

@@ -9,7 +9,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import choices, compose_config, overrides_of, target_stage
 from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.rlhf.stage import RlhfRunConfig
+from dist_lm.stages.rlhf.config import RlhfRunConfig
 
 
 @pytest.mark.parametrize("model", choices("model"))

@@ -10,7 +10,8 @@ from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config, overrides_of
 from dist_lm.stages.continuing import FREE_KEYS, differing_keys
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.rlhf.stage import STAGE, check_inputs, rlhf_config
+from dist_lm.stages.rlhf.config import rlhf_config
+from dist_lm.stages.rlhf.stage import STAGE, check_inputs
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.training import checkpoint_files

@@ -12,7 +12,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import DEFAULTS, RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.policy_gradient import groups_of
-from dist_lm.stages.rlhf.stage import rlhf_config
+from dist_lm.stages.rlhf.config import rlhf_config
 from tests.rlhf.toy import GroupMean, toy
 
 PARTS = {"length": RewardPartConfig(kind="length", target=4)}

@@ -9,8 +9,8 @@ from dist_lm.errors import ArtefactError
 from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.state import KlController
+from dist_lm.stages.rlhf.config import RlhfRunGroup
 from dist_lm.stages.rlhf.models import first_state
-from dist_lm.stages.rlhf.stage import RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 
 MODEL = RewardPartConfig(kind="reward_model")

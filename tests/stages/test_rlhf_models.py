@@ -16,8 +16,8 @@ from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.algorithms.grpo import Grpo
+from dist_lm.stages.rlhf.config import rlhf_config
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state, trunk_of_critic
-from dist_lm.stages.rlhf.stage import rlhf_config
 from dist_lm.stages.training.program import RankStart
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -9,8 +9,8 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.prompts import Prompts, check_prompts, read_all, request_reader, tasks_of
-from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, shown
 from tests.chat.test_kept_template import ADDS_SYSTEM, FORGETS, TRIMS, WITHOUT_HEADER

@@ -9,8 +9,8 @@ import torch
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.learner import IterationReport
+from dist_lm.stages.rlhf.config import rlhf_config
 from dist_lm.stages.rlhf.program import Reporter
-from dist_lm.stages.rlhf.stage import rlhf_config
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics

@@ -22,7 +22,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import held_out_metrics, seen_rankings
 from dist_lm.rlhf.reference import CHECKPOINT, reference_of
-from dist_lm.stages.preference.stage import PreferenceRunConfig
+from dist_lm.stages.preference.config import PreferenceRunConfig
 from dist_lm.stages.reward.ranks import EXAMPLE_COMPLETIONS, open_rankings, ranking_batches, ranking_stream
 from dist_lm.stages.training.stage import Opening, StageData
 from dist_lm.training import checkpoint_files

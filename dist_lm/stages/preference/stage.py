@@ -5,15 +5,11 @@ rankings are computed before the first step (`rlhf.reference`).
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import MISSING
-
-from dist_lm.config.preference import PreferenceConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import TrainerGroup
 from dist_lm.errors import require
+from dist_lm.stages.preference.config import PreferenceRunConfig, settings_of
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, before_and_after
 from dist_lm.storage.run_directory import RunDirectory
@@ -35,20 +31,6 @@ ROWS = {  # metric -> its row in the summary
     "preference/rejected_logprob": "log-probability, rejected",
     "preference/kl": "KL from the reference, mismatched pairs",
 }
-
-
-@dataclass
-class PreferenceStageConfig(TrainerGroup):
-    """The `stage` group of stage preference."""
-
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
-
-
-@dataclass
-class PreferenceRunConfig(Config):
-    """The configuration of stage preference."""
-
-    stage: PreferenceStageConfig = MISSING
 
 
 class Preference(TrainingStage):
@@ -103,12 +85,6 @@ class Preference(TrainingStage):
         """Returns `algorithm`: the name of the loss and its main settings."""
         settings = settings_of(config)
         return {"algorithm": f"{settings.algorithm} from {settings.lesson}, beta {settings.strength:g}"}
-
-
-def settings_of(config: Config) -> PreferenceConfig:
-    """Returns the group `stage.preference`."""
-    assert isinstance(config, PreferenceRunConfig)
-    return config.stage.preference
 
 
 STAGE = Preference()

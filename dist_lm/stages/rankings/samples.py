@@ -26,7 +26,7 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams, only_answers
 from dist_lm.sandbox.syntax import PARSERS, parses_continued
-from dist_lm.stages.rankings.stage import RankingSamplesConfig, RankingsConfig
+from dist_lm.stages.rankings.config import RankingSamplesConfig, RankingsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console

@@ -5,22 +5,18 @@ generates these samples, so the model must fit one device.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from omegaconf import MISSING
+from typing import TYPE_CHECKING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
 from dist_lm.data.ingest import Texts
 from dist_lm.data.sources.reader import corpus_sources
-from dist_lm.errors import require
 from dist_lm.stages.continuing import with_start
+from dist_lm.stages.rankings.config import RankingsConfig
 from dist_lm.stages.shards import (
     SAMPLED,
-    CorporaConfig,
-    CorporaStageConfig,
     build_corpus,
     correct_corpora,
     inspect_corpora,
@@ -33,52 +29,6 @@ from dist_lm.storage.run_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
-
-
-@dataclass
-class RankingSamplesConfig:
-    """Samples of a model that rules rank (reader=synthetic_rankings)."""
-
-    fewest: int = 4  # samples per prompt, uniform from fewest to most
-    most: int = 8
-    max_new_tokens: int = 48
-    temperature: float = 0.9
-
-    def __post_init__(self) -> None:
-        accepted = "from 2 to stage.samples.most, which is at most 16"
-        require(2 <= self.fewest <= self.most <= 16, "stage.samples.fewest", self.fewest, accepted)
-        key = "stage.samples.max_new_tokens"
-        require(self.max_new_tokens > 0, key, self.max_new_tokens, "a positive integer")
-        require(self.temperature > 0, "stage.samples.temperature", self.temperature, "a number above 0")
-
-
-@dataclass
-class RankingsStageConfig(CorporaStageConfig):
-    """The `stage` group of stage rankings."""
-
-    corpus: str = ""  # whose prompts the model answers, where rules rank its samples
-    init_from: str = "auto"  # the model that answers: auto (the run of stage tools) | a run directory, a checkpoint
-    samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
-
-    def sampled_by(self) -> dict[str, Any]:
-        return {"samples": asdict(self.samples), "prompts": self.corpus}
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """The corpus whose prompts are answered."""
-        return (self.corpus,) if self.corpus else ()
-
-
-@dataclass
-class RankingsConfig(CorporaConfig):
-    """The configuration of stage rankings."""
-
-    stage: RankingsStageConfig = MISSING
-
-    def check_stage(self) -> None:
-        super().check_stage()
-        accepted = f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}"
-        require(self.stage.corpus in ("", *self.corpus.corpora), "stage.corpus", self.stage.corpus, accepted)
 
 
 class Rankings(ArtefactStage):

@@ -29,7 +29,7 @@ from dist_lm.rlhf.reward_model import (
     reward_metrics,
     scores_of_rankings,
 )
-from dist_lm.stages.reward.stage import RewardRunConfig
+from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training.stage import Closing, Opening, StageData
 from dist_lm.tokenizer.tokenizer import Tokenizer

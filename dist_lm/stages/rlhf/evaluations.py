@@ -24,7 +24,7 @@ from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import Scored, share_scored, total_score
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
-from dist_lm.stages.rlhf.stage import RlhfRunConfig
+from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.training.eval_tasks import Evaluated
 from dist_lm.stages.training.program import RankStart
 from dist_lm.storage.run_directory import RunDirectory

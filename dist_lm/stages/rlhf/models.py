@@ -19,7 +19,7 @@ from dist_lm.rlhf.config import not_null
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.rlhf.state import KlController, RlhfState
-from dist_lm.stages.rlhf.stage import RlhfRunConfig, RlhfRunGroup, check_reward_model
+from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup, check_reward_model
 from dist_lm.stages.training.program import RankStart
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training import checkpoint, checkpoint_files

@@ -39,10 +39,10 @@ from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.pool_beside import PoolBeside, engine_spec, joined
 from dist_lm.stages.registry import load_config
+from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
 from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
-from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,

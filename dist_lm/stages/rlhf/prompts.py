@@ -16,7 +16,7 @@ from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.sandbox.task import Task, task_of
-from dist_lm.stages.rlhf.stage import RlhfRunConfig, RlhfRunGroup
+from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer, shown

@@ -1,0 +1,55 @@
+"""The keys of stage `rankings`."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from dist_lm.errors import require
+from dist_lm.stages.shards import CorporaConfig, CorporaStageConfig
+
+
+@dataclass
+class RankingSamplesConfig:
+    """Samples of a model that rules rank (reader=synthetic_rankings)."""
+
+    fewest: int = 4  # samples per prompt, uniform from fewest to most
+    most: int = 8
+    max_new_tokens: int = 48
+    temperature: float = 0.9
+
+    def __post_init__(self) -> None:
+        accepted = "from 2 to stage.samples.most, which is at most 16"
+        require(2 <= self.fewest <= self.most <= 16, "stage.samples.fewest", self.fewest, accepted)
+        key = "stage.samples.max_new_tokens"
+        require(self.max_new_tokens > 0, key, self.max_new_tokens, "a positive integer")
+        require(self.temperature > 0, "stage.samples.temperature", self.temperature, "a number above 0")
+
+
+@dataclass
+class RankingsStageConfig(CorporaStageConfig):
+    """The `stage` group of stage rankings."""
+
+    corpus: str = ""  # whose prompts the model answers, where rules rank its samples
+    init_from: str = "auto"  # the model that answers: auto (the run of stage tools) | a run directory, a checkpoint
+    samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
+
+    def sampled_by(self) -> dict[str, Any]:
+        return {"samples": asdict(self.samples), "prompts": self.corpus}
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpus whose prompts are answered."""
+        return (self.corpus,) if self.corpus else ()
+
+
+@dataclass
+class RankingsConfig(CorporaConfig):
+    """The configuration of stage rankings."""
+
+    stage: RankingsStageConfig = MISSING
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        accepted = f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}"
+        require(self.stage.corpus in ("", *self.corpus.corpora), "stage.corpus", self.stage.corpus, accepted)

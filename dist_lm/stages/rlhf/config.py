@@ -1,0 +1,175 @@
+"""The keys of stage `rlhf`: an iteration (`RlhfConfig`), the keys of a whole run, and their pool of engines."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RolloutPoolConfig
+from dist_lm.config.root import Config
+from dist_lm.config.stage import TrainingGroup, check_shares
+from dist_lm.data.prompts import find_prompts
+from dist_lm.data.sources.reader import corpora_of_form
+from dist_lm.errors import ArtefactError, require
+from dist_lm.rlhf.config import RlhfConfig
+
+AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
+
+
+@dataclass
+class RlhfRunGroup(RlhfConfig):
+    """An iteration (`RlhfConfig`), and the keys of a whole run."""
+
+    # file or glob of prompts (.jsonl or .txt, one request per line); empty: the documents of stage.corpus up to the
+    # assistant's turn
+    prompts_from: str = ""
+    held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
+    # run of stage reward; auto: the run with the same run_id; none: without the parts of kind reward_model
+    reward_model: str = AUTO
+    held_out_prompts: int = 64  # for the win rate before the first and after the last iteration; 0: not measured
+    table_rollouts: int = 16  # rollouts in samples/step_N.jsonl, every stage.eval_every iterations
+    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy loss of every update
+    pretrain_corpus: str = "code"
+    pretrain_mix: dict[str, float] = field(default_factory=dict)  # share of its sequences from other corpora, by name
+    pretrain_sequences: int = 16  # per update over all ranks
+    pretrain_seq_len: int = 256  # tokens
+    pool: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # Weight 0 removes a part, so that a command can remove parts of conf/.
+        self.rewards = {
+            name: part
+            for name, part in self.rewards.items()
+            if part.weight and (part.kind != "reward_model" or self.reward_model != NO_MODEL)
+        }
+        for key in ("held_out_prompts", "table_rollouts"):
+            require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
+        require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+
+        # Tests are columns of a file of prompts; documents of a corpus have none.
+        tested = [name for name, part in self.rewards.items() if part.kind == "tests"]
+        accepted = f"a file of prompts with tests, for rlhf.rewards.{'.'.join(tested[:1])}.kind=tests"
+        require(not tested or bool(self.prompts_from), "rlhf.prompts_from", repr(self.prompts_from), accepted)
+        require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, none, or the path of a run")
+        # A new critic cannot take the head of a model that is not there.
+        headless = self.value_head == "reward_model" and not self.asks_reward_model
+        require(not headless, "rlhf.value_head", self.value_head, "zero, as there is no reward model")
+
+        for key in ("pretrain_sequences", "pretrain_seq_len"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
+
+    @property
+    def asks_reward_model(self) -> bool:
+        """Whether the reward has a part with kind reward_model."""
+        return any(part.kind == "reward_model" for part in self.rewards.values())
+
+    @property
+    def pretrain_streams(self) -> tuple[str, ...]:
+        """The corpora of pretraining text; none if its coefficient is 0."""
+        return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
+
+
+@dataclass
+class RlhfRunConfig(Config):
+    """The whole configuration of stage `rlhf`."""
+
+    stage: TrainingGroup = MISSING
+    rlhf: RlhfRunGroup = MISSING
+
+    @property
+    def pool(self) -> RolloutPoolConfig:
+        return self.rlhf.pool
+
+    @property
+    def engine_beside_rank(self) -> bool:
+        """Whether an engine uses the memory of the same device as a rank."""
+        return self.pool.actors == 0 or self.pool.placement == SHARED
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether that engine never works while the rank trains, so that its cache is freed meanwhile."""
+        return self.engine_beside_rank and self.rlhf.max_staleness == 0
+
+    @property
+    def takes_sequences(self) -> bool:
+        return False
+
+    @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        return ("rlhf.pretrain_sequences", "rlhf.pretrain_seq_len") if self.rlhf.pretrain_coefficient else None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        prompts = () if self.rlhf.prompts_from else self.stage.streams
+        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+
+    @property
+    def noted_files(self) -> dict[str, list[Path]]:
+        patterns = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
+        prompts = {f"{key}={pattern}": find_prompts(pattern, key) for key, pattern in patterns.items() if pattern}
+        return super().noted_files | prompts
+
+    @property
+    def trained_models(self) -> int:
+        return 1 + self.rlhf.has_critic
+
+    @property
+    def ranked_corpora(self) -> frozenset[str]:
+        """The configured corpora of rankings."""
+        return frozenset(corpora_of_form(self.corpus, "ranking"))
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
+        require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
+
+        # The cache of an engine must hold at least one whole sequence.
+        cached, page = self.rlhf.pool.cache_tokens, self.rlhf.pool.page_tokens
+        if not page:
+            in_fp32 = self.device == "cpu" or self.parallel.compute_dtype == "fp32"
+            page = FEWEST_PAGE_TOKENS if in_fp32 else MOST_PAGE_TOKENS
+        accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
+        accepted += ", or 0 to take what fits into free memory"
+        require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
+        actors = self.eval.pool.actors if self.stage.eval_tasks else 0
+        require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
+
+        self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        """Refuse corpora without text, and sequences longer than the model's context."""
+        group, longest = self.rlhf, self.model.max_seq_len
+        if not group.pretrain_coefficient:
+            return
+
+        texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
+        listed = ", ".join(texts)
+        accepted = f"a text of corpus={self.corpus.name}: {listed}"
+        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
+        for name in group.pretrain_mix:
+            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        accepted = f"at most model.max_seq_len={longest}"
+        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+
+
+def rlhf_config(config: Config) -> RlhfRunConfig:
+    """Returns `config` with the type of this stage."""
+    assert isinstance(config, RlhfRunConfig)
+    return config
+
+
+def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
+    """Refuse a model that gives no scores, or has another vocabulary than the policy.
+
+    Raises:
+        ArtefactError: names the run.
+    """
+    if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
+        raise ArtefactError(
+            f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "
+            f"{shape.vocab_size} tokens; expected a run of stage reward with this tokenizer"
+        )
