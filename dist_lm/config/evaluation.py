@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from dist_lm.config.generation import EngineConfig
 from dist_lm.config.pool import RolloutPoolConfig
 
 FILE_TASKS = ("humaneval", "mbpp", "multipl_e")
@@ -14,14 +15,12 @@ LOOP_TASKS = (*CODE_TASKS, "tools", "bfcl")
 
 
 @dataclass
-class EvalPoolConfig:
+class EvalPoolConfig(EngineConfig):
     """Actors that answer the tasks of `stage.eval_tasks` while the ranks train. See `RolloutPoolConfig`."""
 
     actors: int = 0  # engines, with their own GPUs or cores; 0: the ranks answer, between two steps
     tp: int = 1  # GPUs that share the model of an engine
-    cache_tokens: int = 0  # KV cache of an engine; 0: what fits into free memory
-    page_tokens: int = 0  # of a page of the cache; 0: chosen
-    max_sequences: int = 64  # at a time in an engine
+    cache_tokens: int = 0  # KV cache of an engine in tokens; 0: as many as fit into free memory
 
 
 @dataclass
@@ -46,6 +45,6 @@ class EvalConfig:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The given files of `FILE_TASKS`."""
-        given = {task: getattr(self, task) for task in FILE_TASKS}
-        return {task: Path(path).expanduser() for task, path in given.items() if path}
+        """The files of `FILE_TASKS` that the configuration names."""
+        paths = {task: getattr(self, task) for task in FILE_TASKS}
+        return {task: Path(path).expanduser() for task, path in paths.items() if path}

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dist_lm.config.generation import EngineConfig
 from dist_lm.errors import require
 
 DISJOINT, SHARED = "disjoint", "shared"  # values of `placement`
@@ -17,7 +18,7 @@ CACHE_SHARE = {"cuda": 0.85, "cpu": 0.25}
 
 
 @dataclass
-class RolloutPoolConfig:
+class RolloutPoolConfig(EngineConfig):
     """Number, placement and size of the engines that generate rollouts."""
 
     key: ClassVar[str] = "rlhf.pool"  # name of this group in error messages
@@ -34,8 +35,6 @@ class RolloutPoolConfig:
     # KV cache of an engine in tokens, all sequences together; 0: as many as fit into free memory (CACHE_SHARE), and at
     # most max_sequences whole contexts
     cache_tokens: int = 0
-    page_tokens: int = 0  # tokens of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
-    max_sequences: int = 64  # largest number of sequences in an engine at a time
     # path of new weights: ray: Ray's object store; direct: NCCL broadcast, or CUDA IPC where rank 0 and actor share a
     # GPU (without GPUs gloo, or shared memory inside a node), and Ray's store where that fails; auto: direct with GPUs
     push: str = PUSH_AUTO

@@ -32,6 +32,7 @@ RENAMED: Mapping[str, Mapping[str, str]] = {
         "stage.mix": "rlhf.pretrain_mix",
         **dict.fromkeys(("stage.schedule", "stage.decay_steps", "stage.decay", "stage.decay_share"), ""),
         **dict.fromkeys(("stage.rates", "stage.muon", "stage.ema_decay", "stage.branch_from"), ""),
+        "rlhf.name": "",
         **dict.fromkeys(("stage.dropout", "stage.eval_at_start", "stage.eval_sequences"), ""),
     },
 }

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, TypeVar, get_type_hints
 
+from dist_lm.config.generation import SamplingConfig
 from dist_lm.config.optimizer import OptimizerConfig
 from dist_lm.errors import require
 from dist_lm.rlhf.algorithm import AlgorithmKeys
@@ -68,25 +69,19 @@ class RewardPartConfig:
 
 
 @dataclass
-class IterationConfig(OptimizerConfig):
+class IterationConfig(OptimizerConfig, SamplingConfig):
     """An iteration: rollouts for a batch of prompts, their rewards, then `epochs` passes of updates over them.
 
     A key that is null takes the default of its algorithm. It stays null, and must, if the algorithm does not read it.
     """
 
-    name: str = "ppo"
     algorithm: str = "ppo"
-    # rollouts
+    # rollouts. Keys of `SamplingConfig`: `temperature` divides the logits in every log-probability pass too; with
+    # `top_k` and `top_p`, log-probabilities, entropy and KL are those of the distribution over the allowed tokens
     prompts: int = 64  # per iteration
     samples: int | None = None  # rollouts per prompt: the group
-    max_new_tokens: int = 128
     # largest number of draws of an iteration, to replace groups whose scores are all the same
     sampling_rounds: int | None = None
-    temperature: float = 1.0  # divides the logits in sampling and in every log-probability pass
-    # draw only from the k likeliest tokens (0: off), and from the smallest set with this much probability (1: off);
-    # log-probabilities, entropy and KL are then those of the distribution over the allowed tokens, here and in training
-    top_k: int = 0
-    top_p: float = 1.0
     ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
     importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
