@@ -22,7 +22,7 @@ from dist_lm.stages.registry import stage_named
 from dist_lm.stages.text import TextStage
 
 TOKENS_A_SECOND = "tokens/s"
-# Without randomness and regularisation all ways of a case have the same losses, so that these can be compared.
+# Without randomness and regularisation all variants of a case have the same losses, so that these can be compared.
 BASE = (
     "tracking=none",
     "parallel.compute_dtype=fp32",
@@ -45,20 +45,20 @@ class GroupSize:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the table: a way of doing the work, and the ways that it is measured against."""
+    """One row of the table: a variant of doing the work, and the variants that it is measured against."""
 
-    way: str
-    peer: str | None = None  # a way; None: there is no peer, or it cannot run here
+    variant: str
+    peer: str | None = None  # a variant; None: there is no peer, or it cannot run here
     peer_name: str = ""  # text for people; without a `peer` it names the peer and says why it cannot run
-    ceiling: str | None = None  # a way that does strictly less work
+    ceiling: str | None = None  # a variant that does strictly less work
     fact: str | None = None  # compare this fact of the trials, in its own unit; None: compare speed
 
 
-def against(way: str, peer: str, why_not: str | None, ceiling: str) -> Comparison:
-    """Returns the comparison of `way` with `peer`; a peer that cannot run is named with the reason `why_not`."""
+def against(variant: str, peer: str, why_not: str | None, ceiling: str) -> Comparison:
+    """Returns the comparison of `variant` with `peer`; a peer that cannot run is named with the reason `why_not`."""
     if why_not:
-        return Comparison(way, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
-    return Comparison(way, peer, ceiling=ceiling)
+        return Comparison(variant, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
+    return Comparison(variant, peer, ceiling=ceiling)
 
 
 def why_absent(packages: Iterable[str], modules: Mapping[str, str] | None = None) -> str | None:
@@ -93,13 +93,13 @@ def _has(package: str, module: str) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """One workload and the ways to do it, all timed in the same rounds."""
+    """One workload and the variants to do it, all timed in the same rounds."""
 
     name: str
     config: Config
-    ways: Mapping[str, GroupSize]
+    variants: Mapping[str, GroupSize]
     comparisons: Sequence[Comparison]
-    same_losses: frozenset[str]  # ways whose losses in the first steps must be equal
+    same_losses: frozenset[str]  # variants whose losses in the first steps must be equal
     rounds: int = 15
     amount: int = 0  # work of a step, in `unit` without the `/s`; 0: the tokens of the step
     unit: str = TOKENS_A_SECOND
@@ -112,10 +112,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark: its cases, and the function that builds one way of a case in each rank."""
+    """A benchmark: its cases, and the function that builds one variant of a case in each rank."""
 
     cases: Callable[[Sequence[str], bool], list[Case]]  # (overrides of a user, quick) -> the cases
-    build: Callable  # (way, config, world) -> Trial
+    build: Callable  # (variant, config, world) -> Trial
 
 
 def benchmark_at(place: str) -> Benchmark:
@@ -181,8 +181,8 @@ def records_of(
     """Makes the records of a case, one for each comparison.
 
     Args:
-        seconds: way -> seconds of a step, one value per round.
-        facts: way -> name -> value, as its trial reports them. The last word of a name is its unit: `peak MiB`.
+        seconds: variant -> seconds of a step, one value per round.
+        facts: variant -> name -> value, as its trial reports them. The last word of a name is its unit: `peak MiB`.
     """
     return [_record(bench, case, comparison, seconds, facts) for comparison in case.comparisons]
 
@@ -196,18 +196,18 @@ def _record(
 ) -> Record:
     quantity, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
 
-    def value_of(way: str) -> float:
+    def value_of(variant: str) -> float:
         if comparison.fact:
-            return facts[way][comparison.fact]
-        return case.a_step / statistics.median(seconds[way])
+            return facts[variant][comparison.fact]
+        return case.a_step / statistics.median(seconds[variant])
 
-    value = value_of(comparison.way)
+    value = value_of(comparison.variant)
     peer = value_of(comparison.peer) if comparison.peer else None
     ceiling = value_of(comparison.ceiling) if comparison.ceiling else None
 
     return Record(
         bench=bench,
-        case=f"{case.name}: {comparison.way}" + (f", {quantity}" if comparison.fact else ""),
+        case=f"{case.name}: {comparison.variant}" + (f", {quantity}" if comparison.fact else ""),
         value=value,
         unit=unit,
         peer=comparison.peer_name or comparison.peer,
@@ -215,8 +215,8 @@ def _record(
         ratio=None if peer is None else value / peer,
         ceiling=ceiling,
         ceiling_fraction=None if ceiling is None else value / ceiling,
-        rounds=1 if comparison.fact else len(seconds[comparison.way]),
-        spread=0.0 if comparison.fact else spread(seconds[comparison.way]),
+        rounds=1 if comparison.fact else len(seconds[comparison.variant]),
+        spread=0.0 if comparison.fact else spread(seconds[comparison.variant]),
     )
 
 

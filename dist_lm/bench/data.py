@@ -2,7 +2,7 @@
 
 The build reads the files, chooses val and compares it with train, tokenizes and writes tars. A step is one build of a
 fresh corpus, or the encoding of the same text in as many processes, as cores that share a processor slow each other
-down. Both ways are timed in CPU seconds of this process and its children, which a busy machine changes little; the
+down. Both variants are timed in CPU seconds of this process and its children, which a busy machine changes little; the
 facts give bytes a wall second and process, and the largest private memory of any process.
 """
 
@@ -62,11 +62,11 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
             Case(
                 name=f"{size} MB, processes: {config.tokenizer.workers or cores()}",
                 config=config,
-                ways=dict.fromkeys((BUILD, CLEANED, ENCODER), GroupSize(1)),
+                variants=dict.fromkeys((BUILD, CLEANED, ENCODER), GroupSize(1)),
                 comparisons=[
-                    *(Comparison(way=way, peer=ENCODER) for way in (BUILD, CLEANED)),
-                    Comparison(way=BUILD, peer=ENCODER, fact=WALL),
-                    Comparison(way=BUILD, fact=MEMORY),
+                    *(Comparison(variant=variant, peer=ENCODER) for variant in (BUILD, CLEANED)),
+                    Comparison(variant=BUILD, peer=ENCODER, fact=WALL),
+                    Comparison(variant=BUILD, fact=MEMORY),
                 ],
                 same_losses=frozenset(),
                 rounds=3,
@@ -77,17 +77,17 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     return planned
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way, in one process with the processes that it starts."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant, in one process with the processes that it starts."""
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
-    cleaning = CleaningConfig() if way == CLEANED else no_cleaning()
+    cleaning = CleaningConfig() if variant == CLEANED else no_cleaning()
     work = Work(Path(folder.name), config, cleaning)
-    documents = work.documents(work.n_bytes) if way == ENCODER else []
+    documents = work.documents(work.n_bytes) if variant == ENCODER else []
     processes = config.tokenizer.workers or cores()
 
     def step() -> float:
         assert folder  # the closure keeps the temporary folder as long as this function lives
-        if way == ENCODER:
+        if variant == ENCODER:
             work.encode(documents, processes)
         else:
             work.build()

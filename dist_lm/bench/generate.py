@@ -42,7 +42,7 @@ ONE, EIGHT = "one answer", "eight answers"
 
 PROMPT = 64
 SAMPLING = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, ignore_eot=True)
-GREEDY_TOKENS = 16  # the mean log-probability of so many greedy tokens must agree between the ways
+GREEDY_TOKENS = 16  # the mean log-probability of so many greedy tokens must agree between the variants
 SHORTEST, LONGEST = 16, 512  # new tokens of requests of mixed lengths
 PADDED_BATCH = 32  # sequences; peers need padded batches
 LONG_PROMPT = 400
@@ -187,7 +187,7 @@ class LitGpt(Peer):
 PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "litgpt": LitGpt}
 
 
-# --- cases and ways ---
+# --- cases and variants ---
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
@@ -232,8 +232,8 @@ def prefill_case(config: Config) -> Case:
     return Case(
         name=f"{_shape(config.model)}, {PREFILL} of {LONG_PROMPT} tokens",
         config=config,
-        ways={EIGHT: size, ONE: size},
-        comparisons=(Comparison(way=EIGHT, peer=ONE),),
+        variants={EIGHT: size, ONE: size},
+        comparisons=(Comparison(variant=EIGHT, peer=ONE),),
         same_losses=frozenset(),
         rounds=ROUNDS,
     )
@@ -249,7 +249,7 @@ def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
     return Case(
         name=name,
         config=config,
-        ways=dict.fromkeys([OURS, *available, CEILING], GroupSize(1)),
+        variants=dict.fromkeys([OURS, *available, CEILING], GroupSize(1)),
         comparisons=[against(OURS, peer, absent.get(peer), CEILING) for peer in peers],
         same_losses=frozenset({OURS, *available}),
         rounds=ROUNDS,
@@ -264,28 +264,28 @@ def _why_not(peer: type[Peer], batch: int) -> str | None:
     return None
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way of generating, in one process."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant of generating, in one process."""
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = Transformer(config.model)
     initialise(model, config.seed)
     model.requires_grad_(requires_grad=False)
 
-    if way in (EIGHT, ONE):
+    if variant in (EIGHT, ONE):
         engine = _engine(model, config, device, [config.model.max_seq_len] * 8)
         long_prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()
-        num_answers = 8 if way == EIGHT else 1
+        num_answers = 8 if variant == EIGHT else 1
         return Trial(lambda: _first_tokens(engine, long_prompt, num_answers), losses=list)
 
     prompts = made_up_tokens(config, config.stage.global_batch, PROMPT)
     lengths = new_tokens(config)
-    if way == OURS:
+    if variant == OURS:
         engine = _engine(model, config, device, [PROMPT + new for new in lengths])
         return Trial(lambda: _answer(engine, prompts, lengths), losses=lambda: [_greedy(engine, prompts)])
-    if way == CEILING:
+    if variant == CEILING:
         return Trial(_linear_layers(model.to(device, dtype), lengths), losses=list)
 
-    peer = PEERS[way](model, device, dtype)
+    peer = PEERS[variant](model, device, dtype)
     prompts = prompts.to(device)
     return Trial(
         lambda: _in_batches(peer, prompts, lengths),

@@ -1,7 +1,7 @@
 """Measures multiple-choice requests per second in lm-evaluation-harness: our engine against its `hf` backend.
 
 A question has a context of 200 to 400 tokens and four choices of 5 to 20 tokens; a request is one choice. Texts are
-tokenized beforehand, and the backend loads our export. Every way gives the same log-likelihoods.
+tokenized beforehand, and the backend loads our export. Every variant gives the same log-likelihoods.
 """
 
 import importlib.util
@@ -42,9 +42,9 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     model = config.model
 
     peers = [f"{HF}, batch {batch}" for batch in BATCHES]
-    ways = [OURS]
+    variants = [OURS]
     if importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate"):
-        ways += peers
+        variants += peers
         comparisons = [Comparison(OURS, peer) for peer in peers]
     else:
         comparisons = [Comparison(OURS, peer_name=f"{peer}: not installed") for peer in peers]
@@ -52,9 +52,9 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     case = Case(
         name=f"{model.d_model} x {model.n_layers} layers, {CHOICES} choices",
         config=config,
-        ways=dict.fromkeys(ways, GroupSize(1)),
+        variants=dict.fromkeys(variants, GroupSize(1)),
         comparisons=comparisons,
-        same_losses=frozenset(ways),
+        same_losses=frozenset(variants),
         rounds=ROUNDS,
         amount=QUESTIONS * CHOICES,
         unit="requests/s",
@@ -72,16 +72,16 @@ def questions(vocab_size: int) -> list[Tree]:
     return [Tree(tokens(*CONTEXT), tuple(tokens(*CHOICE) for _ in range(CHOICES))) for _ in range(QUESTIONS)]
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way of scoring, in one process."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant of scoring, in one process."""
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = Transformer(config.model)
     initialise(model, config.seed)
     model.requires_grad_(requires_grad=False)
     trees = questions(config.model.vocab_size)
 
-    if way != OURS:
-        return _hf(model, trees, int(way.rpartition(" ")[2]), device, dtype)
+    if variant != OURS:
+        return _hf(model, trees, int(variant.rpartition(" ")[2]), device, dtype)
 
     decoder = Decoder(config.model, 2, best_page_tokens(config.model, dtype, device), dtype, device)
     with torch.inference_mode():
@@ -94,7 +94,7 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 def _scoring(totals: Callable[[], list[float]]) -> Trial:
-    """A trial of `totals`, which returns the log-likelihood of every request; all ways must give the same ones."""
+    """A trial of `totals`, which returns the log-likelihood of every request; all variants must give the same ones."""
 
     def step() -> float:
         totals()

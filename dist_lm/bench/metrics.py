@@ -46,8 +46,8 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
         Case(
             name=describe(config),
             config=config,
-            ways={MEASURED: size, BARE: size},
-            comparisons=(Comparison(way=MEASURED, peer=BARE), Comparison(way=MEASURED, fact=COST)),
+            variants={MEASURED: size, BARE: size},
+            comparisons=(Comparison(variant=MEASURED, peer=BARE), Comparison(variant=MEASURED, fact=COST)),
             same_losses=frozenset({MEASURED, BARE}),
             rounds=40,
         )
@@ -55,10 +55,10 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     ]
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way, in one process."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant, in one process."""
     training = MeasuredTraining(config, world)
-    if way == BARE:
+    if variant == BARE:
         return Trial(lambda: training.step().loss)
     return Trial(training.measured_step, lambda: {COST: training.cost()})
 

@@ -1,6 +1,6 @@
 """A training step of DPO on pairs: a tree for each prompt with both completions, against TRL's `DPOTrainer`.
 
-All ways train the same model on the same pairs by the same loss (the first steps are compared). Without the tree a
+All variants train the same model on the same pairs by the same loss (the first steps are compared). Without the tree a
 prompt is read once for each completion. TRL computes the reference in every step by default; the second peer is TRL
 with the log-probabilities of the reference computed beforehand, as ours are. The loop, the logging and the data loader
 of its trainer are not timed. Ceiling: next-token training on as many tokens as the trees have, causal, with logits of
@@ -61,7 +61,7 @@ def _case(config: Config) -> Case:
         name=f"DPO, {config.model.name}, {config.stage.global_batch} prompts of {prompt}, "
         f"2 completions of {completion}",
         config=config,
-        ways=dict.fromkeys([TREE, *peers, PLAIN], GroupSize(1, THREADS)),
+        variants=dict.fromkeys([TREE, *peers, PLAIN], GroupSize(1, THREADS)),
         comparisons=[against(TREE, peer, why_not, PLAIN) for peer in (TRL, TRL_KNOWN)],
         same_losses=frozenset({TREE, *peers}),
         rounds=ROUNDS,
@@ -70,8 +70,8 @@ def _case(config: Config) -> Case:
     )
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way, in one process."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant, in one process."""
     model = Transformer(config.model)
     initialise(model, config.seed)
     model.to(world.device)
@@ -79,12 +79,12 @@ def build(way: str, config: Config, world: World) -> Trial:
     with torch.no_grad():
         reference_C = segment_logprobs(model, batch)[: len(batch.prompt_C)]
 
-    if way in (TRL, TRL_KNOWN):
-        return Trial(TrlStep(model, config, reference_C if way == TRL_KNOWN else None, world.device))
+    if variant in (TRL, TRL_KNOWN):
+        return Trial(TrlStep(model, config, reference_C if variant == TRL_KNOWN else None, world.device))
 
     training = OwnTraining(model, config, slice(None), world)
-    model.document_mask = way == TREE
-    if way == TREE:
+    model.document_mask = variant == TREE
+    if variant == TREE:
         training.objective = preference_objective(PreferenceLoss(settings_of(config)))
         training.batches = [replace(batch, reference_C=reference_C)]
     else:

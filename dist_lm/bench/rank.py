@@ -1,11 +1,11 @@
 """One rank of a benchmark: the trials it times, and its program `python -m dist_lm.bench.rank PARENT PLACE DEVICE`.
 
-A trial is one way of a case, mostly a training step on made-up tokens. The program reads requests from standard input
-until that is closed, one JSON object per line, and writes one answer for each:
+A trial is one variant of a case, mostly a training step on made-up tokens. The program reads requests from standard
+input until that is closed, one JSON object per line, and writes one answer for each:
 
-    {"do": "build", "way": W, "config": PATH}  builds a way, runs its first steps  -> {"losses": [...], "facts": {...}}
-    {"do": "time", "way": W, "steps": N}       times N training steps              -> {"seconds": S}
-    {"do": "forget"}                           frees what was built                -> {}
+    {"do": "build", "variant": W, "config": PATH}  builds it, runs its first steps  -> {"losses": [...], "facts": {...}}
+    {"do": "time", "variant": W, "steps": N}       times N training steps           -> {"seconds": S}
+    {"do": "forget"}                               frees what was built             -> {}
 
 Dimensions: B sequences, T tokens.
 """
@@ -50,7 +50,7 @@ class Trial:
     step: Callable[[], float]  # one training step; returns its loss
     facts: Callable[[], dict[str, float]] = dict  # called once after the first steps; names end with their unit
     clock: Callable[[], float] = time.perf_counter  # seconds, by which steps are timed
-    losses: Callable[[], list[float]] | None = None  # losses to compare with other ways; None: of the first steps
+    losses: Callable[[], list[float]] | None = None  # losses to compare with other variants; None: of the first steps
 
 
 def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
@@ -153,12 +153,12 @@ def serve(
         request = json.loads(line)
         match request["do"]:
             case "build":
-                trial = build(request["way"], load_config(Path(request["config"])), world)
-                trials[request["way"]] = trial
+                trial = build(request["variant"], load_config(Path(request["config"])), world)
+                trials[request["variant"]] = trial
                 losses = trial.losses() if trial.losses else [trial.step() for _ in range(FIRST_STEPS)]
                 yield {"losses": losses, "facts": trial.facts()}
             case "time":
-                yield {"seconds": seconds_of(trials[request["way"]], request["steps"], world)}
+                yield {"seconds": seconds_of(trials[request["variant"]], request["steps"], world)}
             case "forget":
                 trials.clear()
                 gc.collect()

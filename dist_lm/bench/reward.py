@@ -1,9 +1,9 @@
 """A training step of a reward model: all completions of a prompt in one tree, or each with its own copy of the prompt.
 
-Every way computes the same loss (the first steps are compared). Without the tree the prompt is read again for every
+Every variant computes the same loss (the first steps are compared). Without the tree the prompt is read again for every
 completion: in rows of one completion each, as other libraries do it (here without padding, because all have one
 length), and packed one after the other. Ceiling: as many tokens as the tree has, with plain causal attention and no
-mask. Speed is in tokens of the tree per second for all ways, so a ratio is a ratio of times.
+mask. Speed is in tokens of the tree per second for all variants, so a ratio is a ratio of times.
 
 Dimensions: B prompts (and sequences of the tree), T tokens, K completions of a prompt.
 """
@@ -40,21 +40,21 @@ def _case(config: Config) -> Case:
     return Case(
         name=f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {k} completions of {each}",
         config=config,
-        ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), GroupSize(1)),
-        comparisons=[Comparison(way=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
+        variants=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), GroupSize(1)),
+        comparisons=[Comparison(variant=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
         same_losses=frozenset({TREE, ROWS, PACKED}),
         rounds=ROUNDS,
     )
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way, in one process."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant, in one process."""
     model = Transformer(config.model)
     initialise(model, config.seed)
     training = OwnTraining(model.to(world.device), config, slice(None), world)
     training.objective = choices_of_people
-    training.model.document_mask = way in (TREE, PACKED)
-    training.batches = [batch_of(way, config).to(world.device)]
+    training.model.document_mask = variant in (TREE, PACKED)
+    training.batches = [batch_of(variant, config).to(world.device)]
     return Trial(training.step)
 
 
@@ -68,18 +68,18 @@ def tokens_of(config: Config) -> tuple[int, int, int]:
     return prompt, k, (config.stage.seq_len - prompt) // k
 
 
-def batch_of(way: str, config: Config) -> Batch:
-    """Returns the same prompts and completions in the layout of `way`; completion k of a prompt has rank k."""
+def batch_of(variant: str, config: Config) -> Batch:
+    """Returns the same prompts and completions in the layout of `variant`; completion k of a prompt has rank k."""
     n_prompts, t = config.stage.global_batch, config.stage.seq_len
     generator = torch.Generator().manual_seed(config.seed)
     tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=generator)
     prompt, k, completion = tokens_of(config)
     branch = np.repeat(np.arange(k + 1), [prompt] + k * [completion])
 
-    if way in (TREE, PLAIN):
+    if variant in (TREE, PLAIN):
         ends = torch.from_numpy(branch_ends(branch))
-        position = torch.from_numpy(branch_positions(branch)) if way == TREE else torch.arange(t)
-        branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1) if way == TREE else None
+        position = torch.from_numpy(branch_positions(branch)) if variant == TREE else torch.arange(t)
+        branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1) if variant == TREE else None
         place_PK = torch.arange(n_prompts)[:, None] * t + ends
         return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), place_PK, branch_BT)
 
@@ -89,7 +89,7 @@ def batch_of(way: str, config: Config) -> Batch:
     apart_BKT = torch.stack([tokens_BT[:, indices] for indices in path_indices], dim=1)
     place_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
 
-    rows = (n_prompts * k, each) if way == ROWS else (n_prompts, k * each)
+    rows = (n_prompts * k, each) if variant == ROWS else (n_prompts, k * each)
     document = torch.arange(k).repeat_interleave(each).repeat(n_prompts, 1)
     position = torch.arange(each).repeat(n_prompts * k)
     return _batch(apart_BKT.reshape(rows), document.view(rows), position.view(rows), place_PK, None)

@@ -1,6 +1,6 @@
 """Rollouts per second of PPO and GRPO: our learner with its pool of Ray actors, against TRL and a bare loop.
 
-The model is a toy of two layers. Every way draws 64 completions of 16 tokens, runs a frozen reference and a reward
+The model is a toy of two layers. Every variant draws 64 completions of 16 tokens, runs a frozen reference and a reward
 model of the policy's shape, and makes four passes of updates of policy and critic. Peers are not installed by default;
 a missing one is listed without a figure.
 
@@ -70,14 +70,14 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def peers_case(config: Config) -> Case:
-    """A case of PPO by every way, on two threads."""
+    """A case of PPO by every variant, on two threads."""
     size = GroupSize(1, THREADS)
     absent = {name: reason for name, peer in PEERS.items() if (reason := _why_not(peer))}
     model, stage = config.model, config.stage
     return Case(
         name=f"PPO, {model.d_model} x {model.n_layers} layers, {stage.global_batch} x {stage.seq_len} new tokens",
         config=config,
-        ways=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], size),
+        variants=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], size),
         comparisons=[against(OURS, name, absent.get(name), ONE_PROCESS) for name in PEERS],
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -86,21 +86,21 @@ def peers_case(config: Config) -> Case:
     )
 
 
-def of_passes(way: str, passes: int) -> str:
-    """Returns the name of a way of a GRPO case."""
-    return f"{way}, {passes} passes" if passes > 1 else f"{way}, 1 pass"
+def of_passes(variant: str, passes: int) -> str:
+    """Returns the name of a variant of a GRPO case."""
+    return f"{variant}, {passes} passes" if passes > 1 else f"{variant}, 1 pass"
 
 
 def grpo_case(config: Config, passes: int) -> Case:
     """A case of GRPO by our learner and by TRL, on two threads."""
     size, absent = GroupSize(1, THREADS), _why_not(TrlGrpo)
     model, stage = config.model, config.stage
-    ours, one_process, peer = (of_passes(way, passes) for way in (OURS, ONE_PROCESS, TRL_GRPO))
+    ours, one_process, peer = (of_passes(variant, passes) for variant in (OURS, ONE_PROCESS, TRL_GRPO))
     return Case(
         name=f"GRPO, {model.d_model} x {model.n_layers} layers, groups of {GROUP}, "
         f"{stage.global_batch} x {stage.seq_len} new tokens",
         config=config,
-        ways=dict.fromkeys([ours, one_process, *([] if absent else [peer])], size),
+        variants=dict.fromkeys([ours, one_process, *([] if absent else [peer])], size),
         comparisons=[against(ours, peer, absent, one_process)],
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -115,10 +115,10 @@ def staleness_case(config: Config) -> Case:
     return Case(
         name=f"drawing {config.stage.seq_len} new tokens beside updates, a core each",
         config=config,
-        ways={TOGETHER: size, IN_TURNS: size},
+        variants={TOGETHER: size, IN_TURNS: size},
         comparisons=[
-            Comparison(way=TOGETHER, peer=IN_TURNS),
-            Comparison(way=IN_TURNS, peer_name="-", fact=DRAWING),
+            Comparison(variant=TOGETHER, peer=IN_TURNS),
+            Comparison(variant=IN_TURNS, peer_name="-", fact=DRAWING),
         ],
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -134,8 +134,8 @@ def push_case(config: Config) -> Case:
     return Case(
         name=f"push of {mib} MiB, {model.d_model} x {model.n_layers} layers",
         config=config,
-        ways={PUSH: size, PUT: size},
-        comparisons=[Comparison(way=PUSH, peer=PUT)],
+        variants={PUSH: size, PUT: size},
+        comparisons=[Comparison(variant=PUSH, peer=PUT)],
         same_losses=frozenset(),
         rounds=ROUNDS,
         amount=mib,
@@ -148,7 +148,7 @@ def _why_not(peer: type[Peer]) -> str | None:
 
 
 class Worker:
-    """Holds what the ways of one process share: a Ray cluster, and a pool of one actor."""
+    """Holds what the variants of one process share: a Ray cluster, and a pool of one actor."""
 
     def __init__(self) -> None:
         self._ends_with_process = ExitStack()
@@ -173,10 +173,10 @@ class Worker:
         return self._source
 
 
-WORKER = Worker()  # one per process, because a process builds all ways of its size
+WORKER = Worker()  # one per process, because a process builds all variants of its size
 
 
-def pushing(way: str, config: Config, world: World) -> Callable[[], float]:
+def pushing(variant: str, config: Config, world: World) -> Callable[[], float]:
     """Returns a step that stores the weights of the policy once."""
     import ray
 
@@ -192,28 +192,28 @@ def pushing(way: str, config: Config, world: World) -> Callable[[], float]:
         ray.put({name: np.array(weight.detach().numpy()) for name, weight in model.named_parameters()})
         return 0.0
 
-    return push if way == PUSH else put
+    return push if variant == PUSH else put
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way of running `ITERATIONS` iterations, in one process."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant of running `ITERATIONS` iterations, in one process."""
     config = copy(config)  # `replace` would check it against a tokenizer
     config.model = replace(config.model, vocab_size=VOCABULARY)
 
-    if way in (PUSH, PUT):
-        return Trial(pushing(way, config, world), losses=list)
-    if way in PEERS:
-        peer = PEERS[way](config, made_up_prompts(config))
+    if variant in (PUSH, PUT):
+        return Trial(pushing(variant, config, world), losses=list)
+    if variant in PEERS:
+        peer = PEERS[variant](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)
-    if way in (OURS, ONE_PROCESS):
-        toy = ToyRun(config, world, WORKER.source(config) if way == OURS else None, ppo_config(config))
+    if variant in (OURS, ONE_PROCESS):
+        toy = ToyRun(config, world, WORKER.source(config) if variant == OURS else None, ppo_config(config))
         return Trial(toy.run, losses=list)
 
     for passes in GRPO_PASSES:
-        if way == of_passes(TRL_GRPO, passes):
+        if variant == of_passes(TRL_GRPO, passes):
             return Trial(TrlGrpo(config, made_up_prompts(config), passes).run, losses=list)
-        if way in (of_passes(OURS, passes), of_passes(ONE_PROCESS, passes)):
-            source = WORKER.source(config) if way == of_passes(OURS, passes) else None
+        if variant in (of_passes(OURS, passes), of_passes(ONE_PROCESS, passes)):
+            source = WORKER.source(config) if variant == of_passes(OURS, passes) else None
             return Trial(ToyRun(config, world, source, grpo_config(config, passes)).run, losses=list)
 
     # Drawing beside updates gains only where both have a core of their own.
@@ -221,7 +221,7 @@ def build(way: str, config: Config, world: World) -> Trial:
     learner_core, actor_core = two_cores()
     pin(0, learner_core)
     pin(source.pool.members[0].pid, actor_core)
-    toy = ToyRun(config, world, source, ppo_config(config, staleness=int(way == TOGETHER), epochs=1))
+    toy = ToyRun(config, world, source, ppo_config(config, staleness=int(variant == TOGETHER), epochs=1))
 
     def facts() -> dict[str, float]:
         toy.run()

@@ -1,6 +1,6 @@
-"""`python -m dist_lm bench NAME` builds the ways of every case, checks that their losses agree, and times them in turn.
+"""`python -m dist_lm bench NAME` builds the variants of a case, checks that their losses agree and times them in turn.
 
-Timing goes in rounds. Every way runs once per round, so that a busy minute of the machine slows all ways alike.
+Timing goes in rounds. Every variant runs once per round, so that a busy minute of the machine slows all variants alike.
 """
 
 import math
@@ -38,8 +38,8 @@ BENCHMARKS = {
     "sandbox": "dist_lm.bench.sandbox",
 }
 """Name -> module, or module:object, with `cases` and `build` as in `case.Benchmark`."""
-ROUND_S = 0.5  # seconds of a way in a round
-LONGEST_ROUND = 50  # steps of a way in a round, at most
+ROUND_S = 0.5  # seconds of a variant in a round
+LONGEST_ROUND = 50  # steps of a variant in a round, at most
 QUICK_ROUNDS = 3
 QUICK_ROUND_S = 0.1
 SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # largest relative difference over the first steps
@@ -49,7 +49,7 @@ Ask = Callable[[GroupSize, Mapping[str, Any]], list[dict[str, Any]]]
 
 
 class NotTheSameError(UserError):
-    """Two ways of the same computation have different losses, so their times are not comparable."""
+    """Two variants of the same computation have different losses, so their times are not comparable."""
 
 
 def run_benchmark(
@@ -62,7 +62,7 @@ def run_benchmark(
     Raises:
         ConfigError: unknown benchmark, or overrides that cannot run.
         RankFailedError: a rank process failed.
-        NotTheSameError: two ways computed different losses.
+        NotTheSameError: two variants computed different losses.
     """
     if name not in BENCHMARKS:
         raise ConfigError(f"bench {name}: expected one of {', '.join([*BENCHMARKS, 'learn', 'scaling'])}")
@@ -92,70 +92,75 @@ def run_benchmark(
 
 
 def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device: str = "cpu") -> list[Record]:
-    """Builds every way of a case, checks their losses, times them and frees them; returns the case's records."""
+    """Builds every variant of a case, checks their losses, times them and frees them; returns the case's records."""
     path = work / "config.yaml"
     save_config(case.config, path)
 
-    # Ways that compute something else must not be compared by speed.
-    built = {way: ask(size, {"do": "build", "way": way, "config": str(path)})[0] for way, size in case.ways.items()}
+    # Variants that compute something else must not be compared by speed.
+    built = {
+        variant: ask(size, {"do": "build", "variant": variant, "config": str(path)})[0]
+        for variant, size in case.variants.items()
+    }
     if case.same_losses:
-        losses = {way: built[way]["losses"] for way in case.ways if way in case.same_losses}
+        losses = {variant: built[variant]["losses"] for variant in case.variants if variant in case.same_losses}
         check_same(losses, compute_dtype(case.config.parallel, torch.device(device)))
 
-    def time_steps(way: str, steps: int) -> float:
-        return max(answer["seconds"] for answer in ask(case.ways[way], {"do": "time", "way": way, "steps": steps}))
+    def time_steps(variant: str, steps: int) -> float:
+        request = {"do": "time", "variant": variant, "steps": steps}
+        return max(answer["seconds"] for answer in ask(case.variants[variant], request))
 
     if quick:
-        seconds = seconds_per_step(list(case.ways), QUICK_ROUNDS, time_steps, QUICK_ROUND_S)
+        seconds = seconds_per_step(list(case.variants), QUICK_ROUNDS, time_steps, QUICK_ROUND_S)
     else:
-        seconds = seconds_per_step(list(case.ways), case.rounds, time_steps)
+        seconds = seconds_per_step(list(case.variants), case.rounds, time_steps)
 
-    for size in sorted(set(case.ways.values()), key=repr):
+    for size in sorted(set(case.variants.values()), key=repr):
         ask(size, {"do": "forget"})
-    return records_of(name, case, seconds, {way: built[way]["facts"] for way in case.ways})
+    return records_of(name, case, seconds, {variant: built[variant]["facts"] for variant in case.variants})
 
 
 def check_same(losses: Mapping[str, Sequence[float]], dtype: torch.dtype = torch.float32) -> None:
-    """Refuses ways whose first losses differ.
+    """Refuses variants whose first losses differ.
 
     Args:
-        losses: way -> losses of its first steps.
+        losses: variant -> losses of its first steps.
         dtype: dtype of the forward and backward pass.
 
     Raises:
-        NotTheSameError: names the two ways and the step.
+        NotTheSameError: names the two variants and the step.
     """
-    (first_way, first_losses), *remaining = losses.items()
-    for way, way_losses in remaining:
-        for step, (expected, loss) in enumerate(zip(first_losses, way_losses, strict=True)):
+    (first_variant, first_losses), *remaining = losses.items()
+    for variant, variant_losses in remaining:
+        for step, (expected, loss) in enumerate(zip(first_losses, variant_losses, strict=True)):
             # Written with `not`, so that a NaN is refused too.
             if not abs(loss - expected) <= SAME_LOSS[dtype] * abs(expected):
                 raise NotTheSameError(
-                    f"'{way}' and '{first_way}' do not compute the same: loss {loss} and {expected} at step {step}"
+                    f"'{variant}' and '{first_variant}' do not compute the same: "
+                    f"loss {loss} and {expected} at step {step}"
                 )
 
 
-def order_of_round(ways: Sequence[str], index: int) -> list[str]:
-    """Rotates the ways by one each round, so that no way always starts with the caches of the same other way."""
-    shift = index % len(ways)
-    return [*ways[shift:], *ways[:shift]]
+def order_of_round(variants: Sequence[str], index: int) -> list[str]:
+    """Rotates the variants by one each round, so that none always starts with the caches of the same other one."""
+    shift = index % len(variants)
+    return [*variants[shift:], *variants[:shift]]
 
 
 def seconds_per_step(
-    ways: Sequence[str], rounds: int, time_steps: Callable[[str, int], float], round_s: float = ROUND_S
+    variants: Sequence[str], rounds: int, time_steps: Callable[[str, int], float], round_s: float = ROUND_S
 ) -> dict[str, list[float]]:
-    """Returns the seconds of a step of each way, one value per round.
+    """Returns the seconds of a step of each variant, one value per round.
 
     Args:
-        time_steps: function of (way, steps) that returns the seconds of those steps.
-        round_s: seconds that a way should take in a round; they set its number of steps.
+        time_steps: function of (variant, steps) that returns the seconds of those steps.
+        round_s: seconds that a variant should take in a round; they set its number of steps.
     """
-    steps = {way: min(LONGEST_ROUND, max(1, math.ceil(round_s / time_steps(way, 1)))) for way in ways}
+    steps = {variant: min(LONGEST_ROUND, max(1, math.ceil(round_s / time_steps(variant, 1)))) for variant in variants}
 
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for index in range(rounds):
-        for way in order_of_round(ways, index):
-            seconds[way].append(time_steps(way, steps[way]) / steps[way])
+        for variant in order_of_round(variants, index):
+            seconds[variant].append(time_steps(variant, steps[variant]) / steps[variant])
     return seconds
 
 
@@ -165,7 +170,7 @@ def _device(planned: Sequence[Case]) -> str:
     if device != "auto":
         return device
 
-    ranks = max(size.ranks for case in planned for size in case.ways.values())
+    ranks = max(size.ranks for case in planned for size in case.variants.values())
     return "cuda" if torch.cuda.is_available() and local_gpus() >= ranks else "cpu"
 
 

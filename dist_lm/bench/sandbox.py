@@ -39,8 +39,8 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
         Case(
             name=f"Python with a test, {cores()} workers",
             config=config,
-            ways=dict.fromkeys((WARM, COLD, FORK), GroupSize(1)),
-            comparisons=[Comparison(way=WARM, peer=COLD, ceiling=FORK)],
+            variants=dict.fromkeys((WARM, COLD, FORK), GroupSize(1)),
+            comparisons=[Comparison(variant=WARM, peer=COLD, ceiling=FORK)],
             same_losses=frozenset(),
             amount=RUNS,
             unit="runs/s",
@@ -49,10 +49,10 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     ]
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way; its processes end with this one."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant; its processes end with this one."""
     del config, world  # the programs are the same for every configuration
-    step = {WARM: _warm, COLD: _cold, FORK: _forks}[way]()
+    step = {WARM: _warm, COLD: _cold, FORK: _forks}[variant]()
     return Trial(step, losses=lambda: [0.0])
 
 

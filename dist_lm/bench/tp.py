@@ -64,21 +64,21 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 def _case(config: Config) -> Case:
     reason = misfit(config.model, TP)
     pair, single = GroupSize(TP), GroupSize(1, threads=TP)
-    ways = {OURS: pair, ONE: single}
+    variants = {OURS: pair, ONE: single}
     if not reason:
-        ways[TORCH] = pair
+        variants[TORCH] = pair
     return Case(
         name=describe(config),
         config=config,
-        ways=ways,
+        variants=variants,
         comparisons=[against(OURS, TORCH, reason, ONE)],
-        same_losses=frozenset(ways),
+        same_losses=frozenset(variants),
     )
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds a rank's part of one way."""
-    if way == TORCH:
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds a rank's part of one variant."""
+    if variant == TORCH:
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tp",))
         batch = made_up_batch(config, slice(None), world.device)
         return Trial(PeerTraining(config, mesh, batch).bare_step)

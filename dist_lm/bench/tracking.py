@@ -2,8 +2,8 @@
 
 Wall time depends on how busy the machine is. So a step is timed by values that other processes do not change: the CPU
 seconds of the rank, and the seconds that it was blocked while writing its line of metrics. The rank and its follower
-each get a core, if there are two; the ways take turns in rounds. The facts report the CPU share of the launcher's side
-and the wait at the end of a run, which does not grow with the run.
+each get a core, if there are two; the variants take turns in rounds. The facts report the CPU share of the launcher's
+side and the wait at the end of a run, which does not grow with the run.
 """
 
 import json
@@ -39,10 +39,10 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
         Case(
             name=f"{describe(config)}, a line a step",
             config=config,
-            ways=dict.fromkeys((NOBODY, *followed), size),
+            variants=dict.fromkeys((NOBODY, *followed), size),
             comparisons=[
-                *(Comparison(way=way, peer=NOBODY) for way in followed),
-                *(Comparison(way=way, fact=fact) for fact in (SIDE, WAIT) for way in followed),
+                *(Comparison(variant=variant, peer=NOBODY) for variant in followed),
+                *(Comparison(variant=variant, fact=fact) for fact in (SIDE, WAIT) for variant in followed),
             ],
             same_losses=frozenset((NOBODY, *followed)),
             rounds=12,
@@ -51,16 +51,16 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     ]
 
 
-def build(way: str, config: Config, world: World) -> Trial:
-    """Builds one way in one process, with its follower."""
+def build(variant: str, config: Config, world: World) -> Trial:
+    """Builds one variant in one process, with its follower."""
     rank_core, follower_core = two_cores()
     pin(0, rank_core)
     training = FollowedTraining(config, world)
-    if way == NOBODY:
+    if variant == NOBODY:
         return Trial(training.measured_step, clock=training.clock)
 
-    training.follower = Follower(training.directory, way, follower_core)
-    return Trial(training.measured_step, lambda: facts_of_run(way, follower_core), clock=training.clock)
+    training.follower = Follower(training.directory, variant, follower_core)
+    return Trial(training.measured_step, lambda: facts_of_run(variant, follower_core), clock=training.clock)
 
 
 class CountedWriter(MetricsWriter):
@@ -96,9 +96,9 @@ class FollowedTraining(MeasuredTraining):
 class Follower:
     """The launcher's side in a process and on a core of its own: it follows a metrics file and feeds wandb."""
 
-    def __init__(self, directory: Path, way: str, core: int | None) -> None:
+    def __init__(self, directory: Path, variant: str, core: int | None) -> None:
         """Starts the process; it ends with this object, or with this process."""
-        command = [sys.executable, "-m", "dist_lm.bench.tracking_follower", str(os.getpid()), str(directory), way]
+        command = [sys.executable, "-m", "dist_lm.bench.tracking_follower", str(os.getpid()), str(directory), variant]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         pin(self._process.pid, core)
 
@@ -123,12 +123,12 @@ class Follower:
             self._process.wait()
 
 
-def facts_of_run(way: str, core: int | None) -> dict[str, float]:
+def facts_of_run(variant: str, core: int | None) -> dict[str, float]:
     """Follows a run of a few seconds to its end; returns CPU time of the follower, and the wait for it."""
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as directory:
         path = Path(directory)
         with MetricsWriter(path / "metrics.jsonl") as writer:
-            follower = Follower(path, way, core)
+            follower = Follower(path, variant, core)
 
             # The first lines and the wait take the start of wandb out of the cost per line.
             _write_lines(writer, 1, LINES // 10)

@@ -1,4 +1,4 @@
-"""The launcher's side of `bench tracking`: `python -m dist_lm.bench.tracking_follower PARENT DIRECTORY WAY`.
+"""The launcher's side of `bench tracking`: `python -m dist_lm.bench.tracking_follower PARENT DIRECTORY VARIANT`.
 
 It follows DIRECTORY/metrics.jsonl, gives every line to wandb as a launcher does, and answers the words `cost` and
 `finish` on standard input.
@@ -77,9 +77,9 @@ def cpu_s() -> float:
 def main() -> None:
     """Follows the metrics until standard input ends."""
     die_with_parent(int(sys.argv[1]))
-    run, way = RunDirectory(Path(sys.argv[2])), sys.argv[3]
+    run, variant = RunDirectory(Path(sys.argv[2])), sys.argv[3]
 
-    with troubled_server() if way == TROUBLE else nullcontext("") as address:
+    with troubled_server() if variant == TROUBLE else nullcontext("") as address:
         login = {}
         if address:
             login = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "NO_PROXY": "127.0.0.1"}

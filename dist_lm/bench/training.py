@@ -36,7 +36,7 @@ PAIR = GroupSize(RANKS)
 NANO, TINY = ("model=nano",), ("model=tiny", "model.vocab_size=4096")
 WIDE = ("model=tiny", "model.d_model=512", "model.d_ff=2048", "model.n_heads=8", "model.vocab_size=4096")
 
-FSDP_WAY, ONE, ALONE = "fsdp", "one process", "each alone"
+SHARDED, ONE, ALONE = "fsdp", "one process", "each alone"
 NONE, SELECTIVE, FULL, FAIRSCALE = "none", "selective", "full", "full by fairscale"
 PEAK = "peak MiB"
 COMPILED, EAGER = "compiled", "eager"
@@ -46,9 +46,11 @@ def _batch(sequences: int, tokens: int) -> tuple[str, ...]:
     return (f"stage.global_batch={sequences}", f"stage.seq_len={tokens}")
 
 
-def _case(config: Config, ways: Mapping[str, GroupSize], comparisons: Sequence[Comparison], *different: str) -> Case:
-    """Makes a case; the ways named in `different` compute something else, so their losses are not compared."""
-    return Case(describe(config), config, ways, comparisons, frozenset(ways) - set(different))
+def _case(
+    config: Config, variants: Mapping[str, GroupSize], comparisons: Sequence[Comparison], *different: str
+) -> Case:
+    """Makes a case; the variants named in `different` compute something else, so their losses are not compared."""
+    return Case(describe(config), config, variants, comparisons, frozenset(variants) - set(different))
 
 
 def _training(config: Config, world: World, parallel: ParallelConfig | None = None) -> OwnTraining:
@@ -62,14 +64,14 @@ def _training(config: Config, world: World, parallel: ParallelConfig | None = No
 
 
 def _fsdp_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    ways = {FSDP_WAY: PAIR, ONE: GroupSize(1, threads=RANKS), ALONE: PAIR}
-    rows = [Comparison(way=FSDP_WAY, peer=ONE, peer_name=f"one process, {RANKS} threads", ceiling=ALONE)]
+    variants = {SHARDED: PAIR, ONE: GroupSize(1, threads=RANKS), ALONE: PAIR}
+    rows = [Comparison(variant=SHARDED, peer=ONE, peer_name=f"one process, {RANKS} threads", ceiling=ALONE)]
     shapes = [(*size, *_batch(4, 512)) for size in (NANO, TINY)]
-    return [_case(config, ways, rows, ALONE) for config in configurations(shapes, overrides, quick)]
+    return [_case(config, variants, rows, ALONE) for config in configurations(shapes, overrides, quick)]
 
 
-def _build_fsdp(way: str, config: Config, world: World) -> Trial:
-    if way != ALONE:
+def _build_fsdp(variant: str, config: Config, world: World) -> Trial:
+    if variant != ALONE:
         return Trial(_training(config, world).step)
 
     # The ceiling: each rank has a whole model and its part of the batch, and nothing is sent.
@@ -86,17 +88,17 @@ FSDP = Benchmark(_fsdp_cases, _build_fsdp)
 
 
 def _checkpointing_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    ways: dict[str, GroupSize] = dict.fromkeys((NONE, SELECTIVE, FULL, FAIRSCALE), PAIR)
+    variants: dict[str, GroupSize] = dict.fromkeys((NONE, SELECTIVE, FULL, FAIRSCALE), PAIR)
     pairs = ((SELECTIVE, NONE), (FULL, NONE), (FULL, FAIRSCALE))
-    rows = [Comparison(way=own, peer=peer, fact=fact) for fact in (None, PEAK) for own, peer in pairs]
+    rows = [Comparison(variant=own, peer=peer, fact=fact) for fact in (None, PEAK) for own, peer in pairs]
     shapes = [(*NANO, *_batch(8, 256)), (*TINY, *_batch(8, 256)), (*WIDE, *_batch(4, 256))]
-    return [_case(config, ways, rows) for config in configurations(shapes, overrides, quick)]
+    return [_case(config, variants, rows) for config in configurations(shapes, overrides, quick)]
 
 
-def _build_checkpointing(way: str, config: Config, world: World) -> Trial:
-    method = NONE if way == FAIRSCALE else way
+def _build_checkpointing(variant: str, config: Config, world: World) -> Trial:
+    method = NONE if variant == FAIRSCALE else variant
     training = _training(config, world, replace(config.parallel, activation_checkpointing=method))
-    if way == FAIRSCALE:
+    if variant == FAIRSCALE:
         for block in training.model.blocks:
             checkpoint_wrapper(block)  # FSDP hooks around `forward`, so the model may be sharded before
 
@@ -119,23 +121,23 @@ def _compile_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     if not shutil.which(compiler):
         raise UserError(f"torch.compile needs a C++ compiler and {compiler} is not there: install g++, or set CXX")
 
-    ways: dict[str, GroupSize] = dict.fromkeys((COMPILED, EAGER), GroupSize(1, threads=cores()))
-    rows = [Comparison(way=COMPILED, peer=EAGER)]
+    variants: dict[str, GroupSize] = dict.fromkeys((COMPILED, EAGER), GroupSize(1, threads=cores()))
+    rows = [Comparison(variant=COMPILED, peer=EAGER)]
     shapes = [(AS_USED, *size, *batch) for size, batch in ((NANO, _batch(8, 256)), (TINY, _batch(4, 512)))]
     settings = [AS_USED, *overrides] if overrides else ()
-    return [_case(config, ways, rows) for config in configurations(shapes, settings, quick)]
+    return [_case(config, variants, rows) for config in configurations(shapes, settings, quick)]
 
 
-def compiled_as_used(way: str, config: Config, device: torch.device) -> Config:
-    """Returns the configuration of one way; on CUDA with the attention of packed documents, as a user's run has it."""
+def compiled_as_used(variant: str, config: Config, device: torch.device) -> Config:
+    """Returns the configuration of a variant; on CUDA with attention of packed documents, as a user's run has it."""
     mask = config.stage.document_mask or device.type == "cuda"
-    mode = "always" if way == COMPILED else "never"
+    mode = "always" if variant == COMPILED else "never"
     stage, parallel = replace(config.stage, document_mask=mask), replace(config.parallel, compile=mode)
     return replace(config, stage=stage, parallel=parallel)
 
 
-def _build_compile(way: str, config: Config, world: World) -> Trial:
-    return Trial(_training(compiled_as_used(way, config, world.device), world).step)
+def _build_compile(variant: str, config: Config, world: World) -> Trial:
+    return Trial(_training(compiled_as_used(variant, config, world.device), world).step)
 
 
 COMPILE = Benchmark(_compile_cases, _build_compile)

@@ -19,8 +19,8 @@ from dist_lm.parallel.sharding import compute_dtype
 )
 def test_arithmetic_and_attention_are_those_of_a_run_on_that_device(device, overrides, dtype, packed):
     (case,) = COMPILE.cases(overrides, True)
-    for way, mode in ((COMPILED, "always"), (EAGER, "never")):
-        config = compiled_as_used(way, case.config, torch.device(device))
+    for variant, mode in ((COMPILED, "always"), (EAGER, "never")):
+        config = compiled_as_used(variant, case.config, torch.device(device))
         assert config.parallel.compile == mode
         assert compute_dtype(config.parallel, torch.device(device)) is dtype
         assert config.stage.document_mask is packed

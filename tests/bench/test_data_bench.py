@@ -47,5 +47,5 @@ def encoded(work: Work, sample: Sequence[Document], processes: int) -> float:
 
 def test_a_case_has_the_cleaned_build_beside_the_plain_one() -> None:
     (case,) = cases([], quick=True)
-    assert [comparison.way for comparison in case.comparisons[:2]] == list(case.ways)[:2]
+    assert [comparison.variant for comparison in case.comparisons[:2]] == list(case.variants)[:2]
     assert no_cleaning() != CleaningConfig()

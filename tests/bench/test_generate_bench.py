@@ -1,4 +1,4 @@
-"""The benchmark of generation: that its ways do what their names say, on a tiny model."""
+"""The benchmark of generation: that its variants do what their names say, on a tiny model."""
 
 import pytest
 import torch
@@ -28,16 +28,16 @@ def config(*overrides: str):
 def test_our_engine_and_transformers_draw_from_the_same_model(batch):
     pytest.importorskip("transformers")
     own = config(f"stage.global_batch={batch}", "stage.seq_len=5")
-    trials = [generate.build(way, own, WORLD) for way in (generate.OURS, generate.Transformers.package)]
+    trials = [generate.build(variant, own, WORLD) for variant in (generate.OURS, generate.Transformers.package)]
     ours, theirs = (trial.losses() for trial in trials if trial.losses)
     assert ours == pytest.approx(theirs, abs=1e-4)
     for trial in trials:
         trial.step()
 
 
-@pytest.mark.parametrize("way", [generate.CEILING, generate.ONE, generate.EIGHT])
-def test_the_other_ways_run(way):
-    generate.build(way, config("stage.global_batch=2", "stage.seq_len=5"), WORLD).step()
+@pytest.mark.parametrize("variant", [generate.CEILING, generate.ONE, generate.EIGHT])
+def test_the_other_ways_run(variant):
+    generate.build(variant, config("stage.global_batch=2", "stage.seq_len=5"), WORLD).step()
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_a_peer_that_is_not_installed_is_named_without_a_figure(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (case,) = generate.cases(TINY, quick=True)
     assert [one.peer_name for one in case.comparisons] == [f"{name}: not installed" for name in generate.PEERS]
-    assert set(case.ways) == {generate.OURS, generate.CEILING}
+    assert set(case.variants) == {generate.OURS, generate.CEILING}

@@ -31,9 +31,12 @@ def toy(tmp_path_factory):
     assert not [rank.pid for group in running.values() for rank in group.ranks if rank.poll() is None]
 
 
-def case_of(*ways: str, same: tuple[str, ...] = ()) -> Case:
-    comparisons = [Comparison(ways[0], peer=ways[-1]), Comparison(ways[0], peer=ways[-1], fact="size MiB")]
-    return Case("toy", CONFIG, dict.fromkeys(ways, PAIR), comparisons, frozenset(same))
+def case_of(*variants: str, same: tuple[str, ...] = ()) -> Case:
+    comparisons = [
+        Comparison(variants[0], peer=variants[-1]),
+        Comparison(variants[0], peer=variants[-1], fact="size MiB"),
+    ]
+    return Case("toy", CONFIG, dict.fromkeys(variants, PAIR), comparisons, frozenset(same))
 
 
 def test_a_case_is_built_timed_and_reported(toy, tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmark of reward models: its ways read the same completions, and compute the same loss."""
+"""The benchmark of reward models: its variants read the same completions, and compute the same loss."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def config():
     return configurations((), TINY, quick=True)[0]
 
 
-@pytest.mark.parametrize("way", [reward.ROWS, reward.PACKED])
-def test_apart_a_completion_has_the_tokens_and_positions_that_it_has_in_the_tree(config, way):
+@pytest.mark.parametrize("variant", [reward.ROWS, reward.PACKED])
+def test_apart_a_completion_has_the_tokens_and_positions_that_it_has_in_the_tree(config, variant):
     def seen(name: str) -> list[tuple]:
         """What stands at each place that is scored, and the whole of what it sees."""
         batch = reward.batch_of(name, config)
@@ -45,21 +45,21 @@ def test_apart_a_completion_has_the_tokens_and_positions_that_it_has_in_the_tree
             found.append((batch.tokens_BT[b][own].tolist(), batch.position_BT[b][own].tolist()))
         return found
 
-    assert seen(way) == seen(reward.TREE)
-    assert len(seen(way)) == 6
+    assert seen(variant) == seen(reward.TREE)
+    assert len(seen(variant)) == 6
 
 
 def test_the_ways_compute_the_same_loss(config):
-    losses = {way: first_loss(way, config) for way in (reward.TREE, reward.ROWS, reward.PACKED)}
+    losses = {variant: first_loss(variant, config) for variant in (reward.TREE, reward.ROWS, reward.PACKED)}
     assert losses[reward.ROWS] == pytest.approx(losses[reward.TREE], rel=1e-5)
     assert losses[reward.PACKED] == pytest.approx(losses[reward.TREE], rel=1e-5)
 
 
-def first_loss(way, config) -> float:
+def first_loss(variant, config) -> float:
     model = Transformer(config.model)
     initialise(model, 0)
-    model.document_mask = way in (reward.TREE, reward.PACKED)
+    model.document_mask = variant in (reward.TREE, reward.PACKED)
     with torch.no_grad():
-        loss = choices_of_people(model, reward.batch_of(way, config))
+        loss = choices_of_people(model, reward.batch_of(variant, config))
     assert loss.count == 4
     return float(loss.total / loss.count)

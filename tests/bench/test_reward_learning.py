@@ -104,13 +104,13 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
     return reward_metrics(beside_verdicts(val, scores))
 
 
-def taus(directory: Path, seed: int, ways: Sequence[str], rankings: int, steps: int) -> list[float]:
+def taus(directory: Path, seed: int, variants: Sequence[str], rankings: int, steps: int) -> list[float]:
     """Kendall's tau on held-out rankings of models that learned the same rankings in different ways."""
     write_corpus(directory, rankings, seed)
     config = compose_config([*SETTINGS, f"seed={seed}"])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        return [train(config, directory, way, steps)["reward/kendall_tau"] for way in ways]
+        return [train(config, directory, variant, steps)["reward/kendall_tau"] for variant in variants]
     finally:
         dist.destroy_process_group()
 

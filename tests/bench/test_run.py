@@ -12,7 +12,7 @@ from dist_lm.bench.run import LONGEST_ROUND, order_of_round, run_benchmark, seco
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
 
-# --- rounds: every way once in each, none always first, and as many steps as fill the time ---
+# --- rounds: every variant once in each, none always first, and as many steps as fill the time ---
 
 
 WAYS = ["a", "b", "c"]
@@ -29,14 +29,16 @@ def test_ways_are_interleaved_and_a_figure_is_a_step():
     speed = {"a": 0.1, "b": 0.003, "c": 9.0}
     calls = []
 
-    def time_steps(way: str, steps: int) -> float:
-        calls.append((way, steps))
-        return speed[way] * steps
+    def time_steps(variant: str, steps: int) -> float:
+        calls.append((variant, steps))
+        return speed[variant] * steps
 
     seconds = seconds_per_step(WAYS, 4, time_steps, round_s=0.5)
-    assert seconds == {way: pytest.approx([speed[way]] * 4) for way in WAYS}
+    assert seconds == {variant: pytest.approx([speed[variant]] * 4) for variant in WAYS}
     timed = calls[len(WAYS) :]
-    assert [way for way, _ in timed] == [way for index in range(4) for way in order_of_round(WAYS, index)]
+    assert [variant for variant, _ in timed] == [
+        variant for index in range(4) for variant in order_of_round(WAYS, index)
+    ]
     assert dict(timed) == {"a": 5, "b": LONGEST_ROUND, "c": 1}
 
 

@@ -33,9 +33,9 @@ def test_no_request_to_the_troubled_server_succeeds() -> None:
 
 
 @pytest.mark.parametrize(
-    "way", [pytest.param(OFFLINE, marks=pytest.mark.bars), pytest.param(TROUBLE, marks=pytest.mark.heavy)]
+    "variant", [pytest.param(OFFLINE, marks=pytest.mark.bars), pytest.param(TROUBLE, marks=pytest.mark.heavy)]
 )
-def test_a_run_is_followed_to_its_end(way: str) -> None:
-    found = facts_of_run(way, None)
+def test_a_run_is_followed_to_its_end(variant: str) -> None:
+    found = facts_of_run(variant, None)
     assert found[SIDE] > 0
     assert found[WAIT] > 0

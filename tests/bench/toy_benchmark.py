@@ -1,4 +1,4 @@
-"""A benchmark of nothing: `build` for the ranks of a group, with ways that misbehave."""
+"""A benchmark of nothing: `build` for the ranks of a group, with variants that misbehave."""
 
 import sys
 
@@ -7,16 +7,16 @@ import torch.distributed as dist
 from dist_lm.bench.rank import Trial
 
 
-def build(way, config, world):
-    if way == "fails" and world.rank == 1:
+def build(variant, config, world):
+    if variant == "fails" and world.rank == 1:
         sys.exit("the reason, in its own words")
-    if way == "prints":
+    if variant == "prints":
         print("this is for people")
     calls = []
 
     def step() -> float:
         dist.barrier()
-        calls.append(way)
-        return {"other": 2.0}.get(way, 1.0)
+        calls.append(variant)
+        return {"other": 2.0}.get(variant, 1.0)
 
     return Trial(step, lambda: {"size MiB": 10.0 * (1 + world.rank)})
