@@ -69,7 +69,9 @@ class RlhfRunGroup(RlhfConfig):
     @property
     def pretrain_streams(self) -> tuple[str, ...]:
         """The corpora of pretraining text; none if its coefficient is 0."""
-        return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
+        if not self.pretrain_coefficient:
+            return ()
+        return (self.pretrain_corpus, *sorted(self.pretrain_mix))
 
 
 @dataclass
@@ -99,7 +101,9 @@ class RlhfRunConfig(Config):
 
     @property
     def sequence_keys(self) -> tuple[str, str] | None:
-        return ("rlhf.pretrain_sequences", "rlhf.pretrain_seq_len") if self.rlhf.pretrain_coefficient else None
+        if not self.rlhf.pretrain_coefficient:
+            return None
+        return "rlhf.pretrain_sequences", "rlhf.pretrain_seq_len"
 
     @property
     def streams(self) -> tuple[str, ...]:

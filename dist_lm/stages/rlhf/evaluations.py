@@ -146,7 +146,9 @@ class TasksOfIterations:
 
         # The learner has pushed the weights of this iteration, unless they draw no rollouts.
         has_weights = is_drawn_by(iteration, self.staleness, parts.tasks.steps)
-        weights = None if has_weights else parts.weights(receives=schedule is not None)
+        weights = None
+        if not has_weights:
+            weights = parts.weights(receives=schedule is not None)
         if schedule:
             work = partial(self._evaluate, parts.tasks.of(due))
             self._open[iteration] = schedule.beside(work, iteration, weights)

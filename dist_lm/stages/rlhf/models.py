@@ -57,7 +57,9 @@ class LoadedRun:
     def companions(self) -> tuple[Companion, ...]:
         """Models that a checkpoint holds beside the policy."""
         critic = self.models.critic
-        return (Companion(VALUE, critic.model, critic.optimizer, critic.model.config),) if critic else ()
+        if critic is None:
+            return ()
+        return (Companion(VALUE, critic.model, critic.optimizer, critic.model.config),)
 
 
 def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> LoadedRun:
@@ -68,7 +70,7 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
             with.
     """
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
-    init_from = None if config.stage.init_from == "none" else Path(config.stage.init_from)
+    init_from = Path(config.stage.init_from) if config.stage.init_from != "none" else None
     shape = config.trained_shape
     if isinstance(shape, AdaptedModelConfig):
         shape = checkpoint.with_base(shape, run.checkpoints, config.stage, start.world)

@@ -120,7 +120,10 @@ def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
 
     def request_of(tokens: Sequence[int]) -> str:
         text = shown(tokens, tokenizer).removesuffix(after)
-        return text.rpartition(opening)[2] if opening else text
+        # Without text before the request, every prompt is the request.
+        if not opening:
+            return text
+        return text.rpartition(opening)[2]
 
     return request_of
 

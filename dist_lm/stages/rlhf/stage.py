@@ -124,7 +124,9 @@ class Rlhf(TrainingStage):
 def one_line(text: str) -> str:
     """Returns the beginning of a text, in one line."""
     flat = text.replace("\n", "\\n")
-    return flat if len(flat) <= WIDTH else f"{flat[:WIDTH]}..."
+    if len(flat) <= WIDTH:
+        return flat
+    return f"{flat[:WIDTH]}..."
 
 
 def check_inputs(config: RlhfRunConfig) -> None:
