@@ -1,4 +1,4 @@
-"""The algorithms that `rlhf.algorithm` names: one line for each."""
+"""The algorithms that `rlhf.algorithm` names: an import and an entry for each."""
 
 from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.algorithms.dapo import Dapo
