@@ -60,12 +60,12 @@ LENGTH = replace(  # completions of a length
 
 
 def decode(tokens: list[int]) -> str:
-    """A character a token."""
+    """Returns a text with one character for each token."""
     return "".join(chr(FIRST + token) for token in tokens)
 
 
 def supply_of(config: RlhfConfig, source: RolloutSource, seed: int, stop_tokens: tuple[int, ...]) -> RolloutSupply:
-    """Processes of its rules end with this one."""
+    """Returns prompts, source and rules. Processes of the rules end with this one."""
     judge = Judge(config.rewards, decode, config.max_failed_fraction)
     return RolloutSupply(source, ShuffledPrompts(PROMPTS, seed), judge, stop_tokens)
 
@@ -87,7 +87,7 @@ class Toy:
 
 
 def engine_of(model: ModelConfig = MODEL) -> Engine:
-    """With weights of nothing: the learner pushes some before it asks."""
+    """Returns an engine with random weights: the learner pushes others before it asks."""
     weights = {name: value for name, value in Transformer(model).state_dict().items()}
     options = EngineOptions(cache_tokens=64 * 64, page_tokens=64, max_sequences=64)
     return Engine(model, weights, eot_id=EOT, options=options)
@@ -108,7 +108,7 @@ def toy(
     stop_tokens: tuple[int, ...] = (),
     **options: Any,
 ) -> Toy:
-    """All parts on the mesh that `parallel` asks for (collective)."""
+    """Builds all parts on the mesh that `parallel` asks for (collective)."""
     parallel = parallel or ParallelConfig()
     algorithm = algorithm or ALGORITHMS[config.algorithm](config)
     mesh = build_mesh(resolve_layout(parallel, model, world.size), world.device)
@@ -138,19 +138,19 @@ def toy(
         supply=supply_of(config, source(), seed, stop_tokens) if world.is_first else None,
         **options,
     )
-    made = Toy(learner, RlhfState(KlController(not_null(config.kl_coefficient), config.kl_target, config.kl_horizon)))
-    made.learner = replace(learner, report=made.reports.append, save=made.saved.append)
-    return made
+    run = Toy(learner, RlhfState(KlController.of(config)))
+    run.learner = replace(learner, report=run.reports.append, save=run.saved.append)
+    return run
 
 
 def weights_of(trained: Toy) -> dict[str, torch.Tensor]:
-    """The policy's, whole (collective)."""
+    """Returns the unsharded weights of the policy (collective)."""
     model = trained.learner.models.policy.model
     return {name: value.clone() for name, value in whole_weights(model, model.config, torch.float32).items()}
 
 
 def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds of models and optimizers."""
+    """Returns the tensors of models and optimizers that a checkpoint holds."""
     models = made.learner.models
     return {
         f"{role}.{name}": value
@@ -203,7 +203,7 @@ def rollouts_with(
     version: int = 0,
     seed: int = 0,
 ) -> Rollouts:
-    """Random tokens of these lengths."""
+    """Returns rollouts with random tokens of these lengths."""
     generator = np.random.default_rng(seed)
     n = len(prompt_tokens)
     return Rollouts(
@@ -222,7 +222,7 @@ def rollouts_with(
 
 
 def write_text(directory: Path) -> Path:
-    """A corpus of documents of 5 to 24 tokens, each of which counts upwards."""
+    """Writes a corpus of documents of 5 to 24 tokens; each document counts upwards."""
     made = []
     for i in range(60):
         tokens = [EOT, *(1 + (7 * i + k) % (VOCABULARY - 1) for k in range(4 + i % 20))]
