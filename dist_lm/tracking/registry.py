@@ -217,7 +217,7 @@ TIME = (
         RLHF,
         ("timing/rollout_s", "s", "lower", "Time waited for rollouts and rule-based rewards."),
         ("timing/forward_s", "s", "lower", "Forward passes of all models."),
-        ("timing/update_s", "s", "lower", "Updates of policy and critic."),
+        ("timing/update_s", "s", "lower", "Updates of the trained models."),
         ("timing/push_s", "s", "lower", "Time to send new weights to the engines."),
         ("timing/iteration_s", "s", "lower", "Full iteration, without the report."),
     ),
