@@ -71,7 +71,7 @@ def data_new(
     from dist_lm.data.new import new_corpus
     from dist_lm.prepare.conf_folders import choices
 
-    new_corpus(inputs, out, Console(), sample_bytes=sample << 20, force=force, taken=choices("corpus"))
+    new_corpus(inputs, out, Console(), sample_bytes=sample << 20, force=force, reserved_names=choices("corpus"))
 
 
 @app.command("metrics")

@@ -22,7 +22,7 @@ import torch
 from dist_lm.bench.case import Case, GroupSize, against, configurations, why_absent
 from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.config.root import Config
-from dist_lm.data.batch import RankedPlaces
+from dist_lm.data.batch import RankedPositions
 from dist_lm.data.rankings.completions import CompletionBatch, batch_of_trees
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
@@ -112,7 +112,7 @@ def batch_of(config: Config) -> CompletionBatch:
     batch = batch_of_trees(rows, range(len(rows)), config.stage.seq_len, pad_id=0, learns_prompts=False)
     none = torch.zeros(0, 2, dtype=torch.int64)
     first = torch.arange(0, 2 * len(rows), 2)
-    return replace(batch, ranked=RankedPlaces(none, none, none.bool(), first, first + 1, torch.zeros(len(rows))))
+    return replace(batch, ranked=RankedPositions(none, none, none.bool(), first, first + 1, torch.zeros(len(rows))))
 
 
 class TrlStep:

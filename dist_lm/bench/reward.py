@@ -17,7 +17,7 @@ from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
 from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.config.root import Config
-from dist_lm.data.batch import Batch, RankedPlaces
+from dist_lm.data.batch import Batch, RankedPositions
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
@@ -80,31 +80,31 @@ def batch_of(variant: str, config: Config) -> Batch:
         ends = torch.from_numpy(branch_ends(branch))
         position = torch.from_numpy(branch_positions(branch)) if variant == TREE else torch.arange(t)
         branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1) if variant == TREE else None
-        place_PK = torch.arange(n_prompts)[:, None] * t + ends
-        return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), place_PK, branch_BT)
+        index_PK = torch.arange(n_prompts)[:, None] * t + ends
+        return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), index_PK, branch_BT)
 
     # Each completion gets a copy of the prompt: branch 0 of the tree is the prompt, branch k completion k.
     path_indices = [torch.from_numpy(np.flatnonzero((branch == 0) | (branch == b))) for b in range(1, k + 1)]
     each = prompt + completion
     apart_BKT = torch.stack([tokens_BT[:, indices] for indices in path_indices], dim=1)
-    place_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
+    index_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
 
     rows = (n_prompts * k, each) if variant == ROWS else (n_prompts, k * each)
     document = torch.arange(k).repeat_interleave(each).repeat(n_prompts, 1)
     position = torch.arange(each).repeat(n_prompts * k)
-    return _batch(apart_BKT.reshape(rows), document.view(rows), position.view(rows), place_PK, None)
+    return _batch(apart_BKT.reshape(rows), document.view(rows), position.view(rows), index_PK, None)
 
 
 def _batch(
     tokens_BT: torch.Tensor,
     document_BT: torch.Tensor,
     position_BT: torch.Tensor,
-    place_PK: torch.Tensor,
+    index_PK: torch.Tensor,
     branch_BT: torch.Tensor | None,
 ) -> Batch:
     none = torch.zeros(0, dtype=torch.int64)
-    rank_PK = torch.arange(place_PK.shape[1]).repeat(len(place_PK), 1)
-    present_PK = torch.ones(place_PK.shape, dtype=torch.bool)
+    rank_PK = torch.arange(index_PK.shape[1]).repeat(len(index_PK), 1)
+    present_PK = torch.ones(index_PK.shape, dtype=torch.bool)
     return Batch(
         tokens_BT=tokens_BT,
         targets_BT=torch.zeros_like(tokens_BT),
@@ -113,5 +113,5 @@ def _batch(
         position_BT=position_BT,
         sequence_B=torch.arange(len(tokens_BT)),
         branch_BT=branch_BT,
-        ranked=RankedPlaces(place_PK, rank_PK, present_PK, none, none, torch.zeros(0)),
+        ranked=RankedPositions(index_PK, rank_PK, present_PK, none, none, torch.zeros(0)),
     )

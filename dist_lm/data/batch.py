@@ -20,22 +20,22 @@ COUNTED_MULTIPLE = 64  # the number of positions with logits is rounded up, so k
 
 
 @dataclass(frozen=True, slots=True)
-class RankedPlaces:
+class RankedPositions:
     """Indices of the completions' scores in the flattened tokens of a batch, with their ranks and judgements.
 
     Dimensions: P rankings, K completions of the largest ranking, N judgements between two completions.
     """
 
-    place_PK: torch.Tensor  # int64; index of a completion's last token; 0 if the ranking has fewer completions
+    index_PK: torch.Tensor  # int64; index of a completion's last token; 0 if the ranking has fewer completions
     rank_PK: torch.Tensor  # int64; the smallest is the best; equal ranks are ties
-    there_PK: torch.Tensor  # bool; whether the completion exists
+    exists_PK: torch.Tensor  # bool; whether the completion exists
     better_N: torch.Tensor  # int64; index of the better completion's last token
     worse_N: torch.Tensor  # int64; the same of the worse one
     margin_N: torch.Tensor  # float32
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RankedPlaces":
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RankedPositions":
         """Returns a copy with `change` applied to every tensor."""
-        return RankedPlaces(*(change(getattr(self, f.name)) for f in fields(self)))
+        return RankedPositions(*(change(getattr(self, f.name)) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Batch:
     # int64; indices in the flattened batch for which logits are computed: all counted targets and some more; None: all
     counted_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
-    ranked: RankedPlaces | None = None  # only for rankings
+    ranked: RankedPositions | None = None  # only for rankings
     n_tokens: int = 0  # tokens of `tokens_BT`, padding excluded; counted by position: padding may be end-of-text
     boundary: torch.Tensor | None = None  # see `document_boundaries`; computed by `to` and `pin_memory`
 

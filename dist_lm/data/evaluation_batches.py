@@ -85,7 +85,7 @@ class EvaluationBatches:
     @cached_property
     def _sequences(self) -> np.ndarray:
         """The numbers of the sequences to evaluate, over all ranks."""
-        return spread(self._rows.n_rows, self.limit_sequences)
+        return evenly_spaced(self._rows.n_rows, self.limit_sequences)
 
     @cached_property
     def bytes_by_language(self) -> dict[str, float]:
@@ -107,7 +107,7 @@ class EvaluationBatches:
         return dict(zip(corpus.languages, n_bytes.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for numbers in dealt(self._sequences, self.micro_batch, self.dp_rank, self.dp_size):
+        for numbers in micro_batches_of_rank(self._sequences, self.micro_batch, self.dp_rank, self.dp_size):
             yield self._batch(numbers)
 
     def _batch(self, numbers: list[int]) -> EvaluationBatch:
@@ -136,7 +136,7 @@ class EvaluationBatches:
         return EvaluationBatch(batch, language_BT.masked_fill(batch.loss_mask_BT == 0, -1))
 
 
-def dealt(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
+def micro_batches_of_rank(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
     """Yields the micro-batches of a rank as lists of sequence numbers.
 
     A rank that runs out gets rows of padding (-1), because a forward is collective and all ranks need as many.
@@ -150,7 +150,7 @@ def dealt(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -
         yield numbers + [-1] * (micro_batch - len(numbers))
 
 
-def spread(n: int, limit: int) -> np.ndarray:
+def evenly_spaced(n: int, limit: int) -> np.ndarray:
     """Chooses `limit` of the numbers 0 .. n-1 at even distances; all numbers if `limit` is 0 or at least n."""
     if limit == 0 or limit >= n:
         return np.arange(n)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dist_lm.data.batch import Row, assemble
-from dist_lm.data.evaluation_batches import EvaluationBatch, dealt, spread
+from dist_lm.data.evaluation_batches import EvaluationBatch, evenly_spaced, micro_batches_of_rank
 from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearranged
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.order import DocumentSlice
@@ -52,7 +52,7 @@ class HeldOutMiddles:
 
         # A rest that training would not rearrange is not measured either.
         pieces = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
-        return pieces[spread(len(pieces), self.limit)]
+        return pieces[evenly_spaced(len(pieces), self.limit)]
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns tokens [start, stop) of a text that ends with a middle: (stop - start,).
@@ -73,7 +73,9 @@ class HeldOutMiddles:
         return np.ones(stop - start, np.uint8)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for numbers in dealt(np.arange(len(self._pieces)), self.micro_batch, self.dp_rank, self.dp_size):
+        for numbers in micro_batches_of_rank(
+            np.arange(len(self._pieces)), self.micro_batch, self.dp_rank, self.dp_size
+        ):
             yield self._batch(numbers)
 
     def _batch(self, pieces: list[int]) -> EvaluationBatch:

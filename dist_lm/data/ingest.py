@@ -101,11 +101,11 @@ class Texts:
         yield from screened(self.config, corpus_name, self.reader, keys, report or IngestReport(), rejected)
 
     @property
-    def train_sides(self) -> SplitRule:
+    def train_split_rule(self) -> SplitRule:
         """The rule for train documents. It is known before they are compared, unless a user holds texts out.
 
         Raises:
-            ConfigError, ArtefactError: as `divided`.
+            ConfigError, ArtefactError: as `split_documents`.
         """
         if "split_rule" in vars(self) or self._val.protected:
             return self.split_rule
@@ -116,7 +116,7 @@ class Texts:
         """The rule for all texts. Corpora that were not compared yet are read.
 
         Raises:
-            ConfigError, ArtefactError: as `divided`.
+            ConfigError, ArtefactError: as `split_documents`.
         """
         self.compare(text_corpora(self.config))
         val = self._val
@@ -200,7 +200,7 @@ class Texts:
         return share, chosen
 
 
-def divided(
+def split_documents(
     config: CorpusConfig,
     corpus_name: str,
     seed: int,
@@ -236,7 +236,7 @@ def divided(
     records = texts.screened(corpus_name, report, rejected)
     is_text = form_of(config, corpus_name) == "text"
     if is_text:
-        rule = texts.train_sides
+        rule = texts.train_split_rule
         records = texts.compared(corpus_name, records)
     else:
         rule = texts.group_split_rule(corpus_name)

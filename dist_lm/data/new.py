@@ -62,7 +62,7 @@ def new_corpus(
     *,
     sample_bytes: int,
     force: bool = False,
-    taken: Sequence[str] = (),
+    reserved_names: Sequence[str] = (),
 ) -> None:
     """Writes the corpus file `out` for data, and prints what the data holds.
 
@@ -70,12 +70,12 @@ def new_corpus(
         paths: files, folders, globs or URLs of the data.
         sample_bytes: text that is read of each corpus.
         force: replace an existing file.
-        taken: the corpus files of dist_lm, whose names no other file may have.
+        reserved_names: the corpus files of dist_lm, whose names no other file may have.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, or its columns do not make documents.
     """
-    _check_out(out, force, taken)
+    _check_out(out, force, reserved_names)
     for path in paths:
         check_text("PATH", path)
     proposals = [proposal for path in paths for proposal in propose(_absolute(path))]

@@ -57,7 +57,7 @@ def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
     return files
 
 
-def survey(files: Sequence[Path], key: str = "stage.prompts") -> dict[str, Any]:
+def count_prompts(files: Sequence[Path], key: str = "stage.prompts") -> dict[str, Any]:
     """Counts the prompts and hashes the files: `{prompts, files: [{name, sha256}]}`.
 
     Args:

@@ -21,7 +21,7 @@ from dist_lm.generation.request import only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
-from dist_lm.tokenizer.tokenizer import shown
+from dist_lm.tokenizer.tokenizer import text_with_marks
 
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
 CACHE_TOKENS = 65536
@@ -80,7 +80,7 @@ def answer(
     for reply in track(answers, "answering", num_submitted, console=progress, disable=is_quiet, transient=True):
         index = int(reply.request)
         record = items[index].judge(reply, None)()
-        text = shown(reply.tokens, tokenizer)
+        text = text_with_marks(reply.tokens, tokenizer)
         outcomes[index] = BfclResult(questions[index], record["passed"], record["is_turn"], text)
     return [outcomes[index] for index in range(len(questions))]
 

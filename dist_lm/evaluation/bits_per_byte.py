@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dist_lm.config.root import Config
-from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.evaluation_batches import evenly_spaced
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
@@ -75,7 +75,7 @@ def documents_of(corpora: Sequence[Path], tokenizer: Path, limit: int) -> list[H
     for folder in corpora:
         read_manifest(folder).require_tokenizer(corpus_tokenizer.sha256, folder)
         corpus = TokenCorpus.open(folder, "val")
-        for index in spread(len(corpus.lengths), limit).tolist():
+        for index in evenly_spaced(len(corpus.lengths), limit).tolist():
             text = corpus_tokenizer.decode(corpus.tokens(index, 0, int(corpus.lengths[index])).tolist())
             language = corpus.languages[int(corpus.language_codes[index])]
             if text:

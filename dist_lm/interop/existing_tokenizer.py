@@ -10,7 +10,7 @@ from dist_lm.storage.run_directory import WorkDirectory, tokenizer_in
 from dist_lm.tokenizer.tokenizer import read_vocabulary, with_marks
 
 
-def given_tokenizer(config: TokenizerConfig) -> bytes:
+def named_tokenizer_file(config: TokenizerConfig) -> bytes:
     """Returns the content of the tokenizer file that `config.source` names, a path or `hf:SOURCE`.
 
     With `config.add_marks`, the marks that the tokenizer lacks are appended.
@@ -43,7 +43,7 @@ def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
     if config.source == TRAIN:
         return None
     if config.source.startswith(HF):
-        return _vocab_size_of(given_tokenizer(config), config.source)
+        return _vocab_size_of(named_tokenizer_file(config), config.source)
 
     if config.source == KEEP:
         path = WorkDirectory(Path(work_dir)).tokenizer_model

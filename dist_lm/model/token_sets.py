@@ -59,7 +59,7 @@ class TokenSets:
         """Returns a copy with `change` applied to every tensor."""
         return TokenSets(change(self.bytes_X), change(self.begin_N), change(self.size_N))
 
-    def kept(self, index_n: torch.Tensor, vocab_size: int, columns: range) -> torch.Tensor:
+    def mask(self, index_n: torch.Tensor, vocab_size: int, columns: range) -> torch.Tensor:
         """Returns (n, C) bool: which tokens of `columns` are in the sets at `index_n`.
 
         Args:

@@ -196,7 +196,7 @@ class Transformer(nn.Module):
 
         def logprob_and_entropy(logits_nV: torch.Tensor, target_and_set_n2: torch.Tensor) -> torch.Tensor:
             target_n, set_n = target_and_set_n2.unbind(-1)
-            allowed_nV = sets.kept(set_n, self.config.vocab_size, self.vocab_range) if sets else None
+            allowed_nV = sets.mask(set_n, self.config.vocab_size, self.vocab_range) if sets else None
             return self.logprobs_of_logits(logits_nV, target_n, temperature, entropy_gradient, allowed_nV)
 
         columns_N2 = losses_in_chunks(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config.preference import DPO, IPO, KTO, ORPO, PreferenceConfig
-from dist_lm.data.batch import RankedPlaces
+from dist_lm.data.batch import RankedPositions
 from dist_lm.rlhf.rankings import choices, ranking_losses, remaining, right_choices
 from dist_lm.training.objective import LossSum
 
@@ -35,14 +35,14 @@ def dpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> to
 
 
 def plackett_luce_losses(
-    ratio_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor, beta: float
+    ratio_PK: torch.Tensor, rank_PK: torch.Tensor, exists_PK: torch.Tensor, beta: float
 ) -> torch.Tensor:
     """Returns the losses of DPO from rankings, equation 20 (appendix A.3), one for each choice, (P, K).
 
     For two completions this is DPO. The arguments are log-ratios, and those of `ranking_losses`, which divides ties by
     Efron's rule.
     """
-    return ranking_losses(beta * ratio_PK, rank_PK, there_PK)
+    return ranking_losses(beta * ratio_PK, rank_PK, exists_PK)
 
 
 def ipo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Completions:
         torch.Tensor
     )  # nats, sum over the prompt without its first token; (0,) unless the loss learns text
     prompt_tokens_P: torch.Tensor  # float32; number of these tokens
-    ranked: RankedPlaces  # places are numbers of completions
+    ranked: RankedPositions  # places are numbers of completions
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,12 @@ class PreferenceLoss:
         completion is the better one; the rejected one stands for the mean of the completions that a choice leaves.
         """
         ranked, settings = completions.ranked, self.settings
-        count = choices(ranked.there_PK).sum() + len(ranked.margin_N)
+        count = choices(ranked.exists_PK).sum() + len(ranked.margin_N)
         total = self._pair_losses(completions, batch_values).sum()
-        if len(ranked.place_PK):
+        if len(ranked.index_PK):
             assert settings.algorithm == DPO, "only DPO learns from whole rankings"
-            ratio_PK = self._log_ratios(completions)[ranked.place_PK]
-            total = total + plackett_luce_losses(ratio_PK, ranked.rank_PK, ranked.there_PK, settings.strength).sum()
+            ratio_PK = self._log_ratios(completions)[ranked.index_PK]
+            total = total + plackett_luce_losses(ratio_PK, ranked.rank_PK, ranked.exists_PK, settings.strength).sum()
         return LossSum(total=total, count=count.float(), metrics=self._metrics(completions, batch_values, count))
 
     def _log_ratios(self, completions: Completions) -> torch.Tensor:
@@ -182,7 +182,7 @@ class PreferenceLoss:
         chosen_logprob, rejected_logprob = _chosen_and_rejected(completions.logprob_C.detach(), ranked)
 
         right = (reward_C[ranked.better_N] > reward_C[ranked.worse_N]).sum()
-        right = right + right_choices(reward_C[ranked.place_PK], ranked.rank_PK, ranked.there_PK)
+        right = right + right_choices(reward_C[ranked.index_PK], ranked.rank_PK, ranked.exists_PK)
         metrics = {
             "accuracy": right.float(),
             "margin": chosen - rejected,
@@ -202,10 +202,10 @@ def tokens_of_pairs(completions: Completions) -> torch.Tensor:
     return (completions.prompt_tokens_P[completions.prompt_C[better]] + completions.tokens_C[better]).sum()
 
 
-def _chosen_and_rejected(value_C: torch.Tensor, ranked: RankedPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+def _chosen_and_rejected(value_C: torch.Tensor, ranked: RankedPositions) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the value of the chosen completion and the mean of those that remain, each summed over all choices."""
-    value_PK = value_C[ranked.place_PK]
-    remaining_PKK = remaining(ranked.rank_PK, ranked.there_PK).to(value_C.dtype)
+    value_PK = value_C[ranked.index_PK]
+    remaining_PKK = remaining(ranked.rank_PK, ranked.exists_PK).to(value_C.dtype)
     n_remaining_PK = remaining_PKK.sum(-1)
 
     # The last completion of a ranking leaves none, so it is no choice.

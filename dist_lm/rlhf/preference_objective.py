@@ -14,7 +14,7 @@ import torch.distributed as dist
 from dist_lm.data.batch import Batch
 from dist_lm.data.rankings.completions import CompletionBatch, SplitReference
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.data.rankings.stream import PlacedRanking, lesson, ranked_places
+from dist_lm.data.rankings.stream import PlacedRanking, lesson, ranked_positions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference import Completions, GlobalValues, PreferenceLoss, tokens_of_pairs
 from dist_lm.rlhf.reward_model import agreement_figures, beside_verdicts
@@ -202,7 +202,7 @@ def held_out_metrics(
         verdicts = [lesson(rankings.verdict(number), loss.settings.lesson, 0.0, seed, number) for number in numbers]
         reference_parts = [np.zeros(0)]
         if reference:
-            reference_parts = [reference.logprob[rankings.places(number)] for number in numbers]
+            reference_parts = [reference.logprob[rankings.completion_slice(number)] for number in numbers]
         return Completions(
             logprob_C=torch.from_numpy(np.concatenate([ranking.logprob_K for ranking in chosen])),
             reference_C=torch.from_numpy(np.concatenate(reference_parts).astype(np.float32)),
@@ -210,7 +210,7 @@ def held_out_metrics(
             prompt_C=torch.repeat_interleave(torch.tensor(sizes)),
             prompt_logprob_P=torch.tensor([ranking.prompt_logprob for ranking in chosen]),
             prompt_tokens_P=torch.tensor([ranking.prompt_tokens for ranking in chosen]),
-            ranked=ranked_places(placed, verdicts),
+            ranked=ranked_positions(placed, verdicts),
         )
 
     def means(part: Completions) -> dict[str, float]:

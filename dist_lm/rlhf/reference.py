@@ -150,7 +150,7 @@ def split_reference(
         assert isinstance(batch, CompletionBatch)
         logprob_S = segment_logprobs(model, batch).cpu().numpy()
         for ranking in placed:
-            logprob[rankings.places(ranking.document)] = logprob_S[ranking.places]
+            logprob[rankings.completion_slice(ranking.document)] = logprob_S[ranking.places]
             is_read[ranking.document] = 1
 
         if batch.mismatched:

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_lm.storage.json_process import asked
+from dist_lm.storage.json_process import serve_requests
 
 LONGEST_REASON = 300  # characters of a reason in an answer
 
 
 def main() -> None:
     """Import the function and judge batches until the parent ends."""
-    with asked() as (requests, send):
+    with serve_requests() as (requests, send):
         module, _, name = sys.argv[2].partition(":")
         try:
             function = getattr(importlib.import_module(module), name)

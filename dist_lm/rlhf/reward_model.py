@@ -44,15 +44,15 @@ def choices_of_people(model: Transformer, batch: Batch) -> LossSum:
     ranked = batch.ranked
     assert ranked is not None, "a batch of rankings"
     score_N = model.scores(batch, learns_offset=False).flatten()  # only differences have a likelihood
-    score_PK = score_N[ranked.place_PK]
+    score_PK = score_N[ranked.index_PK]
     better_N, worse_N = score_N[ranked.better_N], score_N[ranked.worse_N]
 
-    losses_PK = ranking_losses(score_PK, ranked.rank_PK, ranked.there_PK)
+    losses_PK = ranking_losses(score_PK, ranked.rank_PK, ranked.exists_PK)
     losses_N = pair_losses(better_N, worse_N, ranked.margin_N)
-    count = choices(ranked.there_PK).sum() + len(ranked.margin_N)
+    count = choices(ranked.exists_PK).sum() + len(ranked.margin_N)
 
     with torch.no_grad():
-        right = right_choices(score_PK, ranked.rank_PK, ranked.there_PK) + (better_N > worse_N).sum()
+        right = right_choices(score_PK, ranked.rank_PK, ranked.exists_PK) + (better_N > worse_N).sum()
     return LossSum(
         total=losses_PK.sum() + losses_N.sum(), count=count.float(), metrics={"train/accuracy": right.float()}
     )
@@ -212,9 +212,9 @@ def mean_loss(scored: Sequence[ScoredRanking]) -> float:
     judged = [ranking for ranking in scored if ranking.margin is not None]
     total, count = 0.0, float(len(judged))
     if ranked:
-        score_PK, rank_PK, there_PK = _padded(ranked)
-        total += float(ranking_losses(score_PK, rank_PK, there_PK).double().sum())
-        count += float(choices(there_PK).sum())
+        score_PK, rank_PK, exists_PK = _padded(ranked)
+        total += float(ranking_losses(score_PK, rank_PK, exists_PK).double().sum())
+        count += float(choices(exists_PK).sum())
     if judged:
         score_P2, _, _ = _padded(judged)
         margin_P = torch.tensor([ranking.margin for ranking in judged])
@@ -223,21 +223,21 @@ def mean_loss(scored: Sequence[ScoredRanking]) -> float:
 
 
 def _figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str], suffix: str) -> dict[str, float]:
-    score_PK, rank_PK, there_PK = _padded(scored)
-    figures = agreement(score_PK, rank_PK, there_PK)
-    figures["calibration_error"] = calibration_error(score_PK, rank_PK, there_PK)
+    score_PK, rank_PK, exists_PK = _padded(scored)
+    figures = agreement(score_PK, rank_PK, exists_PK)
+    figures["calibration_error"] = calibration_error(score_PK, rank_PK, exists_PK)
     return {f"{group}/{name}{suffix}": figure for name, figure in figures.items() if name in names}
 
 
 def _padded(scored: Sequence[ScoredRanking]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (score_PK, rank_PK, there_PK), padded to the largest number of completions."""
+    """Returns (score_PK, rank_PK, exists_PK), padded to the largest number of completions."""
     shape = (len(scored), max(len(ranking.scores) for ranking in scored))
     score_PK = torch.zeros(shape)
     rank_PK = torch.zeros(shape, dtype=torch.int64)
-    there_PK = torch.zeros(shape, dtype=torch.bool)
+    exists_PK = torch.zeros(shape, dtype=torch.bool)
     for p, ranking in enumerate(scored):
         k = len(ranking.scores)
         score_PK[p, :k] = torch.from_numpy(ranking.scores)
         rank_PK[p, :k] = torch.from_numpy(ranking.ranks.astype(np.int64))
-        there_PK[p, :k] = True
-    return score_PK, rank_PK, there_PK
+        exists_PK[p, :k] = True
+    return score_PK, rank_PK, exists_PK

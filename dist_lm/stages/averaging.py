@@ -34,7 +34,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, model_weights, stored_tensors
+from dist_lm.training.checkpoint_tensors import ComputedTensor, StoredTensor, model_weights, stored_tensors
 from dist_lm.training.optimizer import EMA
 
 PLAIN = "newest checkpoint"
@@ -79,7 +79,7 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     return folder
 
 
-def mean_of(checkpoints: Sequence[Path]) -> dict[str, MadeTensor]:
+def mean_of(checkpoints: Sequence[Path]) -> dict[str, ComputedTensor]:
     """The mean of each parameter over checkpoints."""
     stored = [stored_tensors(checkpoint) for checkpoint in checkpoints]
 
@@ -94,7 +94,7 @@ def mean_of(checkpoints: Sequence[Path]) -> dict[str, MadeTensor]:
     return {name.removeprefix(files.MODEL): _made(stored[0][name], partial(mean, name)) for name in names}
 
 
-def exponential(checkpoint: Path) -> dict[str, MadeTensor]:
+def exponential(checkpoint: Path) -> dict[str, ComputedTensor]:
     """The exponential average of each parameter in a checkpoint.
 
     Raises:
@@ -111,7 +111,7 @@ def exponential(checkpoint: Path) -> dict[str, MadeTensor]:
     return averages
 
 
-def write_average(folder: Path, tensors: Mapping[str, MadeTensor], newest: Path, model: ModelConfig) -> None:
+def write_average(folder: Path, tensors: Mapping[str, ComputedTensor], newest: Path, model: ModelConfig) -> None:
     """Write the checkpoint `folder` of the step of `newest`; it appears when it is complete."""
     # The average was never evaluated on the way, so it has no best loss.
     state = replace(files.read_state(newest)[0], best_val_loss=None, best_step=0)
@@ -169,5 +169,5 @@ def print_metrics(metrics: Mapping[str, Mapping[str, float]], console: Console) 
     console.print(table)
 
 
-def _made(tensor: StoredTensor, make: Callable[[], np.ndarray]) -> MadeTensor:
-    return MadeTensor(tensor.dtype, tensor.shape, tensor.bytes, make)
+def _made(tensor: StoredTensor, make: Callable[[], np.ndarray]) -> ComputedTensor:
+    return ComputedTensor(tensor.dtype, tensor.shape, tensor.bytes, make)

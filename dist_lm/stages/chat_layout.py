@@ -14,7 +14,7 @@ from dist_lm.chat.jinja_text import text_of
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import layout
 from dist_lm.config.corpus import HF, TokenizerConfig
-from dist_lm.interop.existing_tokenizer import given_tokenizer
+from dist_lm.interop.existing_tokenizer import named_tokenizer_file
 from dist_lm.interop.snapshot import chat_template_of, folder_of, special_tokens_of
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
@@ -45,7 +45,7 @@ def given_template(config: TokenizerConfig) -> KeptTemplate | None:
     if config.chat_template == "ours" or not config.is_given:
         return None
     if config.source.startswith(HF):
-        return _of_snapshot(config.source, given_tokenizer(config))
+        return _of_snapshot(config.source, named_tokenizer_file(config))
     path = Path(config.source).expanduser()
     return KeptTemplate.read(path if path.is_dir() else path.parent)
 

@@ -21,7 +21,7 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
-from dist_lm.data.ingest import Texts, divided
+from dist_lm.data.ingest import Texts, split_documents
 from dist_lm.data.inputs import HUB
 from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
 from dist_lm.data.manifest import (
@@ -103,7 +103,7 @@ class Shards(ArtefactStage):
             texts.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
                 texts.compare(name for name in text_corpora(config.corpus) if name != first)
-                _ = texts.train_sides
+                _ = texts.train_split_rule
 
         for name in missing:
             build_corpus(config, name, texts, console)
@@ -322,7 +322,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
         n_finished = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
-            for split, document, source in divided(config.corpus, name, config.seed, report, texts, rejected):
+            for split, document, source in split_documents(config.corpus, name, config.seed, report, texts, rejected):
                 if n_finished[split]:
                     n_finished[split] -= 1
                     count.advance()

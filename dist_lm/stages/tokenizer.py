@@ -16,7 +16,7 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.errors import ArtefactError
-from dist_lm.interop.existing_tokenizer import given_tokenizer
+from dist_lm.interop.existing_tokenizer import named_tokenizer_file
 from dist_lm.stages.shards import digest, in_brief, text_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
@@ -95,7 +95,7 @@ class TokenizerStage(ArtefactStage):
         report: dict[str, Any] = {"config": asdict(settings)}
         template = None
         if settings.is_given:
-            content = given_tokenizer(settings)
+            content = named_tokenizer_file(settings)
             path = work.tokenizer / read_vocabulary(content, settings.source).file_name
             durable.write_bytes(path, content)
             template = template_of(settings)
@@ -130,7 +130,7 @@ def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
         ArtefactError: names the folder and the way out.
     """
     stored_sha256 = durable.sha256_of(work.tokenizer_model)
-    given_sha256 = sha256(given_tokenizer(settings)).hexdigest()
+    given_sha256 = sha256(named_tokenizer_file(settings)).hexdigest()
     if stored_sha256 != given_sha256:
         raise ArtefactError(
             f"{work.tokenizer} holds tokenizer {stored_sha256[:12]}, tokenizer={settings.source} is "

@@ -170,13 +170,13 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
 
 def shown_answer(asked: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
     """A question and its answer, as `samples/step_N.jsonl` has them."""
-    from dist_lm.tokenizer.tokenizer import shown
+    from dist_lm.tokenizer.tokenizer import text_with_marks
 
     return {
         "kind": asked.question.kind,
-        "prompt": shown(asked.prompt, tokenizer),
-        "expected": shown(asked.expected, tokenizer),
-        "found": shown(answer.tokens, tokenizer),
+        "prompt": text_with_marks(asked.prompt, tokenizer),
+        "expected": text_with_marks(asked.expected, tokenizer),
+        "found": text_with_marks(answer.tokens, tokenizer),
         "finish": answer.finish,
         "right": verdict.exact,
         "parses": verdict.parses,

@@ -110,7 +110,7 @@ class JsonProcess:
 
 
 @contextmanager
-def asked() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[Mapping[str, Any]], None]]]:
+def serve_requests() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[Mapping[str, Any]], None]]]:
     """Answer requests in the child process: yields the queue of requests, and the function that sends an answer.
 
     Print goes to standard error. The process ends when its parent closes the socket, even while a function runs, and

@@ -353,7 +353,7 @@ class Tokenizer:
         return b"".join(self._vocabulary.bytes_of(int(token_id)) for token_id in ids)
 
 
-def shown(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+def text_with_marks(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     """Returns the text of tokens for people, with the names of special tokens."""
     names = {token_id: name for name, token_id in tokenizer.special_ids.items()}
     parts: list[str] = []

@@ -66,7 +66,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
-class MadeTensor:
+class ComputedTensor:
     """A tensor whose bytes are computed when they are written."""
 
     dtype: str  # as safetensors names it, such as F32
@@ -88,7 +88,7 @@ def model_weights(directory: Path) -> dict[str, np.ndarray]:
     return {name: as_fp32(tensor) for name, tensor in model_tensors(directory).items()}
 
 
-def model_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
+def model_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]:
     """Returns the parameters of a checkpoint by their names in the model, sorted by name or in the order of the model.
     Adapters are merged into the parameters of their base.
 
@@ -113,7 +113,7 @@ def own_parameters(directory: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _merged_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
+def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]:
     """Returns the parameters of a base with the adapters of a checkpoint; each is computed when it is read.
 
     Raises:
@@ -123,17 +123,19 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
 
     config, trained = adapted_model(directory), own_parameters(directory)
     base = model_tensors(files.require_intact(Path(config.base)))
-    merged: dict[str, StoredTensor | MadeTensor] = {}
+    merged: dict[str, StoredTensor | ComputedTensor] = {}
     for name, shape in parameter_shapes(config.plain).items():
         merged[name] = trained[name] if name in trained else base[name]
         a, b = (trained.get(f"{adapter_of(name)}{factor}") for factor in ("a", "b"))
         if a is not None and b is not None:
             make = partial(_merge, name, base[name], a, b, config.scale)
-            merged[name] = MadeTensor("F32", shape, base[name].bytes, make)
+            merged[name] = ComputedTensor("F32", shape, base[name].bytes, make)
     return merged
 
 
-def _merge(name: str, weight: StoredTensor | MadeTensor, a: StoredTensor, b: StoredTensor, scale: float) -> np.ndarray:
+def _merge(
+    name: str, weight: StoredTensor | ComputedTensor, a: StoredTensor, b: StoredTensor, scale: float
+) -> np.ndarray:
     import torch
 
     from dist_lm.model.lora import change  # needs torch
@@ -144,7 +146,7 @@ def _merge(name: str, weight: StoredTensor | MadeTensor, a: StoredTensor, b: Sto
     return merged.flatten().view(torch.uint8).numpy()
 
 
-def as_fp32(tensor: StoredTensor | MadeTensor) -> np.ndarray:
+def as_fp32(tensor: StoredTensor | ComputedTensor) -> np.ndarray:
     """Reads an fp32 tensor."""
     return tensor.read().view(np.float32).reshape(tensor.shape)
 
@@ -272,7 +274,9 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     return len(tensors)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, StoredTensor | MadeTensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, StoredTensor | ComputedTensor], metadata: Mapping[str, str]
+) -> None:
     """Writes the new file `path`, and flushes it to disk; one tensor is in memory at a time."""
     header: dict[str, object] = {METADATA: dict(metadata)}
     begin = 0

@@ -36,7 +36,7 @@ def test_apart_a_completion_has_the_tokens_and_positions_that_it_has_in_the_tree
         assert batch.ranked is not None
         t = batch.tokens_BT.shape[1]
         found = []
-        for place in batch.ranked.place_PK.flatten().tolist():
+        for place in batch.ranked.index_PK.flatten().tolist():
             b, i = divmod(place, t)
             own = batch.document_BT[b] == batch.document_BT[b, i]
             if batch.branch_BT is not None:

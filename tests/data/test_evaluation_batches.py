@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.data.evaluation_batches import EvaluationBatch, EvaluationBatches, spread
+from dist_lm.data.evaluation_batches import EvaluationBatch, EvaluationBatches, evenly_spaced
 from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
 
@@ -127,7 +127,7 @@ def test_a_limit_takes_an_even_spread(plain: TokenCorpus, dp_size: int) -> None:
 
 @given(st.integers(0, 200), st.integers(0, 250))
 def test_spread(n: int, limit: int) -> None:
-    found = spread(n, limit).tolist()
+    found = evenly_spaced(n, limit).tolist()
     assert len(set(found)) == len(found) == (min(n, limit) if limit else n)
     assert all(0 <= i < n for i in found)
 

@@ -197,12 +197,12 @@ def test_offline_the_hub_corpus_fails_at_once_and_says_what_to_do():
     code = f"""
 from omegaconf import OmegaConf
 from dist_lm.config.corpus import CorpusConfig
-from dist_lm.data.ingest import divided
+from dist_lm.data.ingest import split_documents
 from dist_lm.data.screening import IngestReport
 values = OmegaConf.load({str(HUB_YAML)!r})
 config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), values))
 try:
-    next(divided(config, "language", 0, IngestReport()))
+    next(split_documents(config, "language", 0, IngestReport()))
 except ValueError as error:
     print(type(error).__name__, error)
 """

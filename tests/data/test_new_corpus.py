@@ -290,7 +290,7 @@ def test_broken_rows_are_counted_and_the_file_says_what_a_launch_would_do(data):
 def test_an_impossible_output_is_refused_before_data_is_read(tmp_path, out, words):
     (tmp_path / "afile").write_text("")
     with pytest.raises(ConfigError, match=words):
-        new_corpus(["/nowhere"], tmp_path / out, Console(), sample_bytes=1, taken=choices("corpus"))
+        new_corpus(["/nowhere"], tmp_path / out, Console(), sample_bytes=1, reserved_names=choices("corpus"))
 
 
 def test_the_verb_knows_the_names_of_dist_lm(data):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_lm.data.prompts import find_prompts, read_prompts, survey
+from dist_lm.data.prompts import count_prompts, find_prompts, read_prompts
 from dist_lm.errors import ConfigError
 
 
@@ -42,7 +42,7 @@ def test_ids_keep_their_type_and_other_fields_go_along(tmp_path):
     assert [first.id, second.id, third.id] == [12, "12b", 2]
     assert (first.extra, second.extra) == ({"answer": [1, {"x": None}], "index": 3}, {})
     assert (second.text, second.error) == ("", "")  # the beginning of a document
-    assert survey([lines])["prompts"] == 3
+    assert count_prompts([lines])["prompts"] == 3
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_line_that_cannot_be_used_is_kept_and_cut(tmp_path, line, words):
 )
 def test_what_is_wrong_with_all_of_them_is_refused(tmp_path, values, words):
     with pytest.raises(ConfigError, match=f"^stage.prompts: .*{words}"):
-        survey([write(tmp_path / "p.jsonl", *values)])
+        count_prompts([write(tmp_path / "p.jsonl", *values)])
 
 
 @pytest.mark.parametrize(

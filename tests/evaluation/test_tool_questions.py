@@ -7,7 +7,7 @@ from dist_lm.chat.parse import parse, parse_turn
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.evaluation.tool_questions import asked, choose, questions_of
 from dist_lm.tokenizer.symbols import START
-from dist_lm.tokenizer.tokenizer import Tokenizer, shown
+from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 from dist_lm.tools.data.examples import examples
 
 USER, CALLS = Message("user", "?"), Message("assistant", calls=(Call("a"),))
@@ -67,7 +67,9 @@ def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
 def test_marks_are_shown_by_their_names(tiny_work):
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
     (one,) = asked(questions_of(Conversation((Message("user", "Bergen?"), CALLS), TOOLS), "single"), tokenizer)
-    assert shown(one.prompt, tokenizer).endswith("<|im_start|>user\nBergen?<|im_end|>\n<|im_start|>assistant\n")
-    expected = shown(one.expected, tokenizer)
+    assert text_with_marks(one.prompt, tokenizer).endswith(
+        "<|im_start|>user\nBergen?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = text_with_marks(one.expected, tokenizer)
     assert expected.startswith('<tool_call>\n{"name": "')
     assert expected.endswith('a", "arguments": {}}\n</tool_call><|im_end|>')

@@ -28,10 +28,10 @@ def test_sets_come_back_whole_and_in_columns(vocab_size: int):
     mask_NV[-1] = True
     sets = sets_of(parts)
     places = torch.arange(len(parts))
-    assert torch.equal(sets.kept(places, vocab_size, range(vocab_size)), mask_NV)
+    assert torch.equal(sets.mask(places, vocab_size, range(vocab_size)), mask_NV)
     some, columns = torch.tensor([len(parts) - 1, 3, 0]), range(vocab_size // 3, vocab_size - vocab_size // 5)
-    assert torch.equal(sets.kept(some, vocab_size, columns), mask_NV[some][:, columns.start : columns.stop])
-    assert sets.kept(places[:0], vocab_size, range(vocab_size)).shape == (0, vocab_size)
+    assert torch.equal(sets.mask(some, vocab_size, columns), mask_NV[some][:, columns.start : columns.stop])
+    assert sets.mask(places[:0], vocab_size, range(vocab_size)).shape == (0, vocab_size)
 
 
 def test_a_few_ids_are_listed_and_many_are_bits():

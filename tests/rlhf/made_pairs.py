@@ -10,7 +10,7 @@ from dist_lm.config.preference import PreferenceConfig
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, Trees
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.data.rankings.stream import lesson, ranked_places
+from dist_lm.data.rankings.stream import lesson, ranked_positions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference_objective import segment_logprobs
 
@@ -29,7 +29,7 @@ def batch_of(
     rows = [[DocumentSlice(number, 0, 0)] for number in numbers]
     batch, placed = trees(rankings, rows, numbers, width, 0)
     verdicts = [lesson(rankings.verdict(number), settings.lesson, 0.0, 0, number) for number in numbers]
-    return replace(batch, ranked=ranked_places(placed, verdicts))
+    return replace(batch, ranked=ranked_positions(placed, verdicts))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.config.preference import BETAS, PreferenceConfig
-from dist_lm.data.batch import RankedPlaces
+from dist_lm.data.batch import RankedPositions
 from dist_lm.errors import ConfigError
 from dist_lm.rlhf.preference import (
     Completions,
@@ -98,7 +98,7 @@ FOUND = Completions(
     prompt_C=torch.tensor([0, 0, 1, 1, 1]),
     prompt_logprob_P=torch.tensor([-7.0, -1.0]),
     prompt_tokens_P=torch.tensor([3.0, 1.0]),
-    ranked=RankedPlaces(
+    ranked=RankedPositions(
         torch.zeros(0, 2, dtype=torch.int64),
         torch.zeros(0, 2, dtype=torch.int64),
         torch.zeros(0, 2, dtype=torch.bool),
@@ -162,7 +162,7 @@ def test_metrics_are_means_over_choices() -> None:
 
 
 def test_of_a_whole_ranking_the_rejected_one_is_the_mean_of_those_that_a_choice_leaves() -> None:
-    ranked = RankedPlaces(
+    ranked = RankedPositions(
         torch.tensor([[0, 1, 0], [2, 3, 4]]),
         torch.tensor([[1, 0, 0], [0, 1, 1]]),
         torch.tensor([[True, True, False], [True, True, True]]),
@@ -179,7 +179,7 @@ def test_of_a_whole_ranking_the_rejected_one_is_the_mean_of_those_that_a_choice_
 
 
 def test_dpo_from_a_whole_ranking_takes_log_ratios() -> None:
-    ranked = RankedPlaces(
+    ranked = RankedPositions(
         torch.tensor([[2, 3, 4]]), torch.tensor([[1, 2, 0]]), torch.ones(1, 3, dtype=torch.bool), NONE, NONE,
         torch.zeros(0),
     )  # fmt: skip

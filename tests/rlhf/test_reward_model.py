@@ -109,21 +109,21 @@ def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: R
     with stream_of(rankings) as stream, torch.no_grad():
         batch = next(stream).micro_batches[0]
         assert batch.ranked is not None
-        score_PK = model.scores(batch).flatten()[batch.ranked.place_PK]
+        score_PK = model.scores(batch).flatten()[batch.ranked.index_PK]
     known = {}
     for number in range(rankings.corpus.n_documents):
         verdict = rankings.verdict(number)
         if len(verdict.ranks):
             known[tuple(verdict.ranks.tolist()), tuple(rankings.tokens(number)[-3:].tolist())] = number
     tokens_N, checked = batch.tokens_BT.flatten(), 0
-    for p, there in enumerate(batch.ranked.there_PK):
-        last = int(batch.ranked.place_PK[p][there][-1])
+    for p, there in enumerate(batch.ranked.exists_PK):
+        last = int(batch.ranked.index_PK[p][there][-1])
         key = tuple(batch.ranked.rank_PK[p][there].tolist()), tuple(tokens_N[last - 2 : last + 1].tolist())
         expected = separately(model, rankings, known[key])
         torch.testing.assert_close(score_PK[p][there], expected, rtol=1e-5, atol=1e-5)
         checked += len(expected)
     assert checked > 20
-    assert score_PK[batch.ranked.there_PK].std() > 0.1  # scores that differ, so that a mix-up would show
+    assert score_PK[batch.ranked.exists_PK].std() > 0.1  # scores that differ, so that a mix-up would show
 
 
 def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
@@ -159,7 +159,7 @@ def test_a_batch_of_judgements_alone_or_of_ranks_alone_has_a_gradient(
         batch = next(stream).micro_batches[0]
     ranked = batch.ranked
     assert ranked is not None
-    no_ranks = replace(ranked, **{name: getattr(ranked, name)[:0] for name in ("place_PK", "rank_PK", "there_PK")})
+    no_ranks = replace(ranked, **{name: getattr(ranked, name)[:0] for name in ("index_PK", "rank_PK", "exists_PK")})
     no_pairs = replace(ranked, **{name: getattr(ranked, name)[:0] for name in ("better_N", "worse_N", "margin_N")})
     for part in (no_ranks, no_pairs):
         model.zero_grad()

@@ -166,12 +166,12 @@ def test_sets_stay_with_their_rollouts():
     ):
         sets = part.sets_of(np.arange(len(part.logprobs_M)))
         assert sets is not None
-        found = sets.kept(torch.arange(len(part.logprobs_M)), VOCABULARY, range(VOCABULARY))
+        found = sets.mask(torch.arange(len(part.logprobs_M)), VOCABULARY, range(VOCABULARY))
         assert torch.equal(found, kept_MV[torch.from_numpy(places)])
     both = concatenated([JudgedRollouts(rollouts, {}), JudgedRollouts(some, {})]).rollouts
     sets = both.sets_of(np.arange(len(both.logprobs_M)))
     assert sets is not None
-    assert torch.equal(sets.kept(every, VOCABULARY, range(VOCABULARY)), kept_MV)
+    assert torch.equal(sets.mask(every, VOCABULARY, range(VOCABULARY)), kept_MV)
 
 
 def test_a_checkpoint_without_sets_is_read():

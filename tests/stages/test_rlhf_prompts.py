@@ -12,7 +12,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.prompts import Prompts, check_prompts, read_all, request_reader, tasks_of
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, shown
+from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, text_with_marks
 from tests.chat.test_kept_template import ADDS_SYSTEM, FORGETS, TRIMS, WITHOUT_HEADER
 from tests.conftest import TINY_MODEL
 
@@ -37,7 +37,7 @@ def test_conversations_give_what_stands_before_the_assistants_first_turn(tiny_wo
     assert 0 < len(held_out) <= 32
     for prompt in [*train, *held_out]:
         assert prompt[0] == tokenizer.eot_id
-        text = shown(prompt, tokenizer)
+        text = text_with_marks(prompt, tokenizer)
         assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert text.count("<|im_start|>assistant\n") == 1
 

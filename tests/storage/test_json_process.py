@@ -10,8 +10,8 @@ from dist_lm.storage.json_process import JsonProcess
 from tests.patience import patient
 
 WAITS = """
-from dist_lm.storage.json_process import asked
-with asked() as (requests, answer):
+from dist_lm.storage.json_process import serve_requests
+with serve_requests() as (requests, answer):
     answer({'ready': True})
     while True:
         requests.get()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.data.ingest import Texts, divided
+from dist_lm.data.ingest import Texts, split_documents
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.prepare.compose import compose_config
@@ -39,7 +39,7 @@ def test_smollm2_encodes_the_local_corpus_with_the_ids_of_transformers(tmp_path:
     for name in names:
         stored = {split: TokenCorpus.open(work.corpus(name), split) for split in ("train", "val")}
         places = dict.fromkeys(stored, 0)
-        for split, document, _ in divided(config.corpus, name, config.seed, IngestReport(), texts):
+        for split, document, _ in split_documents(config.corpus, name, config.seed, IngestReport(), texts):
             place, corpus = places[split], stored[split]
             expected = theirs(document.text, add_special_tokens=False, split_special_tokens=True).input_ids
             tokens = corpus.tokens(place, 0, int(corpus.lengths[place])).tolist()

@@ -97,7 +97,7 @@ class Trees:
         if self.reference:
             # The empty array is for a batch of padding alone, which has no ranking to concatenate.
             logprobs = [np.zeros(0, np.float32)]
-            logprobs += [self.reference.logprob[rankings.places(document)] for document in documents]
+            logprobs += [self.reference.logprob[rankings.completion_slice(document)] for document in documents]
             batch = replace(batch, reference_C=torch.from_numpy(np.concatenate(logprobs)))
 
         if self.mismatches:

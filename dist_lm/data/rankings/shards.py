@@ -125,7 +125,7 @@ class RankingCorpus:
         """Returns all tokens of a ranking: (n,) uint16 or uint32."""
         return self.corpus.tokens(document, 0, int(self.corpus.lengths[document]))
 
-    def places(self, document: int) -> slice:
+    def completion_slice(self, document: int) -> slice:
         """Returns where the completions of a ranking are in an array over all completions of the split."""
         end = int(self._rank_ends[document])
         return slice(end - int(self.completions[document]), end)
@@ -143,7 +143,7 @@ class RankingCorpus:
         judgements = slice(judgement_end - n_judgements, judgement_end)
 
         # The zeros in the file of a ranking with judgements are no ranks.
-        ranks = slice(0) if n_judgements else self.places(document)
+        ranks = slice(0) if n_judgements else self.completion_slice(document)
         return Verdict(
             branch=self._branch[token_begin:token_end],
             ranks=self._verdicts.ranks[ranks],

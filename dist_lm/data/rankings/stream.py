@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from dist_lm.chat.ranking import branch_ends, branch_positions
-from dist_lm.data.batch import Batch, RankedPlaces
-from dist_lm.data.evaluation_batches import dealt, spread
+from dist_lm.data.batch import Batch, RankedPositions
+from dist_lm.data.evaluation_batches import evenly_spaced, micro_batches_of_rank
 from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import PackedEpoch, Packing
@@ -115,7 +115,7 @@ class RankingStream(StepStream):
             )
             for ranking in placed
         ]
-        return replace(batch, ranked=ranked_places(placed, verdicts))
+        return replace(batch, ranked=ranked_positions(placed, verdicts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +139,8 @@ class RankingBatches:
 
     def __iter__(self) -> Iterator[tuple[Batch, list[PlacedRanking]]]:
         assemble = self.assemble or assemble_rankings
-        chosen = spread(self.packing.n_rows, self.limit_sequences)
-        for numbers in dealt(chosen, self.micro_batch, self.dp_rank, self.dp_size):
+        chosen = evenly_spaced(self.packing.n_rows, self.limit_sequences)
+        for numbers in micro_batches_of_rank(chosen, self.micro_batch, self.dp_rank, self.dp_size):
             rows = [self.packing.sequence(number) if number >= 0 else [] for number in numbers]
             yield assemble(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
 
@@ -223,7 +223,8 @@ def assemble_rankings(
         opening: of the tokenizer; None: documents begin with end-of-text.
 
     Returns:
-        The batch, and its rankings with the indices of their completions' last tokens. `ranked_places` adds verdicts.
+        The batch, and its rankings with the indices of their completions' last tokens; `ranked_positions` adds verdicts
+        to these.
     """
     shape = (len(rows), seq_len)
     tokens = np.full(shape, pad_id, np.int64)
@@ -265,7 +266,7 @@ def assemble_rankings(
     return batch, placed
 
 
-def ranked_places(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPlaces:
+def ranked_positions(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPositions:
     """Turns the verdicts of a batch into tensors.
 
     Args:
@@ -290,10 +291,10 @@ def ranked_places(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) 
     ]
     pairs_N2 = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
     margins = np.concatenate([np.zeros(0, np.float32), *(verdict.margins for verdict in verdicts)])
-    return RankedPlaces(
-        place_PK=torch.from_numpy(place),
+    return RankedPositions(
+        index_PK=torch.from_numpy(place),
         rank_PK=torch.from_numpy(rank),
-        there_PK=torch.from_numpy(exists),
+        exists_PK=torch.from_numpy(exists),
         better_N=torch.from_numpy(pairs_N2[:, 0].copy()),
         worse_N=torch.from_numpy(pairs_N2[:, 1].copy()),
         margin_N=torch.from_numpy(margins),

@@ -9,7 +9,7 @@ import torch
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import answer_tokens, prompt, stop_tokens
 from dist_lm.config.root import Config
-from dist_lm.data.prompts import Prompt, find_prompts, read_prompts, survey
+from dist_lm.data.prompts import Prompt, count_prompts, find_prompts, read_prompts
 from dist_lm.errors import ConfigError
 from dist_lm.generation.load import model_config_of, stage_tokenizer
 from dist_lm.model.transformer import Transformer
@@ -33,7 +33,7 @@ def prompts_of(where: str) -> list[Prompt]:
         ConfigError: there is none, a line is invalid or asks for a middle, or two lines have the same id.
     """
     files = find_prompts(where, "eval.prompts")
-    survey(files, "eval.prompts")
+    count_prompts(files, "eval.prompts")
     prompts = list(read_prompts(files))
     for request in prompts:
         error = request.error

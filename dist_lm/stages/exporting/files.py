@@ -38,7 +38,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.checkpoint_tensors import MadeTensor, model_tensors, write_tensors
+from dist_lm.training.checkpoint_tensors import ComputedTensor, model_tensors, write_tensors
 
 
 def export(
@@ -193,7 +193,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _made(
     architecture: Architecture, model: ModelConfig, read: Read, dtype: str, torch_dtype: torch.dtype
-) -> dict[str, MadeTensor]:
+) -> dict[str, ComputedTensor]:
     """Tensors of transformers by name, computed from ours when they are written."""
 
     def compute(conversion: Converted) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import Shape
-from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor
+from dist_lm.training.checkpoint_tensors import ComputedTensor, StoredTensor
 
 DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}  # names in safetensors and torch
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -17,11 +17,11 @@ Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
 
 
 def in_files(
-    tensors: Mapping[str, StoredTensor | MadeTensor], file_bytes: int
-) -> Iterator[dict[str, StoredTensor | MadeTensor]]:
+    tensors: Mapping[str, StoredTensor | ComputedTensor], file_bytes: int
+) -> Iterator[dict[str, StoredTensor | ComputedTensor]]:
     """The tensors of each file, in order: a new file starts when a tensor does not fit into `file_bytes`."""
     # A tensor larger than `file_bytes` gets a file of its own.
-    part: dict[str, StoredTensor | MadeTensor] = {}
+    part: dict[str, StoredTensor | ComputedTensor] = {}
     for name, tensor in tensors.items():
         if part and sum(stored.bytes for stored in part.values()) + tensor.bytes > file_bytes:
             yield part
@@ -30,7 +30,7 @@ def in_files(
     yield part
 
 
-def as_torch(tensor: StoredTensor | MadeTensor, name: str) -> torch.Tensor:
+def as_torch(tensor: StoredTensor | ComputedTensor, name: str) -> torch.Tensor:
     """A stored tensor.
 
     Raises:
@@ -42,10 +42,10 @@ def as_torch(tensor: StoredTensor | MadeTensor, name: str) -> torch.Tensor:
     return torch.from_numpy(tensor.read()).view(TORCH[tensor.dtype]).view(tensor.shape)
 
 
-def made(dtype: str, shape: Shape, make: Callable[[], torch.Tensor]) -> MadeTensor:
+def made(dtype: str, shape: Shape, make: Callable[[], torch.Tensor]) -> ComputedTensor:
     """A tensor of a file, computed when it is written. `dtype`: name of safetensors."""
     torch_dtype = TORCH[dtype]
-    return MadeTensor(dtype, shape, math.prod(shape) * torch_dtype.itemsize, lambda: _bytes(make().to(torch_dtype)))
+    return ComputedTensor(dtype, shape, math.prod(shape) * torch_dtype.itemsize, lambda: _bytes(make().to(torch_dtype)))
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.data.prompts import survey
+from dist_lm.data.prompts import count_prompts
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
@@ -22,7 +22,7 @@ def check_inputs(files: list[Path], stage: "GenerateConfig", run: RunDirectory) 
         ArtefactError: the run began with other prompts.
     """
     # Answers of one run to different prompts would look like answers to the same ones.
-    inputs, recorded = survey(files), begun_with(run)
+    inputs, recorded = count_prompts(files), begun_with(run)
     if recorded and {name: recorded.get(name) for name in inputs} != inputs:
         raise ArtefactError(f"stage.prompts={stage.prompts}: not what {run.path} began with: choose another run_id")
     return inputs

@@ -19,7 +19,7 @@ from dist_lm.interop.gguf_tokenizer import tokenizer_file
 from dist_lm.interop.weights import converted
 from dist_lm.model.size import parameter_shapes
 from dist_lm.storage import durable
-from dist_lm.training.checkpoint_tensors import MadeTensor, write_tensors
+from dist_lm.training.checkpoint_tensors import ComputedTensor, write_tensors
 
 READ = ("Llama", "Qwen3")  # families with the same activation in llama.cpp and transformers
 SIZES = {
@@ -73,7 +73,7 @@ def write_snapshot(path: Path, folder: Path) -> None:
         return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
     tensors = {
-        conversion.name: MadeTensor("F32", conversion.shape, 4 * math.prod(conversion.shape), partial(read, name))
+        conversion.name: ComputedTensor("F32", conversion.shape, 4 * math.prod(conversion.shape), partial(read, name))
         for name, conversion in names.items()
     }
     content, file_name = tokenizer_file(fields, str(path))

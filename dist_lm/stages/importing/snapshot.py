@@ -51,7 +51,7 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import NoEndOfTextError, Tokenizer
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.checkpoint_tensors import PLACES, MadeTensor, StoredTensor, tensors_in, write_tensors
+from dist_lm.training.checkpoint_tensors import PLACES, ComputedTensor, StoredTensor, tensors_in, write_tensors
 from dist_lm.training.state import TrainState
 
 STAGE = "import"  # folder below runs/
@@ -125,7 +125,7 @@ def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
 
 def write_checkpoint(
     checkpoints: Path,
-    tensors: Mapping[str, MadeTensor],
+    tensors: Mapping[str, ComputedTensor],
     model: ModelConfig,
     state: TrainState,
     adapters: Mapping[str, Any] | None = None,
@@ -210,14 +210,14 @@ def _check_tensors(
 
 def _ours(
     theirs: Mapping[str, StoredTensor], conversions: list[Converted], model: ModelConfig
-) -> dict[str, MadeTensor]:
+) -> dict[str, ComputedTensor]:
     """Our parameters in fp32. A score of theirs has no bias: ours is 0."""
 
     def read(conversion: Converted, index: int) -> torch.Tensor:
         return conversion.to_ours(as_torch(theirs[conversion.name], conversion.name), index)
 
     # One tensor of theirs may hold several of ours, such as query, key and value.
-    parameters: dict[str, MadeTensor] = {}
+    parameters: dict[str, ComputedTensor] = {}
     for conversion in conversions:
         for index, name in enumerate(conversion.ours):
             parameters[name] = made("F32", conversion.shapes[index], partial(read, conversion, index))

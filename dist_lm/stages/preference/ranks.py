@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dist_lm.config.corpus import SPLITS
-from dist_lm.data.batch import RankedPlaces
+from dist_lm.data.batch import RankedPositions
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, Trees
 from dist_lm.data.rankings.shards import RankingCorpus
@@ -124,18 +124,18 @@ def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
     return batch
 
 
-def _example_places(rows: int, k: int, as_rankings: bool) -> RankedPlaces:
+def _example_places(rows: int, k: int, as_rankings: bool) -> RankedPositions:
     """Returns `rows` rankings of k completions, whole or as pairs of neighbours."""
-    place_PK = torch.arange(rows * k).view(rows, k)
+    index_PK = torch.arange(rows * k).view(rows, k)
     if as_rankings:
         better_N = worse_N = torch.zeros(0, dtype=torch.int64)
     else:
-        better_N, worse_N = place_PK[:, :-1].flatten(), place_PK[:, 1:].flatten()
-        place_PK = place_PK[:0]
-    return RankedPlaces(
-        place_PK=place_PK,
-        rank_PK=torch.arange(k).repeat(len(place_PK), 1),
-        there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
+        better_N, worse_N = index_PK[:, :-1].flatten(), index_PK[:, 1:].flatten()
+        index_PK = index_PK[:0]
+    return RankedPositions(
+        index_PK=index_PK,
+        rank_PK=torch.arange(k).repeat(len(index_PK), 1),
+        exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
         better_N=better_N,
         worse_N=worse_N,
         margin_N=torch.zeros(better_N.shape),

@@ -15,7 +15,7 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Ranking, ranks_of_scores
 from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.evaluation_batches import evenly_spaced
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.rankings.rules import marks_of
 from dist_lm.data.sources.rankings import ranking_document
@@ -89,7 +89,7 @@ def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
     chosen = []
-    for index in spread(len(documents), limit).tolist():
+    for index in evenly_spaced(len(documents), limit).tolist():
         number = documents[index]
         language = corpus.languages[corpus.language_codes[number]]
 

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.corpus import SPLITS
-from dist_lm.data.batch import Batch, RankedPlaces
-from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.batch import Batch, RankedPositions
+from dist_lm.data.evaluation_batches import evenly_spaced
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
 from dist_lm.data.sequences import note_of_left_out
@@ -204,7 +204,7 @@ def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> lis
     """Returns the prompts of `limit` rankings at even distances, as token ids."""
     return [
         tokenizer.opening.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
-        for number in spread(rankings.corpus.n_documents, limit).tolist()
+        for number in evenly_spaced(rankings.corpus.n_documents, limit).tolist()
     ]
 
 
@@ -227,7 +227,7 @@ def example_batch(config: RewardRunConfig) -> Batch:
     # A dry run needs shapes and places; the tokens may be random.
     branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
     end_K = torch.stack([(branch_T <= branch).sum() - 1 for branch in range(1, k + 1)])
-    place_PK = end_K + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
+    index_PK = end_K + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
     none = torch.zeros(0, dtype=torch.int64)
     return Batch(
         tokens_BT=torch.randint(0, config.model.vocab_size, shape),
@@ -237,10 +237,10 @@ def example_batch(config: RewardRunConfig) -> Batch:
         position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
         sequence_B=torch.arange(stage.micro_batch),
         branch_BT=branch_T.repeat(stage.micro_batch, 1),
-        ranked=RankedPlaces(
-            place_PK=place_PK,
+        ranked=RankedPositions(
+            index_PK=index_PK,
             rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
-            there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
+            exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
             better_N=none,
             worse_N=none,
             margin_N=torch.zeros(0),

@@ -54,7 +54,7 @@ from dist_lm.stages.training.program import (
 )
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer, shown
+from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
@@ -378,8 +378,8 @@ class Reporter:
                 continue
             line = {
                 "kind": "rollout",
-                "prompt": shown(rollout.prompt.tolist(), self.tokenizer),
-                "completion": shown(rollout.completion.tolist(), self.tokenizer),
+                "prompt": text_with_marks(rollout.prompt.tolist(), self.tokenizer),
+                "completion": text_with_marks(rollout.completion.tolist(), self.tokenizer),
                 "reward": float(report.score_B[b]),
                 "parts": {name: float(score_B[b]) for name, score_B in report.part_B.items()},
                 "tokens": len(rollout.completion),

@@ -19,7 +19,7 @@ from dist_lm.sandbox.task import Task, task_of
 from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import START
-from dist_lm.tokenizer.tokenizer import Tokenizer, shown
+from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +115,11 @@ def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
         ChatError: a kept chat template cannot write a request.
     """
     conversation = Conversation((Message("user", "probe"),))
-    before, _, after = shown(rendered(conversation, tokenizer), tokenizer).rpartition("probe")
+    before, _, after = text_with_marks(rendered(conversation, tokenizer), tokenizer).rpartition("probe")
     opening = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
 
     def request_of(tokens: Sequence[int]) -> str:
-        text = shown(tokens, tokenizer).removesuffix(after)
+        text = text_with_marks(tokens, tokenizer).removesuffix(after)
         # Without text before the request, every prompt is the request.
         if not opening:
             return text

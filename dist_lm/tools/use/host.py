@@ -25,7 +25,7 @@ from dist_lm.chat import json_text
 from dist_lm.chat.messages import ChatError, Json, Tool
 from dist_lm.chat.schema import check_tool
 from dist_lm.errors import UserError
-from dist_lm.storage.json_process import asked
+from dist_lm.storage.json_process import serve_requests
 
 Function = Callable[..., Any]
 ATTRIBUTE = "TOOLS"  # the file may list its tools under this name
@@ -173,7 +173,7 @@ def main() -> None:
     file = Path(sys.argv[2])
     characters = int(sys.argv[3])
 
-    with asked() as (calls, send):
+    with serve_requests() as (calls, send):
         try:
             functions = {function.__name__: function for function in functions_of(load(file), file)}
             tools = [tool_of(function) for function in functions.values()]

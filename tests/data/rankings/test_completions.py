@@ -52,7 +52,7 @@ def test_every_branch_is_its_prompt_and_its_completion(rankings: RankingCorpus) 
     chosen = [number for order, i in rows for number, _, _ in order.sequence(i)]
     assert len(batch.prompt_C) > 300
     assert batch.reference_C.tolist() == [
-        value for number in chosen for value in reference.logprob[rankings.places(number)].tolist()
+        value for number in chosen for value in reference.logprob[rankings.completion_slice(number)].tolist()
     ]
     assert batch.mismatched_reference_P.tolist() == chosen
     expected = [(rankings.tokens(number), rankings.verdict(number).branch) for number in chosen]

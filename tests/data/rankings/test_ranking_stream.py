@@ -37,7 +37,7 @@ def lines(batch: Batch) -> list[tuple]:
     r = batch.ranked
     found: list[tuple] = [
         (tuple(tokens[place[there]].tolist()), tuple(rank[there].tolist()))
-        for place, rank, there in zip(r.place_PK, r.rank_PK, r.there_PK, strict=True)
+        for place, rank, there in zip(r.index_PK, r.rank_PK, r.exists_PK, strict=True)
     ]
     pairs = zip(tokens[r.better_N].tolist(), tokens[r.worse_N].tolist(), r.margin_N.tolist(), strict=True)
     return [*found, *pairs]
@@ -66,7 +66,7 @@ def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: RankingC
         assert batch.position_BT.flatten()[places].tolist() == branch_positions(branch).tolist()
         ends |= set(places[torch.from_numpy(branch_ends(branch))].tolist())
     ranked = batch.ranked
-    asked = {*ranked.place_PK[ranked.there_PK].tolist(), *ranked.better_N.tolist(), *ranked.worse_N.tolist()}
+    asked = {*ranked.index_PK[ranked.exists_PK].tolist(), *ranked.better_N.tolist(), *ranked.worse_N.tolist()}
     assert asked <= ends
     assert len(asked) > 10
 
