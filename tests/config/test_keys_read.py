@@ -48,7 +48,7 @@ LAUNCHES = (
 READ_BY: Mapping[str, tuple[str, ...]] = {
     "tests/launcher/test_restarts.py": ("cluster.stop_timeout_s",),
     "tests/stages/test_evaluate_models.py": ("eval.prompts", "eval.reward_model"),
-    "tests/prepare/test_layout.py": ("hardware.",),
+    "tests/prepare/test_layout_of_command.py": ("hardware.",),
     "tests/rlhf/test_online_algorithms.py": ("rlhf.clip_high", "rlhf.overlong_tokens"),
     "tests/rlhf/test_pretraining.py": (
         *("rlhf.pretrain_corpus", "rlhf.pretrain_mix", "rlhf.pretrain_sequences", "rlhf.pretrain_seq_len"),
