@@ -30,9 +30,12 @@ def fsync_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically: a reader sees the old file or the new one, never a part of one.
+    """Replaces `path` by `content` atomically: a reader sees the old file or the new one, never a part of one.
 
-    When it returns, file and folder entry are on disk.
+    When it returns, file and folder entry are on disk. The folder must exist.
+
+    Raises:
+        OSError: the content cannot be written; `path` is as it was, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several nodes may write at once
     try:
@@ -49,7 +52,13 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace `path` atomically without flushing to disk: for files that are rewritten every few seconds."""
+    """Replaces `path` by `text` in UTF-8, atomically but not flushed to disk: for files rewritten every few seconds.
+
+    After a crash of the machine the file may be empty or old.
+
+    Raises:
+        OSError: the text cannot be written; `path` is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -72,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; an empty one if the file is missing or holds another JSON value.
 
     Raises:
-        ArtefactError: the file holds no JSON.
+        ArtefactError: the file holds no JSON, or is not UTF-8.
     """
     if not path.exists():
         return {}

@@ -49,11 +49,12 @@ class JsonProcess:
         return self._process.pid
 
     def send(self, message: Mapping[str, Any], seconds: float) -> None:
-        """Send one message; `seconds` is the time limit.
+        """Sends one message as a line of JSON; `seconds` is the time limit. The process is not ended on an error.
 
         Raises:
-            TimeoutError: the process did not read it within the time limit.
+            TimeoutError: the process did not read the message within the time limit; a part of it may be sent.
             OSError: the process has ended.
+            TypeError: JSON cannot express the message.
         """
         self._connection.settimeout(seconds)
         try:
@@ -62,7 +63,7 @@ class JsonProcess:
             raise TimeoutError(f"did not read a request within {seconds:g} s and was ended") from None
 
     def receive(self, seconds: float, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Returns the next message.
+        """Returns the next message. The process is not ended on an error: the caller calls `end`.
 
         Args:
             seconds: time limit.
@@ -111,10 +112,11 @@ class JsonProcess:
 
 @contextmanager
 def serve_requests() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[Mapping[str, Any]], None]]]:
-    """Answer requests in the child process: yields the queue of requests, and the function that sends an answer.
+    """Answers requests in the child process: yields the queue of requests, and the function that sends an answer.
 
-    Print goes to standard error. The process ends when its parent closes the socket, even while a function runs, and
-    after a line that is no JSON, which it prints.
+    Inside and after the block, print goes to standard error. A thread fills the queue. The process ends (`os._exit`)
+    with code 0 when its parent closes the socket, even while a function runs, and with code 1 after a line that is no
+    JSON, whose traceback it prints. The socket is the file descriptor in `sys.argv[1]`.
     """
     # A print of the user's function must not reach the standard output of the launch.
     os.dup2(2, 1)
@@ -123,6 +125,7 @@ def serve_requests() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[
     with socket.socket(fileno=int(sys.argv[1])) as connection:
 
         def listen() -> None:
+            """Puts each request line into the queue, and ends the process with the last one."""
             code = 1
             try:
                 # A thread reads, so that the end of the parent is noticed while a function of the user runs.
@@ -136,6 +139,7 @@ def serve_requests() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[
             finally:
                 os._exit(code)
 
+        # A daemon, so that a process whose main thread is done need not wait for its parent.
         threading.Thread(target=listen, daemon=True).start()
         yield requests, lambda answer: connection.sendall(_line(answer))
 

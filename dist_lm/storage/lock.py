@@ -27,19 +27,21 @@ def locked(
     on_wait: Callable[[str], None] = lambda owner: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
-    """Hold the lock file `path` for the block. The file names its owner; it is not removed.
+    """Holds the lock file `path` for the block; creates it if it is missing. The file names its owner and is not
+    removed.
 
     Args:
         what: name of the locked thing in messages; the folder of `path` by default.
         job: id of the batch job of this process. An owner of the same job is an earlier start that is about to end, so
-            it is waited for.
-        wait_s: longest wait for any owner, in seconds.
-        on_wait: called once with the owner.
+            it is waited for, for at least `OWN_JOB_S` seconds.
+        wait_s: longest wait for any owner, in seconds; 0: one try.
+        on_wait: called once with the text that names the owner, when the wait begins.
         stopped: called while waiting; if it returns True the wait ends with the error below.
 
     Raises:
         ArtefactError: another process holds the lock (the message names host and process), or the file system has no
             locks.
+        OSError: the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -64,6 +66,7 @@ def locked(
                 announced = True
             time.sleep(_POLL_S)
 
+        # The name is written into the locked file itself, in place: a new file would have a lock of its own.
         os.ftruncate(descriptor, 0)
         new_owner = f"process {os.getpid()} on {socket.gethostname()}"
         if job:
@@ -81,7 +84,12 @@ def owner_of(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Returns whether a process holds the lock now."""
+    """Returns whether a process holds the lock now; False if there is no lock file. The lock stays as it is.
+
+    Raises:
+        ArtefactError: the file system has no locks.
+        OSError: the file cannot be read.
+    """
     if not path.exists():
         return False
 
@@ -93,7 +101,18 @@ def is_locked(path: Path) -> bool:
 
 
 def _try_lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
-    """Returns whether the lock was free and is held now; raises ArtefactError if the file system has no locks."""
+    """Takes the lock of an open file if it is free, without waiting, and returns whether it is held now.
+
+    The lock is released when the file is closed.
+
+    Args:
+        path: the file, for the message.
+        kind: LOCK_EX, or LOCK_SH, which several processes can hold.
+
+    Raises:
+        ArtefactError: the file system has no locks.
+        OSError: any other failure.
+    """
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

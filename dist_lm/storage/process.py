@@ -21,7 +21,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
-    """Returns the living processes with `mark` in an environment variable, except this one."""
+    """Returns the living processes on this machine whose environment variable has the value `mark`, except this one.
+
+    Zombies, and processes whose environment this user may not read, are left out.
+    """
     processes = []
     for process in psutil.process_iter():
         try:
@@ -33,7 +36,10 @@ def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
 
 
 def users_of(directory: Path) -> list[psutil.Process]:
-    """Returns the living processes with an open file below `directory`, except this one."""
+    """Returns the processes on this machine with an open file below `directory`, except this one.
+
+    `directory` must be absolute. Processes of other users, whose files cannot be seen, are left out.
+    """
     processes = []
     for process in psutil.process_iter():
         try:
@@ -72,7 +78,10 @@ def state(process: psutil.Process) -> str:
 
 
 def catches(process: psutil.Process, number: signal.Signals) -> bool:
-    """Returns whether a process has installed a handler for a signal (by default SIGUSR1 would end it)."""
+    """Returns whether a process has installed a handler for a signal (by default SIGUSR1 would end it).
+
+    False if the process has ended. On systems other than Linux, where this cannot be seen, always True.
+    """
     if sys.platform != "linux":
         return True
 
@@ -95,7 +104,12 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
-    """End every process that `find` returns: SIGTERM, then SIGKILL to those that still live after `grace_s` seconds.
+    """Ends every process that `find` returns: SIGTERM, then SIGKILL to those that still live after `grace_s` seconds.
+
+    Returns when `find` finds no process, and at the latest after `grace_s + kill_s` seconds.
+
+    Args:
+        find: called every `POLL_S` seconds, so it must leave out processes that have ended.
 
     Returns:
         Ids of the processes that still live `kill_s` seconds after the first SIGKILL (blocked in the kernel).
@@ -140,10 +154,14 @@ def reserve_port() -> socket.socket:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process (SIGKILL) when its parent ends. Does nothing on systems other than Linux.
+    """Has the kernel kill this process (SIGKILL) when its parent ends. Does nothing on systems other than Linux.
 
     Args:
-        parent: expected process id of the parent; if it has already ended, this process ends at once.
+        parent: expected process id of the parent; if it has already ended, this process ends at once with code 1. None:
+            not checked.
+
+    Raises:
+        OSError: the kernel refuses.
     """
     if sys.platform != "linux":
         return

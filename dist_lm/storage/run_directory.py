@@ -245,12 +245,14 @@ class RunDirectory:
             durable.write_json(self.noted_files, self._noted() | hashes)
 
     def require_files(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """Refuse files that have changed since the run began.
+        """Refuses files that have changed since the run began. A key that was not noted then passes; all files are
+        read.
 
         Scores of one name would belong to different questions otherwise, or the run would mix two sets of prompts.
 
         Raises:
-            ArtefactError: names the key, the file and the way out.
+            ArtefactError: a file has changed; the message names the key and the way out.
+            OSError: a file cannot be read.
         """
         noted = self._noted()
 
@@ -269,7 +271,13 @@ class RunDirectory:
 
 
 def _hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """Returns one hash for each key; for several files it is the hash of their names and hashes."""
+    """Returns one hexadecimal SHA-256 for each key: that of its file, or of the names and hashes of several files.
+
+    With several files, their order and names count, but not their folders. All files are read.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     hash_of = {}
 
     for name, paths in files.items():
