@@ -52,7 +52,16 @@ class ByteLevelModel:
             raise ArtefactError(f"{name}: text that spells {forgeable[0]} becomes this mark: use another tokenizer")
 
     def _set_pieces(self, vocabulary: dict[str, int], added_texts: dict[int, str], name: str) -> None:
-        """Sets the name and the bytes of every token id; special tokens and unused ids have no bytes."""
+        """Sets `_pieces` and `_bytes`, the name and the bytes of every token id; special and unused ids have no bytes.
+
+        Args:
+            vocabulary: every piece and added token -> its id.
+            added_texts: id -> text of the added tokens.
+            name: the file, for messages.
+
+        Raises:
+            ArtefactError: a piece holds a character that stands for no byte.
+        """
         special = set(self.special_ids.values())
         byte_of = _byte_of_character()
         self._pieces = [""] * self.vocab_size
@@ -74,7 +83,11 @@ class ByteLevelModel:
             self._bytes[token_id] = bytes(byte_of[character] for character in piece)
 
     def _check_text_comes_back(self, vocabulary: dict[str, int], name: str) -> None:
-        """Refuses a vocabulary or a pre-tokenizer that loses text. A normaliser may change text: it is meant to."""
+        """Refuses a vocabulary or a pre-tokenizer that loses text. A normaliser may change text: it is meant to.
+
+        Raises:
+            ArtefactError: a byte of UTF-8 text has no piece, or `PROBE` is decoded to another text than was encoded.
+        """
         character_of = {byte: character for character, byte in _byte_of_character().items()}
         if missing := [byte for byte in TEXT_BYTES if character_of[byte] not in vocabulary]:
             listed = ", ".join(f"0x{byte:02X}" for byte in missing[:8]) + (" ..." if len(missing) > 8 else "")
@@ -121,7 +134,10 @@ class ByteLevelModel:
 
 
 def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
-    """Returns the file with `marks` appended as added tokens, whose ids begin at `vocab_size`."""
+    """Returns the `tokenizer.json` with `marks` appended as added tokens, whose ids begin at `vocab_size`.
+
+    A mark that begins with `<|` becomes a special token. The caller makes sure that the file lacks the marks.
+    """
     tokenizer_json = json.loads(content)
     tokenizer_json["added_tokens"] += [
         {
@@ -149,10 +165,13 @@ def with_opening(content: bytes, mark: str) -> bytes:
 
 
 def _read(content: bytes, name: str) -> dict[str, Any]:
-    """Returns the file as JSON.
+    """Returns the file as JSON, with an empty list `added_tokens` if it had none.
+
+    Args:
+        name: the file, for messages.
 
     Raises:
-        ArtefactError: it is not a byte-level BPE.
+        ArtefactError: it is not the `tokenizer.json` of a byte-level BPE.
     """
     try:
         tokenizer_json = json.loads(content)
@@ -176,6 +195,12 @@ def _read(content: bytes, name: str) -> dict[str, Any]:
 
 
 def _tokenizer(text: str, name: str) -> Any:
+    """Returns the `tokenizers.Tokenizer` of the JSON `text`; messages call the file `name`.
+
+    Raises:
+        UserError: the package `tokenizers` is not installed.
+        ArtefactError: the package cannot read the text.
+    """
     try:
         import tokenizers
     except ImportError as error:

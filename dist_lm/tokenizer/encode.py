@@ -29,6 +29,8 @@ def encode_documents(
 ) -> Iterator[TokenizedDocument]:
     """Yields every document, tokenized by the model at `path`, in the order of `documents`.
 
+    Processes are started once `documents` gives more than a few chunks; they end when the iterator ends or is closed.
+
     Args:
         workers: number of processes; 0 means one for each core, 1 encodes in this process. A few chunks of text are
             always encoded in this process. At most `CHUNKS_IN_FLIGHT` chunks for each process are in memory.
@@ -36,7 +38,7 @@ def encode_documents(
 
     Raises:
         ArtefactError: there is no usable tokenizer at `path`.
-        UserError: a document is not Unicode text, or a process died.
+        UserError: a document is not Unicode text, or a process died. What `encode` and `documents` raise passes too.
     """
     tokenizer = Tokenizer.load(path)
     if not workers:
@@ -56,6 +58,11 @@ def encode_documents(
 def _encode_in_processes(
     path: Path, chunks: Iterator[list[Document]], workers: int, encode: Encode
 ) -> Iterator[TokenizedDocument]:
+    """Yields the documents of `chunks` in order, encoded by a pool of `workers` new processes, which it ends.
+
+    Raises:
+        UserError: a process died, or `encode` raised it. What `encode` raises passes.
+    """
     # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
@@ -79,7 +86,11 @@ def _encode_in_processes(
 
 
 def _chunked(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yields lists of consecutive documents with about `CHUNK_CHARACTERS` characters together."""
+    """Yields lists of consecutive documents, which together reach `CHUNK_CHARACTERS` characters or `CHUNK_DOCUMENTS` in
+    number.
+
+    Only the last list may have fewer. A long document is not cut.
+    """
     chunk: list[Document] = []
     characters = 0
     for document in documents:
@@ -106,7 +117,10 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _follow_parent() -> None:
-    """Ignores Ctrl-C, which the parent handles, and ends this process with the parent, which would wait forever."""
+    """Prepares a process of the pool: it ignores Ctrl-C, which the parent handles, and ends with the parent (code 1).
+
+    Without this it would wait forever for a parent that was killed. A thread waits for the parent.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

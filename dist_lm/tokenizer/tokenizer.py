@@ -73,7 +73,10 @@ class SentencePieceModel:
         self._literal_space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without an opening."""
+        """Returns the token ids of `text`, without an opening.
+
+        A literal U+2581 keeps ids of its own in a tokenizer of ours; in others it passes for a space.
+        """
         if not self.is_trained:
             return self._processor.encode(text)
 
@@ -190,10 +193,10 @@ class KeptTemplate:
 
     @classmethod
     def read(cls, folder: Path) -> "KeptTemplate | None":
-        """Reads the template beside a tokenizer; None: conversations are laid out as ours.
+        """Returns the template beside a tokenizer; None if the folder has none: conversations are laid out as ours.
 
         Raises:
-            ArtefactError: the file lacks a key.
+            ArtefactError: the file is no JSON or lacks a key.
         """
         path = folder / CONVERSATIONS
         if not path.is_file():
@@ -283,7 +286,10 @@ class Tokenizer:
         return [self.opening.first, *self.encode(text)]
 
     def encode_document(self, document: Document) -> TokenizedDocument:
-        """Returns the document as shards hold it, with end-of-text before it.
+        """Returns the text as shards hold it: token ids (n,) of `dtype`, end-of-text first, and the text's size in
+        bytes.
+
+        Special tokens that the text spells are encoded as text. `document.form` is not looked at.
 
         Raises:
             UserError: the text holds a lone surrogate; the message names the document's source.
@@ -381,7 +387,10 @@ def read_vocabulary(content: bytes, name: str) -> Vocabulary:
 
 
 def special_ids(vocabulary: Vocabulary) -> dict[str, int]:
-    """Returns the ids of the special tokens by name; a mark of ours that the file calls otherwise has our name."""
+    """Returns the ids of the special tokens by name; a mark of ours that the file calls otherwise has our name.
+
+    For a vocabulary that is not ours, the file's own statement of end-of-text comes before the list of names `ALIASES`.
+    """
     ids = dict(vocabulary.special_ids)
     if vocabulary.is_trained:
         return ids
@@ -397,7 +406,17 @@ def special_ids(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def with_marks(content: bytes, name: str) -> bytes:
-    """Returns the tokenizer with the marks that it lacks appended; the same bytes if it has all of them."""
+    """Returns the content of the file with the marks that it lacks appended; the same bytes if it has all of them.
+
+    The ids of the other tokens stay.
+
+    Args:
+        name: the file, for messages.
+
+    Raises:
+        ArtefactError: `content` is no tokenizer file that we read.
+        UserError: the package `tokenizers` is needed and not installed.
+    """
     vocabulary = read_vocabulary(content, name)
     ids = special_ids(vocabulary)
     missing = [mark for mark in MARKS if mark not in ids]

@@ -39,8 +39,8 @@ def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Itera
     """Yields at most `limit_bytes` of UTF-8 text, an equal share for every language, in the order of `documents`.
 
     A language that has less than its share leaves the rest to the others. Within a language, documents are chosen by
-    hash, so that no part of a corpus is favoured. One pass, memory of about `limit_bytes`; at least one document is
-    kept.
+    the hash of their text, so that no part of a corpus is favoured. One pass, memory of about `limit_bytes`. One
+    document is kept even if it is larger; nothing is yielded before all documents are read.
 
     Raises:
         UserError: a document is not Unicode text.
@@ -69,9 +69,12 @@ def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Itera
 def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -> None:
     """Trains a BPE of `config.vocab_size` pieces and writes it to `path`; the same texts give the same bytes.
 
+    An existing file is replaced, and only after success.
+
     Raises:
         ConfigError: the vocabulary is too large for the texts, or too small for their characters.
-        UserError: there is no text, or it is not Unicode.
+        UserError: there is no text, or it is not Unicode. What `texts` raises passes.
+        RuntimeError: SentencePiece refuses for another reason.
     """
     model = io.BytesIO()
     learned_as = config.learned_as
@@ -150,7 +153,13 @@ def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dic
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Yields parts of at most `CHUNK_CHARACTERS` with their newlines, then operators in proportion to the text."""
+    """Yields parts of at most `CHUNK_CHARACTERS` with their newlines, then operators in proportion to the text.
+
+    The characters of `UNLEARNABLE` are left out.
+
+    Raises:
+        UserError: a text holds a lone surrogate.
+    """
     characters = 0
     for index, text in enumerate(texts):
         utf8(text, f"text {index}")
@@ -175,7 +184,10 @@ def _recording(failures: list[BaseException], chunks: Iterator[str]) -> Iterator
 
 
 def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
-    """Returns the refusal of SentencePiece in the words of our configuration."""
+    """Returns, and does not raise, the refusal of SentencePiece in the words of our configuration.
+
+    It is a UserError without text, a ConfigError for a vocabulary of the wrong size, else `error` itself.
+    """
     message = str(error)
     if "sentences_.empty()" in message:
         return UserError(
