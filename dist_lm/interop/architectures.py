@@ -41,7 +41,11 @@ class Architecture:
 
 
 def architecture_of(model: ModelConfig) -> Architecture | str:
-    """Returns the architecture that holds `model`; if there is none, the reason, which names the option."""
+    """Returns the architecture that holds `model`; if there is none, the reason as a text, which begins with the
+    option.
+
+    Nothing is raised. The number of ranks and the dtype do not matter.
+    """
     head = HEADS[model.head]
     if model.value_residual:
         return "model.value_residual=True: of these architectures of transformers none mixes values of layers"
@@ -124,7 +128,14 @@ _NO_WINDOW = {"use_sliding_window": False}
 
 
 def _like_llama(model_type: str, options: dict, fixed: dict, defaults: dict, **more: Any) -> Family:
-    """Returns a family with RMSNorm. The arguments say what differs from Llama."""
+    """Returns a family with RMSNorm. The arguments say what differs from Llama.
+
+    Args:
+        options: keys of our model that the family decides.
+        fixed: keys of config.json with the only value that our model has.
+        defaults: values that transformers takes for missing keys.
+        more: further fields of `Family`.
+    """
     silu = {"hidden_act": "silu"}
     return Family(
         model_type,
@@ -220,7 +231,7 @@ NEVER = ("quantization_config", "auto_map")  # keys that change how weights are 
 
 
 def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """Returns config.json without token ids.
+    """Returns the content of config.json without token ids. Nothing is checked.
 
     Args:
         architecture: `architecture_of(model)`.
@@ -254,14 +265,17 @@ def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dic
 
 
 def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelConfig, Architecture]:
-    """Returns the model that a config.json describes: the inverse of `hf_config`.
+    """Returns the model that a config.json describes, and the architecture whose tensor names its weights have.
+
+    It is the inverse of `hf_config`.
 
     Args:
+        config: the content of config.json; missing keys, and those with null, have the defaults of transformers.
         name: name of the model.
         place: path of the file, for messages.
 
     Raises:
-        ArtefactError: names a key of config.json whose value our model lacks.
+        ArtefactError: names a key of config.json whose value our model lacks, or that is missing.
     """
     family_names = {family.model_type: family_name for family_name, family in FAMILIES.items()}
     family_name = family_names.get(config.get("model_type", ""))
@@ -322,7 +336,17 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
 
 
 def _rope(settings: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
-    """Returns our options of rotary positions, from the keys of older or newer versions of transformers."""
+    """Returns our options of rotary positions, from the keys of older or newer versions of transformers.
+
+    The options are `rope_scaling`, `rope_base`, `rotary_fraction` and the numbers of the scaling.
+
+    Args:
+        settings: config.json with its defaults filled in.
+        place: the file, with which messages begin.
+
+    Raises:
+        ArtefactError: an unknown scaling, a number of it that is missing, or a rotary fraction that the family lacks.
+    """
     name = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     nested: Mapping[str, Any] = settings.get(name) or {}
     rope_type = nested.get("rope_type", nested.get("type", "default"))
@@ -348,4 +372,5 @@ def _rope(settings: Mapping[str, Any], family: Family, place: str) -> dict[str, 
 
 
 def _refuse(place: str, key: str, setting: Any, accepted: str) -> NoReturn:
+    """Raises ArtefactError for `key=setting` in the file `place`; the message says what would be accepted."""
     raise ArtefactError(f"{place}: {key}={setting}: expected {accepted}")

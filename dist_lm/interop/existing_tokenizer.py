@@ -11,13 +11,16 @@ from dist_lm.tokenizer.tokenizer import read_vocabulary, with_marks
 
 
 def named_tokenizer_file(config: TokenizerConfig) -> bytes:
-    """Returns the content of the tokenizer file that `config.source` names, a path or `hf:SOURCE`.
+    """Returns the content of the tokenizer file that `config.source` names: a path, or `hf:SOURCE`, which may download
+    it.
 
-    With `config.add_marks`, the marks that the tokenizer lacks are appended.
+    With `config.add_marks`, the marks that the tokenizer lacks are appended. The content of a file at a path is checked
+    only then.
 
     Raises:
         ConfigError: there is no such file.
-        ArtefactError: the file is no tokenizer.
+        ArtefactError: the file is no tokenizer, or there is no model `hf:SOURCE`.
+        UserError: a package that is needed is not installed.
     """
     if config.source.startswith(HF):
         name = config.source
@@ -32,13 +35,17 @@ def named_tokenizer_file(config: TokenizerConfig) -> bytes:
 
 
 def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
-    """Returns the number of pieces of the tokenizer that a configuration names.
+    """Returns the number of pieces of the tokenizer that a configuration names, with the marks that it will get.
 
-    None: the tokenizer will be trained, or is to be kept but is missing.
+    None: the tokenizer will be trained, or is to be kept but is missing. A tokenizer of the hub is downloaded.
+
+    Args:
+        work_dir: where `tokenizer=keep` looks.
 
     Raises:
         ConfigError: there is no such file.
-        ArtefactError: the file is no tokenizer.
+        ArtefactError: the file is no tokenizer, or there is no model `hf:SOURCE`.
+        UserError: a package that is needed is not installed.
     """
     if config.source == TRAIN:
         return None
@@ -55,7 +62,11 @@ def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
 
 
 def _path_of(config: TokenizerConfig) -> Path:
-    """Returns the file that `config.source` names, itself or by its folder."""
+    """Returns the file that `config.source` names, itself or by its folder.
+
+    Raises:
+        ConfigError: there is no such file, or the folder has no tokenizer.
+    """
     source = Path(config.source).expanduser()
     path = tokenizer_in(source) if source.is_dir() else source
     if path.is_file():

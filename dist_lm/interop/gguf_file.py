@@ -37,7 +37,9 @@ Read = Callable[[str], torch.Tensor]  # returns a parameter of ours by its name
 
 
 def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> None:
-    """Refuses a model that `write_gguf` cannot write. `kind` is F16 or Q8_0.
+    """Refuses a model that `write_gguf` cannot write; returns nothing. `kind` is F16 or Q8_0.
+
+    Whether llama.cpp can hold the tokenizer is not checked here.
 
     Raises:
         ConfigError: llama.cpp cannot hold the model, or `kind` is unknown; names the option.
@@ -67,16 +69,20 @@ def write_gguf(
     tokenizer: Tokenizer,
     template: str,
 ) -> None:
-    """Writes the file; one tensor is in memory at a time.
+    """Writes the file, over an existing one; one tensor is in memory at a time. A failure may leave a part of the file.
+
+    `require_gguf` must have passed. Tensors are converted to fp32 on the CPU, then to the type of the file.
 
     Args:
         kind: F16 | Q8_0.
         tensors: tensors of transformers that hold the model.
         read: returns whole, unpadded parameters.
+        tokenizer: its `name` must be the path of its file, which is read again.
         template: the chat template.
 
     Raises:
         ArtefactError: llama.cpp has no tokenizer with these ids.
+        OSError: the file cannot be written.
     """
     import gguf
 
@@ -120,7 +126,11 @@ def names_of_tensors(architecture: Architecture, n_layers: int, tensors: Sequenc
 def rows_of_llama_cpp(
     tensor: Converted, weights: torch.Tensor, model: ModelConfig, architecture: Architecture
 ) -> torch.Tensor:
-    """Returns the weights of a tensor of transformers with the rows in the order of llama.cpp."""
+    """Returns a tensor of transformers with the rows in the order of llama.cpp; its shape and dtype stay.
+
+    Args:
+        weights: the tensor of transformers, of shape `tensor.shape`. It may share memory with the result.
+    """
     if len(tensor.ours) > 1:  # (H, 3, K, ...): all queries, all keys, all values
         parts = weights.view(model.n_heads, len(FUSED), model.d_head, *weights.shape[1:])
         return parts.transpose(0, 1).reshape(tensor.shape)
@@ -153,6 +163,7 @@ def _storage_type(tensor: Converted, kind: str) -> Any:
 
 
 def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Architecture) -> None:
+    """Writes the keys of the model's name, type of file and sizes to the header of `writer`."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_type("model")
@@ -180,6 +191,14 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Archite
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Writes the keys `tokenizer.ggml.*` to the header of `writer`; reads the file of the tokenizer again.
+
+    Args:
+        vocab_size: rows of the embedding; ids without a token get the name `[PADn]` and type unused.
+
+    Raises:
+        ArtefactError: llama.cpp has no tokenizer with these ids.
+    """
     vocabulary = gguf_vocabulary(tokenizer, Path(tokenizer.name).read_bytes())
     # llama.cpp expects a name for every row of the embedding.
     unused_ids = range(len(vocabulary.tokens), vocab_size)

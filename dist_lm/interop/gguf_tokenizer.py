@@ -60,10 +60,16 @@ def gguf_vocabulary(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
 
 
 def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
+    """Returns the vocabulary of a SentencePiece model, whose file is `content`.
+
+    Raises:
+        ArtefactError: the model is not BPE, or its normaliser changes text otherwise than llama.cpp does.
+    """
     model = sentencepiece_proto(content)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != BPE:
         raise ArtefactError(f"{tokenizer.name}: model_type={trainer.model_type}: llama.cpp reads bpe (2) alone")
+    # Our models are trained with remove_extra_whitespaces=False, so the field of their file does not matter.
     removes_spaces = normalizer.remove_extra_whitespaces and not tokenizer.is_trained
     if normalizer.precompiled_charsmap or removes_spaces:
         raise ArtefactError(f"{tokenizer.name}: the normaliser {normalizer.name} is not one of llama.cpp")
@@ -90,6 +96,13 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
 
 
 def _byte_level(content: bytes, name: str) -> GGUFVocabulary:
+    """Returns the vocabulary of a `tokenizer.json`; messages call it `name`. Needs the package tokenizers.
+
+    Ids without a token are named `[PADn]` and have type unused.
+
+    Raises:
+        ArtefactError: the pre-tokenizer, or its combination with `ignore_merges`, has no name in llama.cpp.
+    """
     import tokenizers
 
     tokenizer_json = json.loads(content)
@@ -136,6 +149,15 @@ def tokenizer_file(values: Mapping[str, Any], place: str) -> tuple[bytes, str]:
 
 
 def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
+    """Returns the content of a `tokenizer.json` that gives the ids of a byte-level BPE of llama.cpp.
+
+    Args:
+        keys: values of the keys `tokenizer.ggml.*`, by their last part.
+        place: the GGUF file, for messages.
+
+    Raises:
+        ArtefactError: the pre-tokenizer is not in `PRE_TOKENIZERS`.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     steps_of = {pre: (steps, ignores_merges) for steps, (pre, ignores_merges) in PRE_TOKENIZERS.items()}
@@ -170,6 +192,11 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
 
 
 def _tokenizer_model(keys: Mapping[str, Any]) -> bytes:
+    """Returns the content of a `tokenizer.model` that gives the ids of a SentencePiece BPE of llama.cpp.
+
+    Args:
+        keys: values of the keys `tokenizer.ggml.*`, by their last part; missing ones have the defaults of llama.cpp.
+    """
     model = sentencepiece_proto(b"")
     texts, types = keys["tokens"], keys["token_type"]
     for text, score, token_type in zip(texts, keys["scores"], types, strict=True):
@@ -194,7 +221,15 @@ def _tokenizer_model(keys: Mapping[str, Any]) -> bytes:
 
 
 def _pre_tokenizer(tokenizer_json: dict[str, Any], name: str) -> tuple[str, bool]:
-    """Returns the name of a pre-tokenizer in llama.cpp, and whether it goes with `ignore_merges`."""
+    """Returns the name of a pre-tokenizer in llama.cpp, and whether it goes with `ignore_merges`.
+
+    Args:
+        tokenizer_json: the whole file.
+        name: the file, for messages.
+
+    Raises:
+        ArtefactError: its steps are not in `PRE_TOKENIZERS`.
+    """
     outer = tokenizer_json.get("pre_tokenizer") or {}
     parts: Sequence[dict[str, Any]] = outer.get("pretokenizers", [outer])
     steps = tuple(_step(part) for part in parts)
@@ -206,7 +241,10 @@ def _pre_tokenizer(tokenizer_json: dict[str, Any], name: str) -> tuple[str, bool
 
 
 def _step(part: dict[str, Any]) -> str:
-    """Returns a step of a pre-tokenizer in words, with the options that change ids."""
+    """Returns a step of a pre-tokenizer in words, with the options that change ids.
+
+    A step that `PRE_TOKENIZERS` cannot have is returned as JSON, for the message.
+    """
     step_type = str(part.get("type"))
     if step_type == "Split" and part["behavior"] == "Isolated" and not part.get("invert"):
         return f"Split {part['pattern'].get('Regex')}"

@@ -25,7 +25,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` into
-    `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`.
+    `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`; makes the folder and replaces existing files.
 
     An existing SentencePiece model is written as `tokenizer.model` instead. `chat_template` is that of
     `chat.template`; the template of an imported model must be the kept one.
@@ -65,6 +65,8 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
 
 def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
     """Returns the content of a `tokenizer.json` with the ids of a model of `train_tokenizer`.
+
+    It puts end-of-text before a text, unless the caller turns special tokens off.
 
     Raises:
         UserError: the package `tokenizers` is not installed.

@@ -48,7 +48,10 @@ def name_of(source: str) -> str:
 def folder_of(source: str, weights: bool = True) -> Path:
     """Returns the folder that `source` names; a model of the hub is fetched into huggingface_hub's cache.
 
+    A folder of this machine comes before a model of the hub with the same name, and what it holds is not checked.
+
     Args:
+        source: with or without `hf:`.
         weights: whether to fetch the weights too.
 
     Raises:
@@ -104,14 +107,16 @@ def named_tokenizer(source: str) -> tuple[bytes, str]:
 
 
 def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
-    """Returns the content of the tokenizer and its file name.
+    """Returns the content of the tokenizer, opening texts as transformers does, and its file name. Writes nothing.
 
     Args:
         rows: rows of the embedding. Rows without a piece get special tokens, which no text becomes: with the names
             that transformers adds to a SentencePiece model, else <|unused_N|>.
 
     Raises:
-        ArtefactError: there is no tokenizer, or it has more pieces than the embedding has rows.
+        ArtefactError: there is no tokenizer, none is readable, or it has more pieces than the embedding has rows (one
+            of ours: another number).
+        UserError: the package `tokenizers` is needed and not installed.
     """
     paths = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
     if not paths:
@@ -145,7 +150,12 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
 
 
 def _with_opening_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:
-    """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file."""
+    """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file.
+
+    Args:
+        settings: tokenizer_config.json.
+        content: the file of `vocabulary`; returned unchanged if it already opens texts so, or cannot.
+    """
     add_bos = settings.get("add_bos_token")
     if isinstance(vocabulary, SentencePieceModel):
         if add_bos is False and vocabulary.opening is not None:
@@ -175,7 +185,13 @@ def _tokenizer(folder: Path, rows: int, _changed_ns: tuple[int, ...]) -> tuple[b
 
 
 def chat_template_of(folder: Path) -> str:
-    """Returns the chat template, from its own file or from tokenizer_config.json; empty without one."""
+    """Returns the chat template, from its own file or from tokenizer_config.json; empty without one.
+
+    Of several templates with names it is the one called default.
+
+    Raises:
+        ArtefactError: tokenizer_config.json is no JSON.
+    """
     template_path = folder / TEMPLATE
     if template_path.is_file():
         return template_path.read_text(encoding="utf-8")
@@ -189,7 +205,13 @@ def chat_template_of(folder: Path) -> str:
 
 
 def special_tokens_of(folder: Path) -> dict[str, str]:
-    """Returns the texts of special tokens that chat templates may use: bos_token, eos_token and others, by name."""
+    """Returns the texts of special tokens that chat templates may use: bos_token, eos_token and others, by name.
+
+    tokenizer_config.json comes before special_tokens_map.json; without both files the result is empty.
+
+    Raises:
+        ArtefactError: one of the files is no JSON.
+    """
     special_tokens = {}
     settings = durable.read_json(folder / SPECIAL_TOKENS) | durable.read_json(folder / TOKENIZER_CONFIG)
     for name, text in settings.items():
@@ -210,7 +232,17 @@ def snapshot_record(source: str, folder: Path) -> dict[str, Any]:
 
 
 def change_of(source: str, record: dict[str, Any]) -> str:
-    """Returns what differs between the snapshot that `source` names and the recorded one; empty if nothing does."""
+    """Returns what differs between the snapshot that `source` names and the recorded one; empty if nothing does.
+
+    It is the name of the first file that differs, or `commit SHA` for a model of the hub, whose small files are
+    fetched.
+
+    Args:
+        record: what `snapshot_record` returned at the import.
+
+    Raises:
+        ArtefactError, UserError: as `folder_of`.
+    """
     folder = folder_of(source, weights=False)
     if not _is_folder(source):
         if record.get("revision") == folder.name:

@@ -18,7 +18,14 @@ FUSED = ("query", "key", "value")  # GPT-NeoX has these in one tensor
 
 
 def _stack(up: str, down: str) -> dict[str, str]:
-    """Returns our names -> theirs for Llama and its kin; N is the number of a layer."""
+    """Returns our names -> theirs for Llama and its kin; N is the number of a layer.
+
+    Names that a model of the family lacks (biases, norms of queries and keys) are among them.
+
+    Args:
+        up: their name for the layer `feed_forward.up`.
+        down: their name for `feed_forward.down`.
+    """
     ours, theirs = "blocks.N.", "model.layers.N."
     table = {"embedding.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
     for part in ("weight", "bias"):
@@ -37,7 +44,7 @@ def _stack(up: str, down: str) -> dict[str, str]:
 
 
 def _gpt_neox() -> dict[str, str]:
-    """Returns our names -> theirs for GPT-NeoX; N is the number of a layer."""
+    """Returns our names -> theirs for GPT-NeoX; N is the number of a layer. Queries, keys and values have one name."""
     ours, theirs = "blocks.N.", "gpt_neox.layers.N."
     table = {"embedding.weight": "gpt_neox.embed_in.weight", "lm_head.weight": "embed_out.weight"}
     for part in ("weight", "bias"):
@@ -101,11 +108,11 @@ class Converted:
 
 
 def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[Converted]:
-    """Returns the tensors of theirs that hold a model.
+    """Returns the tensors of theirs that hold a model, in the order of the first of our parameters in each.
 
     Args:
-        shapes: shapes of our parameters by name, in the order of the model. Their models have no bias of a scalar
-            head, so ours is left out.
+        shapes: whole, unpadded shapes of our parameters by name, in the order of the model. Their models have no bias
+            of a scalar head, so ours is left out; any other name that the table lacks is an AssertionError.
     """
     # Several names of ours map to one of theirs where their tensor is fused.
     our_names: dict[str, list[str]] = {}  # by their name
