@@ -23,10 +23,14 @@ def same_call(call: Call, expected: Call, tool: Tool) -> bool:
 
 
 def same_calls(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> bool:
-    """Whether the calls are the same in some order, each used once.
+    """Returns whether the calls are the same in some order, each used once.
+
+    Args:
+        calls: of a model; their names may be any.
+        tools: the tools that `expected` calls; their schemas give types and defaults.
 
     Raises:
-        ChatError: a call of `expected` names a tool that is not in `tools`.
+        ChatError: a call of `expected` names a tool that is not in `tools`; only looked for if there are as many calls.
     """
     if len(calls) != len(expected):
         return False
@@ -41,7 +45,11 @@ def same_calls(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[
 
 
 def same_value(value: Json, expected: Json, schema: Json) -> bool:
-    """Whether `value` passes for `expected`. `schema` is that of both values; `{}` if it is unknown."""
+    """Returns whether `value` passes for `expected`; the comparison is not symmetric: 1 passes for 1.0 of `expected`.
+
+    Args:
+        schema: that of both values; `{}` or any value that is no object if it is unknown.
+    """
     # Schemas of models and data sets may have any shape.
     if not isinstance(schema, dict):
         schema = {}
@@ -70,6 +78,11 @@ def standard_text(text: str) -> str:
 
 
 def _same_object(arguments: dict[str, Json], expected: dict[str, Json], schema: dict[str, Any]) -> bool:
+    """Returns whether each argument passes for the expected one, by the schema of the object.
+
+    An argument on one side only counts as its default in the schema; without a default, or if it is required, the
+    objects differ.
+    """
     schemas = schema.get("properties")
     required = schema.get("required")
     for name in arguments.keys() | expected.keys():
@@ -103,7 +116,11 @@ def _is_number(schema: dict[str, Any]) -> bool:
 
 
 def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
-    """Whether every row can be matched to a fitting column that no other row has: augmenting paths (Kuhn 1955)."""
+    """Returns whether every row can be matched to a fitting column that no other row has: augmenting paths (Kuhn 1955).
+
+    Args:
+        fits: fits[row][column]; any number of rows and columns.
+    """
     row_of: dict[int, int] = {}  # by column
 
     def match(row: int, visited: set[int]) -> bool:

@@ -30,6 +30,8 @@ def read_conversation(text: str) -> Conversation:
 def write_ranking(ranking: Ranking) -> str:
     """Returns the text of a ranking; `read_ranking` gives it back, with ranks counted from 0 without gaps.
 
+    Rankings whose ranks have the same order have the same text.
+
     Raises:
         ChatError: the ranking is empty, contradicts itself, or is not well formed; the message names the place.
     """
@@ -63,6 +65,9 @@ def read_ranking(text: str) -> Ranking:
 def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
     """Returns a document as the shards hold it: a text behind end-of-text, or a conversation in the template's layout.
 
+    The loss mask, (n,) uint8, is 1 in the answers of a conversation; a text has none. `n_bytes` counts the layout too.
+    Rankings go through `encode_ranking`.
+
     Raises:
         UserError: the document is no Unicode text or no well-formed conversation; names its source, or the turn.
     """
@@ -82,7 +87,12 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
 
 
 def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-    """Returns a ranking as the shards hold it. A missing margin becomes 0, which is the same to the loss.
+    """Returns a ranking as the shards hold it: the tree of tokens, its branches, and the verdict.
+
+    The loss mask is 1 in the completions. A missing margin becomes 0, which is the same to the loss.
+
+    Args:
+        document: its text is that of `write_ranking`.
 
     Raises:
         ChatError: the prompt or a completion is not well formed.
@@ -110,6 +120,11 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
 
 
 def _conversation_value(conversation: Conversation) -> Json:
+    """Returns the conversation as a JSON value; tools and calls are lists without keys.
+
+    Raises:
+        ChatError: the conversation is not well formed.
+    """
     check_conversation(conversation)
     return {
         "tools": [[tool.name, tool.description, tool.parameters] for tool in conversation.tools],
@@ -126,6 +141,7 @@ def _conversation_value(conversation: Conversation) -> Json:
 
 
 def _conversation_of(value: Json) -> Conversation:
+    """Returns the conversation of a value that `_conversation_value` made; the value is not checked."""
     return Conversation(
         messages=tuple(
             Message(

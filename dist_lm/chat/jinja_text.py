@@ -46,7 +46,11 @@ def text_of(conversation: Conversation, template: KeptTemplate, texts_as_json: b
 def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> list[dict[str, Any]]:
     """Returns the turns in OpenAI's format, with a message for each result of a call.
 
-    The content of a result is JSON, but a text stays as it is unless `texts_as_json` is set.
+    The content of a result is JSON, but a text stays as it is unless `texts_as_json` is set. Ids of calls are made from
+    their place. The turns must be well formed.
+
+    Raises:
+        ChatError: JSON cannot express a result.
     """
     openai_messages: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
@@ -98,7 +102,10 @@ def tools_of(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
 
 @lru_cache(maxsize=8)
 def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
-    """Returns whether the template shows tools, calls and results, by rendering probes."""
+    """Returns whether the template shows tools, calls and results, by rendering probes.
+
+    A probe that the template refuses counts as not shown.
+    """
     turns = (
         Message("user", "probe"),
         Message("assistant", calls=(PROBE_CALL,)),
@@ -118,7 +125,7 @@ def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
 
 
 def check_probes(template: KeptTemplate, conversation: Conversation) -> None:
-    """Refuses a conversation with tools, calls or results that the template leaves out.
+    """Refuses a conversation with tools, calls or results that the template leaves out; returns nothing.
 
     Raises:
         ChatError: names what the template leaves out.
@@ -136,10 +143,15 @@ def check_probes(template: KeptTemplate, conversation: Conversation) -> None:
 
 
 def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -> str:
-    """Returns the text of messages and tools in OpenAI's format. `opening` adds the beginning of the assistant's turn.
+    """Returns the text of messages and tools in OpenAI's format. Special tokens are their names in the text.
+
+    Args:
+        messages: those of `messages_of`.
+        tools: those of `tools_of`; None: none.
+        opening: adds the beginning of the assistant's turn.
 
     Raises:
-        ChatError: the template refuses the conversation, or takes too many steps.
+        ChatError: the template cannot be read, refuses the conversation, or takes too many steps.
     """
     try:
         return _compiled(template).render(
@@ -219,6 +231,9 @@ def _compiled(template: KeptTemplate) -> jinja2.Template:
     """Returns the template, compiled in a sandbox with the filters and functions of transformers.
 
     `strftime_now` gives the day of the import, so that the same conversation always has the same tokens.
+
+    Raises:
+        ChatError: the template is no Jinja.
     """
 
     def raise_exception(message: str) -> NoReturn:

@@ -30,6 +30,8 @@ def write(value: Json, where: str) -> str:
 def read(text: str, where: str) -> Json:
     """Returns the value of the JSON `text`, which may have any white space between its parts.
 
+    Numbers keep their type: `1` is an int, `1.0` a float.
+
     Raises:
         ChatError: `text` is not JSON, has a key twice, or holds a value that `write` refuses; the message begins with
             `where`.
@@ -66,7 +68,11 @@ def read(text: str, where: str) -> Json:
 
 
 def _check(value: Json, where: str) -> None:
-    """Refuses a value that JSON does not give back unchanged."""
+    """Refuses a value that JSON does not give back unchanged, at any depth.
+
+    Raises:
+        ChatError: the reasons of `write`; the message begins with `where`.
+    """
     # A stack instead of recursion: a value may be nested deeper than the interpreter can follow.
     unchecked = [(value, 0)]
     while unchecked:

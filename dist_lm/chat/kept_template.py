@@ -44,11 +44,15 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
     """Returns (tokens, loss mask) of `conversation`, with every turn closed.
 
     Tokens are (n,) of the tokenizer's dtype. The loss mask, (n,) uint8, is 1 from the beginning of an answer to the
-    special token that ends it.
+    special token that ends it, that token included. The turns before each answer are rendered again, so the time grows
+    with the square of their number.
+
+    Args:
+        tokenizer: one with a `kept_template`.
 
     Raises:
-        ChatError: the conversation is not well formed, or the template refuses it, leaves out a text, or rewrites
-            earlier turns; the message names the turn.
+        ChatError: the conversation is not well formed, or the template refuses it, leaves out a text, rewrites earlier
+            turns, or ends turns without a special token; the message names the turn.
     """
     page = _Page(conversation, tokenizer)
     text = page.text(conversation.messages)
@@ -81,7 +85,16 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
 
 
 def answer_tokens(asked: Conversation, message: Message, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids that the assistant writes after `prompt(asked)`, with the special token that ends the turn."""
+    """Returns the ids that the assistant writes after `prompt(asked)`, with the special token that ends the turn.
+
+    Args:
+        asked: the conversation before the answer; the assistant is next.
+        message: the answer.
+
+    Raises:
+        ChatError: the conversation is not well formed, or the template refuses it, rewrites earlier turns, or ends
+            turns without a special token.
+    """
     answered = replace(asked, messages=(*asked.messages, message))
     page = _Page(answered, tokenizer)
     text = page.text(answered.messages)
@@ -95,7 +108,16 @@ def answer_tokens(asked: Conversation, message: Message, tokenizer: Tokenizer) -
 
 @lru_cache(maxsize=8)
 def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """Returns the special tokens that end a turn of the assistant: those behind two answers of a probe."""
+    """Returns the special tokens that end a turn of the assistant: those behind two answers of a probe.
+
+    It is empty if no special token stands there; without doubles otherwise.
+
+    Args:
+        names: (name, id) of the special tokens.
+
+    Raises:
+        ChatError: the template refuses the probe.
+    """
     # Some templates end the last turn otherwise than earlier ones.
     answers = ("probe_first", "probe_last")
     turns = [Message(role, text) for text in answers for role in ("user", "assistant")]
@@ -140,7 +162,9 @@ class Splitter:
         self._spelled_name = re.compile("|".join(re.escape(name) for name, _ in self._names) or "(?!)")
 
     def guarded(self, text: str) -> str:
-        """Returns `text` with every name of a special token split by the private character."""
+        """Returns `text` with every name of a special token split by the private character, which `encoded_text` takes
+        out.
+        """
         private = self._private
         text = self._spelled_name.sub(lambda match: match[0][0] + private + match[0][1:], text)
 
@@ -200,8 +224,12 @@ class _Page:
     def beginning(self, text: str, number: int) -> str:
         """Returns the text before answer `number`, with the opening that a model continues.
 
+        Args:
+            text: the whole rendered conversation.
+            number: index of the turn of the assistant in the conversation.
+
         Raises:
-            ChatError: `text`, the rendered conversation, does not begin with it.
+            ChatError: `text` does not begin with it, or the template refuses the turns before.
         """
         messages = self._conversation.messages
         before = self.text(messages[:number], opening=True)
@@ -232,7 +260,11 @@ class _Page:
         return self._texts.encoded_text(text)
 
     def _guarded(self, value: Any) -> Any:
-        """Returns `value` with every name of a special token in its texts split by the private character."""
+        """Returns a copy of a JSON value with every name of a special token in its texts split by the private
+        character.
+
+        Keys of objects are split too. The values of role, type and ids stay.
+        """
         if isinstance(value, str):
             return self._texts.guarded(value)
         if isinstance(value, list):
@@ -257,6 +289,14 @@ def _answer_tokens(page: _Page, pieces: Sequence[_Piece], begins: Sequence[int],
     """Returns (first, last + 1) of the tokens of the answer at character `start`, with the special token that ends it.
 
     A token that reaches over `start` belongs to the answer: the tokens before it are those that the opening has alone.
+    If no special token that ends turns follows, the answer reaches to the end.
+
+    Args:
+        pieces: of the whole text.
+        begins: index of the first token of each piece.
+
+    Raises:
+        ChatError: the template ends turns without a special token.
     """
     first_piece = next(index for index, piece in enumerate(pieces) if piece.end > start)
     first = begins[first_piece]
@@ -284,6 +324,11 @@ def _kept(tokenizer: Tokenizer) -> KeptTemplate:
 
 
 def _split(text: str, names: tuple[tuple[str, int], ...]) -> list[_Piece]:
+    """Returns the special tokens of `text` as pieces, and the texts between them, in their order; no piece is empty.
+
+    Args:
+        names: (name, id) of the special tokens, the longest name first.
+    """
     ids = dict(names)
     pieces: list[_Piece] = []
     begin = 0

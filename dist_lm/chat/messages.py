@@ -51,7 +51,10 @@ class Conversation:
 
 
 def check_conversation(conversation: Conversation) -> None:
-    """Refuses a conversation that the template cannot lay out.
+    """Refuses a conversation that the template cannot lay out; returns nothing.
+
+    Turns must follow one another as roles allow, and results must be as many as the calls before. Arguments of calls
+    are not compared with the tools. The last turn may be of any role but system.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -79,7 +82,7 @@ def check_conversation(conversation: Conversation) -> None:
 
 
 def check_tools(tools: tuple[Tool, ...]) -> None:
-    """Refuses tools without a name, with the same name, or of the wrong type.
+    """Refuses tools without a name, with the same name, or of the wrong type. Their schemas are not checked.
 
     Raises:
         ChatError: the message names the tool.
@@ -105,6 +108,8 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
 
 def check_message(message: Message, where: str) -> None:
     """Refuses a turn whose fields do not fit its role, whatever comes before and after the turn.
+
+    Results, and arguments below the top, are not checked: `json_text.write` does that.
 
     Raises:
         ChatError: the message begins with `where`.
@@ -160,7 +165,7 @@ def shown(value: Json) -> str:
 
 
 def _next_roles(previous: Message | None) -> tuple[str, ...]:
-    """Returns the roles that may follow a turn; None: the first turn's."""
+    """Returns the roles that may follow the turn `previous`; None: those of the first turn."""
     if previous is None:
         return ("system", "user")
     if previous.role == "assistant":

@@ -31,6 +31,7 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
 
     Results are brought into the order of the calls by `tool_call_id`. The content of a result is JSON, or else a text.
     A call must be one that the tools allow, except that a schema with keywords that `chat.schema` refuses allows all.
+    The order of the roles is not checked: `check_conversation` does that.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -43,6 +44,7 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
     results: list[tuple[str, Json]] = []  # (id of the call, content) of these calls
 
     def close_results() -> None:
+        """Makes one turn of the collected results and empties their list."""
         # OpenAI has a message for each result, we have a turn for all results.
         if results:
             turns.append(Message("tool", results=_in_order(results, call_ids, f"turn {len(turns)} (tool)")))
@@ -90,7 +92,8 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
 def tools_of(value: Json) -> tuple[Tool, ...]:
     """Returns the tools in the value of `tools`, with or without the frame `{"type": "function", "function": ...}`.
 
-    The parameters may have the name that Anthropic gives them, `input_schema`.
+    The value may be JSON text; None or an empty list gives no tools. The parameters may have the name that Anthropic
+    gives them, `input_schema`; a tool without parameters takes no argument.
 
     Raises:
         ChatError: the message names the tool (from 0) and what was expected there.
@@ -130,6 +133,14 @@ def _can_be_checked(tool: Tool) -> bool:
 
 
 def _call(value: Json, where: str) -> Call:
+    """Returns the call of an element of `tool_calls`; missing arguments are `{}`, a missing name is empty.
+
+    Name and arguments are not checked: `check_call` does that.
+
+    Raises:
+        ChatError: the element is no call, has a key that would be lost, or arguments that are broken JSON; the message
+            begins with `where`.
+    """
     function = value.get("function") if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping):
         raise ChatError(f"{where}: expected an object with function")
@@ -144,7 +155,14 @@ def _call(value: Json, where: str) -> Call:
 
 
 def _in_order(results: Sequence[tuple[str, Json]], call_ids: Sequence[str], where: str) -> tuple[Json, ...]:
-    """Returns the results in the order of the calls; in their own order where a call or a result has no id."""
+    """Returns the results in the order of the calls; in their own order where a call or a result has no id.
+
+    Args:
+        results: (id of the call, content); an empty id: none.
+
+    Raises:
+        ChatError: two calls have the same id, or the results are of other calls; the message begins with `where`.
+    """
     # Data sets of other tools leave ids out; then their order is all there is.
     answered_ids = [call_id for call_id, _ in results]
     if not all(answered_ids) or not all(call_ids):
@@ -181,7 +199,11 @@ def _require_function(value: Mapping[str, Any], where: str) -> None:
 
 
 def _content(value: Json, where: str) -> str:
-    """Returns the text of a message; it is given as a text, or as parts of type text."""
+    """Returns the text of a message, which is given as a text, or as parts of type text; empty for None.
+
+    Raises:
+        ChatError: there is anything else; the message begins with `where`.
+    """
     if value is None or isinstance(value, str):
         return value or ""
 

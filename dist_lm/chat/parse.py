@@ -31,7 +31,8 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
     """Returns the conversation that renders to `ids`, or to the same text in other tokens.
 
     Raises:
-        ChatError: `ids` are not a conversation; the message names the token (from 0) or the turn, and what it expects.
+        ChatError: `ids` are not a conversation, or the tokenizer has a kept template; the message names the token (from
+            0) or the turn, and what it expects.
     """
     if tokenizer.kept_template:
         raise ChatError("conversations in the chat template of an imported model cannot be read back from tokens")
@@ -96,7 +97,10 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
 
 
 def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
-    """Whether a kept template writes calls as Hermes does, `<tool_call>` with JSON, which `parse_turn` reads."""
+    """Returns whether a kept template writes calls as Hermes does, `<tool_call>` with JSON, which `parse_turn` reads.
+
+    It renders a probe and reads it back; a template that refuses the probe gives False.
+    """
     from dist_lm.chat.jinja_text import PROBE, PROBE_CALL  # jinja2 is for imported models only
 
     request = Conversation((Message("user", "probe"),), (PROBE,))
@@ -227,7 +231,12 @@ class _Reader:
 def _read_tools(reader: _Reader, text: str, at: str) -> tuple[str, tuple[Tool, ...]]:
     """Reads from behind <tools> to the end of the system turn. Returns (text of the system, tools).
 
-    `text` stands before <tools>: the text of the system and the introduction of the tools.
+    Args:
+        text: stands before <tools>: the text of the system and the introduction of the tools.
+        at: place of `text` in messages.
+
+    Raises:
+        ChatError: the tokens are not laid out so; the message names the place.
     """
     before = text.removesuffix(INTRODUCTION)
     if before == text or (before and not before.endswith("\n\n")) or before == "\n\n":
@@ -253,7 +262,11 @@ def _tool_of(value: Json, at: str) -> Tool:
 
 
 def _read_answer(reader: _Reader, text: str) -> Message:
-    """Reads the calls of an assistant's turn. `text` stands before the first mark."""
+    """Reads the calls of an assistant's turn up to its end, and returns the turn. `text` stands before the first mark.
+
+    Raises:
+        ChatError: a call is no JSON object of name and arguments, or other text stands between calls.
+    """
     calls: list[Call] = []
     while reader.take(CALL):
         at = reader.place

@@ -48,7 +48,9 @@ class RankingTokens:
 
 
 def check_ranking(ranking: Ranking) -> None:
-    """Refuses a ranking that orders nothing or contradicts itself.
+    """Refuses a ranking that orders nothing or contradicts itself; returns nothing.
+
+    The number of completions and the conversation of the prompt are checked too. Judgements may form a cycle.
 
     Raises:
         ChatError: the message names the field and its value.
@@ -115,7 +117,11 @@ def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
 
 
 def branch_positions(branch_T: np.ndarray) -> np.ndarray:
-    """Returns positions for RoPE, (T,) int64: through the prompt, then in every completion from the prompt's end."""
+    """Returns positions for RoPE, (T,) int64: through the prompt, then in every completion from the prompt's end.
+
+    Args:
+        branch_T: (T,) integers: 0 in the prompt, which comes first, then 1 to K, rising.
+    """
     position_T = np.arange(len(branch_T))
     starts = np.flatnonzero(np.diff(branch_T, prepend=0))  # first token of each branch
     if not len(starts):

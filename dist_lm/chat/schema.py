@@ -68,6 +68,7 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
         ChatError: `check_call` refuses `call`, or `check_tool` its tool.
     """
     check_call(call, "call")
+    # Refuses arguments that are no JSON; the text is not needed.
     json_text.write(call.arguments, f"call of {shown(call.name)}")
     tool = next((tool for tool in tools if tool.name == call.name), None)
     if tool is None:
@@ -93,7 +94,14 @@ def _validator_of(tool: Tool) -> Validator:
 
 @lru_cache(CACHED)
 def _validator(text: str, where: str) -> Validator:
-    """Returns the validator of arguments for the JSON schema `text`."""
+    """Returns the validator of arguments for the JSON schema `text`.
+
+    Arguments that the schema does not name are refused, unless it says otherwise or combines schemas.
+
+    Raises:
+        ChatError: the schema is no JSON, not of an object, invalid, too large, or holds what is not safe to run; the
+            message begins with `where`.
+    """
     schema = _Reduced(json_text.read(text, where), where).copy()
     if type(schema) is not dict or schema.get("type") != "object":
         raise ChatError(f'{where}: expected a schema of "type": "object"')
@@ -134,7 +142,16 @@ class _Reduced:
         return self._part(self._root, (), 0)
 
     def _part(self, schema: Json, references: tuple[str, ...], depth: int) -> Json:
-        """Returns a part of the root, reduced. `references` led to it."""
+        """Returns a part of the root, reduced to known keywords, with its references replaced; counts its schemas.
+
+        Args:
+            schema: the part.
+            references: those that led to it.
+            depth: nesting of schemas above it, references included.
+
+        Raises:
+            ChatError: a keyword of `REFUSED`, a reference to elsewhere or to itself, or too many or too deep schemas.
+        """
         self._num_schemas += 1
         if self._num_schemas > MOST_SCHEMAS or depth > DEEPEST_SCHEMA:
             raise ChatError(
@@ -176,7 +193,11 @@ class _Reduced:
         return reduced
 
     def _part_at(self, reference: Json) -> Json:
-        """Returns the part of the root at a JSON pointer (RFC 6901)."""
+        """Returns the part of the root at a JSON pointer (RFC 6901), not yet reduced.
+
+        Raises:
+            ChatError: `reference` is no pointer into the same schema, or there is no such place.
+        """
         if type(reference) is not str or not reference.startswith("#/"):
             raise ChatError(
                 f"{self._where}: $ref {shown(reference)}: expected a place in the same schema, such as #/$defs/name"
@@ -195,9 +216,10 @@ class _Reduced:
 
 
 def _lines(error: ValidationError) -> Iterator[str]:
-    """Yields the lines of an error.
+    """Yields the lines of an error for a reader who did not see the schema.
 
-    For `required` and `additionalProperties` the error names the object, so the name of the argument is added.
+    For `required` and `additionalProperties` the error names the object, so the name of the argument is added: a line
+    for each argument.
     """
     path = list(error.absolute_path)
     instance: Any = error.instance
@@ -215,7 +237,13 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 
 def _expectation(keyword: Any, expected: Any, instance: Json) -> str | None:
-    """Returns what a keyword expects, in our words; None: the words of jsonschema are good enough."""
+    """Returns what a keyword expects, in our words; None: the words of jsonschema are good enough.
+
+    Args:
+        keyword: of the schema, such as enum.
+        expected: its value there.
+        instance: the value of the argument.
+    """
     contrast = f"found {_short(json.dumps(instance, ensure_ascii=False))}"
     if keyword == "type":
         types = [expected] if isinstance(expected, str) else expected
@@ -239,7 +267,7 @@ def _place(path: Iterable[Any], word: str = "") -> str:
 
 
 def _path(steps: Iterable[Any]) -> str:
-    """Returns the path of an argument as text: `address.lines[2]`."""
+    """Returns the path of an argument as text: `address.lines[2]`. Names that are no plain words are quoted and cut."""
     text = ""
     for step in steps:
         if isinstance(step, int):

@@ -72,10 +72,14 @@ class Rendered:
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
-    """Returns the tokens of `conversation`, with every turn closed.
+    """Returns the tokens of `conversation`, with every turn closed, and their loss mask.
+
+    Tokens are (n,) of the tokenizer's dtype, end-of-text first. The mask is (n,) uint8, 1 in answers and the marks that
+    end them.
 
     Raises:
-        ChatError: the conversation is not well formed, or JSON cannot hold a value; the message names the turn.
+        ChatError: the conversation is not well formed, JSON cannot hold a value, or the template of an imported model
+            refuses it; the message names the turn.
     """
     if tokenizer.kept_template:
         from dist_lm.chat import kept_template  # jinja2 is for imported models only
@@ -179,7 +183,8 @@ def last_request(text: str) -> str:
 def chat_template() -> str:
     """Returns the same layout as a Jinja template for `transformers.PreTrainedTokenizer.apply_chat_template`.
 
-    Messages and tools have the form of OpenAI's API. The content of a message of role tool is JSON text or a value.
+    Messages and tools have the form of OpenAI's API. The content of a message of role tool is JSON text or a value. The
+    template opens with our end-of-text.
     """
     template = TEMPLATE
     for name, value in {
@@ -192,6 +197,11 @@ def chat_template() -> str:
 
 
 def _system_turn(text: str, tools: Sequence[Tool]) -> list[Part]:
+    """Returns the parts of the system turn, with the tools behind the text `text`, which may be empty.
+
+    Raises:
+        ChatError: JSON cannot hold a tool; the message names it.
+    """
     parts = [_mark(START)]
     if tools:
         lines = [_json(_tool_value(tool), f"tool {number}") for number, tool in enumerate(tools)]
@@ -209,6 +219,11 @@ def _tool_value(tool: Tool) -> Json:
 
 
 def _answer(message: Message, where: str) -> list[Part]:
+    """Returns the parts that the assistant writes, marked as answer: text, calls, and the mark that ends the turn.
+
+    Raises:
+        ChatError: JSON cannot hold the arguments of a call; the message begins with `where`.
+    """
     parts: list[Part] = []
     text = message.content
     for number, call in enumerate(message.calls):

@@ -69,7 +69,6 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != BPE:
         raise ArtefactError(f"{tokenizer.name}: model_type={trainer.model_type}: llama.cpp reads bpe (2) alone")
-    # Our models are trained with remove_extra_whitespaces=False, so the field of their file does not matter.
     removes_spaces = normalizer.remove_extra_whitespaces and not tokenizer.is_trained
     if normalizer.precompiled_charsmap or removes_spaces:
         raise ArtefactError(f"{tokenizer.name}: the normaliser {normalizer.name} is not one of llama.cpp")
@@ -195,7 +194,8 @@ def _tokenizer_model(keys: Mapping[str, Any]) -> bytes:
     """Returns the content of a `tokenizer.model` that gives the ids of a SentencePiece BPE of llama.cpp.
 
     Args:
-        keys: values of the keys `tokenizer.ggml.*`, by their last part; missing ones have the defaults of llama.cpp.
+        keys: values of the keys `tokenizer.ggml.*`, by their last part. Without `add_bos_token` or `add_space_prefix`
+            they are on; a special token without a key is one that the model lacks.
     """
     model = sentencepiece_proto(b"")
     texts, types = keys["tokens"], keys["token_type"]
