@@ -103,7 +103,6 @@ def test_a_finished_run_has_nothing_left_to_train(work):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("stage=tokenizer",), "stage=tokenizer: expected a stage that trains on ranks"),
         (("dry_run=true",), "dry_run=true: expected false"),
         (("cluster.nodes=2",), "cluster.nodes=2: expected 1, as torchrun was told (--nnodes)"),
         (("cluster.ranks_per_node=4",), "cluster.ranks_per_node=4: expected 2, as torchrun was told"),
@@ -118,6 +117,12 @@ def test_a_finished_run_has_nothing_left_to_train(work):
 )
 def test_a_command_that_cannot_run_is_refused_before_anything_is_written(work, overrides, said):
     assert said in refusal(work, *LANGUAGE, *overrides)
+
+
+def test_a_stage_that_does_not_train_is_refused(work):
+    assert "stage=tokenizer: expected a stage that trains on ranks" in refusal(
+        work, "stage=tokenizer", "model.vocab_size=640"
+    )
 
 
 def test_actors_of_rlhf_are_refused_by_their_key(work):
