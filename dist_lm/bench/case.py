@@ -56,6 +56,7 @@ class Comparison:
 
 def against(variant: str, peer: str, why_not: str | None, ceiling: str) -> Comparison:
     """Returns the comparison of `variant` with `peer`; a peer that cannot run is named with the reason `why_not`."""
+    # The row stays in the table, so that a reader sees which peer is missing and why.
     if why_not:
         return Comparison(variant, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
     return Comparison(variant, peer, ceiling=ceiling)
@@ -118,9 +119,9 @@ class Benchmark:
     build: Callable  # (variant, config, world) -> Trial
 
 
-def benchmark_at(place: str) -> Benchmark:
+def benchmark_at(import_path: str) -> Benchmark:
     """Imports the benchmark at 'package.module' (which has `cases` and `build` itself) or 'package.module:OBJECT'."""
-    module_name, _, name = place.partition(":")
+    module_name, _, name = import_path.partition(":")
     module = importlib.import_module(module_name)
     return getattr(module, name) if name else module  # type: ignore[return-value]
 
@@ -147,6 +148,7 @@ def describe(config: Config) -> str:
     model, stage = config.model, config.stage
 
     heads = f"{model.n_heads}"
+    # Grouped-query attention is other work, so the name of the case must say it.
     if model.kv_heads != model.n_heads:
         heads += f"/{model.kv_heads}"
     return f"{model.name} {model.d_model} wide {heads} heads {stage.global_batch}x{stage.seq_len}"
@@ -194,16 +196,21 @@ def _record(
     seconds: Mapping[str, Sequence[float]],
     facts: Mapping[str, Mapping[str, float]],
 ) -> Record:
+    # The last word is the unit, of a fact as of a speed.
     quantity, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
 
     def value_of(variant: str) -> float:
         if comparison.fact:
             return facts[variant][comparison.fact]
+        # Medians, because a busy moment of the machine spoils single rounds.
         return case.a_step / statistics.median(seconds[variant])
 
     value = value_of(comparison.variant)
     peer = value_of(comparison.peer) if comparison.peer else None
     ceiling = value_of(comparison.ceiling) if comparison.ceiling else None
+
+    # A fact is reported once; a speed is measured in every round.
+    measured = [value] if comparison.fact else seconds[comparison.variant]
 
     return Record(
         bench=bench,
@@ -215,8 +222,8 @@ def _record(
         ratio=None if peer is None else value / peer,
         ceiling=ceiling,
         ceiling_fraction=None if ceiling is None else value / ceiling,
-        rounds=1 if comparison.fact else len(seconds[comparison.variant]),
-        spread=0.0 if comparison.fact else spread(seconds[comparison.variant]),
+        rounds=len(measured),
+        spread=spread(measured),
     )
 
 
@@ -254,4 +261,6 @@ def table_of(title: str, records: Iterable[Record]) -> Table:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.{1 if value < 1000 else 0}f}"
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"

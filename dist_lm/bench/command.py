@@ -64,6 +64,7 @@ def bench(
     folders = [f"--config-dir={folder}" for folder in config_dir or []]
     settings = with_config_dir([*folders, *(overrides or [])])
 
+    # Each program is imported when it is chosen: `--help` must not wait for torch.
     if name == "learn":
         from dist_lm.bench.learn import run_learning
 

@@ -51,6 +51,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     `tokenizer.workers` in the overrides, or `quick`, leaves one case.
     """
     size = QUICK_MEGABYTES if quick else MEGABYTES
+    # One case is enough where the user chose the number of processes, or where there is one core.
     sets_workers = any(override.startswith("tokenizer.workers=") for override in overrides)
     worker_counts = (1,) if quick or sets_workers or cores() == 1 else (1, cores())
 
@@ -86,7 +87,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
     processes = config.tokenizer.workers or cores()
 
     def step() -> float:
-        assert folder  # the closure keeps the temporary folder as long as this function lives
+        # The closure keeps the temporary folder as long as this function lives.
+        assert folder
         if variant == ENCODER:
             work.encode(documents, processes)
         else:
@@ -112,6 +114,7 @@ class Work:
 
         self.directory = WorkDirectory(folder / "work")
         self.directory.tokenizer.mkdir(parents=True)
+        # The tokenizer is trained beforehand, since only the build is timed.
         sample = sample_by_language(self.documents(TOKENIZER_BYTES), TOKENIZER_BYTES)
         train_tokenizer((document.text for document in sample), self.directory.tokenizer_model, config.tokenizer)
         self._tokenizer = Tokenizer.load(self.directory.tokenizer_model)
@@ -129,6 +132,7 @@ class Work:
 
     def encode(self, documents: Sequence[Document], processes: int) -> None:
         """Encodes the documents, a share in each process, and sends nothing: a build cannot be faster."""
+        # Forked children share the documents of this process, so none are sent.
         fork = multiprocessing.get_context("fork")
         children = [fork.Process(target=self._encode, args=(documents[n::processes],)) for n in range(1, processes)]
         for child in children:
@@ -168,7 +172,8 @@ def write_parquet(folder: Path, n_bytes: int) -> int:
         texts = ["\n".join(" ".join(line) for line in rows) + "\n" for rows in lines]
 
         # The last row group is cut where `n_bytes` are full.
-        drawn_bytes = sum(map(len, texts))  # the words are ASCII
+        # The words are ASCII.
+        drawn_bytes = sum(map(len, texts))
         texts = texts[: max(1, -(-(n_bytes - total) * len(texts) // drawn_bytes))]
         total += sum(map(len, texts))
         file_bytes += drawn_bytes
@@ -184,6 +189,7 @@ def write_parquet(folder: Path, n_bytes: int) -> int:
 
 def facts_of_step(step: Callable[[], object], n_bytes: int, processes: int) -> dict[str, float]:
     """Runs one step and returns its facts: MB a wall second and process, and the largest memory of a process, MiB."""
+    # Memory is sampled in a thread, since a process may be largest in the middle of the step.
     peak_bytes, ended = [0], threading.Event()
 
     def sample_memory() -> None:
@@ -207,7 +213,8 @@ def private_bytes() -> int:
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         try:
             sizes.append(process.memory_full_info().uss)
-        except psutil.Error:  # the process has ended
+        except psutil.Error:
+            # The process has ended.
             continue
     return max(sizes)
 

@@ -88,6 +88,7 @@ class Transformers(Peer):
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
+        # The peer loads our export, so that both have the same weights.
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
             ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
             write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
@@ -111,6 +112,7 @@ class Transformers(Peer):
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
             max_new_tokens=n_new,
+            # Without an end-of-text token every answer has `n_new` tokens, and speeds are comparable.
             eos_token_id=None,
             pad_token_id=0,
             **options,
@@ -312,7 +314,8 @@ def engine_options(config: Config, device: torch.device, lengths: Sequence[int])
     """Returns options and dtype of a user's engine on `device`, with a cache for sequences of `lengths` tokens."""
     dtype = generation_dtype(config.parallel, device)
     page = best_page_tokens(config.model, dtype, device)
-    pages = sum(pages_for(length, page) + 1 for length in lengths)  # answers copy the last page they share
+    # Answers copy the last page they share.
+    pages = sum(pages_for(length, page) + 1 for length in lengths)
     return EngineOptions(page * max(pages, pages_for(config.model.max_seq_len, page)), page), dtype
 
 
@@ -326,6 +329,7 @@ def _answer(engine: Engine, prompts: torch.Tensor, lengths: Sequence[int]) -> fl
     for index, (prompt, new) in enumerate(zip(prompts.tolist(), lengths, strict=True)):
         engine.submit(Request(str(index), prompt, replace(SAMPLING, max_new_tokens=new), seed=index))
     answers = engine.run()
+    # A request that was cut short would count as speed.
     assert sum(len(answer.tokens) for answer in answers if isinstance(answer, Answer)) == sum(lengths)
     return 0.0
 
@@ -355,7 +359,8 @@ def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> fl
 
 def _linear_layers(model: Transformer, lengths: Sequence[int]) -> Callable[[], float]:
     """Returns a step of all matrix products of the new tokens and nothing else: the lower bound for eager PyTorch."""
-    matrices = [p.flatten(0, -2) if p.ndim == 3 else p for p in model.parameters() if p.ndim > 1]
+    # Weights of attention have three dimensions, a product needs two; flattening leaves other matrices as they are.
+    matrices = [p.flatten(0, -2) for p in model.parameters() if p.ndim > 1]
     # An embedding is looked up, not multiplied; tied to the head it is multiplied there.
     weights = [matrix for matrix in matrices if matrix.data_ptr() != model.embedding.weight.data_ptr()]
     if model.config.tie_embeddings:

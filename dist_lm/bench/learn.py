@@ -59,7 +59,8 @@ class Budget:
 
         try:
             amount = float(match[1])
-        except ValueError as error:  # 1.2.3
+        except ValueError as error:
+            # The pattern also matches 1.2.3.
             raise ConfigError(f"--budget={text}: expected {accepted}") from error
         return cls(amount, match[2])
 
@@ -118,6 +119,7 @@ class Lane:
             began = time.perf_counter()
             with _names(self.curve.recipe):
                 self.learner.step(self.steps_taken, batches)
+            # CUDA runs asynchronously: without this the clock would stop before the step ends.
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent += time.perf_counter() - began
@@ -160,6 +162,7 @@ def steps_of(recipes: Sequence[Recipe], budget: Budget, device: torch.device) ->
     """
     costs = {recipe.name: float(recipe.config.stage.global_batch * recipe.config.stage.seq_len) for recipe in recipes}
 
+    # FLOPs and seconds need a learner; tokens of a step follow from the configuration.
     if budget.unit != "tokens":
         with _lanes(recipes, recipes[0].config.seed, dict.fromkeys(costs, MANY), device) as lanes:
             for lane in lanes:
@@ -167,6 +170,7 @@ def steps_of(recipes: Sequence[Recipe], budget: Budget, device: torch.device) ->
 
             # Seconds are measured in turns, so that a busy minute of the machine slows all recipes alike.
             if budget.unit == "s":
+                # The first steps are slower and do not count.
                 for lane in lanes:
                     lane.train(WARM_UP)
                 rounds = [[lane.train(1) for lane in lanes] for _ in range(TIMED)]
@@ -200,10 +204,12 @@ def curves_of_a_seed(
             if at_start:
                 lane.measure(measured_on[lane.curve.recipe])
 
+        # Learners take turns of a few steps, so that a busy minute slows all of them alike.
         while unfinished := [lane for lane in lanes if lane.steps_taken < lane.curve.steps]:
             for lane in unfinished:
                 last = lane.curve.steps
-                next_point = -(-(lane.steps_taken + 1) * points // last) * last // points  # step of the next point
+                # Step of the next point.
+                next_point = -(-(lane.steps_taken + 1) * points // last) * last // points
                 lane.train(min(TURN, max(1, next_point - lane.steps_taken)))
                 if lane.steps_taken >= next_point:
                     lane.measure(measured_on[lane.curve.recipe])
@@ -269,6 +275,7 @@ def run_learning(
         if recipe.build is OwnLearner and recipe.config == compared[0].config:
             console.print(f"note: {recipe.name} has the same configuration as the first row")
 
+    # A folder that cannot be made must fail before training, not after it.
     if json_file:
         prepare(json_file.parent, "--json", json_file)
     if curves_in:
@@ -282,10 +289,12 @@ def run_learning(
         first_seed = compared[0].config.seed
         for seed in range(first_seed, first_seed + seeds):
             curves += curves_of_a_seed(compared, seed, steps, measured_on, device, status.update, points)
-            _write(curves, json_file, curves_in)  # after each seed, since a later one may fail
+            # After each seed, since a later one may fail.
+            _write(curves, json_file, curves_in)
 
     title = f"learn: {budget} each, {seeds} seed{'s' * (seeds > 1)}, on {compared[0].config.stage.corpus}"
     console.print(table_of(title, curves))
+    # Recipes with other work directories may have other tokenizers, which losses by token hide.
     if len({recipe.config.work_dir for recipe in compared}) > 1:
         console.print(languages_of(curves))
     return curves

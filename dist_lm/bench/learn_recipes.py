@@ -63,6 +63,7 @@ def recipes_of(
 
         recipes += [peer_recipe(*_split_name(text, "--peer"), base) for text in peers]
 
+    # Rows of the table and lines of the drawing are told apart by name.
     names = [recipe.name for recipe in recipes]
     if duplicates := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--recipe or --peer {duplicates.pop()}: the name is taken; expected a name of its own")
@@ -103,7 +104,8 @@ def _split_name(text: str, option: str) -> tuple[str, list[str]]:
         raise ConfigError(f"{option}={text}: expected NAME: KEY=VALUE ...")
     try:
         return name.strip(), shlex.split(rest)
-    except ValueError as error:  # a quotation that does not end
+    except ValueError as error:
+        # A quotation does not end.
         raise ConfigError(f"{option}={text}: {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from rich.box import SIMPLE_HEAD
@@ -73,22 +73,23 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
         ends = {name: [measure(curve) for curve in seed_curves] for name, seed_curves in by_recipe.items()}
         means = {name: statistics.fmean(figures) for name, figures in ends.items()}
         for name in by_recipe:
-            is_first = name == first
-            records.append(
-                Record(
-                    bench="learn",
-                    case=name,
-                    value=means[name],
-                    unit=unit,
-                    peer=None if is_first else first,
-                    peer_value=None if is_first else means[first],
-                    ratio=None if is_first else means[name] / means[first],
-                    ceiling=None,
-                    ceiling_fraction=None,
-                    rounds=len(ends[name]),
-                    spread=spread(ends[name]),
-                )
+            record = Record(
+                bench="learn",
+                case=name,
+                value=means[name],
+                unit=unit,
+                peer=None,
+                peer_value=None,
+                ratio=None,
+                ceiling=None,
+                ceiling_fraction=None,
+                rounds=len(ends[name]),
+                spread=spread(ends[name]),
             )
+            # The first recipe is what all others are compared with.
+            if name != first:
+                record = replace(record, peer=first, peer_value=means[first], ratio=means[name] / means[first])
+            records.append(record)
     return records
 
 
@@ -178,22 +179,23 @@ def _panel(
     points = [point for curve in curves for point in curve.points[DRAWN]]
     xs, ys = [across[1](point) for point in points], [up[1](point) for point in points]
     right, low, high = max(xs), min(ys), max(ys)
-    scale = high - low or 1.0  # a flat curve has no range to divide by
-    left, top = left_top
+    # A flat curve has no range to divide by.
+    scale = high - low or 1.0
+    x_left, top = left_top
 
     def at(point: Point) -> str:
-        x = left + PANEL[0] * across[1](point) / (right or 1.0)
+        x = x_left + PANEL[0] * across[1](point) / (right or 1.0)
         y = top + PANEL[1] * (high - up[1](point)) / scale
         return f"{x:.1f},{y:.1f}"
 
-    parts = [f'<rect x="{left}" y="{top}" width="{PANEL[0]}" height="{PANEL[1]}" fill="none" stroke="#bbb"/>']
+    parts = [f'<rect x="{x_left}" y="{top}" width="{PANEL[0]}" height="{PANEL[1]}" fill="none" stroke="#bbb"/>']
 
     for share in (0.0, 0.5, 1.0):
-        x, y = left + PANEL[0] * share, top + PANEL[1] * (1 - share)
+        x, y = x_left + PANEL[0] * share, top + PANEL[1] * (1 - share)
         parts.append(f'<text x="{x:.0f}" y="{top + PANEL[1] + 14}" text-anchor="middle">{right * share:.3g}</text>')
-        parts.append(f'<text x="{left - 4}" y="{y + 4:.0f}" text-anchor="end">{low + share * scale:.3g}</text>')
+        parts.append(f'<text x="{x_left - 4}" y="{y + 4:.0f}" text-anchor="end">{low + share * scale:.3g}</text>')
     title = f"{up[0]} against {across[0]}"
-    parts.append(f'<text x="{left + PANEL[0] / 2:.0f}" y="{top + PANEL[1] + 30}" text-anchor="middle">{title}</text>')
+    parts.append(f'<text x="{x_left + PANEL[0] / 2:.0f}" y="{top + PANEL[1] + 30}" text-anchor="middle">{title}</text>')
 
     for curve in curves:
         line = " ".join(at(point) for point in curve.points[DRAWN])

@@ -109,6 +109,7 @@ def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.dev
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    # The backend loads our export, so that both score with the same weights.
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
         write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)

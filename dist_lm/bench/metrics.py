@@ -82,6 +82,7 @@ class MeasuredTraining:
         batch = made_up_batch(config, slice(None), world.device)
         self._data = StepData(0, [batch], batch.tokens_BT.numel())
         self._meter = StepMeter(world, self._trainer.optimizer, stage.steps, self._trainer.model.blocks)
+        # A CPU thread has seconds of its own, which other programs do not change; a GPU works outside the thread.
         self._clock = time.perf_counter if world.device.type == "cuda" else time.thread_time
         self._state = TrainState()
 
@@ -120,6 +121,7 @@ class MeasuredTraining:
     def _groups_s(self) -> float:
         """Returns the extra time of gradient norms by group over one global norm, seconds."""
         model = self._trainer.model
+        # Any values do: the time of a norm does not depend on them.
         for parameter in model.parameters():
             parameter.grad = parameter.detach()
 
@@ -129,6 +131,7 @@ class MeasuredTraining:
         def global_norm() -> None:
             squared_norms([[p.grad for p in model.parameters() if p.grad is not None]])
 
+        # Measured in pairs, so that a busy moment of the machine slows both alike.
         differences = [self._seconds(norms_by_group) - self._seconds(global_norm) for _ in range(TIMED_LINES)]
         self._trainer.optimizer.zero_grad(set_to_none=True)
         return max(0.0, math.fsum(differences) / len(differences))

@@ -95,6 +95,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
 def tokens_of(config: Config) -> tuple[int, int]:
     """Returns (tokens of a prompt, tokens of each completion)."""
     completion = round(config.stage.seq_len * (1 - PROMPT_SHARE) / 2)
+    # A row has one token more than positions that predict one.
     return config.stage.seq_len + 1 - 2 * completion, completion
 
 
@@ -126,6 +127,7 @@ class TrlStep:
         transformers = import_module("transformers")
         stage = config.stage
 
+        # TRL loads our export, so that both begin with the same weights.
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
             ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
             write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
@@ -166,6 +168,7 @@ class TrlStep:
 
         self._trainer, self._model = trainer, trainer.model.train()
         self._clip = stage.grad_clip
+        # `DPOTrainer.train` is not called, so the step needs an optimizer of its own, with our settings.
         self._optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.adam_eps,
             weight_decay=0.0, fused=True,

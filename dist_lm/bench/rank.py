@@ -1,4 +1,4 @@
-"""One rank of a benchmark: the trials it times, and its program `python -m dist_lm.bench.rank PARENT PLACE DEVICE`.
+"""One rank of a benchmark: the trials it times, and the program `python -m dist_lm.bench.rank PARENT BENCHMARK DEVICE`.
 
 A trial is one variant of a case, mostly a training step on made-up tokens. The program reads requests from standard
 input until that is closed, one JSON object per line, and writes one answer for each:
@@ -56,6 +56,7 @@ class Trial:
 def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
     """Returns rows of a global batch of random tokens, the same at every call; all targets count."""
     stage = config.stage
+    # The seed is the same in all ranks and variants: they take their rows from one batch.
     generator = torch.Generator().manual_seed(config.seed)
     shape = (stage.global_batch, stage.seq_len + 1)
     tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)[rows]
@@ -131,8 +132,13 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
 @cache
 def two_cores() -> tuple[int | None, int | None]:
     """Chooses a core for this process and one for another; None each if there is only one, or none can be chosen."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+    # Not every system can pin a process.
+    cores: list[int] = []
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        return None, None
+    return cores[0], cores[-1]
 
 
 def pin(process: int, core: int | None) -> None:
@@ -161,6 +167,7 @@ def serve(
                 yield {"seconds": seconds_of(trials[request["variant"]], request["steps"], world)}
             case "forget":
                 trials.clear()
+                # The next case needs the memory now, also that of reference cycles.
                 gc.collect()
                 yield {}
 
@@ -171,6 +178,7 @@ def seconds_of(trial: Trial, steps: int, world: World) -> float:
     began = trial.clock()
     for _ in range(steps):
         trial.step()
+    # CUDA runs asynchronously: without this the clock would stop before the work ends.
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
     return trial.clock() - began
@@ -178,14 +186,14 @@ def seconds_of(trial: Trial, steps: int, world: World) -> float:
 
 def main() -> None:
     """Serves requests until standard input ends."""
-    parent, place, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    parent, import_path, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent)
 
     # Answers keep the old standard output; prints of libraries must not mix with them.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    build = benchmark_at(place).build
+    build = benchmark_at(import_path).build
     with process_group(device) as world:
         for answer in serve(sys.stdin, build, world):
             print(json.dumps(answer), file=answers, flush=True)

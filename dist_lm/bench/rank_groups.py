@@ -47,7 +47,8 @@ class RankGroup:
                         stdout=subprocess.PIPE,
                         stderr=log,
                         env=environment_of(size, rank, port, device),
-                        start_new_session=True,  # a Ctrl-C goes to the parent, which ends them
+                        # A Ctrl-C goes to the parent, which ends them.
+                        start_new_session=True,
                     )
                 )
         self._unread = [b""] * size.ranks
@@ -74,7 +75,8 @@ class RankGroup:
             assert process.stdin is not None
             process.stdin.close()
         for process in self.ranks:
-            with suppress(subprocess.TimeoutExpired):  # `kill` follows
+            # A rank that stays is killed by `kill`.
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
         self._reserved.close()
 
@@ -129,7 +131,9 @@ def environment_of(size: GroupSize, rank: int, port: str, device: str) -> dict[s
     }
     if sys.platform == "linux":
         ours["GLOO_SOCKET_IFNAME"] = "lo"
-    return OPENMP_SPIN | without_secrets(os.environ) | ours | (CPU_ALLOCATOR if device == "cpu" else {})
+    if device == "cpu":
+        ours |= CPU_ALLOCATOR
+    return OPENMP_SPIN | without_secrets(os.environ) | ours
 
 
 class RankGroups(dict[GroupSize, RankGroup]):

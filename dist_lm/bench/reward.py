@@ -78,8 +78,11 @@ def batch_of(variant: str, config: Config) -> Batch:
 
     if variant in (TREE, PLAIN):
         ends = torch.from_numpy(branch_ends(branch))
-        position = torch.from_numpy(branch_positions(branch)) if variant == TREE else torch.arange(t)
-        branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1) if variant == TREE else None
+        position, branch_BT = torch.arange(t), None
+        # In a tree, every completion goes on from the last position of the prompt.
+        if variant == TREE:
+            position = torch.from_numpy(branch_positions(branch))
+            branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1)
         index_PK = torch.arange(n_prompts)[:, None] * t + ends
         return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), index_PK, branch_BT)
 

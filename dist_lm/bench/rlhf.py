@@ -96,11 +96,15 @@ def grpo_case(config: Config, passes: int) -> Case:
     size, absent = GroupSize(1, THREADS), _why_not(TrlGrpo)
     model, stage = config.model, config.stage
     ours, one_process, peer = (of_passes(variant, passes) for variant in (OURS, ONE_PROCESS, TRL_GRPO))
+    variants = [ours, one_process]
+    if not absent:
+        variants.append(peer)
+
     return Case(
         name=f"GRPO, {model.d_model} x {model.n_layers} layers, groups of {GROUP}, "
         f"{stage.global_batch} x {stage.seq_len} new tokens",
         config=config,
-        variants=dict.fromkeys([ours, one_process, *([] if absent else [peer])], size),
+        variants=dict.fromkeys(variants, size),
         comparisons=[against(ours, peer, absent, one_process)],
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -197,7 +201,8 @@ def pushing(variant: str, config: Config, world: World) -> Callable[[], float]:
 
 def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant of running `ITERATIONS` iterations, in one process."""
-    config = copy(config)  # `replace` would check it against a tokenizer
+    # `replace` would check it against a tokenizer.
+    config = copy(config)
     config.model = replace(config.model, vocab_size=VOCABULARY)
 
     if variant in (PUSH, PUT):

@@ -74,6 +74,7 @@ class ToyRun:
 
         self._models = RlhfModels(
             trained(self._model(shape), rlhf, rlhf.lr),
+            # Without a KL penalty nothing is compared with the reference.
             reference=self._model(shape).requires_grad_(False) if coefficient else None,
         )
         if self._algorithm.has_critic:
@@ -139,6 +140,7 @@ def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> Rlhf
         value_lr=RATE,
         kl_coefficient=KL_COEFFICIENT,
         max_staleness=staleness,
+        # Only rollouts of older weights need the correction.
         importance_cap=2.0 if staleness else 0.0,
         rewards={"reward": RewardPartConfig(kind="reward_model")},
         normalise_reward=False,
@@ -231,7 +233,8 @@ class BareLoop(Peer):
         self._critic, self._reward = (_scored(config) for _ in range(2))
 
         for model in (self._policy, self._reference, self._critic, self._reward):
-            model.eval()  # no dropout
+            # No dropout.
+            model.eval()
         parameters = [*self._policy.parameters(), *self._critic.parameters()]
         self._optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=1e-5, fused=True)
 
@@ -254,6 +257,7 @@ class BareLoop(Peer):
 
             old_BT, reference_BT = (self._logprobs(model, token_BN) for model in (self._policy, self._reference))
             value_BT = self._values(self._critic, token_BN)
+            # Every token pays for its distance from the reference; the score comes with the last one.
             reward_BT = -KL_COEFFICIENT * (old_BT - reference_BT)
             reward_BT[:, -1] += self._scores(self._reward, token_BN)[:, -1]
 
@@ -292,11 +296,11 @@ class BareLoop(Peer):
     @staticmethod
     def _advantages(reward_BT: torch.Tensor, value_BT: torch.Tensor) -> torch.Tensor:
         """Generalised advantages (Schulman et al. 2016), fp32 (B, T)."""
-        advantage_B = torch.zeros_like(reward_BT[:, 0])
+        advantage_B = next_value_B = torch.zeros_like(reward_BT[:, 0])
         columns = []
         for t in reversed(range(reward_BT.shape[1])):
-            next_value = value_BT[:, t + 1] if t + 1 < reward_BT.shape[1] else 0.0
-            advantage_B = reward_BT[:, t] + GAMMA * next_value - value_BT[:, t] + GAMMA * LAM * advantage_B
+            advantage_B = reward_BT[:, t] + GAMMA * next_value_B - value_BT[:, t] + GAMMA * LAM * advantage_B
+            next_value_B = value_BT[:, t]
             columns.append(advantage_B)
         return torch.stack(columns[::-1], dim=1)
 

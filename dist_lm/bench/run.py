@@ -107,6 +107,7 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
 
     def time_steps(variant: str, steps: int) -> float:
         request = {"do": "time", "variant": variant, "steps": steps}
+        # The slowest rank counts, since all others wait for it.
         return max(answer["seconds"] for answer in ask(case.variants[variant], request))
 
     if quick:
@@ -155,6 +156,7 @@ def seconds_per_step(
         time_steps: function of (variant, steps) that returns the seconds of those steps.
         round_s: seconds that a variant should take in a round; they set its number of steps.
     """
+    # One timed step of each variant gives the number that fills a round.
     steps = {variant: min(LONGEST_ROUND, max(1, math.ceil(round_s / time_steps(variant, 1)))) for variant in variants}
 
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}

@@ -51,13 +51,15 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant; its processes end with this one."""
-    del config, world  # the programs are the same for every configuration
+    # The programs are the same for every configuration.
+    del config, world
     step = {WARM: _warm, COLD: _cold, FORK: _forks}[variant]()
     return Trial(step, losses=lambda: [0.0])
 
 
 def _warm() -> Callable[[], float]:
-    pool = SandboxPool().__enter__()  # the pool ends with this process
+    # The pool ends with this process.
+    pool = SandboxPool().__enter__()
 
     def step() -> float:
         verdicts = pool.run([PROGRAM] * RUNS, LIMITS)
@@ -82,6 +84,7 @@ def _cold() -> Callable[[], float]:
 
 
 def _forks() -> Callable[[], float]:
+    # As many processes as the pool has workers.
     forkers = [
         subprocess.Popen([sys.executable, "-I", "-S", "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(cores())

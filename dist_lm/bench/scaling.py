@@ -108,6 +108,7 @@ def shortened(stage: StageConfig, steps: int) -> StageConfig:
         momentum_warmup_steps=round(share * stage.muon.momentum_warmup_steps),
         momentum_cooldown_steps=round(share * stage.muon.momentum_cooldown_steps),
     )
+    # The decay must not begin before the warm-up has ended.
     decay = min(round(share * stage.decay_steps), max(0, steps - warmup))
     return replace(stage, steps=steps, warmup_steps=warmup, decay_steps=decay, muon=muon)
 
@@ -196,10 +197,12 @@ def run_scaling(
     chosen_widths = numbers_of("--widths", widths)
     chosen_tokens = numbers_of("--tokens", tokens)
 
-    defaults = (*ALONE, "stage.eval_sequences=0")  # all of val, as at the end of a run
+    # All of val, as at the end of a run.
+    defaults = (*ALONE, "stage.eval_sequences=0")
     target = recipes_of(overrides, [], [], defaults)[0].config
     rung_texts = [f"{width} wide: {' '.join(narrowed(target.model, width))}" for width in chosen_widths]
     step_counts = steps_of(target.stage, chosen_tokens)
+    # The first recipe is the configured run itself, which is the target and no rung.
     recipes = recipes_of(overrides, rung_texts, [], defaults)[1:]
     if json_file:
         prepare(json_file.parent, "--json", json_file)
@@ -210,7 +213,8 @@ def run_scaling(
         for steps in step_counts:
             rungs += _climb(recipes, steps, seeds, device, status.update)
             if json_file:
-                write_records(json_file, _records(rungs))  # a later rung may fail
+                # A later rung may fail.
+                write_records(json_file, _records(rungs))
     console.print(_table(f"scaling: {seeds} seeds, on {target.stage.corpus}", rungs))
 
     target_tokens = target.stage.steps * target.stage.global_batch * target.stage.seq_len

@@ -88,6 +88,7 @@ class ScalingLaw:
         rng = np.random.default_rng(SEED)
         laws = self._laws(fitted_R + misfit_R[rng.integers(rungs, size=(SAMPLES, rungs))])
         loss_S = self._losses(laws, parameters, tokens)
+        # One more run has the misfit of a rung and the noise of a seed.
         loss_S += rng.choice(misfit_R, SAMPLES) + rng.choice(noise_RK.ravel(), SAMPLES)
         low, high = np.nanquantile(loss_S, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Expected(self.loss(parameters, tokens), float(low), float(high), float(np.isnan(loss_S).mean()))
@@ -121,7 +122,8 @@ class ScalingLaw:
         total_S = np.square(loss_SR).sum(axis=1)
         laws = np.full((len(loss_SR), FREE), np.nan)
         least_S = np.full(len(loss_SR), np.inf)
-        for first in (0, 1):  # 1 leaves out E: nothing is irreducible
+        # 1 leaves out E: nothing is irreducible.
+        for first in (0, 1):
             # Least squares for all pairs of exponents at once; a law with a negative term is no law.
             used = columns_XR3[:, :, first:]
             terms_XCS = np.linalg.pinv(used) @ loss_SR.T

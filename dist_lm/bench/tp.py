@@ -168,7 +168,9 @@ def fill(peer: PeerTransformer, seed: int) -> None:
         head, _, last = name.rpartition(".")
         if len(shape) == 3:
             # Our attention weights are (H, K, D); the output projection maps in the other direction.
-            value = value.flatten(0, 1).t() if last == "output" else value.flatten(0, 1)
+            value = value.flatten(0, 1)
+            if last == "output":
+                value = value.t()
             name = f"{name}.weight"
         elif last.endswith("_bias"):
             name, value = f"{head}.{last.removesuffix('_bias')}.bias", value.flatten()
@@ -178,7 +180,8 @@ def fill(peer: PeerTransformer, seed: int) -> None:
 def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
     """Shards the peer over a one-dimensional mesh, in place."""
     widening = ("gate", "up") if peer.config.ffn == "swiglu" else ("up",)
-    replicated = (Replicate(), None)  # x, and the rotation tables, which are plain tensors
+    # x, and the rotation tables, which are plain tensors.
+    replicated = (Replicate(), None)
     inner = {
         "attention": PrepareModuleInput(input_layouts=replicated, desired_input_layouts=replicated),
         **{f"attention.{name}": ColwiseParallel() for name in ("query", "key", "value")},

@@ -54,6 +54,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant in one process, with its follower."""
     rank_core, follower_core = two_cores()
+    # Rank and follower share no core, so that the follower does not slow the step it is measured beside.
     pin(0, rank_core)
     training = FollowedTraining(config, world)
     if variant == NOBODY:
@@ -73,6 +74,7 @@ class CountedWriter(MetricsWriter):
         super().write(step, metrics, at)
 
         wall_s, cpu_s = time.perf_counter() - wall_before, time.thread_time() - cpu_before
+        # While the thread was blocked, wall time passed and its CPU time did not.
         self.waited_s += max(0.0, wall_s - cpu_s)
 
 
@@ -85,7 +87,8 @@ class FollowedTraining(MeasuredTraining):
         super().__init__(config, world, CountedWriter)
 
     def __del__(self) -> None:
-        self.follower = None  # the follower must end before the directory that it reads is removed
+        # The follower must end before the directory that it reads is removed.
+        self.follower = None
 
     def clock(self) -> float:
         """Returns CPU seconds plus blocked seconds of the rank so far."""

@@ -68,7 +68,8 @@ def cpu_s() -> float:
     for process in (this_process, *this_process.children(recursive=True)):
         try:
             times = process.cpu_times()
-        except psutil.NoSuchProcess:  # it has ended meanwhile
+        except psutil.NoSuchProcess:
+            # It has ended meanwhile.
             continue
         total += times.user + times.system
     return total

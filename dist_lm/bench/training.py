@@ -90,7 +90,7 @@ FSDP = Benchmark(_fsdp_cases, _build_fsdp)
 def _checkpointing_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     variants: dict[str, GroupSize] = dict.fromkeys((NONE, SELECTIVE, FULL, FAIRSCALE), PAIR)
     pairs = ((SELECTIVE, NONE), (FULL, NONE), (FULL, FAIRSCALE))
-    rows = [Comparison(variant=own, peer=peer, fact=fact) for fact in (None, PEAK) for own, peer in pairs]
+    rows = [Comparison(variant=method, peer=peer, fact=fact) for fact in (None, PEAK) for method, peer in pairs]
     shapes = [(*NANO, *_batch(8, 256)), (*TINY, *_batch(8, 256)), (*WIDE, *_batch(4, 256))]
     return [_case(config, variants, rows) for config in configurations(shapes, overrides, quick)]
 
@@ -100,7 +100,8 @@ def _build_checkpointing(variant: str, config: Config, world: World) -> Trial:
     training = _training(config, world, replace(config.parallel, activation_checkpointing=method))
     if variant == FAIRSCALE:
         for block in training.model.blocks:
-            checkpoint_wrapper(block)  # FSDP hooks around `forward`, so the model may be sharded before
+            # FSDP hooks around `forward`, so the model may be sharded before.
+            checkpoint_wrapper(block)
 
     def facts() -> dict[str, float]:
         peak = peak_mib(training.forward_backward, world.device)
