@@ -386,7 +386,7 @@ def test_readme_has_at_most_160_lines():
 
 # pages of later features, and decisions, have limits of their own
 WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_500, "recipes.md": 1_000}
-WORDS_OF_A_PAGE["architecture.md"] = 2_400  # the map of the code: packages, nouns, what runs when
+WORDS_OF_A_PAGE["architecture.md"] = 2_500  # the map of the code: packages, nouns, what runs when
 WORDS_OF_A_PAGE["sandbox.md"] = 800
 WORDS_OF_A_PAGE["algorithms.md"] = 1_500
 WORDS_OF_A_PAGE["metrics.md"] = 2_400  # generated: it grows with the metrics
