@@ -51,17 +51,22 @@ VOCAB_SIZE = "model.vocab_size"
 
 
 def register_schema(schema: type[Config]) -> None:
-    """Register the nodes that conf/config.yaml refers to without a file: the schema and hardware=auto."""
+    """Registers in Hydra's ConfigStore (one per process) what conf/config.yaml names without a file: schema,
+    hardware=auto."""
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """Compose the configuration of `overrides` (`group=choice`, `key=value`).
+    """Composes the configuration of `overrides` (`group=choice`, `key=value`) and validates it; later overrides win.
+
+    Without `stage=`, the default of conf/config.yaml applies. `model.vocab_size` follows an existing tokenizer.
 
     Raises:
-        ConfigError: unknown key, wrong type, value out of bounds, a secret, or an invalid combination.
+        ConfigError: unknown key, wrong type, value out of bounds, a secret, a folder of the user that cannot be used,
+            or an invalid combination.
+        ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
     """
     path = search_path(overrides)
     folders = [text for text in overrides if text.startswith(f"{KEY}=")]
@@ -102,7 +107,13 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
-    """Set `model.vocab_size` to that of an existing tokenizer, unless the command gives it: then both must agree."""
+    """Sets `model.vocab_size` in `composed` to that of an existing tokenizer; with tokenizer=train it changes nothing.
+
+    It also changes nothing if the size is not known yet.
+
+    Raises:
+        ConfigError: the command gives `model.vocab_size`, and the tokenizer has another size.
+    """
     if composed.tokenizer.source == TRAIN:
         return
     from dist_lm.interop.existing_tokenizer import existing_vocab_size
@@ -121,7 +132,11 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
 
 
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
-    """The overrides of a command line for `target` that apply to `stage`."""
+    """Returns the overrides of a command line for `target` that apply to `stage`, with `stage=` in front.
+
+    Keys `stage.KEY`, `profile.KEY` and those of groups that only `target` has are left out for an earlier stage;
+    `stages.NAME.KEY` of that stage becomes `stage.KEY`.
+    """
     target_groups = ("stage.", "profile.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
     for_stage: list[str] = []
     for override in overrides:
@@ -143,7 +158,12 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
 
 
 def _following(overrides: Sequence[str]) -> list[str]:
-    """Model and tokenizer of `stage.init_from=hf:SOURCE`, or of a stage on the way, unless the command names others."""
+    """Returns the overrides `model=` and `tokenizer=` that follow from `init_from=hf:SOURCE` of the target or a stage
+    on the way.
+
+    The last such start counts. A group that the command sets itself is left out; without such a start the list is
+    empty.
+    """
     imported = [text for text in overrides if re.match(rf"(stage|stages\.\w+)\.init_from={HF}", text)]
     if not imported:
         return []
@@ -163,10 +183,10 @@ def own_groups(schema: type[Config]) -> list[str]:
 
 
 def target_stage(overrides: Sequence[str]) -> str:
-    """The target stage of a command line. `stage=pipeline` means the last stage of the pipeline.
+    """Returns the target stage of a command line; `stage=pipeline` means the last stage of the pipeline.
 
     Raises:
-        ConfigError: no stage is given, or the name is unknown.
+        ConfigError: no stage is given, the name is unknown, or a folder of the user cannot be used.
     """
     stage_choices = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
     known_choices = choices("stage", overrides)
@@ -183,7 +203,11 @@ def target_stage(overrides: Sequence[str]) -> str:
 
 
 def _parse(text: str) -> Override:
-    """Parse an override; `tokenizer=VALUE` is short for `tokenizer.source=VALUE`."""
+    """Returns the parsed override; `tokenizer=VALUE` is short for `tokenizer.source=VALUE`.
+
+    Raises:
+        ConfigError: the text is not of the form key=value or group=choice.
+    """
     if text.startswith("tokenizer="):
         text = text.replace("tokenizer=", "tokenizer.source=", 1)
     try:
@@ -233,10 +257,11 @@ def _check_exists(override: Override, schema: type[Config], folders: Sequence[st
 
 
 def _no_such_key(override_text: str, parts: Sequence[str], node: Any, stage: str) -> str:
-    """The message for a key that the stage does not have.
+    """Returns the message for a key that the stage does not have: the new name of a renamed key, or a similar key and
+    all keys.
 
     Args:
-        override_text: the override.
+        override_text: the override, without secrets.
         parts: the key up to its first unknown part.
         node: the dataclass that lacks this part.
         stage: the stage whose program runs.
@@ -256,10 +281,19 @@ def _no_such_key(override_text: str, parts: Sequence[str], node: Any, stage: str
 
 
 def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[str] = ()) -> list[str]:
-    """The overrides in Hydra's syntax. New keys are added with `++` inside mappings, whose keys the user chooses.
+    """Returns the overrides in Hydra's syntax, in their order.
+
+    Keys inside mappings, which the user chooses, get `++`. `recipe=NAME` becomes the override that adds the recipe's
+    file, in front of all others, or nothing if it has no file for this stage. `model=hf:SOURCE` becomes the choice of
+    that model.
 
     Args:
-        folders: the overrides that name folders of the user.
+        folders: the overrides that name folders of the user, where recipes and experiments are looked for too.
+
+    Raises:
+        ConfigError: an override is not of the form key=value, no file of the recipe is named after a stage, or the
+            experiment would lose the numbers of the model's size.
+        ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
     """
     parsed = [_parse(text) for text in overrides]
     choice_of = {override.key_or_group: str(override.value()) for override in parsed}
@@ -280,7 +314,8 @@ def _is_snapshot(override: Override) -> bool:
 
 
 def _snapshot_choice(source: str) -> str:
-    """The name under which the group `model` has the model of `hf:SOURCE`. Its shape has no file, like hardware=auto.
+    """Registers the model of `hf:SOURCE` in Hydra's group `model` and returns its name there; like hardware=auto it has
+    no file.
 
     Raises:
         ArtefactError: the snapshot cannot be read, or our model lacks an option of it.
@@ -293,6 +328,11 @@ def _snapshot_choice(source: str) -> str:
 
 
 def _for_hydra(override: Override, schema: type[Config]) -> str:
+    """Returns one override in Hydra's syntax; see `for_hydra`.
+
+    Raises:
+        ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
+    """
     if _is_snapshot(override):
         return f"model={_snapshot_choice(str(override.value()))}"
     node: Any = schema
@@ -314,9 +354,11 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
 
 
 def _replace_corpora(composed: DictConfig, parsed: Sequence[Override]) -> None:
-    """Let `corpus.corpora={...}` replace all corpora, as a corpus file does. Hydra merges: `{}` would change nothing.
+    """Lets `corpus.corpora={...}` replace all corpora in `composed`, as a corpus file does. Hydra merges: `{}` would
+    change nothing.
 
-    Other mappings are merged, so that `rlhf.rewards={...}` adds a part.
+    Later `corpus.corpora.NAME=...` are applied again. Other mappings are merged, so that `rlhf.rewards={...}` adds a
+    part.
     """
     if not any(override.key_or_group == CORPORA for override in parsed):
         return
@@ -328,7 +370,11 @@ def _replace_corpora(composed: DictConfig, parsed: Sequence[Override]) -> None:
 
 
 def _check_corpora(parsed: Sequence[Override], folders: Sequence[str]) -> None:
-    """Refuse a corpus file or override with a wrong source by its place, which OmegaConf does not know."""
+    """Refuses a corpus file or override with a wrong source by its place, which OmegaConf does not know.
+
+    Raises:
+        ConfigError: names the file or key of the source; without a wrong source the function returns.
+    """
     for override in parsed:
         key, value = override.key_or_group, override.value()
         if key == CORPORA and value is not None:
@@ -366,7 +412,12 @@ def _shown(override: Override) -> str:
 
 
 def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config], stage: str) -> str:
-    """The message of a Hydra or OmegaConf error in one line, with the key=value that caused it."""
+    """Returns the message of a Hydra or OmegaConf error in one line, with the key=value that caused it where that is
+    known.
+
+    Args:
+        stage: the stage whose program runs.
+    """
     cause = error
     while isinstance(cause.__cause__, Exception):
         cause = cause.__cause__

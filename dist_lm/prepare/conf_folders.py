@@ -34,7 +34,8 @@ def conf_directory() -> Path:
 
 
 def with_config_dir(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line, `--config-dir DIR` written as the override `hydra.searchpath=[DIR]`.
+    """Returns the arguments of a command line with all `--config-dir DIR` as one override `hydra.searchpath=[DIR]` at
+    the end.
 
     Raises:
         ConfigError: the option has no value.
@@ -60,10 +61,11 @@ def with_config_dir(arguments: Sequence[str]) -> list[str]:
 
 
 def own_folders(overrides: Sequence[str]) -> list[Path]:
-    """The user's folders that `hydra.searchpath` names, absolute.
+    """Returns the user's folders that `hydra.searchpath` names, as absolute paths; other overrides are passed over.
 
     Raises:
-        ConfigError: a folder does not exist, holds no group, or a file of it has the name of another one.
+        ConfigError: an entry is no folder of this machine, a folder holds no group, or a file of it is not UTF-8, ends
+            in .yml, or has the name of another file.
     """
     search_paths = [override for override in overrides if override.startswith(f"{KEY}=")]
     folders = [_folder(entry) for override in search_paths for entry in _entries(override)]
@@ -90,14 +92,23 @@ def own_folders(overrides: Sequence[str]) -> list[Path]:
 
 
 def search_path(overrides: Sequence[str]) -> list[str]:
-    """Hydra's override that adds the folders of other packages and of the user."""
+    """Returns Hydra's override that adds the folders of other packages and of the user; empty without such folders.
+
+    Raises:
+        ConfigError: see `own_folders`.
+    """
     folders = [f"'file://{folder}'" for folder in (*added_conf(), *own_folders(overrides))]
     return [f"{KEY}=[{','.join(folders)}]"] if folders else []
 
 
 def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
-    """The values that `group=` accepts: YAML files of the group, `hardware=auto`, and stages of other packages; of
-    `recipe=` its folders."""
+    """Returns, sorted, the values that `group=` accepts: names of YAML files; of `recipe=` the folders.
+
+    They include `hardware=auto` and the stages of other packages, which have no file.
+
+    Raises:
+        ConfigError: see `own_folders`.
+    """
     folders = (conf_directory(), *own_folders(overrides))
     if group == RECIPE:
         return sorted({path.name for folder in folders for path in (folder / RECIPE).glob("*") if path.is_dir()})
@@ -111,15 +122,17 @@ def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str]) -> list[str]:
-    """Hydra's override for `recipe=RECIPE`: recipe/RECIPE/MODEL_STAGE.yaml, or else recipe/RECIPE/STAGE.yaml, comes
-    after the file of the size. A stage without such a file keeps the numbers of the size.
+    """Returns Hydra's override for `recipe=RECIPE`, at most one; empty if no file is for this stage, which keeps its
+    numbers.
+
+    The file is recipe/RECIPE/MODEL_STAGE.yaml, or else recipe/RECIPE/STAGE.yaml. It comes after the file of the size.
 
     Args:
         model: the choice of `model=`; empty: no numbers of one size (an experiment has its own).
         stage: the choice of `stage=`; a file of the user that has no recipe takes that of the stage it varies.
 
     Raises:
-        ConfigError: no file of the recipe is named after a stage.
+        ConfigError: no file of the recipe is named after a stage, or a folder of the user cannot be used.
     """
     folders = (conf_directory(), *own_folders(overrides))
     stages = dict.fromkeys((stage, program_of(stage, overrides)))
@@ -140,10 +153,12 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
 
 
 def check_experiment(experiment: str, model: str, stage: str, overrides: Sequence[str]) -> None:
-    """Refuse an experiment whose recipes have no file for a size that has numbers of its own, which would be lost.
+    """Refuses an experiment whose recipes have no file for a size that has numbers of its own, which would be lost.
+
+    An experiment without a file is not checked.
 
     Raises:
-        ConfigError: names the file that is missing.
+        ConfigError: names the file that is missing, or a file that is no YAML.
     """
     folders = (conf_directory(), *own_folders(overrides))
 
@@ -177,10 +192,12 @@ def _content(file: Path) -> dict[Any, Any]:
 
 
 def program_of(choice: str, overrides: Sequence[str]) -> str:
-    """The stage that `stage=choice` runs: itself, or for a file of the user what its `name` or `defaults` say.
+    """Returns the stage that `stage=choice` runs: itself, or for a file of the user what its `name` or `defaults` say.
+
+    A choice without a file is returned unchanged.
 
     Raises:
-        ConfigError: the file names no stage.
+        ConfigError: the file is no YAML or names no stage.
     """
     if choice in stage_names():
         return choice
@@ -220,7 +237,8 @@ def local_hardware() -> str:
 
 
 def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
-    """A hint for error messages if a stage file of the user lacks the recipe that its program has for this size."""
+    """Returns a hint for error messages if a stage file of the user lacks the recipe that its program has; else an
+    empty string."""
     program = program_of(choice, overrides)
     recipe_of_program = conf_directory() / "recipe" / f"{model}_{program}.yaml"
     user_recipe = f"recipe/{model}_{choice}.yaml"
@@ -233,7 +251,7 @@ def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
 
 @contextmanager
 def one_line_for_yaml() -> Iterator[None]:
-    """Turn the error of a file that is no YAML into one line with the file and its line.
+    """Turns the error of a file that is no YAML into one line with the file and its line, inside the block.
 
     Raises:
         ConfigError: in place of a YAMLError.
@@ -252,6 +270,11 @@ def one_line_for_yaml() -> Iterator[None]:
 
 
 def _check_utf8(file: Path) -> None:
+    """Refuses a file that is not UTF-8.
+
+    Raises:
+        ConfigError: names the byte, or why the file cannot be read.
+    """
     try:
         file.read_text(encoding="utf-8")
     except OSError as error:
@@ -261,6 +284,11 @@ def _check_utf8(file: Path) -> None:
 
 
 def _entries(override: str) -> list[str]:
+    """Returns the entries of an override `hydra.searchpath=[DIR, ...]` as they are written.
+
+    Raises:
+        ConfigError: its value is no list of texts.
+    """
     try:
         entries = OverridesParser.create().parse_override(override).value()
     except HydraException as error:
@@ -271,7 +299,11 @@ def _entries(override: str) -> list[str]:
 
 
 def _folder(entry: str) -> Path:
-    """The folder of an entry of Hydra's search path: a path, `file://PATH` or `pkg://MODULE`."""
+    """Returns the folder of an entry of Hydra's search path: a path, `file://PATH` or `pkg://MODULE`.
+
+    Raises:
+        ConfigError: the folder or package does not exist, or the scheme is another one.
+    """
     scheme, separator, address = entry.partition("://")
     if separator and scheme == "pkg":
         spec = importlib.util.find_spec(address)

@@ -29,10 +29,14 @@ from dist_lm.training.heartbeat import StopRequest
 def prepare_stage(
     arguments: Sequence[str], ranks: Ranks, console: Console, stop: StopRequest, locks: ExitStack
 ) -> RunDirectory | None:
-    """Plan the stage of a command line and write `config.yaml` of its run.
+    """Plans the stage of a command line and writes `config.yaml` of its run; failures and heartbeats of earlier
+    attempts go.
+
+    A finished run is reported on the console and left as it is.
 
     Args:
         arguments: `key=value` and `group=choice`, as for `dist_lm.launch`.
+        stop: a request while waiting for the lock of the ranks ends the wait with ArtefactError.
         locks: receives the locks of the run, which rank 0 holds until it ends.
 
     Returns:
@@ -78,17 +82,17 @@ def prepare_stage(
         return None
     begin_attempt(config, run)
     clear_failures(run)
-    # Heartbeats that a launcher wrote, for an attempt before.
+    # Heartbeats that a launcher wrote belong to an earlier attempt.
     run.live.unlink(missing_ok=True)
     console.line(f"stage={planned.name}: {planned.detail}; {ranks.world_size} ranks, {run.path}")
     return run
 
 
 def require_trainable(planned: PlannedStage, overrides: Sequence[str]) -> None:
-    """Refuse stages and keys that only the launcher can serve.
+    """Refuses stages and keys that only the launcher can serve; else it does nothing.
 
     Raises:
-        ConfigError: names the key and the command of the launcher.
+        ConfigError: the stage does not train, a dry run, or actors; names the key and the command of the launcher.
     """
     launcher = f"`{shlex.join(['python', '-m', 'dist_lm.launch', *overrides])}`"
     config = planned.config
@@ -104,10 +108,10 @@ def require_trainable(planned: PlannedStage, overrides: Sequence[str]) -> None:
 
 
 def require_earlier(plan: Plan, overrides: Sequence[str], ranks: Ranks) -> None:
-    """Refuse to train while the output of an earlier stage is missing.
+    """Refuses to train while the output of an earlier stage is missing; else it does nothing.
 
     Raises:
-        ConfigError: gives the command of each missing stage.
+        ConfigError: gives the commands that build the missing stages.
     """
     missing = [planned for planned in plan.stages[:-1] if planned.action is not Action.READY]
     if not missing:
@@ -130,13 +134,14 @@ def require_earlier(plan: Plan, overrides: Sequence[str], ranks: Ranks) -> None:
 
 
 def on_these_ranks(config: Config, ranks: Ranks, given_keys: Collection[str]) -> Config:
-    """`config` with the device of this machine, and the nodes and ranks that torchrun has started.
+    """Returns `config` with the device of this machine, and the nodes and ranks that torchrun has started.
 
     Args:
-        given_keys: keys that the command sets.
+        given_keys: keys that the command sets; only these must agree with torchrun.
 
     Raises:
-        ConfigError: a key asks for another device or another number of ranks.
+        ConfigError: a key asks for another device or number of ranks, there are more ranks than GPUs, or parallel=auto
+            plans for another kind of device.
     """
     for key, requested, started, option in (
         ("cluster.nodes", config.cluster.nodes, ranks.nodes, "--nnodes"),

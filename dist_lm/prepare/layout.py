@@ -25,12 +25,14 @@ AUTO_CHOOSES = ("activation_checkpointing", "reshard_after_forward", "reduce_eve
 def with_layout(
     config: Config, ranks_per_node: int, console: Console | None = None, before: ContinuedRun | None = None
 ) -> Config:
-    """`config` with the resolved layout of its run: no axis is -1, and auto is false.
+    """Returns `config` with the resolved layout of its run: no axis is -1, and auto is false.
+
+    `reshard_after_forward` becomes false if the GPUs have room for all gathered parameters.
 
     Args:
         ranks_per_node: the same on each of cluster.nodes nodes.
         console: shows a recorded layout, or the candidates of parallel=auto.
-        before: the run, if it continues.
+        before: the recorded run, if the command continues one.
 
     Raises:
         ConfigError: layout or batch do not fit the ranks, or no layout fits with parallel=auto.
@@ -70,8 +72,14 @@ def with_layout(
 
 
 def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int) -> ParallelConfig | None:
-    """`config.parallel` with the layout that the run recorded; None for another number of ranks, or if the command asks
-    for another layout."""
+    """Returns `config.parallel` with the layout that the run recorded.
+
+    It is None for another number of ranks, or if the command asks for another layout. Keys that the command sets stay;
+    `sp`, and with parallel=auto the keys in `AUTO_CHOOSES`, are those recorded.
+
+    Raises:
+        ConfigError: the recorded layout does not fit the ranks.
+    """
     cluster = before.recorded.cluster
     # configurations that were composed for no particular nodes have ranks_per_node=-1
     recorded_ranks = ranks_per_node if cluster.ranks_per_node == -1 else cluster.ranks_per_node
@@ -94,10 +102,10 @@ def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int)
 
 
 def for_ranks(config: Config, nodes: int, ranks_per_node: int) -> Config:
-    """The recorded configuration of a run, for ranks that torchrun has started.
+    """Returns the recorded configuration of a run for ranks that torchrun has started.
 
     If the run was started with another number of ranks, tp stays and the other axes are resolved again. A layout that
-    no ranks were started with yet is only filled in.
+    no ranks were started with yet is only filled in. `cluster` gets the numbers of nodes and ranks.
 
     Raises:
         ConfigError: layout or batch do not fit the ranks.
@@ -135,7 +143,10 @@ def on_nodes_of(config: Config, ranks_per_node: int) -> Config:
 
 
 def sizes(config: Config, ranks_per_node: int, before: ContinuedRun | None = None) -> list[int]:
-    """Numbers of nodes on which a run can continue, largest first: from cluster.nodes down to cluster.min_nodes.
+    """Returns the numbers of nodes on which a run can continue, largest first: from cluster.nodes down to
+    cluster.min_nodes.
+
+    Numbers between that no layout fits are left out; cluster.nodes is always the first.
 
     Raises:
         ConfigError: the layout does not fit cluster.nodes.

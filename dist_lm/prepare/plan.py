@@ -59,12 +59,12 @@ class Plan:
 
 
 def plan_command(overrides: Sequence[str]) -> Plan:
-    """The plan of a command line (`key=value`, `group=choice`).
+    """Returns the plan of a command line (`key=value`, `group=choice`); nothing is written.
 
     Raises:
         ConfigError: the command line is wrong, a run exists with other settings, or a needed stage is missing with
             prerequisites=fail.
-        ArtefactError: existing files were made with other settings.
+        ArtefactError: existing files were made with other settings or cannot be read.
     """
     target = target_stage(overrides)
     check_stage_prefixes(overrides, target)
@@ -73,19 +73,20 @@ def plan_command(overrides: Sequence[str]) -> Plan:
 
 
 def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
-    """Inspect the work directory and plan `target` and every stage it needs.
+    """Inspects the work directory and plans `target` and every stage it needs; writes nothing.
 
     Args:
-        compose: returns the configuration of a stage.
+        compose: returns the configuration of a stage, or raises ConfigError.
 
     Raises:
-        ConfigError: a run exists with other settings, or a needed stage is missing with prerequisites=fail.
+        ConfigError: a configuration is invalid, a run exists with other settings, actors have no tasks, or a needed
+            stage is missing with prerequisites=fail.
         ArtefactError: existing files were made with other settings.
     """
     composed = {target: compose(target)}
     starts_from = stage_named(target).starts_from
 
-    # With another start the stage before is not needed, not by the stages on the way either.
+    # If init_from or branch_from names another start, the preceding stage is left out, also for the stages in between.
     settings = composed[target].stage
     has_other_start = starts_from and (settings.init_from != "auto" or settings.branch_from)
     unneeded = starts_from if has_other_start else None
@@ -132,8 +133,12 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
 
 def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
-    """`plan` with the recorded configurations of the training runs that `overrides` continue."""
-    # Only a layout that this command asks for replaces the recorded one, not a default of conf/.
+    """Returns `plan` with the recorded configurations of the training runs that the command continues.
+
+    Raises:
+        ConfigError: a recorded configuration is invalid.
+    """
+    # The recorded layout stays unless this command sets `parallel` keys; defaults of conf/ do not count.
     keys = [override.split("=")[0] for override in overrides]
     asked = {key.removeprefix("parallel.") for key in keys if key.startswith("parallel.")}
     if "parallel" in keys:
@@ -149,7 +154,11 @@ def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
 
 
 def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
-    """Refuse `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way."""
+    """Refuses `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way.
+
+    Raises:
+        ConfigError: names the override and the stages that are possible.
+    """
     earlier = may_need(target)
     for override in overrides:
         if override.startswith("stages."):
@@ -176,10 +185,10 @@ def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
 
 
 def untraced(stage: PlannedStage) -> str:
-    """A warning if no step of `profile.steps` is left to be traced; else empty.
+    """Returns a warning if no step of `profile.steps` is left to be traced; else an empty string.
 
     Raises:
-        ConfigError: the stage does not train.
+        ConfigError: `profile.steps` is set and the stage does not train.
     """
     steps = stage.config.profile.steps
     if not steps:
@@ -196,10 +205,10 @@ def untraced(stage: PlannedStage) -> str:
 
 
 def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]:
-    """`target` and every stage it needs in topological order.
+    """Returns `target` and every stage it needs, each once, in topological order: `target` is last.
 
     Args:
-        needs_of: returns the stages that a stage needs.
+        needs_of: returns the stages that a stage needs; called more than once per stage.
     """
     order: list[str] = []
 

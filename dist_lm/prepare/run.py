@@ -33,7 +33,7 @@ class Ranks:
 
     @classmethod
     def started(cls, environ: Mapping[str, str]) -> "Ranks":
-        """The ranks that torchrun has started, by the variables that it sets for each of them.
+        """Returns the ranks that torchrun has started, by the variables that it sets for each of them.
 
         Raises:
             ConfigError: the nodes do not have the same number of ranks.
@@ -79,10 +79,14 @@ def rank_lock(
 
 
 def begin_attempt(config: Config, run: RunDirectory) -> None:
-    """Write what the ranks read: the configuration, and the hashes of the files that must not change.
+    """Writes what the ranks read: the configuration, and the hashes of the files that must not change. Removes
+    `result.json`.
 
     Args:
         config: with a resolved layout (`dist_lm.prepare.layout.with_layout`).
+
+    Raises:
+        OSError: a file cannot be read or written.
     """
     save_config(config, run.config)
     run.note_files(config.noted_files)
@@ -91,10 +95,13 @@ def begin_attempt(config: Config, run: RunDirectory) -> None:
 
 
 def fit_to_ranks(run: RunDirectory, ranks: Ranks) -> None:
-    """Resolve the layout of a run again if it was not recorded for this number of ranks.
+    """Resolves the layout of a run again and rewrites its configuration file, unless it was started with as many ranks.
+
+    The tensor-parallel size stays, and the other axes are resolved. A layout that no ranks were started with is only
+    filled in.
 
     Raises:
-        ConfigError: layout or batch do not fit the ranks.
+        ConfigError: layout or batch do not fit the ranks; the file is unchanged.
     """
     config = load_config(run.config)
     layout = started_layout(config)
