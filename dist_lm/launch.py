@@ -58,7 +58,12 @@ def main() -> None:
 
 
 def launch() -> None:
-    """Do what the command line asks for."""
+    """Does what the command line asks for.
+
+    Raises:
+        SystemExit: with the exit code of the command, see the module; not after a view of the configuration.
+        UserError: the command cannot run.
+    """
     console = Console()
     try:
         arguments = with_config_dir(sys.argv[1:])
@@ -72,10 +77,11 @@ def launch() -> None:
 
 
 def show_configuration(arguments: list[str]) -> None:
-    """Hydra's own views of the configuration: --help, --cfg job, --info, shell completion.
+    """Prints Hydra's own views of the configuration: --help, --cfg job, --info, shell completion. Changes sys.argv.
 
     Raises:
         ConfigError: the configuration cannot be composed.
+        ArtefactError: the snapshot of a model or tokenizer cannot be read.
     """
     import hydra
 
@@ -88,7 +94,7 @@ def show_configuration(arguments: list[str]) -> None:
         # Refuses in one line what Hydra does in many.
         config = compose_config(overrides_of(target, target, overrides))
 
-        # Hydra composes again, without what `compose_config` adds: names and what follows from a tokenizer.
+        # Hydra composes again. It does not know what `compose_config` adds: names and what follows from a tokenizer.
         of_target = [text for text in overrides_of(target, target, overrides) if not text.startswith(f"{KEY}=")]
         folders = [text for text in overrides if text.startswith(f"{KEY}=")]
         arguments_of_hydra = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
@@ -101,7 +107,12 @@ def show_configuration(arguments: list[str]) -> None:
 
 
 def run_command(overrides: Sequence[str], console: Console) -> int:
-    """Plan what `overrides` ask for, show the plan, and carry it out. Returns the exit code."""
+    """Plans what `overrides` ask for, shows the plan, and carries it out. Returns the exit code; 0 after a dry run.
+
+    Raises:
+        ConfigError: the command line is wrong, a layout does not fit, or work_dir cannot be written to.
+        ArtefactError: existing files were made with other settings, or the disk is full.
+    """
     plan = plan_command(overrides)
     config = plan.target.config
     check_layouts(plan, config.dry_run)
@@ -117,7 +128,7 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
 
 
 def check_layouts(plan: Plan, dry_run: bool) -> None:
-    """Refuse a layout or a batch that does not fit the ranks, where their number is known before they are asked for.
+    """Refuses a layout or a batch that does not fit the ranks, if their number is known before the cluster is joined.
 
     Raises:
         ConfigError: names the key and what would fit.
@@ -131,7 +142,11 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
 
 
 def check_writable(work_dir: Path) -> None:
-    """Refuse a work directory that cannot be made or written to, before anything starts."""
+    """Creates the work directory, and refuses one that cannot be made or written to, before anything starts.
+
+    Raises:
+        ConfigError: names work_dir and the reason.
+    """
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         # Other commands may try at the same time.
@@ -142,7 +157,7 @@ def check_writable(work_dir: Path) -> None:
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print what is there and what will be built."""
+    """Prints the model and its size, and for each stage what is there and what will be built."""
     from dist_lm.model.size import parameter_count
     from dist_lm.tracking.readable import readable_count
 
@@ -157,7 +172,13 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def describe_steps(plan: Plan, console: Console) -> None:
-    """The dry run: plays a step of every training stage without values; prints its memory, messages and time."""
+    """The dry run: plays a step of every training stage without values; prints its memory, messages and time.
+
+    Of a stage with iterations it prints only the estimated memory.
+
+    Raises:
+        ConfigError: layout or batch do not fit the ranks.
+    """
     from dist_lm.dry_run.iterations import memory_rows
     from dist_lm.dry_run.play import play_ranks, rows, summary
     from dist_lm.parallel.layout import Layout
@@ -197,7 +218,11 @@ def ranks_planned(config: Config) -> int:
 
 
 def ranks_here(config: Config) -> int:
-    """Ranks per node if the nodes are like this machine."""
+    """Returns the ranks per node if the nodes are like this machine.
+
+    Raises:
+        ConfigError: device=cuda on a machine without a GPU, or ranks and actors do not fit the nodes.
+    """
     gpus = 0 if config.device == "cpu" else local_gpus()
     is_local = config.cluster.name == "local"
     require(gpus > 0 or config.device != "cuda" or not is_local, "device", config.device, "cpu or auto: no GPU here")
@@ -208,7 +233,13 @@ def ranks_here(config: Config) -> int:
 
 
 def carry_out(plan: Plan, console: Console) -> int:
-    """Run the missing stages of a plan in order. Returns the exit code."""
+    """Runs the missing stages of a plan in order and prints the outcome. Returns the exit code, see the module.
+
+    Raises:
+        ArtefactError: another command is the same, files do not fit, or the disk is full.
+        ConfigError: a stage refuses its settings.
+        ClusterError: the cluster cannot be joined, or too few nodes fit.
+    """
     from dist_lm.cluster.events import GangFailure, PoolFailure
     from dist_lm.cluster.ray_cluster import first_line
     from dist_lm.cluster.recruit import NoNodesError
@@ -274,7 +305,10 @@ def carry_out(plan: Plan, console: Console) -> int:
 
 
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
-    """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
+    """Builds what the plan says is missing, in order. Returns the number of the signal that stopped it, or 0.
+
+    Errors of the stages pass through, see `build_artefact`, `run_training_stage` and `run_pool_stage`.
+    """
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.pipeline import build_artefact
     from dist_lm.launcher.pool_run import run_pool_stage
@@ -285,7 +319,7 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     on_cluster = [stage for stage in plan.missing if stage.stage.place in runner_of]
     n_before = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
 
-    # Stages before the first one on the cluster are built before it is joined: their work takes no node from others.
+    # Stages before the first one on the cluster are built before it is joined, so that no node is reserved meanwhile.
     if n_before and on_cluster and on_cluster[0].config.cluster.name == "ray":
         check_on_cluster(on_cluster)
     for stage in plan.missing[:n_before]:
@@ -315,7 +349,7 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
 
 
 def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
-    """Refuse address, token or layout before hours are spent on the corpora.
+    """Joins the cluster for a moment: refuses address, token or layout before hours are spent on the corpora.
 
     Raises:
         ClusterError: the Ray cluster cannot be joined.

@@ -66,7 +66,10 @@ PROGRESS_EVERY_S = 1.0
 
 
 def main() -> None:
-    """Run one rank."""
+    """Runs one rank of torchrun; the process starts itself again once with the full environment.
+
+    Without arguments or torchrun it exits with the usage.
+    """
     arguments = sys.argv[1:]
     if not arguments or "RANK" not in os.environ:
         sys.exit(USAGE)
@@ -86,7 +89,11 @@ def names_run(arguments: Sequence[str]) -> bool:
 
 
 def train_run(run: RunDirectory) -> None:
-    """Train the run that a `config.yaml` describes."""
+    """Trains the run that a `config.yaml` describes; output goes to the log of the rank.
+
+    Without that file the process exits with code 2. A failure is recorded in the run directory and ends the process
+    with code 1.
+    """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     if not run.config.is_file():
         Console().error(f"{run.config}: there is no such file; expected the folder of a run, or stage=S [key=value]")
@@ -115,7 +122,11 @@ def train_run(run: RunDirectory) -> None:
 
 
 def train_stage(arguments: Sequence[str]) -> None:
-    """Prepare the run that a command line asks for, and train it."""
+    """Prepares the run that a command line asks for, and trains it; returns at once if it is finished.
+
+    If rank 0 refuses the command line, all ranks exit with code 2. A later failure is recorded and ends the process
+    with 1.
+    """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     with ExitStack() as locks:
         store = connect()
@@ -147,8 +158,11 @@ def train_stage(arguments: Sequence[str]) -> None:
 
 
 def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal") -> None:
-    """Train a prepared run; the part that both doors share."""
-    # Secrets were needed to keep them out of the configuration; programs that ranks start must not inherit them.
+    """Trains a prepared run to its last step or a stop, and on rank 0 shows progress if no launcher does.
+
+    It removes secrets from the environment and handles the signals of the process.
+    """
+    # Rank 0 needed secrets to recognise them in the configuration; programs that ranks start must not inherit them.
     for name in os.environ.keys() - without_secrets(os.environ).keys():
         del os.environ[name]
     if rank != 0:
@@ -159,13 +173,13 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
 
     config = load_config(run.config)
     stage = training_stage(config.stage.name)
-    # The launcher shows progress and results then.
+    # A launcher that watches this rank (HEARTBEAT is set) shows progress and results itself.
     is_watched = HEARTBEAT in os.environ
     reports = rank == 0 and not is_watched
     if rank == 0:
         terminal.tell(f"rank 0 writes to {run.rank_log(0)}")
 
-    # A single rank waits for no other.
+    # A single rank waits for no other: it has no collectives to record.
     has_peers = int(os.environ["WORLD_SIZE"]) > 1
     with (
         collectives_served(os.environ) if has_peers else nullcontext(),
@@ -194,13 +208,15 @@ def connect() -> "Store":
 def prepared_by_first_rank(
     store: "Store", rank: int, prepare: Callable[[], RunDirectory | None]
 ) -> RunDirectory | None:
-    """Call `prepare` on rank 0, and wait for it on the others, which then see the same `config.yaml` (collective).
+    """Calls `prepare` on rank 0, and waits for it on the others, which then see the same `config.yaml` (collective).
+
+    Errors of `prepare` pass through on rank 0.
 
     Returns:
-        The run that `prepare` returns.
+        The run that `prepare` returns; None: it is finished.
 
     Raises:
-        RefusedError: rank 0 has refused the command line.
+        RefusedError: rank 0 has refused the command line (on the others).
         ArtefactError: this node does not see the run directory.
     """
     if rank == 0:
@@ -220,7 +236,10 @@ def prepared_by_first_rank(
 
 
 def await_config(run: RunDirectory, sha256: str) -> None:
-    """Wait until this node sees the `config.yaml` that rank 0 has written.
+    """Waits up to a minute until this node sees the `config.yaml` that rank 0 has written.
+
+    Args:
+        sha256: hexadecimal hash of the file.
 
     Raises:
         ArtefactError: it does not appear.
@@ -258,7 +277,7 @@ def leave(code: int) -> NoReturn:
 
 
 def stop_on_signals(stop: StopRequest) -> None:
-    """Let USR1, TERM and Ctrl-C set `stop`, which is looked at between steps.
+    """Lets USR1, TERM and Ctrl-C set `stop`, which is read between steps; no other handler is called.
 
     The launcher passes on USR1 only; the others come from torchrun.
     """
@@ -273,7 +292,7 @@ def stop_on_signals(stop: StopRequest) -> None:
 
 @contextmanager
 def recorded_failure(run: RunDirectory, rank: int, terminal: "Terminal") -> Iterator[None]:
-    """Record an exception of the block in the run directory, and end the process."""
+    """Records an exception of the block in the run directory and the log, and ends the process with exit code 1."""
     try:
         yield
     except BaseException as error:
@@ -292,16 +311,21 @@ def recorded_failure(run: RunDirectory, rank: int, terminal: "Terminal") -> Iter
 def is_for_the_user(error: BaseException, run: RunDirectory) -> bool:
     """Whether the message is all a person needs: no traceback helps against a work directory that is full or read-only.
 
-    Another disk is the node's own, and another node may do.
+    A full disk elsewhere belongs to this node alone: a restart on another node may succeed.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-        # a failed write, unlike a failed open, does not say where; what ranks write they write to the run
+        # A failed write, unlike a failed open, names no file. Ranks write only to the run, so the run is assumed.
         return error.filename is None or Path(str(error.filename)).is_relative_to(run.work.path)
     return isinstance(error, UserError)
 
 
 def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
-    """Leave what happened where the launcher looks for it."""
+    """Writes `logs/failure_RANK.json`, where the launcher looks for it: where, when, type, message, traceback, without
+    secrets.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     durable.write_json(
         run.rank_failure(rank),
         {
@@ -338,6 +362,7 @@ class TerminalStream(io.TextIOBase):
         return self._descriptor
 
     def write(self, text: str) -> int:
+        """Writes the text and returns its length, also if the terminal is gone."""
         if not self._is_gone:
             try:
                 os.write(self._descriptor, text.encode(errors="replace"))
@@ -356,7 +381,7 @@ class Terminal:
 
     @classmethod
     def redirect(cls, log_file: Path) -> "Terminal":
-        """Send this process's output to its own log, C++ libraries included; returns the streams before."""
+        """Sends this process's output to its own log, C++ libraries included; returns the streams before."""
         log_file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
@@ -377,7 +402,7 @@ class Terminal:
 
 @contextmanager
 def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Iterator[None]:
-    """Print a line of progress about every ten seconds, and the warnings of rank 0, while the block trains.
+    """Prints a line of progress about every ten seconds, and the warnings of rank 0, while the block trains.
 
     A thread reads them from the files of the run, so that a slow terminal delays no step.
     """
@@ -404,7 +429,7 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
 
 
 def print_result(stage: TrainingStage, config: Config, run: RunDirectory, terminal: Terminal) -> None:
-    """Print the summary of a finished run, or what the next command continues from."""
+    """Prints the summary of a finished run, or what the next command continues from."""
     # The run may have been moved or copied since its configuration was composed.
     config = replace(config, work_dir=str(run.work.path), run_id=run.path.name)
     if run.result.exists():

@@ -26,7 +26,12 @@ class NodesLostError(ClusterError):
 
 
 def demands_of(config: Config, gpus_per_node: int) -> Demands:
-    """The requirements of this run for a node."""
+    """Returns the requirements of this run for a node; the free space (bytes) includes one checkpoint of all trained
+    models.
+
+    Args:
+        gpus_per_node: 0: the ranks run on CPUs.
+    """
     bytes_per_parameter = BYTES_PER_PARAMETER
     if config.stage.ema_decay:
         bytes_per_parameter += AVERAGE_BYTES
@@ -75,7 +80,11 @@ class Muster:
         self._first_seen: dict[str, float] = {}  # unused nodes: Ray id -> monotonic seconds
 
     def call(self, avoid: Collection[str], nodes: int | None = None) -> Crew | None:
-        """The crew of the next attempt; None if the run was interrupted during the wait.
+        """Recruits the crew of the next attempt, which the caller releases; None if the run was interrupted during the
+        wait.
+
+        From the second call on it waits cluster.node_wait_s for lost nodes, and then takes fewer if the run can shrink.
+        Every shortage gives a warning.
 
         Args:
             avoid: addresses of nodes to use only if there are no others.
@@ -112,10 +121,14 @@ class Muster:
         self._lost.add(id_)
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:
-        """The crew of as many nodes as there are, at most `most`; see `call`.
+        """Recruits as many nodes as there are, fewer than `most`; None if the run was interrupted. See `call`.
 
         Args:
             shortage: why `most` nodes are not available.
+
+        Raises:
+            NodesLostError: no size fits, and the run has begun.
+            ClusterError: no size fits: `shortage`, or why the smallest size failed.
         """
         smaller_sizes = [size for size in self._sizes if size < most]
         while size := largest(smaller_sizes, len(able_nodes(self._cluster, self._gpus_per_node))):
@@ -130,6 +143,11 @@ class Muster:
         raise shortage
 
     def _recruit(self, nodes: int, timeout_s: float, avoid: Collection[str]) -> Crew | None:
+        """Returns a crew of exactly `nodes` nodes after at most `timeout_s` seconds; None if the run was interrupted.
+
+        Raises:
+            ClusterError: too few nodes are available or fit.
+        """
         return recruit(
             self._cluster,
             nodes,
@@ -144,9 +162,10 @@ class Muster:
         )
 
     def room_to_grow(self, crew: Crew) -> int | None:
-        """The number of nodes to which a shrunk run can grow now; None if it cannot grow.
+        """Returns the number of nodes to which a shrunk run can grow now; None if it cannot grow.
 
-        A node counts once it has been available for cluster.grow_after_s.
+        A node counts once calls have seen it available for cluster.grow_after_s. After a try that got fewer nodes, this
+        time doubles.
         """
         crew_ids = {node.id for node in crew.placement.nodes}
         if len(crew_ids) >= self._sizes[0]:

@@ -29,10 +29,11 @@ def print_outcome(
     command: Sequence[str],
     console: Console,
 ) -> None:
-    """Print the table and the next commands. Prints nothing if the command failed before its first stage.
+    """Prints the table and the next commands. Prints nothing if the command failed or stopped before its first stage
+    began.
 
     Args:
-        stages: the queue at the end of the command.
+        stages: the queue at the end of the command, one entry per stage of the plan.
         command: program and arguments.
     """
     if state != "done" and all(stage.seconds is None for stage in stages):
@@ -58,7 +59,8 @@ def print_samples(plan: Plan, console: Console) -> None:
 
 
 def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
-    """Name, state, steps, time, figures, curve, where.
+    """Returns the cells of a stage in the final table: name, state, steps, time, figures, curve, where. Unknown ones
+    are empty.
 
     Args:
         ramp: characters of the curve, lowest first.
@@ -96,15 +98,19 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
 
 
 def measured(run: RunDirectory, metric: str) -> dict[int, float]:
-    """The values of a metric by step."""
+    """Returns the values of a metric by step; empty without a metrics file. The last line of a step wins."""
     lines = read_metrics(run.metrics) if run.metrics.exists() else ()
     return {line["step"]: value for line in lines if (value := line.get(metric)) is not None}
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Sequence[KeyFigure]]) -> list[str]:
-    """First and last values, such as `val bits/byte 3.412 -> 2.104`.
+    """Returns texts of first and last values, such as `val bits/byte 3.412 -> 2.104`; empty if no metric was measured.
 
     For an unfinished run that measured the metric once: value and step, such as `wins 54% (step 0)`.
+
+    Args:
+        result: `result.json`; empty for an unfinished run.
+        lines: alternatives; the first one with a metric that the run has is used.
     """
     last = result.get("metrics") or last_metrics(run.metrics)
     before, steps = result.get("before") or {}, result.get("steps")
@@ -131,7 +137,7 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
 def next_commands(
     stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """(purpose, command) of possible next steps."""
+    """Yields (purpose, shell command) of possible next steps."""
     config = stage.config
     work = str(config.work_dir)
     if state != "done":

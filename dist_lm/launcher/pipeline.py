@@ -22,7 +22,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact_command, redact_text
 
-LOOK_S = 1.0  # a process that tests a lock holds it for a moment
+LOOK_S = 1.0  # a test of the lock holds it briefly: wait this long before calling it taken
 State = Literal["running", "done", "failed", "stopped"]
 Tell = Callable[[str, Literal["running", "done"], str], None]
 """Called with name, new state and detail of a stage; an empty detail means no change."""
@@ -75,7 +75,12 @@ class Pipeline:
         self._write("running")
 
     def end(self, state: State, error: str = "") -> None:
-        """The command ends. A stage that was running gets the same state."""
+        """Writes how the command ended. A stage that was running gets the state `failed` or `stopped` too, with its
+        seconds.
+
+        Args:
+            error: text for reports; secrets are removed.
+        """
         for stage in self._stages:
             if stage.state == "running" and state in ("failed", "stopped"):
                 stage.state, stage.seconds = state, time.monotonic() - self._began
@@ -108,7 +113,7 @@ class Pipeline:
 
 @contextmanager
 def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None = None) -> Iterator[Pipeline]:
-    """The queue of a command, locked inside the block.
+    """Yields the queue of a command, which is written to the work directory and locked inside the block.
 
     Args:
         job: id of the batch job.
@@ -128,12 +133,14 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
 
 
 def build_artefact(planned: PlannedStage, console: Console) -> str:
-    """Build the files of an artefact stage. Returns the detail for the plan.
+    """Builds the files of an artefact stage and returns the detail for the plan. Files that are there already are used.
 
-    Only one command at a time builds in a work directory. Files that another command has built meanwhile are used.
+    Only one command at a time builds in a work directory: others wait without a limit, and say so on the console.
 
     Raises:
-        ArtefactError: the files of another command were made with other settings.
+        ArtefactError: existing files were made with other settings.
+        ConfigError: the stage refuses its sources.
+        UserError: what the build needs cannot be reached or is not installed.
     """
     stage, config = cast(ArtefactStage, planned.stage), planned.config
     work = WorkDirectory(Path(config.work_dir))

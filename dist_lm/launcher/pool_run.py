@@ -38,14 +38,17 @@ Weights = Mapping[str, np.ndarray]
 def run_pool_stage(
     planned: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
 ) -> bool:
-    """Answer all requests. Returns False if `interrupt` stopped the run; written answers are kept.
+    """Answers all requests and writes answers, metrics and `result.json`. Returns False if `interrupt` stopped the run.
+
+    Answers that are written already are kept: only the missing ones are computed, by engines that start for them.
 
     Args:
         job: the batch job of this process.
 
     Raises:
         ConfigError: there are no prompts.
-        ArtefactError: prompts, checkpoint or tokenizer differ from those that the run began with.
+        ArtefactError: prompts, checkpoint or tokenizer differ from those that the run began with, or another command
+            works on the run.
         ActorsLostError: no node has free resources for an engine.
         PoolFailure: engines keep dying.
     """
@@ -105,9 +108,14 @@ def _opened(
     console: Console,
     interrupt: Interrupt,
 ) -> "tuple[PoolWork, EngineSpec, Weights] | None":
-    """(work, specification of its engines, their weights) of the first round; None if a signal stopped it.
+    """Returns (work, specification of its engines, their weights) of the first round; None if a signal stopped it.
 
-    The later rounds are read too, so that what refuses one of them does so before engines work for hours.
+    The weights are empty if no answer is missing. The later rounds are read too, so that what refuses one of them does
+    so before engines work for hours.
+
+    Raises:
+        ConfigError: there are no prompts.
+        ArtefactError: prompts, checkpoint or tokenizer are missing or have changed.
     """
     opened: tuple[PoolWork, EngineSpec, Weights] | None = None
     with left_at_once(interrupt, console):
@@ -124,7 +132,12 @@ def _opened(
 def _read(
     stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console
 ) -> tuple[PoolWork, EngineSpec]:
-    """(work, specification of its engines)."""
+    """Returns (work, specification of its engines) of one round; the caller closes the work.
+
+    Raises:
+        ConfigError: there are no prompts, or the cluster lacks the device.
+        ArtefactError: prompts, checkpoint or tokenizer are missing or have changed.
+    """
     tokenizer = stage.tokenizer(config)
     with console.waiting("reading prompts"):
         work = stage.work(config, run, tokenizer, partial(sandboxes_of, cluster, 0, config.sandbox == TRUST_ME))
@@ -159,7 +172,15 @@ def _answer(
     interrupt: Interrupt,
     watch: "PoolWatch",
 ) -> tuple[int, float]:
-    """Answer the missing requests: (engines at the end, seconds without their start)."""
+    """Starts engines, answers the missing requests, and returns (engines at the end, seconds from the first request
+    on).
+
+    Each answer is passed to `work`, which writes it. A signal ends the loop early; then `work.is_done` is false.
+
+    Raises:
+        ActorsLostError: no node has free resources for an engine.
+        PoolFailure: engines keep dying.
+    """
     # Engines start only once all prompts are read: a wrong file must not cost minutes of GPUs.
     with console.waiting("starting engines"):
         pool = Pool.start(
@@ -221,6 +242,8 @@ class PoolWatch:
             self._write(engines)
 
     def _write(self, engines: int) -> None:
+        """Writes a line of metrics (speeds since the last line, per second; time left in seconds) and copies it to
+        wandb."""
         first, last, now = self._first, self._last, self._now()
         seconds = now.at - last.at
         line = self.work.metrics() | {
@@ -246,7 +269,8 @@ class PoolWatch:
 
 @contextmanager
 def watching_pool(config: Config, run: RunDirectory, work: PoolWork, console: Console) -> Iterator[PoolWatch]:
-    """Watch a run inside the block. At the end wandb gets the first answers and how the run ended."""
+    """Yields the watch of a run, which writes its metrics. At the end wandb gets the first answers and how the run
+    ended."""
     wandb = start_wandb(config, run, console)
     with wandb or nullcontext(), closing(MetricsWriter(run.metrics)) as writer:
         watch = PoolWatch(writer, work, wandb)

@@ -29,14 +29,14 @@ WAYS_OUT = {
 
 
 def run_program(program: Callable[[], object], say: Callable[[str], None]) -> None:
-    """Run a command and turn its errors into an exit code.
+    """Runs a command and turns its errors into an exit code; returns if it succeeds. Other exceptions pass through.
 
     Args:
         say: shows an error to the user.
 
     Raises:
-        SystemExit: with the code of the command, with 2 after a user error, or silently with 1 (as Click does) if the
-            reader of standard output has closed it.
+        SystemExit: with the code of the command, with 2 after a user error or a full disk, or silently with 1 (as Click
+            does) if the reader of standard output has closed it.
     """
     try:
         open_streams()
@@ -65,10 +65,10 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
 
 
 def open_streams() -> None:
-    """Replace a closed standard input or error by /dev/null.
+    """Replaces a closed standard stream by /dev/null.
 
     Raises:
-        UserError: standard output is closed. A file opened later would get its descriptor and receive the output.
+        UserError: standard output was closed. A file opened later would get its descriptor and receive the output.
     """
     null = Path(os.devnull)
     if sys.stdin is None:
@@ -83,7 +83,7 @@ def open_streams() -> None:
 
 
 def disk_trouble(error: BaseException, elsewhere: str = "standard output or a file") -> str | None:
-    """The message for a full disk or a path without permission; None for any other error.
+    """Returns the message for a full or read-only disk or a path without permission; None for any other error.
 
     Args:
         elsewhere: name of the place, if the error has none.
@@ -128,7 +128,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """TERM and USR1 raise `Stopped` in the block, as Ctrl-C raises KeyboardInterrupt."""
+    """Lets TERM and USR1 raise `Stopped` in the block, as Ctrl-C raises KeyboardInterrupt."""
 
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
@@ -150,7 +150,9 @@ class Interrupt:
 
 @contextmanager
 def watch_signals(console: Console, then: str = "writing a checkpoint, then stopping") -> Iterator[Interrupt]:
-    """Signals set the yielded `Interrupt` instead of their usual effect.
+    """Yields an `Interrupt` that signals set, instead of their usual effect; the first one is reported as a warning.
+
+    A second Ctrl-C raises KeyboardInterrupt.
 
     Args:
         then: the consequence of the first signal, for the warning.

@@ -47,7 +47,8 @@ class Restarts:
     blamed: Counter[str] = field(default_factory=Counter)  # node address -> failures that began there
 
     def after_failure(self, step: int, address: str | None) -> "Restarts":
-        """The counts after one more failure.
+        """Returns the counts after one more failure; they begin anew if there is another newest checkpoint than at the
+        last one.
 
         Args:
             step: step of the newest checkpoint now.
@@ -84,7 +85,7 @@ class Attempts:
     """Starts gangs on the same run, one at a time, and follows each to its end."""
 
     stage: PlannedStage
-    config: Config  # as `fitted` returns it: its layout is not resolved, since attempts may have other numbers of nodes
+    config: Config  # as `fitted` returns it, without a layout: each attempt resolves one for its number of nodes
     ranks_per_node: int
     muster: Muster
     watch: RunWatch
@@ -97,10 +98,16 @@ class Attempts:
         self.journal = Journal(self.run)
 
     def until_done(self, config_of: dict[int, Config]) -> bool:
-        """Make attempts until one leaves a result; see `run_training_stage`.
+        """Makes attempts until one leaves a result (True) or a signal stops the run (False), and writes the journal.
 
         Args:
-            config_of: number of nodes -> configuration with a resolved layout, where known.
+            config_of: number of nodes -> configuration with a resolved layout, where known; further ones are added.
+
+        Raises:
+            ConfigError: no layout fits the number of nodes that are left.
+            ClusterError: too few nodes are available or fit.
+            GangFailure: no restart helps, or none is left.
+            ArtefactError: the ranks ended without a result or a new checkpoint.
         """
         restarts = Restarts(self.config.cluster.max_restarts, checkpoint_files.newest_step(self.run.checkpoints))
         nodes_wanted = None
@@ -128,7 +135,7 @@ class Attempts:
         return False
 
     def _counted(self, failure: GangFailure, crew: Crew, restarts: Restarts) -> Restarts:
-        """The counts after a failure, which is written to the journal.
+        """Returns the counts after a failure, which is written to the journal. A lost node is left out from now on.
 
         Raises:
             GangFailure: no restart helps, or none is left.
@@ -140,13 +147,13 @@ class Attempts:
             self.muster.lose(node.id)
         self.journal.write("failed", **record_of(failure, restarts))
 
-        # After a request to stop nothing would be restarted: the failure is reported with the stop.
+        # If a stop was requested, no restart follows, so the failure is only reported.
         if failure.user_error or (restarts.left < 0 and not self.interrupt.requested):
             raise failure
         return restarts
 
     def _report_next(self, outcome: Outcome, restarts: Restarts) -> None:
-        """Say why another attempt follows.
+        """Says on the console why another attempt follows, and alerts wandb after a failure.
 
         Raises:
             ArtefactError: there is no reason for another attempt: it would do the same again.
@@ -167,7 +174,14 @@ class Attempts:
             )
 
     def attempt(self, config: Config, crew: Crew) -> Outcome:
-        """One attempt of `config` on `crew`, which is released at the end."""
+        """Writes the configuration, starts a gang on `crew` and follows it to its end. Returns how it ended, failures
+        included.
+
+        The crew is released at the end.
+
+        Args:
+            config: with a resolved layout for the nodes of `crew`.
+        """
         self.count += 1
         # Heartbeats of the attempt before.
         self.run.live.unlink(missing_ok=True)
@@ -214,7 +228,14 @@ class Attempts:
         return core_users(config.pool, nodes, self.ranks_per_node, gpus)
 
     def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
-        """Follow the gang until it ends. A requested stop is passed on once, and enforced after a timeout."""
+        """Follows the gang until it ends, with journal, console and wandb. Returns how it ended.
+
+        A requested stop is passed on once, and enforced after cluster.stop_timeout_s. Room for more nodes stops the
+        gang too.
+
+        Args:
+            start: step of the checkpoint that the attempt began from.
+        """
         stop_requested_at: float | None = None
         grow_to: int | None = None
         next_growth_check = time.monotonic()
@@ -248,9 +269,10 @@ class Attempts:
 def run_training_stage(
     stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
 ) -> bool:
-    """Run a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
+    """Runs a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
 
-    A run that another command has finished since the plan is left as it is.
+    It writes the configuration and the journal of the run, and holds its lock. A run that another command has finished
+    since the plan is left as it is.
 
     Args:
         job: batch job of this process.
@@ -259,9 +281,10 @@ def run_training_stage(
         ConfigError: the layout does not fit the ranks of the cluster, or another command has begun the run with other
             settings.
         ClusterError: too few nodes are available or fit.
-        GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint.
-        ArtefactError: the ranks ended without a result, and nobody asked them to stop; or what the run began with has
-            changed since the plan.
+        GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint, or one that no restart
+            mends.
+        ArtefactError: another process works on the run; the ranks ended without a result, and nobody asked them to
+            stop; or what the run began with has changed since the plan.
     """
     config, ranks = fitted(stage, cluster)
     run = run_of(config)
@@ -295,10 +318,12 @@ def run_training_stage(
 
 
 def fitted(stage: PlannedStage, cluster: RayCluster) -> tuple[Config, int]:
-    """(configuration with its device and ranks per node, ranks per node) for the nodes of a cluster.
+    """Returns (configuration with its device and ranks per node, ranks per node) for the nodes of a cluster.
+
+    The layout is only checked, not filled in.
 
     Raises:
-        ConfigError: layout, batch or hardware group do not fit.
+        ConfigError: layout, batch, device or hardware group do not fit.
     """
     device, ranks = device_and_ranks(stage.config, cluster)
     config = replace(stage.config, device=device, cluster=replace(stage.config.cluster, ranks_per_node=ranks))
@@ -308,7 +333,9 @@ def fitted(stage: PlannedStage, cluster: RayCluster) -> tuple[Config, int]:
 
 
 def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt) -> None:
-    """Wait for other ranks that train this run: those of an earlier launch, or started with torchrun.
+    """Waits for other ranks that train this run: those of an earlier launch, or started with torchrun.
+
+    It says so on the console, and returns early after an interrupt.
 
     Raises:
         ArtefactError: the ranks do not end; the message names host and process.
@@ -347,7 +374,11 @@ def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> 
 
 
 def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
-    """(cpu or cuda, ranks per node) from `device` and the GPUs of most nodes."""
+    """Returns (cpu or cuda, ranks per node) from `device` and the GPUs of most nodes.
+
+    Raises:
+        ConfigError: device=cuda in a cluster without GPUs, or ranks and actors do not fit the nodes.
+    """
     node_gpus = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
     # Nodes with fewer GPUs are left out.
     gpus = statistics.mode(node_gpus) if node_gpus else 0

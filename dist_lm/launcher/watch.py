@@ -67,7 +67,7 @@ class WandbCopy:
         self._wandb.log(line["step"], line)
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
-        """Log other news; called repeatedly.
+        """Logs other news: alerts, loads of nodes (every 15 s), samples and checkpoints (every 5 s). Called repeatedly.
 
         Args:
             usages: host -> load of the node.
@@ -93,7 +93,7 @@ class WandbCopy:
             self._wandb.samples(path, step)
 
     def _link_inputs(self) -> None:
-        """Log the tokenizer and the manifests of the corpora that the stage reads."""
+        """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over."""
         config, work = self._config, self._run.work
         tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
         if tokenizer:
@@ -107,6 +107,7 @@ class WandbCopy:
                 self._wandb.link(f"corpus {name}", f"corpus-{name}", "dataset", [manifest], metadata)
 
     def _look_at_files(self) -> None:
+        """Logs new files of samples, and a link to each checkpoint that LATEST or BEST newly points to."""
         for path in sorted(self._run.samples.glob("step_*.jsonl")):
             self.table(path, int(path.stem.removeprefix("step_")))
 
@@ -142,7 +143,7 @@ class WandbCopy:
 
 
 def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Sequence[str] = ()) -> WandbCopy | None:
-    """The wandb copy of the run; None with tracking=none.
+    """Starts a wandb process and returns the copy of the run; None with tracking=none, or if wandb cannot be started.
 
     Args:
         corpora: corpora that the stage reads.
@@ -191,7 +192,7 @@ class RunWatch:
             self._wandb.restarts(failure)
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
-        """Pass on everything that was written since the last call.
+        """Passes on every warning and line of metrics that was written since the last call, and the newest checkpoint.
 
         Args:
             usages: host -> load of the node.
@@ -223,7 +224,8 @@ class RunWatch:
 
 @contextmanager
 def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[RunWatch]:
-    """Watch a run inside the block. At the end wandb gets the rest and how the run ended."""
+    """Yields the watch of a run. The console shows progress inside the block; at the end wandb gets how the run ended,
+    too."""
     # Lines of earlier attempts have earlier times.
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
         wandb = start_wandb(config, run, console, config.streams)
@@ -232,7 +234,8 @@ def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[Ru
 
 
 def git_commit() -> str | None:
-    """The git commit of this checkout, with `-dirty` after uncommitted changes; None without git."""
+    """Returns the git commit of this checkout, with `-dirty` after uncommitted changes; None without git or after ten
+    seconds."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
