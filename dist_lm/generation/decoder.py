@@ -38,7 +38,7 @@ LookUp = Callable[[str], torch.Tensor]
 """Returns the parameter of a name, on the device."""
 
 Place = Callable[[str, torch.Tensor], torch.Tensor]
-"""Returns the tensor to compute with for a named weight: `Decoder._in_place`."""
+"""(name, new value) -> the tensor that layers compute with. With CUDA graphs it is an existing one, overwritten."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,13 @@ class Decoder:
         self._graphs = self._new_graphs()
 
     def build(self, look_up: LookUp) -> None:
-        """Lays out the weights of this share.
+        """Lays out the weights of this share; the old ones are dropped first, so after an error the decoder has none.
 
         Args:
             look_up: called once for each parameter, in the same order on every rank; it may receive from another rank.
+
+        Raises:
+            ArtefactError: from `look_up`, if a parameter is missing or has another shape.
         """
         config, axis = self.config, self.axis
         # Free the old weights first: both may not fit in memory.
@@ -136,8 +139,10 @@ class Decoder:
         return DecodeGraphs(self._decode, self.cache, pages_for(self.config.max_seq_len, self._page_size))
 
     def _in_place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the tensor to compute with: with graphs, the one of the first build, filled with the new values, so
-        that the addresses in the graphs stay valid."""
+        """Returns the tensor to compute with for a named weight.
+
+        CUDA graphs hold addresses, so with graphs new weights are copied into the tensor of the first build.
+        """
         if self._graphs is None:
             return tensor
         if name not in self._graph_weights:
@@ -146,7 +151,8 @@ class Decoder:
         return self._graph_weights[name].copy_(tensor)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Computes and caches pieces. Returns fp32 logits (P, V) after the last token of each."""
+        """Runs the model on pieces of prompts and writes their keys and values to the cache. Returns fp32 logits (P, V)
+        after the last token of each piece."""
         plan = self.cache.plan_prefill(pieces)
         index_X = self.cache.write_index(plan.cell_N)
 
@@ -162,7 +168,8 @@ class Decoder:
         return self.logits(x_ND[end_P - 1])
 
     def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
-        """Computes and caches one token per sequence. Returns fp32 logits (B, V); the next step may overwrite them."""
+        """Runs the model on one token per sequence and writes its keys and values to the cache. Returns fp32 logits (B,
+        V); the next step may overwrite them."""
         # The plan is on the device already; only the tokens are new in a step.
         (token_B,) = upload(self._device, torch.tensor(tokens))
         if self._graphs is not None and isinstance(plan, FlashPlan):
@@ -210,11 +217,13 @@ class Decoder:
     def hidden(
         self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]
     ) -> torch.Tensor:
-        """Returns hidden states (N, D) of tokens at their positions, before the final norm.
+        """Returns hidden states (N, D), in the decoder's dtype, of tokens at their positions, before the final norm
+        (collective with several ranks).
 
         Args:
+            token_N: int64, as is position_N.
             attend: a function (layer, scaled queries (N, H, K), keys (N, G, K), values (N, G, K)) -> attention
-                (N, H, K).
+                (N, H, K); it may write the cache.
         """
         config, share = self.config, self.share
         rope: RopeTables = (self._cos_TR[position_N][:, None], self._sin_TR[position_N][:, None])
@@ -305,7 +314,9 @@ def checked(config: ModelConfig, weights: Weights) -> Mapping[str, torch.Tensor]
 
 
 def looked_up(config: ModelConfig, weights: Weights) -> LookUp:
-    """Returns a function that looks up each parameter once.
+    """Returns a function that returns each parameter once, by its name.
+
+    A mapping is checked now. A stream is read as far as the name that is looked up, and checked there.
 
     Raises:
         ArtefactError: names the parameter that is missing or has another shape; for a stream, when it is looked up.
@@ -342,7 +353,12 @@ def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> N
 def _layer(
     config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, in_place: Place, number: int
 ) -> _Layer:
-    """Lays out the weights of one block. The order of look-ups is part of the protocol between ranks."""
+    """Returns one block with its weights laid out for the device. The order of look-ups is part of the protocol between
+    ranks.
+
+    Args:
+        number: index of the block, from 0.
+    """
     prefix = f"blocks.{number}."
 
     def weights(*names: str) -> list[torch.Tensor]:

@@ -47,7 +47,7 @@ class EngineOptions:
     page_tokens: int = 0
     max_sequences: int = 64  # sequences that run at the same time
     piece_tokens: int = 256  # tokens of a prompt that are computed at once
-    step_tokens: int = 512  # prompt tokens per step, at most, but always one piece
+    step_tokens: int = 512  # most prompt tokens per step; one piece is always computed, even if it is longer
 
     def __post_init__(self) -> None:
         require(self.page_tokens >= 0, "page_tokens", self.page_tokens, "a positive integer, or 0 to choose")
@@ -124,12 +124,12 @@ class Engine:
         self._asleep = not self.options.n_pages
 
         self._waiting: deque[list[AnswerSequence]] = deque()  # one sequence per answer, grouped by request
-        self._prefilling: list[list[AnswerSequence]] = []  # the first sequence of a request holds the pages
+        self._prefilling: list[list[AnswerSequence]] = []  # only the first sequence of a request holds pages
         self._running: list[AnswerSequence] = []  # oldest first
         self._preempted: list[AnswerSequence] = []  # oldest first
         self._finished: list[Answer | Refusal] = []
 
-        # The last step's plan and sampling groups, with the sequences they are for: most steps can use them again.
+        # The last step's plan and sampling groups; they stay valid while the same sequences run.
         self._plan: tuple[tuple[object, ...], Plan] | None = None
         self._groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
 
@@ -162,11 +162,13 @@ class Engine:
         return prompt_tokens + sum(sequence.request.params.max_new_tokens - sequence.n_new for sequence in sequences)
 
     def load_weights(self, weights: Weights, version: int) -> None:
-        """Replaces the weights. After an error the engine accepts no request until a later call succeeds.
+        """Replaces the weights and sets `version`. After an error in the middle the engine refuses requests until a
+        later call succeeds.
 
         Raises:
-            RuntimeError: requests are under way, so that their answers would mix two versions.
-            ArtefactError: the weights do not fit the model.
+            RuntimeError: requests are under way, so that their answers would mix two versions; the old weights stay.
+            ArtefactError: the weights do not fit the model; a mapping is checked before the old weights are dropped.
+            RankLostError: with tp > 1, another process of the model has ended.
         """
         if self.busy:
             raise RuntimeError("weights cannot change while requests are under way: finish or cancel them first")
@@ -193,13 +195,15 @@ class Engine:
         self._asleep = False
 
     def submit(self, request: Request, on_text: OnText | None = None) -> None:
-        """Queues a request.
+        """Queues a request; `step` computes its answers. The cache is allocated if it is not there.
 
         Args:
-            on_text: called for every token of its answers.
+            on_text: called inside `step` for every token of its answers, with the text that became final.
 
         Raises:
             RequestError: the request cannot be answered; the message names the field.
+            ConfigError: with cache_tokens=0, free memory does not hold one context.
+            RuntimeError: the weights have not arrived completely.
         """
         if self.version is None:
             raise RuntimeError("weights did not arrive completely: load them again")
@@ -218,7 +222,8 @@ class Engine:
         self._waiting.append(group)
 
     def cancel(self, request: str) -> None:
-        """Ends a request now; its answers finish as `cancelled`."""
+        """Ends a request now: the next `step` returns its answers so far, finished as `cancelled`. An unknown id does
+        nothing."""
         for queue in (self._waiting, self._prefilling):
             for group in [group for group in queue if group[0].request.id == request]:
                 queue.remove(group)
@@ -231,8 +236,14 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Answer | Refusal]:
-        """Runs one step: one token for every running sequence. Returns the answers and refusals that it finished."""
-        # Preempted sequences come first: their prompts are paid for, and new requests would take their pages.
+        """Runs one step: one token for every running sequence. Returns the answers and refusals that it finished.
+
+        A request whose logits are nan is refused, and the others go on.
+
+        Raises:
+            RankLostError: with tp > 1, another process of the model has ended; answers of this step are lost.
+        """
+        # Preempted sequences come first: their prompts are computed, and new requests would take the pages they need.
         self._resume()
         self._admit()
 
@@ -244,7 +255,7 @@ class Engine:
         if rows := [rows for rows in (decoded, prefilled) if rows]:
             self._draw_tokens(rows)
 
-        # Raise before answers leave: a lost rank may have left wrong logits.
+        # Check before answers are returned: if a rank of the model has died, the logits may be wrong.
         self._decoder.check()
         finished, self._finished = self._finished, []
         return finished
@@ -271,11 +282,11 @@ class Engine:
     # Scheduling: which sequences run in this step, and on which pages.
 
     def _resume(self) -> None:
-        """Resumes preempted sequences, oldest first, while pages are free for them and their next token."""
+        """Moves preempted sequences back to pages, oldest first, while pages are free for them and their next token."""
         while self._preempted and len(self._running) < self.options.max_sequences:
             sequence = self._preempted[0]
             n_needed = pages_for(sequence.cached + 1, self.options.page_tokens)
-            # Every running sequence may need a page in this step, too. A sequence alone always fits.
+            # Leave one page for each running sequence. If nothing else is under way, the sequence fits by itself.
             if n_needed + len(self._running) > self._pool.n_free and (self._running or self._prefilling):
                 return
 
@@ -287,7 +298,11 @@ class Engine:
             self._running.append(sequence)
 
     def _admit(self) -> None:
-        """Starts new requests in order, while pages are free for the prompt and for one page per sequence."""
+        """Moves waiting requests to prefilling, in order, while pages are free for the prompt and one page per
+        sequence.
+
+        None is admitted while a sequence is preempted. If nothing is active, one request is always admitted.
+        """
         # Preempted sequences are older than any waiting request.
         while self._waiting and not self._preempted:
             group = self._waiting[0]
@@ -305,7 +320,11 @@ class Engine:
             self._prefilling.append(group)
 
     def _prefill(self) -> _LogitRows | None:
-        """Computes the next pieces of prompts, oldest first. Returns the sequences whose prompts are complete."""
+        """Computes and caches the next pieces of prompts, oldest first.
+
+        Returns:
+            The sequences whose prompts are complete, with logits of their first tokens; None if there are none.
+        """
         pieces = self._next_pieces()
         if not pieces:
             return None
@@ -334,7 +353,11 @@ class Engine:
         return _LogitRows(sequences, logits_PV[row_B], position_B)
 
     def _next_pieces(self) -> list[tuple[list[AnswerSequence], Piece]]:
-        """Returns the pieces of prompts for this step, at least one, each with the sequences of its request."""
+        """Returns the pieces of prompts for this step, each with the sequences of its request; empty if no prompt is
+        unfinished.
+
+        They have at most `step_tokens` tokens, unless the first piece is longer.
+        """
         pieces: list[tuple[list[AnswerSequence], Piece]] = []
         tokens_left = self.options.step_tokens
         for group in self._prefilling:
@@ -350,7 +373,11 @@ class Engine:
         return pieces
 
     def _decode(self) -> _LogitRows | None:
-        """Computes the last token of every running sequence."""
+        """Runs the model on the newest token of every running sequence, after preempting those without a page.
+
+        Returns:
+            The sequences with the logits of their next tokens; None if none runs.
+        """
         self._allocate_pages()
         if not self._running:
             return None
@@ -372,8 +399,10 @@ class Engine:
         return self._plan[1]
 
     def _allocate_pages(self) -> None:
-        """Gives every running sequence a page that it alone holds for its next token; preempts the youngest if none is
-        free."""
+        """Makes sure that every running sequence has space for its next token on a page that no other sequence holds.
+
+        A page with other holders is copied. If no page is free, the youngest running sequence is preempted.
+        """
         for sequence in list(self._running):
             while sequence in self._running and not self._has_page(sequence):
                 if not self._pool.n_free:
@@ -391,6 +420,8 @@ class Engine:
         return has_space and self._pool.holders(sequence.pages[-1]) == 1
 
     def _preempt(self, sequence: AnswerSequence) -> None:
+        """Moves a running sequence to the preempted ones: its pages' content goes to host memory, its pages become
+        free."""
         self._running.remove(sequence)
         # The last page may be empty: it was taken for the next token.
         used_pages = sequence.pages[: pages_for(sequence.cached, self.options.page_tokens)]
@@ -402,7 +433,10 @@ class Engine:
     # Sampling: one token for each sequence, and the end of answers.
 
     def _draw_tokens(self, rows: Sequence[_LogitRows]) -> None:
-        """Draws a token for each sequence, and removes sequences that end. Here the host waits, once in a step."""
+        """Draws a token for each sequence, calls its `on_text`, and finishes the sequences that end.
+
+        A request whose logits are nan is refused. This is the only place in a step where the host waits for the device.
+        """
         sequences = [sequence for part in rows for sequence in part.sequences]
         logits_BV, position_B = rows[0].logits_BV, rows[0].position_B
         if len(rows) > 1:
@@ -427,6 +461,12 @@ class Engine:
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 
     def _sample(self, sequences: list[AnswerSequence], logits_BV: torch.Tensor, position_B: torch.Tensor) -> Choice:
+        """Returns one token for each sequence; the groups of equal parameters are kept for the next step.
+
+        Args:
+            logits_BV: fp32.
+            position_B: int64, position of the token to draw.
+        """
         params = [sequence.request.params for sequence in sequences]
         adjusted_BV = adjusted(logits_BV, params, [sequence.tokens for sequence in sequences])
         # Seeds and parameters change only when a sequence joins or leaves.
@@ -472,10 +512,14 @@ class Engine:
 def pages_that_fit(
     config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device, tp: int = 1
 ) -> int:
-    """Returns the pages of `max_sequences` full contexts, or as many as free memory holds.
+    """Returns the number of pages of `max_sequences` full contexts, or as many as the share CACHE_SHARE of free memory
+    holds.
+
+    Args:
+        tp: ranks of the model; each holds only its part of every page.
 
     Raises:
-        ConfigError: free memory does not hold one context.
+        ConfigError: that share of free memory does not hold one context.
     """
     free = free_bytes(device)
     share = CACHE_SHARE[device.type]
@@ -492,7 +536,7 @@ def pages_that_fit(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the memory that this process could allocate: of the card, or of the host."""
+    """Returns the bytes that this process could allocate, on the card or the host."""
     if device.type != "cuda":
         return psutil.virtual_memory().available
     # Torch keeps freed memory for reuse, so the driver does not count it as free.

@@ -85,7 +85,7 @@ class FlashPages(PagedCache):
     def _plan(
         self, pages: Sequence[Sequence[int]], positions: Sequence[range]
     ) -> tuple[torch.Tensor, torch.Tensor, Queries]:
-        """Returns (position of every new token, its cell, its queries), in one copy to the device.
+        """Returns (position of every new token, its cell, its queries), on the cache's device, after one copy.
 
         Args:
             positions: of the new tokens of each sequence.
@@ -130,6 +130,8 @@ class FlashPages(PagedCache):
         return self._attend(layer, q_NHK, plan.queries)
 
     def _attend(self, layer: int, q_NHK: torch.Tensor, queries: Queries) -> torch.Tensor:
+        """Returns the causal attention (N, H, K) of the queries to one layer of the cache, which holds their keys
+        already."""
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
 
         is_fa3 = current_flash_attention_impl() == "FA3"
@@ -208,6 +210,8 @@ class DecodeGraphs:
         return graph.logits_BV[:n_rows]
 
     def _build(self, size: int) -> _Graph:
+        """Returns the graph for `size` sequences: runs the step a few times and captures it. All rows write to the
+        spare page."""
         device = self._cache.key.device
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -231,7 +235,7 @@ class DecodeGraphs:
         return _Graph(token_B, plan, logits_BV, replay)
 
     def _fill_spare(self, token_B: torch.Tensor, plan: FlashPlan, rows: slice) -> None:
-        """Makes rows without a sequence compute one token in the spare page."""
+        """Sets the rows `rows` of a graph's inputs so that they compute one token in the spare page."""
         token_B[rows] = 0
         plan.position_B[rows] = 0
         plan.cell_B[rows] = self._cache.spare_page * self._cache.page_size

@@ -82,10 +82,11 @@ class Followers:
             raise
 
     def tell(self, command: object) -> None:
-        """Sends a command, made of JSON values, to all followers.
+        """Sends a command, made of JSON values, to all followers; it does not wait for its execution.
 
         Raises:
             RankLostError: a follower has died.
+            OSError: a message could not be sent, though no follower died within NOTICE_S seconds.
         """
         # JSON and not pickle: a command cannot run code.
         message = json.dumps(command).encode()
@@ -102,7 +103,8 @@ class Followers:
             raise RankLostError(self._failure)
 
     def explain(self, error: BaseException) -> None:
-        """Raises `RankLostError` if a follower's death caused `error`."""
+        """Raises `RankLostError` from `error` if a follower's death is known within NOTICE_S seconds; otherwise
+        returns."""
         if self._failed.wait(NOTICE_S):
             raise RankLostError(self._failure) from error
 
@@ -116,7 +118,7 @@ class Followers:
         self._kill()
 
     def end(self) -> None:
-        """Ends the followers and waits for their exit."""
+        """Ends the followers and waits for their exit, at most END_S seconds before it kills them."""
         with self._lock:
             self._ending = True
         if self._failure:
@@ -135,6 +137,11 @@ class Followers:
             follower.output.close()
 
     def _watch(self, follower: _Follower) -> None:
+        """Waits for the exit of a follower; unless the followers are being ended, it is recorded as the failure.
+
+        Then all followers are killed, `check` raises the failure, and `on_loss` is called in this thread. After a first
+        failure it does nothing.
+        """
         code = follower.process.wait()
         with self._lock:
             if self._ending or self._failure:
@@ -150,6 +157,12 @@ class Followers:
         self._on_loss()
 
     def _await_ready(self) -> None:
+        """Waits until every follower has said that it is ready, at most READY_S seconds together.
+
+        Raises:
+            RankLostError: a follower has died or did not start in time; then all are killed.
+            EOFError, OSError: a socket closed, though no follower died within NOTICE_S seconds.
+        """
         deadline = time.monotonic() + READY_S
         for follower in self._followers:
             try:
@@ -167,6 +180,7 @@ class Followers:
 
 
 def _start(rank: int) -> _Follower:
+    """Starts the process of a follower in a session of its own, with a socket to this process; does not wait for it."""
     leader_socket, follower_socket = socket.socketpair()
     output = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
     # The follower must import the same package as this process, wherever that was found.

@@ -76,6 +76,7 @@ def likelihoods(decoder: Decoder, trees: Sequence[Tree], device: torch.device) -
 
 
 def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
+    """Returns, by tree, the likelihoods of its continuations, from one forward pass over all trees."""
     # Concatenate the trees. The first token of each continuation is predicted by the last token of the context.
     tokens, positions, rows, targets = list[int](), list[int](), list[int](), list[int]()
     packed_trees = list[_PackedTree]()
@@ -120,7 +121,11 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
 
 
 def _bias(tree: Tree, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """Returns the mask of a tree's continuations: each sees the context and, causally, itself; None without inputs."""
+    """Returns the mask of a tree's continuations, (inputs of continuations, tokens of the tree): 0 where visible, else
+    -inf.
+
+    Each sees the context and, causally, itself. None if every continuation has one token.
+    """
     lengths = [len(continuation) - 1 for continuation in tree.continuations if len(continuation) > 1]
     if not lengths:
         return None

@@ -1,9 +1,9 @@
 """Linear layers for decoding: fast for few rows, and a row gets the same bits in any batch.
 
 On the CPU in fp32, weights are packed once for oneDNN, which halves the time of a product with few rows. With two or
-more rows, oneDNN gives a row the same bits for any number of rows. A single row may take a kernel that adds in another
-order; then the inputs are split into parts for which it does not. The kernel of the product also adds the residual and
-applies the activation. On other devices and dtypes a layer is `F.linear`.
+more rows, oneDNN gives a row the same bits for any number of rows. For a single row oneDNN may choose a kernel that
+adds in another order; then the inputs are split into parts for which it does not. The kernel of the product also adds
+the residual and applies the activation. On other devices and dtypes a layer is `F.linear`.
 
 Dimensions: M rows, D inputs, N outputs.
 """
@@ -54,6 +54,8 @@ def _packs(weight: torch.Tensor) -> bool:
 
 
 def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) -> Linear:
+    """Returns a layer with weights packed for oneDNN; on the first call for a shape it measures which parts round
+    alike."""
     n_outputs, width = weight_ND.shape
     n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, gelu, torch.get_num_threads())
     if n_parts:
@@ -103,7 +105,8 @@ class _Packed:
 def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool, threads: int) -> int:
     """Returns the smallest number of parts with which a single row gets the same bits as in a batch; 0: none does.
 
-    The number depends on shapes and not on the weights, so it is cached for new weights.
+    It is measured with random weights. The result depends on shapes and the number of threads and not on the weights,
+    so it is cached.
     """
     # Random weights stand for all weights: which kernel oneDNN takes depends on shapes alone.
     generator = torch.Generator().manual_seed(1)

@@ -34,14 +34,14 @@ class LoadedModel:
 
 
 def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
-    """Loads a model.
+    """Returns the model of a checkpoint with all its weights in host memory, and its tokenizer.
 
     Args:
         path: a run, a folder of checkpoints, or a checkpoint.
         tokenizer: file or folder of the tokenizer; by default that of the run's work directory.
 
     Raises:
-        ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
+        ArtefactError: checkpoint or tokenizer is missing or damaged, they do not fit, or the model computes scores.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     state, config = files.read_state(checkpoint)[0], model_config_of(checkpoint)
@@ -80,7 +80,7 @@ def model_config_of(checkpoint: Path) -> ModelConfig:
 
 
 def run_of(checkpoint: Path) -> RunDirectory | None:
-    """Returns the run that contains a checkpoint; None if the checkpoint is outside a run."""
+    """Returns the run that contains a checkpoint; None if the checkpoint is outside a run with a configuration."""
     # The run or a folder above it may be a link: prefer the path that has a tokenizer.
     runs = [
         RunDirectory(path.parents[1])
@@ -92,10 +92,10 @@ def run_of(checkpoint: Path) -> RunDirectory | None:
 
 
 def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:
-    """Loads the tokenizer at `named`, else that of the run.
+    """Returns the tokenizer at `named` (a file, or a folder with it), else that of the run.
 
     Raises:
-        ArtefactError: it is missing or damaged.
+        ArtefactError: it is missing or damaged, or there is neither.
     """
     if named is not None:
         file = tokenizer_in(named) if named.is_dir() else named
@@ -117,10 +117,11 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
 
 
 def stage_tokenizer(checkpoint: Path, work: WorkDirectory, vocab_size: int) -> Tokenizer:
-    """Loads the tokenizer of a checkpoint that a stage reads: that of its run or work directory, else that of `work`.
+    """Returns the tokenizer of a checkpoint that a stage reads: that of its run or work directory, else that of `work`.
 
     Raises:
-        ArtefactError: there is no tokenizer, or the checkpoint was trained with a different one.
+        ArtefactError: there is no tokenizer, its size is not `vocab_size`, or the checkpoint was trained with another
+            one.
     """
     path = work.tokenizer_model
     is_in_run = len(checkpoint.parents) > 1 + DEPTH  # the run may have no configuration
@@ -168,10 +169,11 @@ class Openings:
 
 
 def read_openings(run: RunDirectory | None) -> Openings:
-    """Reads the openings of a run; none without a run.
+    """Returns the openings in a run's configuration; without a run, none. Languages are those of its corpus, if it is
+    there.
 
     Raises:
-        ArtefactError: the run's configuration cannot be read.
+        ArtefactError: the run's configuration, or the manifest of its corpus, cannot be read.
     """
     if run is None:
         return Openings()

@@ -24,9 +24,9 @@ from dist_lm.generation.transfer import upload
 
 PLAIN_PAGE_TOKENS = 64  # tokens of a page of `PlainPages`, unless an engine's options give another size
 ALIGNED = 16  # fp32 numbers in 64 bytes
-MIN_SLOTS = 2  # a single product takes another kernel, which rounds differently
+MIN_SLOTS = 2  # a batched product of one matrix takes another kernel, which rounds differently
 SUM_MULTIPLE = 4  # `sum` over a multiple of this many numbers gives the same bits with and without trailing zeros
-MAX_WASTE = 2  # read leading pages in place if they are at most this many times the pages in use, else copy
+MAX_WASTE = 2  # read pages 0 to n in place, without a copy, if n is at most this many times the number of pages in use
 ABSENT = -1
 
 
@@ -188,8 +188,8 @@ class PagedCache:
 # sequence are added in their order. A sequence therefore gets the same bits in any batch and wherever its pages lie.
 # Rounding also depends on the memory alignment of a row, so heads are padded with zeros to full vector registers.
 #
-# A decode plan assigns slots: a slot is one page as one sequence reads it. The first read takes each page for one of
-# its holders; a page with several holders is read again for each further holder.
+# A decode step reads pairs (page, sequence); each pair is a slot. The first read covers every page once, for one of the
+# sequences that hold it. Each further holder of a page needs one more read.
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ class _Slots:
         self.slot_of = [ABSENT] * n_indices
 
     def read(self, pages: list[int], turn: int) -> list[int]:
-        """Adds a slot for each page, read by its holder number `turn`. Returns the page of each slot."""
+        """Adds a slot for each page, for the `turn`-th sequence that holds it. Returns the page of each slot; at least
+        MIN_SLOTS."""
         for page in pages:
             self._add(page, turn)
         if len(pages) < MIN_SLOTS:
@@ -259,6 +260,8 @@ class _Slots:
         return pages
 
     def _add(self, page: int, turn: int) -> None:
+        """Adds the slot of `page` for its holder number `turn`, or a slot that no sequence reads if it has fewer
+        holders."""
         holders = self._readers.get(page, ())
         row, index = 0, 0  # arbitrary if the page has fewer holders
         if turn < len(holders):
@@ -271,7 +274,7 @@ class _Slots:
 def plan_decode(
     pages: Sequence[Sequence[int]], positions: Sequence[int], page_size: int, device: torch.device
 ) -> DecodePlan:
-    """Plans a decode step of `PlainPages`; arguments as in `PagedCache.plan`."""
+    """Returns the plan of a decode step of `PlainPages`, on `device`; arguments as in `PagedCache.plan`."""
     n_pages = [pages_for(position + 1, page_size) for position in positions]
     longest = max(n_pages)
     readers: dict[int, list[tuple[int, int]]] = {}
@@ -341,6 +344,7 @@ class PlainPages(PagedCache):
         return plan_decode(pages, positions, self.page_size, self.key.device)
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
+        """Returns the plan of computing pieces, on the cache's device."""
         positions = [piece.positions for piece in pieces]
         pages_to_read = [piece.pages if piece.start else () for piece in pieces]
         cell_N, position_N, *page_S = upload(
@@ -376,6 +380,10 @@ class PlainPages(PagedCache):
             cache[layer].view(-1, width).index_copy_(0, index_X, new_NGK.reshape(-1, width))
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+        """Returns the attention (B, H, K) of one new token per sequence, whose key and value are in the cache already.
+
+        A row gets the same bits whatever other rows are in the batch and wherever its pages lie.
+        """
         if self._padding:
             q_BHK = F.pad(q_BHK, (0, self._padding))
         n_rows, n_heads, width = q_BHK.shape
@@ -430,6 +438,10 @@ class PlainPages(PagedCache):
     def prefill(
         self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, plan: PlainPrefillPlan
     ) -> torch.Tensor:
+        """Returns the attention (N, H, K) of concatenated pieces.
+
+        A piece that begins a sequence attends to `k_NGK` and `v_NGK`; any other to the cache, which holds them already.
+        """
         if plan.in_one_call:
             n_rows = len(plan.lengths)
             q_BHTK, k_BGTK, v_BGTK = (

@@ -94,10 +94,12 @@ def is_command(line: str) -> bool:
 
 
 def parse_command(line: str, settings: Settings) -> Do | Change:
-    """Parses a line for which `is_command` holds.
+    """Returns the action or the new settings of a line for which `is_command` holds; nothing is executed.
+
+    A setting without a value leaves the settings as they are.
 
     Raises:
-        UserError: the command is unknown, or its value is not accepted.
+        UserError: the command is unknown, or its value is not accepted (ConfigError).
     """
     word, _, rest = line[1:].partition(" ")
     name, argument = word.strip(), rest.strip()
@@ -190,7 +192,7 @@ class PromptLoop:
         self._last_prompt: str | None = None
 
     def run(self) -> None:
-        """Runs until Ctrl-D or /quit."""
+        """Reads and answers lines until Ctrl-D or /quit. A `UserError` is printed as one line, and the loop goes on."""
         self._say(f"{self._session.name}; /help lists the commands, Ctrl-D leaves")
         while True:
             try:
@@ -211,7 +213,14 @@ class PromptLoop:
                 return
 
     def _read(self) -> str:
-        """Reads a command, or a complete prompt: the opening followed by the text that the user typed."""
+        """Returns a command, or a complete prompt: the opening followed by the text that the user typed.
+
+        A prompt uses up the opening; a command keeps it.
+
+        Raises:
+            EOFError: Ctrl-D.
+            KeyboardInterrupt: Ctrl-C.
+        """
         # The user can edit the last line of the opening; the lines before it are only printed.
         *lines, editable = self._opening.split("\n")
         for number, line in enumerate(lines):
@@ -228,7 +237,12 @@ class PromptLoop:
         return "\n".join([*lines, line])
 
     def _execute(self, line: str) -> None:
-        """Executes a command; /quit raises EOFError, as Ctrl-D does."""
+        """Executes a command and prints what it says.
+
+        Raises:
+            EOFError: /quit, as for Ctrl-D.
+            UserError: the command or its value is not accepted.
+        """
         match parse_command(line, self.settings):
             case Do("show"):
                 self._show()
@@ -267,6 +281,13 @@ class PromptLoop:
         self._say("new conversation")
 
     def _begin_with(self, language: str) -> None:
+        """Sets the next opening of a language as the beginning of the next prompt; without a language, prints the
+        languages.
+
+        Raises:
+            UserError: the run has no opening of that language.
+            ArtefactError: the run's configuration cannot be read.
+        """
         openings = self._openings()
         if not language:
             self._say(str(openings))
@@ -279,6 +300,14 @@ class PromptLoop:
         self._say(f"opening of {language}{count}: continue it or press Enter; Ctrl-C discards it")
 
     def _answer(self, prompt: str) -> None:
+        """Prints the answer to a prompt while it is generated, then a line of facts, and sets the seed of the next
+        answer.
+
+        Ctrl-C ends the answer without an exception.
+
+        Raises:
+            UserError: the prompt is not valid Unicode or fills the context, or the engine refused it; the seed stays.
+        """
         last_character = "\n"
 
         def write(text: str) -> None:

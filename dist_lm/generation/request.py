@@ -78,7 +78,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0  # answers are a function of prompt, params and seed
     n: int = 1  # number of answers; they share the prompt's pages in the cache
-    truncate: Literal["refuse", "left"] = "refuse"  # a prompt that fills the context is refused, or cut from the left
+    truncate: Literal["refuse", "left"] = "refuse"  # if a prompt fills the context: refuse it, or drop its beginning
     keep_sets: bool = False  # answers say from which tokens each token was drawn
 
 
@@ -89,11 +89,12 @@ class Room:
     context: int  # tokens of prompt and answer, model.max_seq_len
     vocab_size: int
     cached: int  # tokens of all sequences that the cache holds
-    cache_tokens: int  # the same before rounding to pages: the value of the key
+    cache_tokens: int  # the engine's option, for messages; `cached` is this rounded down to whole pages
 
 
 def fitted(request: Request, room: Room, texts: bool) -> Request:
-    """Returns the request after checks; its prompt is cut from the left if it is too long and `truncate=left`.
+    """Returns the request after checks; with `truncate=left`, the first tokens of a prompt that fills the context are
+    dropped.
 
     Args:
         texts: whether the engine matches texts that end an answer.
@@ -168,13 +169,14 @@ Finished = Callable[[Request, Answer], None]
 
 
 def unseen(request: Request, answer: Answer) -> None:
-    """The `Finished` of a caller that does not wait for single answers."""
+    """Does nothing: for a caller that needs no call for each answer."""
 
 
 def seen(
     requests: SequenceOf[Request], results: Iterable[Answer | Refusal], finished: Finished
 ) -> Iterator[Answer | Refusal]:
-    """Yields `results` again; calls `finished` with each answer first."""
+    """Yields `results` unchanged; before each answer is yielded, `finished` is called with its request and the
+    answer."""
     request_of = {request.id: request for request in requests}
     for result in results:
         if isinstance(result, Answer):
@@ -221,7 +223,8 @@ class AnswerSets:
         """Adds an answer or the refusal of a request for `n` answers.
 
         Returns:
-            All answers, by index, with the last one; None before; the refusal if it is one.
+            All `n` answers, by index, when the last one arrives; None before. A refusal is returned at once, and the
+            request's answers so far are dropped.
         """
         if isinstance(result, Refusal):
             self._answers.pop(result.request, None)
@@ -268,12 +271,15 @@ class Sequence:
     ) -> str:
         """Appends a token, and sets `finish` if it is the last one.
 
+        The first reason that holds becomes `finish`: end-of-text, a stop token or text, max_new_tokens, a full context.
+
         Args:
+            logprob: nats, under the distribution the token was drawn from; `raw_logprob`: under the model's.
             context: most tokens of prompt and answer.
             token_set: the packed set of tokens among which it was drawn; kept if the request asks for sets.
 
         Returns:
-            The text that became final.
+            The text that became final; with the last token also the text held back; always empty without a vocabulary.
         """
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -332,7 +338,10 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Appends a token. Returns the text that became final: no later stop text can remove it."""
+        """Appends a token. Returns the text that became final: no later stop text can remove it.
+
+        If a stop text is complete, `stopped` is set, and `text` ends before it; later tokens are ignored.
+        """
         if self.stopped:
             return ""
         # A token may hold a part of a character; the decoder keeps it until the rest arrives.

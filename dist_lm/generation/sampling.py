@@ -1,7 +1,7 @@
 """From logits to tokens: pure functions. The token of a row depends on that row alone, to the last bit.
 
-One number u in (0, 1), a function of the answer's seed and the token's position, draws a token: the first one, in the
-order of the vocabulary, at which the cumulative probability exceeds u.
+u in (0, 1) is a hash of the answer's seed and the token's position. The token drawn is the first one, in the order of
+the vocabulary, whose cumulative probability exceeds u.
 
 Filters do not sort the vocabulary. A few candidates with the largest logits are extracted first. Only if these do not
 determine which tokens pass the filters are more extracted, and in the end all tokens are sorted.
@@ -27,7 +27,8 @@ CHUNK = 128  # tokens
 MAX_CHUNKS = 1024  # `largest` splits a row into at most this many chunks
 UNIFORM_BITS = 48
 COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
-GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31  # special values of `Group.candidates`; a row shorter than ALL is sorted
+# Special values of `Group.candidates`. ALL is more than any vocabulary has, so the whole row is sorted.
+GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
 CANDIDATES = (64, 256, 1024, 4096)  # possible numbers of candidates; a row's parameters choose one
 NUCLEUS_CANDIDATES = 256  # smallest number if no top-k bounds it
 
@@ -48,7 +49,7 @@ class Group:
 
     members: Sequence[int]  # the rows, on the host
     rows: torch.Tensor | None  # the rows on the device, int64; None: all rows
-    bounded: bool  # the candidates of every row include all that its top-k keeps, and one more
+    bounded: bool  # every row has a top-k, and more candidates than it keeps
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
     temperature_B1: torch.Tensor  # fp64
     top_k_B1: torch.Tensor  # int64; ALL if off
@@ -57,7 +58,11 @@ class Group:
 
 
 def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[Group]:
-    """Groups the rows of a batch by the method of drawing."""
+    """Returns the rows of a batch, grouped by the method of drawing; their parameters are on `device`.
+
+    Args:
+        params: of each row; a top-k of 0 becomes ALL, and the temperature is at least COLDEST.
+    """
     rows_by_candidates: dict[int, list[int]] = {}
     for row, row_params in enumerate(params):
         rows_by_candidates.setdefault(_n_candidates(row_params), []).append(row)
@@ -95,6 +100,8 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
 
 
 def _n_candidates(params: SamplingParams) -> int:
+    """Returns the number of candidates to begin with: GREEDY, UNFILTERED, one of CANDIDATES that exceeds top-k, or
+    ALL."""
     if params.temperature == 0:
         return GREEDY
     if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
@@ -120,7 +127,8 @@ def sample(
     adjusted_BV: torch.Tensor | None = None,
     keep_sets: bool = False,
 ) -> Choice:
-    """Draws one token for each row. The host waits for the device once, and once more if a row needs more candidates.
+    """Returns one token for each row, on the host. The host waits for the device once, and again while rows need more
+    candidates.
 
     Args:
         logits_BV: fp32 logits of the model.
@@ -146,7 +154,8 @@ def sample(
             for row, token_set in zip(group.members, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
                 sets[row] = token_set
 
-    # Log-probabilities for training are those of the model, before any setting of the sampler.
+    # The model's own log-probabilities, before any setting of the sampler. They reveal nan, and files of answers show
+    # them; RLHF trains with `logprob_B`.
     raw_logprob_B = token_logprobs(logits_BV, token_B)
     token_B, logprob_B, raw_logprob_B, unclear_B = download(token_B, logprob_B, raw_logprob_B, unclear_B)
 
@@ -183,7 +192,9 @@ def _pack_rows(passed: _Passed, vocab_size: int) -> list[bytes]:
 def adjusted(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Iterable[int]]
 ) -> torch.Tensor | None:
-    """Returns logits after repetition penalty and logit bias; None if no row has either.
+    """Returns new logits (B, V) after repetition penalty and logit bias; None if no row has either.
+
+    A positive logit of a seen token is divided by the penalty, a negative one multiplied.
 
     Args:
         seen: for each row, tokens of the prompt and the answer so far.
@@ -226,8 +237,14 @@ def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
 def _draw(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Passed | None]:
-    """Returns for each row the token, its log-probability, whether the candidates did not suffice, and which tokens
-    passed the filters (None: all)."""
+    """Returns for each row the token (int64), its log-probability (fp32, nats) under the distribution it was drawn from
+    (greedy: 0), whether the candidates did not suffice, and which tokens passed the filters (None: all).
+
+    A row whose candidates did not suffice must be drawn again with more.
+
+    Args:
+        uniform_B: a number in (0, 1) for each row.
+    """
     # A small vocabulary is sorted completely instead.
     if 0 < group.candidates < logits_BV.shape[-1]:
         return _draw_candidates(logits_BV, group, uniform_B)
@@ -246,7 +263,7 @@ def _draw(
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the token of each row and its log-probability.
+    """Returns a token (int64) of each row, drawn from softmax(x_BV), and its log-probability (fp32, nats).
 
     It finds the chunk by cumulative sums of chunks, then the token by cumulative sums inside the chunk.
     """
@@ -287,6 +304,7 @@ def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def _draw_candidates(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Passed]:
+    """Does the same as `_draw`, from the `group.candidates` largest logits of each row; they must be fewer than V."""
     logit_BM, id_BM = largest(logits_BV, group.candidates)
     x_BM = logit_BM / group.temperature_B1
 
@@ -300,7 +318,8 @@ def _draw_candidates(
     p_BM = (x_BM - log_z_B1).exp()
     passes_BM = _passes(x_BM, p_BM, in_top_k_BM, group)
 
-    # More tokens may pass if all candidates pass, or if the first one that fails ties with the last one that passes.
+    # A row is unclear if every candidate passes, or if the first one that fails has the same logit as the last one that
+    # passes.
     n_passed_B1 = passes_BM.sum(dim=-1, keepdim=True)
     next_B1 = n_passed_B1.clamp(max=group.candidates - 1)
     ties_B1 = x_BM.gather(1, next_B1) == x_BM.gather(1, next_B1 - 1)
@@ -325,7 +344,12 @@ def _with_more_candidates(group: Group, index_n: torch.Tensor) -> Group:
 
 
 def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:
-    """Returns the mask of tokens, most likely first, that pass top-k, top-p and min-p; the first one always passes."""
+    """Returns the mask (B, M) of tokens that pass top-k, top-p and min-p; the first one of each row always passes.
+
+    Args:
+        x_BM: tempered logits, largest first.
+        p_BM: their probabilities after top-k.
+    """
     before_BM = p_BM.cumsum(dim=-1) - p_BM
     in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last tokens
     in_min_p_BM = x_BM >= x_BM[:, :1] + group.log_min_p_B1
@@ -335,7 +359,8 @@ def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, g
 
 
 def filtered(x_BV: torch.Tensor, group: Group) -> torch.Tensor:
-    """Returns tempered logits with dropped tokens at -inf, by sorting all tokens: the definition of the filters."""
+    """Returns tempered logits (B, V) with dropped tokens at -inf. It sorts all tokens and so defines what the filters
+    mean."""
     descending_BV, id_BV = x_BV.sort(dim=-1, descending=True, stable=True)
     smallest_B1 = descending_BV.gather(1, group.top_k_B1.clamp(max=x_BV.shape[-1]) - 1)
     in_top_k_BV = descending_BV >= smallest_B1  # ties stay
@@ -356,6 +381,8 @@ def largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the k largest entries of each row and their indices, both (B, k), in any order; of equal ones any may be
+    taken."""
     n_tokens = x_BV.shape[-1]
     width = -(-n_tokens // MAX_CHUNKS)
     if 2 * k * width > n_tokens:  # the chunks would be most of the row

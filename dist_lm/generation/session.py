@@ -16,7 +16,7 @@ from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
 from dist_lm.parallel.mesh import lacks_bf16
 
-CACHE_TOKENS = 16384  # cached tokens of all answers to a request, at most; answers beyond it wait
+CACHE_TOKENS = 16384  # most tokens in the cache for one request; answers that do not fit wait
 ENDINGS: dict[FinishReason, str] = {
     "eot": "end of text",
     "stop": "stop text",
@@ -72,18 +72,23 @@ def build_engine(
     tp: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Engine:
-    """Builds an engine for up to `answers` full contexts at a time.
+    """Returns an engine for up to `answers` full contexts at a time.
 
     Args:
         cache_tokens: upper bound of the cache, unless a single context is longer.
         tp: devices that share the model.
         dtype: None: bf16 on a GPU that has it and fp32 elsewhere, as in training.
+
+    Raises:
+        ArtefactError: the weights do not fit the model.
+        ConfigError: the model cannot be cut into `tp` parts, or there are fewer devices.
+        RankLostError: another process of the model has ended.
     """
     if dtype is None:
         has_bf16 = device.type == "cuda" and not lacks_bf16(device)
         dtype = torch.bfloat16 if has_bf16 else torch.float32
 
-    # One page more than the context, because answers copy the last page they share.
+    # One page more than the context: each answer to a shared prompt copies its last page, which is partly filled.
     page_tokens = best_page_tokens(loaded.config, dtype, device)
     context_tokens = (pages_for(loaded.config.max_seq_len, page_tokens) + 1) * page_tokens
     return Engine(
@@ -118,7 +123,7 @@ class Session:
         self._engine.close()
 
     def tokens(self, text: str, name: str = "the prompt", after: str | None = None) -> list[int]:
-        """Tokenizes a text as the beginning of a document.
+        """Returns the token ids of a text as the beginning of a document.
 
         Args:
             name: the name of the text in errors.
@@ -151,15 +156,16 @@ class Session:
         interrupted: Callable[[], bool] = lambda: False,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
-        """Continues `prompt` `n` times.
+        """Continues `prompt` `n` times, and returns after the last answer. Seconds of the outcome are wall-clock time.
 
         Args:
             on_text: called with (index of the answer, new text).
-            interrupted: called before every step; answers end when it returns True.
+            interrupted: called before every step; when it returns True, answers end as `cancelled`.
             on_token: called with each token, before its text.
 
         Raises:
-            UserError: the engine refused the request.
+            UserError: the engine refused the request, or the model's logits are nan.
+            RankLostError: with several devices, another process of the model has ended.
         """
         self._n_requests += 1
         request = Request(str(self._n_requests), prompt, settings.params, settings.seed, n)

@@ -3,7 +3,8 @@
 The shares are those of training (`dist_lm.parallel.layout`): each rank holds some heads, some hidden units and some
 of the vocabulary, padded with zeros so that all ranks hold equally many. Two rules are simpler than in training,
 because no weight changes: rank 0 alone holds a bias that is added after ranks sum their outputs, and all further ranks
-hold zeros; and if the query heads of a rank read key heads unequally, the rank holds one key head for each query head.
+hold zeros; and if the query heads of a rank do not divide evenly among its key heads, it holds a copy of the key head
+for each query head.
 
 Dimensions: M rows, D d_model, V vocabulary, U vocabulary entries of a rank.
 """
@@ -77,7 +78,10 @@ def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp")
 
 
 def cut(name: str, parameter: torch.Tensor, share: Share) -> torch.Tensor:
-    """Returns a rank's part of the parameter `name`, as a view if possible."""
+    """Returns a rank's part of the parameter `name`, as a view if possible; padding is zeros.
+
+    A bias that is added after the sum over ranks is all zeros on every rank but the first.
+    """
     # The name without its layer: all layers are cut alike.
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
     if kind in ("attention.query", "attention.query_bias", "attention.output"):
@@ -119,7 +123,12 @@ def _pad_rows(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
 def build_embedding(
     weight_UD: torch.Tensor, pieces: Slice, axis: TensorAxis | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns the embedding: a function from tokens (M,) to vectors (M, D), summed over ranks."""
+    """Returns the embedding: a function from tokens (M,) to vectors (M, D), summed over ranks (collective with an
+    axis).
+
+    Args:
+        pieces: the entries of the vocabulary that this rank holds, in `weight_UD`.
+    """
     if axis is None:
         return lambda token_M: F.embedding(token_M, weight_UD)
 
@@ -136,7 +145,8 @@ def build_embedding(
 
 
 def leaving(linear: Linear, axis: TensorAxis) -> Linear:
-    """Returns a linear layer over this rank's part of the inputs; every rank gets the sum over ranks."""
+    """Returns a linear layer over this rank's part of the inputs (row-parallel); every rank gets the sum over ranks
+    (collective)."""
 
     def sum_over_ranks(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         y_MN = axis.leave(linear(x_MD))
@@ -148,10 +158,15 @@ def leaving(linear: Linear, axis: TensorAxis) -> Linear:
 
 
 def gathering(linear: Linear, axis: TensorAxis, vocabulary: int) -> Linear:
-    """Returns the head: the leader gets all logits (M, V), every follower its own (M, U)."""
+    """Returns the head: the leader gets all logits (M, V), every follower its own (M, U) (collective).
+
+    Args:
+        vocabulary: tokens of the complete vocabulary; padding is cut off.
+    """
     sizes = [slice_of(vocabulary, axis.size, rank).real for rank in range(axis.size)]
 
     def gather(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns the logits of all ranks on the leader and this rank's on followers."""
         assert added_MN is None
         part_MU = linear(x_MD)
         if axis.rank != LEADER:

@@ -103,7 +103,14 @@ class ShardedDecoder:
             raise
 
     def load(self, weights: Weights) -> None:
-        """Does the same as `Decoder.load`. Parameters are sent one by one, so no device ever holds all of them."""
+        """Does the same as `Decoder.load` on all ranks. Parameters are sent one by one, so no device ever holds all of
+        them.
+
+        Raises:
+            ArtefactError: a parameter is missing or has another shape. If a stream shows it late, the model is
+                abandoned.
+            RankLostError: a follower has ended.
+        """
         look_up = looked_up(self._config, weights)
 
         def send_parts(name: str) -> torch.Tensor:
@@ -165,7 +172,11 @@ class ShardedDecoder:
     def _in_step(self, *command: object) -> Iterator[None]:
         """Sends a command to the followers before rank 0 executes it inside the block.
 
-        After an exception in the block, ranks are at different steps, so the model is abandoned.
+        After an exception in the block, ranks are at different steps: the followers are killed, and every later step
+        raises.
+
+        Raises:
+            RankLostError: a follower has ended.
         """
         self._followers.check()
         try:
@@ -281,7 +292,11 @@ COMMANDS = ("load", "resize", "prefill", "plan", "advance", "decode", "copy_page
 
 
 def main() -> None:
-    """Runs one follower until its socket closes."""
+    """Runs one follower until its socket closes: arguments are the socket's number, the rank and the parent's process
+    id.
+
+    An exception is printed and ends the process at once with code 1.
+    """
     socket_number, rank, parent = map(int, sys.argv[1:])
     # First of all: the leader may have died while this process started.
     die_with_parent(parent)

@@ -45,12 +45,16 @@ def generate(
     tools: ToolOptions | None = None,
     suffix: str | None = None,
 ) -> int:
-    """Runs the verb. Returns the exit code.
+    """Writes answers to standard output, or holds a conversation until the user leaves. Returns the exit code.
+
+    It is 0, NO_ANSWER if a model with tools gives no answer, or STOPPED after Ctrl-C. Ctrl-C has no other effect
+    meanwhile.
 
     Args:
         path: a run, a folder of checkpoints, or a checkpoint.
         prompt: None: standard input, or a conversation if that is a terminal.
         values: fields of `SamplingParams`.
+        seed: None: a random one.
         n: number of answers.
         tp: devices that share the model.
         tools: the functions the model may call; with them the prompt is a request and not the beginning of a text.
@@ -98,7 +102,11 @@ def generate(
 
 
 def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suffix: str | None) -> None:
-    """Refuses options that exclude each other, by a `UserError` that names the option."""
+    """Refuses options that exclude each other.
+
+    Raises:
+        UserError: names the option; a ConfigError, except for a --suffix that is not UTF-8.
+    """
     if is_conversation and n != 1:
         raise ConfigError(f"--n={n}: several answers need --prompt; in a conversation use /again")
     if tools and n != 1:
@@ -123,6 +131,12 @@ def _load(
 
 
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:
+    """Returns the settings of the answer; without a seed, one is drawn below SEEDS. Escapes in `stop` are replaced.
+
+    Raises:
+        ConfigError: names the option, its value and what is accepted.
+        UserError: a stop text is not UTF-8.
+    """
     if seed is None:
         seed = secrets.randbelow(SEEDS)
     for text in stop:
@@ -169,7 +183,11 @@ def _continue_text(
 ) -> int:
     """Writes the answer unchanged while it is generated; several answers at the end, each after a numbered line.
 
-    On a terminal, control characters are replaced by symbols and the last line ends with a newline.
+    On a terminal, control characters are replaced by symbols and the last line ends with a newline. A line of facts
+    goes to `errors`. Returns the exit code: 0, or STOPPED after Ctrl-C.
+
+    Raises:
+        UserError: the engine refused the request.
     """
     on_terminal = output.isatty()
     last_character = "\n"
@@ -203,7 +221,15 @@ def _continue_text(
 def _answer_request(
     session: Session, chat: ToolChat, request: str, settings: Settings, output: TextIO, errors: Console
 ) -> int:
-    """Writes the answer at the end; calls and their results go to `errors` when they happen."""
+    """Writes the answer at the end; calls and their results go to `errors` when they happen, and a line of facts at the
+    end.
+
+    Returns:
+        The exit code: 0, STOPPED after Ctrl-C, or NO_ANSWER.
+
+    Raises:
+        UserError: the request is empty, is not valid Unicode or fills the context.
+    """
 
     def note(line: str) -> None:
         errors.print(Text(visible(line), style="dim"), soft_wrap=True)

@@ -106,12 +106,16 @@ class ToolChat:
     ) -> ChatOutcome:
         """Sends `text` as the user's turn, runs the model's calls, and returns after its answer.
 
+        The conversation grows only if the exchange ends as "answered"; otherwise it stays as it was.
+
         Args:
             on_text: called with each piece of the model's text, calls excluded.
             on_note: called with one line for each call and each result.
+            interrupted: called before every step of the model; when it returns True, the exchange ends as "stopped".
 
         Raises:
-            UserError: the request is empty, is not valid Unicode or fills the context; the conversation is unchanged.
+            UserError: the request is empty, is not valid Unicode or fills the context, or the engine refused it; the
+                conversation is unchanged.
         """
         if not text.strip():
             raise UserError("the request is empty: type what the model should do")
@@ -150,10 +154,13 @@ class ToolChat:
         on_text: Callable[[str], None],
         interrupted: Callable[[], bool],
     ) -> Outcome:
-        """Generates one turn of the model.
+        """Returns one turn of the model: one answer that also ends at the tokens that end a turn.
+
+        Args:
+            on_text: called with the text before the first call.
 
         Raises:
-            UserError: the conversation fills the context.
+            UserError: the conversation fills the context, or the engine refused it.
         """
         session, tokenizer = self._session, self._session.tokenizer
         prompt_ids, context = prompt(conversation, tokenizer), session.config.max_seq_len

@@ -22,10 +22,10 @@ def upload(device: torch.device, *arrays: torch.Tensor) -> Sequence[torch.Tensor
 
 
 def download(*arrays: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Copy tensors of one device to the host, in one copy. The host waits until the device has computed them.
+    """Copies tensors of one device to the host, in one copy. The host waits until the device has computed them.
 
     Args:
-        arrays: those with the largest numbers first, so that all are aligned.
+        arrays: tensors of the widest dtype first, so that all are aligned.
     """
     if arrays[0].device.type == "cpu":
         return arrays
@@ -37,7 +37,7 @@ def _pack(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _unpack(packed: torch.Tensor, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Views of the packed bytes with the dtypes and shapes of `arrays`."""
+    """Returns views of the packed bytes with the dtypes and shapes of `arrays`."""
     views, begin = [], 0
     for array in arrays:
         assert begin % array.itemsize == 0, "arrays with the largest numbers come first"
