@@ -77,6 +77,7 @@ class Author:
             else:
                 lines.append(self.indent * (depth + (len(line) - len(stripped)) // 2) + stripped)
 
+            # The closing END of a here-document must begin its line, so the document keeps its own indentation.
             in_document = (in_document or line.endswith("<<END")) and line != "END"
 
         indented_text = "\n".join(lines)
@@ -108,6 +109,7 @@ def bash_document(rng: random.Random, held_out: bool) -> str:
     calls: list[str] = []
     purposes: list[str] = []
     for function in rng.sample(_of_split(functions(), held_out), rng.choice([0, 1, 1, 2, 2, 3, 4])):
+        # Definition, call and purpose of a function go to three places of the script.
         definition, call, purpose = _function(function, author, rng)
         definitions.append(definition)
         calls.append(call)
@@ -172,20 +174,24 @@ def _section(name: str) -> list[str]:
 
 def _function(function: Function, author: Author, rng: random.Random) -> tuple[str, str, str]:
     """Returns `(definition, call, comment)` of a function."""
-    bound: dict[str, str] = {}  # a word is chosen once for the full piece
+    # A word is chosen once for the full piece.
+    bound: dict[str, str] = {}
     name = rng.choice(function.names.split("¦"))
     does = _filled(function.does, rng, bound)
     call = _filled(function.call, rng, bound).replace("NAME", name)
     body = author.indented(_filled(function.body, rng, bound).replace("NAME", name), depth=1)
-    comment = f"# {does}\n" if rng.random() < author.comments else ""
-
+    comment = ""
+    if rng.random() < author.comments:
+        comment = f"# {does}\n"
     return f"{comment}{author.head.replace('NAME', name)}\n{body}\n}}", author.indented(call), does
 
 
 def _step(step: str, author: Author, rng: random.Random) -> str:
     comment, _, body = _filled(step, rng, {}).partition("\n")
     body_text = author.indented(body)
-    return f"{comment}\n{body_text}" if rng.random() < author.comments else body_text
+    if rng.random() < author.comments:
+        return f"{comment}\n{body_text}"
+    return body_text
 
 
 def _filled(text: str, rng: random.Random, bound: dict[str, str]) -> str:
@@ -199,6 +205,7 @@ def _filled(text: str, rng: random.Random, bound: dict[str, str]) -> str:
             bound[choice] = rng.choice(words()[choice.rstrip("0123456789")])
         return bound[choice]
 
+    # An alternative may hold further choices.
     while CHOICE.search(text):
         text = CHOICE.sub(choose, text)
     return text

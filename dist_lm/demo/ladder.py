@@ -120,6 +120,7 @@ def tasks(seed: int, part: Part, count: int) -> Iterator[TinyTask]:
 
     for index in range(count):
         language, rung = RUNGS[index % len(RUNGS)]
+        # Other parts own some of the prompts, so a draw may be refused.
         for _ in range(MOST_DRAWS):
             a, b = rng.sample(range(2, rung.most + 1), 2)
             prompt = f"{OPENINGS[language]}: {rung.asks.format(a=a, b=b)}"
@@ -131,6 +132,7 @@ def tasks(seed: int, part: Part, count: int) -> Iterator[TinyTask]:
 
 def part_of(prompt: str) -> Part:
     """Returns the part that a task belongs to, for every seed."""
+    # The hash decides, so a task is in the same part for every seed.
     position = hashlib.sha256(prompt.encode()).digest()[0] % 16
 
     for part, share in SHARES.items():

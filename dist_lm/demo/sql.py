@@ -48,6 +48,7 @@ def sql_document(rng: random.Random) -> str:
         parts += map(style.finish, insert_rows(scene, table, 1, rng.randint(1, 4)))
 
     used: set[str] = set()  # statements, and the objects that they create
+    # Statements are drawn at random, so the same one may come twice; a script has it once.
     while sum(len(part) + 2 for part in parts) < target_length:
         write = rng.choice(rng.choices([QUERIES, ANALYSES, CHANGES], weights=[35, 35, 30])[0])
         statement = write(scene)
@@ -58,7 +59,9 @@ def sql_document(rng: random.Random) -> str:
         created = CREATED.match(text)
         if created and created.group() in used:
             continue
-        used |= {text, created.group()} if created else {text}
+        used.add(text)
+        if created:
+            used.add(created.group())
 
         comment = style.comment(words) if rng.random() < 0.6 else ""
         parts.append(comment + style.finish(text))

@@ -77,6 +77,7 @@ def above_average(scene: Scene) -> Statement | None:
         return None
     table, column = table_and_column
 
+    # An extreme value is above no other, so only averages are compared with `>`.
     function, words = scene.rng.choice(AGGREGATES[1:2] + AGGREGATES[3:])
     operator = ">" if function == "AVG" else "="
 
@@ -219,6 +220,7 @@ def buckets(scene: Scene) -> Statement | None:
         f"{i}WHEN {column.name} < {limits[1]} THEN '{names[1]}'\n{i}ELSE '{names[2]}'\nEND AS {label}"
     )
 
+    # An author who writes statements on one line breaks no expression either.
     if scene.style.layout == "line":
         case = " ".join(case.split())
 

@@ -55,6 +55,7 @@ class Style:
             "date": rng.choice(["DATE", "TEXT", "DATE"]),
             "moment": rng.choice(["TIMESTAMP", "DATETIME", "TEXT"]),
         }
+        # One author writes all fractions with one type.
         types |= dict.fromkeys(["ratio", "measure", "coordinate"], rng.choice(["REAL", "DOUBLE PRECISION", "FLOAT"]))
 
         return cls(
@@ -74,6 +75,7 @@ class Style:
 
     def render(self, clauses: list[Clause]) -> str:
         """Returns a statement without its semicolon, on several lines if the author does so."""
+        # Nobody breaks a short statement into lines.
         flat = self.flat(clauses)
         if self.layout == "line" or len(flat) < 50:
             return flat
@@ -96,13 +98,16 @@ class Style:
         """Returns a comment line before a statement; an empty text for an author without comments."""
         if self.comments == "none":
             return ""
-        return f"/* {text} */\n" if self.comments == "block" else f"-- {text}\n"
+        if self.comments == "block":
+            return f"/* {text} */\n"
+        return f"-- {text}\n"
 
     def finish(self, text: str) -> str:
         """Returns a statement with keywords in this author's case, and with its end."""
 
         def recase(match: re.Match[str]) -> str:
             token = match.group()
+            # Names of the schema and literals keep their case.
             if not token[0].isupper() or self.keywords == "upper":
                 return token
             # In the mixed style, functions are lower case: names before a parenthesis.
@@ -158,7 +163,7 @@ class Scene:
             return table.name
 
         for short in (_initials, _beginning):
-            used = [short(other.name) for other in self.tables if other.name != table.name]
+            used = [short(neighbour.name) for neighbour in self.tables if neighbour.name != table.name]
             if short(table.name) not in used:
                 return short(table.name)
         return table.name

@@ -77,7 +77,8 @@ def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
     """Returns a trade and two to four of its tables, with some of their columns and the keys between them."""
     name, tables = rng.choice(trades())
     chosen_tables = set(rng.sample([table for table, _ in tables], rng.randint(2, min(4, len(tables)))))
-    own_key = rng.random() < 0.5  # keys are called `book_id` instead of `id`
+    # Keys are called `book_id` instead of `id`.
+    own_key = rng.random() < 0.5
 
     schema: list[Table] = []
     for table, definitions in tables:
@@ -98,6 +99,7 @@ def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
                 kind = rest[0].removesuffix("?")
                 columns.append(Column(name_or_reference, kind, tuple(rest[1:]), nullable=rest[0].endswith("?")))
 
+        # Columns keep the order of the trade, as people list them.
         positions = sorted(rng.sample(range(len(columns)), rng.randint(min(3, len(columns)), len(columns))))
         key = f"{singular(table)}_id" if own_key else "id"
         schema.append(Table(table, key, tuple(parents), tuple(columns[position] for position in positions)))

@@ -188,6 +188,7 @@ def add_column(scene: Scene) -> Statement | None:
         ("external_code", "code"),
         ("weight", "measure"),
     ]
+    # A column that exists cannot be added.
     name, kind = scene.rng.choice([option for option in options if option[0] not in existing])
 
     default = " DEFAULT 0" if kind in ("flag", "measure") else ""
@@ -220,6 +221,7 @@ def upsert(scene: Scene) -> Statement | None:
     """Inserts a row, or changes it if its key exists."""
     table = scene.rng.choice(scene.tables)
     columns = [column for column in table.columns if not column.nullable]
+    # The inserted row must be complete and have no parents, which might be missing.
     if table.parents or len(columns) != len(table.columns):
         return None
 

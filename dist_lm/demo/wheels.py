@@ -105,6 +105,7 @@ def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """
     yield from _notes(source)
 
+    # Files come in a fixed order, so that every build reads the same ones.
     n_bytes = 0
     for file in wheel_files("code"):
         text = _read(file, source)
@@ -209,7 +210,8 @@ def _notes(source: SourceConfig) -> Iterator[Rejected]:
     """Yields a note for each wheel of another version, which is read nevertheless; a warning names these wheels."""
     differences = []
     for wheel in WHEELS:
-        version = _installed(wheel).version.partition("+")[0]  # without the build: 2.13.0+cpu
+        # The build is left out, as in 2.13.0+cpu.
+        version = _installed(wheel).version.partition("+")[0]
         if version != wheel.version:
             differences.append(f"{wheel.name} {version} in place of {wheel.version}")
             yield Rejected(source.language, differences[-1], "other_version")
@@ -241,7 +243,8 @@ def _read(file: WheelFile, source: SourceConfig) -> str | Rejected:
 
 def _parse(text: str) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in files that are only read
+        # The files are only read, so their invalid escapes do not matter.
+        warnings.simplefilter("ignore")
         return ast.parse(text)
 
 

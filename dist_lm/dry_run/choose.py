@@ -59,8 +59,9 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     possible = []
     fixed = {axis: getattr(config.parallel, axis) for axis in AXES}
     for layout in layouts_of(config.model, world_size):
+        # Tensor parallelism between nodes is slow.
         if layout.tp > config.hardware.devices_per_node:
-            continue  # tensor parallelism between nodes is slow
+            continue
         if any(size not in (-1, getattr(layout, axis)) for axis, size in fixed.items()):
             continue
 
@@ -105,11 +106,9 @@ def _peak(config: Config, layout: Layout) -> int:
 
 def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> ConfigError:
     settings = " ".join(["parallel.auto=true", *(f"parallel.{axis}={size}" for axis, size in fixed.items())])
-    suggestions = [
-        f"give a multiple of {world_size}",
-        "or fewer ranks",
-        *(["or leave the axes open (-1)"] if fixed else []),
-    ]
+    suggestions = [f"give a multiple of {world_size}", "or fewer ranks"]
+    if fixed:
+        suggestions.append("or leave the axes open (-1)")
 
     batch_key = config.sequence_keys[0] if config.sequence_keys else "stage.global_batch"
     return ConfigError(
@@ -192,6 +191,7 @@ def table(config: Config, possible: list[Candidate]) -> list[tuple[str, str, str
     listed = set()
 
     for candidate in possible:
+        # One mesh gets one row, for its fastest settings.
         if candidate is not chosen and (candidate.layout in listed or candidate.layout == chosen.layout):
             continue
         if candidate is not chosen and len(rows) >= MOST_ROWS - 1:
@@ -232,6 +232,7 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
         return
 
     reduces = layout.dp > 1 and gradients_add_up(config, layout)
+    # A setting that changes nothing in this layout is not tried.
     for checkpointing, sp, reshard, reduce in product(
         _open(configured.activation_checkpointing, "none", ("none", "selective", "full")),
         _open(configured.sp, False, (False, True) if layout.tp > 1 else (False,)),

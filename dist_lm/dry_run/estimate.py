@@ -155,7 +155,8 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
 
     # The peak is between forward and backward pass, or at the end, when the gradients outside blocks are reduced.
     turning_point = gathered + shapes.n_layers * kept_activations + max(loss, block) + stream
-    num_copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
+    # Gloo needs one more.
+    num_copies = 1 if config.hardware.device == "cuda" else 2
     reduced = 0
     if config.trained_shape.lora is None:
         reduced = shapes.gathered_outside / shapes.units_outside
@@ -194,7 +195,8 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
     """Returns bytes of activations of one block: (needed by its backward pass, kept until then)."""
     parallel = config.parallel
     residual = shapes.width / (layout.tp if parallel.sp else 1)
-    normed = shapes.width if parallel.sp else residual  # with sp, norms gather their output again
+    # With sp, norms gather their output again.
+    normed = shapes.width if parallel.sp else residual
     inputs = 1 if config.model.parallel_residual else 2  # number of norm inputs
 
     needed = inputs * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
@@ -230,7 +232,8 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
     attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
     head_passes = 4 if _chunk(config, shapes) < shapes.tokens else 3
-    frozen = max(0, shapes.blocks - shapes.trained)  # weights of blocks without gradients
+    # Weights of blocks without gradients.
+    frozen = max(0, shapes.blocks - shapes.trained)
 
     micro_batch.operation(2 * shapes.tokens * (shapes.blocks * (3 + recomputed) - frozen), 0, hardware, half)
     micro_batch.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half)
@@ -255,7 +258,8 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     elements = gathers * shapes.gathered_blocks + shapes.gathered_outside
     messages = gathers * shapes.units + shapes.units_outside
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * elements, messages)
-    if layout.dp > 1:  # copies out of the gathered buffer
+    # Copies out of the gathered buffer.
+    if layout.dp > 1:
         work.operation(0, 2 * size * elements, hardware, half)
 
     # Gradients are reduced after the last micro-batch, or after each one.

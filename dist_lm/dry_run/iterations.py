@@ -34,7 +34,9 @@ class RlhfMemory:
         """Returns the peak bytes of the device while the rank trains."""
         total = self.models + self.gradients + self.optimizer + self.activations
         if self.beside:
-            total += self.engine + (0 if self.in_turns else self.cache)
+            total += self.engine
+        if self.beside and not self.in_turns:
+            total += self.cache
         return total
 
     @property

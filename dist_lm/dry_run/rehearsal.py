@@ -46,14 +46,16 @@ PLAYED = 3  # micro-batches: the first gathers, the last reduces, and all betwee
 def main() -> None:
     """Play one rank and print its memory and work."""
     path, rank, world_size = sys.argv[1:]
-    gc.freeze()  # the garbage collector skips half a million objects of imported modules
+    # The garbage collector skips half a million objects of imported modules.
+    gc.freeze()
     memory, work = play(load_config(Path(path)), int(rank), int(world_size))
     print(json.dumps({"memory": asdict(memory), "work": vars(work)}))
 
 
 def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     """Returns memory and work of a step of `rank` on fake tensors."""
-    cpu = torch.device("cpu")  # fake CUDA tensors would need a driver
+    # Fake CUDA tensors would need a driver.
+    cpu = torch.device("cpu")
     layout = resolve_layout(config.parallel, config.model, world_size)
     micro_batches, sequences = micro_batches_of(config, layout)
     offload = offloads(config)
@@ -92,7 +94,8 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
 
     # Parts before the first micro-batch belong to the construction of the model.
     micro_batch_work = counter.parts[-len(batches) :]
-    if micro_batches > PLAYED:  # the second stands for all between the first and the last
+    # The second stands for all between the first and the last.
+    if micro_batches > PLAYED:
         micro_batch_work[1] = micro_batch_work[1] * (micro_batches - 2)
     return step_memory, sum(micro_batch_work[1:], micro_batch_work[0])
 
@@ -142,6 +145,7 @@ def rehearse(
     hook = optimizer.register_step_pre_hook(lambda *_: live_bytes.append(memory.live))
 
     counts_once = mesh.get_local_rank("tp") == 0
+    # The trainer is the real one, so that the played step cannot differ from a step of a run.
     trainer = trainer_of_steps(config, world, model, optimizer, watched, counts_once, prepare)
 
     memory.reset_peak()

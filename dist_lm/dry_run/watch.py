@@ -97,7 +97,8 @@ class Watch(TorchDispatchMode):
         fake = bool(args) and isinstance(args[0], FakeTensor)
 
         if fake and func is torch.ops.prim.device.default:
-            return args[0].fake_device  # a shortcut, because two of three calls ask this
+            # A shortcut, because two of three calls ask this.
+            return args[0].fake_device
 
         # A fake tensor has no values, but the step reads the gradient norm.
         if fake and func is torch.ops.aten._local_scalar_dense.default:
@@ -142,6 +143,7 @@ class LiveMemory:
     def resized(self, storage: torch.UntypedStorage) -> None:
         """Count the new size of a storage."""
         key = id(storage)
+        # Operations on views return a storage that is counted already.
         size = storage.nbytes()
 
         before = self._sizes.get(key)
@@ -196,7 +198,8 @@ class WorkCounter:
         if _is_free(func, outputs):
             return
 
-        if func._schema.is_mutable and not outputs:  # foreach and fused operations
+        # Foreach and fused operations.
+        if func._schema.is_mutable and not outputs:
             outputs = _written(func, args, kwargs)
 
         flops = _flops(func._overloadpacket, args, kwargs, result)

@@ -40,7 +40,10 @@ class StepMemory:
         Args:
             adds_up: whether unsharded gradients accumulate on the device.
         """
-        host = self.parameters + self.optimizer + (0 if adds_up else self.gradients)
+        host = self.parameters + self.optimizer
+        # Gradients that add up stay on the device until the last micro-batch.
+        if not adds_up:
+            host += self.gradients
         return replace(self, host=host)
 
 
@@ -53,12 +56,12 @@ class Work:
     sent: Counter[str] = field(default_factory=Counter)  # bytes by axis
     messages: Counter[str] = field(default_factory=Counter)  # collectives by axis
 
-    def __add__(self, other: "Work") -> "Work":
+    def __add__(self, work: "Work") -> "Work":
         return Work(
-            self.flops + other.flops,
-            self.device_s + other.device_s,
-            self.sent + other.sent,
-            self.messages + other.messages,
+            self.flops + work.flops,
+            self.device_s + work.device_s,
+            self.sent + work.sent,
+            self.messages + work.messages,
         )
 
     def __mul__(self, factor: int) -> "Work":
@@ -78,6 +81,7 @@ class Work:
             half: whether its inputs are bf16, not fp32.
         """
         self.flops += flops
+        # An operation takes as long as its arithmetic or its memory traffic, whichever is longer.
         self.device_s += max(flops / matmul_flops(hardware, half), moved / (hardware.memory_gb_s * 1e9))
 
     def collective(self, kind: str, axis: str, ranks: int, size: int, times: int = 1) -> None:
@@ -100,7 +104,8 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
         return 0.0
 
     ranks, stride = _extent(axis, layout)
-    in_node = max(1, min(ranks, hardware.devices_per_node // stride))  # ranks of a group on one node
+    # Ranks of a group on one node.
+    in_node = max(1, min(ranks, hardware.devices_per_node // stride))
     crosses = in_node < ranks
     latency_us = hardware.inter_node_us if crosses else hardware.intra_node_us
 
@@ -109,6 +114,7 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
     if crosses:
         rate = min(rate, hardware.inter_node_gb_s * in_node)
 
+    # The latency of a collective grows with the depth of a tree over its ranks.
     hops = max(1, math.ceil(math.log2(ranks)))
     return work.messages[axis] * hops * latency_us * 1e-6 + work.sent[axis] / (rate * 1e9)
 

@@ -76,6 +76,7 @@ def _compare(
     probe: Probe, name: str, shape: tuple[int, ...], dtype: torch.dtype, makes: VisibilityOf, reference: VisibilityOf
 ) -> None:
     """Compares output and gradients of `attend` on the device with a higher precision on the CPU, for equal inputs."""
+    # Inputs come from the CPU's generator, so that both devices have the same ones.
     rows, tokens, heads, groups, width = shape
 
     generator = torch.Generator().manual_seed(1)

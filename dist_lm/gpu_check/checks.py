@@ -64,6 +64,7 @@ def chosen(only: Sequence[str], gpus: int) -> list[Check]:
     Raises:
         ConfigError: a name is unknown, or its check needs more GPUs.
     """
+    # All names are checked before the first check runs.
     check_of = {check.name: check for check in CHECKS}
     for name in only:
         if name not in check_of:

@@ -81,6 +81,7 @@ def _answers(engine: Engine, prompts: Prompts, num_tokens: int) -> list[Answer]:
     refused = [result for result in results if not isinstance(result, Answer)]
     expect(not refused, f"the engine refused {len(refused)} requests: {refused[:1]}")
 
+    # Answers arrive in the order in which they end.
     return sorted((result for result in results if isinstance(result, Answer)), key=lambda answer: int(answer.request))
 
 
@@ -108,7 +109,8 @@ def _check_answers(probe: Probe, name: str, engine: Engine, model: Transformer, 
 def _note_speed(probe: Probe, engine: Engine, prompt: list[int], sequences: int) -> None:
     num_tokens = 8 if probe.rehearsal else 96
 
-    _answers(engine, [prompt] * sequences, 4)  # captures the CUDA graph of this size
+    # Captures the CUDA graph of this size.
+    _answers(engine, [prompt] * sequences, 4)
     started = time.perf_counter()
     _answers(engine, [prompt] * sequences, num_tokens)
     seconds = time.perf_counter() - started

@@ -49,6 +49,7 @@ def smoke(probe: Probe) -> None:
     """Checks that every stage runs for a few steps."""
     work = WorkDirectory(probe.folder / "work")
     small = SMALL if probe.rehearsal else ()
+    # A check may use one card, so engines and trainer share it.
     one_card = ("cluster.ranks_per_node=1", "rlhf.pool.placement=shared")
 
     with launched(probe, work, "stage=rlhf", *one_card, *small) as launcher:
@@ -102,6 +103,7 @@ def _disturbed(probe: Probe, disturb: Callable[[psutil.Process], None], expected
 
     probe.note("restarted after s", started[1]["time"] - failure["time"])
 
+    # A rank that stays would hold the memory of its card.
     remaining = [rank.pid for rank in ranks()]
     expect(not remaining, f"ranks of the run are left: {remaining}")
 

@@ -115,6 +115,7 @@ def main() -> None:
     try:
         run(named(name), probe)
     except Exception as error:
+        # Only the first rank that fails knows the cause; the others fail because it is gone.
         traceback.print_exc()
         try:
             with (probe.folder / FAILURE).open("x") as file:
@@ -122,7 +123,8 @@ def main() -> None:
         except FileExistsError:
             print("another rank failed before", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # leaving the process group would wait for other ranks, which may be gone
+        # Leaving the process group would wait for other ranks, which may be gone.
+        os._exit(1)
 
 
 if __name__ == "__main__":

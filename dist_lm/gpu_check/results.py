@@ -55,7 +55,8 @@ class Results:
         """Write the results to `path`, replacing an earlier file."""
         checks = {name: asdict(result) for name, result in self.checks.items()}
         content = {"machine": self.machine, "checks": checks}
-        durable.write_text(path, json.dumps(content, indent=2) + "\n")  # facts keep their order
+        # Facts keep their order.
+        durable.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_results(path: Path) -> Results | None:

@@ -75,7 +75,8 @@ def check_gpus(
     if all_results is None or all_results.machine != machine:
         all_results = Results(machine)
     if page is not None:
-        results.rewrite(page, results.table(CHECKS, all_results))  # a page without markers fails here
+        # A page without markers fails here.
+        results.rewrite(page, results.table(CHECKS, all_results))
 
     check = checks[0]
     try:
@@ -155,7 +156,8 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_environment(check, gpus, port, rehearse=rehearse) | {probe.MARK: mark},
-            start_new_session=True,  # a Ctrl-C goes to this process, which ends it
+            # A Ctrl-C goes to this process, which ends it.
+            start_new_session=True,
         )
         try:
             code = child.wait(budget_s)

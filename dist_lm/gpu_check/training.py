@@ -64,6 +64,7 @@ class Training:
         for _ in range(WARM_UP):
             self.step(batches)
 
+        # The peak of the warm-up, which compiles, is not that of a step.
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             torch.cuda.synchronize(self.device)
@@ -72,6 +73,7 @@ class Training:
         for _ in range(TIMED):
             expect(math.isfinite(self.step(batches).loss), "the loss is not finite")
 
+        # CUDA runs asynchronously: without this the clock would stop before the last step ends.
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return (time.perf_counter() - started) / TIMED
@@ -90,7 +92,8 @@ def large(probe: Probe) -> None:
         note_speed(probe, training, "compiled", sequences, peak)
 
         if sequences == 2:
-            torch.compiler.reset()  # otherwise the next size would get kernels for any size
+            # Otherwise the next size would get kernels for any size.
+            torch.compiler.reset()
 
     profile(probe, training, batches_of(training, 4))
 
@@ -125,8 +128,9 @@ def note_speed(probe: Probe, training: Training, mode: str, sequences: int, peak
 
 def estimate(probe: Probe, training: Training, sequences: int) -> None:
     """Record the dry run's estimate of a step."""
+    # conf/hardware does not know this card.
     if training.config.hardware.device != training.device.type:
-        return  # conf/hardware does not know this card
+        return
 
     config = training.config
     name = f"dry run {sequences}x{training.config.stage.seq_len}"
@@ -134,8 +138,9 @@ def estimate(probe: Probe, training: Training, sequences: int) -> None:
     seconds = step_seconds(estimate_work(config, training.layout), training.layout, config.hardware)
     memory = estimate_memory(config, training.layout).peak
 
+    # A tiny step is mostly overhead, which the estimate leaves out.
     if probe.rehearsal:
-        return  # a tiny step is mostly overhead, which the estimate leaves out
+        return
 
     probe.note(f"{name} tokens/s", sequences * config.stage.seq_len / seconds)
     probe.note(f"{name} memory GiB", memory / 2**30)
@@ -193,7 +198,8 @@ def optimizers(probe: Probe) -> None:
         probe.note(f"{name} ms", 1e3 * laps.take()["optimizer"] / TIMED)
         probe.note(f"{name}, loss fell nats", losses[0] - losses[-1])
         expect(losses[-1] < losses[0], f"{name}: the loss on one batch went from {losses[0]:.4f} to {losses[-1]:.4f}")
-        del training  # frees its moments before the next ones are allocated
+        # Frees its moments before the next ones are allocated.
+        del training
 
 
 def save(probe: Probe) -> None:

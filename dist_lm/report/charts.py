@@ -182,6 +182,7 @@ def charts_of(stages: Mapping[str, Sequence[RunFacts]], runs: Sequence[RunFacts]
     """Returns the charts of every stage, with as many points as the size of the report allows."""
     num_curves = sum(len(run.series) for run in runs)
     most = int(np.clip(POINTS / max(1, num_curves), 40, MOST_POINTS))
+    # Equal runs may occur twice in the report, so a run is told apart by identity.
     index_of = {id(run): index for index, run in enumerate(runs)}
     return [_stage(stage, members, index_of, most) for stage, members in stages.items()]
 

@@ -90,6 +90,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Returns the keys whose values differ between configurations, in the order of the first one."""
     columns = [flat(config) for config in configs]
 
+    # Names differ in every run and would hide the settings that differ.
     keys = dict.fromkeys(key for column in columns for key in column if key not in NAMES)
     rows = [Row(key, tuple(column.get(key, UNKNOWN) for column in columns)) for key in keys]
     return [row for row in rows if len(set(row.values)) > 1]

@@ -217,32 +217,34 @@ def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
     block = shards * (cell + GAP)
     per_row = max(1, min(replicas, 720 // (block + 24)))
     head_x, head_y = 44, 20
+    # Only one of several replicas needs a title, which takes 18 pixels.
     label = layout.dp_replicate > 1
-    row_height = tps * (cell + GAP) + head_y + (18 if label else 0)
+    title_height = 18 * label
+    row_height = tps * (cell + GAP) + head_y + title_height
     width = head_x + per_row * (block + 24) - 24
     height = math.ceil(replicas / per_row) * row_height
 
     shapes = []
     for replica in range(replicas):
-        left = head_x + replica % per_row * (block + 24)
-        top = replica // per_row * row_height + head_y + (18 if label else 0)
+        block_x = head_x + replica % per_row * (block + 24)
+        top = replica // per_row * row_height + head_y + title_height
         if label:
-            shapes.append(f'<text class="strong" x="{left}" y="{top - 22}">replica {replica}</text>')
+            shapes.append(f'<text class="strong" x="{block_x}" y="{top - 22}">replica {replica}</text>')
 
         for shard in range(shards):
             if cell > CELL or shard % 8 == 0:
-                centre = left + shard * (cell + GAP) + cell / 2
+                centre = block_x + shard * (cell + GAP) + cell / 2
                 shapes.append(
                     f'<text class="mid" x="{centre:g}" y="{top - 6}">{"s" if cell > CELL else ""}{shard}</text>'
                 )
 
             for tp in range(tps):
-                x, y = left + shard * (cell + GAP), top + tp * (cell + GAP)
+                x, y = block_x + shard * (cell + GAP), top + tp * (cell + GAP)
                 shapes.append(_cell(rank_of(layout, replica, shard, tp), x, y, cell, per_node, hosts))
 
     for row in range(math.ceil(replicas / per_row)):
         for tp in range(tps):
-            y = row * row_height + head_y + (18 if label else 0) + tp * (cell + GAP) + cell / 2 + 4
+            y = row * row_height + head_y + title_height + tp * (cell + GAP) + cell / 2 + 4
             shapes.append(f'<text class="end" x="{head_x - 8}" y="{y:g}">tp {tp}</text>')
 
     return _svg(width, height, "ranks", "".join(shapes))
@@ -336,7 +338,8 @@ def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, 
 
 
 def _proportions(shape: tuple[int, int]) -> tuple[float, float]:
-    ratio = min(4.0, max(0.25, shape[0] / shape[1]))  # a long rectangle would look like a line
+    # A long rectangle would look like a line.
+    ratio = min(4.0, max(0.25, shape[0] / shape[1]))
     if ratio > 1:
         return (PICTURE, PICTURE / ratio)
     return (PICTURE * ratio, PICTURE)
@@ -367,7 +370,12 @@ def _padding(placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]]
         return ""
 
     logical_share = placement.logical[placement.tp_dim] / placement.padded[placement.tp_dim]
-    x, y = (0.0, height * logical_share) if placement.tp_dim in axes[0] else (width * logical_share, 0.0)
+    x, y = 0.0, 0.0
+    # Padding lies at the end of the dimension that tp divides.
+    if placement.tp_dim in axes[0]:
+        y = height * logical_share
+    else:
+        x = width * logical_share
 
     return f'<rect class="padding" x="{x:.2f}" y="{y:.2f}" width="{width - x:.2f}" height="{height - y:.2f}"/>'
 

@@ -91,6 +91,7 @@ def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str
 def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, str]]:
     """Adds the parts of several corpora that have the same language."""
     by_label: dict[str, tuple[float, list[str]]] = {}
+    # The words of all corpora stay, so that a reader sees where a language comes from.
     for label, share, words in parts:
         share_before, words_before = by_label.get(label, (0.0, []))
         by_label[label] = (share_before + share, [*words_before, words])
@@ -130,6 +131,7 @@ def _few(
     if len(parts) <= COLOURS:
         return parts, []
 
+    # The smallest languages share a colour, since the large ones are what a reader looks for.
     small = sorted(parts, key=lambda part: -part[1])[COLOURS - 1 :]
     words = ", ".join(f"{label} {percent(share)}" for label, share, _ in small)
     remainder = (f"{len(small)} others", sum(share for _, share, _ in small), words)

@@ -40,6 +40,7 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
     Raises:
         ArtefactError: nothing to report on, or the directory of the output does not exist.
     """
+    # A wrong path must be refused before long files are read.
     require_paths(paths, run_id)
     output = output or (paths[0] / FILE if len(paths) == 1 else Path(FILE))
     if output.is_dir() or not output.absolute().parent.is_dir():

@@ -226,6 +226,7 @@ def read_series(path: Path) -> tuple[dict[str, Series], Series]:
 
 def _by_step(steps: np.ndarray, values: np.ndarray, first: bool) -> Series:
     """Returns values in order of steps; if a step has several, the first or the last one written."""
+    # A stable sort keeps the order of writing among equal steps.
     order = np.argsort(steps, kind="stable")
     steps = steps[order]
     values = values[order]
@@ -250,12 +251,14 @@ def _config(path: Path) -> dict[str, Any]:
 def _model(config: Mapping[str, Any]) -> ModelConfig | None:
     try:
         return ModelConfig(**config["model"])
-    except (KeyError, TypeError, ValueError):  # written by another version: no picture of its layout
+    except (KeyError, TypeError, ValueError):
+        # Written by another version: no picture of its layout.
         return None
 
 
 def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
     """Returns the layout of the newest attempt; it differs from the configured one after a node was lost or added."""
+    # Events are read from the end, since only the newest attempt counts.
     for event in reversed(events):
         if event["event"] == "started":
             pairs = dict(part.split("=", 1) for part in str(event.get("layout", "")).split())
@@ -312,6 +315,7 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for index, row in enumerate(rows):
         indices_of.setdefault(str(row.get("kind") or row.get("language") or ""), []).append(index)
 
+    # Every kind is shown, also where one has most of the rows.
     share = max(2, MOST_SAMPLES // max(1, len(indices_of)))
     chosen = sorted(index for indices in indices_of.values() for index in indices[:share])
     return [rows[index] for index in chosen[:MOST_SAMPLES]]

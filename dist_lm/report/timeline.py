@@ -185,7 +185,8 @@ def _events(runs: Sequence[RunFacts], start: float) -> list[Event]:
 
     for run in runs:
         for checkpoint in run.checkpoints:
-            if checkpoint.stall_s is not None and checkpoint.stall_s >= 1:  # shorter stalls do not matter
+            # Shorter stalls do not matter.
+            if checkpoint.stall_s is not None and checkpoint.stall_s >= 1:
                 words = f"step {checkpoint.step:,}: training waited {span(checkpoint.stall_s)}"
                 rows.append((checkpoint.time, run.label, "checkpoint", words))
 

@@ -203,7 +203,8 @@ class Console:
         if self._view is None:
             with self._viewing(LiveState(self._clock())), self._progress(label, total, training) as display:
                 yield display
-            if isinstance(display, Work) and display.result:  # the view is gone, so its last line is printed
+            # The view is gone, so its last line is printed.
+            if isinstance(display, Work) and display.result:
                 self.line(f"{label}: {display.result}")
             return
 
@@ -212,6 +213,7 @@ class Console:
         with view.lock:
             view.state.works.append(work)
 
+        # A work that fails must leave the view, too.
         try:
             yield work
         finally:

@@ -185,10 +185,9 @@ def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
             families = tuple(family for family in metrics if family.slot and family.stem == metric.stem)
             panel = _family(families)
         elif metric.name in title_of:
-            title = title_of[metric.name]
-            panel = Panel(title, tuple(by_name[name] for name in SHARED_PANELS[title] if name in by_name))
             # The stage may have only one of the metrics that share the panel.
-            panel = panel if len(panel.metrics) > 1 else Panel(metric.name, (metric,))
+            sharing = tuple(by_name[name] for name in SHARED_PANELS[title_of[metric.name]] if name in by_name)
+            panel = Panel(title_of[metric.name] if len(sharing) > 1 else metric.name, sharing)
         else:
             panel = Panel(metric.name, (metric,))
 
@@ -199,7 +198,8 @@ def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
 def _family(metrics: tuple[Metric, ...]) -> Panel:
     first = metrics[0]
     stem = first.stem
-    if stem == first.name:  # the slot is in the middle of the name, so no other family has this stem
+    # The slot is in the middle of the name, so no other family has this stem.
+    if stem == first.name:
         before, _, after_brace = first.name.partition("{")
         after = after_brace.partition("}")[2]
         return Panel(f"{before}*{after} by {first.slot}", metrics, f"^{re.escape(before)}.+{re.escape(after)}$")

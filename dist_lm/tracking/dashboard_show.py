@@ -66,6 +66,8 @@ def open_in_leet(run: RunDirectory) -> None:
             f"python -m dist_lm report {run.path}"
         )
 
-    os.environ["WANDB_DIR"] = str(run.path)  # its log must not go to the current directory
+    # Its log must not go to the current directory.
+    os.environ["WANDB_DIR"] = str(run.path)
+    # The program that takes over flushes none of our output.
     sys.stdout.flush()
     os.execv(command[0], command)  # noqa: S606 - no shell, and the program takes over the terminal

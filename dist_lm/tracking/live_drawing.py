@@ -95,6 +95,7 @@ def sparkline(numbers: Sequence[float], width: int, ramp: str, floor: float | No
     if not points or width < 1:
         return ""
 
+    # A floor keeps the height of a curve of speeds in proportion; without one the curve uses the full height.
     low = min(points) if floor is None else min(floor, *points)
     high = max(points)
     if high <= low:

@@ -50,8 +50,9 @@ class Series:
 
     def points(self) -> list[float]:
         """Returns the means, the incomplete last one included."""
-        incomplete = [self._sum / self._count] if self._count else []
-        return self._points + incomplete
+        if not self._count:
+            return [*self._points]
+        return [*self._points, self._sum / self._count]
 
 
 def shrunk(points: Sequence[float], width: int) -> list[float]:
@@ -60,6 +61,7 @@ def shrunk(points: Sequence[float], width: int) -> list[float]:
     if n <= width:
         return list(points)
 
+    # Integer cuts differ by at most one value, so that every point is a mean of about as many.
     cuts = [index * n // width for index in range(width + 1)]
     return [sum(points[start:stop]) / (stop - start) for start, stop in pairwise(cuts)]
 

@@ -35,7 +35,8 @@ class LiveView:
             console: rich's console of the terminal.
             clock: the clock of the state's times, in seconds.
         """
-        self.lock = threading.RLock()  # a signal handler may print while this thread draws
+        # A signal handler may print while this thread draws.
+        self.lock = threading.RLock()
         self.state = state
         self.clock = clock
 
@@ -62,10 +63,12 @@ class LiveView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # The thread must end first, or it would draw over the restored terminal.
         self._over.set()
         try:
             self._thread.join()
-        finally:  # also if a second Ctrl-C interrupts the join
+        finally:
+            # Also if a second Ctrl-C interrupts the join.
             for name, stream in self._guarded:
                 cast(Above, getattr(sys, name)).finish()
                 setattr(sys, name, stream)
@@ -103,7 +106,8 @@ class LiveView:
         while not self._over.wait(DRAW_S):
             try:
                 self.draw()
-            except OSError:  # the terminal is gone; the stage continues without a view
+            except OSError:
+                # The terminal is gone; the stage continues without a view.
                 return
 
 
@@ -150,6 +154,7 @@ class Region:
             widths: width of each line, in cells.
             columns: columns of the terminal now.
         """
+        # An unchanged frame is not written again, so that a slow terminal gets little.
         if self._last == list(lines) and columns == self._columns:
             return
 

@@ -38,8 +38,10 @@ def view_lines(state: LiveState, now: float, width: int, height: int, glyphs: Gl
     """Returns the most important lines: at most `height` lines of at most `width` cells."""
     height = max(1, height)
     details = _details(state, now, width, glyphs)
-    header = [_header(state, now, width, glyphs)] if state.title else []
     stage_rows = [_stage_row(stage, state, now, width, glyphs) for stage in state.stages]
+    header: list[Text] = []
+    if state.title:
+        header.append(_header(state, now, width, glyphs))
 
     if not stage_rows:
         rows = [_work_row(work, now, width, glyphs) for work in state.works]
@@ -85,7 +87,7 @@ def _stage_row(stage: StageLine, state: LiveState, now: float, width: int, glyph
 
     # The outermost work is the stage's; works inside it have rows of their own.
     work = state.works[0] if state.works else None
-    began = stage.began if stage.began is not None else now
+    began = now if stage.began is None else stage.began
     if work is None:
         return line(left.append("starting"), Text(duration(now - began), "dim"), width, glyphs.cut)
 
@@ -192,7 +194,8 @@ def _details(state: LiveState, now: float, width: int, glyphs: Glyphs) -> list[R
 
 def _training_rows(state: TrainingState, now: float, width: int, glyphs: Glyphs) -> list[Row]:
     """Returns rows for the figures, checkpoints, ranks and nodes of a training stage."""
-    series = dict(state.series)  # a copy: another thread may replace it
+    # A copy: another thread may replace it.
+    series = dict(state.series)
 
     figures = [figure for figure in FIGURES if figure.metric in series]
     figure_texts = [_value(figure, state, width) for figure in figures]
@@ -306,6 +309,7 @@ def _nodes(state: TrainingState, now: float, width: int, glyphs: Glyphs) -> list
     # Ranks are numbered node by node.
     by_node: dict[int, list[RankPulse]] = {}
     for rank in state.ranks:
+        # The rank with the fewest steps stands for its node, since all others wait for it.
         by_node.setdefault(rank.rank // gang.ranks_per_node, []).append(rank)
 
     slowest = {node: max(ranks, key=lambda rank: (-rank.step, rank.age_s)) for node, ranks in by_node.items()}

@@ -113,7 +113,9 @@ def last_metrics(path: Path) -> MetricsLine:
 
     # The first line of the tail is incomplete, unless the tail is the complete file.
     merged: MetricsLine = {}
-    for raw in lines[1:] if start else lines:
+    if start:
+        lines = lines[1:]
+    for raw in lines:
         if raw.endswith(b"\n"):
             line = _parse(raw, f"{path} near its end")
             # A late line brings new scores, but its step and time are older than those of the lines before.
@@ -188,6 +190,7 @@ def _parse(raw: bytes, location: str) -> MetricsLine:
 
 
 def _cut_torn_line(path: Path) -> None:
+    # An append to a torn line would join two lines into one that cannot be read.
     content = path.read_bytes()
     complete = content.rfind(b"\n") + 1
     if complete < len(content):

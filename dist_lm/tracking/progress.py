@@ -30,8 +30,10 @@ class PlainDisplay:
         now = self._clock()
         self._latest = completed
 
-        if completed == self._total:  # `finish` prints the last line
+        # `finish` prints the last line.
+        if completed == self._total:
             return
+        # Lines come at intervals of time or of progress, so that a log file stays short.
         if self._due_from is not None:
             share = (completed - self._due_from[0]) / self._total if self._total else 0.0
             if now - self._due_from[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
@@ -91,6 +93,7 @@ class TrainingProgress:
     def update(self, line: Mapping[str, Any]) -> bool:
         """Record one line of the metrics file. Returns False for a line of an earlier attempt, which is not
         displayed."""
+        # Figures of an earlier attempt would make the progress jump back.
         of_this_attempt = self.state.take(line)
         if of_this_attempt:
             self._display.show(self.state.step, self.text)

@@ -116,6 +116,7 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
     secrets = {
         value: name
         for name, value in environ.items()
+        # Every text is compared with every secret, since an interpolation may stand inside a longer value.
         if is_secret_name(name) and not _is_place(name.upper(), value) and len(value) >= _SHORTEST
     }
 

@@ -48,6 +48,7 @@ def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
 
 def wandb_environment(environ: Mapping[str, str], online: bool) -> dict[str, str]:
     """Returns the environment of wandb's processes: it holds no secret, except the login if runs are sent."""
+    # wandb's own processes need the network login and nothing else of this machine.
     harmless = {name: value for name, value in without_secrets(environ).items() if name not in OURS}
     if not online:
         return harmless
@@ -70,20 +71,23 @@ def _saved_base_url(environ: Mapping[str, str]) -> str:
         return settings.get("default", "base_url", fallback="")
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except (OSError, UnicodeDecodeError, configparser.Error) as error:  # wandb treats such a file as empty
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        # Wandb treats such a file as empty.
         _warn(file, error)
         return ""
 
 
 def _netrc_login(environ: Mapping[str, str]) -> bool:
     file = Path(environ.get("NETRC") or _home(environ) / ".netrc").expanduser()
-    host = urlparse(base_url(environ)).netloc  # with the port: `wandb login` writes it so
+    # With the port: `wandb login` writes it so.
+    host = urlparse(base_url(environ)).netloc
 
     try:
         login = netrc.netrc(str(file)).authenticators(host)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except (OSError, UnicodeDecodeError, netrc.NetrcParseError) as error:  # wandb cannot read it either
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError) as error:
+        # Wandb cannot read it either.
         _warn(file, error)
         return False
 

@@ -55,12 +55,14 @@ def main() -> None:
         # The process of an earlier attempt may still be sending.
         with locked(run.wandb / LOCK, what=str(run.wandb), wait_s=60.0 + first["finish_s"]):
             _record(run, first, orders, say)
-    except Exception as error:  # the run continues without wandb
+    except Exception as error:
+        # The run continues without wandb.
         say(
             "warning",
             f"wandb stopped ({type(error).__name__}: {error}); the run goes on, and metrics.jsonl has every metric",
         )
-        for _ in orders:  # reads on, so that the launcher never blocks on a full pipe
+        # The launcher must never block on a full pipe, so orders are read to their end.
+        for _ in orders:
             continue
 
 
@@ -109,7 +111,8 @@ def _open_messages() -> Callable[[str, str], None]:
         try:
             pipe.write(json.dumps({"kind": kind, "text": text}) + "\n")
             pipe.flush()
-        except BrokenPipeError:  # the launcher is gone
+        except BrokenPipeError:
+            # The launcher is gone.
             return
 
     return say
@@ -156,7 +159,8 @@ class Recorder:
 
     def __init__(self, run: RunDirectory, init: dict[str, Any]) -> None:
         """Start recording; steps that earlier attempts have recorded are skipped."""
-        import wandb  # takes a second
+        # The import takes a second, so only the recorder pays for it.
+        import wandb
 
         last_recorded = last_step(logs_of(run, init["id"]))
         self._step = last_recorded
@@ -164,7 +168,8 @@ class Recorder:
 
         self._rows_file = run.wandb / RECORDED
         self._rows = {key: row for key, row in rows_of(self._rows_file).items() if row <= self._resumed_at}
-        self._save()  # before a row of this attempt gets the number of a lost one
+        # Before a row of this attempt gets the number of a lost one.
+        self._save()
 
         # Unless told otherwise, wandb records machine, environment and command, without our redaction.
         settings = wandb.Settings(
@@ -227,7 +232,8 @@ class Recorder:
             self._run.log(values | {STEP_OF_TASKS: step}, step=row)
 
     def _beside(self, order: dict[str, Any]) -> None:
-        if self._step > self._resumed_at:  # otherwise this attempt has no row yet
+        # Otherwise this attempt has no row yet.
+        if self._step > self._resumed_at:
             self._run.log(order["values"], step=self._step)
 
     def _samples(self, order: dict[str, Any]) -> None:

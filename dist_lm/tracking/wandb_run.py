@@ -55,7 +55,8 @@ class WandbRun:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=wandb_environment(environ, init["mode"] == "online"),
-                start_new_session=True,  # Ctrl-C must reach the launcher only, which then calls `finish`
+                # Ctrl-C must reach the launcher only, which then calls `finish`.
+                start_new_session=True,
             )
 
         self._orders.put(start)
@@ -196,7 +197,8 @@ class WandbRun:
         except BrokenPipeError:
             # Orders that nobody reads are dropped; the run continues.
             code = self._process.wait()
-            if code:  # with code 0 the process has reported the reason itself
+            # With code 0 the process has reported the reason itself.
+            if code:
                 self._console.warning(
                     f"wandb stopped (its process ended with exit code {code}, see {self._directory / 'process.log'}); "
                     "the run goes on, and metrics.jsonl has every metric"

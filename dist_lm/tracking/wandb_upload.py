@@ -109,6 +109,7 @@ class Uploader:
                     )
                 return False
 
+            # Waits double, so that an absent server is not asked all the time.
             self._over.wait(wait_s)
             wait_s = min(2 * wait_s, RETRY_S[1])
         return False
@@ -138,7 +139,8 @@ class Uploader:
             env=self._environ,
         ) as self._sync:
             assert self._sync.stdout is not None
-            if self._over.is_set():  # `finish` ran before the process existed
+            # `finish` ran before the process existed.
+            if self._over.is_set():
                 end_tree(self._sync)
 
             for line in self._sync.stdout:
@@ -170,7 +172,8 @@ def answers(environ: Mapping[str, str]) -> bool:
 
 def end_tree(process: subprocess.Popen[str]) -> None:
     """Kill a process and its children."""
-    with suppress(psutil.NoSuchProcess):  # it has just ended
+    # It has just ended.
+    with suppress(psutil.NoSuchProcess):
         root = psutil.Process(process.pid)
         for member in (root, *root.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):

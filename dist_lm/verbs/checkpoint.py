@@ -26,6 +26,7 @@ def checkpoint_verify(path: CheckpointPath) -> None:
     """Read every file and compare it with the manifest. Exit code 2 and one line for each damaged file."""
     from dist_lm.training import checkpoint_files
 
+    # All damage is listed before the command fails, so that one call is enough.
     directory = checkpoint_files.find_checkpoint(path)
 
     damage = list(checkpoint_files.damage(directory))

@@ -94,6 +94,7 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
         raise ArtefactError(f"{work_dir}: no command was started here{requested}; give the work_dir of a launch")
 
     name, facts = matching[-1]
+    # A stage that waits has no run yet.
     begun_stages = [stage for stage in facts["stages"] if stage["state"] != "waiting"]
     directories = [work.run(stage["name"], facts["run_id"]) for stage in begun_stages]
     present = [directory for directory in directories if directory.config.exists()]
@@ -113,9 +114,9 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
         facts["updated"] = max(facts["updated"], run.heard_at if run else 0.0)
 
     other_commands = [
-        f"{other_name} ({_state(work, other_name, other_facts)})"
-        for other_name, other_facts in commands
-        if other_name != name
+        f"{another_name} ({_state(work, another_name, another_facts)})"
+        for another_name, another_facts in commands
+        if another_name != name
     ]
     return PipelineStatus(name, state, facts, run, other_commands)
 
@@ -184,8 +185,10 @@ def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
 
 def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple[str, str, str]:
     """Returns step, state and age of the oldest heartbeat of a node's ranks; empty texts if there is none."""
-    if not run.held or not ranks:
-        return "", "ended" if not run.held else "starting", ""
+    if not run.held:
+        return "", "ended", ""
+    if not ranks:
+        return "", "starting", ""
 
     # The rank with the oldest heartbeat shows first that a node hangs.
     slowest = max(ranks, key=lambda rank: rank["age_s"])
@@ -242,8 +245,8 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
         speed = ""
         if run.links.get("bus_gb_per_s"):
             speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s"
-        slowest = run.attempt.get("slowest_link_mb_per_s")
-        speed += f", slowest link {slowest:,} MB/s" if slowest else ""
+        if slowest := run.attempt.get("slowest_link_mb_per_s"):
+            speed += f", slowest link {slowest:,} MB/s"
 
         console.print(
             Text(
@@ -268,9 +271,12 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
 def _progress(run: RunStatus) -> str:
     if run.asks:
         facts = [f"{counted(run.step, 'prompt')} answered"]
+    elif run.steps:
+        facts = [f"step {run.step:,}/{run.steps:,}"]
     else:
-        facts = [f"step {run.step:,}/{run.steps:,}" if run.steps else f"step {run.step:,}"]
+        facts = [f"step {run.step:,}"]
 
+    # The time left says nothing once no launcher works on the run.
     for name, words, form in PROGRESS:
         if name in run.metrics and (name != LEFT or run.held):
             facts.append(words.format(form(run.metrics[name])))
@@ -278,6 +284,7 @@ def _progress(run: RunStatus) -> str:
     if run.figures:
         facts.append(run.figures)
 
+    # A run of engines writes no checkpoints.
     if not run.asks:
         facts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
 

@@ -248,7 +248,8 @@ def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Ran
     parameters += [_parameter(text, style, rng) for text in action.own_arguments]
 
     fields = list(fields_of(topic.domain))
-    if topic.action in ("search", "count", "newest"):  # conditions that a record either meets or does not
+    # Search conditions are those that a record either meets or does not.
+    if topic.action in ("search", "count", "newest"):
         fields = [field for field in fields if field[1] not in LONG]
     num_fields = min(len(fields), rng.randint(*action.fields)) if action.fields[1] else 0
     chosen_fields = rng.sample(fields, num_fields)

@@ -62,10 +62,12 @@ def parallel(scene: Scene) -> Turns:
     first = scene.take()
     same_tool = rng.random() < 0.6
     tools = [first] * rng.choice([2, 2, 3]) if same_tool else [first, scene.take()]
+    # All values are drawn before the text, since the request names them.
     arguments_of_call = [scene.arguments(tool) for tool in tools]
 
     instructions = [instruction(tool, arguments, rng) for tool, arguments in zip(tools, arguments_of_call, strict=True)]
     separator = rng.choice([", and ", "; ", ", also ", " and ", ". "])
+    # A new sentence begins with a capital.
     if separator == ". ":
         instructions = list(map(upper_first, instructions))
     text = separator.join(instructions)
@@ -123,6 +125,7 @@ def sequential(scene: Scene) -> Turns:
 
 def irrelevant(scene: Scene) -> Turns:
     """Writes a request that none of the tools serves."""
+    # The request is written for a tool that exists, so that it reads like any other.
     rng = scene.rng
     absent = scene.take()
     text = request(absent, scene.arguments(absent), rng)

@@ -210,6 +210,7 @@ def _body_and_phrases(
     else:
         body = _verb_and_subject(specification, article(specification.subject), rng)
 
+    # A short form such as `for 20 EUR` says which argument it is only if no other has its kind.
     kinds = [parameter.kind for parameter, _ in further_arguments]
     return body, [
         argument_phrase(parameter, value, kinds.count(parameter.kind) == 1, rng)

@@ -181,6 +181,7 @@ class Scene:
 
     def add_others(self, count: int) -> None:
         """Add up to `count` tools that are not needed; half of them are for the subject of a needed one."""
+        # Tools that differ by their action alone are the hardest to tell apart.
         subjects = {tool.subject for tool in self.tools}
 
         for _ in range(count):

@@ -116,13 +116,15 @@ def _product(rng: random.Random) -> Value:
 
 def _title(rng: random.Random) -> Value:
     text = phrase(rng)
-    text = text.capitalize() if rng.random() < 0.4 else text
+    if rng.random() < 0.4:
+        text = text.capitalize()
     return Value(text, quoted(text, rng))
 
 
 def _text(rng: random.Random) -> Value:
     text = sentence(rng) if rng.random() < 0.7 else phrase(rng)
-    text = upper_first(text) + rng.choice(["", ".", "!"]) if rng.random() < 0.3 else text
+    if rng.random() < 0.3:
+        text = upper_first(text) + rng.choice(["", ".", "!"])
     return Value(text, quoted(text, rng))
 
 

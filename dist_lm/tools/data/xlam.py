@@ -60,6 +60,7 @@ def conversation_of_row(row: Mapping[str, Any]) -> Conversation:
     if unknown:
         raise RowError(f"answers: call {min(unknown)}, which is not among the tools")
 
+    # The set writes null where it means that an argument is absent.
     calls = tuple(_without_nulls(call, schemas[call.name]) for call in calls)
     answer = Message("assistant", calls=calls) if calls else Message("assistant", NOTHING_FITS)
     return Conversation((Message("user", query), answer), tools)

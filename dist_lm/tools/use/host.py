@@ -92,9 +92,11 @@ def adapters(function: Function) -> dict[str, TypeAdapter[Any]]:
 
     adapter_of: dict[str, TypeAdapter[Any]] = {}
     for parameter in inspect.signature(function).parameters.values():
-        location = f"{name}({parameter})" if parameter.kind in BY_NAME else f"{name}({parameter.name})"
         if parameter.kind not in BY_NAME:
-            raise SignatureError(f"{location}: {parameter.kind.description}; expected arguments that are given by name")
+            kind = parameter.kind.description
+            raise SignatureError(f"{name}({parameter.name}): {kind}; expected arguments that are given by name")
+
+        location = f"{name}({parameter})"
 
         if parameter.name not in types:
             raise SignatureError(f"{location}: no type; expected an annotation such as {parameter.name}: int")
@@ -177,7 +179,8 @@ def main() -> None:
         try:
             functions = {function.__name__: function for function in functions_of(load(file), file)}
             tools = [tool_of(function) for function in functions.values()]
-        except BaseException as error:  # loading the file may raise anything, SystemExit included
+        except BaseException as error:
+            # Loading the file may raise anything, SystemExit included.
             reason = str(error) if isinstance(error, SignatureError) else f"{type(error).__name__}: {error}"
             send({"refused": reason})
             return
@@ -191,12 +194,14 @@ def main() -> None:
 
 def load(file: Path) -> ModuleType:
     """Returns the module in `file`, which can import modules of its own folder."""
+    # The file may import its neighbours by name, as if it were run.
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(MODULE, file)
     if spec is None or spec.loader is None:
         raise SignatureError("expected a Python file (.py)")
 
     module = importlib.util.module_from_spec(spec)
+    # Pydantic looks annotations up in the module of a function, so it must be registered.
     sys.modules[MODULE] = module
     spec.loader.exec_module(module)
     return module
@@ -242,7 +247,8 @@ def answer(function: Function, arguments: dict[str, Any], characters: int) -> di
         readers = adapters(function)
         values = {name: readers[name].validate_json(json.dumps(value)) for name, value in arguments.items()}
         result = to_jsonable_python(function(**values))
-        json_text.write(result, "the result")  # refuses values that a conversation cannot hold
+        # A conversation cannot hold every value; `write` refuses the others.
+        json_text.write(result, "the result")
         text = json.dumps(result, ensure_ascii=False)
     except ValidationError as error:
         first = error.errors()[0]

@@ -64,6 +64,7 @@ class Toolbox:
             self._host.send({"name": call.name, "arguments": call.arguments}, self._limits.seconds)
             reply = self._host.receive(self._limits.seconds, interrupted)
         except TimeoutError as error:
+            # A call that hangs cannot be stopped inside the process, so the process is ended.
             self.close()
             return {"error": f"{call.name} {error}"}
         except (EOFError, OSError):
