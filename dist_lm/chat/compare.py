@@ -124,6 +124,9 @@ def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
     row_of: dict[int, int] = {}  # by column
 
     def match(row: int, visited: set[int]) -> bool:
+        """Returns whether `row` found a column, and moves other rows for it; `visited` gets the columns that were
+        tried.
+        """
         for column, fit in enumerate(fits[row]):
             if fit and column not in visited:
                 visited.add(column)

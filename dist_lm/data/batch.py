@@ -62,11 +62,11 @@ class Batch:
 
     @classmethod
     def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
-        """Makes a batch with one document per sequence, in which all targets count.
+        """Returns a batch with one document per sequence, in which all targets count, on the device of the tokens.
 
         Args:
-            tokens_BT: int64.
-            targets_BT: int64; None: the next tokens; the last target is the first token.
+            tokens_BT: (B, T) int64.
+            targets_BT: (B, T) int64; None: the next tokens; the last target is the first token.
         """
         return cls(
             tokens_BT=tokens_BT,
@@ -152,16 +152,22 @@ def assemble(
     pad_id: int = 0,
     opening: Opening | None = None,
 ) -> Batch:
-    """Assembles one `Batch` of `len(rows)` sequences.
+    """Returns one `Batch` of `len(rows)` sequences in host memory.
 
     Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding is a document of its own and does not count
-    in the loss. The loss mask of the corpus decides which targets count; without a mask all targets count.
+    in the loss. The loss mask of the corpus decides which targets count; without a mask all targets count. A longer row
+    is an error of the caller.
 
     Args:
+        rows: slices of documents, `seq_len + 1` tokens with the last target.
         numbers: global sequence numbers.
+        seq_len: T, in tokens.
         document_mask: whether attention stays inside a document. False: a row is one document.
         reset_positions: whether positions start at 0 in each document.
         opening: of the tokenizer; None: documents begin with end-of-text.
+
+    Raises:
+        ArtefactError: a tar that the corpus reads from is damaged.
     """
     # One token more than the inputs: the last target. Padding stays 0 in `learned`, so it never counts.
     shape = (len(rows), seq_len + 1)
@@ -209,7 +215,10 @@ def assemble(
 
 
 def counted_places(learned: np.ndarray) -> torch.Tensor | None:
-    """Chooses the positions for which logits are computed, as `Batch.counted_N`; None (all) if that costs little more.
+    """Returns the positions for which logits are computed, as `Batch.counted_N`; None (all) if that costs little more.
+
+    They are (N,) int64 indices into B * T, rising; N is a multiple of `COUNTED_MULTIPLE`, filled up with positions that
+    do not count.
 
     Args:
         learned: (B, T); not 0 where the target counts.

@@ -37,11 +37,12 @@ VENDORED = re.compile(
 
 
 def reason_to_drop(document: Document, source: SourceConfig, cleaning: CleaningConfig, n_bytes: int) -> str:
-    """Returns why a document is dropped; empty if it is kept.
+    """Returns why a document is dropped, a key of the report such as `too_short`; empty if it is kept.
 
     Conversations and rankings are judged by length and licence alone, because the other rules are about files of text.
 
     Args:
+        source: that of the document; folders of its own path do not count as vendored.
         n_bytes: length of the text in UTF-8.
     """
     if n_bytes < cleaning.min_document_bytes:

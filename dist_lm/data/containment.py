@@ -71,7 +71,8 @@ class HeldOutIndex:
         self._tables = {size: _Table(windows, self._protected) for size, windows in sorted(windows_by_size.items())}
 
     def compare(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Finds the windows of held-out texts that a batch of train texts in UTF-8 has, and remembers them.
+        """Finds the windows of held-out texts that a batch of train texts in UTF-8 has, and remembers them in the
+        index.
 
         Returns:
             (len(texts),) bool: texts that are refused, because they have more than half of the windows of a protected
@@ -116,11 +117,13 @@ class HeldOutIndex:
         return contained
 
     def _holders(self, size: int, owners: np.ndarray, ids: np.ndarray, texts: Sequence[bytes]) -> list[int]:
-        """Returns the train texts that contain a protected text.
+        """Returns the numbers of the train texts that contain a protected text; a number may come several times.
 
         Args:
+            size: words of a window.
             owners: (hits,) the train text of each hit.
             ids: (hits,) the window of each hit.
+            texts: the train texts.
         """
         table = self._tables[size]
         is_protected = table.protected[ids]
@@ -199,7 +202,8 @@ def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
 def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Hashes every word of a text in UTF-8 that begins with a space and ends with `MARGIN`.
 
-    A hash is of the first and last 16 bytes and the length: longer words that differ in between are one word.
+    A hash is of the first and last 16 bytes and the length: longer words that differ in between are one word. Memory is
+    a multiple of the text.
 
     Args:
         raw: (bytes,) uint8.
@@ -243,13 +247,14 @@ def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def window_hashes(words: np.ndarray, sizes: set[int]) -> dict[int, np.ndarray]:
-    """Hashes every window of so many words, for all sizes in one pass.
+    """Hashes every window of so many words, for all sizes in one pass. `words` is not changed.
 
     Args:
         words: (n,) uint64 hashes of words.
+        sizes: words of a window.
 
     Returns:
-        Size -> (n - size + 1,) uint64.
+        Size -> (n - size + 1,) uint64; empty where there are fewer words.
     """
     hashes_by_size = {}
     hashes = words.copy()

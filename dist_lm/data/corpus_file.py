@@ -44,13 +44,13 @@ def one_line(text: str) -> str:
 
 
 def check_name(name: str, reserved_names: Sequence[str]) -> None:
-    """Refuses a name that `corpus=NAME` would not choose.
+    """Refuses a name that `corpus=NAME` would not choose; returns nothing.
 
     Args:
         reserved_names: the corpus files of dist_lm.
 
     Raises:
-        ConfigError: names the reason.
+        ConfigError: the name is reserved, or YAML or Hydra would not read it as a word; names the reason.
     """
     if name in reserved_names:
         raise ConfigError(f"--out: corpus={name} is a file of dist_lm, and would be used instead: choose another name")
@@ -71,7 +71,7 @@ def corpus_file(
     documents: Mapping[str, Mapping[str, int]],
     remarks: Sequence[str] = (),
 ) -> str:
-    """Writes the text of the corpus file.
+    """Returns the text of the corpus file; writes nothing. The text was read back and compared.
 
     Args:
         command: the words of the command line that was typed.
@@ -146,10 +146,10 @@ def _yaml(content: Any) -> list[str]:
 
 
 def _check(text: str, expected: Mapping[str, Any], out: Path) -> None:
-    """Reads the text as the launch does.
+    """Reads the text as the launch does and compares it; returns nothing.
 
     Raises:
-        ConfigError: it holds something else than `expected`.
+        ConfigError: it is no YAML, or holds something else than `expected`.
     """
     # A name with ${...} in it would be replaced.
     try:

@@ -89,10 +89,13 @@ class EvaluationBatches:
 
     @cached_property
     def bytes_by_language(self) -> dict[str, float]:
-        """UTF-8 bytes that the counted targets stand for, over all ranks.
+        """Returns the UTF-8 bytes that the counted targets stand for, by language over all ranks.
 
         Exact when every target counts, because the targets are then the tokens; else an estimate from the bytes a token
-        of that language has in this split.
+        of that language has in this split, for which the masks of all sequences are read.
+
+        Raises:
+            ArtefactError: a tar is damaged.
         """
         corpus = self.corpus
         if len(self._sequences) == self._rows.n_rows and not corpus.has_mask:
@@ -111,6 +114,13 @@ class EvaluationBatches:
             yield self._batch(numbers)
 
     def _batch(self, numbers: list[int]) -> EvaluationBatch:
+        """Returns the micro-batch of these sequences, with the language code of every target, (B, T) int64.
+
+        The code is -1 where the target does not count.
+
+        Args:
+            numbers: global sequence numbers; a negative one is an empty row, which fills the batch.
+        """
         rows = [self._rows.sequence(number) if number >= 0 else [] for number in numbers]
         batch = assemble(
             [Row(self.corpus, slices) for slices in rows],

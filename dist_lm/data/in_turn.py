@@ -25,6 +25,12 @@ class _BoundedReader(SourceReader):
         self._max_document_bytes = max_document_bytes  # larger ones are dropped later
 
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
+        """Yields what the reader yields, and counts the bytes of its texts over all sources.
+
+        Raises:
+            _LimitReachedError: the next document would probably exceed the limit.
+            ConfigError: as `SourceReader.read`.
+        """
         for candidate in super().read(source):
             if isinstance(candidate, Document):
                 size = len(candidate.text.encode(errors="surrogatepass"))
@@ -37,7 +43,7 @@ class _BoundedReader(SourceReader):
 
 
 def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[Document]:
-    """Yields documents of all corpora of texts that are in train whatever `val_tokens` is.
+    """Yields documents of all corpora of texts that are in train whatever `val_tokens` is, cleaned.
 
     The next document comes from the source of which the fewest bytes were read, so all sources give the same amount
     until they end. Nothing is compared: a document that contains one of a source with `held_out` is among them.

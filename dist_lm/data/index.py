@@ -69,7 +69,9 @@ class ShardIndex:
         return hashlib.sha256(head + self.documents.tobytes() + self.members.tobytes()).hexdigest()
 
     def counts(self, language: int | None = None) -> Counts:
-        """Counts the text of one language (a code) or of all (None)."""
+        """Returns documents, tokens and UTF-8 bytes of one language (a code) or of all (None); zeros for an unknown
+        code.
+        """
         documents = self.documents
         if language is not None:
             documents = documents[documents["language"] == language]
@@ -88,7 +90,8 @@ def index_path(tar: Path) -> Path:
 def open_index(tar: Path, shard: Shard) -> ShardIndex:
     """Returns the index of `tar`: read from the file beside it if the manifest names it, else rebuilt and saved.
 
-    A tar that was touched since the index was written is hashed, which reads it whole.
+    A tar that was touched since the index was written is hashed, which reads it whole. In a folder that is not writable
+    nothing is saved, and a warning is logged.
 
     Raises:
         ArtefactError: the tar is missing or differs from its entry `shard` in the manifest.
@@ -119,7 +122,11 @@ def open_index(tar: Path, shard: Shard) -> ShardIndex:
 
 
 def save_index(index: ShardIndex, path: Path) -> None:
-    """Writes `index` durably to `path`."""
+    """Writes `index` durably to `path`, in place of an existing file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     header = json.dumps(
         {
             "languages": index.languages,
@@ -135,7 +142,10 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: Path) -> ShardIndex | None:
-    """Reads an index that `save_index` wrote; returns None if the file is missing or damaged."""
+    """Returns the index that `save_index` wrote to `path`; None if the file is missing or damaged.
+
+    Whether it fits its tar is not checked.
+    """
     try:
         content = path.read_bytes()
     except (FileNotFoundError, IsADirectoryError):
@@ -163,10 +173,13 @@ def load_index(path: Path) -> ShardIndex | None:
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Indexes `tar` by reading the lengths, sizes and languages of every member; tokens are not read.
+    """Returns the index of `tar`, made from the lengths, sizes and languages of every member; tokens are not read.
+
+    Nothing is written.
 
     Raises:
-        ArtefactError: a member has the wrong form; the message names it.
+        ArtefactError: the tar is damaged, or a member has the wrong form; the message names it.
+        OSError: the tar cannot be read.
     """
     documents: list[np.ndarray] = []
     member_rows: list[tuple[int, ...]] = []
@@ -210,7 +223,14 @@ def member_checksums(tar: Path, index: ShardIndex) -> list[int]:
 
 
 def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yields the webdataset samples of `tar`: each key with its parts, in the order of the tar."""
+    """Yields the webdataset samples of `tar`: each key with its parts by extension, in the order of the tar.
+
+    Contents are not read. The key has the folder in the tar; what is no regular file is passed over.
+
+    Raises:
+        tarfile.TarError: the tar is damaged.
+        OSError: it cannot be read.
+    """
     # Consecutive files of one key are a sample, as webdataset reads them.
     current_key, parts = "", {}
     with tarfile.open(tar, mode="r:") as archive:
@@ -247,8 +267,16 @@ def _member(
 ) -> tuple[np.ndarray, _Array, int]:
     """Reads the documents of one member, where its tokens are, and the offset of its mask (-1: it has none).
 
+    Offsets are bytes in the tar; the documents are (n,) `DOCUMENT`.
+
     Args:
+        parts: of the member, by extension.
+        file: the tar, open.
         languages: of the tar; new names are appended, so that a language has one code in all members.
+
+    Raises:
+        ArtefactError: a part is missing, of another type, or of another length.
+        ValueError, KeyError: npy header or JSON of a part is damaged.
     """
     if missing := [part for part in _PARTS if part not in parts]:
         raise ArtefactError(f"{tar}: member {key} has no {missing[0]}; it was not written by stage=shards")
@@ -285,10 +313,15 @@ def _member(
 
 
 def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, *dtypes: str) -> _Array:
-    """Parses the npy header of a tar member without reading the elements.
+    """Returns offset, type and length of the array in a tar member, from its npy header; the elements are not read.
 
     Args:
+        file: the tar, open; its position moves.
         dtypes: the accepted ones.
+
+    Raises:
+        ArtefactError: the array is not one row of such a type, or is cut short.
+        ValueError: the header is damaged.
     """
     file.seek(info.offset_data)
     head = io.BytesIO(file.read(min(info.size, _HEADER_BYTES)))

@@ -72,10 +72,11 @@ class Infill:
 def rearranged(
     tokens: np.ndarray, begin: int, end: int, marks: InfillMarks, form: int = PSM, opens: bool = True
 ) -> np.ndarray:
-    """Rearranges a piece whose tokens [begin, end) are the middle: (n + 3,).
+    """Returns a piece whose tokens [begin, end) are the middle, rearranged: (n + 3,), of the same dtype.
 
     Args:
         tokens: (n,)
+        begin: at least 1 if `opens`.
         form: PSM | SPM.
         opens: whether the piece opens its document: the first token is end-of-text and stays first.
     """
@@ -104,9 +105,10 @@ def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
 def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
     """Draws begin and end of the middle of a piece of `length` tokens; all pairs of different cuts are equally likely.
 
-    The middle is never empty; the text before it or behind it may be.
+    The middle is never empty; the text before it or behind it may be. Equal arguments give the same cuts.
 
     Args:
+        length: in tokens, with the end-of-text that opens the piece; at least one other token.
         word: the 64-bit key of the draw.
         opens: as for `rearranged`.
     """
@@ -173,7 +175,11 @@ class InfillEpoch:
                 self.form[self.eligible[hashes <= largest_hash]] = form
 
     def row(self, i: int) -> Row:
-        """Returns the i-th sequence visited, with its last target."""
+        """Returns the i-th sequence visited, with its last target.
+
+        The slice of a rearranged piece is longer by `ADDED` tokens than the text it is made of. Behind such a piece the
+        last target is end-of-text.
+        """
         begin = self._order.begin(i)
         end = begin + self._order.seq_len
         forms = self.form[slice(*np.searchsorted(self._begins, (begin, end)))].tolist()
@@ -210,7 +216,11 @@ class _Rearranged:
     has_mask = False
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Returns the tokens of a slice: (stop - start,)."""
+        """Returns the tokens of a slice, rearranged if it was chosen: (stop - start,).
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
         form, end = self.rearranged_slices.get(DocumentSlice(document, start, stop), (PLAIN, stop))
         plain = self.corpus.tokens(document, start, end)
         if form == PLAIN:

@@ -41,7 +41,9 @@ class HeldOutMiddles:
 
     @cached_property
     def _pieces(self) -> np.ndarray:
-        """The pieces to evaluate, over all ranks: (pieces, 3) document, begin and end of the piece in the document."""
+        """Returns the pieces to evaluate, over all ranks: (pieces, 3) document, begin and end of the piece in the
+        document.
+        """
         size = self.seq_len - ADDED
         lengths = self.corpus.lengths
         counts = -(-lengths // size)  # pieces of each document
@@ -79,6 +81,12 @@ class HeldOutMiddles:
             yield self._batch(numbers)
 
     def _batch(self, pieces: list[int]) -> EvaluationBatch:
+        """Returns the micro-batch of these pieces; the language, (B, T) int64, is -1 except for the targets of the
+        middles.
+
+        Args:
+            pieces: numbers of pieces; a negative one is an empty row, which fills the batch.
+        """
         language_BT = torch.full((len(pieces), self.seq_len), -1, dtype=torch.int64)
         rows = []
         for b, piece in enumerate(pieces):

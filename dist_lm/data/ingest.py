@@ -134,7 +134,14 @@ class Texts:
                     pass
 
     def compared(self, corpus_name: str, records: Iterable[Screened]) -> Iterator[Screened]:
-        """Yields the same documents, and compares the train texts among them with val, unless that was done."""
+        """Yields the same documents, and compares the train texts among them with val, unless that was done.
+
+        The corpus counts as compared only if the iterator is read to its end. The first call reads all corpora, to
+        choose val.
+
+        Raises:
+            ConfigError, ArtefactError: as `split_documents`.
+        """
         if corpus_name in self._compared:
             yield from records
             return
@@ -150,7 +157,13 @@ class Texts:
 
     @cached_property
     def _val(self) -> _Val:
-        """Reads all corpora of texts once. The texts of val, at most `val_tokens` of a corpus, become an index."""
+        """Returns val of all corpora of texts, at most `val_tokens` of a corpus, with an index of its texts.
+
+        Reads all corpora once.
+
+        Raises:
+            ConfigError, ArtefactError: as `split_documents`.
+        """
         shares: dict[str, float] = {}
         texts: dict[bytes, str] = {}
         protected: set[bytes] = set()
@@ -164,7 +177,11 @@ class Texts:
         return _Val(shares, keys, protected, index, Comparison(index))
 
     def group_split_rule(self, corpus_name: str) -> SplitRule:
-        """Returns the rule for the conversations or rankings of a corpus."""
+        """Returns the rule for the conversations or rankings of a corpus. Reads its sources with `held_out`.
+
+        Raises:
+            ConfigError, ArtefactError: as `SourceReader.read`.
+        """
         groups = {
             candidate.group
             for source in corpus_sources(self.config, corpus_name)
@@ -175,7 +192,14 @@ class Texts:
         return SplitRule({corpus_name: largest_share(self.config, corpus_name)}, groups=frozenset(groups))
 
     def _choose(self, corpus_name: str) -> tuple[float, list[Screened]]:
-        """Returns the share of groups of a corpus that is held out by hash, and all held-out documents."""
+        """Returns the share of groups of a corpus, in [0, 1], that is held out by hash, and all held-out documents.
+
+        Reads the corpus.
+
+        Raises:
+            ConfigError: the sources with `held_out` alone exceed `val_tokens`; or as `screened`.
+            ArtefactError: as `screened`.
+        """
         max_bytes = self.config.val_tokens * BYTES_PER_TOKEN
         share = largest_share(self.config, corpus_name)
         chosen: list[Screened] = []
@@ -211,15 +235,17 @@ def split_documents(
     """Yields `(split, document, source)` of every document of a corpus: all of train, then all of val, by source.
 
     The order and the documents depend on the configuration, the seed and the inputs alone. In memory are val, and a
-    hash of every text that passed, to find duplicates.
+    hash of every text that passed, to find duplicates. Val of a text corpus comes after all corpora of texts were
+    compared, so they may be read then.
 
     Args:
         report: counts what is kept and dropped.
-        texts: of the same config and seed, to decide on the sides once for several corpora.
+        texts: of the same config and seed, to decide on the sides once for several corpora; None: a new one.
         rejected: gets a line of JSON for each broken row.
 
     Raises:
-        ConfigError: the corpus or a reader does not exist, or a reader yields something else than documents.
+        ConfigError: the corpus or a reader does not exist, a reader yields something else than documents, or sources
+            with `held_out` exceed `val_tokens`.
         ArtefactError: a source gives no document, too many of its rows are broken, or no document is left for
             val or train.
     """
@@ -227,6 +253,7 @@ def split_documents(
     splits: Counter[str] = Counter()
 
     def checked(record: Screened, split: str, rule: SplitRule) -> Iterator[tuple[str, Document, SourceConfig]]:
+        """Yields the document of a record, cleaned, unless the rule drops it; counts it in the report either way."""
         if reason := rule.drop_reason(split, record):
             report.reject(record.document, record.source, reason)
         else:
@@ -276,7 +303,9 @@ def largest_share(config: CorpusConfig, corpus_name: str) -> float:
 
 
 def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestReport) -> Document:
-    """Replaces secrets and addresses by placeholders, as `corpus.cleaning` says, and counts the document as kept."""
+    """Returns the document with placeholders for secrets and addresses, as `corpus.cleaning` says, and counts it as
+    kept.
+    """
     document, steps = record.document, config.cleaning
     # In the JSON of a conversation, an escape before an address would count as a part of it.
     redact = redacted if document.form == "text" else redacted_json

@@ -97,7 +97,13 @@ def inputs_of(source: SourceConfig, *, hashes: bool = False) -> Inputs:
 
 
 def hashed(listing: Inputs) -> Inputs:
-    """Adds the SHA-256 of every input that is taken, as it is stored. A data set of the hub has its commit instead."""
+    """Returns the listing with the SHA-256 of every input that is taken, as it is stored (compressed bytes).
+
+    Every file is read whole, and URLs are downloaded. A data set of the hub has its commit instead.
+
+    Raises:
+        OSError: an input cannot be read.
+    """
     files = []
     for file in listing.files:
         if not file.left_out and not file.name.startswith(HUB):
@@ -112,9 +118,10 @@ def hashed(listing: Inputs) -> Inputs:
 
 
 def changes(before: Inputs, now: Inputs) -> list[str]:
-    """Says how the inputs that are taken differ, in words for people; empty if they are the same.
+    """Returns how the inputs that are taken differ, in words for people; empty if they are the same.
 
-    Two hashes decide where both listings have them; otherwise size, time of change and ETag do.
+    Two hashes decide where both listings have them; otherwise size, time of change and ETag do. Another order is a
+    difference, too.
     """
     old = {file.name: file for file in before.taken}
     new = {file.name: file for file in now.taken}
@@ -138,7 +145,7 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
 
 
 def _difference(old: Input, new: Input) -> str:
-    """Says how one input changed; empty if it did not."""
+    """Returns how one input changed, in words; empty if it did not."""
     if old.sha256 and new.sha256:
         return "" if old.sha256 == new.sha256 else "other contents (sha256)"
 

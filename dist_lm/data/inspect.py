@@ -31,6 +31,9 @@ SEQ_LENS = (512, 768, 1024, 2048, 4096)  # the table shows the share of longer c
 def inspect_corpus(directory: Path) -> dict[str, Any]:
     """Returns counts, integrity and origins of a corpus for JSON. Reads and hashes every tar.
 
+    Damage is no error: it is the `state` of a shard (`ok` or what is wrong) or a line of `problems`. A missing index is
+    saved.
+
     Raises:
         ArtefactError: `directory` is not a corpus.
     """
@@ -105,6 +108,9 @@ def print_corpus(directory: Path, console: Console) -> bool:
 
     Returns:
         Whether every tar is intact, and the folder holds nothing else.
+
+    Raises:
+        ArtefactError: `directory` is not a corpus, or its train split is empty.
     """
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))
@@ -142,7 +148,11 @@ def origin_of(source: str) -> str:
 
 
 def _manifest(directory: Path) -> Manifest:
-    """Reads the manifest. If the folder is not a corpus, the error names corpora nearby."""
+    """Returns the manifest of a corpus. If the folder is not a corpus, the error names corpora nearby.
+
+    Raises:
+        ArtefactError: the folder is not a corpus, or its manifest is damaged or of another format.
+    """
     if manifest_path(directory).is_file():
         return read_manifest(directory)
 
@@ -154,7 +164,7 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
-    """Returns `ok`, or what is wrong with a tar."""
+    """Returns `ok`, or what is wrong with a tar. Reads it whole; a missing index is saved."""
     state = shard_state(directory / shard.name, shard, hashes=True)
     if state != "ok" or not shard.counts.documents:
         return state
@@ -177,6 +187,7 @@ def _count_origins(tar: Path, shard: Shard, licences: Counter[tuple[str, str]], 
 
 
 def _language_table(splits: dict[str, Any]) -> Table:
+    """Returns a table of documents, tokens and bytes by split and language; a line `all` ends each split."""
     table = Table("split", "language", title="Text", title_justify="left")
     for name in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(name, justify="right")
@@ -189,6 +200,7 @@ def _language_table(splits: dict[str, Any]) -> Table:
 
 
 def _shard_table(shards: list[dict[str, Any]]) -> Table:
+    """Returns a table of the tars with their counts, sizes and states."""
     table = Table("shard", title="Shards", title_justify="left")
     for name in ("documents", "tokens", "size"):
         table.add_column(name, justify="right")
@@ -206,7 +218,7 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
 
 
 def _ingest_table(sources: dict[str, Any]) -> Table:
-    """Makes a table of the documents of each source: read, kept, and dropped by reason."""
+    """Returns a table of the documents of each source: read, kept, and dropped by reason."""
     table = Table("source", title="What was read", title_justify="left")
     for name in ("documents", "kept"):
         table.add_column(name, justify="right")
@@ -237,7 +249,9 @@ def _origin_table(origins: list[dict[str, Any]]) -> Table:
 
 
 def _longer_table(corpus: TokenCorpus) -> Table:
-    """Makes a table of the conversations that are too long for a sequence: training leaves them out."""
+    """Returns a table of the conversations that are too long for a sequence, for several `stage.seq_len`: training
+    leaves them out.
+    """
     table = Table("stage.seq_len", title="Conversations left out", title_justify="left")
     for name in ("conversations", "share"):
         table.add_column(name, justify="right")
@@ -249,9 +263,12 @@ def _longer_table(corpus: TokenCorpus) -> Table:
 
 
 def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> None:
-    """Prints the beginning of the first document of each language.
+    """Prints the beginning of the first document of each language of train.
 
-    Needs the tokenizer of the corpus in the work directory; without it, prints a line that says so.
+    Needs the tokenizer of the corpus in the work directory, two folders above; without it, prints a line that says so.
+
+    Raises:
+        ArtefactError: train is empty or damaged.
     """
     model = WorkDirectory(directory.resolve().parents[1]).tokenizer_model
     if not model.is_file() or durable.sha256_of(model) != tokenizer_sha256:

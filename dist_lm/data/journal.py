@@ -46,8 +46,11 @@ class Journal:
     def start(cls, directory: Path, recipe: Recipe) -> Self:
         """Begins or continues the build of `directory`: keeps the tars that are finished, removes other files of ours.
 
+        Makes the folder, hashes the finished tars, writes a new journal, and then removes the manifest, so the corpus
+        is incomplete from here on. Tars of another recipe are removed.
+
         Raises:
-            ArtefactError: the folder holds files that are not ours.
+            ArtefactError: the folder holds files that are not ours, or its manifest or journal is damaged.
         """
         directory.mkdir(parents=True, exist_ok=True)
         ours = require_only_ours(directory)
@@ -105,11 +108,11 @@ def journal_path(directory: Path) -> Path:
 
 
 def require_only_ours(directory: Path) -> set[str]:
-    """Returns the names of all files in a corpus folder, if they are all ours.
+    """Returns the names of all files in a corpus folder, if they are all ours. Changes nothing.
 
     Raises:
         ArtefactError: there are foreign files or folders.
-        ManifestError, FormatError: the manifest cannot be read, so nobody knows which files are ours.
+        ManifestError, FormatError: the manifest or the journal cannot be read, so nobody knows which files are ours.
     """
     ours, foreign = entries(directory)
     if foreign:
@@ -123,7 +126,9 @@ def require_only_ours(directory: Path) -> set[str]:
 
 
 def entries(directory: Path) -> tuple[set[str], list[str]]:
-    """Divides a corpus folder into the names of files that manifest or journal name, and of all other entries.
+    """Returns the names of files in a corpus folder that manifest or journal name, and those of all other entries.
+
+    A foreign folder ends in a slash; temporary files of ours count as ours.
 
     Raises:
         ManifestError, FormatError: the manifest or the journal cannot be read.
@@ -176,10 +181,13 @@ def is_dropped_for_inputs(directory: Path, recipe: Recipe) -> bool:
 
 
 def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Shard]]]:
-    """Reads (recipe, names of begun tars, finished tars by split) of the journal; without a journal they are empty.
+    """Returns (recipe, names of begun tars, finished tars by split) of the journal; without a journal None and empty
+    ones.
+
+    A last line without a line end does not count.
 
     Raises:
-        ManifestError: a line is damaged.
+        ManifestError: a line is damaged, or the journal is of another format.
     """
     recipe, begun, finished = None, [], {split: [] for split in SPLITS}
     path = journal_path(directory)

@@ -41,7 +41,7 @@ def permutation(n: int, seed: int) -> np.ndarray:
 
 
 def splitmix64(seed: int, n: int) -> np.ndarray:
-    """Computes the first n outputs of SplitMix64 from `seed`: (n,) uint64."""
+    """Returns the first n outputs of SplitMix64 from `seed`, of which the lowest 64 bits count: (n,) uint64."""
     # In place, because n may be the number of all documents.
     state = np.arange(1, n + 1, dtype=np.uint64)
     state *= np.uint64(_GAMMA)

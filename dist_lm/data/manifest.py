@@ -70,7 +70,7 @@ class Shard:
 
     @classmethod
     def parse(cls, shard_fields: Mapping[str, Any], name: str) -> Self:
-        """Inverts `asdict` for a tar named `name`.
+        """Returns the tar that `asdict` wrote as `shard_fields`; it must be named `name`.
 
         Raises:
             KeyError, TypeError: a field is missing, or there is an unknown one.
@@ -170,7 +170,11 @@ def content_sum(hashes: Iterable[str]) -> str:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes the manifest, which declares the corpus complete."""
+    """Writes `manifest.json` durably, in place of an existing one, which declares the corpus complete.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     splits = {}
     for name, split in manifest.splits.items():
         splits[name] = {
@@ -192,7 +196,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Reads the manifest.
+    """Returns the manifest of the corpus in `directory`. Tars are not looked at.
 
     Raises:
         ArtefactError: the corpus is missing or unfinished.
@@ -235,13 +239,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
-    """Compares the tar at `path` with its entry in the manifest.
+    """Returns how the tar at `path` differs from its entry in the manifest, in words for people; `ok` if it does not.
 
     Args:
         hashes: also hash the tar, which reads it whole.
 
-    Returns:
-        `ok`, or the difference in words for people.
+    Raises:
+        OSError: the tar cannot be read.
     """
     # The cheap comparisons come first.
     if not path.is_file():
@@ -291,12 +295,15 @@ def inputs_hash(listings: Iterable[Inputs]) -> str:
 
 
 def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str]:
-    """Says how the inputs of a corpus differ from those that it was built from, in words for people.
+    """Returns how the inputs of a corpus differ from those that it was built from, in words for people; empty if they
+    do not.
 
-    A data set of the hub that has a newer commit is no difference: nobody here changed it.
+    The inputs are listed now, which asks servers of URLs. A data set of the hub that has a newer commit is no
+    difference: nobody here changed it. A corpus without recorded inputs has no difference.
 
     Raises:
-        ConfigError, ArtefactError: they cannot be listed.
+        ConfigError: the corpus or a reader does not exist, or a source has nothing to read.
+        ArtefactError: the inputs cannot be listed, or the manifest cannot be read.
     """
     recorded = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
     if not recorded:
@@ -310,7 +317,8 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Says how settings that JSON can hold differ, in words for people: one line for each key.
+    """Returns how settings that JSON can hold differ, in words for people: one line for each key; empty if they are
+    equal.
 
     Args:
         key: the path of both values in the settings; empty at the top.
@@ -338,10 +346,13 @@ def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
 
 
 def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
-    """Refuses to continue `run` on other content than it began with. Corpora that are missing are not compared.
+    """Refuses to continue `run` on other content than it began with; returns nothing.
+
+    Corpora that are missing, or that the run did not record, are not compared. Hashes of the manifests are compared,
+    tars are not read.
 
     Raises:
-        ArtefactError: names the corpus, the splits that differ, and the run.
+        ArtefactError: names the corpus, the splits that differ, and the run; or a manifest cannot be read.
     """
     recorded = durable.read_json(run.corpora)
     for name in corpora:
@@ -360,7 +371,10 @@ def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
 
 
 def require_inputs(run: RunDirectory, config: CorpusConfig, corpora: Sequence[str]) -> None:
-    """Refuses to continue `run` if a corpus would be built again first, because its inputs have changed.
+    """Refuses to continue `run` if a corpus would be built again first, because its inputs have changed; returns
+    nothing.
+
+    A corpus that is missing, or whose inputs or manifest cannot be read, is not compared.
 
     Raises:
         ArtefactError: names the corpus and its inputs.

@@ -66,14 +66,17 @@ def new_corpus(
 ) -> None:
     """Writes the corpus file `out` for data, and prints what the data holds.
 
+    The data is read, perhaps from URLs, and counted before the file is written; nothing is built.
+
     Args:
         paths: files, folders, globs or URLs of the data.
-        sample_bytes: text that is read of each corpus.
+        sample_bytes: text that is read of each corpus, in bytes.
         force: replace an existing file.
-        reserved_names: the corpus files of dist_lm, whose names no other file may have.
+        taken: the corpus files of dist_lm, whose names no other file may have.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, or its columns do not make documents.
+        ArtefactError: data cannot be listed or read, or too many of its rows are broken.
     """
     _check_out(out, force, reserved_names)
     for path in paths:
@@ -104,7 +107,11 @@ def new_corpus(
 
 
 def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
-    """Reads a corpus, cleaned and without duplicates, up to `sample_bytes` of text."""
+    """Returns the counts of a corpus, read, cleaned and without duplicates, up to `sample_bytes` of text.
+
+    Raises:
+        ConfigError, ArtefactError: as `screening.screened`.
+    """
     counts = Survey()
     rejected = io.StringIO()
     for record in Texts(config, seed=0).screened(corpus_name, counts.report, rejected):
@@ -121,7 +128,7 @@ def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
 
 
 def _too_broken(counts: Survey) -> str:
-    """Advises about a source that a launch would refuse for its broken rows; empty if there is none."""
+    """Returns advice about a source that a launch would refuse for its broken rows; empty if there is none."""
     limit = CorpusConfig.max_bad_fraction
     name, share = counts.worst_source()
     if share <= limit:
@@ -136,6 +143,10 @@ def _too_broken(counts: Survey) -> str:
 
 def _check_out(out: Path, force: bool, reserved_names: Sequence[str]) -> None:
     """Refuses a path where no launch would find the file, or where it cannot be written. Creates its folder.
+
+    Args:
+        force: whether an existing file may be replaced.
+        reserved_names: the corpus files of dist_lm.
 
     Raises:
         ConfigError: says what is wrong with the path.
@@ -165,7 +176,13 @@ def _absolute(path: str) -> str:
 
 
 def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
-    """Groups the proposals by the corpora that the stages read: language, code and tools, in this order."""
+    """Groups the proposals by the corpora that the stages read: language, code and tools, in this order.
+
+    Reads up to `GLANCE_BYTES` of each source of texts. Corpora without a source are left out.
+
+    Raises:
+        ConfigError, ArtefactError: as `survey`.
+    """
     by_corpus: dict[str, list[Proposal]] = {"language": [], "code": [], CONVERSATIONS: []}
     for proposal in proposals:
         # The readers give the languages, so a part of the text is read for the decision.

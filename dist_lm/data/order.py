@@ -30,7 +30,7 @@ class Concatenation:
         self.n_tokens = int(self.ends[-1]) if len(documents) else 0
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
-        """Returns the slices that cover positions [begin, end); `end` is at most `n_tokens`."""
+        """Returns the slices that cover the tokens [begin, end) of the row, in order; `end` is at most `n_tokens`."""
         assert 0 <= begin <= end <= self.n_tokens, (begin, end, self.n_tokens)
         index = int(np.searchsorted(self.ends, begin, side="right"))
         document_begin = int(self.ends[index - 1]) if index else 0
@@ -80,10 +80,10 @@ class EpochOrder:
 
 
 def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -> np.ndarray:
-    """Shuffles the numbers 0 .. n-1 into the order of an epoch: (n,) int64.
+    """Returns the numbers 0 .. n-1 in the order of an epoch: (n,) int64.
 
     Args:
-        word: the 64-bit key of the shuffle.
+        word: the 64-bit key of the shuffle; equal keys give equal orders.
         continues: (n,) bool; a document stays directly behind the one before it. None: none does.
     """
     if continues is None or not continues.any():

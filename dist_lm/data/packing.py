@@ -98,13 +98,13 @@ def longest_first(documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Assigns a row to each length so that no row exceeds `capacity`: (n,) int64 row numbers.
+    """Returns a row for each length so that no row exceeds `capacity`: (n,) int64 row numbers from 0, without gaps.
 
     Documents of equal length are placed together, so the time depends on the number of different lengths (as Krell et
     al. 2021, 'Efficient Sequence Packing without Cross-contamination', pack a histogram).
 
     Args:
-        lengths: (n,) descending, in [1, capacity].
+        lengths: (n,) tokens, descending, in [1, capacity].
     """
     assert not len(lengths) or (lengths[0] <= capacity and lengths[-1] > 0), "lengths in [1, capacity]"
     rows = np.empty(len(lengths), np.int64)

@@ -35,10 +35,10 @@ class Prompt:
 
 
 def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
-    """Finds the files that a key names, in alphabetical order.
+    """Returns the files that a key names, in alphabetical order. They are not read.
 
     Args:
-        where: file or glob.
+        where: file or glob; `~` is the home folder, `**` any number of folders.
         key: the configuration key, for messages.
 
     Raises:
@@ -84,7 +84,16 @@ def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
 
 
 def _check_keys(file: Path, key: str) -> None:
-    """Refuses a file whose first line has no `prompt`: probably the field has another name in every line."""
+    """Refuses a file whose first line has no `prompt`: probably the field has another name in every line.
+
+    A first line that is broken passes: `read_prompts` gives it an error.
+
+    Args:
+        key: the configuration key, for messages.
+
+    Raises:
+        ConfigError: names the keys of the line.
+    """
     if file.suffix == ".txt" or (first := next(_lines(file), None)) is None:
         return
     line_number, line = first
@@ -100,7 +109,10 @@ def _check_keys(file: Path, key: str) -> None:
 
 
 def _count(files: Sequence[Path], key: str) -> int:
-    """Counts the prompts.
+    """Returns the number of prompts in the files, invalid ones included. Reads every file.
+
+    Args:
+        key: the configuration key, for messages.
 
     Raises:
         ConfigError: there are none, or two have the same id.
@@ -137,10 +149,16 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(number: int, line: bytes, file: Path, line_number: int) -> Prompt:
-    """Parses a line; an invalid one gives a prompt with its `error`."""
+    """Returns the prompt of a line; an invalid line gives a prompt with its `error`. Nothing is raised.
+
+    Args:
+        number: of the prompt, from 0 over all files; it is the id if the line has none.
+        line_number: from 1.
+    """
     place = f"{file.name} line {line_number}"
 
     def broken(reason: str, id_: str | int = number) -> Prompt:
+        """Returns the prompt of an invalid line, with the beginning of the line."""
         return Prompt(number, id_, "", place, reason, line.decode(errors="replace")[:QUOTED])
 
     try:

@@ -71,12 +71,15 @@ class Proposal:
 
 
 def propose(path: str) -> list[Proposal]:
-    """Proposes a source for each kind of data at `path`: a file, a folder, a glob or a URL.
+    """Returns a source for each kind of data at `path`: a file, a folder, a glob or a URL. Reads the first rows of
+    tables.
 
     A kind that cannot be described is left out with a note, unless it is most of the data.
 
     Raises:
-        ConfigError: there is nothing that a reader takes; the message says what there is.
+        ConfigError: there is nothing that a reader takes; the message says what there is. Or the largest kind cannot be
+            described.
+        ArtefactError: a folder or URL cannot be listed.
     """
     listing = list_files(SourceConfig(reader="files", path=[path]), _all_files)
     files_by_kind: dict[str, list[Input]] = {}
@@ -159,10 +162,10 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
     """Guesses the columns of rows.
 
     `column` is that of messages (a list of mappings with `role`), else one that is usual for text, else the one with
-    the longest texts.
+    the longest texts. A column for language, licence or name is guessed by its usual names.
 
     Returns:
-        The keys of a source that name columns (empty if no column holds text), and whether the rows are conversations.
+        The keys of a source -> column (empty if no column holds text), and whether the rows are conversations.
     """
     # All rows vote, because the first one may have nulls.
     lengths: Counter[str] = Counter()  # characters or bytes of texts, by column; the rest counts rows
@@ -201,7 +204,7 @@ def _all_files(name: str) -> str:
 
 
 def _kind(name: str, is_named: bool) -> str:
-    """Returns the reader of a file; empty if none takes it.
+    """Returns the name of the reader of a file, such as jsonl; empty if none takes it.
 
     Args:
         is_named: whether it is the only file, so that a .json file holds rows.
@@ -217,7 +220,11 @@ def _kind(name: str, is_named: bool) -> str:
 
 
 def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ...]) -> Proposal:
-    """Describes the files of one kind at `path`; the columns are those of the first file.
+    """Returns the source for the files of one kind at `path`; the columns are those of the first file.
+
+    Args:
+        kind: the name of a reader.
+        notes: remarks that come first.
 
     Raises:
         ConfigError: the rows make no documents, or the first file cannot be read.
@@ -288,7 +295,11 @@ def _texts(rows: Iterable[Row], column: str) -> Iterable[str]:
 
 
 def _check_header(name: str, columns: Sequence[str]) -> None:
-    """Refuses a table whose columns are separated by another character, or whose first row is data."""
+    """Refuses a table whose columns are separated by another character, or whose first row is data.
+
+    Raises:
+        ConfigError: the message begins with `name`, the file.
+    """
     if len(columns) == 1 and (separators := [character for character in ";\t|," if character in columns[0]]):
         raise ConfigError(
             f"{name}: the header is one column, {columns[0]!r}, with {separators[0]!r} in it: expected `,` between the "
@@ -309,7 +320,11 @@ def _check_header(name: str, columns: Sequence[str]) -> None:
 
 
 def _check_shape(name: str, rows: Sequence[Row]) -> None:
-    """Refuses rows that are several texts, because one column alone would be read."""
+    """Refuses rows that are several texts, because one column alone would be read.
+
+    Raises:
+        ConfigError: the rows are rankings, or questions with answers; the message begins with `name`, the file.
+    """
     columns = {column for row in rows for column, cell in row.items() if cell}
     for ranked in RANKED:
         if columns >= {*ranked}:
@@ -329,9 +344,10 @@ def _check_shape(name: str, rows: Sequence[Row]) -> None:
 
 
 def _without_text(first_rows: Sequence[SourceRow], rows: Sequence[Row]) -> str:
-    """Says why rows have no column of text, and what to do.
+    """Returns why rows have no column of text, and what to do, in words for people.
 
     Args:
+        first_rows: as they were read, broken ones included.
         rows: those of `first_rows` that can be read.
     """
     if not first_rows:

@@ -78,13 +78,15 @@ def redacted(text: str, *, secrets: bool, emails: bool) -> Redacted:
 
 
 def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
-    """Replaces the secrets and addresses in the strings of a JSON text, the form of conversations in a corpus.
+    r"""Replaces the secrets and addresses in the strings of a JSON text, the form of conversations in a corpus.
 
-    The strings are searched one by one: an escape before an address would count as a part of it (`\\nann@x.org`).
+    The strings are searched one by one: an escape before an address would count as a part of it (`\nann@x.org`).
+    Keys of objects stay. A text without a find, or that is no JSON, is returned as it is.
     """
     n_secrets = n_emails = 0
 
     def redact_strings(node: Any) -> Any:
+        """Returns a copy of the value with clean strings, and counts what was replaced."""
         nonlocal n_secrets, n_emails
         if isinstance(node, dict):
             return {key: redact_strings(child) for key, child in node.items()}
@@ -111,7 +113,7 @@ def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
 
 
 def secret_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yields `(begin, end)` of keys and tokens, in no order; they may overlap."""
+    """Yields `(begin, end)` of keys and tokens, as indices of characters, in no order; they may overlap."""
     lowered = text.lower()
     for words, plugin in _plugins():
         if words and not any(word in lowered for word in words):
@@ -149,7 +151,7 @@ def email_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorts spans from first to last, and joins those that overlap."""
+    """Returns the spans from first to last, with those joined that overlap; spans that touch stay apart."""
     disjoint: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if disjoint and begin < disjoint[-1][1]:
@@ -170,7 +172,11 @@ def _replaced(text: str, spans: list[tuple[int, int]], placeholder: str) -> str:
 
 @cache
 def _plugins() -> list[tuple[tuple[str, ...], Any]]:
-    """Returns (words, plugin) of every plugin. Cached, because their imports take half a second."""
+    """Returns (words, plugin) of every plugin; a text without any of the words needs no search (no words: always
+    search).
+
+    Cached, because their imports take half a second.
+    """
     from detect_secrets.plugins.base import RegexBasedDetector
 
     plugins = []

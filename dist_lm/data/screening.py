@@ -107,8 +107,11 @@ class SourceReader:
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
         """Yields everything that a source gives, in its order.
 
+        A source that was read to its end stays in memory while there is room; later calls do not read it again.
+
         Raises:
-            ConfigError: the reader does not exist, or yields something else than documents of its form.
+            ConfigError: the reader does not exist, or yields something else than documents of its form. What the reader
+                raises passes, an ArtefactError above all.
         """
         name = repr(source)
         if name in self._cache:
@@ -145,7 +148,11 @@ class RowErrors:
         self._n_bad = self._n_rows = 0
 
     def counted(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """Yields the same candidates, and counts them. A source whose first rows are mostly broken ends early."""
+        """Yields the same candidates, and counts them. A source whose first rows are mostly broken ends early, without
+        an error.
+
+        Broken rows are written to `rejected`.
+        """
         for candidate in candidates:
             self._n_rows += 1
             if isinstance(candidate, Rejected) and candidate.error:
@@ -188,6 +195,8 @@ def screened(
 ) -> Iterator[Screened]:
     """Yields the documents of a corpus, source by source. Of equal texts only the first one passes.
 
+    A source ends after `source.limit` documents (0: all). Its broken rows are judged when it ends.
+
     Args:
         texts: keys of the texts that came before (16 bytes each); the documents of the corpus are added. A text of a
             source with `held_out` is compared only with the texts of such sources of this corpus.
@@ -195,7 +204,7 @@ def screened(
         rejected: gets a line of JSON for each broken row.
 
     Raises:
-        ConfigError: as `SourceReader.read`, or there are too many languages.
+        ConfigError: as `SourceReader.read`, there is no such corpus, or there are too many languages.
         ArtefactError: a source gives no document, or too many of its rows are broken.
     """
     held_out: set[bytes] = set()
@@ -250,7 +259,7 @@ def screened(
 
 
 def check_candidate(candidate: object, source: SourceConfig) -> None:
-    """Refuses what is neither a document of the reader's form nor `Rejected`.
+    """Refuses what is neither a document of the reader's form nor `Rejected`; returns nothing.
 
     Raises:
         ConfigError: names the reader and what it yielded.
@@ -289,7 +298,11 @@ def source_place(source: SourceConfig) -> str:
 
 
 def _screen(document: Document, source: SourceConfig, config: CorpusConfig, texts: set[bytes]) -> tuple[Screened, str]:
-    """Returns the document with its hashes, and why it is dropped (empty: it is not)."""
+    """Returns the document with its hashes, and why it is dropped (empty: it is not). `texts` is not changed.
+
+    Args:
+        texts: keys of the texts that make it a duplicate.
+    """
     text = document.text
     try:
         content = text.encode()

@@ -143,9 +143,12 @@ class Mix:
 
 
 def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> Packing:
-    """Packs a corpus whose documents stay whole into rows.
+    """Returns the rows into which a corpus whose documents stay whole is packed. Documents that are too long are left
+    out.
 
     Args:
+        seq_len: in tokens.
+        seq_len_key: the configuration key, for the message.
         kind: conversations | rankings.
 
     Raises:
@@ -163,9 +166,11 @@ def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: 
 
 
 def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> str:
-    """Writes a line about the documents that no sequence holds; empty if there are none.
+    """Returns a line about the documents that no sequence holds; empty if there are none, or for a corpus of texts.
 
     Args:
+        seq_len: in tokens.
+        seq_len_key: the configuration key, for the line.
         kind: conversations | rankings.
     """
     if not corpus.has_mask:

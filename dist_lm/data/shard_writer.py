@@ -96,7 +96,14 @@ class CorpusWriter:
         inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Writes the last tars and the manifest, which declares the corpus complete. Arguments: as of `Manifest`."""
+        """Writes the last tars and the manifest, which declares the corpus complete, and removes the journal.
+
+        Arguments: as of `Manifest`.
+
+        Raises:
+            ArtefactError: a tar on disk differs from what was written.
+            OSError: a file cannot be written.
+        """
         splits = {}
         for name in self._splits:
             self.finish_split(name)
@@ -125,6 +132,11 @@ class _SplitWriter:
         self._clear()
 
     def write(self, document: TokenizedDocument, source: int) -> None:
+        """Keeps one document, and writes the kept ones when they fill a member; that may close the tar.
+
+        Args:
+            source: number of its source in the configuration.
+        """
         tokens, mask = document.tokens, document.loss_mask
         assert tokens.dtype == self._dtype, (tokens.dtype, self._recipe.vocab_size)
         assert len(tokens) > 0, "a document begins with end-of-text"
@@ -162,7 +174,9 @@ class _SplitWriter:
         return self._path.with_name(f".{self._path.name}.tmp")
 
     def _flush_member(self) -> None:
-        """Writes the pending documents as one member of the tar; closes the tar when it is full."""
+        """Writes the pending documents as one member of the tar; closes the tar when it is full. Does nothing without
+        documents.
+        """
         documents, self._pending = self._pending, []
         if not documents:
             return
@@ -206,6 +220,7 @@ class _SplitWriter:
         self._origins.clear()
         self._members += 1
         self._tokens += len(tokens)
+        # After a whole member only, so a tar may be larger than `shard_tokens`.
         if self._tokens >= self._recipe.shard_tokens:
             self._finish_tar()
 
@@ -220,7 +235,9 @@ class _SplitWriter:
         return self._tar
 
     def _finish_tar(self) -> None:
-        """Closes and flushes the tar, writes the files beside it, renames it, and records it."""
+        """Closes and flushes the tar, writes the files beside it, renames it, and records it. Does nothing without an
+        open tar.
+        """
         if self._tar is None or self._file is None:
             return
         self._tar.close()
@@ -239,7 +256,11 @@ class _SplitWriter:
 
 
 def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
-    """Describes a tar for the manifest. `content`: sum of the hashes of its documents (`content_of`)."""
+    """Returns the entry of a tar for the manifest. Reads the tar twice, for its hash and the checksums of its members.
+
+    Args:
+        content: sum of the hashes of its documents (`content_of`); counted modulo 2**256.
+    """
     return Shard(
         name=tar.name,
         size=tar.stat().st_size,
@@ -254,7 +275,8 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
 def content_of(number: int, document: TokenizedDocument, continues: bool = False) -> int:
     """Hashes the part of document `number` of its split that training sees: a 256-bit integer.
 
-    These are tokens, mask, verdict, and whether the document stays behind the one before it.
+    These are tokens, mask, verdict, and whether the document stays behind the one before it. Equal documents with other
+    numbers have other hashes.
     """
     # The number makes the sum over all documents depend on their order.
     digest = hashlib.sha256(f"{number} {len(document.tokens)} {document.loss_mask is not None}".encode())
@@ -276,7 +298,10 @@ def origins_path(tar: Path) -> Path:
 
 
 def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
-    """Writes the origin of every document of `tar`, in the order of the documents."""
+    """Writes the origin of every document beside `tar`, in the order of the documents, as compressed lines of JSON.
+
+    An existing file is replaced.
+    """
     lines = []
     for origin in origins:
         fields_of_line = {"source": origin.source, "licence": origin.licence, "from": origin.number}
@@ -297,12 +322,16 @@ def read_origins(tar: Path) -> Iterator[Origin]:
 
 
 def correct_licences(directory: Path, licences: Sequence[str]) -> None:
-    """Gives the documents of each source the licence that its configuration has now. No tar changes.
+    """Gives the documents of each source the licence that its configuration has now. Rewrites the files of origins and
+    the manifest; no tar changes.
 
     A document whose licence came from its row keeps it.
 
     Args:
         licences: of each source, in the order of the configuration.
+
+    Raises:
+        ArtefactError: `directory` is no corpus, or its manifest cannot be read.
     """
     manifest = read_manifest(directory)
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):

@@ -172,6 +172,11 @@ class SequenceStream(StepStream):
         )
 
     def _batch(self, numbers: list[int]) -> Batch:
+        """Returns the micro-batch of these global sequence numbers, in host memory.
+
+        Raises:
+            ArtefactError: a tar is damaged.
+        """
         return assemble(
             [self._row(number) for number in numbers],
             numbers,
@@ -189,9 +194,13 @@ class SequenceStream(StepStream):
 
 
 def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
-    """Cuts the `global_batch` sequences of a step into the micro-batches of one rank.
+    """Returns the micro-batches of one rank as ranges of places in the `global_batch` sequences of a step.
 
     Every rank has as many micro-batches, of the same sizes; the last one may be smaller than `micro_batch`.
+
+    Args:
+        micro_batch: sequences of a micro-batch.
+        dp_rank: number of the data-parallel rank, of `dp_size`.
 
     Raises:
         ConfigError: `global_batch` is no multiple of `dp_size`.

@@ -66,7 +66,9 @@ class TokenCorpus:
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "TokenCorpus":
-        """Opens every tar that the manifest lists for `split`, and compares its size and its index with the manifest.
+        """Returns the split of a corpus, after size and index of every tar were compared with the manifest.
+
+        Members are checked later, before their first use. A missing index is built and saved.
 
         Raises:
             ArtefactError: the corpus or the split is missing, empty, or differs from the manifest.
@@ -131,10 +133,10 @@ class TokenCorpus:
         return member
 
     def _check(self, member: int) -> None:
-        """Compares a member with its checksum, and its tokens with the vocabulary.
+        """Compares a member with its checksum, and its tokens with the vocabulary, and notes that it was checked.
 
         Raises:
-            ArtefactError: they do not match.
+            ArtefactError: they do not match, or the tar cannot be read.
         """
         begin, end, first_token, _, documents = self._members[member].tolist()
         tar, first = self._tar_of.item(member), self._firsts.item(member)
@@ -172,7 +174,7 @@ class _Tars:
         self._lock = threading.Lock()  # a descriptor must not be closed while another thread reads from it
 
     def read(self, tar: int, offset: int, size: int) -> bytes:
-        """Reads `size` bytes of a tar.
+        """Returns `size` bytes of a tar from `offset`. Several threads may call it.
 
         Raises:
             ArtefactError: the file is gone, was replaced, or ends earlier.
@@ -198,7 +200,14 @@ class _Tars:
         return content
 
     def _opened(self, tar: int) -> int:
-        """Opens a tar, and closes those that were not read for the longest time."""
+        """Returns the descriptor of a tar, opened; closes those that were not read for the longest time.
+
+        The caller holds the lock and remembers the descriptor.
+
+        Raises:
+            ArtefactError: the file is another one than when it was opened before.
+            OSError: it cannot be opened.
+        """
         while len(self._open) >= OPEN_TARS:
             least_recent = next(iter(self._open))
             os.close(self._open.pop(least_recent))

@@ -118,9 +118,13 @@ def _opened(tree: tuple[np.ndarray, np.ndarray], opening: Opening | None) -> tup
 
 
 def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Joins the prompt of ranking `number` with the completions of the next ranking of the corpus.
+    """Joins the prompt of ranking `number` with the completions of the next ranking of the corpus (of the last: the
+    first).
 
     Completions that do not fit into `seq_len` are left out. If none fits, the first one is cut.
+
+    Args:
+        seq_len: in tokens; the prompt has at most so many.
 
     Returns:
         (tokens, branch): (n,) each, as `RankingCorpus.tokens` and `Verdict.branch`.
@@ -142,9 +146,12 @@ def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.n
 
 
 def packed_trees(trees: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int) -> CompletionBatch:
-    """Packs trees into a batch with as few rows as best fit decreasing needs.
+    """Packs trees into a batch with as few rows as best fit decreasing needs. Prompts are no targets.
 
-    `prompt_C` numbers prompts in the order of `trees`, whatever row they are in.
+    `prompt_C` numbers prompts in the order of `trees`, whatever row they are in. Completions come row by row.
+
+    Args:
+        trees: (tokens, branch) of each ranking, (n,) each, at most `seq_len + 1` tokens.
     """
     lengths = np.array([len(tokens) - 1 for tokens, _ in trees], np.int64)
     order = longest_first(np.arange(len(trees)), lengths)
@@ -166,7 +173,9 @@ def batch_of_trees(
     pad_id: int,
     learns_prompts: bool,
 ) -> CompletionBatch:
-    """Lays trees into one batch of `len(rows)` sequences; the rest of a row is a document of `pad_id`.
+    """Returns one batch of `len(rows)` sequences of trees, in host memory; the rest of a row is a document of `pad_id`.
+
+    `reference_C` stays empty.
 
     Args:
         rows: (tokens, branch) of each ranking; the trees of a row have at most `seq_len` tokens in all.

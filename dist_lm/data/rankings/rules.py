@@ -34,7 +34,7 @@ class Marks:
 
 
 def marks_of(prompt: str, completion: str, parses: bool) -> Marks:
-    """Computes the marks of a completion.
+    """Returns the marks of a completion, each in [0, 1]; 1 is the best.
 
     Args:
         parses: the verdict of the language's parser on prompt and completion together (`dist_lm.sandbox.syntax`).

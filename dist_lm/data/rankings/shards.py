@@ -48,7 +48,11 @@ class VerdictArrays:
 
 
 def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
-    """Returns the arrays of a member that holds these rankings, by the names of `PARTS`."""
+    """Returns the arrays of a member that holds these rankings, by the names of `PARTS`, with types as the module says.
+
+    Args:
+        verdicts: at least one.
+    """
     completions = [int(verdict.branch.max()) for verdict in verdicts]
     # A ranking with judgements has zeros for ranks, so that each completion has one rank in the file.
     ranks = [
@@ -90,7 +94,7 @@ class RankingCorpus:
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "RankingCorpus":
-        """Opens the rankings of a corpus, and checks and reads every member.
+        """Returns the rankings of a corpus, after every member was read and checked; their verdicts stay in memory.
 
         Raises:
             ArtefactError: the corpus is missing or damaged, or holds no rankings.
@@ -135,7 +139,10 @@ class RankingCorpus:
         return self.corpus.languages[self.corpus.language_codes[document]]
 
     def verdict(self, document: int) -> Verdict:
-        """Returns how the completions of a ranking were judged, as views of the arrays in memory."""
+        """Returns how the completions of a ranking were judged, as views of the arrays in memory.
+
+        `ranks` is empty if the ranking has judgements.
+        """
         token_end = int(self._token_ends[document])
         token_begin = token_end - int(self.corpus.lengths[document])
         judgement_end = int(self._judgement_ends[document])
@@ -153,7 +160,12 @@ class RankingCorpus:
 
 
 def _members(tar: Path) -> list[tuple[np.ndarray, VerdictArrays]]:
-    """Reads (branch, verdicts) of every member of a tar."""
+    """Returns (branch, verdicts) of every member of a tar, in order.
+
+    Raises:
+        ArtefactError: a member holds no rankings.
+        ValueError, tarfile.TarError: the tar is damaged.
+    """
     arrays_by_member = []
     with tar.open("rb") as file:
         for key, parts in members(tar):

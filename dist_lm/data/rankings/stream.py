@@ -98,7 +98,11 @@ class RankingStream(StepStream):
         )
 
     def batch(self, numbers: list[int]) -> Batch:
-        """Makes the micro-batch of these global sequence numbers, with the lessons of its rankings."""
+        """Returns the micro-batch of these global sequence numbers, with the lessons of its rankings, in host memory.
+
+        Raises:
+            ArtefactError: a tar is damaged.
+        """
         rows = []
         for number in numbers:
             epoch_order, i = self._epochs.locate(number)
@@ -163,10 +167,11 @@ def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, num
 
 
 def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
-    """Makes a verdict err: each judgement is reversed, and each two neighbouring ranks are swapped, with probability
-    `share`, from the best rank down.
+    """Returns a verdict that errs: each judgement is reversed, and each two neighbouring ranks are swapped, with
+    probability `share`, from the best rank down.
 
     Args:
+        share: in [0, 1]; 0: the same verdict.
         word: the 64-bit key of the draws.
     """
     if not share:
@@ -190,9 +195,11 @@ def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
 
 
 def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
-    """Draws `count` (at most all) of the pairs with different ranks, as judgements without a margin.
+    """Returns `count` (at most all) of the pairs with different ranks, as judgements with margin 0, in place of the
+    ranks.
 
     Args:
+        verdict: one with ranks.
         word: the 64-bit key of the draw.
     """
     ranks = verdict.ranks.tolist()
@@ -214,7 +221,10 @@ def assemble_rankings(
     pad_id: int,
     opening: Opening | None = None,
 ) -> tuple[Batch, list[PlacedRanking]]:
-    """Assembles a `Batch` of `len(rows)` sequences for a reward model, which predicts no token.
+    """Returns a `Batch` of `len(rows)` sequences for a reward model, which predicts no token, and its rankings.
+
+    The batch is in host memory. The rankings have the indices of their completions' last tokens in B * T;
+    `ranked_positions` adds verdicts to these.
 
     Args:
         rows: whole documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
@@ -222,9 +232,8 @@ def assemble_rankings(
         numbers: the global sequence numbers.
         opening: of the tokenizer; None: documents begin with end-of-text.
 
-    Returns:
-        The batch, and its rankings with the indices of their completions' last tokens; `ranked_positions` adds verdicts
-        to these.
+    Raises:
+        ArtefactError: a tar is damaged.
     """
     shape = (len(rows), seq_len)
     tokens = np.full(shape, pad_id, np.int64)
@@ -267,7 +276,9 @@ def assemble_rankings(
 
 
 def ranked_positions(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPositions:
-    """Turns the verdicts of a batch into tensors.
+    """Returns the verdicts of a batch as tensors: (P, K) for the rankings with ranks, (N,) for all judgements.
+
+    Indices are int64 into B * T, margins float32. P or N may be 0.
 
     Args:
         verdicts: one for each ranking of `placed`.

@@ -97,6 +97,8 @@ TEXT = "text"  # language of a file that a source names although its language is
 def language_of(name: str) -> str:
     """Returns the language of a file by its name, else by its first line; empty if neither tells.
 
+    Only a local file without a suffix is opened.
+
     Raises:
         OSError: the first line cannot be read.
     """
@@ -112,7 +114,10 @@ def language_of(name: str) -> str:
 
 
 def shebang_language(line: bytes) -> str:
-    """Returns `python` for `#!/usr/bin/env -S python3 -u`; empty without a shebang or for an unknown program."""
+    """Returns the language of a first line, such as `python` for `#!/usr/bin/env -S python3 -u`.
+
+    Empty without a shebang or for an unknown program.
+    """
     if not line.startswith(b"#!"):
         return ""
     words = line[2:].decode(errors="replace").split()
@@ -125,7 +130,8 @@ def shebang_language(line: bytes) -> str:
 
 
 def list_source_files(source: SourceConfig) -> Inputs:
-    """Lists files whose language is known, and among `only` if the source names some.
+    """Returns the files of a source; taken are those whose language is known, and among `only` if the source names
+    some.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`, or a file without a suffix cannot be read.
@@ -154,10 +160,13 @@ def list_source_files(source: SourceConfig) -> Inputs:
     advice="check path, exclude and only; every file is empty, binary or repeated",
 )
 def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every file as a text. `source.language` replaces the languages of the files.
+    """Yields every file as a text, or why it is dropped. `source.language` replaces the languages of the files.
+
+    `seed` is not used.
 
     Raises:
-        ArtefactError: a file cannot be read.
+        ConfigError: as `list_source_files`.
+        ArtefactError: a file cannot be listed or read.
     """
     listing = list_source_files(source)
     for file, repository in by_repository(listing, source.path or []):
@@ -185,6 +194,7 @@ def by_repository(listing: Inputs, paths: Sequence[str]) -> list[tuple[Input, st
     not be split otherwise.
 
     Args:
+        listing: with the `.git` that it left out, by which repositories are found.
         paths: those of the source. Repositories whose last folders have the same name are named by the path below.
     """
     # The listing names `.git` among the hidden files: as a folder, or in a worktree as a file.
@@ -234,7 +244,7 @@ def _root_of(name: str, roots: set[str]) -> str:
 
 
 def _text(content: bytes) -> tuple[str, str]:
-    """Returns the text of a file and an empty reason, or an empty text and why it is dropped."""
+    """Returns the text of a file and an empty reason, or an empty text and why it is dropped, such as `binary`."""
     if len(content) > LONGEST:
         return "", "too_long"
     # A NUL is in no source text, and early in nearly every binary file.

@@ -37,13 +37,16 @@ Format = Callable[[str, Sequence[str] | None], Iterator[NumberedRow]]
 
 
 def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Reads one JSON object a line; blank lines are passed over. A .json file may also be one list of objects.
+    """Yields one JSON object a line; blank lines are passed over. A .json file may also be one list of objects.
+
+    A broken line is yielded as its problem.
 
     Args:
         wanted_columns: not used: a line is parsed whole.
 
     Raises:
         ArtefactError: the file is UTF-16, or a list that is broken.
+        OSError: the file cannot be read or decompressed.
     """
     with open_content(name) as file:
         first_bytes = file.peek(4)
@@ -65,10 +68,13 @@ def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numb
 
 
 def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Reads the rows of a parquet file.
+    """Yields the rows of a parquet file, one batch in memory; a row with broken text is yielded as its problem.
 
     Args:
         wanted_columns: only these are fetched, as far as the file has them; None: all.
+
+    Raises:
+        OSError, ValueError: the file cannot be read or is damaged.
     """
     import pyarrow.parquet
 
@@ -96,15 +102,17 @@ def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Nu
 
 
 def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Reads the rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line.
+    """Yields the rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line.
 
-    Each line of a broken row counts as broken, because a superfluous quote takes in good lines.
+    Each line of a broken row counts as broken, because a superfluous quote takes in good lines. Sets the module's limit
+    of characters in a field for the whole process.
 
     Args:
         wanted_columns: may not be in the header twice; None: no column may.
 
     Raises:
         ArtefactError: the header is broken, or a quote opens that nothing closes; the message names the line.
+        OSError: the file cannot be read or decompressed.
     """
     csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
     with open_content(name) as file:
@@ -146,7 +154,9 @@ def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Number
 
 
 def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
-    """Reads lines with bounded memory: one that is too long is passed over."""
+    """Yields lines with their line ends, in bounded memory: one of `LONGEST` bytes or more is yielded as its
+    problem.
+    """
     while line := file.readline(LONGEST):
         if len(line) < LONGEST or line.endswith(b"\n"):
             yield line
@@ -158,6 +168,7 @@ def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
 
 
 def _json_row(line: bytes) -> Row | BadRow:
+    """Returns the object of a line of JSON; the problem if it is another value or broken."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -195,7 +206,9 @@ def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
 
 
 def _decoded(batch: Any) -> Iterator[Row | BadRow]:
-    """Converts a pyarrow batch to rows; of a batch with a broken text, row by row."""
+    """Yields the rows of a pyarrow batch; of a batch with a broken text row by row, and the problem of each broken
+    row.
+    """
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # before the first row is yielded

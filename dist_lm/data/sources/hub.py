@@ -36,11 +36,15 @@ HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
 
 
 def list_data_set(source: SourceConfig) -> Inputs:
-    """Lists the commit of a data set, unless the source names it; or the files that the source names instead.
+    """Returns the commit of a data set as its only input; nothing if the source names the commit. With `path`: the
+    files.
+
+    Asks the hub, several times if it does not answer.
 
     Raises:
         UnreachableError: the hub does not answer, or HF_HUB_OFFLINE is set.
-        ArtefactError: it has no such data set or revision.
+        ArtefactError: it has no such data set or revision, or a file cannot be listed.
+        ConfigError: the source names a local path as data set, files that do not exist, or a package is missing.
     """
     if source.path:
         return list_rows(source)
@@ -98,7 +102,7 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 
 def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
-    """Yields the rows of `source.dataset`, or of the files of `source.path`.
+    """Yields the rows of `source.dataset`, or of the files of `source.path`; a stream that breaks is resumed.
 
     Raises:
         ConfigError: the source names both, or a local path as data set, or the `datasets` package is missing.
@@ -121,7 +125,7 @@ def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
 
 
 def check_is_data_set(source: SourceConfig) -> None:
-    """Refuses a local path in the key of a data set.
+    """Refuses a local path in the key of a data set. The hub is not asked.
 
     Raises:
         ConfigError: names the reader for local files.
@@ -138,7 +142,9 @@ def check_is_data_set(source: SourceConfig) -> None:
 
 
 def hub_rows(source: SourceConfig) -> RowsFrom:
-    """Returns a function that opens the data set of `source` at any row.
+    """Returns a function that opens the data set of `source` at any row, counted from 0. Nothing is opened yet.
+
+    The function passes on what the libraries of the hub raise.
 
     Raises:
         ConfigError: the `datasets` package is missing.
@@ -149,6 +155,7 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
         raise _not_installed(source, error) from error
 
     def rows_from(row: int) -> Iterable[Row]:
+        """Returns the rows from number `row` on; the stream reads them when it is iterated."""
         # By commit, because a branch may move between two openings of one stream.
         commit = commit_of(source.dataset, source.revision or MAIN)
         options = {"name": source.subset, "revision": commit, "split": source.split or TRAIN}
@@ -170,7 +177,12 @@ def _not_installed(source: SourceConfig, error: ImportError) -> ConfigError:
 
 
 def retrying(attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S) -> "Retrying":
-    """Makes a caller that repeats a function, with growing pauses, while that may help; then it raises the error."""
+    """Returns a caller that repeats a function, with growing pauses, while that may help; then it raises the error.
+
+    Args:
+        attempts: calls in all.
+        first_wait_s: the first pause, in seconds.
+    """
     from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential
 
     return Retrying(
@@ -184,12 +196,12 @@ def retrying(attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S) -> "R
 def resumed(
     rows_from: RowsFrom, what: str, attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S
 ) -> Iterator[tuple[int, Row]]:
-    """Yields `(number, row)` of every row; a broken stream is opened again at the row where it broke.
+    """Yields `(number, row)` of every row, from 0; a broken stream is opened again at the row where it broke.
 
     Args:
         what: the data set, for errors.
         attempts: consecutive openings without a new row before it gives up.
-        first_wait_s: the pause before the second opening; later ones grow.
+        first_wait_s: the pause before the second opening, in seconds; later ones grow.
 
     Raises:
         ArtefactError: no attempt is left, or another one would not help.
@@ -200,6 +212,7 @@ def resumed(
     number = 0  # next row
 
     def reopen() -> Row:
+        """Opens the stream at the next row, and returns that row, or `end`."""
         nonlocal stream
         stream = iter(rows_from(number))
         return next(stream, end)

@@ -35,8 +35,11 @@ OASST = "oasst1"  # its rankings extend over several rows
 def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields every ranking of a data set, or of files with its columns, in its order. `seed` is not used.
 
+    A row that gives no ranking is yielded as `Rejected`.
+
     Raises:
-        ConfigError: the `datasets` package is missing, the kind of rows is unknown, or a column is missing.
+        ConfigError: the `datasets` package is missing, the kind of rows is unknown, a column is missing, or the source
+            has a key that the kind does not take.
         ArtefactError: the data set cannot be read.
     """
     kind = rows_of(source)
@@ -80,11 +83,14 @@ def rows_of(source: SourceConfig) -> str:
 def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[tuple[str, Ranking]]:
     """Yields (language, ranking) of `OpenAssistant/oasst1` (Koepf et al. 2023): people ranked answers to one message.
 
-    Rank 0 is the best.
+    Rank 0 is the best; at most `MOST` answers stay. Answers with a missing message above them are passed over.
 
     Args:
         rows: messages, those of a tree one after the other.
         languages: those to read, such as `en`; None: all.
+
+    Raises:
+        KeyError: a row lacks a column.
     """
     # Every message of a tree that has ranked answers gives a ranking.
     for _, tree in groupby(rows, key=lambda row: row["message_tree_id"]):
@@ -160,7 +166,11 @@ def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidat
 
 
 def _candidate(ranking_of: Callable[[Row], Ranking | None], source_row: SourceRow, source: SourceConfig) -> Candidate:
-    """Makes a document of a row, or says why it gives none."""
+    """Returns the document of a row, or `Rejected` with the reason why it gives none.
+
+    Raises:
+        KeyError: the row lacks a column.
+    """
     row, location = source_row.row, source_row.location
     if isinstance(row, BadRow):
         return Rejected(source.language, location, row.reason, row.words)
@@ -189,7 +199,7 @@ def _ranking(
 
 
 def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
-    """Returns the turns from the root to a message; empty if a message in between is missing."""
+    """Returns the turns from the root to a message; empty if a message in between is missing, or `message` is None."""
     turns = []
     while message is not None:
         row = messages.get(message)

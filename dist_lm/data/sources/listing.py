@@ -38,7 +38,13 @@ def bare_name(name: str) -> str:
 
 
 def by_suffix(*suffixes: str) -> OwnRule:
-    """Makes the rule that takes files of these suffixes, in upper or lower case, plain or compressed."""
+    """Returns the rule that takes files of these suffixes, in upper or lower case, plain or compressed.
+
+    Its docstring, which errors quote, names the suffixes.
+
+    Args:
+        suffixes: in lower case, with their dots.
+    """
 
     def rule(name: str) -> str:
         suffix = PurePosixPath(bare_name(name)).suffix
@@ -51,7 +57,10 @@ def by_suffix(*suffixes: str) -> OwnRule:
 
 
 def base_of(path: str) -> str:
-    """Returns the base of names below a path: itself, or the last folder of a glob without magic letters."""
+    """Returns the base of names below a path: itself, or the last folder of a glob without magic letters.
+
+    It has no slash at its end and no `file://`.
+    """
     base = path.rstrip("/")
     if not scheme_of(path):
         base = os.path.expanduser(path.removeprefix("file://")).rstrip("/")  # noqa: PTH111  a glob is no path
@@ -63,14 +72,15 @@ def base_of(path: str) -> str:
 
 
 def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = (".", "_")) -> Inputs:
-    """Lists the files of `source.path`.
+    """Returns the files of `source.path`, each taken or with the reason why it is left out. Asks the servers of URLs.
 
     Args:
         rule: decides about files that are found in a folder; its docstring says what it takes.
         hidden: first letters of hidden names.
 
     Raises:
-        ConfigError: a path does not exist or holds nothing to read; the message says what was left out.
+        ConfigError: a path does not exist or holds nothing to read (the message says what was left out), or `exclude`
+            is no list of patterns.
         ArtefactError: a folder or URL cannot be listed.
     """
     import pathspec
@@ -126,10 +136,11 @@ class _Walk:
     listed: set[Any] = field(default_factory=set)  # (device, inode) of local files and folders, names of remote ones
 
     def local(self, path: str) -> Iterator[Input]:
-        """Lists a file, a folder or a glob of this machine.
+        """Yields the inputs of a file, a folder or a glob of this machine, in the order of names.
 
         Raises:
             FileNotFoundError: there is none.
+            OSError: a folder cannot be listed.
         """
         pattern = os.path.expanduser(path.removeprefix("file://"))  # noqa: PTH111  a glob is no path
         # An existing file may have the letters of a glob in its name.
@@ -163,10 +174,14 @@ class _Walk:
                 yield from self._folder(name, "")
 
     def _folder(self, folder: str, below: str) -> Iterator[Input]:
-        """Lists a folder to the bottom.
+        """Yields the inputs of a folder to the bottom, in the order of names. A folder that was listed before is left
+        out.
 
         Args:
             below: the folder's name relative to the path of the source, with a slash at its end unless it is empty.
+
+        Raises:
+            OSError: a folder cannot be listed.
         """
         # Each folder once: a link to a folder above would never end.
         if self._was_listed(folder):
@@ -195,7 +210,11 @@ class _Walk:
                 yield self._file(path, self.rule)
 
     def _file(self, name: str, rule: OwnRule) -> Input:
-        """Describes a file, and asks `rule` whether it is taken."""
+        """Returns the input of a file, and asks `rule` whether it is taken. A broken link is left out.
+
+        Raises:
+            OSError: the file cannot be looked at.
+        """
         try:
             mode = os.stat(name).st_mode  # noqa: PTH116
         except OSError as error:
@@ -230,10 +249,11 @@ class _Walk:
         return False
 
     def remote(self, url: str) -> Iterator[Input]:
-        """Lists a URL: one file of http, or a file, folder or glob of s3 and gs.
+        """Yields the inputs of a URL: one file of http, or a file, folder or glob of s3 and gs.
 
         Raises:
             FileNotFoundError: there is none, or the server answers with an error.
+            OSError, ValueError: the URL cannot be listed.
         """
         import fsspec.utils
         from pyarrow import fs
@@ -270,7 +290,11 @@ class _Walk:
             yield self._remote_input(name, {"size": file.size, "mtime": file.mtime_ns}, left_out)
 
     def _remote_input(self, name: str, info: dict[str, Any], left_out: str) -> Input:
-        """Describes a remote file by the fields that its server tells."""
+        """Returns the input of a remote file by the fields that its server tells; a size of -1 is unknown.
+
+        Args:
+            left_out: the reason why it is left out; empty: it is taken, unless it was listed before.
+        """
         if not left_out and name in self.listed:
             left_out = AGAIN
         self.listed.add(name)

@@ -44,7 +44,12 @@ def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 
 def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
-    """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers."""
+    """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers.
+
+    Args:
+        column: that of the messages.
+        columns: those of the file, for the message.
+    """
     if column not in row:
         return missing_column(column, columns)
     if row[column] is None:

@@ -37,7 +37,12 @@ def scheme_of(name: str) -> str:
 
 
 def filesystem(name: str) -> "AbstractFileSystem":
-    """Returns the file system of a URL."""
+    """Returns the file system of a URL. For s3 the region of the bucket is asked for.
+
+    Raises:
+        ConfigError: the scheme is not supported.
+        OSError: the bucket cannot be found.
+    """
     import fsspec
 
     scheme = scheme_of(name)
@@ -55,10 +60,14 @@ def filesystem(name: str) -> "AbstractFileSystem":
 
 
 def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
-    """Opens a file or URL as it is stored, without decompression.
+    """Returns a file or URL, opened as it is stored, without decompression.
 
     Args:
         random_access: fetch exactly the bytes that are read. Otherwise a URL is read ahead.
+
+    Raises:
+        ConfigError: the scheme of the URL is not supported.
+        OSError: it cannot be opened.
     """
     scheme = scheme_of(name)
     if not scheme:
@@ -72,7 +81,12 @@ def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
 
 
 def open_content(name: str) -> io.BufferedReader:
-    """Opens a file or URL, decompressed by suffix; reading a truncated one ends in OSError."""
+    """Returns a file or URL, opened and decompressed by suffix; reading a truncated one ends in OSError.
+
+    Raises:
+        ConfigError: the scheme of the URL is not supported.
+        OSError: it cannot be opened.
+    """
     raw: Any = open_raw(name)
     suffix = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).suffix.lower()
     compressions = {**COMPRESSIONS, ".tgz": "gzip"}
@@ -144,7 +158,10 @@ class Persistent(io.RawIOBase):
 
 
 def is_transient(error: BaseException) -> bool:
-    """Tells whether the same request may succeed later: broken connections, time-outs, overloaded servers."""
+    """Returns whether the same request may succeed later: broken connections, time-outs, overloaded servers.
+
+    Missing files and refused rights are not transient, any other OSError is.
+    """
     # The answer of a server, if there is one, decides.
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     if isinstance(status, int):

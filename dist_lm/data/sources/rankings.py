@@ -28,7 +28,7 @@ KEYS = {"prompt", "completions", "ranks", "judgements"}
 
 
 def list_rankings(source: SourceConfig) -> Inputs:
-    """Lists the files that `source.dataset` names: a file of JSON lines, or a glob.
+    """Returns the files that `source.dataset` names: a file of JSON lines, or a glob. They are not read.
 
     Raises:
         ConfigError: there is no such file.
@@ -104,7 +104,7 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
 
 
 def ranking_of(fields: Any) -> Ranking:
-    """Builds a ranking from the JSON of a line.
+    """Returns the ranking of the JSON of a line, checked.
 
     Raises:
         ChatError (a ValueError): says what was expected.
@@ -126,6 +126,11 @@ def ranking_of(fields: Any) -> Ranking:
 
 
 def _prompt(prompt: Any) -> Conversation:
+    """Returns the conversation of a prompt: a list of turns, or a text, which is one turn of the user.
+
+    Raises:
+        ChatError: it is neither, or a turn has another role or key.
+    """
     if type(prompt) not in (str, list):
         raise ChatError("prompt: expected a text, or a list of turns with role and content")
     # A text is short for one turn of the user.
@@ -143,6 +148,12 @@ def _prompt(prompt: Any) -> Conversation:
 
 
 def _judgement(judgement: Any) -> Judgement:
+    """Returns the judgement of `[better, worse]` or `[better, worse, margin]`; indices are not compared with the
+    completions.
+
+    Raises:
+        ChatError: it has another form.
+    """
     numbers = _list(judgement, "judgements")
     if len(numbers) not in (2, 3) or not all(type(index) is int for index in numbers[:2]):
         raise ChatError("judgements: expected [better, worse] or [better, worse, margin]")

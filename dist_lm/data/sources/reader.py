@@ -140,7 +140,9 @@ def source_form(source: SourceConfig) -> Form:
 
 
 def check_keys(source: SourceConfig, traits: Traits) -> None:
-    """Refuses a key that the reader does not take, and the lack of a key that it needs.
+    """Refuses a key that the reader does not take, and the lack of a key that it needs; returns nothing.
+
+    A key with an empty value (None, "", [] or 0) counts as not set.
 
     Raises:
         ConfigError: names the key and the keys that the reader takes.
@@ -188,7 +190,7 @@ def _imported(source: SourceConfig) -> Reader:
 
 
 def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]:
-    """Returns the sources of one corpus.
+    """Returns the sources of one corpus. Readers that are named by an import path are imported.
 
     Raises:
         ConfigError: there is no such corpus or reader, or the readers give documents of several forms.

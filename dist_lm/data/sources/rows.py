@@ -99,7 +99,7 @@ def named_columns(source: SourceConfig, *defaults: str) -> Named:
 def rows_of_files(
     inputs: Inputs, columns: Named | None = None, format_of_all: Format | None = None
 ) -> Iterator[SourceRow]:
-    """Yields the rows of all files, one after the other.
+    """Yields the rows of all files, one after the other; a broken row is yielded as its problem.
 
     Args:
         columns: those that are read of a parquet file; None: all.
@@ -148,7 +148,7 @@ def row_documents(
     content_of: ContentOf | None = None,
     form: Form = "text",
 ) -> Iterator[Candidate]:
-    """Yields a candidate for each row.
+    """Yields a candidate for each row: a document, or `Rejected`.
 
     Args:
         default: column of the content, if the source names none.
@@ -278,7 +278,12 @@ def _text(cell: object) -> str:
 def _candidate(
     source_row: SourceRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form
 ) -> Candidate:
-    """Makes a document of a row, or says why it gives none."""
+    """Returns the document of a row, or `Rejected` with the reason why it gives none.
+
+    Args:
+        column: that of the content.
+        content_of: as of `row_documents`.
+    """
     row, location = source_row.row, source_row.location
     unknown = source.language or "unknown"
     if isinstance(row, BadRow):

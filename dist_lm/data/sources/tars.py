@@ -67,9 +67,13 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]
 def _row(
     members: Iterator[tuple[str, str, tarfile.TarInfo]], tar: tarfile.TarFile, wanted_columns: set[str]
 ) -> Row | BadRow:
-    """Reads a sample.
+    """Returns a sample as a row, or its problem.
 
     A member that is not wanted has the value None, and .json is parsed only if a wanted column is no member.
+
+    Args:
+        members: (key, extension, member) of the sample.
+        wanted_columns: extensions, or keys of the .json member.
     """
     row: Row = {}
     problem: BadRow | None = None

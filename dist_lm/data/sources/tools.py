@@ -48,6 +48,8 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields every row of a data set, or of files with its columns, as a conversation. `seed` is not used.
 
+    A row that is broken, or makes no conversation (`invalid_calls`), is yielded as `Rejected`.
+
     Raises:
         ConfigError: the `datasets` package or a column is missing.
         ArtefactError: the data set cannot be read.
