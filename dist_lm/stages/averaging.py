@@ -41,15 +41,19 @@ PLAIN = "newest checkpoint"
 
 
 def average(run: RunDirectory, last: int, ema: bool, device: str, console: Console) -> Path:
-    """Write the mean of the last checkpoints, or the exponential average of the newest, and print what it reaches.
+    """Writes the mean of the last checkpoints, or the exponential average of the newest, as a checkpoint; returns its
+    folder.
+
+    It prints what was averaged and, with `device`, the metrics on val beside those of the newest checkpoint.
 
     Args:
         last: number of checkpoints; 0 with `ema`.
         device: auto | cpu | cuda; empty: do not evaluate.
 
     Raises:
-        ConfigError: not exactly one of `last` and `ema`, or fewer checkpoints than `last`.
-        ArtefactError: a checkpoint is missing or damaged, or has no exponential average; or the folder exists.
+        ConfigError: not exactly one of `last` and `ema`, an unknown device, or fewer checkpoints than `last`.
+        ArtefactError: a checkpoint is missing or damaged, or has no exponential average; the folder exists or cannot be
+            written; or tokenizer or corpora of the run are missing.
     """
     require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
@@ -80,7 +84,8 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
 
 
 def mean_of(checkpoints: Sequence[Path]) -> dict[str, ComputedTensor]:
-    """The mean of each parameter over checkpoints."""
+    """Returns the mean of each parameter over checkpoints, by name; computed in fp64 when it is written, stored in
+    fp32."""
     stored = [stored_tensors(checkpoint) for checkpoint in checkpoints]
 
     # fp64, since the mean of close numbers must not lose their differences.
@@ -95,7 +100,7 @@ def mean_of(checkpoints: Sequence[Path]) -> dict[str, ComputedTensor]:
 
 
 def exponential(checkpoint: Path) -> dict[str, ComputedTensor]:
-    """The exponential average of each parameter in a checkpoint.
+    """Returns the exponential average of each parameter in a checkpoint, by name; read when it is written.
 
     Raises:
         ArtefactError: it has none.
@@ -112,7 +117,11 @@ def exponential(checkpoint: Path) -> dict[str, ComputedTensor]:
 
 
 def write_average(folder: Path, tensors: Mapping[str, ComputedTensor], newest: Path, model: ModelConfig) -> None:
-    """Write the checkpoint `folder` of the step of `newest`; it appears when it is complete."""
+    """Writes the checkpoint `folder` of the step of `newest`; it appears when it is complete.
+
+    Raises:
+        ArtefactError: it cannot be written.
+    """
     # The average was never evaluated on the way, so it has no best loss.
     state = replace(files.read_state(newest)[0], best_val_loss=None, best_step=0)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
@@ -133,7 +142,12 @@ def can_be_measured(run: RunDirectory) -> bool:
 
 
 def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -> dict[str, dict[str, float]]:
-    """Metrics of each checkpoint on all of val, in this process.
+    """Returns the metrics of each checkpoint on all of val, by label, computed in this process.
+
+    It makes a process group of one rank and destroys it.
+
+    Args:
+        device: auto | cpu | cuda.
 
     Raises:
         ArtefactError: tokenizer or corpora of the run are missing.
@@ -162,7 +176,7 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
 
 
 def print_metrics(metrics: Mapping[str, Mapping[str, float]], console: Console) -> None:
-    """Print a column for each set of weights."""
+    """Prints a row per metric and a column for each set of weights."""
     table = Table("metric on val", *metrics)
     for name in metrics[PLAIN]:
         table.add_row(name, *(f"{of_weights[name]:.4f}" for of_weights in metrics.values()))

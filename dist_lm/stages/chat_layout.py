@@ -25,10 +25,15 @@ SYSTEM = "Answer in one sentence."
 
 
 def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
-    """The chat template of a model of transformers; None if it has none, or lays conversations out as ours.
+    """Returns the chat template of a model of transformers; None if it has none, or lays conversations out as ours.
+
+    Its date is today's.
 
     Args:
         tokenizer: the model's own.
+
+    Raises:
+        ArtefactError: a file of the folder cannot be read.
     """
     text = chat_template_of(folder)
     if not text:
@@ -41,7 +46,11 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
 
 
 def given_template(config: TokenizerConfig) -> KeptTemplate | None:
-    """The layout of the conversations of a work directory: the kept template of the tokenizer that it takes."""
+    """Returns the kept template of the tokenizer that a work directory takes; None: our layout. It may read the hub.
+
+    Raises:
+        ArtefactError: the snapshot cannot be read.
+    """
     if config.chat_template == "ours" or not config.is_given:
         return None
     if config.source.startswith(HF):
@@ -56,7 +65,11 @@ def _of_snapshot(source: str, content: bytes) -> KeptTemplate | None:
 
 
 def is_ours(template: KeptTemplate, opening: str) -> bool:
-    """Whether a template lays conversations out as ours. `opening`: the name of the token that opens documents."""
+    """Returns whether a template lays out `CONVERSATIONS` conversations as ours does, byte for byte.
+
+    Args:
+        opening: the name of the token that opens documents.
+    """
     # Templates are programs: only their output tells whether two are the same.
     for conversation in islice(conversations(), CONVERSATIONS):
         ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, opening)
@@ -69,7 +82,8 @@ def is_ours(template: KeptTemplate, opening: str) -> bool:
 
 
 def conversations() -> Iterator[Conversation]:
-    """Different conversations, the same at every call: every second one has tools, every third one a system turn."""
+    """Yields different conversations without end, the same at every call: every second one has tools, every third a
+    system turn."""
     previous_text = ""
     for number, example in enumerate(examples(0, 10**9)):
         conversation = example.conversation

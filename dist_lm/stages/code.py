@@ -23,7 +23,12 @@ class Code(TextStage):
     starts_from = "language"
 
     def after_training(self, closing: Closing) -> dict[str, float]:
-        """Shares of samples, prompt included: `code/parses_LANGUAGE`, `code/runs_LANGUAGE`."""
+        """Samples the model, runs the samples in the sandbox and writes them (collective). Returns shares, the same on
+        every rank.
+
+        `code/parses_LANGUAGE` and `code/runs_LANGUAGE` are fractions of samples, prompt included; those without a
+        verdict do not count. Empty without samples.
+        """
         import torch.distributed as dist
 
         from dist_lm.sandbox.syntax import parses_continued
@@ -55,6 +60,7 @@ class Code(TextStage):
         return {name: sum(verdicts) / len(verdicts) for name, verdicts in sorted(verdicts_of.items())}
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yields the shares of samples that parse, and of those that run, by language; nothing without such metrics."""
         for prefix, title in ((PARSES, "samples that parse"), (RUNS, "samples that run")):
             shares = [
                 f"{name.removeprefix(prefix)} {percent(value)}"
@@ -66,9 +72,13 @@ class Code(TextStage):
 
 
 def runs(samples: "Sequence[Sample]", parsed: Sequence[bool | None], trust_me: bool) -> list[bool | None]:
-    """Whether each sample, its prompt included, parses and then ends without an error in the sandbox.
+    """Returns whether each sample, its prompt included, parses and then ends without an error in the sandbox.
 
-    None: not executed, because there is no parser for the language or no sandbox here, or because the sandbox failed.
+    None: not executed, because there is no parser for the language or no sandbox here (a warning), or because the
+    sandbox failed.
+
+    Args:
+        parsed: whether each sample parses; None: no parser.
     """
     from dist_lm.sandbox.pool import SandboxPool
     from dist_lm.sandbox.program import Program

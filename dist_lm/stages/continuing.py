@@ -65,7 +65,7 @@ BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
 def require_same_settings(
     stage: "TrainingStage", run: RunDirectory, config: Config, *, finished: bool, is_target: bool
 ) -> None:
-    """Refuse to continue a run of a training stage with other settings than it records.
+    """Refuses to continue a run of a training stage with other settings than it records; a run without output passes.
 
     Args:
         finished: whether the run has all its steps.
@@ -111,7 +111,7 @@ def refuse_other_settings(run: RunDirectory, config: Config, conflicts: list[str
 
 
 def differing_keys(old: Config, new: Config, prefix: str, free: tuple[str, ...]) -> list[str]:
-    """`key=new (was old)` for every key that starts with `prefix`, differs, and is not in `free`.
+    """Returns `key=new (was old)` for every key that starts with `prefix`, differs, and is not in `free`.
 
     Args:
         free: beginnings of keys; * stands for any text.
@@ -138,7 +138,9 @@ def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, 
 def without_schedule(
     conflicts: list[str], keys: tuple[str, ...], run: RunDirectory, old: Config, new: Config
 ) -> list[str]:
-    """`conflicts` of a begun run without those of its schedule, if all steps so far keep their learning rates.
+    """Returns `conflicts` of a begun run without those of its schedule, if all steps so far keep their learning rates.
+
+    If they do not, and there are other conflicts too, all are returned.
 
     Args:
         conflicts: `key=new (was old)`.
@@ -171,8 +173,8 @@ def without_schedule(
 
 
 def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int | None:
-    """The first of `steps` 0-based steps whose learning rate or momentum of Muon differs between two schedules; None if
-    there is none."""
+    """Returns the first of `steps` 0-based steps whose learning rate or momentum of Muon differs between two schedules;
+    else None."""
     from dist_lm.training.optimizer import muon_momentum, stage_rate  # imports torch
 
     for step in range(steps):
@@ -187,10 +189,10 @@ def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int
 
 
 def with_start(stage: Stage, config: Config) -> Config:
-    """`config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
+    """Returns `config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
 
-    `auto` becomes the run of the previous stage with the same run_id, `hf:SOURCE` the run of its import. A branch
-    has the start of the run that it continues.
+    `auto` becomes the run of the previous stage with the same run_id, `hf:SOURCE` the run of its import. A branch has
+    the start of the run that it continues. Nothing is checked to exist.
     """
     init_from = config.stage.init_from
     if config.stage.branch_from:
@@ -215,11 +217,12 @@ def with_branch(config: Config) -> Config:
 
 
 def check_branch(stage: "TrainingStage", config: Config) -> Path:
-    """The checkpoint of stage.branch_from, after comparing its run with `config`.
+    """Returns the checkpoint of stage.branch_from, after comparing its run with `config`.
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
-        ConfigError: the run belongs to another stage, or differs in more than its schedule.
+        ConfigError: the run belongs to another stage, differs in more than its schedule, or has no fewer steps than
+            `config`.
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))
@@ -257,11 +260,11 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
 
 
 def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
-    """The checkpoint of stage.init_from, after comparing it with `config`; None without one, and if this command builds
-    it.
+    """Returns the checkpoint of stage.init_from, after comparing it with `config`; None if there is none, or this
+    command builds it.
 
     Args:
-        init_from: stage.init_from as the command gives it; `config` has it as `none` or a path.
+        init_from: stage.init_from before it was resolved; `config` has it as `none` or a path.
         rebuilt: earlier stages that this command builds.
 
     Raises:

@@ -48,7 +48,12 @@ class PoolBeside:
         wanted: Callable[[], bool],
         sender: "Sender | None" = None,
     ) -> Pool:
-        """Start the actors. It calls `wanted` at least twice a second while it works; False ends it.
+        """Starts the actors and returns their pool, which the caller closes.
+
+        It calls `wanted` at least twice a second while it works; False ends it.
+
+        Args:
+            version: number of `weights`, which answers carry.
 
         Raises:
             ActorsLostError: no free resources for an actor; the message names the keys to change.
@@ -80,8 +85,10 @@ class PoolBeside:
 
 @contextmanager
 def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
-    """The cluster of this rank inside the block, for a pool; None without actors, and with a warning without Ray
-    (`torchrun -m dist_lm.train RUN_DIR`).
+    """Yields the Ray cluster of this rank; None if the pool has no actors, or (with a warning) if the rank runs without
+    Ray.
+
+    Without Ray means `torchrun -m dist_lm.train RUN_DIR`.
 
     Raises:
         ClusterError: Ray refuses this rank.
@@ -106,7 +113,7 @@ def engine_options(pool: RolloutPoolConfig) -> EngineOptions:
 def engine_spec(
     config: Config, pool: RolloutPoolConfig, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device, texts: bool
 ) -> EngineSpec:
-    """The engine of an actor.
+    """Returns the specification of an actor's engine.
 
     Args:
         texts: whether answers have texts, which stop texts need.

@@ -48,10 +48,10 @@ def stage_names() -> tuple[str, ...]:
 
 @cache
 def stage_named(name: str) -> Stage:
-    """The stage of that name.
+    """Returns the stage of that name; its module is imported on first use.
 
     Raises:
-        ConfigError: the name is unknown, or the entry point of another package does not name a stage.
+        ConfigError: the name is unknown, or the entry point of another package does not name a stage with its defaults.
     """
     if name in OWN:
         return importlib.import_module(f"dist_lm.stages.{OWN[name]}").STAGE
@@ -59,7 +59,7 @@ def stage_named(name: str) -> Stage:
         raise ConfigError(f"stage={name}: expected one of {', '.join(stage_names())}")
 
     where = f"entry point {name} = {_added()[name]!r} in group {GROUP}"
-    # The package is not ours: every way in which it can be wrong is named.
+    # The package is not ours, so each fault gets its own message.
     module, _, attribute = _added()[name].partition(":")
     try:
         stage = getattr(importlib.import_module(module), attribute)

@@ -33,7 +33,13 @@ class Sample:
 
 
 def sample_prompts(closing: Closing) -> list[Sample]:
-    """Samples for every prompt of stage.sampling; ranks share the work and all get every sample (collective)."""
+    """Returns samples for every prompt of stage.sampling, in order of languages; empty if there are no prompts.
+
+    Ranks share the work and all get every sample (collective). The seed of a sample is its index.
+
+    Raises:
+        UserError: the engine refuses a prompt.
+    """
     stage: Any = closing.config.stage  # callers are stages that end with samples
     config: SamplesConfig = stage.sampling
     prompts = [
@@ -69,12 +75,17 @@ def sample_prompts(closing: Closing) -> list[Sample]:
 def answer_all(
     closing: Closing, requests: list[Request], name: str, initial: LoadedModel | None = None
 ) -> list[Answer]:
-    """The answer to each request. Ranks share the work, and every rank gets all answers (collective).
+    """Returns the answer to each request, in order. Ranks share the work, and every rank gets all answers (collective).
+
+    Each rank builds an engine with whole weights for the call.
 
     Args:
         requests: the same on every rank; their ids are their numbers.
         name: name of the requests in messages.
         initial: the model that answers, the same on every rank; None: the trained model.
+
+    Raises:
+        UserError: the engine refuses a request.
     """
     if not requests:
         return []
@@ -103,11 +114,14 @@ def shared_answers(
     alive: Callable[[], None],
     finished: Callable[[Answer | Refusal], None] | None = None,
 ) -> list[Answer | Refusal]:
-    """The result of each request, for one answer each. Ranks share the work, and every rank gets all (collective).
+    """Returns the result of each request, for one answer each, ordered by id. Every rank gets all (collective).
+
+    Ranks share the work: rank r of n answers the requests r, r + n, ...
 
     Args:
         engine: with the same weights on every rank.
-        requests: the same on every rank.
+        requests: the same on every rank; their ids are numbers.
+        alive: called after each step of the engine.
         finished: gets the results of this rank as soon as they are there.
     """
     for request in requests[world.rank :: world.size]:

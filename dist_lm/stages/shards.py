@@ -91,13 +91,20 @@ class Shards(ArtefactStage):
         return inspect_corpora(config, wanted_corpora(config), lambda counts: f"{counts.tokens:,} training tokens")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Tokenize every corpus that is missing, damaged or older than its inputs."""
+        """Tokenizes every corpus that is missing, damaged or older than its inputs; corrects the licences of the
+        others.
+
+        Raises:
+            ConfigError: there is no corpus, or a source is invalid.
+            ArtefactError: a folder holds files of others, or sources have changed under finished tars.
+            UserError: a source cannot be read or reached.
+        """
         wanted = wanted_corpora(config)
         missing = missing_corpora(config, wanted)
         correct_corpora(config, [name for name in wanted if name not in missing])
 
-        # Val of every corpus of texts is kept out of train of all others, so all of them are read before the first one
-        # is built. The first one itself is compared while it is built.
+        # No train text may contain a held-out text of any corpus. So the other corpora of texts are compared with val
+        # before the first build; the first corpus itself is compared while it is built.
         texts = Texts(config.corpus, config.seed)
         if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
             texts.frozen = frozen_corpora(config, missing)
@@ -119,7 +126,11 @@ def own(config: Config) -> CorporaStageConfig:
 
 
 def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
-    """The corpora in `stage.corpora`, else all configured ones: those of rankings, or all others."""
+    """Returns the corpora in `stage.corpora`, else all configured ones: those of rankings, or all others.
+
+    Raises:
+        ConfigError: no corpus is configured.
+    """
     chosen = own(config).corpora
     if chosen is None and not config.corpus.corpora:
         raise ConfigError(
@@ -131,7 +142,11 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
 
 
 def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
-    """Those of `names` whose tars must be built: missing or damaged, or their inputs changed."""
+    """Returns those of `names` whose tars must be built: missing or damaged, or their inputs changed.
+
+    Raises:
+        ArtefactError: see `is_whole`.
+    """
     work = WorkDirectory(Path(config.work_dir))
     return [name for name in names if not is_whole(work.corpus(name)) or _changed(config, name)[0]]
 
@@ -145,7 +160,8 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
 
 
 def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Counts], str]) -> Artefact:
-    """The state of the corpora `names`.
+    """Returns the state of the corpora `names`: ready only if all of them are; its text says what is missing or
+    changed.
 
     Args:
         amount: says how much there is to train on.
@@ -153,6 +169,8 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
     Raises:
         ArtefactError: a corpus was made from another text or with another tokenizer, or its folder holds files of
             others.
+        ConfigError: a source of a missing corpus is invalid.
+        UnreachableError: the hub cannot be asked; not in a dry run.
     """
     work = WorkDirectory(Path(config.work_dir))
     ready: list[str] = []
@@ -189,7 +207,13 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
 
 
 def _unlisted(config: Config, name: str) -> list[str]:
-    """Check keys and places of a missing corpus before anything starts. A dry run may lack the hub; it gives a note."""
+    """Checks keys and places of a missing corpus before anything starts. Returns notes: why the hub was not asked (dry
+    run).
+
+    Raises:
+        ConfigError: a source is invalid.
+        UnreachableError: the hub cannot be asked, and this is no dry run.
+    """
     try:
         listed_inputs(config.corpus, name)
     except UnreachableError as error:
@@ -212,7 +236,7 @@ def _changed(config: Config, name: str) -> tuple[list[str], str]:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`.
+    """Returns whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`.
 
     Raises:
         FormatError: it has another format.
@@ -263,9 +287,10 @@ def check_corpus(config: Config, name: str) -> None:
 
 
 def is_frozen(config: Config, name: str) -> bool:
-    """Whether a corpus of texts stays as it is with `tokenizer=keep`: its own sources are those it was made from.
+    """Returns whether a corpus of texts is not rebuilt with `tokenizer=keep`, although other corpora may have changed
+    since.
 
-    Other corpora may have changed since.
+    Its own sources must be those it was made from.
     """
     if config.tokenizer.source != KEEP or form_of(config.corpus, name) != "text":
         return False
@@ -274,7 +299,8 @@ def is_frozen(config: Config, name: str) -> bool:
 
 
 def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
-    """The corpora of texts that stay as they are while `missing` are built, although other corpora have changed since.
+    """Returns the corpora of texts that stay as they are while `missing` are built, although other corpora have changed
+    since.
 
     They keep their held-out split, so new train text must not contain it.
     """
@@ -297,7 +323,19 @@ def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
 
 
 def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
-    """Write the tars of one corpus, behind those that an earlier build finished. The manifest completes the corpus."""
+    """Writes the tars of one corpus. Tars that an interrupted build finished are kept; the manifest, last, completes
+    it.
+
+    Dropped documents are written to a file beside the tars. If the inputs changed, the finished tars are dropped (a
+    warning).
+
+    Args:
+        texts: the split of the documents of texts.
+
+    Raises:
+        ArtefactError: the sources give fewer documents than the finished tars hold.
+        UserError: a source cannot be read.
+    """
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
     sources = corpus_sources(config.corpus, name)
@@ -311,7 +349,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
             f"source keeps it at one commit; those read now: {', '.join(heads)}"
         )
 
-    # split and source of the documents inside the encoder, which keeps their order
+    # (split, source) of each document that the encoder has not returned yet; it returns them in order
     origins: deque[tuple[str, int]] = deque()
     with (
         CorpusWriter(work.corpus(name), recipe) as writer,
@@ -347,7 +385,11 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
 
 
 def recipe_of(config: Config, name: str) -> Recipe:
-    """The settings and inputs that the tars of one corpus depend on."""
+    """Returns the settings and inputs that the tars of one corpus depend on; lists the inputs, also on the hub.
+
+    Raises:
+        UserError: an input cannot be listed.
+    """
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
     # Texts depend on the held-out text of all corpora of texts.
     corpora_read = text_corpora(config.corpus) if form_of(config.corpus, name) == "text" else [name]
@@ -365,15 +407,15 @@ def recipe_of(config: Config, name: str) -> Recipe:
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:
-    """The settings that the texts of all corpora depend on.
+    """Returns the settings that the texts of all corpora depend on.
 
-    One fingerprint covers all of them, because a text of one corpus keeps a similar text out of another corpus' val.
+    All corpora of texts share a fingerprint, because a text of one keeps a similar text out of another's val.
     """
     return _fingerprint(config, text_corpora(config.corpus))
 
 
 def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
-    """The settings that the documents of one corpus and their tokens depend on.
+    """Returns the settings that the documents of one corpus and their tokens depend on, as JSON values.
 
     A corpus of conversations or rankings depends on no other corpus.
     """
@@ -387,6 +429,11 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
+    """Returns the settings that the documents of the corpora `names` depend on; keys that change no document are left
+    out.
+
+    The seed is None where no reader makes documents by it.
+    """
     selected: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
     corpus = asdict(selected)
     for key in ("name", "documents_per_member", "shard_tokens", "max_bad_fraction"):  # none changes a document

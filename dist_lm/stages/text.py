@@ -52,8 +52,8 @@ class SampledStageConfig(StageConfig):
     """A stage that ends with samples of its model."""
 
     sampling: SamplesConfig = field(default_factory=SamplesConfig)
-    # share of the pieces of documents of `corpus` that are rearranged for fill-in-the-middle in every epoch; a piece is
-    # the part of a document in one sequence; corpora in `mix` and val stay as they are
+    # In each epoch, this share of the slices of `corpus` is rearranged for fill-in-the-middle; corpora in `mix` and val
+    # are not. A slice is the part of a document in one sequence.
     fim_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,7 +77,11 @@ class TextStage(TrainingStage):
     writes_text = True
 
     def check(self, config: Config) -> None:
-        """Refuse rankings: training would learn bad completions like good ones."""
+        """Refuses rankings, since training would learn bad completions like good ones, and `fim_rate` without texts.
+
+        Raises:
+            ConfigError: names the key.
+        """
         stage = config.stage
         mixed = [("stage.mix", name) for name in stage.mix or {}]
         for key, name in (("stage.corpus", stage.corpus), *mixed):
@@ -92,6 +96,14 @@ class TextStage(TrainingStage):
         return next_token(config.stage.label_smoothing, config.stage.z_loss)
 
     def open_data(self, opening: Opening) -> StageData:
+        """Opens the corpora of the run: the training stream of this rank, its evaluation, and the bytes per token of
+        the text.
+
+        The first rank warns of documents that no sequence can hold.
+
+        Raises:
+            ArtefactError: a corpus is missing or damaged.
+        """
         from dist_lm.data.sequences import note_of_left_out
         from dist_lm.data.token_corpus import TokenCorpus
 
@@ -104,7 +116,11 @@ class TextStage(TrainingStage):
         return StageData(open_stream(opening), evaluator(opening), bytes_per_token(opening.run, opening.config))
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """`gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone."""
+        """Returns `gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone, by language and for
+        `all`.
+
+        It reads all of val, and is empty for a corpus of conversations.
+        """
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
         from dist_lm.data.token_corpus import TokenCorpus
         from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -134,7 +150,11 @@ def fim_rate_of(config: Config) -> float:
 
 
 def open_stream(opening: Opening) -> "SequenceStream":
-    """The training sequences of this rank."""
+    """Returns the training sequences of this rank, from the position in `opening` on.
+
+    Raises:
+        ArtefactError: a corpus is missing or damaged.
+    """
     from dist_lm.data.infill import Infill, InfillMarks
     from dist_lm.data.stream import SequenceStream
     from dist_lm.data.token_corpus import TokenCorpus
@@ -162,7 +182,7 @@ def open_stream(opening: Opening) -> "SequenceStream":
 
 
 def held_out_batches(opening: Opening, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
-    """This rank's batches of val of a corpus: `stage.eval_sequences` sequences, or `everything`."""
+    """Returns this rank's batches of val of a corpus: `stage.eval_sequences` sequences in all, or `everything`."""
     from dist_lm.data.evaluation_batches import EvaluationBatches
 
     stage = opening.config.stage
@@ -181,9 +201,13 @@ def held_out_batches(opening: Opening, corpus: "TokenCorpus", everything: bool) 
 
 
 def evaluator(opening: Opening) -> "Evaluate":
-    """Loss and bits per byte on val: one figure per language for the stage's corpus, one figure for each mixed corpus.
+    """Returns a function for loss (nats) and bits per byte on val; its figures are the same on every rank (collective).
 
-    With `stage.fim_rate` also the loss on middles of val documents, with and without what stands after them.
+    There is one figure per language of the stage's corpus, and one for each mixed corpus. With `stage.fim_rate` also
+    the loss on middles of val documents, with and without what stands after them.
+
+    Raises:
+        ArtefactError: a corpus is missing or damaged.
     """
     from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles
@@ -194,7 +218,7 @@ def evaluator(opening: Opening) -> "Evaluate":
     names = [stage.corpus, *sorted(stage.mix or {})]
     corpora = {name: TokenCorpus.open(opening.run.work.corpus(name), "val") for name in names}
 
-    # The middle after its left part alone is the baseline: what the right part is worth.
+    # INFILL_LEFT hides the text after the middle, to measure how much that text helps.
     middles = {}
     if fim_rate_of(opening.config) > 0:
         infill_marks = InfillMarks.of(opening.tokenizer)
@@ -242,7 +266,10 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
 
 
 def print_compression(result: Mapping[str, Any], corpus: str, console: "Console") -> None:
-    """Print bits per byte on held-out documents, and those of `gzip -9` on each document alone."""
+    """Prints bits per byte on held-out documents by language, beside those of `gzip -9` on each document alone.
+
+    Nothing is printed for conversations.
+    """
     gzip_bits = result["gzip_bits_per_byte"]
     if not gzip_bits:
         return

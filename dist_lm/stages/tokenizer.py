@@ -53,11 +53,11 @@ class TokenizerStage(ArtefactStage):
     in_pipeline = True
 
     def inspect(self, config: Config) -> Artefact:
-        """Inspect work/tokenizer.
+        """Inspects work/tokenizer: ready once the report, which is written last, is there.
 
         Raises:
-            ArtefactError: it has another format, was trained on another text, has another vocabulary, or is another
-                one than `tokenizer=PATH`.
+            ArtefactError: it has another format, was trained on another text, has another vocabulary, or is another one
+                than `tokenizer=PATH`; or there is none with tokenizer=keep.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         exists = work.tokenizer_model.exists()
@@ -82,7 +82,13 @@ class TokenizerStage(ArtefactStage):
         return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Train the tokenizer, or copy the given one, and report on it."""
+        """Trains the tokenizer, or copies the given one, and writes a report on it. Files of an earlier tokenizer are
+        removed.
+
+        Raises:
+            ArtefactError: the given file is no tokenizer, or the text is too small for the vocabulary.
+            UserError: a source of text cannot be read.
+        """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)
 
@@ -124,7 +130,7 @@ class TokenizerStage(ArtefactStage):
 
 
 def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
-    """Refuse a work directory with another tokenizer than `tokenizer=PATH`.
+    """Refuses a work directory with another tokenizer than `tokenizer=PATH`. Compares the hashes of the files.
 
     Raises:
         ArtefactError: names the folder and the way out.
@@ -139,7 +145,10 @@ def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
 
 
 def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config) -> None:
-    """Refuse a tokenizer that was trained by another version, with other settings or on another text.
+    """Refuses a tokenizer that was trained by another version, with other settings or on another text.
+
+    Args:
+        report: its `report.json`.
 
     Raises:
         ArtefactError: names the folder and the way out.
@@ -192,7 +201,7 @@ def template_of(settings: TokenizerConfig) -> KeptTemplate | None:
 
 
 def check_template(work: WorkDirectory, settings: TokenizerConfig) -> None:
-    """Refuse a work directory whose conversations are laid out otherwise.
+    """Refuses a work directory whose conversations are laid out otherwise than the given tokenizer's.
 
     Raises:
         ArtefactError: names the folder and the way out.

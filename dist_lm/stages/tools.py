@@ -89,7 +89,8 @@ class Tools(TextStage):
         print_calls(result, console)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Print the first question of each kind, with the model's answer."""
+        """Prints the first question of each kind, with the model's answer and whether it is right; nothing without
+        samples."""
         from dist_lm.chat.template import last_request
         from dist_lm.tokenizer.symbols import END
 
@@ -115,7 +116,14 @@ class Tools(TextStage):
 
 
 def examine(closing: Closing) -> dict[str, float]:
-    """`tools/*`: greedy answers to questions about val, compared with the conversations (collective)."""
+    """Asks questions about val, writes the answers to `samples/`, and returns `tools/*`, the same on every rank
+    (collective).
+
+    Answers are greedy. Figures are fractions; empty without questions, or (with a warning) with a kept chat template.
+
+    Raises:
+        ArtefactError: the corpus is missing or damaged.
+    """
     from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.evaluation.tool_questions import choose
@@ -148,8 +156,9 @@ def examine(closing: Closing) -> dict[str, float]:
 
 
 def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tokens: int) -> "list[Request]":
-    """A greedy request per question, up to the end of the turn; an answer much longer than twice the right one is cut
-    off.
+    """Returns a greedy request per question, up to the end of the turn; their ids are the numbers of the questions.
+
+    An answer is cut off at `max_new_tokens`, or 32 tokens beyond twice the right one.
 
     Args:
         ends: ids of the tokens that end a turn.
@@ -169,7 +178,7 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
 
 
 def shown_answer(asked: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
-    """A question and its answer, as `samples/step_N.jsonl` has them."""
+    """Returns a question and its answer as an object of `samples/step_N.jsonl`; tokens as text with marks."""
     from dist_lm.tokenizer.tokenizer import text_with_marks
 
     return {
@@ -187,7 +196,7 @@ def shown_answer(asked: "Asked", answer: "Answer", verdict: "Verdict", tokenizer
 
 
 def print_calls(result: Mapping[str, Any], console: "Console") -> None:
-    """Print a row for each kind of conversation, `before -> after` in per cent; nothing without questions."""
+    """Prints a row for each kind of conversation, `before -> after` in per cent; nothing without questions."""
     before, after = result.get("before", {}), result["metrics"]
     kinds = sorted({kind for name in after if (kind := kind_of(name))})
     if not kinds:

@@ -21,13 +21,17 @@ PROMPTS, CORPUS = "eval.prompts=", "corpus "  # beginnings of names of inputs
 
 
 def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
-    """The SHA-256 of the files that the figures come from: `eval.TASK=PATH`, and the manifest of each checkpoint.
+    """Returns the SHA-256 (hexadecimal) of the files that the figures come from: `eval.TASK=PATH`, and each
+    checkpoint's manifest.
+
+    A corpus counts by the hash of its documents. A checkpoint or corpus that is gone is left out: the figures of a
+    finished run stay.
 
     Args:
         config: as `look` returns it, with the paths of checkpoints.
 
-    A corpus counts by the hash of its documents. A checkpoint or corpus that is gone is left out: the figures of a
-    finished run stay.
+    Raises:
+        ConfigError: there is no file of prompts, for the task reward.
     """
     from dist_lm.evaluation.tasks import BITS
 
@@ -56,7 +60,7 @@ def begun_with(run: RunDirectory) -> dict[str, str]:
 
 
 def refuse_other_inputs(run: RunDirectory, config: "EvaluateRunConfig") -> None:
-    """Refuse to show or to go on with figures of files that have changed since.
+    """Refuses to show or to go on with figures of files that have changed since. Inputs that are gone are not compared.
 
     Raises:
         ArtefactError: names the key, the file and the way out.

@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 def prompts_of(where: str) -> list[Prompt]:
-    """The prompts of a file or glob.
+    """Returns the prompts of a file or glob, read whole.
 
     Raises:
         ConfigError: there is none, a line is invalid or asks for a middle, or two lines have the same id.
@@ -49,15 +49,21 @@ def prompts_of(where: str) -> list[Prompt]:
 def reward_scores(
     path: Path, config: Config, records: Sequence[Record], texts: dict[str, str], wanted: Callable[[], bool]
 ) -> list[Record] | None:
-    """The reward model's score of each answer, as the turn that follows its prompt.
+    """Returns the reward model's score of each answer, as the turn that follows its prompt; loads the model for the
+    call.
 
     Args:
         path: run or checkpoint of a reward model.
         records: answers, with `id` and `text`, or `error` if there is none.
         texts: prompts by id.
+        wanted: asked after each 64 answers.
 
     Returns:
-        `id` and `outcome` of each answer, and its `score` if it has one; None if `wanted` became false.
+        `id` and `outcome` (scored | refused | no turn | too long) of each answer, and its `score` if it has one; None
+            if `wanted` became false.
+
+    Raises:
+        ArtefactError: checkpoint or tokenizer is missing or damaged.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     shape = model_config_of(checkpoint)
@@ -85,7 +91,7 @@ def reward_scores(
 
 
 def _laid(record: Record, question: str, tokenizer: Tokenizer, context: int) -> list[int] | str:
-    """The tokens of a prompt and its answer, or the outcome of an answer that has no score."""
+    """Returns the tokens of a prompt and its answer, or a text: the outcome of an answer that has no score."""
     if "error" in record:
         return "refused"
     conversation = Conversation((Message("user", question),))

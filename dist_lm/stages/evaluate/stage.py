@@ -93,6 +93,13 @@ class Evaluate(PoolStage):
     schema = EvaluateRunConfig
 
     def check(self, config: Config) -> None:
+        """Refuses unknown or repeated tasks, tasks without their file, and a reward model that gives no scores.
+
+        Raises:
+            ConfigError: names the key.
+            ArtefactError: the reward model's checkpoint is missing.
+            UserError: what a task needs is not installed.
+        """
         from dist_lm.evaluation.tasks import FILE_TASKS, REWARD, TASKS, check_tasks
 
         config = evaluate_config(config)
@@ -117,6 +124,14 @@ class Evaluate(PoolStage):
         check_tasks(config.stage.tasks, config.eval.files, config.sandbox == TRUST_ME)
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        """Returns what is there of the run and what is to do, with the paths of checkpoints in `stage.models`.
+
+        An unfinished run keeps the checkpoints that it began with, even if there are newer ones.
+
+        Raises:
+            ConfigError: the run exists with other settings, or two models are the same.
+            ArtefactError: a checkpoint is missing, or a file has changed since the run began.
+        """
         config, run = evaluate_config(config), run_of(config)
         # Else it was refused before its first question.
         has_begun = run.inputs.exists() or run.result.exists()
@@ -179,6 +194,12 @@ class Evaluate(PoolStage):
     def work(
         self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
     ) -> PoolWork:
+        """Opens the work of one model and records the hashes of its inputs in `prompts.json`.
+
+        Raises:
+            ArtefactError: a file has changed since the run began.
+            UserError: a task cannot be asked.
+        """
         from dist_lm.stages.evaluate.work import Evaluation
 
         config = evaluate_config(config)
@@ -192,7 +213,7 @@ class Evaluate(PoolStage):
         return work
 
     def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """All models with the comparison of each with the first one; writes the table."""
+        """Returns all models with the comparison of each with the first one; writes `samples/table.jsonl`."""
         table = [row for result in results for row in rows_of(result)]
         durable.write_text(table_of(run_of(config)), "".join(json.dumps(row) + "\n" for row in table))
         first_model, *other_models = results
@@ -200,7 +221,7 @@ class Evaluate(PoolStage):
         return {"models": list(results), "comparisons": comparisons}
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Print the table of figures and the comparisons."""
+        """Prints the table of figures with their intervals, and the comparisons."""
         run = run_of(config)
         result = json.loads(run.result.read_text(encoding="utf-8"))
         rows = []
@@ -242,9 +263,10 @@ def with_reward_checkpoint(config: EvaluateRunConfig, before: str | None) -> Eva
 
 
 def checkpoint_of(path: str, config: EvaluateRunConfig, before: str | None) -> Path:
-    """The absolute path of a model's checkpoint.
+    """Returns the absolute path of a model's checkpoint.
 
     Args:
+        path: run, checkpoint, or auto: the newest of the code or language stage.
         before: see `checkpoint_in`.
 
     Raises:
@@ -272,7 +294,7 @@ def checkpoint_in(named: Path, before: str | None) -> Path:
 
 
 def of_model(config: EvaluateRunConfig, checkpoint: Path) -> EvaluateRunConfig:
-    """The configuration of one model: `model` is that of its checkpoint, whatever the command says.
+    """Returns the configuration of one model: `model` is that of its checkpoint, whatever the command says.
 
     Raises:
         ArtefactError: the checkpoint holds no model that writes text.

@@ -149,7 +149,7 @@ class Evaluation(PoolWork):
         return {"generate/prompts": self.done[0], "generate/tokens": self._tokens}
 
     def requests(self) -> Iterator[Request]:
-        """Requests for the questions of missing files. Those that cannot be asked are recorded here."""
+        """Yields requests for the questions of missing files. Those that cannot be asked are recorded here."""
         for number, (part, item) in enumerate(self._items):
             if self._part_of[number] not in self._missing:
                 continue
@@ -159,7 +159,14 @@ class Evaluation(PoolWork):
             yield request_of(number, part.task, item, self._config.seed)
 
     def take(self, result: Answer | Refusal) -> None:
-        """Judge an answer; write a file whose questions are all answered, while the next ones are asked."""
+        """Starts to judge the answers to a question once all are there, and writes earlier files whose questions are
+        all answered.
+
+        A refusal counts as the answer. Sandboxes start with the first answer of a task with code.
+
+        Raises:
+            SandboxError: programs cannot be run.
+        """
         number = int(result.request)
         item = self._items[number][1]
         answers = self._answers.add(result, item.n)
@@ -209,6 +216,8 @@ class Evaluation(PoolWork):
         self._keep(number, [lambda: refused(item, error)])
 
     def _keep(self, number: int, records: list[Callable[[], Record]]) -> None:
+        """Stores the records of a question, and writes earlier files that are complete; the newest one may still be
+        judged."""
         self._judged[number] = records
         self._prompts += 1
         part = self._part_of[number]
@@ -217,7 +226,7 @@ class Evaluation(PoolWork):
             self._write(number_of_part)
 
     def _write(self, number: int) -> None:
-        """Write a file if all its questions are answered."""
+        """Writes a file if all its questions are answered; waits for their judgements."""
         part = self._parts[number]
         numbers = range(part.first, part.first + len(part.items))
         if any(question not in self._judged for question in numbers):
@@ -262,10 +271,10 @@ def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
 
 
 def named(task: str, make: Callable[[], list[Item]]) -> list[Item]:
-    """The questions of a task.
+    """Returns the questions of a task that `make` gives.
 
     Raises:
-        UserError: names the task.
+        UserError: its own class of error, with the name of the task in front.
     """
     try:
         return make()

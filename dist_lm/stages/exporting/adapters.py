@@ -31,7 +31,7 @@ PREFIX = "base_model.model."  # begins the names in the file of weights
 
 
 def write_adapters(folder: Path, checkpoint: Path, architecture: Architecture, dtype: str, base: str) -> None:
-    """Write adapter_model.safetensors and adapter_config.json into `folder`.
+    """Writes adapter_model.safetensors and adapter_config.json into `folder`; one tensor is in memory at a time.
 
     Args:
         architecture: the one of transformers that holds the model.
@@ -82,7 +82,7 @@ class _Target:
 
 
 def peft_tensors(architecture: Architecture, model: AdaptedModelConfig, read: Read) -> dict[str, PeftTensor]:
-    """The tensors of adapter_model.safetensors by name.
+    """Returns the tensors of adapter_model.safetensors by name, with shapes; they are computed when they are written.
 
     Args:
         read: gives the factors and the scalar head, whole and unpadded.
@@ -99,7 +99,7 @@ def peft_tensors(architecture: Architecture, model: AdaptedModelConfig, read: Re
 
 
 def peft_config(architecture: Architecture, model: AdaptedModelConfig, base: str) -> dict[str, Any]:
-    """adapter_config.json.
+    """Returns the content of adapter_config.json.
 
     Args:
         base: folder or hub id of the base in transformers' form.
@@ -126,6 +126,7 @@ def peft_config(architecture: Architecture, model: AdaptedModelConfig, base: str
 
 
 def _targets(architecture: Architecture, model: AdaptedModelConfig) -> list[_Target]:
+    """Returns the weights of transformers that have adapters, each with our adapters in it."""
     shapes = parameter_shapes(model)
     targets = []
     for conversion in converted(architecture, parameter_shapes(model.plain)):
@@ -141,6 +142,7 @@ def _lora_a(target: _Target, read: Read) -> torch.Tensor:
 
 
 def _lora_b(target: _Target, rank: int, read: Read) -> torch.Tensor:
+    """Returns peft's lora_B (out, rank times the number of our weights in it); blocks of other weights are 0."""
     factors = [read(f"{prefix}b") for _, prefix in target.adapters]
     if len(target.theirs.ours) == 1:
         return factors[0].flatten(1).t()

@@ -50,7 +50,7 @@ def export(
     merge: bool = False,
     base: str = "",
 ) -> Path:
-    """Write the checkpoint that `path` names to `folder`; returns the checkpoint.
+    """Writes the checkpoint that `path` names to `folder`; returns the checkpoint.
 
     The folder appears when it is complete; an earlier export there is replaced, but for a model card that was edited.
     Adapters are written as peft reads them, unless they are merged.
@@ -63,8 +63,10 @@ def export(
         base: folder or hub id of the base, for peft; by default where it was imported from.
 
     Raises:
-        ConfigError: no architecture of transformers holds the model, or `dtype` is unknown.
-        ArtefactError: the checkpoint is missing or damaged, or `folder` holds files of others.
+        ConfigError: no architecture of transformers holds the model, or an option is unknown or does not fit it.
+        ArtefactError: the checkpoint or tokenizer is missing, damaged or another one, or `folder` holds files of others
+            or cannot be written.
+        UserError: the package gguf is not installed.
     """
     # All checks come before anything is written.
     require(dtype in DTYPES, "--dtype", dtype, " or ".join(DTYPES))
@@ -143,7 +145,9 @@ def edited_card(folder: Path) -> bytes | None:
 
 
 def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: Mapping[str, Any]) -> None:
-    """Write config.json, generation_config.json and the weights into `folder`.
+    """Writes config.json, generation_config.json and the weights (safetensors, several files if large) into `folder`.
+
+    A model with a scalar head gets no generation_config.json.
 
     Args:
         read: gives whole, unpadded parameters.
@@ -180,7 +184,8 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids of config.json: the opening of documents; end-of-text and the end of a turn end generations."""
+    """Returns the ids of config.json: the opening of documents, padding, and the list of tokens that end generations.
+    """
     ids = {"bos_token_id": tokenizer.opening.first, "pad_token_id": tokenizer.pad_id}
     turn_end_ids = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []
     if template := tokenizer.kept_template:
@@ -213,6 +218,11 @@ def _template(run: RunDirectory | None, tokenizer: Tokenizer) -> str:
 
 
 def _refuse_files_of_others(folder: Path) -> None:
+    """Refuses a folder with files that no export wrote; a missing or empty one passes.
+
+    Raises:
+        ArtefactError: names the first such file.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():

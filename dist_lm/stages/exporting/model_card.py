@@ -31,10 +31,11 @@ def model_card(
     dtype: str,
     adapters: bool = False,
 ) -> str:
-    """The content of README.md: model, training, data with licences, evaluation, limits.
+    """Returns the content of README.md: model, training, data with licences, evaluation, limits.
 
     Args:
         run: the run of the checkpoint; None if it lies outside a run, and the card has less.
+        dtype: of the exported weights, for the text.
         adapters: the folder holds adapters for peft, not a whole model.
     """
     state, _ = files.read_state(checkpoint)
@@ -90,7 +91,10 @@ def _config(run: RunDirectory | None) -> Mapping[str, Any]:
 
 
 def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str], list[str]]:
-    """The licences of the documents, and a table of the corpora of the last stage."""
+    """Returns the licences of the documents, and a table of the corpora of the last stage, as lines.
+
+    A corpus that is gone or damaged gets a row that says so.
+    """
     names = [stage.get("corpus") or "", *(stage.get("mix") or {})]
 
     rows: list[str] = []
@@ -120,7 +124,10 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
 
 
 def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[str]:
-    """The last value of each metric up to the step of the checkpoint. Averaged weights have metrics of their own."""
+    """Returns lines with the last value of each metric up to the step of the checkpoint.
+
+    Averaged weights have metrics of their own. Without metrics it is one sentence.
+    """
     metrics: dict[str, Any] = {}
     if (checkpoint / files.AVERAGE).is_file():
         metrics = durable.read_json(checkpoint / files.AVERAGE)["metrics"]

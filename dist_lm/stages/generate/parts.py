@@ -75,7 +75,8 @@ def options_of(stage: "GenerateConfig") -> EngineOptions:
 
 
 def check_tokens(stage: "GenerateConfig", model: ModelConfig) -> None:
-    """Refuse settings with which every prompt would be refused.
+    """Refuses settings with which every prompt would be refused: ids outside the vocabulary, or a cache too small for
+    an answer.
 
     Raises:
         ConfigError: names the key.
@@ -183,6 +184,7 @@ class Samples(PoolWork):
         return self.tally.prompts, self.tally.tokens
 
     def metrics(self) -> dict[str, float]:
+        """Returns the counts so far; `generate/new_tokens_mean` only after the first answer."""
         tally = self.tally
         metrics: dict[str, float] = {
             "generate/prompts": tally.prompts,
@@ -195,6 +197,7 @@ class Samples(PoolWork):
         return metrics
 
     def result(self) -> dict[str, Any]:
+        """Returns the fields of `result.json`, with the first refusal (empty: none)."""
         tally = self.tally
         return {
             "checkpoint": self._stage.checkpoint,
@@ -212,7 +215,12 @@ class Samples(PoolWork):
         return -(-self.count // self._stage.prompts_per_shard)
 
     def requests(self) -> Iterator[Request]:
-        """Requests for the prompts of missing parts. Invalid prompts are refused here."""
+        """Yields requests for the prompts of missing parts. Invalid prompts are recorded as refused here.
+
+        Raises:
+            ConfigError: the prompts are gone.
+            ArtefactError: the prompts changed while they were read.
+        """
         truncate = cast(Any, self._stage.truncate)
         for prompt in read_prompts(self._files):
             if prompt.number // self._stage.prompts_per_shard not in self._missing:
@@ -254,7 +262,8 @@ class Samples(PoolWork):
             self._stamps = stamps
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt.
+        """Returns the tokens of a prompt; with truncate=left a plain text that is too long keeps its opening token and
+        its end.
 
         Raises:
             UserError: with its suffix, or in its turn, it fills the context (cutting off the beginning would cut off a
@@ -279,6 +288,11 @@ class Samples(PoolWork):
         return tokens
 
     def _with_room(self, tokens: list[int], what: str) -> list[int]:
+        """Returns the tokens if they leave space for an answer.
+
+        Raises:
+            UserError: they fill the context.
+        """
         if len(tokens) >= self._context:
             raise UserError(
                 f"{what} {len(tokens)} tokens and model.max_seq_len is {self._context}, which leaves no space for an "
@@ -290,7 +304,12 @@ class Samples(PoolWork):
         self._keep(number, [{"error": f"{self._prompts[number].place}: {reason}"}])
 
     def _keep(self, number: int, records: list[dict[str, Any]]) -> None:
-        """Store the lines of a prompt; write its part if that is complete now."""
+        """Counts and stores the lines of a prompt; writes its part if that is complete now.
+
+        Raises:
+            ConfigError: the prompts are gone.
+            ArtefactError: the prompts changed while they were read.
+        """
         prompt = self._prompts.pop(number)
         question: dict[str, Any] = {"line": prompt.line} if prompt.error else {"prompt": prompt.text}
         if prompt.suffix is not None:
@@ -325,6 +344,7 @@ def _stamps(files: list[Path]) -> list[tuple[int, int, int] | None]:
 
 
 def _record(answer: Answer) -> dict[str, Any]:
+    """Returns the fields of a line that come from the answer; log-probabilities are nats."""
     return {
         "index": answer.index,
         "text": answer.text,

@@ -79,6 +79,12 @@ class Generate(PoolStage):
     schema = GenerateRunConfig
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        """Returns what is there of the run and what is to do, with the path of the checkpoint in `stage.checkpoint`.
+
+        Raises:
+            ConfigError: settings that no engine can run with, no prompts, or a run that exists with other settings.
+            ArtefactError: the checkpoint is missing or does not fit, or prompts or weights changed since the run began.
+        """
         from dist_lm.stages.generate import parts as generate_parts
 
         config, run = generate_config(config), run_of(config)
@@ -175,7 +181,7 @@ def refused_text(result: Mapping[str, Any]) -> str:
 
 
 def sampling_text(stage: GenerateConfig) -> str:
-    """Sampling parameters as text: the usual ones, and others that differ from their default."""
+    """Returns sampling parameters as text: the usual ones, and others that differ from their default."""
     from dist_lm.generation.request import SamplingParams
 
     usual_keys = ("temperature", "top_k", "top_p", "max_new_tokens", "n")
@@ -191,7 +197,7 @@ def sampling_text(stage: GenerateConfig) -> str:
 
 
 def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
-    """The absolute path of the checkpoint to generate from.
+    """Returns the absolute path of the checkpoint to generate from.
 
     Args:
         before: checkpoint that the run began with; it is kept unless stage.checkpoint names another one.
@@ -214,7 +220,8 @@ def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
 
 
 def newest_run(work: WorkDirectory, key: str = "stage.checkpoint", value: str = "PATH") -> RunDirectory:
-    """The run with the newest checkpoint of the code stage, else of the language stage.
+    """Returns the run with the newest checkpoint of the code stage, else of the language stage; newest by its time of
+    writing.
 
     Args:
         key: the key that asks for it, for messages.

@@ -37,9 +37,9 @@ DERIVED = ("vocab_size", "attention.value_length", "rope.dimension_count")  # ke
 
 
 def write_snapshot(path: Path, folder: Path) -> None:
-    """Write the model in the GGUF file `path` as config.json, model.safetensors (fp32), tokenizer and chat template.
+    """Writes the model in the GGUF file `path` as config.json, model.safetensors (fp32), tokenizer and chat template.
 
-    One tensor is in memory at a time.
+    The files go into `folder`, which exists; one tensor is in memory at a time.
 
     Raises:
         ArtefactError: the file is damaged, or holds an option, a tensor or a tokenizer that ours lacks; names it.
@@ -85,7 +85,14 @@ def write_snapshot(path: Path, folder: Path) -> None:
 
 
 def _config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any]:
-    """The file's shape as config.json."""
+    """Returns the file's shape as config.json.
+
+    Args:
+        shapes: shapes of its tensors by name, slowest axis first.
+
+    Raises:
+        ArtefactError: another architecture, or an option that the model lacks; names it.
+    """
     architecture = fields.get("general.architecture")
     families = {NAMES[family]: family for family in READ}
     if architecture not in families:

@@ -58,7 +58,7 @@ STAGE = "import"  # folder below runs/
 
 
 def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
-    """Write the run `import/NAME` in the work directory.
+    """Writes the run `import/NAME` in the work directory and returns it; it may download the model.
 
     Args:
         source: a folder with config.json, weights and tokenizer, a GGUF file, or the id of a model on the Hugging Face
@@ -66,8 +66,9 @@ def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
 
     Raises:
         ConfigError: `name` is no name of a run.
-        ArtefactError: the folder lacks a file, or the model has an option or tensor that ours lacks; the message names
-            it. Or the run exists.
+        ArtefactError: the folder lacks a file, the model has an option or tensor that ours lacks (the message names
+            it), or the run exists or cannot be written.
+        UserError: a package that is needed is not installed.
     """
     accepted = "letters, digits, '.', '_', '-', the first one a letter or digit"
     require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, "NAME", name, accepted)
@@ -79,7 +80,11 @@ def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
 
 
 def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirectory:
-    """Write `run` from a folder in the form of transformers; see `import_model`."""
+    """Writes `run` from a folder in the form of transformers; it appears when it is complete. See `import_model`.
+
+    Raises:
+        ArtefactError: see `import_model`.
+    """
     # All checks come before anything is written.
     model, architecture = model_in(folder, name)
     theirs = _weights(folder)
@@ -112,6 +117,11 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
 
 
 def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
+    """Returns the tokenizer of the folder.
+
+    Raises:
+        ArtefactError: it has no end-of-text by a known name.
+    """
     try:
         return Tokenizer(content, file_name)
     except NoEndOfTextError as error:
@@ -130,10 +140,14 @@ def write_checkpoint(
     state: TrainState,
     adapters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write parameters by name as the first checkpoint of a run, without a process group.
+    """Writes parameters by name as a checkpoint of the step in `state`, without a process group; LATEST names it then.
 
     Args:
+        tensors: one is in memory at a time.
         adapters: see `checkpoint_files.write_state`.
+
+    Raises:
+        OSError: a file cannot be written; an incomplete folder may stay.
     """
     checkpoint = checkpoints / files.step_name(state.step)
     checkpoint.mkdir(parents=True)
@@ -155,7 +169,12 @@ def write_checkpoint(
 
 @contextmanager
 def _snapshot(source: str) -> Iterator[Path]:
-    """The folder that `source` names; for a GGUF file a temporary one."""
+    """Yields the folder that `source` names; for a GGUF file a temporary one.
+
+    Raises:
+        ArtefactError: there is no such model, or the file is damaged.
+        UserError: the package gguf is not installed.
+    """
     path = Path(source).expanduser()
     if path.suffix != ".gguf":
         yield folder_of(source)
@@ -168,7 +187,11 @@ def _snapshot(source: str) -> Iterator[Path]:
 
 
 def _weights(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of all files that the index names, or of model.safetensors."""
+    """Returns the tensors of all files that the index names, or of model.safetensors, by name; no weight is read yet.
+
+    Raises:
+        ArtefactError: a file is missing or damaged.
+    """
     names = [WHOLE]
     if (folder / INDEX).is_file():
         file_of = read_json(folder / INDEX).get("weight_map")
@@ -189,7 +212,11 @@ def _is_gpt_neox(names: Mapping[str, Any]) -> bool:
 def _check_tensors(
     folder: Path, theirs: Mapping[str, StoredTensor], conversions: list[Converted], model: ModelConfig
 ) -> None:
-    """Refuse missing tensors, other shapes, and tensors that the model has no place for."""
+    """Refuses missing tensors, other shapes, and tensors that the model has no place for.
+
+    Raises:
+        ArtefactError: names the tensor.
+    """
     for tensor in conversions:
         if tensor.name not in theirs:
             raise ArtefactError(f"{folder}: {tensor.name} is missing in the weights")
@@ -211,7 +238,7 @@ def _check_tensors(
 def _ours(
     theirs: Mapping[str, StoredTensor], conversions: list[Converted], model: ModelConfig
 ) -> dict[str, ComputedTensor]:
-    """Our parameters in fp32. A score of theirs has no bias: ours is 0."""
+    """Returns our parameters in fp32, computed when they are written. A score of theirs has no bias: ours is 0."""
 
     def read(conversion: Converted, index: int) -> torch.Tensor:
         return conversion.to_ours(as_torch(theirs[conversion.name], conversion.name), index)
@@ -231,7 +258,7 @@ def _ours(
 def _write_configuration(
     run: RunDirectory, model: ModelConfig, architecture: Architecture, source: str, snapshot: dict[str, Any]
 ) -> None:
-    """Write conf/model/NAME.yaml and config.yaml.
+    """Writes conf/model/NAME.yaml and config.yaml.
 
     Args:
         snapshot: hashes by which a later command finds out whether `source` has changed.

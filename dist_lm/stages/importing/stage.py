@@ -56,10 +56,10 @@ class Import(ArtefactStage):
         require(config.stage.init_from.startswith(HF), "stage.init_from", config.stage.init_from, accepted)
 
     def inspect(self, config: Config) -> Artefact:
-        """Look for the run.
+        """Looks for the run; without one it reads the shape of the model, and may ask the hub.
 
         Raises:
-            ArtefactError: another snapshot was imported under this name.
+            ArtefactError: another snapshot was imported under this name, or the model cannot be read.
         """
         from dist_lm.model.size import parameter_count
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0
+COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0  # timeout of collectives, seconds; see `started`
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,14 @@ class RankStart:
 
 @contextmanager
 def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[RankStart]:
-    """Join the other ranks inside the block (collective)."""
-    # The launcher finds hangs, by the heartbeats. Ranks of stage rlhf wait in one collective as long as the first rank
-    # generates, with heartbeats: a shorter timeout would end a healthy run.
+    """Joins the other ranks inside the block and loads the tokenizer (collective). The first rank writes the speed of
+    links.
+
+    Raises:
+        ArtefactError: the tokenizer is missing or damaged.
+    """
+    # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
+    # while the first rank generates: a shorter one would end a healthy run.
     patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s, COLLECTIVE_S) + COLLECTIVE_MARGIN_S
     with process_group(config.device, patience) as world:
         layout = Layout.recorded(config.parallel)
@@ -86,9 +91,13 @@ def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator
 
 
 def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
-    """Refuse shards of another tokenizer, and to continue a run on other content than it began with (collective).
+    """Refuses shards of another tokenizer, and to continue a run on other content than it began with (collective).
 
-    The first rank opens the corpora before the others, so that a missing index is rebuilt only once.
+    For a new run the first rank records the content. It opens the corpora before the others, so that a missing index is
+    rebuilt only once.
+
+    Raises:
+        ArtefactError: names the corpus and the way out.
     """
     for name in config.streams:
         directory = run.work.corpus(name)
@@ -124,9 +133,12 @@ def write_success(
     metrics: Mapping[str, float | None],
     more: Mapping[str, Any],
 ) -> None:
-    """Write `result.json`.
+    """Writes `result.json`, which marks the run as finished.
 
     Args:
+        steps: steps of the whole run.
+        tokens: tokens of the whole run.
+        seconds: duration of this attempt.
         metrics: metrics of the last step.
         more: additional fields of the stage.
     """
@@ -151,7 +163,7 @@ def write_success(
 
 
 def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
-    """All metrics of one step; empty if none were written."""
+    """Returns all metrics of one step, without `step` and `time`; empty if none were written."""
     metrics = {}
     for line in read_metrics(run.metrics):
         if line["step"] == step:
@@ -160,7 +172,15 @@ def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
 
 
 def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
-    """Train from the newest checkpoint of the run, or from stage.init_from, until the last step or a stop."""
+    """Trains from the newest checkpoint of the run, or from stage.init_from, until the last step or a stop
+    (collective).
+
+    It writes checkpoints, metrics and samples; after the last step `result.json`, after a stop a checkpoint only.
+
+    Raises:
+        ArtefactError: checkpoint, tokenizer, corpus or the last evaluation is missing, damaged or does not fit.
+        UserError: a task of stage.eval_tasks cannot be asked.
+    """
     began = time.time()
     config = load_config(run.config)
     with started(run, config, heartbeat) as start, ExitStack() as stack:
@@ -260,8 +280,14 @@ def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfil
 def restore(
     run: RunDirectory, config: Config, start: RankStart, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> TrainState:
-    """Load model and optimizer from the newest intact checkpoint of this run, else from stage.branch_from, else the
-    weights of stage.init_from."""
+    """Loads model and optimizer from the newest intact checkpoint of this run and returns its state (collective).
+
+    Without one it loads stage.branch_from, else the weights of stage.init_from. The state of a new run is that of step
+    0.
+
+    Raises:
+        ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
+    """
     tokenizer_sha256 = start.tokenizer.sha256
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
 
@@ -295,8 +321,17 @@ def restore(
 
 @contextmanager
 def initial_model(config: Config, start: RankStart, model: Transformer, *, begun: bool) -> Iterator[Transformer]:
-    """The model that training starts from (collective): the base of adapters, the trained model before its first step,
-    else a copy that lives inside the block."""
+    """Yields the model with the weights that training started from (collective).
+
+    With adapters it is the model without them; before step 1 the model itself; else a second model, loaded from
+    init_from, which lives inside the block.
+
+    Args:
+        begun: whether the run has taken a step.
+
+    Raises:
+        ArtefactError: the checkpoint of init_from is gone.
+    """
     if model.config.lora is not None:
         with without_adapters(model):
             yield model
@@ -318,10 +353,11 @@ def write_result(
     packing: dict[str, float] | None,
     seconds: float,
 ) -> None:
-    """Write the success marker.
+    """Writes `result.json`, with the stage's own fields.
 
     Args:
         packing: how whole conversations or rankings fill sequences; None for text.
+        seconds: duration of this attempt.
 
     Raises:
         ArtefactError: the metrics file lacks the last evaluation, or its loss is not finite.

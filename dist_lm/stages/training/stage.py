@@ -112,6 +112,13 @@ class TrainingStage(Stage):
         return config
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        """Returns what is there of the run and what is to do, after comparing settings and checking everything that
+        ranks read.
+
+        Raises:
+            ConfigError: the run exists with other settings, or a key names something that does not fit.
+            ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
+        """
         init_from = config.stage.init_from
         on_disk = find_run(config, is_target=is_target)
         config = self.resolved(with_start(self, config), on_disk.finished)
@@ -120,19 +127,21 @@ class TrainingStage(Stage):
         return self.describe(on_disk, config, start, init_from, rebuilt)
 
     def verify(self, on_disk: "RunState", config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
-        """Check everything that the ranks will read, so that they do not fail on it later.
+        """Checks everything that the ranks will read, so that they do not fail on it later. Returns the start of a new
+        run.
 
         Args:
             on_disk: the state of the run, which is not finished.
-            init_from: stage.init_from as the command gives it; `config` has it as `none` or a path.
+            init_from: stage.init_from before it was resolved to `none` or a path.
             rebuilt: earlier stages that this command builds.
 
         Returns:
-            The checkpoint that a new run starts from; None for a run that continues, and if it starts from nothing or
-            from a checkpoint that this command builds.
+            The checkpoint that a new run starts from. None if the run continues, starts from random weights, or starts
+                from a stage that this command builds.
 
         Raises:
-            ConfigError, ArtefactError: a checkpoint, a corpus, a file or a task is missing or does not fit.
+            ConfigError: a task, a file or the schedule of a branch does not fit.
+            ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
         """
         if config.stage.eval_tasks:
             from dist_lm.evaluation.tasks import check_tasks
@@ -157,7 +166,11 @@ class TrainingStage(Stage):
     def describe(
         self, on_disk: "RunState", config: Config, start: Path | None, init_from: str, rebuilt: Collection[str]
     ) -> Look:
-        """The line of the plan; see `verify` for the arguments."""
+        """Returns the line of the plan: finished, to continue, or to build; see `verify` for the arguments.
+
+        Args:
+            start: as `verify` returns it.
+        """
         steps = config.stage.steps
         if on_disk.finished:
             return Look(config, Action.READY, f"{on_disk.steps:,} steps, {shown_path(on_disk.run.path, config)}")
@@ -194,7 +207,8 @@ class TrainingStage(Stage):
         print_before_and_after(result, console)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Print the first sample of each language of the last file of samples."""
+        """Prints the first sample of each language of the last file of samples, at most 12 lines; nothing without
+        samples."""
         verdict_of = {None: "", True: ", parses", False: ", does not parse"}
         printed_languages: set[str] = set()
         for sample in last_samples(run):
@@ -206,7 +220,7 @@ class TrainingStage(Stage):
                 console.line(f"    {line}")
 
     def entries(self, config: Config, run: RunDirectory, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """(what, value) of the summary's last box."""
+        """Yields (what, value) of the summary's last box: size, steps, val, tasks and where the files are."""
         metrics = result["metrics"]
         adapters = ""
         if config.stage.lora.rank:
@@ -240,7 +254,7 @@ class TrainingStage(Stage):
     packed: ClassVar[str] = "conversations"  # kind of documents that are packed whole
 
     def packing_text(self, packing: Mapping[str, Any]) -> str:
-        """How documents that are packed whole fill their sequences."""
+        """Returns a sentence on how documents that are packed whole fill their sequences."""
         left_out = ""
         if packing["left_out"]:
             n_documents = packing["documents"] + packing["left_out"]
@@ -262,7 +276,10 @@ class RunState:
 
 
 def find_run(config: Config, *, is_target: bool) -> RunState:
-    """The run of `config`. A run on the way to the target is finished whatever its number of steps."""
+    """Returns the state of the run of `config` on disk.
+
+    A run of an earlier stage counts as finished if it has a result, even with fewer steps than configured.
+    """
     run = run_of(config)
     steps = json.loads(run.result.read_text(encoding="utf-8"))["steps"] if run.result.exists() else 0
     finished = steps > 0 and (not is_target or steps >= config.stage.steps)
@@ -278,7 +295,8 @@ def training_stage(name: str) -> TrainingStage:
 
 
 def print_before_and_after(result: Mapping[str, Any], console: "Console") -> None:
-    """Print the loss on held-out documents before the first and after the last step, if both were measured."""
+    """Prints the loss on held-out documents before the first and after the last step; nothing unless both were
+    measured."""
     before, after = result.get("before", {}), result["metrics"]
     names = [name for name in after if name.startswith("val/loss") and name in before]
     if not names:
@@ -304,7 +322,7 @@ def before_and_after(
 
 
 def task_entries(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A line with the figures of stage.eval_tasks; none without tasks."""
+    """Yields a line with pass@1 of stage.eval_tasks, before and after; nothing without tasks."""
     before, after = result.get("before", {}), result["metrics"]
     figure_of = {
         name.split("/")[1]: before_and_after(name, before, after, three_decimals)
