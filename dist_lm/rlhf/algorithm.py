@@ -110,9 +110,9 @@ class Prepared:
     """Inputs of the losses of an iteration."""
 
     tokens: Mapping[str, torch.Tensor]  # columns (B, T) by name
-    count_B: torch.Tensor  # fp32; share of each rollout in the divisor of the policy loss of a minibatch
+    count_B: torch.Tensor  # fp32; what each rollout adds to the divisor of a minibatch's policy loss (PPO: its tokens)
     kl_coefficient: float = 0.0  # weight of the KL in the policy loss; 0: the algorithm has it in its rewards
-    metrics: Mapping[str, float] = field(default_factory=dict)  # by name, without the `rlhf/` group
+    metrics: Mapping[str, float] = field(default_factory=dict)  # by name, without the prefix `rlhf/`
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Algorithm(ABC):
 
     Keys: ClassVar[type[AlgorithmKeys]] = AlgorithmKeys
     has_critic: ClassVar[bool] = False  # whether it trains a value model with a loss of its own
-    # the probability ratio of its loss: of a token, of a whole completion, or the geometric mean over its tokens; the
-    # importance of rollouts is the same ratio (`policy_gradient.truncated_importance`)
+    # unit of the probability ratio of its loss: token, completion (the product over its tokens) or mean (the geometric
+    # mean). The importance weight uses the same unit (`policy_gradient.truncated_importance`)
     ratio_of: ClassVar[str] = "token"  # token | completion | mean
 
     def __init__(self, config: RlhfConfig) -> None:

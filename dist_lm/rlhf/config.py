@@ -28,7 +28,7 @@ class RewardPartConfig:
 
     kind: str = ""  # reward_model | length | parses | function | tests
     weight: float = 1.0  # factor in the sum of all parts
-    target: int = 0  # length: tokens of a completion with reward 1; the reward falls to 0 at 0 and at twice as many
+    target: int = 0  # length: tokens with reward 1; it falls linearly to 0 at no tokens and at twice as many
     language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
     of: str = "document"  # parses: document (request and completion as one text) | completion
     function: str = ""  # function: 'package.module:name', called as name(request, completion) -> float
@@ -39,13 +39,13 @@ class RewardPartConfig:
     workers: int = 0  # tests: programs at a time on a node; 0: one for each of its cores
 
     def check(self, key: str) -> None:
-        """Refuse values out of bounds.
+        """Refuses values out of bounds of the keys that this kind of part reads.
 
         Args:
             key: name of this part in the configuration, for messages.
 
         Raises:
-            ConfigError: names the key.
+            ConfigError: names the key, the value and what is accepted.
         """
         require(self.kind in REWARD_KINDS, f"{key}.kind", self.kind, ", ".join(REWARD_KINDS))
         require(math.isfinite(self.weight), f"{key}.weight", self.weight, "a finite number")
@@ -72,7 +72,7 @@ class RewardPartConfig:
 class IterationConfig(OptimizerConfig, SamplingConfig):
     """An iteration: rollouts for a batch of prompts, their rewards, then `epochs` passes of updates over them.
 
-    A key that is null takes the default of its algorithm. It stays null, and must, if the algorithm does not read it.
+    A null key takes the default of the algorithm. A key that the algorithm does not read must be null.
     """
 
     algorithm: str = "ppo"
@@ -84,7 +84,7 @@ class IterationConfig(OptimizerConfig, SamplingConfig):
     sampling_rounds: int | None = None
     ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
-    importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
+    importance_cap: float = 2.0  # cap of the importance weight, trainer / engine probability; 0: no weights
     # updates
     epochs: int | None = None  # passes over the rollouts of an iteration; stop_kl may end them earlier
     minibatches: int = 1  # optimizer steps per pass
@@ -119,7 +119,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def _nullable_keys() -> list[tuple[str, Any, Any]]:
-    """Returns the fields (name, type, default None) of all keys of algorithms that no iteration reads itself."""
+    """Returns the algorithm keys that `IterationConfig` does not declare, as fields (name, type, default None)."""
     common = {key.name for key in fields(IterationConfig)}
     type_of_key: dict[str, Any] = {}
     for algorithm in ALGORITHMS.values():
@@ -181,7 +181,12 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         return self._algorithm_keys
 
     def _read_keys_of_algorithm(self) -> None:
-        """Replace nulls by the algorithm's defaults; refuse keys that it does not read and values out of bounds."""
+        """Replaces nulls by the algorithm's defaults; keeps the keys as `algorithm_keys`.
+
+        Raises:
+            ConfigError: a key that the algorithm does not read is not null, a value is out of bounds, or keys
+                contradict each other.
+        """
         defaults = DEFAULTS[self.algorithm]
         for key in sorted({key for keys in DEFAULTS.values() for key in keys}):
             value = getattr(self, key)
@@ -205,7 +210,11 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         self._algorithm_keys = keys
 
     def _check_bounds(self) -> None:
-        """Refuse values out of bounds of the keys that all algorithms read."""
+        """Refuses values out of bounds of the keys that all algorithms read.
+
+        Raises:
+            ConfigError: names the key, the value and what is accepted.
+        """
         for key in ("prompts", "max_new_tokens", "minibatches", "micro_batch_tokens"):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
         for key in ("max_nonfinite_updates", "kl_horizon"):

@@ -47,17 +47,21 @@ def collect(
     reward_scale: RewardScale | None,
     ratio_of: str = "token",
 ) -> Collected:
-    """Runs all models over the rollouts (collective).
+    """Runs all models over the rollouts and returns the experience of the iteration, the same on every rank
+    (collective).
+
+    No weights change.
 
     Args:
         rule_score_B: scores of the parts that are rules.
         batches: this rank's micro-batches of all rollouts. If the first update uses the same ones, both passes round
-            alike and its ratio is exactly 1.
-        reward_scale: None: measured on these rollouts, which the reference policy drew.
+            alike and every ratio of that update is exactly 1.
+        reward_scale: None: with rlhf.normalise_reward it is measured on these rollouts, which must come from the
+            reference policy; without it, scores of the reward model stay as they are.
         ratio_of: see `Algorithm`.
     """
     config = run.config
-    # The log-probabilities of the engine, concatenated in the rollouts, as a left-aligned column.
+    # The engine's log-probabilities are concatenated in `rollouts`; here they become a left-aligned (B, T) array.
     mask_on_host = completion_mask(rollouts)
     engine_on_host = np.zeros(mask_on_host.shape, np.float32)
     engine_on_host[mask_on_host] = rollouts.logprobs_M
@@ -66,7 +70,7 @@ def collect(
 
     passes = _forward_passes(run, rollouts, batches, (len(rollouts), mask_BT.shape[1]))
 
-    # The score: rules come with the rollouts, the reward model's is put on its scale.
+    # Scores of rules came with the rollouts; those of the reward model are normalised here.
     part_B = {name: score.to(run.device) for name, score in rule_score_B.items()}
     if "score" in passes:
         raw_B = passes["score"]
@@ -77,7 +81,7 @@ def collect(
     whole_B = torch.from_numpy(rollouts.whole).to(run.device)
     score_B = total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0)
 
-    # Older weights, or other rounding, drew the tokens with other probabilities than the trainer's.
+    # The engine drew the tokens with older weights or other rounding, so its probabilities differ from the trainer's.
     importance_BT = None
     if config.importance_cap:
         importance_BT = truncated_importance(passes["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
@@ -97,7 +101,8 @@ def collect(
 def _forward_passes(
     run: Execution, rollouts: Rollouts, batches: Sequence[RolloutBatch], shape: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """Returns logprob, entropy, reference and value (B, T), score (B,), if their model exists (collective).
+    """Returns logprob and entropy, and if their model exists reference and value, (B, T), and score (B,), in nats where
+    they are log-probabilities, the same on every rank (collective).
 
     Args:
         shape: (B, T).
@@ -105,6 +110,7 @@ def _forward_passes(
     models, temperature = run.models, run.config.temperature
 
     def logprobs() -> dict[str, torch.Tensor]:
+        """Returns this rank's columns of policy and reference."""
         columns = {}
         policy = models.policy.model
         columns["logprob"], columns["entropy"] = token_logprobs(
@@ -144,10 +150,11 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns log-probability and entropy of the completion tokens in `batches`, nats, fp32 (B, T) each.
 
-    Both are 0 for rollouts that are not in `batches`.
+    Both are 0 for rollouts that are not in `batches`. Afterwards no parameter is gathered.
 
     Args:
         shape: (B, T).
+        temperature: divides the logits.
     """
     device = model.embedding.weight.device
     logprob_BT = torch.zeros(shape, device=device)
@@ -197,7 +204,7 @@ def add_up(parts: Sequence[torch.Tensor], counts: bool) -> list[torch.Tensor]:
     """Returns the sums of the parts over all ranks, bit-identical on every rank (collective, one all-reduce).
 
     Args:
-        counts: whether this rank's parts are added; of the ranks that see the same rollouts, one counts.
+        counts: whether this rank adds its parts; exactly one of the ranks of a tp group does.
     """
     # One message for all parts: small ones cost their latency.
     flat = torch.cat([part.flatten() for part in parts])

@@ -1,4 +1,6 @@
-"""The RLHF loop: rollouts, scores, advantages, updates, new weights for generation. It knows no algorithm or layout.
+"""The RLHF loop: rollouts, scores, advantages, updates, new weights for generation.
+
+The loop does not depend on the algorithm or the layout.
 
 An iteration:
 
@@ -86,10 +88,16 @@ class RolloutSupply:
     def draw(
         self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
     ) -> Rollouts:
-        """Returns `samples` completions of each prompt.
+        """Returns `samples` completions of each prompt, drawn by the source's weights; rules that run programs begin
+        with each.
 
         Args:
             position: position of the first prompt in the order of prompts.
+            seed: of the run; with the prompt's position it determines each answer.
+
+        Raises:
+            RequestError: a prompt cannot be answered.
+            RewardError: a prompt has no tests, though a part of the reward needs them.
         """
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
@@ -151,11 +159,17 @@ class Learner:
         assert self.world.is_first == (self.supply is not None), "rollouts come from the first rank"
 
     def run(self, state: RlhfState) -> RlhfState:
-        """Train from `state` to the last iteration, or until the ranks agree to stop (collective).
+        """Trains from `state` to the last iteration, or until the ranks agree to stop (collective).
+
+        Models and optimizers change in place; `save` and `report` are called on every rank.
+
+        Returns:
+            The state after the last finished iteration; on the first rank with the rollouts drawn ahead.
 
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
-            RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows.
+            RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows, or on all.
+            RequestError: a prompt cannot be answered.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
         if self.supply is None:
@@ -185,6 +199,12 @@ class Learner:
             return self._loop(state, schedule)
 
     def _loop(self, state: RlhfState, schedule: RolloutSchedule | None) -> RlhfState:
+        """Runs iterations until the last one or a stop, and saves when a checkpoint is due. Returns the state after
+        them.
+
+        Args:
+            schedule: on the first rank.
+        """
         execution = Execution(
             config=self.config,
             models=self.models,
@@ -198,14 +218,14 @@ class Learner:
         updater = Updater(execution, self.algorithm, self.stop, self.pretraining)
 
         while state.iteration < self.iterations:
-            # Rollouts drawn ahead are in the schedule now; only a checkpoint has them in the state.
+            # `pending` is filled only for a checkpoint; here the schedule owns the rollouts drawn ahead.
             state, stopping = self._iteration(replace(state, pending={}), execution, updater, schedule)
             if self.tasks:
                 self.tasks.reached(state.iteration, schedule)
 
             is_last = state.iteration == self.iterations or stopping
             if is_last or is_due(state.iteration, self.save_every):
-                # Rollouts that older weights draw are part of the state: the saved weights would draw others.
+                # Save the rollouts that older weights have drawn: the saved weights would draw different ones.
                 state = replace(state, pending=schedule.ahead(state.version) if schedule else {})
                 if self.tasks:
                     self.tasks.before_checkpoint()
@@ -217,7 +237,8 @@ class Learner:
     def _iteration(
         self, state: RlhfState, execution: Execution, updater: "Updater", schedule: RolloutSchedule | None
     ) -> tuple[RlhfState, bool]:
-        """Returns the state after one iteration, and whether a stop was requested."""
+        """Runs one iteration and reports it (collective). Returns the state after it, and whether a stop was
+        requested."""
         clock = WallLaps()
         self.alive()
 
@@ -227,7 +248,8 @@ class Learner:
         rollouts = scored.rollouts
         clock.lap("rollout")
 
-        # Advantages: the forward passes use the micro-batches of the first update, so that its ratio is exactly 1.
+        # Advantages: the forward passes use the micro-batches of the first update, so every probability ratio of that
+        # update is exactly 1.
         passes = Passes(
             rollouts,
             execution.dealing,
@@ -267,7 +289,7 @@ class Learner:
         return sent_weights(self.models.policy.model, self.parallel, self.world)
 
     def _set_learning_rates(self, iteration: int) -> None:
-        """Set the rates of an iteration: all its updates have the same one, however many rlhf.stop_kl allows."""
+        """Sets the rates of an iteration: all its updates have the same one, however many rlhf.stop_kl allows."""
         config = self.config
         for trained, peak in ((self.models.policy, config.lr), (self.models.critic, config.value_lr)):
             if trained and peak is not None:
@@ -282,10 +304,11 @@ class Learner:
 
 
 def _after_iteration(state: RlhfState, prompts: int, collected: Collected, metrics: Mapping[str, float]) -> RlhfState:
-    """Returns the state after an iteration whose updates are done.
+    """Returns the state after an iteration whose updates are done: counters, KL coefficient, reward scale, best reward.
 
     Args:
         prompts: number of prompts drawn.
+        metrics: of the iteration, with `rlhf/reward_mean` and, with a reference, `rlhf/kl`.
     """
     reward = metrics["rlhf/reward_mean"]
     is_best = state.best_reward is None or reward > state.best_reward
@@ -308,7 +331,7 @@ class Updates:
     """Results of the updates of an iteration, the same on every rank."""
 
     state: RlhfState
-    metrics: Sequence[Mapping[str, float]]  # means of each update, before it
+    metrics: Sequence[Mapping[str, float]]  # means over each minibatch, by the weights before its update
     stop_requested: bool
 
 
@@ -349,10 +372,12 @@ class Updater:
         return Updates(state, metrics, stopping)
 
     def _steps(self, state: RlhfState, prepared: Prepared, minibatch: Minibatch) -> Sequence[StepResult]:
-        """Returns the result of a step of the policy, and of the critic if there is one."""
+        """Makes a step of the policy, and of the critic if there is one (collective). Returns their results, the
+        policy's first."""
         models, config = self.execution.models, self.execution.config
 
         def policy_step() -> StepResult:
+            """Makes a step of the policy on the rollouts of the minibatch, with pretraining text if there is any."""
             # Text joins the rollouts of the same update, so that one optimizer step sees both gradients.
             batches: list[Batch] = list(minibatch.batches)
             share = 0.0
@@ -371,6 +396,8 @@ class Updater:
         return self.execution.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
 
     def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
+        """Adds up gradients over this rank's micro-batches and makes an optimizer step (collective). Returns its
+        result."""
         execution, model = self.execution, trained.model
         sums = accumulate_gradients(model, objective, batches, execution.reduce_every_micro_batch)
         return update(
@@ -383,6 +410,11 @@ class Updater:
         )
 
     def _check_finite(self, state: RlhfState) -> None:
+        """Refuses to go on after too many skipped updates.
+
+        Raises:
+            NonFiniteGradientsError: rlhf.max_nonfinite_updates updates in a row were skipped.
+        """
         config = self.execution.config
         if state.nonfinite_updates >= config.max_nonfinite_updates:
             critic = f" and rlhf.value_lr={config.value_lr:g}" if config.value_lr is not None else ""
@@ -399,15 +431,17 @@ def policy_objective(
     """Returns the policy loss on rollouts, and the next-token loss on text (PPO-ptx: Ouyang et al. 2022, eq. 2).
 
     Args:
-        pretraining_share: count of the policy loss / text tokens of the update. The step divides all losses by that
-            count, so this factor makes the text loss a mean over the text tokens.
+        prepared: columns and counts of all rollouts of the iteration.
+        pretraining_share: count of the policy loss / number of text tokens of the update. The step divides every loss
+            by the former; this factor turns the text loss into a mean over text tokens.
     """
-    # `drawn_N` of a batch are places in the flattened (B, T) columns.
+    # `drawn_N` of a batch are indices in the flattened (B, T) columns.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
     longest = next(iter(prepared.tokens.values())).shape[1]
     text_objective = next_token()
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
+        """Returns the summed loss of a micro-batch, of rollouts or of text, with its count and metrics."""
         if not isinstance(batch, RolloutBatch):
             text_loss = text_objective(model, batch)
             weight, name = config.pretrain_coefficient * pretraining_share, "pretrain_loss"
@@ -429,7 +463,8 @@ def policy_objective(
         )
         loss = algorithm.policy_loss(drawn)
 
-        # A rollout counts once, at its first token; metrics are means over tokens.
+        # The micro-batch with the first token of a rollout adds its `count_B`. Metrics are means over tokens, so they
+        # have another count.
         is_first_N = batch.drawn_N % longest == 0
         count_N = prepared.count_B[drawn.rollout_N] * is_first_N
         counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
@@ -439,10 +474,10 @@ def policy_objective(
 
 
 def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
-    """Returns the critic's loss on rollouts.
+    """Returns the critic's loss on rollouts, a sum over completion tokens.
 
     Args:
-        columns: (B, T) each.
+        columns: the columns of `Prepared`, (B, T) each.
     """
     flat_columns = {name: column.flatten() for name, column in columns.items()}
 
@@ -483,13 +518,13 @@ def iteration_metrics(
     updates: Updates,
     drawn: Drawn | None,
 ) -> dict[str, float]:
-    """Returns the metrics of an iteration, without the clock's.
+    """Returns the metrics of an iteration by their names in the metrics file, without the clock's.
 
-    Names follow TRL and OpenRLHF where the meaning is the same.
+    Names follow TRL and OpenRLHF where the meaning is the same. Log-probabilities, entropy and KL are in nats.
 
     Args:
         state: the state before the iteration.
-        drawn: None except on the first rank.
+        drawn: None except on the first rank, which alone has the metrics of drawing and judging.
     """
     experience, mask_BT = collected.experience, collected.experience.mask_BT
     rollouts = scored.rollouts

@@ -66,13 +66,15 @@ def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
 
 @torch.no_grad()
 def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
-    """Copy the trunk of the reward model or of the policy, of the same shape and layout, into a critic.
+    """Copies the trunk of the reward model or of the policy, of the same shape and layout, into a critic, in place.
+
+    Adapters of the critic stay as they are. Nothing is gathered afterwards.
 
     Args:
         head: zero (all values start at 0: Huang et al. 2024, detail 6) | reward_model (the head of `source`).
 
     Raises:
-        ConfigError: `source` has no such head, or has another shape.
+        ConfigError: `source` has no such head, or has another shape; a part of the critic may have been copied.
     """
     # Parameters gathered by an earlier forward pass are not the shards that are copied here.
     for model in (critic, source):
@@ -126,8 +128,8 @@ def one_after_other(first: Callable[[], First], second: Callable[[], Second]) ->
 def own_threads(world: World) -> Iterator[Beside]:
     """Runs policy and critic at the same time, each on half of the threads, if this is the only rank, on a CPU.
 
-    Two small models on one thread each are faster than each of them in turn on two threads. Several ranks run one after
-    the other, because both models would communicate at the same time; so does a GPU, which serialises them anyway.
+    Two small models on one thread each are faster than each of them in turn on two threads. With several ranks, or on a
+    GPU, they run one after the other: both models would communicate at the same time, and a GPU serialises them anyway.
 
     If both functions fail, the error of the first is raised, with a note about the second.
     """
@@ -140,6 +142,7 @@ def own_threads(world: World) -> Iterator[Beside]:
     with ThreadPoolExecutor(1, "beside") as second_thread:
 
         def beside(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+            """Runs `second` in the thread and `first` in this one, and returns both results after both have ended."""
             torch.set_num_threads(threads // 2)  # each function computes with that many
             future = second_thread.submit(second)
             try:

@@ -25,9 +25,12 @@ from dist_lm.rlhf.rollouts import Rollouts
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch(Batch):
-    """Rollouts in rows, each without its last token. `counted_N` are the places whose targets are completion tokens."""
+    """Rollouts in rows, each without its last token.
 
-    drawn_N: torch.Tensor = field(kw_only=True)  # int64; place of each completion token in a flattened (B, T)
+    `counted_N` are indices in the flattened batch of the tokens that predict a completion token.
+    """
+
+    drawn_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
     # the tokens among which each of N was drawn; None: the whole vocabulary
     sets: TokenSets | None = field(kw_only=True, default=None)
 
@@ -65,7 +68,7 @@ class Minibatch:
 class Passes:
     """The passes over an iteration's rollouts: pass number -> its minibatches in order.
 
-    The first pass is computed once, because the forward passes before the first update use its batches too.
+    The minibatches of pass 0 are packed once and kept: the forward passes before the first update use them too.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ def whole_batches(rollouts: Rollouts, dealing: Dealing) -> list[WholeBatch]:
 def _dealt(
     rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, length_B: np.ndarray
 ) -> tuple["_Rows", list[tuple[int, int]]]:
-    """Returns this rank's rows, and (begin row, end row) of each micro-batch.
+    """Returns this rank's rows, and (begin row, end row) of each micro-batch; every rank has equally many of each.
 
     Args:
         chosen_S: numbers of the rollouts.
@@ -172,7 +175,7 @@ class _Rows:
         length_S = length_B[number_S]
         longest = int(rollouts.new_tokens_B.max())
 
-        # A rollout starts in its row after the tokens before it, less the tokens before its row.
+        # A rollout starts at row * width + the tokens of earlier rollouts in the same row.
         is_first_S = np.diff(row_S, prepend=-1) > 0
         row_index_S = np.cumsum(is_first_S) - 1  # number of its row among the rows that are used
         before_S = np.cumsum(length_S) - length_S
@@ -209,7 +212,8 @@ class _Rows:
         self.number = number_S
 
     def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
-        """Returns rows `begin_row` to `end_row` - 1, with targets."""
+        """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with targets and the sets they were drawn
+        from."""
         begin = begin_row * self.width
         is_inside = (self.counted >= begin) & (self.counted < end_row * self.width)
         return RolloutBatch(
@@ -222,7 +226,8 @@ class _Rows:
         )
 
     def whole_batch(self, begin_row: int, end_row: int) -> WholeBatch:
-        """Returns rows `begin_row` to `end_row` - 1, with the places of last tokens."""
+        """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with the places of last tokens; targets are
+        0."""
         begin = begin_row * self.width
         is_inside = (self.end >= begin) & (self.end < end_row * self.width)
         tokens = self._tokens(begin_row, end_row)

@@ -66,6 +66,7 @@ def generalised_advantages(
     """Returns (advantages, returns), (B, T) each, 0 on padding: GAE (Schulman et al. 2016, eq. 16).
 
     Args:
+        reward_BT: reward of each token, 0 on padding.
         value_BT: the critic's value before each token; the value after the last token is 0.
         gamma: discount per token.
         lam: lambda of the estimator.
@@ -151,7 +152,8 @@ def groups_of(score_B: torch.Tensor, prompt_B: torch.Tensor) -> Groups:
     mean_B = over_group(exact_B) / size_B
     std_B = (over_group((exact_B - mean_B).square()) / (size_B - 1).clamp(min=1)).sqrt()
 
-    # Rounding leaves a tiny deviation where all scores are equal; it must be 0, because advantages are divided by it.
+    # If all scores are equal, the deviation must be exactly 0 and not the rounding of their mean, because advantages
+    # are divided by it.
     some_B = torch.zeros_like(exact_B).index_copy_(0, group_B, exact_B)[group_B]  # score of some rollout of the group
     std_B = std_B * over_group((exact_B != some_B).double()).sign()
 
@@ -165,7 +167,8 @@ def per_token(value_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
 
 
 def completion_shares(mask_BT: torch.Tensor) -> torch.Tensor:
-    """Returns 1 / tokens of the completion at each of its tokens, (B, T), so that sums over them are means."""
+    """Returns, at each token, 1 / number of tokens of its completion, (B, T); a sum weighted by it is a mean over
+    it."""
     return per_token(1 / mask_BT.sum(1), mask_BT)
 
 
@@ -210,15 +213,16 @@ def clipped_policy_loss(
     clip_high: float | None = None,
     ratio_N: torch.Tensor | None = None,
 ) -> LossSum:
-    """Returns the clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated, as a sum over tokens.
+    """Returns the clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated, as a sum over tokens; count: tokens.
 
-    Metrics: `policy_loss`, `ratio_mean` (probability now / probability before the first update), `clip_frac` (tokens
-    whose gradient the clip removed), `approx_kl` (k3 of the policy before the first update against the policy now).
+    Metrics, sums over tokens: `policy_loss`, `ratio_mean` (probability now / probability before the first update),
+    `clip_frac` (tokens whose gradient the clip removed), `approx_kl` (k3 of the policy before the first update against
+    the policy now).
 
     Args:
         logprob_N: nats, with gradient.
         old_logprob_N: nats, by the trainer's weights before the first update of the iteration.
-        clip: distance of the ratio from 1 beyond which the gain is cut off.
+        clip: the ratio is clipped to [1 - clip, 1 + clip].
         weight_N: weight of each token; see `truncated_importance`.
         clip_high: distance above 1; None: `clip`.
         ratio_N: probability ratio; None: the ratio of each token.
@@ -255,7 +259,8 @@ def penalised_policy_loss(
     entropy_coefficient: float = 0.0,
     ratio_N: torch.Tensor | None = None,
 ) -> LossSum:
-    """Returns `clipped_policy_loss` plus the KL from the reference, less the entropy bonus, each token times its share.
+    """Returns the clipped policy loss, plus the KL from the reference, minus the entropy bonus, as a sum over tokens;
+    every term of a token is multiplied by its share.
 
     The KL is k3 times the ratio, so that its gradient is that of the KL of the policy now (DeepSeek-AI 2025,
     DeepSeek-V3.2, eq. 7; without the ratio, as in Shao et al. 2024, eq. 4, the gradient is biased). At ratio 1 both
@@ -263,6 +268,9 @@ def penalised_policy_loss(
 
     Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token), `share`
     (weight of all terms of a token; 1 without it) and `reference` (log-probability, for the KL).
+
+    Args:
+        clip: as in `clipped_policy_loss`, as are `clip_high` and `ratio_N`.
     """
     columns = drawn.columns
     share_N = columns.get("share", torch.ones_like(drawn.logprob_N))
@@ -280,7 +288,7 @@ def penalised_policy_loss(
     )
 
     total, metrics = loss.total, dict(loss.metrics)
-    # Importance corrects the expectation of the gain under other weights; KL and entropy are of the policy now.
+    # Importance weighs only the surrogate, whose tokens other weights drew. KL and entropy belong to the policy now.
     if drawn.kl_coefficient:
         kl_N = k3(drawn.logprob_N, columns["reference"]) * ratio_N
         total = total + drawn.kl_coefficient * (share_N * kl_N).sum()
@@ -293,9 +301,14 @@ def penalised_policy_loss(
 def clipped_value_loss(
     value_N: torch.Tensor, old_value_N: torch.Tensor, return_N: torch.Tensor, clip: float
 ) -> LossSum:
-    """Returns half the squared error, where a move of more than `clip` from the old value lowers the loss no further.
+    """Returns half the squared error, as a sum over tokens; a move of more than `clip` from the old value lowers it no
+    further.
 
-    Metrics: `value_loss`, `value_clip_frac` (tokens whose gradient the clip removed).
+    Metrics, sums over tokens: `value_loss`, `value_clip_frac` (tokens whose gradient the clip removed).
+
+    Args:
+        value_N: with gradient.
+        old_value_N: by the critic before the first update of the iteration.
     """
     moved_N = value_N - old_value_N
     clipped_value_N = old_value_N + moved_N.clamp(-clip, clip)
@@ -315,7 +328,7 @@ def truncated_importance(
     """Returns the ratio of trainer to engine probability of each token, at most `largest`, without gradient, (B, T).
 
     Corrects for rollouts of older weights and for rounding differences between engine and trainer (Espeholt et al.
-    2018, section 4.1, truncated above only).
+    2018, section 4.1, truncated above only). On padding it is 1, or the ratio of the completion.
 
     Args:
         trainer_BT: log-probabilities by the trainer's weights, nats.

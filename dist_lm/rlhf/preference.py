@@ -152,7 +152,8 @@ class PreferenceLoss:
         return completions.logprob_C - completions.reference_C
 
     def _pair_losses(self, completions: Completions, batch_values: GlobalValues) -> torch.Tensor:
-        """Returns the losses of the pairs, (N,)."""
+        """Returns the losses of the pairs, (N,) fp32, nats; that of ORPO includes the loss of prompt and better
+        completion as text."""
         settings, beta = self.settings, self.settings.strength
         better, worse = completions.ranked.better_N, completions.ranked.worse_N
         ratio_C = self._log_ratios(completions)
@@ -176,7 +177,8 @@ class PreferenceLoss:
     def _metrics(
         self, completions: Completions, batch_values: GlobalValues, count: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Returns the metrics as sums over choices, scalars."""
+        """Returns the metrics as sums over choices, scalars without gradient, by name; `kl` only with a reference
+        point."""
         ranked, reward_C = completions.ranked, self.rewards(completions).detach()
         chosen, rejected = _chosen_and_rejected(reward_C, ranked)
         chosen_logprob, rejected_logprob = _chosen_and_rejected(completions.logprob_C.detach(), ranked)
@@ -203,7 +205,8 @@ def tokens_of_pairs(completions: Completions) -> torch.Tensor:
 
 
 def _chosen_and_rejected(value_C: torch.Tensor, ranked: RankedPositions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the value of the chosen completion and the mean of those that remain, each summed over all choices."""
+    """Returns two scalars: the values of the chosen completions summed over all choices, and the means of those that
+    remain after each, summed too."""
     value_PK = value_C[ranked.index_PK]
     remaining_PKK = remaining(ranked.rank_PK, ranked.exists_PK).to(value_C.dtype)
     n_remaining_PK = remaining_PKK.sum(-1)

@@ -42,6 +42,7 @@ def completions_of(model: Transformer, batch: CompletionBatch) -> Completions:
 
 
 def _completions(batch: CompletionBatch, logprob_C: torch.Tensor, prompt_logprob_P: torch.Tensor) -> Completions:
+    """Returns the completions of a batch with these log-probabilities, nats."""
     assert batch.ranked is not None
     n = len(batch.prompt_C)
     return Completions(
@@ -139,9 +140,10 @@ def seen_rankings(
     group: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[int, RankingLogprobs], torch.Tensor | None]:
-    """Returns each held-out ranking by number, and KTO's reference point over all of them (collective).
+    """Returns each held-out ranking by number, and KTO's reference point over all of them, None without mismatched
+    completions (collective).
 
-    Both are the same on every rank.
+    Both are the same on every rank; the reference point is a scalar on the host.
 
     Args:
         group: the ranks that hold other rankings than this one.
@@ -183,16 +185,19 @@ def held_out_metrics(
     point: torch.Tensor | None,
     seed: int,
 ) -> dict[str, float]:
-    """Returns `val/loss` and `preference/...` over held-out rankings.
+    """Returns `val/loss`, also by source, and `preference/...` over held-out rankings: means over choices.
 
     Accuracy and tau are over all pairs of the rankings, not only those that the loss compares, and by source and number
     of completions too.
 
     Args:
+        reference: log-probabilities under the reference; None if the loss has none.
+        point: KTO's reference point, see `seen_rankings`.
         seed: of the run; draws the pairs that the loss compares.
     """
 
     def completions(numbers: Sequence[int]) -> Completions:
+        """Returns the completions of the rankings `numbers`, with the verdicts that the loss compares, on the host."""
         chosen = [logprobs_of_ranking[number] for number in numbers]
         sizes = [len(ranking.logprob_K) for ranking in chosen]
         placed = [

@@ -128,9 +128,10 @@ def calibration_error(score_PK: torch.Tensor, rank_PK: torch.Tensor, exists_PK: 
 
 
 def _pairs(score_PK: torch.Tensor, rank_PK: torch.Tensor, exists_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the score of the first minus that of the second, and which pairs count, (P, K, K) each.
+    """Returns, for completions i and j of each prompt, score i minus score j (float32), and which pairs count (bool).
 
-    A pair counts once, if both completions exist and are not tied.
+    Both have shape (P, K, K). A pair counts once, at i < j, if both completions exist and their ranks differ; either
+    may be the better one. The score of a completion that does not exist is taken as 0.
     """
     safe_PK = score_PK.float().where(exists_PK, 0.0)
     lead_PKK = safe_PK[:, :, None] - safe_PK[:, None, :]

@@ -45,9 +45,11 @@ def reference_of(
     has_steps: bool,
     alive: Callable[[], None],
 ) -> dict[str, SplitReference]:
-    """Returns the reference of each split: from the file if its key is this one, else computed and written.
+    """Returns the reference of each split: from the file if its key is this one, else computed and written
+    (collective).
 
-    Collective.
+    A file that is damaged or belongs to another key is replaced, with a line in the log. Returns after the file is on
+    disk.
 
     Args:
         key: `checkpoint` and all else that the numbers depend on.
@@ -77,7 +79,12 @@ def reference_of(
 
 
 def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, SplitReference] | None:
-    """Returns the arrays of a file that is intact and has this key; None if there is no such file."""
+    """Returns the arrays of a file that is intact and has this key; None, with a line in the log, if it is not, or if
+    there is no file.
+
+    Args:
+        has_steps: accept another checkpoint in the key.
+    """
     if not path.is_file():
         return None
 

@@ -19,7 +19,11 @@ LONGEST_REASON = 300  # characters of a reason in an answer
 
 
 def main() -> None:
-    """Import the function and judge batches until the parent ends."""
+    """Imports the function and judges batches until the parent ends; an answer goes to the parent after each
+    completion.
+
+    The first message says `loaded`, or `refused` with the reason, after which the process ends.
+    """
     with serve_requests() as (requests, send):
         module, _, name = sys.argv[2].partition(":")
         try:

@@ -102,7 +102,7 @@ def read_reward_scale(run: RunDirectory) -> RewardScale:
 
 @torch.no_grad()
 def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], batch: int = 16) -> np.ndarray:
-    """Returns the score of each sequence at its last token, (len(sequences),) float32.
+    """Returns the score of each sequence at its last token, (len(sequences),) float32, without gradients.
 
     Args:
         model: a model with a scalar head.
@@ -165,7 +165,8 @@ def scores_of_rankings(
 
 
 def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
-    """Returns scores with their ranks or judgements; each judgement becomes a ranking of two.
+    """Returns scores with their ranks or judgements; each judgement becomes a ranking of two, the better completion
+    first.
 
     Args:
         scores: (K,) by ranking number.
@@ -195,7 +196,11 @@ def reward_metrics(scored: Sequence[ScoredRanking]) -> dict[str, float]:
 
 
 def agreement_figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str] = FIGURES) -> dict[str, float]:
-    """Returns `GROUP/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`)."""
+    """Returns `GROUP/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`).
+
+    Args:
+        names: of FIGURES. One is missing where all completions are tied, except the calibration error, which is 0.
+    """
     metrics = _figures(scored, group, names, "")
     for source in sorted({ranking.source for ranking in scored}):
         part = [ranking for ranking in scored if ranking.source == source]
@@ -230,7 +235,8 @@ def _figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str], 
 
 
 def _padded(scored: Sequence[ScoredRanking]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (score_PK, rank_PK, exists_PK), padded to the largest number of completions."""
+    """Returns (score_PK fp32, rank_PK int64, exists_PK bool), padded with 0 and False to the largest number of
+    completions."""
     shape = (len(scored), max(len(ranking.scores) for ranking in scored))
     score_PK = torch.zeros(shape)
     rank_PK = torch.zeros(shape, dtype=torch.int64)

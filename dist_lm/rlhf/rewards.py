@@ -54,7 +54,7 @@ class Tasks:
 
 
 def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, Rule]:
-    """Returns the reward parts that are rules, by name. The caller closes them.
+    """Returns the reward parts that are rules, by name; some have started processes. The caller closes them.
 
     Raises:
         ConfigError: this machine has no parser for a language, or no sandbox for tests.
@@ -63,6 +63,12 @@ def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, R
 
 
 def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:
+    """Returns the rule of a part that is no reward model; a user's function is being imported in a process of its own.
+
+    Raises:
+        ConfigError: this machine has no parser for the language.
+        SandboxError: this machine has no sandbox for tests.
+    """
     if part.kind == "tests":
         return TestsRule(f"rlhf.rewards.{name}", part, tasks.by_prompt, tasks.trust_me, tasks.sandboxes)
     if part.kind == "length":
@@ -102,7 +108,11 @@ class Judge:
         self._beside_generation = [rule for rule in self._rules.values() if isinstance(rule, TestsRule)]
 
     def begin(self, request: Request, answer: Answer) -> None:
-        """Let rules that work beside generation begin with an answer, whose rollout is judged later."""
+        """Starts the tests of an answer while other answers are still generated; `__call__` reads the scores later.
+
+        Raises:
+            RewardError: the prompt has no tests.
+        """
         for rule in self._beside_generation:
             rule.begin(
                 Judged(
@@ -188,10 +198,10 @@ def total_score(
     """Returns the weighted sum of the parts, (B,) fp32, minus the penalty for completions that were cut off.
 
     Args:
-        score_of_part: (B,) by the name of the part.
+        score_of_part: (B,) by the name of the part; every part of `parts` has one.
         whole_B: bool; whether the completion was not cut off.
     """
-    # A completion that was cut off has no end to judge, so it pays the penalty whatever its parts say.
+    # A completion that was cut off has no end to judge, so it pays the penalty in addition to the scores of its parts.
     total_B = -missing_eos_penalty * (~whole_B).float()
     for name, part in parts.items():
         total_B = total_B + part.weight * score_of_part[name].float()
@@ -205,7 +215,7 @@ class Scored:
     rollouts: Rollouts
     rule_score_B: Mapping[str, torch.Tensor]  # fp32, by part
     kept_D: np.ndarray  # bool; which of the rollouts drawn these are
-    prompts: int  # number of prompts drawn, those without any rollout here included
+    prompts: int  # number of prompts drawn, including prompts that have no scored rollout
     failed: Mapping[str, int]  # number of rollouts drawn without a score, by part
 
     @property
@@ -220,10 +230,10 @@ def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
 
     Args:
         judged: None on all other ranks.
-        some: whether there must be a rollout with a score.
+        some: whether to raise an error if no rollout has a score.
 
     Raises:
-        RewardError: no rollout has one.
+        RewardError: on every rank, if `some` and no rollout has a score.
     """
     shared: list = [judged]
     dist.broadcast_object_list(shared, _FIRST)

@@ -34,7 +34,7 @@ FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cance
 WHOLE = ("eot", "stop")
 """The finish reasons of a completion that was not cut off."""
 
-_SEED = 0x726F6C6C  # keeps sampling seeds apart from other values keyed by seed and position
+_SEED = 0x726F6C6C  # salt of sampling seeds: keeps them apart from other hashes of seed and position
 
 PromptOrder = Callable[[int, int], list[Sequence[int]]]
 """(first position, count) -> the token ids of the prompts there."""
@@ -115,6 +115,11 @@ class EngineRollouts:
         return in_order(requests, seen(requests, self.results(requests), finished))
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+        """Yields every answer, or the refusal of a request, when the engine has finished it; one request may be refused
+        at once.
+
+        If the source sleeps, the cache is freed after the last one.
+        """
         for request in requests:
             try:
                 self.engine.submit(request)
@@ -200,7 +205,7 @@ class Rollouts:
         """Returns the sets of K completion tokens, in host memory; None: all were drawn from the whole vocabulary.
 
         Args:
-            place_K: positions of the tokens in M.
+            place_K: indices of the tokens in M, int64.
         """
         if not len(self.set_size_M):
             return None
@@ -264,7 +269,8 @@ def requests_of(
 
 
 def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollouts:
-    """Returns the answers to `requests_of` as arrays."""
+    """Returns the answers to `requests_of` as arrays, in their order: by request, then by index. None may be
+    missing."""
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 

@@ -45,7 +45,7 @@ class RewardError(UserError):
 
 @dataclass(frozen=True)
 class Judged:
-    """A rollout as rules see it."""
+    """The text of a rollout and the facts that a rule may use; it has no score yet."""
 
     prompt: str  # as the model sees it, without the names of special tokens; the key of its tests
     completion: str
@@ -106,7 +106,7 @@ def length_rule(target: int) -> TextRule:
 
 
 def parses_rule(language: str, of: str) -> TextRule:
-    """Returns the rule that gives 1 if the text parses, else 0.
+    """Returns the rule that gives 1 if the text parses, else 0, and a failure if the parser gives no verdict in time.
 
     The last line of a completion that was cut off does not count. No code is executed.
 
@@ -182,7 +182,12 @@ class FunctionRule:
         return self._process
 
     def _ready(self, alive: Alive) -> JsonProcess:
-        """Returns the process once it has imported the function."""
+        """Returns the process once it has imported the function; starts one if there is none.
+
+        Raises:
+            RewardError: the import fails, ends the process or takes longer than LOADING_S seconds; the process is
+                ended.
+        """
         process = self._process or self._start()
         if self._loaded:
             return process
@@ -200,7 +205,11 @@ class FunctionRule:
         return process
 
     def _scores(self, process: JsonProcess, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
-        """Yields the scores up to the first completion that costs the process."""
+        """Yields the scores up to the first completion that costs the process, which is a `Failure`; then the process
+        is ended.
+
+        It is ended, too, if the caller stops early.
+        """
         answered = 0
         try:
             process.send({"judged": [[rollout.request, rollout.completion] for rollout in judged]}, self._timeout_s)
@@ -214,7 +223,7 @@ class FunctionRule:
         except (EOFError, OSError, ValueError):
             reason = f"ended its process (exit code {process.code()})"
         finally:
-            # The process still works on texts whose scores nobody would read.
+            # End the process: nobody needs the scores that it still computes.
             if answered < len(judged):
                 self.close()
         yield Failure(reason)
@@ -277,7 +286,11 @@ class TestsRule:
         log.info("%s: %s", key, fences(trust_me).describe())
 
     def begin(self, judged: Judged) -> None:
-        """Start the program of a completion that will be judged later."""
+        """Starts the program of a completion that will be judged later; the first call opens the sandboxes.
+
+        Raises:
+            RewardError: the prompt has no tests.
+        """
         self._running[judged] = self._submit(judged)
 
     def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
@@ -313,7 +326,8 @@ class TestsRule:
 
 
 def _waited(verdict: Future[Verdict], alive: Alive) -> Verdict:
-    """Waits for a verdict, with a sign of life each second."""
+    """Waits for a verdict without a limit and returns it; calls `alive` each second. An error of the program's future
+    is raised."""
     while True:
         alive()
         try:

@@ -32,7 +32,7 @@ Draw = Callable[[int], Rollouts]
 Judging = Callable[[Rollouts], JudgedRollouts]
 """The rollouts of an iteration with their scores under the rules."""
 DrawJudged = Callable[[int], JudgedRollouts]
-"""Draws and judges in one, where the scores decide which prompts are drawn (`SamplingAgain`)."""
+"""Draws and scores in one call: `SamplingAgain` needs this, because scores decide which prompts it draws next."""
 DrawPrompts = Callable[[int, int], Rollouts]
 """(position of the first prompt, number of prompts) -> their rollouts, by the weights that the source has."""
 
@@ -76,7 +76,7 @@ class RolloutSchedule:
         """
         self._source, self._draw, self._judge = source, draw, judge
         self._prompts, self._draw_judged = prompts, draw_judged
-        # position of the next prompt; used where rollouts are drawn, one iteration after the other
+        # position of the next prompt; only the code that draws reads and moves it
         self._position = 0
         self._staleness, self._iterations = staleness, iterations
         self._drawn: dict[int, Callable[[], Drawn]] = {}
@@ -86,9 +86,14 @@ class RolloutSchedule:
     def begin(
         self, version: int, weights: WeightStream, pending: Mapping[int, JudgedRollouts], position: int = 0
     ) -> None:
-        """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again.
+        """Starts, or resumes, with the weights of `version`; `pending` rollouts are taken over and not drawn again.
+
+        With staleness, drawing begins in a thread; otherwise the source loads the weights, and rollouts are drawn by
+        `take`.
 
         Args:
+            weights: read to the end.
+            pending: judged rollouts by iteration.
             position: position of the first prompt of iteration `version`.
         """
         self._position = position + sum(judged.prompts for judged in pending.values())
@@ -101,15 +106,19 @@ class RolloutSchedule:
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
     def push(self, version: int, weights: WeightStream) -> None:
-        """Read new weights to the end; they draw the rollouts of iteration `version + staleness`."""
+        """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`, as `begin` tells."""
         self._submit(version, weights, [version + self._staleness])
 
     def beside(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
-        """Run `work`, which uses the source, after the rollouts that are submitted; returns a function that waits.
+        """Queues `work`, which uses the source, behind the rollouts that are queued already; returns a function that
+        waits for its result.
+
+        With staleness 0 there is no queue: the work is done before this returns. Errors of `work` are raised by the
+        returned function, or here without a queue.
 
         Args:
-            weights: weights of `version` for the work; None: they were pushed last. If given, no rollouts are drawn
-                after them.
+            weights: weights of `version`, which the source loads first; None keeps those that were pushed last. After a
+                call with weights, queue no more rollouts.
         """
         if self._thread is None:
             if weights is not None:
@@ -127,13 +136,19 @@ class RolloutSchedule:
         return self._thread.submit(load_and_work).result
 
     def take(self, iteration: int) -> Drawn:
-        """Wait for the rollouts of an iteration. Each can be taken once."""
+        """Waits for the rollouts of an iteration, or draws and judges them with staleness 0. Each can be taken once.
+
+        Raises:
+            RequestError: a prompt cannot be answered.
+            RewardError: rules failed on too many rollouts.
+        """
         return self._drawn.pop(iteration)()
 
     def ahead(self, version: int) -> dict[int, JudgedRollouts]:
-        """Wait for the rollouts that older weights than `version` draw and that are not taken yet.
+        """Waits for the rollouts that are drawn but not yet taken and that come from weights older than `version`.
 
-        A checkpoint at `version` keeps them, because its own weights would draw others.
+        Returns them by iteration; they can still be taken. A checkpoint at `version` keeps them, because its own
+        weights would draw others.
         """
         older = range(version, version + self._staleness)
         return {iteration: drawn().judged for iteration, drawn in sorted(self._drawn.items()) if iteration in older}
@@ -147,7 +162,10 @@ class RolloutSchedule:
                 threads.shutdown(cancel_futures=True)
 
     def _submit(self, version: int, weights: WeightStream, iterations: list[int]) -> None:
-        """Have these weights draw the rollouts of the iterations: in the thread, or when they are taken."""
+        """Makes these weights draw the rollouts of the iterations: in the thread, or when they are taken.
+
+        The weights are read to the end in any case; without iterations they are dropped.
+        """
         load = None
         if not iterations:
             read_to_end(weights)
@@ -178,6 +196,7 @@ class RolloutSchedule:
         return rollouts, time.perf_counter() - started
 
     def _judged(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
+        """Returns the rollouts of `draw` with their scores and the seconds of both."""
         rollouts, drawing_s = draw()
         started = time.perf_counter()
         judged = self._judge(rollouts)
@@ -207,8 +226,8 @@ class SamplingAgain:
         round 2: draw as many as are missing   | keep ...
         after the last round: fill up with groups without a signal, the earliest first
 
-    Only rules are looked at. With a reward model among the parts, whose scores hardly ever agree, every group has a
-    signal.
+    Only the scores of rules decide. With a reward model among the parts, every group has a signal, because its scores
+    are hardly ever equal.
     """
 
     draw: DrawPrompts
@@ -238,9 +257,10 @@ class SamplingAgain:
 
 
 def positions_with_signal(judged: JudgedRollouts, parts: Mapping[str, RewardPartConfig]) -> list[int]:
-    """Returns the positions of the prompts whose rollouts do not all have the same score.
+    """Returns the positions of the prompts whose rollouts do not all have the same weighted sum of rule scores,
+    ascending.
 
-    Rollouts without a score do not count.
+    Rollouts without a score do not count. With a reward model among the parts, it returns all prompts.
     """
     position_B = judged.rollouts.position_B
     has_reward_model = bool(set(parts) - set(judged.scores))

@@ -16,7 +16,7 @@ LEFT_OUT = "left_out"
 
 @dataclass(frozen=True)
 class KlController:
-    """The weight of the KL in the reward, fixed or adaptive (Ziegler et al. 2019, section 2.2). A value."""
+    """The weight of the KL in the reward, fixed or adaptive (Ziegler et al. 2019, section 2.2). Immutable."""
 
     coefficient: float
     target: float | None = None  # nats per sequence; None: the coefficient is fixed
@@ -38,7 +38,7 @@ class KlController:
 
 @dataclass(frozen=True)
 class RlhfState:
-    """Counters after the last finished iteration, and rollouts drawn and judged ahead for the next ones. A value."""
+    """Counters after the last finished iteration, and rollouts drawn and judged ahead for the next ones. Immutable."""
 
     kl: KlController
     iteration: int = 0  # finished iterations; also the version of the policy's weights
@@ -63,7 +63,8 @@ class RlhfState:
         return values | {"kl": asdict(self.kl), "reward_scale": scale}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores."""
+        """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores; empty if there are
+        none."""
         arrays = {}
         for iteration, judged in self.pending.items():
             for name, array in vars(judged.rollouts).items():
@@ -75,7 +76,8 @@ class RlhfState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "RlhfState":
-        """Returns the state that `to_dict` and `arrays` describe."""
+        """Returns the state that `to_dict` and `arrays` describe; also of old releases, whose rollouts have no number
+        left out."""
         arrays_of_iteration: dict[int, dict[str, np.ndarray]] = {}
         for key, array in arrays.items():
             iteration, _, name = key.partition(".")

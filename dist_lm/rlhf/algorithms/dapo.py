@@ -78,7 +78,10 @@ class Dapo(Algorithm):
     keys: DapoKeys
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes scores with the penalty of length, relative to the group. A completion counts its tokens."""
+        """Returns advantages: scores with the penalty of length, minus the group's mean, over its standard deviation.
+
+        The policy loss is a mean over completion tokens; `kl_coefficient` weighs the KL in that loss.
+        """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import STD_EPS, group_columns, groups_of
 
@@ -94,7 +97,8 @@ class Dapo(Algorithm):
         return Prepared(group_columns(experience, advantage_B), length_B, kl_coefficient, metrics)
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        """Returns the surrogate of each token, clipped further away above 1 than below."""
+        """Returns the surrogate as a sum over tokens, clipped further away above 1 than below, with KL penalty and
+        entropy bonus."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(

@@ -36,7 +36,11 @@ class DrGrpo(Algorithm):
     keys: DrGrpoKeys
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes scores less the group's mean. A completion counts rlhf.max_new_tokens, whatever its length."""
+        """Returns advantages: scores minus the group's mean.
+
+        The policy loss is a sum over tokens, divided by rlhf.max_new_tokens for each completion; `kl_coefficient`
+        weighs the KL in that loss.
+        """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import group_columns, groups_of
 

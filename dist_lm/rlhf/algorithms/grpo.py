@@ -35,7 +35,11 @@ class Grpo(Algorithm):
     keys: GrpoKeys
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes scores relative to the group. A completion counts 1, whatever its length."""
+        """Returns advantages: scores minus the group's mean, over its standard deviation.
+
+        The policy loss is a mean over completions, each a mean over its tokens; `kl_coefficient` weighs the KL in that
+        loss.
+        """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import STD_EPS, completion_shares, group_columns, groups_of
 

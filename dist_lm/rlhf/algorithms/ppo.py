@@ -68,7 +68,11 @@ class Ppo(Algorithm):
     has_critic = True
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes token rewards, their advantages and returns. A completion counts its tokens."""
+        """Returns advantages and returns of each token; its reward is the score at the last token minus
+        `kl_coefficient` times the KL.
+
+        The policy loss is a mean over completion tokens and has no KL of its own.
+        """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import (
             explained_variance,
@@ -109,7 +113,7 @@ class Ppo(Algorithm):
         return Prepared(columns, mask_BT.sum(1), metrics=metrics)
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each token, minus the weighted entropy as a bonus."""
+        """Returns the clipped surrogate of each token, minus the weighted entropy as a bonus, as a sum over tokens."""
         from dist_lm.rlhf.policy_gradient import clipped_policy_loss
 
         columns = drawn.columns

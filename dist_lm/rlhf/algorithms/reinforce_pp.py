@@ -48,7 +48,11 @@ class ReinforcePp(Algorithm):
     keys: ReinforcePpKeys
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes the returns of the tokens, whitened over the iteration. A completion counts its tokens."""
+        """Returns advantages: the rewards from each token on, whitened over all tokens of the iteration.
+
+        A reward is the score at the last token minus `kl_coefficient` times the KL. The policy loss is a mean over
+        completion tokens and has no KL of its own.
+        """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import (
             mean_and_std,

@@ -49,7 +49,11 @@ class Rloo(Algorithm):
     ratio_of = "completion"
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Computes rewards less the mean of the others of the group, 0 for a group of one. A completion counts 1."""
+        """Returns advantages: the score minus `kl_coefficient` times the completion's KL, relative to the mean of the
+        others of the group.
+
+        The policy loss is a mean over completions and has no KL of its own.
+        """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import completion_shares, group_columns, groups_of, reference_kl
 
@@ -65,7 +69,8 @@ class Rloo(Algorithm):
         return Prepared(columns, advantage_B.new_ones(advantage_B.shape))
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each completion."""
+        """Returns the clipped surrogate of each completion, its tokens weighted by their share, with the entropy
+        bonus."""
         from dist_lm.rlhf.policy_gradient import over_completion, penalised_policy_loss
 
         log_ratio_N = drawn.logprob_N - drawn.columns["old_logprob"]
