@@ -1,4 +1,4 @@
-"""Conversations and rankings as documents: the text that a corpus keeps, and the tokens that its shards hold.
+"""Turns conversations and rankings into documents: the text that a corpus keeps, and the tokens that its shards hold.
 
 The text is JSON, and the same value always has the same text: two documents are equal if their values are.
 """

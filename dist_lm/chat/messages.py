@@ -1,4 +1,4 @@
-"""A conversation as a value: turns, tools, calls and their results; and the rules that a conversation must obey."""
+"""Defines a conversation as a value, turns, tools, calls and results, and checks the rules that it must obey."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal

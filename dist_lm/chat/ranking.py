@@ -1,4 +1,4 @@
-"""A ranking, which is a prompt with judged completions, as a value and as a tree of tokens.
+"""Defines a ranking, a prompt with judged completions, checks it, and lays it out as a tree of tokens.
 
     <|endoftext|> ... prompt ... assistant  completion 1 <|im_end|>  completion 2 <|im_end|>  ...
     branch: 0 ................. 0  1 ................ 1  2 ................ 2

@@ -1,4 +1,4 @@
-"""A micro-batch of sequences, and its assembly from slices of documents.
+"""Defines a micro-batch of sequences, and assembles it from slices of documents.
 
 Dimensions: B sequences, T tokens.
 """

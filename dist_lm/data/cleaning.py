@@ -1,4 +1,4 @@
-"""Rules of the field by which `corpus.cleaning` drops documents.
+"""Tells which documents `corpus.cleaning` drops, by rules of the field.
 
 - encoding: more than 0.5 % of the characters are U+FFFD. Ours.
 - licences: a licence of the document is not in the list. The Stack (Kocetkov et al. 2022).

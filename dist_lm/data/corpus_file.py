@@ -1,4 +1,4 @@
-"""The text of a corpus file that `dist-lm data new` writes, and the commands that train on it.
+"""Composes the text of a corpus file that `dist-lm data new` writes, and the commands that train on it.
 
 Values of data (names of columns, files, languages) reach the file as scalars of a YAML writer, or in comments without
 line breaks. The text is read back and compared before anything is written.

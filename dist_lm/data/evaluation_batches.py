@@ -1,4 +1,4 @@
-"""Held-out documents in an order that is always the same, with the language of every target.
+"""Batches held-out documents in an order that is always the same, with the language of every target.
 
 Conversations are packed whole (`data.packing`). The documents of text are laid end to end in their own order, and that
 row is closed into a ring: the target of the very last token is the end-of-text that opens the first document. So a

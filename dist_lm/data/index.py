@@ -1,4 +1,4 @@
-"""The index of a tar: offsets of its members and documents, so that any token can be read without reading the rest.
+"""Builds, saves and reads the index of a tar: offsets of members and documents, by which any token is read alone.
 
 The index file beside a tar is a cache. It holds nothing that the tar does not hold, and it is built again if it is
 missing, damaged, older than its tar, or not the one that the manifest names. Nothing here unpickles: array headers are

@@ -1,4 +1,4 @@
-"""Fill in the middle: pieces of documents rearranged so that a model learns to write what stands between two texts.
+"""Rearranges pieces of documents so that a model learns to fill in the middle, what stands between two texts.
 
 At the level of tokens, after Bavarian et al. 2022, 'Efficient Training of Language Models to Fill in the Middle'
 (arXiv 2207.14255), sections 3 and 4:

@@ -1,4 +1,4 @@
-"""Losses on the middles of held-out texts, with and without the text behind them.
+"""Makes batches to measure losses on the middles of held-out texts, with and without the text behind them.
 
 Held-out documents are cut into pieces that fit a sequence with the marks, and every piece has one middle.
 """

@@ -1,4 +1,4 @@
-"""The inputs of a source: every file or URL that it reads and every one that it leaves out.
+"""Lists, hashes and compares the inputs of a source: every file or URL that it reads or leaves out.
 
 The manifest of a corpus stores them. A later listing of the same source is compared with the stored one, so changed
 data is noticed before it is mixed with tokens of the old data.

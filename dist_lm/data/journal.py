@@ -1,4 +1,4 @@
-"""The journal of a corpus that is being built. It also tells which files of a corpus folder are ours.
+"""Keeps the journal of a corpus that is being built, and tells which files of a corpus folder are ours.
 
 `journal.jsonl` names every tar before it is written and describes it once it is finished, so a build that was killed
 continues behind the last finished tar. It is removed when the manifest exists. Only files that the manifest or the

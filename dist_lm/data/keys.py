@@ -1,4 +1,4 @@
-"""Keyed shuffles: every order of data and every random choice of data, with all keys in one place.
+"""Shuffles by keys: every order of data and every random choice of data, with all keys in one place.
 
 A shuffle sorts the numbers 0, 1, ... by the outputs of SplitMix64 (Steele, Lea and Flood, 'Fast splittable
 pseudorandom number generators', OOPSLA 2014). Its outputs are a bijection of its counter, so there are no ties, and

@@ -1,4 +1,4 @@
-"""The manifest of a corpus: tars with their hashes, counts by split and language, and the recipe they were built from.
+"""Writes, reads and compares the manifest of a corpus: tars with hashes, counts by split and language, the recipe.
 
 The manifest is written last: a folder without a manifest is not a corpus. It holds a hash of its own content, so an
 edited manifest is refused.

@@ -1,4 +1,4 @@
-"""The order of text as pure functions: into which sequences an epoch is cut, and in which order they are visited.
+"""Computes the order of text by pure functions: how an epoch is cut into sequences, and in which order they come.
 
 An epoch of text is a function of (seed, epoch, document lengths, sequence length). Documents are shuffled, laid end to
 end, and cut into sequences wherever a sequence is full, so no token is lost. The sequences are then visited in a

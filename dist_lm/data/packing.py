@@ -1,4 +1,4 @@
-"""Packing of whole documents into sequences, as a pure function from (seed, epoch, document lengths, sequence length)
+"""Packs whole documents into sequences, as a pure function from (seed, epoch, document lengths, sequence length)
 to document slices.
 
 Best fit decreasing assigns lengths to rows: the longest remaining document goes into the row with the least free space

@@ -1,4 +1,4 @@
-"""The documents of a corpus before they are divided into train and val: checked, cleaned, without duplicates, counted.
+"""Checks, cleans and counts the documents of a corpus, without duplicates, before they are divided into train and val.
 
 The stream depends on the configuration, the seed and the inputs alone. It is read several times (`data.ingest`), and
 each time gives the same documents in the same order.

@@ -1,4 +1,4 @@
-"""Training sequences by number: those of one corpus over all epochs, and how several corpora are mixed into one stream.
+"""Finds training sequences by number: those of one corpus over all epochs, and of several corpora in one stream.
 
 Both are pure functions of the number, so the state of a stream is one integer, and how a step is cut into ranks and
 micro-batches changes nothing.

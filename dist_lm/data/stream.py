@@ -1,4 +1,4 @@
-"""Training batches without end, from one integer of state.
+"""Makes training batches without end, from one integer of state.
 
 Sequences are numbered 0, 1, 2, ... over all epochs. A step takes the next `global_batch` of them, and a
 data-parallel rank its contiguous part, so a run can continue from the integer at any number of ranks.

@@ -1,4 +1,4 @@
-"""One split of a corpus on disk: maps document numbers to offsets in its tars, and reads tokens from there.
+"""Reads one split of a corpus on disk: maps document numbers to offsets in its tars, and reads tokens from there.
 
 Tars are read with `pread` through a bounded number of descriptors. Before its first use, a member is compared with its
 CRC-32 in the manifest, and its tokens with the vocabulary.

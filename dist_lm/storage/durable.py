@@ -1,4 +1,4 @@
-"""Files that survive a crash: written under a temporary name, flushed to disk, then renamed."""
+"""Writes files that survive a crash: under a temporary name, flushed to disk, then renamed."""
 
 import hashlib
 import json

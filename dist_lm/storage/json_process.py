@@ -1,4 +1,4 @@
-"""A Python module in a process of its own that answers requests: one JSON object a line, over a socket.
+"""Runs a Python module in a process of its own that answers requests: one JSON object a line, over a socket.
 
 Runs functions of users, which may hang, fail or end their process. Nothing is unpickled. What the functions print goes
 to standard error. The process ends when its parent ends, and the parent kills it after a time limit.

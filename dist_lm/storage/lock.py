@@ -1,4 +1,4 @@
-"""File locks: one writer per run. The operating system releases a lock when its process ends."""
+"""Locks files, so that a run has one writer. The operating system releases a lock when its process ends."""
 
 import errno
 import fcntl

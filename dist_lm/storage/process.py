@@ -1,4 +1,4 @@
-"""Processes on one machine: found by a mark in their environment, and ended reliably.
+"""Finds processes on one machine by a mark in their environment, and ends them reliably.
 
 torchrun gives every rank its own session, so the ranks share no process group. Instead, the processes that an agent
 starts carry a mark in their environment, which children inherit and keep when they are reparented.

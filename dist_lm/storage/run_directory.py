@@ -1,4 +1,6 @@
-"""Paths below the work directory, and the hashes of files that a run began with. No other module knows these names.
+"""Names the paths below the work directory, and notes the hashes of files that a run began with.
+
+No other module knows these names.
 
 work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}

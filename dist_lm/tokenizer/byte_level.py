@@ -1,4 +1,4 @@
-"""The vocabulary of a Hugging Face `tokenizer.json` with byte-level BPE, such as those of GPT-2, Llama 3 and Qwen."""
+"""Reads the vocabulary of a Hugging Face `tokenizer.json` with byte-level BPE, as of GPT-2, Llama 3 and Qwen."""
 
 import json
 from collections.abc import Sequence

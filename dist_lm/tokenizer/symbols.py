@@ -1,4 +1,4 @@
-"""Marks of the formats, and the pieces of a vocabulary that we train: special tokens, and symbols of code.
+"""Names the marks of the formats, and the pieces of a vocabulary that we train: special tokens and symbols of code.
 
 Ids 0, 1, 2, ... of a trained vocabulary are the special tokens in the order of `SPECIAL_TOKENS`. They are control
 symbols of SentencePiece: no text is ever encoded to one of them, not even text that spells its name.

@@ -1,4 +1,4 @@
-"""Text to token ids and back.
+"""Turns text into token ids and back.
 
 A tokenizer is a file: `tokenizer.model` of SentencePiece, trained by us or by somebody else, or `tokenizer.json` of
 Hugging Face. Its hash names it in corpora and checkpoints.

@@ -1,4 +1,4 @@
-"""Rankings as batches for log-probabilities: the prompt once, then every completion as a branch.
+"""Lays rankings out as batches for log-probabilities: the prompt once, then every completion as a branch.
 
 The prompt's last token has as many next tokens as the prompt has completions, so each branch begins with a copy of it.
 The last token of a completion predicts nothing and is left out.

@@ -1,4 +1,4 @@
-"""Marks for a model's own samples by rules that anybody can check. They make rankings where no person judged.
+"""Marks a model's own samples by rules that anybody can check. The marks make rankings where no person judged.
 
 Nothing here runs what it reads.
 """

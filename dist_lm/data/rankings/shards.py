@@ -1,4 +1,4 @@
-"""Rankings in shards: the arrays of a member beside those of every document (`data.shard_writer`), and their reader.
+"""Lays out and reads rankings in shards: the arrays of a member beside those of every document (`data.shard_writer`).
 
 KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the completions
 KEY.completions.npy  (documents,) uint8      K

@@ -1,4 +1,4 @@
-"""Batches of rankings: without end for training, in a fixed order for evaluation.
+"""Makes batches of rankings: without end for training, in a fixed order for evaluation.
 
 Whole rankings are packed into sequences as conversations are (`data.packing`), so the content of a row and its position
 are pure functions of (seed, epoch, index), and the state of the stream is one integer. The part of a verdict that is

@@ -1,4 +1,4 @@
-"""Formats of files of rows: JSON lines, parquet and CSV, each read as a stream with the number of every row.
+"""Reads files of rows, JSON lines, parquet and CSV, each as a stream with the number of every row.
 
 A format is a function from the name of a file to `(number, row, columns)`: the line or row counted from 1, or the key
 of a sample; the row as a mapping, or its problem; and the columns that the file or the row has. Reading continues

@@ -1,4 +1,4 @@
-"""Readers of rows: jsonl, parquet and csv. A row gives a text, and by column its language, its licence and its name.
+"""Reads rows of jsonl, parquet and csv. A row gives a text, and by column its language, its licence and its name.
 
 A row that gives no document is rejected with its place, FILE:LINE; one that is broken counts for
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
