@@ -38,7 +38,8 @@ def sample_prompts(closing: Closing) -> list[Sample]:
     Ranks share the work and all get every sample (collective). The seed of a sample is its index.
 
     Raises:
-        UserError: the engine refuses a prompt.
+        RequestError: a prompt does not fit the context.
+        ArtefactError: the model's logits are not numbers.
     """
     stage: Any = closing.config.stage  # callers are stages that end with samples
     config: SamplesConfig = stage.sampling
@@ -85,7 +86,8 @@ def answer_all(
         initial: the model that answers, the same on every rank; None: the trained model.
 
     Raises:
-        UserError: the engine refuses a request.
+        RequestError: a request does not fit the context.
+        ArtefactError: the model's logits are not numbers.
     """
     if not requests:
         return []

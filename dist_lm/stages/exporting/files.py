@@ -184,7 +184,10 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the ids of config.json: the opening of documents, padding, and the list of tokens that end generations.
+    """Returns the ids of config.json: the opening of documents, padding, and the list of all tokens that end
+    generations.
+
+    With the kept template of an imported model they are those that its own files name.
     """
     ids = {"bos_token_id": tokenizer.opening.first, "pad_token_id": tokenizer.pad_id}
     turn_end_ids = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []

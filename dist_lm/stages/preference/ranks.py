@@ -31,9 +31,11 @@ from dist_lm.training import checkpoint_files
 def open_data(opening: Opening) -> StageData:
     """Opens the rankings of the stage's corpus, with their log-probabilities under the reference (collective).
 
+    The log-probabilities are computed, or read from the run's file, which is written once.
+
     Raises:
         ConfigError: a setting that rankings do not allow.
-        ArtefactError: the corpus holds no rankings, or none fits into a sequence.
+        ArtefactError: the corpus holds no rankings, none fits into a sequence, or the file of the reference is gone.
     """
     config = opening.config
     assert isinstance(config, PreferenceRunConfig)
@@ -61,7 +63,11 @@ def open_data(opening: Opening) -> StageData:
 def _references(
     opening: Opening, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
 ) -> dict[str, SplitReference]:
-    """Returns the log-probabilities of both splits under the reference (collective)."""
+    """Returns the log-probabilities of both splits under the reference by split, computed or read (collective).
+
+    Raises:
+        ArtefactError: the file is missing or belongs to other data, and training has begun.
+    """
     stage, run = config.stage, opening.run
     key: dict[str, Any] = {
         CHECKPOINT: _start(config),
@@ -95,7 +101,7 @@ def _no_model(path: Path) -> Any:
 
 
 def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
-    """Returns a micro-batch with one ranking per sequence, for the dry run."""
+    """Returns a micro-batch (B, T) on the CPU with one ranking per sequence and random tokens, for the dry run."""
     settings, stage = config.stage.preference, config.stage
     rows, k = stage.micro_batch, min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
     branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
@@ -125,7 +131,7 @@ def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
 
 
 def _example_places(rows: int, k: int, as_rankings: bool) -> RankedPositions:
-    """Returns `rows` rankings of k completions, whole or as pairs of neighbours."""
+    """Returns the positions of `rows` rankings of k completions, whole or as pairs of neighbours."""
     index_PK = torch.arange(rows * k).view(rows, k)
     if as_rankings:
         better_N = worse_N = torch.zeros(0, dtype=torch.int64)

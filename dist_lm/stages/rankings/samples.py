@@ -57,8 +57,10 @@ class Sample:
 def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Console) -> Iterator[Candidate]:
     """Yields a ranking, or the reason why there is none, for each of `source.limit` openings (0: `DEFAULT_RANKINGS`).
 
+    It loads the model of stage.init_from and generates all samples before the first ranking.
+
     Raises:
-        ArtefactError: there is no model, or no program in the corpus.
+        ArtefactError: there is no model, no program in the corpus, or the model's logits are not numbers.
     """
     if config.stage.init_from == "none":
         raise ArtefactError(
@@ -85,7 +87,10 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 
 
 def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
-    """Returns the first one to four lines of documents at even distances, in languages that have a parser."""
+    """Returns the first one to four lines (at most 200 characters) of `limit` documents at even distances.
+
+    Only languages that have a parser count. Blank openings are left out.
+    """
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
     chosen = []
@@ -106,9 +111,15 @@ def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -
 def sample(
     loaded: LoadedModel, chosen: Sequence[Opening], config: RankingsConfig, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Yields (number of an opening, its samples), in the order of the openings.
+    """Yields (number of an opening, its samples), in the order of the openings; equal on all machines of a kind.
 
     An opening that leaves no room for a sample is left out.
+
+    Args:
+        advance: called for each sample.
+
+    Raises:
+        ArtefactError: the model's logits are not numbers.
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # One engine for all openings: their samples share its batches.
@@ -144,7 +155,8 @@ def sample(
 def requests_of(
     number: int, opening: Opening, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
-    """Returns the requests for an opening: continuations as text, and answers as a turn."""
+    """Returns two requests for an opening: continuations as text, and answers as a turn, together `fewest` to `most`
+    samples."""
     random_word = key(Shuffle.SAMPLES, seed, number)
     total = settings.fewest + random_word % (settings.most - settings.fewest + 1)
     params = SamplingParams(

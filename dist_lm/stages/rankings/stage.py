@@ -50,7 +50,13 @@ class Rankings(ArtefactStage):
         return inspect_corpora(config, names, lambda counts: f"{counts.documents:,} rankings to train on")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Build every missing or damaged corpus."""
+        """Builds every missing or damaged corpus of rankings and corrects the licences of the others; may sample a
+        model.
+
+        Raises:
+            ArtefactError: there is no model or program to sample from, or a folder holds files of others.
+            UserError: a source cannot be read.
+        """
         assert isinstance(config, RankingsConfig)
         names = wanted_corpora(config, rankings=True)
         missing = missing_corpora(config, names)

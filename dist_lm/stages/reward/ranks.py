@@ -41,7 +41,7 @@ EXAMPLE_COMPLETIONS = 4  # completions per ranking in the dry run
 
 
 def open_data(opening: Opening) -> StageData:
-    """Opens the rankings of the stage's corpus.
+    """Opens the rankings of the stage's corpus, and their evaluation.
 
     Raises:
         ConfigError: a setting that rankings do not allow.
@@ -77,7 +77,12 @@ def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
 def ranking_stream(
     opening: Opening, train: RankingCorpus, learn_from: str, label_noise: float, assemble: Assemble | None = None
 ) -> RankingStream:
-    """Opens the steps over `train`; the last three arguments are those of `RankingStream`."""
+    """Returns the steps over `train` from the position in `opening` on; the last three arguments are those of
+    `RankingStream`.
+
+    Raises:
+        ArtefactError: no ranking fits into a sequence.
+    """
     stage = opening.config.stage
     return RankingStream(
         train,
@@ -120,10 +125,12 @@ def ranking_batches(
 
 
 def score_samples(closing: Closing) -> dict[str, float]:
-    """Returns `reward/score_mean` and `reward/score_std` of the initial model's answers to prompts of val (collective).
+    """Returns `reward/score_mean`, `score_std` and `scored` of the initial model's answers to prompts of val
+    (collective).
 
-    Without an initial model that generates text, with stage.reward.normaliser_prompts=0, or where no prompt leaves room
-    for an answer, the completions of val are scored instead.
+    `scored` is the number of sequences. Without an initial model that generates text, with
+    stage.reward.normaliser_prompts=0, or where no prompt leaves room for an answer, the completions of val are scored
+    instead.
 
     Raises:
         ArtefactError: no completion fits into the model's context either.
@@ -168,9 +175,13 @@ def starts_from_policy(init_from: str) -> bool:
 
 
 def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
-    """Returns prompts of val with answers of the initial model, as token ids; empty if no prompt leaves room for one.
+    """Returns prompts of val with answers of the initial model, as token ids; empty (a warning) if no prompt leaves
+    room for one.
 
     The answers are sampled as rollouts are: temperature 1, no filters. Every rank gets all of them (collective).
+
+    Raises:
+        ArtefactError: the initial checkpoint is missing, or its logits are not numbers.
     """
     # Sampled as rollouts are, so that the scale fits them.
     settings, tokenizer = config.stage.reward, closing.tokenizer
@@ -209,7 +220,8 @@ def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> lis
 
 
 def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns every prompt with each of its completions as token ids, if they have at most `longest` tokens."""
+    """Returns every prompt with each of its completions as token ids, if they have at most `longest` tokens together.
+    """
     sequences = []
     for number in range(rankings.corpus.n_documents):
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
@@ -219,7 +231,7 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
 
 
 def example_batch(config: RewardRunConfig) -> Batch:
-    """Returns a micro-batch with one ranking per sequence, for the dry run."""
+    """Returns a micro-batch (B, T) on the CPU with one ranking per sequence and random tokens, for the dry run."""
     stage = config.stage
     k = min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
     shape = (stage.micro_batch, stage.seq_len)

@@ -96,7 +96,8 @@ class Reward(TrainingStage):
 
 
 def print_agreement(result: Mapping[str, Any], console: "Console") -> None:
-    """Print a row for all rankings, each number of completions and each source, `before -> after`."""
+    """Prints a row for all rankings, each number of completions and each source, `before -> after`; nothing without
+    figures."""
     before, after = result.get("before", {}), result["metrics"]
     # A row for all rankings, one for each source and one for each number of completions.
     suffixes = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]

@@ -126,6 +126,12 @@ class RlhfRunConfig(Config):
         return frozenset(corpora_of_form(self.corpus, "ranking"))
 
     def check_stage(self) -> None:
+        """Refuses answers that fill the context, a cache too small for one sequence, actors of eval.pool, and wrong
+        pretraining.
+
+        Raises:
+            ConfigError: names the key.
+        """
         super().check_stage()
         longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
         require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
@@ -144,7 +150,12 @@ class RlhfRunConfig(Config):
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
-        """Refuse corpora without text, and sequences longer than the model's context."""
+        """Refuses corpora without text, and sequences longer than the model's context; without pretraining it checks
+        nothing.
+
+        Raises:
+            ConfigError: names the key.
+        """
         group, longest = self.rlhf, self.model.max_seq_len
         if not group.pretrain_coefficient:
             return

@@ -58,10 +58,12 @@ class HeldOut:
     alive: Callable[[], None]
 
     def compare(self, scale: RewardScale | None) -> dict[str, float]:
-        """Returns `rlhf/win_rate` (ties count half) and the mean scores; empty if no prompt is compared (collective).
+        """Returns `rlhf/win_rate` (ties count half), the mean scores and the number of prompts compared (collective).
+
+        Empty if no prompt is compared. The weights of the source of rollouts change.
 
         Args:
-            scale: mean and standard deviation of the reward model's scores.
+            scale: mean and standard deviation of the reward model's scores; None: raw scores.
         """
         if not self.prompts:
             return {}
@@ -85,7 +87,10 @@ class HeldOut:
         }
 
     def _scores(self, model: Transformer, version: int, seed: int, scale: RewardScale | None) -> torch.Tensor:
-        """Returns the scores of the answers of `model`, (P,); NaN where there is none (collective)."""
+        """Returns the scores of the answers of `model`, (P,) fp32 on the CPU; NaN where there is none (collective).
+
+        It loads the weights of `model` into the source of rollouts.
+        """
         group = self.config.rlhf
         weights = sent_weights(model, self.config.parallel, self.start.world)
         judged = None
@@ -137,7 +142,12 @@ class TasksOfIterations:
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # by iteration, in their order
 
     def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
-        """Have the tasks answered that are due after so many iterations; `schedule`: on the first rank."""
+        """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it writes the
+        figures too.
+
+        Args:
+            schedule: on the first rank.
+        """
         parts, due = self.parts, self.parts.tasks.due(iteration)
         if not due:
             return

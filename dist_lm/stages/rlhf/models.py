@@ -33,7 +33,7 @@ VALUE = "value."  # prefix of the critic's tensors
 # files of this stage in a checkpoint
 STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.json", "frozen.json"
 
-# keys of a model that change no hidden state, or that `d_head` and `kv_heads` stand for
+# keys that do not affect the hidden states, and keys that `d_head` and `kv_heads` replace in the comparison
 NOT_IN_TRUNK = {
     *("name", "head", "max_seq_len", "tie_embeddings", "logit_cap", "init_std", "residual_init"),
     *("base_width", "head_width", "n_kv_heads"),
@@ -66,8 +66,9 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
     """Loads the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
 
     Raises:
-        ArtefactError: a checkpoint is missing, damaged, belongs to another model, or is not the one that the run began
-            with.
+        ArtefactError: a checkpoint is missing, damaged, belongs to another model or tokenizer, or is not the one that
+            the run began with; or the reward model's run is not finished.
+        ConfigError: the critic shall have the head of a reward model that computes otherwise.
     """
     resume_from = checkpoint.newest_intact(run.checkpoints, start.world)
     init_from = Path(config.stage.init_from) if config.stage.init_from != "none" else None
@@ -218,7 +219,10 @@ def _reward_model(path: Path, config: RlhfRunConfig, start: RankStart) -> Transf
 def trunk_of_critic(
     reward: Transformer | None, policy: Transformer, shape: ModelConfig, value_head: str
 ) -> Transformer:
-    """Returns the model that the critic starts from: the reward model if it computes as `shape` does, else the policy.
+    """Returns the model whose weights the critic starts from: the reward model if it computes as `shape` does, else the
+    policy.
+
+    To compute alike, the options that affect hidden states must be equal.
 
     Raises:
         ConfigError: the critic shall have the head of a reward model that computes otherwise.

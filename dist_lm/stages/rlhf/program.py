@@ -70,11 +70,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEQ_LEN = "rlhf.pretrain_seq_len"
-FIRST_WEIGHTS = -1  # version of the weights that actors start with; the learner sends others before it asks
+FIRST_WEIGHTS = -1  # version of the weights that actors start with; no rollout uses it
 
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
-    """Train from the newest checkpoint of the run, or from stage.init_from, until the last iteration or a stop."""
+    """Trains from the newest checkpoint of the run, or from stage.init_from, until the last iteration or a stop
+    (collective).
+
+    It writes checkpoints, metrics and samples of rollouts; after the last iteration `result.json`.
+
+    Raises:
+        ArtefactError: a checkpoint, a corpus or the prompts are missing, damaged or have changed.
+        ConfigError: the prompts, or the start of the critic, do not fit.
+        ClusterError: Ray refuses the first rank, or has no free resources for an actor.
+    """
     began = time.time()
     config = load_config(run.config)
     assert isinstance(config, RlhfRunConfig)
@@ -103,7 +112,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             tasks = tasks_of_iterations(
                 config, run, start, loaded.models.policy.model, source, metrics, heartbeat, cluster
             )
-        # Before the first iteration both models are the same: the win rate then shows the noise of the later one.
+        # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
         held_out = HeldOut(config, start, loaded.models, supply, held_out_prompts, evaluating)
         if state.iteration == 0:
@@ -165,11 +174,15 @@ def open_supply(
     stack: ExitStack,
     pool: PoolBeside | None,
 ) -> RolloutSupply | None:
-    """Opens prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
+    """Returns prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
 
     Args:
         stack: closes rules and source.
         pool: the cluster of the actors; None: an engine in this process.
+
+    Raises:
+        ClusterError: Ray has no free resources for an actor.
+        ArtefactError: a prompt lacks the tests that a reward asks for.
     """
     weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
     if not start.world.is_first:
@@ -198,10 +211,10 @@ def rollout_source(
     alive: Callable[[], None],
     pool: PoolBeside | None,
 ) -> Iterator[RolloutSource]:
-    """Opens the source of rollouts inside the block: actors, or a local engine.
+    """Yields the source of rollouts: actors, or a local engine.
 
     Args:
-        weights: weights of any version of the policy.
+        weights: weights of any version of the policy; read to the end.
         alive: called regularly during generation.
         pool: the cluster of the actors; None: a local engine.
 
@@ -269,7 +282,7 @@ class PretrainingText:
 def pretraining_text(
     config: RlhfRunConfig, run: RunDirectory, start: RankStart, updates: int
 ) -> Iterator[Pretraining | None]:
-    """Opens the pretraining text inside the block; None if rlhf.pretrain_coefficient is 0.
+    """Yields this rank's micro-batches of pretraining text by update; None if rlhf.pretrain_coefficient is 0.
 
     Args:
         updates: policy updates so far.
@@ -334,7 +347,7 @@ class Reporter:
         self.tokens += new_tokens
         self.iteration = report.iteration
 
-        # The time of the iteration alone, without loading, comparisons, saves and tasks in between.
+        # This is the time of the iteration only: loading, comparisons, saves and tasks in between are not part of it.
         seconds = report.metrics["timing/iteration_s"]
         line = dict(report.metrics) | {
             "train/tokens": self.tokens,
@@ -365,7 +378,7 @@ class Reporter:
         self.heartbeat.beat(phase, self.iteration)
 
     def _write_table(self, report: IterationReport) -> None:
-        """Write `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
+        """Writes `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
         n = len(report.score_B)
         rows = min(n, self.config.rlhf.table_rollouts)
         order = report.score_B.argsort(descending=True, stable=True).tolist()
@@ -424,7 +437,10 @@ class Saving:
 def write_result(
     run: RunDirectory, config: RlhfRunConfig, state: RlhfState, counters: TrainState, seconds: float
 ) -> None:
-    """Write the success marker.
+    """Writes `result.json`, which marks the run as finished.
+
+    Args:
+        seconds: duration of this attempt.
 
     Raises:
         ArtefactError: the metrics file lacks the last iteration, or its reward is not finite.

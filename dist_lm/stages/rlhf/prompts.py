@@ -32,8 +32,11 @@ Prompts = list[Sequence[int]]
 def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
     """Returns (prompts, held-out prompts) as token ids. Prompts too long for an answer are left out with a warning.
 
+    Of the held-out ones the first `held_out_prompts` that fit are returned.
+
     Raises:
-        ArtefactError, ConfigError: no prompt is left.
+        ArtefactError: no prompt is left, a prompt is invalid, or the corpus holds texts.
+        ConfigError: there is no such file of prompts.
     """
     group = config.rlhf
     if group.prompts_from:
@@ -70,10 +73,11 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
 
 
 def check_prompts(group: RlhfRunGroup) -> None:
-    """Refuse invalid files of prompts and reward functions before the run starts.
+    """Refuses invalid files of prompts and reward functions before the run starts; imports the functions.
 
     Raises:
-        ConfigError, ArtefactError: name the key, file and line.
+        ConfigError: a function cannot be imported, or there is no file; names the key.
+        ArtefactError: names the key, file and line of a prompt.
     """
     for key, pattern in _files(group):
         for prompt in _prompts_of(pattern, key):
@@ -91,7 +95,8 @@ def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
     `check_prompts`, before the run started, read every test in its language.
 
     Raises:
-        ConfigError, ArtefactError: name the key, file and line of a prompt without tests, or with two different ones.
+        ArtefactError: names the key, file and line of a prompt without tests, or with two different ones.
+        ConfigError: there is no such file of prompts.
     """
     if not _asks_tests(group):
         return {}
@@ -109,7 +114,7 @@ def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
 def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     """Returns a function that reads the text of the user's last turn from the tokens of a prompt.
 
-    It knows the layout of the tokenizer's chats from a probe: the text before and after the request of a conversation.
+    It renders a conversation with the request `probe` to learn the text around a request.
 
     Raises:
         ChatError: a kept chat template cannot write a request.
@@ -148,7 +153,10 @@ def _task(prompt: Prompt, key: str, readable: bool) -> Task:
 def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
     """Returns the tokens of each document before the first learned one: before the assistant's turn or the completions.
 
-    Each prompt occurs once, though several rankings may have the same one.
+    Each prompt occurs once, though several rankings may have the same one. Empty prompts are left out.
+
+    Raises:
+        ArtefactError: the corpus is missing, or holds texts.
     """
     corpus = TokenCorpus.open(directory, split)
     if not corpus.has_mask:
@@ -180,7 +188,8 @@ def _prompts_of(pattern: str, key: str) -> Iterator[Prompt]:
     """Yields the prompts of the files that `key` names.
 
     Raises:
-        ConfigError, ArtefactError: a prompt is invalid, or there is none.
+        ConfigError: there is no such file.
+        ArtefactError: a prompt is invalid, or there is none.
     """
     prompt = None
     for prompt in read_prompts(find_prompts(pattern, key=key)):

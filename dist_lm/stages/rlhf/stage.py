@@ -65,7 +65,11 @@ class Rlhf(TrainingStage):
         return tuple(name for name in self.needs if name in read or name == self.starts_from)
 
     def check(self, config: Config) -> None:
-        """Refuse prompts of a corpus of texts, which have no turn to answer."""
+        """Refuses prompts of a corpus of texts, which have no turn to answer.
+
+        Raises:
+            ConfigError: stage.corpus holds texts, and rlhf.prompts_from is empty.
+        """
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(
@@ -81,6 +85,7 @@ class Rlhf(TrainingStage):
         return with_reward_run(run_config)
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        """Prints a table of figures of the first and the last iteration; a figure without both is left out."""
         first, last = result["first"], result["metrics"]
         names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
         rows = []
@@ -91,7 +96,7 @@ class Rlhf(TrainingStage):
         console.table("iterations", ("", "first", "last"), rows)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Print the best, the middle and the worst rollout of the last file of samples."""
+        """Prints the best, the middle and the worst rollout of the last file of samples; nothing without samples."""
         from dist_lm.chat.template import last_request
 
         rollouts = last_samples(run)
@@ -105,6 +110,7 @@ class Rlhf(TrainingStage):
             console.line(f"    {one_line(rollout['completion'])}")
 
     def entries(self, config: Config, run: RunDirectory, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yields (what, value) of the summary's last box: size, iterations, win rate, tasks and where the files are."""
         before, after = result["before"], result["metrics"]
         yield "parameters", f"{result['parameters']:,}"
         yield (
@@ -130,10 +136,11 @@ def one_line(text: str) -> str:
 
 
 def check_inputs(config: RlhfRunConfig) -> None:
-    """Refuse prompts, functions or a reward model that are missing or invalid.
+    """Refuses prompts, functions or a reward model that are missing or invalid; the model of `auto` is not looked at.
 
     Raises:
-        ConfigError, ArtefactError: name the key.
+        ConfigError: a key names nothing, or a function cannot be imported.
+        ArtefactError: a prompt is invalid, or the model gives no scores or has another vocabulary.
     """
     from dist_lm.stages.rlhf.prompts import check_prompts
 

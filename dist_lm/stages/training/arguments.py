@@ -46,7 +46,7 @@ class StageData:
 
 @dataclass(frozen=True)
 class Closing:
-    """Arguments of `before_training` and `after_training` on a rank."""
+    """What a stage measures with on a rank, before and after training: the arguments of `before_` and `after_training`."""
 
     config: Config
     run: RunDirectory

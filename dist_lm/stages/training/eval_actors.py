@@ -77,7 +77,11 @@ class BesideTraining:
             self._open[step] = self._evaluator.submit(self._evaluate, step, due, None)
 
     def reached(self, step: int) -> None:
-        """Write the figures that have arrived; copy the weights if tasks are due."""
+        """Writes the figures that have arrived. If tasks are due, it copies the weights to the first rank and queues
+        their evaluation.
+
+        It raises what an evaluation in a thread has raised.
+        """
         parts = self._parts
         due = parts.tasks.due(step)
         self._collect()
@@ -106,6 +110,7 @@ class BesideTraining:
             self._writing = None
 
     def finish(self) -> None:
+        """Waits for all evaluations and writes their figures, with heartbeats meanwhile (collective)."""
         parts = self._parts
         while True:
             wait(self._open.values(), timeout=LOOK_S)
@@ -136,6 +141,7 @@ class BesideTraining:
             del self._open[step]
 
     def _write(self, step: int, copy: dict[str, torch.Tensor]) -> None:
+        """Writes the copy of the weights (safetensors) and flushes it to disk; runs in the writer's thread."""
         # The file appears when it is complete: a resumed run takes it for whole.
         path = weights_file(self._parts.run, step)
         path.parent.mkdir(exist_ok=True)
@@ -146,6 +152,19 @@ class BesideTraining:
         durable.fsync_directory(path.parent)
 
     def _evaluate(self, step: int, due: Sequence[str], writing: Future[None] | None) -> Records:
+        """Answers the tasks `due` with the stored weights of `step` and returns the records; runs in the evaluator's
+        thread.
+
+        The first call starts the actors.
+
+        Args:
+            writing: the write of the weights, which it waits for; None: they are on disk.
+
+        Raises:
+            AbandonedError: the run ends before the evaluation.
+            ActorsLostError: no place for an actor.
+            PoolFailure: actors keep dying.
+        """
         if writing:
             writing.result()
 
@@ -182,13 +201,16 @@ def tasks_of_steps(
     heartbeat: Heartbeat,
     steps_done: int,
 ) -> Iterator[TasksOfSteps]:
-    """Evaluates the tasks of `stage.eval_tasks` inside the block, with actors or on the ranks themselves (collective).
+    """Yields what evaluates the tasks of `stage.eval_tasks`, with actors or on the ranks themselves (collective).
+
+    Evaluations that an earlier attempt left are made first, or queued for the actors.
 
     Args:
         steps_done: steps of the checkpoint that the run continues from.
 
     Raises:
         UserError: a task cannot be asked.
+        ClusterError: Ray refuses the first rank.
     """
     tasks = loop_tasks(config, run, tokenizer)
     parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)

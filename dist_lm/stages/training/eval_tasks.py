@@ -110,7 +110,8 @@ def discard_weights(parts: Evaluated, step: int) -> None:
 
 
 def pending(parts: Evaluated, steps_done: int) -> dict[int, tuple[str, ...]]:
-    """The tasks without figures, by the steps whose weights are stored. Removes other files (first rank).
+    """Returns the tasks without figures, by the steps whose weights are stored. Removes other files of weights (first
+    rank).
 
     Args:
         steps_done: steps of the checkpoint that the run continues from; later ones are trained again.
@@ -159,6 +160,7 @@ class BetweenSteps:
         """The figures are written already."""
 
     def _evaluate(self, step: int, due: Sequence[str], weights: WeightStream) -> None:
+        """Answers the tasks `due` on all ranks and writes their figures and answers on the first (collective)."""
         began = time.perf_counter()
         parts = self._parts
         alive = partial(parts.heartbeat.beat, Phase.EVALUATING, step)
@@ -173,7 +175,10 @@ class BetweenSteps:
     def _records(
         self, asked: Round, weights: WeightStream, sandboxes: Sandboxes | None, alive: Callable[[], None]
     ) -> dict[str, list[Record]]:
-        """The records of a round on the first rank."""
+        """Returns the records of a round on the first rank, by task; empty on the others (collective).
+
+        Each rank builds an engine for the call. The other ranks write heartbeats while the first one judges.
+        """
         parts = self._parts
         first, shape = parts.world.is_first, parts.model.config.plain
         engine = Engine(
