@@ -241,7 +241,11 @@ class _Page:
         return before
 
     def check_shows_texts(self, text: str) -> None:
-        """Refuses a template that leaves out the text of a turn of the system or the user."""
+        """Refuses a template that leaves out the text of a turn of the system or the user.
+
+        Raises:
+            ChatError: names the first such turn.
+        """
         for number, message in enumerate(self._conversation.messages):
             guarded = self._guarded(message.content)
             if message.role in ("system", "user") and guarded.strip() not in text:

@@ -180,7 +180,7 @@ def _in_order(results: Sequence[tuple[str, Json]], call_ids: Sequence[str], wher
 
 
 def _refuse_lost(value: Mapping[str, Any], read: Sequence[str], where: str) -> None:
-    """Refuses keys that are not `read` and have a value."""
+    """Raises ChatError, which begins with `where`, for a key that is not in `read` and has a value."""
     for key in value:
         if key not in read and not _says_nothing(value[key]):
             way_out = WAY_OUT.get(key, "move it into content, or remove it")
@@ -194,6 +194,7 @@ def _says_nothing(value: Json) -> bool:
 
 
 def _require_function(value: Mapping[str, Any], where: str) -> None:
+    """Raises ChatError, which begins with `where`, for a `type` other than function; a missing one passes."""
     if value.get("type") not in (None, "function"):
         raise ChatError(f"{where}: type {shown(value['type'])}; expected function")
 
@@ -224,13 +225,18 @@ def _result(content: str) -> Json:
 
 
 def _value(value: Json, where: str) -> Json:
-    """Returns `value`, read first if it is JSON text."""
+    """Returns `value`, read first if it is JSON text; empty text stays as it is.
+
+    Raises:
+        ChatError: the text is no JSON; the message begins with `where`.
+    """
     if isinstance(value, str) and value.strip():
         return json_text.read(value, where)
     return value
 
 
 def _list(value: Json, where: str) -> list:
+    """Returns the value if it is a list; raises ChatError, which begins with `where`, if not."""
     if not isinstance(value, list):
         raise ChatError(f"{where}: {shown(value)}; expected a list")
     return value

@@ -186,18 +186,20 @@ class _Reader:
         return is_next
 
     def expect(self, mark: str) -> None:
-        """Steps over `mark`; refuses anything else."""
+        """Steps over `mark`; raises ChatError for anything else."""
         if not self.take(mark):
             raise self._unexpected(mark)
 
     def expect_text(self, text: str, name: str) -> None:
-        """Steps over `text`, which must reach to a mark or the end; refuses anything else."""
+        """Steps over `text`, which must reach to a mark or the end; raises ChatError, which calls it `name`, for
+        anything else.
+        """
         at = self.place
         if self.text() != text:
             raise ChatError(f"{at}: expected {name}")
 
     def expect_end(self) -> None:
-        """Refuses tokens that are left."""
+        """Raises ChatError if tokens are left."""
         if not self.at_end():
             raise self._unexpected("nothing more")
 
@@ -209,13 +211,17 @@ class _Reader:
         return self._parts[self._next - 1][1]
 
     def skip_space(self, expected: str) -> None:
-        """Steps over white space; refuses other text before the next mark."""
+        """Steps over white space; raises ChatError for other text before the next mark."""
         at = self.place
         if self.text().strip():
             raise ChatError(f"{at}: expected {expected}, found text")
 
     def json(self, closing: str) -> Json:
-        """Steps over JSON and the mark `closing` behind it, and returns the value of the JSON."""
+        """Steps over JSON and the mark `closing` behind it, and returns the value of the JSON.
+
+        Raises:
+            ChatError: the text is no JSON, or another mark follows.
+        """
         at = self.place
         text = self.text()
         self.expect(closing)
@@ -254,6 +260,7 @@ def _read_tools(reader: _Reader, text: str, at: str) -> tuple[str, tuple[Tool, .
 
 
 def _tool_of(value: Json, at: str) -> Tool:
+    """Returns the tool of the JSON value of a line; raises ChatError, which begins with `at`, for any other value."""
     if type(value) is dict and value.keys() == {"type", "function"} and value["type"] == "function":
         function = value["function"]
         if type(function) is dict and function.keys() == {"name", "description", "parameters"}:
@@ -291,6 +298,7 @@ def _read_results(reader: _Reader) -> Message:
 
 
 def _text(token_ids: list[int], begin: int, end: int, tokenizer: Tokenizer) -> str:
+    """Returns the text of tokens [begin, end); raises ChatError if their bytes are not UTF-8."""
     try:
         return tokenizer.content(token_ids[begin:end]).decode()
     except UnicodeDecodeError:
@@ -305,7 +313,11 @@ def _without_added_space(text: str, tokenizer: Tokenizer) -> str:
 
 
 def _checked(token_id: Any, index: int, vocab_size: int) -> int:
-    """Returns `token_id` as an int; refuses what is no id of the vocabulary."""
+    """Returns `token_id`, an int or a number of numpy or torch, as an int.
+
+    Raises:
+        ChatError: it is no id of the vocabulary; the message names `index`, its place.
+    """
     try:
         checked_id = operator.index(token_id)
     except TypeError:

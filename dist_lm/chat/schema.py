@@ -84,6 +84,11 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
 
 
 def _validator_of(tool: Tool) -> Validator:
+    """Returns the validator of a tool's arguments.
+
+    Raises:
+        ChatError: the schema is too long, is no JSON, or `_validator` refuses it; the message names the tool.
+    """
     where = f"tool {shown(tool.name)}, parameters"
     text = json_text.write(tool.parameters, where)
     # The length is checked first: the work below grows with it.

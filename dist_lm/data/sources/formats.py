@@ -196,6 +196,11 @@ def _object(row: Any) -> Row | BadRow:
 
 
 def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
+    """Yields the objects of a file that is one JSON list, numbered from 1; another element is yielded as its problem.
+
+    Raises:
+        ArtefactError: the list is broken, or the file is not UTF-8.
+    """
     try:
         rows = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
@@ -220,6 +225,7 @@ def _decoded(batch: Any) -> Iterator[Row | BadRow]:
 
 
 def _refuse_utf16(name: str, first_bytes: bytes) -> None:
+    """Raises ArtefactError if a file begins with the byte order mark of UTF-16."""
     if first_bytes.startswith(UTF16):
         raise ArtefactError(f"{name}: the text is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
 

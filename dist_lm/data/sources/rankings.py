@@ -72,7 +72,7 @@ def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     advice="train the stage before for longer, or take another source; no two samples of the model differ by the rules",
 )
 def read_synthetic_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Refuses to read: stage=rankings makes these documents, because it has the model to sample from."""
+    """Raises ConfigError: stage=rankings makes these documents, because it has the model to sample from."""
     raise ConfigError(
         "reader=synthetic_rankings ranks samples of a model: it belongs into a corpus that stage=rankings builds"
     )
@@ -166,6 +166,7 @@ def _judgement(judgement: Any) -> Judgement:
 
 
 def _list(json_value: Any, name: str) -> list:
+    """Returns the value if it is a list; raises ChatError, which begins with `name`, if not."""
     if type(json_value) is not list:
         raise ChatError(f"{name}: expected a list")
     return json_value

@@ -174,6 +174,11 @@ def text_hash(text: str) -> str:
 
 
 def _named_reader(source: SourceConfig) -> tuple[Form, str]:
+    """Returns the form and the import path of a reader of this package.
+
+    Raises:
+        ConfigError: there is no reader of this name.
+    """
     if source.reader not in READERS:
         raise ConfigError(
             f"corpus source: reader={source.reader}: expected one of {', '.join(sorted(READERS))}, or the import path "

@@ -132,6 +132,9 @@ def _check_columns(name: str, columns: Named, file_columns: Sequence[str]) -> No
     """Refuses a file without a column that has a default: all its rows would silently take that.
 
     A file without the column of the text needs no check, because each of its rows is broken.
+
+    Raises:
+        ConfigError: names the key, the column and the columns of the file.
     """
     for key, column in columns:
         if key in WITH_DEFAULT and column not in file_columns:
