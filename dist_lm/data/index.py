@@ -223,9 +223,9 @@ def member_checksums(tar: Path, index: ShardIndex) -> list[int]:
 
 
 def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
-    """Yields the webdataset samples of `tar`: each key with its parts by extension, in the order of the tar.
+    """Yields the webdataset samples of `tar`: each key with its parts, in the order of the tar.
 
-    Contents are not read. The key has the folder in the tar; what is no regular file is passed over.
+    Parts have the rest of their file name, such as `tokens.npy`. Contents are not read. The key has the folder in the tar; what is no regular file is passed over.
 
     Raises:
         tarfile.TarError: the tar is damaged.
@@ -270,7 +270,7 @@ def _member(
     Offsets are bytes in the tar; the documents are (n,) `DOCUMENT`.
 
     Args:
-        parts: of the member, by extension.
+        parts: of the member, by names such as `tokens.npy`.
         file: the tar, open.
         languages: of the tar; new names are appended, so that a language has one code in all members.
 

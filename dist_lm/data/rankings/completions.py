@@ -118,10 +118,10 @@ def _opened(tree: tuple[np.ndarray, np.ndarray], opening: Opening | None) -> tup
 
 
 def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Joins the prompt of ranking `number` with the completions of the next ranking of the corpus (of the last: the
-    first).
+    """Joins the prompt of ranking `number` with the completions of the next ranking of the corpus.
 
-    Completions that do not fit into `seq_len` are left out. If none fits, the first one is cut.
+    The next one of the last is the first, so a corpus of one ranking gives its own completions. Completions that do not
+    fit into `seq_len` are left out. If none fits, the first one is cut.
 
     Args:
         seq_len: in tokens; the prompt has at most so many.
