@@ -225,7 +225,8 @@ def member_checksums(tar: Path, index: ShardIndex) -> list[int]:
 def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """Yields the webdataset samples of `tar`: each key with its parts, in the order of the tar.
 
-    Parts have the rest of their file name, such as `tokens.npy`. Contents are not read. The key has the folder in the tar; what is no regular file is passed over.
+    Parts have the rest of their file name, such as `tokens.npy`; the key has the folder in the tar. Contents are not
+    read, and what is no regular file is passed over.
 
     Raises:
         tarfile.TarError: the tar is damaged.
