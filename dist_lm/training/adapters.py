@@ -34,7 +34,7 @@ def adapted_model(directory: Path) -> AdaptedModelConfig:
     """Returns the model of a checkpoint of adapters, with the directory where its base is now.
 
     Raises:
-        ArtefactError: the base is gone or has changed, or the checkpoint does not describe adapters.
+        ArtefactError: the base is gone or has changed, or the checkpoint cannot be read or does not describe adapters.
     """
     model, record = files.read_state(directory)[1], files.read_adapters(directory)
     try:

@@ -39,7 +39,10 @@ def exchange(optimizer: torch.optim.Optimizer) -> None:
 
 
 def measured(optimizer: torch.optim.Optimizer, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    """Returns held-out metrics of the averaged weights; afterwards the model has its previous bits (collective).
+    """Returns the held-out metrics of the averaged weights under the names in `MEASURED` (collective).
+
+    Other metrics are dropped. Afterwards the model has its previous bits; if `evaluate` raises, it keeps the averaged
+    weights.
 
     Args:
         evaluate: measures the model as it is, and leaves no parameter gathered.

@@ -61,9 +61,13 @@ class Companion:
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Returns all tensors by their names in a checkpoint, of logical shape; loading writes into these tensors.
+    """Returns all tensors by their names in a checkpoint, of logical shape.
 
-    A model with adapters has only its trained tensors in a checkpoint.
+    They share memory with the model and the optimizer, so loading writes into them. A model with adapters has only its
+    trained tensors in a checkpoint.
+
+    Args:
+        prefix: begins the names; empty for the first model of a checkpoint.
     """
     shapes = parameter_shapes(model_config)
     tensors = {
@@ -102,13 +106,18 @@ def write(
 ) -> Path:
     """Writes `tensors` as the checkpoint of `state.step`, moves LATEST and BEST, removes old checkpoints (collective).
 
+    A checkpoint of the same step, and those of later steps, are removed.
+
     Args:
         group: all ranks, with a CPU backend; None: the default group.
         keep: number of newest checkpoints to keep; 0: all.
         attached: files of the stage, by name; those of the first rank are written.
 
+    Returns:
+        The directory of the checkpoint.
+
     Raises:
-        CheckpointWriteError: on every rank, if any rank could not write.
+        CheckpointWriteError: on every rank, if any rank could not write; earlier checkpoints stay.
     """
     # A folder that starts with a dot is no checkpoint, so a killed save leaves nothing to load.
     target = checkpoints / files.step_name(state.step)
@@ -229,7 +238,8 @@ def load(
         The state of the run that was saved with the tensors.
 
     Raises:
-        ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
+        ArtefactError: the checkpoint cannot be read, lacks a tensor, or belongs to another model or other adapters; the
+            message names the keys that differ.
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
@@ -253,7 +263,8 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     scalar head keeps its initial values.
 
     Raises:
-        ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
+        ArtefactError: the checkpoint cannot be read, its base is gone or has changed, or it belongs to another model;
+            the message names the keys that differ.
     """
     saved_model = files.read_state(checkpoint)[1]
     files.check_start(checkpoint, saved_model, model_config)

@@ -86,10 +86,10 @@ def write_state(
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
-    """Returns (state, model configuration), as `write_state` wrote them.
+    """Returns (state, model configuration by key), as `write_state` wrote them.
 
     Raises:
-        ArtefactError: the file cannot be read, or the checkpoint has another format.
+        ArtefactError: the file is missing or cannot be read, or the checkpoint has another format.
     """
     try:
         content = json.loads((directory / STATE).read_text())
@@ -113,7 +113,8 @@ def read_adapters(directory: Path) -> dict[str, Any] | None:
 
 
 def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
-    """Writes files of the stage and makes them durable; returns SHA-256 by name, for the manifest."""
+    """Writes files of the stage into the folder STAGE and flushes them to disk; returns SHA-256 by name, for the
+    manifest."""
     if not contents:
         return {}
     (directory / STAGE).mkdir()
@@ -190,6 +191,8 @@ def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 
 
 
 def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str | None:
+    """Returns what is wrong with a file as the end of a sentence; None if it has the size and, if asked, the hash
+    expected."""
     try:
         if not path.is_file():
             return "is missing"
@@ -246,7 +249,8 @@ def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str |
 
 
 def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
-    """Cleans up after saving `state`: points BEST at its best step, then calls `prune`."""
+    """Cleans up after saving `state`: removes checkpoints of later steps, points BEST at its best step, then calls
+    `prune`."""
     # Checkpoints of later steps were damaged, so the run went back and repeats their steps.
     for directory in steps_in(checkpoints):
         if directory.name > step_name(state.step):
@@ -279,6 +283,8 @@ def _remove(directory: Path) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """Returns the checkpoint that a user names: a step directory, a `checkpoints` folder, a run directory, or RUN@STEP.
+
+    A folder or a run means its LATEST. The files are not verified.
 
     Raises:
         ArtefactError: there is no checkpoint.

@@ -56,6 +56,8 @@ def group_of(name: str) -> str:
 
 
 def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
+    """Returns the table of tensors: a row for each kind, all layers together, with count, shape, dtype, elements and
+    size."""
     # Layers differ in the number in their names only, so one row stands for all of them.
     groups: dict[str, list[StoredTensor]] = {}
     for tensor in tensors:
@@ -87,6 +89,7 @@ def _readable(shape: Shape) -> str:
 
 
 def _file_table(directory: Path, tensors: Iterable[StoredTensor]) -> Table:
+    """Returns the table of all files of a checkpoint, with the number of parts of tensors in each and its size."""
     parts = Counter(part.file.name for tensor in tensors for part in tensor.parts)
     table = Table("file", title="Files", title_justify="left")
     table.add_column("parts of tensors", justify="right")

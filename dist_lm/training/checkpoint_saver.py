@@ -126,6 +126,11 @@ class CheckpointSaver:
             in_flight.result()
 
     def _write(self, tensors: dict[str, torch.Tensor], state: TrainState, attached: Mapping[str, bytes]) -> Path:
+        """Writes a checkpoint (collective, in the thread) and returns its directory.
+
+        Raises:
+            CheckpointWriteError: on every rank, if any rank could not write.
+        """
         started = time.perf_counter()
         path = checkpoint.write(
             self.checkpoints,

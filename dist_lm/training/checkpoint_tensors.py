@@ -136,6 +136,7 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]
 def _merge(
     name: str, weight: StoredTensor | ComputedTensor, a: StoredTensor, b: StoredTensor, scale: float
 ) -> np.ndarray:
+    """Returns the fp32 weight plus the change by its adapter, as bytes (uint8)."""
     import torch
 
     from dist_lm.model.lora import change  # needs torch
@@ -180,10 +181,10 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def tensors_in(file: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of any safetensors file, each with one part.
+    """Returns the tensors of any safetensors file, by name, each with one part; reads the header alone.
 
     Raises:
-        ArtefactError: the file cannot be read.
+        ArtefactError: the file cannot be read, is no safetensors file, or is cut short.
     """
     header, start = read_header(file)
     header.pop(METADATA, None)
@@ -207,7 +208,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     """Returns (header of a safetensors file, byte offset of the numbers).
 
     Raises:
-        ArtefactError: `file` is no safetensors file.
+        ArtefactError: `file` is missing or is no safetensors file.
     """
     try:
         with file.open("rb") as opened:
@@ -221,6 +222,11 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _from_parts(directory: Path, name: str, dtype: str, parts: list[Part]) -> StoredTensor:
+    """Returns the tensor that the parts of all files make up.
+
+    Raises:
+        ArtefactError: the parts have more or fewer elements than the tensor.
+    """
     # No header has the shape of the tensor; the farthest part ends at its corner.
     shape = tuple(max(part.offsets[dim] + part.shape[dim] for part in parts) for dim in range(len(parts[0].shape)))
     tensor = StoredTensor(name, dtype, shape, tuple(parts))
@@ -241,7 +247,8 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     time. `output` appears when it is complete.
 
     Raises:
-        ArtefactError: `output` exists or cannot be written, or the checkpoint is damaged.
+        ArtefactError: `output` does not end in `.safetensors`, exists, or cannot be written, or the checkpoint is
+            missing or damaged.
     """
     if output.suffix != files.TENSORS:
         raise ArtefactError(f"--output={output}: expected a name that ends in {files.TENSORS}")
@@ -277,7 +284,12 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
 def write_tensors(
     path: Path, tensors: Mapping[str, StoredTensor | ComputedTensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes the new file `path`, and flushes it to disk; one tensor is in memory at a time."""
+    """Writes tensors and metadata as a new safetensors file, and flushes it to disk; one tensor is in memory at a time.
+
+    Raises:
+        FileExistsError: `path` exists.
+        OSError: the file cannot be written; an incomplete file may stay.
+    """
     header: dict[str, object] = {METADATA: dict(metadata)}
     begin = 0
     for name, tensor in tensors.items():

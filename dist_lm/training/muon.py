@@ -28,8 +28,11 @@ STACK_BYTES = 256 << 20  # most bytes of unsharded matrices in memory at once
 
 
 def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
-    """Returns matrices with the same singular vectors and singular values of about 1, (N, I, J), in the same dtype;
-    computed in bf16 on a GPU that has it."""
+    """Returns matrices with the same singular vectors and singular values of about 0.7 to 1.2, (N, I, J), in the same
+    dtype.
+
+    It is computed in bf16 on a GPU that has it. The input stays as it is.
+    """
     x_NIJ = matrices_NIJ
     if x_NIJ.is_cuda and not lacks_bf16(x_NIJ.device):
         x_NIJ = x_NIJ.bfloat16()
@@ -119,11 +122,12 @@ def orthogonal_steps(
 
     Ranks gather unsharded matrices, each rank orthogonalises a share of them, and all exchange these. Every attention
     head has a matrix per projection. Offloaded directions go to the GPU of the mesh, and their steps come back.
+    Parameters come in the order of their stacks, not in that of `parameters`.
 
     Args:
         parameters: DTensors, or plain tensors if every rank holds all of them.
         directions: this rank's shard of every direction.
-        variances: NorMuon of the parameters that have it, the same on every rank.
+        variances: NorMuon of the parameters that have it, the same on every rank; they are updated.
     """
     # Parameters of one kind go through in stacks: few messages, few kernels.
     for indices in _stacks(parameters):
@@ -141,7 +145,8 @@ def orthogonal_steps(
 
 
 def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Yields indices of parameters with the same shape and placement, in groups of at most `STACK_BYTES`."""
+    """Yields indices of parameters with the same shape and placement, in groups of at most `STACK_BYTES` (at least
+    one)."""
     alike: dict[Any, list[int]] = {}
     for index, parameter in enumerate(parameters):
         placements = parameter.placements if isinstance(parameter, DTensor) else ()

@@ -34,15 +34,15 @@ class Objective(Protocol):
 
 
 Prepare = Callable[[Transformer, Sequence[Batch]], Sequence[Batch]]
-"""A function (model, micro-batches of this rank) -> micro-batches with all that their loss needs of the global batch
-(collective)."""
+"""(model, micro-batches of this rank) -> the same micro-batches plus whatever their loss needs from the other
+micro-batches and ranks (collective)."""
 
 
 def next_token(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
     """Returns the objective of language models: cross-entropy, in nats, over the tokens whose loss mask is 1."""
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
-        # The model may leave out tokens that do not count; their loss is 0, as is their mask.
+        # Tokens with loss mask 0 may get no logits; the model returns loss 0 for them.
         losses_BT = model.token_losses(batch, label_smoothing, z_loss)
         return LossSum(total=(losses_BT * batch.loss_mask_BT).sum(), count=batch.loss_mask_BT.sum())
 
@@ -58,7 +58,7 @@ def summed_losses(
     group: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Computes the loss on held-out documents, summed over all ranks (collective).
+    """Returns the loss on held-out documents, summed over all ranks of `group` (collective).
 
     Args:
         alive: called after every batch.

@@ -62,6 +62,8 @@ class ShardedAdamW(torch.optim.AdamW):
                 self._step_adamw(group)
 
     def _step_adamw(self, group: Mapping[str, Any]) -> None:
+        """Steps the parameters of a group that have a gradient by AdamW, in place, with one fused kernel over their
+        shards."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
@@ -85,6 +87,7 @@ class ShardedAdamW(torch.optim.AdamW):
         )
 
     def _step_muon(self, group: Mapping[str, Any]) -> None:
+        """Steps the matrices of a group that have a gradient by Muon, in place (collective)."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         momentum = group["momentum"]
 
@@ -149,7 +152,12 @@ def _groups(
     settings: OptimizerConfig,
     muon: MuonConfig | None,
 ) -> list[dict[str, Any]]:
-    """Returns groups of parameters with one rate, one decay and one optimizer; the groups of Muon come last."""
+    """Returns groups of parameters with one rate, one decay and one optimizer, as torch takes them; those of Muon come
+    last.
+
+    Args:
+        muon: None: AdamW for all parameters.
+    """
     groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
     for name, parameter in sorted(named, key=lambda pair: not is_decayed(pair[0])):
         steps_with_muon = muon is not None and is_matrix(name)
@@ -253,6 +261,7 @@ def rate_ratio(name: str, stage: TrainerGroup, muon: MuonConfig | None, model: M
     """Returns the learning rate of a parameter as a multiple of `stage.lr` (the table at the top of this file).
 
     Args:
+        name: name of the parameter in the model.
         muon: settings of the Muon that steps the matrix; None: AdamW steps the parameter.
     """
     group = rate_group(name)

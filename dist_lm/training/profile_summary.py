@@ -74,7 +74,8 @@ def clipped(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
 
 
 def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
-    """Computes the profile of a rank from the events of its trace (Chrome's format, times in microseconds).
+    """Returns the profile of a rank, in seconds per step, from the events of its trace (Chrome's format, in
+    microseconds).
 
     Raises:
         ValueError: no step is annotated.
@@ -125,8 +126,8 @@ def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
 
 
 def _gpu_work(spans: Sequence[Mapping[str, Any]], device: Sequence[Mapping[str, Any]]) -> tuple[list[Work], list[Work]]:
-    """Returns computation and communication of a GPU. A kernel has the name of the operator that launched it, if the
-    trace has it."""
+    """Returns computation and communication of a GPU, in microseconds. A kernel has the name of the operator that
+    launched it, if the trace has it."""
     operators = {
         event["args"].get("External id"): event["name"]
         for event in spans
@@ -145,7 +146,10 @@ def _gpu_work(spans: Sequence[Mapping[str, Any]], device: Sequence[Mapping[str, 
 
 
 def _cpu_work(spans: Sequence[Mapping[str, Any]]) -> tuple[list[Work], list[Work]]:
-    """Returns computation and communication of a CPU. The operators in gloo's threads belong to its messages."""
+    """Returns computation and communication of a CPU, in microseconds, the first without the calls inside each call.
+
+    The operators in gloo's threads belong to its messages.
+    """
     messages = [event for event in spans if event["name"].startswith("gloo:")]
     main_threads = {event["tid"] for event in spans if event["name"].startswith(STEP)}  # these begin some messages, too
     gloo_threads = {event["tid"] for event in messages} - main_threads
@@ -159,7 +163,7 @@ def _cpu_work(spans: Sequence[Mapping[str, Any]]) -> tuple[list[Work], list[Work
 
 
 def _exclusive_times(calls: Iterable[tuple[str, Interval]]) -> list[Work]:
-    """Returns the calls of one thread with their times, less the calls inside them."""
+    """Returns the calls of one thread with their microseconds, less those of the calls inside them, by begin."""
     ordered = sorted(calls, key=lambda call: (call[1][0], -call[1][1]))
     exclusive: list[float] = []
     outer: list[int] = []  # indices of the calls that contain the present one

@@ -56,8 +56,8 @@ def accumulate_gradients(
 
     Args:
         reduce_every_micro_batch: reduce in every micro-batch, which sends more and holds less.
-        laps: gets `forward`, `backward` and `communication` (only the waiting here: messages inside the passes count as
-            the passes).
+        laps: gets `forward`, `backward` and `communication`, which is only the time spent waiting here: messages inside
+            a pass count as that pass.
     """
     if laps:
         laps.start()
@@ -80,7 +80,7 @@ def accumulate_gradients(
         _add_to(counts, loss.counts)
         _lap(laps, "backward")
 
-    # Only gradients of replicated parameters are left: tensor parallelism has a part of them on each rank.
+    # With tensor parallelism, each rank has only a part of the gradients of replicated parameters: add the parts up.
     reduce_partial_gradients(model)
     _lap(laps, "communication")
     return Sums(total_count, metrics, counts)
@@ -107,8 +107,9 @@ def update(
     Gradients that are not finite leave parameters and moments unchanged.
 
     Args:
-        counts: this rank's sums count: True on one of the ranks that see the same data.
-        stop: read here, after the backward pass, so that no step starts after a long one (the first may compile).
+        counts: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
+        stop: read after the backward pass, so that a request during a long step (the first may compile) ends the run
+            with this step.
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
         laps: gets `communication` and `optimizer`; given on every rank or on none.
     """
@@ -151,7 +152,7 @@ def update(
         gradients = [shard_of(gradient) for group in groups.values() for gradient in group]
         torch._foreach_mul_(gradients, clip / divisor)
         optimizer.step()
-    # Freed also after a skipped step: the next step must not add to them.
+    # Free the gradients even if the step was skipped: the next step must not add to them.
     optimizer.zero_grad(set_to_none=True)
     _lap(laps, "optimizer")
 

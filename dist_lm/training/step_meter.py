@@ -72,7 +72,8 @@ class StepMeter:
             self._work_began_s = working_s()
 
     def end(self, step: int, tokens: int) -> None:
-        """Notes that `step` is complete; `tokens`: tokens of all ranks, padding excluded."""
+        """Notes that `step` is complete, and adds its times to those of the line; `tokens`: of all ranks, padding
+        excluded."""
         data_wait_s = self._data_arrived - self._began
         self._steps += 1
         self._tokens += tokens
@@ -91,7 +92,10 @@ class StepMeter:
             self._work_s += data_wait_s + working_s() - self._work_began_s
 
     def line(self) -> dict[str, float]:
-        """Returns means over the steps since the last line, and the time left."""
+        """Returns means over the steps since the last line and the seconds left, by name, and begins a new line.
+
+        At least one step must be complete.
+        """
         metrics = {
             "perf/tokens_per_s": self._tokens / self._elapsed_s,
             "perf/tokens_per_s_per_rank": self._tokens / self._elapsed_s / self._world.size,
@@ -105,7 +109,8 @@ class StepMeter:
         return metrics
 
     def details(self) -> dict[str, float]:
-        """Returns the relative size of the last update, and the slowest rank since the last details (collective)."""
+        """Returns the relative size of the last update, the slowest rank since the last details, and its work time /
+        the median (collective). The work times begin again at 0."""
         world = self._world
         # One all-reduce: two sums, and one entry per rank that the rank alone fills.
         message = torch.zeros(2 + world.size, dtype=torch.float64, device=world.device)

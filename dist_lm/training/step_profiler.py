@@ -53,7 +53,10 @@ class StepProfiler:
             self._profile = None
 
     def reached(self, completed: int) -> None:
-        """Notes that step `completed` is complete and the next one begins: starts, goes on or ends recording."""
+        """Notes that step `completed` is complete and the next one begins: starts, goes on or ends recording.
+
+        After the last step of the window it writes the trace, which may take minutes.
+        """
         step = completed + 1
         if self._step and step > self._last:
             self._write_trace()
@@ -89,6 +92,7 @@ class StepProfiler:
         return self._profile
 
     def _write_trace(self) -> None:
+        """Ends the recording and writes the trace, on a GPU also a snapshot of its memory."""
         recording = self._stop()
         self._profile = None
         self._trace.parent.mkdir(exist_ok=True)

@@ -61,7 +61,7 @@ class Trainer:
 
     config: Config
     world: World
-    counts_once: bool  # this rank's sums count: True on one of the ranks that see the same data
+    counts_once: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -82,7 +82,9 @@ class Trainer:
         self.model.document_mask = self.config.stage.document_mask
 
     def run(self, state: TrainState) -> TrainState:
-        """Trains from `state` to the last step, or to the step at which all ranks agreed to stop.
+        """Trains from `state` to the last step, or to the step at which all ranks agreed to stop (collective).
+
+        Model and optimizer change in place; metrics and checkpoints are written.
 
         Returns:
             The state after the last step taken, which the last checkpoint also holds.
@@ -136,11 +138,12 @@ class Trainer:
         return state
 
     def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
-        """Takes one optimizer step at learning rate `rate` (collective).
+        """Takes one optimizer step at learning rate `rate` and returns its outcome (collective).
 
         Args:
             state: counters before the step.
             data: this rank's micro-batches, in host memory.
+            laps: measures the parts of the step; given on every rank or on none.
         """
         stage, model = self.config.stage, self.model
 
@@ -175,7 +178,8 @@ class Trainer:
         """Measures and writes the metrics of a step if they are due (collective).
 
         Returns:
-            The held-out loss that ranks a checkpoint of this step, in nats per token; None if nothing was evaluated.
+            The held-out loss by which this checkpoint competes for BEST, in nats per token; None if nothing was
+            evaluated.
         """
         stage = self.config.stage
         is_last = state.step == stage.steps
@@ -191,7 +195,8 @@ class Trainer:
                 evaluate = partial(self._evaluate, state.step, is_last)
                 line |= averages.measured(self.optimizer, evaluate)
 
-            # The last evaluation uses all held-out data, but checkpoints are compared on the same sequences.
+            # The last step is evaluated twice: on all held-out data for the report, and on `eval_sequences`, so that
+            # checkpoints are compared on the same sequences.
             val_loss = line["val/loss"]
             if is_last and stage.eval_sequences > 0:
                 val_loss = self._evaluate(state.step, everything=False)["val/loss"]
@@ -200,7 +205,8 @@ class Trainer:
         return val_loss
 
     def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
-        """Returns the metrics of a step, without held-out metrics (collective)."""
+        """Returns the metrics of a step by their names, without held-out metrics (collective); the meter begins a new
+        line."""
         stage = self.config.stage
         line = {
             "train/loss": result.loss,
@@ -253,6 +259,12 @@ class Trainer:
             self.profiler.reached(step)
 
     def _check_finite(self, state: TrainState, saver: CheckpointSaver) -> None:
+        """Refuses to go on after too many skipped steps; it first waits for the checkpoint that is being written.
+
+        Raises:
+            NonFiniteGradientsError: stage.max_nonfinite_steps steps in a row were skipped.
+            CheckpointWriteError: that checkpoint could not be written.
+        """
         limit = self.config.stage.max_nonfinite_steps
         if state.nonfinite_steps < limit:
             return
@@ -266,6 +278,7 @@ class Trainer:
         )
 
     def _saver(self) -> CheckpointSaver:
+        """Returns the saver of this run's checkpoints."""
         stage = self.config.stage
         return CheckpointSaver(
             self.checkpoints,
@@ -276,7 +289,7 @@ class Trainer:
         )
 
     def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, is_final: bool) -> TrainState:
-        """Saves a checkpoint (collective).
+        """Saves a checkpoint and the time that it held up training (collective).
 
         Args:
             val_loss: held-out loss of the checkpoint; None: it was not evaluated and cannot become the best one.
@@ -284,6 +297,9 @@ class Trainer:
 
         Returns:
             The saved state, which names the best checkpoint so far.
+
+        Raises:
+            CheckpointWriteError: the previous checkpoint could not be written, or this one if `is_final`.
         """
         if val_loss is not None and is_better(val_loss, state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
