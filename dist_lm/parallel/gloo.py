@@ -19,9 +19,10 @@ def exchange_messages(module: FSDPModule) -> None:
 
 
 def gather_by_exchange(gathered: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Gathers `part` of every rank of `group` into `gathered`, in the order of ranks.
+    """Gathers `part` of every rank of `group` into `gathered`, in the order of ranks (collective); returns when it is
+    there.
 
-    `part` may be the part of `gathered` that belongs to this rank: then nothing is copied.
+    `part` may be the part of `gathered` that belongs to this rank: then nothing is copied. All parts have one size.
     """
     rank = group.rank()
     part_of_rank = gathered.view(group.size(), -1)

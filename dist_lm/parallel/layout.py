@@ -65,8 +65,8 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
     replicas: with tensor parallelism dp_shard must divide d_model, without it `head_padding` must be small.
 
     Raises:
-        ConfigError: the product of the axes is not `world_size`, or the model cannot be cut that way; the message lists
-            layouts that fit.
+        ConfigError: the product of the axes is not `world_size`, the model cannot be cut that way (the message lists
+            layouts that fit), tp and another axis are -1, or parallel.sp without tensor parallelism.
     """
     requested = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in AXES)
     layout = _fill_open_axes(parallel, model, world_size)
@@ -87,7 +87,7 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
 
 
 def misfit(layout: Layout, model: ModelConfig) -> str | None:
-    """Returns the reason why `model` does not fit `layout`; None if it fits."""
+    """Returns the reason why `model` does not fit `layout`, as a part of a message; None if it fits."""
     # A rank without a single head, or without a part of the vocabulary, would have an empty shard.
     if layout.tp > model.n_heads:
         return f"tp={layout.tp} is more than model.n_heads={model.n_heads}"
@@ -158,7 +158,12 @@ def _splits_well(layout: Layout, model: ModelConfig) -> bool:
 
 
 def _fill_open_axes(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:
-    """Returns the layout with all -1 replaced; None if no whole number fits."""
+    """Returns the layout with all -1 replaced; None if no whole number fits the ranks. The model need not fit the
+    layout.
+
+    Raises:
+        ConfigError: tp and another axis are -1.
+    """
     axes = {name: getattr(parallel, name) for name in AXES}
     open_axes = [name for name in AXES if axes[name] == -1]
     # Every split between tp and dp would fit, so there is nothing to derive tp from.
@@ -267,7 +272,8 @@ def shards_key_heads(model: ModelConfig, tp: int) -> bool:
 
 
 def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[Slice, list[int]]:
-    """Returns the key/value heads of a rank, and how many of its query heads read each (empty: equally many)."""
+    """Returns the key/value heads that a rank computes with, and how many of its query heads read each (empty: equally
+    many)."""
     if shards_key_heads(model, tp):
         return slice_of(model.kv_heads, tp, rank), []
 
@@ -354,6 +360,7 @@ def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]
 
 
 def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
+    """Returns the placement of the parameter `name` of logical `shape`."""
     if ADAPTERS in name:
         return _factor_placement(name, shape, model, layout)
     is_attention_weight = len(shape) == 3  # (heads, d_head, d_model)

@@ -42,6 +42,10 @@ class World:
 def choose_device(device: str, local_rank: int) -> torch.device:
     """Returns the device of this rank: its GPU if there is one or `device` asks for one, else the CPU.
 
+    Args:
+        device: auto | cpu | cuda.
+        local_rank: number of the rank on its node, and of its GPU.
+
     Raises:
         ConfigError: this rank should have a GPU and the node has too few.
     """
@@ -58,7 +62,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 def lacks_bf16(device: torch.device) -> bool:
     """Returns whether the device is a GPU without bf16 instructions, such as V100 or T4; flash kernels refuse it, too.
 
-    A GPU without a number, or one that this process does not see, is planned for another node and counts as a new one.
+    Returns False for a GPU that this process cannot query: it is planned for another node and assumed to be recent.
     """
     if device.type != "cuda" or device.index is None or not torch.cuda.is_available():
         return False
@@ -78,7 +82,7 @@ def option_device(device: str) -> torch.device:
 
 @contextmanager
 def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
-    """Joins the process group of the ranks that torchrun started, and leaves it cleanly.
+    """Joins the process group of the ranks that torchrun started, and leaves it cleanly (collective).
 
     NCCL moves tensors on CUDA, gloo moves tensors in host memory.
 
@@ -86,7 +90,11 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     After an exception there is no barrier.
 
     Args:
+        device: auto | cpu | cuda.
         timeout_s: time that a collective waits for other ranks.
+
+    Raises:
+        ConfigError: this rank should have a GPU and the node has too few.
     """
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     rank_device = choose_device(device, local_rank)
@@ -106,7 +114,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
 
 
 def leave_groups() -> None:
-    """Destroy all process groups of this process, those of meshes included.
+    """Destroys all process groups of this process, those of meshes included.
 
     Threads of a group end with the last reference to it: fairscale holds one, garbage may hold others.
     """
@@ -121,9 +129,10 @@ def _backends(device: torch.device) -> str:
 
 
 def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> TensorAxis:
-    """Joins the ranks that share one model on this machine through a given `store`.
+    """Joins the ranks that share one model on this machine through a given `store`, and returns their axis
+    (collective).
 
-    Messages stay on the loopback interface.
+    Messages stay on the loopback interface. The group is the default group of this process.
 
     Args:
         timeout_s: time to wait for other ranks, here and in each collective.
@@ -177,7 +186,10 @@ def leave_ranks(device: torch.device) -> None:
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """Builds the mesh (dp_replicate, dp_shard, tp) over all ranks; fairscale's regions use its tp groups."""
+    """Returns the mesh (dp_replicate, dp_shard, tp) over all ranks (collective); fairscale's regions use its tp groups.
+
+    A second mesh in a process makes tensor-parallel models on the first one unusable, see `TensorAxis.check_current`.
+    """
     mesh = init_device_mesh(
         device.type,
         (layout.dp_replicate, layout.dp_shard, layout.tp),
@@ -206,7 +218,7 @@ class LinkSpeed:
 
 
 def measure_all_reduce(world: World, size: int = LINK_BYTES) -> LinkSpeed:
-    """Times an all-reduce of `size` bytes (collective); the largest time of any rank counts.
+    """Times an all-reduce of `size` bytes (collective). Returns the time of the slowest rank, in its best round.
 
     It is the first collective of a run: it shows that all ranks reach each other over the network that training uses.
     """

@@ -61,8 +61,9 @@ FORWARD_METHODS = ("token_losses", "logprobs", "scores")
 must not call each other, which would free and gather these parameters once more."""
 
 RECOMPILATIONS = 48
-"""Most compilations of the blocks of one model: with and without values of the first layer, gradients and selected
-tokens, with one row, with one selected token, each for the first shape and then for all shapes."""
+"""Limit of compilations of the blocks of one model. They are the combinations of: values of the first layer or not,
+gradients or not, selected tokens or not (also a single one), one row or several; each for the first shape, then for all
+shapes."""
 
 STORED_OPERATORS = (
     "aten::mm",
@@ -81,7 +82,7 @@ STORED_OPERATORS = (
 
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
-    """Returns the dtype of the forward and backward pass; master weights and reductions are always fp32.
+    """Returns the dtype of the forward and backward pass, bf16 or fp32; master weights and reductions are always fp32.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
@@ -119,10 +120,14 @@ def multiplies_bf16() -> bool:
 def build_model(
     model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, seed: int
 ) -> Transformer:
-    """Builds an initialised model on `mesh`.
+    """Returns an initialised model on `mesh`, every parameter with this rank's shard on `device` or, offloaded, on the
+    host.
 
     Gradients are summed over ranks, not averaged: the trainer divides by the global token count. The loss computes at
     most `parallel.loss_chunk_mib` of logits at once.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     model = arrange_model(model_config, parallel, mesh, device, exchange=device.type == "cpu")
     materialise(model, parallel, device)
@@ -133,11 +138,14 @@ def build_model(
 def arrange_model(
     model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, exchange: bool
 ) -> Transformer:
-    """Builds the model on the meta device, every parameter with its placement on `mesh`.
+    """Returns the model on the meta device, every parameter with its placement on `mesh` but without values.
 
     Args:
         device: the device it will run on.
         exchange: whether FSDP sends its messages by exchange (`gloo`).
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     layout = layout_of(mesh)
     placement_of = placements(model_config, layout)
@@ -220,6 +228,7 @@ def layout_of(mesh: DeviceMesh) -> Layout:
 def _tensor_parallel(
     config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, layout: Layout, placement_of: dict[str, Placement]
 ) -> Transformer:
+    """Returns the tensor-parallel model, with DTensors of padded shape as parameters."""
     axis = TensorAxis(
         group=mesh.get_group("tp"),
         size=layout.tp,
@@ -255,7 +264,12 @@ def _fully_shard(
     placement_of: dict[str, Placement],
     exchange: bool,
 ) -> None:
-    """Applies FSDP2 to units of the model: consecutive blocks, the embedding, the head, and the rest as root."""
+    """Applies FSDP2 to units of the model, in place: consecutive blocks, the embedding, the head, and the rest as root.
+
+    Args:
+        dtype: of the forward and backward pass; gradients are reduced in fp32.
+        exchange: whether messages are sent by exchange (`gloo`).
+    """
     layout, element_bytes = layout_of(mesh), dtype.itemsize
     axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else "dp_shard"
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -264,6 +278,7 @@ def _fully_shard(
     fsdp_dims = {id(parameter): placement_of[name].fsdp_dim for name, parameter in model.named_parameters()}
 
     def shard(unit: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
+        """Makes `unit` one unit of FSDP: its parameters are gathered in one message."""
         fully_shard(
             unit,
             mesh=mesh[axes],
@@ -276,7 +291,7 @@ def _fully_shard(
     if has_units_outside(model.config, layout, element_bytes):
         assert model.lm_head is not None
         shard(model.embedding, False)
-        # The loss reads the weight of the head without calling the module, so the norm before it must gather both.
+        # The head is never called as a module: the loss reads its weight. So FSDP gathers it together with the norm.
         shard([model.final_norm, model.lm_head], False)
     # Small blocks share a message: starting one takes longer than moving few bytes.
     n_blocks = blocks_per_unit(model.config, layout, element_bytes)
@@ -305,8 +320,8 @@ def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device
 def accumulate(model: nn.Module, *, reduce: bool, last: bool) -> None:
     """Prepares FSDP for the next micro-batch of a step.
 
-    A unit that stays gathered from its forward to its backward pass stays gathered until the last micro-batch of the
-    step, too: it is gathered once a step.
+    Units whose parameters are not freed between forward and backward pass keep them for all micro-batches of the step,
+    so they are gathered once per step.
 
     Args:
         reduce: whether this micro-batch reduces gradients over ranks.

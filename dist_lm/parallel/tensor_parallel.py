@@ -208,6 +208,8 @@ class HeadParallelAttention(Attention):
         visibility: Visibility,
         v1_BSGK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Does the same as `Attention.forward` with this rank's heads; every rank gets the sum over ranks
+        (collective)."""
         x_BTD = self.axis.enter(x_BTD)
 
         q_BTHK = to_heads(x_BTD, local(self.query), bias_rows(self.query_bias, self.heads))
@@ -255,6 +257,8 @@ class WidthParallelFeedForward(FeedForward):
             split_adapters(self.adapters, dict.fromkeys(("gate", "up", "down"), slice(self.units.real)))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Does the same as `FeedForward.forward` with this rank's hidden units; every rank gets the sum over ranks
+        (collective)."""
         x_BTD = self.axis.enter(x_BTD)
 
         gate_BTF = None

@@ -145,7 +145,7 @@ def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.d
 def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
     """Returns a parameter of logical shape plus the change by its LoRA adapter (collective).
 
-    A parameter without an adapter, or inside `without_adapters`, is returned itself.
+    A parameter without an adapter, or inside `without_adapters`, is returned itself; otherwise the result is a copy.
 
     Args:
         name: name of the parameter.
@@ -195,10 +195,11 @@ def add_changes(
 
 @torch.no_grad()
 def reduce_partial_gradients(model: nn.Module) -> None:
-    """Sums over tp the gradients of replicated parameters to which each tp rank contributes a part (collective).
+    """Sums over tp, in place, the gradients of replicated parameters to which each tp rank contributes a part
+    (collective).
 
-    Runs once per step, after the last micro-batch, in one message. FSDP has reduced these gradients before: both sums
-    are linear, so their order does not matter.
+    Runs once per step, after the last micro-batch, in one message; without tensor parallelism it does nothing. FSDP has
+    reduced these gradients before: both sums are linear, so their order does not matter.
     """
     if not isinstance(model, TensorParallelTransformer):
         return
