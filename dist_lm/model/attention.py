@@ -96,7 +96,10 @@ def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
 
 
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
-    """Returns softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
+    """Returns softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H.
+
+    It computes in the dtype of the queries, but per document on a CPU in fp32.
+    """
     if visibility.boundary is not None:
         kernel = PER_DOCUMENT if q_BTHK.device.type == "cpu" else variable_length
         o_NHK = kernel(
@@ -119,7 +122,7 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
 def variable_length(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """Computes causal attention inside each document, (N, H, K), in one kernel.
+    """Returns causal attention inside each document, (N, H, K), computed in one kernel, on a GPU.
 
     Args:
         boundary: `document_boundaries` of the N tokens.
@@ -145,9 +148,10 @@ def variable_length(
 def per_document(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """Computes `variable_length` with one call per document, or a single call if all documents have one length.
+    """Returns the same as `variable_length` by one call per document, or a single call if all documents have one
+    length.
 
-    It computes in fp32: bf16 kernels are compiled for every new length.
+    It computes in fp32 and returns the dtype of the queries: bf16 kernels are compiled for every new length.
     """
     lengths, dtype = boundary.diff().tolist(), q_NHK.dtype
     assert max(lengths) <= longest

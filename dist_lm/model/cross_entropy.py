@@ -11,10 +11,12 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 FP32_BYTES = 4
 DROPPED = -1e30
-"""Logit of a token outside the set drawn from. Finite: a rank may hold none of the set, and -inf would become nan."""
+"""Logit of a token outside the set drawn from. Finite: with tensor parallelism a rank may hold none of the set, and
+-inf would become nan."""
 
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""A function (logits (N, V), targets (N, ...) int64) -> fp32 (N, ...); each row depends on its own logits alone."""
+"""(logits (N, V), targets (N, ...) int64) -> losses or other numbers of each row, fp32 (N, ...); each row depends on
+its own logits alone."""
 
 
 class Logprobs(NamedTuple):
@@ -76,10 +78,10 @@ def tempered(logits_NV: torch.Tensor, temperature: float, allowed_NV: torch.Tens
 def losses_in_chunks(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, chunk_bytes: int
 ) -> torch.Tensor:
-    """Returns `losses(x @ weight^T, targets)` with at most `chunk_bytes` of fp32 logits at once (0: no limit).
+    """Returns `losses(x @ weight^T, targets)`, fp32, with at most `chunk_bytes` of fp32 logits at once (0: no limit).
 
     With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
-    weight in fp32.
+    weight in fp32. A chunk has at least one row, even if that is larger.
     """
     if not chunk_bytes:
         return losses(F.linear(x_ND, weight_VD), targets_N)
@@ -106,6 +108,7 @@ class _LossesInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N: torch.Tensor):
+        """Returns the gradients of x and of the weight, in their dtypes, from new logits of each chunk."""
         x_ND, weight_VD, targets_N = ctx.saved_tensors
         grad_x_ND, grad_weight_VD = torch.empty_like(x_ND), None
 

@@ -54,6 +54,7 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
+    """Returns the word with its 64 bits mixed: an int in [0, 2^64), or int64 tensors; both have the same bits."""
     if isinstance(x, int):
         x &= _WORD
         x = ((x ^ (x >> 30)) * _MIX_1) & _WORD

@@ -39,7 +39,7 @@ class HeadNorm(nn.RMSNorm):
 
 
 def normalise_heads(x_BTHK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
-    """Applies RMSNorm over the last dimension; `weight` broadcasts, so it may also differ by head: (H, K)."""
+    """Returns RMSNorm over the last dimension; `weight` broadcasts, so it may differ by head: (H, K)."""
     if x_BTHK.is_cuda:
         return F.rms_norm(x_BTHK, x_BTHK.shape[-1:], eps=eps) * weight_K
 

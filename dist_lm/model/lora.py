@@ -51,7 +51,7 @@ class Adapter(nn.Module):
 
 
 def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict | None:
-    """Builds the adapters of one part of a block, by the name of the weight, without values; None without adapters.
+    """Returns the adapters of one part of a block, by the name of the weight, without values; None without adapters.
 
     Args:
         part: attention | feed_forward.

@@ -21,8 +21,10 @@ ADAPTERS = ".adapters."  # in the names of the parameters of adapters
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Returns the logical shape of every parameter, by name, in the order of
-    `Transformer(config).named_parameters()`."""
+    """Returns the logical shape of every parameter, by name, in the order of `Transformer(config).named_parameters()`.
+
+    With adapters, their factors are included.
+    """
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.d_model)}
     for layer in range(config.n_layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(config, layer).items()}
@@ -133,6 +135,7 @@ def _norm_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
 
 
 def _block_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
+    """Returns the shapes of the parameters of one block by their names in it, in their order in a model."""
     attention = _attention_shapes(config, layer)
     return (
         _norm_shapes(config, "attention_norm")
@@ -145,6 +148,7 @@ def _block_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
 
 
 def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
+    """Returns the shapes of the attention's parameters by name, in their order in a model; adapters are excluded."""
     query: Shape = (config.n_heads, config.d_head, config.d_model)
     key: Shape = (config.kv_heads, config.d_head, config.d_model)
     shapes: dict[str, Shape] = {"query": query, "key": key, "value": key, "output": query}
@@ -161,6 +165,7 @@ def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
 
 
 def _feed_forward_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Returns the shapes of the feed-forward network's parameters by name, in their order; adapters are excluded."""
     weights: dict[str, Shape] = {"up": (config.d_ff, config.d_model), "down": (config.d_model, config.d_ff)}
     if config.ffn == "swiglu":
         weights = {"gate": (config.d_ff, config.d_model)} | weights

@@ -82,7 +82,7 @@ class TokenSets:
         return allowed_nC
 
     def _unpack_bits(self, begin_b: torch.Tensor, columns: range) -> torch.Tensor:
-        """Returns (b, C) bool: the columns in the sets of bits that begin at these bytes."""
+        """Returns (b, C) bool: which of the columns are in the sets, stored as bits, that begin at these bytes."""
         first_byte, end_byte = columns.start // BITS, bytes_as_bits(columns.stop)
         byte_U = torch.arange(first_byte, end_byte, device=begin_b.device)
         packed_bU = self.bytes_X[begin_b[:, None] + byte_U]
@@ -93,7 +93,12 @@ class TokenSets:
         return bits_bC[:, skipped : skipped + len(columns)]
 
     def _unpack_ids(self, begin_i: torch.Tensor, size_i: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (index of the set, token id) of all ids in the sets that begin at these bytes, (K,) int64 each."""
+        """Returns (index of the set, token id) of all ids in the sets that begin at these bytes, (K,) int64 each.
+
+        Args:
+            size_i: bytes of each set.
+            width: bytes of an id.
+        """
         count_i = size_i // width
         set_K = torch.arange(len(count_i), device=begin_i.device).repeat_interleave(count_i)
 

@@ -72,7 +72,8 @@ class Block(nn.Module):
             if self.parallel_residual:
                 input_BTD = input_BTD.flatten(0, 1).index_select(0, index_N)[None]
 
-        # The parallel residual feeds both branches from the same input; otherwise the second sees the sum of the first.
+        # The parallel residual feeds both branches from the same input; otherwise the feed-forward network reads the
+        # residual stream with the output of attention added.
         if not self.parallel_residual:
             input_BTD = x_BTD
         f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD))
@@ -217,7 +218,7 @@ class Transformer(nn.Module):
 
         weight_D, bias_1 = self.scalar_weights
         if not learns_offset:
-            bias_1 = bias_1.detach() + 0 * bias_1  # stays in the graph: every parameter gets a gradient
+            bias_1 = bias_1.detach() + 0 * bias_1  # a gradient of zero and not none, so that FSDP reduces it
 
         score_N = self.sum_over_ranks(x_ND @ weight_D.float()) + bias_1.float()
         return _scatter(score_N, index_N, batch)
@@ -230,7 +231,8 @@ class Transformer(nn.Module):
         return lambda logits_NV, targets: losses(capped(logits_NV.float(), cap), targets)
 
     def _head_input(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor:
-        """Returns the input of the head, (N, D), for the tokens at `index_N` of the flattened batch (None: all)."""
+        """Runs the model on a batch and returns the input of the head, (N, D), for the tokens at `index_N` of the
+        flattened batch (int64; None: all)."""
         # Selecting before the last feed-forward network saves its work for the other tokens. This needs all tokens of a
         # sequence on this rank and no dropout, which is keyed by the position of a token.
         selects_early = index_N is not None and self.holds_all_tokens and self.dropout is None
