@@ -115,11 +115,12 @@ class NodeAgent:
         return node_facts.send(address, port, secret, n_bytes)
 
     def check_gpus(self, device: str, count: int, burn_s: float, address: str) -> Health:
-        """The health of the first `count` GPUs, watched during matrix products; `end_probes` ends the processes.
+        """Returns the health of the first `count` GPUs, watched during matrix products; `end_probes` ends the
+        processes.
 
         Args:
             device: cuda, or cpu to try the products without GPUs.
-            burn_s: seconds of products; 0: none.
+            burn_s: seconds of products; 0: none, only NVML is read.
             address: this node's, by which the others reach it.
         """
         gpus = node_facts.shown_gpus()[:count] if device == "cuda" else ()
@@ -155,7 +156,13 @@ class NodeAgent:
         return reserved.getsockname()[1]
 
     def launch(self, assignment: Assignment) -> None:
-        """Start torchrun."""
+        """Starts torchrun with the ranks of the node; only once in the life of an agent.
+
+        The node gets pipes and shared memory for reports, and torchrun writes to the node's log.
+
+        Raises:
+            OSError: torchrun or its log cannot be opened.
+        """
         assert self._torchrun is None
         self._close_links()
 
@@ -197,7 +204,7 @@ class NodeAgent:
         os.close(write_end)
 
     def poll(self) -> NodeReport:
-        """The present state. A pending interrupt is sent to ranks that have become ready for it."""
+        """Returns the present state. A pending interrupt is sent to ranks that have become ready for it."""
         assert self._torchrun is not None
         exit_code = self._torchrun.poll()
         if exit_code is None:
@@ -212,9 +219,10 @@ class NodeAgent:
         self._send_interrupt()
 
     def dump_hang(self) -> None:
-        """Write what the ranks hang in: the stacks of their threads to their logs, and their last collectives.
+        """Writes what the ranks hang in: the stacks of their threads to their logs, and their last collectives to
+        files.
 
-        C++ frames need py-spy.
+        C++ frames need py-spy; without it they are left out. It takes up to about 25 s.
         """
         assert self._assignment is not None
         assert self._sockets is not None
@@ -241,7 +249,10 @@ class NodeAgent:
                     subprocess.run(command, stdout=log, stderr=log, timeout=seconds_left, check=False)
 
     def stop(self, grace_s: float) -> list[int]:
-        """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`; returns ids of what remains."""
+        """Ends everything that `launch` and `check_gpus` started: SIGTERM, SIGKILL after `grace_s` seconds.
+
+        It returns the ids of processes that remain; empty also before `launch`.
+        """
         self._close_links()
         self.end_probes()
         while self._reserved:
@@ -275,7 +286,7 @@ class NodeAgent:
         return pulses
 
     def _ranks(self) -> dict[int, psutil.Process]:
-        """The living processes of the ranks, by local rank."""
+        """Returns the living processes of the ranks, by local rank; empty after the end of torchrun."""
         assert self._torchrun is not None
         ranks = {}
         try:
@@ -303,7 +314,7 @@ class NodeAgent:
 
 
 def torchrun_arguments(assignment: Assignment) -> list[str]:
-    """torchrun's command line for one node.
+    """Returns torchrun's command line for one node.
 
     The static rendezvous numbers ranks in the order of the nodes and is 0.6 s faster than c10d's.
     """

@@ -29,7 +29,8 @@ def ranks_per_node(config: ClusterConfig, gpus: int) -> int:
 
 
 def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
-    """Ranks per node beside a pool: cluster.ranks_per_node, or if that is -1 as many as the pool leaves resources for.
+    """Returns the ranks per node beside a pool: cluster.ranks_per_node, or if that is -1 as many as the pool leaves
+    resources for.
 
     Args:
         nodes: the whole cluster.
@@ -95,12 +96,15 @@ def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:
 
 
 def core_users(pool: RolloutPoolConfig, nodes: int, ranks: int, gpus: int) -> int:
-    """Processes among which the cores of a node are divided; 0: ranks and actors use all cores in turns.
+    """Returns the number of processes among which the cores of a node are divided: its ranks and its actors.
+
+    It is 0 if the cores need not be divided between ranks and actors: there are no actors, they work in turns with the
+    ranks, or the ranks use GPUs.
 
     Args:
         nodes: number of nodes with ranks.
         ranks: number of ranks per node.
-        gpus: number of GPUs that the ranks of a node use; with GPUs the cores need not be divided.
+        gpus: number of GPUs that the ranks of a node use.
     """
     if not pool.actors or pool.placement == SHARED or gpus:
         return 0
@@ -185,12 +189,14 @@ def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, devic
 def missing_places(
     nodes: Sequence[Node], taken: Mapping[str, int], wanted: int, most_nodes: int, gpus: int
 ) -> list[Node]:
-    """A node for every actor that is missing: each time the one with the fewest actors that can hold another.
+    """Returns a node for every actor that is missing: each time the one with the fewest actors that can hold another.
+
+    A node occurs once per new actor. Fewer are returned if no node can hold more.
 
     Args:
         nodes: alive.
         taken: actors by node id.
-        wanted: actors of the pool, or `AS_MANY`.
+        wanted: actors of the pool, or `AS_MANY`: as many as the chosen nodes hold.
         most_nodes: most nodes that the pool may use.
         gpus: number of GPUs per actor, all on one node; 0: an actor takes a CPU.
     """

@@ -107,7 +107,7 @@ class RankFailure:
 
 
 def read_failures(run: RunDirectory, world_size: int) -> list[RankFailure]:
-    """The records of failed ranks in a run directory."""
+    """Returns the records of failed ranks in a run directory, by rank; ranks without a record are left out."""
     failures = []
     for rank in range(world_size):
         path = run.rank_failure(rank)
@@ -124,7 +124,7 @@ def clear_failures(run: RunDirectory) -> None:
 
 
 def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> RankFailure | RankExit | None:
-    """The earliest failure that is not the consequence of another one.
+    """Returns the earliest failure that is not the consequence of another one; None without failures.
 
     In this order: an exception that is no echo of another rank's end; a rank killed by a signal without a record
     (except SIGTERM, which torchrun sends); a rank that left with an exit code; the earliest echo.
@@ -161,12 +161,12 @@ def explain(
     lost: Mapping[int, str],
     exit_codes: Sequence[int | None],
 ) -> GangFailure:
-    """The failure of a gang, from everything known at its end.
+    """Returns the failure of a gang, from everything known at its end; reads the records and logs of the run.
 
     Args:
         exits: failed ranks, as torchrun reports them.
         lost: lost nodes, with the reason.
-        exit_codes: exit code of torchrun by node; None while it runs.
+        exit_codes: exit code of torchrun by node; None while it runs. Without another cause one of them is not 0.
     """
     cause = root_cause(read_failures(run, crowd.size), exits)
 
@@ -202,7 +202,12 @@ class Journal:
         self._live_at = 0.0
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event. If a killed launcher left an incomplete line, the event starts a new line."""
+        """Appends one event with the present time. If a killed launcher left an incomplete line, the event starts a new
+        line.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         line = json.dumps({"time": time.time(), "event": event, **fields}).encode()
         with self._run.events.open("a+b") as file:
             if file.tell():
@@ -212,7 +217,7 @@ class Journal:
             file.write(line + b"\n")
 
     def live(self, pulses: Sequence[Pulse]) -> None:
-        """Write the last heartbeats of the ranks, at most once in `LIVE_EVERY_S`."""
+        """Writes the last heartbeats of the ranks, at most once in `LIVE_EVERY_S`; a failed write is only logged."""
         if time.monotonic() - self._live_at < LIVE_EVERY_S:
             return
         self._live_at = time.monotonic()
@@ -224,7 +229,8 @@ class Journal:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run in order, without lines that a killed launcher left incomplete.
+    """Yields the events of a run in order, without lines that a killed launcher left incomplete; nothing without a
+    file.
 
     Raises:
         ArtefactError: a complete line is no event.

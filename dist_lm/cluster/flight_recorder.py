@@ -26,7 +26,10 @@ ANSWER_S = 5.0
 
 @contextmanager
 def collectives_served(environ: Mapping[str, str]) -> Iterator[None]:
-    """Hand out this rank's records inside the block, if its agent has made a directory for the socket."""
+    """Hands out this rank's records inside the block, if its agent has made a directory for the socket.
+
+    If the server cannot start, a warning is logged and the block runs without it.
+    """
     if VARIABLE not in environ:
         yield
         return
@@ -51,7 +54,7 @@ def socket_of(directory: Path, local_rank: int) -> Path:
 
 
 def dump_collectives(directory: Path, files: Mapping[int, Path]) -> None:
-    """Write the records of local ranks, all within about `ANSWER_S`.
+    """Writes the records of local ranks, all within about `ANSWER_S` for each backend.
 
     Args:
         directory: holds the sockets.
@@ -71,6 +74,12 @@ def dump_collectives(directory: Path, files: Mapping[int, Path]) -> None:
 
 
 def _records(path: Path) -> dict[str, Any]:
+    """Returns torch's records of a rank by backend; backends that this torch lacks are left out.
+
+    Raises:
+        OSError: the rank does not answer within `ANSWER_S`.
+        HTTPException: it answers something else, as ValueError does.
+    """
     records = {}
     for backend, handler in HANDLERS.items():
         with closing(http.client.HTTPConnection("localhost")) as connection:
@@ -86,9 +95,11 @@ def _records(path: Path) -> dict[str, Any]:
 
 
 def waited_for(files: Mapping[int, Path]) -> str:
-    """Names the collectives that a hang waits for and the missing ranks; empty if the files do not show it.
+    """Returns a text with the collectives that a hang waits for and the missing ranks; empty if the files do not show
+    it.
 
-    A rank that has called fewer collectives of a process group than its other members keeps them waiting.
+    A rank that has called fewer collectives of a process group than its other members keeps them waiting. Missing files
+    are passed over.
 
     Args:
         files: global rank -> file of `dump_collectives`.

@@ -63,7 +63,7 @@ class _Member:
         return self._question
 
     def take(self, answered: bool) -> None:
-        """Record the answer to the question, or its absence."""
+        """Records the answer to the question, or its absence. A node without an answer for `LOST_S` counts as lost."""
         import ray
         from ray.exceptions import ActorUnavailableError, RayError
 
@@ -118,14 +118,16 @@ class Gang:
         core_users: int = 0,
         drives_actors: bool = False,
     ) -> "Gang":
-        """Start `ranks_per_node` times `python -m module` on every node of a crew, which now belongs to the gang.
+        """Starts `ranks_per_node` times `python -m module` on every node of a crew, which now belongs to the gang.
+
+        Records of earlier failures in the run directory are removed.
 
         Args:
             device: cpu or cuda; a CUDA rank gets a GPU of its own.
             patience: longest silence of the ranks.
             arguments: arguments of the module; None: the path of the run directory.
             env: environment variables of the ranks; override those of the nodes (without the nodes' secrets).
-            core_users: processes that share the cores of a node, if there are others beside its ranks.
+            core_users: processes that share the cores of a node, if there are others beside its ranks; 0: none.
             drives_actors: let rank 0 join Ray (`ray_cluster.RayAccess`).
 
         Raises:
@@ -175,7 +177,10 @@ class Gang:
         return gang
 
     def poll(self) -> GangStatus:
-        """The present state, within about a second. The first failure stops the whole gang."""
+        """Returns the present state, within about a second. The first failure stops the whole gang, which takes longer.
+
+        A hang counts as a failure once two polls in a row show it; then all ranks write their stacks.
+        """
         if self._status.state != "running":
             return self._status
         self._ask(self._running())
@@ -207,7 +212,7 @@ class Gang:
         self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)
 
     def stop(self) -> None:
-        """End everything that was started; a second call does nothing.
+        """Ends everything that was started and frees the nodes; a second call does nothing.
 
         Raises:
             RuntimeError: processes remain on a node even after SIGKILL.
@@ -235,6 +240,11 @@ class Gang:
             log.warning("%s", stuck)
 
     def _await_start(self, launched: Sequence[Any]) -> None:
+        """Waits until torchrun runs on all nodes.
+
+        Raises:
+            GangFailure: it did not start on a node within `START_S`; the gang is stopped.
+        """
         import ray
         from ray.exceptions import RayError
 
@@ -268,7 +278,10 @@ class Gang:
             member.take(question in answered)
 
     def _call(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
-        """Ask the agents of all nodes that are not lost; returns the answers within `timeout_s`, by node."""
+        """Asks the agents of all nodes that are not lost; returns the answers within `timeout_s` seconds, by node.
+
+        Nodes that give none are left out; errors of agents are logged.
+        """
         import ray
         from ray.exceptions import RayActorError, RayError
 
@@ -295,6 +308,7 @@ class Gang:
         return failure
 
     def _end_hang(self, hang: Hang) -> GangFailure:
+        """Has all ranks write their stacks and last collectives, stops the gang, and returns the failure."""
         files = {pulse.rank: self._run.collectives(pulse.rank) for pulse in self.pulses()}
         for file in files.values():
             # An earlier hang may have left it.
@@ -307,6 +321,7 @@ class Gang:
         return self._end(self._crowd.failure_of(hang.rank, "hung", message, self._run.rank_log(hang.rank)))
 
     def _explain(self) -> GangFailure:
+        """Returns the failure of the gang. A node that has not answered even now counts as lost."""
         # A node that did not answer even now counts as lost.
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
         for member in self._members:

@@ -46,7 +46,7 @@ class HealthWatch:
                 self._gpus[gpu] = handle, self._ask(gpu, lambda handle=handle: self._listen(handle))
 
     def look(self) -> None:
-        """Note which GPUs are throttled now."""
+        """Notes which GPUs are throttled now, and why."""
         nvml = self._nvml
         for gpu, (handle, _) in self._gpus.items():
             reasons = self._ask(gpu, lambda handle=handle: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
@@ -71,6 +71,8 @@ class HealthWatch:
         return Health(tuple(self._faults), tuple(self._throttled), self._unread)
 
     def _faults_of(self, gpu: str) -> list[str]:
+        """Returns what is wrong with a GPU now, in words; empty if nothing is. It takes the XID errors since the last
+        call."""
         nvml = self._nvml
         handle, events = self._gpus[gpu]
         faults = [f"XID error {xid}" for xid in self._ask(gpu, lambda: self._xids(events)) or ()]
@@ -98,6 +100,7 @@ class HealthWatch:
         return events
 
     def _xids(self, events: Any) -> list[int]:
+        """Returns the XID errors since the last call, without those of programs; empty if the card reports none."""
         xids: list[int] = []
         while events is not None:
             try:
@@ -113,7 +116,8 @@ class HealthWatch:
         return int(field.value.uiVal) if field.nvmlReturn == self._nvml.NVML_SUCCESS else 0
 
     def _ask(self, gpu: str, question: Callable[[], Any]) -> Any:
-        """The answer; None if card or driver have none. A lost GPU is a fault."""
+        """Returns the answer; None if card or driver have none. A lost GPU is noted as a fault, other errors as
+        unread figures of the node."""
         nvml = self._nvml
         # Cards and drivers differ in the questions that they answer.
         try:

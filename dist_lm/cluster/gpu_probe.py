@@ -78,10 +78,11 @@ class Probes:
     def ask(
         self, requests: Sequence[Mapping[str, Any]], timeout_s: float, meanwhile: Callable[[], None] = lambda: None
     ) -> list[dict[str, Any] | str]:
-        """The answer of each process, or why it gave none.
+        """Returns the answer of each process, or a text that says why it gave none.
 
         Args:
             requests: one a process.
+            timeout_s: for all processes together.
             meanwhile: called a few times a second.
         """
         deadline = time.monotonic() + timeout_s
@@ -128,10 +129,16 @@ class Probes:
 def burn(
     device: "torch.device", seconds: float, size: int, multiply: "Callable[[Any, Any], torch.Tensor] | None" = None
 ) -> str:
-    """Multiply bf16 matrices of small whole numbers, whose products are exact; returns what is wrong, or nothing.
+    """Multiplies bf16 matrices of small whole numbers, whose products are exact; returns what is wrong, or an empty
+    text.
 
     A product C = A B is checked through C v = A (B v), with v of 1 and -1, computed once on the host: a single wrong
     entry changes it.
+
+    Args:
+        seconds: at least one round of products runs, whatever this is.
+        size: rows and columns of the matrices.
+        multiply: the product to try; None: `torch.matmul`.
     """
     import torch
 
@@ -162,7 +169,13 @@ def burn(
 
 
 def all_reduce(device: "torch.device", rank: int, world: int, total: int) -> list[int]:
-    """Sum a tensor over the ranks, in which each has written its own part; returns the ranks whose part is wrong."""
+    """Sums a tensor over the ranks, in which each has written its own part; returns the ranks whose part is wrong here.
+
+    It is collective over the default process group.
+
+    Args:
+        total: numbers in the tensor.
+    """
     import torch
     import torch.distributed as dist
 
@@ -175,7 +188,8 @@ def all_reduce(device: "torch.device", rank: int, world: int, total: int) -> lis
 
 
 def named_by(wrong: Mapping[int, Sequence[int]]) -> dict[int, str]:
-    """Blames ranks whose part is wrong on most ranks, and ranks that see parts wrong that others see right.
+    """Returns what is wrong with each rank to blame: its part is wrong on most ranks, or it sees parts wrong that
+    others see right.
 
     Args:
         wrong: answers of `all_reduce` by rank.
@@ -189,7 +203,11 @@ def named_by(wrong: Mapping[int, Sequence[int]]) -> dict[int, str]:
 
 
 def main() -> None:
-    """Answer requests until standard input ends."""
+    """Answers each request line of standard input by one line of JSON on the original standard output, until the input
+    ends.
+
+    Prints of libraries go to standard error. An exception ends the process, as the end of its parent does.
+    """
     die_with_parent(int(sys.argv[1]))
 
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")

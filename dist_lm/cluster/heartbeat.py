@@ -53,7 +53,8 @@ class HeartbeatBoard:
         self._started = time.monotonic()
 
     def read(self, first_rank: int, states: Mapping[int, str]) -> tuple[Pulse, ...]:
-        """The pulse of every local rank.
+        """Returns the pulse of every local rank. The age of a rank without a heartbeat counts from the creation of the
+        board.
 
         Args:
             first_rank: global number of local rank 0.
@@ -79,7 +80,7 @@ class RankHeartbeat:
         self._durations: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     def beat(self, phase: Phase, step: int) -> None:
-        """See `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
+        """Writes a heartbeat, see `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
         now = time.monotonic()
         # A step lasts from one wait for data to the next, or to the first phase that is no part of a step.
         if phase is Phase.DATA or (phase not in INSIDE and self._step_began is not None):
@@ -121,7 +122,7 @@ class Hang:
 
 
 def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
-    """The hang that the pulses of all ranks show; None if there is none.
+    """Returns the hang that the pulses of all ranks show; None if there is none.
 
     Ranks move in step, so one rank that stands still stops all others. Therefore the newest heartbeat of any rank
     counts. The rank to blame is one whose process is stopped, or else the one behind all others.
@@ -143,7 +144,7 @@ def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
 
 
 def _blamed(pulses: Sequence[Pulse]) -> Pulse | None:
-    """The rank that the others wait for; None if it cannot be told."""
+    """Returns the rank that the others wait for; None if it cannot be told."""
     stopped = [pulse for pulse in pulses if pulse.state == "T"]
     if stopped:
         return stopped[0]

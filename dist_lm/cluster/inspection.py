@@ -63,12 +63,16 @@ def inspect(
     link_bytes: int,
     wanted: Callable[[], bool],
 ) -> Inspection | None:
-    """Inspect nodes through their agents.
+    """Inspects nodes through their agents: facts, GPUs, links. A file in the run directory exists meanwhile.
 
     Args:
         directory: the run directory, which every node must see.
         link_bytes: sent over every link; 0: links are not measured.
         wanted: asked between rounds of links; if it returns False the result is None.
+
+    Raises:
+        ClusterError: an all-reduce over all nodes gives no result, though each node's own does.
+        OSError: the run directory cannot be written.
     """
     # A fresh file tells the driver's directory from another disk's directory of the same name.
     mark = directory / f".seen-{secrets.token_hex(8)}"
@@ -112,10 +116,11 @@ def inspect(
 
 
 def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip, directory: str) -> list[str]:
-    """Why a node must not run ranks; empty if it may.
+    """Returns why a node must not run ranks, a text for each reason; empty if it may.
 
     Args:
         driver: facts of the machine that starts the gang.
+        trip: when the facts were asked for and came, by which the clocks are compared.
         directory: the run directory.
     """
     reasons = []
@@ -149,7 +154,8 @@ def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip
 
 
 def unreachable(links: Links) -> dict[int, str]:
-    """The fewest nodes whose removal leaves only working links, with the reason for each (greedy)."""
+    """Returns the fewest nodes whose removal leaves only working links, with the reason for each (greedy);
+    empty if all work."""
     broken = {pair: reason for pair, reason in links.items() if isinstance(reason, str)}
     removed: dict[int, str] = {}
     while broken:
@@ -174,7 +180,11 @@ def is_hopeless(node: int, links: Links) -> bool:
 
 
 def slow(links: Links, ratio: float) -> dict[int, str]:
-    """Nodes whose median rate, sending or receiving, is below `ratio` of the median of all links."""
+    """Returns nodes whose median rate, sending or receiving, is below `ratio` of the median of all links, with the
+    reason.
+
+    Empty with fewer than three nodes, which share their links.
+    """
     rates = {pair: rate for pair, rate in links.items() if not isinstance(rate, str)}
     nodes = sorted({node for pair in rates for node in pair})
     if len(nodes) < 3:
@@ -199,7 +209,10 @@ def rounds(nodes: int) -> list[Sequence[tuple[int, int]]]:
 def _try_gpus(
     agents: Sequence[Any], addresses: Sequence[str], hosts: Sequence[str], nodes: Sequence[int], demands: Demands
 ) -> tuple[dict[int, str], dict[int, str], tuple[str, ...]]:
-    """(nodes with a faulty GPU, nodes with a throttled one, what could not be read), with reasons that name the GPU.
+    """Returns (nodes with a faulty GPU, nodes with a throttled one, what could not be read), with reasons that name the
+    GPU.
+
+    The processes of the trials have ended afterwards.
 
     Raises:
         ClusterError: an all-reduce over all nodes does not end, though each node's own does.
@@ -241,7 +254,15 @@ def _try_gpus(
 def _sum_up(
     agents: Sequence[Any], addresses: Sequence[str], groups: Sequence[Sequence[int]], count: int
 ) -> dict[int, str]:
-    """An all-reduce over the GPUs of each group of nodes: the reason for each node that makes it wrong or is silent."""
+    """Makes an all-reduce over the GPUs of each group of nodes; returns the reason for each node that makes it wrong or
+    is silent.
+
+    Args:
+        count: GPUs per node.
+
+    Raises:
+        ClusterError: a group of several nodes gives no answer at all.
+    """
     ports = _ask([agents[group[0]].reserve_port.remote() for group in groups], ROUND_S)
     questions = [
         agents[node].sum_up.remote(count * index, count * len(group), addresses[group[0]], port, SUM_S)
@@ -270,9 +291,10 @@ def _sum_up(
 def _measure_links(
     agents: Sequence[Any], addresses: Sequence[str], nodes: Sequence[int], n_bytes: int, wanted: Callable[[], bool]
 ) -> Links:
-    """The links between `nodes`. In a round no node sends twice or receives twice, so that links do not share a NIC.
+    """Returns the links between `nodes`. In a round no node sends twice or receives twice, so that links do not share a
+    NIC.
 
-    It takes as many rounds as there are other nodes.
+    It takes as many rounds as there are other nodes. After a False of `wanted` the later links are missing.
     """
     servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
     links: dict[tuple[int, int], float | str] = {}
@@ -300,7 +322,10 @@ def _measure_links(
 
 
 def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
-    """(answer, time of arrival in seconds since 1970) of every question; a text says why there is no answer."""
+    """Returns (answer, time of arrival in seconds since 1970) of every question; a text says why there is no answer.
+
+    All questions together have `timeout_s`.
+    """
     import ray
     from ray.exceptions import RayError
 

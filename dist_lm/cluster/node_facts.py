@@ -45,12 +45,12 @@ class NodeFacts:
 
 
 def examine(directory: Path, mark: str) -> NodeFacts:
-    """The facts of this node.
+    """Returns the facts of this node; waits up to `SEEN_S` for the file `mark`.
 
     Args:
         directory: the run directory.
-        mark: name of a file that the driver has just created in it, which tells it from another disk's directory of
-            the same name.
+        mark: name of a file that the driver has just created in it, which tells it from another disk's directory of the
+            same name.
     """
     # A network file system may show the file with a delay.
     deadline = time.monotonic() + SEEN_S
@@ -142,6 +142,7 @@ class LinkServer:
         self._socket.close()
 
     def _serve(self) -> None:
+        """Receives connections, each in a thread of its own, until the socket is closed."""
         while True:
             try:
                 peer, _ = self._socket.accept()
@@ -150,6 +151,7 @@ class LinkServer:
             threading.Thread(target=self._receive, args=(peer,), name="link", daemon=True).start()
 
     def _receive(self, peer: socket.socket) -> None:
+        """Reads what one peer sends and confirms it; closes the connection if the secret is another one."""
         peer.settimeout(LINK_TIMEOUT_S)
         try:
             with peer, peer.makefile("rb") as stream:
@@ -166,7 +168,7 @@ class LinkServer:
 
 
 def send(address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
-    """Send `n_bytes` to a `LinkServer`; returns bytes per second, or why there is no connection."""
+    """Sends `n_bytes` to a `LinkServer`; returns bytes per second, or a text that says why there is no connection."""
     content = memoryview(_CHUNK)
     try:
         with socket.create_connection((address, port), timeout=LINK_TIMEOUT_S) as link:
@@ -206,7 +208,7 @@ class NodeUsage:
 
 
 def open_nvml() -> Any:
-    """The module `pynvml`, initialised, or a text that says why there is none."""
+    """Returns the module `pynvml`, initialised, or a text that says why there is none."""
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -239,6 +241,7 @@ class UsageMeter:
         return self._usage
 
     def _gpus(self) -> tuple[GpuUsage, ...]:
+        """Returns the usage of each GPU; empty without NVML. GPUs that cannot be read are left out."""
         if self._nvml is None:
             return ()
         usages = []
@@ -254,7 +257,7 @@ class UsageMeter:
 
 
 def usage_metrics(usages: Mapping[str, NodeUsage]) -> dict[str, float]:
-    """Usage by host as metrics, with the names of the metrics registry."""
+    """Returns usage by host as metrics (per cent and GiB), with the names of the metrics registry."""
     metrics: dict[str, float] = {}
     for host, usage in usages.items():
         metrics[f"system/cpu_percent_{host}"] = usage.cpu_percent

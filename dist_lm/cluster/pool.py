@@ -126,11 +126,15 @@ class Pool:
         return [member for member in self._members.values() if member.is_up]
 
     def load_weights(self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int) -> None:
-        """Use other weights from now on, in all present and future actors.
+        """Uses other weights from now on, in all present and future actors, and waits until all actors have them.
+
+        If `wanted` returns False it returns early, without an error.
 
         Raises:
             RuntimeError: a `generate` call is under way.
             UserError: the weights do not fit the model.
+            ActorsLostError: no place for an actor within cluster.node_wait_s.
+            PoolFailure: actors keep dying.
         """
         if self._ledger:
             raise RuntimeError("weights cannot change during `generate`: finish or close it first")
@@ -142,11 +146,14 @@ class Pool:
             self._wait()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """All answers to every request, or one refusal; the results of a request come together, once complete.
+        """Yields all answers to every request, or one refusal; the results of a request come together, once complete.
+
+        If `wanted` returns False, or the caller leaves early, the rest is cancelled.
 
         Raises:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
             PoolFailure: (cluster.max_restarts + 1) deaths per actor without an answer in between.
+            RuntimeError: another `generate` is under way.
         """
         if self._ledger:
             raise RuntimeError("one `generate` at a time: finish or close the other one first")
@@ -171,7 +178,12 @@ class Pool:
     def _sent(
         self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int
     ) -> "Stored | Held":
-        """Read weights to the end. Actors that the sender reaches have begun to load them."""
+        """Reads weights to the end and returns them for later actors. Actors that the sender reaches have begun to load
+        them.
+
+        Raises:
+            UserError: the weights do not fit the model.
+        """
         if isinstance(weights, Stored):
             return weights
         if self._sender is None:
@@ -212,6 +224,13 @@ class Pool:
         self.close()
 
     def _await_start(self) -> None:
+        """Waits until an actor is up, and then up to `OTHERS_S` for the others; returns early if `wanted` returns
+        False.
+
+        Raises:
+            ActorsLostError: no place within cluster.start_timeout_s.
+            PoolFailure: actors die while they start.
+        """
         config = self._cluster.config
         first_up_at: float | None = None
         while self._wanted():
@@ -226,10 +245,15 @@ class Pool:
             self._wait()
 
     def _tend(self, patience_s: float | None = None) -> None:
-        """Collect reports, replace lost actors, and start missing ones.
+        """Collects reports, replaces lost actors, and starts missing ones.
 
         Args:
             patience_s: longest time without any actor; None: cluster.node_wait_s.
+
+        Raises:
+            ActorsLostError: no actor has been up for longer.
+            PoolFailure: too many deaths without an answer in between.
+            UserError: an actor rejected the weights.
         """
         config = self._cluster.config
         # A report that completes requests shows that actors can work: older deaths no longer count.
@@ -258,7 +282,8 @@ class Pool:
             )
 
     def _look_at_nodes(self) -> None:
-        """Reserve places on new nodes, and drop those on nodes that are gone."""
+        """Reserves places on new nodes, and drops those on nodes that are gone (a warning); at most once in
+        `LOOK_EVERY_S`."""
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = time.monotonic()
@@ -298,10 +323,14 @@ class Pool:
         )
 
     def _replace(self, number: int, reason: str) -> None:
-        """Start another actor in the place of a lost one."""
+        """Starts another actor in the place of a lost one, with a warning; its requests are dealt again.
+
+        Raises:
+            PoolFailure: too many deaths without an answer in between.
+        """
         member = self._members[number]
         self._failures += 1
-        # An actor that was still starting had no work to die of.
+        # An actor that was still starting had no requests, so they cannot be the cause of its death.
         self._leave(number, blamed=member.is_up)
         most_failures = (self._cluster.config.max_restarts + 1) * max(1, len(self._members))
         if self._failures >= most_failures:
@@ -315,6 +344,7 @@ class Pool:
             self._ledger.leave(number, blamed)
 
     def _hand_out(self, ledger: Ledger) -> None:
+        """Deals requests to actors with the present weights, and begins a slice of work on each that has some."""
         ready = {
             number: member
             for number, member in self._members.items()
@@ -371,7 +401,7 @@ class PoolRollouts:
 
 
 def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
-    """Resources held by placement groups whose names do not begin with `prefix`, by node id."""
+    """Returns the resources held by placement groups whose names do not begin with `prefix`, by node id."""
     from ray.util import placement_group_table
 
     cpus: dict[str, float] = defaultdict(float)

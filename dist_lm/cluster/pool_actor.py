@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEAST_S, MOST_S = 0.2, 0.5  # duration of a slice: at least until something is done, and at most
+LEAST_S, MOST_S = 0.2, 0.5  # a slice ends after LEAST_S if an answer has finished, else after MOST_S
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,14 @@ class PoolActor:
         self._accepted: set[str] = set()  # ids of requests under way
 
     def load(self, chunks: Sequence[Any], version: int) -> Loaded:
-        """Use the weights of `pool_weights.Stored` from now on."""
+        """Uses the weights of `pool_weights.Stored` from now on; the first call builds the engine.
+
+        Args:
+            chunks: Ray references, fetched one at a time.
+
+        Raises:
+            UserError: the weights do not fit the model, or its cache does not fit into memory.
+        """
         spec = self._spec
         weights = read(chunks, spec.dtype)
         if self._engine:
@@ -120,13 +127,14 @@ class PoolActor:
         return self._loaded()
 
     def receive(self, offer: "Offer", version: int, address: str) -> Loaded | str:
-        """Use the weights that the pool's process sends from now on.
+        """Uses the weights that the pool's process sends from now on; joins the group of the offer if it has not.
 
         Args:
             address: this node's.
 
         Returns:
-            A reason if they did not arrive completely; the engine then has none until the next `load`.
+            What it has loaded, or a reason if the weights did not arrive completely; the engine then has none until the
+                next `load`.
         """
         from dist_lm.cluster.push_link import FAILURES, Receiver, unpacked
 
@@ -156,7 +164,10 @@ class PoolActor:
         return Loaded(os.getpid(), gpu_of(torch.device(self._spec.device)))
 
     def work(self, requests: Sequence[Request]) -> WorkReport:
-        """Accept requests and work for one slice. A request that the engine rejects is returned as a refusal."""
+        """Accepts requests and works for one slice of 0.2 to 0.5 s; returns the results that have finished.
+
+        A request that the engine rejects is returned as a refusal.
+        """
         engine = self._engine
         assert engine
         finished: list[Answer | Refusal] = []
@@ -195,7 +206,7 @@ class PoolActor:
 
 
 def shown_devices(environ: Mapping[str, str], devices: Sequence[int]) -> str:
-    """The value of `CUDA_VISIBLE_DEVICES` that leaves some of the devices that `environ` shows, given by index.
+    """Returns the value of `CUDA_VISIBLE_DEVICES` that leaves some of the devices that `environ` shows, given by index.
 
     Raises:
         UserError: `environ` shows fewer.
@@ -243,7 +254,7 @@ class Member:
         self.pid = 0  # process of the actor; 0 until it is known
         self.place: Place | None = None  # location of its weights; None until it is known
         self.version: int | None = None  # version of its weights; None until they are loaded
-        self.left = False  # whether it has left the link of its last `receive` call, whose weights it lacks
+        self.left = False  # True if its last `receive` call failed, so that it lacks these weights
         self._spec = spec
         self._cores = cores
         self._gpus = gpus
@@ -280,7 +291,8 @@ class Member:
         return call[0] if call else None
 
     def start(self, weights: Weights) -> None:
-        """Start an actor, for the first time or in place of a dead one."""
+        """Starts an actor, for the first time or in place of a dead one, and begins to load `weights`; does not
+        wait."""
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -321,13 +333,15 @@ class Member:
         self._working = (self._actor.work.remote(requests), time.monotonic())
 
     def take(self, patience_s: float) -> WorkReport | None:
-        """Collect finished calls: a report if a slice of work has ended, else None.
+        """Collects finished calls: a report if a slice of work has ended, else None. Does not wait.
+
+        Weights that did not arrive completely are only logged.
 
         Args:
             patience_s: longest time for a slice of work, and for new weights of an actor that is up.
 
         Raises:
-            MemberLostError: the actor is gone.
+            MemberLostError: the actor is gone, or has not answered for longer.
             UserError: the actor rejected the weights.
         """
         if self._loading:
@@ -388,7 +402,12 @@ class Member:
         return f"actor {self.pid or '(starting)'} on {self.node.address}"
 
     def _result(self, call: Any) -> Any:
-        """The result of a call; None while it runs."""
+        """Returns the result of a call; None while it runs.
+
+        Raises:
+            MemberLostError: the actor or its node died, or its code failed.
+            UserError: its code raised this error.
+        """
         import ray
         from ray.exceptions import RayError, RayTaskError
 

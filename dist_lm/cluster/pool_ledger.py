@@ -105,7 +105,13 @@ class Ledger:
         self._lanes[lane] = Lane()
 
     def leave(self, lane: int, blamed: bool = True) -> None:
-        """Remove an actor; its requests are dealt again before others. `blamed`: its work may have killed it."""
+        """Removes an actor; its requests are dealt again before others, without their partial answers.
+
+        A request that has killed too many actors alone is refused.
+
+        Args:
+            blamed: its work may have killed it.
+        """
         tickets = self._lanes.pop(lane).tickets
         was_alone = lane == self._lonely and len(tickets) == 1 and tickets[0].is_suspect
         if lane == self._lonely:
@@ -125,7 +131,10 @@ class Ledger:
                 self._again.appendleft(ticket)
 
     def deal(self) -> None:
-        """Assign requests to lanes, always to the one with the fewest tokens, until no lane can take more."""
+        """Assigns requests to lanes, always to the one with the fewest tokens, until no lane can take more.
+
+        It reads further requests as lanes have room.
+        """
         self._deal_suspects()
 
         # Tokens, not requests, are balanced: long answers take an engine longer.
@@ -152,7 +161,7 @@ class Ledger:
         return bool(self._lanes[lane].tickets)
 
     def report(self, lane: int, results: Sequence[Result], tokens: int) -> int:
-        """Record an actor's results; returns how many requests they complete.
+        """Records an actor's results; returns how many requests they complete.
 
         Args:
             tokens: number of tokens in flight on the actor.
@@ -187,7 +196,7 @@ class Ledger:
             yield from self._over.popleft()
 
     def _deal_suspects(self) -> None:
-        """Give the next suspect to a lane of its own, so that it can kill no other request."""
+        """Gives the next suspect to a lane of its own once that is empty, so that it can kill no other request."""
         if not self._suspects or not self._lanes:
             return
         if self._lonely is None:
@@ -198,7 +207,7 @@ class Ledger:
             lane.unsent[ticket.number] = ticket
 
     def _peek(self) -> Ticket | None:
-        """The next request to deal; None if there is none."""
+        """Returns the next request to deal, reading one if needed; None if there is none."""
         if self._again:
             return self._again[0]
         if self._next is None and not self._all_pulled:

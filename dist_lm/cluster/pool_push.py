@@ -69,7 +69,18 @@ class Link:
     def join(
         self, device: torch.device, address: str, patience_s: float, store: Callable[[str], dist.Store], alive: Alive
     ) -> None:
-        """Wait for the actors, once."""
+        """Waits for the actors, once; later calls return at once.
+
+        Args:
+            device: holds the weights in this process.
+            address: this node's.
+            patience_s: longest wait in seconds.
+            alive: called meanwhile; may raise to give up.
+
+        Raises:
+            LinkError: not connected in time, or an actor has given up.
+            RuntimeError: `torch.distributed` failed.
+        """
         if self.group:
             return
         if self.way == IPC:
@@ -166,12 +177,17 @@ class Sender:
         wanted: Callable[[], bool],
         warn: Callable[[str], None],
     ) -> Held | Stored:
-        """Send a version to the actors that a link reaches, and keep it. Their calls may still be open at the end.
+        """Sends a version to the actors that a link reaches, and keeps it. Their calls may still be open at the end.
+
+        If a link fails, all links are given up, and actors read the version through Ray's store.
 
         Args:
             members: actors that are up and have no work.
             wanted: called at least every `LOOK_EVERY_S` seconds.
             warn: receives a line if a link fails; its actors then lack the version.
+
+        Raises:
+            ArtefactError: the weights do not fit the model.
         """
         self._choose_links(members)
         if not self._links:
@@ -212,7 +228,7 @@ class Sender:
             self._bucket = None
 
     def _choose_links(self, members: Sequence[Member]) -> None:
-        """Links to these members; those that have not changed are kept."""
+        """Sets the links to those for these members; links whose members are the same are kept, others are closed."""
         groups: dict[tuple[str, int], list[Member]] = {}
         for member in members:
             assert member.place
@@ -251,7 +267,7 @@ class Sender:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def _fail(self, failed: Link, version: int, error: Exception, warn: Callable[[str], None]) -> None:
-        """Give up all links. No actor may take what it reads from now on for a version."""
+        """Gives up all links, with a warning. No actor may take what it reads from now on for a version."""
         self._failures += 1
 
         # Actors that have read half a version would take the next bytes for its rest.
@@ -265,7 +281,7 @@ class Sender:
 
 
 def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
-    """Keeps this process alive, and raises if an actor of the link has given up."""
+    """Returns a function that keeps this process alive, and raises LinkError if an actor of the link has given up."""
     looked_at = time.monotonic()
 
     def alive() -> None:
@@ -284,11 +300,12 @@ def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
 def sender_for(
     push: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, tp: int, patience_s: float
 ) -> Sender:
-    """The sender of this process, which is connected to Ray.
+    """Returns the sender of this process, which is connected to Ray.
 
     Args:
         push: rlhf.pool.push.
         tp: GPUs of an actor's engine.
+        patience_s: longest time for actors to join and to take a bucket.
     """
     import ray
 

@@ -45,7 +45,7 @@ def gpu_of(device: torch.device) -> str:
 
 
 def push_way(push: str, sender: Place, actor: Place, tp: int = 1) -> str:
-    """How new weights reach an actor: RAY, BROADCAST or IPC.
+    """Returns how new weights reach an actor: RAY, BROADCAST or IPC.
 
     Args:
         push: rlhf.pool.push.
@@ -71,7 +71,7 @@ class Stored:
 
 
 def store(weights: WeightStream, config: ModelConfig, dtype: torch.dtype) -> Stored:
-    """Read the parameters of a model to the end and store them in `dtype`."""
+    """Reads the parameters of a model to the end and stores them in `dtype` in Ray's object store."""
     import ray
 
     largest = dtype.itemsize * max(math.prod(shape) for shape in parameter_shapes(config).values())
@@ -84,7 +84,7 @@ def store(weights: WeightStream, config: ModelConfig, dtype: torch.dtype) -> Sto
 
 
 def chunks_of(weights: WeightStream, dtype: torch.dtype, most: int) -> Iterator[Chunk]:
-    """Chunks of up to `most` bytes, or of one parameter."""
+    """Yields chunks of up to `most` bytes, or of one larger parameter, with arrays in `dtype` on the host."""
     chunk: dict[str, np.ndarray] = {}
     size = 0
     for name, weight in weights:

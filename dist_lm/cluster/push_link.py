@@ -64,7 +64,9 @@ class Offer:
 def packed(
     weights: WeightStream, config: ModelConfig, dtype: torch.dtype, bucket: Callable[[], torch.Tensor]
 ) -> Iterator[torch.Tensor]:
-    """The bytes of all parameters in `dtype`, one after the other, in buckets; all but the last one are full.
+    """Yields the bytes of all parameters in `dtype`, one after the other, in buckets; all but the last one are full.
+
+    The copies may still run on the device, see `wait_for_copies`.
 
     Args:
         weights: in the order of `parameter_shapes`; read to the end.
@@ -95,7 +97,7 @@ def packed(
 
 
 def unpacked(buckets: Iterator[torch.Tensor], config: ModelConfig, dtype: torch.dtype) -> WeightStream:
-    """The inverse of `packed`; each parameter has memory of its own, on the device of the buckets."""
+    """Yields the parameters that `packed` packed; each has memory of its own, on the device of the buckets."""
     source = next(buckets)
     for name, shape in parameter_shapes(config).items():
         weight = torch.empty(shape, dtype=dtype, device=source.device)
@@ -130,6 +132,7 @@ class SharedBucket:
 
     @classmethod
     def create(cls, size: int, device: torch.device) -> "SharedBucket":
+        """Returns a bucket of `size` bytes: memory of the GPU, or an anonymous file."""
         if device.type == "cuda":
             # handles of expandable segments need rights over the other process that containers withhold
             settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
@@ -159,7 +162,7 @@ def _handle_of(file: int) -> tuple[str, str]:
 
 
 def opened(handle: tuple[Any, ...], size: int, device: torch.device) -> torch.Tensor:
-    """The bucket of another process.
+    """Returns the bucket of another process, in place, as uint8 of `size`.
 
     Raises:
         LinkError: it is closed.
@@ -259,7 +262,11 @@ class Group:
                 self._backend = dist.ProcessGroupGloo(self._store, rank, size, timeout)
 
     def broadcast(self, tensor: torch.Tensor, root: int, alive: Alive = lambda: None) -> None:
-        """Send or receive a tensor, and wait until this end is done with it.
+        """Sends or receives a tensor, and waits until this end is done with it.
+
+        Args:
+            root: rank that sends.
+            alive: called while waiting; may raise to give up.
 
         Raises:
             LinkError: not done in time.
@@ -310,10 +317,12 @@ class Receiver:
         self._group = Group(offer.group, offer.rank, offer.size, group_device, address, offer.patience_s, **store)
 
     def buckets(self, config: ModelConfig, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The buckets of the next version; each is valid until the next one is asked for. Read it to the end.
+        """Yields the buckets of the next version (uint8); each is valid until the next one is asked for. Read it to the
+        end.
 
         Raises:
-            RuntimeError: the sender is lost, or does not go on.
+            LinkError: the sender does not go on.
+            RuntimeError: the sender is lost.
         """
         bucket, flag = self._shared, torch.zeros(1)
         if bucket is None:

@@ -61,7 +61,7 @@ class RayCluster:
     config: ClusterConfig
 
     def nodes(self) -> list[Node]:
-        """The living nodes, ordered by address."""
+        """Returns the living nodes, ordered by address; asks Ray at every call."""
         import ray
 
         nodes = [
@@ -79,12 +79,13 @@ class RayCluster:
 
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[RayCluster]:
-    """Start a private Ray on this machine (`cluster=local`) or join a running one (`cluster=ray`) for the block.
+    """Starts a private Ray on this machine (`cluster=local`) or joins a running one (`cluster=ray`) for the block.
 
     A process holds one connection at a time. Leaving the block restores the environment.
 
     Raises:
-        ClusterError: no head answers at cluster.address within cluster.connect_timeout_s, or the head refuses.
+        ClusterError: no head answers at cluster.address within cluster.connect_timeout_s, the head refuses, or Ray does
+            not start.
     """
     with _private(config) if config.name == "local" else _joined(config) as address:
         yield RayCluster(address, config)
@@ -123,7 +124,8 @@ def own_access(environ: Mapping[str, str]) -> RayAccess | None:
 
 @contextmanager
 def joined_by(access: RayAccess, config: ClusterConfig) -> Iterator[RayCluster]:
-    """Join the cluster of `access` as a driver for the block.
+    """Joins the cluster of `access` as a driver for the block; RAY_ variables are removed from the environment
+    meanwhile.
 
     Args:
         config: its timeouts and limits apply.
@@ -158,7 +160,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def check_token_file(key: str, path: str) -> None:
-    """Refuse a token file that is missing, empty or readable by others.
+    """Refuses a token file that is missing, empty or readable by others.
 
     Args:
         key: setting that `path` comes from, for the message.
@@ -179,7 +181,11 @@ def check_token_file(key: str, path: str) -> None:
 
 @contextmanager
 def _private(config: ClusterConfig) -> Iterator[str]:
-    """Run a Ray head of our own on this machine for the block; yields its address, host:port."""
+    """Runs a Ray head of our own on this machine for the block, and joins it; yields its address, host:port.
+
+    Raises:
+        ClusterError: cluster.nodes is not 1, or Ray does not start or answer.
+    """
     if config.nodes != 1:
         raise ClusterError(
             f"cluster.nodes={config.nodes}: cluster=local is this machine alone; use 1, "
@@ -209,7 +215,13 @@ def _private(config: ClusterConfig) -> Iterator[str]:
 
 @contextmanager
 def _joined(config: ClusterConfig) -> Iterator[str]:
-    """Join the Ray cluster at cluster.address as a driver for the block; yields its address, host:port."""
+    """Joins the Ray cluster at cluster.address as a driver for the block; yields its address, host:port.
+
+    The environment is changed inside the block.
+
+    Raises:
+        ClusterError: no head answers in time, the token is missing or wrong, or Ray refuses.
+    """
     assert config.address is not None  # ClusterConfig refuses it
     host = _wait_for_port(config.address, config.connect_timeout_s)
 
@@ -249,7 +261,11 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
 
 
 def _wait_for_port(address: str, timeout_s: float) -> str:
-    """Wait until host:port accepts a connection; returns the host."""
+    """Waits until host:port accepts a connection; returns the host.
+
+    Raises:
+        ClusterError: the address has another form, or nothing answers within `timeout_s` seconds.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise ClusterError(f"cluster.address={address}: expected HOST:PORT")
@@ -301,7 +317,7 @@ def _import_ray() -> Any:
 
 @contextmanager
 def environment(changes: Mapping[str, str], removed: tuple[str, ...] = ()) -> Iterator[None]:
-    """Change the environment of this process and its future children for the block."""
+    """Changes the environment of this process and its future children for the block, and restores it."""
     before = {name: os.environ.get(name) for name in (*changes, *removed, *CHANGED_BY_RAY)}
     os.environ.update(changes)
     for name in removed:
@@ -317,7 +333,7 @@ def environment(changes: Mapping[str, str], removed: tuple[str, ...] = ()) -> It
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Run `call` in a thread, wait at most `seconds`, and raise its exception here.
+    """Runs `call` in a thread, waits at most `seconds`, and raises its exception here.
 
     Raises:
         TimeoutError: the call has not returned; its thread keeps running.

@@ -54,10 +54,10 @@ class HeadAddress:
 
     @classmethod
     def parse(cls, option: str, text: str) -> "HeadAddress":
-        """Parse `IP:PORT`.
+        """Parses `IP:PORT`.
 
         Raises:
-            ClusterError: names the option.
+            ClusterError: another form, or an address that Ray replaces; names the option.
         """
         host, _, port = text.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -81,7 +81,7 @@ class HeadAddress:
         return None
 
     def check_free(self) -> None:
-        """Refuse an address that a head could not listen on.
+        """Refuses an address that a head could not listen on; binds the port for a moment.
 
         Raises:
             ClusterError: the port is taken, or the address belongs to another machine.
@@ -99,7 +99,7 @@ class HeadAddress:
 
 
 def own_address(head: HeadAddress, environ: Mapping[str, str] = os.environ) -> str:
-    """The address of this node in the network that leads to the head.
+    """Returns the address of this node in the network that leads to the head.
 
     If the head has a loopback address, all nodes are on one machine; then it is the address of SLURMD_NODENAME or of
     the host name.
@@ -166,7 +166,15 @@ class Stop:
 
 
 def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop, stop_file: Path | None = None) -> int:
-    """Run the head until it is stopped or Ray dies; returns the exit code."""
+    """Runs the head until it is stopped or Ray dies; returns the exit code (0: stopped while Ray was well; 1: it died).
+
+    Args:
+        resources: arguments of `ray start`.
+        stop_file: stops the head once it exists, and is removed.
+
+    Raises:
+        ClusterError: the address cannot be listened on.
+    """
     address.check_free()
     with node_directory() as directory:
         ray = RayProcesses(directory, head_arguments(address.host, address.port, resources))
@@ -183,11 +191,11 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop, stop_fi
 
 
 def run_private(host: str) -> int:
-    """Run a head that only the process which started it can use, until standard input is closed.
+    """Runs a head that only the process which started it can use, until standard input is closed.
 
     It chooses a free port and a token, and prints `{"address", "token_path"}` as one line of JSON. Standard input also
     closes if the starting process is killed. Signals are ignored, so that a launch can write a checkpoint first.
-    Returns exit code 1 if Ray died.
+    Returns exit code 1 if Ray died, else 0.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not SIG_IGN, which Ray would inherit: TERM would not end it.
@@ -219,7 +227,15 @@ def run_private(host: str) -> int:
 
 
 def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[str], stop: Stop) -> int:
-    """Run a worker until it is stopped or the head is gone, joining again if Ray dies; returns the exit code."""
+    """Runs a worker until it is stopped, joining again if Ray dies; returns exit code 0.
+
+    Args:
+        wait_s: longest wait for the head.
+
+    Raises:
+        ClusterError: the head did not answer the first time.
+        SystemExit: with a message (code 1): the head is gone, or Ray died too often.
+    """
     failures = 0
     has_joined = False
     while True:
@@ -250,7 +266,8 @@ def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[st
 
 
 def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: Stop) -> str | None:
-    """Join the head and stay; returns what died, or None after a stop."""
+    """Joins the head and stays; returns what died (the head included), or None after a stop. Its processes have
+    ended then."""
     with node_directory() as directory:
         ray = RayProcesses(directory, [f"--address={head}", f"--node-ip-address={ip}", *resources])
         check_at = time.monotonic() + HEAD_CHECK_S
@@ -277,7 +294,7 @@ def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: 
 
 
 def wait_for_head(head: HeadAddress, wait_s: float, stop: Stop) -> None:
-    """Wait until the head answers: without a head `ray start` would hang.
+    """Waits until the head answers, since without a head `ray start` would hang; returns early after a stop.
 
     Raises:
         ClusterError: the head does not answer within `wait_s`.
@@ -293,7 +310,7 @@ def wait_for_head(head: HeadAddress, wait_s: float, stop: Stop) -> None:
 
 
 def check_token() -> None:
-    """Refuse to start a Ray without a token.
+    """Refuses to start a Ray without a token; removes RAY_AUTH_TOKEN, which Ray would prefer, from the environment.
 
     Raises:
         ClusterError: RAY_AUTH_TOKEN_PATH is not set, or its file is refused.
@@ -307,7 +324,7 @@ def check_token() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """Parse the command line."""
+    """Returns the parsed command line; exits with code 2 if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_lm.cluster.ray_node", description="One Ray node in the foreground."
     )
@@ -331,7 +348,12 @@ def arguments() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the node that the command line describes; returns the exit code."""
+    """Runs the node that the command line describes; returns the exit code. Leftovers of killed nodes are removed
+    first.
+
+    Raises:
+        ClusterError: an option, the token or the address cannot be used.
+    """
     if options.kind == "private":
         return run_private(options.ip)
 

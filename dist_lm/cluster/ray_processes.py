@@ -68,7 +68,7 @@ class RayProcesses:
         )
 
     def death(self) -> str | None:
-        """Says in words that a process died; None while Ray is well."""
+        """Returns in words that a process died; None while Ray is well."""
         # Its children are watched too: `ray start` may notice the end of one of them later.
         code = self._start.poll()
         if code is not None:
@@ -82,7 +82,10 @@ class RayProcesses:
         return next((f"{name} died" for name, child in self._watched.items() if not process.is_alive(child)), None)
 
     def report(self, death: str | None) -> int:
-        """Print what died and the end of Ray's logs, which are removed with the directory; returns the exit code."""
+        """Prints what died and the end of Ray's logs, which are removed with the directory; returns the exit code.
+
+        It is 0, without a print, for None, else 1.
+        """
         if death is None:
             return 0
         say(f"{death}; ending every process of this node")
@@ -122,7 +125,11 @@ def node_directory(grace_s: float = GRACE_S) -> Iterator[Path]:
 
 
 def sweep() -> list[Path]:
-    """Remove directories and processes that killed nodes of this user left on this machine; returns the directories."""
+    """Removes directories and processes that killed nodes of this user left on this machine; returns the directories.
+
+    Raises:
+        RuntimeError: a process survives SIGKILL.
+    """
     removed = []
     for directory in sorted(_short_temporary().glob(f"{PREFIX}*")):
         lock = _lock(directory) if _is_ours(directory) else None
@@ -150,7 +157,7 @@ def _processes(directory: Path) -> list[psutil.Process]:
 
 
 def _create(base: Path) -> tuple[Path, int]:
-    """A new directory, and the descriptor that holds its lock."""
+    """Returns a new directory (mode 0700) below `base`, and the descriptor that holds its lock."""
     # Another node may sweep the directory before it is locked: then a new one is made.
     while True:
         directory = base / f"{PREFIX}{secrets.token_hex(4)}"
@@ -162,7 +169,7 @@ def _create(base: Path) -> tuple[Path, int]:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the lock of a directory; None if it is locked or gone."""
+    """Returns a descriptor that holds the lock of a directory; None if it is locked or gone."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:

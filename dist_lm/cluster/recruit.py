@@ -35,7 +35,7 @@ class Placement:
     nodes: Sequence[Node]
 
     def release(self) -> None:
-        """End the agents and free the nodes."""
+        """Ends the agents and frees the nodes; an agent that cannot be ended is only logged."""
         import ray
         from ray.exceptions import RayError
         from ray.util import remove_placement_group
@@ -76,17 +76,20 @@ def recruit(
     warn: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Crew | None:
-    """Find `nodes` nodes that pass inspection. An unfit node is named, and left out if another can replace it.
+    """Finds `nodes` nodes that pass inspection; the caller releases them. None if `wanted` returned False.
+
+    An unfit node is named, and left out if another can replace it. A slow one is kept if no other is free.
 
     Args:
         directory: the run directory.
         avoid: addresses of nodes to use only if there are not enough others.
-        wanted: asked while waiting; if it returns False the result is None.
+        wanted: asked while waiting.
         warn: receives a line for each node that is left out.
         note: receives what could not be inspected.
 
     Raises:
         NoNodesError: fewer free nodes within `timeout_s`.
+        AgentStartError: agents did not start several times.
         ClusterError: enough nodes, but too few that are fit.
     """
     deadline = time.monotonic() + timeout_s
@@ -162,7 +165,9 @@ def recruit(
 
 
 def sift(inspection: Inspection, spare: int, tolerated: Collection[int]) -> tuple[dict[int, str], dict[int, str]]:
-    """(nodes to leave out, slow nodes to keep), each with the reason, by node of the gang.
+    """Returns (nodes to leave out, slow nodes to keep), each with the reason, by node of the gang.
+
+    Unfit nodes are left out in any case, slow ones only if others can replace them.
 
     Args:
         spare: largest number of nodes that could replace others.
@@ -255,7 +260,7 @@ def place(
 
 
 def _wait(references: Sequence[Any], timeout_s: float, wanted: Callable[[], bool]) -> bool | None:
-    """Whether all `references` are ready within `timeout_s`; None if `wanted` returned False."""
+    """Returns whether all `references` are ready within `timeout_s`; None if `wanted` returned False."""
     import ray
 
     deadline = time.monotonic() + timeout_s

@@ -81,7 +81,7 @@ class SandboxNode:
         return self.running / self.workers
 
     def begin(self, work: Work) -> Future[Verdict]:
-        """Run a program; an error of the call itself also counts as an error of the node."""
+        """Begins to run a program; an error of the call itself counts as an error of the node, in the future."""
         try:
             return self.run(work.program, work.limits)
         except Exception as error:
@@ -138,6 +138,7 @@ class ClusterSandboxes:
         self._local_pool.__exit__()
 
     def _close_actors(self) -> None:
+        """Closes the sandboxes of the actors, waiting up to `CLOSE_S`, and kills the actors."""
         if not self._actors:
             return
         import ray
@@ -157,7 +158,8 @@ class ClusterSandboxes:
         return work.verdict
 
     def _start_actors(self) -> None:
-        """An actor on every other node, of one CPU as generation actors are; Ray starts each once that is free."""
+        """Starts an actor on every other node, of one CPU as generation actors are; Ray starts each once that
+        is free."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -180,7 +182,7 @@ class ClusterSandboxes:
         self._events.put(partial(then, *values))
 
     def _hand_out(self) -> None:
-        """Runs events one after the other, and gives programs to the least busy nodes after each."""
+        """Runs events one after the other until None comes, and gives programs to the least busy nodes after each."""
         while (event := self._events.get()) is not None:
             event()
             while self._waiting and (free := [node for node in self._nodes if node.has_room]):
@@ -200,6 +202,8 @@ class ClusterSandboxes:
         log.info("%s runs %d programs at once; %s", node.name, node.workers, fences_text)
 
     def _ended(self, node: SandboxNode, work: Work, verdict: Future[Verdict]) -> None:
+        """Passes on the verdict of a program. After an error of another node, that node is left out and the
+        program runs again."""
         node.running -= 1
         self._running.remove(work)
         error = verdict.exception()

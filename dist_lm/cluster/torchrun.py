@@ -50,9 +50,9 @@ def rank_environment(
     interface: str | None,
     given: Mapping[str, str],
 ) -> dict[str, str]:
-    """The environment of torchrun and the ranks of a node: `environ` without secrets, and our settings.
+    """Returns the environment of torchrun and the ranks of a node: `environ` without secrets, and our settings.
 
-    The user's own settings of OpenMP, gloo, NCCL and CUDA are kept.
+    The user's own settings of OpenMP, gloo, NCCL and CUDA are kept, but for the number of threads.
 
     Args:
         mark: names the gang in the environment; its processes are found by it.
@@ -82,7 +82,11 @@ def rank_environment(
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has an address; None if no interface lists it."""
+    """Returns the network interface that has an address; None if no interface lists it, or not on Linux.
+
+    Raises:
+        ValueError: `address` is no IP address.
+    """
     if sys.platform != "linux":
         return None
     if ipaddress.ip_address(address).is_loopback:
@@ -95,8 +99,10 @@ def interface_of(address: str) -> str | None:
 
 
 def complete_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
-    """The environment of a rank that torchrun has started without an agent, as an agent would have made it, but with
-    secrets; None for a rank that has it already.
+    """Returns the environment of a rank that torchrun has started without an agent; None for a rank that has it
+    already.
+
+    It is as an agent would have made it, but with secrets.
 
     Args:
         environ: the rank's own, with the variables of torchrun.
@@ -118,7 +124,7 @@ def complete_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface by which this node reaches another one; None to let gloo and NCCL choose.
+    """Returns the network interface by which this node reaches another one; None to let gloo and NCCL choose.
 
     Args:
         address: host name or IP address of the first node, which may be this one.
@@ -136,7 +142,7 @@ def interface_towards(address: str) -> str | None:
 
 
 def main() -> None:
-    """Run torchrun; exit code 1 if a rank failed."""
+    """Runs torchrun. If a rank failed, it writes the failures to the report's descriptor and exits with code 1."""
     parent, report = int(sys.argv[1]), int(sys.argv[2])
     process.die_with_parent(parent)
 

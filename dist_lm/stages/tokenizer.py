@@ -86,8 +86,9 @@ class TokenizerStage(ArtefactStage):
         removed.
 
         Raises:
-            ArtefactError: the given file is no tokenizer, or the text is too small for the vocabulary.
-            UserError: a source of text cannot be read.
+            ConfigError: the text gives fewer or needs more pieces than the vocabulary size.
+            ArtefactError: the given file is no tokenizer.
+            UserError: there is no text, or a source of text cannot be read.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)

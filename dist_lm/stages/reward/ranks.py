@@ -220,8 +220,8 @@ def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> lis
 
 
 def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) -> list[list[int]]:
-    """Returns every prompt with each of its completions as token ids, if they have at most `longest` tokens together.
-    """
+    """Returns every prompt with each of its completions as token ids, if prompt and completion have at most
+    `longest` tokens together."""
     sequences = []
     for number in range(rankings.corpus.n_documents):
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch

@@ -46,7 +46,8 @@ class StageData:
 
 @dataclass(frozen=True)
 class Closing:
-    """What a stage measures with on a rank, before and after training: the arguments of `before_` and `after_training`."""
+    """What a stage measures with on a rank, before and after training: arguments of `before_training`,
+    `after_training`."""
 
     config: Config
     run: RunDirectory
