@@ -168,8 +168,10 @@ class Decoder:
         return self.logits(x_ND[end_P - 1])
 
     def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
-        """Runs the model on one token per sequence and writes its keys and values to the cache. Returns fp32 logits (B,
-        V); the next step may overwrite them."""
+        """Runs the model on one token per sequence and writes its keys and values to the cache.
+
+        Returns fp32 logits (B, V), which the next step may overwrite.
+        """
         # The plan is on the device already; only the tokens are new in a step.
         (token_B,) = upload(self._device, torch.tensor(tokens))
         if self._graphs is not None and isinstance(plan, FlashPlan):

@@ -76,7 +76,7 @@ def likelihoods(decoder: Decoder, trees: Sequence[Tree], device: torch.device) -
 
 
 def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
-    """Returns, by tree, the likelihoods of its continuations, from one forward pass over all trees."""
+    """Returns, by tree, the likelihoods of its continuations in their order, from one forward pass over all trees."""
     # Concatenate the trees. The first token of each continuation is predicted by the last token of the context.
     tokens, positions, rows, targets = list[int](), list[int](), list[int](), list[int]()
     packed_trees = list[_PackedTree]()

@@ -47,7 +47,11 @@ class Share:
 
 
 def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
-    """Returns the share of rank `rank` of `tp`."""
+    """Returns the share of rank `rank` of `tp`: heads, hidden units and vocabulary, split as `torch.chunk` splits them.
+
+    The last ranks may have fewer real entries; padding makes all ranks hold equally many. Nothing is checked, see
+    `check_tp`.
+    """
     keys, n_queries_of_key = keys_of(config, tp, rank)
     key_heads = keys_read(config, tp, rank) if n_queries_of_key else range(keys.start, keys.stop)
     return Share(

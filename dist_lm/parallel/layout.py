@@ -347,7 +347,8 @@ def _gathered_block(model: ModelConfig, layout: Layout) -> int:
 
 
 def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:
-    """Names the replicated parameters whose gradients must be summed over tp, because each rank has a part of them."""
+    """Returns the names of the replicated parameters whose gradients must be summed over tp, because each rank has a
+    part of them; empty without tensor parallelism."""
     return [
         name
         for name, placement in placements(model, layout).items()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class DrGrpoKeys(GroupKeys):
     """The keys of Dr. GRPO."""
 
-    clip: float = key(0.2, POSITIVE)  # distance of the ratio from 1 beyond which the gain is cut off
+    clip: float = key(0.2, POSITIVE)  # the ratio is clipped to [1 - clip, 1 + clip]
     missing_eos_penalty: float = key(1.0, NOT_NEGATIVE)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class GrpoKeys(GroupKeys):
     """The keys of GRPO."""
 
-    clip: float = key(0.2, POSITIVE)  # distance of the ratio from 1 beyond which the gain is cut off
+    clip: float = key(0.2, POSITIVE)  # the ratio is clipped to [1 - clip, 1 + clip]
     kl_coefficient: float = key(0.04, NOT_NEGATIVE)
     missing_eos_penalty: float = key(1.0, NOT_NEGATIVE)
 

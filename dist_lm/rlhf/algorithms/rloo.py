@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class RlooKeys(GroupKeys):
     """The keys of RLOO."""
 
-    clip: float = key(0.2, POSITIVE)  # distance of the ratio from 1 beyond which the gain is cut off
+    clip: float = key(0.2, POSITIVE)  # the ratio is clipped to [1 - clip, 1 + clip]
     kl_coefficient: float = key(0.05, NOT_NEGATIVE)
     kl_estimate: str = key("k1", KL_ESTIMATE)  # k1 | k2 | k3
     missing_eos_penalty: float = key(1.0, NOT_NEGATIVE)
