@@ -108,7 +108,11 @@ class ModelConfig:
         require(base is None or not self.tie_embeddings, "model.base_width", base, untied)
 
     def _check_heads(self) -> None:
-        """Refuses heads that do not divide the model, and widths that RoPE cannot rotate in pairs."""
+        """Refuses heads that do not divide the model, and widths that RoPE cannot rotate in pairs.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         width = self.head_width
         require(width is None or (width > 0 and width % 2 == 0), "model.head_width", width, "null or an even number")
         divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0 and self.d_model // n % 2 == 0]
@@ -135,7 +139,11 @@ class ModelConfig:
         )
 
     def _check_rope(self) -> None:
-        """Refuses frequencies of RoPE that are no frequencies, and factors without a scaling."""
+        """Refuses frequencies of RoPE that are not positive, and factors without a scaling.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         for key in ("rope_base", "rope_low_freq_factor"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         scalings = ("none", "linear", "llama3")

@@ -94,7 +94,7 @@ class Config:
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:
-        """Files that a run reads at every start, by `KEY=VALUE`: they must not change while it goes on."""
+        """Files that a run reads whenever it starts, by `KEY=VALUE`. They must stay the same until it ends."""
         tasks = self.stage.eval_tasks
         return {f"eval.{task}={path}": [path] for task, path in self.eval.files.items() if task in tasks}
 
@@ -111,7 +111,11 @@ class Config:
         return 1
 
     def check_stage(self) -> None:
-        """Refuses keys of the stage that contradict other groups."""
+        """Refuses keys of the stage that contradict other groups.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         if isinstance(self.stage, TrainingGroup):
             self._check_training(self.stage)
         if isinstance(self.stage, TrainerGroup):
@@ -125,7 +129,11 @@ class Config:
             self._check_mix(self.stage)
 
     def _check_training(self, stage: TrainingGroup) -> None:
-        """Refuses keys that all training shares: corpus, traced steps, tasks and adapters."""
+        """Refuses keys that all training shares: corpus, traced steps, tasks and adapters.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         require(
             stage.corpus in ("", *self.corpus.corpora),
             "stage.corpus",
@@ -146,7 +154,11 @@ class Config:
         require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
 
     def _check_mix(self, stage: StageConfig) -> None:
-        """Refuses corpora that cannot be mixed into that of the stage."""
+        """Refuses corpora that cannot be mixed into that of the stage.
+
+        Raises:
+            ConfigError: names the corpus and those that could be.
+        """
         mixable = [name for name in self.corpus.corpora if stage.corpus and name != stage.corpus]
         accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={stage.corpus}: {', '.join(mixable)}"
         for name, share in (stage.mix or {}).items():
@@ -155,7 +167,11 @@ class Config:
             require(name in mixable, "stage.mix", name, accepted)
 
     def _check_eval_tasks(self) -> None:
-        """Refuses tasks for a model that writes no text, and tasks without their file."""
+        """Refuses tasks for a model that writes no text, and tasks without their file.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         _ = self.pool  # its own class refuses keys that are out of bounds
         tasks = self.stage.eval_tasks
         accepted = f"none: a model with model.head={self.model.head} writes no text"
@@ -172,7 +188,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
-    """Read a file of `save_config` and check types and bounds again.
+    """Reads a file of `save_config` and checks types and bounds again.
 
     A file of an earlier version may have keys of `dist_lm.config.renamed`.
 
@@ -180,7 +196,9 @@ def read_config(path: Path, schema: type[Config]) -> Config:
         schema: the configuration class of the file's stage.
 
     Raises:
-        ConfigError: the file was written with other keys or types, before the schema changed.
+        ConfigError: the file was written with other keys or types, before the schema changed, or a value is out of
+            bounds.
+        OSError: the file cannot be read.
     """
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     content = with_present_keys(content, content["stage"]["name"])
@@ -196,7 +214,7 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
 
 def imported_function(path: str, key: str) -> Callable[..., Any]:
-    """Imports a function that a key of the configuration names.
+    """Imports a function that a key of the configuration names, and returns it.
 
     Args:
         path: 'package.module:name'.

@@ -217,6 +217,11 @@ class TrainerGroup(OptimizerConfig, TrainingGroup):
         require(0 <= self.ema_decay < 1, "stage.ema_decay", self.ema_decay, "in [0, 1) (0 is off)")
 
     def _check_schedule(self) -> None:
+        """Refuses an unknown schedule, and a decay that is longer than the steps after the warm-up.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         schedules = f"{COSINE}, {LINEAR}, or {WSD} (constant with stage.decay_steps=0)"
         require(self.schedule in (COSINE, WSD, LINEAR), "stage.schedule", self.schedule, schedules)
         require(0 < self.decay_share <= 1, "stage.decay_share", self.decay_share, "in (0, 1]")

@@ -82,8 +82,11 @@ _CLONE3 = 435  # the same on all architectures
 def fork_into_namespaces() -> int:
     """Forks a child that is the first process of new user, pid, mount, ipc, net and uts namespaces.
 
-    One call does it all, because `fork`, `unshare` and another `fork` cost three times as much. Python runs no hooks
-    of `fork` in the child, so this process must have one thread. Returns the child's pid; 0 in the child.
+    One call does it all, because `fork`, `unshare` and another `fork` cost three times as much. Python runs no hooks of
+    `fork` in the child, so this process must have one thread. Returns the child's pid; 0 in the child.
+
+    Raises:
+        OSError: the kernel refuses.
     """
     arguments = struct.pack("8Q", NAMESPACES, 0, 0, 0, _SIGCHLD, 0, 0, 0)  # struct clone_args
     child = _libc_at_once.syscall(ctypes.c_long(_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
@@ -150,7 +153,11 @@ def limit(limits: Mapping[int, int]) -> None:
 
 
 def drop_capabilities() -> None:
-    """Gives up all capabilities, also those that executed files would bring."""
+    """Gives up all capabilities of this process for good, also those that executed files would bring (no_new_privs).
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
@@ -175,9 +182,17 @@ def landlock_version() -> int:
 
 
 def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Restricts this process to reading and writing the given trees, which must exist.
+    """Restricts this process, for good, to reading and writing the given trees, which must exist.
 
     It also refuses TCP, abstract sockets and signals to processes outside, as far as the version can.
+
+    Args:
+        version: of Landlock, at least 1.
+        readable: may also be executed.
+        writable: may be read and executed, too.
+
+    Raises:
+        OSError: a tree does not exist, or the kernel refuses.
     """
     handled = max(rights for since, rights in _RIGHTS_OF_VERSION.items() if since <= version)
     network = 3 if version >= 4 else 0  # bind and connect of TCP
@@ -201,6 +216,11 @@ def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
+    """Adds a rule to a ruleset of Landlock: `rights` below `path`, of a file only those that files have.
+
+    Raises:
+        OSError: the path does not exist, or the kernel refuses.
+    """
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         rights &= _FILE_RIGHTS
@@ -227,6 +247,9 @@ def system_call_filter(machine: str) -> bytes | None:
     Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist. A process
     sets no limits but its own: for those of the first process of a run the kernel checks the user only, and a program
     has the same user.
+
+    Args:
+        machine: as `os.uname` names it: x86_64 or aarch64.
     """
     if machine not in NUMBERS:
         return None

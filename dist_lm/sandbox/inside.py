@@ -37,7 +37,7 @@ TAIL_BYTES = 2_000
 
 
 def main() -> None:
-    """Serves on descriptor 0.
+    """Serves requests on descriptor 0 until the other side has gone; ends the process with exit code 0.
 
     Arguments: descriptor to join a memory group with (-1: none), identity to become (0: none), Landlock version to use,
     seccomp, namespaces.
@@ -100,7 +100,7 @@ def _wait_for(channel: int, unloaded: list[str]) -> bool:
 
 
 def _serve(channel: int, run: _Run) -> bool:
-    """Makes one run in a process below and returns whether it wrote an answer; ends it if the other side goes."""
+    """Makes one run in a process below and returns whether it wrote an answer; kills it if the other side goes."""
     child = run.fork()
     if child == 0:
         _leave_after(run.answer)
@@ -117,7 +117,7 @@ def _serve(channel: int, run: _Run) -> bool:
 
 
 def _leave_after(work: Callable[[], None]) -> NoReturn:
-    """Ends this forked process after `work`, with code 1 if it raises."""
+    """Ends this forked process after `work`, with code 1 and a line on standard error if it raises."""
     code = 1
     try:
         work()
@@ -148,7 +148,13 @@ class _Run:
         return os.fork()
 
     def answer(self) -> None:
-        """Reads a request, makes its attempts and writes the answer; runs in the forked process."""
+        """Reads a request, makes its attempts and writes the answer; runs in the forked process.
+
+        All tests share the CPU and wall seconds of the request: after a timeout the rest are not started.
+
+        Raises:
+            OSError: the other side has gone, or the kernel refuses a namespace.
+        """
         confine.end_with_parent()
         if self.namespaces:
             confine.name_identities(*self.identity)
@@ -216,7 +222,12 @@ class _Run:
     def _be_program(
         self, request: dict[str, Any], test: dict[str, str], token: bytes, files: tuple[int, ...]
     ) -> NoReturn:
-        """Confines this process, then becomes the program. An earlier failure is written to the third pipe."""
+        """Confines this process, then becomes the program and ends with it. An earlier failure is written to the third
+        pipe.
+
+        Args:
+            files: standard input, standard output, standard error, and the pipe for failures.
+        """
         try:
             os.setsid()
             for descriptor, file in enumerate(files):
@@ -247,6 +258,7 @@ class _Run:
 
 
 def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]:
+    """Returns the limits of one program, resource -> most, from those of the request."""
     resource_limits = {
         resource.RLIMIT_CPU: int(limits["cpu_s"]) + 2,  # whole seconds, in case the watching process is stopped
         resource.RLIMIT_AS: limits["memory_bytes"],

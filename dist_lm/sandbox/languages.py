@@ -25,7 +25,10 @@ BASH_ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UT
 
 
 def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """Runs all parts in one `__main__`; the code of a test passes if it raises nothing."""
+    """Runs all parts in one `__main__` and ends the process; the code of a test passes if it raises nothing.
+
+    An exception gives exit code 1, SystemExit its own, and then nothing has passed.
+    """
     module = types.ModuleType("__main__")
     names = module.__dict__
     sys.modules["__main__"] = module
@@ -83,6 +86,7 @@ class _SeededRandom:
     """A finder that lets the usual one import `random`, and seeds it."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        """Returns the usual spec of `random`, whose execution also seeds it; None for other modules."""
         if name != "random":
             return None
         sys.meta_path.remove(self)
@@ -107,10 +111,11 @@ def _exit_status(code: object) -> int:
 
 
 def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """Runs all parts as one script; the code of a test passes if its last command returns 0.
+    """Runs all parts as one script in place of this process; the code of a test passes if its last command returns 0.
 
     `eval` parses the program alone. Otherwise an open end of the program (`true ||`, a backslash) would take in the
-    test. A program whose end is open swallows the line that notes its exit code, and then no test passes.
+    test. A program whose end is open swallows the line that notes its exit code, and then no test passes. Exit code
+    126: the script is too long.
     """
     script = f"{before}\n{source}\n" if before else f"{source}\n"
     if code:
@@ -133,7 +138,11 @@ def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
 
 
 def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """Runs SQLite in memory and prints the rows of the last query; a test passes if its first value is true."""
+    """Runs SQLite in memory, prints the rows of the last query and ends the process; a test passes if its first value
+    is true.
+
+    An error gives exit code 1.
+    """
     import sqlite3
 
     try:

@@ -27,7 +27,7 @@ class MemoryGroup:
 
     @classmethod
     def possible(cls) -> bool:
-        """Whether this process may make such groups."""
+        """Returns whether this process may make such groups; it makes one and removes it."""
         group = None
         try:
             group = cls.make()

@@ -120,7 +120,7 @@ def request_of(program: Program, limits: Limits, folder: str) -> bytes:
 
 
 def attempts_of(answer: bytes) -> list[Attempt]:
-    """Returns the attempts in an answer of the server.
+    """Returns the attempts in an answer of the server, one per test.
 
     Raises:
         ValueError: `answer` is not what a server sends.
@@ -144,7 +144,11 @@ def attempts_of(answer: bytes) -> list[Attempt]:
 
 
 def verdict_of(program: Program, attempts: Sequence[Attempt]) -> Verdict:
-    """Returns the verdict on a program, given an attempt for each test."""
+    """Returns the verdict on a program, given an attempt for each test; its outcome is that of the first test that
+    failed.
+
+    Another number of attempts, or a test that had no core, gives the outcome `infrastructure`.
+    """
     if len(attempts) != len(program.tests):
         return infrastructure_error(program, f"{len(attempts)} answers for {len(program.tests)} tests")
 
@@ -184,7 +188,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _cause(attempt: Attempt) -> Outcome:
-    """Returns why an attempt failed."""
+    """Returns why an attempt failed: timeout, output, memory or failed."""
     if attempt.ended == TIMEOUT:
         return "timeout"
     if attempt.ended == OUTPUT:

@@ -97,6 +97,8 @@ class Fences:
 def fences(trust_me: bool = False) -> Fences:
     """Returns the fences that this machine can enforce, tried out once with a program that must find itself shut in.
 
+    With `trust_me` and no sandbox there are none but seccomp and limits. The answer is kept for the process.
+
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.
     """
@@ -113,11 +115,11 @@ def fences(trust_me: bool = False) -> Fences:
 
 
 def _leak(fences: Fences) -> str:
-    """Returns why a sandbox with these fences cannot be relied on; empty if it can.
+    """Returns why a sandbox with these fences cannot be relied on; empty if it can. It runs up to three trials.
 
     Raises:
-        SandboxError: no trial ended, because it ran out of time or the machine ran out of resources. That does not
-            say that there is no sandbox here, so nobody's isolation may depend on it.
+        SandboxError: no trial ended, because it ran out of time or the machine ran out of resources. That does not say
+            that there is no sandbox here, so nobody's isolation may depend on it.
     """
     verdict = _trial(fences)
     for _ in range(TRIALS - 1):
@@ -179,7 +181,10 @@ class Sandbox:
         self.close()
 
     def run(self, program: Program, limits: Limits | None = None) -> Verdict:
-        """Runs all tests of a program. Starts the sandbox if there is none. Never raises for what the program does.
+        """Runs all tests of a program and returns the verdict. Starts the sandbox if there is none.
+
+        Never raises for what the program does. If the sandbox itself fails, the outcome is `infrastructure`, and the
+        next run starts another one.
 
         Raises:
             SandboxError: no sandbox can be made here.
@@ -249,7 +254,7 @@ class _Server:
         """Sends a program and returns the answer, which `attempts_of` reads.
 
         Raises:
-            OSError: the server ended, or did not answer in time.
+            OSError: the server ended, or did not answer in time (TimeoutError).
         """
         if self._group:
             self._group.limit(limits.memory_bytes + limits.tmp_bytes)
@@ -279,6 +284,11 @@ class _Server:
         return self._exactly(length)
 
     def _exactly(self, length: int) -> bytes:
+        """Returns `length` bytes of the channel.
+
+        Raises:
+            OSError: the server ended, with its last words, or the timeout has passed.
+        """
         data = bytearray()
         while len(data) < length:
             piece = self._channel.recv(min(length - len(data), 1 << 20))
@@ -301,7 +311,10 @@ class _Server:
 
 
 def _ends_within(pid: int, seconds: float) -> bool:
-    """Waits for a child without reading its exit code; `Popen.wait` with a limit polls at growing intervals."""
+    """Waits up to `seconds` for a child and returns whether it has ended, without reading its exit code.
+
+    `Popen.wait` with a limit polls at growing intervals.
+    """
     descriptor = os.pidfd_open(pid)
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
@@ -318,6 +331,11 @@ def _environment() -> dict[str, str]:
 
 
 def _command(fences: Fences, entrance: int) -> list[str]:
+    """Returns the command line of the server, in bubblewrap if there are namespaces.
+
+    Args:
+        entrance: descriptor to join the memory group with; -1: none.
+    """
     identity = _unused_user() if fences.own_user else 0
     arguments = (entrance, identity, fences.landlock, int(fences.seccomp), int(fences.namespaces))
     interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER, *map(str, arguments)]
@@ -345,6 +363,8 @@ def _interpreter() -> str:
 
 
 def _bubblewrap_options(fences: Fences) -> list[str]:
+    """Returns bubblewrap's options: a read-only system with the interpreter, no network, an empty /tmp, a small
+    /dev."""
     options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
     if fences.own_user:
@@ -384,7 +404,8 @@ def _folders(path: Path) -> list[str]:
 
 @cache
 def _unused_user() -> int:
-    """Picks a user id that no account and no process uses; returns 0 if this namespace has none."""
+    """Returns a user id that no account and no process uses; 0 if this namespace has none. It stays the same in
+    a process."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     highest = max(first + count - 1 for first, _, count in ranges)
     if highest > 2 * _FIRST_UNUSED:

@@ -24,7 +24,7 @@ def parses_python(text: str) -> bool:
 
 
 def python_error(text: str) -> str:
-    """Returns why `text` is no Python module; empty: it is one."""
+    """Returns why `text` is no Python module; empty: it is one. Nothing is executed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -43,7 +43,7 @@ def parses_bash(text: str) -> bool | None:
 
 
 def bash_error(text: str) -> str | None:
-    """Returns why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout.
+    """Returns why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout of 10 s.
 
     Extended patterns are accepted: a command turns them on, which is not executed here.
     """
@@ -61,7 +61,14 @@ def bash_error(text: str) -> str | None:
 
 
 def _bash_message(text: str, *options: str) -> str:
-    """Returns the error of `bash -n`; empty: there is none."""
+    """Returns the error of `bash -n`; empty: there is none. An open here-document counts as an error.
+
+    Args:
+        options: options of bash.
+
+    Raises:
+        TimeoutExpired: bash takes longer than `TIMEOUT_S`.
+    """
     process = subprocess.run(
         ["bash", "--norc", "--noprofile", *options, "-n"],
         input=text.encode(),
@@ -117,7 +124,11 @@ def sql_test_error(text: str) -> str:
 
 
 def _sql_errors(text: str) -> Iterator[str]:
-    """Yields SQLite's error for each statement of `text`; empty: there is none."""
+    """Yields SQLite's error for each statement of `text`, empty where there is none, or one reason why it cannot be
+    read.
+
+    Statements that change the schema are executed in an empty database in memory, others only compiled.
+    """
     if reason := _not_passable(text):
         yield reason
         return

@@ -50,7 +50,7 @@ def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
         readable: whether the tests were checked in their language earlier; this saves a process for each test of Bash.
 
     Raises:
-        UserError: says which field is missing or wrong.
+        UserError: says which field is missing or wrong, or which test cannot be read.
     """
     language, test_values, before = values.get("language"), values.get("tests"), values.get("before", "")
     if language not in LANGUAGES:
@@ -85,6 +85,11 @@ def _error(error_of: Callable[[str], str | None], part: str) -> str | None:
 
 
 def _test(value: Any, before: str) -> Test:
+    """Returns a test of a text (its code) or an object; `before` is put in front of the test's own.
+
+    Raises:
+        UserError: the value has another form, or expects nothing.
+    """
     parts = {"code": value} if isinstance(value, str) else value
     if not isinstance(parts, dict) or not parts or not all(isinstance(text, str) for text in parts.values()):
         raise UserError(f"test {value!r:.100}: expected code, or an object of texts")

@@ -44,7 +44,8 @@ class Watched:
         return max(self._used.seconds, self._used.of_ended())
 
     def watch(self) -> None:
-        """Reads the program's output until it ends or passes a limit."""
+        """Reads the program's output until it ends or passes a limit; then `ended` and `seconds` are set. It
+        does not end it."""
         poller = select.poll()
         for file in (*self.pipes, self._pidfd):
             poller.register(file, select.POLLIN)
@@ -82,7 +83,7 @@ class Watched:
         return bool(data)
 
     def _reap(self) -> None:
-        """Collects the exit codes of processes that ended, orphans included."""
+        """Collects the exit codes of processes that have ended, orphans included; does not wait."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -97,7 +98,11 @@ class Watched:
             self.exit_code = os.waitstatus_to_exitcode(status)
 
     def end(self, namespaces: bool) -> None:
-        """Ends every process of the attempt, then reads the rest of the output."""
+        """Kills every process of the attempt, waits for them, then reads the rest of the output and closes the pipes.
+
+        Args:
+            namespaces: whether the run has a pid namespace of its own, in which all other processes are killed.
+        """
         if self.ended == DONE:
             self._reap()
 
@@ -144,7 +149,7 @@ class UsedCpu:
         self._last_ended = before
 
     def look(self) -> None:
-        """Updates `seconds` from all processes that are running."""
+        """Updates `seconds` (CPU) from all processes that are running below this one."""
         processes, is_complete = _processes_below()
         ended = cpu_of_ended()
         ticks_of = {(fields[0], fields[20]): _ticks_of(fields) for fields in processes}
@@ -211,7 +216,8 @@ def cpu_of_ended() -> float:
 
 
 def _waited_for_a_core() -> float:
-    """Returns the longest time that a process below this one was ready to run but had no core, in seconds."""
+    """Returns the longest time that a process below this one was ready to run but had no core, in seconds; 0 if
+    unknown."""
     seconds = 0.0
     for fields in _processes_below()[0]:
         try:
@@ -223,6 +229,7 @@ def _waited_for_a_core() -> float:
 
 
 def _kill_all(namespaces: bool) -> None:
+    """Kills every other process of the run; without namespaces, every process below this one."""
     # In a pid namespace of its own, -1 means every other process of the run.
     if namespaces:
         try:
