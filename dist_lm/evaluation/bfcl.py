@@ -40,10 +40,16 @@ class BfclResult:
 
 
 def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | None, device: str) -> None:
-    """Runs the verb: prints the table, and writes the answers to `json_file`.
+    """Runs the verb: prints the table, and writes the answers to `json_file` (a JSON object per line).
+
+    Args:
+        path: run or checkpoint.
+        limit: questions per category; 0: all.
+        device: auto, cpu or cuda.
 
     Raises:
-        UserError: names the option, the missing package or the fault of the checkpoint.
+        ConfigError: names the option.
+        ArtefactError: the package or the checkpoint is missing or damaged, or the model's logits are not numbers.
     """
     require(limit >= 0, "--limit", limit, "0 (all) or a positive integer")
     if json_file:  # checked before the model spends an hour on answers
@@ -63,7 +69,16 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
 def answer(
     questions: Sequence[BfclQuestion], loaded: LoadedModel, device: torch.device, progress: Console
 ) -> list[BfclResult]:
-    """Answers all questions greedily and scores the answers. Outcomes are in the order of the questions."""
+    """Answers all questions greedily and scores the answers. The results are in the order of the questions.
+
+    A question that cannot be asked counts as wrong and has a note.
+
+    Args:
+        progress: shows a bar if it is a terminal.
+
+    Raises:
+        ArtefactError: the model's logits are not numbers.
+    """
     tokenizer = loaded.tokenizer
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
     items = bfcl_items(Asking.greedy(tokenizer, loaded.config.max_seq_len, True, TURN_TOKENS), questions)
@@ -118,6 +133,7 @@ def print_table(name: str, outcomes: Sequence[BfclResult], console: Console) -> 
 
 
 def _record(outcome: BfclResult) -> dict[str, object]:
+    """Returns the JSON object of a result in the file of answers."""
     return {
         "category": outcome.question.category,
         "id": outcome.question.id,

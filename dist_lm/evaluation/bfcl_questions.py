@@ -54,7 +54,7 @@ class BfclQuestion:
 
 
 def find_data() -> Path:
-    """Returns the data folder of `bfcl-eval`.
+    """Returns the data folder of `bfcl-eval`; the package is not imported.
 
     Raises:
         ArtefactError: the package is not installed, or has no such folder.
@@ -72,7 +72,8 @@ def find_data() -> Path:
 
 
 def read_questions(data: Path, limit: int = 0) -> list[BfclQuestion]:
-    """Returns the first `limit` questions (0: all) of each category that exists in the folder `data`.
+    """Returns the first `limit` questions (0: all) of each category that exists in the folder `data`, in order of
+    categories.
 
     Raises:
         ArtefactError: no category exists, or a file has an unknown layout.
@@ -97,6 +98,11 @@ def _newest_file(folder: Path, category: str) -> Path | None:
 
 
 def _read(path: Path, category: str, limit: int) -> list[BfclQuestion]:
+    """Returns the questions of a category from its newest file, with the expected calls.
+
+    Raises:
+        ArtefactError: the file or that of its answers cannot be read, or has an unknown layout.
+    """
     answers: dict[str, Any] = {}
     if category not in WITHOUT_ANSWERS:
         for line in _lines(path.parent / "possible_answer" / path.name):
@@ -141,7 +147,11 @@ def _distinct(functions: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]
 
 
 def _messages(messages: Iterable[dict[str, str]]) -> tuple[Message, ...]:
-    """Returns the turns; consecutive messages of one role become one turn, as a conversation needs."""
+    """Returns the turns; consecutive messages of one role become one turn, as a conversation needs.
+
+    Raises:
+        ValueError: an unknown role.
+    """
     turns: list[Message] = []
     for message in messages:
         role, content = message["role"], message["content"]
@@ -165,7 +175,7 @@ def tool_of(function: dict[str, Any]) -> Tool:
 
 
 def schema_of(description: dict[str, Any]) -> dict[str, Json]:
-    """Converts a part of a description to JSON schema.
+    """Returns a part of a description of BFCL as JSON schema, with all parts inside it.
 
     Raises:
         ValueError: the description uses an unknown type.

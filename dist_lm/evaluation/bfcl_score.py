@@ -50,7 +50,12 @@ def right_calls(calls: Sequence[Call], answers: Sequence[BfclAnswer], functions:
 
 
 def right_call(call: Call, name: str, accepted: dict[str, list[Json]], function: dict[str, Any]) -> bool:
-    """Whether a call names the function `name` and its arguments are accepted."""
+    """Returns whether a call names the function `name` and its arguments are accepted.
+
+    Args:
+        accepted: accepted values by argument; "" among them: it may be left out.
+        function: BFCL's description.
+    """
     parameters = function["parameters"].get("properties", {})
     required = function["parameters"].get("required", [])
     if call.name != name or any(key not in call.arguments for key in required):
@@ -62,6 +67,7 @@ def right_call(call: Call, name: str, accepted: dict[str, list[Json]], function:
 
 
 def _right_value(argument: Json, accepted: list[Json], parameter: dict[str, Any]) -> bool:
+    """Returns whether an argument is accepted, by BFCL's rules for its declared type; see the module."""
     declared = PYTHON_TYPES[parameter["type"]]
     declared_element = PYTHON_TYPES[parameter["items"]["type"]] if parameter["type"] in LISTS else None
     if parameter["type"] == "float" and type(argument) is int:

@@ -34,13 +34,14 @@ class HeldOutText:
 
 
 def text_corpora(folders: Sequence[Path], may_lack: bool) -> list[Path]:
-    """Returns the corpora of text among the folders of `stage.corpora`. Conversations are left out.
+    """Returns the corpora of text among the folders of `stage.corpora`. Conversations and empty val splits are left
+    out.
 
     Args:
-        may_lack: whether some of the corpora may be missing.
+        may_lack: whether some of the corpora, but not all, may be missing.
 
     Raises:
-        ArtefactError: a corpus is missing, or none has text.
+        ArtefactError: a corpus is missing or damaged, or none has text.
     """
     key = f"stage.corpora=[{','.join(folder.name for folder in folders)}]"
     missing = [folder for folder in folders if not manifest_path(folder).is_file()]
@@ -68,7 +69,7 @@ def documents_of(corpora: Sequence[Path], tokenizer: Path, limit: int) -> list[H
         limit: most documents of each corpus; 0: all.
 
     Raises:
-        ArtefactError: a corpus was written with another tokenizer.
+        ArtefactError: a corpus was written with another tokenizer, or is damaged.
     """
     documents = []
     corpus_tokenizer = Tokenizer.load(tokenizer)
@@ -101,7 +102,7 @@ def document_bits(
     documents: Sequence[HeldOutText],
     wanted: Callable[[], bool],
 ) -> list[Record] | None:
-    """Computes bits and bytes of each document, in this process.
+    """Computes bits and bytes of each document, in this process; loads the model for the call.
 
     Args:
         wanted: called after each window; the computation ends when it returns False.

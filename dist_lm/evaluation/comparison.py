@@ -9,7 +9,8 @@ from dist_lm.tracking.readable import counted
 
 
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the figures of a model as rows: model, task, figure, value, low, high, items."""
+    """Returns the figures of a model as rows: model, task, figure, value, low, high, items. Groups have no
+    interval (None)."""
     rows = []
     for task, scores in result["tasks"].items():
         model_task = {"model": result["model"], "task": task}
@@ -22,9 +23,10 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns a paired test for each task, over the items that both models have values of.
+    """Returns a paired test for each task, over the items that both models have values of: second model minus first.
 
-    `left_out` counts the items that only one model has: a question may not fit the context of the other one.
+    `left_out` counts the items that only one model has: a question may not fit the context of the other one. Without
+    common items a comparison has no test.
     """
     from dist_lm.evaluation.tasks import REWARD  # imports torch, which the launcher does without
 
@@ -64,7 +66,11 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
 
 
 def figures_of(result: Mapping[str, Any]) -> str:
-    """Returns the first figure of each task and model, for the closing table."""
+    """Returns the first figure of each task and model as text, for the closing table.
+
+    Args:
+        result: `result.json` of stage evaluate.
+    """
     texts = []
     for model_result in result["models"]:
         figures = []

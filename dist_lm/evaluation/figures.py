@@ -24,7 +24,7 @@ def request_of(number: int, task: str, question: Item, seed: int) -> Request:
 
 
 def refused(question: Item, error: str) -> Record:
-    """Returns the record of a question that could not be asked; it counts as failed."""
+    """Returns the record of a question that could not be asked, in place of answer 0; it counts as failed."""
     return {
         "id": question.id,
         "group": question.group,
@@ -46,9 +46,12 @@ def recorded(question: Item, answer: Answer, judged: Callable[[], Record]) -> Ca
 
 
 def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
-    """Returns pass@k over questions with intervals, pass@1 of groups, and the pass@1 of each question.
+    """Returns pass@k over questions with intervals, pass@1 of groups, and the pass@1 of each question (ids, values).
 
-    pass@1 is always among the figures.
+    pass@1 is always among the figures. `groups` are (name, share, questions).
+
+    Args:
+        records: at least one; those of a question may have any order.
     """
     passed_of: dict[str, list[bool]] = {}  # question -> whether each of its answers passed
     group_of: dict[str, str] = {}
@@ -76,7 +79,11 @@ def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
 
 
 def bits_figures(records: list[Record]) -> dict[str, Any]:
-    """Returns bits per byte over all documents, and of each source."""
+    """Returns bits per byte over all documents, and of each source, with intervals; `values` are per document.
+
+    Args:
+        records: of `document_bits`, at least one.
+    """
 
     def bits_per_byte(part: list[Record]) -> dict[str, Any]:
         return _figure(ratio_estimate([record["bits"] for record in part], [record["bytes"] for record in part]))
@@ -96,7 +103,8 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
 
 
 def reward_figures(records: list[Record]) -> dict[str, Any]:
-    """Returns the mean score of the answers that have one; its unit is that of the reward model."""
+    """Returns the mean score of the answers that have one; its unit is that of the reward model. Without
+    scores: no figure."""
     scores = {record["id"]: record["score"] for record in records if "score" in record}
     return {
         "figures": {"score": _figure(estimate([*scores.values()]))} if scores else {},

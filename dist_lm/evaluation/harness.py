@@ -142,6 +142,8 @@ class EngineModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation; without `add_generation_prompt` it ends inside the last turn.
 
+        From then on `tok_encode` reads marks. Templates without a system turn get the conversation without it.
+
         Raises:
             UserError: the template refuses the conversation.
         """
@@ -169,6 +171,16 @@ class EngineModel(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
+        """Returns (log-likelihood in nats, whether every token is the greedy choice) of each request, in order.
+
+        A context that is too long loses its beginning.
+
+        Args:
+            requests: (texts or None, context ids, continuation ids).
+
+        Raises:
+            UserError: a continuation is empty or longer than the model's context.
+        """
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
 
         # A context is computed once for all its continuations.
@@ -193,9 +205,12 @@ class EngineModel(TemplateLM):
         return scores
 
     def _cut(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Cuts the beginning of a context that is too long.
+        """Returns context and continuation; the beginning of a context that is too long is cut off.
 
         The last token of a continuation is predicted only, so it takes no place in the model's context.
+
+        Raises:
+            UserError: the continuation is empty or longer than the context.
         """
         if not 0 < len(continuation) <= self._context:
             raise UserError(
@@ -205,7 +220,11 @@ class EngineModel(TemplateLM):
         return tuple(context[-(self._context + 1 - len(continuation)) :]), tuple(continuation)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each text, in nats; a long text is cut to windows of the model's context."""
+        """Returns the log-likelihood of each text, in nats; a long text is cut to windows of the model's context.
+
+        Args:
+            requests: of lm_eval, each with one text.
+        """
         windows: list[tuple[list[int], list[int]]] = []
         text_of: list[int] = []  # index of the text of each window
         for index, request in enumerate(requests):
@@ -225,7 +244,16 @@ class EngineModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns an answer to each context, up to a stop text."""
+        """Returns an answer to each context, up to a stop text that is not part of it. Long contexts lose their
+        beginning.
+
+        Args:
+            requests: of lm_eval, each with (context, options).
+
+        Raises:
+            ConfigError: an option that the engine lacks, or no space for an answer.
+            ArtefactError: the model's logits are not numbers.
+        """
         stops: list[list[str]] = []
         for number, request in enumerate(requests):
             context, kwargs = request.args
@@ -252,7 +280,7 @@ class EngineModel(TemplateLM):
         """Returns the sampling parameters of a task; removes them from `options`.
 
         Raises:
-            ConfigError: names an option that the engine lacks.
+            ConfigError: names an option that the engine lacks, or a value out of bounds.
         """
         # A generated text never holds the name of a special token.
         until = tuple(stop for stop in options.pop("until") if stop and stop not in self._tokenizer.file_names)
@@ -276,8 +304,11 @@ class EngineModel(TemplateLM):
 def refuse_code(manager: TaskManager, names: Sequence[str]) -> None:
     """Refuses unknown tasks, and tasks that execute code, before any of their own code is imported.
 
+    Args:
+        names: tasks, groups or tags of lm_eval, or files.
+
     Raises:
-        ConfigError: names the task.
+        ConfigError: names the task; or the variable that allows code is set.
     """
     require(EXECUTES not in os.environ, EXECUTES, os.environ.get(EXECUTES), f"not to be set: {WAY_OUT}")
     index = manager.task_index
@@ -316,10 +347,10 @@ def refuse_code(manager: TaskManager, names: Sequence[str]) -> None:
 
 
 def run_harness(model: EngineModel, options: HarnessOptions) -> dict[str, Any]:
-    """Evaluates tasks and returns the results of lm_eval.
+    """Evaluates tasks and returns the results of lm_eval, with the samples; their data may be downloaded.
 
     Raises:
-        ConfigError: names the task that does not exist or executes code.
+        ConfigError: names the task that does not exist or executes code, or an option.
         ArtefactError: the data of a task is not here and cannot be fetched.
     """
     include_path = str(options.include_path) if options.include_path else None
@@ -352,10 +383,16 @@ def evaluate(
     output: Path | None,
     samples: Path | None,
 ) -> None:
-    """Runs the verb: prints the table of lm_eval, writes its results to `output` and its samples to `samples`.
+    """Runs the verb: prints the table of lm_eval, writes its results to `output` (JSON) and its samples to `samples`
+    (lines).
+
+    Args:
+        path: run or checkpoint.
+        dtype: auto, float32 or bfloat16.
 
     Raises:
-        UserError: names the option, the task, or the fault of the checkpoint.
+        ConfigError: names the option or the task.
+        ArtefactError: the checkpoint is missing or damaged, or data cannot be fetched.
     """
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
     require(options.limit is None or options.limit > 0, "--limit", options.limit, "more than 0")

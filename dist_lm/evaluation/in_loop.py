@@ -66,7 +66,11 @@ class Round:
         return len(self._questions)
 
     def take(self, result: Answer | Refusal, sandboxes: Sandboxes | None) -> None:
-        """Begins to judge an answer; a second one to the same question is ignored."""
+        """Begins to judge an answer; a second one to the same question is ignored.
+
+        Args:
+            sandboxes: run the programs of tasks with code; None if the round has none.
+        """
         number = int(result.request)
         if number in self._records:
             return
@@ -80,6 +84,8 @@ class Round:
     def records(self, alive: Callable[[], None]) -> dict[str, list[Record]]:
         """Waits for the judgements and returns the records of each task, in the order of its questions.
 
+        Every question must have been taken.
+
         Args:
             alive: called after each record.
         """
@@ -91,10 +97,10 @@ class Round:
 
 
 def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopTasks:
-    """Returns the tasks of `stage.eval_tasks`.
+    """Returns the tasks of `stage.eval_tasks` with all their questions.
 
     Raises:
-        UserError: a task cannot be asked; names it.
+        UserError: a task cannot be asked; its class is that of the error, and the message names the task.
         ArtefactError: the file of a task has changed since the run began.
     """
     stage = config.stage

@@ -61,7 +61,7 @@ class Problem:
     def answered(self, answer: str) -> Program:
         """Returns the program of a chat model: its first block of code, or else all of its answer.
 
-        Code that does not repeat the prompt completes it, with or without `closing`.
+        Code that does not repeat the prompt completes it, with `closing` unless it ends with that.
         """
         code = code_of(answer)
         if not self.entries:
@@ -84,6 +84,7 @@ def own_problems(language: Language) -> list[Problem]:
 
 
 def _own(language: Language, line: Mapping[str, Any]) -> Problem:
+    """Returns one of our problems from its line."""
     name = line["id"].partition("/")[2]
     entries = {"python": (f"def {name}(",), "bash": _functions(name), "sql": ("SELECT", "select", "Select")}[language]
     closing = {"python": "", "bash": "\n}\n", "sql": ";\n"}[language]
@@ -107,7 +108,7 @@ def _functions(name: str) -> tuple[str, ...]:
 
 
 def own_infills() -> list[Problem]:
-    """Returns our Python problems whose solution has several lines, each with one line of it left out."""
+    """Returns our Python problems whose solution has several lines, each with the middle line of it left out."""
     infills = []
     for problem in own_problems("python"):
         lines = problem.solution.splitlines(keepends=True)
@@ -135,13 +136,18 @@ def own_infills() -> list[Problem]:
 
 
 def humaneval(path: Path) -> list[Problem]:
-    """Reads HumanEval.jsonl or HumanEval.jsonl.gz (Chen et al. 2021).
+    """Reads HumanEval.jsonl or HumanEval.jsonl.gz (Chen et al. 2021) and returns its problems.
 
     Raises:
-        ConfigError: `path` is not such a file.
+        ConfigError: `path` is not such a file, or a test cannot be read.
     """
 
     def read(line: Mapping[str, Any]) -> Problem:
+        """Returns a problem of a line of the file.
+
+        Raises:
+            UserError: the test checks nothing, or the prompt lacks the function.
+        """
         name = line["entry_point"]
         if not re.search(r"\bcheck\b", line["test"]):
             raise UserError("`test` defines no function `check`, which is called with the entry point")
@@ -157,13 +163,20 @@ def humaneval(path: Path) -> list[Problem]:
 
 
 def mbpp(path: Path) -> list[Problem]:
-    """Reads mbpp.jsonl or sanitized-mbpp.json (Austin et al. 2021). The prompt is a comment with text and tests.
+    """Reads mbpp.jsonl or sanitized-mbpp.json (Austin et al. 2021) and returns its problems.
+
+    The prompt is a comment with text and tests.
 
     Raises:
-        ConfigError: `path` is not such a file.
+        ConfigError: `path` is not such a file, or a test cannot be read.
     """
 
     def read(line: Mapping[str, Any]) -> Problem:
+        """Returns a problem of a line of the file.
+
+        Raises:
+            UserError: it has no tests.
+        """
         text = line.get("text") or line["prompt"]
         setup = "\n".join(line.get("test_imports", ())) or line.get("test_setup_code", "")
         asserts = "\n".join(line["test_list"])
@@ -186,13 +199,18 @@ def mbpp(path: Path) -> list[Problem]:
 
 
 def multipl_e(path: Path) -> list[Problem]:
-    """Reads a file of MultiPL-E (Cassano et al. 2022) with programs in Python or Bash.
+    """Reads a file of MultiPL-E (Cassano et al. 2022) with programs in Python or Bash and returns its problems.
 
     Raises:
-        ConfigError: `path` is not such a file, or its programs are in another language.
+        ConfigError: `path` is not such a file, its programs are in another language, or a test cannot be read.
     """
 
     def read(line: Mapping[str, Any]) -> Problem:
+        """Returns a problem of a line of the file.
+
+        Raises:
+            UserError: another language.
+        """
         if line["language"] not in MULTIPL_E:
             raise UserError(f"language {line['language']}: the sandbox runs {' and '.join(MULTIPL_E)}")
         language = MULTIPL_E[line["language"]]
@@ -248,7 +266,11 @@ def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) ->
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields (place in the file for messages, problem) for each problem.
 
-    A problem is a line of JSON, or a value of the list that the file holds.
+    A problem is a line of JSON as text, or a parsed value of the list that the file holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no UTF-8 or no JSON; EOFError or zlib.error: no gzip.
     """
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()

@@ -54,7 +54,7 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Returns the mean over tasks with its interval, from one value for each task.
+    """Returns the mean over tasks with its interval at `LEVEL`, from one value for each task; at least one.
 
     Values that are all 0 or 1 have the exact binomial interval: a bootstrap of equal values has no width. Any others
     are resampled (Efron 1979, percentile interval).

@@ -86,10 +86,11 @@ def asks_as_chat(stage: str, tokenizer: Tokenizer) -> bool:
 
 
 def check_tasks(tasks: Sequence[str], files: Mapping[str, Path], trust_me: bool) -> None:
-    """Refuses tasks whose files cannot be read, or whose programs cannot run here.
+    """Refuses tasks whose files cannot be read, or whose programs cannot run here; reads the files and tries the
+    sandbox.
 
     Raises:
-        UserError: a file is missing or invalid, or there is no sandbox.
+        ConfigError: a file is missing or invalid, or there is no sandbox (SandboxError).
     """
     for task in tasks:
         if task in READERS:
@@ -101,7 +102,7 @@ def check_tasks(tasks: Sequence[str], files: Mapping[str, Path], trust_me: bool)
 def items_of(
     task: str, asking: Asking, files: Mapping[str, Path], corpora: Path, prompts: Sequence[Prompt] = ()
 ) -> list[Item]:
-    """Returns the questions of a task, the same at every call.
+    """Returns the questions of a task, the same at every call; those that do not fit the context have an error.
 
     Args:
         files: files of the tasks in FILE_TASKS.
@@ -109,7 +110,9 @@ def items_of(
         prompts: prompts for the task reward.
 
     Raises:
-        UserError: a file or a package is missing, or the tokenizer lacks a mark.
+        ConfigError: a file is missing or invalid.
+        ArtefactError: a corpus or a package is missing.
+        UserError: the tokenizer lacks a mark.
     """
     if task in OWN_TASKS:
         return code_items(own_problems(OWN_TASKS[task]), asking)
@@ -126,7 +129,10 @@ def items_of(
 
 
 def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
-    """Returns problems as beginnings for a base model to complete, or as requests to a chat model."""
+    """Returns problems as beginnings for a base model to complete, or as requests to a chat model.
+
+    A problem that does not fit the context has an error.
+    """
 
     def judge_of(problem: Problem) -> Judge:
         def judge_program(answer: Answer, sandboxes: Sandboxes | None) -> Callable[[], Record]:
@@ -152,7 +158,8 @@ def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
 
 
 def infill_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
-    """Returns lines to fill in, between the code before and behind them.
+    """Returns lines to fill in, between the code before and behind them; those that do not fit the context have an
+    error.
 
     Raises:
         UserError: the tokenizer lacks the marks.
@@ -181,7 +188,10 @@ def group_of(problem: Problem) -> str:
 
 
 def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> Callable[[], Record]:
-    """Starts the tests of a program and returns a function that waits for the record of their outcome."""
+    """Starts the tests of a program and returns a function that waits for the record of their outcome.
+
+    `tests` of the record are (passed, all). The function raises what the sandboxes raise.
+    """
     assert sandboxes is not None, "code is executed in a sandbox only"
     future = sandboxes.submit(program, limits)
 
@@ -198,7 +208,7 @@ def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> C
 
 
 def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:
-    """Returns prompts whose answers a reward model scores later."""
+    """Returns prompts whose answers a reward model scores later; every answer counts as passed until then."""
     record: Record = {"passed": True, "outcome": "answered"}
     items = []
     for prompt in prompts:
@@ -248,7 +258,10 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
 
 
 def bfcl_items(asking: Asking, questions: Sequence[BfclQuestion]) -> list[Item]:
-    """Returns questions of the Berkeley Function Calling Leaderboard, for greedy answers."""
+    """Returns questions of the Berkeley Function Calling Leaderboard, for greedy answers.
+
+    Those that are no valid conversation, or do not fit the context, have an error.
+    """
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
     def judge_of(question: BfclQuestion) -> Judge:

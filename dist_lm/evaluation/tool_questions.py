@@ -45,7 +45,10 @@ class Asked:
 
 
 def questions_of(conversation: Conversation, kind: str) -> list[Question]:
-    """Returns the questions of one conversation; none if it has no tools or its calls cannot be checked."""
+    """Returns the questions of one conversation; none if it has no tools or its calls cannot be checked.
+
+    Which decisions are asked depends on `kind`, see FIRST and LAST.
+    """
     if not conversation.tools or not _can_be_checked(conversation):
         return []
 
@@ -78,6 +81,9 @@ def choose(
         tokenizer: tokenizer of the model that is asked.
         context: the model's maximum sequence length; a question is skipped if prompt and expected turn exceed it.
         written: the tokenizer that the corpus was written with; None: the model's.
+
+    Raises:
+        ChatError: a document cannot be read back as a conversation.
     """
     questions_by_kind: dict[str, list[Asked]] = {}
     kinds = [name.removeprefix(OWN) for name in corpus.languages]
@@ -96,7 +102,7 @@ def choose(
 
 
 def asked(questions: Iterable[Question], tokenizer: Tokenizer, document: int = 0) -> list[Asked]:
-    """Encodes questions of a document with this index."""
+    """Returns questions of a document with this index as token ids."""
     return [
         Asked(
             question,
