@@ -1,13 +1,13 @@
-"""The program of one rank. torchrun starts it through one of two doors.
+"""The program of one rank. torchrun starts it with one of two command lines.
 
     torchrun --nproc-per-node 2 -m dist_lm.train stage=code work_dir=work [key=value]
     torchrun --nproc-per-node 2 -m dist_lm.train RUN_DIR
 
 The first needs neither a launcher nor Ray: rank 0 composes the configuration, compares it with the run, resolves the
 layout and writes `config.yaml` (`dist_lm.prepare.door`). The second trains the run that a `config.yaml` describes; this
-is what the launcher starts, watches and starts again. At both doors the other ranks wait until rank 0 has told them the
+is what the launcher starts, watches and starts again. In both cases the other ranks wait until rank 0 has told them the
 hash of `config.yaml`, and then all do the same: they continue from the newest intact checkpoint of the run, and write
-`result.json` at a true end.
+`result.json` after the last step.
 
 USR1, TERM or Ctrl-C make all ranks agree on a step, write a checkpoint and leave with exit code 0 but without
 `result.json`. Exit code 2: rank 0 has refused the command line, and one line says why. 1: a rank has failed, and

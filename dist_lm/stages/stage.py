@@ -98,7 +98,7 @@ class Stage(ABC):
         return self.needs
 
     def reads(self, config: Config) -> tuple[str, ...]:
-        """`needed`; a start from a model of transformers takes its import in place of the stage before."""
+        """Returns `needed`; with stage.init_from=hf:..., stage `import` replaces `starts_from`."""
         needed = self.needed(config)
         if getattr(config.stage, "init_from", "").startswith(HF):
             return (IMPORT, *(stage for stage in needed if stage != self.starts_from))
