@@ -236,7 +236,7 @@ def carry_out(plan: Plan, console: Console) -> int:
     """Runs the missing stages of a plan in order and prints the outcome. Returns the exit code, see the module.
 
     Raises:
-        ArtefactError: another command is the same, files do not fit, or the disk is full.
+        ArtefactError: the same command is already running, files do not fit, or the disk is full.
         ConfigError: a stage refuses its settings.
         ClusterError: the cluster cannot be joined, or too few nodes fit.
     """

@@ -78,7 +78,8 @@ def _records(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: the rank does not answer within `ANSWER_S`.
-        HTTPException: it answers something else, as ValueError does.
+        HTTPException: the answer is not HTTP.
+        ValueError: the answer is not JSON.
     """
     records = {}
     for backend, handler in HANDLERS.items():

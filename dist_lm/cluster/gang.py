@@ -268,6 +268,8 @@ class Gang:
         return [member for member in self._members if member.lost is None and member.report.exit_code is None]
 
     def _ask(self, members: list[_Member], timeout_s: float = ANSWER_S) -> None:
+        """Asks the agents for their reports and waits up to `timeout_s` seconds; each member records its answer
+        or its silence."""
         import ray
 
         if not members:

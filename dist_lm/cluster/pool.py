@@ -313,6 +313,8 @@ class Pool:
         return 0 if self._site.shares_gpus else self._spec.gpus
 
     def _member_on(self, node: Node, ordinal: int) -> Member:
+        """Reserves a place on `node` for its `ordinal`-th actor of this pool, and returns the member; the actor
+        does not start yet."""
         return Member(
             self._spec,
             node,

@@ -100,7 +100,7 @@ class PoolActor:
             chunks: Ray references, fetched one at a time.
 
         Raises:
-            UserError: the weights do not fit the model, or its cache does not fit into memory.
+            UserError: the weights do not fit the model.
         """
         spec = self._spec
         weights = read(chunks, spec.dtype)
@@ -167,6 +167,9 @@ class PoolActor:
         """Accepts requests and works for one slice of 0.2 to 0.5 s; returns the results that have finished.
 
         A request that the engine rejects is returned as a refusal.
+
+        Raises:
+            ConfigError: with cache_tokens=0, free memory does not hold one context.
         """
         engine = self._engine
         assert engine

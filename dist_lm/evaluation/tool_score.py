@@ -109,6 +109,7 @@ def figures(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, float]:
 
 
 def _shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Returns the figures of `figures` by name, without prefix, as fractions; a share of nothing is left out."""
     with_calls = [verdict for verdict in verdicts if verdict.wanted]
     with_several = [verdict for verdict in with_calls if verdict.wanted > 1]
     in_words = [verdict for verdict in verdicts if not verdict.wanted]

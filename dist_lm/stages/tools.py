@@ -105,6 +105,7 @@ class Tools(TextStage):
                     console.line(f"    {line}")
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """Yields the shares of correct calls over all kinds of conversations; nothing without questions."""
         metrics = result["metrics"]
         shares = [
             f"{name.replace('_', ' ')} {percent(metrics[f'tools/{name}'])}"

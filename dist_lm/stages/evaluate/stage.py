@@ -181,6 +181,13 @@ class Evaluate(PoolStage):
         return stage_tokenizer(self.checkpoint(config), WorkDirectory(Path(config.work_dir)), config.model.vocab_size)
 
     def engine(self, config: Config) -> tuple["EngineOptions", int, int]:
+        """Returns (size of an engine, GPUs per engine, number of engines; -1: as many as fit).
+
+        The cache holds at least one whole context.
+
+        Raises:
+            ConfigError: the model cannot be split over parallel.tp devices, or a size is out of bounds.
+        """
         from dist_lm.generation.engine import EngineOptions
         from dist_lm.generation.shard import check_tp
 

@@ -146,6 +146,7 @@ def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[s
 
 
 def _limits(model: ModelConfig, licences: set[str]) -> list[str]:
+    """Returns the sentences on what the model must not be trusted with, by its head and the licences of its data."""
     if model.head == "scalar":
         meaning = "Scores order completions of one prompt; they have no unit, and differ from dist_lm's by a constant."
         limits = [meaning, "A score is read at the last token, which in training was the end of the assistant's turn."]
