@@ -49,7 +49,8 @@ def test_a_layout_that_is_given_stays_as_it_is():
             "cluster.address=h:1",
         ]
     )
-    assert with_layout(config, 8) is config
+    given = resolve_layout(config.parallel, config.model, 16)
+    assert resolve_layout(with_layout(config, 8).parallel, config.model, 16) == given
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, 2, 8])
