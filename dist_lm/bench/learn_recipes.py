@@ -16,7 +16,7 @@ from dist_lm.errors import ConfigError, UserError
 from dist_lm.model.keyed_random import DropoutKey, initialise
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
-from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.compose import compose_config, target_stage
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training.stage import training_stage
@@ -53,10 +53,10 @@ def recipes_of(
     default_stage = [] if names_stage else ["stage=code", "model=nano"]
     base = [*default_stage, *defaults, *overrides]
 
-    recipes = [Recipe("as configured", compose_config(base), OwnLearner)]
+    recipes = [_own_recipe("as configured", base)]
     for text in named:
         name, words = _split_name(text, "--recipe")
-        recipes.append(Recipe(name, compose_config([*base, *words]), OwnLearner))
+        recipes.append(_own_recipe(name, [*base, *words]))
     if peers:
         # Only comparisons with peers import transformers or a checkout of nanochat.
         from dist_lm.bench.learn_peers import peer_recipe
@@ -72,16 +72,28 @@ def recipes_of(
     return recipes
 
 
+def _own_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+    """Composes a recipe of ours; raises ConfigError for a stage without next-token loss, and as `compose_config`."""
+    # Before composing, since the defaults have keys that only stages with this loss know.
+    _require_text_stage(name, target_stage(overrides))
+    return Recipe(name, compose_config(overrides), OwnLearner)
+
+
+def _require_text_stage(recipe_name: str, stage_name: str) -> TextStage:
+    """Returns the stage; raises ConfigError, which names the recipe, if it does not train on next-token loss."""
+    stage = stage_named(stage_name)
+    if not isinstance(stage, TextStage):
+        raise ConfigError(
+            f"{recipe_name}: stage={stage_name}: the loss of the next token is measured: expected a stage that trains "
+            "on it, such as language or code"
+        )
+    return stage
+
+
 def _check(recipe: Recipe, seed: int) -> None:
     """Refuses settings that a learner would not follow, since a row must show what its configuration says."""
     stage, name = recipe.config.stage, recipe.name
-    stage_object = stage_named(stage.name)
-    if not isinstance(stage_object, TextStage):
-        raise ConfigError(
-            f"{name}: stage={stage.name}: the loss of the next token is measured: expected a stage that trains on it, "
-            "such as language or code"
-        )
-    stage_object.check(recipe.config)
+    _require_text_stage(name, stage.name).check(recipe.config)
 
     for key, setting, expected in (
         ("seed", recipe.config.seed, seed),
