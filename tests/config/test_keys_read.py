@@ -35,7 +35,7 @@ COPIES = {
 }
 # launches in an empty work directory, one after the other; the first runs the eight stages of the pipeline
 LAUNCHES = (
-    ("stage=rlhf",),
+    ("stage=rlhf", "rlhf.pretrain_coefficient=0.1", "rlhf.pretrain_sequences=2"),
     ("stage=code", "run_id=dry", "dry_run=true", "parallel=auto"),
     ("stage=code", "run_id=asked", *ASKED),
     ("stage=preference", "stage.steps=4", "stage.eval_every=2"),
@@ -50,9 +50,6 @@ READ_BY: Mapping[str, tuple[str, ...]] = {
     "tests/stages/test_evaluate_models.py": ("eval.prompts", "eval.reward_model"),
     "tests/prepare/test_layout_of_command.py": ("hardware.",),
     "tests/rlhf/test_online_algorithms.py": ("rlhf.clip_high", "rlhf.overlong_tokens"),
-    "tests/rlhf/test_pretraining.py": (
-        *("rlhf.pretrain_corpus", "rlhf.pretrain_mix", "rlhf.pretrain_sequences", "rlhf.pretrain_seq_len"),
-    ),
     "tests/rlhf/test_rewards.py": ("rlhf.rewards.",),
     "tests/stages/test_rlhf_reporter.py": ("stage.log_every",),
     "tests/training/test_optimizer.py": ("stage.decay", "stage.decay_share", "stage.decay_steps"),
