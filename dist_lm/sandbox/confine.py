@@ -98,6 +98,21 @@ def fork_into_namespaces() -> int:
     return _checked(child, "clone")
 
 
+def own_mounts() -> None:
+    """Gives this process a copy of the mounts, which it may change alone."""
+    _checked(_libc.unshare(ctypes.c_int(CLONE_NEWNS)), "unshare mounts")
+
+
+def fork_into_new_processes() -> None:
+    """Makes a pid namespace for the children that this process forks from now on; the first of them is its init."""
+    _checked(_libc.unshare(ctypes.c_int(CLONE_NEWPID)), "unshare processes")
+
+
+def fork_into_processes(namespace: int) -> None:
+    """Lets this process fork its children into the pid namespace of a descriptor again."""
+    _checked(_libc.setns(ctypes.c_int(namespace), ctypes.c_int(CLONE_NEWPID)), "setns")
+
+
 def name_identities(user: int, group: int) -> None:
     """Maps `user` and `group` of the parent namespace to those of a run in this new one."""
     write("/proc/self/setgroups", "deny")

@@ -18,7 +18,7 @@ import resource
 import select
 import sys
 
-from dist_lm.sandbox import confine, languages
+from dist_lm.sandbox import confine, judge, languages
 from dist_lm.sandbox.watched import SIGKILL, TIMEOUT, TROUBLE, Watched
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
@@ -48,10 +48,10 @@ def main() -> None:
         os.close(group)
 
     # Programs inherit descriptors 0 and 1, so the channel moves to another one.
-    channel = os.dup(0)
+    channel = os.dup2(0, 10)
     null = os.open("/dev/null", os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
+    for descriptor in (0, 1, *range(3, 5)):  # the latter only so that no other file gets their numbers
+        os.dup2(null, descriptor)
     os.close(null)
 
     if identity:
@@ -128,6 +128,22 @@ def _leave_after(work: Callable[[], None]) -> NoReturn:
         os._exit(code)
 
 
+def _wait_for_orphans() -> None:
+    """Waits for processes whose parent has ended, as the first process of a pid namespace does; never returns."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
+    os.closerange(0, 1 << 20)
+    while True:
+        signal.sigwait([signal.SIGCHLD])
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            continue
+
+
 class _Run:
     """Makes all attempts of one program, from the first process of new namespaces."""
 
@@ -139,6 +155,7 @@ class _Run:
         self.landlock = landlock
         self.readable = readable
         self.system_calls = system_calls
+        self.processes = -1  # descriptor of the run's own pid namespace
         self.identity = os.geteuid(), os.getegid()  # in new namespaces they have no names yet
 
     def fork(self) -> int:
@@ -162,6 +179,7 @@ class _Run:
         if self.namespaces:
             confine.mount_proc()
             confine.dumpable(False)
+            self.processes = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         else:
             confine.adopt_orphans()
 
@@ -188,73 +206,152 @@ class _Run:
     def _attempt(self, request: dict[str, Any], test: dict[str, str], cpu_s: float, wall_s: float) -> tuple:
         """Runs one test.
 
-        Returns (how it ended, exit code, token seen, CPU seconds, wall seconds, stdout, tail of stderr).
+        Returns (how it ended, exit code, whether its code passed, CPU seconds, wall seconds, stdout, tail of stderr).
         """
+        is_judged = bool(test["code"]) and request["language"] in judge.JUDGES
         token = os.urandom(16).hex().encode()
         stdin_content = test["stdin"].encode(errors="surrogatepass")
         stdin = confine.sealed(stdin_content) if stdin_content else os.open("/dev/null", os.O_RDONLY)
-        pipes = [os.pipe() for _ in range(3)]
+        pipes = [os.pipe() for _ in range(6 if is_judged else 3)]
+        *outputs, trouble = (write_end for _, write_end in pipes[:3])
+
+        judge_process = init = 0
+        program_end = trouble  # nothing else, if there is no judge
+        sockets: list[int] = []
+        if is_judged:
+            sockets = [*_socketpair()]
+            judge_end, program_end = sockets
+            judge_outputs = [write_end for _, write_end in pipes[3:]]
+            null = os.open("/dev/null", os.O_RDONLY)
+            judge_process = os.fork()
+            if judge_process == 0:
+                self._be_judge(request, test, (null, *judge_outputs[:2], judge_end, judge_outputs[2]))
+            os.close(null)
+            if self.namespaces:
+                init = self._fork_init()
+
         child = os.fork()
         if child == 0:
-            self._be_program(request, test, token, (stdin, *(write_end for _, write_end in pipes)))
-        for _, write_end in pipes:
-            os.close(write_end)
-        os.close(stdin)
+            self._be_program(request, test, token, is_judged, (stdin, *outputs, program_end, trouble))
+        if init:
+            confine.fork_into_processes(self.processes)
+        for file in (*(write_end for _, write_end in pipes), *sockets, stdin):
+            os.close(file)
 
         read_ends = [read_end for read_end, _ in pipes]
-        attempt = Watched(child, read_ends, request["limits"]["output_bytes"], cpu_s, wall_s)
+        output_bytes = request["limits"]["output_bytes"]
+        attempt = Watched(child, read_ends, output_bytes, cpu_s, wall_s, judge_process, init)
         try:
             attempt.watch()
         finally:
             attempt.end(self.namespaces)
+        return self._facts(attempt, token)
 
-        stdout, stderr, trouble = attempt.read
+    def _facts(self, attempt: Watched, token: bytes) -> tuple:
+        """Returns what the answer says of an attempt that has ended."""
+        stdout, stderr, trouble, *of_judge = attempt.read
+        exit_code = attempt.exit_code
+        has_passed = token in stdout
+        if of_judge:
+            judge_stdout, judge_stderr, verdict = of_judge
+            stdout, stderr = stdout + judge_stdout, stderr[-TAIL_BYTES:] + judge_stderr
+            has_passed = verdict == judge.PASSED and attempt.judge_exit_code == 0
+            if not has_passed:
+                trouble = trouble or verdict
+                exit_code = exit_code or attempt.judge_exit_code
         return (
             TROUBLE if trouble else attempt.ended,
-            attempt.exit_code,
-            token in stdout,
+            exit_code,
+            has_passed,
             attempt.cpu_seconds,
             attempt.seconds,
             bytes(stdout).replace(token, b""),
             bytes((trouble or stderr)[-TAIL_BYTES:]),
         )
 
+    def _fork_init(self) -> int:
+        """Forks the first process of a pid namespace, into which children are forked until `fork_into_processes`.
+
+        It waits for processes whose parent has ended, and with it all others of the namespace end. From there neither
+        the judge nor this process can be seen.
+        """
+        confine.fork_into_new_processes()
+        init = os.fork()
+        if init == 0:
+            _leave_after(_wait_for_orphans)
+        return init
+
     def _be_program(
-        self, request: dict[str, Any], test: dict[str, str], token: bytes, files: tuple[int, ...]
+        self, request: dict[str, Any], test: dict[str, str], token: bytes, is_judged: bool, files: tuple[int, ...]
     ) -> NoReturn:
-        """Confines this process, then becomes the program and ends with it. An earlier failure is written to the third
-        pipe.
+        """Confines this process, then becomes the program and ends with it. An earlier failure is written to the last
+        file.
 
         Args:
-            files: standard input, standard output, standard error, and the pipe for failures.
+            files: standard input, standard output, standard error, socket to the judge, and the pipe for failures.
         """
         try:
-            os.setsid()
-            for descriptor, file in enumerate(files):
-                os.dup2(file, descriptor)
-            os.closerange(4, 1 << 20)
-            os.set_inheritable(3, False)
-            confine.dumpable(True)  # else not even the program itself may open its /dev/stdin
-            confine.write("/proc/self/oom_score_adj", "1000")
-            os.chdir(request["folder"])
-
-            # Landlock and seccomp need no_new_privs, which drop_capabilities sets.
-            confine.limit(_resource_limits(request["limits"], self.namespaces))
-            confine.drop_capabilities()
-            if self.landlock:
-                confine.restrict_files(self.landlock, self.readable, (*WRITABLE, request["folder"]))
-            if self.system_calls:
-                confine.filter_system_calls(self.system_calls)
+            self._confine(request, files, confine.mount_proc if is_judged else None)
         except BaseException as error:
-            os.write(3, f"{type(error).__name__}: {error}".encode())
+            os.write(files[-1], f"{type(error).__name__}: {error}".encode())
             os._exit(1)
 
-        os.close(3)
+        os.close(4)
+        if not is_judged:
+            os.close(languages.CHANNEL)
         gc.unfreeze()
         try:
-            languages.RUN[request["language"]](test["before"], request["source"], test["code"], token)
+            code = "" if is_judged else test["code"]
+            languages.RUN[request["language"]](test["before"], request["source"], code, token, is_judged)
         finally:
             os._exit(1)
+
+    def _be_judge(self, request: dict[str, Any], test: dict[str, str], files: tuple[int, ...]) -> NoReturn:
+        """Confines this process, then judges the program and ends.
+
+        Args:
+            files: standard input, standard output, standard error, socket to the program, and the pipe for the verdict,
+                to which an earlier failure is written, too.
+        """
+        try:
+            self._confine(request, files, lambda: confine.mount_tmp(request["limits"]["tmp_bytes"]))
+        except BaseException as error:
+            os.write(files[-1], f"{type(error).__name__}: {error}".encode())
+            os._exit(1)
+
+        gc.unfreeze()
+        try:
+            judge.JUDGES[request["language"]](test, languages.CHANNEL, 4)
+        finally:
+            os._exit(1)
+
+    def _confine(self, request: dict[str, Any], files: tuple[int, ...], mount: Callable[[], None] | None) -> None:
+        """Confines this process for good; its descriptors are then `files`, from 0 on.
+
+        Args:
+            mount: what to mount in mounts of its own, if there are namespaces; None: nothing.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        os.setsid()
+        for descriptor, file in enumerate(files):
+            os.dup2(file, descriptor, inheritable=descriptor < 3)
+        os.closerange(len(files), 1 << 20)
+        confine.dumpable(True)  # else not even the program itself may open its /dev/stdin
+        if mount and self.namespaces:
+            confine.own_mounts()
+            mount()
+        confine.write("/proc/self/oom_score_adj", "1000")
+        os.chdir(request["folder"])
+
+        # Landlock and seccomp need no_new_privs, which drop_capabilities sets.
+        confine.limit(_resource_limits(request["limits"], self.namespaces))
+        confine.drop_capabilities()
+        if self.landlock:
+            confine.restrict_files(self.landlock, self.readable, (*WRITABLE, request["folder"]))
+        if self.system_calls:
+            confine.filter_system_calls(self.system_calls)
 
 
 def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]:
@@ -270,11 +367,19 @@ def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]
         resource.RLIMIT_SIGPENDING: 256,
     }
     if namespaces:  # else it would count all processes of this user
-        resource_limits[resource.RLIMIT_NPROC] = limits["processes"] + 2  # and the two processes above the program
+        resource_limits[resource.RLIMIT_NPROC] = limits["processes"] + 4  # and the first processes, and the judge
     return resource_limits
 
 
 # --- frames ---
+
+
+def _socketpair() -> tuple[int, int]:
+    """Returns the descriptors of two sockets that are connected; `socket` itself takes long to import."""
+    import _socket
+
+    one, other = _socket.socketpair()
+    return one.detach(), other.detach()
 
 
 def _packed(ended: int, code: int, seen: bool, cpu: float, wall: float, stdout: bytes, tail: bytes) -> bytes:

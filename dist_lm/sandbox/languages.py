@@ -1,10 +1,8 @@
-"""Runs a program of each language, and reports that the code of its test passed.
+"""Runs a program of each language, as what it is without any test: see `dist_lm.sandbox.judge` for these.
 
-This module runs inside the sandbox, in the process of one test, already confined. Each function ends the process. Once
-the code of the test has passed it writes `token`, which is new for every run, to stdout: a program that leaves early,
-with whatever exit code, has passed nothing. But a program of Python or Bash shares its process with its test. One that
-looks for the token, in the interpreter's memory or in $BASH_EXECUTION_STRING, finds it and can write it; it stays shut
-in.
+This module runs inside the sandbox, in the process of one program, already confined. Each function ends the process. A
+language that has no judge yet gets the code of its test, too, and writes `token` to stdout once it has passed. The token
+is new for every run: a program that leaves early, with whatever exit code, has passed nothing.
 """
 
 from __future__ import annotations
@@ -21,36 +19,63 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
+CHANNEL = 3  # descriptor of the socket to the judge, in a program that has one
 BASH_ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
 
 
-def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """Runs all parts in one `__main__` and ends the process; the code of a test passes if it raises nothing.
+def _python(before: str, source: str, code: str, token: bytes, judged: bool = False) -> NoReturn:
+    """Runs a program in `__main__` and ends the process. If it is judged, it answers its judge before it ends.
 
-    An exception gives exit code 1, SystemExit its own, and then nothing has passed.
+    An exception gives exit code 1, SystemExit its own. A program whose judge was not satisfied ends with 1.
     """
     module = types.ModuleType("__main__")
     names = module.__dict__
     sys.modules["__main__"] = module
+    prepare_python()
+
+    def run() -> None:
+        # All parts are compiled first: a program with a syntax error must not run halfway.
+        parts = ((before, "before"), (source, "program.py"))
+        compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
+        for part in compiled:
+            exec(part, names)
+        if judged:
+            _answer(names)
+
+    os._exit(run_python(run))
+
+
+def _answer(names: dict[str, Any]) -> None:
+    """Answers the judge until it ends; raises what the last call raised, or SystemExit, if it is not satisfied."""
+    from dist_lm.sandbox.calls import Peer, program_operations
+
+    peer = Peer(CHANNEL, program_operations(names))
+    if not peer.serve():
+        raise peer.last_error or SystemExit(1)
+
+
+def prepare_python() -> None:
+    """Gives this process the look of an interpreter that has just started, with a fixed seed of `random`."""
     sys.argv[:] = ["program.py"]
     sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
     _seed_random()
     if not hasattr(builtins, "quit"):
         add_site_names()
 
+
+def run_python(run: Callable[[], None]) -> int:
+    """Calls `run`, then does what an interpreter does at its end; returns its exit code.
+
+    An exception is printed to stderr and gives 1; SystemExit gives its own code.
+    """
     status = 0
     try:
-        # All parts are compiled first: a program with a syntax error must not run halfway.
-        parts = ((before, "before"), (source, "program.py"), (code, "test"))
-        compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
-        for part in compiled:
-            exec(part, names)
+        run()
     except SystemExit as end:
         status = _exit_status(end.code)
-        token = b""
     except BaseException as error:
-        traceback = error.__traceback__.tb_next if error.__traceback__ else None  # without this frame
-        sys.__excepthook__(type(error), error, traceback)
+        error.__traceback__ = _without_our_frames(error.__traceback__)
+        sys.__excepthook__(type(error), error, error.__traceback__)
         status = 1
 
     # What the interpreter does at the end of a program, which may fail too.
@@ -63,10 +88,19 @@ def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
     except BaseException as error:
         os.write(2, repr(error).encode(errors="replace")[:500])
         status = status or 1
+    return status
 
-    if status == 0 and code:
-        os.write(1, token)
-    os._exit(status)
+
+def _without_our_frames(traceback: types.TracebackType | None) -> types.TracebackType | None:
+    """Returns a traceback of the same frames, without those of the sandbox's own modules."""
+    frames = []
+    while traceback:
+        if not traceback.tb_frame.f_code.co_filename.startswith("<dist_lm."):
+            frames.append((traceback.tb_frame, traceback.tb_lasti, traceback.tb_lineno))
+        traceback = traceback.tb_next
+    for frame in reversed(frames):
+        traceback = types.TracebackType(traceback, *frame)
+    return traceback
 
 
 def add_site_names() -> None:
@@ -110,7 +144,7 @@ def _exit_status(code: object) -> int:
     return 1
 
 
-def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
+def _bash(before: str, source: str, code: str, token: bytes, judged: bool = False) -> NoReturn:
     """Runs all parts as one script in place of this process; the code of a test passes if its last command returns 0.
 
     `eval` parses the program alone. Otherwise an open end of the program (`true ||`, a backslash) would take in the
@@ -137,7 +171,7 @@ def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
     os._exit(126)
 
 
-def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
+def _sql(before: str, source: str, code: str, token: bytes, judged: bool = False) -> NoReturn:
     """Runs SQLite in memory, prints the rows of the last query and ends the process; a test passes if its first value
     is true.
 
@@ -207,5 +241,9 @@ def _sql_text(connection: sqlite3.Connection, value: object) -> str:
     return text.partition("\0")[0]
 
 
-RUN: dict[str, Callable[[str, str, str, bytes], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
-"""Language -> function of (code before, source, code of the test, token) that runs a program and ends the process."""
+RUN: dict[str, Callable[[str, str, str, bytes, bool], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
+"""Language -> function that runs a program and ends the process.
+
+Its arguments are the code before, the source, the code of the test, the token, and whether there is a judge. Then the
+code is empty, and the program answers on `CHANNEL`.
+"""

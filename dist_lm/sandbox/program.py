@@ -28,6 +28,8 @@ class Test:
     before: str = ""  # code of the same language that runs before the program: helpers, tables
     # Code that runs after the program: Python that raises nothing, Bash that returns 0, SQL whose first value is true.
     code: str = ""
+    given: str = ""  # Python that the code of the test relies on, from the task: an answer cannot redefine it
+    entry: str = ""  # built-in Python name that the program is to define; a test takes others from Python
     stdin: str = ""
     # Expected output; blanks at the ends of lines and of the text are ignored. It stays outside the sandbox.
     stdout: str | None = None
@@ -100,7 +102,7 @@ class Attempt:
 
     ended: int  # DONE, TIMEOUT, OUTPUT, TROUBLE, STARVED
     exit_code: int  # negative: minus the signal that ended it
-    token_seen: bool  # whether the test's code passed
+    code_passed: bool
     cpu_s: float
     wall_s: float
     stdout: str
@@ -114,7 +116,8 @@ _TAIL = 2_000  # characters
 
 def request_of(program: Program, limits: Limits, folder: str) -> bytes:
     """Returns the request to the server in the sandbox. Expected output is not in it."""
-    tests = [{"before": test.before, "code": test.code, "stdin": test.stdin} for test in program.tests]
+    parts = ("before", "code", "given", "entry", "stdin")
+    tests = [{part: getattr(test, part) for part in parts} for test in program.tests]
     request = {"language": program.language, "source": program.source, "tests": tests}
     return marshal.dumps({**request, "limits": vars(limits), "folder": folder})
 
@@ -178,7 +181,7 @@ def infrastructure_error(program: Program, reason: str) -> Verdict:
 
 
 def _passes(test: Test, attempt: Attempt) -> bool:
-    if attempt.ended != DONE or attempt.exit_code != 0 or (test.code and not attempt.token_seen):
+    if attempt.ended != DONE or attempt.exit_code != 0 or (test.code and not attempt.code_passed):
         return False
     return test.stdout is None or _lines(test.stdout) == _lines(attempt.stdout)
 

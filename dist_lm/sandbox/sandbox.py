@@ -39,7 +39,8 @@ TRIALS = 3  # of the fences, if a trial does not end
 _BUSY = "^$|TimeoutError|Resource temporarily unavailable|Cannot allocate memory|Too many open files"  # "": no core
 START_S = 60.0  # a machine under load takes seconds
 GRACE_S = 60.0  # time for the server to answer, beyond the limits of a program
-_MODULES = ("system_calls", "confine", "watched", "languages", "inside")  # the server's; imported ones come first
+# The server's; imported ones come first.
+_MODULES = ("system_calls", "confine", "watched", "values", "calls", "languages", "judge", "inside")
 _SERVER = """
 import marshal, os, sys
 def read(size):

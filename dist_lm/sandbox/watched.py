@@ -23,19 +23,38 @@ _LOOKS = 0.1  # largest share of the time that is spent looking at processes
 
 
 class Watched:
-    """A running program with its output so far and the CPU time that it used."""
+    """A running program with its output so far and the CPU time that it used; with its judge, if it has one.
 
-    def __init__(self, child: int, pipes: list[int], output_bytes: int, cpu_s: float, wall_s: float) -> None:
+    Args:
+        judge: process that judges the program; 0: none.
+        init: first process of the program's pid namespace, which is killed once the program has ended, so that its
+            judge does not wait for what the program left behind; 0: none.
+    """
+
+    def __init__(
+        self,
+        child: int,
+        pipes: list[int],
+        output_bytes: int,
+        cpu_s: float,
+        wall_s: float,
+        judge: int = 0,
+        init: int = 0,
+    ) -> None:
         self.child = child
-        self.pipes = pipes  # for stdout, stderr, and trouble before the start
+        self.judge = judge
+        self.init = init
+        self.pipes = pipes  # for stdout, stderr, and trouble before the start; then those of the judge
         self.output_bytes = output_bytes
         self.cpu_s = cpu_s
         self.wall_s = wall_s
         self.read = [bytearray() for _ in pipes]
         self.ended = DONE
         self.exit_code = 0
+        self.judge_exit_code = 0
         self.seconds = 0.0
         self._pidfd = os.pidfd_open(child)
+        self._judge_pidfd = os.pidfd_open(judge) if judge else -1
         self._used = UsedCpu(cpu_of_ended())
 
     @property
@@ -44,10 +63,11 @@ class Watched:
         return max(self._used.seconds, self._used.of_ended())
 
     def watch(self) -> None:
-        """Reads the program's output until it ends or passes a limit; then `ended` and `seconds` are set. It
-        does not end it."""
+        """Reads the output until program and judge end or pass a limit; then `ended` and `seconds` are set. It
+        does not end them."""
         poller = select.poll()
-        for file in (*self.pipes, self._pidfd):
+        running = {self._pidfd, self._judge_pidfd} - {-1}
+        for file in (*self.pipes, *running):
             poller.register(file, select.POLLIN)
 
         begin, look_s = time.monotonic(), 0.0
@@ -61,10 +81,16 @@ class Watched:
                     poller.unregister(file)
             self.seconds = time.monotonic() - begin
 
-            if len(self.read[0]) + len(self.read[1]) > self.output_bytes:
+            if sum(map(len, self.read)) > self.output_bytes:
                 self.ended = OUTPUT
                 return
-            if any(file == self._pidfd for file, _ in ready):
+            for file, _ in ready:
+                if file in running:
+                    running.remove(file)
+                    poller.unregister(file)
+                    if file == self._pidfd and self.init:
+                        os.kill(self.init, SIGKILL)
+            if not running:
                 return
 
             self._used.look()
@@ -96,6 +122,8 @@ class Watched:
     def _note(self, pid: int, status: int) -> None:
         if pid == self.child:
             self.exit_code = os.waitstatus_to_exitcode(status)
+        elif pid == self.judge:
+            self.judge_exit_code = os.waitstatus_to_exitcode(status)
 
     def end(self, namespaces: bool) -> None:
         """Kills every process of the attempt, waits for them, then reads the rest of the output and closes the pipes.
@@ -119,7 +147,8 @@ class Watched:
             while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._has_more(file):
                 pass
             os.close(file)
-        os.close(self._pidfd)
+        for pidfd in {self._pidfd, self._judge_pidfd} - {-1}:
+            os.close(pidfd)
 
     def _has_more(self, file: int) -> bool:
         """Reads once from a pipe and returns whether there was anything; it may be empty or at its end."""

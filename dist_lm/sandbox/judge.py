@@ -1,0 +1,243 @@
+"""The judge: runs the code of a test in a process of its own, which calls the program and never holds an object of it.
+
+How another language plugs in: `JUDGES` has a function for each language whose tests are judged apart from the program.
+`inside` runs it in a confined process, forked for one test. It gets the test, the socket to the program, and the
+descriptor of the verdict; it writes `PASSED` there once the test passed, and ends the process. On the other end of the
+socket is `languages.RUN` of that language, which gets the socket as descriptor `languages.CHANNEL` and no code of the
+test. Which bytes they exchange is theirs; what comes from the program is hostile.
+
+For Python, the globals of the test are the judge's own. `before` and `given`, the code that the task itself defines, are
+executed in them first, so no answer can redefine what the test relies on. Any other name is asked from the program.
+Values arrive as copies. For another object there is a proxy, which forwards calls, attributes, items, iteration, length,
+text and `with`, and which cannot be compared, hashed, tested for truth or for its type: a test that does so fails,
+whatever it catches.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import sys
+
+from dist_lm.sandbox import languages
+from dist_lm.sandbox.calls import Gone, Peer, Uncarried, program_operations
+from dist_lm.sandbox.values import Malformed, NotCarried, Reference
+
+TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+PASSED = b"passed"
+
+
+class Refused(BaseException):
+    """Raised in a test that asks what a judge does not answer. It fails the test even if the test catches it."""
+
+
+class Judge(Peer):
+    """The judge's end of the socket to a program.
+
+    Attributes:
+        failure: why the test fails, whatever it goes on to do; empty: nothing so far.
+        names: the globals of the test.
+    """
+
+    def __init__(self, channel: int, entry: str) -> None:
+        operations = program_operations({})
+        super().__init__(channel, {name: self._only_for_own(operations[name]) for name in ("call", "next")})
+        self.failure = ""
+        self.names = Names(self, entry)
+
+    def ask(self, operation: str, *operands: Any) -> Any:
+        """Returns the program's answer to a question.
+
+        Raises:
+            Refused: it has ended, or a value cannot travel.
+            Exception: whatever the program raised.
+        """
+        try:
+            return super().ask(operation, *operands)
+        except NotCarried as error:
+            self.refuse(f"{error} cannot be given to the program")
+        except Uncarried as error:
+            self.refuse(f"the program returned {error}, which does not reach the test")
+        except Gone as error:
+            self.refuse(str(error))
+
+    def _only_for_own(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns an operation that takes only functions and iterators which the test gave to the program.
+
+        Called on others, as on `type`, it would make objects in the judge that behave as the program likes.
+        """
+
+        def checked(value: Any, *operands: Any) -> Any:
+            if id(value) not in self._number_of:
+                raise TypeError("expected an object that the test gave to the program")
+            return operation(value, *operands)
+
+        return checked
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Fails the test for good.
+
+        Raises:
+            Refused: always.
+        """
+        self.failure = self.failure or reason
+        raise Refused(reason)
+
+    def kind_of(self, value: Any) -> str:
+        """Returns the kind of a reference to an object of the test: functions and iterators travel.
+
+        Raises:
+            NotCarried: any other object.
+        """
+        kind = super().kind_of(value)
+        if kind in "fi":
+            return kind
+        raise NotCarried(f"a {type(value).__name__} of the test")
+
+    def stand_in(self, reference: Reference) -> Any:
+        """Returns what stands in the test for an object of the program.
+
+        Raises:
+            Malformed: a module that the test should import itself.
+        """
+        if reference.kind == "x":
+            return self.exception_class(reference.names)
+        if reference.kind == "i":
+            return self.iterated(reference.number)
+        if reference.kind == "w":
+            return self._awaited(reference.number)
+        if reference.kind == "m":
+            raise Malformed(f"module {reference.names[0]}, which the test itself does not import")
+        kind = Callable_ if reference.kind == "f" else Proxy
+        proxy = object.__new__(kind)
+        object.__setattr__(proxy, "_dist_lm_judge", self)
+        object.__setattr__(proxy, "_dist_lm_type", reference.names[0])
+        return proxy
+
+    async def _awaited(self, number: int) -> Any:
+        return self.ask("await", self._remote[number])
+
+    def exception_class(self, names: tuple[str, ...]) -> type:
+        """Returns the test's own exception class of that name; else one that stands for the program's."""
+        own = dict.get(self.names, names[0])
+        if isinstance(own, type) and issubclass(own, Exception):
+            return own
+        return super().exception_class(names)
+
+
+class Names(dict):
+    """The globals of a test; a name that is missing is asked from the program.
+
+    Args:
+        entry: a built-in name that the program is asked for nevertheless, because it is to define it.
+    """
+
+    def __init__(self, judge: Judge, entry: str = "") -> None:
+        super().__init__(__name__="__main__")
+        self._judge = judge
+        self._entry = entry
+
+    def __missing__(self, name: str) -> Any:
+        is_ours = hasattr(builtins, name) and name != self._entry
+        if is_ours or (name.startswith("__") and name.endswith("__")):
+            raise KeyError(name)
+        try:
+            value = self._judge.ask("name", name)
+        except NameError:
+            raise KeyError(name) from None
+        if type(value) in (Proxy, Callable_) or issubclass(type(value), type):
+            self[name] = value
+        return value
+
+
+def _judge_of(proxy: Any) -> Judge:
+    return object.__getattribute__(proxy, "_dist_lm_judge")
+
+
+def _forwarded(operation: str) -> Any:
+    return lambda proxy, *operands: _judge_of(proxy).ask(operation, proxy, *operands)
+
+
+def _refused(what: str) -> Any:
+    def refuse(proxy: Any, *_: object) -> NoReturn:
+        type_name = object.__getattribute__(proxy, "_dist_lm_type")
+        _judge_of(proxy).refuse(f"a {type_name} of the program cannot be {what} by a test")
+
+    return refuse
+
+
+class Proxy:
+    """Stands in a test for an object of the program."""
+
+    __slots__ = ("_dist_lm_judge", "_dist_lm_type")
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__class__":
+            _refused("tested for its type")(self)
+        return _judge_of(self).ask("getattr", self, name)
+
+    def __contains__(self, item: object) -> bool:
+        return any(item == other for other in self)
+
+    def __exit__(self, _: object, error: object, __: object) -> bool:
+        return _judge_of(self).ask("exit", self, error) is True
+
+    __setattr__, __delattr__ = _forwarded("setattr"), _forwarded("delattr")
+    __getitem__, __setitem__, __delitem__ = _forwarded("getitem"), _forwarded("setitem"), _forwarded("delitem")
+    __iter__, __next__, __len__ = _forwarded("iter"), _forwarded("next one"), _forwarded("len")
+    __str__, __repr__, __dir__, __enter__ = (_forwarded(name) for name in ("str", "repr", "dir", "enter"))
+    __eq__, __ne__, __lt__, __le__, __gt__, __ge__ = (_refused("compared") for _ in range(6))
+    __hash__, __bool__ = _refused("hashed"), _refused("tested for truth")
+    __instancecheck__, __subclasscheck__ = _refused("asked for its instances"), _refused("asked for its classes")
+
+
+class Callable_(Proxy):
+    """Stands in a test for a function, method or class of the program."""
+
+    __slots__ = ()
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return _judge_of(self).ask("call", self, (*arguments, *named.values()), tuple(named))
+
+
+def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
+    """Judges a test of Python; it passes if its code raises nothing."""
+    judge = Judge(channel, test["entry"])
+    names = judge.names
+    languages.prepare_python()
+
+    def run() -> None:
+        parts = ((test["before"], "before"), (test["given"], "given"), (test["code"], "test"))
+        compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
+        *setup, code = compiled
+        stdout = sys.stdout
+        sys.stdout = open(os.devnull, "w")  # the program prints it already
+        for part in setup:
+            exec(part, names)
+        sys.stdout = stdout
+        for name in [name for name, value in names.items() if _is_class_of_setup(value)]:
+            del names[name]
+        exec(code, names)
+
+    status = languages.run_python(run)
+    if judge.failure:
+        os.write(2, f"{judge.failure}\n".encode(errors="replace"))
+    elif status == 0:
+        judge.end()
+        os.write(verdict, PASSED)
+    os._exit(status)
+
+
+def _is_class_of_setup(value: Any) -> bool:
+    """Whether a name of the setup is a class whose instances are the program's: it is asked for it instead."""
+    if not issubclass(type(value), type):  # `isinstance` would ask a proxy
+        return False
+    return value.__module__ == "__main__" and not issubclass(value, BaseException)
+
+
+JUDGES: dict[str, Callable[[dict[str, str], int, int], NoReturn]] = {"python": _python}
+"""Language -> function of (test, socket, descriptor of the verdict) that judges a test and ends the process."""
