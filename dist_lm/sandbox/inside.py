@@ -10,6 +10,7 @@ A frame is a length (4 bytes) and its content: a request is a marshalled dict, a
 
 from __future__ import annotations
 
+import _signal
 import errno
 import gc
 import marshal
@@ -173,6 +174,9 @@ class _Run:
             OSError: the other side has gone, or the kernel refuses a namespace.
         """
         confine.end_with_parent()
+        # The kernel lets a program signal the first process of its namespace where that has a handler: Python's for
+        # SIGINT is the only one.
+        _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
         if self.namespaces:
             confine.name_identities(*self.identity)
         request = marshal.loads(_read_frame(self.channel))
@@ -299,6 +303,7 @@ class _Run:
         os.close(4)
         if not is_judged:
             os.close(languages.CHANNEL)
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         gc.unfreeze()
         try:
             code = "" if is_judged else test["code"]

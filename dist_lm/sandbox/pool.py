@@ -1,7 +1,9 @@
 """Runs many programs at once: `with SandboxPool(workers=8) as pool: verdicts = pool.run(programs)`."""
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Protocol, Self
 
@@ -20,6 +22,47 @@ class Sandboxes(Protocol):
     def __exit__(self, *_exception: object) -> None: ...
 
 
+class _Turns:
+    """Lets programs run beside each other, or one of them alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._waiting = 0  # for their turn alone
+        self._is_alone = False
+
+    @contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """Waits while a program runs alone, or waits for that."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting and not self._is_alone)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside `beside_others`: waits until no other program runs, and lets none begin."""
+        with self._changed:
+            self._running -= 1
+            self._waiting += 1
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._running and not self._is_alone)
+            self._waiting -= 1
+            self._is_alone = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_alone = False
+                self._running += 1
+                self._changed.notify_all()
+
+
 class SandboxPool:
     """Sandboxes that run programs side by side, each in a thread of this process that mostly waits.
 
@@ -32,6 +75,7 @@ class SandboxPool:
         self.workers = workers or cores()
         self._trust_me = trust_me
         self._idle: SimpleQueue[Sandbox] = SimpleQueue()
+        self._turns = _Turns()
         self._threads: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -40,7 +84,7 @@ class SandboxPool:
         # A sandbox ends with the thread that started it, so these threads start them, at their first program.
         self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         for _ in range(self.workers):
-            self._idle.put(Sandbox(self._trust_me))
+            self._idle.put(Sandbox(self._trust_me, alone=self._turns.alone))
         return self
 
     def __exit__(self, *_exception: object) -> None:
@@ -63,6 +107,7 @@ class SandboxPool:
     def _run(self, program: Program, limits: Limits) -> Verdict:
         sandbox = self._idle.get()
         try:
-            return sandbox.run(program, limits)
+            with self._turns.beside_others():
+                return sandbox.run(program, limits)
         finally:
             self._idle.put(sandbox)

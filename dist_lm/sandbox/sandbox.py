@@ -6,6 +6,7 @@ no run meets another one. The kernel's Landlock and seccomp are a second fence w
 """
 
 import contextlib
+import logging
 import marshal
 import os
 import re
@@ -15,7 +16,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import IO, Self
@@ -34,11 +37,16 @@ from dist_lm.sandbox.program import (
     verdict_of,
 )
 
+log = logging.getLogger(__name__)
+
 END_S = 2.0  # a server whose channel is closed ends at once
 TRIALS = 3  # of the fences, if a trial does not end
 _BUSY = "^$|TimeoutError|Resource temporarily unavailable|Cannot allocate memory|Too many open files"  # "": no core
 START_S = 60.0  # a machine under load takes seconds
 GRACE_S = 60.0  # time for the server to answer, beyond the limits of a program
+_CONTROL = Program("python", "import time\nwhile time.process_time() < 0.1:\n    pass")
+_CONTROL_LIMITS = Limits(cpu_s=1.0, wall_s=10.0)
+_MOST_SHARE = 0.5  # of a core that the control needs, whatever the limits of the program
 # The server's; imported ones come first.
 _MODULES = ("system_calls", "confine", "watched", "values", "calls", "languages", "judge", "inside")
 _SERVER = """
@@ -166,10 +174,18 @@ class Sandbox:
 
     Args:
         trust_me: run programs without isolation where the machine allows none (limits still hold).
+        alone: held while a program without a verdict runs a second time; no other program should run meanwhile.
     """
 
-    def __init__(self, trust_me: bool = False, *, _fences: Fences | None = None) -> None:
+    def __init__(
+        self,
+        trust_me: bool = False,
+        *,
+        alone: Callable[[], AbstractContextManager[object]] = nullcontext,
+        _fences: Fences | None = None,
+    ) -> None:
         self._trust_me = trust_me
+        self._alone = alone
         self._fences = _fences
         self._server: _Server | None = None
 
@@ -184,13 +200,22 @@ class Sandbox:
     def run(self, program: Program, limits: Limits | None = None) -> Verdict:
         """Runs all tests of a program and returns the verdict. Starts the sandbox if there is none.
 
-        Never raises for what the program does. If the sandbox itself fails, the outcome is `infrastructure`, and the
-        next run starts another one.
+        Never raises for what the program does. A program whose sandbox fails, or that had no core, runs once more,
+        before and after a control program of known cost. The outcome is `infrastructure` only if the control fails
+        too, so that no program can choose it.
 
         Raises:
             SandboxError: no sandbox can be made here.
         """
         limits = limits or Limits()
+        verdict = self._run_once(program, limits)
+        if verdict.judged:
+            return verdict
+        with self._alone():
+            return self._run_again(program, limits, verdict)
+
+    def _run_once(self, program: Program, limits: Limits) -> Verdict:
+        """Runs a program. If the sandbox fails, the outcome is `infrastructure` and the next run starts another one."""
         try:
             return verdict_of(program, attempts_of(self._start().ask(program, limits)))
         except SandboxError:
@@ -198,6 +223,29 @@ class Sandbox:
         except (OSError, ValueError) as error:
             self.close()
             return infrastructure_error(program, f"{type(error).__name__}: {error}")
+
+    def _run_again(self, program: Program, limits: Limits, first: Verdict) -> Verdict:
+        """Returns the verdict of a second run, or `first` if the machine gives a control program no core either.
+
+        The control runs before and after the program: beside it, the program's own processes would starve it.
+        """
+        if not self._control_passes(limits):
+            return first
+        second = self._run_once(program, limits)
+        if second.judged or not self._control_passes(limits):
+            return second
+
+        log.warning("a program has no verdict twice, where a control has one; it counts as failed: %s", second.output)
+        return replace(second, outcome="timeout" if second.seconds >= limits.wall_s else "failed")
+
+    def _control_passes(self, limits: Limits) -> bool:
+        """Runs a program of known cost and returns whether the machine has cores for programs with these limits.
+
+        With a smaller share of a core than CPU by wall seconds, no program can use its CPU seconds.
+        """
+        control = self._run_once(_CONTROL, _CONTROL_LIMITS)
+        needed_share = min(_MOST_SHARE, limits.cpu_s / limits.wall_s)
+        return control.outcome == "passed" and control.cpu_seconds >= needed_share * control.seconds
 
     def close(self) -> None:
         """Ends the sandbox and the program that runs in it."""

@@ -49,6 +49,9 @@ class Watched:
         self.cpu_s = cpu_s
         self.wall_s = wall_s
         self.read = [bytearray() for _ in pipes]
+        # A program can empty its own pipe between our `poll` and our `read`, which must not wait then.
+        for file in pipes:
+            os.set_blocking(file, False)
         self.ended = DONE
         self.exit_code = 0
         self.judge_exit_code = 0
@@ -77,7 +80,7 @@ class Watched:
             pause = min(wait, max(1 / _TICKS, look_s / _LOOKS))
             ready = poller.poll(max(pause, _SHORTEST_WAIT_S) * 1000)
             for file, _ in ready:
-                if file in self.pipes and not self._read_once(file):
+                if file in self.pipes and self._read_once(file) == b"":
                     poller.unregister(file)
             self.seconds = time.monotonic() - begin
 
@@ -102,11 +105,15 @@ class Watched:
                 return
             self._reap()
 
-    def _read_once(self, file: int) -> bool:
-        """Reads once from a pipe and returns whether there was anything: False is its end."""
-        data = os.read(file, _CHUNK)
+    def _read_once(self, file: int) -> bytes | None:
+        """Reads once from a pipe, adds the bytes to `read` and returns them; empty at its end, None if none are there
+        now."""
+        try:
+            data = os.read(file, _CHUNK)
+        except BlockingIOError:
+            return None
         self.read[self.pipes.index(file)] += data
-        return bool(data)
+        return data
 
     def _reap(self) -> None:
         """Collects the exit codes of processes that have ended, orphans included; does not wait."""
@@ -143,19 +150,11 @@ class Watched:
                 break
 
         for file in self.pipes:
-            os.set_blocking(file, False)
-            while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._has_more(file):
+            while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._read_once(file):
                 pass
             os.close(file)
         for pidfd in {self._pidfd, self._judge_pidfd} - {-1}:
             os.close(pidfd)
-
-    def _has_more(self, file: int) -> bool:
-        """Reads once from a pipe and returns whether there was anything; it may be empty or at its end."""
-        try:
-            return self._read_once(file)
-        except BlockingIOError:
-            return False
 
 
 _CORES = len(os.sched_getaffinity(0))

@@ -1,0 +1,97 @@
+"""Time limits hold whatever a program does to the pipes and the process that watch it."""
+
+import os
+import select
+import shutil
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+
+from dist_lm.sandbox import watched
+from dist_lm.sandbox.program import Limits, Program, Test
+from dist_lm.sandbox.sandbox import Sandbox, fences
+from dist_lm.sandbox.watched import TIMEOUT, Watched
+from tests.patience import patient
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+DEADLINE_S = 30
+
+
+class PipesDrainedBetween:
+    """A poll after which every pipe is emptied, as a program can empty its own."""
+
+    def __init__(self) -> None:
+        self.poll_of_kernel = POLL()
+        self.pipes: list[int] = []
+
+    def register(self, file: int, events: int) -> None:
+        self.pipes.append(file)
+        self.poll_of_kernel.register(file, events)
+
+    def unregister(self, file: int) -> None:
+        self.poll_of_kernel.unregister(file)
+
+    def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+        self.poll_of_kernel.poll(milliseconds)
+        return [(self.pipes[0], select.POLLIN)]  # the watched process keeps it open and writes nothing
+
+
+POLL = select.poll
+
+
+@pytest.mark.timeout(DEADLINE_S)
+def test_a_pipe_that_was_emptied_does_not_stop_the_clock(monkeypatch):
+    pipes = [os.pipe() for _ in range(3)]
+    child = os.fork()
+    if child == 0:
+        time.sleep(2 * DEADLINE_S)
+        os._exit(0)
+    for _, write_end in pipes:
+        os.close(write_end)
+
+    monkeypatch.setattr(watched.select, "poll", PipesDrainedBetween)
+    program = Watched(child, [read_end for read_end, _ in pipes], 1000, cpu_s=1, wall_s=0.2)
+    try:
+        program.watch()
+        assert program.ended == TIMEOUT
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("way", ["all", "no_landlock", "namespaces"])
+def test_the_first_process_of_a_run_obeys_no_signal(way: str):
+    """A handler of Python, which Landlock older than version 6 does not fence, ended it."""
+    found = {
+        "all": fences(),
+        "no_landlock": replace(fences(), landlock=0),
+        "namespaces": replace(fences(), landlock=0, seccomp=False),
+    }[way]
+    source = """
+import os, signal, time
+for number in range(1, 65):
+    try:
+        os.kill(1, number)
+    except OSError:
+        pass
+time.sleep(0.05)
+"""
+    with Sandbox(_fences=found) as sandbox:
+        server = sandbox._start()
+        verdict = sandbox.run(Program("python", source, (Test(), Test())), Limits(cpu_s=1, wall_s=patient(10)))
+        assert verdict.outcome == "passed"
+        assert sandbox._server is server, "the run was repeated"
+
+
+def test_a_program_can_be_interrupted_as_usual():
+    """The first process ignores SIGINT; programs do not inherit that."""
+    python = (
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('yes')"
+    )
+    bash = "bash -c 'kill -INT $$; echo no' || echo yes"
+    with Sandbox() as sandbox:
+        for language, source in (("python", python), ("bash", bash)):
+            verdict = sandbox.run(Program(language, source, (Test(stdout="yes"),)), Limits(wall_s=patient(4)))
+            assert verdict.outcome == "passed", verdict
