@@ -4,6 +4,7 @@ A problem has a prompt, the beginning of a program. A base model continues it up
 for it and answers with a block of code. The program runs in the sandbox only.
 """
 
+import builtins
 import gzip
 import json
 import re
@@ -153,7 +154,9 @@ def humaneval(path: Path) -> list[Problem]:
             raise UserError("`test` defines no function `check`, which is called with the entry point")
         if name not in line["prompt"]:
             raise UserError(f"entry_point is {name}, which `prompt` does not begin")
-        test = Test(code=f"{line['test']}\ncheck({name})\n")
+        # What the prompt defines before the function, the test may rely on: an answer must not replace it.
+        given, _, _ = line["prompt"].rpartition(f"def {name}(")
+        test = Test(code=f"{line['test']}\ncheck({name})\n", given=given, entry=_built_in(f"def {name}("))
         solution = line["canonical_solution"]
         return Problem(
             line["task_id"], "python", line["prompt"], (test,), solution, HUMANEVAL_STOPS, entries=(f"def {name}(",)
@@ -184,7 +187,7 @@ def mbpp(path: Path) -> list[Problem]:
             raise UserError("test_list is empty, so every program would pass")
 
         # The setup comes after the program, because some setups use its classes.
-        test = Test(code=f"{setup}\n{asserts}\n")
+        test = Test(code=f"{setup}\n{asserts}\n", entry=_built_in(line["code"]))
         return Problem(
             f"MBPP/{line['task_id']}",
             "python",
@@ -196,6 +199,12 @@ def mbpp(path: Path) -> list[Problem]:
         )
 
     return _read("eval.mbpp", path, read)
+
+
+def _built_in(code: str) -> str:
+    """Returns the first built-in name that `code` defines as a function, as MBPP/126 does `sum`; empty: none."""
+    names = re.findall(r"^def (\w+)\(", code, re.MULTILINE)
+    return next((name for name in names if hasattr(builtins, name)), "")
 
 
 def multipl_e(path: Path) -> list[Problem]:
@@ -217,14 +226,16 @@ def multipl_e(path: Path) -> list[Problem]:
 
         # The function to complete is the last one of the prompt.
         entries: tuple[str, ...] = ()
+        given = ""
         if names := re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE):
             name = names[-1][0] or names[-1][1]
             entries = (f"def {name}(",) if language == "python" else _functions(name)
+            given = line["prompt"].rpartition(entries[0])[0] if language == "python" else ""
 
         # Tests in Bash close the function that a stop text left open.
         tests = line["tests"].lstrip()
         closing = "\n}\n" if tests.startswith("}") else ""
-        test = Test(code=tests.removeprefix("}") + "\n")
+        test = Test(code=tests.removeprefix("}") + "\n", given=given)
         stops = tuple(line["stop_tokens"])
         return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entries=entries)
 
