@@ -18,8 +18,8 @@ from dist_lm.sandbox.values import (
     MAX_BYTES,
     Decoder,
     Encoder,
-    Malformed,
-    NotCarried,
+    MalformedError,
+    NotCarriedError,
     Raised,
     Reference,
     exception_names,
@@ -28,7 +28,7 @@ from dist_lm.sandbox.values import (
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
 QUESTION, VALUE, RAISED, REFUSED, END = b"qver."  # kinds of frames
@@ -37,11 +37,11 @@ MAX_OBJECTS = 100_000  # that one side keeps for the other
 MAX_BLOCK = 1_000  # items of an iterator in one answer
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """Raised where the other side has ended, or says what no peer says."""
 
 
-class Uncarried(Exception):
+class UncarriedError(Exception):
     """Raised where the other side could not carry a value."""
 
 
@@ -74,9 +74,9 @@ class Peer:
         """Returns the answer to a question, after writing changed contents into the containers among the operands.
 
         Raises:
-            NotCarried: an operand cannot travel.
-            Uncarried: the answer could not.
-            Gone: the other side has ended, or its answer is malformed.
+            NotCarriedError: an operand cannot travel.
+            UncarriedError: the answer could not.
+            GoneError: the other side has ended, or its answer is malformed.
             Exception: whatever the other side raised.
         """
         encoder = Encoder(self._refer)
@@ -95,9 +95,9 @@ class Peer:
 
     def _understood(self, kind: int, content: bytes, shared: list[Any]) -> Any:
         if kind == REFUSED:
-            raise Uncarried(content[:500].decode(errors="replace"))
+            raise UncarriedError(content[:500].decode(errors="replace"))
         if kind not in (VALUE, RAISED):
-            raise Gone("an answer of an unknown kind")
+            raise GoneError("an answer of an unknown kind")
         try:
             decoder = Decoder(content, self._resolve, shared)
             value = decoder.take()
@@ -105,18 +105,18 @@ class Peer:
             for _ in range(decoder.take_count()):
                 index = decoder.take_count()
                 if index >= len(shared):
-                    raise Malformed("contents of no operand")
+                    raise MalformedError("contents of no operand")
                 changes.append((shared[index], decoder.take()))
             decoder.end()
             for container, contents in changes:
                 write_back(container, contents)
-        except Malformed as error:
-            raise Gone(f"a malformed answer: {error}") from None
+        except MalformedError as error:
+            raise GoneError(f"a malformed answer: {error}") from None
 
         if kind == VALUE:
             return value
         if not isinstance(value, BaseException):
-            raise Gone("an exception that is none")
+            raise GoneError("an exception that is none")
         raise value
 
     # --- answering ---
@@ -126,7 +126,7 @@ class Peer:
         while True:
             try:
                 kind, content = self._read()
-            except Gone:
+            except GoneError:
                 return False
             if kind != QUESTION:
                 return kind == END
@@ -137,7 +137,7 @@ class Peer:
             decoder = Decoder(content, self._resolve)
             operation, *operands = decoder.take()
             decoder.end()
-        except (Malformed, TypeError, ValueError) as error:
+        except (MalformedError, TypeError, ValueError) as error:
             self._write(REFUSED, f"a malformed question: {error}".encode())
             return
 
@@ -167,7 +167,7 @@ class Peer:
                 encoder.put_count(index)
                 encoder.put_contents(decoder.shared[index])
             answer = encoder.finished()
-        except NotCarried as error:
+        except NotCarriedError as error:
             kind, answer = REFUSED, str(error).encode(errors="replace")
         self._write(kind, answer)
 
@@ -187,7 +187,7 @@ class Peer:
         """Returns the kind of a reference to an object of this side.
 
         Raises:
-            NotCarried: objects of this type do not travel.
+            NotCarriedError: objects of this type do not travel.
         """
         kind = type(value)
         if isinstance(value, type):
@@ -210,7 +210,7 @@ class Peer:
         number = self._number_of.get(id(value))
         if number is None:
             if len(self._objects) >= MAX_OBJECTS:
-                raise NotCarried(f"more than {MAX_OBJECTS} objects")
+                raise NotCarriedError(f"more than {MAX_OBJECTS} objects")
             number = self._number_of[id(value)] = len(self._objects)
             self._objects.append(value)
         names = [type(value).__name__]
@@ -224,18 +224,18 @@ class Peer:
         """Returns what a reference or an exception of the other side stands for.
 
         Raises:
-            Malformed: there is no such object.
+            MalformedError: there is no such object.
         """
         if isinstance(reference, Raised):
             return self.exception_of(reference)
         number = reference.number
         if not reference.is_own:
             if number >= len(self._objects):
-                raise Malformed("a reference to no object")
+                raise MalformedError("a reference to no object")
             return self._objects[number]
         if number not in self._remote:
             if len(self._remote) >= MAX_OBJECTS:
-                raise Malformed(f"more than {MAX_OBJECTS} objects")
+                raise MalformedError(f"more than {MAX_OBJECTS} objects")
             stand_in = self._remote[number] = self.stand_in(reference)
             self._numbers_there[id(stand_in)] = number
         return self._remote[number]
@@ -244,12 +244,12 @@ class Peer:
         """Returns what stands here for an object of the other side: a function that asks, or an iterator.
 
         Raises:
-            Malformed: objects of this kind do not travel in this direction.
+            MalformedError: objects of this kind do not travel in this direction.
         """
         if reference.kind == "i":
             return self.iterated(reference.number)
         if reference.kind != "f":
-            raise Malformed(f"a reference to {reference.names[0]}")
+            raise MalformedError(f"a reference to {reference.names[0]}")
 
         def call(*arguments: Any, **named: Any) -> Any:
             return self.ask("call", call, (*arguments, *named.values()), tuple(named))
@@ -271,13 +271,11 @@ class Peer:
     def exception_of(self, raised: Raised) -> BaseException:
         """Returns an exception of the same class, if that is one of Python's own, else of a new class with its name."""
         kind = self.exception_class(raised.names)
-        for arguments in (raised.arguments, (raised.text,)):
-            try:
-                if arguments is not None and isinstance(error := kind(*arguments), BaseException):
-                    return error
-            except Exception:
-                continue  # a class with a constructor of its own
-        return ProgramError(f"{raised.names[0]}: {raised.text}")
+        error = None
+        if raised.arguments is not None:
+            error = _made(kind, raised.arguments)
+        error = error or _made(kind, (raised.text,))
+        return error or ProgramError(f"{raised.names[0]}: {raised.text}")
 
     def exception_class(self, names: tuple[str, ...]) -> type:
         """Returns the exception class of this side that stands for one with these names, its own first."""
@@ -296,11 +294,11 @@ class Peer:
         """Returns kind and content of the next frame.
 
         Raises:
-            Gone: the other side has ended.
+            GoneError: the other side has ended.
         """
         length = int.from_bytes(self._exactly(4), "big")
         if not 1 <= length <= MAX_BYTES + 1:
-            raise Gone(f"a frame of {length} bytes")
+            raise GoneError(f"a frame of {length} bytes")
         frame = self._exactly(length)
         return frame[0], frame[1:]
 
@@ -312,7 +310,7 @@ class Peer:
             except OSError:
                 piece = b""
             if not piece:
-                raise Gone("the program ended")
+                raise GoneError("the program ended")
             data = data + piece if data else piece
         return data
 
@@ -322,7 +320,16 @@ class Peer:
             try:
                 frame = frame[os.write(self.channel, frame) :]
             except OSError:
-                raise Gone("the program ended") from None
+                raise GoneError("the program ended") from None
+
+
+def _made(kind: type, arguments: Sequence[Any]) -> BaseException | None:
+    """Returns an exception of this class; None if its constructor takes other arguments."""
+    try:
+        error = kind(*arguments)
+    except Exception:
+        return None
+    return error if issubclass(type(error), BaseException) else None
 
 
 # --- what a program answers ---

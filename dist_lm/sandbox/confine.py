@@ -130,7 +130,7 @@ def write(path: str, text: str) -> None:
 
 def sealed(data: bytes) -> int:
     """Returns a descriptor of a file in memory that nobody can change."""
-    file = os.memfd_create("stdin", os.MFD_ALLOW_SEALING)
+    file = os.memfd_create("stdin", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.write(file, data)
     os.lseek(file, 0, os.SEEK_SET)
 

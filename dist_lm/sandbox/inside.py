@@ -1,16 +1,19 @@
 """The server in a sandbox, which forks into new namespaces for every run.
 
-There are three processes. The server waits for requests and knows nothing of them. For each run, the first process in
-new namespaces (`_Run`) reads the request, measures, and ends what is left. For each test there is the program itself.
-The server never reads a request, so no memory of an earlier run is there to be read.
+The server waits for requests and knows nothing of them. For each run, the first process in new namespaces (`_Run`)
+reads the request, measures, and ends what is left. For each test it forks a judge (`dist_lm.sandbox.judge`), and the
+program into a further pid namespace, from where neither the judge nor the first process can be seen. The server never
+reads a request, so no memory of an earlier run is there to be read.
 
 A frame is a length (4 bytes) and its content: a request is a marshalled dict, an answer is the packed `Attempt`s of
-`dist_lm.sandbox.program`. Only the standard library is imported, and little of it, so that a cold start is quick.
+`dist_lm.sandbox.program`. With the length of a request comes the descriptor of a file which only judges read. Only the
+standard library is imported, and little of it, so that a cold start is quick.
 """
 
 from __future__ import annotations
 
 import _signal
+import _socket  # `socket` itself takes long to import
 import errno
 import gc
 import marshal
@@ -156,6 +159,7 @@ class _Run:
         self.landlock = landlock
         self.readable = readable
         self.system_calls = system_calls
+        self.for_judges = -1  # descriptor of a file with the tests
         self.processes = -1  # descriptor of the run's own pid namespace
         self.identity = os.geteuid(), os.getegid()  # in new namespaces they have no names yet
 
@@ -179,7 +183,8 @@ class _Run:
         _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
         if self.namespaces:
             confine.name_identities(*self.identity)
-        request = marshal.loads(_read_frame(self.channel))
+        length, self.for_judges = _receive_file(self.channel, 4)
+        request = marshal.loads(_read_exactly(self.channel, int.from_bytes(length, "big")))
         if self.namespaces:
             confine.mount_proc()
             confine.dumpable(False)
@@ -190,14 +195,14 @@ class _Run:
         limits = request["limits"]
         remaining_cpu_s, remaining_wall_s = limits["cpu_s"], limits["wall_s"]
         attempts = []
-        for test in request["tests"]:
+        for index in range(len(request["tests"])):
             if self.namespaces:
                 confine.mount_tmp(limits["tmp_bytes"])
             if remaining_cpu_s <= 0 or remaining_wall_s <= 0:
                 attempts.append((TIMEOUT, 0, False, 0.0, 0.0, b"", b""))
                 continue
 
-            attempt = self._attempt(request, test, remaining_cpu_s, remaining_wall_s)
+            attempt = self._attempt(request, index, remaining_cpu_s, remaining_wall_s)
             attempts.append(attempt)
             remaining_cpu_s -= attempt[3]
             remaining_wall_s -= attempt[4]
@@ -207,12 +212,12 @@ class _Run:
                 confine.unmount_tmp()
         _write_frame(self.channel, b"".join(_packed(*attempt) for attempt in attempts))
 
-    def _attempt(self, request: dict[str, Any], test: dict[str, str], cpu_s: float, wall_s: float) -> tuple:
-        """Runs one test.
+    def _attempt(self, request: dict[str, Any], index: int, cpu_s: float, wall_s: float) -> tuple:
+        """Runs the test with this index.
 
         Returns (how it ended, exit code, whether its code passed, CPU seconds, wall seconds, stdout, tail of stderr).
         """
-        is_judged = bool(test["code"]) and request["language"] in judge.JUDGES
+        test, is_judged = request["tests"][index], request["judged"][index]
         token = os.urandom(16).hex().encode()
         stdin_content = test["stdin"].encode(errors="surrogatepass")
         stdin = confine.sealed(stdin_content) if stdin_content else os.open("/dev/null", os.O_RDONLY)
@@ -229,7 +234,7 @@ class _Run:
             null = os.open("/dev/null", os.O_RDONLY)
             judge_process = os.fork()
             if judge_process == 0:
-                self._be_judge(request, test, (null, *judge_outputs[:2], judge_end, judge_outputs[2]))
+                self._be_judge(request, index, (null, *judge_outputs[:2], judge_end, judge_outputs[2]))
             os.close(null)
             if self.namespaces:
                 init = self._fork_init()
@@ -311,14 +316,17 @@ class _Run:
         finally:
             os._exit(1)
 
-    def _be_judge(self, request: dict[str, Any], test: dict[str, str], files: tuple[int, ...]) -> NoReturn:
-        """Confines this process, then judges the program and ends.
+    def _be_judge(self, request: dict[str, Any], index: int, files: tuple[int, ...]) -> NoReturn:
+        """Confines this process, then judges the program by the test with this index, and ends.
 
         Args:
             files: standard input, standard output, standard error, socket to the program, and the pipe for the verdict,
                 to which an earlier failure is written, too.
         """
         try:
+            # No process that a program is forked from has read this.
+            content = os.pread(self.for_judges, os.fstat(self.for_judges).st_size, 0)
+            test = marshal.loads(content)[index]
             self._confine(request, files, lambda: confine.mount_tmp(request["limits"]["tmp_bytes"]))
         except BaseException as error:
             os.write(files[-1], f"{type(error).__name__}: {error}".encode())
@@ -380,9 +388,7 @@ def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]
 
 
 def _socketpair() -> tuple[int, int]:
-    """Returns the descriptors of two sockets that are connected; `socket` itself takes long to import."""
-    import _socket
-
+    """Returns the descriptors of two sockets that are connected."""
     one, other = _socket.socketpair()
     return one.detach(), other.detach()
 
@@ -393,8 +399,16 @@ def _packed(ended: int, code: int, seen: bool, cpu: float, wall: float, stdout: 
     return struct.pack("!Bi?ddII", ended, code, seen, cpu, wall, len(stdout), len(tail)) + stdout + tail
 
 
-def _read_frame(channel: int) -> bytes:
-    return _read_exactly(channel, int.from_bytes(_read_exactly(channel, 4), "big"))
+def _receive_file(channel: int, length: int) -> tuple[bytes, int]:
+    """Returns bytes of the channel, and the descriptor of the file that comes with them.
+
+    Raises:
+        OSError: the other side has gone, or sent no file.
+    """
+    end = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, channel)
+    content, [(_, _, numbers)], _, _ = end.recvmsg(length, _socket.CMSG_LEN(4), _socket.MSG_WAITALL)
+    end.detach()
+    return content, int.from_bytes(numbers, sys.byteorder)
 
 
 def _read_exactly(channel: int, length: int) -> bytes:

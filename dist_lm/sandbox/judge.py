@@ -1,27 +1,29 @@
 """The judge: runs the code of a test in a process of its own, which calls the program and never holds an object of it.
 
-How another language plugs in: `JUDGES` has a function for each language whose tests are judged apart from the program.
-`inside` runs it in a confined process, forked for one test. It gets the test, the socket to the program, and the
-descriptor of the verdict; it writes `PASSED` there once the test passed, and ends the process. On the other end of the
-socket is `languages.RUN` of that language, which gets the socket as descriptor `languages.CHANNEL` and no code of the
-test. Which bytes they exchange is theirs; what comes from the program is hostile.
+How another language plugs in: `JUDGES` has a function for each language whose tests are judged apart from the program
+(`dist_lm.sandbox.program.JUDGED` has the same languages). `inside` runs it in a confined process, forked for one test.
+It gets the test, the socket to the program, and the descriptor of the verdict; it writes `PASSED` there once the test
+passed, and ends the process. On the other end of the socket is `languages.RUN` of that language, which gets the socket
+as descriptor `languages.CHANNEL`. Which bytes they exchange is theirs; what comes from the program is hostile. No
+process that a program is forked from reads the `HIDDEN` parts of a test, so its memory does not hold them.
 
-For Python, the globals of the test are the judge's own. `before` and `given`, the code that the task itself defines, are
-executed in them first, so no answer can redefine what the test relies on. Any other name is asked from the program.
-Values arrive as copies. For another object there is a proxy, which forwards calls, attributes, items, iteration, length,
-text and `with`, and which cannot be compared, hashed, tested for truth or for its type: a test that does so fails,
-whatever it catches.
+For Python, the globals of the test are the judge's own. `before` and `given`, the code that the task itself defines,
+are executed in them first, so no answer can redefine what the test relies on. Any other name is asked from the program.
+Values arrive as copies. For another object there is a proxy, which forwards calls, attributes, items, iteration,
+length, text and `with`, and which cannot be compared, hashed, tested for truth or for its type: a test that does so
+fails, whatever it catches.
 """
 
 from __future__ import annotations
 
 import builtins
+import io
 import os
 import sys
 
 from dist_lm.sandbox import languages
-from dist_lm.sandbox.calls import Gone, Peer, Uncarried, program_operations
-from dist_lm.sandbox.values import Malformed, NotCarried, Reference
+from dist_lm.sandbox.calls import GoneError, Peer, UncarriedError, program_operations
+from dist_lm.sandbox.values import MalformedError, NotCarriedError, Reference
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 PASSED = b"passed"
 
 
-class Refused(BaseException):
+class RefusedError(BaseException):
     """Raised in a test that asks what a judge does not answer. It fails the test even if the test catches it."""
 
 
@@ -53,16 +55,16 @@ class Judge(Peer):
         """Returns the program's answer to a question.
 
         Raises:
-            Refused: it has ended, or a value cannot travel.
+            RefusedError: it has ended, or a value cannot travel.
             Exception: whatever the program raised.
         """
         try:
             return super().ask(operation, *operands)
-        except NotCarried as error:
+        except NotCarriedError as error:
             self.refuse(f"{error} cannot be given to the program")
-        except Uncarried as error:
+        except UncarriedError as error:
             self.refuse(f"the program returned {error}, which does not reach the test")
-        except Gone as error:
+        except GoneError as error:
             self.refuse(str(error))
 
     def _only_for_own(self, operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,27 +84,27 @@ class Judge(Peer):
         """Fails the test for good.
 
         Raises:
-            Refused: always.
+            RefusedError: always.
         """
         self.failure = self.failure or reason
-        raise Refused(reason)
+        raise RefusedError(reason)
 
     def kind_of(self, value: Any) -> str:
         """Returns the kind of a reference to an object of the test: functions and iterators travel.
 
         Raises:
-            NotCarried: any other object.
+            NotCarriedError: any other object.
         """
         kind = super().kind_of(value)
         if kind in "fi":
             return kind
-        raise NotCarried(f"a {type(value).__name__} of the test")
+        raise NotCarriedError(f"a {type(value).__name__} of the test")
 
     def stand_in(self, reference: Reference) -> Any:
         """Returns what stands in the test for an object of the program.
 
         Raises:
-            Malformed: a module that the test should import itself.
+            MalformedError: a module that the test should import itself.
         """
         if reference.kind == "x":
             return self.exception_class(reference.names)
@@ -111,8 +113,8 @@ class Judge(Peer):
         if reference.kind == "w":
             return self._awaited(reference.number)
         if reference.kind == "m":
-            raise Malformed(f"module {reference.names[0]}, which the test itself does not import")
-        kind = Callable_ if reference.kind == "f" else Proxy
+            raise MalformedError(f"module {reference.names[0]}, which the test itself does not import")
+        kind = CallableProxy if reference.kind == "f" else Proxy
         proxy = object.__new__(kind)
         object.__setattr__(proxy, "_dist_lm_judge", self)
         object.__setattr__(proxy, "_dist_lm_type", reference.names[0])
@@ -152,7 +154,7 @@ class Names(dict):
             value = self._judge.ask("name", name)
         except NameError:
             raise KeyError(name) from None
-        if type(value) in (Proxy, Callable_) or issubclass(type(value), type):
+        if type(value) in (Proxy, CallableProxy) or issubclass(type(value), type):
             self[name] = value
         return value
 
@@ -209,7 +211,7 @@ class Proxy:
     __instancecheck__, __subclasscheck__ = _refused("asked for its instances"), _refused("asked for its classes")
 
 
-class Callable_(Proxy):
+class CallableProxy(Proxy):
     """Stands in a test for a function, method or class of the program."""
 
     __slots__ = ()
@@ -230,7 +232,7 @@ def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
         compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
         *setup, code = compiled
         stdout = sys.stdout
-        sys.stdout = open(os.devnull, "w")  # the program prints it already
+        sys.stdout = io.StringIO()  # the program prints the same
         for part in setup:
             exec(part, names)
         sys.stdout = stdout

@@ -1,8 +1,8 @@
 """Runs a program of each language, as what it is without any test: see `dist_lm.sandbox.judge` for these.
 
 This module runs inside the sandbox, in the process of one program, already confined. Each function ends the process. A
-language that has no judge yet gets the code of its test, too, and writes `token` to stdout once it has passed. The token
-is new for every run: a program that leaves early, with whatever exit code, has passed nothing.
+language that has no judge yet gets the code of its test, too, and writes `token` to stdout once it has passed. The
+token is new for every run: a program that leaves early, with whatever exit code, has passed nothing.
 """
 
 from __future__ import annotations

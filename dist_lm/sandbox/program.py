@@ -109,17 +109,30 @@ class Attempt:
     stderr_tail: str
 
 
+JUDGED = ("python",)  # languages whose tests are judged apart from the program: those of `dist_lm.sandbox.judge`
+HIDDEN = ("code", "given", "entry")  # parts of a test that its program never sees
+
 _ATTEMPT = struct.Struct("!Bi?ddII")
 _SIGKILL = 9
 _TAIL = 2_000  # characters
 
 
-def request_of(program: Program, limits: Limits, folder: str) -> bytes:
-    """Returns the request to the server in the sandbox. Expected output is not in it."""
-    parts = ("before", "code", "given", "entry", "stdin")
-    tests = [{part: getattr(test, part) for part in parts} for test in program.tests]
+def request_of(program: Program, limits: Limits, folder: str) -> tuple[bytes, bytes]:
+    """Returns the request to the server in the sandbox, and what only judges may read. Expected output is in neither.
+
+    The process that runs the program is forked from one that read the request, and may search its memory.
+    """
+    is_judged = program.language in JUDGED
+    tests = [_parts(test, HIDDEN if is_judged else ()) for test in program.tests]
     request = {"language": program.language, "source": program.source, "tests": tests}
-    return marshal.dumps({**request, "limits": vars(limits), "folder": folder})
+    request |= {"judged": [is_judged and bool(test.code) for test in program.tests]}
+    for_judges = [_parts(test, ()) for test in program.tests] if any(request["judged"]) else []
+    return marshal.dumps({**request, "limits": vars(limits), "folder": folder}), marshal.dumps(for_judges)
+
+
+def _parts(test: Test, hidden: Sequence[str]) -> dict[str, str]:
+    """Returns the parts of a test; those that are hidden are empty, and the expected output is left out."""
+    return {name: "" if name in hidden else text for name, text in vars(test).items() if name != "stdout"}
 
 
 def attempts_of(answer: bytes) -> list[Attempt]:

@@ -308,9 +308,14 @@ class _Server:
         if self._group:
             self._group.limit(limits.memory_bytes + limits.tmp_bytes)
 
-        request = request_of(program, limits, self._folder or "/tmp")
+        request, for_judges = request_of(program, limits, self._folder or "/tmp")
         self._channel.settimeout(GRACE_S)
-        self._channel.sendall(len(request).to_bytes(4, "big") + request)
+        file = confine.sealed(for_judges)
+        try:
+            socket.send_fds(self._channel, [len(request).to_bytes(4, "big")], [file])
+        finally:
+            os.close(file)
+        self._channel.sendall(request)
         if not self._ready and self._receive(START_S) != b"ready":
             raise OSError("no sandbox answers")
         self._ready = True

@@ -6,8 +6,8 @@ date, time, datetime, timedelta, exceptions and built-in types. A subclass arriv
 base's methods: defaultdict and OrderedDict as dict, members of an IntEnum as int. Other objects travel as references
 (`Reference`), which the two sides give a meaning.
 
-Containers that can change keep their identity within a frame: one that occurs twice, or in itself, is the same object on
-the other side. A cycle that consists of tuples alone cannot be made and needs no care.
+Containers that can change keep their identity within a frame: one that occurs twice, or in itself, is the same object
+on the other side.
 
 Decoding treats its input as hostile. It imports and executes nothing, checks every length against the bytes that are
 left, and builds nothing but exact built-in types. What it builds is limited by `MAX_BYTES`, `MAX_DEPTH` and
@@ -38,11 +38,11 @@ _double = struct.Struct(">d")
 _PACKED = {b"q": int, b"d": float}  # code of `struct` -> type
 
 
-class NotCarried(Exception):
+class NotCarriedError(Exception):
     """Raised for a value that cannot travel; says which type or which limit it is."""
 
 
-class Malformed(Exception):
+class MalformedError(Exception):
     """Raised for bytes that no encoder makes."""
 
 
@@ -110,7 +110,7 @@ class Encoder:
     """Writes values one after the other into `data`.
 
     Args:
-        refer: returns the reference of an object that is no value; raises NotCarried if it can have none.
+        refer: returns the reference of an object that is no value; raises NotCarriedError if it can have none.
         shared: containers that the other side has too, in its order: they travel as their number.
     """
 
@@ -125,13 +125,13 @@ class Encoder:
         """Writes a value.
 
         Raises:
-            NotCarried: names the type or the limit.
+            NotCarriedError: names the type or the limit.
         """
         self._num_values += 1
         if depth > MAX_DEPTH:
-            raise NotCarried(f"a value nested more than {MAX_DEPTH} deep")
+            raise NotCarriedError(f"a value nested more than {MAX_DEPTH} deep")
         if self._num_values > MAX_VALUES or len(self.data) > MAX_BYTES:
-            raise NotCarried(f"more than {MAX_VALUES} values or {MAX_BYTES} bytes")
+            raise NotCarriedError(f"more than {MAX_VALUES} values or {MAX_BYTES} bytes")
 
         write = _WRITERS.get(type(value)) or self._writer_of_base(type(value))
         if write is not None and not (write in _BY_NAME and id(value) not in _NAME_OF):
@@ -156,10 +156,10 @@ class Encoder:
         """Returns all that was written.
 
         Raises:
-            NotCarried: it is too long for a frame.
+            NotCarriedError: it is too long for a frame.
         """
         if len(self.data) > MAX_BYTES:
-            raise NotCarried(f"more than {MAX_BYTES} bytes")
+            raise NotCarriedError(f"more than {MAX_BYTES} bytes")
         return bytes(self.data)
 
     def _writer_of_base(self, kind: type) -> Any:
@@ -176,7 +176,7 @@ class Encoder:
             _put_name(self, value, 0)
             return
         if self._refer is None:
-            raise NotCarried(f"a value of type {type(value).__name__}")
+            raise NotCarriedError(f"a value of type {type(value).__name__}")
         reference = self._refer(value)
         if not reference.is_own:
             self.data += b"p"
@@ -302,7 +302,7 @@ def _put_exception(encoder: Encoder, value: BaseException, depth: int) -> None:
     try:
         arguments.put(BaseException.__dict__["args"].__get__(value), depth + 1)
         content = bytes(arguments.data)
-    except NotCarried:
+    except NotCarriedError:
         content = b"N"
     try:
         text = str.__getitem__(str(value), slice(None))
@@ -444,8 +444,8 @@ class Decoder:
     """Reads the values of a frame one after the other.
 
     Args:
-        resolve: returns the object that a reference or an exception (`Raised`) stands for; raises Malformed if there
-            is none. Without it there are no references, and exceptions stay as they are.
+        resolve: returns the object that a reference or an exception (`Raised`) stands for; raises MalformedError if
+            there is none. Without it there are no references, and exceptions stay as they are.
         shared: containers that the other side may name by number, in its order; those of the frame are added.
     """
 
@@ -460,24 +460,24 @@ class Decoder:
         """Returns the next value.
 
         Raises:
-            Malformed: the bytes are no value, or exceed a limit.
+            MalformedError: the bytes are no value, or exceed a limit.
         """
         self._num_values += 1
         if depth > MAX_DEPTH or self._num_values > MAX_VALUES:
-            raise Malformed("a limit of depth or number of values")
+            raise MalformedError("a limit of depth or number of values")
         read = _READERS.get(self._take_bytes(1))
         if read is None:
-            raise Malformed("an unknown tag")
+            raise MalformedError("an unknown tag")
         try:
             return read(self, depth)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # as of a date in month 13
-            raise Malformed(f"{type(error).__name__}: {error}") from None
+            raise MalformedError(f"{type(error).__name__}: {error}") from None
 
     def take_count(self) -> int:
         """Returns a whole number that is not negative.
 
         Raises:
-            Malformed: it is longer than five bytes, or cut off.
+            MalformedError: it is longer than five bytes, or cut off.
         """
         count = 0
         for shift in range(0, 35, 7):
@@ -485,17 +485,17 @@ class Decoder:
             count |= (byte & 0x7F) << shift
             if byte < 0x80:
                 return count
-        raise Malformed("a number of more than 35 bits")
+        raise MalformedError("a number of more than 35 bits")
 
     def end(self) -> None:
-        """Raises Malformed if bytes are left."""
+        """Raises MalformedError if bytes are left."""
         if self._offset != len(self._data):
-            raise Malformed("bytes behind the last value")
+            raise MalformedError("bytes behind the last value")
 
     def _take_bytes(self, length: int) -> bytes:
         end = self._offset + length
         if end > len(self._data):
-            raise Malformed("a value that is cut off")
+            raise MalformedError("a value that is cut off")
         content = self._data[self._offset : end]
         self._offset = end
         return content
@@ -510,7 +510,7 @@ class Decoder:
         """Returns the number of the values that follow; each takes at least a byte."""
         count = self.take_count()
         if count > len(self._data) - self._offset:
-            raise Malformed("more values than bytes")
+            raise MalformedError("more values than bytes")
         return count
 
     def _take_all(self, depth: int) -> list[Any]:
@@ -519,14 +519,14 @@ class Decoder:
         if code == b"*":
             return [self.take(depth + 1) for _ in range(count)]
         if code not in _PACKED:
-            raise Malformed("an unknown code of numbers")
+            raise MalformedError("an unknown code of numbers")
         self._num_values += count
         return [*struct.unpack(f">{count}{code.decode()}", self._take_bytes(8 * count))]
 
     def _take_listed(self, depth: int, length: int) -> list[Any]:
         values = self._take_all(depth)
         if len(values) != length:
-            raise Malformed(f"{len(values)} parts; expected {length}")
+            raise MalformedError(f"{len(values)} parts; expected {length}")
         return values
 
     def _take_shared(self, container: Any) -> Any:
@@ -536,6 +536,10 @@ class Decoder:
 
 def _take_float(decoder: Decoder) -> float:
     return _double.unpack(decoder._take_bytes(8))[0]
+
+
+def _take_int(decoder: Decoder, _: int) -> int:
+    return int.from_bytes(decoder._take_bytes(decoder.take_count()), "big", signed=True)
 
 
 def _take_list(decoder: Decoder, depth: int) -> list:
@@ -554,7 +558,7 @@ def _take_set(decoder: Decoder, depth: int) -> set:
 def _fill(mapping: Any, decoder: Decoder, depth: int) -> Any:
     parts = decoder._take_all(depth)
     if len(parts) % 2:
-        raise Malformed("a key without a value")
+        raise MalformedError("a key without a value")
     dict.update(mapping, zip(parts[::2], parts[1::2], strict=True))
     return mapping
 
@@ -575,7 +579,7 @@ def _take_deque(decoder: Decoder, depth: int) -> Any:
     maximum = decoder.take(depth + 1)
     values = decoder._take_shared(deque(maxlen=maximum))
     if decoder._take_bytes(1) != b"l":
-        raise Malformed("a deque without values")
+        raise MalformedError("a deque without values")
     values.extend(decoder._take_all(depth))
     return values
 
@@ -584,13 +588,13 @@ def _take_tuple_with_names(decoder: Decoder, depth: int) -> tuple:
     """Returns a tuple of a new class, which reads its fields by name."""
     name, *fields = decoder._take_texts()
     if decoder._take_bytes(1) != b"t":
-        raise Malformed("names without a tuple")
+        raise MalformedError("names without a tuple")
     values = decoder._take_all(depth)
     is_named = len({*fields}) == len(fields) == len(values) and all(
         field.isidentifier() and field[0] != "_" for field in fields
     )
     if not is_named:
-        raise Malformed("names of fields that a tuple cannot have")
+        raise MalformedError("names of fields that a tuple cannot have")
 
     from operator import itemgetter
 
@@ -612,7 +616,7 @@ def _take_decimal(decoder: Decoder, _: int) -> Any:
 
     [text] = decoder._take_texts()
     if len(text) > MAX_DIGITS:
-        raise Malformed("a Decimal of too many digits")
+        raise MalformedError("a Decimal of too many digits")
     return Decimal(text)
 
 
@@ -621,7 +625,7 @@ def _take_fraction(decoder: Decoder, depth: int) -> Any:
 
     numerator, denominator = decoder._take_listed(depth, 2)
     if type(numerator) is not int or type(denominator) is not int:
-        raise Malformed("a fraction of other numbers")
+        raise MalformedError("a fraction of other numbers")
     return Fraction(numerator, denominator)
 
 
@@ -653,7 +657,7 @@ def _take_raised(decoder: Decoder, depth: int) -> Raised:
     arguments = inner.take(depth + 1)
     inner.end()
     if not names or not (arguments is None or type(arguments) is tuple):
-        raise Malformed("an exception without a name, or with other arguments")
+        raise MalformedError("an exception without a name, or with other arguments")
     raised = Raised(names, text, arguments)
     return raised if decoder._resolve is None else decoder._resolve(raised)
 
@@ -663,13 +667,13 @@ def _take_own(decoder: Decoder, _: int) -> Any:
     kind = str(decoder._take_bytes(1), "ascii")
     names = decoder._take_texts()
     if kind not in KINDS or not names or decoder._resolve is None:
-        raise Malformed("a reference that means nothing here")
+        raise MalformedError("a reference that means nothing here")
     return decoder._resolve(Reference(number, True, kind, names))
 
 
 def _take_returned(decoder: Decoder, _: int) -> Any:
     if decoder._resolve is None:
-        raise Malformed("a reference that means nothing here")
+        raise MalformedError("a reference that means nothing here")
     return decoder._resolve(Reference(decoder.take_count(), False))
 
 
@@ -677,7 +681,7 @@ _READERS: dict[bytes, Callable[[Decoder, int], Any]] = {
     b"N": lambda decoder, depth: None,
     b"T": lambda decoder, depth: True,
     b"F": lambda decoder, depth: False,
-    b"i": lambda decoder, depth: int.from_bytes(decoder._take_bytes(decoder.take_count()), "big", signed=True),
+    b"i": _take_int,
     b"f": lambda decoder, depth: _take_float(decoder),
     b"c": lambda decoder, depth: complex(_take_float(decoder), _take_float(decoder)),
     b"s": lambda decoder, depth: decoder._take_text(),
@@ -713,7 +717,7 @@ def write_back(container: Any, contents: Any) -> None:
     """Gives a container the contents of another one, in place.
 
     Raises:
-        Malformed: `contents` is another kind of container.
+        MalformedError: `contents` is another kind of container.
     """
     for kind in (list, bytearray):
         if isinstance(container, kind) and type(contents) is kind:
@@ -730,6 +734,6 @@ def write_back(container: Any, contents: Any) -> None:
 
     # What is left is a deque.
     if not hasattr(container, "popleft") or type(contents) is not type(container):
-        raise Malformed(f"contents of another kind for a {type(container).__name__}")
+        raise MalformedError(f"contents of another kind for a {type(container).__name__}")
     container.clear()
     container.extend(contents)
