@@ -14,7 +14,7 @@ import resource
 import stat
 import struct
 
-from dist_lm.sandbox.system_calls import LAST_KNOWN, NUMBERS, REFUSED, UNKNOWN
+from dist_lm.sandbox.system_calls import LAST_KNOWN, NUMBERS, REFUSED, REFUSED_COMMANDS, UNKNOWN, WITHOUT_EFFECT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
 _LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data
 
 
 def system_call_filter(machine: str) -> bytes | None:
@@ -278,13 +278,18 @@ def system_call_filter(machine: str) -> bytes | None:
         _step(_GREATER, LAST_KNOWN, 0, 1),
         _step(_RETURN, _ERRNO | _ENOSYS),
     ]
-    for names, error in ((REFUSED, _EPERM), (UNKNOWN, _ENOSYS)):
+    for names, error in ((REFUSED, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0)):
         for name in names:
             if name in numbers:
                 program += [_step(_EQUAL, numbers[name], 0, 1), _step(_RETURN, _ERRNO | error)]
 
-    # prlimit64 is for the own process, and clone makes no namespaces.
+    # Some commands of fcntl are refused, prlimit64 is for the own process, and clone makes no namespaces.
+    commands = REFUSED_COMMANDS.values()
     program += [
+        _step(_EQUAL, numbers["fcntl"], 0, 2 + 2 * len(commands)),
+        _step(_LOAD, _SECOND_ARGUMENT),
+        *(step for command in commands for step in (_step(_EQUAL, command, 0, 1), _step(_RETURN, _ERRNO | _EPERM))),
+        _step(_RETURN, _ALLOW),
         _step(_EQUAL, numbers["prlimit64"], 0, 4),
         _step(_LOAD, _FIRST_ARGUMENT),
         _step(_EQUAL, 0, 1, 0),  # this process

@@ -12,18 +12,41 @@ reboot swapon swapoff acct quotactl quotactl_fd name_to_handle_at open_by_handle
 msgsnd msgrcv msgctl semget semop semctl mq_open mq_unlink socket bind connect listen accept accept4 personality
 syslog clock_settime settimeofday iopl ioperm modify_ldt vhangup lookup_dcookie fanotify_init fanotify_mark
 sethostname setdomainname uselib sysfs move_pages mbind migrate_pages set_mempolicy setuid setgid setreuid setregid
-setresuid setresgid setfsuid setfsgid setgroups mknod mknodat
+setresuid setresgid setfsuid setfsgid setgroups mknod mknodat cachestat
 """.split()
-"""Calls answered with EPERM: memory of other processes, mounts, namespaces, keys, kernel, sockets, System V, users."""
+"""Calls answered with EPERM: memory of other processes, mounts, namespaces, keys, kernel, sockets, System V, users, and
+which pages of shared files are in memory."""
 UNKNOWN = """
-clone3 io_uring_setup io_uring_enter io_uring_register memfd_create memfd_secret
+clone3 io_uring_setup io_uring_enter io_uring_register memfd_create memfd_secret inotify_init inotify_init1
+inotify_add_watch
 """.split()
-"""Calls answered with ENOSYS, so that libraries use older ones: a filter sees the flags of `clone`, not of `clone3`."""
+"""Calls answered with ENOSYS, so that libraries use others: a filter sees the flags of `clone`, not of `clone3`.
+`tail -f` polls without inotify, which would show what the host opens in shared folders."""
+WITHOUT_EFFECT = """
+sync syncfs fsync fdatasync sync_file_range msync fadvise64 readahead
+""".split()
+"""Calls answered with success: a program can write to memory only, and they would make the host write to its disks, or
+read from them."""
+REFUSED_COMMANDS = {"F_SETLEASE": 1024, "F_NOTIFY": 1026}
+"""Commands of `fcntl` answered with EPERM: they delay and show what the host opens. The same on all architectures."""
 LAST_KNOWN = 462
 """Highest number that we looked at. Higher calls do not exist in the sandbox; x32 calls are among them."""
 NUMBERS = {
     "x86_64": {
         "clone": 56,
+        "fcntl": 72,
+        "inotify_init": 253,
+        "inotify_init1": 294,
+        "inotify_add_watch": 254,
+        "sync": 162,
+        "syncfs": 306,
+        "fsync": 74,
+        "fdatasync": 75,
+        "sync_file_range": 277,
+        "msync": 26,
+        "fadvise64": 221,
+        "readahead": 187,
+        "cachestat": 451,
         "prlimit64": 302,
         "clone3": 435,
         "io_uring_setup": 425,
@@ -123,6 +146,18 @@ NUMBERS = {
     },
     "aarch64": {
         "clone": 220,
+        "fcntl": 25,
+        "inotify_init1": 26,
+        "inotify_add_watch": 27,
+        "sync": 81,
+        "syncfs": 267,
+        "fsync": 82,
+        "fdatasync": 83,
+        "sync_file_range": 84,
+        "msync": 227,
+        "fadvise64": 223,
+        "readahead": 213,
+        "cachestat": 451,
         "prlimit64": 261,
         "clone3": 435,
         "io_uring_setup": 425,

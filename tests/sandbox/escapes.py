@@ -299,6 +299,34 @@ raise OSError("Operation not permitted, in effect")
     ),
     Escape("asks_the_kernel_to_work", refused("call(425, 1, bytes(120))"), only_seccomp=True),
     Escape("handles_page_faults", refused("call(323, 0)"), only_seccomp=True),
+    Escape(
+        "watches_what_the_host_opens",
+        refused(
+            "call(254, libc.inotify_init(), b'/usr/bin', 0xfff)",
+            "call(253)",
+            "call(294, 0)",
+            "call(300, 0, 0)",
+            "__import__('fcntl').fcntl(os.open('/usr/bin', 0), 1026, 0xffffff)",
+            "call(451, os.open('/usr/bin/env', 0), bytes(16), bytes(40), 0)",
+        ),
+        only_seccomp=True,
+    ),
+    Escape(
+        "delays_what_the_host_opens",
+        refused("__import__('fcntl').fcntl(os.open('/usr/bin/env', 0), 1024, 0)"),
+        only_seccomp=True,
+    ),
+    Escape(
+        "makes_the_host_write_to_its_disks",
+        """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+NO_FILE = 999
+reached = [number for number in (306, 74, 75, 277, 221, 187) if libc.syscall(number, NO_FILE, 0, 0, 0)]
+assert reached, "Operation not permitted, in effect"
+""",
+        only_seccomp=True,
+    ),
     Escape("changes_the_clock", refused("call(227, 0, bytes(16))", "call(164, bytes(16), None)")),
     Escape("changes_the_name", refused("call(170, b'x', 1)")),
     Escape(
