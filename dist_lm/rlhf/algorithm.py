@@ -104,6 +104,12 @@ class Experience:
     value_BT: torch.Tensor | None  # the critic's value before each token; None: there is no critic
     importance_BT: torch.Tensor | None  # weight of each token, see `policy_gradient.truncated_importance`; None: 1
 
+    @property
+    def has_finite_models(self) -> bool:
+        """Whether all log-probabilities and values of the models are finite."""
+        columns = (self.logprob_BT, self.reference_logprob_BT, self.value_BT)
+        return all(bool(column.isfinite().all()) for column in columns if column is not None)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -19,6 +19,7 @@ from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests")
 TEST_SCORES = ("share", "all")
 PARSED_LANGUAGES = ("python", "bash", "sql")
+LARGEST_REWARD = (2 - 2**-23) * 2.0**127  # largest number of fp32: rewards are computed with in that
 Value = TypeVar("Value")
 
 
@@ -48,7 +49,8 @@ class RewardPartConfig:
             ConfigError: names the key, the value and what is accepted.
         """
         require(self.kind in REWARD_KINDS, f"{key}.kind", self.kind, ", ".join(REWARD_KINDS))
-        require(math.isfinite(self.weight), f"{key}.weight", self.weight, "a finite number")
+        is_fp32 = abs(self.weight) <= LARGEST_REWARD  # false for NaN
+        require(is_fp32, f"{key}.weight", self.weight, "a number within the range of fp32")
 
         if self.kind == "length":
             require(self.target > 0, f"{key}.target", self.target, "a positive number of tokens")
@@ -164,6 +166,9 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         )
         for name, part in self.rewards.items():
             part.check(f"rlhf.rewards.{name}")
+        weights = {name: part.weight for name, part in self.rewards.items()}
+        is_fp32 = sum(map(abs, weights.values())) + (self.missing_eos_penalty or 0.0) <= LARGEST_REWARD
+        require(is_fp32, "rlhf.rewards", weights, "weights whose sum, with rlhf.missing_eos_penalty, is within fp32")
 
     @property
     def has_critic(self) -> bool:

@@ -39,7 +39,7 @@ from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Beside, Execution, RlhfModels, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
-from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, share_scored
+from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, refuse_void, share_scored
 from dist_lm.rlhf.rollouts import (
     PromptOrder,
     Rollouts,
@@ -168,7 +168,8 @@ class Learner:
 
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
-            RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows, or on all.
+            RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows, or on all; or scores leave
+                no finite inputs of the losses.
             RequestError: a prompt cannot be answered.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
@@ -263,6 +264,11 @@ class Learner:
             execution, rollouts, scored.rule_score_B, batches, state.reward_scale, self.algorithm.ratio_of
         )
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
+        # Where the models' own numbers are not finite, scores are not to blame: `update` skips those gradients.
+        inputs = {"scores": collected.experience.score_B}
+        if collected.experience.has_finite_models:
+            inputs |= prepared.tokens
+        refuse_void(self.config.rewards, collected.part_B, inputs)
         clock.lap("forward")
 
         self._set_learning_rates(state.iteration)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
-from dist_lm.rlhf.config import RewardPartConfig
+from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
 from dist_lm.rlhf.rollouts import WHOLE, JudgedRollouts, Rollouts
 from dist_lm.rlhf.rules import (
     Alive,
@@ -28,6 +28,7 @@ from dist_lm.rlhf.rules import (
     Judged,
     RewardError,
     Rule,
+    Score,
     TestsRule,
     length_rule,
     parses_rule,
@@ -79,6 +80,13 @@ def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:
             raise ConfigError(f"rlhf.rewards.{name}.language={part.language}: no parser for it on this machine")
         return parses_rule(part.language, part.of)
     return FunctionRule(part.function, f"rlhf.rewards.{name}.function", part.timeout_s)
+
+
+def title_of(name: str, part: RewardPartConfig) -> str:
+    """Returns how messages name a part: by its key, a user's function also by its path."""
+    if part.function:
+        return f"rlhf.rewards.{name}.function={part.function}"
+    return f"rlhf.rewards.{name}"
 
 
 class Judge:
@@ -153,6 +161,8 @@ class Judge:
             score_of_rule[name] = np.full(len(judged), np.nan)
             for b, score in enumerate(rule(judged, self._alive)):
                 if not isinstance(score, Failure):
+                    score = self._weighable(name, score)
+                if not isinstance(score, Failure):
                     score_of_rule[name][b] = score
                     continue
 
@@ -173,9 +183,15 @@ class Judge:
         request = self._request_of(prompt) if self._request_of else text  # without turns the prompt is the request
         return {"prompt": text, "completion": self._decode(completion), "request": request}
 
+    def _weighable(self, name: str, score: float) -> Score:
+        """Returns `score`, or a failure if the sum of all parts could leave the range of fp32 with it."""
+        weight = self._parts[name].weight
+        if abs(weight * score) <= LARGEST_REWARD / (len(self._parts) + 1):
+            return score
+        return Failure(f"its score {score:g} times its weight {weight:g} leaves the range of fp32")
+
     def _title(self, name: str) -> str:
-        function = self._parts[name].function
-        return f"rlhf.rewards.{name}.function={function}" if function else f"rlhf.rewards.{name}"
+        return title_of(name, self._parts[name])
 
     def close(self) -> None:
         """End the processes of the rules."""
@@ -206,6 +222,34 @@ def total_score(
     for name, part in parts.items():
         total_B = total_B + part.weight * score_of_part[name].float()
     return total_B
+
+
+def refuse_void(
+    parts: Mapping[str, RewardPartConfig], part_B: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuses to train on inputs of the losses, computed from scores, that are not finite: no update could be applied.
+
+    Args:
+        part_B: scores of the parts; the one with the largest share in a sum is named.
+        inputs: by name.
+
+    Raises:
+        RewardError: names the part and the range of its scores.
+    """
+    void = [name for name, values in inputs.items() if not bool(values.isfinite().all())]
+    if not void:
+        return
+
+    share_of_part = {
+        name: float((parts[name].weight * scores.double()).abs().nan_to_num(torch.inf).max())
+        for name, scores in part_B.items()
+    }
+    name = max(share_of_part, key=lambda name: share_of_part[name])
+    low, high = float(part_B[name].min()), float(part_B[name].max())
+    raise RewardError(
+        f"{title_of(name, parts[name])}: with its scores, {low:g} to {high:g}, {', '.join(void)} of an iteration are "
+        "not finite, so nothing can be learned from it: bound the scores, or lower the weight"
+    )
 
 
 @dataclass(frozen=True)
@@ -242,7 +286,7 @@ def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
     # A rollout needs the score of every rule: a sum without one part would compare unequal things.
     kept_D = np.ones(len(drawn), bool)
     for score_D in scores.values():
-        kept_D &= np.isfinite(score_D)
+        kept_D &= np.abs(score_D) <= LARGEST_REWARD  # rollouts of older releases are pending with larger ones
     if some and not kept_D.any():
         raise RewardError(f"none of the {len(drawn)} completions of an iteration has a score (rlhf.rewards)")
     return Scored(
@@ -250,5 +294,5 @@ def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
         rule_score_B={name: torch.from_numpy(score_D[kept_D]).float() for name, score_D in scores.items()},
         kept_D=kept_D,
         prompts=shared[0].prompts,
-        failed={name: int(np.isnan(score_D).sum()) for name, score_D in scores.items()},
+        failed={name: int((~(np.abs(score_D) <= LARGEST_REWARD)).sum()) for name, score_D in scores.items()},
     )

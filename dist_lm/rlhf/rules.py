@@ -9,7 +9,6 @@
 """
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from dist_lm.errors import UserError
-from dist_lm.rlhf.config import RewardPartConfig
+from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
 from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.program import Limits, Verdict
 from dist_lm.sandbox.sandbox import fences
@@ -134,8 +133,8 @@ class FunctionRule:
     """A `Rule` that calls a user's function in its own process.
 
     The process gets all texts of a batch at once, and answers one by one. A completion on which the function raises,
-    hangs, ends its process or returns no finite number is a `Failure`. After a hang or an exit the process is started
-    again, for the completions that are left.
+    hangs, ends its process or returns no finite number of fp32 is a `Failure`. After a hang or an exit the process is
+    started again, for the completions that are left.
     """
 
     def __init__(self, path: str, key: str, timeout_s: float) -> None:
@@ -241,8 +240,10 @@ def _calling(alive: Alive) -> Callable[[], bool]:
 
 def _score_of_answer(answer: dict[str, Any]) -> Score:
     value = answer.get("value")
-    if isinstance(value, float) and math.isfinite(value):
-        return value
+    if isinstance(value, float):
+        if abs(value) <= LARGEST_REWARD:
+            return value
+        return Failure(f"returned {value:g}; expected a number within the range of fp32")
     return Failure(str(answer.get("failure", f"answered {answer!s:.{LONGEST_REASON}}")))
 
 

@@ -1,5 +1,6 @@
 """State of an RLHF run: with both models and their optimizers, the complete content of a checkpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -93,5 +94,9 @@ class RlhfState:
 
         scale = values["reward_scale"]
         reward_scale = RewardScale(**scale) if scale else None
+        # Older releases went on after an iteration whose reward was not finite.
+        best_reward = values["best_reward"]
+        if best_reward is not None and not math.isfinite(best_reward):
+            values = {**values, "best_reward": None, "best_iteration": 0}
         restored = {"kl": KlController(**values["kl"]), "reward_scale": reward_scale, "pending": pending}
         return cls(**{**values, **restored})

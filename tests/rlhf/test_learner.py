@@ -15,6 +15,7 @@ from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import start_critic
 from dist_lm.rlhf.reward_model import RewardScale
+from dist_lm.rlhf.rewards import RewardError
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
@@ -271,6 +272,20 @@ def test_updates_that_are_not_finite_are_skipped_and_end_the_run_when_there_is_n
     with pytest.raises(NonFiniteGradientsError, match="3 updates in a row, in iteration 0"):
         made.run()
     assert all(torch.equal(value, before[name]) for name, value in weights_of(made).items())
+
+
+def test_an_iteration_of_scores_that_teach_nothing_is_refused_and_leaves_no_trace():
+    class Overflowing(GroupMean):
+        def prepare(self, experience, kl_coefficient):
+            prepared = super().prepare(experience, kl_coefficient)
+            return replace(prepared, tokens={name: column / 0 for name, column in prepared.tokens.items()})
+
+    made = toy(replace(SHORT, samples=2), 2, algorithm=Overflowing(), save_every=1)
+    before = weights_of(made)
+    with pytest.raises(RewardError, match=r"rlhf.rewards.length: with its scores, .*not finite"):
+        made.run()
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(made).items())
+    assert not made.saved
 
 
 # --- the algorithm is a part ---

@@ -57,6 +57,18 @@ def test_all_that_a_function_can_do_wrong_costs_one_completion_and_is_named(rule
     ]
 
 
+def test_a_number_that_fp32_does_not_hold_is_no_score(rule_of):
+    numbers = ["1e300", "-1e39", "3.5e38", "3.4e38", "1e-300"]
+    assert asked(rule_of(), *(f"number {number}" for number in numbers)) == [
+        *(
+            f"returned {number}; expected a number within the range of fp32"
+            for number in ("1e+300", "-1e+39", "3.5e+38")
+        ),
+        3.4e38,
+        1e-300,
+    ]
+
+
 def test_a_function_that_hangs_is_ended_and_started_again(rule_of):
     rule = rule_of(timeout_s=5.0)
     before, hung, after = asked(rule, "process", "hang", "process")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.rlhf.config import RewardPartConfig
-from dist_lm.rlhf.rewards import Judge, RewardError, share_scored, total_score
+from dist_lm.rlhf.rewards import Judge, RewardError, refuse_void, share_scored, total_score
 from dist_lm.rlhf.rollouts import JudgedRollouts
 from dist_lm.rlhf.rules import Failure, Judged, Rule, length_rule, parses_rule
 from tests.rlhf.toy import rollouts_with
@@ -54,6 +54,45 @@ def test_a_persons_function_gets_the_texts_of_request_and_completion():
     with Judge(parts, lambda tokens: texts[tuple(tokens)], 0.0, request_of=lambda tokens: "d = (") as judge:
         found = judge(rollouts).scores
         assert (found["common"].tolist(), found["code"].tolist()) == ([0.0, 1.0], [0.0, 0.0])
+
+
+def test_a_score_that_its_weight_takes_out_of_fp32_is_none(caplog):
+    """Named as a score that is no number is: by the function, before any cast."""
+    function = "tests.rlhf.toy_rewards:by_order"
+    parts = {
+        "mine": RewardPartConfig(kind="function", function=function, weight=1e20),
+        "length": RewardPartConfig(kind="length", target=1),
+    }
+    text_of_length = {1: "number 1e10", 2: "number 1e30", 3: ""}
+    rollouts = rollouts_with([3, 3], [1, 2], positions=[5, 6])
+    with Judge(parts, lambda tokens: text_of_length[len(tokens)], max_failed_fraction=0.5) as judge:
+        assert np.isnan(judge(rollouts).scores["mine"]).tolist() == [False, True]
+    assert f"rlhf.rewards.mine.function={function} has no score for prompt 6, sample 0: its score 1e+30 times its " in (
+        caplog.text
+    )
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_scores_that_an_older_release_kept_are_left_out():
+    """They are pending in its checkpoints, as fp64."""
+    scores = {"a": np.array([1.0, 1e300]), "b": np.array([1.0, 1.0])}
+    scored = share_scored(JudgedRollouts(rollouts_with([1, 1], [1, 1]), scores))
+    assert scored.kept_D.tolist() == [True, False]
+    assert scored.failed == {"a": 1, "b": 0}
+
+
+def test_inputs_that_are_not_finite_name_the_part_and_its_scores():
+    parts = {
+        "small": RewardPartConfig(kind="length", target=1, weight=3.0),
+        "large": RewardPartConfig(kind="function", function="mine:score"),
+    }
+    part_B = {"small": torch.tensor([0.0, 1.0]), "large": torch.tensor([-1.0, 3e38])}
+    refuse_void(parts, part_B, {"advantages": torch.ones(2)})
+    with pytest.raises(RewardError, match=r"rlhf.rewards.large.function=mine:score: with its scores, -1 to 3e\+38,"):
+        refuse_void(parts, part_B, {"advantages": torch.tensor([1.0, torch.inf])})
+    part_B["small"][0] = torch.nan
+    with pytest.raises(RewardError, match=r"rlhf.rewards.small: with its scores, nan to nan, scores, advantages of an"):
+        refuse_void(parts, part_B, {"scores": part_B["small"], "advantages": torch.full((2,), torch.nan)})
 
 
 @pytest.mark.usefixtures("one_rank")

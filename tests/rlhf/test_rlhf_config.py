@@ -21,7 +21,15 @@ from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
         ),
         (
             {"rewards": {"mine": RewardPartConfig(kind="length", target=3, weight=math.nan)}},
-            "rlhf.rewards.mine.weight=nan: expected a finite number",
+            "rlhf.rewards.mine.weight=nan: expected a number within the range of fp32",
+        ),
+        (
+            {"rewards": {"mine": RewardPartConfig(kind="length", target=3, weight=-1e39)}},
+            "rlhf.rewards.mine.weight=-1e+39: expected a number within the range of fp32",
+        ),
+        (
+            {"rewards": {name: RewardPartConfig(kind="length", target=3, weight=2e38) for name in "ab"}},
+            "rlhf.rewards={'a': 2e+38, 'b': 2e+38}: expected weights whose sum",
         ),
         ({"minibatches": 5, "prompts": 2}, "rlhf.minibatches=5: expected at most the 2 rollouts"),
     ],

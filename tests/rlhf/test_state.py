@@ -34,6 +34,13 @@ def test_a_state_comes_back_as_it_was():
     assert through_json(fresh) == fresh
 
 
+@pytest.mark.parametrize("void", [float("nan"), float("inf")])
+def test_a_best_reward_that_is_no_number_is_forgotten(void):
+    """Older releases kept it, and then no iteration was better."""
+    found = through_json(replace(STATE, best_reward=void))
+    assert found == replace(STATE, best_reward=None, best_iteration=0)
+
+
 def test_pending_rollouts_come_back_to_the_bit():
     drawn = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
     scores = {4: {"mine": np.array([0.1, np.nan]), "a.b": np.array([1.0, 2.0])}, 11: {}}

@@ -6,7 +6,6 @@ source of rollouts: a pool of actors on the gang's Ray cluster, or an engine in 
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -443,12 +442,16 @@ def write_result(
         seconds: duration of this attempt.
 
     Raises:
-        ArtefactError: the metrics file lacks the last iteration, or its reward is not finite.
+        ArtefactError: the metrics file lacks the last iteration.
     """
     metrics = metrics_of_step(run, state.iteration)
-    reward = metrics.get("rlhf/reward_mean")
-    if reward is None or not math.isfinite(reward):
-        raise ArtefactError(f"{run.metrics}: rlhf/reward_mean of the last iteration is {reward}, expected a number")
+    if "rlhf/reward_mean" not in metrics:
+        raise ArtefactError(f"{run.metrics}: expected rlhf/reward_mean of the last iteration, {state.iteration}")
+
+    # Older releases went on after such an iteration; its weights are those before it.
+    if void := sorted(name for name, value in metrics.items() if value is None):
+        log.warning("iteration %d: %s: not finite, so the result has no such figures", state.iteration, ", ".join(void))
+        metrics = {name: value for name, value in metrics.items() if value is not None}
 
     more = {
         "prompts": state.prompt_position,
