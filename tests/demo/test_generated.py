@@ -12,7 +12,7 @@ from dist_lm.data.ingest import split_of
 from dist_lm.demo.bash import bash_document, read_bash
 from dist_lm.demo.sql import read_sql, sql_document
 from dist_lm.document import Document
-from dist_lm.sandbox.syntax import parses_bash
+from dist_lm.sandbox.syntax import parses
 
 
 def documents(reader, limit: int, seed: int) -> list[Document]:
@@ -54,7 +54,7 @@ def test_every_generated_statement_runs_and_documents_differ():
 
 def test_every_generated_script_parses_and_scripts_differ():
     texts = [bash_document(random.Random(f"test {i}"), held_out=i % 5 == 0) for i in range(200)]
-    assert [text for text in texts if parses_bash(text) is False] == []
+    assert [text for text in texts if parses("bash", text) is False] == []
     assert len(set(texts)) == len(texts)
     assert all(text.startswith("#!") and text.endswith("\n") for text in texts)
     assert not any(mark in text for text in texts for mark in "‹›¦")
