@@ -18,7 +18,7 @@ from dist_lm.sandbox.system_calls import LAST_KNOWN, NUMBERS, REFUSED, REFUSED_C
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -29,7 +29,7 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 NAMESPACES = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
 _NEW_ANYTHING = NAMESPACES | 0x02000000  # also CLONE_NEWCGROUP
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 36, 47, 4
 _SIGKILL, _SIGCHLD = 9, 17
@@ -137,6 +137,98 @@ def sealed(data: bytes) -> int:
     # The module `fcntl` would be loaded anew in every run.
     _checked(_libc.fcntl(file, _F_ADD_SEALS, ctypes.c_int(0xF)), "fcntl")  # seal, shrink, grow, write
     return file
+
+
+def own_files(trees: Sequence[str]) -> None:
+    """Covers trees with copies of their own: their files can neither be locked together with others nor watched.
+
+    An overlay without an upper folder reads the same files, and makes inodes of its own for each mount. /etc holds a
+    file beside a tree, and is copied. Needs /proc.
+
+    Args:
+        trees: folders that exist.
+
+    Raises:
+        OSError: the kernel refuses; some trees may be covered.
+    """
+    for tree in trees:
+        _overlay(tree.encode())
+
+    cache = b""
+    if os.path.exists("/etc/ld.so.cache"):
+        cache = _content("/etc/ld.so.cache")
+    alternatives = -1
+    if os.path.isdir("/etc/alternatives"):
+        alternatives = os.open("/etc/alternatives", os.O_PATH | os.O_CLOEXEC)
+
+    def fill() -> None:
+        if cache:
+            file = os.open("/etc/ld.so.cache", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.write(file, cache)
+            os.close(file)
+        if alternatives >= 0:
+            os.mkdir("/etc/alternatives")
+            _overlay(b"/etc/alternatives", b"/proc/self/fd/%d" % alternatives)
+            os.close(alternatives)
+
+    _cover("/etc", fill)
+
+
+def own_devices() -> None:
+    """Covers /dev with devices of its own.
+
+    Raises:
+        OSError: this process may not make devices; /dev is what it was.
+    """
+
+    def fill() -> None:
+        for name, minor in DEVICES.items():
+            os.mknod(f"/dev/{name}", stat.S_IFCHR, os.makedev(1, minor))
+            os.chmod(f"/dev/{name}", 0o666)  # noqa: S103
+        for name, target in DEVICE_LINKS.items():
+            os.symlink(target, f"/dev/{name}")
+        os.close(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))  # a container may let it be made, and not opened
+
+    _cover("/dev", fill)
+
+
+DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
+"""Name -> minor number; the major one is 1."""
+DEVICE_LINKS = {"shm": "/tmp", "fd": "/proc/self/fd"}
+DEVICE_LINKS |= {name: f"/proc/self/fd/{number}" for number, name in enumerate(("stdin", "stdout", "stderr"))}
+
+
+def _content(path: str) -> bytes:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(file, os.fstat(file).st_size)
+    finally:
+        os.close(file)
+
+
+def _overlay(place: bytes, source: bytes = b"") -> None:
+    """Mounts a folder over `place`, read-only: `source`, or that which is there. /tmp, which is empty here, is the
+    second folder that overlays need."""
+    escaped = (source or place).replace(b"\\", b"\\\\").replace(b":", b"\\:").replace(b",", b"\\,")
+    flags = ctypes.c_ulong(_MS_RDONLY | _MS_NOSUID | _MS_NODEV)
+    _checked(_libc.mount(b"overlay", place, b"overlay", flags, b"lowerdir=/tmp:" + escaped), "mount overlay")
+
+
+def _cover(place: str, fill: Callable[[], None]) -> None:
+    """Covers a folder with an empty one for a few small files or devices, which `fill` makes; then it is read-only.
+
+    Raises:
+        OSError: the kernel refuses, or `fill` failed; nothing is covered then.
+    """
+    path, options, flags = place.encode(), b"size=4m,mode=0755", _MS_NOSUID | _MS_NOEXEC
+    _checked(_libc.mount(b"tmpfs", path, b"tmpfs", ctypes.c_ulong(flags), options), f"mount {place}")
+    try:
+        fill()
+        again = ctypes.c_ulong(flags | _MS_REMOUNT | _MS_RDONLY)
+        _checked(_libc.mount(None, path, None, again, options), f"mount {place}")
+    except OSError:
+        _libc.umount2(path, 2)  # MNT_DETACH
+        raise
 
 
 def mount_proc(options: str = "subset=pid") -> None:
@@ -256,7 +348,7 @@ _EPERM, _ENOSYS = 1, 38
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data
 
 
-def system_call_filter(machine: str) -> bytes | None:
+def system_call_filter(machine: str, own_files: bool = True) -> bytes | None:
     """Returns the BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
 
     Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist. A process
@@ -265,6 +357,7 @@ def system_call_filter(machine: str) -> bytes | None:
 
     Args:
         machine: as `os.uname` names it: x86_64 or aarch64.
+        own_files: False refuses locks of whole files (`flock`), by which sandboxes could signal each other.
     """
     if machine not in NUMBERS:
         return None
@@ -278,7 +371,8 @@ def system_call_filter(machine: str) -> bytes | None:
         _step(_GREATER, LAST_KNOWN, 0, 1),
         _step(_RETURN, _ERRNO | _ENOSYS),
     ]
-    for names, error in ((REFUSED, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0)):
+    refused = REFUSED if own_files else (*REFUSED, "flock")
+    for names, error in ((refused, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0)):
         for name in names:
             if name in numbers:
                 program += [_step(_EQUAL, numbers[name], 0, 1), _step(_RETURN, _ERRNO | error)]

@@ -12,7 +12,7 @@ standard library is imported, and little of it, so that a cold start is quick.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # pyright: ignore[reportMissingImports]
 import _socket  # `socket` itself takes long to import
 import errno
 import gc
@@ -61,16 +61,33 @@ def main() -> None:
     if identity:
         # bubblewrap as root covers parts of its /proc, and then the kernel lets no run mount one of its own.
         confine.mount_proc("")
+    has_own_files = bool(namespaces) and _own_files()
+    if identity:
         confine.become(identity)
+    elif namespaces:
+        confine.drop_capabilities()
 
     readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc", sys.base_prefix)
-    call_filter = confine.system_call_filter(os.uname().machine) if seccomp else None
+    call_filter = confine.system_call_filter(os.uname().machine, has_own_files) if seccomp else None
     run = _Run(channel, bool(namespaces), landlock, readable, call_filter)
     _write_frame(channel, b"ready")
     unloaded = [*PRELOADED]
     while _wait_for(channel, unloaded) and _serve(channel, run):
         pass
     os._exit(0)  # at once: there is nothing to tidy up
+
+
+def _own_files() -> bool:
+    """Gives this sandbox files and devices that no other one can lock or watch; returns whether it has the files."""
+    try:
+        confine.own_files(_trees("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", sys.base_prefix))
+    except OSError:
+        return False
+    try:
+        confine.own_devices()
+    except OSError:
+        return True  # without root the devices of the host stay
+    return True
 
 
 def _trees(*paths: str) -> list[str]:

@@ -422,11 +422,14 @@ def _bubblewrap_options(fences: Fences) -> list[str]:
     options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
     if fences.own_user:
-        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):  # given up before the first program
+        names = ["CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"]  # given up before the first program
+        if _may_make_devices():
+            names.append("CAP_MKNOD")
+        for name in names:
             options += ["--cap-add", name]
         options += ["--perms", "0755", "--dir", "/proc"]
     else:
-        options += ["--unshare-user", "--proc", "/proc"]
+        options += ["--unshare-user", "--proc", "/proc", "--cap-add", "CAP_SYS_ADMIN"]  # for `confine.own_files`
 
     # The system's programs and libraries, and the interpreter, are all that can be read.
     for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32"):
@@ -441,13 +444,18 @@ def _bubblewrap_options(fences: Fences) -> list[str]:
     if not prefix.is_relative_to("/usr"):
         options += [*_folders(prefix), "--ro-bind", str(prefix), str(prefix)]
 
-    options += ["--perms", "0755", "--dir", "/dev", "--symlink", "/tmp", "/dev/shm"]
-    for name in ("null", "zero", "full", "random", "urandom"):
+    options += ["--perms", "0755", "--dir", "/dev", "--perms", "0755", "--dir", "/etc"]
+    for name in confine.DEVICES:
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    options += ["--symlink", "/proc/self/fd", "/dev/fd"]
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        options += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
+    for name, target in confine.DEVICE_LINKS.items():
+        options += ["--symlink", target, f"/dev/{name}"]
     return [*options, "--perms", "0755", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
+
+
+def _may_make_devices() -> bool:
+    """Whether this process has CAP_MKNOD, which bubblewrap can hand on then."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return bool(int(status["CapEff"], 16) >> 27 & 1)
 
 
 def _folders(path: Path) -> list[str]:

@@ -35,6 +35,7 @@ NUMBERS = {
     "x86_64": {
         "clone": 56,
         "fcntl": 72,
+        "flock": 73,
         "inotify_init": 253,
         "inotify_init1": 294,
         "inotify_add_watch": 254,
@@ -147,6 +148,7 @@ NUMBERS = {
     "aarch64": {
         "clone": 220,
         "fcntl": 25,
+        "flock": 32,
         "inotify_init1": 26,
         "inotify_add_watch": 27,
         "sync": 81,
