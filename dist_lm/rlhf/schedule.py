@@ -23,7 +23,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.rlhf.config import RewardPartConfig
+from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
 from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, concatenated, read_to_end
 
 Work = TypeVar("Work")
@@ -98,8 +98,11 @@ class RolloutSchedule:
         """
         self._position = position + sum(judged.prompts for judged in pending.values())
         for iteration, judged in pending.items():
-            # A checkpoint of an old release has rollouts without scores.
-            scored = judged if judged.scores else self._judge(judged.rollouts)
+            # A checkpoint of an old release has rollouts without scores, or with scores out of fp32's range.
+            is_scored = bool(judged.scores) and not any(
+                (np.abs(score_B) > LARGEST_REWARD).any() for score_B in judged.scores.values()
+            )
+            scored = judged if is_scored else self._judge(judged.rollouts)
             self._drawn[iteration] = partial(Drawn, scored, 0.0, 0.0)
 
         ahead = range(version, min(version + self._staleness + 1, self._iterations))

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,3 +140,12 @@ def test_sets_are_asked_for_with_a_filter_only(filters) -> None:
     for params, expected in ((SamplingParams(), False), (SamplingParams(**filters), True)):
         found = requests_of([[0], [1]], 0, 1, params, seed=0)
         assert [request.keep_sets for request in found] == [expected, expected]
+
+
+def test_pending_scores_that_fp32_does_not_hold_are_judged_again():
+    """An older release kept them; the function may be mended by now."""
+    rollouts = rollouts_with([1], [2], positions=[2])
+    for score, expected in ((1e300, 0.25), (7.0, 7.0)):
+        with schedule(Versions(), 1) as made:
+            made.begin(2, weights(2), {2: JudgedRollouts(rollouts, {"rule": np.array([score])})}, 2)
+            assert made.take(2).judged.scores["rule"].tolist() == [expected]
