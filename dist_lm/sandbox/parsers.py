@@ -26,7 +26,9 @@ from functools import cache
 from dist_lm.sandbox import confine
 from dist_lm.sandbox.languages import PATH, split_statements
 
-CPU_S = 2  # of a text; whole seconds, as the kernel counts them for bash
+CPU_S = 0.5  # of a text, and for each of its characters:
+CPU_S_OF_CHARACTER = 1e-5  # a slow core needs a fifth
+BASH_CPU_S = 2  # whole seconds, as the kernel counts them for another program
 MEMORY_BYTES = 512 << 20  # address space of the process, and of bash
 LARGEST_FILE = 64 << 20  # bytes of a script
 FRESH_BYTES = 64 << 20  # a process that has used so much more than at its start is replaced: memory stays in pieces
@@ -35,7 +37,7 @@ MAX_SQL_BYTES = 1_000_000
 
 
 def main() -> None:
-    """Answers requests until the parent closes the socket. A text that exceeds `CPU_S` ends the process by SIGPROF.
+    """Answers requests until the parent closes the socket. A text that exceeds `cpu_limit_s` ends it by SIGPROF.
 
     The last answer before the process ends by itself has `"ends": true`.
     """
@@ -50,7 +52,7 @@ def main() -> None:
         for line in requests:
             request = json.loads(line)
             # The kernel ends the process then, whatever it does: a parser cannot be interrupted.
-            signal.setitimer(signal.ITIMER_PROF, CPU_S)
+            signal.setitimer(signal.ITIMER_PROF, cpu_limit_s(request["text"]))
             error = CHECKS[request["check"]](request["text"])
             signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -73,6 +75,11 @@ def _most_memory() -> int:
     return int(rest.split(maxsplit=1)[0]) << 10
 
 
+def cpu_limit_s(text: str) -> float:
+    """Returns the CPU seconds within which a text must be parsed."""
+    return CPU_S + CPU_S_OF_CHARACTER * len(text)
+
+
 def _confine() -> None:
     """Limits this process and those below it, as far as the kernel can.
 
@@ -81,7 +88,7 @@ def _confine() -> None:
     """
     confine.limit({resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: LARGEST_FILE})
     # Bash inherits this limit and ends by it, but not that this process ignores the signal.
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (BASH_CPU_S, resource.RLIM_INFINITY))
     signal.signal(signal.SIGXCPU, signal.SIG_IGN)
     confine.drop_capabilities()
     if version := confine.landlock_version():
@@ -156,7 +163,7 @@ def _bash_message(bash: str, text: str, *options: str) -> str:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     message = os.pread(stderr, LARGEST_FILE, 0).decode(errors="replace").strip()
     if code == -signal.SIGXCPU:
-        return f"bash needs more than {CPU_S} s of CPU time for it"
+        return f"bash needs more than {BASH_CPU_S} s of CPU time for it"
     if code:
         return message or f"exit code {code}"
 

@@ -12,15 +12,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from dist_lm.sandbox.languages import BASH_ENVIRONMENT
-from dist_lm.sandbox.parsers import CPU_S
+from dist_lm.sandbox.parsers import cpu_limit_s
 from dist_lm.storage.json_process import JsonProcess
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 60.0  # by the clock; a parser ends itself after `CPU_S` of CPU time
+ANSWER_S = 60.0  # by the clock; a parser ends after its limit of CPU time
 START_S = 60.0
 TRIES = 2  # of a text that ends its process: what else ends one does not do so twice
-_BY_CPU = (-signal.SIGPROF, -signal.SIGXCPU)
 
 
 class _Parser:
@@ -50,8 +49,8 @@ class _Parser:
                 except (EOFError, OSError):
                     code = self._process.code()
                     self._end()
-                    if code in _BY_CPU:
-                        return f"parsing it needs more than {CPU_S} s of CPU time"
+                    if code == -signal.SIGPROF:
+                        return f"parsing it needs more than {cpu_limit_s(text):.2g} s of CPU time"
                     continue
                 if answer["ends"]:
                     self._end()
