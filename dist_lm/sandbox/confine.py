@@ -27,8 +27,9 @@ _libc_at_once.syscall.restype = ctypes.c_long
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-NAMESPACES = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
-_NEW_ANYTHING = NAMESPACES | 0x02000000  # also CLONE_NEWCGROUP
+NAMESPACES = CLONE_NEWPID | CLONE_NEWNS
+NAMESPACES_OF_CALLS = CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS  # of what the filter of system calls refuses anyway
+_NEW_ANYTHING = NAMESPACES | NAMESPACES_OF_CALLS | CLONE_NEWUSER | 0x02000000  # also CLONE_NEWCGROUP
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 36, 47, 4
@@ -79,46 +80,43 @@ def become(identity: int) -> None:
 _CLONE3 = 435  # the same on all architectures
 
 
-def fork_into_namespaces() -> int:
-    """Forks a child that is the first process of new user, pid, mount, ipc, net and uts namespaces.
+def fork_into_namespaces(is_filtered: bool) -> int:
+    """Forks a child that is the first process of new pid and mount namespaces.
 
     One call does it all, because `fork`, `unshare` and another `fork` cost three times as much. Python runs no hooks of
     `fork` in the child, so this process must have one thread. Returns the child's pid; 0 in the child.
 
+    Args:
+        is_filtered: whether a filter will refuse system calls. Else the child also gets new ipc, net and uts
+            namespaces; to make and remove these takes the kernel longer than all others together.
+
     Raises:
         OSError: the kernel refuses.
     """
-    arguments = struct.pack("8Q", NAMESPACES, 0, 0, 0, _SIGCHLD, 0, 0, 0)  # struct clone_args
+    new = NAMESPACES if is_filtered else NAMESPACES | NAMESPACES_OF_CALLS
+    arguments = struct.pack("8Q", new, 0, 0, 0, _SIGCHLD, 0, 0, 0)  # struct clone_args
     child = _libc_at_once.syscall(ctypes.c_long(_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
     if child < 0 and ctypes.get_errno() == _ENOSYS:  # the filter of a container refuses clone3
         numbers = NUMBERS.get(os.uname().machine, {})
-        flags = ctypes.c_ulong(NAMESPACES | _SIGCHLD)
+        flags = ctypes.c_ulong(new | _SIGCHLD)
         if "clone" in numbers:
             child = _libc_at_once.syscall(ctypes.c_long(numbers["clone"]), flags, None, None, None, None)
     return _checked(child, "clone")
 
 
-def own_mounts() -> None:
-    """Gives this process a copy of the mounts, which it may change alone."""
-    _checked(_libc.unshare(ctypes.c_int(CLONE_NEWNS)), "unshare mounts")
+def enter_user_namespace() -> None:
+    """Puts this process into a user namespace of its own, where it has all capabilities over what it makes there.
 
+    User and group have the number `INSIDE_ID` in it, and no others exist.
 
-def fork_into_new_processes() -> None:
-    """Makes a pid namespace for the children that this process forks from now on; the first of them is its init."""
-    _checked(_libc.unshare(ctypes.c_int(CLONE_NEWPID)), "unshare processes")
-
-
-def fork_into_processes(namespace: int) -> None:
-    """Lets this process fork its children into the pid namespace of a descriptor again."""
-    _checked(_libc.setns(ctypes.c_int(namespace), ctypes.c_int(CLONE_NEWPID)), "setns")
-
-
-def name_identities(user: int, group: int) -> None:
-    """Maps `user` and `group` of the parent namespace to those of a run in this new one."""
+    Raises:
+        OSError: the kernel refuses.
+    """
+    user, group = os.geteuid(), os.getegid()
+    _checked(_libc.unshare(ctypes.c_int(CLONE_NEWUSER)), "unshare")
     write("/proc/self/setgroups", "deny")
     write("/proc/self/uid_map", f"{INSIDE_ID} {user} 1")
     write("/proc/self/gid_map", f"{INSIDE_ID} {group} 1")
-    _checked(_libc.sethostname(b"sandbox", 7), "sethostname")
 
 
 def write(path: str, text: str) -> None:
@@ -251,16 +249,20 @@ def unmount_tmp() -> None:
 # --- limits and capabilities ---
 
 
-def limit(limits: Mapping[int, int]) -> None:
-    """Sets soft and hard limit of each resource; never above the present hard limit."""
+def limit(limits: Mapping[int, int], hard: Mapping[int, int] | None = None) -> None:
+    """Sets soft and hard limit of each resource; never above the present hard limit.
+
+    Args:
+        hard: the present hard limits; None: this process reads them.
+    """
     for name, most in limits.items():
-        _, hard = resource.getrlimit(name)
-        bound = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        present = resource.getrlimit(name)[1] if hard is None else hard[name]
+        bound = most if present == resource.RLIM_INFINITY else min(most, present)
         resource.setrlimit(name, (bound, bound))
 
 
-def drop_capabilities() -> None:
-    """Gives up all capabilities of this process for good, also those that executed files would bring (no_new_privs).
+def gain_no_capabilities() -> None:
+    """Lets no file that this process or one below it executes bring capabilities; those it has, it keeps.
 
     Raises:
         OSError: the kernel refuses.
@@ -270,6 +272,14 @@ def drop_capabilities() -> None:
         if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
             break  # past the last one of this kernel, or no right to: then there is nothing to drop
     _libc.prctl(_PR_CAP_AMBIENT, ctypes.c_ulong(_PR_CAP_AMBIENT_CLEAR_ALL), 0, 0, 0)
+
+
+def drop_capabilities() -> None:
+    """Gives up all capabilities of this process for good. `gain_no_capabilities` must come before.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
     _checked(_libc.capset(header, bytes(24)), "capset")
 
@@ -288,38 +298,49 @@ def landlock_version() -> int:
     return max(0, int(version))
 
 
-def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Restricts this process, for good, to reading and writing the given trees, which must exist.
+class FileRules:
+    """Rules of Landlock: trees that may be read, and executed, and trees that may be written, too.
 
     It also refuses TCP, abstract sockets and signals to processes outside, as far as the version can.
 
     Args:
         version: of Landlock, at least 1.
-        readable: may also be executed.
-        writable: may be read and executed, too.
+        readable: trees that may be read and executed; they must exist.
 
     Raises:
         OSError: a tree does not exist, or the kernel refuses.
     """
-    handled = max(rights for since, rights in _RIGHTS_OF_VERSION.items() if since <= version)
-    network = 3 if version >= 4 else 0  # bind and connect of TCP
-    scoped = 3 if version >= 6 else 0  # abstract sockets, signals
-    # An older kernel refuses a structure with fields that it does not know.
-    attribute = struct.pack("QQQ", handled, network, scoped)
-    if version < 4:
-        attribute = attribute[:8]
-    elif version < 6:
-        attribute = attribute[:16]
-    size = ctypes.c_size_t(len(attribute))
-    ruleset = _checked(_libc.syscall(ctypes.c_long(_CREATE_RULESET), attribute, size, ctypes.c_uint(0)), "landlock")
 
-    read_rights = _EXECUTE | _READ_FILE | _READ_DIR
-    for path in readable:
-        _allow(ruleset, path, read_rights & handled)
-    for path in writable:
-        _allow(ruleset, path, handled)
-    _checked(_libc.syscall(ctypes.c_long(_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock")
-    os.close(ruleset)
+    def __init__(self, version: int, readable: Sequence[str]) -> None:
+        self._handled = max(rights for since, rights in _RIGHTS_OF_VERSION.items() if since <= version)
+        network = 3 if version >= 4 else 0  # bind and connect of TCP
+        scoped = 3 if version >= 6 else 0  # abstract sockets, signals
+        # An older kernel refuses a structure with fields that it does not know.
+        attribute = struct.pack("QQQ", self._handled, network, scoped)
+        if version < 4:
+            attribute = attribute[:8]
+        elif version < 6:
+            attribute = attribute[:16]
+        size = ctypes.c_size_t(len(attribute))
+        ruleset = _libc.syscall(ctypes.c_long(_CREATE_RULESET), attribute, size, ctypes.c_uint(0))
+        self._ruleset = _checked(ruleset, "landlock")
+        self.add(readable)
+
+    def add(self, readable: Sequence[str] = (), writable: Sequence[str] = ()) -> None:
+        """Adds trees. A tree is what is at that path now: what is mounted there later is another one."""
+        for path in readable:
+            _allow(self._ruleset, path, (_EXECUTE | _READ_FILE | _READ_DIR) & self._handled)
+        for path in writable:
+            _allow(self._ruleset, path, self._handled)
+
+    def close(self) -> None:
+        """Closes the descriptor; processes that are restricted stay so."""
+        os.close(self._ruleset)
+
+    def restrict(self) -> None:
+        """Restricts this process for good, and those that it starts. It must have `gain_no_capabilities` behind it."""
+        call = ctypes.c_long(_RESTRICT_SELF)
+        _checked(_libc.syscall(call, ctypes.c_int(self._ruleset), ctypes.c_uint(0)), "landlock")
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
@@ -342,7 +363,7 @@ def _allow(ruleset: int, path: str, rights: int) -> None:
 # --- seccomp ---
 
 _ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
-_LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data
@@ -363,39 +384,63 @@ def system_call_filter(machine: str, own_files: bool = True) -> bytes | None:
         return None
 
     numbers = NUMBERS[machine]
-    program = [
-        _step(_LOAD, _ARCHITECTURE),
-        _step(_EQUAL, _ARCHITECTURES[machine], 1, 0),
-        _step(_RETURN, _KILL),
-        _step(_LOAD, _NUMBER),
-        _step(_GREATER, LAST_KNOWN, 0, 1),
-        _step(_RETURN, _ERRNO | _ENOSYS),
-    ]
     refused = REFUSED if own_files else (*REFUSED, "flock")
-    for names, error in ((refused, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0)):
-        for name in names:
-            if name in numbers:
-                program += [_step(_EQUAL, numbers[name], 0, 1), _step(_RETURN, _ERRNO | error)]
-
-    # Some commands of fcntl are refused, prlimit64 is for the own process, and clone makes no namespaces.
-    commands = REFUSED_COMMANDS.values()
-    program += [
-        _step(_EQUAL, numbers["fcntl"], 0, 2 + 2 * len(commands)),
+    answers = {
+        numbers[name]: [_step(_RETURN, _ERRNO | error)]
+        for names, error in ((refused, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0))
+        for name in names
+        if name in numbers
+    }
+    answers[numbers["fcntl"]] = [
         _step(_LOAD, _SECOND_ARGUMENT),
-        *(step for command in commands for step in (_step(_EQUAL, command, 0, 1), _step(_RETURN, _ERRNO | _EPERM))),
+        *(
+            step
+            for command in REFUSED_COMMANDS.values()
+            for step in (_step(_EQUAL, command, 0, 1), _step(_RETURN, _ERRNO | _EPERM))
+        ),
         _step(_RETURN, _ALLOW),
-        _step(_EQUAL, numbers["prlimit64"], 0, 4),
+    ]
+    answers[numbers["prlimit64"]] = [  # for the own process
         _step(_LOAD, _FIRST_ARGUMENT),
-        _step(_EQUAL, 0, 1, 0),  # this process
+        _step(_EQUAL, 0, 1, 0),
         _step(_RETURN, _ERRNO | _EPERM),
         _step(_RETURN, _ALLOW),
-        _step(_EQUAL, numbers["clone"], 0, 3),
+    ]
+    answers[numbers["clone"]] = [  # without namespaces
         _step(_LOAD, _FIRST_ARGUMENT),
         _step(_ANY_BIT, _NEW_ANYTHING, 0, 1),
         _step(_RETURN, _ERRNO | _EPERM),
         _step(_RETURN, _ALLOW),
     ]
-    return b"".join(program)
+
+    # Neighbours with the same answer are one range: (first number, steps).
+    ranges: list[tuple[int, list[bytes]]] = []
+    for number in range(LAST_KNOWN + 2):
+        answer = answers.get(number, [_step(_RETURN, _ALLOW)])
+        if number > LAST_KNOWN:
+            answer = [_step(_RETURN, _ERRNO | _ENOSYS)]
+        if not ranges or ranges[-1][1] != answer:
+            ranges.append((number, answer))
+
+    program = [
+        _step(_LOAD, _ARCHITECTURE),
+        _step(_EQUAL, _ARCHITECTURES[machine], 1, 0),
+        _step(_RETURN, _KILL),
+        _step(_LOAD, _NUMBER),
+    ]
+    return b"".join(program + _search(ranges))
+
+
+def _search(ranges: Sequence[tuple[int, list[bytes]]]) -> list[bytes]:
+    """Returns the steps that find the range of a number and answer as it says.
+
+    A binary search: the kernel runs the whole filter for each number when a process installs it.
+    """
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below = _search(ranges[:middle])
+    return [_step(_AT_LEAST, ranges[middle][0], len(below), 0), *below, *_search(ranges[middle:])]
 
 
 def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:

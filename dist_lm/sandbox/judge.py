@@ -220,8 +220,8 @@ class CallableProxy(Proxy):
         return _judge_of(self).ask("call", self, (*arguments, *named.values()), tuple(named))
 
 
-def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
-    """Judges a test of Python; it passes if its code raises nothing."""
+def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
+    """Judges a test of Python, which passes if its code raises nothing, and returns the exit code of the judge."""
     judge = Judge(channel, test["entry"])
     names = judge.names
     names.code = test["code"]
@@ -231,22 +231,58 @@ def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
         parts = ((test["before"], "before"), (test["given"], "given"), (test["code"], "test"))
         compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
         *setup, code = compiled
-        stdout = sys.stdout
-        sys.stdout = io.StringIO()  # the program prints the same
-        for part in setup:
-            exec(part, names)
-        sys.stdout = stdout
-        for name in [name for name, value in names.items() if _is_class_of_setup(value)]:
-            del names[name]
+        if setup:
+            stdout = sys.stdout
+            sys.stdout = io.StringIO()  # the program prints the same
+            for part in setup:
+                exec(part, names)
+            sys.stdout = stdout
+            for name in [name for name, value in names.items() if _is_class_of_setup(value)]:
+                del names[name]
         exec(code, names)
 
     status = languages.run_python(run)
     if judge.failure:
         os.write(2, f"{judge.failure}\n".encode(errors="replace"))
-    elif status == 0:
+        return 1
+    if status == 0:
         judge.end()
         os.write(verdict, PASSED)
-    os._exit(status)
+    return status
+
+
+def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
+    os._exit(judge_python(test, channel, verdict))
+
+
+_ONLY_AST = 0x400  # PyCF_ONLY_AST; the module `ast` takes long to import
+_REACHING = frozenset(
+    ("exec", "eval", "compile", "setattr", "delattr", "globals", "vars", "open", "input", "breakpoint", "exit", "quit")
+)
+
+
+def leaves_nothing(language: str, test: dict[str, str]) -> bool:
+    """Whether the code of a test leaves the interpreter as it was, so that the next one may run in the same.
+
+    Such code consists of plain statements, stores nothing but names, and uses no module.
+    """
+    if language != "python" or test["before"] or test["given"]:
+        return False
+    try:
+        statements = compile(test["code"], "test", "exec", _ONLY_AST, dont_inherit=True).body  # type: ignore[attr-defined]
+        code = compile(test["code"], "test", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    used = {*code.co_names}
+    is_plain = all(type(statement).__name__ in ("Assert", "Assign", "Expr") for statement in statements)
+    targets = [t for s in statements if type(s).__name__ == "Assign" for t in s.targets]
+    has_inner = any(type(constant) is type(code) for constant in code.co_consts)
+    return (
+        is_plain
+        and not has_inner
+        and all(type(target).__name__ == "Name" for target in targets)
+        and not any(name in _REACHING or name in sys.stdlib_module_names or name[:2] == "__" for name in used)
+    )
 
 
 def _is_class_of_setup(value: Any) -> bool:

@@ -23,7 +23,7 @@ CHANNEL = 3  # descriptor of the socket to the judge, in a program that has one
 BASH_ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
 
 
-def _python(before: str, source: str, code: str, token: bytes, judged: bool = False) -> NoReturn:
+def _python(test: dict[str, str], source: str, token: bytes, judged: bool) -> NoReturn:
     """Runs a program in `__main__` and ends the process. If it is judged, it answers its judge before it ends.
 
     An exception gives exit code 1, SystemExit its own. A program whose judge was not satisfied ends with 1.
@@ -35,7 +35,7 @@ def _python(before: str, source: str, code: str, token: bytes, judged: bool = Fa
 
     def run() -> None:
         # All parts are compiled first: a program with a syntax error must not run halfway.
-        parts = ((before, "before"), (source, "program.py"))
+        parts = ((test["before"], "before"), (source, "program.py"))
         compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
         for part in compiled:
             exec(part, names)
@@ -144,13 +144,14 @@ def _exit_status(code: object) -> int:
     return 1
 
 
-def _bash(before: str, source: str, code: str, token: bytes, judged: bool = False) -> NoReturn:
+def _bash(test: dict[str, str], source: str, token: bytes, judged: bool) -> NoReturn:
     """Runs all parts as one script in place of this process; the code of a test passes if its last command returns 0.
 
     `eval` parses the program alone. Otherwise an open end of the program (`true ||`, a backslash) would take in the
     test. A program whose end is open swallows the line that notes its exit code, and then no test passes. Exit code
     126: the script is too long.
     """
+    before, code = test["before"], test["code"]
     script = f"{before}\n{source}\n" if before else f"{source}\n"
     if code:
         quoted = "'" + f"{script}dist_lm_ended=$?".replace("'", "'\\''") + "'"
@@ -171,7 +172,7 @@ def _bash(before: str, source: str, code: str, token: bytes, judged: bool = Fals
     os._exit(126)
 
 
-def _sql(before: str, source: str, code: str, token: bytes, judged: bool = False) -> NoReturn:
+def _sql(test: dict[str, str], source: str, token: bytes, judged: bool) -> NoReturn:
     """Runs SQLite in memory, prints the rows of the last query and ends the process; a test passes if its first value
     is true.
 
@@ -179,6 +180,7 @@ def _sql(before: str, source: str, code: str, token: bytes, judged: bool = False
     """
     import sqlite3
 
+    before, code = test["before"], test["code"]
     try:
         connection = sqlite3.connect(":memory:", isolation_level=None)
         connection.executescript(before)
@@ -241,9 +243,9 @@ def _sql_text(connection: sqlite3.Connection, value: object) -> str:
     return text.partition("\0")[0]
 
 
-RUN: dict[str, Callable[[str, str, str, bytes, bool], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
+RUN: dict[str, Callable[[dict[str, str], str, bytes, bool], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
 """Language -> function that runs a program and ends the process.
 
-Its arguments are the code before, the source, the code of the test, the token, and whether there is a judge. Then the
-code is empty, and the program answers on `CHANNEL`.
+Its arguments are the test, the source, the token, and whether there is a judge. Then the hidden parts of the test are
+empty, and the program answers on `CHANNEL`.
 """

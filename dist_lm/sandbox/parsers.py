@@ -90,10 +90,11 @@ def _confine() -> None:
     # Bash inherits this limit and ends by it, but not that this process ignores the signal.
     resource.setrlimit(resource.RLIMIT_CPU, (BASH_CPU_S, resource.RLIM_INFINITY))
     signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    confine.gain_no_capabilities()
     confine.drop_capabilities()
     if version := confine.landlock_version():
         trees = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix)
-        confine.restrict_files(version, [tree for tree in trees if os.path.exists(tree)], ())
+        confine.FileRules(version, [tree for tree in trees if os.path.exists(tree)]).restrict()
     if confine.has_seccomp() and (call_filter := confine.system_call_filter(os.uname().machine)):
         confine.filter_system_calls(call_filter)
 

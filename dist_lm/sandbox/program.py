@@ -118,7 +118,9 @@ _TAIL = 2_000  # characters
 
 
 def request_of(program: Program, limits: Limits, folder: str) -> tuple[bytes, bytes]:
-    """Returns the request to the server in the sandbox, and what only judges may read. Expected output is in neither.
+    """Returns the request to the server in the sandbox, and what only the judge may read (empty: nothing).
+
+    Expected output is in neither.
 
     The process that runs the program is forked from one that read the request, and may search its memory.
     """
@@ -126,8 +128,8 @@ def request_of(program: Program, limits: Limits, folder: str) -> tuple[bytes, by
     tests = [_parts(test, HIDDEN if is_judged else ()) for test in program.tests]
     request = {"language": program.language, "source": program.source, "tests": tests}
     request |= {"judged": [is_judged and bool(test.code) for test in program.tests]}
-    for_judges = [_parts(test, ()) for test in program.tests] if any(request["judged"]) else []
-    return marshal.dumps({**request, "limits": vars(limits), "folder": folder}), marshal.dumps(for_judges)
+    for_judge = marshal.dumps([_parts(test, ()) for test in program.tests]) if any(request["judged"]) else b""
+    return marshal.dumps({**request, "limits": vars(limits), "folder": folder}), for_judge
 
 
 def _parts(test: Test, hidden: Sequence[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from dist_lm.errors import ConfigError
-from dist_lm.sandbox import confine
+from dist_lm.sandbox import confine, inside
 from dist_lm.sandbox.languages import PATH
 from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.program import (
@@ -48,7 +48,10 @@ _CONTROL = Program("python", "import time\nwhile time.process_time() < 0.1:\n   
 _CONTROL_LIMITS = Limits(cpu_s=1.0, wall_s=10.0)
 _MOST_SHARE = 0.5  # of a core that the control needs, whatever the limits of the program
 # The server's; imported ones come first.
-_MODULES = ("system_calls", "confine", "watched", "values", "calls", "languages", "judge", "inside")
+_MODULES = (
+    *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "languages", "judge", "judging"),
+    "inside",
+)
 _SERVER = """
 import marshal, os, sys
 def read(size):
@@ -308,14 +311,19 @@ class _Server:
         if self._group:
             self._group.limit(limits.memory_bytes + limits.tmp_bytes)
 
-        request, for_judges = request_of(program, limits, self._folder or "/tmp")
+        request, for_judge = request_of(program, limits, self._folder or "/tmp")
         self._channel.settimeout(GRACE_S)
-        file = confine.sealed(for_judges)
-        try:
-            socket.send_fds(self._channel, [len(request).to_bytes(4, "big")], [file])
-        finally:
-            os.close(file)
-        self._channel.sendall(request)
+        length = len(request).to_bytes(4, "big")
+        if for_judge:
+            self._channel.sendall(inside.JUDGED)
+            file = confine.sealed(for_judge)
+            try:
+                socket.send_fds(self._channel, [length], [file])
+            finally:
+                os.close(file)
+            self._channel.sendall(request)
+        else:
+            self._channel.sendall(b"-" + length + request)
         if not self._ready and self._receive(START_S) != b"ready":
             raise OSError("no sandbox answers")
         self._ready = True
@@ -420,6 +428,7 @@ def _bubblewrap_options(fences: Fences) -> list[str]:
     """Returns bubblewrap's options: a read-only system with the interpreter, no network, an empty /tmp, a small
     /dev."""
     options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
+    options += ["--hostname", "sandbox"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
     if fences.own_user:
         names = ["CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"]  # given up before the first program

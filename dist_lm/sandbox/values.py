@@ -142,7 +142,7 @@ class Encoder:
     def put_contents(self, container: Any) -> None:
         """Writes a changeable container with its contents, although the other side has it."""
         self.shared.append(None)  # the other side makes a container of them, and gives it a number
-        _CONTENTS[_base_of(type(container), _CONTENTS)](self, container, 0)
+        _CONTENTS[_base_of(type(container), _CONTENTS)](self, container, 0)  # type: ignore[index]
 
     def put_count(self, count: int) -> None:
         """Writes a whole number that is not negative: seven bits a byte, the lowest first."""

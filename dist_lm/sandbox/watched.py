@@ -13,6 +13,8 @@ import time
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
+    from dist_lm.sandbox.judging import Judging
+
     Ticks = tuple[int, int]
 
 DONE, TIMEOUT, OUTPUT, TROUBLE, STARVED = range(5)  # how an attempt ended
@@ -26,9 +28,9 @@ class Watched:
     """A running program with its output so far and the CPU time that it used; with its judge, if it has one.
 
     Args:
-        judge: process that judges the program; 0: none.
-        init: first process of the program's pid namespace, which is killed once the program has ended, so that its
-            judge does not wait for what the program left behind; 0: none.
+        pipes: read ends for stdout, stderr, and trouble before the start; with a judge then for its stdout, its stderr
+            and its verdict, whose end is the end of the judge's work.
+        judge: what the kernel tells of the judge; None: there is none.
     """
 
     def __init__(
@@ -38,13 +40,11 @@ class Watched:
         output_bytes: int,
         cpu_s: float,
         wall_s: float,
-        judge: int = 0,
-        init: int = 0,
+        judge: Judging | None = None,
     ) -> None:
         self.child = child
+        self.pipes = pipes
         self.judge = judge
-        self.init = init
-        self.pipes = pipes  # for stdout, stderr, and trouble before the start; then those of the judge
         self.output_bytes = output_bytes
         self.cpu_s = cpu_s
         self.wall_s = wall_s
@@ -54,56 +54,72 @@ class Watched:
             os.set_blocking(file, False)
         self.ended = DONE
         self.exit_code = 0
-        self.judge_exit_code = 0
         self.seconds = 0.0
         self._pidfd = os.pidfd_open(child)
-        self._judge_pidfd = os.pidfd_open(judge) if judge else -1
         self._used = UsedCpu(cpu_of_ended())
+        self._judge_before = judge.last_cpu_seconds if judge else 0.0
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU seconds of the program and all processes below it, once they have ended."""
-        return max(self._used.seconds, self._used.of_ended())
+        """CPU seconds of the program and all processes below it, once they have ended, and of the judge."""
+        return max(self._used.seconds, self._used.of_ended()) + self._judge_seconds()
 
-    def watch(self) -> None:
-        """Reads the output until program and judge end or pass a limit; then `ended` and `seconds` are set. It
-        does not end them."""
+    def _judge_seconds(self) -> float:
+        return self.judge.cpu_seconds() - self._judge_before if self.judge else 0.0
+
+    def watch(self, namespaces: bool = False) -> None:
+        """Reads the output until program and judge have ended or pass a limit; then `ended` and `seconds` are set. It
+        does not end them.
+
+        Args:
+            namespaces: whether the run has a pid namespace of its own.
+        """
         poller = select.poll()
-        running = {self._pidfd, self._judge_pidfd} - {-1}
-        for file in (*self.pipes, *running):
+        running = {self._pidfd, *self.pipes[5:]}
+        for file in (*self.pipes, self._pidfd):
             poller.register(file, select.POLLIN)
 
-        begin, look_s = time.monotonic(), 0.0
+        begin = time.monotonic()
+        look_s = next_look = 0.0
         wait = min(self.cpu_s / _CORES, self.wall_s)  # no limit can be passed before
         while True:
             # CPU time is counted in ticks, and looking at processes takes CPU time from the program.
-            pause = min(wait, max(1 / _TICKS, look_s / _LOOKS))
-            ready = poller.poll(max(pause, _SHORTEST_WAIT_S) * 1000)
+            if self.seconds >= next_look:
+                pause = min(wait, max(1 / _TICKS, look_s / _LOOKS))
+                next_look = self.seconds + max(pause, _SHORTEST_WAIT_S)
+            ready = poller.poll((next_look - self.seconds) * 1000)
             for file, _ in ready:
                 if file in self.pipes and self._read_once(file) == b"":
                     poller.unregister(file)
+                    running.discard(file)
             self.seconds = time.monotonic() - begin
 
             if sum(map(len, self.read)) > self.output_bytes:
                 self.ended = OUTPUT
                 return
-            for file, _ in ready:
-                if file in running:
-                    running.remove(file)
-                    poller.unregister(file)
-                    if file == self._pidfd and self.init:
-                        os.kill(self.init, SIGKILL)
+            if any(file == self._pidfd for file, _ in ready):
+                poller.unregister(self._pidfd)
+                running.remove(self._pidfd)
+                if running:  # the judge must not wait for what the program left behind
+                    kill_all(namespaces)
             if not running:
                 return
 
+            if self.seconds < next_look:
+                continue
             self._used.look()
             look_s = time.monotonic() - begin - self.seconds
-            wait = min(self.wall_s - self.seconds, (self.cpu_s - self._used.seconds) / _CORES)
+            wait = min(self.wall_s - self.seconds, (self.cpu_s - self._used.seconds - self._judge_seconds()) / _CORES)
             if wait <= 0:
-                is_starved = self.seconds >= self.wall_s and _waited_for_a_core() > self.wall_s / 2
+                is_starved = self.seconds >= self.wall_s and self._waited_for_a_core() > self.wall_s / 2
                 self.ended = STARVED if is_starved else TIMEOUT
                 return
             self._reap()
+
+    def _waited_for_a_core(self) -> float:
+        """Returns the longest time that a process of the program, or the judge, was ready to run but had no core."""
+        of_judge = self.judge.waited_seconds() if self.judge else 0.0
+        return max(_waited_for_a_core(), of_judge)
 
     def _read_once(self, file: int) -> bytes | None:
         """Reads once from a pipe, adds the bytes to `read` and returns them; empty at its end, None if none are there
@@ -129,8 +145,6 @@ class Watched:
     def _note(self, pid: int, status: int) -> None:
         if pid == self.child:
             self.exit_code = os.waitstatus_to_exitcode(status)
-        elif pid == self.judge:
-            self.judge_exit_code = os.waitstatus_to_exitcode(status)
 
     def end(self, namespaces: bool) -> None:
         """Kills every process of the attempt, waits for them, then reads the rest of the output and closes the pipes.
@@ -143,7 +157,7 @@ class Watched:
 
         # Again and again: a process may fork while others are killed.
         while True:
-            _kill_all(namespaces)
+            kill_all(namespaces)
             try:
                 self._note(*os.waitpid(-1, 0))
             except ChildProcessError:
@@ -153,8 +167,7 @@ class Watched:
             while len(self.read[self.pipes.index(file)]) <= self.output_bytes and self._read_once(file):
                 pass
             os.close(file)
-        for pidfd in {self._pidfd, self._judge_pidfd} - {-1}:
-            os.close(pidfd)
+        os.close(self._pidfd)
 
 
 _CORES = len(os.sched_getaffinity(0))
@@ -256,7 +269,7 @@ def _waited_for_a_core() -> float:
     return seconds
 
 
-def _kill_all(namespaces: bool) -> None:
+def kill_all(namespaces: bool) -> None:
     """Kills every other process of the run; without namespaces, every process below this one."""
     # In a pid namespace of its own, -1 means every other process of the run.
     if namespaces:

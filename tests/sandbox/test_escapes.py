@@ -117,10 +117,14 @@ if os.fork() == 0:
 import os
 print(os.listdir('/tmp'), [n for n in os.listdir('/proc') if n.isdigit()][1:] == [str(os.getpid())])
 """
-    clean = (Test(code=look, stdout="[] True"),)
-    one = Program("python", "", (Test(code=leave), *clean))
-    assert run(one, LIMITS).results == (True, True)
-    assert run(Program("python", "", clean), LIMITS).results == (True,)
+    source = f"exec({leave!r} if input() == 'leave' else {look!r})"
+    clean = Test(stdin="look", stdout="[] True")
+    assert run(Program("python", source, (Test(stdin="leave"), clean)), LIMITS).results == (True, True)
+    assert run(Program("python", source, (clean,)), LIMITS).results == (True,)
+
+    empty = Test(code="import os\nassert not os.listdir('/tmp')")
+    assert run(Program("python", "", (Test(code=leave), empty)), LIMITS).results == (True, True)
+    assert run(Program("python", "", (empty,)), LIMITS).results == (True,)
 
 
 @pytest.mark.parametrize(
