@@ -733,7 +733,8 @@ def write_back(container: Any, contents: Any) -> None:
         return
 
     # What is left is a deque.
-    if not hasattr(container, "popleft") or type(contents) is not type(container):
-        raise MalformedError(f"contents of another kind for a {type(container).__name__}")
-    container.clear()
-    container.extend(contents)
+    values: Any = container
+    if not hasattr(values, "popleft") or type(contents) is not type(values):
+        raise MalformedError(f"contents of another kind for a {type(values).__name__}")
+    values.clear()
+    values.extend(contents)
