@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
-QUESTION, VALUE, RAISED, REFUSED, END = b"qver."  # kinds of frames
+QUESTION, VALUE, RAISED, REFUSED, READY, END = b"qverh."  # kinds of frames
 MAX_NESTED = 50  # calls that wait for each other
 MAX_OBJECTS = 100_000  # that one side keeps for the other
 MAX_BLOCK = 1_000  # items of an iterator in one answer
@@ -119,10 +119,34 @@ class Peer:
             raise GoneError("an exception that is none")
         raise value
 
+    def wait_for_names(self) -> dict[str, Any]:
+        """Waits until the other side serves, and returns the objects that it tells of.
+
+        Raises:
+            GoneError: it ended before, or says what no peer says.
+        """
+        kind, content = self._read()
+        if kind != READY:
+            raise GoneError("a first frame of an unknown kind")
+        try:
+            decoder = Decoder(content, self._resolve)
+            names = dict(decoder.take())
+            decoder.end()
+        except (MalformedError, TypeError, ValueError) as error:
+            raise GoneError(f"a malformed first frame: {error}") from None
+        return names
+
     # --- answering ---
 
-    def serve(self) -> bool:
-        """Answers questions until the other side ends, and returns whether it said that it is satisfied."""
+    def serve(self, names: dict[str, Any]) -> bool:
+        """Answers questions until the other side ends, and returns whether it said that it is satisfied.
+
+        Args:
+            names: objects that the other side is told of at once, because it will ask for some of them.
+        """
+        encoder = Encoder(self._refer)
+        encoder.put(tuple(names.items()))
+        self._write(READY, encoder.finished())
         while True:
             try:
                 kind, content = self._read()

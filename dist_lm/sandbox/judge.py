@@ -49,6 +49,7 @@ class Judge(Peer):
         operations = program_operations({})
         super().__init__(channel, {name: self._only_for_own(operations[name]) for name in ("call", "next")})
         self.failure = ""
+        self._has_begun = False
         self.names = Names(self, entry)
 
     def ask(self, operation: str, *operands: Any) -> Any:
@@ -58,6 +59,7 @@ class Judge(Peer):
             RefusedError: it has ended, or a value cannot travel.
             Exception: whatever the program raised.
         """
+        self.begin()
         try:
             return super().ask(operation, *operands)
         except NotCarriedError as error:
@@ -79,6 +81,21 @@ class Judge(Peer):
             return operation(value, *operands)
 
         return checked
+
+    def begin(self) -> None:
+        """Waits until the program has run its source, unless it has.
+
+        Raises:
+            RefusedError: it ended before.
+        """
+        if self._has_begun:
+            return
+        self._has_begun = True
+        try:
+            names = self.wait_for_names()
+        except GoneError as error:
+            self.refuse(str(error))
+        self.names.known = {name: value for name, value in names.items() if type(name) is str and _is_shared(value)}
 
     def refuse(self, reason: str) -> NoReturn:
         """Fails the test for good.
@@ -141,6 +158,7 @@ class Names(dict):
     def __init__(self, judge: Judge, entry: str = "") -> None:
         super().__init__(__name__="__main__")
         self.code = ""  # of the test
+        self.known: dict[str, Any] = {}  # functions and classes that the program has told of
         self._judge = judge
         self._entry = entry
 
@@ -150,11 +168,12 @@ class Names(dict):
             raise KeyError(name)
         if self._is_module(name):
             return self.setdefault(name, __import__(name))
+        self._judge.begin()
         try:
-            value = self._judge.ask("name", name)
+            value = self.known[name] if name in self.known else self._judge.ask("name", name)
         except NameError:
             raise KeyError(name) from None
-        if type(value) in (Proxy, CallableProxy) or issubclass(type(value), type):
+        if _is_shared(value):
             self[name] = value
         return value
 
@@ -168,6 +187,11 @@ class Names(dict):
         import re
 
         return re.search(rf"\b{name}\.", self.code) is not None and not re.search(rf"\b{name}\s*\(", self.code)
+
+
+def _is_shared(value: Any) -> bool:
+    """Whether a value is no copy but stands for an object of the program."""
+    return type(value) in (Proxy, CallableProxy) or issubclass(type(value), type)
 
 
 def _judge_of(proxy: Any) -> Judge:
@@ -239,6 +263,7 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
             sys.stdout = stdout
             for name in [name for name, value in names.items() if _is_class_of_setup(value)]:
                 del names[name]
+        judge.begin()
         exec(code, names)
 
     status = languages.run_python(run)
