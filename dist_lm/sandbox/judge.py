@@ -22,7 +22,7 @@ import os
 import sys
 
 from dist_lm.sandbox import languages
-from dist_lm.sandbox.calls import GoneError, Peer, UncarriedError, program_operations
+from dist_lm.sandbox.calls import GoneError, Peer, ProgramError, UncarriedError, program_operations
 from dist_lm.sandbox.values import MalformedError, NotCarriedError, Reference
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
@@ -42,6 +42,7 @@ class Judge(Peer):
 
     Attributes:
         failure: why the test fails, whatever it goes on to do; empty: nothing so far.
+        has_run: whether the code of the test came to its end.
         names: the globals of the test.
     """
 
@@ -49,6 +50,7 @@ class Judge(Peer):
         operations = program_operations({})
         super().__init__(channel, {name: self._only_for_own(operations[name]) for name in ("call", "next")})
         self.failure = ""
+        self.has_run = False
         self._has_begun = False
         self.names = Names(self, entry)
 
@@ -62,6 +64,11 @@ class Judge(Peer):
         self.begin()
         try:
             return super().ask(operation, *operands)
+        except (StopIteration, StopAsyncIteration):
+            if operation == "next one":
+                raise
+            # In a test it would end a loop that counts what holds, as of `all(map(check, cases))`.
+            raise ProgramError("the program raised StopIteration") from None
         except NotCarriedError as error:
             self.refuse(f"{error} cannot be given to the program")
         except UncarriedError as error:
@@ -265,12 +272,13 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
                 del names[name]
         judge.begin()
         exec(code, names)
+        judge.has_run = True
 
     status = languages.run_python(run)
     if judge.failure:
         os.write(2, f"{judge.failure}\n".encode(errors="replace"))
         return 1
-    if status == 0:
+    if status == 0 and judge.has_run:  # SystemExit gives 0, too, and a program can raise it
         judge.end()
         os.write(verdict, PASSED)
     return status

@@ -80,7 +80,7 @@ def _serve(channel: int, fenced: Fenced) -> None:
         confine.mount_tmp(_TMP_BYTES)
     else:
         confine.adopt_orphans()
-    fenced.confine("/tmp", badness=0)
+    fenced.confine("/tmp", badness=500)  # the program goes first if memory is short, but the first processes last
     os.closerange(_CONTROL + 1, 1 << 20)
 
     while True:

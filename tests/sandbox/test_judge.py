@@ -278,12 +278,18 @@ FORGERIES = {
     "raised assertion": "def f(x): raise AssertionError",
     "stop": "def f(x): raise StopIteration",
     "interrupt": "def f(x): raise KeyboardInterrupt",
+    "exit of the judge": "def f(x): raise SystemExit(0)",
+    "exit by a name": "class SystemExit(Exception): pass\ndef f(x): raise SystemExit(0)",
 }
 
 
 @pytest.mark.parametrize("name", FORGERIES)
 def test_a_forgery_fails(sandbox: Sandbox, name: str):
-    for code in ("assert f(1) == 4", "def check(g):\n    assert g(1) == 4\n    assert not g(2) != 8\ncheck(f)"):
+    for code in (
+        "assert f(1) == 4",
+        "assert all(map(lambda x: f(x) == 4, [1]))",
+        "def check(g):\n    assert g(1) == 4\n    assert not g(2) != 8\ncheck(f)",
+    ):
         verdict = judged(sandbox, FORGERIES[name], code)
         assert verdict.outcome == "failed", verdict
 
