@@ -221,7 +221,6 @@ class _Run:
         """
         test = request["tests"][index]
         judging = self.judging if request["judged"][index] else None
-        token = b"" if judging else os.urandom(16).hex().encode()
         stdin_content = test["stdin"].encode(errors="surrogatepass")
         stdin = confine.sealed(stdin_content) if stdin_content else 0  # /dev/null
         pipes = [os.pipe() for _ in range(6 if judging else 3)]
@@ -232,7 +231,7 @@ class _Run:
             judging.judge(index, [judge_end, *of_judge])
         child = os.fork()
         if child == 0:
-            self._be_program(request, test, token, (stdin, stdout, stderr, program_end, trouble))
+            self._be_program(request, test, (stdin, stdout, stderr, program_end, trouble))
         for file in {stdin, stdout, stderr, trouble, *of_judge, judge_end, program_end} - {-1, 0}:
             os.close(file)
 
@@ -242,11 +241,9 @@ class _Run:
             attempt.watch(self.fenced.namespaces)
         finally:
             attempt.end(self.fenced.namespaces)
-        return _facts(attempt, token)
+        return _facts(attempt)
 
-    def _be_program(
-        self, request: dict[str, Any], test: dict[str, str], token: bytes, files: tuple[int, ...]
-    ) -> NoReturn:
+    def _be_program(self, request: dict[str, Any], test: dict[str, str], files: tuple[int, ...]) -> NoReturn:
         """Confines this process, then becomes the program and ends with it. An earlier failure is written to the last
         file.
 
@@ -275,15 +272,15 @@ class _Run:
         gc.unfreeze()
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         try:
-            languages.RUN[request["language"]](test, request["source"], token, channel >= 0)
+            languages.RUN[request["language"]](test, request["source"], channel >= 0)
         finally:
             os._exit(1)
 
 
-def _facts(attempt: Watched, token: bytes) -> tuple:
+def _facts(attempt: Watched) -> tuple:
     """Returns what the answer says of an attempt that has ended."""
     stdout, stderr, trouble, *of_judge = attempt.read
-    has_passed = bool(token) and token in stdout
+    has_passed = False
     if of_judge:
         judge_stdout, judge_stderr, verdict = of_judge
         stdout, stderr = stdout + judge_stdout, stderr[-TAIL_BYTES:] + judge_stderr
@@ -294,7 +291,7 @@ def _facts(attempt: Watched, token: bytes) -> tuple:
         has_passed,
         attempt.cpu_seconds,
         attempt.seconds,
-        bytes(stdout).replace(token, b"") if token else bytes(stdout),
+        bytes(stdout),
         bytes((trouble or stderr)[-TAIL_BYTES:]),
     )
 

@@ -1,11 +1,10 @@
 """The judge: runs the code of a test in a process of its own, which calls the program and never holds an object of it.
 
-How another language plugs in: `JUDGES` has a function for each language whose tests are judged apart from the program
-(`dist_lm.sandbox.program.JUDGED` has the same languages). `inside` runs it in a confined process, forked for one test.
-It gets the test, the socket to the program, and the descriptor of the verdict; it writes `PASSED` there once the test
-passed, and ends the process. On the other end of the socket is `languages.RUN` of that language, which gets the socket
-as descriptor `languages.CHANNEL`. Which bytes they exchange is theirs; what comes from the program is hostile. No
-process that a program is forked from reads the `HIDDEN` parts of a test, so its memory does not hold them.
+`JUDGES` has a function for each language; those of Bash and SQL are in modules of their own. A judge gets the test, the
+socket to the program, and the descriptor of the verdict; it writes `PASSED` there once the test passed, and ends the
+process. On the other end of the socket is `languages.RUN` of that language, which gets the socket as descriptor
+`languages.CHANNEL`. Which bytes they exchange is theirs; what comes from the program is hostile. No process that a
+program is forked from reads the `HIDDEN` parts of a test, so its memory does not hold them.
 
 For Python, the globals of the test are the judge's own. `before` and `given`, the code that the task itself defines,
 are executed in them first, so no answer can redefine what the test relies on. Any other name is asked from the program.
@@ -21,7 +20,7 @@ import io
 import os
 import sys
 
-from dist_lm.sandbox import languages
+from dist_lm.sandbox import bash, languages, sql
 from dist_lm.sandbox.calls import GoneError, Peer, ProgramError, UncarriedError, program_operations
 from dist_lm.sandbox.values import MalformedError, NotCarriedError, Reference
 
@@ -248,7 +247,11 @@ class CallableProxy(Proxy):
     __slots__ = ()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return _judge_of(self).ask("call", self, (*arguments, *named.values()), tuple(named))
+        try:
+            return _judge_of(self).ask("call", self, (*arguments, *named.values()), tuple(named))
+        except StopIteration as error:
+            # Inside of `map` it would end the loop of a test before its first comparison, and nothing would fail.
+            raise RuntimeError("the program raised StopIteration") from error
 
 
 def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
@@ -281,7 +284,8 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
     if status == 0 and judge.has_run:  # SystemExit gives 0, too, and a program can raise it
         judge.end()
         os.write(verdict, PASSED)
-    return status
+        return 0
+    return status or 1
 
 
 def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
@@ -325,5 +329,9 @@ def _is_class_of_setup(value: Any) -> bool:
     return value.__module__ == "__main__" and not issubclass(value, BaseException)
 
 
-JUDGES: dict[str, Callable[[dict[str, str], int, int], NoReturn]] = {"python": _python}
+JUDGES: dict[str, Callable[[dict[str, str], int, int], NoReturn]] = {
+    "python": _python,
+    "bash": bash.judge,
+    "sql": sql.judge,
+}
 """Language -> function of (test, socket, descriptor of the verdict) that judges a test and ends the process."""

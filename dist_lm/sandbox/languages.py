@@ -1,8 +1,6 @@
 """Runs a program of each language, as what it is without any test: see `dist_lm.sandbox.judge` for these.
 
-This module runs inside the sandbox, in the process of one program, already confined. Each function ends the process. A
-language that has no judge yet gets the code of its test, too, and writes `token` to stdout once it has passed. The
-token is new for every run: a program that leaves early, with whatever exit code, has passed nothing.
+This module runs inside the sandbox, in the process of one program, already confined. Each function ends the process.
 """
 
 from __future__ import annotations
@@ -12,19 +10,18 @@ import os
 import sys
 import types
 
+from dist_lm.sandbox import bash, sql
+
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-PATH = "/usr/local/bin:/usr/bin:/bin"
 CHANNEL = 3  # descriptor of the socket to the judge, in a program that has one
 MAX_NAMES = 100  # of functions and classes, that a judge is told of at once
-BASH_ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
 
 
-def _python(test: dict[str, str], source: str, token: bytes, judged: bool) -> NoReturn:
+def _python(test: dict[str, str], source: str, judged: bool) -> NoReturn:
     """Runs a program in `__main__` and ends the process. If it is judged, it answers its judge before it ends.
 
     An exception gives exit code 1, SystemExit its own. A program whose judge was not satisfied ends with 1.
@@ -147,108 +144,19 @@ def _exit_status(code: object) -> int:
     return 1
 
 
-def _bash(test: dict[str, str], source: str, token: bytes, judged: bool) -> NoReturn:
-    """Runs all parts as one script in place of this process; the code of a test passes if its last command returns 0.
-
-    `eval` parses the program alone. Otherwise an open end of the program (`true ||`, a backslash) would take in the
-    test. A program whose end is open swallows the line that notes its exit code, and then no test passes. Exit code
-    126: the script is too long.
-    """
-    before, code = test["before"], test["code"]
-    script = f"{before}\n{source}\n" if before else f"{source}\n"
-    if code:
-        quoted = "'" + f"{script}dist_lm_ended=$?".replace("'", "'\\''") + "'"
-        script = f"eval {quoted}\n(exit ${{dist_lm_ended-1}}) && :\n{code}\n"
-        script += f"[[ $? -eq 0 && $dist_lm_ended ]] && printf %s%s {token[:16].decode()} {token[16:].decode()}\n"
-
-    # Python ignores these signals, and a new program inherits that.
-    import signal
-
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(number, signal.SIG_DFL)
-
-    bash = next(path for folder in PATH.split(":") if os.access(path := f"{folder}/bash", os.X_OK))
-    try:
-        os.execve(bash, ["bash", "--norc", "--noprofile", "-c", script, "program"], BASH_ENVIRONMENT)
-    except OSError as error:  # longer than an argument may be
-        os.write(2, f"bash: {error}\n".encode())
-    os._exit(126)
+def _bash(test: dict[str, str], source: str, judged: bool) -> NoReturn:
+    """Runs a script in place of this process; with a judge, beside this process, which answers the judge's calls."""
+    bash.run(test, source, CHANNEL if judged else -1)
 
 
-def _sql(test: dict[str, str], source: str, token: bytes, judged: bool) -> NoReturn:
-    """Runs SQLite in memory, prints the rows of the last query and ends the process; a test passes if its first value
-    is true.
-
-    An error gives exit code 1.
-    """
-    import sqlite3
-
-    before, code = test["before"], test["code"]
-    try:
-        connection = sqlite3.connect(":memory:", isolation_level=None)
-        connection.executescript(before)
-        rows: list[tuple] = []
-        for statement in split_statements(source):
-            cursor = connection.execute(statement)
-            if cursor.description is not None:
-                rows = cursor.fetchall()
-        lines = ["|".join(_sql_text(connection, value) for value in row) + "\n" for row in rows]
-        sys.stdout.write("".join(lines))
-
-        if code:
-            [query] = split_statements(code)
-            row = connection.execute(query).fetchone()
-            if not (row and row[0]):
-                raise sqlite3.Error(f"the test returned {row!r}")
-        sys.stdout.flush()
-    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError, OSError) as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode(errors="replace"))
-        os._exit(1)
-    if code:
-        os.write(1, token)
-    os._exit(0)
+def _sql(test: dict[str, str], source: str, judged: bool) -> NoReturn:
+    """Runs SQLite in memory, prints the rows of the last query and ends the process; an error gives exit code 1."""
+    sql.run(test["before"], source, test["writes"], CHANNEL if judged else -1)
 
 
-def split_statements(text: str) -> list[str]:
-    """Returns the SQL statements of `text` without leading comments; includes an unfinished last statement."""
-    import sqlite3
-
-    statements: list[str] = []
-    statement = ""
-    for part in text.split(";"):
-        statement += part
-        # A semicolon in a text, a comment or a trigger ends no statement.
-        if sqlite3.complete_statement(statement + ";"):
-            statements.append(statement)
-            statement = ""
-        else:
-            statement += ";"
-    statements.append(statement.removesuffix(";"))
-    return [stripped for statement in statements if (stripped := _without_leading_comments(statement))]
-
-
-def _without_leading_comments(statement: str) -> str:
-    text = statement.strip()
-    while text.startswith("--") or text.startswith("/*"):
-        end = "\n" if text.startswith("--") else "*/"
-        _, _, text = text.partition(end)
-        text = text.strip()
-    return text
-
-
-def _sql_text(connection: sqlite3.Connection, value: object) -> str:
-    """Returns a value as sqlite3's list mode prints it: no text after a NUL, and SQLite's own digits of reals."""
-    if value is None:
-        return ""
-    if isinstance(value, float):  # Python's digits differ from SQLite's, and so do those of SQLite's versions
-        [value] = connection.execute("select cast(? as text)", (value,)).fetchone()
-    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
-    return text.partition("\0")[0]
-
-
-RUN: dict[str, Callable[[dict[str, str], str, bytes, bool], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
+RUN: dict[str, Callable[[dict[str, str], str, bool], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}
 """Language -> function that runs a program and ends the process.
 
-Its arguments are the test, the source, the token, and whether there is a judge. Then the hidden parts of the test are
-empty, and the program answers on `CHANNEL`.
+Its arguments are the test, without what a program must not see, the source, and whether there is a judge. Then the
+program answers on `CHANNEL`.
 """

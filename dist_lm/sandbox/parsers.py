@@ -24,7 +24,8 @@ from contextlib import closing
 from functools import cache
 
 from dist_lm.sandbox import confine
-from dist_lm.sandbox.languages import PATH, split_statements
+from dist_lm.sandbox.bash import PATH
+from dist_lm.sandbox.sql import split_statements
 
 CPU_S = 0.5  # of a text, and for each of its characters:
 CPU_S_OF_CHARACTER = 1e-5  # a slow core needs a fifth

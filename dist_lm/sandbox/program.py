@@ -29,7 +29,9 @@ class Test:
     # Code that runs after the program: Python that raises nothing, Bash that returns 0, SQL whose first value is true.
     code: str = ""
     given: str = ""  # Python that the code of the test relies on, from the task: an answer cannot redefine it
-    entry: str = ""  # built-in Python name that the program is to define; a test takes others from Python
+    # Name of Python's own, or of a standard command, that the program is to define; a test has others from the system.
+    entry: str = ""
+    writes: str = ""  # names of SQL tables, in front of the program, that it may change; others stay as they are
     stdin: str = ""
     # Expected output; blanks at the ends of lines and of the text are ignored. It stays outside the sandbox.
     stdout: str | None = None
@@ -109,7 +111,6 @@ class Attempt:
     stderr_tail: str
 
 
-JUDGED = ("python",)  # languages whose tests are judged apart from the program: those of `dist_lm.sandbox.judge`
 HIDDEN = ("code", "given", "entry")  # parts of a test that its program never sees
 
 _ATTEMPT = struct.Struct("!Bi?ddII")
@@ -124,10 +125,9 @@ def request_of(program: Program, limits: Limits, folder: str) -> tuple[bytes, by
 
     The process that runs the program is forked from one that read the request, and may search its memory.
     """
-    is_judged = program.language in JUDGED
-    tests = [_parts(test, HIDDEN if is_judged else ()) for test in program.tests]
+    tests = [_parts(test, HIDDEN) for test in program.tests]
     request = {"language": program.language, "source": program.source, "tests": tests}
-    request |= {"judged": [is_judged and bool(test.code) for test in program.tests]}
+    request |= {"judged": [bool(test.code) for test in program.tests]}
     for_judge = marshal.dumps([_parts(test, ()) for test in program.tests]) if any(request["judged"]) else b""
     return marshal.dumps({**request, "limits": vars(limits), "folder": folder}), for_judge
 

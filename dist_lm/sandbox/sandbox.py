@@ -25,7 +25,7 @@ from typing import IO, Self
 
 from dist_lm.errors import ConfigError
 from dist_lm.sandbox import confine, inside
-from dist_lm.sandbox.languages import PATH
+from dist_lm.sandbox.bash import PATH
 from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.program import (
     Limits,
@@ -49,8 +49,8 @@ _CONTROL_LIMITS = Limits(cpu_s=1.0, wall_s=10.0)
 _MOST_SHARE = 0.5  # of a core that the control needs, whatever the limits of the program
 # The server's; imported ones come first.
 _MODULES = (
-    *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "languages", "judge", "judging"),
-    "inside",
+    *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "sql", "shared_files", "bash"),
+    *("languages", "judge", "judging", "inside"),
 )
 _SERVER = """
 import marshal, os, sys

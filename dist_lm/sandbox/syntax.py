@@ -11,7 +11,7 @@ import threading
 from functools import lru_cache, partial
 from pathlib import Path
 
-from dist_lm.sandbox.languages import BASH_ENVIRONMENT
+from dist_lm.sandbox.bash import ENVIRONMENT
 from dist_lm.sandbox.parsers import cpu_limit_s
 from dist_lm.storage.json_process import JsonProcess
 
@@ -59,7 +59,7 @@ class _Parser:
 
     def _start(self) -> bool:
         """Starts the process and returns whether it is ready."""
-        environment = BASH_ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+        environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
         try:
             self._process = JsonProcess("dist_lm.sandbox.parsers", environment=environment)
             self._process.receive(START_S)

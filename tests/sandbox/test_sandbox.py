@@ -72,7 +72,7 @@ CASES = {
         Test(stdin="ab\nc\n", stdout="AB"),
         Test(stdin="b", stdout="AB"),
     ),
-    "bash_strict": ("bash", "set -eu", Test(code="true"), Test(code="false; true")),
+    "bash_strict": ("bash", "set -eu", Test(code="true"), Test(code="set -e; false; true")),
     "bash_exit_code": (
         "bash",
         "set -e\n[ -e none ] && cat none",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.sandbox import parsers, syntax
-from dist_lm.sandbox.languages import split_statements
+from dist_lm.sandbox.sql import split_statements
 from dist_lm.sandbox.syntax import parses, parses_continued, python_error, whole_lines
 from tests.patience import patient
 

@@ -1,0 +1,220 @@
+"""Files of a folder that two sides share: each sends what changed, and makes the changes of the other one.
+
+Regular files and folders are shared, with rights and times. Links are sent by one side only, and never followed. Pipes,
+sockets and devices are not shared.
+
+This module runs inside the sandbox. Only the standard library is imported, and little of it. What comes from the other
+side is hostile.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from dist_lm.sandbox.values import MalformedError
+
+TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Change = tuple[bytes, str, int, int, bytes]  # path below the folder, kind, mode, time in ns, content
+
+MAX_FILES = 2_000  # in a folder
+MAX_FILE_BYTES = 2 << 20  # of all files that one message carries
+_KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+
+
+class FailedError(Exception):
+    """Raised where a test fails; says why."""
+
+
+def checked(values: Any, *kinds: type) -> Any:
+    """Returns the values if they are a tuple of these types.
+
+    Raises:
+        MalformedError: they are not.
+    """
+    if type(values) is not tuple or tuple(map(type, values)) != kinds:
+        raise MalformedError("a message of another form")
+    return values
+
+
+class Folder:
+    """Files below a folder that this side shares with the other one.
+
+    Args:
+        root: the folder; its own rights are not shared.
+        sends_links: whether symbolic links are shared, too.
+    """
+
+    def __init__(self, root: bytes, sends_links: bool) -> None:
+        self.root = root
+        self.sends_links = sends_links
+        self._known: dict[bytes, tuple] = {}  # path -> what changes with the file
+
+    def changes(self, is_shared: Callable[[bytes], bool] | None = None) -> list[Change]:
+        """Returns what changed since the last call of this method or of `apply`.
+
+        Args:
+            is_shared: whether a path that the other side does not have is shared from now on; None: all are.
+
+        Raises:
+            FailedError: there are too many files, or too much in them.
+        """
+        found: dict[bytes, tuple] = {}
+        self._scan(b"", found)
+        if is_shared is not None:
+            found = {path: state for path, state in found.items() if path in self._known or is_shared(path)}
+        changes: list[Change] = [(path, "none", 0, 0, b"") for path in self._known if path not in found]
+        num_bytes = 0
+        for path, (kind, mode, time_ns, *_) in found.items():
+            if self._known.get(path) == found[path]:
+                continue
+            content = self._content(path, kind, MAX_FILE_BYTES - num_bytes)
+            num_bytes += len(content)
+            changes.append((path, kind, mode, time_ns, content))
+        self._known = found
+        return changes
+
+    def apply(self, changes: Any) -> None:
+        """Makes the changes of the other side.
+
+        Raises:
+            FailedError: it changes what is not shared with it.
+            MalformedError: they are none, or lead out of the folder.
+            OSError: the kernel refuses.
+        """
+        if type(changes) is not list:
+            raise MalformedError("changes of another form")
+        for change in changes:
+            path, kind, *_ = checked(change, bytes, str, int, int, bytes)
+            if not path or any(part in (b"", b".", b"..") for part in path.split(b"/")) or b"\0" in path:
+                raise MalformedError("a path that leads out of the folder")
+            if kind not in ("file", "folder", "none", "link"):
+                raise MalformedError("a kind of file that is not shared")
+
+        # What has gone goes first, the deepest at the beginning: a folder may have become a file.
+        for path, kind, *_ in sorted(changes, reverse=True):
+            self._remove_other(path, kind)
+        folders = []
+        for path, kind, mode, time_ns, content in sorted(changes):
+            if kind == "none" or not self._has_plain_parents(path):
+                continue
+            self._make(path, kind, mode & 0o777, content)
+            if kind == "folder":
+                folders.append((path, mode & 0o777, time_ns))
+            elif kind == "file":
+                os.utime(self._at(path), ns=(time_ns, time_ns))
+        for path, mode, time_ns in reversed(folders):
+            os.chmod(self._at(path), mode)
+            os.utime(self._at(path), ns=(time_ns, time_ns))
+
+        found: dict[bytes, tuple] = {}
+        self._scan(b"", found)
+        shared = {*self._known, *(path for path, *_ in changes)}
+        self._known = {path: state for path, state in found.items() if path in shared}
+
+    def _at(self, path: bytes) -> bytes:
+        return b"%s/%s" % (self.root, path)
+
+    def _scan(self, folder: bytes, found: dict[bytes, tuple]) -> None:
+        """Notes what lies below a folder, links not followed."""
+        for entry in self._entries(self._at(folder) if folder else self.root):
+            path = b"%s/%s" % (folder, entry.name) if folder else entry.name
+            status = entry.stat(follow_symlinks=False)
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "")
+            if not kind or (kind == "link" and not self.sends_links):
+                continue
+            if len(found) >= MAX_FILES or path.count(b"/") > 100:
+                raise FailedError(f"more than {MAX_FILES} files, or folders too deep")
+            # Nobody can choose the time of a change.
+            found[path] = (kind, status.st_mode, status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns)
+            if kind == "folder":
+                found[path] = (kind, status.st_mode, status.st_mtime_ns)
+                self._scan(path, found)
+
+    def _entries(self, path: bytes) -> list[os.DirEntry[bytes]]:
+        try:
+            with os.scandir(path) as entries:
+                return [*entries]
+        except PermissionError:
+            os.chmod(path, 0o700)
+            with os.scandir(path) as entries:
+                return [*entries]
+
+    def _content(self, path: bytes, kind: str, most: int) -> bytes:
+        """Returns the bytes of a file, or where a link leads; empty for a folder.
+
+        Raises:
+            FailedError: a file has more than `most` bytes.
+        """
+        if kind == "link":
+            return os.readlink(self._at(path))
+        if kind == "folder":
+            return b""
+        try:
+            file = os.open(self._at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except PermissionError:
+            mode = os.stat(self._at(path), follow_symlinks=False).st_mode
+            os.chmod(self._at(path), 0o600)
+            file = os.open(self._at(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            os.fchmod(file, mode & 0o777)
+        try:
+            if os.fstat(file).st_size > most:
+                raise FailedError(f"more than {MAX_FILE_BYTES} bytes of files")
+            return os.read(file, most + 1)[:most]
+        finally:
+            os.close(file)
+
+    def _has_plain_parents(self, path: bytes) -> bool:
+        """Whether all folders above a path are folders, and no links."""
+        parts = path.split(b"/")[:-1]
+        for end in range(1, len(parts) + 1):
+            try:
+                status = os.lstat(self._at(b"/".join(parts[:end])))
+            except OSError:
+                return False
+            if not stat.S_ISDIR(status.st_mode):
+                return False
+        return True
+
+    def _remove_other(self, path: bytes, kind: str) -> None:
+        """Removes what is at a path, unless it is a folder that stays one.
+
+        Raises:
+            FailedError: it is not shared.
+        """
+        if not self._has_plain_parents(path):
+            return
+        try:
+            is_folder = stat.S_ISDIR(os.lstat(self._at(path)).st_mode)
+        except OSError:
+            return
+        if path not in self._known:
+            raise FailedError(f"the program changes {os.fsdecode(path)}, which it was not given")
+        if not is_folder:
+            os.unlink(self._at(path))
+        elif kind != "folder":
+            for entry in self._entries(self._at(path)):
+                self._remove_other(b"%s/%s" % (path, entry.name), "none")
+            os.rmdir(self._at(path))
+
+    def _make(self, path: bytes, kind: str, mode: int, content: bytes) -> None:
+        if kind == "link":
+            os.symlink(content, self._at(path))
+            return
+        if kind == "folder":
+            if not os.path.isdir(self._at(path)):
+                os.mkdir(self._at(path))
+            os.chmod(self._at(path), 0o700 | mode)
+            return
+        file = os.open(self._at(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(file, view) :]
+            os.fchmod(file, mode)
+        finally:
+            os.close(file)
