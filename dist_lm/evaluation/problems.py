@@ -7,6 +7,7 @@ for it and answers with a block of code. The program runs in the sandbox only.
 import builtins
 import gzip
 import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,9 @@ from typing import Any
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.sandbox.program import NAMES, Language, Program, Test
 from dist_lm.sandbox.task import code_of, refuse_broken
+from dist_lm.sandbox.weak_tests import note_of_weak
+
+log = logging.getLogger(__name__)
 
 PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nassert ", "\n```")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021
@@ -94,7 +98,7 @@ def _own(language: Language, line: Mapping[str, Any]) -> Problem:
         id=line["id"],
         language=language,
         prompt=line["prompt"],
-        tests=tuple(Test(**test) for test in line["tests"]),
+        tests=tuple(Test(**test, entry=name if language == "bash" else "") for test in line["tests"]),
         solution=line["solution"],
         stop=OWN_STOPS[language],
         closing=closing,
@@ -226,7 +230,7 @@ def multipl_e(path: Path) -> list[Problem]:
 
         # The function to complete is the last one of the prompt.
         entries: tuple[str, ...] = ()
-        given = ""
+        given = name = ""
         if names := re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE):
             name = names[-1][0] or names[-1][1]
             entries = (f"def {name}(",) if language == "python" else _functions(name)
@@ -235,7 +239,8 @@ def multipl_e(path: Path) -> list[Problem]:
         # Tests in Bash close the function that a stop text left open.
         tests = line["tests"].lstrip()
         closing = "\n}\n" if tests.startswith("}") else ""
-        test = Test(code=tests.removeprefix("}") + "\n", given=given)
+        entry = name if language == "bash" else ""
+        test = Test(code=tests.removeprefix("}") + "\n", given=given, entry=entry)
         stops = tuple(line["stop_tokens"])
         return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entries=entries)
 
@@ -243,7 +248,7 @@ def multipl_e(path: Path) -> list[Problem]:
 
 
 def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) -> list[Problem]:
-    """Returns the problems of a file. `read` makes a problem of a JSON object.
+    """Returns the problems of a file, and warns of weak ones. `read` makes a problem of a JSON object.
 
     Raises:
         ConfigError: names the key, the file, the line, and the fault.
@@ -271,6 +276,8 @@ def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) ->
 
     if not problems:
         raise ConfigError(f"{key}={path}: expected problems; the file has none")
+    if note := note_of_weak({problem.id: (problem.language, problem.tests) for problem in problems.values()}):
+        log.warning("%s=%s: %s", key, path, note)
     return [*problems.values()]
 
 

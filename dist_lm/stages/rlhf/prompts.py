@@ -15,7 +15,9 @@ from dist_lm.config.root import imported_function
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.sandbox.program import Test
 from dist_lm.sandbox.task import Task, task_of
+from dist_lm.sandbox.weak_tests import note_of_weak
 from dist_lm.stages.rlhf.config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import START
@@ -75,14 +77,20 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
 def check_prompts(group: RlhfRunGroup) -> None:
     """Refuses invalid files of prompts and reward functions before the run starts; imports the functions.
 
+    Warns of tasks whose tests say little about an answer.
+
     Raises:
         ConfigError: a function cannot be imported, or there is no file; names the key.
         ArtefactError: names the key, file and line of a prompt.
     """
     for key, pattern in _files(group):
+        tasks: dict[str, tuple[str, Sequence[Test]]] = {}
         for prompt in _prompts_of(pattern, key):
             if _asks_tests(group):
-                _task(prompt, key, readable=False)
+                task = _task(prompt, key, readable=False)
+                tasks[prompt.place] = task.language, task.tests
+        if note := note_of_weak(tasks):
+            log.warning("%s: %s", key, note)
 
     for name, part in group.rewards.items():
         if part.kind == "function":

@@ -1,0 +1,121 @@
+"""Finds tests that say little about an answer, by reading them: nothing is executed.
+
+A test that compares the answer with itself holds for every constant (HumanEval/33). If all tests of a task expect the
+same value, an answer that always gives this value passes. A form of test that is not known here is not weak.
+"""
+
+import ast
+import builtins
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from dist_lm.sandbox.program import Test
+
+NAMED = 3  # tasks of each kind that a message names
+_BASH_TEST = re.compile(r"""\[\[? "?\$\([^()]*\)"? (?:==?|-eq) (\$?'[^']*'|"[^"$`]*"|[\w.-]+) \]\]?""")
+
+
+def note_of_weak(tasks: Mapping[str, tuple[str, Sequence[Test]]]) -> str:
+    """Returns a sentence on the weak tasks of a file, which names some of them; empty: there are none.
+
+    Args:
+        tasks: name -> language and tests.
+    """
+    same = [name for name, (language, tests) in tasks.items() if language == "python" and compares_itself(tests)]
+    constant = [name for name, (language, tests) in tasks.items() if constant_answer(language, tests) is not None]
+    notes = []
+    if same:
+        notes.append(f"tests of {_some(same)} compare the answer with itself")
+    if constant:
+        notes.append(f"a constant answer passes {_some(constant)}")
+    return "; ".join(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
+
+
+def compares_itself(tests: Iterable[Test]) -> bool:
+    """Whether a test of Python compares two values of functions that it does not define itself, and nothing else."""
+    for test in tests:
+        tree = ast.parse(test.code)
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        imports = (node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+        own |= {alias.asname or alias.name for node in imports for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assert) and isinstance(node.test, ast.Compare) and len(node.test.comparators) == 1:
+                sides = node.test.left, node.test.comparators[0]
+                left, right = (_called(side) - own for side in sides)
+                if left and right and all(_is_constant_but_calls(side) for side in sides):
+                    return True
+    return False
+
+
+def constant_answer(language: str, tests: Sequence[Test]) -> str | None:
+    """Returns the value that all tests of a task expect, as text of its language; None: they differ, or their form is
+    not known."""
+    expected = {value for test in tests for value in _expected(language, test)}
+    if len(expected) == 1:
+        return expected.pop()
+    return None
+
+
+def _expected(language: str, test: Test) -> list[str | None]:
+    """Returns the values that a test compares the answer with; None among them: some other comparison."""
+    if test.stdout is not None:
+        return [test.stdout.strip(), *([None] if test.code else [])]
+    if language == "python":
+        return _expected_in_python(test.code)
+    if language == "bash":
+        conditions = [part.strip() for part in re.split(r"&&|\n", test.code) if part.strip()]
+        found = [_BASH_TEST.fullmatch(condition) for condition in conditions]
+        return [match and match[1].removeprefix("$").strip("'\"") for match in found]
+    return [None]
+
+
+def _expected_in_python(code: str) -> list[str | None]:
+    """Returns the literal that each assertion compares a call with; None for any other statement or assertion."""
+    tree = ast.parse(code)
+    statements = tree.body
+    # HumanEval's tests are the body of `check`.
+    checks = [node for node in statements if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    if checks:
+        statements = [node for node in checks[-1].body if not isinstance(node, ast.Expr | ast.Pass)]
+
+    values: list[str | None] = []
+    for node in statements:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        values.append(_expected_by(node.test) if isinstance(node, ast.Assert) else None)
+    return values
+
+
+def _expected_by(condition: ast.expr) -> str | None:
+    if isinstance(condition, ast.Call):
+        return "True" if isinstance(condition.func, ast.Name) and not _called_in_arguments(condition) else None
+    if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
+        return "False" if isinstance(condition.operand, ast.Call) else None
+    if not isinstance(condition, ast.Compare) or len(condition.ops) != 1:
+        return None
+    if not isinstance(condition.left, ast.Call) or not isinstance(condition.ops[0], ast.Eq | ast.Is):
+        return None
+    try:
+        return repr(ast.literal_eval(condition.comparators[0]))
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _called(node: ast.AST) -> set[str]:
+    """Returns the names of functions that an expression calls, built-in ones left out."""
+    calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
+    return {name.id for name in calls if isinstance(name, ast.Name)} - {*dir(builtins)}
+
+
+def _called_in_arguments(call: ast.Call) -> bool:
+    return any(isinstance(node, ast.Call) for argument in call.args for node in ast.walk(argument))
+
+
+def _is_constant_but_calls(side: ast.expr) -> bool:
+    """Whether nothing of a side but its calls could tell a wrong answer from a right one: it has no operators."""
+    return not any(isinstance(node, ast.BinOp | ast.BoolOp | ast.Compare) for node in ast.walk(side))
