@@ -271,8 +271,10 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
             for part in setup:
                 exec(part, names)
             sys.stdout = stdout
+            # The program gets only instances of its own classes. A class that the test never calls, it keeps.
             for name in [name for name, value in names.items() if _is_class_of_setup(value)]:
-                del names[name]
+                if f"{name}(" in test["code"]:
+                    del names[name]
         judge.begin()
         exec(code, names)
         judge.has_run = True

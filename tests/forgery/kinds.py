@@ -119,6 +119,23 @@ EXCEPTIONS = asked(
         "    except ValueError:\n        raised = True\n    assert raised, text\nassert age_of('40') == 40",
     ],
 )
+# The code before the tests defines what they check with.
+CHECKED = asked(
+    "python",
+    "roots",
+    "def roots(a, b):\n    return None\n",
+    ("def roots(a, b):\n    return sorted((a, b))\n", "def roots(a, b):\n    return (a, b) if a < b else (b, a)\n"),
+    [
+        "assert Checker.holds(roots(3, 1), 3, 1)",
+        "assert rising(roots(2, 2)) and Checker.holds(roots(2, 2), 2, 2)",
+        "assert rising(roots(-1, -4)) and Checker.holds(roots(-1, -4), -1, -4)",
+    ],
+    before=(
+        "class Checker:\n    @staticmethod\n    def holds(found, a, b):\n"
+        "        return len(found) == 2 and all(x in (a, b) for x in found) and found[0] + found[1] == a + b\n"
+        "def rising(found):\n    return found[0] <= found[1]\n"
+    ),
+)
 PROGRAM = asked(
     "python",
     "",
@@ -363,6 +380,7 @@ KINDS = {
     "class": CLASS,
     "in_place": IN_PLACE,
     "exceptions": EXCEPTIONS,
+    "checked": CHECKED,
     "program": PROGRAM,
     "humaneval": HUMANEVAL,
     "humaneval_plain": HUMANEVAL_PLAIN,

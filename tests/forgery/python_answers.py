@@ -6,7 +6,7 @@ In a source, `<name>` stands for the function or class that the tests call, and 
 from tests.forgery.forgery import Forgery
 
 FUNCTIONS = ("function", "humaneval_plain", "mbpp", "own_python")
-CALLED = (*FUNCTIONS, "class", "in_place", "exceptions", "humaneval", "mbpp_tree", "multipl_e_python")
+CALLED = (*FUNCTIONS, "class", "in_place", "exceptions", "humaneval", "mbpp_tree", "multipl_e_python", "checked")
 
 # --- built-in functions and names replaced ---
 
@@ -129,6 +129,20 @@ check = lambda candidate: None
         "the helper is redefined by the first call",
         "def side_of(square):\n    global area\n    area = lambda sides: square\n    return 1.0\n",
         ("humaneval",),
+    ),
+    Forgery(
+        "checker_redefined",
+        "what the tests check with is redefined",
+        "class Checker:\n    holds = staticmethod(lambda *a: True)\ndef rising(found): return True\n"
+        "def roots(a, b): return (5, 7)\n",
+        ("checked",),
+    ),
+    Forgery(
+        "checker_changed",
+        "what the tests check with is changed in a call",
+        "def roots(a, b):\n    global rising\n    Checker.holds = staticmethod(lambda *a: True)\n"
+        "    rising = lambda found: True\n    return (5, 7)\n",
+        ("checked",),
     ),
     Forgery(
         "helper_module",
