@@ -74,7 +74,9 @@ def main() -> None:
     write_frame(channel, b"ready")
     unloaded = [*PRELOADED]
     judges = None
-    while _wait_for(channel, unloaded):
+    is_first = True
+    while _wait_for(channel, unloaded, is_first):
+        is_first = False
         # The first byte says whether a test has a judge. The server reads no more.
         is_judged = os.read(channel, 1) == JUDGED
         fenced.prepare()
@@ -112,14 +114,17 @@ def _trees(*paths: str) -> list[str]:
     return roots
 
 
-def _wait_for(channel: int, unloaded: list[str]) -> bool:
+def _wait_for(channel: int, unloaded: list[str], is_first: bool) -> bool:
     """Waits for a request and returns whether one came; False once the other side has gone.
 
-    Meanwhile it imports the modules `unloaded`, and removes them from the list.
+    Meanwhile it imports the modules `unloaded`, and removes them from the list: at least one before every run but the
+    first, which may be the only one.
     """
     poller = select.poll()
     poller.register(channel, select.POLLIN)
-    while unloaded and not poller.poll(0):
+    is_late = not is_first
+    while unloaded and (is_late or not poller.poll(0)):
+        is_late = False
         name = unloaded.pop(0)
         __import__(name)
         if name == "site":

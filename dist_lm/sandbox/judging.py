@@ -54,13 +54,12 @@ class Judges:
         return control
 
     def end(self) -> None:
-        """Ends the judge, and all processes that it has started.
+        """Ends the judge, and all processes that it has started, before another one begins.
 
         Raises:
             OSError: the server of judges has ended.
         """
         os.write(self._channel, b"-")
-        read_exactly(self._channel, 1)
 
     def close(self) -> None:
         """Ends the server of judges."""
@@ -95,7 +94,6 @@ def _serve(channel: int, fenced: Fenced) -> None:
         _wait_for_children()
         if fenced.namespaces:
             _empty("/tmp")
-        os.write(_CONTROL, b".")
 
 
 def _wait_for_children() -> None:

@@ -5,6 +5,7 @@ This module runs inside the sandbox, in the process of one program, already conf
 
 from __future__ import annotations
 
+import atexit  # importing it in each program would take longer
 import builtins
 import os
 import sys
@@ -82,7 +83,7 @@ def run_python(run: Callable[[], None]) -> int:
     try:
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()  # waits for threads, as at the end of a program
-        __import__("atexit")._run_exitfuncs()
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except BaseException as error:
