@@ -54,7 +54,7 @@ def main() -> None:
     if identity:
         # bubblewrap as root covers parts of its /proc, and then the kernel lets no run mount one of its own.
         confine.mount_proc("")
-    has_own_files = bool(namespaces) and _own_files()
+    has_own_files = not namespaces or _own_files()  # without isolation, a fence around locks protects nobody
     if identity:
         confine.become(identity)
     elif namespaces:
