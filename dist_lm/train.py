@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 -m dist_lm.train RUN_DIR
 
 The first needs neither a launcher nor Ray: rank 0 composes the configuration, compares it with the run, resolves the
-layout and writes `config.yaml` (`dist_lm.prepare.door`). The second trains the run that a `config.yaml` describes; this
-is what the launcher starts, watches and starts again. In both cases the other ranks wait until rank 0 has told them the
-hash of `config.yaml`, and then all do the same: they continue from the newest intact checkpoint of the run, and write
-`result.json` after the last step.
+layout and writes `config.yaml` (`dist_lm.prepare.without_launcher`). The second trains the run that a `config.yaml`
+describes; this is what the launcher starts, watches and starts again. In both cases the other ranks wait until rank 0
+has told them the hash of `config.yaml`, and then all do the same: they continue from the newest intact checkpoint of
+the run, and write `result.json` after the last step.
 
 USR1, TERM or Ctrl-C make all ranks agree on a step, write a checkpoint and leave with exit code 0 but without
 `result.json`. Exit code 2: rank 0 has refused the command line, and one line says why. 1: a rank has failed, and
@@ -132,7 +132,7 @@ def train_stage(arguments: Sequence[str]) -> None:
         store = connect()
 
         def prepare() -> RunDirectory | None:
-            from dist_lm.prepare.door import prepare_stage  # only rank 0 needs Hydra
+            from dist_lm.prepare.without_launcher import prepare_stage  # only rank 0 needs Hydra
 
             return prepare_stage(arguments, Ranks.started(os.environ), Console(), stop, locks)
 

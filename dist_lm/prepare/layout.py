@@ -1,4 +1,4 @@
-"""The one place that resolves the layout of a run, for the launcher, the door without a launcher, and the dry run.
+"""The one place that resolves the layout of a run, for the launcher, runs without it, and the dry run.
 
 `config.yaml` of a run records the resolved layout: concrete parallel.dp_replicate, dp_shard and tp, and auto=false. The
 ranks, the journal and the dry run read it with `Layout.recorded`.

@@ -1,4 +1,4 @@
-"""The door without a launcher: what rank 0 prepares, what it refuses, and how the other ranks hear of it."""
+"""A run without the launcher: what rank 0 prepares, what it refuses, and how the other ranks hear of it."""
 
 import io
 import os
@@ -15,9 +15,9 @@ from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.parallel.layout import Layout
 from dist_lm.prepare.compose import compose_config, overrides_of
-from dist_lm.prepare.door import prepare_stage
 from dist_lm.prepare.layout import with_layout
 from dist_lm.prepare.run import Ranks, fit_to_ranks, launch_lock, rank_lock
+from dist_lm.prepare.without_launcher import prepare_stage
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable

@@ -1,4 +1,4 @@
-"""The door without a launcher: rank 0 of `torchrun -m dist_lm.train stage=S ...` prepares the run here.
+"""A run without the launcher: rank 0 of `torchrun -m dist_lm.train stage=S ...` prepares the run here.
 
 It composes, plans, compares settings and resolves the layout exactly as the launcher does, and takes the same locks. It
 does not build earlier stages, start failed ranks again, or use Ray. docs/cluster.md lists the files that only the
