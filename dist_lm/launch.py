@@ -30,7 +30,7 @@ from dist_lm.prepare.compose import (
 from dist_lm.prepare.conf_folders import KEY, conf_directory, search_path, with_config_dir
 from dist_lm.prepare.plan import Plan, PlannedStage, check_stage_prefixes, plan_command, untraced
 from dist_lm.stages.registry import stage_named
-from dist_lm.stages.stage import Place
+from dist_lm.stages.stage import RunsIn
 from dist_lm.storage.process import cores
 from dist_lm.tracking.console import Console
 
@@ -136,7 +136,7 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
     from dist_lm.prepare.layout import with_layout
 
     for stage in plan.stages if dry_run else plan.missing:
-        if stage.stage.place is Place.RANKS and (dry_run or stage.config.cluster.name == "local"):
+        if stage.stage.runs_in is RunsIn.RANKS and (dry_run or stage.config.cluster.name == "local"):
             ranks = ranks_planned(stage.config) if dry_run else ranks_here(stage.config)
             with_layout(stage.config, ranks, before=stage.continued)
 
@@ -185,7 +185,7 @@ def describe_steps(plan: Plan, console: Console) -> None:
     from dist_lm.prepare.layout import on_nodes_of, with_layout
 
     for stage in plan.stages:
-        if stage.stage.place is not Place.RANKS:
+        if stage.stage.runs_in is not RunsIn.RANKS:
             continue
         ranks = ranks_planned(stage.config)
         if not stage.config.takes_sequences:
@@ -315,8 +315,8 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     from dist_lm.launcher.process import left_at_once, watch_signals
     from dist_lm.launcher.stage_run import run_training_stage
 
-    runner_of = {Place.RANKS: run_training_stage, Place.POOL: run_pool_stage}
-    on_cluster = [stage for stage in plan.missing if stage.stage.place in runner_of]
+    runner_of = {RunsIn.RANKS: run_training_stage, RunsIn.POOL: run_pool_stage}
+    on_cluster = [stage for stage in plan.missing if stage.stage.runs_in in runner_of]
     n_before = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
 
     # Stages before the first one on the cluster are built before it is joined, so that no node is reserved meanwhile.
@@ -328,14 +328,14 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     if not on_cluster:
         return 0
 
-    trains = on_cluster[-1].stage.place is Place.RANKS
+    trains = on_cluster[-1].stage.runs_in is RunsIn.RANKS
     then = "writing a checkpoint, then stopping" if trains else "stopping"
     with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
         for stage in plan.missing[n_before:]:
             pipeline.begin(stage.name)
             is_done, detail = False, ""
             if stage in on_cluster and not interrupt.requested:
-                is_done = runner_of[stage.stage.place](stage, cluster, console, interrupt, job)
+                is_done = runner_of[stage.stage.runs_in](stage, cluster, console, interrupt, job)
             elif not interrupt.requested:
                 with left_at_once(interrupt, console):
                     detail = build_artefact(stage, console)
@@ -360,7 +360,7 @@ def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
 
     with connect(stages[0].config.cluster) as cluster:
         for stage in stages:
-            if stage.stage.place is Place.RANKS:
+            if stage.stage.runs_in is RunsIn.RANKS:
                 fitted(stage, cluster)
 
 

@@ -10,7 +10,7 @@ from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.prepare.conf_folders import KEY, with_config_dir
 from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages
-from dist_lm.stages.stage import KeyFigure, Place, run_of, shown_path
+from dist_lm.stages.stage import KeyFigure, RunsIn, run_of, shown_path
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_drawing import glyphs_for, sparkline
@@ -53,7 +53,7 @@ def print_samples(plan: Plan, console: Console) -> None:
     # The target prints its own samples in its summary.
     for planned in plan.missing[:-1]:
         run = run_of(planned.config)
-        if planned.stage.place is Place.RANKS and list(run.samples.glob("step_*.jsonl")):
+        if planned.stage.runs_in is RunsIn.RANKS and list(run.samples.glob("step_*.jsonl")):
             console.line(f"samples of stage {planned.name}, more in {run.samples}")
             planned.stage.print_samples(run, console)
 
@@ -71,7 +71,7 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
         state = "there"
     output_path = _where(stage) if has_begun else ""
 
-    if stage.stage.place is Place.LAUNCHER:
+    if stage.stage.runs_in is RunsIn.LAUNCHER:
         detail = queued.detail if queued.state == "done" else ""
         # `detail` is still that of the plan.
         if detail and queued.seconds is not None:
@@ -83,7 +83,7 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and has_begun else {}
     seconds = queued.seconds if queued.seconds is not None else result.get("seconds")
     duration = span(seconds) if seconds is not None else ""
-    if stage.stage.place is Place.POOL:
+    if stage.stage.runs_in is RunsIn.POOL:
         return (stage.name, state, "", duration, stage.stage.figures(result), "", output_path)
 
     if not has_begun:
@@ -146,7 +146,7 @@ def next_commands(
 
     run = run_of(config)
     path = str(run.path)
-    trains = stage.stage.place is Place.RANKS
+    trains = stage.stage.runs_in is RunsIn.RANKS
     if trains and run.metrics.exists():
         if run.result.exists() and stage.stage.writes_text:
             yield "talk to it", shlex.join(["python", "-m", "dist_lm", "generate", path])

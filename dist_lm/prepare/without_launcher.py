@@ -20,7 +20,7 @@ from dist_lm.prepare.conf_folders import with_config_dir
 from dist_lm.prepare.layout import check_hardware, on_nodes, with_layout
 from dist_lm.prepare.plan import Plan, PlannedStage, may_need, plan_command, untraced
 from dist_lm.prepare.run import Ranks, begin_attempt, launch_lock, rank_lock
-from dist_lm.stages.stage import Action, Place, run_of
+from dist_lm.stages.stage import Action, RunsIn, run_of
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.training.heartbeat import StopRequest
@@ -96,7 +96,7 @@ def require_trainable(planned: PlannedStage, overrides: Sequence[str]) -> None:
     """
     launcher = f"`{shlex.join(['python', '-m', 'dist_lm.launch', *overrides])}`"
     config = planned.config
-    if planned.stage.place is not Place.RANKS:
+    if planned.stage.runs_in is not RunsIn.RANKS:
         raise ConfigError(f"stage={planned.name}: expected a stage that trains on ranks; or give {launcher}")
     if config.dry_run:
         raise ConfigError(f"dry_run=true: expected false: only the launcher plays steps; give {launcher}")
@@ -119,14 +119,14 @@ def require_earlier(plan: Plan, overrides: Sequence[str], ranks: Ranks) -> None:
 
     # The launcher builds what its stage needs on the way, so the last one of these stages is enough.
     built_on_the_way = {
-        need for planned in missing if planned.stage.place is Place.LAUNCHER for need in may_need(planned.name)
+        need for planned in missing if planned.stage.runs_in is RunsIn.LAUNCHER for need in may_need(planned.name)
     }
     commands = []
     for planned in missing:
         if planned.name in built_on_the_way:
             continue
         program = ["python", "-m", "dist_lm.launch"]
-        if planned.stage.place is Place.RANKS:
+        if planned.stage.runs_in is RunsIn.RANKS:
             program = ["torchrun", "--nproc-per-node", str(ranks.per_node), "-m", "dist_lm.train"]
         commands.append(shlex.join([*program, *overrides_of(planned.name, plan.target.name, overrides)]))
     names = ", ".join(planned.name for planned in missing)

@@ -40,7 +40,7 @@ class Action(Enum):
     RESUME = "continue"
 
 
-class Place(Enum):
+class RunsIn(Enum):
     """The processes that a stage runs in."""
 
     LAUNCHER = "launcher"  # `build` in the launcher's process
@@ -82,7 +82,7 @@ class Stage(ABC):
             cls.needs = (*cls.needs, cls.starts_from)
 
     name: ClassVar[str]
-    place: ClassVar[Place]
+    runs_in: ClassVar[RunsIn]
     schema: ClassVar[type[Config]] = Config  # the stage's own keys are fields of `schema`'s `stage` group
     needs: ClassVar[tuple[str, ...]] = ()  # stages whose output it reads; `starts_from` is added
     starts_from: ClassVar[str | None] = None  # stage whose checkpoint `stage.init_from=auto` names
@@ -155,7 +155,7 @@ class Stage(ABC):
 class ArtefactStage(Stage):
     """A stage that builds files in the launcher's process. All runs of a work directory share these files."""
 
-    place = Place.LAUNCHER
+    runs_in = RunsIn.LAUNCHER
 
     @abstractmethod
     def inspect(self, config: Config) -> "Artefact":
@@ -235,7 +235,7 @@ class PoolWork(ABC):
 class PoolStage(Stage):
     """A stage whose requests a pool of generation engines answers."""
 
-    place = Place.POOL
+    runs_in = RunsIn.POOL
 
     def rounds(self, config: Config) -> Sequence[Config]:
         """A configuration for each model of the run, one after the other; `config.model` is the model."""

@@ -14,7 +14,7 @@ from rich.text import Text
 from dist_lm.cluster.events import read_events
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.registry import load_config, stage_named
-from dist_lm.stages.stage import Place
+from dist_lm.stages.stage import RunsIn
 from dist_lm.storage import durable
 from dist_lm.storage.lock import is_locked
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -142,7 +142,7 @@ def read_run(run: RunDirectory) -> RunStatus:
 
     return RunStatus(
         path=str(run.path),
-        asks=bool(stage and stage.place is Place.POOL),
+        asks=bool(stage and stage.runs_in is RunsIn.POOL),
         held=is_locked(run.launch_lock),
         step=int(metrics.pop("step", 0)),
         steps=getattr(config.stage, "steps", None) if config else None,

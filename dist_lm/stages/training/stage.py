@@ -25,7 +25,7 @@ from dist_lm.stages.stage import (
     VAL_LOSS,
     Action,
     Look,
-    Place,
+    RunsIn,
     Stage,
     run_of,
     shown_path,
@@ -49,7 +49,7 @@ SAMPLE_LINES = 12
 class TrainingStage(Stage):
     """A stage that trains a model."""
 
-    place = Place.RANKS
+    runs_in = RunsIn.RANKS
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
     schedule_keys: ClassVar[tuple[str, ...]] = SCHEDULE_KEYS
     key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
