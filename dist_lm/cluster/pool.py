@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.5  # between two calls of `wanted`
+SLICE_S = 0.5  # between two calls of `keep_going`
 LOOK_EVERY_S = 2.0  # between two queries of the living nodes
 OTHERS_S = 5.0  # wait for the other actors at the start, once the first one is up
 ENGINEFULS = 2  # work sent to an actor, in engine capacities: one in progress, one waiting
@@ -57,7 +57,7 @@ class Pool:
         spec: EngineSpec,
         weights: Weights,
         actors: int,
-        wanted: Callable[[], bool],
+        keep_going: Callable[[], bool],
         warn: Callable[[str], None],
         site: Site,
         sender: "Sender | None",
@@ -67,7 +67,7 @@ class Pool:
         self._spec = spec
         self._weights = weights
         self._actors = actors
-        self._wanted = wanted
+        self._keep_going = keep_going
         self._warn = warn
         self._site = site
         self._sender = sender
@@ -88,7 +88,7 @@ class Pool:
         *,
         version: int = 0,
         actors: int = AS_MANY,
-        wanted: Callable[[], bool] = lambda: True,
+        keep_going: Callable[[], bool] = lambda: True,
         warn: Callable[[str], None] = log.warning,
         site: Site = ANYWHERE,
         sender: "Sender | None" = None,
@@ -101,7 +101,7 @@ class Pool:
             weights: float arrays by the names of the model's parameters, or a stream of parameters; sent in spec.dtype.
             version: version of `weights`.
             actors: how many; -1: one for each spec.tp GPUs of a node, or one per node without GPUs.
-            wanted: asked while waiting; if it returns False the pool stops without an error.
+            keep_going: asked while waiting; if it returns False the pool stops without an error.
             warn: receives a line for each lost actor or node.
             site: the part of the cluster that it may use.
             sender: sends later weights straight to actors; None: through Ray's object store.
@@ -112,7 +112,7 @@ class Pool:
             UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
         """
         check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
-        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, wanted, warn, site, sender)
+        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, keep_going, warn, site, sender)
         try:
             pool._await_start()
         except BaseException:
@@ -128,7 +128,7 @@ class Pool:
     def load_weights(self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int) -> None:
         """Uses other weights from now on, in all present and future actors, and waits until all actors have them.
 
-        If `wanted` returns False it returns early, without an error.
+        If `keep_going` returns False it returns early, without an error.
 
         Raises:
             RuntimeError: a `generate` call is under way.
@@ -139,7 +139,7 @@ class Pool:
         if self._ledger:
             raise RuntimeError("weights cannot change during `generate`: finish or close it first")
         self._weights = Weights(self._sent(weights, version), version)
-        while self._wanted():
+        while self._keep_going():
             self._tend()
             if self.members and all(member.next_version == version for member in self.members):
                 return
@@ -148,7 +148,7 @@ class Pool:
     def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Yields all answers to every request, or one refusal; the results of a request come together, once complete.
 
-        If `wanted` returns False, or the caller leaves early, the rest is cancelled.
+        If `keep_going` returns False, or the caller leaves early, the rest is cancelled.
 
         Raises:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
@@ -162,7 +162,7 @@ class Pool:
         ledger = self._ledger = Ledger(iter(requests), depth)
 
         try:
-            while not ledger.is_over and self._wanted():
+            while not ledger.is_over and self._keep_going():
                 self._tend()
                 self._hand_out(ledger)
                 yield from ledger.release()
@@ -191,12 +191,12 @@ class Pool:
 
         # Actors that still load the version before cannot receive another one.
         self._tend()
-        while self._wanted() and any(member.next_version != member.version for member in self.members):
+        while self._keep_going() and any(member.next_version != member.version for member in self.members):
             self._wait()
             self._tend()
         idle = [member for member in self.members if member.is_ready]
         stream = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
-        return self._sender.send(stream, version, idle, self._wanted, self._warn)
+        return self._sender.send(stream, version, idle, self._keep_going, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
         """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
@@ -224,7 +224,7 @@ class Pool:
         self.close()
 
     def _await_start(self) -> None:
-        """Waits until an actor is up, and then up to `OTHERS_S` for the others; returns early if `wanted` returns
+        """Waits until an actor is up, and then up to `OTHERS_S` for the others; returns early if `keep_going` returns
         False.
 
         Raises:
@@ -233,7 +233,7 @@ class Pool:
         """
         config = self._cluster.config
         first_up_at: float | None = None
-        while self._wanted():
+        while self._keep_going():
             self._tend(config.start_timeout_s)
             n_up = len(self.members)
             if n_up and first_up_at is None:

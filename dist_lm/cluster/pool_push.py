@@ -174,7 +174,7 @@ class Sender:
         weights: WeightStream | Held,
         version: int,
         members: Sequence[Member],
-        wanted: Callable[[], bool],
+        keep_going: Callable[[], bool],
         warn: Callable[[str], None],
     ) -> Held | Stored:
         """Sends a version to the actors that a link reaches, and keeps it. Their calls may still be open at the end.
@@ -183,7 +183,7 @@ class Sender:
 
         Args:
             members: actors that are up and have no work.
-            wanted: called at least every `LOOK_EVERY_S` seconds.
+            keep_going: called at least every `LOOK_EVERY_S` seconds.
             warn: receives a line if a link fails; its actors then lack the version.
 
         Raises:
@@ -198,7 +198,7 @@ class Sender:
         def attempt(step: Callable[[Link, Alive], None]) -> None:
             for link in self._links:
                 try:
-                    step(link, _watch(link, wanted))
+                    step(link, _watch(link, keep_going))
                 except FAILURES as error:
                     self._fail(link, version, error, warn)
                     return
@@ -212,7 +212,7 @@ class Sender:
                 if not isinstance(weights, Held):
                     kept_buckets.append(self._on_host(len(full)).copy_(full, non_blocking=True))
                 wait_for_copies(self._device)
-                wanted()
+                keep_going()
                 attempt(lambda link, alive, full=full: link.give(full, alive))
         if self._links:
             self._failures = 0
@@ -280,7 +280,7 @@ class Sender:
         warn(f"generation: {failed.way} of weights {version} to {names}: {error}; they go through Ray's store{after}")
 
 
-def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
+def _watch(link: Link, keep_going: Callable[[], bool]) -> Alive:
     """Returns a function that keeps this process alive, and raises LinkError if an actor of the link has given up."""
     looked_at = time.monotonic()
 
@@ -289,7 +289,7 @@ def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
         if time.monotonic() - looked_at < LOOK_EVERY_S:
             return
         looked_at = time.monotonic()
-        wanted()
+        keep_going()
         for member in link.members:
             if reason := member.why_not():
                 raise LinkError(reason)

@@ -156,7 +156,7 @@ class Muster:
             demands=self._demands,
             timeout_s=timeout_s,
             avoid=avoid,
-            wanted=lambda: not self._interrupt.requested,
+            keep_going=lambda: not self._interrupt.requested,
             warn=self._console.warning,
             note=self._note,
         )

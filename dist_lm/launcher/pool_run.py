@@ -188,7 +188,7 @@ def _answer(
             spec,
             weights,
             actors=n_actors,
-            wanted=lambda: not interrupt.requested,
+            keep_going=lambda: not interrupt.requested,
             warn=console.warning,
         )
     began = time.monotonic()

@@ -45,12 +45,12 @@ class PoolBeside:
         spec: EngineSpec,
         weights: WeightStream,
         version: int,
-        wanted: Callable[[], bool],
+        keep_going: Callable[[], bool],
         sender: "Sender | None" = None,
     ) -> Pool:
         """Starts the actors and returns their pool, which the caller closes.
 
-        It calls `wanted` at least twice a second while it works; False ends it.
+        It calls `keep_going` at least twice a second while it works; False ends it.
 
         Args:
             version: number of `weights`, which answers carry.
@@ -68,7 +68,7 @@ class PoolBeside:
                 weights,
                 version=version,
                 actors=actors,
-                wanted=wanted,
+                keep_going=keep_going,
                 warn=log.warning,
                 site=site_of(pool, self.access.nodes, ranks, self.device),
                 sender=sender,

@@ -221,8 +221,8 @@ class PoolWork(ABC):
     def take(self, result: "Answer | Refusal") -> None:
         """Store an answer or a refusal."""
 
-    def finish(self, wanted: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
-        """Work that is left after the last answer. `wanted`: whether to go on."""
+    def finish(self, keep_going: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
+        """Work that is left after the last answer. `keep_going`: whether to go on."""
 
     def close(self) -> None:  # noqa: B027  most work holds nothing
         """End what the work has started: after its last call, also after an error or a signal."""

@@ -111,11 +111,11 @@ class Trial:
         )
 
     def send(self, given: Any, version: int) -> Held:
-        held = self.sender.send(given, version, cast("list[Member]", self.actors), self._wanted, self.warned.append)
+        held = self.sender.send(given, version, cast("list[Member]", self.actors), self._keep_going, self.warned.append)
         assert isinstance(held, Held)
         return held
 
-    def _wanted(self) -> bool:
+    def _keep_going(self) -> bool:
         self.asked += 1
         return True
 

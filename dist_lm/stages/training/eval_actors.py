@@ -172,7 +172,7 @@ class BesideTraining:
         weights, asked = stored(parts, step), parts.tasks.of(due)
         if self._pool is None:
             assert self._start_pool is not None
-            self._pool = self._start_pool(weights, step, self._wanted)
+            self._pool = self._start_pool(weights, step, self._keep_going)
         else:
             self._pool.load_weights(weights, step)
 
@@ -182,7 +182,7 @@ class BesideTraining:
             self._go_on()
             return asked.records(self._go_on)
 
-    def _wanted(self) -> bool:
+    def _keep_going(self) -> bool:
         return not self._closing.is_set()
 
     def _go_on(self) -> None:
