@@ -319,7 +319,7 @@ def _answer_tokens(page: _Page, pieces: Sequence[_Piece], begins: Sequence[int],
 
 def _names(tokenizer: Tokenizer) -> tuple[tuple[str, int], ...]:
     """Returns the special tokens with the names that they have in the tokenizer's file, the longest name first."""
-    return tuple(sorted(tokenizer.file_names.items(), key=lambda named: (-len(named[0]), named)))
+    return tuple(sorted(tokenizer.special_ids_in_file.items(), key=lambda named: (-len(named[0]), named)))
 
 
 def _kept(tokenizer: Tokenizer) -> KeptTemplate:

@@ -96,7 +96,7 @@ class EngineModel(TemplateLM):
         self._bos = loaded.tokenizer.opening.first
         if kept:
             bos_name = dict(kept.special_tokens).get("bos_token", "")
-            self._bos = loaded.tokenizer.file_names.get(bos_name, self._bos)
+            self._bos = loaded.tokenizer.special_ids_in_file.get(bos_name, self._bos)
 
     # Properties that the harness reads
 
@@ -283,7 +283,7 @@ class EngineModel(TemplateLM):
             ConfigError: names an option that the engine lacks, or a value out of bounds.
         """
         # A generated text never holds the name of a special token.
-        until = tuple(stop for stop in options.pop("until") if stop and stop not in self._tokenizer.file_names)
+        until = tuple(stop for stop in options.pop("until") if stop and stop not in self._tokenizer.special_ids_in_file)
         do_sample = options.pop("do_sample", False)
         filters: dict[str, Any] = {"temperature": options.pop("temperature", 1.0) if do_sample else 0.0}
         for key in ("top_k", "top_p", "min_p", "repetition_penalty"):

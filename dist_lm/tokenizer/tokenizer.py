@@ -334,8 +334,8 @@ class Tokenizer:
         return (opening_id,)
 
     @property
-    def file_names(self) -> dict[str, int]:
-        """Ids of the special tokens by the names that they have in the file."""
+    def special_ids_in_file(self) -> dict[str, int]:
+        """Ids of the special tokens, by the names that the tokenizer's file gives them."""
         return self._vocabulary.special_ids
 
     def lacking(self) -> tuple[str, ...]:

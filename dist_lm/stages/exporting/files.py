@@ -193,7 +193,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     turn_end_ids = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []
     if template := tokenizer.kept_template:
         # Conversations in a template of an imported model end as its own tokens say.
-        named_ids = {f"{name}_id": tokenizer.file_names.get(text) for name, text in template.special_tokens}
+        named_ids = {f"{name}_id": tokenizer.special_ids_in_file.get(text) for name, text in template.special_tokens}
         ids |= {name: named_ids[name] for name in ids if named_ids.get(name) is not None}
         turn_end_ids = list(turn_ends(tokenizer))
     return ids | {"eos_token_id": list(dict.fromkeys((tokenizer.eot_id, *turn_end_ids)))}
