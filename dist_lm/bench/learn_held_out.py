@@ -68,7 +68,11 @@ def opening_of(config: Config, device: torch.device) -> Opening:
 
 
 def held_out(config: Config, device: torch.device) -> HeldOut:
-    """Opens `stage.eval_sequences` sequences of val of `stage.corpus`."""
+    """Opens `stage.eval_sequences` sequences of val of `stage.corpus`.
+
+    Raises:
+        ArtefactError: the work directory lacks the corpus or the tokenizer, or one is damaged.
+    """
     corpus = corpus_of(config, config.stage.corpus, "val")
     return HeldOut(held_out_batches(opening_of(config, device), corpus, False), device)
 
@@ -79,6 +83,7 @@ def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, He
     Raises:
         ConfigError: recipes have different tokenizers, but not the whole of val or not the same documents; or a model
             has another vocabulary than its corpus.
+        ArtefactError: a work directory lacks a corpus or the tokenizer, or one is damaged.
     """
     first = recipes[0].config
     by_work_dir = {
@@ -111,6 +116,12 @@ def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, He
 
 
 def _require_vocabulary(recipe: Recipe) -> None:
+    """Refuses a model with another vocabulary than its corpora.
+
+    Raises:
+        ConfigError: names the recipe and the corpus.
+        ArtefactError: a corpus is missing.
+    """
     config = recipe.config
     for corpus in config.stage.streams:
         folder = WorkDirectory(Path(config.work_dir)).corpus(corpus)
@@ -123,5 +134,9 @@ def _require_vocabulary(recipe: Recipe) -> None:
 
 
 def corpus_of(config: Config, name: str, split: str) -> TokenCorpus:
-    """Opens a split of a corpus in the work directory of a recipe."""
+    """Opens a split of a corpus in the work directory of a recipe.
+
+    Raises:
+        ArtefactError: the corpus or the split is missing, empty or damaged.
+    """
     return TokenCorpus.open(WorkDirectory(Path(config.work_dir)).corpus(name), split)

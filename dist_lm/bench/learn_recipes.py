@@ -91,7 +91,14 @@ def _require_text_stage(recipe_name: str, stage_name: str) -> TextStage:
 
 
 def _check(recipe: Recipe, seed: int) -> None:
-    """Refuses settings that a learner would not follow, since a row must show what its configuration says."""
+    """Refuses settings that a learner would not follow, since a row must show what its configuration says.
+
+    Args:
+        seed: the seed that all recipes must have.
+
+    Raises:
+        ConfigError: names the recipe and the key, or the stage does not learn the next token.
+    """
     stage, name = recipe.config.stage, recipe.name
     _require_text_stage(name, stage.name).check(recipe.config)
 
@@ -110,7 +117,11 @@ def _check(recipe: Recipe, seed: int) -> None:
 
 
 def _split_name(text: str, option: str) -> tuple[str, list[str]]:
-    """Splits `NAME: WORD WORD ...` into the name and the words, as a shell would."""
+    """Splits `NAME: WORD WORD ...` into the name and the words, as a shell would.
+
+    Raises:
+        ConfigError: names `option`; the name or the colon is missing, or a quotation does not end.
+    """
     name, colon, rest = text.partition(":")
     if not name.strip() or not colon:
         raise ConfigError(f"{option}={text}: expected NAME: KEY=VALUE ...")
@@ -125,6 +136,14 @@ class OwnLearner:
     """Our model, optimizer and schedule, as a run has them."""
 
     def __init__(self, config: Config, steps: int, device: torch.device) -> None:
+        """Builds the model with its initial weights on `device`, and the optimizer.
+
+        Args:
+            steps: steps of this training; they replace stage.steps.
+
+        Raises:
+            ConfigError: the warm-up takes all steps.
+        """
         if steps <= config.stage.warmup_steps:
             raise ConfigError(
                 f"stage.warmup_steps={config.stage.warmup_steps}: training has {steps} steps; expected fewer steps of "
@@ -145,7 +164,11 @@ class OwnLearner:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """See `Learner`."""
+        """See `Learner`.
+
+        Raises:
+            UserError: the gradients are not finite; names the step.
+        """
         set_learning_rate(self.optimizer, stage_rate(self.stage, number))
         set_momentum(self.optimizer, muon_momentum(self.stage, number))
 
