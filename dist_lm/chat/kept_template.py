@@ -77,7 +77,11 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
 
 
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids that a model continues. The caller makes sure that the assistant is next."""
+    """Returns the token ids that a model continues. The caller makes sure that the assistant is next.
+
+    Raises:
+        ChatError: the conversation is not well formed, or the template refuses it or leaves out a text.
+    """
     page = _Page(conversation, tokenizer)
     text = page.text(conversation.messages, opening=True)
     page.check_shows_texts(text)
@@ -143,7 +147,7 @@ def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant.
 
     Raises:
-        ChatError: the template ends turns without a special token.
+        ChatError: the template ends turns without a special token, or refuses a plain conversation.
     """
     ends = _ends(_kept(tokenizer), _names(tokenizer))
     if not ends:
