@@ -164,8 +164,12 @@ def _handle_of(file: int) -> tuple[str, str]:
 def opened(handle: tuple[Any, ...], size: int, device: torch.device) -> torch.Tensor:
     """Returns the bucket of another process, in place, as uint8 of `size`.
 
+    Args:
+        handle: `SharedBucket.handle` of the other process.
+
     Raises:
-        LinkError: it is closed.
+        LinkError: the other process has closed the bucket, or has ended (without GPUs).
+        RuntimeError: CUDA cannot open the memory.
     """
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -306,6 +310,10 @@ class Receiver:
         Args:
             device: holds the engine's weights.
             address: this node's.
+
+        Raises:
+            LinkError: the other members of the group do not come in time.
+            RuntimeError: a member is lost, or see `opened`.
         """
         self.offer = offer
         self._device = device
