@@ -75,8 +75,9 @@ class HeldOutIndex:
         index.
 
         Returns:
-            (len(texts),) bool: texts that are refused, because they have more than half of the windows of a protected
-            text, or more than half of their own windows are in protected texts. Their windows are not remembered.
+            (len(texts),) bool: texts that are refused, because they contain a protected text (see the module: more than
+            half of its windows, or a short text letter by letter), or more than half of their own windows are in
+            protected texts. Their windows are not remembered.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
