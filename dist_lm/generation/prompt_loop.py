@@ -237,11 +237,12 @@ class PromptLoop:
         return "\n".join([*lines, line])
 
     def _execute(self, line: str) -> None:
-        """Executes a command and prints what it says.
+        """Executes a command and prints what it says; /again also prints the answer.
 
         Raises:
             EOFError: /quit, as for Ctrl-D.
-            UserError: the command or its value is not accepted.
+            UserError: the command or its value is not accepted, the answer to /again is refused, or /lang cannot read
+                the configuration of the run (ArtefactError).
         """
         match parse_command(line, self.settings):
             case Do("show"):
@@ -267,6 +268,11 @@ class PromptLoop:
         self._say(f"{'model':{width}}  {self._session.name}, context of {self._session.config.max_seq_len:,} tokens")
 
     def _again(self) -> None:
+        """Answers the last prompt once more.
+
+        Raises:
+            UserError: there is no prompt yet, or see `_answer`.
+        """
         if self._last_prompt is None:
             raise UserError("/again: there is no prompt yet")
         if self._chat:
@@ -274,6 +280,7 @@ class PromptLoop:
         self._answer(self._last_prompt)
 
     def _new(self) -> None:
+        """Starts a new conversation; raises UserError without tools, where every prompt is a new text."""
         if self._chat is None:
             raise UserError("/new: needs --tools; without it every prompt is a new text")
         self._chat.forget()
