@@ -83,13 +83,17 @@ def model_in(folder: Path, name: str) -> tuple[ModelConfig, Architecture]:
     """Returns the model that the config.json of a folder describes, called `name`, and its architecture.
 
     Raises:
-        ArtefactError: the file is missing, or names an option that our model lacks.
+        ArtefactError: the file is missing or no JSON, or names an option that our model lacks.
     """
     return model_of(read_json(folder / CONFIG), name, str(folder / CONFIG))
 
 
 def named_model(source: str) -> ModelConfig:
-    """Returns the model that `source` names, with a head for tokens: stages choose the head themselves."""
+    """Returns the model that `source` names, with a head for tokens: stages choose the head themselves.
+
+    Raises:
+        ArtefactError, UserError: as `folder_of` and `model_in`.
+    """
     model, _ = model_in(folder_of(source, weights=False), name_of(source))
     return replace(model, head="tokens")
 
@@ -99,6 +103,7 @@ def named_tokenizer(source: str) -> tuple[bytes, str]:
 
     Raises:
         ArtefactError: there is no such model, or no tokenizer that fits its embedding.
+        UserError: a package that is needed is not installed.
     """
     folder = folder_of(source, weights=False)
     rows = model_in(folder, name_of(source))[0].vocab_size
@@ -114,8 +119,8 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
             that transformers adds to a SentencePiece model, else <|unused_N|>.
 
     Raises:
-        ArtefactError: there is no tokenizer, none is readable, or it has more pieces than the embedding has rows (one
-            of ours: another number).
+        ArtefactError: there is no tokenizer, none is readable, its tokenizer_config.json or added_tokens.json is no
+            JSON, or it has more pieces than the embedding has rows (one of ours: another number).
         UserError: the package `tokenizers` is needed and not installed.
     """
     paths = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
@@ -266,7 +271,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a JSON file of the snapshot.
 
     Raises:
-        ArtefactError: the file is missing.
+        ArtefactError: the file is missing, or no JSON.
     """
     if not path.is_file():
         raise ArtefactError(f"{path} is missing: expected a folder of a model as transformers saves it")
