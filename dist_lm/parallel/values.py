@@ -143,9 +143,10 @@ def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.d
 
 
 def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
-    """Returns a parameter of logical shape plus the change by its LoRA adapter (collective).
+    """Returns a parameter of logical shape plus the change by its LoRA adapter (collective), sharded as the parameter.
 
-    A parameter without an adapter, or inside `without_adapters`, is returned itself; otherwise the result is a copy.
+    A DTensor stays a DTensor. Without an adapter, or inside `without_adapters`, the result shares memory with the
+    parameter (see `logical`); otherwise it is a copy.
 
     Args:
         name: name of the parameter.
