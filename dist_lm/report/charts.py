@@ -263,7 +263,10 @@ class Still:
 
 
 def still_values(chart: Chart) -> list[Still]:
-    """Returns the values of a chart without a curve; equal values of one run's parts become one."""
+    """Returns the last value of each line of a chart without a curve.
+
+    If the chart has one run and all values are equal, they become one without a label.
+    """
     stills = []
     for line in chart.lines:
         points = line.curve.points
