@@ -79,10 +79,11 @@ class Export(ArtefactStage):
         return super().look(config, is_target=is_target, rebuilt=rebuilt)
 
     def inspect(self, config: Config) -> Artefact:
-        """Compare the folder with the checkpoint.
+        """Compares the folder with the checkpoint: ready if it was written from this checkpoint in stage.dtype, is
+        whole, has the GGUF file and was pushed, where these are asked for.
 
         Raises:
-            ArtefactError: the run has no checkpoint.
+            ArtefactError: the run has no checkpoint, or the record in the folder is damaged.
         """
         stage, folder = group_of(config), folder_of(config)
         checkpoint = checkpoint_files.find_checkpoint(_run(config))
@@ -105,7 +106,11 @@ class Export(ArtefactStage):
         return Artefact(is_of_checkpoint and is_whole and has_gguf and is_pushed, detail)
 
     def build(self, config: Config, console: "Console") -> None:
-        """Write the folder, and upload it if a repository is named."""
+        """Writes the folder, and uploads it if a repository is named.
+
+        Raises:
+            ConfigError, ArtefactError, UserError: see `exporting.files.export` and `push_folder`.
+        """
         from dist_lm.stages.exporting.files import export  # imports torch
 
         stage, folder = group_of(config), folder_of(config)
@@ -136,7 +141,7 @@ def folder_of(config: Config) -> Path:
 
 
 def check_repository(key: str, repository: str) -> None:
-    """Refuse an id that the hub cannot have."""
+    """Raises ConfigError, which names `key`, for an id that the hub cannot have."""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository)
     require(bool(is_id), key, repository, "the id of a repository, such as my_name/my_model")
 

@@ -169,7 +169,13 @@ class TasksOfIterations:
             self.before_checkpoint(time.perf_counter() - began)
 
     def before_checkpoint(self, waited_s: float | None = None) -> None:
-        """Wait for the figures of all iterations so far, and write them."""
+        """Waits for the figures of all iterations so far, and writes them (collective).
+
+        It raises, on the first rank, what an evaluation has raised.
+
+        Args:
+            waited_s: see `Evaluated.write`.
+        """
         # A run that continues from the checkpoint does not answer these tasks again.
         for iteration, records in self._open.items():
             self.parts.write(iteration, records(), waited_s)
@@ -199,6 +205,10 @@ def tasks_of_iterations(
     Args:
         source: on the first rank.
         cluster: see `Evaluated`.
+
+    Raises:
+        UserError: a task cannot be asked.
+        ArtefactError: the file of a task has changed since the run began.
     """
     tasks = loop_tasks(config, run, start.tokenizer)
     parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat, cluster)

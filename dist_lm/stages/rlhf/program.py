@@ -81,8 +81,12 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
 
     Raises:
         ArtefactError: a checkpoint, a corpus or the prompts are missing, damaged or have changed.
-        ConfigError: the prompts, or the start of the critic, do not fit.
-        ClusterError: Ray refuses the first rank, or has no free resources for an actor.
+        ConfigError: the prompts, or the start of the critic, do not fit; or the node has no GPU for this rank or no
+            sandbox.
+        NonFiniteGradientsError, RewardError, RequestError: see `Learner.run`.
+        CheckpointWriteError: a checkpoint could not be written.
+        UserError: a task of stage.eval_tasks cannot be asked.
+        ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
     """
     began = time.time()
     config = load_config(run.config)

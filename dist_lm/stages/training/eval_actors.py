@@ -80,7 +80,7 @@ class BesideTraining:
         """Writes the figures that have arrived. If tasks are due, it copies the weights to the first rank and queues
         their evaluation.
 
-        It raises what an evaluation in a thread has raised.
+        It raises what an earlier evaluation has raised in its thread, see `_evaluate`.
         """
         parts = self._parts
         due = parts.tasks.due(step)
@@ -104,13 +104,20 @@ class BesideTraining:
         parts.metrics.write(step, {"timing/eval_s": time.perf_counter() - began})
 
     def before_checkpoint(self) -> None:
-        """Wait until the weights of the last evaluation are on disk."""
+        """Waits until the weights of the last evaluation are on disk.
+
+        Raises:
+            OSError: they could not be written.
+        """
         if self._writing:
             self._writing.result()
             self._writing = None
 
     def finish(self) -> None:
-        """Waits for all evaluations and writes their figures, with heartbeats meanwhile (collective)."""
+        """Waits for all evaluations and writes their figures, with heartbeats meanwhile (collective).
+
+        It raises, on the first rank, what an evaluation has raised in its thread, see `_evaluate`.
+        """
         parts = self._parts
         while True:
             wait(self._open.values(), timeout=LOOK_S)
@@ -124,6 +131,7 @@ class BesideTraining:
                 return
 
     def close(self) -> None:
+        """Gives up the evaluations that are not done and ends the actors; a resumed run makes these evaluations."""
         self._closing.set()
         for threads in (self._writer, self._evaluator):
             threads.shutdown(cancel_futures=True)
@@ -131,7 +139,10 @@ class BesideTraining:
             self._pool.close()
 
     def _collect(self) -> None:
-        """Write the figures of evaluations that are done, in the order of their steps."""
+        """Writes the figures of evaluations that are done, in the order of their steps.
+
+        It raises what such an evaluation has raised.
+        """
         # In order, since lines of the metrics file are ordered by step.
         for step, records in list(self._open.items()):
             if not records.done():
@@ -164,6 +175,7 @@ class BesideTraining:
             AbandonedError: the run ends before the evaluation.
             ActorsLostError: no place for an actor.
             PoolFailure: actors keep dying.
+            OSError: the weights could not be written or read.
         """
         if writing:
             writing.result()
@@ -210,6 +222,7 @@ def tasks_of_steps(
 
     Raises:
         UserError: a task cannot be asked.
+        ArtefactError: the file of a task has changed since the run began.
         ClusterError: Ray refuses the first rank.
     """
     tasks = loop_tasks(config, run, tokenizer)

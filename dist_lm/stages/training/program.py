@@ -72,6 +72,7 @@ def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator
 
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
+        ConfigError: this rank should have a GPU and its node has too few.
     """
     # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
     # while the first rank generates: a shorter one would end a healthy run.
@@ -179,7 +180,11 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
     Raises:
         ArtefactError: checkpoint, tokenizer, corpus or the last evaluation is missing, damaged or does not fit.
+        ConfigError: a setting does not fit the corpus; or the node has no GPU for this rank, or no sandbox for the
+            programs of a task.
+        NonFiniteGradientsError, CheckpointWriteError: see `Trainer.run`.
         UserError: a task of stage.eval_tasks cannot be asked.
+        ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
     """
     began = time.time()
     config = load_config(run.config)
