@@ -255,7 +255,8 @@ def await_config(run: RunDirectory, sha256: str) -> None:
 
 
 def start_with_full_environment() -> None:
-    """Start this program again with the environment that an agent of the launcher gives its ranks.
+    """Starts this program again with the environment that an agent of the launcher gives its ranks. Returns only in
+    a process that has this environment already: one of an agent, or one that was started again.
 
     The number of threads decides the order of floating-point sums on CPUs, and the allocator and OpenMP read their
     settings only when a process starts. The process id stays, so torchrun does not notice.
