@@ -175,7 +175,9 @@ class OwnLearner:
         self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number) if self.stage.dropout else None
         sums = accumulate_gradients(self.model, self.objective, micro_batches)
         self.model.dropout = None
-        step = update(self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, counts=True, stop=StopRequest())
+        step = update(
+            self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, adds_sums=True, stop=StopRequest()
+        )
         if not step.applied:
             raise UserError(f"step {number + 1}: the gradients are not finite; lower stage.lr={self.stage.lr}")
 

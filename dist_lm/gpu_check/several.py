@@ -107,7 +107,7 @@ def _unsplit_steps(probe: Probe, config: Config) -> Callable[[list[Batch]], floa
 
     def step(batches: list[Batch]) -> float:
         sums = accumulate_gradients(model, next_token(), [batch.to(world.device) for batch in batches])
-        return update(model, optimizer, sums, grad_clip=0.0, counts=world.is_first, stop=StopRequest()).loss
+        return update(model, optimizer, sums, grad_clip=0.0, adds_sums=world.is_first, stop=StopRequest()).loss
 
     return step
 

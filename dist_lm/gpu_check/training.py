@@ -49,8 +49,8 @@ class Training:
         self.optimizer = build_optimizer(self.model, config.stage, config.stage.muon)
 
         # A loss that several tensor-parallel ranks compute counts once.
-        counts = mesh.get_local_rank("tp") == 0
-        self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), counts)
+        adds_sums = mesh.get_local_rank("tp") == 0
+        self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), adds_sums)
         self.state = TrainState()
 
     def step(self, batches: Sequence[Batch], laps: Laps | None = None) -> StepResult:

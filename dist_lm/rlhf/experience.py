@@ -135,7 +135,7 @@ def _forward_passes(
     of_policy, of_critic = run.beside(logprobs, values_and_scores)
     columns = of_policy | of_critic
     # Each rank has filled in its own rollouts and left 0 elsewhere, so a sum gives every rank all of them.
-    return dict(zip(columns, add_up(list(columns.values()), run.counts), strict=True))
+    return dict(zip(columns, add_up(list(columns.values()), run.adds_sums), strict=True))
 
 
 def _with_signs_of_life(batches: Iterable[SomeBatch], alive: Callable[[], None]) -> Iterator[SomeBatch]:
@@ -200,15 +200,15 @@ def end_scores(
     return score_B
 
 
-def add_up(parts: Sequence[torch.Tensor], counts: bool) -> list[torch.Tensor]:
+def add_up(parts: Sequence[torch.Tensor], adds_sums: bool) -> list[torch.Tensor]:
     """Returns the sums of the parts over all ranks, bit-identical on every rank (collective, one all-reduce).
 
     Args:
-        counts: whether this rank adds its parts; exactly one of the ranks of a tp group does.
+        adds_sums: whether this rank adds its parts; exactly one of the ranks of a tp group does.
     """
     # One message for all parts: small ones cost their latency.
     flat = torch.cat([part.flatten() for part in parts])
-    shared = flat if counts else torch.zeros_like(flat)
+    shared = flat if adds_sums else torch.zeros_like(flat)
     dist.all_reduce(shared)
     sums = shared.split([part.numel() for part in parts])
     return [total.view_as(part) for total, part in zip(sums, parts, strict=True)]

@@ -210,7 +210,7 @@ class Learner:
             models=self.models,
             device=self.world.device,
             dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
-            counts=self.mesh.get_local_rank("tp") == 0,
+            adds_sums=self.mesh.get_local_rank("tp") == 0,
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
             alive=self.alive,
             beside=self.beside,
@@ -384,7 +384,7 @@ class Updater:
             if self.pretraining and config.pretrain_coefficient:
                 texts = self.pretraining(state.policy_updates)
                 count = float(prepared.count_B[torch.from_numpy(minibatch.rollout_S)].sum())
-                share = count / max(_targets_of_all_ranks(texts, self.execution.counts), 1.0)
+                share = count / max(_targets_of_all_ranks(texts, self.execution.adds_sums), 1.0)
                 batches += texts
             return self._step(models.policy, policy_objective(self.algorithm, prepared, config, share), batches)
 
@@ -405,7 +405,7 @@ class Updater:
             trained.optimizer,
             sums,
             grad_clip=execution.config.grad_clip,
-            counts=execution.counts,
+            adds_sums=execution.adds_sums,
             stop=self.stop,
         )
 
@@ -489,9 +489,9 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
     return objective
 
 
-def _targets_of_all_ranks(batches: Sequence[Batch], counts: bool) -> float:
+def _targets_of_all_ranks(batches: Sequence[Batch], adds_sums: bool) -> float:
     """Returns the number of targets in the loss masks of all ranks (collective)."""
-    n_targets = sum(float(batch.loss_mask_BT.sum()) for batch in batches) if counts else 0.0
+    n_targets = sum(float(batch.loss_mask_BT.sum()) for batch in batches) if adds_sums else 0.0
     total = torch.tensor(n_targets, dtype=torch.float64, device=batches[0].tokens_BT.device)
     dist.all_reduce(total)
     return float(total)

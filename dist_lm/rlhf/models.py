@@ -168,7 +168,7 @@ class Execution:
     models: RlhfModels
     device: torch.device
     dealing: Dealing
-    counts: bool  # whether this rank's sums count; of the ranks that see the same rollouts, one counts
+    adds_sums: bool  # whether this rank adds its sums: one of the ranks that see the same rollouts does
     reduce_every_micro_batch: bool
     alive: Callable[[], None]  # called before every forward pass and update, from any thread
     beside: Beside

@@ -97,7 +97,7 @@ def update(
     sums: Sums,
     *,
     grad_clip: float,
-    counts: bool,
+    adds_sums: bool,
     stop: StopRequest,
     tokens: int = 0,
     laps: Laps | None = None,
@@ -107,7 +107,7 @@ def update(
     Gradients that are not finite leave parameters and moments unchanged.
 
     Args:
-        counts: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
+        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
         stop: read after the backward pass, so that a request during a long step (the first may compile) ends the run
             with this step.
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
@@ -127,7 +127,7 @@ def update(
     metric_names, count_names = sorted(sums.metrics), sorted(sums.counts)
     metric_sums = [sums.metrics[name] for name in metric_names] + [sums.counts[name] for name in count_names]
     batch_sums = torch.cat([tokens_1, sums.total_count, *(metric.double().reshape(1) for metric in metric_sums)])
-    if not counts:
+    if not adds_sums:
         batch_sums = torch.zeros_like(batch_sums)
     message = torch.cat([stop_1, squared_norms(list(groups.values())).to(device), batch_sums])
     _lap(laps, "optimizer")

@@ -61,7 +61,7 @@ class Trainer:
 
     config: Config
     world: World
-    counts_once: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
+    adds_sums: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -168,7 +168,7 @@ class Trainer:
             self.optimizer,
             sums,
             grad_clip=stage.grad_clip,
-            counts=self.counts_once,
+            adds_sums=self.adds_sums,
             stop=self.stop,
             tokens=data.tokens,
             laps=laps,

@@ -99,7 +99,7 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
             )
             set_learning_rate(optimizer, rate)
             sums = accumulate_gradients(model, choices_of_people, next(stream).micro_batches)
-            update(model, optimizer, sums, grad_clip=stage.grad_clip, counts=True, stop=StopRequest())
+            update(model, optimizer, sums, grad_clip=stage.grad_clip, adds_sums=True, stop=StopRequest())
     scores = scores_of_rankings(model, RankingBatches(rankings=val, **batch), torch.device("cpu"), None)
     return reward_metrics(beside_verdicts(val, scores))
 

@@ -147,7 +147,7 @@ def run_of(*overrides: str) -> Iterator[Run]:
                     models=models,
                     device=CARD,
                     dealing=shares,
-                    counts=True,
+                    adds_sums=True,
                     reduce_every_micro_batch=config.parallel.reduce_every_micro_batch,
                     alive=lambda: None,
                     beside=one_after_other,

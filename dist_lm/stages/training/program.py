@@ -230,7 +230,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         trainer = Trainer(
             config=config,
             world=world,
-            counts_once=mesh.get_local_rank("tp") == 0,
+            adds_sums=mesh.get_local_rank("tp") == 0,
             model=model,
             optimizer=optimizer,
             objective=stage.objective(config),
