@@ -450,7 +450,7 @@ def policy_objective(
                 total=weight * text_loss.total,
                 count=torch.zeros_like(text_loss.count),
                 metrics={name: text_loss.total.detach()},
-                counts={name: text_loss.count},
+                metric_counts={name: text_loss.count},
             )
 
         now = model.logprobs(batch, config.temperature, algorithm.uses_entropy, batch.sets)
@@ -467,8 +467,8 @@ def policy_objective(
         # have another count.
         is_first_N = batch.drawn_N % longest == 0
         count_N = prepared.count_B[drawn.rollout_N] * is_first_N
-        counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
-        return replace(loss, count=count_N.sum(), counts=counts)
+        metric_counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
+        return replace(loss, count=count_N.sum(), metric_counts=metric_counts)
 
     return objective
 
