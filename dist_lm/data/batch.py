@@ -16,7 +16,7 @@ from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import Opening
 
 WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
-COUNTED_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
+LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +53,9 @@ class Batch:
     document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one document
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
     sequence_B: torch.Tensor  # int64; global sequence number, the key of dropout
-    # int64; indices in the flattened batch for which logits are computed: all counted targets and some more; None: all
-    counted_N: torch.Tensor | None = None
+    # int64; indices in the flattened batch for which logits are computed: all targets in the loss and some more; None:
+    # all
+    logit_index_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPositions | None = None  # only for rankings
     n_tokens: int = 0  # tokens of `tokens_BT`, padding excluded; counted by position: padding may be end-of-text
@@ -209,15 +210,15 @@ def assemble(
         document_BT=_tensor(document[:, :-1]),
         position_BT=_tensor(position[:, :-1]),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
-        counted_N=counted_places(learned[:, 1:]),
+        logit_index_N=logit_indices(learned[:, 1:]),
         n_tokens=n_tokens,
     )
 
 
-def counted_places(learned: np.ndarray) -> torch.Tensor | None:
-    """Returns the positions for which logits are computed, as `Batch.counted_N`; None (all) if that costs little more.
+def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
+    """Returns `Batch.logit_index_N`, the positions for which logits are computed; None (all) if that costs little more.
 
-    They are (N,) int64 indices into B * T, rising; N is a multiple of `COUNTED_MULTIPLE`, filled up with positions that
+    They are (N,) int64 indices into B * T, rising; N is a multiple of `LOGIT_MULTIPLE`, filled up with positions that
     do not count.
 
     Args:
@@ -225,7 +226,7 @@ def counted_places(learned: np.ndarray) -> torch.Tensor | None:
     """
     uncounted = np.flatnonzero(learned == 0)
     n_counted = learned.size - len(uncounted)
-    size = -(-n_counted // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
+    size = -(-n_counted // LOGIT_MULTIPLE) * LOGIT_MULTIPLE
     if size >= WORTH_CHOOSING * learned.size:
         return None
 

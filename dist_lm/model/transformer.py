@@ -167,29 +167,29 @@ class Transformer(nn.Module):
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
         """Returns the cross-entropy of every target in nats, fp32, (B, T); 0 for tokens that are not in
-        `batch.counted_N`.
+        `batch.logit_index_N`.
 
         Arguments are those of `cross_entropy.token_losses`.
         """
-        x_ND = self._head_input(batch, batch.counted_N)
-        targets_N = _select(batch.targets_BT.flatten(), batch.counted_N)
+        x_ND = self._head_input(batch, batch.logit_index_N)
+        targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
         losses = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
         losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._with_logit_cap(losses), self.chunk_bytes)
-        return _scatter(losses_N, batch.counted_N, batch)
+        return _scatter(losses_N, batch.logit_index_N, batch)
 
     def logprobs(
         self, batch: Batch, temperature: float, entropy_gradient: bool = False, sets: TokenSets | None = None
     ) -> Logprobs:
         """Returns log-probability and entropy, in nats, of every target if it is sampled at `temperature`; 0 for tokens
-        that are not in `batch.counted_N`.
+        that are not in `batch.logit_index_N`.
 
         Args:
             entropy_gradient: whether the entropy has a gradient.
-            sets: the tokens among which each of `batch.counted_N` was drawn; None: the whole vocabulary.
+            sets: the tokens among which each of `batch.logit_index_N` was drawn; None: the whole vocabulary.
         """
-        x_ND = self._head_input(batch, batch.counted_N)
-        targets_N = _select(batch.targets_BT.flatten(), batch.counted_N)
+        x_ND = self._head_input(batch, batch.logit_index_N)
+        targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
         # Logits are computed in chunks, so each target carries the index of its set with it.
         set_N = torch.arange(len(targets_N), device=targets_N.device)
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
         columns_N2 = losses_in_chunks(
             x_ND, self.head_weight, target_and_set_N2, self._with_logit_cap(logprob_and_entropy), self.chunk_bytes
         )
-        return Logprobs(*(_scatter(column_N, batch.counted_N, batch) for column_N in columns_N2.unbind(-1)))
+        return Logprobs(*(_scatter(column_N, batch.logit_index_N, batch) for column_N in columns_N2.unbind(-1)))
 
     def scores(self, batch: Batch, index_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
         """Returns a score of the text up to each token, fp32, (B, T); only with `model.head=scalar`.

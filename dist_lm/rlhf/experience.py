@@ -161,8 +161,8 @@ def token_logprobs(
     entropy_BT = torch.zeros(shape, device=device)
     for batch in batches:
         now = model.logprobs(batch, temperature, sets=batch.sets)
-        logprob_BT.view(-1)[batch.drawn_N] = now.logprob_BT.flatten()[batch.counted_N]
-        entropy_BT.view(-1)[batch.drawn_N] = now.entropy_BT.flatten()[batch.counted_N]
+        logprob_BT.view(-1)[batch.drawn_N] = now.logprob_BT.flatten()[batch.logit_index_N]
+        entropy_BT.view(-1)[batch.drawn_N] = now.entropy_BT.flatten()[batch.logit_index_N]
     reshard(model)
     return logprob_BT, entropy_BT
 
@@ -172,7 +172,7 @@ def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tup
     """Returns the critic's value before each completion token in `batches`, fp32 (B, T); 0 for other rollouts."""
     value_BT = torch.zeros(shape, device=model.embedding.weight.device)
     for batch in batches:
-        value_BT.view(-1)[batch.drawn_N] = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
+        value_BT.view(-1)[batch.drawn_N] = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
     reshard(model)
     return value_BT
 

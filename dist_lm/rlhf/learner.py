@@ -455,8 +455,8 @@ def policy_objective(
 
         now = model.logprobs(batch, config.temperature, algorithm.uses_entropy, batch.sets)
         drawn = DrawnTokens(
-            logprob_N=now.logprob_BT.flatten()[batch.counted_N],
-            entropy_N=now.entropy_BT.flatten()[batch.counted_N],
+            logprob_N=now.logprob_BT.flatten()[batch.logit_index_N],
+            entropy_N=now.entropy_BT.flatten()[batch.logit_index_N],
             rollout_N=batch.drawn_N // longest,
             columns={name: column[batch.drawn_N] for name, column in flat_columns.items()},
             kl_coefficient=prepared.kl_coefficient,
@@ -483,7 +483,7 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
         assert isinstance(batch, RolloutBatch)
-        value_N = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
+        value_N = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
         return algorithm.value_loss(value_N, {name: column[batch.drawn_N] for name, column in flat_columns.items()})
 
     return objective

@@ -27,7 +27,7 @@ from dist_lm.rlhf.rollouts import Rollouts
 class RolloutBatch(Batch):
     """Rollouts in rows, each without its last token.
 
-    `counted_N` are indices in the flattened batch of the tokens that predict a completion token.
+    `logit_index_N` are indices in the flattened batch of the tokens that predict a completion token.
     """
 
     drawn_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
@@ -220,7 +220,7 @@ class _Rows:
             **self._tokens(begin_row, end_row),
             targets_BT=self._grid(self.targets, begin_row, end_row),
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
-            counted_N=torch.from_numpy(self.counted[is_inside] - begin),
+            logit_index_N=torch.from_numpy(self.counted[is_inside] - begin),
             drawn_N=torch.from_numpy(self.drawn[is_inside]),
             sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
         )

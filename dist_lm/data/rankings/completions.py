@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from dist_lm.chat.ranking import branch_positions
-from dist_lm.data.batch import Batch, counted_places
+from dist_lm.data.batch import Batch, logit_indices
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.data.rankings.shards import RankingCorpus
@@ -233,7 +233,7 @@ def batch_of_trees(
         document_BT=torch.from_numpy(document),
         position_BT=torch.from_numpy(position),
         sequence_B=torch.tensor(list(numbers), dtype=torch.int64),
-        counted_N=counted_places(segment),
+        logit_index_N=logit_indices(segment),
         branch_BT=torch.from_numpy(branch),
         n_tokens=n_tokens,
         segment_BT=torch.from_numpy(segment),
