@@ -211,7 +211,7 @@ def save(probe: Probe) -> None:
     checkpoints = probe.folder / "checkpoints"
     checkpoints.mkdir()
 
-    with CheckpointSaver(checkpoints, config.model, probe.world, keep=1, beside_training=True) as saver:
+    with CheckpointSaver(checkpoints, config.model, probe.world, keep=1, asynchronous=True) as saver:
         for step_batches in batches[:2]:
             first.step(step_batches)
 

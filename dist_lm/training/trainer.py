@@ -285,7 +285,7 @@ class Trainer:
             self.model.config,
             self.world,
             keep=stage.keep_checkpoints,
-            beside_training=stage.checkpoint_async,
+            asynchronous=stage.checkpoint_async,
         )
 
     def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, is_final: bool) -> TrainState:

@@ -130,7 +130,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             loaded.models.policy.model.config,
             world,
             keep=config.stage.keep_checkpoints,
-            beside_training=config.stage.checkpoint_async,
+            asynchronous=config.stage.checkpoint_async,
         )
         with saver, profiler or nullcontext():
             if profiler:
