@@ -18,9 +18,9 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages, FlashPlan
+from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
-from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, PagedCache, Piece, PlainPages, Plan, pages_for
+from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
@@ -167,18 +167,18 @@ class Decoder:
         x_ND = self.hidden(token_N, plan.position_N, attend)
         return self.logits(x_ND[end_P - 1])
 
-    def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         """Runs the model on one token per sequence and writes its keys and values to the cache.
 
         Returns fp32 logits (B, V), which the next step may overwrite.
         """
         # The plan is on the device already; only the tokens are new in a step.
         (token_B,) = upload(self._device, torch.tensor(tokens))
-        if self._graphs is not None and isinstance(plan, FlashPlan):
+        if self._graphs is not None and isinstance(plan, FlashDecodePlan):
             return self._graphs(token_B, plan)
         return self._decode(token_B, plan)
 
-    def _decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def _decode(self, token_B: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
         index_X = self.cache.write_index(plan.cell_B)
 
         def attend(layer: int, q_BHK: torch.Tensor, k_BGK: torch.Tensor, v_BGK: torch.Tensor) -> torch.Tensor:
@@ -187,7 +187,7 @@ class Decoder:
 
         return self.logits(self.hidden(token_B, plan.position_B, attend))
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         return self.cache.plan(pages, positions)
 

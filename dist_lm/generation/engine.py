@@ -26,7 +26,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
-from dist_lm.generation.paged_cache import ALIGNED, PagePool, Piece, Plan, pages_for
+from dist_lm.generation.paged_cache import ALIGNED, DecodePlan, PagePool, Piece, pages_for
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, Room, TextStream, fitted
 from dist_lm.generation.request import Sequence as AnswerSequence
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
@@ -130,7 +130,7 @@ class Engine:
         self._finished: list[Answer | Refusal] = []
 
         # The last step's plan and sampling groups; they stay valid while the same sequences run.
-        self._plan: tuple[tuple[object, ...], Plan] | None = None
+        self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
         self._groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
 
         checked(config, weights)
@@ -388,7 +388,7 @@ class Engine:
             sequence.cached += 1
         return _LogitRows(sequences, logits_BV, plan.position_B + 1)
 
-    def _plan_for(self, sequences: list[AnswerSequence]) -> Plan:
+    def _plan_for(self, sequences: list[AnswerSequence]) -> DecodePlan:
         """Returns the last step's plan, advanced, if no page has changed its holders; otherwise a new plan."""
         key = (self._pool.changes, *sequences)
         if self._plan and self._plan[0] == key:

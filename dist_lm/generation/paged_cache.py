@@ -7,7 +7,7 @@ dtype; `flash_pages.py` implements it for the flash kernel. A cell is the space 
 page * page_size + offset.
 
 Dimensions: L layers, N tokens, B sequences, H query heads, G key/value heads, K d_head, W page size, P pages of the
-longest sequence, S = P * W, n slots of a `DecodePlan`, X the dimension that an index flattens.
+longest sequence, S = P * W, n slots of a `PlainDecodePlan`, X the dimension that an index flattens.
 """
 
 import heapq
@@ -109,7 +109,7 @@ def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]],
     )
 
 
-class Plan(Protocol):
+class DecodePlan(Protocol):
     """The part of a decode step (one new token for every sequence) that is the same in all layers."""
 
     position_B: torch.Tensor  # int64, position of the new token
@@ -135,7 +135,7 @@ class PagedCache:
         self.key = torch.zeros(*shape, dtype=dtype, device=device)
         self.value = torch.zeros(*shape, dtype=dtype, device=device)
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         raise NotImplementedError
 
@@ -202,8 +202,8 @@ class SharedRead:
 
 
 @dataclass
-class DecodePlan:
-    """The `Plan` of `PlainPages`."""
+class PlainDecodePlan:
+    """The `DecodePlan` of `PlainPages`."""
 
     position_B: torch.Tensor  # int64, position of the new token
     cell_B: torch.Tensor  # int64, cell of the new token
@@ -241,12 +241,12 @@ class _Slots:
     def __init__(self, readers: Mapping[int, Sequence[tuple[int, int]]], n_indices: int) -> None:
         """
         Args:
-            readers: by page, (row of the sequence, index in `DecodePlan.slot_X`) of each holder.
-            n_indices: length of `DecodePlan.slot_X`.
+            readers: by page, (row of the sequence, index in `PlainDecodePlan.slot_X`) of each holder.
+            n_indices: length of `PlainDecodePlan.slot_X`.
         """
         self._readers = readers
         self.rows: list[int] = []  # sequence that reads each slot
-        self.indices: list[int] = []  # index of each slot in `DecodePlan.slot_X`
+        self.indices: list[int] = []  # index of each slot in `PlainDecodePlan.slot_X`
         self.slot_of = [ABSENT] * n_indices
 
     def read(self, pages: list[int], turn: int) -> list[int]:
@@ -273,7 +273,7 @@ class _Slots:
 
 def plan_decode(
     pages: Sequence[Sequence[int]], positions: Sequence[int], page_size: int, device: torch.device
-) -> DecodePlan:
+) -> PlainDecodePlan:
     """Returns the plan of a decode step of `PlainPages`, on `device`; arguments as in `PagedCache.plan`."""
     n_pages = [pages_for(position + 1, page_size) for position in positions]
     longest = max(n_pages)
@@ -317,7 +317,7 @@ def plan_decode(
     key_S = torch.arange(longest * page_size, device=device)
     bias_BS = torch.zeros(len(pages), len(key_S), device=device)
     bias_BS.masked_fill_(key_S > position_B[:, None], float("-inf"))
-    return DecodePlan(
+    return PlainDecodePlan(
         position_B=position_B,
         cell_B=cell_B,
         n_leading=n_leading if reads_in_place else 0,
@@ -340,7 +340,7 @@ class PlainPages(PagedCache):
         super().__init__((shape.n_layers, *pages), page_size, dtype, device)
         self._head_G = torch.arange(shape.kv_heads, device=device)
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> PlainDecodePlan:
         return plan_decode(pages, positions, self.page_size, self.key.device)
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
@@ -379,7 +379,7 @@ class PlainPages(PagedCache):
             width = new_NGK.shape[-1]
             cache[layer].view(-1, width).index_copy_(0, index_X, new_NGK.reshape(-1, width))
 
-    def decode(self, layer: int, q_BHK: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    def decode(self, layer: int, q_BHK: torch.Tensor, plan: PlainDecodePlan) -> torch.Tensor:
         """Returns the attention (B, H, K) of one new token per sequence, whose key and value are in the cache already.
 
         A row gets the same bits whatever other rows are in the batch and wherever its pages lie.
@@ -420,7 +420,7 @@ class PlainPages(PagedCache):
         output_BPX = output_nX.index_select(0, plan.summed_slot_X).view(n_rows, -1, n_heads * width)
         return output_BPX.sum(dim=1).view(n_rows, n_heads, width)[..., : width - self._padding]
 
-    def _reads(self, layer: int, plan: DecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _reads(self, layer: int, plan: PlainDecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Returns (keys (n, G, W, K), values, the sequence that reads each slot) for every read of a plan."""
         key, value = self.key[layer], self.value[layer]
         if plan.n_leading:

@@ -31,7 +31,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import Decoder, Weights, looked_up
 from dist_lm.generation.followers import Followers
-from dist_lm.generation.paged_cache import Piece, Plan
+from dist_lm.generation.paged_cache import DecodePlan, Piece
 from dist_lm.generation.shard import LEADER, check_tp, cut, part_shapes, share_of
 from dist_lm.parallel.mesh import join_ranks, leave_ranks
 from dist_lm.storage.process import die_with_parent
@@ -129,12 +129,12 @@ class ShardedDecoder:
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         return self._execute("prefill", [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces])
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Does the same as `Decoder.plan`; it replaces the previous plan."""
         plan = self._execute("plan", [list(sequence_pages) for sequence_pages in pages], list(positions))
-        return SharedPlan(plan.position_B, plan.cell_B, lambda: self._execute("advance"))
+        return SharedDecodePlan(plan.position_B, plan.cell_B, lambda: self._execute("advance"))
 
-    def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         return self._execute("decode", list(tokens))
 
     def copy_page(self, source: int, target: int) -> None:
@@ -196,8 +196,8 @@ class ShardedDecoder:
 
 
 @dataclass
-class SharedPlan:
-    """A `Plan` that advances on all ranks."""
+class SharedDecodePlan:
+    """A `DecodePlan` that advances on all ranks."""
 
     position_B: torch.Tensor
     cell_B: torch.Tensor
@@ -222,7 +222,7 @@ class Rank:
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self.decoder = decoder
         self._device = device
-        self._plan: Plan | None = None
+        self._plan: DecodePlan | None = None
         self._saved: dict[int, Any] = {}
 
     def resize(self, n_pages: int) -> None:
@@ -232,7 +232,7 @@ class Rank:
     def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> torch.Tensor:
         return self.decoder.prefill([Piece(*piece) for piece in pieces])
 
-    def plan(self, pages: list[list[int]], positions: list[int]) -> Plan:
+    def plan(self, pages: list[list[int]], positions: list[int]) -> DecodePlan:
         """Sets the plan of all decode steps until the next plan."""
         self._plan = self.decoder.plan(pages, positions)
         return self._plan
