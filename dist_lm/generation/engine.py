@@ -27,8 +27,17 @@ from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
 from dist_lm.generation.paged_cache import ALIGNED, DecodePlan, PagePool, Piece, pages_for
-from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, Room, TextStream, fitted
-from dist_lm.generation.request import Sequence as AnswerSequence
+from dist_lm.generation.request import (
+    Answer,
+    AnswerSequence,
+    FinishReason,
+    OnText,
+    Refusal,
+    Request,
+    Room,
+    TextStream,
+    fitted,
+)
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
 from dist_lm.generation.shard import share_of
 from dist_lm.generation.transfer import upload

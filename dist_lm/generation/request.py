@@ -1,13 +1,12 @@
 """Requests and answers, and the sequence of tokens that grows from a request into an answer.
 
-`SamplingParams` says how tokens are drawn and `Request` adds a prompt. `Sequence` collects tokens and text while the
-engine runs. It ends as an `Answer`, or the request ends as a `Refusal`.
+`SamplingParams` says how tokens are drawn and `Request` adds a prompt. `AnswerSequence` collects tokens and text while
+the engine runs. It ends as an `Answer`, or the request ends as a `Refusal`.
 """
 
 import codecs
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -74,7 +73,7 @@ class Request:
     """A prompt and how to continue it."""
 
     id: str
-    prompt: SequenceOf[int]  # token ids; the first is end-of-text if the prompt begins a document
+    prompt: Sequence[int]  # token ids; the first is end-of-text if the prompt begins a document
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0  # answers are a function of prompt, params and seed
     n: int = 1  # number of answers; they share the prompt's pages in the cache
@@ -173,7 +172,7 @@ def unseen(request: Request, answer: Answer) -> None:
 
 
 def seen(
-    requests: SequenceOf[Request], results: Iterable[Answer | Refusal], finished: Finished
+    requests: Sequence[Request], results: Iterable[Answer | Refusal], finished: Finished
 ) -> Iterator[Answer | Refusal]:
     """Yields `results` unchanged; before each answer is yielded, `finished` is called with its request and the
     answer."""
@@ -199,7 +198,7 @@ def only_answers(results: Iterable[Answer | Refusal], asked: str) -> Iterator[An
         yield result
 
 
-def in_order(requests: SequenceOf[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:
+def in_order(requests: Sequence[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:
     """Returns all answers, in the order of the requests, then of their index.
 
     Raises:
@@ -237,7 +236,7 @@ class AnswerSets:
 
 
 @dataclass(eq=False)
-class Sequence:
+class AnswerSequence:
     """One answer in progress: the tokens of prompt and answer, and the cache pages that hold their keys and values."""
 
     request: Request
@@ -323,7 +322,7 @@ class Sequence:
 class TextStream:
     """Decodes tokens to text one by one. Incomplete characters and possible stop texts are held back."""
 
-    def __init__(self, vocabulary: SequenceOf[bytes], stops: SequenceOf[str]) -> None:
+    def __init__(self, vocabulary: Sequence[bytes], stops: Sequence[str]) -> None:
         """
         Args:
             vocabulary: the bytes of every token.
