@@ -17,8 +17,8 @@ from dist_lm.parallel.layout import (
     has_units_outside,
     one_block,
     placements,
+    rank_slice,
     reshards,
-    slice_of,
 )
 
 FP32_BYTES = 4
@@ -95,7 +95,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 
     trained = {name: placement for name, placement in placements(model, layout).items() if is_trained(name, model)}
     micro_batches, sequences = micro_batches_of(config, layout)
-    vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
+    vocabulary = rank_slice(model.vocab_size, layout.tp, 0).held
 
     return Shapes(
         own_elements=sum(math.prod(placement.local(layout)) for placement in [*block * model.n_layers, *outside]),
@@ -115,8 +115,8 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         tokens=sequences * config.stage.seq_len,
         micro_batches=micro_batches,
         width=model.d_model,
-        attention=slice_of(model.n_heads, layout.tp, 0).held * model.d_head,
-        hidden=slice_of(model.d_ff, layout.tp, 0).held,
+        attention=rank_slice(model.n_heads, layout.tp, 0).held * model.d_head,
+        hidden=rank_slice(model.d_ff, layout.tp, 0).held,
         kept_hidden=4 if model.ffn == "swiglu" else 2,
         vocabulary=vocabulary,
     )

@@ -14,7 +14,7 @@ from dist_lm.config.root import Config, save_config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.work import WORLD, StepMemory, Work, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
-from dist_lm.parallel.layout import AXES, Layout, slice_of
+from dist_lm.parallel.layout import AXES, Layout, rank_slice
 from dist_lm.tracking.readable import duration, four_digits, gib, percent, readable_count, span
 
 AT_ONCE = 2  # number of processes at a time; each takes about 0.4 GiB
@@ -43,7 +43,7 @@ def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
 
 def ranks_to_play(config: Config, layout: Layout) -> list[int]:
     """Returns the first rank, the last rank, and the first rank with padded heads."""
-    slices = [slice_of(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
+    slices = [rank_slice(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
     padded = [rank for rank, heads in enumerate(slices) if heads.real < heads.held]
     return sorted({0, *padded[:1], layout.world_size - 1})
 

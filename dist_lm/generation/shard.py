@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.linear import Linear
 from dist_lm.model.size import VALUE_MIX, Shape, parameter_shapes
-from dist_lm.parallel.layout import Layout, Slice, keys_of, keys_read, misfit, shards_key_heads, slice_of
+from dist_lm.parallel.layout import Layout, RankSlice, keys_of, keys_read, misfit, rank_slice, shards_key_heads
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 LEADER = 0  # the rank that chooses tokens
@@ -35,11 +35,11 @@ class Share:
     rank: int
     n_layers: int
     d_head: int
-    heads: Slice
+    heads: RankSlice
     kv_heads: int
     key_heads: tuple[int, ...]  # the key/value heads it holds, in this order, then zeros up to kv_heads
-    units: Slice  # hidden units of the feed-forward network
-    pieces: Slice  # vocabulary entries
+    units: RankSlice  # hidden units of the feed-forward network
+    pieces: RankSlice  # vocabulary entries
 
     @property
     def n_heads(self) -> int:
@@ -58,11 +58,11 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
         rank=rank,
         n_layers=config.n_layers,
         d_head=config.d_head,
-        heads=slice_of(config.n_heads, tp, rank),
+        heads=rank_slice(config.n_heads, tp, rank),
         kv_heads=keys.held if shards_key_heads(config, tp) else len(key_heads),
         key_heads=tuple(key_heads),
-        units=slice_of(config.d_ff, tp, rank),
-        pieces=slice_of(config.vocab_size, tp, rank),
+        units=rank_slice(config.d_ff, tp, rank),
+        pieces=rank_slice(config.vocab_size, tp, rank),
     )
 
 
@@ -113,7 +113,7 @@ def part_shapes(config: ModelConfig, share: Share) -> dict[str, Shape]:
     return {name: tuple(cut(name, parameter, share).shape) for name, parameter in parameters.items()}
 
 
-def _slice(parameter: torch.Tensor, part: Slice) -> torch.Tensor:
+def _slice(parameter: torch.Tensor, part: RankSlice) -> torch.Tensor:
     return _pad_rows(parameter[part.start : part.stop], part.held)
 
 
@@ -125,7 +125,7 @@ def _pad_rows(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 
 def build_embedding(
-    weight_UD: torch.Tensor, pieces: Slice, axis: TensorAxis | None
+    weight_UD: torch.Tensor, pieces: RankSlice, axis: TensorAxis | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the embedding: a function from tokens (M,) to vectors (M, D), summed over ranks (collective with an
     axis).
@@ -167,7 +167,7 @@ def gathering(linear: Linear, axis: TensorAxis, vocabulary: int) -> Linear:
     Args:
         vocabulary: tokens of the complete vocabulary; padding is cut off.
     """
-    sizes = [slice_of(vocabulary, axis.size, rank).real for rank in range(axis.size)]
+    sizes = [rank_slice(vocabulary, axis.size, rank).real for rank in range(axis.size)]
 
     def gather(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the logits of all ranks on the leader and this rank's on followers."""
