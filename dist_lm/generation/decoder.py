@@ -121,7 +121,7 @@ class Decoder:
 
         # Cloned, because the memory may be the caller's.
         embedding = self._in_place("embedding", look_up("embedding.weight").clone())
-        self._embed = build_embedding(embedding, self.share.pieces, axis)
+        self._embed = build_embedding(embedding, self.share.vocab, axis)
         for number in range(config.n_layers):
             self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number))
         self._final_norm = _norm(config, look_up, self._in_place, "final_norm")

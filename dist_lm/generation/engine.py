@@ -129,7 +129,7 @@ class Engine:
         options = options or EngineOptions()
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
         self.options = replace(options, page_tokens=page_tokens)
-        self._pool = PagePool(self.options.n_pages)
+        self._page_pool = PagePool(self.options.n_pages)
         self._asleep = not self.options.n_pages
 
         self._waiting: deque[list[AnswerSequence]] = deque()  # one sequence per answer, grouped by request
@@ -200,7 +200,7 @@ class Engine:
         n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self._device, self._tp)
         with torch.inference_mode():
             self._decoder.resize(n_pages)
-        self._pool = PagePool(n_pages)
+        self._page_pool = PagePool(n_pages)
         self._asleep = False
 
     def submit(self, request: Request, on_text: OnText | None = None) -> None:
@@ -220,7 +220,7 @@ class Engine:
             self._wake()
 
         # A request that could never run alone is refused here, so that scheduling always makes progress.
-        cached = self._pool.n_pages * self.options.page_tokens
+        cached = self._page_pool.n_pages * self.options.page_tokens
         room = Room(self.config.max_seq_len, self.config.vocab_size, cached, self.options.cache_tokens or cached)
         request = fitted(request, room, texts=self._vocabulary is not None)
 
@@ -296,12 +296,12 @@ class Engine:
             sequence = self._preempted[0]
             n_needed = pages_for(sequence.cached + 1, self.options.page_tokens)
             # Leave one page for each running sequence. If nothing else is under way, the sequence fits by itself.
-            if n_needed + len(self._running) > self._pool.n_free and (self._running or self._prefilling):
+            if n_needed + len(self._running) > self._page_pool.n_free and (self._running or self._prefilling):
                 return
 
             self._preempted.pop(0)
             n_saved = pages_for(sequence.cached, self.options.page_tokens)
-            sequence.pages = [self._pool.take() for _ in range(n_saved)]
+            sequence.pages = [self._page_pool.take() for _ in range(n_saved)]
             self._decoder.restore(sequence.pages, sequence.saved)
             sequence.saved = None
             self._running.append(sequence)
@@ -320,11 +320,11 @@ class Engine:
             # A request alone is always admitted: `fitted` has checked that the cache holds it.
             if n_active and n_active + len(group) > self.options.max_sequences:
                 return
-            if n_active and n_prompt_pages + len(group) + n_active > self._pool.n_free:
+            if n_active and n_prompt_pages + len(group) + n_active > self._page_pool.n_free:
                 return
 
             self._waiting.popleft()
-            group[0].pages = [self._pool.take() for _ in range(n_prompt_pages)]
+            group[0].pages = [self._page_pool.take() for _ in range(n_prompt_pages)]
             # One sequence computes the prompt for all answers to its request.
             self._prefilling.append(group)
 
@@ -351,7 +351,7 @@ class Engine:
             for sequence in group[1:]:
                 sequence.pages = list(first.pages)
                 sequence.cached = first.cached
-                self._pool.share(sequence.pages)
+                self._page_pool.share(sequence.pages)
             sequences += group
             rows += [row] * len(group)
         if not sequences:
@@ -399,7 +399,7 @@ class Engine:
 
     def _plan_for(self, sequences: list[AnswerSequence]) -> DecodePlan:
         """Returns the last step's plan, advanced, if no page has changed its holders; otherwise a new plan."""
-        key = (self._pool.changes, *sequences)
+        key = (self._page_pool.changes, *sequences)
         if self._plan and self._plan[0] == key:
             self._plan[1].advance()
         else:
@@ -414,19 +414,19 @@ class Engine:
         """
         for sequence in list(self._running):
             while sequence in self._running and not self._has_page(sequence):
-                if not self._pool.n_free:
+                if not self._page_pool.n_free:
                     self._preempt(self._running[-1])
                     continue
-                page = self._pool.take()
+                page = self._page_pool.take()
                 last_page_is_shared = sequence.cached % self.options.page_tokens != 0
                 if last_page_is_shared:
                     self._decoder.copy_page(sequence.pages[-1], page)
-                    self._pool.give_back([sequence.pages.pop()])
+                    self._page_pool.give_back([sequence.pages.pop()])
                 sequence.pages.append(page)
 
     def _has_page(self, sequence: AnswerSequence) -> bool:
         has_space = pages_for(sequence.cached + 1, self.options.page_tokens) <= len(sequence.pages)
-        return has_space and self._pool.holders(sequence.pages[-1]) == 1
+        return has_space and self._page_pool.holders(sequence.pages[-1]) == 1
 
     def _preempt(self, sequence: AnswerSequence) -> None:
         """Moves a running sequence to the preempted ones: its pages' content goes to host memory, its pages become
@@ -435,7 +435,7 @@ class Engine:
         # The last page may be empty: it was taken for the next token.
         used_pages = sequence.pages[: pages_for(sequence.cached, self.options.page_tokens)]
         sequence.saved = self._decoder.save(used_pages)
-        self._pool.give_back(sequence.pages)
+        self._page_pool.give_back(sequence.pages)
         sequence.pages = []
         self._preempted.insert(0, sequence)
 
@@ -506,7 +506,7 @@ class Engine:
         if sequence.saved is not None:
             self._decoder.forget(sequence.saved)
             sequence.saved = None
-        self._pool.give_back(sequence.pages)
+        self._page_pool.give_back(sequence.pages)
         sequence.pages = []
 
     def _build_decoder(self) -> "Decoder | ShardedDecoder":

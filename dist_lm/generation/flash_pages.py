@@ -259,7 +259,7 @@ class CudaCapture:
             device: the device that computes the steps; it need not be the current device.
         """
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._memory_pool = torch.cuda.graph_pool_handle()
         # The stream must belong to that device: the stream that torch would choose may not record its steps. Graphs
         # share memory only if they are captured on one stream.
         self._stream = torch.cuda.Stream(device)
@@ -274,7 +274,7 @@ class CudaCapture:
 
         # Other threads, such as one that pins memory, may call CUDA during the capture.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory_pool, stream=self._stream, capture_error_mode="thread_local"):
             logits_BV = step()
         caller.wait_stream(self._stream)
         return graph.replay, logits_BV

@@ -249,23 +249,23 @@ class _Slots:
         self.indices: list[int] = []  # index of each slot in `PlainDecodePlan.slot_X`
         self.slot_of = [ABSENT] * n_indices
 
-    def read(self, pages: list[int], turn: int) -> list[int]:
-        """Adds a slot for each page, for the `turn`-th sequence that holds it. Returns the page of each slot; at least
+    def read(self, pages: list[int], holder: int) -> list[int]:
+        """Adds a slot for each page, for its holder number `holder`, from 0. Returns the page of each slot; at least
         MIN_SLOTS."""
         for page in pages:
-            self._add(page, turn)
+            self._add(page, holder)
         if len(pages) < MIN_SLOTS:
             pages = pages * MIN_SLOTS
             self._add(pages[0], len(self._readers[pages[0]]))  # a second slot that no sequence reads
         return pages
 
-    def _add(self, page: int, turn: int) -> None:
-        """Adds the slot of `page` for its holder number `turn`, or a slot that no sequence reads if it has fewer
+    def _add(self, page: int, holder: int) -> None:
+        """Adds the slot of `page` for its holder number `holder`, or a slot that no sequence reads if it has fewer
         holders."""
         holders = self._readers.get(page, ())
         row, index = 0, 0  # arbitrary if the page has fewer holders
-        if turn < len(holders):
-            row, index = holders[turn]
+        if holder < len(holders):
+            row, index = holders[holder]
             self.slot_of[index] = len(self.rows)
         self.rows.append(row)
         self.indices.append(index)
@@ -287,15 +287,15 @@ def plan_decode(
     # The pool keeps used pages close to page 0, so mostly all leading pages can be read without a copy.
     n_leading = max(used_pages[-1] + 1, MIN_SLOTS)
     reads_in_place = n_leading <= MAX_WASTE * max(len(used_pages), MIN_SLOTS)
-    first_pages = slots.read(list(range(n_leading)) if reads_in_place else used_pages, turn=0)
+    first_pages = slots.read(list(range(n_leading)) if reads_in_place else used_pages, holder=0)
     first_rows = list(slots.rows)
 
     # Answers to one request share the pages of its prompt: one more read for each further holder.
     further_reads: list[tuple[list[int], list[int], bool]] = []  # the fields of `SharedRead`
     previous: list[int] = []
-    for turn in range(1, max(len(holders) for holders in readers.values())):
+    for holder in range(1, max(len(holders) for holders in readers.values())):
         begin = len(slots.rows)
-        shared_pages = slots.read([page for page in used_pages if len(readers[page]) > turn], turn)
+        shared_pages = slots.read([page for page in used_pages if len(readers[page]) > holder], holder)
         further_reads.append((shared_pages, slots.rows[begin:], shared_pages == previous))
         previous = shared_pages
 

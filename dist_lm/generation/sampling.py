@@ -47,7 +47,7 @@ class Choice:
 class Group:
     """Rows drawn by the same method."""
 
-    members: Sequence[int]  # the rows, on the host
+    host_rows: Sequence[int]  # the rows, on the host
     rows: torch.Tensor | None  # the rows on the device, int64; None: all rows
     bounded: bool  # every row has a top-k, and more candidates than it keeps
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
@@ -86,7 +86,7 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
         row_B, top_k_B, temperature_B, top_p_B, log_min_p_B = group_columns
         groups.append(
             Group(
-                members=rows,
+                host_rows=rows,
                 rows=None if len(rows) == len(params) else row_B,
                 bounded=all(0 < params[row].top_k < candidates for row in rows),
                 candidates=candidates,
@@ -151,7 +151,7 @@ def sample(
             rows = group.rows
             token_B[rows], logprob_B[rows], unclear_B[rows], passed = _draw(source_BV[rows], group, uniform_B[rows])
         if keep_sets and passed is not None:
-            for row, token_set in zip(group.members, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
+            for row, token_set in zip(group.host_rows, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
                 sets[row] = token_set
 
     # The model's own log-probabilities, before any setting of the sampler. They reveal nan, and files of answers show
@@ -162,10 +162,10 @@ def sample(
     # Rows whose candidates did not suffice are drawn again, with more candidates.
     unclear = unclear_B.tolist()
     for group in groups:
-        indices = [index for index, row in enumerate(group.members) if unclear[row]]
+        indices = [index for index, row in enumerate(group.host_rows) if unclear[row]]
         if not indices:
             continue
-        rows = [group.members[index] for index in indices]
+        rows = [group.host_rows[index] for index in indices]
         index_n, row_n = upload(device, torch.tensor(indices), torch.tensor(rows))
         adjusted_nV = None if adjusted_BV is None else adjusted_BV[row_n]
         redrawn = sample(
@@ -337,7 +337,7 @@ def _draw_candidates(
 
 
 def _with_more_candidates(group: Group, index_n: torch.Tensor) -> Group:
-    """Returns some members of a group as all rows of a batch, with the next larger number of candidates."""
+    """Returns some rows of a group as all rows of a batch, with the next larger number of candidates."""
     columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
     candidates = next((number for number in CANDIDATES if number > group.candidates), ALL)
     return Group(range(len(index_n)), None, group.bounded, candidates, *(column_B1[index_n] for column_B1 in columns))

@@ -39,7 +39,7 @@ class Share:
     kv_heads: int
     key_heads: tuple[int, ...]  # the key/value heads it holds, in this order, then zeros up to kv_heads
     units: RankSlice  # hidden units of the feed-forward network
-    pieces: RankSlice  # vocabulary entries
+    vocab: RankSlice  # vocabulary entries
 
     @property
     def n_heads(self) -> int:
@@ -62,7 +62,7 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
         kv_heads=keys.held if shards_key_heads(config, tp) else len(key_heads),
         key_heads=tuple(key_heads),
         units=rank_slice(config.d_ff, tp, rank),
-        pieces=rank_slice(config.vocab_size, tp, rank),
+        vocab=rank_slice(config.vocab_size, tp, rank),
     )
 
 
@@ -102,7 +102,7 @@ def cut(name: str, parameter: torch.Tensor, share: Share) -> torch.Tensor:
     if kind.startswith("feed_forward."):
         return _slice(parameter, share.units)
     if kind in ("embedding.weight", "lm_head.weight"):
-        return _slice(parameter, share.pieces)
+        return _slice(parameter, share.vocab)
     assert "norm." in kind or kind == VALUE_MIX, name
     return parameter
 
@@ -125,13 +125,13 @@ def _pad_rows(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 
 def build_embedding(
-    weight_UD: torch.Tensor, pieces: RankSlice, axis: TensorAxis | None
+    weight_UD: torch.Tensor, vocab: RankSlice, axis: TensorAxis | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the embedding: a function from tokens (M,) to vectors (M, D), summed over ranks (collective with an
     axis).
 
     Args:
-        pieces: the entries of the vocabulary that this rank holds, in `weight_UD`.
+        vocab: the entries of the vocabulary that this rank holds, in `weight_UD`.
     """
     if axis is None:
         return lambda token_M: F.embedding(token_M, weight_UD)
@@ -141,9 +141,9 @@ def build_embedding(
 
     def embed(token_M: torch.Tensor) -> torch.Tensor:
         axis.check_current()  # a forward pass begins here
-        row_M = token_M - pieces.start
-        is_local_M = (row_M >= 0) & (row_M < pieces.real)
-        return axis.leave(F.embedding(row_M.where(is_local_M, pieces.held), padded_weight_UD))
+        row_M = token_M - vocab.start
+        is_local_M = (row_M >= 0) & (row_M < vocab.real)
+        return axis.leave(F.embedding(row_M.where(is_local_M, vocab.held), padded_weight_UD))
 
     return embed
 
@@ -161,13 +161,13 @@ def leaving(linear: Linear, axis: TensorAxis) -> Linear:
     return sum_over_ranks
 
 
-def gathering(linear: Linear, axis: TensorAxis, vocabulary: int) -> Linear:
+def gathering(linear: Linear, axis: TensorAxis, vocab_size: int) -> Linear:
     """Returns the head: the leader gets all logits (M, V), every follower its own (M, U) (collective).
 
     Args:
-        vocabulary: tokens of the complete vocabulary; padding is cut off.
+        vocab_size: tokens of the complete vocabulary; padding is cut off.
     """
-    sizes = [rank_slice(vocabulary, axis.size, rank).real for rank in range(axis.size)]
+    sizes = [rank_slice(vocab_size, axis.size, rank).real for rank in range(axis.size)]
 
     def gather(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the logits of all ranks on the leader and this rank's on followers."""
