@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Literal
 
-from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
+from dist_lm.cluster.allocation import ranks_beside
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
@@ -214,7 +214,7 @@ def ranks_planned(config: Config) -> int:
     hardware = config.hardware
     if config.cluster.ranks_per_node == -1 and hardware.device == "cuda":
         return hardware.devices_per_node
-    return ranks_per_node(config.cluster, 0) if hardware.device == "cuda" else ranks_here(config)
+    return config.cluster.ranks_of_node(0) if hardware.device == "cuda" else ranks_here(config)
 
 
 def ranks_here(config: Config) -> int:
@@ -229,7 +229,7 @@ def ranks_here(config: Config) -> int:
     if config.pool:
         nodes = [Node("", "", cores(), local_gpus())] * config.cluster.nodes
         return ranks_beside(config.pool, config.cluster, nodes, gpus)
-    return ranks_per_node(config.cluster, gpus)
+    return config.cluster.ranks_of_node(gpus)
 
 
 def carry_out(plan: Plan, console: Console) -> int:

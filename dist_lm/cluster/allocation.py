@@ -4,28 +4,14 @@ Ray counts one CPU for the agent of a node's ranks and one for each actor. The c
 are a separate matter: `core_users` divides them.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.cluster import CPU_RANKS, ClusterConfig
 from dist_lm.config.pool import AS_MANY, SHARED, RolloutPoolConfig
 from dist_lm.errors import ConfigError
-
-CPU_RANKS = 2  # they run every code path of several ranks; more would only divide the same cores
-
-
-def ranks_per_node(config: ClusterConfig, gpus: int) -> int:
-    """cluster.ranks_per_node; -1 means one rank for each GPU, or without GPUs 2 ranks (1 on a single core).
-
-    Args:
-        gpus: number of GPUs of a node.
-    """
-    if config.ranks_per_node != -1:
-        return config.ranks_per_node
-    return gpus or min(CPU_RANKS, os.cpu_count() or 1)
 
 
 def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
@@ -40,7 +26,7 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
         ConfigError: ranks and actors together do not fit; names the keys.
     """
     if not pool.actors:
-        return ranks_per_node(config, gpus)
+        return config.ranks_of_node(gpus)
 
     n_spare = max(0, len(nodes) - config.nodes)  # nodes without ranks
     actors = actors_in_all(pool, config.nodes, gpus)
@@ -51,7 +37,7 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
             f"take {config.nodes} and each actor one: use fewer actors; {without_pool(pool)}"
         )
     if pool.placement == SHARED:
-        return ranks_per_node(config, gpus)
+        return config.ranks_of_node(gpus)
 
     # Without GPUs, actors on nodes of their own leave all cores to the ranks.
     if not gpus:

@@ -14,10 +14,9 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig, HardwareConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
-from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.pool import RolloutPoolConfig
@@ -96,6 +95,8 @@ class Config:
     def noted_files(self) -> dict[str, list[Path]]:
         """Files that a run reads whenever it starts, by `KEY=VALUE`. They must stay the same until it ends."""
         tasks = self.stage.eval_tasks
+        if not tasks:
+            return {}
         return {f"eval.{task}={path}": [path] for task, path in self.eval.files.items() if task in tasks}
 
     @property

@@ -120,10 +120,10 @@ def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> C
 def inside_nodes(config: Config) -> ParallelConfig | None:
     """Returns `config.parallel` with FSDP over the ranks of a node and replicas between nodes.
 
-    Returns None if a dp axis is configured, if there is one node, or if the model does not fit that way.
+    Returns None if a dp axis is configured, or if the model does not fit that way.
 
     Args:
-        config: configuration with the ranks of a node as hardware.devices_per_node.
+        config: configuration of several nodes, with the ranks of a node as hardware.devices_per_node.
     """
     parallel = config.parallel
     hardware = config.hardware
@@ -131,7 +131,7 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
 
     is_open = parallel.dp_replicate == parallel.dp_shard == -1 and parallel.tp > 0
     planned = config.device in ("auto", hardware.device)
-    if not is_open or not planned or config.cluster.nodes == 1 or ranks % parallel.tp or ranks == parallel.tp:
+    if not is_open or not planned or ranks % parallel.tp or ranks == parallel.tp:
         return None
 
     layout = Layout(config.cluster.nodes, ranks // parallel.tp, parallel.tp)
@@ -148,7 +148,7 @@ def gathers_once(config: Config, layout: Layout) -> bool:
     parallel = config.parallel
     hardware = config.hardware
     is_open = parallel.reshard_after_forward is None and layout.dp_shard > 1 and config.takes_sequences
-    if not is_open or hardware.device != "cuda" or config.device not in ("auto", "cuda"):
+    if not is_open or config.device not in ("auto", "cuda"):
         return False
 
     gathered = replace(config, parallel=replace(parallel, reshard_after_forward=False))

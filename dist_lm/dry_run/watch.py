@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.dry_run.work import WORLD, Work
 
 ANSWER = 2.0

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.parallel.layout import AXES, Layout
 
 CPU_RESIDENT = 1.14

@@ -126,41 +126,40 @@ _PLAIN = {"initializer_range": 0.02, "tie_word_embeddings": False}
 _BIASES = ("attention_bias", "mlp_bias")
 _NO_WINDOW = {"use_sliding_window": False}
 
-
-def _like_llama(model_type: str, options: dict, fixed: dict, defaults: dict, **more: Any) -> Family:
-    """Returns a family with RMSNorm. The arguments say what differs from Llama.
-
-    Args:
-        options: keys of our model that the family decides.
-        fixed: keys of config.json with the only value that our model has.
-        defaults: values that transformers takes for missing keys.
-        more: further fields of `Family`.
-    """
-    silu = {"hidden_act": "silu"}
-    return Family(
-        model_type,
-        {"norm": "rmsnorm", "ffn": "swiglu"} | options,
-        "rms_norm_eps",
-        silu | fixed,
-        _PLAIN | silu | {"rms_norm_eps": 1e-6} | dict.fromkeys(_BIASES, False) | defaults,
-        **more,
-    )
-
+# What Llama and the families that differ little from it have in common.
+_RMS_SWIGLU = {"norm": "rmsnorm", "ffn": "swiglu"}
+_SILU = {"hidden_act": "silu"}
+_LLAMA_DEFAULTS = _PLAIN | _SILU | {"rms_norm_eps": 1e-6} | dict.fromkeys(_BIASES, False)
 
 FAMILIES = {
-    "Llama": _like_llama("llama", {}, {}, {"max_position_embeddings": 2048}, biases=_BIASES),
-    "Qwen2": _like_llama(
+    "Llama": Family(
+        "llama",
+        _RMS_SWIGLU,
+        "rms_norm_eps",
+        _SILU,
+        {**_LLAMA_DEFAULTS, "max_position_embeddings": 2048},
+        biases=_BIASES,
+    ),
+    "Qwen2": Family(
         "qwen2",
-        {"bias": False, "qkv_bias": True},
-        _NO_WINDOW,
-        {**_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+        {**_RMS_SWIGLU, "bias": False, "qkv_bias": True},
+        "rms_norm_eps",
+        {**_SILU, **_NO_WINDOW},
+        {**_LLAMA_DEFAULTS, **_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32},
         any_head_width=False,
     ),
-    "Qwen3": _like_llama(
+    "Qwen3": Family(
         "qwen3",
-        {"bias": False, "qk_norm": True},
-        {**_NO_WINDOW, "attention_bias": False},
-        {**_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        {**_RMS_SWIGLU, "bias": False, "qk_norm": True},
+        "rms_norm_eps",
+        {**_SILU, **_NO_WINDOW, "attention_bias": False},
+        {
+            **_LLAMA_DEFAULTS,
+            **_NO_WINDOW,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+        },
     ),
     "Arcee": Family(
         "arcee",
@@ -219,7 +218,11 @@ SIZES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 """Keys of `model` -> their names in config.json."""
-_FACTORS = {f"rope_{key}": key for key in ("factor", "low_freq_factor", "high_freq_factor")}
+_FACTORS = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+}
 _ORIGINAL = "original_max_position_embeddings"
 SCALINGS = {
     "none": {},

@@ -57,8 +57,8 @@ def with_layout(
                 table(planned, layouts),
             )
         parallel = best(planned, layouts).parallel
-    elif sharded := inside_nodes(planned):
-        parallel = sharded
+    elif config.cluster.nodes > 1:
+        parallel = inside_nodes(planned) or parallel
 
     layout = resolve_layout(parallel, config.model, world_size)
     axes = {axis: getattr(layout, axis) for axis in AXES}
@@ -66,7 +66,7 @@ def with_layout(
     check_batch(config, layout)
 
     # GPUs with room for all gathered parameters need not gather them twice a step.
-    if gathers_once(config, layout):
+    if config.hardware.device == "cuda" and gathers_once(config, layout):
         return replace(config, parallel=replace(config.parallel, reshard_after_forward=False))
     return config
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from dist_lm.config.generation import SamplingConfig
-from dist_lm.config.optimizer import OptimizerConfig
+from dist_lm.config.stage import OptimizerConfig, SamplingConfig
 from dist_lm.errors import require
 from dist_lm.rlhf.algorithm import AlgorithmKeys
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS

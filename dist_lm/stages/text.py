@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.corpus import SPLITS
-from dist_lm.config.generation import SamplingConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
 from dist_lm.stages.training.arguments import Opening, StageData

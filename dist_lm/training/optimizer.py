@@ -26,8 +26,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.optimizer import OptimizerConfig
-from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, TrainerGroup
+from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerConfig, TrainerGroup
 from dist_lm.model.size import ADAPTERS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of

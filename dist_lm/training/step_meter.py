@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import is_first_copy, shard_of
 

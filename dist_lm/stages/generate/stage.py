@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from dist_lm.config.generation import EngineConfig, SamplingConfig
+from dist_lm.config.pool import EngineConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageGroup
+from dist_lm.config.stage import SamplingConfig, StageGroup
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.continuing import ANSWER_FREE_KEYS, ANSWER_KEYS, differing_keys, refuse_other_settings
