@@ -263,7 +263,7 @@ class Pool:
             except MemberLostError as lost:
                 self._replace(number, str(lost))
                 continue
-            if report and self._ledger and self._ledger.report(number, report.done, report.tokens_in_flight):
+            if report and self._ledger and self._ledger.report(number, report.finished, report.tokens_in_flight):
                 self._failures = 0
             if member.is_ready and member.next_version != self._weights.version:
                 member.load(self._weights)

@@ -55,7 +55,7 @@ class EngineSpec:
 class WorkReport:
     """Result of a slice of work."""
 
-    done: list[Answer | Refusal]
+    finished: list[Answer | Refusal]
     tokens_in_flight: int
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.cluster.pool_actor import Member
-from dist_lm.cluster.pool_weights import IPC, RAY, Place, Stored, push_way, store
+from dist_lm.cluster.pool_weights import IPC, RAY, Place, Stored, choose_transport, store
 from dist_lm.cluster.push_link import (
     FAILURES,
     HOST,
@@ -60,7 +60,7 @@ class Held:
 class Link:
     """The sender's end of a link: to all actors of a broadcast, or to one actor that shares its GPU."""
 
-    way: str
+    transport: str
     members: Sequence[Member]
     pids: tuple[int, ...]
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -83,7 +83,7 @@ class Link:
         """
         if self.group:
             return
-        if self.way == IPC:
+        if self.transport == IPC:
             device, address = HOST, "127.0.0.1"
         outcome: list[Group | Exception] = []
 
@@ -110,7 +110,7 @@ class Link:
     def give(self, bucket: torch.Tensor, alive: Alive) -> None:
         """Send a full bucket, and wait until it may change."""
         assert self.group
-        if self.way == IPC:
+        if self.transport == IPC:
             flag = torch.zeros(1)
             self.group.broadcast(flag, SENDER, alive)
             self.group.broadcast(flag, 1, alive)
@@ -132,7 +132,7 @@ class Sender:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        way: Callable[[Place], str],
+        transport_to: Callable[[Place], str],
         address: str,
         patience_s: float,
         bucket_bytes: int = BUCKET_BYTES,
@@ -141,7 +141,7 @@ class Sender:
         """
         Args:
             device: holds the weights in this process.
-            way: gives the way to an actor whose weights are at a place, see `push_way`.
+            transport_to: gives the transport to an actor whose weights are at a place, see `choose_transport`.
             address: this node's.
             patience_s: longest time for actors to join and to take a bucket.
             store: makes the store through which groups find their members.
@@ -149,7 +149,7 @@ class Sender:
         self._config = config
         self._dtype = dtype
         self._device = device
-        self._way = way
+        self._transport_to = transport_to
         self._join = (device, address, patience_s, store)
         self._patience_s = patience_s
         self._bucket_bytes = min(bucket_bytes, dtype.itemsize * parameter_count(config))
@@ -232,18 +232,18 @@ class Sender:
         groups: dict[tuple[str, int], list[Member]] = {}
         for member in members:
             assert member.place
-            way = self._way(member.place)
-            if way != RAY and self.is_on:
-                groups.setdefault((way, member.pid if way == IPC else 0), []).append(member)
+            transport = self._transport_to(member.place)
+            if transport != RAY and self.is_on:
+                groups.setdefault((transport, member.pid if transport == IPC else 0), []).append(member)
 
         # A group of processes cannot change its members: a link is kept only if it has the same ones.
-        old_links = {(link.way, link.pids): link for link in self._links}
+        old_links = {(link.transport, link.pids): link for link in self._links}
         for key in [key for key, link in old_links.items() if any(member.left for member in link.members)]:
             old_links.pop(key).close()
         links = []
-        for (way, _), group in groups.items():
+        for (transport, _), group in groups.items():
             pids = tuple(member.pid for member in group)
-            links.append(old_links.pop((way, pids), None) or Link(way, group, pids))
+            links.append(old_links.pop((transport, pids), None) or Link(transport, group, pids))
         for link in old_links.values():
             link.close()
         self._links = links
@@ -251,9 +251,9 @@ class Sender:
     def _offer(self, link: Link, version: int) -> None:
         assert self._bucket
         for rank, member in enumerate(link.members, 1):
-            handle = self._bucket.handle() if link.way == IPC and not link.group else ()
+            handle = self._bucket.handle() if link.transport == IPC and not link.group else ()
             size = 1 + len(link.members)
-            offer = Offer(link.way, link.name, rank, size, self._bucket_bytes, self._patience_s, handle)
+            offer = Offer(link.transport, link.name, rank, size, self._bucket_bytes, self._patience_s, handle)
             member.receive(offer, version)
 
     def _filled(self, weights: WeightStream | Held, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -276,8 +276,10 @@ class Sender:
                 member.forget_push()
         self.close()
         names = ", ".join(map(str, failed.members))
-        after = "" if self.is_on else f"; this was the failure {MOST_FAILURES} in a row, so later ones go there too"
-        warn(f"generation: {failed.way} of weights {version} to {names}: {error}; they go through Ray's store{after}")
+        rest = "they go through Ray's store"
+        if not self.is_on:
+            rest += f"; this was the failure {MOST_FAILURES} in a row, so later ones go there too"
+        warn(f"generation: {failed.transport} of weights {version} to {names}: {error}; {rest}")
 
 
 def _watch(link: Link, keep_going: Callable[[], bool]) -> Alive:
@@ -312,4 +314,8 @@ def sender_for(
     node_id = ray.get_runtime_context().get_node_id()
     (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id]
     sender_place = Place.of(node_id, device)
-    return Sender(config, dtype, device, lambda actor: push_way(push, sender_place, actor, tp), address, patience_s)
+
+    def transport_to(actor: Place) -> str:
+        return choose_transport(push, sender_place, actor, tp)
+
+    return Sender(config, dtype, device, transport_to, address, patience_s)

@@ -49,7 +49,7 @@ class LinkError(RuntimeError):
 class Offer:
     """A version for one actor: how it is sent, and where."""
 
-    way: str  # BROADCAST | IPC
+    transport: str  # BROADCAST | IPC
     group: str  # name; an actor that has joined it keeps it
     rank: int  # the actor's, in the group
     size: int
@@ -319,7 +319,7 @@ class Receiver:
         self._device = device
         self._shared: torch.Tensor | None = None
         group_device = device
-        if offer.way == IPC:
+        if offer.transport == IPC:
             self._shared = opened(offer.handle, offer.bucket_bytes, device)
             group_device, address = HOST, "127.0.0.1"
         self._group = Group(offer.group, offer.rank, offer.size, group_device, address, offer.patience_s, **store)
