@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Literal
 
-from dist_lm.cluster.allocation import ranks_beside
+from dist_lm.cluster.allocation import ranks_per_node_with_pool
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
@@ -228,7 +228,7 @@ def ranks_here(config: Config) -> int:
     require(gpus > 0 or config.device != "cuda" or not is_local, "device", config.device, "cpu or auto: no GPU here")
     if config.pool:
         nodes = [Node("", "", cores(), local_gpus())] * config.cluster.nodes
-        return ranks_beside(config.pool, config.cluster, nodes, gpus)
+        return ranks_per_node_with_pool(config.pool, config.cluster, nodes, gpus)
     return config.cluster.ranks_of_node(gpus)
 
 

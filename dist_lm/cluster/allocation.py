@@ -14,9 +14,10 @@ from dist_lm.config.pool import AS_MANY, SHARED, RolloutPoolConfig
 from dist_lm.errors import ConfigError
 
 
-def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
-    """Returns the ranks per node beside a pool: cluster.ranks_per_node, or if that is -1 as many as the pool leaves
-    resources for.
+def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
+    """Returns the ranks per node of a run with a pool of actors.
+
+    That is cluster.ranks_per_node, or if that is -1 as many ranks as the pool leaves resources for.
 
     Args:
         nodes: the whole cluster.
@@ -158,7 +159,7 @@ class Site:
 
 
 def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, device: str) -> Site:
-    """The site of a pool beside ranks.
+    """Returns the site of a pool that works beside ranks.
 
     Args:
         addresses: addresses of the nodes with ranks.

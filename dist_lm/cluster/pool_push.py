@@ -156,7 +156,7 @@ class Sender:
         self._bucket: SharedBucket | None = None
         self._links: list[Link] = []
         self._failures = 0
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def is_on(self) -> bool:
@@ -207,7 +207,7 @@ class Sender:
         for link in self._links:
             self._offer(link, version)
         attempt(lambda link, alive: link.join(*self._join, alive))
-        with torch.cuda.stream(self._beside) if isinstance(weights, Held) and self._beside else nullcontext():
+        with torch.cuda.stream(self._copy_stream) if isinstance(weights, Held) and self._copy_stream else nullcontext():
             for full in self._filled(weights, bucket.bucket):
                 if not isinstance(weights, Held):
                     kept_buckets.append(self._on_host(len(full)).copy_(full, non_blocking=True))

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-from dist_lm.cluster.allocation import core_users, ranks_beside
+from dist_lm.cluster.allocation import core_users, ranks_per_node_with_pool
 from dist_lm.cluster.events import NODE_LOST, GangFailure, Journal
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.heartbeat import Patience
@@ -385,5 +385,5 @@ def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     require(gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: the cluster has no GPU")
     device = "cuda" if config.device == "cuda" or gpus else "cpu"
     if config.pool:
-        return device, ranks_beside(config.pool, config.cluster, cluster.nodes(), gpus)
+        return device, ranks_per_node_with_pool(config.pool, config.cluster, cluster.nodes(), gpus)
     return device, config.cluster.ranks_of_node(gpus)

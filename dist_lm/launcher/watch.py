@@ -75,10 +75,10 @@ class WandbCopy:
         now = time.monotonic()
         for alert in self._watch.tick(now):
             self._wandb.alert(alert)
-        # Loads of nodes have no step of their own, so they go beside the metrics.
+        # Loads of nodes have no step of their own, so they are logged at the newest one.
         if usages and now >= self._usage_at:
             self._usage_at = now + USAGE_EVERY_S
-            self._wandb.beside(usage_metrics(usages))
+            self._wandb.log_at_newest_step(usage_metrics(usages))
         if now >= self._files_at:
             self._files_at = now + FILES_EVERY_S
             self._look_at_files()

@@ -128,9 +128,9 @@ class WandbRun:
         finite = {name: value for name, value in metrics.items() if name not in ("step", "time") and value is not None}
         self._orders.put({"order": "metrics", "step": step, "values": finite})
 
-    def beside(self, figures: Mapping[str, float]) -> None:
+    def log_at_newest_step(self, figures: Mapping[str, float]) -> None:
         """Record figures without a step, such as the load of nodes, at the newest step."""
-        self._orders.put({"order": "beside", "values": dict(figures)})
+        self._orders.put({"order": "at_newest_step", "values": dict(figures)})
 
     def samples(self, path: Path, step: int) -> None:
         """Record a file of JSON lines as a table."""

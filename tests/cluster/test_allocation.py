@@ -4,7 +4,15 @@ from collections import Counter
 
 import pytest
 
-from dist_lm.cluster.allocation import Reserved, Site, actors_in_all, core_users, missing_places, ranks_beside, site_of
+from dist_lm.cluster.allocation import (
+    Reserved,
+    Site,
+    actors_in_all,
+    core_users,
+    missing_places,
+    ranks_per_node_with_pool,
+    site_of,
+)
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.pool import AS_MANY, RolloutPoolConfig
@@ -16,7 +24,7 @@ def nodes(count: int, cpus: int = 8, gpus: int = 0) -> list[Node]:
 
 
 def ranks(pool: RolloutPoolConfig, found: list[Node], gpus: int = 0, **cluster: int) -> int:
-    return ranks_beside(pool, ClusterConfig(name="local", **cluster), found, gpus)
+    return ranks_per_node_with_pool(pool, ClusterConfig(name="local", **cluster), found, gpus)
 
 
 @pytest.mark.parametrize(
