@@ -98,8 +98,7 @@ class WandbRun:
         Raises:
             ConfigError: tracking.mode=online without a login.
         """
-        mode = "disabled" if tracking.name == "none" else wandb_mode(tracking, environ)
-        if mode == "disabled":
+        if tracking.name == "none" or (mode := wandb_mode(tracking, environ)) == "disabled":
             return None
 
         git = {
@@ -215,7 +214,7 @@ class WandbRun:
 
 
 def _identity(path: Path) -> str:
-    recorded = json.loads(path.read_text()) if path.exists() else {}
-    identity = recorded.get("id") or secrets.token_hex(4)
+    # All attempts of a run must continue one wandb run, so the first one's id is kept.
+    identity = durable.read_json(path).get("id") or secrets.token_hex(4)
     durable.write_json(path, {"id": identity})
     return identity
