@@ -69,9 +69,11 @@ class Batch:
             tokens_BT: (B, T) int64.
             targets_BT: (B, T) int64; None: the next tokens; the last target is the first token.
         """
+        if targets_BT is None:
+            targets_BT = tokens_BT.roll(-1, 1)
         return cls(
             tokens_BT=tokens_BT,
-            targets_BT=tokens_BT.roll(-1, 1) if targets_BT is None else targets_BT,
+            targets_BT=targets_BT,
             loss_mask_BT=torch.ones(tokens_BT.shape, device=tokens_BT.device),
             document_BT=torch.zeros_like(tokens_BT),
             position_BT=torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT),
@@ -104,7 +106,7 @@ class Batch:
             f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)
         }
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed, ranked=self.ranked.each(change) if self.ranked else None)
+        return replace(self, **changed, ranked=self.ranked and self.ranked.each(change))
 
 
 def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:

@@ -133,10 +133,10 @@ class HeldOutIndex:
         # A window may be in several held-out texts: count the hits of every (train text, held-out text).
         numbers, times = table.texts_of(owner_and_id[1])
         owner_and_text = np.stack([np.repeat(owner_and_id[0], times), numbers])
-        pairs, counts = np.unique(owner_and_text, axis=1, return_counts=True)
+        pairs, n_hits = np.unique(owner_and_text, axis=1, return_counts=True)
 
         holders = []
-        for owner, number, count in zip(*map(np.ndarray.tolist, pairs), counts.tolist(), strict=True):
+        for owner, number, count in zip(*map(np.ndarray.tolist, pairs), n_hits.tolist(), strict=True):
             part = self._parts.get(number)
             holds_part = part and part in texts[owner]
             holds_windows = size == WINDOW and count > MAX_SHARE * table.n_windows[number]
@@ -280,8 +280,8 @@ class _Table:
             protected: (texts,) bool.
         """
         all_hashes = np.concatenate([hashes for hashes, _ in windows])
-        counts = [len(hashes) for hashes, _ in windows]
-        texts = np.repeat(np.array([number for _, number in windows], np.int32), counts)
+        n_hashes = [len(hashes) for hashes, _ in windows]
+        texts = np.repeat(np.array([number for _, number in windows], np.int32), n_hashes)
 
         # Equal hashes become neighbours: a window is a run, and its id is the number of the run.
         order = np.argsort(all_hashes, kind="stable")
@@ -311,8 +311,9 @@ class _Table:
     def texts_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the texts that have the windows `ids`, window by window, and how many texts each window has."""
         times = self._times[ids]
-        ends = np.cumsum(times)
-        rank_in_window = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - times, times)
+        # All texts of all windows lie in one row; a text's rank counts from the begin of its window.
+        begins = np.cumsum(times) - times
+        rank_in_window = np.arange(times.sum()) - np.repeat(begins, times)
         return self._texts[np.repeat(self._first[ids], times) + rank_in_window], times
 
     def n_windows_in_train(self) -> np.ndarray:

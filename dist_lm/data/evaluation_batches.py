@@ -99,14 +99,14 @@ class EvaluationBatches:
         """
         corpus = self.corpus
         if len(self._sequences) == self._rows.n_rows and not corpus.has_mask:
-            counted = _by_language(corpus, corpus.lengths)
+            n_targets = _by_language(corpus, corpus.lengths)
         else:
             # The masks of the chosen sequences say which of their targets count.
-            counted = np.zeros(len(corpus.languages))
+            n_targets = np.zeros(len(corpus.languages))
             for number in self._sequences.tolist():
-                counted += _counted_targets(corpus, self._rows.sequence(number))
+                n_targets += _learned_targets(corpus, self._rows.sequence(number))
 
-        n_bytes = _by_language(corpus, corpus.n_bytes) * (counted / _by_language(corpus, corpus.lengths))
+        n_bytes = _by_language(corpus, corpus.n_bytes) * (n_targets / _by_language(corpus, corpus.lengths))
         return dict(zip(corpus.languages, n_bytes.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
@@ -186,7 +186,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
     return {key: bits / size for key, (bits, size) in sums.items() if size}
 
 
-def _counted_targets(corpus: TokenCorpus, slices: list[DocumentSlice]) -> np.ndarray:
+def _learned_targets(corpus: TokenCorpus, slices: list[DocumentSlice]) -> np.ndarray:
     """Counts the targets of a sequence that are learned, by language: (languages,) float64."""
     codes = corpus.language_codes[[document for document, _, _ in slices]]
     language = np.repeat(codes, [stop - start for _, start, stop in slices])

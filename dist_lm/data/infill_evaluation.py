@@ -46,10 +46,11 @@ class HeldOutMiddles:
         """
         size = self.seq_len - ADDED
         lengths = self.corpus.lengths
-        counts = -(-lengths // size)  # pieces of each document
+        n_pieces = -(-lengths // size)  # of each document
 
-        documents = np.repeat(np.arange(len(lengths)), counts)
-        begins = size * (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts))
+        # The number of a piece in its document: that over all pieces, less the number of the document's first piece.
+        documents = np.repeat(np.arange(len(lengths)), n_pieces)
+        begins = size * (np.arange(len(documents)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces))
         ends = np.minimum(begins + size, lengths[documents])
 
         # A rest that training would not rearrange is not measured either.

@@ -311,9 +311,9 @@ def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestRe
     redact = redacted if document.form == "text" else redacted_json
     clean = redact(document.text, secrets=steps.secrets, emails=steps.emails)
 
-    counts = {KEY: clean.secrets, EMAIL: clean.emails}
-    report.keep(record, split, {placeholder: times for placeholder, times in counts.items() if times})
-    return replace(document, text=clean.text) if any(counts.values()) else document
+    replaced = {KEY: clean.secrets, EMAIL: clean.emails}
+    report.keep(record, split, {placeholder: times for placeholder, times in replaced.items() if times})
+    return replace(document, text=clean.text)
 
 
 def split_of(group: str, val_fraction: float) -> str:

@@ -27,7 +27,7 @@ class Concatenation:
         """`lengths`: (n,) tokens by document number; `documents`: the numbers in the order of the row."""
         self._documents = documents
         self.ends = np.cumsum(lengths[documents], dtype=np.int64)  # (n,) positions behind each document
-        self.n_tokens = int(self.ends[-1]) if len(documents) else 0
+        self.n_tokens = int(self.ends.max(initial=0))
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
         """Returns the slices that cover the tokens [begin, end) of the row, in order; `end` is at most `n_tokens`."""

@@ -29,7 +29,7 @@ class Packing:
 
         # (packed documents,) the row of each of `documents`
         self.row_of_document = best_fit_decreasing(lengths[self.documents], seq_len + 1)
-        self.n_rows = int(self.row_of_document.max()) + 1 if len(fitting) else 0
+        self.n_rows = int(self.row_of_document.max(initial=-1)) + 1
         self.ends = np.cumsum(np.bincount(self.row_of_document, minlength=self.n_rows))  # (rows,) end in `in_rows`
         # A stable sort: the documents of a row stay in the order of `documents`, the longest first.
         self._in_rows = self.documents[np.argsort(self.row_of_document, kind="stable")]

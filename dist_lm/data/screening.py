@@ -244,16 +244,16 @@ def screened(
         # Broken rows are the better explanation for a source without documents, so they are checked first.
         errors.check()
         if n_source == 0:
-            origin = counts = ""
+            origin = reasons = ""
             if name := source_place(source):
                 key = "dataset" if source.dataset else "path"
                 origin = f" of {key}={name}"
             if dropped:
                 only = f" (only={source.only})" if "other_language" in dropped else ""
                 listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
-                counts = f"dropped were {listing}{only}; "
+                reasons = f"dropped were {listing}{only}; "
             raise ArtefactError(
-                f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {counts}"
+                f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {reasons}"
                 f"{source_traits(source).advice} (corpus={config.name})"
             )
 

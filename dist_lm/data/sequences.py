@@ -114,9 +114,9 @@ class Mix:
 
     def __init__(self, shares: Sequence[float], seed: int) -> None:
         """`shares`: those of corpora 1, 2, ...; whole per cent, with a sum below 1."""
-        mixed_counts = [round(share * BLOCK) for share in shares]
-        self._counts = np.array([BLOCK - sum(mixed_counts), *mixed_counts])  # sequences of each corpus in a block
-        assert self._counts.min() > 0, shares
+        mixed_sequences = [round(share * BLOCK) for share in shares]
+        self._sequences_of = np.array([BLOCK - sum(mixed_sequences), *mixed_sequences])  # of each corpus, in a block
+        assert self._sequences_of.min() > 0, shares
         self._seed = seed
         self._block = -1
         self._corpora = self._numbers_in_block = np.empty(0, np.int64)
@@ -131,11 +131,11 @@ class Mix:
         if block != self._block:
             self._shuffle(block)
         corpus = int(self._corpora[i])
-        return corpus, block * int(self._counts[corpus]) + int(self._numbers_in_block[i])
+        return corpus, block * int(self._sequences_of[corpus]) + int(self._numbers_in_block[i])
 
     def _shuffle(self, block: int) -> None:
         """Computes the corpus of each sequence of a block, and how many of that corpus come before it there."""
-        corpora = np.repeat(np.arange(len(self._counts)), self._counts)
+        corpora = np.repeat(np.arange(len(self._sequences_of)), self._sequences_of)
         self._corpora = corpora[permutation(BLOCK, key(Shuffle.MIX, self._seed, block))]
         is_same_corpus = self._corpora[:, None] == self._corpora[None, :]
         self._numbers_in_block = np.tril(is_same_corpus, -1).sum(1)

@@ -1,4 +1,6 @@
-"""Numbers formatted for people: at the terminal, in reports, in messages."""
+"""Numbers and lists formatted for people: at the terminal, in reports, in messages."""
+
+from collections.abc import Sequence
 
 
 def gib(size: float) -> str:
@@ -24,6 +26,14 @@ def readable_count(count: int) -> str:
 def counted(count: int, noun: str) -> str:
     """Formats a count and its noun: `1 file`, `2 files`, `1,000 files`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Joins names, at most `most` of them: `a, b and 1,000 more`."""
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most:,} more"
+    return text
 
 
 def span(seconds: float) -> str:

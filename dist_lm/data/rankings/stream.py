@@ -162,8 +162,8 @@ def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, num
     # Judgements are pairs already.
     if learn_from == ALL or not len(verdict.ranks):
         return verdict
-    count = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
-    return drawn_pairs(verdict, count, key(Shuffle.PAIRS, seed, number))
+    n_pairs = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
+    return drawn_pairs(verdict, n_pairs, key(Shuffle.PAIRS, seed, number))
 
 
 def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
@@ -203,10 +203,11 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
         word: the 64-bit key of the draw.
     """
     ranks = verdict.ranks.tolist()
+    # (better, worse) of each two completions that are no tie.
     pairs = [
-        (first, second) if ranks[first] < ranks[second] else (second, first)  # (better, worse)
-        for first, second in combinations(range(len(ranks)), 2)
-        if ranks[first] != ranks[second]
+        sorted(pair, key=ranks.__getitem__)
+        for pair in combinations(range(len(ranks)), 2)
+        if ranks[pair[0]] != ranks[pair[1]]
     ]
     # Sorted, so that only the choice depends on the draw and not the order.
     chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), word)[:count])]
