@@ -173,6 +173,7 @@ class Comparison:
 
     def finish(self) -> set[bytes]:
         """Returns the names of the texts that are refused, once all are compared."""
+        # The last batch is smaller than `BATCH_BYTES`.
         self._submit()
         self._collect(0)
         self._pool.shutdown()

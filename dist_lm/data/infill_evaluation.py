@@ -46,7 +46,7 @@ class HeldOutMiddles:
         """
         size = self.seq_len - ADDED
         lengths = self.corpus.lengths
-        n_pieces = -(-lengths // size)  # of each document
+        n_pieces = -(-lengths // size)  # (documents,)
 
         # The number of a piece in its document: that over all pieces, less the number of the document's first piece.
         documents = np.repeat(np.arange(len(lengths)), n_pieces)

@@ -56,6 +56,7 @@ def splitmix64(seed: int, n: int) -> np.ndarray:
 
 def key(*words: int) -> int:
     """Hashes several integers into one 64-bit key, which depends on each integer and on their order."""
+    # Each word goes into the hash of those before it, so that (1, 2) and (2, 1) differ.
     state = 0
     for word in words:
         state = int(splitmix64((state + word) % _WORD, 1)[0])

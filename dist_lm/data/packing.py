@@ -78,6 +78,7 @@ class PackedEpoch:
         shuffled = packing.documents[permutation(n, key(Shuffle.PACKED_DOCUMENTS, seed, epoch))]
         documents = longest_first(shuffled, packing.lengths)
 
+        # Sorted by row, and inside a row by a hash.
         order_in_rows = np.lexsort((splitmix64(key(Shuffle.PACKED_INSIDE, seed, epoch), n), packing.row_of_document))
         self._in_rows = documents[order_in_rows]
         self._rows = permutation(packing.n_rows, key(Shuffle.PACKED_ROWS, seed, epoch))

@@ -177,6 +177,7 @@ class RowErrors:
             )
 
     def _count(self, row: Rejected) -> None:
+        # All rows may be broken, so only the first ones are kept for the message.
         self._n_bad += 1
         if len(self._first) < NAMED:
             self._first.append(row)

@@ -115,7 +115,7 @@ class Mix:
     def __init__(self, shares: Sequence[float], seed: int) -> None:
         """`shares`: those of corpora 1, 2, ...; whole per cent, with a sum below 1."""
         mixed_sequences = [round(share * BLOCK) for share in shares]
-        self._sequences_of = np.array([BLOCK - sum(mixed_sequences), *mixed_sequences])  # of each corpus, in a block
+        self._sequences_of = np.array([BLOCK - sum(mixed_sequences), *mixed_sequences])  # (corpora,) in a block
         assert self._sequences_of.min() > 0, shares
         self._seed = seed
         self._block = -1

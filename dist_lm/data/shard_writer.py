@@ -137,6 +137,7 @@ class _SplitWriter:
         Args:
             source: number of its source in the configuration.
         """
+        # A wrong document would be found only by its readers, in a tar that is written and hashed.
         tokens, mask = document.tokens, document.loss_mask
         assert tokens.dtype == self._dtype, (tokens.dtype, self._recipe.vocab_size)
         assert len(tokens) > 0, "a document begins with end-of-text"

@@ -49,8 +49,9 @@ class TokenCorpus:
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._tars = _Tars([directory / shard.name for shard in shards])
 
+        # Arrays from document to member, and from member to tar, so that a read searches nothing.
         self._members = np.concatenate([index.members for index in indices])
-        n_documents = self._members["documents"].astype(np.int64)  # of each member
+        n_documents = self._members["documents"].astype(np.int64)  # (members,)
         self._tar_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.members) for index in indices])
         self._member_of = np.repeat(np.arange(len(n_documents), dtype=np.int32), n_documents)
 

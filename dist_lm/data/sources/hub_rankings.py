@@ -115,6 +115,7 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
 
 def hh_ranking(row: Row) -> Ranking | None:
     """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer."""
+    # Both are whole dialogues: what they share is the prompt.
     chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
         return None  # they differ earlier: no two answers to one prompt

@@ -92,6 +92,7 @@ def _row(
         assert content is not None, "a regular file"
         row[extension] = content.read()
 
+    # Parsing the .json member is worth its time only for a column that is no member.
     if problem or wanted_columns <= row.keys() or "json" not in row:
         return problem or row
     try:
