@@ -31,6 +31,7 @@ def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nod
 
     n_spare = max(0, len(nodes) - config.nodes)  # nodes without ranks
     actors = actors_in_all(pool, config.nodes, gpus)
+    # Ray counts one CPU for each agent and each actor, whatever they compute with.
     cpus = sum(node.cpus for node in nodes)
     if cpus - config.nodes < actors:
         raise ConfigError(
@@ -58,11 +59,13 @@ def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nod
         ranks = gpus - _actors_per_node(pool, config.nodes) * pool.tp
     engines = config.nodes * (max(0, gpus - ranks) // pool.tp) + n_spare * (gpus // pool.tp)
     if ranks < 1 or engines < pool.actors:
+        remedies = "use fewer actors or ranks"
+        if pool.may_share:
+            remedies += f", or {pool.key}.placement=shared"
         raise ConfigError(
             f"{pool.key}.actors={pool.actors}: {len(nodes)} nodes of {gpus} GPUs cannot hold so many engines of "
             f"{pool.tp} GPUs beside the ranks (cluster.nodes={config.nodes}, "
-            f"cluster.ranks_per_node={config.ranks_per_node}): use fewer actors or ranks"
-            f"{f', or {pool.key}.placement=shared' if pool.may_share else ''}; {without_pool(pool)}"
+            f"cluster.ranks_per_node={config.ranks_per_node}): {remedies}; {without_pool(pool)}"
         )
     return ranks
 
@@ -79,7 +82,9 @@ def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:
         nodes: number of nodes with ranks.
         gpus: number of GPUs that the ranks of a node use.
     """
-    return nodes * max(1, gpus // pool.tp) if pool.actors == AS_MANY else pool.actors
+    if pool.actors == AS_MANY:
+        return nodes * max(1, gpus // pool.tp)
+    return pool.actors
 
 
 def core_users(pool: RolloutPoolConfig, nodes: int, ranks: int, gpus: int) -> int:
@@ -138,7 +143,9 @@ class Site:
             node: with all its resources.
             cores_of_pool: cores of an actor if the pool were alone.
         """
-        return max(1, node.cpus // self.core_users) if self.core_users else cores_of_pool
+        if not self.core_users:
+            return cores_of_pool
+        return max(1, node.cpus // self.core_users)
 
     def devices(self, node: Node, gpus: int, ordinal: int) -> tuple[int, ...]:
         """GPUs of the `ordinal`-th actor of `node` if Ray assigns none; counted from the last GPU backwards.
@@ -154,8 +161,8 @@ class Site:
 
     def _rest(self, node: Node, reserved: Reserved) -> Node:
         """`node` with the resources that are not reserved."""
-        gpus = node.gpus if self.shares_gpus else max(0, node.gpus - reserved.gpus)
-        return replace(node, cpus=max(0, node.cpus - reserved.cpus), gpus=gpus)
+        reserved_gpus = 0 if self.shares_gpus else reserved.gpus
+        return replace(node, cpus=max(0, node.cpus - reserved.cpus), gpus=max(0, node.gpus - reserved_gpus))
 
 
 def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, device: str) -> Site:
@@ -192,7 +199,9 @@ def missing_places(
     able = [node for node in nodes if not taken.get(node.id) and _capacity(node, wanted, gpus)]
     chosen = [*used, *able[: max(0, most_nodes - len(used))]]
     actors_of = Counter({node.id: taken.get(node.id, 0) for node in chosen})
-    total = sum(_capacity(node, wanted, gpus) for node in chosen) if wanted == AS_MANY else wanted
+    total = wanted
+    if wanted == AS_MANY:
+        total = sum(_capacity(node, wanted, gpus) for node in chosen)
 
     nodes_of_new_actors = []
     while sum(actors_of.values()) < total:
@@ -207,14 +216,17 @@ def missing_places(
 
 def cores_of(node: Node, wanted: int, most_nodes: int, gpus: int) -> int:
     """CPU cores of an actor on `node` if the pool is alone there; for the arguments see `missing_places`."""
-    if wanted == AS_MANY:
-        return max(1, node.cpus // (node.gpus // gpus if gpus else 1))
-    actors_per_node = -(-wanted // most_nodes)
-    most_actors = node.gpus // gpus if gpus else node.cpus
-    return max(1, node.cpus // max(1, min(actors_per_node, most_actors)))
+    actors = _capacity(node, wanted, gpus)
+    if wanted != AS_MANY:
+        # Actors are spread over all the nodes that the pool may use.
+        actors = min(actors, -(-wanted // most_nodes))
+    return max(1, node.cpus // max(1, actors))
 
 
 def _capacity(node: Node, wanted: int, gpus: int) -> int:
+    """Returns how many actors a node can hold. Without GPUs, `AS_MANY` means one, which then uses all cores."""
     if gpus:
         return node.gpus // gpus
-    return min(1, node.cpus) if wanted == AS_MANY else node.cpus
+    if wanted == AS_MANY:
+        return min(1, node.cpus)
+    return node.cpus

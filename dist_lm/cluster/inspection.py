@@ -96,6 +96,7 @@ def inspect(
         if reasons:
             unfit[node] = "; ".join(reasons)
 
+    # An unfit node runs no ranks in any case, and a trial of it might have to wait for its time-out.
     fit = [node for node in range(len(hosts)) if node not in unfit]
     addresses = [node.address for node in nodes]
     notes: tuple[str, ...] = ()
@@ -263,6 +264,7 @@ def _sum_up(
     Raises:
         ClusterError: a group of several nodes gives no answer at all.
     """
+    # The ranks of a group meet at its first node.
     ports = _ask([agents[group[0]].reserve_port.remote() for group in groups], ROUND_S)
     questions = [
         agents[node].sum_up.remote(count * index, count * len(group), addresses[group[0]], port, SUM_S)
@@ -329,6 +331,7 @@ def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
     import ray
     from ray.exceptions import RayError
 
+    # Each answer is noted as it comes, because its time tells how far a node's clock is off.
     answers: dict[Any, tuple[Any, float]] = {}
     deadline = time.monotonic() + timeout_s
     unanswered = list(questions)

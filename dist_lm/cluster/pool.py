@@ -195,7 +195,7 @@ class Pool:
             self._wait()
             self._tend()
         idle = [member for member in self.members if member.is_ready]
-        stream = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
+        stream = _stream(self._spec, weights)  # type: ignore[arg-type]
         return self._sender.send(stream, version, idle, self._keep_going, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
@@ -235,12 +235,10 @@ class Pool:
         first_up_at: float | None = None
         while self._keep_going():
             self._tend(config.start_timeout_s)
-            n_up = len(self.members)
-            if n_up and first_up_at is None:
-                first_up_at = time.monotonic()
-            if first_up_at is not None and n_up:
-                all_up = n_up == len(self._members)
-                if all_up or time.monotonic() - first_up_at > OTHERS_S:
+            # Work can begin on one actor, so the others are not waited for much longer.
+            if n_up := len(self.members):
+                first_up_at = first_up_at or time.monotonic()
+                if n_up == len(self._members) or time.monotonic() - first_up_at > OTHERS_S:
                     return
             self._wait()
 
@@ -291,6 +289,7 @@ class Pool:
         nodes = self._cluster.nodes()
         node_of = {node.id: node for node in nodes}
         for number, member in list(self._members.items()):
+            # A lost node says nothing against the requests that its actor worked on.
             if member.node.id not in node_of:
                 self._warn(f"generation: node {member.node.address} is gone; continuing without it")
                 self._leave(number, blamed=False)
@@ -347,6 +346,7 @@ class Pool:
 
     def _hand_out(self, ledger: Ledger) -> None:
         """Deals requests to actors with the present weights, and begins a slice of work on each that has some."""
+        # All answers of a call must be of one version, so an actor that still loads it gets no work.
         ready = {
             number: member
             for number, member in self._members.items()

@@ -9,7 +9,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -207,7 +206,11 @@ class Sender:
         for link in self._links:
             self._offer(link, version)
         attempt(lambda link, alive: link.join(*self._join, alive))
-        with torch.cuda.stream(self._copy_stream) if isinstance(weights, Held) and self._copy_stream else nullcontext():
+        # A held version lies in host memory, so its copies need not wait for what the device computes.
+        stream = None
+        if isinstance(weights, Held):
+            stream = self._copy_stream
+        with torch.cuda.stream(stream):
             for full in self._filled(weights, bucket.bucket):
                 if not isinstance(weights, Held):
                     kept_buckets.append(self._on_host(len(full)).copy_(full, non_blocking=True))

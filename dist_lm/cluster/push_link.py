@@ -82,6 +82,7 @@ def packed(
         if (name, tuple(weight.shape)) != expected:
             raise ArtefactError(f"weights: {name} has shape {tuple(weight.shape)}, expected (name, shape) {expected}")
 
+        # Bytes, so that a bucket may end in the middle of a parameter.
         source = weight.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
         while len(source):
             if n_used == len(target):
@@ -336,8 +337,10 @@ class Receiver:
         if bucket is None:
             bucket = torch.empty(self.offer.bucket_bytes, dtype=torch.uint8, device=self._device)
         for size in sizes_of(config, dtype, self.offer.bucket_bytes):
+            # A broadcast brings the bytes; with ipc they are in the sender's bucket, and a flag says so.
             self._group.broadcast(flag if self._shared is not None else bucket[:size], SENDER)
             yield bucket[:size]
+            # With ipc the sender waits until its bucket is free again.
             if self._shared is not None:
                 wait_for_copies(self._device)
                 self._group.broadcast(flag, self.offer.rank)

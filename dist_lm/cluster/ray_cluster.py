@@ -53,6 +53,14 @@ class Node:
     gpus: int
 
 
+def bundle_of(gpus: int) -> dict[str, float]:
+    """Returns what an agent or an actor reserves on its node: one CPU, which keeps two of them apart, and its GPUs."""
+    bundle = {"CPU": 1.0}
+    if gpus:
+        bundle["GPU"] = float(gpus)
+    return bundle
+
+
 @dataclass(frozen=True)
 class RayCluster:
     """An open connection to Ray; the `ray` calls of this process use it."""
@@ -156,7 +164,10 @@ def reason_of(error: BaseException) -> str:
     """Why a call of an actor failed: the exception that its code raised, or what happened to the actor."""
     from ray.exceptions import RayTaskError
 
-    return last_line(error) if isinstance(error, RayTaskError) else first_line(error)
+    # A failed task ends with its exception; the death of an actor begins with its reason.
+    if isinstance(error, RayTaskError):
+        return last_line(error)
+    return first_line(error)
 
 
 def check_token_file(key: str, path: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_lm.cluster.agent import NodeAgent
 from dist_lm.cluster.inspection import Demands, Inspection, inspect
-from dist_lm.cluster.ray_cluster import ClusterError, Node, RayCluster, last_line
+from dist_lm.cluster.ray_cluster import ClusterError, Node, RayCluster, bundle_of, last_line
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ def place(
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     # Ray places the agents by itself as soon as the nodes are free, one on each node.
-    bundle = {"CPU": 1.0} | ({"GPU": float(gpus_per_node)} if gpus_per_node else {})
+    bundle = bundle_of(gpus_per_node)
     selector = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else {}
     group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
     remote = ray.remote(num_cpus=1, num_gpus=gpus_per_node, max_restarts=0, max_task_retries=0)(NodeAgent)
