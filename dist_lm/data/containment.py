@@ -12,7 +12,7 @@ Hashes do not depend on the process: the result is the same for any order of tex
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -189,16 +189,6 @@ class Comparison:
         while len(self._batches) > max_batches:
             names, refused = self._batches.popleft()
             self._refused.update(names[index] for index in np.flatnonzero(refused.result()))
-
-
-def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
-    """Returns the indices of the texts in `held_out` that the texts of `trained` contain."""
-    index = HeldOutIndex(held_out)
-    comparison = Comparison(index)
-    for text in trained:
-        comparison.add(b"", text)
-    comparison.finish()
-    return index.contained()
 
 
 def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

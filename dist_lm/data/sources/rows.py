@@ -27,10 +27,6 @@ TABLES = (parquet_rows, csv_rows)  # all rows of a file have its columns
 KEYS = ("language", "licence", "path", "exclude", "column", "licence_column", "language_column", "id_column", "only")
 NEEDS = ("language|language_column", "path")
 ADVICE = "check path and column; every row is empty, repeated, too long or left out"
-JSON_LINES = by_suffix(".jsonl", ".ndjson")
-PARQUET = by_suffix(".parquet")
-CSV = by_suffix(".csv", ".tsv")
-ANY_ROWS = by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +47,22 @@ ContentOf = Callable[
 
 def list_json_lines(source: SourceConfig) -> Inputs:
     """Lists files of JSON lines."""
-    return list_files(source, JSON_LINES)
+    return list_files(source, by_suffix(".jsonl", ".ndjson"))
 
 
 def list_parquet(source: SourceConfig) -> Inputs:
     """Lists parquet files."""
-    return list_files(source, PARQUET)
+    return list_files(source, by_suffix(".parquet"))
 
 
 def list_csv(source: SourceConfig) -> Inputs:
     """Lists .csv and .tsv files."""
-    return list_files(source, CSV)
+    return list_files(source, by_suffix(".csv", ".tsv"))
 
 
 def list_rows(source: SourceConfig) -> Inputs:
     """Lists files of any format that has rows."""
-    return list_files(source, ANY_ROWS)
+    return list_files(source, by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv"))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
