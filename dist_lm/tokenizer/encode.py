@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import UserError
+from dist_lm.storage.process import cores
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 Encode = Callable[[Tokenizer, Document], TokenizedDocument]
@@ -41,8 +41,7 @@ def encode_documents(
         UserError: a document is not Unicode text, or a process died. What `encode` and `documents` raise passes too.
     """
     tokenizer = Tokenizer.load(path)
-    if not workers:
-        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    workers = workers or cores()
 
     chunks = _chunked(documents)
     first_chunks = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []

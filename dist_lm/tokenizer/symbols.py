@@ -23,8 +23,8 @@ _FORMAT_MARKS = (
 )
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, UNKNOWN, *_FORMAT_MARKS, *map("<|reserved_{}|>".format, range(16)))
 
-# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. DeepSeek has the last end
-# of text.
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. The last name of end-of-text
+# is DeepSeek's.
 ALIASES = {
     END_OF_TEXT: ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end\u2581of\u2581sentence｜>"),
     FIM_PREFIX: ("<fim_prefix>",),
@@ -53,8 +53,8 @@ SHEBANGS = (
 )
 INDENTS = (*map("\n".ljust, range(3, 26, 2)), "\n\t", "\n\t\t", "\n\t\t\t")  # 2 to 24 spaces, 1 to 3 tabs
 
-# Operators are no symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (the end
-# of `!=` begins `==`), cut rulers such as `=====` into pairs, and part from the space before them.
+# Operators are no symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (`!=` ends
+# as `==` begins), cut rulers such as `=====` into pairs, and part from the space before them.
 OPERATORS = (
     *("==", "!=", ">=", "<=", "===", "!==", "<>", "=~"),
     *("+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "//=", "**=", "<<=", ">>="),

@@ -52,10 +52,12 @@ class SentencePieceModel:
 
         # SentencePiece finds user-defined symbols in text, so a mark must not be one.
         control_ids = _control_ids(processor)
-        others = {*range(self.vocab_size)} - {*control_ids}
-        if not self.is_trained and any(pieces[token_id] in NEVER_TEXT for token_id in others):
+        ids_in_text = {*range(self.vocab_size)} - {*control_ids}
+        if not self.is_trained and any(pieces[token_id] in NEVER_TEXT for token_id in ids_in_text):
             processor = sentencepiece.SentencePieceProcessor(model_proto=_with_control_marks(content))
             control_ids = _control_ids(processor)
+
+        # SentencePiece has a type of its own for the unknown token, which is one of our special tokens.
         if self.is_trained:
             control_ids = list(range(len(SPECIAL_TOKENS)))
 
@@ -80,6 +82,7 @@ class SentencePieceModel:
         if not self.is_trained:
             return self._processor.encode(text)
 
+        # The text between two such characters is encoded as usual.
         first_part, *more_parts = text.split(SPACE)
         ids: list[int] = self._processor.encode(first_part)
         for part in more_parts:
@@ -151,7 +154,7 @@ class Vocabulary(Protocol):
 
     file_name: str  # in a work directory
     vocab_size: int
-    is_trained: bool  # by `train_tokenizer`
+    is_trained: bool  # whether `train_tokenizer` made it
     special_ids: dict[str, int]  # special tokens by the names they have in the file
     end_of_text: int | None  # None: the file does not say it, but the name of a special token does
     opening: int | None  # the special token that the file puts before every text
@@ -233,7 +236,7 @@ class Tokenizer:
         self._vocabulary = read_vocabulary(content, name)
         self.vocab_size = self._vocabulary.vocab_size
         self.is_trained = self._vocabulary.is_trained
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= UINT16 else np.uint32)  # of ids in shards
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= UINT16 else np.uint32)  # shards hold ids of this type
 
         self.special_ids = special_ids(self._vocabulary)  # marks have our names, other special tokens their own
         if END_OF_TEXT not in self.special_ids:
@@ -243,8 +246,12 @@ class Tokenizer:
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
         self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows of a batch; nothing searches for it
+
+        # Without an opening of its own, a tokenizer opens documents with end-of-text, as shards do.
         opening_id = self._vocabulary.opening
-        self.opening = Opening(self.eot_id, self.eot_id if opening_id is None else opening_id)
+        if opening_id is None:
+            opening_id = self.eot_id
+        self.opening = Opening(self.eot_id, opening_id)
 
         # SentencePiece's dummy prefix puts a space before every text that is encoded.
         self.adds_space = not self.is_trained and self.content(self._vocabulary.encode("a")) == b" a"
@@ -328,10 +335,11 @@ class Tokenizer:
     @property
     def opening_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens that transformers puts before a text with our export; none or one."""
-        opening_id = self.eot_id if self.is_trained else self._vocabulary.opening
-        if opening_id is None:
+        if self.is_trained:
+            return (self.eot_id,)
+        if self._vocabulary.opening is None:
             return ()
-        return (opening_id,)
+        return (self._vocabulary.opening,)
 
     @property
     def special_ids_in_file(self) -> dict[str, int]:
