@@ -87,6 +87,7 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
             return f"model.qkv_bias=True: with model.ffn={model.ffn}, transformers has biases everywhere or nowhere"
         return Architecture("Arcee", head, {"hidden_act": model.ffn, **biases})
 
+    # Qwen3 has norms of queries and keys, Llama all biases or none, Qwen2 those of queries, keys and values.
     if model.qk_norm:
         if model.bias:
             return "model.bias=True: with model.qk_norm=true, transformers has no biases in the feed-forward network"
@@ -287,6 +288,7 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
     family = FAMILIES[family_name]
     settings = {**family.defaults, **{key: setting for key, setting in config.items() if setting is not None}}
 
+    # The class says what the head computes; a file without one could be of either kind.
     heads = {family_name + theirs: ours for ours, theirs in HEADS.items()}
     classes = settings.get("architectures") or [None]
     head = heads.get(str(classes[0]))
@@ -309,6 +311,7 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
         if key not in settings:
             _refuse(place, key, None, "a value")
 
+    # Not every family has a key for the width of a head.
     n_heads = settings["num_attention_heads"]
     default_width = settings["hidden_size"] / n_heads
     head_width = settings.get("head_dim", default_width)
@@ -317,6 +320,12 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
     kv_heads = settings.get("num_key_value_heads", n_heads)
     bias = {"bias": settings[family.biases[0]]} if family.biases else {}
 
+    # None lets these sizes follow from the others, so that another number of heads can be set.
+    if kv_heads == n_heads:
+        kv_heads = None
+    if head_width == default_width:
+        head_width = None
+
     try:
         model = ModelConfig(
             name=name,
@@ -324,8 +333,8 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
             **{**family.options, **bias},
             norm_eps=settings[family.norm_eps],
             **_rope(settings, family, place),
-            n_kv_heads=None if kv_heads == n_heads else kv_heads,
-            head_width=None if head_width == default_width else head_width,
+            n_kv_heads=kv_heads,
+            head_width=head_width,
             head=head,
         )
     except ConfigError as error:
@@ -350,6 +359,7 @@ def _rope(settings: Mapping[str, Any], family: Family, place: str) -> dict[str, 
     Raises:
         ArtefactError: an unknown scaling, a number of it that is missing, or a rotary fraction that the family lacks.
     """
+    # Version 5 of transformers nests all keys of rotary positions, version 4 only those of the scaling.
     name = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     nested: Mapping[str, Any] = settings.get(name) or {}
     rope_type = nested.get("rope_type", nested.get("type", "default"))
@@ -364,6 +374,7 @@ def _rope(settings: Mapping[str, Any], family: Family, place: str) -> dict[str, 
     if options["rotary_fraction"] != 1 and not family.own_rope:
         _refuse(place, "partial_rotary_factor", options["rotary_fraction"], "1: all of a head is rotated")
 
+    # Without a key of its own, the original length is the present one.
     numbers = {_ORIGINAL: settings["max_position_embeddings"], **nested}
     if _ORIGINAL in settings:
         numbers[_ORIGINAL] = settings[_ORIGINAL]  # has precedence in transformers

@@ -80,7 +80,11 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
         # These marks are no special tokens in the Hugging Face folder either, so that parsers of text see them.
         if tokenizer.is_trained and token_type == CONTROL and not text.startswith("<|"):
             token_type = USER_DEFINED
-        tokens.append(text.replace(SPACE, " ") if token_type == USER_DEFINED else text)
+
+        # llama.cpp looks for user-defined tokens in the text before it writes spaces as U+2581.
+        if token_type == USER_DEFINED:
+            text = text.replace(SPACE, " ")
+        tokens.append(text)
         types.append(token_type)
     return GGUFVocabulary(
         "llama",
@@ -124,6 +128,7 @@ def _byte_level(content: bytes, name: str) -> GGUFVocabulary:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
 
+    # Newer files write a merge as a list of two pieces.
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     add_bos = len(tokenizers.Tokenizer.from_str(content.decode()).encode("").ids) > 0
     return GGUFVocabulary("gpt2", pre, tokens, types, None, merges, add_bos, add_space_prefix=False)
@@ -176,6 +181,7 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
             return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step == "ByteLevel regex")
         return pre_tokenizers.Split(Regex(step.removeprefix("Split ")), "isolated")
 
+    # The file of llama.cpp has only the name of the pre-tokenizer, so its steps come from our table.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(step) for step in steps])
     tokenizer.decoder = decoders.ByteLevel()
 
@@ -208,11 +214,15 @@ def _tokenizer_model(keys: Mapping[str, Any]) -> bytes:
     trainer.vocab_size = len(texts)
     # SentencePiece writes -1 for a token that the model lacks. It looks for the others by their pieces.
     trainer.unk_id = types.index(UNKNOWN) if UNKNOWN in types else -1
-    opening_id = keys.get("bos_token_id", -1) if keys.get("add_bos_token", True) else -1
-    ids = {"bos": opening_id, "eos": keys.get("eos_token_id", -1), "pad": keys.get("padding_token_id", -1)}
+    ids = {name: keys.get(f"{key}_token_id", -1) for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    if not keys.get("add_bos_token", True):
+        ids["bos"] = -1
     for name, token_id in ids.items():
+        piece = NO_PIECE
+        if token_id >= 0:
+            piece = model.pieces[token_id].piece
         setattr(trainer, f"{name}_id", token_id)
-        setattr(trainer, f"{name}_piece", model.pieces[token_id].piece if token_id >= 0 else NO_PIECE)
+        setattr(trainer, f"{name}_piece", piece)
 
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = keys.get("add_space_prefix", True)

@@ -96,6 +96,7 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
         else:
             tokenizer.add_tokens([token])
 
+    # A piece may be one byte of a character, so bytes are joined before they are decoded.
     opening = texts[processor.eos_id()]
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -119,6 +120,7 @@ def _ids_by_kind(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[
 
 def _merges(learned: list[str]) -> Iterator[tuple[str, str]]:
     """Yields every pair of learned pieces that makes a learned piece, in the order that SentencePiece prefers."""
+    # SentencePiece keeps no merges, but it learned each piece by joining two earlier ones.
     pieces = set(learned)
     for piece in learned:
         for cut in range(len(piece) - 1, 0, -1):

@@ -38,6 +38,7 @@ def name_of(source: str) -> str:
     """Returns the name of the run that an import on the way writes: that of the folder, or of the model on the hub."""
     text = source.removeprefix(HF)
     folder = Path(text).expanduser()
+    # The name becomes that of a folder, so it must not begin with a dot or hold a separator.
     if folder.is_dir():
         name = folder.resolve().name
     else:
@@ -71,6 +72,7 @@ def folder_of(source: str, weights: bool = True) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(f"{source}: the hub needs huggingface_hub: pip install huggingface_hub") from error
+    # A repository may hold the weights in several formats; only safetensors are fetched.
     patterns = [*SMALL, WEIGHTS] if weights else [*SMALL]
     try:
         return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=patterns))
@@ -141,6 +143,7 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
     if pieces > rows or (vocabulary.is_trained and pieces < rows):
         raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {rows} rows: not its tokenizer")
 
+    # Embeddings are often larger than their tokenizer, and every id that a model can draw must have a name.
     unused = {token_id: f"<|unused_{token_id}|>" for token_id in range(pieces, rows)}
     if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
         content = byte_level.with_marks(content, [*unused.values()], pieces)
