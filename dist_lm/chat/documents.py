@@ -97,6 +97,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
     Raises:
         ChatError: the prompt or a completion is not well formed.
     """
+    # Shards hold plain arrays, so judgements become pairs of indices and a margin each.
     ranking = read_ranking(document.text)
     tree = ranking_tokens(ranking, tokenizer)
     pairs = [(judgement.better, judgement.worse) for judgement in ranking.judgements]
