@@ -72,7 +72,7 @@ class Journal:
         finished = [{"finished": asdict(shard)} for shards in journal.finished.values() for shard in shards]
         durable.write_text(path, "".join(map(_line, [{"format": FORMAT, **asdict(recipe)}, *finished])))
         manifest.unlink(missing_ok=True)
-        durable.fsync_directory(directory)
+        durable.fsync(directory)
         return journal
 
     @property
@@ -94,7 +94,7 @@ class Journal:
     def close(self) -> None:
         """Removes the journal: the manifest describes the tars now."""
         journal_path(self.directory).unlink()
-        durable.fsync_directory(self.directory)
+        durable.fsync(self.directory)
 
     def _append(self, event: Mapping[str, Any]) -> None:
         # On disk before the caller continues: a tar that no line names would be taken for a user's file.

@@ -245,10 +245,10 @@ class _SplitWriter:
         self._file.close()
 
         # A kill at any line leaves either no tar of this name, or a whole one with its origins.
-        durable.fsync_file(self._temporary)
+        durable.fsync(self._temporary)
         write_origins(self._path, self._tar_origins)
         self._temporary.replace(self._path)
-        durable.fsync_directory(self._path.parent)
+        durable.fsync(self._path.parent)
 
         index = build_index(self._path)
         save_index(index, index_path(self._path))

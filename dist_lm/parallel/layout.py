@@ -365,21 +365,23 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
     if ADAPTERS in name:
         return _factor_placement(name, shape, model, layout)
     is_attention_weight = len(shape) == 3  # (heads, d_head, d_model)
+    fsdp_dim = 2 if is_attention_weight else 0
     if layout.tp == 1:
         # FSDP splits unevenly on dimension 0 only, and usual numbers of ranks do not divide the number of heads.
-        splits_d_model = is_attention_weight and shape[2] % layout.dp_shard == 0
-        return Placement(shape, shape, None, 2 if splits_d_model else 0)
+        if is_attention_weight and shape[2] % layout.dp_shard:
+            fsdp_dim = 0
+        return Placement(shape, shape, None, fsdp_dim)
 
     # Vectors and biases are replicated: a module slices a bias itself. So are key heads that ranks do not split.
     is_key = name.endswith(("attention.key", "attention.value"))
     if len(shape) == 1 or name.endswith("_bias") or (is_key and not shards_key_heads(model, layout.tp)):
-        return Placement(shape, shape, None, 2 if is_attention_weight else 0)
+        return Placement(shape, shape, None, fsdp_dim)
 
     # Dimension 0 has heads, hidden units or the vocabulary; only `down` has its hidden units second.
     tp_dim = 1 if name.endswith("down.weight") else 0
     padded = list(shape)
     padded[tp_dim] = rank_slice(shape[tp_dim], layout.tp, 0).held * layout.tp
-    return Placement(shape, tuple(padded), tp_dim, 2 if is_attention_weight else 1 - tp_dim)
+    return Placement(shape, tuple(padded), tp_dim, fsdp_dim or 1 - tp_dim)  # of a matrix FSDP takes the other dimension
 
 
 def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:

@@ -124,13 +124,14 @@ class ReplicatedNorm(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # `build_norm` decides which norm it is and which parameters it has; they are replaced by DTensors later.
         norm = build_norm(config)
-        # `build_norm` decides which norm it is; its parameters are replaced by DTensors later.
+        assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         self.is_rms = isinstance(norm, nn.RMSNorm)
         self.shape = [config.d_model]
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.d_model))
-        self.bias = nn.Parameter(torch.empty(config.d_model)) if getattr(norm, "bias", None) is not None else None
+        self.weight = norm.weight
+        self.bias = getattr(norm, "bias", None)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.is_rms:

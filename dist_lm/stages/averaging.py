@@ -129,7 +129,7 @@ def write_average(folder: Path, tensors: Mapping[str, ComputedTensor], newest: P
         # the folder lies as deep in the run as a checkpoint, so the path to a base of adapters stays right
         write_checkpoint(temporary, tensors, model, state, files.read_adapters(newest))
         (temporary / files.step_name(state.step)).rename(folder)
-        durable.fsync_directory(folder.parent)
+        durable.fsync(folder.parent)
     except OSError as error:
         raise ArtefactError(f"{folder}: could not be written ({error}); free space or repair the folder") from error
     finally:

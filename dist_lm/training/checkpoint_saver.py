@@ -100,6 +100,7 @@ class CheckpointSaver:
         Raises:
             CheckpointWriteError: on every rank, if the previous save failed (or this save, if not asynchronous).
         """
+        # One save at a time: the copy in host memory belongs to the save in flight.
         self.wait()
 
         tensors = checkpoint.tensors_of(model, optimizer, self.model_config)

@@ -148,7 +148,9 @@ def update(
     grad_norm = math.sqrt(sum(group_squares.values())) / divisor
     applied = math.isfinite(grad_norm)
     if applied:
-        clip = grad_clip / grad_norm if grad_clip and grad_norm > grad_clip else 1.0
+        clip = 1.0
+        if grad_clip and grad_norm > grad_clip:
+            clip = grad_clip / grad_norm
         gradients = [shard_of(gradient) for group in groups.values() for gradient in group]
         torch._foreach_mul_(gradients, clip / divisor)
         optimizer.step()

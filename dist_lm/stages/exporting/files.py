@@ -125,7 +125,7 @@ def export(
             _refuse_files_of_others(folder)
             shutil.rmtree(folder)
         temporary.rename(folder)
-        durable.fsync_directory(folder.parent)
+        durable.fsync(folder.parent)
     except OSError as error:
         raise ArtefactError(f"{folder}: could not be written ({error}); free space or name another folder") from error
     finally:

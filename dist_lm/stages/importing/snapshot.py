@@ -108,7 +108,7 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
 
         # The run appears only when it is complete.
         temporary.path.rename(run.path)
-        durable.fsync_directory(run.path.parent)
+        durable.fsync(run.path.parent)
     except OSError as error:
         raise ArtefactError(f"{run.path}: could not be written ({error}); free space or repair the folder") from error
     finally:

@@ -158,9 +158,9 @@ class BesideTraining:
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
         save_file(copy, temporary)
-        durable.fsync_file(temporary)
+        durable.fsync(temporary)
         temporary.replace(path)
-        durable.fsync_directory(path.parent)
+        durable.fsync(path.parent)
 
     def _evaluate(self, step: int, due: Sequence[str], writing: Future[None] | None) -> Records:
         """Answers the tasks `due` with the stored weights of `step` and returns the records; runs in the evaluator's
