@@ -99,10 +99,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
 
+        self.lm_head = self.scalar_head = None
+        if config.head == "scalar":
+            self.scalar_head = nn.Linear(config.d_model, 1)
         # A tied head reads the weight of the embedding and has no parameter.
-        has_lm_head = config.head == "tokens" and not config.tie_embeddings
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if has_lm_head else None
-        self.scalar_head = nn.Linear(config.d_model, 1) if config.head == "scalar" else None
+        elif not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -197,7 +199,9 @@ class Transformer(nn.Module):
 
         def logprob_and_entropy(logits_nV: torch.Tensor, target_and_set_n2: torch.Tensor) -> torch.Tensor:
             target_n, set_n = target_and_set_n2.unbind(-1)
-            allowed_nV = sets.mask(set_n, self.config.vocab_size, self.vocab_range) if sets else None
+            allowed_nV = None
+            if sets:
+                allowed_nV = sets.mask(set_n, self.config.vocab_size, self.vocab_range)
             return self.logprobs_of_logits(logits_nV, target_n, temperature, entropy_gradient, allowed_nV)
 
         columns_N2 = losses_in_chunks(
@@ -236,13 +240,17 @@ class Transformer(nn.Module):
         # Selecting before the last feed-forward network saves its work for the other tokens. This needs all tokens of a
         # sequence on this rank and no dropout, which is keyed by the position of a token.
         selects_early = index_N is not None and self.holds_all_tokens and self.dropout is None
+
+        document_BT = branch_BT = boundary = None
+        if self.document_mask:
+            document_BT, branch_BT, boundary = batch.document_BT, batch.branch_BT, batch.boundary
         x_BTD = self.hidden(
             batch.tokens_BT,
-            document_BT=batch.document_BT if self.document_mask else None,
+            document_BT=document_BT,
             position_BT=batch.position_BT,
-            branch_BT=batch.branch_BT if self.document_mask else None,
-            boundary=batch.boundary if self.document_mask else None,
-            dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
+            branch_BT=branch_BT,
+            boundary=boundary,
+            dropout=self.dropout and replace(self.dropout, sequence_B=batch.sequence_B),
             index_N=index_N if selects_early else None,
         )
 
