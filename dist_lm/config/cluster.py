@@ -39,26 +39,14 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require(self.name in ("local", "ray"), "cluster.name", self.name, "local or ray")
-        require(
-            self.name == "local" or bool(self.address),
-            "cluster.address",
-            self.address,
-            "host:port of a running Ray head when cluster=ray",
-        )
+        is_reachable = self.name == "local" or bool(self.address)
+        require(is_reachable, "cluster.address", self.address, "host:port of a running Ray head when cluster=ray")
 
+        ranks, accepted = self.ranks_per_node, "a positive integer, or -1 for one for each GPU"
         require(self.nodes > 0, "cluster.nodes", self.nodes, "a positive integer")
-        require(
-            self.ranks_per_node == -1 or self.ranks_per_node > 0,
-            "cluster.ranks_per_node",
-            self.ranks_per_node,
-            "a positive integer, or -1 for one for each GPU",
-        )
-        require(
-            self.min_nodes == -1 or 0 < self.min_nodes <= self.nodes,
-            "cluster.min_nodes",
-            self.min_nodes,
-            f"1 to cluster.nodes={self.nodes}, or -1 for cluster.nodes",
-        )
+        require(ranks == -1 or ranks > 0, "cluster.ranks_per_node", ranks, accepted)
+        fewest, accepted = self.min_nodes, f"1 to cluster.nodes={self.nodes}, or -1 for cluster.nodes"
+        require(fewest == -1 or 0 < fewest <= self.nodes, "cluster.min_nodes", fewest, accepted)
 
         # Without these waits nothing could start or stop; the others may be 0, which turns them off.
         for key in ("connect_timeout_s", "start_timeout_s", "stop_timeout_s", "max_clock_skew_s"):

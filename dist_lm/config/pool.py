@@ -68,10 +68,6 @@ class RolloutPoolConfig(EngineConfig):
         pages = self.page_tokens
         require(pages >= 0, f"{self.key}.page_tokens", pages, "a positive integer, or 0 to choose")
         # A cache of less than one page could not hold a single token.
-        smallest = pages or FEWEST_PAGE_TOKENS
-        require(
-            self.cache_tokens == 0 or self.cache_tokens >= smallest,
-            f"{self.key}.cache_tokens",
-            self.cache_tokens,
-            f"at least {self.key}.page_tokens={smallest}, or 0 to take what fits into free memory",
-        )
+        cache, smallest = self.cache_tokens, pages or FEWEST_PAGE_TOKENS
+        accepted = f"at least {self.key}.page_tokens={smallest}, or 0 to take what fits into free memory"
+        require(cache == 0 or cache >= smallest, f"{self.key}.cache_tokens", cache, accepted)
