@@ -129,8 +129,9 @@ class Decoder:
         head_weight = embedding
         if not config.tie_embeddings:
             head_weight = self._in_place("head", look_up("lm_head.weight"))
-        head = build_linear(head_weight, None)
-        self._head = gathering(head, axis, config.vocab_size) if axis else head
+        self._head = build_linear(head_weight, None)
+        if axis:
+            self._head = gathering(self._head, axis, config.vocab_size)
 
     def _new_graphs(self) -> DecodeGraphs | None:
         """Returns graphs of decode steps, if the device has them; steps with collectives run eagerly."""
@@ -266,8 +267,9 @@ class Decoder:
 
 def build_cache(shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     """Builds the cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
-    takes_flash = _takes_flash(shape, dtype, device) and page_size % PAGE_TOKENS == 0
-    return (FlashPages if takes_flash else PlainPages)(shape, n_pages, page_size, dtype, device)
+    if _takes_flash(shape, dtype, device) and page_size % PAGE_TOKENS == 0:
+        return FlashPages(shape, n_pages, page_size, dtype, device)
+    return PlainPages(shape, n_pages, page_size, dtype, device)
 
 
 def best_page_tokens(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -292,7 +294,7 @@ def check_weights(
         ArtefactError: names the parameter that is missing or has another shape.
     """
     shapes = parameter_shapes(config)
-    for name in shapes if names is None else names:
+    for name in names or shapes:
         shape = shapes[name]
         if name not in found:
             raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")

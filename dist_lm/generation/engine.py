@@ -40,7 +40,7 @@ from dist_lm.generation.request import (
 )
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
 from dist_lm.generation.shard import share_of
-from dist_lm.generation.transfer import upload
+from dist_lm.generation.transfer import concatenated, upload
 from dist_lm.model.size import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -64,12 +64,9 @@ class EngineOptions:
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive integer")
         # A page must be a multiple of a vector register: otherwise rounding would depend on the number of pages.
         require(self.page_tokens % ALIGNED == 0, "page_tokens", self.page_tokens, f"a multiple of {ALIGNED}")
-        require(
-            self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens),
-            "cache_tokens",
-            self.cache_tokens,
-            f"at least page_tokens={self.page_tokens}, or 0 to take what fits into free memory",
-        )
+        has_page = self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens)
+        accepted = f"at least page_tokens={self.page_tokens}, or 0 to take what fits into free memory"
+        require(has_page, "cache_tokens", self.cache_tokens, accepted)
 
     @property
     def n_pages(self) -> int:
@@ -224,11 +221,9 @@ class Engine:
         room = Room(self.config.max_seq_len, self.config.vocab_size, cached, self.options.cache_tokens or cached)
         request = fitted(request, room, texts=self._vocabulary is not None)
 
-        group = [AnswerSequence(request, index, on_text) for index in range(request.n)]
-        if self._vocabulary is not None:
-            for sequence in group:
-                sequence.stream = TextStream(self._vocabulary, request.params.stop)
-        self._waiting.append(group)
+        # Every answer has a stream of its own, because characters are cut off at different tokens.
+        streams = [TextStream(self._vocabulary, request.params.stop) for _ in range(request.n)]
+        self._waiting.append([AnswerSequence(request, index, on_text, stream) for index, stream in enumerate(streams)])
 
     def cancel(self, request: str) -> None:
         """Ends a request now: the next `step` returns its answers so far, finished as `cancelled`. An unknown id does
@@ -447,10 +442,8 @@ class Engine:
         A request whose logits are nan is refused. This is the only place in a step where the host waits for the device.
         """
         sequences = [sequence for part in rows for sequence in part.sequences]
-        logits_BV, position_B = rows[0].logits_BV, rows[0].position_B
-        if len(rows) > 1:
-            logits_BV = torch.cat([part.logits_BV for part in rows])
-            position_B = torch.cat([part.position_B for part in rows])
+        logits_BV = concatenated([part.logits_BV for part in rows])
+        position_B = concatenated([part.position_B for part in rows])
         choice = self._sample(sequences, logits_BV, position_B)
 
         columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]

@@ -88,7 +88,7 @@ def run_of(checkpoint: Path) -> RunDirectory | None:
         if path.parent.name in ("checkpoints", "averages") and len(path.parents) >= 2 + DEPTH
     ]
     runs = [run for run in runs if run.config.is_file()]
-    return next((run for run in runs if run.tokenizer_model.is_file()), runs[0] if runs else None)
+    return next(iter(sorted(runs, key=lambda run: not run.tokenizer_model.is_file())), None)
 
 
 def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:

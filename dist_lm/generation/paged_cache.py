@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.generation.shard import Share
-from dist_lm.generation.transfer import upload
+from dist_lm.generation.transfer import concatenated, upload
 
 PLAIN_PAGE_TOKENS = 64  # tokens of a page of `PlainPages`, unless an engine's options give another size
 ALIGNED = 16  # fp32 numbers in 64 bytes
@@ -117,7 +117,6 @@ class DecodePlan(Protocol):
 
     def advance(self) -> None:
         """Moves every sequence to its next position; allowed only if that position is in the same page."""
-        ...
 
 
 class PrefillPlan(Protocol):
@@ -285,9 +284,11 @@ def plan_decode(
     slots = _Slots(readers, len(pages) * longest)
 
     # The pool keeps used pages close to page 0, so mostly all leading pages can be read without a copy.
-    n_leading = max(used_pages[-1] + 1, MIN_SLOTS)
-    reads_in_place = n_leading <= MAX_WASTE * max(len(used_pages), MIN_SLOTS)
-    first_pages = slots.read(list(range(n_leading)) if reads_in_place else used_pages, holder=0)
+    first_pages, n_leading = used_pages, 0
+    n_in_place = max(used_pages[-1] + 1, MIN_SLOTS)
+    if n_in_place <= MAX_WASTE * max(len(used_pages), MIN_SLOTS):
+        first_pages, n_leading = list(range(n_in_place)), n_in_place
+    first_pages = slots.read(first_pages, holder=0)
     first_rows = list(slots.rows)
 
     # Answers to one request share the pages of its prompt: one more read for each further holder.
@@ -320,7 +321,7 @@ def plan_decode(
     return PlainDecodePlan(
         position_B=position_B,
         cell_B=cell_B,
-        n_leading=n_leading if reads_in_place else 0,
+        n_leading=n_leading,
         page_n=page_n,
         row_n=row_n,
         shared=shared,
@@ -364,7 +365,7 @@ class PlainPages(PagedCache):
             in_one_call=len(pieces) > 1 and are_alike and not self._padding,
             lengths=lengths,
             page_S=page_S,
-            bias_TS=[_causal_bias(piece, self.key) if piece.start else None for piece in pieces],
+            bias_TS=[_causal_bias(piece, self.key) for piece in pieces],
         )
 
     def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
@@ -398,7 +399,7 @@ class PlainPages(PagedCache):
             ).view(-1, n_heads * page_size)
             for k_nGWK, _, row_n in reads
         ]
-        score_nX = scores_nX[0] if len(scores_nX) == 1 else torch.cat(scores_nX)
+        score_nX = concatenated(scores_nX)
         score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_size)
         n_pages = score_BPHW.shape[1]
         weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + plan.bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
@@ -476,10 +477,13 @@ class PlainPages(PagedCache):
                 enable_gqa=k_GSK.shape[0] != q_NHK.shape[1],
             )
             outputs_THK.append(o_1HTK[0].transpose(0, 1))
-        return outputs_THK[0] if len(outputs_THK) == 1 else torch.cat(outputs_THK)
+        return concatenated(outputs_THK)
 
 
-def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor:
+def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
+    # A piece that begins a sequence sees no cached keys, and the kernel masks its own keys itself.
+    if not piece.start:
+        return None
     key_S = torch.arange(piece.positions.stop, device=like.device)
     visible_TS = key_S <= key_S[piece.start :, None]
     return torch.zeros(visible_TS.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible_TS, float("-inf"))

@@ -223,9 +223,11 @@ class PromptLoop:
         """
         # The user can edit the last line of the opening; the lines before it are only printed.
         *lines, editable = self._opening.split("\n")
-        for number, line in enumerate(lines):
-            self._write(visible((MORE if number else FIRST) + line) + "\n")
-        typed = self._read_line(MORE if lines else FIRST, editable)
+        mark = FIRST
+        for line in lines:
+            self._write(visible(mark + line) + "\n")
+            mark = MORE
+        typed = self._read_line(mark, editable)
         if is_command(typed):
             return typed
 
@@ -329,12 +331,12 @@ class PromptLoop:
             last_character = "\n"
             self._say(visible(line))
 
-        prompt_ids = [] if self._chat else self._session.tokens(prompt)
         try:
             with self._interrupts() as interrupted:
                 if self._chat:
                     outcome = self._chat.answer(prompt, self.settings, write, note, interrupted)
                 else:
+                    prompt_ids = self._session.tokens(prompt)
                     outcome = self._session.answer(
                         prompt_ids, self.settings, 1, lambda index, text: write(text), interrupted=interrupted
                     )

@@ -242,7 +242,7 @@ class AnswerSequence:
     request: Request
     index: int  # index of the answer
     on_text: OnText | None
-    stream: "TextStream | None" = None  # set if the engine has a vocabulary
+    stream: "TextStream"
     tokens: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the pages
@@ -285,19 +285,19 @@ class AnswerSequence:
         self.raw_logprobs.append(raw_logprob)
         if self.request.keep_sets and token_set is not None:
             self.sets.append(token_set)
-        text = self.stream.add(token) if self.stream else ""
+        text = self.stream.add(token)
 
         # The first reason that holds counts: end-of-text and stop texts before the limits.
         params = self.request.params
         if token == eot_id and not params.ignore_eot:
             self.finish = "eot"
-        elif token in params.stop_tokens or (self.stream and self.stream.stopped):
+        elif token in params.stop_tokens or self.stream.stopped:
             self.finish = "stop"
         elif self.n_new == params.max_new_tokens:
             self.finish = "length"
         elif len(self.tokens) == context:
             self.finish = "context"
-        if self.finish and self.stream:
+        if self.finish:
             text += self.stream.finish()
         return text
 
@@ -309,7 +309,7 @@ class AnswerSequence:
             index=self.index,
             prompt_tokens=self.n_prompt,
             tokens=tuple(self.tokens[self.n_prompt :]),
-            text=self.stream.text if self.stream else "",
+            text=self.stream.text,
             logprobs=tuple(self.logprobs),
             raw_logprobs=tuple(self.raw_logprobs),
             finish=self.finish,
@@ -322,10 +322,10 @@ class AnswerSequence:
 class TextStream:
     """Decodes tokens to text one by one. Incomplete characters and possible stop texts are held back."""
 
-    def __init__(self, vocabulary: Sequence[bytes], stops: Sequence[str]) -> None:
+    def __init__(self, vocabulary: Sequence[bytes] | None, stops: Sequence[str]) -> None:
         """
         Args:
-            vocabulary: the bytes of every token.
+            vocabulary: the bytes of every token; None: the text stays empty.
             stops: texts that end the answer.
         """
         self._vocabulary = vocabulary
@@ -341,7 +341,7 @@ class TextStream:
 
         If a stop text is complete, `stopped` is set, and `text` ends before it; later tokens are ignored.
         """
-        if self.stopped:
+        if self.stopped or self._vocabulary is None:
             return ""
         # A token may hold a part of a character; the decoder keeps it until the rest arrives.
         n_before = len(self.text)

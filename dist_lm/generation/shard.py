@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.linear import Linear
 from dist_lm.model.size import VALUE_MIX, Shape, parameter_shapes
-from dist_lm.parallel.layout import Layout, RankSlice, keys_of, keys_read, misfit, rank_slice, shards_key_heads
+from dist_lm.parallel.layout import Layout, RankSlice, keys_of, keys_read, misfit, rank_slice
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 LEADER = 0  # the rank that chooses tokens
@@ -53,13 +53,15 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
     `check_tp`.
     """
     keys, n_queries_of_key = keys_of(config, tp, rank)
-    key_heads = keys_read(config, tp, rank) if n_queries_of_key else range(keys.start, keys.stop)
+    key_heads = [*range(keys.start, keys.stop)]
+    if n_queries_of_key:
+        key_heads = keys_read(config, tp, rank)
     return Share(
         rank=rank,
         n_layers=config.n_layers,
         d_head=config.d_head,
         heads=rank_slice(config.n_heads, tp, rank),
-        kv_heads=keys.held if shards_key_heads(config, tp) else len(key_heads),
+        kv_heads=max(keys.held, len(key_heads)),  # heads that are split have padding, copies need none
         key_heads=tuple(key_heads),
         units=rank_slice(config.d_ff, tp, rank),
         vocab=rank_slice(config.vocab_size, tp, rank),

@@ -33,7 +33,7 @@ from dist_lm.generation.decoder import Decoder, Weights, looked_up
 from dist_lm.generation.followers import Followers
 from dist_lm.generation.paged_cache import DecodePlan, Piece
 from dist_lm.generation.shard import LEADER, check_tp, cut, part_shapes, share_of
-from dist_lm.parallel.mesh import join_ranks, leave_ranks
+from dist_lm.parallel.mesh import choose_device, join_ranks, leave_ranks
 from dist_lm.storage.process import die_with_parent
 
 TIMEOUT_S = 120.0  # for ranks to meet, and for a living rank to join a collective
@@ -268,7 +268,7 @@ class Follower(Rank):
         """Joins all ranks of the model."""
         torch.set_num_threads(setup["threads"])
         config, tp = ModelConfig(**setup["model"]), setup["tp"]
-        device = torch.device(setup["device"], rank) if setup["device"] == "cuda" else torch.device("cpu")
+        device = choose_device(setup["device"], rank)
         share = share_of(config, tp, rank)
         self._shapes = part_shapes(config, share)
         self._dtype = getattr(torch, setup["dtype"])
@@ -316,7 +316,7 @@ def main() -> None:
 def _exit_at_hang_up(connection: Connection) -> None:
     """Ends this process as soon as the leader's end of its socket closes, even inside a collective."""
     poll = select.poll()
-    poll.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
+    poll.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
     poll.poll()
     os._exit(0)
 

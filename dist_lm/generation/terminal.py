@@ -80,12 +80,15 @@ def generate(
     errors = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
         # A faulty file of functions is refused before the model is loaded.
-        toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools and tools.file else None
+        toolbox = chat = None
+        if tools and tools.file:
+            toolbox = stack.enter_context(Toolbox(tools.file, tools.limits))
         with errors.status("loading ...") if errors.is_terminal else nullcontext():
             session, run = _load(path, tokenizer, model_device, n, tp)
             stack.enter_context(closing(session))
-        chat = ToolChat(session, toolbox, tools.max_rounds) if tools else None
-        if toolbox and (warning := warning_of(run.path.parent.name if run else None)):
+        if tools:
+            chat = ToolChat(session, toolbox, tools.max_rounds)
+        if toolbox and run and (warning := warning_of(run.path.parent.name)):
             errors.print(Text(warning, style="yellow"), soft_wrap=True)
 
         if prompt is not None and chat:
@@ -244,7 +247,9 @@ def _answer_request(
     note(f"{session.name}: {outcome}")
     if outcome.stopped:
         return STOPPED
-    return 0 if outcome.exchange.ending == "answered" else NO_ANSWER
+    if outcome.exchange.ending != "answered":
+        return NO_ANSWER
+    return 0
 
 
 def read_line(before: str, typed: str) -> str:
