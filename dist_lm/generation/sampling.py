@@ -31,6 +31,7 @@ COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
 GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
 CANDIDATES = (64, 256, 1024, 4096)  # possible numbers of candidates; a row's parameters choose one
 NUCLEUS_CANDIDATES = 256  # smallest number if no top-k bounds it
+FP64_BLOCK_BYTES = 1 << 20  # tempered logits of this size are in memory at once on a CPU, at least a row per thread
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def _draw_candidates(
     in_top_k_BM = rank_M < group.top_k_B1
     log_z_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
     if not group.bounded:
-        log_z_of_all_B1 = log_normaliser(logits_BV / group.temperature_B1)
+        log_z_of_all_B1 = fp64_log_normaliser(logits_BV, group.temperature_B1)
         log_z_B1 = torch.where(group.top_k_B1 < group.candidates, log_z_B1, log_z_of_all_B1)
     p_BM = (x_BM - log_z_B1).exp()
     passes_BM = _passes(x_BM, p_BM, in_top_k_BM, group)
@@ -334,6 +335,17 @@ def _draw_candidates(
     token_B = id_BM.gather(1, chosen_B1)[:, 0]
     logprob_B = (weight_BM.gather(1, chosen_B1) / cdf_BM[:, -1:]).log()[:, 0].float()
     return token_B, logprob_B, unclear_B, (id_BM, passes_BM)
+
+
+def fp64_log_normaliser(logits_BV: torch.Tensor, temperature_B1: torch.Tensor) -> torch.Tensor:
+    """Returns the `log_normaliser` of tempered logits, fp64 (B, 1), on a CPU for a few rows at a time."""
+    # All rows at once do not fit the cache of a core, and their memory comes from the system again in every step, which
+    # takes longer than the arithmetic.
+    n_rows = len(logits_BV)
+    if logits_BV.device.type == "cpu":
+        n_rows = max(torch.get_num_threads(), FP64_BLOCK_BYTES // (8 * logits_BV.shape[-1]))
+    blocks = zip(logits_BV.split(n_rows), temperature_B1.split(n_rows), strict=True)
+    return torch.cat([log_normaliser(logits_nV / temperature_n1) for logits_nV, temperature_n1 in blocks])
 
 
 def _with_more_candidates(group: Group, index_n: torch.Tensor) -> Group:
