@@ -523,6 +523,7 @@ def pages_that_fit(
     Raises:
         ConfigError: that share of free memory does not hold one context.
     """
+    # The rest of the free memory is for activations and logits, whose size depends on the requests.
     free = free_bytes(device)
     share = CACHE_SHARE[device.type]
     page_bytes = options.page_tokens * kv_bytes_per_token(config, share_of(config, tp).kv_heads, dtype.itemsize)

@@ -216,6 +216,7 @@ class PlainDecodePlan:
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
 
     def advance(self) -> None:
+        # No page changes, so of the mask only the new position has to become visible.
         self.position_B += 1
         self.cell_B += 1
         row_B = torch.arange(len(self.position_B), device=self.position_B.device)

@@ -116,6 +116,7 @@ def parse_command(line: str, settings: Settings) -> Do | Change:
         stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
         return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
 
+    # Bounds are not checked here: the new settings refuse a value that is out of them.
     number_type = NUMBERS.get(name, int)
     try:
         number = number_type(argument)

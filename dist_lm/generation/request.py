@@ -121,6 +121,7 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
                 f"prompt has {len(prompt)} tokens and model.max_seq_len is {room.context}, which leaves no space for "
                 "an answer: shorten it, or set truncate=left"
             )
+        # The end of a prompt is kept, because the answer continues it.
         prompt = prompt[-max(1, room.context - params.max_new_tokens) :]
 
     if params.stop and not texts:
@@ -232,6 +233,7 @@ class AnswerSets:
         answers.append(result)
         if len(answers) < n:
             return None
+        # They arrive in the order in which they end.
         return sorted(self._answers.pop(result.request), key=lambda answer: answer.index)
 
 
@@ -358,6 +360,7 @@ class TextStream:
 
     def finish(self) -> str:
         """Returns the text held back so far; no more tokens follow."""
+        # A character that never became complete turns into U+FFFD.
         if not self.stopped:
             self.text += self._decoder.decode(b"", final=True)
         return self._return_up_to(len(self.text))

@@ -298,6 +298,7 @@ def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Returns the index (B, 1) of the first cumulative sum above the target, at most the last index with any weight."""
+    # Rounding may lift the target to the last sum, and no sum lies above that.
     last = (cdf < cdf[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(torch.searchsorted(cdf, target, right=True), last)
 

@@ -139,6 +139,7 @@ class Session:
             name = f"{name} with --suffix"
             tokens = InfillMarks.of(self.tokenizer).prompt(tokens, self.tokenizer.encode(after))
 
+        # An answer needs at least one position behind the prompt.
         context = self.config.max_seq_len
         if len(tokens) >= context:
             raise UserError(

@@ -178,7 +178,9 @@ class ShardedDecoder:
         Raises:
             RankLostError: a follower has ended.
         """
+        # After a loss, rank 0 would wait in a collective that nobody joins.
         self._followers.check()
+
         try:
             if command:
                 self._followers.tell(command)

@@ -208,6 +208,7 @@ def _continue_text(
     with interrupts() as interrupted:
         outcome = session.answer(prompt, settings, n, on_text, interrupted=interrupted)
 
+    # Several answers are computed at the same time; written while they grow, they would be mixed.
     if n > 1:
         for answer in sorted(outcome.answers, key=lambda answer: answer.index):
             write(f"=== {answer.index + 1} of {n} ===\n{answer.text}")
@@ -240,6 +241,7 @@ def _answer_request(
     with interrupts() as interrupted:
         outcome = chat.answer(request, settings, lambda text: None, note, interrupted)
 
+    # Standard output gets the answer alone, so that another program can read it.
     answer = outcome.exchange.answer
     if answer:
         output.write(f"{visible(answer)}\n" if output.isatty() else answer)

@@ -165,6 +165,7 @@ class ToolChat:
         session, tokenizer = self._session, self._session.tokenizer
         prompt_ids, context = prompt(conversation, tokenizer), session.config.max_seq_len
         if len(prompt_ids) >= context:
+            # A long conversation can be left; a first request fits only if something of it is given up.
             if len(conversation.messages) > 1:
                 subject, way_out = "conversation has", "/new starts another one, --tool-characters shortens results"
             else:

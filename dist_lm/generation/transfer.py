@@ -40,6 +40,7 @@ def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _pack(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Bytes, because the tensors have different dtypes.
     return torch.cat([array.flatten().view(torch.uint8) for array in arrays])
 
 

@@ -381,7 +381,7 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
     tp_dim = 1 if name.endswith("down.weight") else 0
     padded = list(shape)
     padded[tp_dim] = rank_slice(shape[tp_dim], layout.tp, 0).held * layout.tp
-    return Placement(shape, tuple(padded), tp_dim, fsdp_dim or 1 - tp_dim)  # of a matrix FSDP takes the other dimension
+    return Placement(shape, tuple(padded), tp_dim, fsdp_dim or 1 - tp_dim)  # FSDP splits a matrix the other way
 
 
 def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:

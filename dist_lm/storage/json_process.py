@@ -32,6 +32,7 @@ class JsonProcess:
         Args:
             environment: variables of the new process; None: those of this process.
         """
+        # A socket of its own, because functions of a user may read and write the standard streams.
         self._connection, child_socket = socket.socketpair()
         with child_socket:
             self._process = subprocess.Popen(

@@ -69,6 +69,7 @@ def tensors_of(
     Args:
         prefix: begins the names; empty for the first model of a checkpoint.
     """
+    # Frozen parameters are those of the base, which is a checkpoint of its own.
     shapes = parameter_shapes(model_config)
     tensors = {
         f"{prefix}{files.MODEL}{name}": logical(parameter.detach(), shapes[name])

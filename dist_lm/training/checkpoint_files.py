@@ -266,6 +266,7 @@ def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Removes all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves."""
+    # BEST may be older than the newest ones.
     best = read_pointer(checkpoints, BEST)
     if keep:
         for directory in steps_in(checkpoints)[:-keep]:

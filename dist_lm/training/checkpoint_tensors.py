@@ -158,6 +158,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
+    # Every rank writes files of its own, so the parts of one tensor may lie in many files.
     dtypes: dict[str, str] = {}
     parts: dict[str, list[Part]] = {}
     for file in sorted(directory.glob(f"*{files.TENSORS}")):

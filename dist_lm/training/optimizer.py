@@ -232,6 +232,7 @@ def stage_rate(stage: TrainerGroup, step: int) -> float:
     if step < stage.warmup_steps:
         return stage.lr * (step + 1) / stage.warmup_steps
 
+    # A long share of the steps may reach back into the warm-up; the decay begins after it.
     decay_steps = stage.decay_steps
     if stage.schedule == LINEAR:
         steps_after_warmup = max(1, stage.steps - stage.warmup_steps)
