@@ -350,7 +350,9 @@ def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> N
     weight = in_place(f"{name}.weight", look_up(f"{name}.weight").clone())
     if config.norm == "rmsnorm":
         return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
-    bias = in_place(f"{name}.bias", look_up(f"{name}.bias").clone()) if config.bias else None
+    bias = None
+    if config.bias:
+        bias = in_place(f"{name}.bias", look_up(f"{name}.bias").clone())
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
 
 

@@ -61,7 +61,9 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     files.check_tokenizer(checkpoint, state, loaded_tokenizer.sha256)
 
     weights = {name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()}
-    name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
+    name = str(checkpoint)
+    if run:
+        name = "/".join((*run.path.parts[-2:], checkpoint.name))
     return LoadedModel(name, config, weights, loaded_tokenizer, run)
 
 

@@ -113,7 +113,9 @@ def parse_command(line: str, settings: Settings) -> Do | Change:
     if not argument:
         return Change(name, settings)
     if name == "stop":
-        stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
+        stop = (*settings.params.stop, unescape(rest))
+        if argument == NO_STOP:
+            stop = ()
         return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
 
     # Bounds are not checked here: the new settings refuse a value that is out of them.
