@@ -6,11 +6,11 @@ all actors that lack it. So an actor that dies delays a push, and never ends it.
 """
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from dist_lm.cluster.push_link import (
     unpacked,
     wait_for_copies,
 )
+from dist_lm.cluster.ray_cluster import in_thread
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import parameter_count
@@ -84,27 +85,19 @@ class Link:
             return
         if self.transport == IPC:
             device, address = HOST, "127.0.0.1"
-        outcome: list[Group | Exception] = []
 
-        def work() -> None:
-            try:
-                outcome.append(Group(self.name, SENDER, 1 + len(self.members), device, address, patience_s, store))
-            except Exception as error:
-                outcome.append(error)
+        # NCCL waits without a limit for an actor that is lost now; the thread is left to it.
+        size = 1 + len(self.members)
+        group = in_thread(partial(Group, self.name, SENDER, size, device, address, patience_s, store), "push")
 
-        # NCCL waits without a limit for an actor that is lost now; the thread is left to it
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
         # Meanwhile this process shows signs of life, and sees whether an actor has given up.
         until = time.monotonic() + patience_s
-        while thread.is_alive():
+        while not group.done():
             alive()
             if time.monotonic() > until:
                 raise LinkError(f"not connected within {patience_s:g} s")
-            thread.join(LOOK_EVERY_S / 10)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        self.group = outcome[0]
+            wait([group], LOOK_EVERY_S / 10)
+        self.group = group.result()
 
     def give(self, bucket: torch.Tensor, alive: Alive) -> None:
         """Send a full bucket, and wait until it may change."""

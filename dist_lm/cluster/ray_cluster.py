@@ -14,10 +14,11 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import UserError
@@ -37,6 +38,8 @@ LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 LONGEST_REASON = 300  # characters of a Ray error in a message; some fill a screen
 PRIVATE_END_S = 30.0
 PRIVATE_PATIENCE = 3  # times the usual timeout: our own head has answered, so only a busy machine delays it
+
+Outcome = TypeVar("Outcome")
 
 
 class ClusterError(UserError):
@@ -254,7 +257,7 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
             ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **node_address)
 
         try:
-            _within(config.connect_timeout_s, init)
+            in_thread(init, "ray-init").result(config.connect_timeout_s)
         except TimeoutError:
             raise ClusterError(
                 f"cluster.address={config.address}: the port answers, but the connection was not accepted within "
@@ -343,27 +346,17 @@ def environment(changes: Mapping[str, str], removed: tuple[str, ...] = ()) -> It
                 os.environ[name] = value
 
 
-def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Runs `call` in a thread, waits at most `seconds`, and raises its exception here.
-
-    Raises:
-        TimeoutError: the call has not returned; its thread keeps running.
+def in_thread(call: Callable[[], Outcome], name: str) -> Future[Outcome]:
+    """Begins `call` in a thread of its own and returns its outcome to come. The thread of a call that never returns
+    does not keep the process from ending.
     """
-    # A list, since a thread cannot return: empty while the call runs.
-    outcome: list[BaseException | None] = []
+    outcome: Future[Outcome] = Future()
 
     def work() -> None:
         try:
-            call()
-        except BaseException as error:  # raised again by the caller
-            outcome.append(error)
-        else:
-            outcome.append(None)
+            outcome.set_result(call())
+        except BaseException as error:  # raised again by `outcome.result`
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, name="ray-init", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError
-    if outcome[0] is not None:
-        raise outcome[0]
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return outcome
