@@ -186,7 +186,7 @@ class NodeAgent:
             device=assignment.device,
             cores_per_rank=process.cores() // (assignment.core_users or assignment.ranks_per_node),
             interface=interface_of(assignment.address),
-            given=assignment.environment,
+            overrides=assignment.environment,
         )
         # A rank knows nothing of Ray, so this process hands it the address and the token.
         if assignment.drives_actors and assignment.node == 0:

@@ -181,7 +181,7 @@ def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, devic
 
 
 def missing_places(
-    nodes: Sequence[Node], taken: Mapping[str, int], wanted: int, most_nodes: int, gpus: int
+    nodes: Sequence[Node], actors_on: Mapping[str, int], pool_size: int, most_nodes: int, gpus: int
 ) -> list[Node]:
     """Returns a node for every actor that is missing: each time the one with the fewest actors that can hold another.
 
@@ -189,23 +189,24 @@ def missing_places(
 
     Args:
         nodes: alive.
-        taken: actors by node id.
-        wanted: actors of the pool, or `AS_MANY`: as many as the chosen nodes hold.
+        actors_on: node id -> actors.
+        pool_size: actors of the pool, or `AS_MANY`: as many as the chosen nodes hold.
         most_nodes: most nodes that the pool may use.
         gpus: number of GPUs per actor, all on one node; 0: an actor takes a CPU.
     """
     # Nodes that have actors already come first, so that a pool does not spread over more nodes than it may use.
-    used = [node for node in nodes if taken.get(node.id)]
-    able = [node for node in nodes if not taken.get(node.id) and _capacity(node, wanted, gpus)]
+    used = [node for node in nodes if actors_on.get(node.id)]
+    able = [node for node in nodes if not actors_on.get(node.id) and _capacity(node, pool_size, gpus)]
     chosen = [*used, *able[: max(0, most_nodes - len(used))]]
-    actors_of = Counter({node.id: taken.get(node.id, 0) for node in chosen})
-    total = wanted
-    if wanted == AS_MANY:
-        total = sum(_capacity(node, wanted, gpus) for node in chosen)
+    actors_of = Counter({node.id: actors_on.get(node.id, 0) for node in chosen})
+    total = pool_size
+    if pool_size == AS_MANY:
+        total = sum(_capacity(node, pool_size, gpus) for node in chosen)
 
     nodes_of_new_actors = []
+    # The node with the fewest actors comes first, so that they are spread evenly.
     while sum(actors_of.values()) < total:
-        free = [node for node in chosen if actors_of[node.id] < _capacity(node, wanted, gpus)]
+        free = [node for node in chosen if actors_of[node.id] < _capacity(node, pool_size, gpus)]
         if not free:
             break
         node = min(free, key=lambda node: actors_of[node.id])
@@ -214,19 +215,19 @@ def missing_places(
     return nodes_of_new_actors
 
 
-def cores_of(node: Node, wanted: int, most_nodes: int, gpus: int) -> int:
+def cores_of(node: Node, pool_size: int, most_nodes: int, gpus: int) -> int:
     """CPU cores of an actor on `node` if the pool is alone there; for the arguments see `missing_places`."""
-    actors = _capacity(node, wanted, gpus)
-    if wanted != AS_MANY:
+    actors = _capacity(node, pool_size, gpus)
+    if pool_size != AS_MANY:
         # Actors are spread over all the nodes that the pool may use.
-        actors = min(actors, -(-wanted // most_nodes))
+        actors = min(actors, -(-pool_size // most_nodes))
     return max(1, node.cpus // max(1, actors))
 
 
-def _capacity(node: Node, wanted: int, gpus: int) -> int:
+def _capacity(node: Node, pool_size: int, gpus: int) -> int:
     """Returns how many actors a node can hold. Without GPUs, `AS_MANY` means one, which then uses all cores."""
     if gpus:
         return node.gpus // gpus
-    if wanted == AS_MANY:
+    if pool_size == AS_MANY:
         return min(1, node.cpus)
     return node.cpus

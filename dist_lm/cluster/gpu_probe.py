@@ -55,7 +55,7 @@ class Probes:
             device=device,
             cores_per_rank=1,
             interface=interface_of(address),
-            given={},
+            overrides={},
         )
 
         self._errors = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115  closed by `close`
