@@ -154,6 +154,8 @@ class Followers:
             full_output = f"{output}\n" if "\n" in output else ""
             name = f"{follower} of {len(self._followers) + 1} ranks"
             self._failure = f"{full_output}{name} {end}: {output.splitlines()[-1]}"
+
+        # Outside the lock: `on_loss` is code of the caller, which may call `abandon` or `end`.
         self._failed.set()
         self._kill()
         self._on_loss()
