@@ -137,6 +137,7 @@ class NodeAgent:
             texts = [answer if isinstance(answer, str) else answer["fault"] for answer in answers]
             names = [f"GPU {gpu}" for gpu in gpus] or [f"rank {local}" for local in range(count)]
             wrong = [f"{name}: {text}" for name, text in zip(names, texts, strict=True) if text]
+
         health = watch.read()
         return replace(health, faults=(*health.faults, *wrong))
 

@@ -71,6 +71,7 @@ class Pool:
         self._warn = warn
         self._site = site
         self._sender = sender
+
         self._name = f"pool-{secrets.token_hex(8)}"  # prefix of the names of its reservations
         self._members: dict[int, Member] = {}  # number, the ledger's lane -> actor
         self._next_member = 0

@@ -234,6 +234,7 @@ def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """
     # Consecutive files of one key are a sample, as webdataset reads them.
     current_key, parts = "", {}
+
     with tarfile.open(tar, mode="r:") as archive:
         for info in archive:
             if not info.isfile():

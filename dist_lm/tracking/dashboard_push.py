@@ -183,6 +183,7 @@ def _in_one_line() -> Iterator[None]:
     """Silence wandb's client and turn its errors into one line."""
     silent = os.environ.get("WANDB_SILENT")
     os.environ["WANDB_SILENT"] = "true"
+
     try:
         yield
     except UserError:

@@ -196,6 +196,7 @@ class WandbRun:
         except BrokenPipeError:
             # Orders that nobody reads are dropped; the run continues.
             code = self._process.wait()
+
             # With code 0 the process has reported the reason itself.
             if code:
                 self._console.warning(

@@ -106,6 +106,7 @@ def rows_of_files(
         ArtefactError: a file is truncated, damaged or of another format; the message names the last good row.
     """
     column_names = None if columns is None else [column for _, column in columns]
+
     for file in inputs.taken:
         read_rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(file.name)).suffix, jsonl_rows)
         number, is_checked = 0, False
