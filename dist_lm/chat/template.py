@@ -97,7 +97,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids that a model continues: those of `conversation`, then the beginning of the assistant's turn.
 
-    The tokenizer's own opening stands in place of end-of-text.
+    The tokenizer's own first token stands in place of end-of-text.
 
     Raises:
         ChatError: for the reasons of `render`, or it is not the assistant's turn.
@@ -113,9 +113,9 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
 
         return kept_template.prompt(conversation, tokenizer)
 
-    # Shards hold end-of-text; a model with an opening of its own has never seen a document without it.
+    # Shards hold end-of-text; a model with a first token of its own has never seen a document without it.
     tokens = np.array(_encoded([*layout(conversation), *_opening("assistant")], tokenizer))
-    return tokenizer.opening.put(tokens).tolist()
+    return tokenizer.first_token.put(tokens).tolist()
 
 
 def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | None = None) -> list[int]:

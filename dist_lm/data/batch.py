@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.data.order import DocumentSlice
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
 LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
@@ -43,8 +43,8 @@ class Batch:
     """B sequences of T tokens with their targets.
 
     A document begins with end-of-text in shards, so the target of its last token is the first token of the next
-    document. A model whose tokenizer has another opening reads that in its place. An epoch predicts every token of the
-    corpus once, except the first token and those of the incomplete last sequence.
+    document. A model whose tokenizer has another first token reads that in its place. An epoch predicts every token
+    of the corpus once, except the first token and those of the incomplete last sequence.
     """
 
     tokens_BT: torch.Tensor  # int64
@@ -153,7 +153,7 @@ def assemble(
     document_mask: bool,
     reset_positions: bool,
     pad_id: int = 0,
-    opening: Opening | None = None,
+    first_token: FirstToken | None = None,
 ) -> Batch:
     """Returns one `Batch` of `len(rows)` sequences in host memory.
 
@@ -167,7 +167,7 @@ def assemble(
         seq_len: T, in tokens.
         document_mask: whether attention stays inside a document. False: a row is one document.
         reset_positions: whether positions start at 0 in each document.
-        opening: of the tokenizer; None: documents begin with end-of-text.
+        first_token: of the tokenizer; None: documents begin with end-of-text.
 
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.
@@ -201,10 +201,10 @@ def assemble(
             document[b, begin:] = len(row.slices)
 
     inputs = tokens[:, :-1]
-    if opening:
+    if first_token:
         inputs = inputs.copy()  # targets stay as they are: a document ends with end-of-text
         for b, begin in document_starts:
-            opening.put(inputs[b, begin:])
+            first_token.put(inputs[b, begin:])
     return Batch(
         tokens_BT=_tensor(inputs),
         targets_BT=_tensor(tokens[:, 1:]),

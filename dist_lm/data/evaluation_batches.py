@@ -20,7 +20,7 @@ from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
 from dist_lm.data.sequences import packed
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class EvaluationBatches:
     document_mask: bool = True
     reset_positions: bool = True
     pad_id: int = 0
-    opening: Opening | None = None
+    first_token: FirstToken | None = None
 
     @cached_property
     def _rows(self) -> Ring | Packing:
@@ -129,7 +129,7 @@ class EvaluationBatches:
             document_mask=self.document_mask,
             reset_positions=self.reset_positions,
             pad_id=self.pad_id,
-            opening=self.opening,
+            first_token=self.first_token,
         )
 
         language = np.full((len(rows), self.seq_len + 1), -1, np.int64)

@@ -16,7 +16,7 @@ from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearr
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class HeldOutMiddles:
     limit: int  # pieces, evenly spread; 0: all
     form: int = PSM
     pad_id: int = 0
-    opening: Opening | None = None
+    first_token: FirstToken | None = None
     has_mask = False
 
     @cached_property
@@ -113,7 +113,7 @@ class HeldOutMiddles:
             document_mask=True,
             reset_positions=True,
             pad_id=self.pad_id,
-            opening=self.opening,
+            first_token=self.first_token,
         )
         return EvaluationBatch(batch, language_BT)
 

@@ -27,7 +27,7 @@ class Shuffle(IntEnum):
     LABEL_NOISE = 7  # judgements that are reversed
     PAIRS = 8  # pairs of a ranking
     SAMPLES = 9  # samples of stage rankings
-    SAMPLE_LINES = 10  # the cuts of the openings of these samples
+    SAMPLE_LINES = 10  # the cuts of the beginnings of these samples
     PROMPTS = 11  # prompts of stage rlhf
     UPDATES = 12  # rollouts in an epoch of updates
     INFILL_PIECES = 13  # pieces of documents that an epoch rearranges

@@ -126,7 +126,7 @@ def document_bits(
     document_of: list[int] = []  # index of the document of each tree
     for index, document in enumerate(documents):
         token_ids = tokenizer.encode(document.text)
-        for tree in windows(token_ids, tokenizer.opening.first, config.model.max_seq_len):
+        for tree in windows(token_ids, tokenizer.first_token.id, config.model.max_seq_len):
             trees.append(tree)
             document_of.append(index)
 

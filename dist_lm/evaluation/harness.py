@@ -88,12 +88,12 @@ class EngineModel(TemplateLM):
         else:
             path = loaded.run.chat_template if loaded.run else None
             text = path.read_text(encoding="utf-8") if path and path.is_file() else chat_template()
-            (opening,) = loaded.tokenizer.pieces([loaded.tokenizer.opening.first])
+            (opening,) = loaded.tokenizer.pieces([loaded.tokenizer.first_token.id])
             self._template = KeptTemplate(text.replace(END_OF_TEXT, opening), (), NO_DAY)
             end_id = loaded.tokenizer.special_ids.get(END)
             self._ends = () if end_id is None else (end_id,)
 
-        self._bos = loaded.tokenizer.opening.first
+        self._bos = loaded.tokenizer.first_token.id
         if kept:
             bos_name = dict(kept.special_tokens).get("bos_token", "")
             self._bos = loaded.tokenizer.special_ids_in_file.get(bos_name, self._bos)
@@ -131,7 +131,7 @@ class EngineModel(TemplateLM):
         ids = self._splitter.tokens(string) if self._is_chat else self._tokenizer.encode(string)
         if add_special_tokens is None and ids[:1] == [self._bos]:
             return ids  # the chat template wrote the opening
-        opening = self._tokenizer.opening_ids if add_special_tokens in (None, True) else ()
+        opening = self._tokenizer.first_ids if add_special_tokens in (None, True) else ()
         return [*opening, *ids]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:

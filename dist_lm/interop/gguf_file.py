@@ -222,7 +222,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_token_merges(vocabulary.merges)
 
     special_ids: Mapping[str, int] = tokenizer.special_ids
-    writer.add_bos_token_id(tokenizer.opening.first)
+    writer.add_bos_token_id(tokenizer.first_token.id)
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     # llama.cpp has a key for the token that ends a text, and another one for the token that ends a turn.

@@ -93,7 +93,7 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
         types,
         [piece.score for piece in model.pieces],
         None,
-        add_bos=tokenizer.is_trained or tokenizer.opening.first != tokenizer.eot_id,
+        add_bos=tokenizer.is_trained or tokenizer.first_token.id != tokenizer.eot_id,
         add_space_prefix=normalizer.add_dummy_prefix,
     )
 
@@ -189,9 +189,9 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
         added = [text for text, token_id in vocabulary.items() if types[token_id] == token_type]
         add([AddedToken(text, normalized=False, special=token_type == CONTROL) for text in added])
     if keys.get("add_bos_token"):
-        opening_id = keys["bos_token_id"]
+        first_id = keys["bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{texts[opening_id]} $A", special_tokens=[(texts[opening_id], opening_id)]
+            single=f"{texts[first_id]} $A", special_tokens=[(texts[first_id], first_id)]
         )
     return tokenizer.to_str(pretty=True).encode()
 

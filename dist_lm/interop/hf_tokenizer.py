@@ -36,7 +36,7 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
     """
     tokenizer = Tokenizer.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {"bos_token": tokenizer.opening.first, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
+    ids = {"bos_token": tokenizer.first_token.id, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
     if UNKNOWN in tokenizer.special_ids:
         ids["unk_token"] = tokenizer.special_ids[UNKNOWN]
     special_tokens = dict(zip(ids, tokenizer.pieces(ids.values()), strict=True))
@@ -97,12 +97,12 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
             tokenizer.add_tokens([token])
 
     # A piece may be one byte of a character, so bytes are joined before they are decoded.
-    opening = texts[processor.eos_id()]
+    first_token = texts[processor.eos_id()]
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening} $A",
-        pair=f"{opening} $A $B:1",
-        special_tokens=[(opening, processor.eos_id())],
+        single=f"{first_token} $A",
+        pair=f"{first_token} $A $B:1",
+        special_tokens=[(first_token, processor.eos_id())],
     )
     return tokenizer.to_str(pretty=True)
 

@@ -23,7 +23,7 @@ from dist_lm.tokenizer.tokenizer import (
     read_vocabulary,
     sentencepiece_proto,
     sentencepiece_with_marks,
-    sentencepiece_without_opening,
+    sentencepiece_without_first_token,
 )
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -138,7 +138,7 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
             if path == paths[-1]:
                 raise
 
-    content = _with_opening_of(durable.read_json(folder / TOKENIZER_CONFIG), content, vocabulary)
+    content = _with_first_token_of(durable.read_json(folder / TOKENIZER_CONFIG), content, vocabulary)
     pieces = vocabulary.vocab_size
     if pieces > rows or (vocabulary.is_trained and pieces < rows):
         raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {rows} rows: not its tokenizer")
@@ -157,7 +157,7 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
     return content, vocabulary.file_name
 
 
-def _with_opening_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:
+def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:
     """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file.
 
     Args:
@@ -166,15 +166,15 @@ def _with_opening_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vo
     """
     add_bos = settings.get("add_bos_token")
     if isinstance(vocabulary, SentencePieceModel):
-        if add_bos is False and vocabulary.opening is not None:
-            return sentencepiece_without_opening(content)
+        if add_bos is False and vocabulary.first_id is not None:
+            return sentencepiece_without_first_token(content)
         return content
 
     mark = settings.get("bos_token")
     if isinstance(mark, dict):
         mark = mark.get("content")
-    if add_bos is True and vocabulary.opening is None and isinstance(mark, str) and mark in vocabulary.special_ids:
-        return byte_level.with_opening(content, mark)
+    if add_bos is True and vocabulary.first_id is None and isinstance(mark, str) and mark in vocabulary.special_ids:
+        return byte_level.with_first_token(content, mark)
     return content
 
 

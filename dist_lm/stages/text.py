@@ -173,7 +173,7 @@ def open_stream(opening: Opening) -> "SequenceStream":
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
         pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
+        first_token=opening.tokenizer.first_token,
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
         pin_memory=opening.world.device.type == "cuda",
         infill=Infill(fim_rate, InfillMarks.of(opening.tokenizer)) if fim_rate else None,
@@ -195,7 +195,7 @@ def held_out_batches(opening: Opening, corpus: "TokenCorpus", everything: bool) 
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
         pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
+        first_token=opening.tokenizer.first_token,
     )
 
 
@@ -245,7 +245,7 @@ def evaluator(opening: Opening) -> "Evaluate":
                 dp_size=opening.dp_size,
                 limit=0 if everything else stage.eval_sequences,
                 pad_id=opening.tokenizer.pad_id,
-                opening=opening.tokenizer.opening,
+                first_token=opening.tokenizer.first_token,
             )
             sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive)
             metrics[name] = (sums[:, 0].sum() / sums[:, 1].sum()).item()

@@ -42,7 +42,7 @@ class ByteLevelModel:
         self.special_ids: dict[str, int] = {t["content"]: t["id"] for t in added_tokens if t["special"]}
         # The file's post-processor may put a special token before every text.
         first_id = self._tokenizer.encode("a").ids[0]
-        self.opening: int | None = first_id if first_id in self.special_ids.values() else None
+        self.first_id: int | None = first_id if first_id in self.special_ids.values() else None
 
         # Ids need not be without gaps, so the largest one decides.
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -115,7 +115,7 @@ class ByteLevelModel:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without an opening."""
+        """Returns the token ids of `text`, without the first token of documents."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -158,7 +158,7 @@ def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
     return json.dumps(tokenizer_json, ensure_ascii=False, indent=2).encode()
 
 
-def with_opening(content: bytes, mark: str) -> bytes:
+def with_first_token(content: bytes, mark: str) -> bytes:
     """Returns the file with a post-processor that puts the special token `mark` before every text."""
     from tokenizers import Tokenizer, processors
 

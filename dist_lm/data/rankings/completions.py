@@ -27,7 +27,7 @@ from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,13 @@ class Trees:
         numbers: Sequence[int],
         seq_len: int,
         pad_id: int,
-        opening: Opening | None = None,
+        first_token: FirstToken | None = None,
     ) -> tuple[CompletionBatch, list[PlacedRanking]]:
         """Returns a batch and the rankings in it; their `places` are numbers of completions in the batch."""
         documents_by_row = [[document for document, _, _ in row] for row in rows]
         documents = [document for row in documents_by_row for document in row]
         trees = [
-            [_opened((rankings.tokens(document), rankings.verdict(document).branch), opening) for document in row]
+            [_opened((rankings.tokens(document), rankings.verdict(document).branch), first_token) for document in row]
             for row in documents_by_row
         ]
         batch = batch_of_trees(trees, numbers, seq_len, pad_id, self.learns_prompts)
@@ -101,7 +101,7 @@ class Trees:
             batch = replace(batch, reference_C=torch.from_numpy(np.concatenate(logprobs)))
 
         if self.mismatches:
-            mismatched_trees = [_opened(mismatched(rankings, document, seq_len), opening) for document in documents]
+            mismatched_trees = [_opened(mismatched(rankings, document, seq_len), first_token) for document in documents]
             batch = replace(batch, mismatched=packed_trees(mismatched_trees, seq_len, pad_id))
             if self.reference:
                 sums_P = torch.from_numpy(self.reference.mismatched[documents])
@@ -109,12 +109,12 @@ class Trees:
         return batch, placed
 
 
-def _opened(tree: tuple[np.ndarray, np.ndarray], opening: Opening | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, branch) with the opening that the model reads in place of end-of-text."""
-    if not opening:
+def _opened(tree: tuple[np.ndarray, np.ndarray], first_token: FirstToken | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens, branch) with the first token that the model reads in place of end-of-text."""
+    if not first_token:
         return tree
     tokens, branch = tree
-    return opening.put(tokens.copy()), branch
+    return first_token.put(tokens.copy()), branch
 
 
 def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

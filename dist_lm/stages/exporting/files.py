@@ -189,7 +189,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
     With the kept template of an imported model they are those that its own files name.
     """
-    ids = {"bos_token_id": tokenizer.opening.first, "pad_token_id": tokenizer.pad_id}
+    ids = {"bos_token_id": tokenizer.first_token.id, "pad_token_id": tokenizer.pad_id}
     turn_end_ids = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []
     if template := tokenizer.kept_template:
         # Conversations in a template of an imported model end as its own tokens say.

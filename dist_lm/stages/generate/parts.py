@@ -262,7 +262,7 @@ class Samples(PoolWork):
             self._stamps = stamps
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        """Returns the tokens of a prompt; with truncate=left a plain text that is too long keeps its opening token and
+        """Returns the tokens of a prompt; with truncate=left a plain text that is too long keeps its first token and
         its end.
 
         Raises:
@@ -279,10 +279,10 @@ class Samples(PoolWork):
             tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))
             return self._with_room(tokens, "prompt and suffix have")
 
-        # The engine cuts from the left too, but the model has seen no text without its opening token.
-        opening = self._tokenizer.opening
+        # The engine cuts from the left too, but the model has seen no text without its first token.
+        first_token = self._tokenizer.first_token
         is_cut = self._stage.truncate == "left" and len(tokens) >= self._context
-        if is_cut and opening.first != opening.end_of_text:
+        if is_cut and first_token.id != first_token.end_of_text:
             n_last = max(2, self._context - self._params.max_new_tokens) - 1
             return [tokens[0], *tokens[-n_last:]]
         return tokens

@@ -91,7 +91,7 @@ def ranking_stream(
         seed=opening.config.seed,
         seq_len=stage.seq_len,
         pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
+        first_token=opening.tokenizer.first_token,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
         dp_rank=opening.dp_rank,
@@ -118,7 +118,7 @@ def ranking_batches(
         dp_rank=opening.dp_rank,
         dp_size=opening.dp_size,
         pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
+        first_token=opening.tokenizer.first_token,
         limit_sequences=limit,
         assemble=assemble,
     )
@@ -214,7 +214,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
 def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the prompts of `limit` rankings at even distances, as token ids."""
     return [
-        tokenizer.opening.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
+        tokenizer.first_token.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
         for number in evenly_spaced(rankings.corpus.n_documents, limit).tolist()
     ]
 
@@ -226,7 +226,7 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
     for number in range(rankings.corpus.n_documents):
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
         for k in range(1, int(branch.max()) + 1):
-            sequences.append(tokenizer.opening.put(tokens[(branch == 0) | (branch == k)]).tolist())
+            sequences.append(tokenizer.first_token.put(tokens[(branch == 0) | (branch == k)]).tolist())
     return [sequence for sequence in sequences if len(sequence) <= longest]
 
 

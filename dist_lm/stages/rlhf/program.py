@@ -316,7 +316,7 @@ def pretraining_text(
         dp_size=ranks.size(),
         position=updates * group.pretrain_sequences,
         pad_id=start.tokenizer.pad_id,
-        opening=start.tokenizer.opening,
+        first_token=start.tokenizer.first_token,
         mix={corpora[name]: share for name, share in sorted(group.pretrain_mix.items())},
         pin_memory=start.world.device.type == "cuda",
         seq_len_key=SEQ_LEN,

@@ -121,14 +121,14 @@ def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     """
     conversation = Conversation((Message("user", "probe"),))
     before, _, after = text_with_marks(rendered(conversation, tokenizer), tokenizer).rpartition("probe")
-    opening = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
+    before_request = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
 
     def request_of(tokens: Sequence[int]) -> str:
         text = text_with_marks(tokens, tokenizer).removesuffix(after)
         # Without text before the request, every prompt is the request.
-        if not opening:
+        if not before_request:
             return text
-        return text.rpartition(opening)[2]
+        return text.rpartition(before_request)[2]
 
     return request_of
 
@@ -168,7 +168,7 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
     for document in range(corpus.n_documents):
         length = int(corpus.lengths[document])
         first_learned = int(corpus.mask(document, 0, length).argmax())
-        token_ids = tokenizer.opening.put(corpus.tokens(document, 0, first_learned).copy())
+        token_ids = tokenizer.first_token.put(corpus.tokens(document, 0, first_learned).copy())
         prompts[tuple(token_ids.tolist())] = None
     return [list(prompt) for prompt in prompts if prompt]
 
