@@ -28,7 +28,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.importing.snapshot import write_checkpoint
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.arguments import Opening
+from dist_lm.stages.training.arguments import DataArguments
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
@@ -160,8 +160,8 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
     try:
         group = dist.group.WORLD
         assert group is not None
-        opening = Opening(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
-        evaluate = training_stage(config.stage.name).open_data(opening).evaluate
+        arguments = DataArguments(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
+        evaluate = training_stage(config.stage.name).open_data(arguments).evaluate
 
         model = Transformer(config.model).to(world.device)
         model.document_mask = config.stage.document_mask

@@ -184,7 +184,7 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the ids of config.json: the opening of documents, padding, and the list of all tokens that end
+    """Returns the ids of config.json: the first token of documents, padding, and the list of all tokens that end
     generations.
 
     With the kept template of an imported model they are those that its own files name.

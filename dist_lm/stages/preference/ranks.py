@@ -24,11 +24,11 @@ from dist_lm.rlhf.preference_objective import held_out_metrics, seen_rankings
 from dist_lm.rlhf.reference import CHECKPOINT, reference_of
 from dist_lm.stages.preference.config import PreferenceRunConfig
 from dist_lm.stages.reward.ranks import EXAMPLE_COMPLETIONS, open_rankings, ranking_batches, ranking_stream
-from dist_lm.stages.training.stage import Opening, StageData
+from dist_lm.stages.training.arguments import DataArguments, StageData, sequence_limit
 from dist_lm.training import checkpoint_files
 
 
-def open_data(opening: Opening) -> StageData:
+def open_data(arguments: DataArguments) -> StageData:
     """Opens the rankings of the stage's corpus, with their log-probabilities under the reference (collective).
 
     The log-probabilities are computed, or read from the run's file, which is written once.
@@ -37,38 +37,38 @@ def open_data(opening: Opening) -> StageData:
         ConfigError: a setting that rankings do not allow.
         ArtefactError: the corpus holds no rankings, none fits into a sequence, or the file of the reference is gone.
     """
-    config = opening.config
+    config = arguments.config
     assert isinstance(config, PreferenceRunConfig)
-    stage, settings = config.stage, config.stage.preference
-    train, val = open_rankings(opening)
+    settings = config.stage.preference
+    train, val = open_rankings(arguments)
 
     # The trees of the reference itself have no reference yet.
     plain_trees = Trees(None, settings.learns_text, settings.has_reference_point)
-    references = _references(opening, config, train, val, plain_trees) if settings.has_reference else {}
+    references = _references(arguments, config, train, val, plain_trees) if settings.has_reference else {}
     train_trees = replace(plain_trees, reference=references.get("train"))
     val_reference = references.get("val")
 
-    stream = ranking_stream(opening, train, settings.lesson, settings.label_noise, train_trees)
+    stream = ranking_stream(arguments, train, settings.lesson, settings.label_noise, train_trees)
     loss = PreferenceLoss(settings)
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        limit = 0 if everything else stage.eval_sequences
-        batches = ranking_batches(opening, val, limit, replace(plain_trees, reference=val_reference))
-        logprobs, point = seen_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        limit = sequence_limit(config, everything)
+        batches = ranking_batches(arguments, val, limit, replace(plain_trees, reference=val_reference))
+        logprobs, point = seen_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
         return held_out_metrics(loss, val, val_reference, logprobs, point, config.seed)
 
     return StageData(stream, evaluate)
 
 
 def _references(
-    opening: Opening, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
+    arguments: DataArguments, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
 ) -> dict[str, SplitReference]:
     """Returns the log-probabilities of both splits under the reference by split, computed or read (collective).
 
     Raises:
         ArtefactError: the file is missing or belongs to other data, and training has begun.
     """
-    stage, run = config.stage, opening.run
+    stage, run = config.stage, arguments.run
     key: dict[str, Any] = {
         CHECKPOINT: _start(config),
         "corpus": read_manifest(run.work.corpus(stage.corpus)).content,
@@ -80,12 +80,12 @@ def _references(
     return reference_of(
         run.reference,
         key,
-        {name: ranking_batches(opening, rankings, assemble=trees) for name, rankings in splits.items()},
-        opening.initial or partial(_no_model, run.reference),
-        opening.world,
-        opening.data_ranks,
-        has_steps=opening.position > 0,
-        alive=opening.alive,
+        {name: ranking_batches(arguments, rankings, assemble=trees) for name, rankings in splits.items()},
+        arguments.initial or partial(_no_model, run.reference),
+        arguments.world,
+        arguments.data_ranks,
+        has_steps=arguments.position > 0,
+        alive=arguments.alive,
     )
 
 

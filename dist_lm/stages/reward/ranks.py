@@ -31,7 +31,13 @@ from dist_lm.rlhf.reward_model import (
 )
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
-from dist_lm.stages.training.stage import Closing, Opening, StageData
+from dist_lm.stages.training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    StageData,
+    batch_options,
+    sequence_limit,
+)
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 
@@ -40,34 +46,34 @@ log = logging.getLogger(__name__)
 EXAMPLE_COMPLETIONS = 4  # completions per ranking in the dry run
 
 
-def open_data(opening: Opening) -> StageData:
+def open_data(arguments: DataArguments) -> StageData:
     """Opens the rankings of the stage's corpus, and their evaluation.
 
     Raises:
         ConfigError: a setting that rankings do not allow.
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
     """
-    assert isinstance(opening.config, RewardRunConfig)
-    stage, settings = opening.config.stage, opening.config.stage.reward
-    train, val = open_rankings(opening)
+    assert isinstance(arguments.config, RewardRunConfig)
+    settings = arguments.config.stage.reward
+    train, val = open_rankings(arguments)
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        batches = ranking_batches(opening, val, 0 if everything else stage.eval_sequences)
-        scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        batches = ranking_batches(arguments, val, sequence_limit(arguments.config, everything))
+        scores = scores_of_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
         return reward_metrics(beside_verdicts(val, scores))
 
-    return StageData(ranking_stream(opening, train, settings.learn_from, settings.label_noise), evaluate)
+    return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
 
 
-def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
+def open_rankings(arguments: DataArguments) -> tuple[RankingCorpus, RankingCorpus]:
     """Opens train and val of a stage that reads only rankings.
 
     Raises:
         ArtefactError: the corpus holds no rankings.
     """
-    stage = opening.config.stage
-    train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
-    if opening.world.is_first:
+    stage = arguments.config.stage
+    train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    if arguments.world.is_first:
         for rankings in (train, val):
             if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
                 log.warning("%s", note)
@@ -75,56 +81,43 @@ def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
 
 
 def ranking_stream(
-    opening: Opening, train: RankingCorpus, learn_from: str, label_noise: float, assemble: Assemble | None = None
+    arguments: DataArguments,
+    train: RankingCorpus,
+    learn_from: str,
+    label_noise: float,
+    assemble: Assemble | None = None,
 ) -> RankingStream:
-    """Returns the steps over `train` from the position in `opening` on; the last three arguments are those of
+    """Returns the steps over `train` from the position in `arguments` on; the last three arguments are those of
     `RankingStream`.
 
     Raises:
         ArtefactError: no ranking fits into a sequence.
     """
-    stage = opening.config.stage
     return RankingStream(
         train,
         learn_from,
         label_noise,
-        seed=opening.config.seed,
-        seq_len=stage.seq_len,
-        pad_id=opening.tokenizer.pad_id,
-        first_token=opening.tokenizer.first_token,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        position=opening.position,
-        pin_memory=opening.world.device.type == "cuda",
+        seed=arguments.config.seed,
+        global_batch=arguments.config.stage.global_batch,
+        position=arguments.position,
+        pin_memory=arguments.world.device.type == "cuda",
         assemble=assemble,
+        **batch_options(arguments),
     )
 
 
 def ranking_batches(
-    opening: Opening, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
+    arguments: DataArguments, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
 ) -> RankingBatches:
     """Returns this rank's share of the rankings, each once, in batches.
 
     Args:
         limit: largest number of sequences; 0: all.
     """
-    stage = opening.config.stage
-    return RankingBatches(
-        rankings=rankings,
-        seq_len=stage.seq_len,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        pad_id=opening.tokenizer.pad_id,
-        first_token=opening.tokenizer.first_token,
-        limit_sequences=limit,
-        assemble=assemble,
-    )
+    return RankingBatches(rankings=rankings, limit_sequences=limit, assemble=assemble, **batch_options(arguments))
 
 
-def score_samples(closing: Closing) -> dict[str, float]:
+def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
     """Returns `reward/score_mean`, `score_std` and `scored` of the initial model's answers to prompts of val
     (collective).
 
@@ -135,32 +128,32 @@ def score_samples(closing: Closing) -> dict[str, float]:
     Raises:
         ArtefactError: no completion fits into the model's context either.
     """
-    config = closing.config
+    config = arguments.config
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
-    val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
+    val = RankingCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
 
     # The initial model is the policy that stage rlhf starts from: its answers are what the scores will be used on.
     sequences = []
     if settings.normaliser_prompts and starts_from_policy(config.stage.init_from):
-        sequences = policy_samples(closing, config, val)
+        sequences = policy_samples(arguments, config, val)
     if not sequences:
-        sequences = completions_of(val, config.model.max_seq_len, closing.tokenizer)
+        sequences = completions_of(val, config.model.max_seq_len, arguments.tokenizer)
     if not sequences:
         raise ArtefactError(
-            f"corpus {closing.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
+            f"corpus {arguments.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
             f"model.max_seq_len={config.model.max_seq_len} tokens, so no score can be normalised: add shorter ones"
         )
 
     # Each rank scores its share of the sequences; all ranks compute the same statistics.
-    model = closing.model()
-    share = slice(closing.world.rank, None, closing.world.size)
-    gathered: list = [None] * closing.world.size
+    model = arguments.model()
+    share = slice(arguments.world.rank, None, arguments.world.size)
+    gathered: list = [None] * arguments.world.size
     dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
-    closing.alive()
+    arguments.alive()
     scores = np.zeros(len(sequences), np.float32)
     for rank, scores_of_rank in enumerate(gathered):
-        scores[rank :: closing.world.size] = scores_of_rank
+        scores[rank :: arguments.world.size] = scores_of_rank
 
     scale = RewardScale.of(torch.from_numpy(scores))
     return {"reward/score_mean": scale.mean, "reward/score_std": scale.std, "reward/scored": float(len(sequences))}
@@ -174,7 +167,7 @@ def starts_from_policy(init_from: str) -> bool:
     return checkpoint_files.read_state(start)[1]["head"] == "tokens"
 
 
-def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
+def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
     """Returns prompts of val with answers of the initial model, as token ids; empty (a warning) if no prompt leaves
     room for one.
 
@@ -184,8 +177,8 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
         ArtefactError: the initial checkpoint is missing, or its logits are not numbers.
     """
     # Sampled as rollouts are, so that the scale fits them.
-    settings, tokenizer = config.stage.reward, closing.tokenizer
-    loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
+    settings, tokenizer = config.stage.reward, arguments.tokenizer
+    loaded = load_model(Path(config.stage.init_from), arguments.run.work.tokenizer_model)
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts, tokenizer) if len(prompt) <= longest]
@@ -207,7 +200,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
     requests = [
         Request(str(number), prompt, params, seed=config.seed + number) for number, prompt in enumerate(prompts)
     ]
-    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", loaded)
+    answers = answer_all(arguments, requests, "stage.reward.normaliser_prompts", loaded)
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
 
 

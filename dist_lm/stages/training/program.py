@@ -34,7 +34,7 @@ from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dty
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.stages.continuing import require_same_content
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.arguments import Closing, Opening
+from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -202,7 +202,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
         # The stream continues at the position of the checkpoint.
         data_axis = data_mesh(mesh)
-        opening = Opening(
+        data_arguments = DataArguments(
             config,
             run,
             world,
@@ -214,7 +214,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             initial=partial(initial_model, config, start, model, begun=state.step > 0),
             alive=lambda: heartbeat.beat(Phase.EVALUATING, state.step),
         )
-        data = stage.open_data(opening)
+        data = stage.open_data(data_arguments)
         stream = stack.enter_context(data.stream)
 
         flops_per_rank = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
@@ -252,9 +252,9 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         )
 
         whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
-        closing = partial(Closing, config, run, world, tokenizer, whole_copy)
+        evaluation_arguments = partial(EvaluationArguments, config, run, world, tokenizer, whole_copy)
         if config.stage.eval_at_start and state.step == 0:
-            figures = stage.before_training(closing(0, lambda: heartbeat.beat(Phase.EVALUATING, 0)))
+            figures = stage.before_training(evaluation_arguments(0, partial(heartbeat.beat, Phase.EVALUATING, 0)))
             if metrics and figures:
                 metrics.write(0, figures)
 
@@ -264,14 +264,14 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         # Frees memory for `after_training`.
         del optimizer, trainer
         if state.step == config.stage.steps:
-            last_step = state.step
             if tasks:
                 tasks.finish()
-            figures = stage.after_training(closing(last_step, lambda: heartbeat.beat(Phase.CLOSING, last_step)))
+            alive = partial(heartbeat.beat, Phase.CLOSING, state.step)
+            figures = stage.after_training(evaluation_arguments(state.step, alive))
             if metrics:
-                metrics.write(last_step, figures)
+                metrics.write(state.step, figures)
                 write_result(run, config, stage, state, stream.packing, time.time() - began)
-        del closing, whole_copy, model
+        del evaluation_arguments, whole_copy, model
 
 
 def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler | None:

@@ -30,7 +30,7 @@ from dist_lm.stages.stage import (
     run_of,
     shown_path,
 )
-from dist_lm.stages.training.arguments import Closing, Opening, StageData
+from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, StageData
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change, counted, percent, three_decimals
@@ -74,15 +74,15 @@ class TrainingStage(Stage):
         """A function that gets the micro-batches of a step before its passes; None: nothing is to prepare."""
         return None
 
-    def open_data(self, opening: Opening) -> StageData:
+    def open_data(self, arguments: DataArguments) -> StageData:
         """The training stream of this rank, and its evaluation."""
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
-    def before_training(self, closing: Closing) -> dict[str, float]:
+    def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         """Metrics before the first step, with stage.eval_at_start; the same on every rank (collective)."""
         return {}
 
-    def after_training(self, closing: Closing) -> dict[str, float]:
+    def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         """Metrics after the last step; the same on every rank (collective)."""
         return {}
 
