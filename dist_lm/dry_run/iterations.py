@@ -107,7 +107,7 @@ def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
     """Returns `config` with a stage that describes one update: micro-batches of rollouts of the largest length."""
     rlhf = config.rlhf
     length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
-    rollouts = max(1, rlhf.prompts * rlhf.group // rlhf.minibatches)
+    rollouts = max(1, rlhf.rollouts_per_iteration // rlhf.minibatches)
     sequences = max(1, rlhf.micro_batch_tokens // length)
 
     stage = TrainerGroup(

@@ -250,17 +250,17 @@ def _draw(
     if 0 < group.candidates < logits_BV.shape[-1]:
         return _draw_candidates(logits_BV, group, uniform_B)
 
-    clear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
+    unclear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     if group.candidates == GREEDY:
         token_B = logits_BV.argmax(dim=-1)
         logprob_B = torch.zeros(len(logits_BV), device=logits_BV.device)
-        return token_B, logprob_B, clear_B, (token_B[:, None], ~clear_B[:, None])
+        return token_B, logprob_B, unclear_B, (token_B[:, None], ~unclear_B[:, None])
     if group.candidates == UNFILTERED:
-        return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), clear_B, None
+        return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), unclear_B, None
 
     x_BV = filtered(logits_BV / group.temperature_B1, group)
     id_BV = torch.arange(x_BV.shape[-1], device=x_BV.device).expand_as(x_BV)
-    return *_draw_unfiltered(x_BV, uniform_B), clear_B, (id_BV, x_BV > -math.inf)
+    return *_draw_unfiltered(x_BV, uniform_B), unclear_B, (id_BV, x_BV > -math.inf)
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

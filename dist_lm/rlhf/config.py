@@ -142,25 +142,19 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         self._check_bounds()
 
         # The adaptive controller multiplies the coefficient, so 0 would stay 0.
-        target = self.kl_target
-        require(
-            target is None or not_null(self.kl_coefficient) > 0,
-            "rlhf.kl_coefficient",
-            self.kl_coefficient,
-            f"a positive number to begin with: rlhf.kl_target={target} only multiplies it",
-        )
+        accepted = f"a positive number to begin with: rlhf.kl_target={self.kl_target} only multiplies it"
+        has_coefficient = not_null(self.kl_coefficient) > 0
+        require(has_coefficient or self.kl_target is None, "rlhf.kl_coefficient", self.kl_coefficient, accepted)
+
         fewest = ALGORITHMS[self.algorithm].Keys.fewest_samples
         accepted = f"at least {fewest}: rlhf.algorithm={self.algorithm} compares the rollouts of a prompt"
-        require(self.group >= fewest, "rlhf.samples", self.samples, accepted)
+        require(self.rollouts_per_prompt >= fewest, "rlhf.samples", self.samples, accepted)
 
         # Every update needs a rollout.
-        rollouts = self.prompts * self.group
-        require(
-            self.minibatches <= rollouts,
-            "rlhf.minibatches",
-            self.minibatches,
-            f"at most the {rollouts} rollouts of an iteration (rlhf.prompts x rlhf.samples)",
-        )
+        rollouts = self.rollouts_per_iteration
+        accepted = f"at most the {rollouts} rollouts of an iteration (rlhf.prompts x rlhf.samples)"
+        require(self.minibatches <= rollouts, "rlhf.minibatches", self.minibatches, accepted)
+
         for name, part in self.rewards.items():
             part.check(f"rlhf.rewards.{name}")
 
@@ -170,9 +164,14 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         return ALGORITHMS[self.algorithm].has_critic
 
     @property
-    def group(self) -> int:
-        """Rollouts of a prompt."""
+    def rollouts_per_prompt(self) -> int:
+        """Rollouts that algorithms compare with each other: `samples`, whose default is the algorithm's."""
         return not_null(self.samples)
+
+    @property
+    def rollouts_per_iteration(self) -> int:
+        """Rollouts of all prompts of an iteration."""
+        return self.prompts * self.rollouts_per_prompt
 
     @property
     def algorithm_keys(self) -> AlgorithmKeys:

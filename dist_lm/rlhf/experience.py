@@ -181,19 +181,19 @@ def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tup
 def end_scores(
     model: Transformer,
     rollouts: Rollouts,
-    shares: Dealing,
+    dealing: Dealing,
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Returns the scores of this rank's rollouts at their last token, fp32 (B,); 0 for other rollouts.
 
     Args:
-        shares: divides the rollouts among the ranks.
+        dealing: divides the rollouts among the ranks.
         device: device of the model.
         alive: called before every batch.
     """
     score_B = torch.zeros(len(rollouts), device=device)
-    for batch_on_host in _with_signs_of_life(whole_batches(rollouts, shares), alive):
+    for batch_on_host in _with_signs_of_life(whole_batches(rollouts, dealing), alive):
         batch = batch_on_host.to(device)
         score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(model)

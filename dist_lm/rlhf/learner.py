@@ -179,11 +179,13 @@ class Learner:
         config, supply = self.config, self.supply
 
         def draw(position: int, prompts: int) -> Rollouts:
-            return supply.draw(supply.prompts(position, prompts), position, config.group, config, self.seed)
+            return supply.draw(
+                supply.prompts(position, prompts), position, config.rollouts_per_prompt, config, self.seed
+            )
 
         draw_again = None
         if config.sampling_rounds:
-            judge = partial(supply.judge, expected=config.prompts * config.group)
+            judge = partial(supply.judge, expected=config.rollouts_per_iteration)
             draw_again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
 
         with RolloutSchedule(
@@ -380,13 +382,13 @@ class Updater:
             """Makes a step of the policy on the rollouts of the minibatch, with pretraining text if there is any."""
             # Text joins the rollouts of the same update, so that one optimizer step sees both gradients.
             batches: list[Batch] = list(minibatch.batches)
-            share = 0.0
+            text_weight = 0.0
             if self.pretraining and config.pretrain_coefficient:
                 texts = self.pretraining(state.policy_updates)
-                count = float(prepared.count_B[torch.from_numpy(minibatch.rollout_S)].sum())
-                share = count / max(_targets_of_all_ranks(texts, self.execution.adds_sums), 1.0)
+                divisor = float(prepared.divisor_B[torch.from_numpy(minibatch.rollout_S)].sum())
+                text_weight = divisor / max(_targets_of_all_ranks(texts, self.execution.adds_sums), 1.0)
                 batches += texts
-            return self._step(models.policy, policy_objective(self.algorithm, prepared, config, share), batches)
+            return self._step(models.policy, policy_objective(self.algorithm, prepared, config, text_weight), batches)
 
         if not models.critic:
             return [policy_step()]
@@ -426,14 +428,14 @@ class Updater:
 
 
 def policy_objective(
-    algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, pretraining_share: float = 0.0
+    algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, text_weight: float = 0.0
 ) -> Objective:
     """Returns the policy loss on rollouts, and the next-token loss on text (PPO-ptx: Ouyang et al. 2022, eq. 2).
 
     Args:
-        prepared: columns and counts of all rollouts of the iteration.
-        pretraining_share: count of the policy loss / number of text tokens of the update. The step divides every loss
-            by the former; this factor turns the text loss into a mean over text tokens.
+        prepared: columns and divisors of all rollouts of the iteration.
+        text_weight: divisor of the policy loss / number of text tokens of the update. The step divides every loss by
+            the former; this weight turns the text loss into a mean over text tokens.
     """
     # `drawn_N` of a batch are indices in the flattened (B, T) columns.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
@@ -444,7 +446,7 @@ def policy_objective(
         """Returns the summed loss of a micro-batch, of rollouts or of text, with its count and metrics."""
         if not isinstance(batch, RolloutBatch):
             text_loss = text_objective(model, batch)
-            weight, name = config.pretrain_coefficient * pretraining_share, "pretrain_loss"
+            weight, name = config.pretrain_coefficient * text_weight, "pretrain_loss"
             # Text adds nothing to the count, which is that of the policy loss; its metric has a count of its own.
             return LossSum(
                 total=weight * text_loss.total,
@@ -463,12 +465,12 @@ def policy_objective(
         )
         loss = algorithm.policy_loss(drawn)
 
-        # The micro-batch with the first token of a rollout adds its `count_B`. Metrics are means over tokens, so they
+        # The micro-batch with the first token of a rollout adds its `divisor_B`. Metrics are means over tokens, so they
         # have another count.
         is_first_N = batch.drawn_N % longest == 0
-        count_N = prepared.count_B[drawn.rollout_N] * is_first_N
+        divisor_N = prepared.divisor_B[drawn.rollout_N] * is_first_N
         metric_counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
-        return replace(loss, count=count_N.sum(), metric_counts=metric_counts)
+        return replace(loss, count=divisor_N.sum(), metric_counts=metric_counts)
 
     return objective
 
@@ -548,9 +550,11 @@ def iteration_metrics(
     if has_groups:
         groups = groups_of(experience.score_B, experience.prompt_B)
         # A mean over groups: each rollout weighs the inverse of its group's size.
-        share_B = 1 / groups.size_B.double()
-        metrics["rlhf/group_std_mean"] = float((groups.std_B * share_B).sum() / share_B.sum())
-        metrics["rlhf/groups_without_signal"] = float(((groups.std_B == 0) * share_B).sum() / share_B.sum())
+        group_weight_B = 1 / groups.size_B.double()
+        metrics["rlhf/group_std_mean"] = float((groups.std_B * group_weight_B).sum() / group_weight_B.sum())
+        metrics["rlhf/groups_without_signal"] = float(
+            ((groups.std_B == 0) * group_weight_B).sum() / group_weight_B.sum()
+        )
 
     if experience.reference_logprob_BT is not None:
         kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT

@@ -200,9 +200,9 @@ class _Rows:
 
         # A completion token is predicted at the token before it.
         new_offset = _ranges(new_S)
-        self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
-        self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
-        self.mask[self.counted] = 1
+        self.logit_index = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
+        self.targets[self.logit_index] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
+        self.mask[self.logit_index] = 1
         self.drawn = np.repeat(number_S * longest, new_S) + new_offset
 
         all_new_B = rollouts.new_tokens_B
@@ -215,12 +215,12 @@ class _Rows:
         """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with targets and the sets they were drawn
         from."""
         begin = begin_row * self.width
-        is_inside = (self.counted >= begin) & (self.counted < end_row * self.width)
+        is_inside = (self.logit_index >= begin) & (self.logit_index < end_row * self.width)
         return RolloutBatch(
             **self._tokens(begin_row, end_row),
             targets_BT=self._grid(self.targets, begin_row, end_row),
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
-            logit_index_N=torch.from_numpy(self.counted[is_inside] - begin),
+            logit_index_N=torch.from_numpy(self.logit_index[is_inside] - begin),
             drawn_N=torch.from_numpy(self.drawn[is_inside]),
             sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
         )

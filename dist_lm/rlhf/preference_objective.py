@@ -137,7 +137,7 @@ def seen_rankings(
     model: Transformer,
     batches: PlacedBatches,
     device: torch.device,
-    group: dist.ProcessGroup | None,
+    data_ranks: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[int, RankingLogprobs], torch.Tensor | None]:
     """Returns each held-out ranking by number, and KTO's reference point over all of them, None without mismatched
@@ -146,7 +146,7 @@ def seen_rankings(
     Both are the same on every rank; the reference point is a scalar on the host.
 
     Args:
-        group: the ranks that hold other rankings than this one.
+        data_ranks: the ranks that hold other rankings than this one.
         alive: called after every batch.
     """
     own_rankings: dict[int, RankingLogprobs] = {}
@@ -168,12 +168,12 @@ def seen_rankings(
             sums = sums_of_batch if sums is None else sums + sums_of_batch
         alive()
 
-    gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, own_rankings, group=group)
+    gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(data_ranks)
+    dist.all_gather_object(gathered, own_rankings, group=data_ranks)
     logprobs_of_ranking = {number: ranking for part in gathered for number, ranking in part.items()}
     if sums is None:
         return dict(sorted(logprobs_of_ranking.items())), None
-    dist.all_reduce(sums, group=group)
+    dist.all_reduce(sums, group=data_ranks)
     return dict(sorted(logprobs_of_ranking.items())), reference_point(sums).cpu()
 
 

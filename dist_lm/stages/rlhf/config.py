@@ -156,19 +156,20 @@ class RlhfRunConfig(Config):
         Raises:
             ConfigError: names the key.
         """
-        group, longest = self.rlhf, self.model.max_seq_len
-        if not group.pretrain_coefficient:
+        settings, longest = self.rlhf, self.model.max_seq_len
+        if not settings.pretrain_coefficient:
             return
 
         texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
         listed = ", ".join(texts)
         accepted = f"a text of corpus={self.corpus.name}: {listed}"
-        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
-        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
-        for name in group.pretrain_mix:
-            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        require(settings.pretrain_corpus in texts, "rlhf.pretrain_corpus", settings.pretrain_corpus, accepted)
+        corpus = settings.pretrain_corpus
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={corpus}: {listed}"
+        for name in settings.pretrain_mix:
+            require(name in texts and name != corpus, "rlhf.pretrain_mix", name, accepted)
         accepted = f"at most model.max_seq_len={longest}"
-        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+        require(settings.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", settings.pretrain_seq_len, accepted)
 
 
 def rlhf_config(config: Config) -> RlhfRunConfig:

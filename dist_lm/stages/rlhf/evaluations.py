@@ -97,7 +97,7 @@ class HeldOut:
         if self.supply:
             self.supply.source.load_weights(weights, version)
             rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
-            judged = self.supply.judge(rollouts, expected=group.prompts * group.group)
+            judged = self.supply.judge(rollouts, expected=group.rollouts_per_iteration)
         else:
             read_to_end(weights)
 

@@ -164,16 +164,16 @@ def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
         )
 
 
-def first_state(group: RlhfRunGroup) -> RlhfState:
+def first_state(settings: RlhfRunGroup) -> RlhfState:
     """Returns the state before the first iteration, with the scale of scores that stage reward measured.
 
     Raises:
         ArtefactError: the reward model's run is not finished.
     """
     scale = None
-    if group.asks_reward_model and group.normalise_reward:
-        scale = read_reward_scale(RunDirectory(Path(group.reward_model)))
-    return RlhfState(KlController.of(group), reward_scale=scale)
+    if settings.asks_reward_model and settings.normalise_reward:
+        scale = read_reward_scale(RunDirectory(Path(settings.reward_model)))
+    return RlhfState(KlController.of(settings), reward_scale=scale)
 
 
 def saved_files(state: RlhfState, loaded: LoadedRun) -> dict[str, bytes]:

@@ -193,13 +193,13 @@ def open_supply(
         read_to_end(weights)
         return None
 
-    group, tokenizer = config.rlhf, start.tokenizer
+    settings, tokenizer = config.rlhf, start.tokenizer
     generating = partial(reporter.alive, Phase.GENERATING)
     # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
     on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
-    tasks = Tasks(tasks_of(group, tokenizer), config.sandbox == TRUST_ME, on_nodes)
+    tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes)
     judge = Judge(
-        group.rewards, tokenizer.decode, group.max_failed_fraction, generating, tasks, request_reader(tokenizer)
+        settings.rewards, tokenizer.decode, settings.max_failed_fraction, generating, tasks, request_reader(tokenizer)
     )
     stack.enter_context(judge)
     source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
@@ -294,34 +294,34 @@ def pretraining_text(
     Raises:
         ArtefactError: a corpus is missing or too small for a sequence.
     """
-    group = config.rlhf
-    if not group.pretrain_coefficient:
+    settings = config.rlhf
+    if not settings.pretrain_coefficient:
         yield None
         return
 
-    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in group.pretrain_streams}
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_streams}
     if start.world.is_first:
         for corpus in corpora.values():
-            if note := note_of_left_out(corpus, group.pretrain_seq_len, SEQ_LEN):
+            if note := note_of_left_out(corpus, settings.pretrain_seq_len, SEQ_LEN):
                 log.warning("%s", note)
 
     ranks = data_mesh(start.mesh)
     with SequenceStream(
-        corpora[group.pretrain_corpus],
+        corpora[settings.pretrain_corpus],
         seed=config.seed,
-        seq_len=group.pretrain_seq_len,
-        global_batch=group.pretrain_sequences,
-        micro_batch=max(1, group.micro_batch_tokens // group.pretrain_seq_len),
+        seq_len=settings.pretrain_seq_len,
+        global_batch=settings.pretrain_sequences,
+        micro_batch=max(1, settings.micro_batch_tokens // settings.pretrain_seq_len),
         dp_rank=ranks.get_local_rank(),
         dp_size=ranks.size(),
-        position=updates * group.pretrain_sequences,
+        position=updates * settings.pretrain_sequences,
         pad_id=start.tokenizer.pad_id,
         first_token=start.tokenizer.first_token,
-        mix={corpora[name]: share for name, share in sorted(group.pretrain_mix.items())},
+        mix={corpora[name]: share for name, share in sorted(settings.pretrain_mix.items())},
         pin_memory=start.world.device.type == "cuda",
         seq_len_key=SEQ_LEN,
     ) as stream:
-        yield PretrainingText(stream, group.pretrain_sequences, start.world.device)
+        yield PretrainingText(stream, settings.pretrain_sequences, start.world.device)
 
 
 # --- reports, checkpoints and the result ---

@@ -144,19 +144,19 @@ def check_inputs(config: RlhfRunConfig) -> None:
     """
     from dist_lm.stages.rlhf.prompts import check_prompts
 
-    group = config.rlhf
-    check_prompts(group)
-    if not group.asks_reward_model or group.reward_model == AUTO:
+    settings = config.rlhf
+    check_prompts(settings)
+    if not settings.asks_reward_model or settings.reward_model == AUTO:
         return
 
-    path = Path(group.reward_model).expanduser()
+    path = Path(settings.reward_model).expanduser()
     reward_checkpoint = checkpoint_files.find_checkpoint(path)
     check_reward_model(config, ModelConfig(**checkpoint_files.read_state(reward_checkpoint)[1]))
-    if group.normalise_reward and not RunDirectory(path).result.is_file():
+    if settings.normalise_reward and not RunDirectory(path).result.is_file():
         is_run = reward_checkpoint.parent == RunDirectory(path).checkpoints
         accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
         raise ArtefactError(
-            f"rlhf.reward_model={group.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
+            f"rlhf.reward_model={settings.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
             "result has the mean and the deviation of scores"
         )
 
