@@ -109,8 +109,8 @@ class ToyRun:
             supply=self._supply,
             report=reports.append,
         )
-        with own_threads(self._world) as beside:
-            self._state = replace(learner, beside=beside).run(self._state)
+        with own_threads(self._world) as run_both:
+            self._state = replace(learner, run_both=run_both).run(self._state)
 
         self.drawing_s = sum(report.metrics["timing/rollout_s"] for report in reports)
         self.iteration_s = sum(report.metrics["timing/iteration_s"] for report in reports)

@@ -132,7 +132,7 @@ def _forward_passes(
         return columns
 
     # Policy and critic compute independently, so one CPU may run both at the same time.
-    of_policy, of_critic = run.beside(logprobs, values_and_scores)
+    of_policy, of_critic = run.run_both(logprobs, values_and_scores)
     columns = of_policy | of_critic
     # Each rank has filled in its own rollouts and left 0 elsewhere, so a sum gives every rank all of them.
     return dict(zip(columns, add_up(list(columns.values()), run.adds_sums), strict=True))

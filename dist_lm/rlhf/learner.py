@@ -36,10 +36,10 @@ from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.experience import Collected, collect
-from dist_lm.rlhf.models import Beside, Execution, RlhfModels, Trained, dealing, one_after_other, sent_weights
+from dist_lm.rlhf.models import Execution, RlhfModels, RunBoth, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
-from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, share_scored
+from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, UsableRollouts, share_usable
 from dist_lm.rlhf.rollouts import (
     PromptOrder,
     Rollouts,
@@ -141,7 +141,7 @@ class Learner:
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
     tasks: IterationTasks | None = None
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
-    beside: Beside = one_after_other  # runs the work of policy and critic
+    run_both: RunBoth = one_after_other  # runs the work of policy and critic
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class Learner:
             staleness=config.max_staleness,
             iterations=self.iterations,
             prompts=config.prompts,
-            draw_judged=draw_again,
+            draw_scored=draw_again,
         ) as schedule:
             schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
             return self._loop(state, schedule)
@@ -215,7 +215,7 @@ class Learner:
             adds_sums=self.mesh.get_local_rank("tp") == 0,
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
             alive=self.alive,
-            beside=self.beside,
+            run_both=self.run_both,
         )
         updater = Updater(execution, self.algorithm, self.stop, self.pretraining)
 
@@ -246,7 +246,7 @@ class Learner:
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
         drawn = schedule.take(state.iteration) if schedule else None
-        scored = share_scored(drawn.judged if drawn else None)
+        scored = share_usable(drawn.scored if drawn else None)
         rollouts = scored.rollouts
         clock.lap("rollout")
 
@@ -395,7 +395,7 @@ class Updater:
 
         # Two models that share nothing: on one CPU they are updated at the same time.
         critic, objective = models.critic, critic_objective(self.algorithm, prepared.tokens)
-        return self.execution.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
+        return self.execution.run_both(policy_step, lambda: self._step(critic, objective, minibatch.batches))
 
     def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
         """Adds up gradients over this rank's micro-batches and makes an optimizer step (collective). Returns its
@@ -514,7 +514,7 @@ def _after_update(state: RlhfState, results: Sequence[StepResult]) -> RlhfState:
 
 def iteration_metrics(
     state: RlhfState,
-    scored: Scored,
+    scored: UsableRollouts,
     collected: Collected,
     prepared: Prepared,
     updates: Updates,
@@ -571,7 +571,7 @@ def iteration_metrics(
     gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
     metrics["rollout/logprob_gap"] = float(gap_BT.max())
     if drawn and drawn.drawing_s:
-        metrics["rollout/tokens_per_s"] = float(drawn.judged.rollouts.new_tokens_B.sum()) / drawn.drawing_s
+        metrics["rollout/tokens_per_s"] = float(drawn.scored.rollouts.new_tokens_B.sum()) / drawn.drawing_s
         metrics["timing/judging_s"] = drawn.judging_s
 
     metrics |= scored.metrics

@@ -17,7 +17,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking, lesson, ranked_positions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference import Completions, GlobalValues, PreferenceLoss, tokens_of_pairs
-from dist_lm.rlhf.reward_model import agreement_figures, beside_verdicts
+from dist_lm.rlhf.reward_model import agreement_figures, with_verdicts
 from dist_lm.training.objective import LossSum, Objective, Prepare
 
 PlacedBatches = Iterable[tuple[Batch, Sequence[PlacedRanking]]]
@@ -234,4 +234,4 @@ def held_out_metrics(
     reward_C = loss.rewards(every_completion).numpy()
     ends = np.cumsum([len(ranking.logprob_K) for ranking in logprobs_of_ranking.values()])
     scores = dict(zip(logprobs_of_ranking, np.split(reward_C, ends[:-1]), strict=True))
-    return metrics | agreement_figures(beside_verdicts(rankings, scores), "preference", ("accuracy", "kendall_tau"))
+    return metrics | agreement_figures(with_verdicts(rankings, scores), "preference", ("accuracy", "kendall_tau"))

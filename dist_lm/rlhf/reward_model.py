@@ -164,7 +164,7 @@ def scores_of_rankings(
     return dict(sorted(scores.items()))
 
 
-def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
+def with_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
     """Returns scores with their ranks or judgements; each judgement becomes a ranking of two, the better completion
     first.
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from dist_lm.rlhf.config import RewardPartConfig
-from dist_lm.rlhf.rewards import Judge, RewardError, share_scored, total_score
-from dist_lm.rlhf.rollouts import JudgedRollouts
-from dist_lm.rlhf.rules import Failure, Judged, Rule, length_rule, parses_rule
+from dist_lm.rlhf.rewards import Judge, RewardError, share_usable, total_score
+from dist_lm.rlhf.rollouts import ScoredRollouts
+from dist_lm.rlhf.rules import Failure, Rule, RuleInput, length_rule, parses_rule
 from tests.rlhf.toy import rollouts_with
 
 
-def judged(request: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> Judged:
-    return Judged(f"user\n{request}\nassistant\n", completion, new_tokens, whole, request=request)
+def judged(request: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> RuleInput:
+    return RuleInput(f"user\n{request}\nassistant\n", completion, new_tokens, whole, request=request)
 
 
-def only(rule: Rule, judged: Judged) -> float | Failure:
+def only(rule: Rule, judged: RuleInput) -> float | Failure:
     (score,) = rule([judged], lambda: None)
     return score
 
@@ -60,7 +60,7 @@ def test_a_persons_function_gets_the_texts_of_request_and_completion():
 def test_a_rollout_without_a_score_leaves_with_its_tokens_and_scores():
     rollouts = rollouts_with([2, 1, 3], [3, 2, 1], positions=[5, 6, 7])
     scores = {"a": np.array([1.0, np.nan, 3.0]), "b": np.array([4.0, 5.0, 6.0])}
-    scored = share_scored(JudgedRollouts(rollouts, scores))
+    scored = share_usable(ScoredRollouts(rollouts, scores))
     assert scored.metrics == {"rlhf/left_out": pytest.approx(1 / 3), "rlhf/failed_a": 1, "rlhf/failed_b": 0}
     assert {name: score.tolist() for name, score in scored.rule_score_B.items()} == {"a": [1, 3], "b": [4, 6]}
     kept = [one for place, one in enumerate(rollouts) if place != 1]
@@ -68,8 +68,8 @@ def test_a_rollout_without_a_score_leaves_with_its_tokens_and_scores():
         for name, value in vars(expected).items():
             assert np.array_equal(getattr(found, name), value), name
     with pytest.raises(RewardError, match="none of the 3 completions"):
-        share_scored(JudgedRollouts(rollouts, {"a": np.full(3, np.nan)}))
-    none = share_scored(JudgedRollouts(rollouts, {"a": np.full(3, np.nan)}), some=False)
+        share_usable(ScoredRollouts(rollouts, {"a": np.full(3, np.nan)}))
+    none = share_usable(ScoredRollouts(rollouts, {"a": np.full(3, np.nan)}), some=False)
     assert (len(none.rollouts), none.kept_D.tolist(), len(none.rule_score_B["a"])) == (0, [False] * 3, 0)
 
 

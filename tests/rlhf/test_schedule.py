@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.generation.request import SamplingParams
-from dist_lm.rlhf.rollouts import JudgedRollouts, requests_of
+from dist_lm.rlhf.rollouts import ScoredRollouts, requests_of
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from tests.patience import patient
 from tests.rlhf.toy import rollouts_with
@@ -43,8 +43,8 @@ def weights(version: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield "w", torch.tensor(version)
 
 
-def by_position(rollouts) -> JudgedRollouts:
-    return JudgedRollouts(rollouts, {"rule": rollouts.position_B / 8})
+def by_position(rollouts) -> ScoredRollouts:
+    return ScoredRollouts(rollouts, {"rule": rollouts.position_B / 8})
 
 
 def schedule(source, staleness: int, judge=by_position) -> RolloutSchedule:
@@ -60,7 +60,7 @@ def go_on(made: RolloutSchedule, staleness: int, begin: int, end: int) -> list[i
     """Iterations `begin` to `end` - 1: the version that drew the rollouts of each."""
     versions = []
     for iteration in range(begin, end):
-        judged = made.take(iteration).judged
+        judged = made.take(iteration).scored
         rollouts = judged.rollouts
         assert judged.scores["rule"].tolist() == [iteration / 8]
         assert rollouts.position_B.tolist() == [iteration]
@@ -96,7 +96,7 @@ def test_the_next_rollouts_are_drawn_while_one_trains():
         source.may_draw.clear()
         made.push(1, weights(1))  # does not wait for anything
         source.may_draw.set()
-        assert made.take(1).judged.rollouts.version_B.tolist() == [0]
+        assert made.take(1).scored.rollouts.version_B.tolist() == [0]
 
 
 def test_rules_judge_while_the_next_rollouts_are_drawn():

@@ -24,10 +24,10 @@ from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import (
     RewardScale,
-    beside_verdicts,
     last_token_scores,
     reward_metrics,
     scores_of_rankings,
+    with_verdicts,
 )
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
@@ -60,7 +60,7 @@ def open_data(arguments: DataArguments) -> StageData:
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         batches = ranking_batches(arguments, val, sequence_limit(arguments.config, everything))
         scores = scores_of_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
-        return reward_metrics(beside_verdicts(val, scores))
+        return reward_metrics(with_verdicts(val, scores))
 
     return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
 

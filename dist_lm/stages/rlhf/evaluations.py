@@ -21,7 +21,7 @@ from dist_lm.rlhf.experience import add_up, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
-from dist_lm.rlhf.rewards import Scored, share_scored, total_score
+from dist_lm.rlhf.rewards import UsableRollouts, share_usable, total_score
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from dist_lm.stages.rlhf.config import RlhfRunConfig
@@ -102,13 +102,13 @@ class HeldOut:
             read_to_end(weights)
 
         # Unlike in training, no answer may have a score: then there is just no win rate.
-        scored = share_scored(judged, some=False)
+        scored = share_usable(judged, some=False)
         score_P = torch.full((len(self.prompts),), torch.nan)
         if scored.kept_D.any():
             score_P[torch.from_numpy(scored.kept_D)] = self._total(scored, scale)
         return score_P
 
-    def _total(self, scored: Scored, scale: RewardScale | None) -> torch.Tensor:
+    def _total(self, scored: UsableRollouts, scale: RewardScale | None) -> torch.Tensor:
         """Returns the weighted sum of all parts, (B,)."""
         group, score_of_part = self.config.rlhf, dict(scored.rule_score_B)
         if self.models.reward:
@@ -161,7 +161,7 @@ class TasksOfIterations:
             weights = parts.weights(receives=schedule is not None)
         if schedule:
             work = partial(self._evaluate, parts.tasks.of(due))
-            self._open[iteration] = schedule.beside(work, iteration, weights)
+            self._open[iteration] = schedule.queue(work, iteration, weights)
         elif weights:
             read_to_end(weights)
 

@@ -37,7 +37,7 @@ from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.stages.pool_beside import PoolBeside, engine_spec, joined
+from dist_lm.stages.pool_start import PoolStarter, engine_spec, pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
@@ -106,7 +106,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
         train_prompts, held_out_prompts = read_all(config, run, tokenizer)
-        pool = stack.enter_context(joined(config, world.device)) if world.is_first else None
+        pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
         supply = open_supply(config, start, loaded, train_prompts, reporter, stack, pool)
 
         tasks = None
@@ -151,7 +151,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 report=reporter,
                 tasks=tasks,
                 alive=partial(reporter.alive, Phase.STEP),
-                beside=stack.enter_context(own_threads(world)),
+                run_both=stack.enter_context(own_threads(world)),
                 stop=stop,
             )
             log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)
@@ -176,7 +176,7 @@ def open_supply(
     prompts: Sequence[Sequence[int]],
     reporter: "Reporter",
     stack: ExitStack,
-    pool: PoolBeside | None,
+    pool: PoolStarter | None,
 ) -> RolloutSupply | None:
     """Returns prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
 
@@ -213,7 +213,7 @@ def rollout_source(
     weights: WeightStream,
     device: torch.device,
     alive: Callable[[], None],
-    pool: PoolBeside | None,
+    pool: PoolStarter | None,
 ) -> Iterator[RolloutSource]:
     """Yields the source of rollouts: actors, or a local engine.
 

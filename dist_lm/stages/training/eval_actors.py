@@ -28,7 +28,7 @@ from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.rollouts import read_to_end
-from dist_lm.stages.pool_beside import engine_spec, joined
+from dist_lm.stages.pool_start import engine_spec, pool_starter
 from dist_lm.stages.training.eval_tasks import (
     BetweenSteps,
     Evaluated,
@@ -228,16 +228,16 @@ def tasks_of_steps(
     tasks = loop_tasks(config, run, tokenizer)
     parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)
     pool = config.pool
-    with joined(config, world.device) if world.is_first else nullcontext() as beside:
+    with pool_starter(config, world.device) if world.is_first else nullcontext() as starter:
         # Only the first rank knows whether it could join Ray.
-        by_actors = [beside is not None]
+        by_actors = [starter is not None]
         dist.broadcast_object_list(by_actors)
         if not by_actors[0] or pool is None:
             yield BetweenSteps(parts, steps_done)
             return
 
         spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
-        parts = replace(parts, cluster=beside.cluster if beside else None)
-        start_pool = partial(beside.start, spec) if beside else None
+        parts = replace(parts, cluster=starter.cluster if starter else None)
+        start_pool = partial(starter.start, spec) if starter else None
         with closing(BesideTraining(parts, start_pool, steps_done)) as beside_training:
             yield beside_training

@@ -31,8 +31,8 @@ EVERY_NODE = 1_000_000  # no limit on nodes: the number of actors limits the poo
 
 
 @dataclass(frozen=True)
-class PoolBeside:
-    """The cluster that this rank has joined, and the keys of its pool."""
+class PoolStarter:
+    """Starts the actors of a pool on the Ray cluster that this rank has joined."""
 
     config: Config
     pool: RolloutPoolConfig
@@ -60,7 +60,9 @@ class PoolBeside:
         """
         pool, ranks = self.pool, int(os.environ["LOCAL_WORLD_SIZE"])
         # With GPUs, "as many as fit" is counted on the GPUs of the ranks.
-        actors = actors_in_all(pool, len(self.access.nodes), ranks if self.device == "cuda" else 0)
+        gpus_per_node = ranks if self.device == "cuda" else 0
+        actors = actors_in_all(pool, len(self.access.nodes), gpus_per_node)
+
         try:
             started = Pool.start(
                 self.cluster,
@@ -79,12 +81,13 @@ class PoolBeside:
                 f"{pool.key}.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node{shared}), "
                 f"or do without: {without_pool(pool)}"
             ) from error
+
         log.info("%d actors: %s", len(started.members), ", ".join(map(str, started.members)))
         return started
 
 
 @contextmanager
-def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
+def pool_starter(config: Config, device: torch.device) -> Iterator[PoolStarter | None]:
     """Yields the Ray cluster of this rank; None if the pool has no actors, or (with a warning) if the rank runs without
     Ray.
 
@@ -102,7 +105,7 @@ def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
     else:
         # The pool limits itself by its number of actors, not by the nodes of the ranks.
         with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
-            yield PoolBeside(config, pool, device.type, access, cluster)
+            yield PoolStarter(config, pool, device.type, access, cluster)
 
 
 def engine_options(pool: RolloutPoolConfig) -> EngineOptions:
