@@ -34,7 +34,6 @@ EVERY_NODE = 1_000_000  # no limit on nodes: the number of actors limits the poo
 class PoolStarter:
     """Starts the actors of a pool on the Ray cluster that this rank has joined."""
 
-    config: Config
     pool: RolloutPoolConfig
     device: str  # cpu | cuda
     access: RayAccess
@@ -105,7 +104,7 @@ def pool_starter(config: Config, device: torch.device) -> Iterator[PoolStarter |
     else:
         # The pool limits itself by its number of actors, not by the nodes of the ranks.
         with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
-            yield PoolStarter(config, pool, device.type, access, cluster)
+            yield PoolStarter(pool, device.type, access, cluster)
 
 
 def engine_options(pool: RolloutPoolConfig) -> EngineOptions:

@@ -6,11 +6,10 @@ source of rollouts: a pool of actors on the gang's Ray cluster, or an engine in 
 
 import json
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine
 from dist_lm.parallel.mesh import World, data_mesh
@@ -46,6 +44,7 @@ from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
+    last_metrics,
     metrics_of_step,
     open_metrics,
     started,
@@ -58,7 +57,6 @@ from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
-from dist_lm.training.state import TrainState
 from dist_lm.training.step_meter import Eta
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import is_due, peak_memory_gib
@@ -162,8 +160,10 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             comparison = held_out.compare(state.reward_scale)
             if metrics:
                 metrics.write(state.iteration, comparison)
+                last = last_metrics(run, state.iteration, "rlhf/reward_mean")
                 counters = train_state(state, reporter.tokens, tokenizer.sha256)
-                write_result(run, config, state, counters, time.time() - began)
+                more = {"prompts": state.prompt_position, "first": metrics_of_step(run, 1)}
+                write_success(run, config, counters, time.time() - began, last, more)
 
 
 # --- the source of rollouts ---
@@ -436,27 +436,3 @@ class Saving:
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
-
-
-def write_result(
-    run: RunDirectory, config: RlhfRunConfig, state: RlhfState, counters: TrainState, seconds: float
-) -> None:
-    """Writes `result.json`, which marks the run as finished.
-
-    Args:
-        seconds: duration of this attempt.
-
-    Raises:
-        ArtefactError: the metrics file lacks the last iteration, or its reward is not finite.
-    """
-    metrics = metrics_of_step(run, state.iteration)
-    reward = metrics.get("rlhf/reward_mean")
-    if reward is None or not math.isfinite(reward):
-        raise ArtefactError(f"{run.metrics}: rlhf/reward_mean of the last iteration is {reward}, expected a number")
-
-    more = {
-        "prompts": state.prompt_position,
-        "first": metrics_of_step(run, 1),
-        "state": asdict(counters),
-    }
-    write_success(run, config, steps=counters.step, tokens=counters.tokens, seconds=seconds, metrics=metrics, more=more)

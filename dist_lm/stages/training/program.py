@@ -127,9 +127,7 @@ def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsW
 def write_success(
     run: RunDirectory,
     config: Config,
-    *,
-    steps: int,
-    tokens: int,
+    state: TrainState,
     seconds: float,
     metrics: Mapping[str, float | None],
     more: Mapping[str, Any],
@@ -137,30 +135,42 @@ def write_success(
     """Writes `result.json`, which marks the run as finished.
 
     Args:
-        steps: steps of the whole run.
-        tokens: tokens of the whole run.
+        state: after the last step.
         seconds: duration of this attempt.
         metrics: metrics of the last step.
         more: additional fields of the stage.
     """
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    durable.write_json(
-        run.result,
-        {
-            "stage": config.stage.name,
-            "run_id": config.run_id,
-            "steps": steps,
-            "tokens": tokens,
-            "parameters": parameter_count(config.model),
-            "trained_parameters": trained_count(config.trained_shape),
-            "ranks": int(os.environ["WORLD_SIZE"]),
-            "seconds": seconds,
-            "checkpoint": latest.name if latest else None,
-            "metrics": metrics,
-            "before": metrics_of_step(run, 0),
-            **more,
-        },
-    )
+    result = {
+        "stage": config.stage.name,
+        "run_id": config.run_id,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "parameters": parameter_count(config.model),
+        "trained_parameters": trained_count(config.trained_shape),
+        "ranks": int(os.environ["WORLD_SIZE"]),
+        "seconds": seconds,
+        "checkpoint": latest.name if latest else None,
+        "metrics": metrics,
+        "before": metrics_of_step(run, 0),
+        "state": asdict(state),
+    }
+
+    # The file comes last: the launcher takes a run with a result for finished.
+    durable.write_json(run.result, {**result, **more})
+
+
+def last_metrics(run: RunDirectory, step: int, required: str) -> dict[str, float | None]:
+    """Returns the metrics of the last step.
+
+    Raises:
+        ArtefactError: the metrics file lacks `required` in that step, or it is not finite.
+    """
+    metrics = metrics_of_step(run, step)
+    figure = metrics.get(required)
+    if figure is None or not math.isfinite(figure):
+        raise ArtefactError(f"{run.metrics}: {required} of the last step {step} is {figure}, expected a number")
+    return metrics
 
 
 def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
@@ -270,7 +280,10 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             figures = stage.after_training(evaluation_arguments(state.step, alive))
             if metrics:
                 metrics.write(state.step, figures)
-                write_result(run, config, stage, state, stream.packing, time.time() - began)
+                last = last_metrics(run, state.step, "val/loss")
+                more = {"skipped_steps": state.skipped_steps, "packing": stream.packing}
+                more |= stage.result(config, run, last)
+                write_success(run, config, state, time.time() - began, last, more)
         del evaluation_arguments, whole_copy, model
 
 
@@ -348,33 +361,3 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
             init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
             checkpoint.load_weights(init_from, copy, copy.config)
         yield copy
-
-
-def write_result(
-    run: RunDirectory,
-    config: Config,
-    stage: "TrainingStage",
-    state: TrainState,
-    packing: dict[str, float] | None,
-    seconds: float,
-) -> None:
-    """Writes `result.json`, with the stage's own fields.
-
-    Args:
-        packing: how whole conversations or rankings fill sequences; None for text.
-        seconds: duration of this attempt.
-
-    Raises:
-        ArtefactError: the metrics file lacks the last evaluation, or its loss is not finite.
-    """
-    metrics = metrics_of_step(run, state.step)
-    loss = metrics.get("val/loss")
-    if loss is None or not math.isfinite(loss):
-        raise ArtefactError(f"{run.metrics}: val/loss of the last step {state.step} is {loss}, expected a number")
-    more = {
-        "skipped_steps": state.skipped_steps,
-        "packing": packing,
-        "state": asdict(state),
-        **stage.result(config, run, metrics),
-    }
-    write_success(run, config, steps=state.step, tokens=state.tokens, seconds=seconds, metrics=metrics, more=more)
