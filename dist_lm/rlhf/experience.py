@@ -73,11 +73,13 @@ def collect(
     # Scores of rules came with the rollouts; those of the reward model are normalised here.
     part_B = {name: score.to(run.device) for name, score in rule_score_B.items()}
     if "score" in passes:
-        raw_B = passes["score"]
+        model_score_B = passes["score"]
         if reward_scale is None and config.normalise_reward:
-            reward_scale = RewardScale.of(raw_B)
+            reward_scale = RewardScale.of(model_score_B)
+        if reward_scale:
+            model_score_B = reward_scale(model_score_B)
         parts_of_model = [name for name, part in config.rewards.items() if part.kind == REWARD_MODEL]
-        part_B |= dict.fromkeys(parts_of_model, reward_scale(raw_B) if reward_scale else raw_B)
+        part_B |= dict.fromkeys(parts_of_model, model_score_B)
     whole_B = torch.from_numpy(rollouts.whole).to(run.device)
     score_B = total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0)
 
@@ -208,7 +210,8 @@ def add_up(parts: Sequence[torch.Tensor], adds_sums: bool) -> list[torch.Tensor]
     """
     # One message for all parts: small ones cost their latency.
     flat = torch.cat([part.flatten() for part in parts])
-    shared = flat if adds_sums else torch.zeros_like(flat)
-    dist.all_reduce(shared)
-    sums = shared.split([part.numel() for part in parts])
+    if not adds_sums:
+        flat.zero_()
+    dist.all_reduce(flat)
+    sums = flat.split([part.numel() for part in parts])
     return [total.view_as(part) for total, part in zip(sums, parts, strict=True)]

@@ -312,17 +312,17 @@ def _after_iteration(state: RlhfState, prompts: int, collected: Collected, metri
         prompts: number of prompts drawn.
         metrics: of the iteration, with `rlhf/reward_mean` and, with a reference, `rlhf/kl`.
     """
-    reward = metrics["rlhf/reward_mean"]
-    is_best = state.best_reward is None or reward > state.best_reward
-    return replace(
+    state = replace(
         state,
         iteration=state.iteration + 1,
         prompt_position=state.prompt_position + prompts,
         kl=state.kl.after(metrics.get("rlhf/kl", 0.0), len(collected.experience.score_B)),
         reward_scale=collected.reward_scale,
-        best_reward=reward if is_best else state.best_reward,
-        best_iteration=state.iteration + 1 if is_best else state.best_iteration,
     )
+    reward = metrics["rlhf/reward_mean"]
+    if state.best_reward is None or reward > state.best_reward:
+        return replace(state, best_reward=reward, best_iteration=state.iteration)
+    return state
 
 
 # --- updates ---
@@ -493,8 +493,9 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
 
 def _targets_of_all_ranks(batches: Sequence[Batch], adds_sums: bool) -> float:
     """Returns the number of targets in the loss masks of all ranks (collective)."""
-    n_targets = sum(float(batch.loss_mask_BT.sum()) for batch in batches) if adds_sums else 0.0
-    total = torch.tensor(n_targets, dtype=torch.float64, device=batches[0].tokens_BT.device)
+    total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens_BT.device)
+    if adds_sums:
+        total += sum(float(batch.loss_mask_BT.sum()) for batch in batches)
     dist.all_reduce(total)
     return float(total)
 

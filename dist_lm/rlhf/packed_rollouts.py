@@ -36,7 +36,9 @@ class RolloutBatch(Batch):
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RolloutBatch":
         changed = cast(RolloutBatch, Batch._each(self, change))
-        return replace(changed, sets=self.sets.each(change)) if self.sets else changed
+        if not self.sets:
+            return changed
+        return replace(changed, sets=self.sets.each(change))
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,8 @@ def seen_rankings(
         alive: called after every batch.
     """
     own_rankings: dict[int, RankingLogprobs] = {}
-    sums = None
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    has_mismatches = False
     for batch_on_host, placed in batches:
         batch = batch_on_host.to(device)
         assert isinstance(batch, CompletionBatch)
@@ -164,17 +165,17 @@ def seen_rankings(
                 prompt_tokens=float(tokens_S[prompt]),
             )
         if batch.mismatched:
-            sums_of_batch = kl_sums(model, batch)
-            sums = sums_of_batch if sums is None else sums + sums_of_batch
+            has_mismatches = True
+            sums += kl_sums(model, batch)
         alive()
 
     gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(data_ranks)
     dist.all_gather_object(gathered, own_rankings, group=data_ranks)
-    logprobs_of_ranking = {number: ranking for part in gathered for number, ranking in part.items()}
-    if sums is None:
-        return dict(sorted(logprobs_of_ranking.items())), None
+    logprobs_of_ranking = dict(sorted((number, ranking) for part in gathered for number, ranking in part.items()))
+    if not has_mismatches:
+        return logprobs_of_ranking, None
     dist.all_reduce(sums, group=data_ranks)
-    return dict(sorted(logprobs_of_ranking.items())), reference_point(sums).cpu()
+    return logprobs_of_ranking, reference_point(sums).cpu()
 
 
 def held_out_metrics(
@@ -204,10 +205,13 @@ def held_out_metrics(
             PlacedRanking(number, np.arange(end - size, end))
             for number, size, end in zip(numbers, sizes, np.cumsum(sizes).tolist(), strict=True)
         ]
+
+        # Held-out verdicts have no label noise: the loss is measured on what people said.
         verdicts = [lesson(rankings.verdict(number), loss.settings.lesson, 0.0, seed, number) for number in numbers]
         reference_parts = [np.zeros(0)]
         if reference:
             reference_parts = [reference.logprob[rankings.completion_slice(number)] for number in numbers]
+
         return Completions(
             logprob_C=torch.from_numpy(np.concatenate([ranking.logprob_K for ranking in chosen])),
             reference_C=torch.from_numpy(np.concatenate(reference_parts).astype(np.float32)),

@@ -59,22 +59,23 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
 
     newest = files.find_checkpoint(run.path)
-    checkpoints = [newest] if ema else files.steps_in(newest.parent)[-last:]
+    kind, prefix, checkpoints = "ema", "ema", [newest]
+    if not ema:
+        kind, prefix, checkpoints = "mean", f"last_{last}", files.steps_in(newest.parent)[-last:]
     accepted = f"at most {len(checkpoints)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
     require(len(checkpoints) >= last, "--last", last, accepted)
     for checkpoint in checkpoints:
         files.require_intact(checkpoint)
 
-    kind = "ema" if ema else f"last_{last}"
-    folder = run.averages / f"{kind}_{newest.name}"
+    folder = run.averages / f"{prefix}_{newest.name}"
     if folder.exists():
         raise ArtefactError(f"{folder} exists: use it, or remove it first")
 
     tensors = exponential(newest) if ema else mean_of(checkpoints)
     write_average(folder, tensors, newest, model_config_of(newest))
-    record = {"of": [checkpoint.name for checkpoint in checkpoints], "kind": "ema" if ema else "mean", "metrics": {}}
+    record = {"of": [checkpoint.name for checkpoint in checkpoints], "kind": kind, "metrics": {}}
     durable.write_json(folder / files.AVERAGE, record)
-    console.print(f"{folder}: {record['kind']} of {', '.join(record['of'])}", soft_wrap=True)
+    console.print(f"{folder}: {kind} of {', '.join(record['of'])}", soft_wrap=True)
 
     if device and can_be_measured(run):
         metrics = evaluated(run, {PLAIN: newest, folder.name: folder}, device)

@@ -42,7 +42,9 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
     today = datetime.now().astimezone().date().isoformat()
     template = KeptTemplate(text, tuple(sorted(special_tokens_of(folder).items())), today)
     (first_token,) = tokenizer.pieces([tokenizer.first_token.id])
-    return None if is_ours(template, first_token) else template
+    if is_ours(template, first_token):
+        return None
+    return template
 
 
 def given_template(config: TokenizerConfig) -> KeptTemplate | None:

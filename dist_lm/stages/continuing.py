@@ -203,16 +203,17 @@ def with_start(stage: Stage, config: Config) -> Config:
 
         init_from = str(imported_run(config).path.resolve())
     if init_from == "auto":
-        work = WorkDirectory(Path(config.work_dir).resolve())
-        init_from = str(work.run(stage.starts_from, config.run_id).path) if stage.starts_from else "none"
+        init_from = "none"
+        if stage.starts_from:
+            init_from = str(WorkDirectory(Path(config.work_dir).resolve()).run(stage.starts_from, config.run_id).path)
     return replace(config, stage=replace(config.stage, init_from=init_from))
 
 
 def with_branch(config: Config) -> Config:
     """`config` with stage.branch_from as an absolute path, and stage.init_from of the run that it names."""
     path = Path(config.stage.branch_from).expanduser().resolve()
-    run = _run_at(path)
-    init_from = load_config(run.config).stage.init_from if run and run.config.is_file() else "none"
+    origin_config = _config_at(path)
+    init_from = origin_config.stage.init_from if origin_config else "none"
     return replace(config, stage=replace(config.stage, branch_from=str(path), init_from=init_from))
 
 
@@ -226,10 +227,14 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))
-    origin_run = _run_at(start) if start.parent.name == "checkpoints" else None
-    origin_config = load_config(origin_run.config) if origin_run and origin_run.config.is_file() else None
+    # An average lies in a run too, but only a checkpoint of the run has the state that a branch continues.
+    origin_config = None
+    if start.parent.name == "checkpoints":
+        origin_config = _config_at(start)
     if origin_config is None or origin_config.stage.name != config.stage.name:
-        kind = f"a run of stage={origin_config.stage.name}" if origin_config else "a checkpoint without its run"
+        kind = "a checkpoint without its run"
+        if origin_config:
+            kind = f"a run of stage={origin_config.stage.name}"
         raise ConfigError(
             f"stage.branch_from={branch_from}: {kind}; expected RUN@STEP of stage={config.stage.name}: a branch "
             "continues a run. stage.init_from begins a run with the weights of any checkpoint"
@@ -315,5 +320,13 @@ def _run_at(path: Path) -> RunDirectory | None:
     name, at, step = str(path).rpartition("@")
     if at and step.isdecimal() and not path.exists():
         path = Path(name)
-    candidates = (path, path.parent, path.parents[1]) if len(path.parents) > 1 else ()
+    candidates = (path, *path.parents[:2])
     return next((RunDirectory(folder) for folder in candidates if (folder / "checkpoints").is_dir()), None)
+
+
+def _config_at(path: Path) -> Config | None:
+    """The configuration of the run at `path`; None if there is no run, or it recorded none."""
+    run = _run_at(path)
+    if run is None or not run.config.is_file():
+        return None
+    return load_config(run.config)

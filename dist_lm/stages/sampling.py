@@ -145,7 +145,9 @@ def shared_answers(
 
 def write_samples(arguments: EvaluationArguments, samples: Iterable[Mapping[str, Any]]) -> None:
     """Write `samples/step_N.jsonl` on the first rank: one object per sample."""
-    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples] if arguments.world.is_first else []
+    if not arguments.world.is_first:
+        return
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
     if lines:
         path = arguments.run.samples / f"step_{arguments.step:08d}.jsonl"
         durable.write_text(path, "\n".join(lines) + "\n")

@@ -200,7 +200,10 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
     if missing:
         if ready:
             notes.insert(0, f"{', '.join(ready)} there")
-        return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
+        detail = f"corpora {', '.join(missing)}"
+        if notes:
+            detail += f" ({'; '.join(notes)})"
+        return Artefact(False, detail)
 
     counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
     return Artefact(True, "; ".join([f"corpora {', '.join(names) or '(none)'}: {amount(counts)}", *notes]))
@@ -462,11 +465,17 @@ def digest(value: Any) -> str:
 
 def in_brief(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How the settings of a fingerprint differ from those `before`, in brackets; empty where these are not known."""
-    changes = differences(before, json.loads(json.dumps(now))) if before else []
+    if not before:
+        return ""
+    # Fingerprints are stored as JSON, so the present one is compared in that form: tuples are lists there.
+    changes = differences(before, json.loads(json.dumps(now)))
     if not changes:
         return ""
-    more = f"; {len(changes) - NAMED_DIFFERENCES} more" if len(changes) > NAMED_DIFFERENCES else ""
-    return f" ({'; '.join(changes[:NAMED_DIFFERENCES])}{more})"
+
+    named = list(changes[:NAMED_DIFFERENCES])
+    if len(changes) > NAMED_DIFFERENCES:
+        named.append(f"{len(changes) - NAMED_DIFFERENCES} more")
+    return f" ({'; '.join(named)})"
 
 
 STAGE = Shards()

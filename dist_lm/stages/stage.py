@@ -281,5 +281,6 @@ def run_of(config: Config) -> RunDirectory:
 
 def shown_path(path: Path, config: Config) -> str:
     """A path for the plan: relative to the work directory if it is inside."""
-    work = Path(config.work_dir)
-    return str(path.relative_to(work) if path.is_relative_to(work) else path)
+    if path.is_relative_to(config.work_dir):
+        path = path.relative_to(config.work_dir)
+    return str(path)

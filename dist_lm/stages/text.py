@@ -127,14 +127,16 @@ class TextStage(TrainingStage):
         corpus = TokenCorpus.open(run.work.corpus(config.stage.corpus), "val")
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
 
-        # gzip cannot apply a loss mask, so there is no figure for conversations
-        n_documents = 0 if corpus.has_mask else corpus.n_documents
+        # gzip cannot apply a loss mask, so there is no figure for conversations.
+        if corpus.has_mask:
+            return {"gzip_bits_per_byte": {}}
+
         texts = (
             (
                 corpus.languages[corpus.language_codes[document]],
                 tokenizer.decode(corpus.tokens(document, 1, int(corpus.lengths[document])).tolist()).encode(),
             )
-            for document in range(n_documents)
+            for document in range(corpus.n_documents)
         )
         return {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
 
@@ -145,7 +147,7 @@ class TextStage(TrainingStage):
 
 def fim_rate_of(config: Config) -> float:
     """`stage.fim_rate`; 0 for stages without that key."""
-    return config.stage.fim_rate if isinstance(config.stage, SampledStageConfig) else 0.0
+    return getattr(config.stage, "fim_rate", 0.0)
 
 
 def open_stream(arguments: DataArguments) -> "SequenceStream":

@@ -139,9 +139,12 @@ def edited_card(folder: Path) -> bytes | None:
     if not record or not (folder / CARD).is_file():
         return None
     card = (folder / CARD).read_bytes()
-    if "card" not in record:  # written by an older version
-        return card if len(card) != record.get("files", {}).get(CARD) else None
-    return card if sha256(card).hexdigest() != record["card"] else None
+    if "card" in record:
+        is_edited = sha256(card).hexdigest() != record["card"]
+    else:
+        # An older version recorded only the size.
+        is_edited = len(card) != record.get("files", {}).get(CARD)
+    return card if is_edited else None
 
 
 def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: Mapping[str, Any]) -> None:

@@ -137,12 +137,15 @@ def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[s
         for line in read_metrics(run.metrics):
             if line["step"] <= step:
                 metrics |= line
+
     rows = [
         f"| {name} | {figure:.4g} |"
         for name, figure in sorted(metrics.items())
         if name.startswith(SHOWN) and isinstance(figure, int | float)
     ]
-    return ["| metric, held-out data | value |", "| --- | --- |", *rows] if rows else ["The run has no evaluation."]
+    if not rows:
+        return ["The run has no evaluation."]
+    return ["| metric, held-out data | value |", "| --- | --- |", *rows]
 
 
 def _limits(model: ModelConfig, licences: set[str]) -> list[str]:

@@ -102,7 +102,9 @@ class Export(ArtefactStage):
         has_gguf = not stage.gguf or f"model-{stage.gguf}.gguf" in sizes
         is_pushed = not stage.push or record.get("pushed", "") == stage.push
 
-        detail = f"{checkpoint.name} to {folder}, {stage.dtype}" + (f", pushed to {stage.push}" if stage.push else "")
+        detail = f"{checkpoint.name} to {folder}, {stage.dtype}"
+        if stage.push:
+            detail += f", pushed to {stage.push}"
         return Artefact(is_of_checkpoint and is_whole and has_gguf and is_pushed, detail)
 
     def build(self, config: Config, console: "Console") -> None:
@@ -136,8 +138,9 @@ def group_of(config: Config) -> ExportGroup:
 def folder_of(config: Config) -> Path:
     """The folder that the stage writes."""
     stage = group_of(config)
-    name = f"{config.run_id}-{stage.run}"
-    return Path(stage.folder).expanduser() if stage.folder else Path(config.work_dir) / "exports" / name
+    if stage.folder:
+        return Path(stage.folder).expanduser()
+    return Path(config.work_dir) / "exports" / f"{config.run_id}-{stage.run}"
 
 
 def check_repository(key: str, repository: str) -> None:

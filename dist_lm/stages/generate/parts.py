@@ -102,7 +102,7 @@ def tp_of(config: "GenerateRunConfig") -> int:
     Raises:
         ConfigError: the model cannot be split over this number of devices.
     """
-    tp = 1 if config.parallel.tp == -1 else config.parallel.tp
+    tp = max(1, config.parallel.tp)
     check_tp(config.model, tp, None, "parallel.tp")
     return tp
 
@@ -151,7 +151,7 @@ class Samples(PoolWork):
 
         # The stamps are taken before the prompts are read, so that no change goes unnoticed.
         self._files = find_prompts(config.stage.prompts)
-        self._stamps = _stamps(self._files)
+        self._stamps = [_stamp(file) for file in self._files]
         inputs = check_inputs(self._files, config.stage, run)
         durable.write_json(run.inputs, inputs | check_checkpoint(Path(config.stage.checkpoint), run))
         self.count: int = inputs["prompts"]
@@ -256,7 +256,7 @@ class Samples(PoolWork):
         Raises:
             ConfigError, ArtefactError: they are gone, or not those that the run began with.
         """
-        stamps = _stamps(self._files)
+        stamps = [_stamp(file) for file in self._files]
         if stamps != self._stamps:
             check_inputs(find_prompts(self._stage.prompts), self._stage, self._run)
             self._stamps = stamps
@@ -336,11 +336,12 @@ class Samples(PoolWork):
             self._missing.remove(part)
 
 
-def _stamps(files: list[Path]) -> list[tuple[int, int, int] | None]:
-    """(modification time, size, inode) of each file, which differ once it was written to or replaced; None: it is
-    gone."""
-    stats = [file.stat() if file.exists() else None for file in files]
-    return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None for stat in stats]
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """(modification time, size, inode), which differ once a file was written to or replaced; None: it is gone."""
+    if not file.exists():
+        return None
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _record(answer: Answer) -> dict[str, Any]:

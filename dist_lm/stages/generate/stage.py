@@ -92,8 +92,10 @@ class Generate(PoolStage):
         check_inputs(find_prompts(config.stage.prompts), config.stage, run)
 
         # The checkpoint that the run began with, else the one that the command names.
-        recorded = load_config(run.config) if run.inputs.exists() else None
-        recorded_checkpoint = Path(generate_config(recorded).stage.checkpoint) if recorded else None
+        recorded = recorded_checkpoint = None
+        if run.inputs.exists():
+            recorded = generate_config(load_config(run.config))
+            recorded_checkpoint = Path(recorded.stage.checkpoint)
         if run.result.exists() and recorded_checkpoint and config.stage.checkpoint == AUTO:
             # It may have been removed since the run was finished.
             start = recorded_checkpoint

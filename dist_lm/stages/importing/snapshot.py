@@ -202,11 +202,11 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         tensors |= tensors_in(folder / name)
-    return {ALIASES.get(name, name) if _is_gpt_neox(tensors) else name: tensor for name, tensor in tensors.items()}
-
-
-def _is_gpt_neox(names: Mapping[str, Any]) -> bool:
-    return any(name.startswith("gpt_neox.") for name in names)
+    # Other families use some of these names for tensors of their own.
+    is_gpt_neox = any(name.startswith("gpt_neox.") for name in tensors)
+    if not is_gpt_neox:
+        return tensors
+    return {ALIASES.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _check_tensors(

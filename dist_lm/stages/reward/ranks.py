@@ -6,6 +6,7 @@ Dimensions: P rankings, K completions of a ranking.
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.corpus import SPLITS
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPositions
 from dist_lm.data.evaluation_batches import evenly_spaced
 from dist_lm.data.rankings.shards import RankingCorpus
@@ -223,31 +225,52 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
     return [sequence for sequence in sequences if len(sequence) <= longest]
 
 
+# --- examples for the dry run, which needs shapes and places but no real tokens ---
+
+
 def example_batch(config: RewardRunConfig) -> Batch:
     """Returns a micro-batch (B, T) on the CPU with one ranking per sequence and random tokens, for the dry run."""
-    stage = config.stage
-    k = min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
-    shape = (stage.micro_batch, stage.seq_len)
+    tree = example_tree(config)
+    branch_BT = tree["branch_BT"]
+    n_completions, stage = int(branch_BT.max()), config.stage
 
-    # A dry run needs shapes and places; the tokens may be random.
-    branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
-    end_K = torch.stack([(branch_T <= branch).sum() - 1 for branch in range(1, k + 1)])
+    # A score is read at the last token of each completion.
+    end_K = torch.stack([(branch_BT[0] <= branch).sum() - 1 for branch in range(1, n_completions + 1)])
     index_PK = end_K + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
-    none = torch.zeros(0, dtype=torch.int64)
     return Batch(
-        tokens_BT=torch.randint(0, config.model.vocab_size, shape),
-        targets_BT=torch.zeros(shape, dtype=torch.int64),
-        loss_mask_BT=torch.zeros(shape),
-        document_BT=torch.zeros(shape, dtype=torch.int64),
-        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
-        sequence_B=torch.arange(stage.micro_batch),
-        branch_BT=branch_T.repeat(stage.micro_batch, 1),
-        ranked=RankedPositions(
-            index_PK=index_PK,
-            rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
-            exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
-            better_N=none,
-            worse_N=none,
-            margin_N=torch.zeros(0),
-        ),
+        targets_BT=torch.zeros_like(branch_BT),
+        loss_mask_BT=torch.zeros(branch_BT.shape),
+        ranked=example_places(index_PK),
+        **tree,
+    )
+
+
+def example_tree(config: Config) -> dict[str, Any]:
+    """Returns the fields that batches of rankings share: in each sequence a prompt and its completions, as a tree."""
+    rows, seq_len = config.stage.micro_batch, config.stage.seq_len
+    n_completions = min(EXAMPLE_COMPLETIONS, seq_len - 1)
+    # Prompt and completions have equal lengths.
+    branch_BT = (torch.arange(seq_len) * (n_completions + 1) // seq_len).repeat(rows, 1)
+    return {
+        "tokens_BT": torch.randint(0, config.model.vocab_size, branch_BT.shape),
+        "document_BT": torch.zeros_like(branch_BT),
+        "position_BT": torch.arange(seq_len).repeat(rows, 1),
+        "sequence_B": torch.arange(rows),
+        "branch_BT": branch_BT,
+    }
+
+
+def example_places(index_PK: torch.Tensor, as_rankings: bool = True) -> RankedPositions:
+    """Returns rankings of completions at these places, best first: whole, or as pairs of neighbours."""
+    better_N = worse_N = torch.zeros(0, dtype=torch.int64)
+    if not as_rankings:
+        better_N, worse_N = index_PK[:, :-1].flatten(), index_PK[:, 1:].flatten()
+        index_PK = index_PK[:0]
+    return RankedPositions(
+        index_PK=index_PK,
+        rank_PK=torch.arange(index_PK.shape[1]).repeat(len(index_PK), 1),
+        exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
+        better_N=better_N,
+        worse_N=worse_N,
+        margin_N=torch.zeros(better_N.shape),
     )

@@ -144,8 +144,11 @@ class RlhfRunConfig(Config):
         accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
         accepted += ", or 0 to take what fits into free memory"
         require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
-        actors = self.eval.pool.actors if self.stage.eval_tasks else 0
-        require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
+
+        # The weights of a policy reach one pool only.
+        actors = self.eval.pool.actors
+        accepted = "0: in stage rlhf the actors of rlhf.pool answer tasks"
+        require(actors == 0 or not self.stage.eval_tasks, "eval.pool.actors", actors, accepted)
 
         self._check_pretraining()
 

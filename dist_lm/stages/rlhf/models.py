@@ -79,7 +79,9 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
 
     # Policy and reference. A policy of adapters is its own reference: its base has the reference's weights.
     policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
-    reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)
+    reference = policy.model
+    if not shape.lora:
+        reference = _model(shape, config, start).requires_grad_(False)
     if init_from:
         init_from = checkpoint.find_intact(init_from, start.world)
         checkpoint_files.check_tokenizer(init_from, checkpoint_files.read_state(init_from)[0], start.tokenizer.sha256)

@@ -153,8 +153,9 @@ def check_inputs(config: RlhfRunConfig) -> None:
     reward_checkpoint = checkpoint_files.find_checkpoint(path)
     check_reward_model(config, ModelConfig(**checkpoint_files.read_state(reward_checkpoint)[1]))
     if settings.normalise_reward and not RunDirectory(path).result.is_file():
-        is_run = reward_checkpoint.parent == RunDirectory(path).checkpoints
-        accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
+        accepted = "the run, not a checkpoint of it"
+        if reward_checkpoint.parent == RunDirectory(path).checkpoints:
+            accepted = "a finished run, and this one has no result"
         raise ArtefactError(
             f"rlhf.reward_model={settings.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
             "result has the mean and the deviation of scores"

@@ -31,7 +31,7 @@ from dist_lm.stages.stage import (
     shown_path,
 )
 from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, StageData
-from dist_lm.storage.durable import json_lines
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change, counted, percent, three_decimals
 from dist_lm.training import checkpoint_files
@@ -123,7 +123,9 @@ class TrainingStage(Stage):
         on_disk = find_run(config, is_target=is_target)
         config = self.resolved(with_start(self, config), on_disk.finished)
         require_same_settings(self, on_disk.run, config, finished=on_disk.finished, is_target=is_target)
-        start = None if on_disk.finished else self.verify(on_disk, config, init_from, rebuilt)
+        start = None
+        if not on_disk.finished:
+            start = self.verify(on_disk, config, init_from, rebuilt)
         return self.describe(on_disk, config, start, init_from, rebuilt)
 
     def verify(self, on_disk: "RunState", config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
@@ -281,7 +283,7 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
     A run of an earlier stage counts as finished if it has a result, even with fewer steps than configured.
     """
     run = run_of(config)
-    steps = json.loads(run.result.read_text(encoding="utf-8"))["steps"] if run.result.exists() else 0
+    steps = durable.read_json(run.result).get("steps", 0)
     finished = steps > 0 and (not is_target or steps >= config.stage.steps)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     return RunState(run, steps, finished, latest)
@@ -335,5 +337,5 @@ def task_entries(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of the newest file of samples."""
-    files = sorted(run.samples.glob("step_*.jsonl"))
-    return list(json_lines(files[-1])) if files else []
+    newest = sorted(run.samples.glob("step_*.jsonl"))[-1:]
+    return [sample for file in newest for sample in durable.json_lines(file)]
