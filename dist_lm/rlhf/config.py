@@ -124,6 +124,7 @@ def _nullable_keys() -> list[tuple[str, Any, Any]]:
     for algorithm in ALGORITHMS.values():
         hints = get_type_hints(algorithm.Keys)
         for name in (key.name for key in fields(algorithm.Keys) if key.name not in common):
+            # The configuration has a key once, so all algorithms that read it must agree on its type.
             declared = type_of_key.setdefault(name, hints[name])
             assert declared == hints[name], f"{algorithm.__name__}: another algorithm has {name} as {declared}"
     return [(name, declared | None, field(default=None)) for name, declared in type_of_key.items()]

@@ -61,6 +61,7 @@ def as_reference(models: RlhfModels) -> AbstractContextManager[None]:
 
 def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
     """Returns the model with a new optimizer at the rate `lr`."""
+    # The optimizer reads its keys from the configuration, where policy and critic have different rates.
     return Trained(model, build_optimizer(model, replace(config, lr=lr)))
 
 

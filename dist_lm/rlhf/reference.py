@@ -99,6 +99,7 @@ def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, Sp
         log.warning("%s is damaged (%s)", path, error)
         return None
 
+    # safetensors checks the form of a file, not the bits of its arrays.
     if metadata.get(SHA256) != _hash(arrays):
         log.warning("%s is damaged: its arrays have another hash than it says", path)
         return None

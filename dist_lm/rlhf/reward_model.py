@@ -110,6 +110,7 @@ def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], ba
         batch: sequences per forward pass; sequences of similar length go together.
     """
     scores = np.zeros(len(sequences), np.float32)
+    # Sequences of similar length share a batch, so that little of it is padding.
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     device = model.embedding.weight.device
     for begin in range(0, len(order), batch):

@@ -274,6 +274,7 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 
+    # Sets have different sizes, so they are one array of bytes with the size of each.
     token_sets = [packed for answer in answers for packed in answer.sets]
 
     def column(values: list[int]) -> np.ndarray:

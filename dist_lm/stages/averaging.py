@@ -64,6 +64,7 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
         kind, prefix, checkpoints = "mean", f"last_{last}", files.steps_in(newest.parent)[-last:]
     accepted = f"at most {len(checkpoints)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
     require(len(checkpoints) >= last, "--last", last, accepted)
+    # A damaged checkpoint would go unnoticed in the mean.
     for checkpoint in checkpoints:
         files.require_intact(checkpoint)
 
@@ -164,6 +165,7 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
         arguments = DataArguments(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
         evaluate = training_stage(config.stage.name).open_data(arguments).evaluate
 
+        # One model takes the weights of one checkpoint after the other, so only one copy is in memory.
         model = Transformer(config.model).to(world.device)
         model.document_mask = config.stage.document_mask
         metrics = {}

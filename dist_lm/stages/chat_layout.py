@@ -61,6 +61,7 @@ def given_template(config: TokenizerConfig) -> KeptTemplate | None:
     return KeptTemplate.read(path if path.is_dir() else path.parent)
 
 
+# A command asks several times, and the answer takes a download and hundreds of renderings.
 @lru_cache(maxsize=2)
 def _of_snapshot(source: str, content: bytes) -> KeptTemplate | None:
     return kept_template(folder_of(source, weights=False), Tokenizer(content, source))

@@ -74,6 +74,7 @@ def require_same_settings(
     Raises:
         ConfigError: names the run and each key as the command gives it (`stage.KEY` or `stages.NAME.KEY`).
     """
+    # Without output there is nothing that other settings would contradict.
     if not (run.config.exists() and has_output(run)):
         return
     recorded = load_config(run.config)
@@ -180,6 +181,7 @@ def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int
     for step in range(steps):
         if stage_rate(before, step) != stage_rate(after, step):
             return step
+        # The momentum of Muon follows the schedule too.
         if muon_momentum(before, step) != muon_momentum(after, step):
             return step
     return None
@@ -254,6 +256,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
             "weights alone"
         )
 
+    # A branch continues at the step of its start, with at least one step to take.
     accepted = f"more than {state.step}, the steps of {branch_from}"
     require(config.stage.steps > state.step, "stage.steps", config.stage.steps, accepted)
     steps_left = config.stage.steps - state.step
@@ -275,6 +278,7 @@ def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model or tokenizer.
     """
+    # The weights are not there yet, but the shape of the model can be compared already.
     if init_from.startswith(HF) and IMPORT in rebuilt:
         from dist_lm.interop.snapshot import named_model
 

@@ -98,6 +98,7 @@ def pool_starter(config: Config, device: torch.device) -> Iterator[PoolStarter |
     pool, access = config.pool, own_access(os.environ)
     if pool is None or not pool.actors:
         yield None
+    # Only a launcher starts Ray; a rank of torchrun alone finds no cluster.
     elif access is None:
         log.warning("%s.actors=%d: this rank runs without Ray, so it %s", pool.key, pool.actors, pool.without)
         yield None

@@ -89,6 +89,7 @@ def answer_all(
         RequestError: a request does not fit the context.
         ArtefactError: the model's logits are not numbers.
     """
+    # An engine would gather the whole model for nothing.
     if not requests:
         return []
 
@@ -126,6 +127,7 @@ def shared_answers(
         alive: called after each step of the engine.
         finished: gets the results of this rank as soon as they are there.
     """
+    # A share of every n-th request has about as many long answers as any other share.
     for request in requests[world.rank :: world.size]:
         engine.submit(request)
 

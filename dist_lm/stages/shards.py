@@ -132,6 +132,7 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
         ConfigError: no corpus is configured.
     """
     chosen = own(config).corpora
+    # A file of corpora with a wrong indentation has none; without this, the stage would build nothing.
     if chosen is None and not config.corpus.corpora:
         raise ConfigError(
             f"corpus.corpora={{}}: corpus={config.corpus.name} has no corpus: expected NAME: [SOURCE, ...] below "
@@ -187,6 +188,7 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
 
         check_corpus(config, name)
         changes, unknown = _changed(config, name)
+        # Licences are corrected in place: a build would give the same tars.
         if not changes and list(read_manifest(corpus_path).licences) != _licences(config, name):
             changes = ["licences only"]
         if changes:
@@ -373,6 +375,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
             split, source = origins.popleft()
+            # Documents of train come first, so the first of val completes the tars of train.
             if split == "val":
                 writer.finish_split("train")
             writer.write(split, document, source)
@@ -460,6 +463,7 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
+    # Sorted, because equal settings must have one digest.
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -101,6 +101,7 @@ class Stage(ABC):
         """Returns `needed`; with stage.init_from=hf:..., stage `import` replaces `starts_from`."""
         needed = self.needed(config)
         if getattr(config.stage, "init_from", "").startswith(HF):
+            # The imported weights stand in for those of the stage before.
             return (IMPORT, *(stage for stage in needed if stage != self.starts_from))
         return needed
 

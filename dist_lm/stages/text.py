@@ -107,6 +107,7 @@ class TextStage(TrainingStage):
         from dist_lm.data.token_corpus import TokenCorpus
 
         if arguments.world.is_first:
+            # The documents are the same on every rank, so one warning is enough.
             for name in arguments.config.stage.streams:
                 for split in SPLITS:
                     corpus = TokenCorpus.open(arguments.run.work.corpus(name), split)
@@ -220,6 +221,7 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
     def evaluate(model: "Transformer", everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         metrics = {}
         for name, corpus in corpora.items():
+            # Ranks read different sequences; the sums are those of all ranks.
             batches = held_out_batches(arguments, corpus, everything)
             sums = summed_losses(model, batches, len(corpus.languages), device, arguments.data_ranks, alive).tolist()
             if name == stage.corpus:
@@ -248,6 +250,7 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
     from dist_lm.data.manifest import read_manifest
 
     mix = config.stage.mix or {}
+    # A corpus weighs by its share of the sequences, not by its size.
     shares = {config.stage.corpus: 1 - sum(mix.values()), **mix}
     counts = {name: read_manifest(run.work.corpus(name)).splits["train"].counts for name in shares}
     return sum(share * counts[name].bytes / counts[name].tokens for name, share in shares.items())
@@ -263,6 +266,7 @@ def print_compression(result: Mapping[str, Any], corpus: str, console: "Console"
         return
 
     rows = []
+    # Metrics over all languages have no suffix.
     for language in ("all", *sorted(key for key in gzip_bits if key != "all")):
         suffix = "" if language == "all" else f"_{language}"
         model_bits = result["metrics"][f"val/bits_per_byte{suffix}"]

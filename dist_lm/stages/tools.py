@@ -147,6 +147,7 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
     requests = requests_of(questions, stop_tokens(tokenizer), settings.max_new_tokens)
     answers = answer_all(arguments, requests, "stage.questions")
 
+    # Every rank has all answers and judges them, so the figures are the same without another message.
     verdicts = []
     for asked, answer in zip(questions, answers, strict=True):
         turn = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
@@ -164,6 +165,7 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
     Args:
         ends: ids of the tokens that end a turn.
     """
+    # The right answer bounds the wait for a model that does not end its turn.
     from dist_lm.generation.request import Request, SamplingParams
 
     return [

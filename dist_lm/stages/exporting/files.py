@@ -72,6 +72,7 @@ def export(
     require(dtype in DTYPES, "--dtype", dtype, " or ".join(DTYPES))
     folder = folder.expanduser().resolve()
     _refuse_files_of_others(folder)
+    # A damaged checkpoint would become an export that nobody can check.
     checkpoint = files.require_intact(files.find_checkpoint(path))
     model, run = model_config_of(checkpoint), run_of(checkpoint)
     architecture = architecture_of(model)
@@ -166,6 +167,7 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
     name, torch_dtype = DTYPES[dtype]
     parts = list(in_files(_made(architecture, model, read, name, torch_dtype), FILE_BYTES))
 
+    # Large weights are split as transformers splits them, with an index.
     file_names = ["model.safetensors"]
     if len(parts) > 1:
         file_names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
@@ -218,6 +220,7 @@ def _template(run: RunDirectory | None, tokenizer: Tokenizer) -> str:
     """The chat template by which conversations were laid out: the imported model's, else ours."""
     if tokenizer.kept_template:
         return tokenizer.kept_template.text
+    # An imported model whose template lays out as ours keeps the text of its own.
     if run and run.chat_template.is_file():
         return run.chat_template.read_text(encoding="utf-8")
     return chat_template()

@@ -74,6 +74,7 @@ class Export(ArtefactStage):
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         stage = group_of(config)
+        # The checkpoint does not exist yet, so there is nothing to compare.
         if stage.init_from == AUTO and stage.run in rebuilt:
             return Look(config, Action.BUILD, f"{stage.run} to {folder_of(config)}, {stage.dtype}")
         return super().look(config, is_target=is_target, rebuilt=rebuilt)
@@ -169,6 +170,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
 
     hub = api or HfApi()
     try:
+        # What was public once cannot be taken back.
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(
             repo_id=repository,

@@ -120,6 +120,7 @@ class Tally:
 
     def add(self, record: dict[str, Any], number: int) -> None:
         """Count one line of a part, which belongs to prompt `number`."""
+        # A prompt has a line for each answer; the first one counts the prompt.
         self.prompts += record.get("index", 0) == 0
         if "error" in record:
             self.refused += 1
@@ -316,6 +317,7 @@ class Samples(PoolWork):
             question["suffix"] = prompt.suffix
         if prompt.extra:
             question["extra"] = prompt.extra
+        # A record replaces the index; a refusal has none.
         lines = [{"id": prompt.id, "index": 0} | question | record | {"checkpoint": self._label} for record in records]
         for line in lines:
             self.tally.add(line, number)
@@ -324,6 +326,7 @@ class Samples(PoolWork):
         part = number // size
         lines_of = self._open.setdefault(part, {})
         lines_of[number] = lines
+        # Lines come in any order; the part is written when its last prompt has its lines.
         if len(lines_of) == min(size, self.count - part * size):
             text = "".join(
                 json.dumps(line, ensure_ascii=False) + "\n"

@@ -164,6 +164,7 @@ def write_checkpoint(
     files.write_state(checkpoint, state, asdict(model), adapters)
     checksums[files.STATE] = durable.sha256_of(checkpoint / files.STATE)
     files.write_manifest(checkpoint, checksums)
+    # Last, so that a checkpoint that LATEST names is complete.
     files.write_pointer(checkpoints, files.LATEST, checkpoint)
 
 
@@ -197,6 +198,7 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
         file_of = read_json(folder / INDEX).get("weight_map")
         names = sorted({str(name) for name in file_of.values()}) if isinstance(file_of, dict) else []
     for name in names:
+        # The index comes from outside: a name may not lead out of the folder.
         if Path(name).name != name or not (folder / name).is_file():
             raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
     tensors: dict[str, StoredTensor] = {}

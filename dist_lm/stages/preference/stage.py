@@ -74,9 +74,6 @@ class Preference(TrainingStage):
         rows = [(label, before_and_after(name, before, after, three_decimals)) for name, label in ROWS.items()]
         console.table("held-out rankings", ("figure", "before -> after"), [row for row in rows if row[1]])
 
-    def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Stage preference writes no samples."""
-
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if algorithm := result.get("algorithm"):
             yield "loss", algorithm

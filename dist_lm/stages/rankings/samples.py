@@ -136,6 +136,7 @@ def sample(
     for number, beginning in enumerate(chosen):
         requests = requests_of(number, beginning, config.stage.samples, config.seed, loaded.tokenizer)
         longest = max(len(request.prompt) + request.params.max_new_tokens for request in requests)
+        # One refused request would end the run of the engine.
         if longest > loaded.config.max_seq_len:
             continue
         answers_of[number] = []
@@ -190,6 +191,7 @@ def ranking_of_samples(beginning: Beginning, samples: Sequence[Sample]) -> Ranki
     for candidate in different:
         parsed = bool(parses_continued(beginning.language, beginning.text, candidate.text, candidate.finished))
         scores.append(marks_of(beginning.text, candidate.text, parsed).quality)
+    # Without two qualities there is no better and no worse sample.
     if len(set(scores)) < 2:
         return None
     return Ranking(

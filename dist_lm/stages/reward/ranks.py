@@ -76,6 +76,7 @@ def open_rankings(arguments: DataArguments) -> tuple[RankingCorpus, RankingCorpu
     stage = arguments.config.stage
     train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
     if arguments.world.is_first:
+        # The rankings are the same on every rank, so one warning is enough.
         for rankings in (train, val):
             if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
                 log.warning("%s", note)
@@ -219,6 +220,7 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
     `longest` tokens together."""
     sequences = []
     for number in range(rankings.corpus.n_documents):
+        # Branch 0 is the prompt, each other branch one completion.
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
         for k in range(1, int(branch.max()) + 1):
             sequences.append(tokenizer.first_token.put(tokens[(branch == 0) | (branch == k)]).tolist())

@@ -86,9 +86,6 @@ class Reward(TrainingStage):
         print_before_and_after(result, console)
         print_agreement(result, console)
 
-    def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """A reward model writes no samples."""
-
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if scale := result.get("normaliser"):
             scored = result["metrics"]["reward/scored"]

@@ -107,11 +107,13 @@ class RlhfRunConfig(Config):
 
     @property
     def streams(self) -> tuple[str, ...]:
+        # Files of prompts replace the corpus; pretraining text has corpora of its own.
         prompts = () if self.rlhf.prompts_from else self.stage.streams
         return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:
+        # The hashes of these files are recorded, because other prompts would give other rollouts.
         patterns = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
         prompts = {f"{key}={pattern}": find_prompts(pattern, key) for key, pattern in patterns.items() if pattern}
         return super().noted_files | prompts
@@ -163,6 +165,7 @@ class RlhfRunConfig(Config):
         if not settings.pretrain_coefficient:
             return
 
+        # Next-token loss on rankings would teach bad completions like good ones.
         texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
         listed = ", ".join(texts)
         accepted = f"a text of corpus={self.corpus.name}: {listed}"
@@ -187,6 +190,7 @@ def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
     Raises:
         ArtefactError: names the run.
     """
+    # Scores need the same token ids as the rollouts.
     if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
         raise ArtefactError(
             f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "

@@ -96,6 +96,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
         loaded = load_run(run, config, start, algorithm)
         state = loaded.state
+        # Metrics after the checkpoint belong to iterations that run again.
         metrics = open_metrics(run, world, train_state(state, loaded.tokens, tokenizer.sha256))
         profiler = step_profiler(run, config, world)
         reporter = Reporter(config, run, world, tokenizer, metrics, heartbeat, loaded.tokens, state.iteration, profiler)
@@ -189,6 +190,7 @@ def open_supply(
         ArtefactError: a prompt lacks the tests that a reward asks for.
     """
     weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
+    # Reading the weights is collective, although only the first rank has an engine.
     if not start.world.is_first:
         read_to_end(weights)
         return None
@@ -311,6 +313,7 @@ def pretraining_text(
         seed=config.seed,
         seq_len=settings.pretrain_seq_len,
         global_batch=settings.pretrain_sequences,
+        # A micro-batch of text takes about as much memory as one of rollouts.
         micro_batch=max(1, settings.micro_batch_tokens // settings.pretrain_seq_len),
         dp_rank=ranks.get_local_rank(),
         dp_size=ranks.size(),
@@ -385,6 +388,7 @@ class Reporter:
         """Writes `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
         n = len(report.score_B)
         rows = min(n, self.config.rlhf.table_rollouts)
+        # Even distances show what the policy does when it fails, not only its best rollouts.
         order = report.score_B.argsort(descending=True, stable=True).tolist()
         chosen = {order[i * (n - 1) // max(1, rows - 1)] for i in range(rows)}
 

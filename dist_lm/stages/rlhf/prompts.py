@@ -165,6 +165,7 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
             f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
             "stage.corpus, or give rlhf.prompts_from=FILE"
         )
+    # A dict keeps the order of the corpus and each prompt once.
     prompts: dict[tuple[int, ...], None] = {}
     for document in range(corpus.n_documents):
         length = int(corpus.lengths[document])
@@ -220,4 +221,5 @@ def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
 
 def _is_held_out(prompt: Sequence[int]) -> bool:
     """Decides by a hash of the prompt, so that it stays on its side when the file grows."""
+    # A random choice would move prompts between the sides when a line is added.
     return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0

@@ -102,6 +102,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
     """
     for name in config.streams:
         directory = run.work.corpus(name)
+        # Ids of another tokenizer would be trained on without an error.
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:
             for split in SPLITS:
@@ -120,6 +121,7 @@ def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsW
     if not world.is_first:
         return None
     writer = MetricsWriter(run.metrics)
+    # These steps are trained again and would be there twice.
     writer.truncate_after(state.step)
     return writer
 
@@ -205,6 +207,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         # Model and optimizer, as the newest checkpoint or the start of the run has them.
         shape = config.trained_shape
         if shape.lora is not None:
+            # A run keeps the base that it began with, even if stage.init_from names another one now.
             shape = checkpoint.with_base(shape, run.checkpoints, config.stage, world)
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
@@ -356,6 +359,7 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
     elif not begun:
         yield model
     else:
+        # The weights have changed since, so a second model takes those of the start.
         copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
         if config.stage.init_from != "none":
             init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)

@@ -121,6 +121,7 @@ class TrainingStage(Stage):
         """
         init_from = config.stage.init_from
         on_disk = find_run(config, is_target=is_target)
+        # Settings are compared with paths in place of `auto`, which may mean another run by now.
         config = self.resolved(with_start(self, config), on_disk.finished)
         require_same_settings(self, on_disk.run, config, finished=on_disk.finished, is_target=is_target)
         start = None
@@ -226,6 +227,7 @@ class TrainingStage(Stage):
         metrics = result["metrics"]
         adapters = ""
         if config.stage.lora.rank:
+            # Results of old releases do not have the number of trained parameters.
             trained = result.get("trained_parameters", result["parameters"])
             adapters = f", {trained:,} of them trained"
         yield "parameters", f"{result['parameters']:,}{adapters}"
@@ -306,6 +308,7 @@ def print_before_and_after(result: Mapping[str, Any], console: "Console") -> Non
 
     rows = []
     for name in names:
+        # The loss of one language or source has its name as suffix.
         documents = name.removeprefix("val/loss").removeprefix("_") or "all"
         ratio = change(after[name] / before[name])
         rows.append((documents, three_decimals(before[name]), three_decimals(after[name]), ratio))
