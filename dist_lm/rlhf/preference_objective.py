@@ -30,6 +30,7 @@ def segment_logprobs(model: Transformer, batch: CompletionBatch) -> torch.Tensor
     """
     losses_BT = model.token_losses(batch)
     sums = losses_BT.new_zeros(len(batch.tokens_S) + 1)
+    # Segment 0 gathers the tokens that no loss reads.
     return -sums.index_add(0, batch.segment_BT.flatten(), losses_BT.flatten())[1:]
 
 
@@ -95,6 +96,7 @@ def _with_tokens_per_pair(model: Transformer, micro_batches: Sequence[Batch]) ->
     batches = cast(Sequence[CompletionBatch], micro_batches)
     sums = torch.stack([_text_sums(batch) for batch in batches]).sum(0)
     dist.all_reduce(sums)
+    # One divisor for the whole global batch: the loss does not depend on how it was split.
     return [replace(batch, tokens_per_pair=(sums[0] / sums[1]).float()) for batch in batches]
 
 

@@ -179,6 +179,7 @@ def with_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> 
         if len(verdict.ranks):
             scored.append(ScoredRanking(source, score_K, verdict.ranks, None))
             continue
+        # Judgements of a prompt need not form one order, so each is a ranking of two.
         for pair, margin in zip(verdict.judgements.astype(np.int64), verdict.margins, strict=True):
             scored.append(ScoredRanking(source, score_K[pair], better_first, float(margin)))
     return scored

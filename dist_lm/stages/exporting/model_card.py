@@ -114,6 +114,7 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
             continue
 
         licences = Counter({licence or NOT_GIVEN: count for licence, count in documents_by_licence.items()})
+        # The limits of the card name documents without a licence.
         all_licences |= licences.keys()
         train = manifest.splits["train"].counts
         listed = ", ".join(f"{licence} ({count:,})" for licence, count in licences.most_common())

@@ -201,6 +201,7 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
         # The index comes from outside: a name may not lead out of the folder.
         if Path(name).name != name or not (folder / name).is_file():
             raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
+
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         tensors |= tensors_in(folder / name)

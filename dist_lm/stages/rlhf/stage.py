@@ -90,6 +90,7 @@ class Rlhf(TrainingStage):
         names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
         rows = []
         for name in names:
+            # A figure of one iteration alone shows no change.
             if first.get(name) is not None and last.get(name) is not None:
                 label = ROWS.get(name) or name.removeprefix("rlhf/part_")
                 rows.append((label, f"{first[name]:.3f}", f"{last[name]:.3f}"))
@@ -103,6 +104,7 @@ class Rlhf(TrainingStage):
         if not rollouts:
             return
         last = len(rollouts) - 1
+        # Samples are sorted by reward, so even distances are best, middle and worst.
         for index in sorted({i * last // (PRINTED_ROLLOUTS - 1) for i in range(PRINTED_ROLLOUTS)}):
             rollout = rollouts[index]
             console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")

@@ -40,6 +40,7 @@ def batch_options(arguments: DataArguments) -> dict[str, Any]:
     return {
         "seq_len": arguments.config.stage.seq_len,
         "micro_batch": arguments.config.stage.micro_batch,
+        # Tensor-parallel ranks of a group have one dp_rank: they read the same sequences.
         "dp_rank": arguments.dp_rank,
         "dp_size": arguments.dp_size,
         "pad_id": arguments.tokenizer.pad_id,
