@@ -64,7 +64,7 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     token_bytes = kv_bytes_per_token(model, keys, size)
 
     # The cache gets a share of the memory that is free, at most what all sequences can use.
-    occupied = engine + (models * step.parameters + optimizer if config.engine_beside_rank else 0)
+    occupied = engine + (models * step.parameters + optimizer if config.engine_shares_device else 0)
     free = max(0, int(config.hardware.memory_gib * 2**30) - occupied)
     fit = int(CACHE_SHARE[config.hardware.device] * free / token_bytes)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
@@ -77,7 +77,7 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
         engine=engine,
         cache=tokens * token_bytes,
         cache_tokens=tokens,
-        beside=config.engine_beside_rank,
+        beside=config.engine_shares_device,
         in_turns=config.in_turns,
     )
 

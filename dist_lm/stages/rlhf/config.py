@@ -86,14 +86,14 @@ class RlhfRunConfig(Config):
         return self.rlhf.pool
 
     @property
-    def engine_beside_rank(self) -> bool:
+    def engine_shares_device(self) -> bool:
         """Whether an engine uses the memory of the same device as a rank."""
         return self.pool.actors == 0 or self.pool.placement == SHARED
 
     @property
     def in_turns(self) -> bool:
         """Whether that engine never works while the rank trains, so that its cache is freed meanwhile."""
-        return self.engine_beside_rank and self.rlhf.max_staleness == 0
+        return self.engine_shares_device and self.rlhf.max_staleness == 0
 
     @property
     def takes_sequences(self) -> bool:
