@@ -40,7 +40,7 @@ UNITS = ("tokens", "flops", "s")
 
 @dataclass(frozen=True)
 class Budget:
-    """What each learner may spend: training tokens, FLOPs, or seconds."""
+    """Limits what each learner may spend: training tokens, FLOPs, or seconds."""
 
     amount: float
     unit: str
@@ -265,6 +265,7 @@ def run_learning(
         ConfigError: see `recipes_of` and `Budget.parse`; a folder of results cannot be made.
         ArtefactError: the work directory lacks the corpus.
     """
+    # Mistakes of the command line are found before any model is built.
     parsed_budget = Budget.parse(budget)
     for option, value in (("seeds", seeds), ("points", points)):
         if value < 1:

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 
 from dist_lm.bench.learner import Recipe
+from dist_lm.bench.models import initial_model
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.model.keyed_random import DropoutKey, initialise
+from dist_lm.model.keyed_random import DropoutKey
 from dist_lm.model.size import flops_per_token
-from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config, target_stage
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.text import TextStage
@@ -152,9 +152,7 @@ class OwnLearner:
         self.stage = replace(config.stage, steps=steps)
         self.seed = config.seed
 
-        self.model = Transformer(config.model)
-        initialise(self.model, config.seed)
-        self.model.to(device)
+        self.model = initial_model(config).to(device)
         self.model.document_mask = config.stage.document_mask
         self.model.chunk_bytes = config.parallel.loss_chunk_mib << 20
 
@@ -172,7 +170,8 @@ class OwnLearner:
         set_learning_rate(self.optimizer, stage_rate(self.stage, number))
         set_momentum(self.optimizer, muon_momentum(self.stage, number))
 
-        self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number) if self.stage.dropout else None
+        if self.stage.dropout:
+            self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number)
         sums = accumulate_gradients(self.model, self.objective, micro_batches)
         self.model.dropout = None
         step = update(

@@ -101,6 +101,7 @@ class MeasuredTraining:
     def cost(self) -> float:
         """Returns the time of measuring, in per cent of a bare step."""
         step_seconds = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
+        # The norms of this step are made up: `_groups_s` measures what it costs to compute them.
         norms = dict.fromkeys(gradients_by_group(self._trainer.model), 1.0)
         detailed_step = replace(self.step(), grad_norms=norms)
 

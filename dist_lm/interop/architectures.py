@@ -127,7 +127,7 @@ _PLAIN = {"initializer_range": 0.02, "tie_word_embeddings": False}
 _BIASES = ("attention_bias", "mlp_bias")
 _NO_WINDOW = {"use_sliding_window": False}
 
-# What Llama and the families that differ little from it have in common.
+# Llama shares these with the families that differ little from it.
 _RMS_SWIGLU = {"norm": "rmsnorm", "ffn": "swiglu"}
 _SILU = {"hidden_act": "silu"}
 _LLAMA_DEFAULTS = _PLAIN | _SILU | {"rms_norm_eps": 1e-6} | dict.fromkeys(_BIASES, False)
