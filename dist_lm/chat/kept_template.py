@@ -89,21 +89,21 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     return page.splitter.tokens(text)
 
 
-def answer_tokens(asked: Conversation, message: Message, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids that the assistant writes after `prompt(asked)`, with the special token that ends the turn.
+def answer_tokens(conversation: Conversation, message: Message, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that the assistant writes after `prompt`, with the special token that ends the turn.
 
     Args:
-        asked: the conversation before the answer; the assistant is next.
+        conversation: the conversation before the answer; the assistant is next.
         message: the answer.
 
     Raises:
         ChatError: the conversation is not well formed, or the template refuses it, rewrites earlier turns, or ends
             turns without a special token.
     """
-    answered = replace(asked, messages=(*asked.messages, message))
+    answered = replace(conversation, messages=(*conversation.messages, message))
     page = _Page(answered, tokenizer)
     text = page.text(answered.messages)
-    start = len(page.beginning(text, len(asked.messages)))
+    start = len(page.beginning(text, len(conversation.messages)))
 
     # Behind the special token that ends the turn, a template may write more, such as a line break.
     parts = page.splitter.parts(text[start:])
@@ -113,7 +113,7 @@ def answer_tokens(asked: Conversation, message: Message, tokenizer: Tokenizer) -
 
 
 @lru_cache(maxsize=8)
-def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+def _ends(template: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant: those behind two answers of a probe.
 
     It is empty if no special token stands there; without doubles otherwise.
@@ -127,7 +127,7 @@ def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, 
     # Some templates end the last turn otherwise than earlier ones.
     answers = ("probe_first", "probe_last")
     turns = [Message(role, text) for text in answers for role in ("user", "assistant")]
-    text = rendered(kept, messages_of(turns), None, False)
+    text = rendered(template, messages_of(turns), None, False)
 
     ends = []
     for answer in answers:

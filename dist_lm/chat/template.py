@@ -118,11 +118,11 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.first_token.put(tokens).tolist()
 
 
-def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | None = None) -> list[int]:
+def answer_tokens(message: Message, tokenizer: Tokenizer, conversation: Conversation | None = None) -> list[int]:
     """Returns the ids that the assistant writes after a `prompt`: text and calls, up to and including the turn's end.
 
     Args:
-        asked: the conversation before `message`. Only the template of an imported model looks at it.
+        conversation: the conversation before `message`. Only the template of an imported model looks at it.
 
     Raises:
         ChatError: `message` is not a turn of the assistant.
@@ -131,7 +131,7 @@ def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | 
     if tokenizer.kept_template:
         from dist_lm.chat import kept_template  # jinja2 is for imported models only
 
-        return kept_template.answer_tokens(asked or kept_template.PROBE, message, tokenizer)
+        return kept_template.answer_tokens(conversation or kept_template.PROBE, message, tokenizer)
 
     return _encoded(_answer(message, "the assistant's turn"), tokenizer)
 

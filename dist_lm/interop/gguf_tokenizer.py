@@ -134,30 +134,30 @@ def _byte_level(content: bytes, name: str) -> GGUFVocabulary:
     return GGUFVocabulary("gpt2", pre, tokens, types, None, merges, add_bos, add_space_prefix=False)
 
 
-def tokenizer_file(values: Mapping[str, Any], place: str) -> tuple[bytes, str]:
+def tokenizer_file(values: Mapping[str, Any], where: str) -> tuple[bytes, str]:
     """Returns the content and the name of a tokenizer file that gives the ids of llama.cpp.
 
     Args:
         values: the keys of a GGUF file.
-        place: path of the GGUF file, for messages.
+        where: path of the GGUF file, for messages.
 
     Raises:
         ArtefactError: the tokenizer is of another kind; names the key.
     """
     keys = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
     if keys.get("model") == "gpt2":
-        return _tokenizer_json(keys, place), "tokenizer.json"
+        return _tokenizer_json(keys, where), "tokenizer.json"
     if keys.get("model") == "llama":
         return _tokenizer_model(keys), "tokenizer.model"
-    raise ArtefactError(f"{place}: tokenizer.ggml.model={keys.get('model')}: expected gpt2 or llama")
+    raise ArtefactError(f"{where}: tokenizer.ggml.model={keys.get('model')}: expected gpt2 or llama")
 
 
-def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
+def _tokenizer_json(keys: Mapping[str, Any], where: str) -> bytes:
     """Returns the content of a `tokenizer.json` that gives the ids of a byte-level BPE of llama.cpp.
 
     Args:
         keys: values of the keys `tokenizer.ggml.*`, by their last part.
-        place: the GGUF file, for messages.
+        where: the GGUF file, for messages.
 
     Raises:
         ArtefactError: the pre-tokenizer is not in `PRE_TOKENIZERS`.
@@ -166,7 +166,7 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
 
     steps_of = {pre: (steps, ignores_merges) for steps, (pre, ignores_merges) in PRE_TOKENIZERS.items()}
     if keys.get("pre") not in steps_of:
-        raise ArtefactError(f"{place}: tokenizer.ggml.pre={keys.get('pre')}: expected one of {', '.join(steps_of)}")
+        raise ArtefactError(f"{where}: tokenizer.ggml.pre={keys.get('pre')}: expected one of {', '.join(steps_of)}")
     steps, ignores_merges = steps_of[keys["pre"]]
 
     texts, types = keys["tokens"], keys["token_type"]

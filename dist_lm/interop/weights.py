@@ -96,11 +96,11 @@ class Converted:
             return tensor.flatten(0, 1).t().contiguous()
         return tensor.reshape(self.shape)
 
-    def to_ours(self, tensor: torch.Tensor, place: int = 0) -> torch.Tensor:
-        """Returns our tensor with index `place` in `ours`, from their tensor."""
-        shape = self.shapes[place]
+    def to_ours(self, tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Returns our tensor with this index in `ours`, from their tensor."""
+        shape = self.shapes[index]
         if len(self.ours) > 1:
-            return tensor.view(shape[0], len(self.ours), *shape[1:])[:, place].contiguous()
+            return tensor.view(shape[0], len(self.ours), *shape[1:])[:, index].contiguous()
         if self.is_transposed:
             return tensor.t().contiguous().view(shape)
         return tensor.reshape(shape)
