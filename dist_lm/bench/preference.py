@@ -77,7 +77,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
         reference_C = segment_logprobs(model, batch)[: len(batch.prompt_C)]
 
     if variant in (TRL, TRL_KNOWN):
-        return Trial(TrlStep(model, config, reference_C if variant == TRL_KNOWN else None, world.device))
+        known_C = reference_C if variant == TRL_KNOWN else None
+        return Trial(TrlStep(model, config, known_C, world.device))
 
     # Without the mask of the tree, attention is causal over the row: that is the ceiling.
     training = OwnTraining(model, config, slice(None), world)

@@ -205,8 +205,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
         peer = PEERS[variant](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)
     if variant in (OURS, ONE_PROCESS):
-        toy = ToyRun(config, world, WORKER.source(config) if variant == OURS else None, ppo_config(config))
-        return Trial(toy.run, losses=list)
+        source = WORKER.source(config) if variant == OURS else None
+        return Trial(ToyRun(config, world, source, ppo_config(config)).run, losses=list)
 
     for passes in GRPO_PASSES:
         if variant == of_passes(TRL_GRPO, passes):

@@ -180,7 +180,8 @@ def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]
 
     # A rung that asks for the last `a` elements needs longer lists.
     if rung.takes == "list":
-        return [[numbers(a, a + 1) + numbers() * (a // 3 if rung.most == SMALL else 0)], [numbers(a + 1), numbers()]]
+        repeats = a // 3 if rung.most == SMALL else 0
+        return [[numbers(a, a + 1) + numbers() * repeats], [numbers(a + 1), numbers()]]
 
     prices = (numbers(a, a + 1), numbers(a, a - 1, a + 1))
     return [[[*zip(rng.sample(NAMES, len(table_prices)), table_prices, strict=True)]] for table_prices in prices]
