@@ -45,7 +45,7 @@ ITERATIONS = 5  # timed together, because generation ahead crosses iterations
 RATE = 1e-4
 KL_COEFFICIENT = 0.05
 GAMMA, LAM, CLIP = 1.0, 0.95, 0.2
-END, PAD = 0, 1
+PAD = 1  # id of the token that fills a row, as `in_transformers` has it
 
 
 def made_up_prompts(config: Config) -> torch.Tensor:
