@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -104,13 +104,7 @@ def train_run(run: RunDirectory) -> None:
         store = connect()
 
         def prepare() -> RunDirectory:
-            locks.enter_context(
-                rank_lock(
-                    run,
-                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
-                    stopped=lambda: stop.requested,
-                )
-            )
+            locks.enter_context(rank_lock(run, log.warning, stopped=lambda: stop.requested))
             fit_to_ranks(run, Ranks.started(os.environ))
             return run
 
@@ -142,6 +136,7 @@ def train_stage(arguments: Sequence[str]) -> None:
             run = prepared_by_first_rank(store, rank, prepare)
         except UserError as error:
             Console().error(str(error))
+            # The other ranks wait for the answer of rank 0.
             if rank == 0:
                 store.set(PREPARED, json.dumps({"refused": True}))
             leave(2)
@@ -165,6 +160,7 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
     # Rank 0 needed secrets to recognise them in the configuration; programs that ranks start must not inherit them.
     for name in os.environ.keys() - without_secrets(os.environ).keys():
         del os.environ[name]
+    # Rank 0 has listened to signals since it began to wait for the locks.
     if rank != 0:
         stop_on_signals(stop)
     faulthandler.enable()
@@ -179,12 +175,12 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
     if rank == 0:
         terminal.tell(f"rank 0 writes to {run.rank_log(0)}")
 
-    # A single rank waits for no other: it has no collectives to record.
-    has_peers = int(os.environ["WORLD_SIZE"]) > 1
-    with (
-        collectives_served(os.environ) if has_peers else nullcontext(),
-        progress_lines(config, run, terminal) if reports else nullcontext(),
-    ):
+    with ExitStack() as stack:
+        # A single rank waits for no other: it has no collectives to record.
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            stack.enter_context(collectives_served(os.environ))
+        if reports:
+            stack.enter_context(progress_lines(config, run, terminal))
         stage.run_rank(run, stop, own_heartbeat(os.environ))
     if reports:
         print_result(stage, config, run, terminal)
@@ -221,8 +217,10 @@ def prepared_by_first_rank(
     """
     if rank == 0:
         run = prepare()
-        sha256 = durable.sha256_of(run.config) if run else ""
-        store.set(PREPARED, json.dumps({"run": str(run.path.resolve()) if run else "", "sha256": sha256}))
+        message = {"run": ""}
+        if run:
+            message = {"run": str(run.path.resolve()), "sha256": durable.sha256_of(run.config)}
+        store.set(PREPARED, json.dumps(message))
         return run
 
     message = json.loads(store.get(PREPARED))
@@ -412,6 +410,7 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
     def follow() -> None:
         metrics, warnings = MetricsFollower(run.metrics), LineFollower(run.warnings, from_end=True)
         with terminal.console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
+            # One more round after the end shows the last lines.
             is_last = False
             while not is_last:
                 is_last = ended.wait(PROGRESS_EVERY_S)

@@ -114,8 +114,11 @@ class WandbCopy:
         # wandb gets the path and the checksums of a checkpoint, not its gigabytes.
         for pointer in (checkpoint_files.LATEST, checkpoint_files.BEST):
             checkpoint = checkpoint_files.read_pointer(self._run.checkpoints, pointer)
-            key = f"{pointer} {checkpoint.name if checkpoint else ''}"
-            if checkpoint and (checkpoint / checkpoint_files.MANIFEST).exists() and self._is_new(key):
+            if not checkpoint or not (checkpoint / checkpoint_files.MANIFEST).exists():
+                continue
+
+            key = f"{pointer} {checkpoint.name}"
+            if self._is_new(key):
                 self._wandb.link(
                     key,
                     f"checkpoint-{self._config.stage.name}-{self._config.run_id}",

@@ -88,8 +88,9 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
     # If init_from or branch_from names another start, the preceding stage is left out, also for the stages in between.
     settings = composed[target].stage
-    has_other_start = starts_from and (settings.init_from != "auto" or settings.branch_from)
-    unneeded = starts_from if has_other_start else None
+    unneeded = None
+    if starts_from and (settings.init_from != "auto" or settings.branch_from):
+        unneeded = starts_from
 
     def needs_of(name: str) -> Sequence[str]:
         if name not in composed:

@@ -67,14 +67,9 @@ def prepare_stage(
         raise ConfigError(
             f"work_dir={config.work_dir}: cannot be written to ({error.strerror}); choose another"
         ) from error
+    # No launcher may start ranks on the run, and no other rank 0 may train it.
     locks.enter_context(launch_lock(run))
-    locks.enter_context(
-        rank_lock(
-            run,
-            on_wait=lambda owner: console.line(f"waiting for the ranks of {owner}, which train {run.path}"),
-            stopped=lambda: stop.requested,
-        )
-    )
+    locks.enter_context(rank_lock(run, console.line, stopped=lambda: stop.requested))
 
     # Another command may have finished the run, or changed it, before the locks were taken.
     if planned.stage.look(planned.config, is_target=True, rebuilt=()).action is Action.READY:

@@ -84,7 +84,7 @@ def test_rank_0_holds_both_locks_of_its_run_until_it_ends(work):
         assert is_locked(run.rank_lock)
         with pytest.raises(ArtefactError, match=f"is in use by process {os.getpid()} on"), launch_lock(run):
             pass
-    with launch_lock(run), rank_lock(run, on_wait=lambda _: None, stopped=lambda: True):
+    with launch_lock(run), rank_lock(run, tell=lambda _: None, stopped=lambda: True):
         pass
 
 
