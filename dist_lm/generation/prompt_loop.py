@@ -334,12 +334,13 @@ class PromptLoop:
             last_character = "\n"
             self._say(visible(line))
 
+        # Before Ctrl-C is caught: a prompt that is refused has no answer to end.
+        prompt_ids = [] if self._chat else self._session.tokens(prompt)
         try:
             with self._interrupts() as interrupted:
                 if self._chat:
                     outcome = self._chat.answer(prompt, self.settings, write, note, interrupted)
                 else:
-                    prompt_ids = self._session.tokens(prompt)
                     outcome = self._session.answer(
                         prompt_ids, self.settings, 1, lambda index, text: write(text), interrupted=interrupted
                     )
