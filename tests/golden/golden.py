@@ -214,7 +214,7 @@ def page_text(golden: Golden, work: Path, run_id: str, page: Path) -> str:
 
 
 def index_hashes(work: Path) -> dict[str, list[str]]:
-    """The hashes of shard indexes by corpus and split, from the manifests: an index file also holds times of its tar."""
+    """Hashes of shard indexes by corpus and split, from the manifests: an index file also holds times of its tar."""
     manifests = {path.parent.name: json.loads(path.read_text()) for path in work.glob("corpora/*/manifest.json")}
     return {
         f"{corpus}/{split}": [shard["index_sha256"][:16] for shard in manifest["splits"][split]["shards"]]
