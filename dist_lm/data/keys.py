@@ -30,9 +30,9 @@ class Shuffle(IntEnum):
     SAMPLE_LINES = 10  # the cuts of the beginnings of these samples
     PROMPTS = 11  # prompts of stage rlhf
     UPDATES = 12  # rollouts in an epoch of updates
-    INFILL_PIECES = 13  # pieces of documents that an epoch rearranges
-    INFILL_MIDDLES = 14  # the cuts of these pieces
-    INFILL_HELD_OUT = 15  # the cuts of pieces of held-out documents
+    INFILL_SLICES = 13  # slices of documents that an epoch rearranges
+    INFILL_MIDDLES = 14  # the cuts of these slices
+    INFILL_HELD_OUT = 15  # the cuts of slices of held-out documents
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
