@@ -30,8 +30,6 @@ def read_conversation(text: str) -> Conversation:
 def write_ranking(ranking: Ranking) -> str:
     """Returns the text of a ranking; `read_ranking` gives it back, with ranks counted from 0 without gaps.
 
-    Rankings whose ranks have the same order have the same text.
-
     Raises:
         ChatError: the ranking is empty, contradicts itself, or is not well formed; the message names the place.
     """

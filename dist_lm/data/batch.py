@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import FirstToken
 
-WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
+WORTH_CHOOSING = 0.9  # below this share of counted targets, logits are computed for these alone
 LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
@@ -58,7 +58,7 @@ class Batch:
     logit_index_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPositions | None = None  # only for rankings
-    n_tokens: int = 0  # tokens of `tokens_BT`, padding excluded; counted by position: padding may be end-of-text
+    n_tokens: int = 0  # tokens of `tokens_BT` without padding, which may have the id of end-of-text
     boundary: torch.Tensor | None = None  # see `document_boundaries`; computed by `to` and `pin_memory`
 
     @classmethod
@@ -92,7 +92,7 @@ class Batch:
         return self._bounded()._each(torch.Tensor.pin_memory)
 
     def _bounded(self) -> Self:
-        """Adds boundaries, if the batch is in host memory: on a GPU their number would have to be waited for."""
+        """Adds boundaries, if the batch is in host memory: on a GPU the host would wait to learn their number."""
         if self.boundary is not None or self.document_BT.device.type != "cpu":
             return self
         # The attention of trees does not use boundaries, and their number in a fake tensor is unknown.
@@ -139,7 +139,7 @@ class Documents(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The content of one sequence."""
+    """The content of one sequence, a row of a batch."""
 
     corpus: Documents
     slices: Sequence[DocumentSlice]  # inputs and last target: at most `seq_len + 1` tokens in total
@@ -183,10 +183,10 @@ def assemble(
 
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
-        for d, (number, start, stop) in enumerate(row.slices):
+        for d, (document_number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
-            tokens[b, begin:end] = corpus.tokens(number, start, stop)
-            learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
+            tokens[b, begin:end] = corpus.tokens(document_number, start, stop)
+            learned[b, begin:end] = corpus.mask(document_number, start, stop) if corpus.has_mask else 1
             # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))

@@ -18,7 +18,7 @@ from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, rea
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
-GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the side
+GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the split
 EXAMPLES = 20  # sources named in a report
 NAMED = 3  # broken rows that a message names
 HOPELESS = 1000  # broken rows after which a source that is mostly broken ends

@@ -57,7 +57,7 @@ class StepStream(Iterator[StepData]):
         Args:
             batch_of: makes the micro-batch of these global sequence numbers; called in the thread.
             position: sequences consumed over all ranks before the first step.
-            packing: how the stage's own corpus is packed, for the record; None for text.
+            packing: figures of how the stage's own corpus is packed, for `result.json`; None for text.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.

@@ -335,7 +335,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     warning).
 
     Args:
-        texts: the split of the documents of texts.
+        texts: decides the splits of the corpora of texts.
 
     Raises:
         ArtefactError: the sources give fewer documents than the finished tars hold.
@@ -350,7 +350,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
     if heads and is_dropped_for_inputs(work.corpus(name), recipe):
         console.warning(
-            f"corpus {name} is built from its begin: inputs changed after an earlier build began. `revision` of a "
+            f"corpus {name} is built from the beginning: inputs changed after an earlier build began. `revision` of a "
             f"source keeps it at one commit; those read now: {', '.join(heads)}"
         )
 
@@ -415,7 +415,8 @@ def recipe_of(config: Config, name: str) -> Recipe:
 def text_fingerprint(config: Config) -> dict[str, Any]:
     """Returns the settings that the texts of all corpora depend on.
 
-    All corpora of texts share a fingerprint, because a text of one keeps a similar text out of another's val.
+    All corpora of texts share a fingerprint, because a train text of one corpus drops the val text of another corpus
+    that it contains.
     """
     return _fingerprint(config, text_corpora(config.corpus))
 

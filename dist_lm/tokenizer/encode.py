@@ -38,7 +38,8 @@ def encode_documents(
 
     Raises:
         ArtefactError: there is no usable tokenizer at `path`.
-        UserError: a document is not Unicode text, or a process died. What `encode` and `documents` raise passes too.
+        UserError: a document is not Unicode text, or a process died.
+        Exception: an error of `encode` or `documents` is raised unchanged.
     """
     tokenizer = Tokenizer.load(path)
     workers = workers or cores()
@@ -60,7 +61,8 @@ def _encode_in_processes(
     """Yields the documents of `chunks` in order, encoded by a pool of `workers` new processes, which it ends.
 
     Raises:
-        UserError: a process died, or `encode` raised it. What `encode` raises passes.
+        UserError: a process died.
+        Exception: an error of `encode` is raised unchanged.
     """
     # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")

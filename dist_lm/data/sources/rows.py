@@ -1,4 +1,4 @@
-"""Reads rows of jsonl, parquet and csv. A row gives a text, and by column its language, its licence and its name.
+"""Reads rows of jsonl, parquet and csv. Columns of a row give the text, language, licence and name of a document.
 
 A row that gives no document is rejected with its place, FILE:LINE; one that is broken counts for
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
@@ -21,7 +21,7 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
-MAX_LANGUAGES = 200  # a tar holds a byte of language for each document
+MAX_LANGUAGES = 200  # of a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
 WITH_DEFAULT = ("licence_column", "language_column", "id_column")
 TABLES = (parquet_rows, csv_rows)  # all rows of a file have its columns
 KEYS = ("language", "licence", "path", "exclude", "column", "licence_column", "language_column", "id_column", "only")
