@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Literal
 
-from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
+from dist_lm.cluster.allocation import ranks_per_node_with_pool
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
@@ -30,7 +30,7 @@ from dist_lm.prepare.compose import (
 from dist_lm.prepare.conf_folders import KEY, conf_directory, search_path, with_config_dir
 from dist_lm.prepare.plan import Plan, PlannedStage, check_stage_prefixes, plan_command, untraced
 from dist_lm.stages.registry import stage_named
-from dist_lm.stages.stage import Place
+from dist_lm.stages.stage import RunsIn
 from dist_lm.storage.process import cores
 from dist_lm.tracking.console import Console
 
@@ -38,18 +38,8 @@ if TYPE_CHECKING:
     from dist_lm.launcher.pipeline import Pipeline
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-HYDRA_FLAGS = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--version",
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--shell-completion",
-    "-sc",
-)
+VIEWS = ("--cfg", "-c", "--info", "-i")  # flags with which Hydra shows the composed configuration
+HYDRA_FLAGS = (*VIEWS, "--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
 
 
 def main() -> None:
@@ -86,7 +76,7 @@ def show_configuration(arguments: list[str]) -> None:
     import hydra
 
     arguments_of_hydra, target = list(arguments), default_stage()
-    if any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments):
+    if any(argument.split("=")[0] in VIEWS for argument in arguments):
         overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
         if any(override.startswith("stage=") for override in overrides):
             target = target_stage(overrides)
@@ -101,6 +91,7 @@ def show_configuration(arguments: list[str]) -> None:
         arguments_of_hydra += [*search_path(overrides), *for_hydra(of_target, stage_named(target).schema, folders)]
         arguments_of_hydra += [f"model.name={config.model.name}", f"corpus.name={config.corpus.name}"]
 
+    # Hydra only prints: the function that it could call does nothing.
     register_schema(stage_named(target).schema)
     sys.argv[1:] = arguments_of_hydra
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()
@@ -116,6 +107,7 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
     plan = plan_command(overrides)
     config = plan.target.config
     check_layouts(plan, config.dry_run)
+    # A plan is shown only if nothing in it is refused.
     no_profile = untraced(plan.target)
     show_plan(plan, console)
     if no_profile:
@@ -135,10 +127,13 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
     """
     from dist_lm.prepare.layout import with_layout
 
-    for stage in plan.stages if dry_run else plan.missing:
-        if stage.stage.place is Place.RANKS and (dry_run or stage.config.cluster.name == "local"):
-            ranks = ranks_planned(stage.config) if dry_run else ranks_here(stage.config)
-            with_layout(stage.config, ranks, before=stage.continued)
+    # A dry run plans for the hardware of its configuration, and plays stages that are finished, too.
+    stages, ranks_of = plan.missing, ranks_here
+    if dry_run:
+        stages, ranks_of = plan.stages, ranks_planned
+    for stage in stages:
+        if stage.stage.runs_in is RunsIn.RANKS and (dry_run or stage.config.cluster.name == "local"):
+            with_layout(stage.config, ranks_of(stage.config), before=stage.continued)
 
 
 def check_writable(work_dir: Path) -> None:
@@ -185,9 +180,10 @@ def describe_steps(plan: Plan, console: Console) -> None:
     from dist_lm.prepare.layout import on_nodes_of, with_layout
 
     for stage in plan.stages:
-        if stage.stage.place is not Place.RANKS:
+        if stage.stage.runs_in is not RunsIn.RANKS:
             continue
         ranks = ranks_planned(stage.config)
+        # The updates of stage rlhf depend on what the model answers, so they are estimated and not played.
         if not stage.config.takes_sequences:
             config = with_layout(stage.config, ranks, before=stage.continued)
             layout = Layout.recorded(config.parallel)
@@ -200,21 +196,17 @@ def describe_steps(plan: Plan, console: Console) -> None:
         with console.waiting(f"playing a step of {stage.name}"):
             reports = play_ranks(config, layout)
         console.summary(f"dry run: {stage.name}", summary(config, layout, reports))
+        title = "what a rank holds, and sends in a step (messages; it receives as much):"
         columns = ("", *(f"rank {report.rank}" for report in reports))
-        console.table(
-            "what a rank holds, and sends in a step (messages; it receives as much):",
-            columns,
-            rows(config, layout, reports),
-        )
+        console.table(title, columns, rows(config, layout, reports))
     console.line("nothing was started (dry_run=true)")
 
 
 def ranks_planned(config: Config) -> int:
     """GPUs or ranks per node of the hardware that a dry run plans for, not of this machine."""
-    hardware = config.hardware
-    if config.cluster.ranks_per_node == -1 and hardware.device == "cuda":
-        return hardware.devices_per_node
-    return ranks_per_node(config.cluster, 0) if hardware.device == "cuda" else ranks_here(config)
+    if config.hardware.device != "cuda":
+        return ranks_here(config)
+    return config.cluster.ranks_of_node(config.hardware.devices_per_node)
 
 
 def ranks_here(config: Config) -> int:
@@ -228,8 +220,8 @@ def ranks_here(config: Config) -> int:
     require(gpus > 0 or config.device != "cuda" or not is_local, "device", config.device, "cpu or auto: no GPU here")
     if config.pool:
         nodes = [Node("", "", cores(), local_gpus())] * config.cluster.nodes
-        return ranks_beside(config.pool, config.cluster, nodes, gpus)
-    return ranks_per_node(config.cluster, gpus)
+        return ranks_per_node_with_pool(config.pool, config.cluster, nodes, gpus)
+    return config.cluster.ranks_of_node(gpus)
 
 
 def carry_out(plan: Plan, console: Console) -> int:
@@ -260,8 +252,10 @@ def carry_out(plan: Plan, console: Console) -> int:
         try:
             with stopped_by_signals(), console.pipeline(title, pipeline.rows()):
                 stopped_by = run_missing(plan, console, pipeline, job)
+
         except GangFailure as failure:
             end(pipeline, "failed", str(failure))
+            # The message of a user error says what to mend; a traceback would hide it.
             if failure.traceback and not failure.user_error:
                 console.details(failure.traceback)
             console.error(str(failure))
@@ -274,10 +268,13 @@ def carry_out(plan: Plan, console: Console) -> int:
             end(pipeline, "stopped", str(shortage))
             console.error(str(shortage))
             return TRY_AGAIN
+
         except (Stopped, KeyboardInterrupt) as stop:
-            stopped_by = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            stopped_by = getattr(stop, "number", signal.SIGINT)
             console.error(f"stopped at once by {signal.Signals(stopped_by).name}; the same command continues")
+
         except BaseException as error:
+            # A full disk is for the user to mend, wherever it was noticed.
             disk_message = disk_trouble(
                 error, f"work_dir={plan.target.config.work_dir} (or temporary files, or standard output)"
             )
@@ -290,6 +287,7 @@ def carry_out(plan: Plan, console: Console) -> int:
         if stopped_by:
             end(pipeline, "stopped", f"by {signal.Signals(stopped_by).name}")
             return 128 + stopped_by
+
         # A stage can end without an error and still have produced nothing, such as stage generate without an answer.
         rejection = plan.target.stage.rejection(config)
         state = "failed" if rejection else "done"
@@ -315,9 +313,9 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     from dist_lm.launcher.process import left_at_once, watch_signals
     from dist_lm.launcher.stage_run import run_training_stage
 
-    runner_of = {Place.RANKS: run_training_stage, Place.POOL: run_pool_stage}
-    on_cluster = [stage for stage in plan.missing if stage.stage.place in runner_of]
-    n_before = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
+    runner_of = {RunsIn.RANKS: run_training_stage, RunsIn.POOL: run_pool_stage}
+    on_cluster = [stage for stage in plan.missing if stage.stage.runs_in in runner_of]
+    n_before = next((n for n, stage in enumerate(plan.missing) if stage in on_cluster), len(plan.missing))
 
     # Stages before the first one on the cluster are built before it is joined, so that no node is reserved meanwhile.
     if n_before and on_cluster and on_cluster[0].config.cluster.name == "ray":
@@ -328,15 +326,17 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     if not on_cluster:
         return 0
 
-    trains = on_cluster[-1].stage.place is Place.RANKS
-    then = "writing a checkpoint, then stopping" if trains else "stopping"
+    then = "stopping"
+    if on_cluster[-1].stage.runs_in is RunsIn.RANKS:
+        then = "writing a checkpoint, then stopping"
     with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
         for stage in plan.missing[n_before:]:
             pipeline.begin(stage.name)
             is_done, detail = False, ""
             if stage in on_cluster and not interrupt.requested:
-                is_done = runner_of[stage.stage.place](stage, cluster, console, interrupt, job)
+                is_done = runner_of[stage.stage.runs_in](stage, cluster, console, interrupt, job)
             elif not interrupt.requested:
+                # A part that is left unfinished is built again by the next command.
                 with left_at_once(interrupt, console):
                     detail = build_artefact(stage, console)
                     is_done = True
@@ -360,7 +360,7 @@ def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
 
     with connect(stages[0].config.cluster) as cluster:
         for stage in stages:
-            if stage.stage.place is Place.RANKS:
+            if stage.stage.runs_in is RunsIn.RANKS:
                 fitted(stage, cluster)
 
 

@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 2 -m dist_lm.train RUN_DIR
 
 The first needs neither a launcher nor Ray: rank 0 composes the configuration, compares it with the run, resolves the
-layout and writes `config.yaml` (`dist_lm.prepare.door`). The second trains the run that a `config.yaml` describes; this
-is what the launcher starts, watches and starts again. In both cases the other ranks wait until rank 0 has told them the
-hash of `config.yaml`, and then all do the same: they continue from the newest intact checkpoint of the run, and write
-`result.json` after the last step.
+layout and writes `config.yaml` (`dist_lm.prepare.without_launcher`). The second trains the run that a `config.yaml`
+describes; this is what the launcher starts, watches and starts again. In both cases the other ranks wait until rank 0
+has told them the hash of `config.yaml`, and then all do the same: they continue from the newest intact checkpoint of
+the run, and write `result.json` after the last step.
 
 USR1, TERM or Ctrl-C make all ranks agree on a step, write a checkpoint and leave with exit code 0 but without
 `result.json`. Exit code 2: rank 0 has refused the command line, and one line says why. 1: a rank has failed, and
@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -104,13 +104,7 @@ def train_run(run: RunDirectory) -> None:
         store = connect()
 
         def prepare() -> RunDirectory:
-            locks.enter_context(
-                rank_lock(
-                    run,
-                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
-                    stopped=lambda: stop.requested,
-                )
-            )
+            locks.enter_context(rank_lock(run, log.warning, stopped=lambda: stop.requested))
             fit_to_ranks(run, Ranks.started(os.environ))
             return run
 
@@ -132,7 +126,7 @@ def train_stage(arguments: Sequence[str]) -> None:
         store = connect()
 
         def prepare() -> RunDirectory | None:
-            from dist_lm.prepare.door import prepare_stage  # only rank 0 needs Hydra
+            from dist_lm.prepare.without_launcher import prepare_stage  # only rank 0 needs Hydra
 
             return prepare_stage(arguments, Ranks.started(os.environ), Console(), stop, locks)
 
@@ -142,6 +136,7 @@ def train_stage(arguments: Sequence[str]) -> None:
             run = prepared_by_first_rank(store, rank, prepare)
         except UserError as error:
             Console().error(str(error))
+            # The other ranks wait for the answer of rank 0.
             if rank == 0:
                 store.set(PREPARED, json.dumps({"refused": True}))
             leave(2)
@@ -165,6 +160,7 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
     # Rank 0 needed secrets to recognise them in the configuration; programs that ranks start must not inherit them.
     for name in os.environ.keys() - without_secrets(os.environ).keys():
         del os.environ[name]
+    # Rank 0 has listened to signals since it began to wait for the locks.
     if rank != 0:
         stop_on_signals(stop)
     faulthandler.enable()
@@ -179,12 +175,12 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
     if rank == 0:
         terminal.tell(f"rank 0 writes to {run.rank_log(0)}")
 
-    # A single rank waits for no other: it has no collectives to record.
-    has_peers = int(os.environ["WORLD_SIZE"]) > 1
-    with (
-        collectives_served(os.environ) if has_peers else nullcontext(),
-        progress_lines(config, run, terminal) if reports else nullcontext(),
-    ):
+    with ExitStack() as stack:
+        # A single rank waits for no other: it has no collectives to record.
+        if int(os.environ["WORLD_SIZE"]) > 1:
+            stack.enter_context(collectives_served(os.environ))
+        if reports:
+            stack.enter_context(progress_lines(config, run, terminal))
         stage.run_rank(run, stop, own_heartbeat(os.environ))
     if reports:
         print_result(stage, config, run, terminal)
@@ -221,8 +217,10 @@ def prepared_by_first_rank(
     """
     if rank == 0:
         run = prepare()
-        sha256 = durable.sha256_of(run.config) if run else ""
-        store.set(PREPARED, json.dumps({"run": str(run.path.resolve()) if run else "", "sha256": sha256}))
+        message = {"run": ""}
+        if run:
+            message = {"run": str(run.path.resolve()), "sha256": durable.sha256_of(run.config)}
+        store.set(PREPARED, json.dumps(message))
         return run
 
     message = json.loads(store.get(PREPARED))
@@ -255,7 +253,8 @@ def await_config(run: RunDirectory, sha256: str) -> None:
 
 
 def start_with_full_environment() -> None:
-    """Start this program again with the environment that an agent of the launcher gives its ranks.
+    """Starts this program again with the environment that an agent of the launcher gives its ranks. Returns only in
+    a process that has this environment already: one of an agent, or one that was started again.
 
     The number of threads decides the order of floating-point sums on CPUs, and the allocator and OpenMP read their
     settings only when a process starts. The process id stays, so torchrun does not notice.
@@ -411,6 +410,7 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
     def follow() -> None:
         metrics, warnings = MetricsFollower(run.metrics), LineFollower(run.warnings, from_end=True)
         with terminal.console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
+            # One more round after the end shows the last lines.
             is_last = False
             while not is_last:
                 is_last = ended.wait(PROGRESS_EVERY_S)

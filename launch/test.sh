@@ -89,7 +89,8 @@ end_lanes() { # of a suite that was interrupted or failed
   rm -rf "$logs"
 }
 
-lane "tests of several processes" python -m pytest -m "cluster and not heavy and not bars"
+# These mostly wait for processes to start, so two of them run side by side; a file keeps its runs and its Ray.
+lane "tests of several processes" python -m pytest -n 2 --dist loadfile -m "cluster and not heavy and not bars"
 python -m pytest -n 2 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
 wait_for_lanes
 if [ "$*" = --all ]; then

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class GroupSize:
     """Size of a group of rank processes. Ways of the same size share the same processes."""
 
     ranks: int
-    threads: int = 1  # of each rank, on the CPU
+    threads: int = 1  # threads of each rank, on the CPU
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def why_absent(packages: Iterable[str], modules: Mapping[str, str] | None = None
 
 def _has(package: str, module: str) -> bool:
     """Whether an installed package has a submodule. `find_spec` of the whole name would import its parents."""
+    # Each part of the name is looked for in the folder of the part before, which imports nothing.
     spec = importlib.util.find_spec(package)
     names = module.split(".")
-
     for end in range(2, len(names) + 1):
         if spec is None:
             return False
@@ -100,7 +100,7 @@ class Case:
     config: Config
     variants: Mapping[str, GroupSize]
     comparisons: Sequence[Comparison]
-    same_losses: frozenset[str]  # variants whose losses in the first steps must be equal
+    same_losses: frozenset[str] = frozenset()  # variants whose losses in the first steps must be equal
     rounds: int = 15
     amount: int = 0  # work of a step, in `unit` without the `/s`; 0: the tokens of the step
     unit: str = TOKENS_A_SECOND
@@ -129,10 +129,10 @@ def benchmark_at(import_path: str) -> Benchmark:
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:
     """Composes one configuration from the user's `overrides`; without any, one from each shape (`quick`: the first)."""
     if overrides:
-        chosen_shapes = [overrides]
-    else:
-        chosen_shapes = shapes[:1] if quick else shapes
-    return [compose_config([*_default_stage(shape), *BASE, *shape]) for shape in chosen_shapes]
+        shapes = [overrides]
+    elif quick:
+        shapes = shapes[:1]
+    return [compose_config([*_default_stage(shape), *BASE, *shape]) for shape in shapes]
 
 
 def _default_stage(overrides: Sequence[str]) -> list[str]:
@@ -157,7 +157,7 @@ def describe(config: Config) -> str:
 # --- records ---
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """The result of one comparison. A peer without a value could not run here; its name says why."""
 
@@ -165,11 +165,11 @@ class Record:
     case: str
     value: float  # median over the rounds
     unit: str
-    peer: str | None
-    peer_value: float | None
-    ratio: float | None  # value / peer_value
-    ceiling: float | None
-    ceiling_fraction: float | None  # value / ceiling
+    peer: str | None = None
+    peer_value: float | None = None
+    ratio: float | None = None  # value / peer_value
+    ceiling: float | None = None
+    ceiling_fraction: float | None = None  # value / ceiling
     rounds: int
     spread: float  # interquartile range of the value / its median
 
@@ -206,25 +206,27 @@ def _record(
         return case.a_step / statistics.median(seconds[variant])
 
     value = value_of(comparison.variant)
-    peer = value_of(comparison.peer) if comparison.peer else None
-    ceiling = value_of(comparison.ceiling) if comparison.ceiling else None
-
+    name, measured = f"{case.name}: {comparison.variant}", seconds[comparison.variant]
     # A fact is reported once; a speed is measured in every round.
-    measured = [value] if comparison.fact else seconds[comparison.variant]
+    if comparison.fact:
+        name, measured = f"{name}, {quantity}", [value]
 
-    return Record(
+    record = Record(
         bench=bench,
-        case=f"{case.name}: {comparison.variant}" + (f", {quantity}" if comparison.fact else ""),
+        case=name,
         value=value,
         unit=unit,
         peer=comparison.peer_name or comparison.peer,
-        peer_value=peer,
-        ratio=None if peer is None else value / peer,
-        ceiling=ceiling,
-        ceiling_fraction=None if ceiling is None else value / ceiling,
         rounds=len(measured),
         spread=spread(measured),
     )
+    if comparison.peer:
+        peer_value = value_of(comparison.peer)
+        record = replace(record, peer_value=peer_value, ratio=value / peer_value)
+    if comparison.ceiling:
+        ceiling = value_of(comparison.ceiling)
+        record = replace(record, ceiling=ceiling, ceiling_fraction=value / ceiling)
+    return record
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -246,7 +248,7 @@ def table_of(title: str, records: Iterable[Record]) -> Table:
     table.add_column("case")
     for column in ("value", "peer", "ratio", "ceiling", "spread"):
         # The minimum width keeps the longest word of a peer's name on one line.
-        table.add_column(column, justify="right", overflow="fold", min_width=18 if column == "peer" else None)
+        table.add_column(column, justify="right", overflow="fold", min_width={"peer": 18}.get(column))
 
     for record in records:
         table.add_row(

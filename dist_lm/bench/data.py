@@ -69,7 +69,6 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
                     Comparison(variant=BUILD, peer=ENCODER, fact=WALL),
                     Comparison(variant=BUILD, fact=MEMORY),
                 ],
-                same_losses=frozenset(),
                 rounds=3,
                 amount=size,
                 unit="MB/s",
@@ -171,14 +170,14 @@ def write_parquet(folder: Path, n_bytes: int) -> int:
         lines = vocabulary[np.searchsorted(cumulative_weights, draws)].reshape(ROW_GROUP, -1, LINE_WORDS)
         texts = ["\n".join(" ".join(line) for line in rows) + "\n" for rows in lines]
 
-        # The last row group is cut where `n_bytes` are full.
-        # The words are ASCII.
+        # The last row group is cut where `n_bytes` are full. The words are ASCII, so their lengths are bytes.
         drawn_bytes = sum(map(len, texts))
         texts = texts[: max(1, -(-(n_bytes - total) * len(texts) // drawn_bytes))]
         total += sum(map(len, texts))
         file_bytes += drawn_bytes
         writer.write_table(pyarrow.table({"id": [*range(len(texts))], "text": texts}, schema))
 
+        # Files of real data sets are about as large.
         if file_bytes >= FILE_BYTES:
             writer.close()
             writer, file_bytes = None, 0

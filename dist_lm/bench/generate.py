@@ -8,18 +8,17 @@ Dimensions: B sequences, T tokens, D d_model.
 """
 
 import importlib.util
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.bench.case import AS_USED, Case, Comparison, GroupSize, against, configurations
+from dist_lm.bench.models import in_transformers, initial_model, neox_of
 from dist_lm.bench.rank import Trial
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
@@ -28,14 +27,11 @@ from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, Request, SamplingParams
-from dist_lm.interop.architectures import Architecture, architecture_of
 from dist_lm.interop.weights import to_theirs
-from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.stages.exporting.files import write_model
 
 OURS, CEILING = "our engine", "linear layers alone"
 ONE, EIGHT = "one answer", "eight answers"
@@ -86,14 +82,7 @@ class Transformers(Peer):
     takes_batches: ClassVar[bool] = True
 
     def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
-
-        # The peer loads our export, so that both have the same weights.
-        with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-            ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-            write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
-        self._model = loaded.eval().to(device, dtype)
+        self._model = in_transformers(model).eval().to(device, dtype)
         self._sampling = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
@@ -129,13 +118,9 @@ class LitGpt(Peer):
         litgpt = import_module("litgpt")
         convert = import_module("litgpt.scripts.convert_hf_checkpoint")
         shape = model.config
-
-        architecture = architecture_of(shape)
+        architecture = neox_of(shape, "litgpt")
         if shape.rope_scaling != "none":
             raise ConfigError(f"model.rope_scaling={shape.rope_scaling}: litgpt is compared without scaling")
-        if not isinstance(architecture, Architecture) or architecture.family != "GPTNeoX":
-            family = getattr(architecture, "family", architecture)
-            raise ConfigError(f"litgpt is compared on GPT-NeoX; the model is {family}")
 
         config = litgpt.Config(
             block_size=shape.max_seq_len,
@@ -149,6 +134,7 @@ class LitGpt(Peer):
             parallel_residual=shape.parallel_residual,
             rope_base=int(shape.rope_base),
         )
+        # litgpt converts checkpoints of transformers, so our weights take that way too.
         hf_weights = to_theirs(architecture, parameter_shapes(shape), dict(model.named_parameters()))
         litgpt_weights: dict[str, torch.Tensor] = {}
         convert.copy_weights_gpt_neox(config, litgpt_weights, hf_weights)
@@ -177,6 +163,7 @@ class LitGpt(Peer):
         self, prompt_T: torch.Tensor, n_new: int, temperature: float, top_k: int | None, top_p: float
     ) -> torch.Tensor:
         generate = import_module("litgpt.generate.base").generate
+        # litgpt keeps its cache between calls, and a cache has the size of one call.
         with torch.inference_mode():
             self._model.max_seq_length = len(prompt_T) + n_new
             self._model.clear_kv_cache()
@@ -236,7 +223,6 @@ def prefill_case(config: Config) -> Case:
         config=config,
         variants={EIGHT: size, ONE: size},
         comparisons=(Comparison(variant=EIGHT, peer=ONE),),
-        same_losses=frozenset(),
         rounds=ROUNDS,
     )
 
@@ -269,10 +255,9 @@ def _why_not(peer: type[Peer], batch: int) -> str | None:
 def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant of generating, in one process."""
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    model.requires_grad_(requires_grad=False)
+    model = initial_model(config).requires_grad_(requires_grad=False)
 
+    # Answers to one request share the cache of its prompt: eight should take as long as one.
     if variant in (EIGHT, ONE):
         engine = _engine(model, config, device, [config.model.max_seq_len] * 8)
         long_prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from dist_lm.bench.case import write_records
-from dist_lm.bench.learn_held_out import HeldOut, held_out_of, opening_of
+from dist_lm.bench.learn_held_out import HeldOut, arguments_of, held_out_of
 from dist_lm.bench.learn_recipes import OwnLearner, recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.bench.learner import Recipe
@@ -40,7 +40,7 @@ UNITS = ("tokens", "flops", "s")
 
 @dataclass(frozen=True)
 class Budget:
-    """What each learner may spend: training tokens, FLOPs, or seconds."""
+    """Limits what each learner may spend: training tokens, FLOPs, or seconds."""
 
     amount: float
     unit: str
@@ -105,7 +105,7 @@ class Lane:
         self.config = replace(recipe.config, seed=seed)
         with _names(recipe.name):
             self.learner = recipe.build(self.config, steps, device)
-            self.stream = open_stream(opening_of(self.config, device))
+            self.stream = open_stream(arguments_of(self.config, device))
         self.device = device
         self.steps_taken = 0
         self.seconds = 0.0  # spent in its own steps
@@ -265,6 +265,7 @@ def run_learning(
         ConfigError: see `recipes_of` and `Budget.parse`; a folder of results cannot be made.
         ArtefactError: the work directory lacks the corpus.
     """
+    # Mistakes of the command line are found before any model is built.
     parsed_budget = Budget.parse(budget)
     for option, value in (("seeds", seeds), ("points", points)):
         if value < 1:

@@ -21,7 +21,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.stage import run_of
 from dist_lm.stages.text import held_out_batches
-from dist_lm.stages.training.arguments import Opening
+from dist_lm.stages.training.arguments import DataArguments
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.objective import loss_metrics, summed_losses
@@ -51,11 +51,11 @@ class HeldOut:
         }
 
 
-def opening_of(config: Config, device: torch.device) -> Opening:
+def arguments_of(config: Config, device: torch.device) -> DataArguments:
     """Returns the arguments with which a stage opens its data, for a single process."""
     group, tokenizer = dist.group.WORLD, WorkDirectory(Path(config.work_dir)).tokenizer_model
     assert group is not None
-    return Opening(
+    return DataArguments(
         config,
         run_of(config),
         World(0, 1, 0, device),
@@ -68,9 +68,13 @@ def opening_of(config: Config, device: torch.device) -> Opening:
 
 
 def held_out(config: Config, device: torch.device) -> HeldOut:
-    """Opens `stage.eval_sequences` sequences of val of `stage.corpus`."""
+    """Opens `stage.eval_sequences` sequences of val of `stage.corpus`.
+
+    Raises:
+        ArtefactError: the work directory lacks the corpus or the tokenizer, or one is damaged.
+    """
     corpus = corpus_of(config, config.stage.corpus, "val")
-    return HeldOut(held_out_batches(opening_of(config, device), corpus, False), device)
+    return HeldOut(held_out_batches(arguments_of(config, device), corpus, False), device)
 
 
 def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, HeldOut]:
@@ -79,6 +83,7 @@ def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, He
     Raises:
         ConfigError: recipes have different tokenizers, but not the whole of val or not the same documents; or a model
             has another vocabulary than its corpus.
+        ArtefactError: a work directory lacks a corpus or the tokenizer, or one is damaged.
     """
     first = recipes[0].config
     by_work_dir = {
@@ -111,6 +116,12 @@ def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, He
 
 
 def _require_vocabulary(recipe: Recipe) -> None:
+    """Refuses a model with another vocabulary than its corpora.
+
+    Raises:
+        ConfigError: names the recipe and the corpus.
+        ArtefactError: a corpus is missing.
+    """
     config = recipe.config
     for corpus in config.stage.streams:
         folder = WorkDirectory(Path(config.work_dir)).corpus(corpus)
@@ -123,5 +134,9 @@ def _require_vocabulary(recipe: Recipe) -> None:
 
 
 def corpus_of(config: Config, name: str, split: str) -> TokenCorpus:
-    """Opens a split of a corpus in the work directory of a recipe."""
+    """Opens a split of a corpus in the work directory of a recipe.
+
+    Raises:
+        ArtefactError: the corpus or the split is missing, empty or damaged.
+    """
     return TokenCorpus.open(WorkDirectory(Path(config.work_dir)).corpus(name), split)

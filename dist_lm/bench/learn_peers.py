@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.bench.learner import Recipe
+from dist_lm.bench.models import neox_of, peer_optimizer
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError
-from dist_lm.interop.architectures import Architecture, architecture_of, hf_config
+from dist_lm.interop.architectures import hf_config
 from dist_lm.prepare.compose import compose_config
 from dist_lm.training.optimizer import stage_rate
 
@@ -57,10 +58,7 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
         if importlib.util.find_spec("transformers") is None:
             raise ConfigError(f"--peer={name}: transformers is not installed; install the extra hf, or leave it out")
         config = compose_config([*base, NEOX_INIT, *words])
-        architecture = architecture_of(config.model)
-        if not isinstance(architecture, Architecture) or architecture.family != "GPTNeoX":
-            family = getattr(architecture, "family", architecture)
-            raise ConfigError(f"--peer={name}: the model is {family}; expected GPT-NeoX")
+        neox_of(config.model, f"--peer={name}")
         return Recipe(row, config, NeoxLearner)
 
     checkout = Path(words[0]).resolve() if words else None
@@ -75,6 +73,7 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
 
 def _nanochat(name: str, checkout: Path) -> Any:
     """Imports the module nanochat.gpt of a checkout."""
+    # A checkout is no installed package.
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
     try:
@@ -110,6 +109,7 @@ class _Peer:
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
         """See `Learner`."""
+        # The loss is a mean over all micro-batches, so each is divided by the count of all.
         count = sum(batch.loss_mask_BT.sum() for batch in micro_batches)
         for batch in micro_batches:
             ((self.token_losses(batch) * batch.loss_mask_BT).sum() / count).backward()
@@ -137,23 +137,15 @@ class NeoxLearner(_Peer):
         transformers = importlib.import_module("transformers")
         from dist_lm.model.size import flops_per_token
 
-        architecture = architecture_of(config.model)
-        assert isinstance(architecture, Architecture)
-
         torch.manual_seed(config.seed)
-        settings = hf_config(config.model, architecture, "float32")
+        settings = hf_config(config.model, neox_of(config.model, NEOX), "float32")
         self.model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**settings)).to(device)
 
         self.stage = stage = replace(config.stage, steps=steps)
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=stage.lr,
-            betas=(stage.beta1, stage.beta2),
-            eps=stage.adam_eps,
-            fused=True,
-        )
+        groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors}]
+        self.optimizer = peer_optimizer(groups, stage)
         self.grad_clip = stage.grad_clip
         self.flops_per_token = float(flops_per_token(config.model, stage.seq_len))
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 
 from dist_lm.bench.learner import Recipe
+from dist_lm.bench.models import initial_model
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.model.keyed_random import DropoutKey, initialise
+from dist_lm.model.keyed_random import DropoutKey
 from dist_lm.model.size import flops_per_token
-from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config, target_stage
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.text import TextStage
@@ -91,7 +91,14 @@ def _require_text_stage(recipe_name: str, stage_name: str) -> TextStage:
 
 
 def _check(recipe: Recipe, seed: int) -> None:
-    """Refuses settings that a learner would not follow, since a row must show what its configuration says."""
+    """Refuses settings that a learner would not follow, since a row must show what its configuration says.
+
+    Args:
+        seed: the seed that all recipes must have.
+
+    Raises:
+        ConfigError: names the recipe and the key, or the stage does not learn the next token.
+    """
     stage, name = recipe.config.stage, recipe.name
     _require_text_stage(name, stage.name).check(recipe.config)
 
@@ -110,7 +117,11 @@ def _check(recipe: Recipe, seed: int) -> None:
 
 
 def _split_name(text: str, option: str) -> tuple[str, list[str]]:
-    """Splits `NAME: WORD WORD ...` into the name and the words, as a shell would."""
+    """Splits `NAME: WORD WORD ...` into the name and the words, as a shell would.
+
+    Raises:
+        ConfigError: names `option`; the name or the colon is missing, or a quotation does not end.
+    """
     name, colon, rest = text.partition(":")
     if not name.strip() or not colon:
         raise ConfigError(f"{option}={text}: expected NAME: KEY=VALUE ...")
@@ -125,6 +136,14 @@ class OwnLearner:
     """Our model, optimizer and schedule, as a run has them."""
 
     def __init__(self, config: Config, steps: int, device: torch.device) -> None:
+        """Builds the model with its initial weights on `device`, and the optimizer.
+
+        Args:
+            steps: steps of this training; they replace stage.steps.
+
+        Raises:
+            ConfigError: the warm-up takes all steps.
+        """
         if steps <= config.stage.warmup_steps:
             raise ConfigError(
                 f"stage.warmup_steps={config.stage.warmup_steps}: training has {steps} steps; expected fewer steps of "
@@ -133,9 +152,7 @@ class OwnLearner:
         self.stage = replace(config.stage, steps=steps)
         self.seed = config.seed
 
-        self.model = Transformer(config.model)
-        initialise(self.model, config.seed)
-        self.model.to(device)
+        self.model = initial_model(config).to(device)
         self.model.document_mask = config.stage.document_mask
         self.model.chunk_bytes = config.parallel.loss_chunk_mib << 20
 
@@ -145,14 +162,21 @@ class OwnLearner:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """See `Learner`."""
+        """See `Learner`.
+
+        Raises:
+            UserError: the gradients are not finite; names the step.
+        """
         set_learning_rate(self.optimizer, stage_rate(self.stage, number))
         set_momentum(self.optimizer, muon_momentum(self.stage, number))
 
-        self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number) if self.stage.dropout else None
+        if self.stage.dropout:
+            self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number)
         sums = accumulate_gradients(self.model, self.objective, micro_batches)
         self.model.dropout = None
-        step = update(self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, counts=True, stop=StopRequest())
+        step = update(
+            self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, adds_sums=True, stop=StopRequest()
+        )
         if not step.applied:
             raise UserError(f"step {number + 1}: the gradients are not finite; lower stage.lr={self.stage.lr}")
 

@@ -60,6 +60,7 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
     by_recipe = _by_recipe(curves)
     first = next(iter(by_recipe))
 
+    # Languages are reported too, since a recipe may gain in one and lose in another.
     measures: dict[str, Callable[[Curve], float]] = {
         "bits/byte": lambda curve: curve.end.bits_per_byte,
         "nats/token": lambda curve: curve.end.loss,
@@ -78,11 +79,6 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
                 case=name,
                 value=means[name],
                 unit=unit,
-                peer=None,
-                peer_value=None,
-                ratio=None,
-                ceiling=None,
-                ceiling_fraction=None,
                 rounds=len(ends[name]),
                 spread=spread(ends[name]),
             )
@@ -176,6 +172,7 @@ def _panel(
     up: tuple[str, Callable[[Point], float]],
 ) -> str:
     """Draws a panel at `left_top` (pixels); `across` and `up` are (title, figure of a point) of the axes."""
+    # All curves share the axes of a panel.
     points = [point for curve in curves for point in curve.points[DRAWN]]
     xs, ys = [across[1](point) for point in points], [up[1](point) for point in points]
     right, low, high = max(xs), min(ys), max(ys)

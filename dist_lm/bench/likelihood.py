@@ -6,24 +6,21 @@ tokenized beforehand, and the backend loads our export. Every variant gives the 
 
 import importlib.util
 import random
-import tempfile
 from collections.abc import Callable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_lm.bench.case import AS_USED, Case, Comparison, GroupSize, configurations
+from dist_lm.bench.models import in_transformers, initial_model
 from dist_lm.bench.rank import Trial
 from dist_lm.config.root import Config
 from dist_lm.generation.decoder import Decoder, best_page_tokens
 from dist_lm.generation.likelihood import Tree, likelihoods
-from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.stages.exporting.files import write_model
 
 OURS, HF = "our engine", "lm_eval hf"
 QUESTIONS, CHOICES = 8, 4
@@ -41,6 +38,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     (config,) = configurations([SHAPE], [AS_USED, *overrides] if overrides else (), quick)
     model = config.model
 
+    # The speed of the backend depends on its batch size, which a user has to choose.
     peers = [f"{HF}, batch {batch}" for batch in BATCHES]
     variants = [OURS]
     if importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate"):
@@ -73,11 +71,9 @@ def questions(vocab_size: int) -> list[Tree]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant of scoring, in one process."""
+    """Builds one variant of answering the requests, in one process."""
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    model.requires_grad_(requires_grad=False)
+    model = initial_model(config).requires_grad_(requires_grad=False)
     trees = questions(config.model.vocab_size)
 
     if variant != OURS:
@@ -88,12 +84,12 @@ def build(variant: str, config: Config, world: World) -> Trial:
         decoder.load(dict(model.named_parameters()))
 
     def totals() -> list[float]:
-        return [score.total for score in chain.from_iterable(likelihoods(decoder, trees, device))]
+        return [likelihood.total for likelihood in chain.from_iterable(likelihoods(decoder, trees, device))]
 
-    return _scoring(totals)
+    return _trial_of(totals)
 
 
-def _scoring(totals: Callable[[], list[float]]) -> Trial:
+def _trial_of(totals: Callable[[], list[float]]) -> Trial:
     """A trial of `totals`, which returns the log-likelihood of every request; all variants must give the same ones."""
 
     def step() -> float:
@@ -107,13 +103,7 @@ def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.dev
     """Builds the hf backend of lm-evaluation-harness on our export, with `batch` sequences a forward pass."""
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    # The backend loads our export, so that both score with the same weights.
-    with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-        ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-        write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    from transformers import PreTrainedTokenizerFast
 
     # The backend asks for a tokenizer, though all texts are tokenized beforehand.
     marks = {"eos_token": "a", "pad_token": "b"}
@@ -122,7 +112,7 @@ def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.dev
     )
     backend_class: Any = HFLM
     backend = backend_class(
-        loaded.eval().to(device, dtype),
+        in_transformers(model).eval().to(device, dtype),
         tokenizer=tokenizer,
         batch_size=batch,
         max_length=model.config.max_seq_len,
@@ -140,4 +130,4 @@ def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.dev
         with torch.inference_mode():
             return [total for total, _ in backend._loglikelihood_tokens(requests, disable_tqdm=True)]
 
-    return _scoring(totals)
+    return _trial_of(totals)

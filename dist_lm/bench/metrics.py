@@ -78,7 +78,7 @@ class MeasuredTraining:
         self.writer = writer_at(self.directory / "metrics.jsonl")
 
         optimizer = build_optimizer(model, stage)
-        self._trainer = trainer_of_steps(config, world, model, optimizer, next_token(), counts_once=True)
+        self._trainer = trainer_of_steps(config, world, model, optimizer, next_token(), adds_sums=True)
         batch = made_up_batch(config, slice(None), world.device)
         self._data = StepData(0, [batch], batch.tokens_BT.numel())
         self._meter = StepMeter(world, self._trainer.optimizer, stage.steps, self._trainer.model.blocks)
@@ -101,6 +101,7 @@ class MeasuredTraining:
     def cost(self) -> float:
         """Returns the time of measuring, in per cent of a bare step."""
         step_seconds = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
+        # The norms of this step are made up: `_groups_s` measures what it costs to compute them.
         norms = dict.fromkeys(gradients_by_group(self._trainer.model), 1.0)
         detailed_step = replace(self.step(), grad_norms=norms)
 

@@ -13,23 +13,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from dist_lm.bench.case import Case, GroupSize, against, configurations, why_absent
+from dist_lm.bench.models import in_transformers, initial_model, peer_optimizer, word_tokenizer
 from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.config.root import Config
 from dist_lm.data.batch import RankedPositions
 from dist_lm.data.rankings.completions import CompletionBatch, batch_of_trees
-from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import preference_objective, segment_logprobs
-from dist_lm.stages.exporting.files import write_model
 from dist_lm.stages.preference.config import settings_of
 
 TREE, PLAIN = "our step on trees", "as many tokens, next-token loss"
@@ -72,16 +70,17 @@ def _case(config: Config) -> Case:
 
 def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant, in one process."""
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    model.to(world.device)
+    model = initial_model(config).to(world.device)
+    # The reference does not change, so its log-probabilities are computed once, as our stage does it.
     batch = batch_of(config).to(world.device)
     with torch.no_grad():
         reference_C = segment_logprobs(model, batch)[: len(batch.prompt_C)]
 
     if variant in (TRL, TRL_KNOWN):
-        return Trial(TrlStep(model, config, reference_C if variant == TRL_KNOWN else None, world.device))
+        known_C = reference_C if variant == TRL_KNOWN else None
+        return Trial(TrlStep(model, config, known_C, world.device))
 
+    # Without the mask of the tree, attention is causal over the row: that is the ceiling.
     training = OwnTraining(model, config, slice(None), world)
     model.document_mask = variant == TREE
     if variant == TREE:
@@ -124,15 +123,6 @@ class TrlStep:
     ) -> None:
         """Builds the trainer; `reference_C`: log-probabilities of the reference, or None to compute them each step."""
         trl, datasets = import_module("trl"), import_module("datasets")
-        transformers = import_module("transformers")
-        stage = config.stage
-
-        # TRL loads our export, so that both begin with the same weights.
-        with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-            ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-            write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
-            policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = trl.DPOConfig(
             output_dir=self._folder.name,
@@ -146,11 +136,12 @@ class TrlStep:
         )
         # The trainer insists on a data set, though its collator is called directly below.
         unused_dataset = datasets.Dataset.from_dict({"prompt": ["w2"], "chosen": [" w2"], "rejected": [" w3"]})
+        words = [END, PAD, *(f"w{number}" for number in range(2, config.model.vocab_size))]
         trainer: Any = trl.DPOTrainer(
-            model=policy,
-            ref_model=reference,
+            model=in_transformers(model),
+            ref_model=in_transformers(model),
             args=arguments,
-            processing_class=_tokenizer(config),
+            processing_class=word_tokenizer(words),
             train_dataset=unused_dataset,
         )
 
@@ -167,12 +158,9 @@ class TrlStep:
         self._inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
 
         self._trainer, self._model = trainer, trainer.model.train()
-        self._clip = stage.grad_clip
-        # `DPOTrainer.train` is not called, so the step needs an optimizer of its own, with our settings.
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.adam_eps,
-            weight_decay=0.0, fused=True,
-        )  # fmt: skip
+        self._clip = config.stage.grad_clip
+        # `DPOTrainer.train` is not called, so the step needs an optimizer of its own.
+        self._optimizer = peer_optimizer(self._model.parameters(), config.stage)
 
     def __call__(self) -> float:
         """Takes one step; returns its loss."""
@@ -182,12 +170,3 @@ class TrlStep:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
-
-
-def _tokenizer(config: Config) -> Any:
-    """Makes a tokenizer with a word per token: the trainer needs one for padding and for its unused data set."""
-    transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
-    words = {END: 0, PAD: 1} | {f"w{number}": number for number in range(2, config.model.vocab_size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=PAD))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)

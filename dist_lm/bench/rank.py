@@ -94,7 +94,7 @@ class OwnTraining:
         """Takes a whole training step, with clipping and bookkeeping; every rank has its own data. Returns its loss."""
         sums = accumulate_gradients(self.model, self.objective, self.batches)
         stop = StopRequest()
-        return update(self.model, self.optimizer, sums, grad_clip=self.grad_clip, counts=True, stop=stop).loss
+        return update(self.model, self.optimizer, sums, grad_clip=self.grad_clip, adds_sums=True, stop=stop).loss
 
     def forward_backward(self) -> float:
         """Computes gradients of the summed loss, reduced over ranks; returns the mean loss of this rank's rows."""

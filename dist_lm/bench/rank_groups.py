@@ -21,7 +21,7 @@ from dist_lm.tracking.redact import without_secrets
 
 LOOPBACK = "127.0.0.1"
 GRACE_S = 10.0  # for ranks to exit after their input has ended
-SHOWN_LINES = 15  # of the log of a failed rank
+SHOWN_LINES = 15  # last lines of the log of a failed rank that the error shows
 
 
 class RankFailedError(UserError):
@@ -59,6 +59,7 @@ class RankGroup:
         Raises:
             RankFailedError: a rank exited before it answered.
         """
+        # All ranks get the request before the first answer is awaited, since they work on it together.
         line = json.dumps(request).encode() + b"\n"
         for rank, process in enumerate(self.ranks):
             assert process.stdin is not None
@@ -82,6 +83,7 @@ class RankGroup:
 
     def kill(self) -> None:
         """Ends the ranks at once, after a failure of one of them or Ctrl-C."""
+        # A killed process stays in the table of processes until it is waited for.
         for process in self.ranks:
             process.kill()
         for process in self.ranks:

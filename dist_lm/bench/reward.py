@@ -14,17 +14,16 @@ import numpy as np
 import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
+from dist_lm.bench.models import initial_model
 from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPositions
-from dist_lm.model.keyed_random import initialise
-from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import choices_of_people
 
 TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"
-PROMPT_SHARE = 0.5  # of the tree
+PROMPT_SHARE = 0.5  # share of the prompt in the tree
 NANO = ("stage=reward", "model=nano", "stage.global_batch=2", "stage.seq_len=512")
 SHAPES = tuple((*NANO, f"stage.micro_batch={k}") for k in (4, 8, 2))
 ROUNDS = 9
@@ -49,9 +48,7 @@ def _case(config: Config) -> Case:
 
 def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant, in one process."""
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    training = OwnTraining(model.to(world.device), config, slice(None), world)
+    training = OwnTraining(initial_model(config).to(world.device), config, slice(None), world)
     training.objective = choices_of_people
     training.model.document_mask = variant in (TREE, PACKED)
     training.batches = [batch_of(variant, config).to(world.device)]

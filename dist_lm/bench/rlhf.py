@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations, why_absent
+from dist_lm.bench.models import initial_model
 from dist_lm.bench.rank import Trial, pin, two_cores
 from dist_lm.bench.rlhf_grpo import GROUP, TrlGrpo, grpo_config
 from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyRun, Trl, made_up_prompts, ppo_config
@@ -33,9 +34,7 @@ from dist_lm.cluster.ray_cluster import RayCluster, connect
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
-from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import parameter_count
-from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.models import sent_weights
 
@@ -79,7 +78,6 @@ def peers_case(config: Config) -> Case:
         config=config,
         variants=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], size),
         comparisons=[against(OURS, name, absent.get(name), ONE_PROCESS) for name in PEERS],
-        same_losses=frozenset(),
         rounds=ROUNDS,
         amount=ITERATIONS * stage.global_batch,
         unit=SAMPLES,
@@ -106,7 +104,6 @@ def grpo_case(config: Config, passes: int) -> Case:
         config=config,
         variants=dict.fromkeys(variants, size),
         comparisons=[against(ours, peer, absent, one_process)],
-        same_losses=frozenset(),
         rounds=ROUNDS,
         amount=ITERATIONS * stage.global_batch,
         unit=SAMPLES,
@@ -124,7 +121,6 @@ def staleness_case(config: Config) -> Case:
             Comparison(variant=TOGETHER, peer=IN_TURNS),
             Comparison(variant=IN_TURNS, peer_name="-", fact=DRAWING),
         ],
-        same_losses=frozenset(),
         rounds=ROUNDS,
         amount=ITERATIONS * config.stage.global_batch,
         unit=SAMPLES,
@@ -140,7 +136,6 @@ def push_case(config: Config) -> Case:
         config=config,
         variants={PUSH: size, PUT: size},
         comparisons=[Comparison(variant=PUSH, peer=PUT)],
-        same_losses=frozenset(),
         rounds=ROUNDS,
         amount=mib,
         unit="MiB/s",
@@ -185,8 +180,7 @@ def pushing(variant: str, config: Config, world: World) -> Callable[[], float]:
     import ray
 
     WORKER.cluster()
-    model, parallel = Transformer(config.model), ParallelConfig(compute_dtype="fp32")
-    initialise(model, config.seed)
+    model, parallel = initial_model(config), ParallelConfig(compute_dtype="fp32")
 
     def push() -> float:
         store(sent_weights(model, parallel, world), config.model, torch.float32)
@@ -211,8 +205,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
         peer = PEERS[variant](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)
     if variant in (OURS, ONE_PROCESS):
-        toy = ToyRun(config, world, WORKER.source(config) if variant == OURS else None, ppo_config(config))
-        return Trial(toy.run, losses=list)
+        source = WORKER.source(config) if variant == OURS else None
+        return Trial(ToyRun(config, world, source, ppo_config(config)).run, losses=list)
 
     for passes in GRPO_PASSES:
         if variant == of_passes(TRL_GRPO, passes):

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from dist_lm.bench.rlhf_loops import CLIP, ITERATIONS, RATE, Peer, causal, word_tokenizer, words_of
+from dist_lm.bench.models import word_tokenizer
+from dist_lm.bench.rlhf_loops import CLIP, ITERATIONS, RATE, Peer, causal, trl_settings, words_of
 from dist_lm.config.root import Config
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 
@@ -48,12 +49,8 @@ class TrlGrpo(Peer):
 
     def __init__(self, config: Config, prompt_BP: torch.Tensor, epochs: int) -> None:
         trl, datasets = import_module("trl"), import_module("datasets")
-        batch = config.stage.global_batch
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = trl.GRPOConfig(
-            output_dir=self._folder.name,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=1,
             num_generations=GROUP,
             num_iterations=epochs,
             max_steps=ITERATIONS * epochs,
@@ -62,16 +59,10 @@ class TrlGrpo(Peer):
             loss_type="grpo",
             epsilon=CLIP,
             beta=0.0,
-            temperature=1.0,
-            learning_rate=RATE,
             lr_scheduler_type="constant",
             max_grad_norm=1.0,
             gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
+            **trl_settings(config, self._folder.name),
         )
 
         def reward(prompts: Sequence[str], completions: Sequence[str], **rest: object) -> list[float]:
@@ -82,7 +73,7 @@ class TrlGrpo(Peer):
             reward_funcs=reward,
             args=arguments,
             train_dataset=datasets.Dataset.from_dict({"prompt": [words_of(row) for row in prompt_BP.tolist()]}),
-            processing_class=word_tokenizer(config),
+            processing_class=word_tokenizer(words_of(range(config.model.vocab_size)).split()),
         )
 
     def run(self) -> float:

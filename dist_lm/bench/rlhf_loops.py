@@ -10,19 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from dist_lm.bench.models import in_transformers, initial_model, neox_of, word_tokenizer
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
-from dist_lm.errors import ConfigError
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.interop.architectures import Architecture, architecture_of
-from dist_lm.model.keyed_random import initial_value, initialise
+from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
@@ -40,7 +38,6 @@ from dist_lm.rlhf.models import (
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
-from dist_lm.stages.exporting.files import write_model
 
 PROMPTS, PROMPT = 64, 9  # prompts of an iteration; tokens of each, with the end-of-text token at its start
 EPOCHS = 4
@@ -48,7 +45,7 @@ ITERATIONS = 5  # timed together, because generation ahead crosses iterations
 RATE = 1e-4
 KL_COEFFICIENT = 0.05
 GAMMA, LAM, CLIP = 1.0, 0.95, 0.2
-END, PAD = 0, 1
+PAD = 1  # id of the token that fills a row, as `in_transformers` has it
 
 
 def made_up_prompts(config: Config) -> torch.Tensor:
@@ -109,8 +106,8 @@ class ToyRun:
             supply=self._supply,
             report=reports.append,
         )
-        with own_threads(self._world) as beside:
-            self._state = replace(learner, beside=beside).run(self._state)
+        with own_threads(self._world) as run_both:
+            self._state = replace(learner, run_both=run_both).run(self._state)
 
         self.drawing_s = sum(report.metrics["timing/rollout_s"] for report in reports)
         self.iteration_s = sum(report.metrics["timing/iteration_s"] for report in reports)
@@ -130,7 +127,7 @@ class ToyRun:
 
 
 def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> RlhfConfig:
-    """Configures PPO as the peers run it: no minibatches, the reward model's score, completions of one length."""
+    """Configures PPO as the peers run it: no minibatches, rewards of the reward model, completions of one length."""
     return RlhfConfig(
         prompts=config.stage.global_batch,
         max_new_tokens=config.stage.seq_len,
@@ -149,7 +146,7 @@ def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> Rlhf
 
 
 def words_of(tokens: Sequence[int]) -> str:
-    """Returns a word for each token, as `word_tokenizer` has them."""
+    """Returns a word for each token, since the toy has no tokenizer."""
     return " ".join(f"t{token}" for token in tokens)
 
 
@@ -171,6 +168,22 @@ class Peer(ABC):
         """Runs `ITERATIONS` iterations."""
 
 
+def trl_settings(config: Config, folder: str) -> dict[str, Any]:
+    """Returns the settings of all trainers of TRL: one batch an iteration, on the CPU, without reports or files."""
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": config.stage.global_batch,
+        "gradient_accumulation_steps": 1,
+        "temperature": 1.0,
+        "learning_rate": RATE,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+
+
 class Trl(Peer):
     """Runs `PPOTrainer` of TRL."""
 
@@ -184,35 +197,25 @@ class Trl(Peer):
 
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = ppo.PPOConfig(
-            output_dir=self._folder.name,
-            per_device_train_batch_size=batch,
-            gradient_accumulation_steps=1,
             num_mini_batches=1,
             num_ppo_epochs=EPOCHS,
             total_episodes=ITERATIONS * batch,
             response_length=config.stage.seq_len,
             local_rollout_forward_batch_size=batch,
             num_sample_generations=0,
-            temperature=1.0,
             kl_coef=KL_COEFFICIENT,
-            learning_rate=RATE,
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
+            **trl_settings(config, self._folder.name),
         )
 
+        # The four models are loaded separately, since two of them are trained.
         prompts = datasets.Dataset.from_dict({"input_ids": prompt_BP.tolist()})
-        policy, reference = (causal(config) for _ in range(2))
-        value, reward = (_scored(config) for _ in range(2))
         self._trainer = ppo.PPOTrainer(
             args=arguments,
-            processing_class=word_tokenizer(config),
-            model=policy,
-            ref_model=reference,
-            reward_model=reward,
-            value_model=value,
+            processing_class=word_tokenizer(words_of(range(config.model.vocab_size)).split()),
+            model=causal(config),
+            ref_model=causal(config),
+            reward_model=_with_scalar_head(config),
+            value_model=_with_scalar_head(config),
             train_dataset=prompts,
             eval_dataset=prompts,
         )
@@ -230,10 +233,10 @@ class BareLoop(Peer):
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
         self._prompt_BP, self._new = prompt_BP, config.stage.seq_len
         self._policy, self._reference = (causal(config) for _ in range(2))
-        self._critic, self._reward = (_scored(config) for _ in range(2))
+        self._critic, self._reward = (_with_scalar_head(config) for _ in range(2))
 
+        # Our models have no dropout here.
         for model in (self._policy, self._reference, self._critic, self._reward):
-            # No dropout.
             model.eval()
         parameters = [*self._policy.parameters(), *self._critic.parameters()]
         self._optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=1e-5, fused=True)
@@ -257,14 +260,15 @@ class BareLoop(Peer):
 
             old_BT, reference_BT = (self._logprobs(model, token_BN) for model in (self._policy, self._reference))
             value_BT = self._values(self._critic, token_BN)
-            # Every token pays for its distance from the reference; the score comes with the last one.
+            # Every token pays for its distance from the reference; the reward of the answer comes with the last one.
             reward_BT = -KL_COEFFICIENT * (old_BT - reference_BT)
-            reward_BT[:, -1] += self._scores(self._reward, token_BN)[:, -1]
+            reward_BT[:, -1] += self._scalars(self._reward, token_BN)[:, -1]
 
             advantage_BT = self._advantages(reward_BT, value_BT)
             return_BT = advantage_BT + value_BT
             advantage_BT = (advantage_BT - advantage_BT.mean()) / (advantage_BT.std() + 1e-8)
 
+        # Several passes use the same rollouts, so clipping keeps the weights near those that drew them.
         for _ in range(EPOCHS):
             ratio_BT = (self._logprobs(self._policy, token_BN) - old_BT).exp()
             clipped_BT = ratio_BT.clamp(1 - CLIP, 1 + CLIP)
@@ -287,15 +291,16 @@ class BareLoop(Peer):
         token_BT1 = token_BN[:, -self._new :, None]
         return logits_BTV.log_softmax(-1).gather(2, token_BT1)[..., 0]
 
-    def _scores(self, model: Any, token_BN: torch.Tensor) -> torch.Tensor:
+    def _scalars(self, model: Any, token_BN: torch.Tensor) -> torch.Tensor:
         return model.score(model.gpt_neox(token_BN).last_hidden_state)[..., 0]
 
     def _values(self, model: Any, token_BN: torch.Tensor) -> torch.Tensor:
-        return self._scores(model, token_BN)[:, -self._new - 1 : -1]
+        return self._scalars(model, token_BN)[:, -self._new - 1 : -1]
 
     @staticmethod
     def _advantages(reward_BT: torch.Tensor, value_BT: torch.Tensor) -> torch.Tensor:
         """Generalised advantages (Schulman et al. 2016), fp32 (B, T)."""
+        # The value after the last token is 0, as the answer ends there.
         advantage_B = next_value_B = torch.zeros_like(reward_BT[:, 0])
         columns = []
         for t in reversed(range(reward_BT.shape[1])):
@@ -305,34 +310,12 @@ class BareLoop(Peer):
         return torch.stack(columns[::-1], dim=1)
 
 
-def _as_transformers(config: Config, kind: str, **options: Any) -> Any:
-    """Loads our initial model as a class of transformers, named by `kind`."""
-    architecture = architecture_of(config.model)
-    if not isinstance(architecture, Architecture) or architecture.family != "GPTNeoX":
-        family = getattr(architecture, "family", architecture)
-        raise ConfigError(f"the loops of others run GPT-NeoX; the model is {family}")
-
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-        ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": PAD}
-        write_model(Path(folder), config.model, dict(model.named_parameters()).__getitem__, "fp32", ids)
-        return getattr(import_module("transformers"), kind).from_pretrained(folder, **options)
-
-
 def causal(config: Config) -> Any:
     """Loads our initial model in transformers."""
-    return _as_transformers(config, "AutoModelForCausalLM")
+    neox_of(config.model, "the loops of others")
+    return in_transformers(initial_model(config))
 
 
-def _scored(config: Config) -> Any:
-    return _as_transformers(config, "AutoModelForSequenceClassification", num_labels=1)
-
-
-def word_tokenizer(config: Config) -> Any:
-    """Makes a tokenizer with one word per token, since TRL needs one for padding."""
-    transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
-    words = {f"t{number}": number for number in range(config.model.vocab_size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"t{END}"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=f"t{END}", pad_token=f"t{PAD}")
+def _with_scalar_head(config: Config) -> Any:
+    """Loads our initial model in transformers, with a head of one random row in place of the head for tokens."""
+    return in_transformers(initial_model(config), "AutoModelForSequenceClassification", num_labels=1)

@@ -115,6 +115,7 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
     else:
         seconds = seconds_per_step(list(case.variants), case.rounds, time_steps)
 
+    # The ranks go on to the next case, which needs the memory of this one.
     for size in sorted(set(case.variants.values()), key=repr):
         ask(size, {"do": "forget"})
     return records_of(name, case, seconds, {variant: built[variant]["facts"] for variant in case.variants})
@@ -172,6 +173,7 @@ def _device(planned: Sequence[Case]) -> str:
     if device != "auto":
         return device
 
+    # Times on a GPU and on a CPU cannot be compared, so the largest group decides for all.
     ranks = max(size.ranks for case in planned for size in case.variants.values())
     return "cuda" if torch.cuda.is_available() and local_gpus() >= ranks else "cpu"
 

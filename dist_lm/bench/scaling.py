@@ -41,7 +41,7 @@ class Rung:
     """The runs of one width with one number of tokens, at their end."""
 
     width: int
-    parameters: int  # of the matrices inside blocks
+    parameters: int  # parameters of the matrices inside blocks
     tokens: int
     flops: float
     bits_per_byte: tuple[float, ...]  # a value for each seed
@@ -64,6 +64,7 @@ def numbers_of(option: str, text: str) -> list[int]:
     except ValueError as error:
         raise ConfigError(f"{option}={text}: expected {accepted}") from error
 
+    # A line fits any two points, so a trend takes three.
     if len(numbers) < 3 or not all(number > 0 and number.is_integer() for number in numbers):
         raise ConfigError(f"{option}={text}: expected {accepted}")
     return sorted(int(number) for number in numbers)
@@ -136,6 +137,7 @@ def _climb(
             recipes, seed, steps_by_name, measured_on, device, say_steps, points=1, at_start=False
         )
 
+    # Runs that differ in their seed alone make one rung.
     trained = []
     for recipe in recipes:
         ends = [curve.end for curve in curves if curve.recipe == recipe.name]
@@ -291,11 +293,6 @@ def _record(case: str, bits: Sequence[float]) -> Record:
         case=case,
         value=statistics.fmean(bits),
         unit="bits/byte",
-        peer=None,
-        peer_value=None,
-        ratio=None,
-        ceiling=None,
-        ceiling_fraction=None,
         rounds=len(bits),
         spread=spread(bits),
     )

@@ -20,8 +20,8 @@ Array = NDArray[np.float64]
 
 EXPONENTS = np.geomspace(0.05, 2.0, 48)
 FREE = 5  # free numbers of the law: E, A, B, alpha, beta
-SAMPLES = 1000  # of the bootstrap
-LEVEL = 0.95  # of the prediction interval
+SAMPLES = 1000  # samples of the bootstrap
+LEVEL = 0.95  # probability of the prediction interval
 SEED = 0
 
 

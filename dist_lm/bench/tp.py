@@ -13,6 +13,7 @@ Dimensions: B sequences, T tokens, D d_model, H heads (of this rank), K d_head.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -28,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from dist_lm.bench.case import Case, GroupSize, against, configurations, describe
+from dist_lm.bench.models import peer_optimizer
 from dist_lm.bench.rank import OwnTraining, Trial, made_up_batch, own_rows
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
@@ -200,23 +202,14 @@ def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
     parallelize_module(peer, mesh, outer)
 
 
-def peer_optimizer(peer: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
-    """Builds fused AdamW with our settings."""
+def parameter_groups(peer: nn.Module, stage: StageConfig) -> list[dict[str, Any]]:
+    """Returns the parameters in groups, of which those of decayed parameters have stage.weight_decay."""
     # DTensors and plain tensors cannot share a group.
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in peer.named_parameters():
-        groups.setdefault((is_decayed(name), isinstance(parameter, DTensor)), []).append(parameter)
-
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": stage.weight_decay if decayed else 0.0}
-            for (decayed, _), parameters in groups.items()
-        ],
-        lr=stage.lr,
-        betas=(stage.beta1, stage.beta2),
-        eps=stage.adam_eps,
-        fused=True,
-    )
+        weight_decay = stage.weight_decay * is_decayed(name)
+        groups.setdefault((weight_decay, isinstance(parameter, DTensor)), []).append(parameter)
+    return [{"params": parameters, "weight_decay": decay} for (decay, _), parameters in groups.items()]
 
 
 class PeerTraining:
@@ -227,11 +220,12 @@ class PeerTraining:
         fill(self.model, config.seed)
         self.model.to(batch.tokens_BT.device)
         parallelise(self.model, mesh)
-        self.optimizer = peer_optimizer(self.model, config.stage)
+        self.optimizer = peer_optimizer(parameter_groups(self.model, config.stage), config.stage)
         self.batch = batch
 
     def bare_step(self) -> float:
         """Runs forward, backward and AdamW, nothing else; returns the mean loss."""
+        # The logits are sharded over the vocabulary, and `loss_parallel` lets them stay so.
         targets_N = self.batch.targets_BT.flatten()
         with loss_parallel():
             total = F.cross_entropy(self.model(self.batch).flatten(0, 1).float(), targets_N, reduction="sum")

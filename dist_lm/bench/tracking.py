@@ -157,6 +157,7 @@ def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:
 
 def _settle(follower: Follower, directory: Path) -> None:
     """Waits until wandb has its file and is idle."""
+    # wandb starts a process of its own, which works on for a while after the first line.
     before = follower.ask("cost")["cpu_s"]
     while True:
         time.sleep(POLL_S)

@@ -81,6 +81,7 @@ def main() -> None:
     run, variant = RunDirectory(Path(sys.argv[2])), sys.argv[3]
 
     with troubled_server() if variant == TROUBLE else nullcontext("") as address:
+        # A proxy of this machine would answer in place of the server in trouble.
         login = {}
         if address:
             login = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "NO_PROXY": "127.0.0.1"}

@@ -20,12 +20,11 @@ import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
 
 from dist_lm.bench.case import AS_USED, Benchmark, Case, Comparison, GroupSize, configurations, describe
+from dist_lm.bench.models import initial_model
 from dist_lm.bench.rank import OwnTraining, Trial, own_rows, peak_mib
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
-from dist_lm.model.keyed_random import initialise
-from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
@@ -76,9 +75,8 @@ def _build_fsdp(variant: str, config: Config, world: World) -> Trial:
 
     # The ceiling: each rank has a whole model and its part of the batch, and nothing is sent.
     mesh = build_mesh(Layout(1, world.size, 1), world.device)
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    return Trial(OwnTraining(model.to(world.device, torch.float32), config, own_rows(config, mesh), world).step)
+    model = initial_model(config).to(world.device)
+    return Trial(OwnTraining(model, config, own_rows(config, mesh), world).step)
 
 
 FSDP = Benchmark(_fsdp_cases, _build_fsdp)
@@ -131,6 +129,7 @@ def _compile_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 def compiled_as_used(variant: str, config: Config, device: torch.device) -> Config:
     """Returns the configuration of a variant; on CUDA with attention of packed documents, as a user's run has it."""
+    # flash attention, which a user's run has on CUDA, wants the bounds of packed documents.
     mask = config.stage.document_mask or device.type == "cuda"
     mode = "always" if variant == COMPILED else "never"
     stage, parallel = replace(config.stage, document_mask=mask), replace(config.parallel, compile=mode)

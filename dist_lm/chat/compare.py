@@ -50,13 +50,12 @@ def same_value(value: Json, expected: Json, schema: Json) -> bool:
     Args:
         schema: that of both values; `{}` or any value that is no object if it is unknown.
     """
-    # Schemas of models and data sets may have any shape.
-    if not isinstance(schema, dict):
-        schema = {}
+    schema = _as_object(schema)
     kind = type(expected)
     if kind is dict:
         return type(value) is dict and _same_object(value, expected, schema)
 
+    # Lists are in order and of one length; only the keys of an object may have defaults.
     if kind is list:
         if type(value) is not list or len(value) != len(expected):
             return False
@@ -83,13 +82,10 @@ def _same_object(arguments: dict[str, Json], expected: dict[str, Json], schema: 
     An argument on one side only counts as its default in the schema; without a default, or if it is required, the
     objects differ.
     """
-    schemas = schema.get("properties")
+    schemas = _as_object(schema.get("properties"))
     required = schema.get("required")
     for name in arguments.keys() | expected.keys():
-        argument_schema = schemas.get(name) if isinstance(schemas, dict) else None
-        if not isinstance(argument_schema, dict):
-            argument_schema = {}
-
+        argument_schema = _as_object(schemas.get(name))
         if not (name in arguments and name in expected):
             is_required = isinstance(required, list) and name in required
             if "default" not in argument_schema or is_required:
@@ -98,6 +94,13 @@ def _same_object(arguments: dict[str, Json], expected: dict[str, Json], schema: 
         if not same_value(arguments.get(name, default), expected.get(name, default), argument_schema):
             return False
     return True
+
+
+def _as_object(schema: Json) -> dict[str, Any]:
+    """Returns an object as it is, and `{}` for anything else: schemas of models and data sets may have any shape."""
+    if isinstance(schema, dict):
+        return schema
+    return {}
 
 
 def _element_schema(schema: dict[str, Any], index: int) -> Json:
@@ -121,7 +124,7 @@ def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
     Args:
         fits: fits[row][column]; any number of rows and columns.
     """
-    row_of: dict[int, int] = {}  # by column
+    row_of: dict[int, int] = {}  # column -> row
 
     def match(row: int, visited: set[int]) -> bool:
         """Returns whether `row` found a column, and moves other rows for it; `visited` gets the columns that were

@@ -30,8 +30,6 @@ def read_conversation(text: str) -> Conversation:
 def write_ranking(ranking: Ranking) -> str:
     """Returns the text of a ranking; `read_ranking` gives it back, with ranks counted from 0 without gaps.
 
-    Rankings whose ranks have the same order have the same text.
-
     Raises:
         ChatError: the ranking is empty, contradicts itself, or is not well formed; the message names the place.
     """
@@ -97,6 +95,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
     Raises:
         ChatError: the prompt or a completion is not well formed.
     """
+    # Shards hold plain arrays, so judgements become pairs of indices and a margin each.
     ranking = read_ranking(document.text)
     tree = ranking_tokens(ranking, tokenizer)
     pairs = [(judgement.better, judgement.worse) for judgement in ranking.judgements]

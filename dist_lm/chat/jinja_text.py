@@ -18,14 +18,14 @@ from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, turn_name
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 
-# transformers has this tag around what the assistant writes
+# transformers has this tag around what the assistant writes.
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 WAY_OUT = "tokenizer.chat_template=ours lays conversations out as dist_lm does"
 MOST_STEPS = 1_000_000  # steps of a rendering; 1,000 turns that each look at all turns take as many
 LONGEST, LARGEST = 10_000_000, 10**30  # bounds of a repeated text or list, and of a product
 MOST_DIGITS = 10_000  # bound of base x exponent of a power, which is more than its digits
 STEPS = "steps taken"  # variable of a rendering that no template can name, as it has a space
-FAILURES = (
+ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError, MemoryError),
 )
@@ -54,6 +54,7 @@ def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> lis
     """
     openai_messages: list[dict[str, Any]] = []
     for number, message in enumerate(messages):
+        # A turn has all results; each becomes a message, which names its call.
         if message.role == "tool":
             calls = messages[number - 1].calls
             for index, result in enumerate(message.results):
@@ -130,6 +131,7 @@ def check_probes(template: KeptTemplate, conversation: Conversation) -> None:
     Raises:
         ChatError: names what the template leaves out.
     """
+    # Without this a model would be trained and asked on conversations of which a part is missing.
     shows_tools, shows_calls, shows_results = _shows(template)
     for is_there, is_shown, parts in (
         (bool(conversation.tools), shows_tools, "tools"),
@@ -162,7 +164,7 @@ def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -
             **dict(template.special_tokens),
             **{STEPS: [0]},
         )
-    except FAILURES as error:
+    except ERRORS as error:
         reason = " ".join(str(error).split())
         raise ChatError(f"the chat template of the model refuses the conversation ({reason}): {WAY_OUT}") from error
 
@@ -171,6 +173,7 @@ class _Namespace(Namespace):
     """`namespace` of Jinja without names that begin with an underscore, as in transformers."""
 
     def __init__(self, **named: Any) -> None:
+        # Jinja's own constructor would set the names without a check.
         super().__init__()
         for name, value in named.items():
             self[name] = value
@@ -208,8 +211,10 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         # Such an operation takes memory and time without a loop that could be counted.
         size = _size(left) * _size(right)
-        repeats = isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple)
-        if size > (LONGEST if repeats else LARGEST) or (operator == "**" and size > MOST_DIGITS):
+        largest = LARGEST
+        if isinstance(left, str | list | tuple) or isinstance(right, str | list | tuple):
+            largest = LONGEST
+        if size > largest or (operator == "**" and size > MOST_DIGITS):
             raise jinja2.exceptions.SecurityError(f"{operator} makes a value that is too large")
         return super().call_binop(context, operator, left, right)
 

@@ -24,11 +24,11 @@ from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF  # Unicode's private use area
 NONCHARACTER = "\ufdd0"  # a noncharacter of Unicode: never in texts that programs exchange
-QUESTION = Conversation((Message("user", "probe"),))
+PROBE = Conversation((Message("user", "probe"),))
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Part:
     """A special token, or the text between two of them."""
 
     text: str
@@ -58,12 +58,13 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
     text = page.text(conversation.messages)
     page.check_shows_texts(text)
 
-    pieces = page.pieces(text)
+    # Parts are encoded one by one, so that the first token of each is known.
+    parts = page.splitter.parts(text)
     tokens: list[int] = []
-    begins: list[int] = []  # index of the first token of each piece
-    for piece in pieces:
+    begins: list[int] = []  # index of the first token of each part
+    for part in parts:
         begins.append(len(tokens))
-        tokens += page.encoded([piece])
+        tokens += page.splitter.encoded([part])
 
     loss_mask = np.zeros(len(tokens), np.uint8)
     for number, message in enumerate(conversation.messages):
@@ -71,43 +72,48 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
             start = len(page.beginning(text, number))
             if start == len(text):
                 raise _not_shown(number, message)
-            first, end = _answer_tokens(page, pieces, begins, start)
+            first, end = _answer_tokens(page, parts, begins, start)
             loss_mask[first:end] = 1
     return np.array(tokens, tokenizer.dtype), loss_mask
 
 
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids that a model continues. The caller makes sure that the assistant is next."""
+    """Returns the token ids that a model continues. The caller makes sure that the assistant is next.
+
+    Raises:
+        ChatError: the conversation is not well formed, or the template refuses it or leaves out a text.
+    """
     page = _Page(conversation, tokenizer)
     text = page.text(conversation.messages, opening=True)
     page.check_shows_texts(text)
-    return page.encoded(page.pieces(text))
+    return page.splitter.tokens(text)
 
 
-def answer_tokens(asked: Conversation, message: Message, tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids that the assistant writes after `prompt(asked)`, with the special token that ends the turn.
+def answer_tokens(conversation: Conversation, message: Message, tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids that the assistant writes after `prompt`, with the special token that ends the turn.
 
     Args:
-        asked: the conversation before the answer; the assistant is next.
+        conversation: the conversation before the answer; the assistant is next.
         message: the answer.
 
     Raises:
         ChatError: the conversation is not well formed, or the template refuses it, rewrites earlier turns, or ends
             turns without a special token.
     """
-    answered = replace(asked, messages=(*asked.messages, message))
+    answered = replace(conversation, messages=(*conversation.messages, message))
     page = _Page(answered, tokenizer)
     text = page.text(answered.messages)
-    start = len(page.beginning(text, len(asked.messages)))
+    start = len(page.beginning(text, len(conversation.messages)))
 
-    pieces = page.pieces(text[start:])
+    # Behind the special token that ends the turn, a template may write more, such as a line break.
+    parts = page.splitter.parts(text[start:])
     ends = stop_tokens(tokenizer)
-    last = next((index for index, piece in enumerate(pieces) if piece.token in ends), len(pieces) - 1)
-    return page.encoded(pieces[: last + 1])
+    last = next((index for index, part in enumerate(parts) if part.token in ends), len(parts) - 1)
+    return page.splitter.encoded(parts[: last + 1])
 
 
 @lru_cache(maxsize=8)
-def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
+def _ends(template: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant: those behind two answers of a probe.
 
     It is empty if no special token stands there; without doubles otherwise.
@@ -121,13 +127,13 @@ def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, 
     # Some templates end the last turn otherwise than earlier ones.
     answers = ("probe_first", "probe_last")
     turns = [Message(role, text) for text in answers for role in ("user", "assistant")]
-    text = rendered(kept, messages_of(turns), None, False)
+    text = rendered(template, messages_of(turns), None, False)
 
     ends = []
     for answer in answers:
-        begin = text.rfind(answer)
-        pieces = _split(text[begin + len(answer) :], names) if begin >= 0 else []
-        ends += [piece.token for piece in pieces if piece.token is not None][:1]
+        _, is_shown, after = text.rpartition(answer)
+        if is_shown:
+            ends += [part.token for part in _split(after, names) if part.token is not None][:1]
     return tuple(dict.fromkeys(ends))
 
 
@@ -143,7 +149,7 @@ def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant.
 
     Raises:
-        ChatError: the template ends turns without a special token.
+        ChatError: the template ends turns without a special token, or refuses a plain conversation.
     """
     ends = _ends(_kept(tokenizer), _names(tokenizer))
     if not ends:
@@ -168,7 +174,7 @@ class Splitter:
         private = self._private
         text = self._spelled_name.sub(lambda match: match[0][0] + private + match[0][1:], text)
 
-        # What the template writes before or behind the text could complete a name.
+        # The text of the template before or behind this text could complete a name.
         names = [name for name, _ in self._names]
         if any(text.startswith(name[cut:]) for name in names for cut in range(1, len(name))):
             text = private + text
@@ -176,19 +182,22 @@ class Splitter:
             text += private
         return text
 
-    def pieces(self, text: str) -> list[_Piece]:
+    def parts(self, text: str) -> list[_Part]:
         """Returns the special tokens of a rendered text, and the texts between them."""
         return _split(text, self._names)
 
     def tokens(self, text: str) -> list[int]:
         """Returns the token ids of a rendered text."""
-        return self.encoded(self.pieces(text))
+        return self.encoded(self.parts(text))
 
-    def encoded(self, pieces: Sequence[_Piece]) -> list[int]:
-        """Returns the token ids of pieces."""
+    def encoded(self, parts: Sequence[_Part]) -> list[int]:
+        """Returns the token ids of parts."""
         tokens: list[int] = []
-        for piece in pieces:
-            tokens += [piece.token] if piece.token is not None else self.encoded_text(piece.text)
+        for part in parts:
+            if part.token is None:
+                tokens += self.encoded_text(part.text)
+            else:
+                tokens.append(part.token)
         return tokens
 
     def encoded_text(self, text: str) -> list[int]:
@@ -211,7 +220,7 @@ class _Page:
         all_texts = json.dumps([messages_of(conversation.messages), tools_of(conversation.tools)], ensure_ascii=False)
         characters = {*all_texts, *self._kept.text}
         private = next(chr(code) for code in range(FIRST_PRIVATE, LAST_PRIVATE) if chr(code) not in characters)
-        self._texts = Splitter(tokenizer, private)
+        self.splitter = Splitter(tokenizer, private)
 
     def text(self, messages: Sequence[Message], opening: bool = False) -> str:
         """Returns the rendered text of the first turns, with guarded texts.
@@ -251,18 +260,6 @@ class _Page:
             if message.role in ("system", "user") and guarded.strip() not in text:
                 raise _not_shown(number, message)
 
-    def pieces(self, text: str) -> list[_Piece]:
-        """Returns the special tokens of a rendered text, and the texts between them."""
-        return self._texts.pieces(text)
-
-    def encoded(self, pieces: Sequence[_Piece]) -> list[int]:
-        """Returns the token ids of pieces."""
-        return self._texts.encoded(pieces)
-
-    def encoded_text(self, text: str) -> list[int]:
-        """Returns the token ids of a text without special tokens."""
-        return self._texts.encoded_text(text)
-
     def _guarded(self, value: Any) -> Any:
         """Returns a copy of a JSON value with every name of a special token in its texts split by the private
         character.
@@ -270,18 +267,20 @@ class _Page:
         Keys of objects are split too. The values of role, type and ids stay.
         """
         if isinstance(value, str):
-            return self._texts.guarded(value)
+            return self.splitter.guarded(value)
         if isinstance(value, list):
             return [self._guarded(part) for part in value]
         if not isinstance(value, dict):
             return value
 
         # Templates compare these keys and values, which are ours and spell no special token.
-        fixed = ("role", "type", "id", "tool_call_id")
-        return {
-            key if key in fixed else self._guarded(key): part if key in fixed else self._guarded(part)
-            for key, part in value.items()
-        }
+        guarded = {}
+        for key, part in value.items():
+            if key in ("role", "type", "id", "tool_call_id"):
+                guarded[key] = part
+            else:
+                guarded[self._guarded(key)] = self._guarded(part)
+        return guarded
 
 
 def _not_shown(number: int, message: Message) -> ChatError:
@@ -289,37 +288,38 @@ def _not_shown(number: int, message: Message) -> ChatError:
     return ChatError(f"{where}: the chat template of the model does not show its text: {WAY_OUT}")
 
 
-def _answer_tokens(page: _Page, pieces: Sequence[_Piece], begins: Sequence[int], start: int) -> tuple[int, int]:
+def _answer_tokens(page: _Page, parts: Sequence[_Part], begins: Sequence[int], start: int) -> tuple[int, int]:
     """Returns (first, last + 1) of the tokens of the answer at character `start`, with the special token that ends it.
 
     A token that reaches over `start` belongs to the answer: the tokens before it are those that the opening has alone.
     If no special token that ends turns follows, the answer reaches to the end.
 
     Args:
-        pieces: of the whole text.
-        begins: index of the first token of each piece.
+        parts: those of the whole text.
+        begins: index of the first token of each part.
 
     Raises:
         ChatError: the template ends turns without a special token.
     """
-    first_piece = next(index for index, piece in enumerate(pieces) if piece.end > start)
-    first = begins[first_piece]
-    if pieces[first_piece].begin < start:
-        piece = pieces[first_piece]
-        piece_ids = page.encoded_text(piece.text)
-        opening_ids = page.encoded_text(piece.text[: start - piece.begin])
-        pairs = zip(piece_ids, opening_ids, strict=False)
+    first_part = next(index for index, part in enumerate(parts) if part.end > start)
+    part, first = parts[first_part], begins[first_part]
+
+    # The opening may end inside a text, as `assistant\n` does; the answer begins where the tokens differ from its own.
+    if part.begin < start:
+        part_ids = page.splitter.encoded_text(part.text)
+        opening_ids = page.splitter.encoded_text(part.text[: start - part.begin])
+        pairs = zip(part_ids, opening_ids, strict=False)
         first += next((index for index, (a, b) in enumerate(pairs) if a != b), len(opening_ids))
 
     ends = stop_tokens(page._tokenizer)
-    rest = range(first_piece, len(pieces))
-    last_piece = next((index for index in rest if pieces[index].token in ends), len(pieces) - 1)
-    return first, begins[last_piece] + 1
+    rest = range(first_part, len(parts))
+    last_part = next((index for index in rest if parts[index].token in ends), len(parts) - 1)
+    return first, begins[last_part] + 1
 
 
 def _names(tokenizer: Tokenizer) -> tuple[tuple[str, int], ...]:
     """Returns the special tokens with the names that they have in the tokenizer's file, the longest name first."""
-    return tuple(sorted(tokenizer.file_names.items(), key=lambda named: (-len(named[0]), named)))
+    return tuple(sorted(tokenizer.special_ids_in_file.items(), key=lambda named: (-len(named[0]), named)))
 
 
 def _kept(tokenizer: Tokenizer) -> KeptTemplate:
@@ -327,20 +327,21 @@ def _kept(tokenizer: Tokenizer) -> KeptTemplate:
     return tokenizer.kept_template
 
 
-def _split(text: str, names: tuple[tuple[str, int], ...]) -> list[_Piece]:
-    """Returns the special tokens of `text` as pieces, and the texts between them, in their order; no piece is empty.
+def _split(text: str, names: tuple[tuple[str, int], ...]) -> list[_Part]:
+    """Returns the special tokens of `text` as parts, and the texts between them, in their order; no part is empty.
 
     Args:
         names: (name, id) of the special tokens, the longest name first.
     """
+    # A regular expression takes the first alternative that fits, so longer names must come first.
     ids = dict(names)
-    pieces: list[_Piece] = []
+    parts: list[_Part] = []
     begin = 0
     for match in re.finditer("|".join(re.escape(name) for name, _ in names) or "(?!)", text):
         if match.start() > begin:
-            pieces.append(_Piece(text[begin : match.start()], begin, None))
-        pieces.append(_Piece(match[0], match.start(), ids[match[0]]))
+            parts.append(_Part(text[begin : match.start()], begin, None))
+        parts.append(_Part(match[0], match.start(), ids[match[0]]))
         begin = match.end()
     if begin < len(text):
-        pieces.append(_Piece(text[begin:], begin, None))
-    return pieces
+        parts.append(_Part(text[begin:], begin, None))
+    return parts

@@ -70,13 +70,16 @@ def check_conversation(conversation: Conversation) -> None:
 
         roles = _next_roles(previous)
         if message.role not in roles:
-            after = f" after {previous.role}{' with calls' if previous.calls else ''}" if previous else ""
+            after = ""
+            if previous:
+                after = f" after {previous.role}{' with calls' if previous.calls else ''}"
             raise ChatError(f"{where}: expected {' or '.join(roles)}{after}")
         if message.role == "tool" and previous is not None and len(message.results) != len(previous.calls):
             num_results, num_calls = len(message.results), len(previous.calls)
             raise ChatError(f"{where}: {num_results} results of {num_calls} calls; expected as many")
         previous = message
 
+    # A conversation of the system alone asks nothing.
     if previous is None or previous.role == "system":
         raise ChatError(f"turn {len(conversation.messages)}: missing; expected a turn of the user")
 
@@ -94,6 +97,7 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
     for number, tool in enumerate(tools):
         if not isinstance(tool, Tool):
             raise ChatError(f"tool {number}: a {type(tool).__name__}; expected a Tool")
+        # Calls name their tool, so names must be there and differ.
         if type(tool.name) is not str or not tool.name:
             raise ChatError(f"tool {number}: no name")
         if tool.name in names:
@@ -123,6 +127,7 @@ def check_message(message: Message, where: str) -> None:
         if type(getattr(message, name)) is not tuple:
             raise ChatError(f"{where}: {name} is a {type(getattr(message, name)).__name__}; expected a tuple")
 
+    # Each role has fields of its own: only the assistant calls, and only tools return.
     if message.calls and message.role != "assistant":
         raise ChatError(f"{where}: has calls; only the assistant calls tools")
     if message.results and message.role != "tool":
@@ -161,7 +166,9 @@ def shown(value: Json) -> str:
     """Returns a text in quotes, cut to 40 characters for an error message; for any other value its type."""
     if type(value) is not str:
         return f"a {type(value).__name__}"
-    return repr(value if len(value) <= 40 else value[:40] + "…")
+    if len(value) > 40:
+        return repr(value[:40] + "…")
+    return repr(value)
 
 
 def _next_roles(previous: Message | None) -> tuple[str, ...]:

@@ -39,8 +39,8 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
     offered = tools_of(tools)
     is_checked = {tool.name: _can_be_checked(tool) for tool in offered}
     turns: list[Message] = []
-    calls: tuple[Call, ...] = ()  # of the last turn that is no result
-    call_ids: list[str] = []  # of these calls
+    calls: tuple[Call, ...] = ()  # calls of the last turn that is no result
+    call_ids: list[str] = []  # ids of these calls
     results: list[tuple[str, Json]] = []  # (id of the call, content) of these calls
 
     def close_results() -> None:
@@ -55,10 +55,12 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
         if not isinstance(turn, Mapping):
             raise ChatError(f"{where}: {shown(turn)}; expected an object with role and content")
         role_name = turn.get("role")
-        role = ROLES.get(role_name) if isinstance(role_name, str) else None
+        role = ROLES.get(str(role_name))
         if role is None:
             problem = "no role" if role_name is None else f"role {shown(role_name)}"
             raise ChatError(f"{where}: {problem}; expected one of {', '.join(ROLES)}")
+
+        # Content that a conversation has no place for would be lost silently.
         _refuse_lost(turn, (*TURN, *TURN_OF.get(role, ())), where)
         if turn.get("weight") not in (None, 1):
             raise ChatError(f"{where}: weight {turn['weight']} is not supported: every answer is learned")
@@ -74,6 +76,7 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
             results.append((call_id, _result(content)))
             continue
 
+        # A call that its tool does not allow would teach a model to make such calls.
         close_results()
         call_objects = _list(turn.get("tool_calls") or [], f"{where}: tool_calls")
         calls = tuple(_call(call, f"{where}, call {index}") for index, call in enumerate(call_objects))
@@ -101,7 +104,9 @@ def tools_of(value: Json) -> tuple[Tool, ...]:
     tools: list[Tool] = []
     for number, framed in enumerate(_list(_value(value, "tools") or [], "tools")):
         where = f"tool {number}"
-        function = framed.get("function") or framed if isinstance(framed, Mapping) else None
+        function = framed
+        if isinstance(framed, Mapping):
+            function = framed.get("function") or framed
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ChatError(f"{where}: expected a function with a name")
 
@@ -141,9 +146,9 @@ def _call(value: Json, where: str) -> Call:
         ChatError: the element is no call, has a key that would be lost, or arguments that are broken JSON; the message
             begins with `where`.
     """
-    function = value.get("function") if isinstance(value, Mapping) else None
-    if not isinstance(function, Mapping):
+    if not isinstance(value, Mapping) or not isinstance(value.get("function"), Mapping):
         raise ChatError(f"{where}: expected an object with function")
+    function = value["function"]
     _refuse_lost(value, CALL, where)
     _refuse_lost(function, ("name", "arguments"), where)
     _require_function(value, where)
@@ -208,10 +213,15 @@ def _content(value: Json, where: str) -> str:
     if value is None or isinstance(value, str):
         return value or ""
 
+    problem = f"{where}: content: expected text, or parts of type text"
+    if not isinstance(value, list):
+        raise ChatError(problem)
+
+    # Parts of other types, such as images, have no place in a conversation of text.
     texts = []
-    for part in value if isinstance(value, list) else [None]:
+    for part in value:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ChatError(f"{where}: content: expected text, or parts of type text")
+            raise ChatError(problem)
         _refuse_lost(part, ("type", "text"), f"{where}: content")
         texts.append(part["text"])
     return "".join(texts)

@@ -48,6 +48,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
         if not line_end or role not in ("system", "user", "assistant"):
             raise ChatError(f"{at}: expected system, user or assistant, and a line break")
 
+        # A system turn of tools alone is the template's: the conversation has no such turn.
         if role == "system":
             if messages or tools:
                 raise ChatError(f"{at}: expected user or assistant; the system turn comes first")
@@ -82,6 +83,7 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     Raises:
         ChatError: `ids` are not a turn; the message names the token (from 0) and what was expected.
     """
+    # The marks that end a turn are the template's own, which the reader below does not know.
     if tokenizer.kept_template:
         ids, ends = list(ids), stop_tokens(tokenizer)
         if ids and ids[-1] in ends:
@@ -169,7 +171,9 @@ class _Reader:
     @property
     def place(self) -> str:
         """Name of the next token in error messages."""
-        return f"token {self._length if self.at_end() else self._parts[self._next][0]}"
+        if self.at_end():
+            return f"token {self._length}"
+        return f"token {self._parts[self._next][0]}"
 
     def at_end(self) -> bool:
         """Whether nothing is left."""
@@ -244,6 +248,7 @@ def _read_tools(reader: _Reader, text: str, at: str) -> tuple[str, tuple[Tool, .
     Raises:
         ChatError: the tokens are not laid out so; the message names the place.
     """
+    # Two line breaks part the text of the system from the introduction; without a text there are none.
     before = text.removesuffix(INTRODUCTION)
     if before == text or (before and not before.endswith("\n\n")) or before == "\n\n":
         raise ChatError(f"{at}: expected the introduction of the tools before {TOOLS}")

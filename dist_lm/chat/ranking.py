@@ -72,6 +72,7 @@ def check_ranking(ranking: Ranking) -> None:
     if not ranking.ranks and not ranking.judgements:
         raise ChatError("ranks and judgements: expected one of the two, found none")
 
+    # Ranks order all completions, judgements some pairs; both must leave something to learn.
     if ranking.ranks and len(ranking.ranks) != num_completions:
         raise ChatError(f"{len(ranking.ranks)} ranks of {num_completions} completions; expected as many")
     if len(set(ranking.ranks)) == 1:
@@ -108,6 +109,7 @@ def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
     Raises:
         ChatError: the prompt or a completion is not well formed.
     """
+    # A completion is encoded as a turn of its own, so its tokens do not depend on the other ones.
     tokens = prompt(ranking.prompt, tokenizer)
     branch = [0] * len(tokens)
     for number, completion in enumerate(ranking.completions, start=1):

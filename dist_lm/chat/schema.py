@@ -193,8 +193,9 @@ class _Reduced:
             target = self._part(self._part_at(reference), (*references, reference), depth + 1)
             if not reduced:
                 return target
-            conjuncts = reduced.get("allOf", [])
-            reduced["allOf"] = [*conjuncts, target] if type(conjuncts) is list else conjuncts
+            conjuncts = reduced.setdefault("allOf", [])
+            if type(conjuncts) is list:
+                conjuncts.append(target)
         return reduced
 
     def _part_at(self, reference: Json) -> Json:
@@ -208,6 +209,7 @@ class _Reduced:
                 f"{self._where}: $ref {shown(reference)}: expected a place in the same schema, such as #/$defs/name"
             )
 
+        # A pointer writes `/` and `~` inside a name as `~1` and `~0`.
         part = self._root
         for step in unquote(reference[2:]).split("/"):
             name = step.replace("~1", "/").replace("~0", "~")
@@ -226,6 +228,7 @@ def _lines(error: ValidationError) -> Iterator[str]:
     For `required` and `additionalProperties` the error names the object, so the name of the argument is added: a line
     for each argument.
     """
+    # jsonschema quotes whole objects in these messages, which a model would have to search.
     path = list(error.absolute_path)
     instance: Any = error.instance
     expected: Any = error.validator_value
@@ -279,8 +282,8 @@ def _path(steps: Iterable[Any]) -> str:
             text += f"[{step}]"
         else:
             name = step if re.fullmatch(r"[\w-]{1,64}", step) else shown(step)
-            text += f".{name}" if text else name
-    return text
+            text += f".{name}"
+    return text.removeprefix(".")
 
 
 def _short(text: str) -> str:

@@ -97,12 +97,13 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids that a model continues: those of `conversation`, then the beginning of the assistant's turn.
 
-    The tokenizer's own opening stands in place of end-of-text.
+    The tokenizer's own first token stands in place of end-of-text.
 
     Raises:
         ChatError: for the reasons of `render`, or it is not the assistant's turn.
     """
     check_conversation(conversation)
+    # After a turn of its own the assistant has nothing to answer.
     last = conversation.messages[-1]
     if last.role not in ("user", "tool"):
         where = turn_name(len(conversation.messages) - 1, last)
@@ -112,16 +113,16 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
 
         return kept_template.prompt(conversation, tokenizer)
 
-    # Shards hold end-of-text; a model with an opening of its own has never seen a document without it.
+    # Shards hold end-of-text; a model with a first token of its own has never seen a document without it.
     tokens = np.array(_encoded([*layout(conversation), *_opening("assistant")], tokenizer))
-    return tokenizer.opening.put(tokens).tolist()
+    return tokenizer.first_token.put(tokens).tolist()
 
 
-def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | None = None) -> list[int]:
+def answer_tokens(message: Message, tokenizer: Tokenizer, conversation: Conversation | None = None) -> list[int]:
     """Returns the ids that the assistant writes after a `prompt`: text and calls, up to and including the turn's end.
 
     Args:
-        asked: the conversation before `message`. Only the template of an imported model looks at it.
+        conversation: the conversation before `message`. Only the template of an imported model looks at it.
 
     Raises:
         ChatError: `message` is not a turn of the assistant.
@@ -130,7 +131,7 @@ def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | 
     if tokenizer.kept_template:
         from dist_lm.chat import kept_template  # jinja2 is for imported models only
 
-        return kept_template.answer_tokens(asked or kept_template.QUESTION, message, tokenizer)
+        return kept_template.answer_tokens(conversation or kept_template.PROBE, message, tokenizer)
 
     return _encoded(_answer(message, "the assistant's turn"), tokenizer)
 
@@ -202,6 +203,7 @@ def _system_turn(text: str, tools: Sequence[Tool]) -> list[Part]:
     Raises:
         ChatError: JSON cannot hold a tool; the message names it.
     """
+    # Each tool is on a line of its own, so that a reader of text can split them.
     parts = [_mark(START)]
     if tools:
         lines = [_json(_tool_value(tool), f"tool {number}") for number, tool in enumerate(tools)]
@@ -258,8 +260,9 @@ def _json(value: Json, where: str) -> str:
     """Returns `value` as JSON that spells no mark."""
     text = json_text.write(value, where)
     # Parsers of text would read a mark inside a string as a mark.
-    for mark in SPECIAL_TOKENS if "<" in text else ():
-        text = text.replace(mark, f"\\u003c{mark[1:]}")
+    if "<" in text:
+        for mark in SPECIAL_TOKENS:
+            text = text.replace(mark, f"\\u003c{mark[1:]}")
     return text
 
 

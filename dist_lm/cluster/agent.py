@@ -123,16 +123,21 @@ class NodeAgent:
             burn_s: seconds of products; 0: none, only NVML is read.
             address: this node's, by which the others reach it.
         """
-        gpus = node_facts.shown_gpus()[:count] if device == "cuda" else ()
-        watch = HealthWatch(node_facts.open_nvml() if gpus else (), gpus)
+        gpus: tuple[str, ...] = ()
+        if device == "cuda":
+            gpus = node_facts.shown_gpus()[:count]
+        # Without GPUs nothing is asked of NVML.
+        watch = HealthWatch(gpus and node_facts.open_nvml(), gpus)
         wrong: list[str] = []
         if burn_s:
+            # A GPU that hangs keeps only its own process, which can be killed.
             self._probes = Probes(device, count, address)
             request = {"do": "burn", "seconds": burn_s}
             answers = self._probes.ask([request] * count, START_S + burn_s, watch.look)
             texts = [answer if isinstance(answer, str) else answer["fault"] for answer in answers]
             names = [f"GPU {gpu}" for gpu in gpus] or [f"rank {local}" for local in range(count)]
             wrong = [f"{name}: {text}" for name, text in zip(names, texts, strict=True) if text]
+
         health = watch.read()
         return replace(health, faults=(*health.faults, *wrong))
 
@@ -151,6 +156,7 @@ class NodeAgent:
 
     def reserve_port(self) -> int:
         """A TCP port for a rendezvous of ranks, kept from others until `stop`."""
+        # The socket stays open, or another program could take the port before the ranks do.
         reserved = process.reserve_port()
         self._reserved.append(reserved)
         return reserved.getsockname()[1]
@@ -181,14 +187,16 @@ class NodeAgent:
             device=assignment.device,
             cores_per_rank=process.cores() // (assignment.core_users or assignment.ranks_per_node),
             interface=interface_of(assignment.address),
-            given=assignment.environment,
+            overrides=assignment.environment,
         )
+        # A rank knows nothing of Ray, so this process hands it the address and the token.
         if assignment.drives_actors and assignment.node == 0:
             import ray
 
             head = ray.get_runtime_context().gcs_address
             environment |= access_variables(os.environ, head, assignment.drives_actors)
 
+        # A session of its own keeps signals to Ray's processes away from the ranks.
         with assignment.run.node_log(assignment.node).open("ab") as log:
             self._torchrun = subprocess.Popen(
                 [*command, *torchrun_arguments(assignment)],
@@ -228,6 +236,7 @@ class NodeAgent:
         assert self._sockets is not None
         run, first, ranks = self._assignment.run, self._assignment.first_rank, self._ranks()
         for rank in ranks.values():
+            # Without a handler the signal would end the rank.
             if process.catches(rank, STACKS_SIGNAL):
                 process.send(rank, STACKS_SIGNAL)
 
@@ -260,6 +269,7 @@ class NodeAgent:
         if self._assignment is None:
             return []
 
+        # Ranks are found by their mark: if torchrun was killed, they are nobody's children.
         mark = self._assignment.mark
         pids_left = process.end(lambda: process.marked(mark), grace_s)
         if self._torchrun is not None:

@@ -4,33 +4,20 @@ Ray counts one CPU for the agent of a node's ranks and one for each actor. The c
 are a separate matter: `core_users` divides them.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.cluster import CPU_RANKS, ClusterConfig
 from dist_lm.config.pool import AS_MANY, SHARED, RolloutPoolConfig
 from dist_lm.errors import ConfigError
 
-CPU_RANKS = 2  # they run every code path of several ranks; more would only divide the same cores
 
+def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
+    """Returns the ranks per node of a run with a pool of actors.
 
-def ranks_per_node(config: ClusterConfig, gpus: int) -> int:
-    """cluster.ranks_per_node; -1 means one rank for each GPU, or without GPUs 2 ranks (1 on a single core).
-
-    Args:
-        gpus: number of GPUs of a node.
-    """
-    if config.ranks_per_node != -1:
-        return config.ranks_per_node
-    return gpus or min(CPU_RANKS, os.cpu_count() or 1)
-
-
-def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
-    """Returns the ranks per node beside a pool: cluster.ranks_per_node, or if that is -1 as many as the pool leaves
-    resources for.
+    That is cluster.ranks_per_node, or if that is -1 as many ranks as the pool leaves resources for.
 
     Args:
         nodes: the whole cluster.
@@ -40,10 +27,11 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
         ConfigError: ranks and actors together do not fit; names the keys.
     """
     if not pool.actors:
-        return ranks_per_node(config, gpus)
+        return config.ranks_of_node(gpus)
 
     n_spare = max(0, len(nodes) - config.nodes)  # nodes without ranks
     actors = actors_in_all(pool, config.nodes, gpus)
+    # Ray counts one CPU for each agent and each actor, whatever they compute with.
     cpus = sum(node.cpus for node in nodes)
     if cpus - config.nodes < actors:
         raise ConfigError(
@@ -51,7 +39,7 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
             f"take {config.nodes} and each actor one: use fewer actors; {without_pool(pool)}"
         )
     if pool.placement == SHARED:
-        return ranks_per_node(config, gpus)
+        return config.ranks_of_node(gpus)
 
     # Without GPUs, actors on nodes of their own leave all cores to the ranks.
     if not gpus:
@@ -71,11 +59,13 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
         ranks = gpus - _actors_per_node(pool, config.nodes) * pool.tp
     engines = config.nodes * (max(0, gpus - ranks) // pool.tp) + n_spare * (gpus // pool.tp)
     if ranks < 1 or engines < pool.actors:
+        remedies = "use fewer actors or ranks"
+        if pool.may_share:
+            remedies += f", or {pool.key}.placement=shared"
         raise ConfigError(
             f"{pool.key}.actors={pool.actors}: {len(nodes)} nodes of {gpus} GPUs cannot hold so many engines of "
             f"{pool.tp} GPUs beside the ranks (cluster.nodes={config.nodes}, "
-            f"cluster.ranks_per_node={config.ranks_per_node}): use fewer actors or ranks"
-            f"{f', or {pool.key}.placement=shared' if pool.may_share else ''}; {without_pool(pool)}"
+            f"cluster.ranks_per_node={config.ranks_per_node}): {remedies}; {without_pool(pool)}"
         )
     return ranks
 
@@ -92,7 +82,9 @@ def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:
         nodes: number of nodes with ranks.
         gpus: number of GPUs that the ranks of a node use.
     """
-    return nodes * max(1, gpus // pool.tp) if pool.actors == AS_MANY else pool.actors
+    if pool.actors == AS_MANY:
+        return nodes * max(1, gpus // pool.tp)
+    return pool.actors
 
 
 def core_users(pool: RolloutPoolConfig, nodes: int, ranks: int, gpus: int) -> int:
@@ -151,7 +143,9 @@ class Site:
             node: with all its resources.
             cores_of_pool: cores of an actor if the pool were alone.
         """
-        return max(1, node.cpus // self.core_users) if self.core_users else cores_of_pool
+        if not self.core_users:
+            return cores_of_pool
+        return max(1, node.cpus // self.core_users)
 
     def devices(self, node: Node, gpus: int, ordinal: int) -> tuple[int, ...]:
         """GPUs of the `ordinal`-th actor of `node` if Ray assigns none; counted from the last GPU backwards.
@@ -167,12 +161,12 @@ class Site:
 
     def _rest(self, node: Node, reserved: Reserved) -> Node:
         """`node` with the resources that are not reserved."""
-        gpus = node.gpus if self.shares_gpus else max(0, node.gpus - reserved.gpus)
-        return replace(node, cpus=max(0, node.cpus - reserved.cpus), gpus=gpus)
+        reserved_gpus = 0 if self.shares_gpus else reserved.gpus
+        return replace(node, cpus=max(0, node.cpus - reserved.cpus), gpus=max(0, node.gpus - reserved_gpus))
 
 
 def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, device: str) -> Site:
-    """The site of a pool beside ranks.
+    """Returns the site of a pool that works beside ranks.
 
     Args:
         addresses: addresses of the nodes with ranks.
@@ -187,7 +181,7 @@ def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, devic
 
 
 def missing_places(
-    nodes: Sequence[Node], taken: Mapping[str, int], wanted: int, most_nodes: int, gpus: int
+    nodes: Sequence[Node], actors_on: Mapping[str, int], pool_size: int, most_nodes: int, gpus: int
 ) -> list[Node]:
     """Returns a node for every actor that is missing: each time the one with the fewest actors that can hold another.
 
@@ -195,21 +189,24 @@ def missing_places(
 
     Args:
         nodes: alive.
-        taken: actors by node id.
-        wanted: actors of the pool, or `AS_MANY`: as many as the chosen nodes hold.
+        actors_on: node id -> actors.
+        pool_size: actors of the pool, or `AS_MANY`: as many as the chosen nodes hold.
         most_nodes: most nodes that the pool may use.
         gpus: number of GPUs per actor, all on one node; 0: an actor takes a CPU.
     """
     # Nodes that have actors already come first, so that a pool does not spread over more nodes than it may use.
-    used = [node for node in nodes if taken.get(node.id)]
-    able = [node for node in nodes if not taken.get(node.id) and _capacity(node, wanted, gpus)]
+    used = [node for node in nodes if actors_on.get(node.id)]
+    able = [node for node in nodes if not actors_on.get(node.id) and _capacity(node, pool_size, gpus)]
     chosen = [*used, *able[: max(0, most_nodes - len(used))]]
-    actors_of = Counter({node.id: taken.get(node.id, 0) for node in chosen})
-    total = sum(_capacity(node, wanted, gpus) for node in chosen) if wanted == AS_MANY else wanted
+    actors_of = Counter({node.id: actors_on.get(node.id, 0) for node in chosen})
+    total = pool_size
+    if pool_size == AS_MANY:
+        total = sum(_capacity(node, pool_size, gpus) for node in chosen)
 
     nodes_of_new_actors = []
+    # The node with the fewest actors comes first, so that they are spread evenly.
     while sum(actors_of.values()) < total:
-        free = [node for node in chosen if actors_of[node.id] < _capacity(node, wanted, gpus)]
+        free = [node for node in chosen if actors_of[node.id] < _capacity(node, pool_size, gpus)]
         if not free:
             break
         node = min(free, key=lambda node: actors_of[node.id])
@@ -218,16 +215,19 @@ def missing_places(
     return nodes_of_new_actors
 
 
-def cores_of(node: Node, wanted: int, most_nodes: int, gpus: int) -> int:
+def cores_of(node: Node, pool_size: int, most_nodes: int, gpus: int) -> int:
     """CPU cores of an actor on `node` if the pool is alone there; for the arguments see `missing_places`."""
-    if wanted == AS_MANY:
-        return max(1, node.cpus // (node.gpus // gpus if gpus else 1))
-    actors_per_node = -(-wanted // most_nodes)
-    most_actors = node.gpus // gpus if gpus else node.cpus
-    return max(1, node.cpus // max(1, min(actors_per_node, most_actors)))
+    actors = _capacity(node, pool_size, gpus)
+    if pool_size != AS_MANY:
+        # Actors are spread over all the nodes that the pool may use.
+        actors = min(actors, -(-pool_size // most_nodes))
+    return max(1, node.cpus // max(1, actors))
 
 
-def _capacity(node: Node, wanted: int, gpus: int) -> int:
+def _capacity(node: Node, pool_size: int, gpus: int) -> int:
+    """Returns how many actors a node can hold. Without GPUs, `AS_MANY` means one, which then uses all cores."""
     if gpus:
         return node.gpus // gpus
-    return min(1, node.cpus) if wanted == AS_MANY else node.cpus
+    if pool_size == AS_MANY:
+        return min(1, node.cpus)
+    return node.cpus

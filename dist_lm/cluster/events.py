@@ -57,10 +57,14 @@ class GangFailure(RuntimeError):  # noqa: N818 - a noun of the architecture
     gpu: int | None = None  # index of the rank's GPU on its node
 
     def __str__(self) -> str:
-        node = f"node {self.node}" if self.node is not None else "all nodes"
-        node += f" ({self.host})" if self.host else ""
-        gpu = f" (GPU {self.gpu})" if self.gpu is not None else ""
-        who = f"rank {self.rank}{gpu} on {node}" if self.rank is not None else node
+        who = "all nodes"
+        if self.node is not None:
+            who = f"node {self.node}"
+        if self.host:
+            who += f" ({self.host})"
+        if self.rank is not None:
+            gpu = f" (GPU {self.gpu})" if self.gpu is not None else ""
+            who = f"rank {self.rank}{gpu} on {who}"
         return f"{who}: {self.type}: {' '.join(self.message.split())} (log: {self.log})"
 
 
@@ -129,6 +133,7 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
     In this order: an exception that is no echo of another rank's end; a rank killed by a signal without a record
     (except SIGTERM, which torchrun sends); a rank that left with an exit code; the earliest echo.
     """
+    # The record of a rank says more than its exit code.
     by_time = sorted(failures, key=lambda failure: failure.time)
     recorded_ranks = {failure.rank for failure in by_time}
     silent = sorted((rank for rank in exits if rank.rank not in recorded_ranks), key=lambda rank: rank.time)
@@ -136,22 +141,25 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
     originals = [failure for failure in by_time if not failure.is_echo]
     killed = [rank for rank in silent if rank.exit_code < 0 and rank.exit_code != -signal.SIGTERM]
     exited = [rank for rank in silent if rank.exit_code > 0]
-    candidates = [*originals, *killed, *exited, *by_time, *silent]
-    return candidates[0] if candidates else None
+    return next(iter([*originals, *killed, *exited, *by_time, *silent]), None)
 
 
 def may_be_echo(cause: RankFailure | RankExit) -> bool:
-    """Whether the loss of another rank may have caused it; NCCL's watchdog aborts a rank without a record."""
-    return cause.is_echo if isinstance(cause, RankFailure) else cause.exit_code == -signal.SIGABRT
+    """Whether the loss of another rank may have caused it."""
+    if isinstance(cause, RankFailure):
+        return cause.is_echo
+    # NCCL's watchdog aborts a rank before it can write a record.
+    return cause.exit_code == -signal.SIGABRT
 
 
 def describe_exit(exit_code: int) -> tuple[str, str]:
     """(type, message) of a process that left only an exit code."""
     if exit_code >= 0:
         return "exit", f"left with exit code {exit_code}"
-    name = signal.Signals(-exit_code).name
-    hint = "; the usual reason is lack of memory" if name == "SIGKILL" else ""
-    return "killed", f"killed by {name}{hint}"
+    message = f"killed by {signal.Signals(-exit_code).name}"
+    if -exit_code == signal.SIGKILL:
+        message += "; the usual reason is lack of memory"
+    return "killed", message
 
 
 def explain(

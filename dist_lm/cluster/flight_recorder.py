@@ -108,7 +108,7 @@ def waited_for(files: Mapping[int, Path]) -> str:
     # (backend, process group) -> the last collective of each rank
     last_calls: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for rank, file in files.items():
-        record = json.loads(file.read_bytes()) if file.exists() else {}
+        record = durable.read_json(file)
         for backend in HANDLERS.keys() & record.keys():
             for entry in record[backend].get("entries", ()):
                 if not entry["is_p2p"]:
@@ -116,6 +116,7 @@ def waited_for(files: Mapping[int, Path]) -> str:
 
     texts = []
     for _, call_of in sorted(last_calls.items()):
+        # All ranks of a group call its collectives in one order, so the one that has called fewer is behind.
         ahead = max(call_of.values(), key=_number)
         behind = sorted(rank for rank, entry in call_of.items() if _number(entry) < _number(ahead))
         if behind:

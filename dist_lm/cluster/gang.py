@@ -137,6 +137,8 @@ class Gang:
         from ray.exceptions import RayError
 
         run = RunDirectory(run.path.resolve())
+        if arguments is None:
+            arguments = (str(run.path),)
         # Records of the attempt before would be taken for the cause of the next failure.
         clear_failures(run)
         agents = crew.placement.agents
@@ -153,7 +155,7 @@ class Gang:
                         nodes=len(agents),
                         ranks_per_node=ranks_per_node,
                         module=module,
-                        arguments=(str(run.path),) if arguments is None else arguments,
+                        arguments=arguments,
                         master_address=addresses[0],
                         master_port=port,
                         address=addresses[node],
@@ -222,6 +224,7 @@ class Gang:
         self._stopped = True
         if self._status.state == "running":
             self._status = GangStatus("stopped")
+        # The nodes are freed even if an agent does not answer.
         try:
             pids_left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + STOP_S)
         finally:
@@ -324,7 +327,7 @@ class Gang:
 
     def _explain(self) -> GangFailure:
         """Returns the failure of the gang. A node that has not answered even now counts as lost."""
-        # A node that did not answer even now counts as lost.
+        # All nodes had `SETTLE_S` to answer: the failure that the others follow from may be that of a silent one.
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
         for member in self._members:
             if member.lost is None and member.silent_since is not None:

@@ -33,15 +33,15 @@ class HealthWatch:
             gpus: indices or UUIDs.
         """
         self._nvml = nvml
-        self._unread = nvml if isinstance(nvml, str) else ""
+        self._unread = ""
         self._faults: dict[str, None] = {}  # keeps the order
         self._throttled: dict[str, None] = {}
         self._gpus: dict[str, tuple[Any, Any]] = {}  # handle, set of XID events
         if isinstance(nvml, str):
+            self._unread = nvml
             return
         for gpu in gpus:
-            find = nvml.nvmlDeviceGetHandleByIndex if gpu.isdecimal() else nvml.nvmlDeviceGetHandleByUUID
-            handle = self._ask(gpu, lambda find=find, gpu=gpu: find(int(gpu) if gpu.isdecimal() else gpu))
+            handle = self._ask(gpu, lambda gpu=gpu: self._handle(gpu))
             if handle is not None:
                 self._gpus[gpu] = handle, self._ask(gpu, lambda handle=handle: self._listen(handle))
 
@@ -93,6 +93,11 @@ class HealthWatch:
             faults.append("a damaged memory row waits to be remapped: reset the GPU")
         return faults
 
+    def _handle(self, gpu: str) -> Any:
+        if gpu.isdecimal():
+            return self._nvml.nvmlDeviceGetHandleByIndex(int(gpu))
+        return self._nvml.nvmlDeviceGetHandleByUUID(gpu)
+
     def _listen(self, handle: Any) -> Any:
         # Only errors from now on count: the driver does not tell older ones.
         events = self._nvml.nvmlEventSetCreate()
@@ -101,6 +106,7 @@ class HealthWatch:
 
     def _xids(self, events: Any) -> list[int]:
         """Returns the XID errors since the last call, without those of programs; empty if the card reports none."""
+        # Events queue up at the driver; a wait of 0 ms that times out has emptied the queue.
         xids: list[int] = []
         while events is not None:
             try:

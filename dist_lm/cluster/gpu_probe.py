@@ -55,7 +55,7 @@ class Probes:
             device=device,
             cores_per_rank=1,
             interface=interface_of(address),
-            given={},
+            overrides={},
         )
 
         self._errors = [tempfile.TemporaryFile() for _ in range(count)]  # noqa: SIM115  closed by `close`
@@ -154,6 +154,7 @@ def burn(
     expected = (a.double() @ (b.double() @ v.double())).float().to(device)
     a, b, v = a.to(device, torch.bfloat16), b.to(device, torch.bfloat16), v.to(device)
 
+    # Wrong products are counted on the device: a look at each of them would keep it waiting.
     n_products = 0
     n_wrong = torch.zeros((), dtype=torch.int64, device=device)
     deadline = time.monotonic() + seconds
@@ -179,6 +180,7 @@ def all_reduce(device: "torch.device", rank: int, world: int, total: int) -> lis
     import torch
     import torch.distributed as dist
 
+    # Every part has numbers of its own, so that a wrong sum tells whose part it is.
     size = max(1, total // world)
     parts = torch.zeros(world, size, device=device)
     expected = torch.arange(size, device=device) % 1021 + torch.arange(world, device=device)[:, None]
@@ -194,6 +196,7 @@ def named_by(wrong: Mapping[int, Sequence[int]]) -> dict[int, str]:
     Args:
         wrong: answers of `all_reduce` by rank.
     """
+    # A part that most ranks see wrong was sent wrong; one that few see wrong was received wrong.
     witnesses_of = {owner: [rank for rank, owners in wrong.items() if owner in owners] for owner in wrong}
     senders = {owner for owner, witnesses in witnesses_of.items() if 2 * len(witnesses) > len(wrong)}
     receivers = {rank for owner, witnesses in witnesses_of.items() if owner not in senders for rank in witnesses}
@@ -218,8 +221,9 @@ def main() -> None:
     import torch.distributed as dist
 
     kind = sys.argv[2]
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    device, backend = torch.device(kind), "gloo"
     if kind == "cuda":
+        device, backend = torch.device(kind, int(os.environ["LOCAL_RANK"])), "nccl"
         torch.cuda.set_device(device)
 
     for line in sys.stdin:
@@ -233,7 +237,7 @@ def main() -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
             dist.init_process_group(
-                "nccl" if kind == "cuda" else "gloo",
+                backend,
                 init_method=f"tcp://{request['address']}:{request['port']}",
                 rank=rank,
                 world_size=world,

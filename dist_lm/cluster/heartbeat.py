@@ -87,15 +87,16 @@ class RankHeartbeat:
             if self._step_began is not None:
                 self._durations.append(now - self._step_began)
             self._step_began = now if phase is Phase.DATA else None
-        median = statistics.median(self._durations) if self._durations else 0.0
+        median = statistics.median(self._durations or [0.0])
         # pack_into clears the slot first, which a reader would take for a rank without any heartbeat
         self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median)
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:
     """The heartbeat that the agent set up for this process, or `Unheard` without an agent."""
-    path = environ.get(VARIABLE)
-    return RankHeartbeat(Path(path), int(environ["LOCAL_RANK"])) if path else Unheard()
+    if path := environ.get(VARIABLE):
+        return RankHeartbeat(Path(path), int(environ["LOCAL_RANK"]))
+    return Unheard()
 
 
 @dataclass(frozen=True)

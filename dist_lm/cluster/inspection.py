@@ -61,14 +61,14 @@ def inspect(
     directory: Path,
     demands: Demands,
     link_bytes: int,
-    wanted: Callable[[], bool],
+    keep_going: Callable[[], bool],
 ) -> Inspection | None:
     """Inspects nodes through their agents: facts, GPUs, links. A file in the run directory exists meanwhile.
 
     Args:
         directory: the run directory, which every node must see.
         link_bytes: sent over every link; 0: links are not measured.
-        wanted: asked between rounds of links; if it returns False the result is None.
+        keep_going: asked between rounds of links; if it returns False the result is None.
 
     Raises:
         ClusterError: an all-reduce over all nodes gives no result, though each node's own does.
@@ -96,19 +96,20 @@ def inspect(
         if reasons:
             unfit[node] = "; ".join(reasons)
 
+    # An unfit node runs no ranks in any case, and a trial of it might have to wait for its time-out.
     fit = [node for node in range(len(hosts)) if node not in unfit]
     addresses = [node.address for node in nodes]
     notes: tuple[str, ...] = ()
     throttled: dict[int, str] = {}
-    if demands.tried and fit and wanted():
+    if demands.tried and fit and keep_going():
         faults, throttled, notes = _try_gpus(agents, addresses, hosts, fit, demands)
         unfit |= faults
         fit = [node for node in fit if node not in faults]
 
     links: Links = {}
     if link_bytes and len(fit) > 1:
-        links = _measure_links(agents, addresses, fit, link_bytes, wanted)
-    if not wanted():
+        links = _measure_links(agents, addresses, fit, link_bytes, keep_going)
+    if not keep_going():
         return None
     unfit |= unreachable(links)
     rates = [rate for rate in links.values() if not isinstance(rate, str)]
@@ -263,6 +264,7 @@ def _sum_up(
     Raises:
         ClusterError: a group of several nodes gives no answer at all.
     """
+    # The ranks of a group meet at its first node.
     ports = _ask([agents[group[0]].reserve_port.remote() for group in groups], ROUND_S)
     questions = [
         agents[node].sum_up.remote(count * index, count * len(group), addresses[group[0]], port, SUM_S)
@@ -289,17 +291,17 @@ def _sum_up(
 
 
 def _measure_links(
-    agents: Sequence[Any], addresses: Sequence[str], nodes: Sequence[int], n_bytes: int, wanted: Callable[[], bool]
+    agents: Sequence[Any], addresses: Sequence[str], nodes: Sequence[int], n_bytes: int, keep_going: Callable[[], bool]
 ) -> Links:
     """Returns the links between `nodes`. In a round no node sends twice or receives twice, so that links do not share a
     NIC.
 
-    It takes as many rounds as there are other nodes. After a False of `wanted` the later links are missing.
+    It takes as many rounds as there are other nodes. After a False of `keep_going` the later links are missing.
     """
     servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
     links: dict[tuple[int, int], float | str] = {}
     for index_pairs in rounds(len(nodes)):
-        if not wanted():
+        if not keep_going():
             break
 
         # Each link of a node that nobody reaches would take a whole timeout.
@@ -329,6 +331,7 @@ def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
     import ray
     from ray.exceptions import RayError
 
+    # Each answer is noted as it comes, because its time tells how far a node's clock is off.
     answers: dict[Any, tuple[Any, float]] = {}
     deadline = time.monotonic() + timeout_s
     unanswered = list(questions)

@@ -158,10 +158,9 @@ class LinkServer:
                 if not secrets.compare_digest(stream.read(len(self.secret)), self.secret):
                     return
                 remaining = int.from_bytes(stream.read(8), "big")
-                while remaining > 0:
-                    chunk = stream.read(min(remaining, len(_CHUNK)))
-                    # No chunk: the peer has closed.
-                    remaining = remaining - len(chunk) if chunk else 0
+                # An empty chunk says that the peer has closed.
+                while remaining > 0 and (chunk := stream.read(min(remaining, len(_CHUNK)))):
+                    remaining -= len(chunk)
                 peer.sendall(b"\1")
         except OSError:  # reported by the sender
             return
@@ -228,8 +227,7 @@ class UsageMeter:
         psutil.cpu_percent()
         self._at = time.monotonic()
         self._usage: NodeUsage | None = None
-        nvml = open_nvml()
-        self._nvml = None if isinstance(nvml, str) else nvml
+        self._nvml = open_nvml()
 
     def read(self) -> NodeUsage | None:
         """The newest measurement; None until `USAGE_EVERY_S` have passed."""
@@ -242,7 +240,7 @@ class UsageMeter:
 
     def _gpus(self) -> tuple[GpuUsage, ...]:
         """Returns the usage of each GPU; empty without NVML. GPUs that cannot be read are left out."""
-        if self._nvml is None:
+        if isinstance(self._nvml, str):
             return ()
         usages = []
         for index in range(self._nvml.nvmlDeviceGetCount()):

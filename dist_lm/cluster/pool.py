@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.5  # between two calls of `wanted`
+SLICE_S = 0.5  # between two calls of `keep_going`
 LOOK_EVERY_S = 2.0  # between two queries of the living nodes
 OTHERS_S = 5.0  # wait for the other actors at the start, once the first one is up
 ENGINEFULS = 2  # work sent to an actor, in engine capacities: one in progress, one waiting
@@ -57,7 +57,7 @@ class Pool:
         spec: EngineSpec,
         weights: Weights,
         actors: int,
-        wanted: Callable[[], bool],
+        keep_going: Callable[[], bool],
         warn: Callable[[str], None],
         site: Site,
         sender: "Sender | None",
@@ -67,10 +67,11 @@ class Pool:
         self._spec = spec
         self._weights = weights
         self._actors = actors
-        self._wanted = wanted
+        self._keep_going = keep_going
         self._warn = warn
         self._site = site
         self._sender = sender
+
         self._name = f"pool-{secrets.token_hex(8)}"  # prefix of the names of its reservations
         self._members: dict[int, Member] = {}  # number, the ledger's lane -> actor
         self._next_member = 0
@@ -88,7 +89,7 @@ class Pool:
         *,
         version: int = 0,
         actors: int = AS_MANY,
-        wanted: Callable[[], bool] = lambda: True,
+        keep_going: Callable[[], bool] = lambda: True,
         warn: Callable[[str], None] = log.warning,
         site: Site = ANYWHERE,
         sender: "Sender | None" = None,
@@ -101,7 +102,7 @@ class Pool:
             weights: float arrays by the names of the model's parameters, or a stream of parameters; sent in spec.dtype.
             version: version of `weights`.
             actors: how many; -1: one for each spec.tp GPUs of a node, or one per node without GPUs.
-            wanted: asked while waiting; if it returns False the pool stops without an error.
+            keep_going: asked while waiting; if it returns False the pool stops without an error.
             warn: receives a line for each lost actor or node.
             site: the part of the cluster that it may use.
             sender: sends later weights straight to actors; None: through Ray's object store.
@@ -112,7 +113,7 @@ class Pool:
             UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
         """
         check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
-        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, wanted, warn, site, sender)
+        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, keep_going, warn, site, sender)
         try:
             pool._await_start()
         except BaseException:
@@ -128,7 +129,7 @@ class Pool:
     def load_weights(self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int) -> None:
         """Uses other weights from now on, in all present and future actors, and waits until all actors have them.
 
-        If `wanted` returns False it returns early, without an error.
+        If `keep_going` returns False it returns early, without an error.
 
         Raises:
             RuntimeError: a `generate` call is under way.
@@ -139,7 +140,7 @@ class Pool:
         if self._ledger:
             raise RuntimeError("weights cannot change during `generate`: finish or close it first")
         self._weights = Weights(self._sent(weights, version), version)
-        while self._wanted():
+        while self._keep_going():
             self._tend()
             if self.members and all(member.next_version == version for member in self.members):
                 return
@@ -148,7 +149,7 @@ class Pool:
     def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
         """Yields all answers to every request, or one refusal; the results of a request come together, once complete.
 
-        If `wanted` returns False, or the caller leaves early, the rest is cancelled.
+        If `keep_going` returns False, or the caller leaves early, the rest is cancelled.
 
         Raises:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
@@ -162,7 +163,7 @@ class Pool:
         ledger = self._ledger = Ledger(iter(requests), depth)
 
         try:
-            while not ledger.is_over and self._wanted():
+            while not ledger.is_over and self._keep_going():
                 self._tend()
                 self._hand_out(ledger)
                 yield from ledger.release()
@@ -191,12 +192,12 @@ class Pool:
 
         # Actors that still load the version before cannot receive another one.
         self._tend()
-        while self._wanted() and any(member.next_version != member.version for member in self.members):
+        while self._keep_going() and any(member.next_version != member.version for member in self.members):
             self._wait()
             self._tend()
         idle = [member for member in self.members if member.is_ready]
-        stream = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
-        return self._sender.send(stream, version, idle, self._wanted, self._warn)
+        stream = _stream(self._spec, weights)  # type: ignore[arg-type]
+        return self._sender.send(stream, version, idle, self._keep_going, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
         """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
@@ -224,7 +225,7 @@ class Pool:
         self.close()
 
     def _await_start(self) -> None:
-        """Waits until an actor is up, and then up to `OTHERS_S` for the others; returns early if `wanted` returns
+        """Waits until an actor is up, and then up to `OTHERS_S` for the others; returns early if `keep_going` returns
         False.
 
         Raises:
@@ -233,14 +234,12 @@ class Pool:
         """
         config = self._cluster.config
         first_up_at: float | None = None
-        while self._wanted():
+        while self._keep_going():
             self._tend(config.start_timeout_s)
-            n_up = len(self.members)
-            if n_up and first_up_at is None:
-                first_up_at = time.monotonic()
-            if first_up_at is not None and n_up:
-                all_up = n_up == len(self._members)
-                if all_up or time.monotonic() - first_up_at > OTHERS_S:
+            # Work can begin on one actor, so the others are not waited for much longer.
+            if n_up := len(self.members):
+                first_up_at = first_up_at or time.monotonic()
+                if n_up == len(self._members) or time.monotonic() - first_up_at > OTHERS_S:
                     return
             self._wait()
 
@@ -263,7 +262,7 @@ class Pool:
             except MemberLostError as lost:
                 self._replace(number, str(lost))
                 continue
-            if report and self._ledger and self._ledger.report(number, report.done, report.tokens_in_flight):
+            if report and self._ledger and self._ledger.report(number, report.finished, report.tokens_in_flight):
                 self._failures = 0
             if member.is_ready and member.next_version != self._weights.version:
                 member.load(self._weights)
@@ -291,6 +290,7 @@ class Pool:
         nodes = self._cluster.nodes()
         node_of = {node.id: node for node in nodes}
         for number, member in list(self._members.items()):
+            # A lost node says nothing against the requests that its actor worked on.
             if member.node.id not in node_of:
                 self._warn(f"generation: node {member.node.address} is gone; continuing without it")
                 self._leave(number, blamed=False)
@@ -347,6 +347,7 @@ class Pool:
 
     def _hand_out(self, ledger: Ledger) -> None:
         """Deals requests to actors with the present weights, and begins a slice of work on each that has some."""
+        # All answers of a call must be of one version, so an actor that still loads it gets no work.
         ready = {
             number: member
             for number, member in self._members.items()

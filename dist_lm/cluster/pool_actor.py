@@ -16,7 +16,7 @@ import torch
 
 from dist_lm.cluster.node_facts import VISIBLE
 from dist_lm.cluster.pool_weights import Place, Stored, gpu_of, read
-from dist_lm.cluster.ray_cluster import Node, first_line, last_line
+from dist_lm.cluster.ray_cluster import Node, bundle_of, first_line, last_line
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -55,7 +55,7 @@ class EngineSpec:
 class WorkReport:
     """Result of a slice of work."""
 
-    done: list[Answer | Refusal]
+    finished: list[Answer | Refusal]
     tokens_in_flight: int
 
 
@@ -262,8 +262,9 @@ class Member:
         self._cores = cores
         self._gpus = gpus
         self._devices = devices
+        # The place outlives its actor, so that another one can start there.
         self._group = placement_group(
-            [{"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})],
+            [bundle_of(gpus)],
             strategy="SPREAD",
             name=name,
             bundle_label_selector=[{"ray.io/node-id": node.id}],
@@ -291,7 +292,7 @@ class Member:
     def open_call(self) -> Any:
         """The Ray reference of the call that ends next; None without one."""
         call = self._loading or self._working
-        return call[0] if call else None
+        return call and call[0]
 
     def start(self, weights: Weights) -> None:
         """Starts an actor, for the first time or in place of a dead one, and begins to load `weights`; does not
@@ -302,6 +303,7 @@ class Member:
         remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(PoolActor)
         strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
         self._actor = remote.options(scheduling_strategy=strategy).remote(self._spec, self._cores, self._devices)
+        # Calls of a dead actor get no answer.
         self.version = self._working = None
         self.load(weights)
 

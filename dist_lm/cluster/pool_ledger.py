@@ -170,6 +170,7 @@ class Ledger:
         work.reported = tokens
         n_complete = 0
         for result in results:
+            # Actors see ticket numbers; the caller's id comes back here.
             ticket = work.sent[int(result.request)]
             named = replace(result, request=ticket.request.id)
             complete: list[Result] | None = None

@@ -6,19 +6,18 @@ all actors that lack it. So an actor that dies delays a push, and never ends it.
 """
 
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from concurrent.futures import wait
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dist_lm.cluster.pool_actor import Member
-from dist_lm.cluster.pool_weights import IPC, RAY, Place, Stored, push_way, store
+from dist_lm.cluster.pool_weights import IPC, RAY, Place, Stored, choose_transport, store
 from dist_lm.cluster.push_link import (
     FAILURES,
     HOST,
@@ -33,6 +32,7 @@ from dist_lm.cluster.push_link import (
     unpacked,
     wait_for_copies,
 )
+from dist_lm.cluster.ray_cluster import in_thread
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import parameter_count
@@ -60,7 +60,7 @@ class Held:
 class Link:
     """The sender's end of a link: to all actors of a broadcast, or to one actor that shares its GPU."""
 
-    way: str
+    transport: str
     members: Sequence[Member]
     pids: tuple[int, ...]
     name: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -83,34 +83,26 @@ class Link:
         """
         if self.group:
             return
-        if self.way == IPC:
+        if self.transport == IPC:
             device, address = HOST, "127.0.0.1"
-        outcome: list[Group | Exception] = []
 
-        def work() -> None:
-            try:
-                outcome.append(Group(self.name, SENDER, 1 + len(self.members), device, address, patience_s, store))
-            except Exception as error:
-                outcome.append(error)
+        # NCCL waits without a limit for an actor that is lost now; the thread is left to it.
+        size = 1 + len(self.members)
+        group = in_thread(partial(Group, self.name, SENDER, size, device, address, patience_s, store), "push")
 
-        # NCCL waits without a limit for an actor that is lost now; the thread is left to it
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
         # Meanwhile this process shows signs of life, and sees whether an actor has given up.
         until = time.monotonic() + patience_s
-        while thread.is_alive():
+        while not group.done():
             alive()
             if time.monotonic() > until:
                 raise LinkError(f"not connected within {patience_s:g} s")
-            thread.join(LOOK_EVERY_S / 10)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        self.group = outcome[0]
+            wait([group], LOOK_EVERY_S / 10)
+        self.group = group.result()
 
     def give(self, bucket: torch.Tensor, alive: Alive) -> None:
         """Send a full bucket, and wait until it may change."""
         assert self.group
-        if self.way == IPC:
+        if self.transport == IPC:
             flag = torch.zeros(1)
             self.group.broadcast(flag, SENDER, alive)
             self.group.broadcast(flag, 1, alive)
@@ -132,7 +124,7 @@ class Sender:
         config: ModelConfig,
         dtype: torch.dtype,
         device: torch.device,
-        way: Callable[[Place], str],
+        transport_to: Callable[[Place], str],
         address: str,
         patience_s: float,
         bucket_bytes: int = BUCKET_BYTES,
@@ -141,7 +133,7 @@ class Sender:
         """
         Args:
             device: holds the weights in this process.
-            way: gives the way to an actor whose weights are at a place, see `push_way`.
+            transport_to: gives the transport to an actor whose weights are at a place, see `choose_transport`.
             address: this node's.
             patience_s: longest time for actors to join and to take a bucket.
             store: makes the store through which groups find their members.
@@ -149,14 +141,14 @@ class Sender:
         self._config = config
         self._dtype = dtype
         self._device = device
-        self._way = way
+        self._transport_to = transport_to
         self._join = (device, address, patience_s, store)
         self._patience_s = patience_s
         self._bucket_bytes = min(bucket_bytes, dtype.itemsize * parameter_count(config))
         self._bucket: SharedBucket | None = None
         self._links: list[Link] = []
         self._failures = 0
-        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
     def is_on(self) -> bool:
@@ -174,7 +166,7 @@ class Sender:
         weights: WeightStream | Held,
         version: int,
         members: Sequence[Member],
-        wanted: Callable[[], bool],
+        keep_going: Callable[[], bool],
         warn: Callable[[str], None],
     ) -> Held | Stored:
         """Sends a version to the actors that a link reaches, and keeps it. Their calls may still be open at the end.
@@ -183,7 +175,7 @@ class Sender:
 
         Args:
             members: actors that are up and have no work.
-            wanted: called at least every `LOOK_EVERY_S` seconds.
+            keep_going: called at least every `LOOK_EVERY_S` seconds.
             warn: receives a line if a link fails; its actors then lack the version.
 
         Raises:
@@ -198,7 +190,7 @@ class Sender:
         def attempt(step: Callable[[Link, Alive], None]) -> None:
             for link in self._links:
                 try:
-                    step(link, _watch(link, wanted))
+                    step(link, _watch(link, keep_going))
                 except FAILURES as error:
                     self._fail(link, version, error, warn)
                     return
@@ -207,12 +199,16 @@ class Sender:
         for link in self._links:
             self._offer(link, version)
         attempt(lambda link, alive: link.join(*self._join, alive))
-        with torch.cuda.stream(self._beside) if isinstance(weights, Held) and self._beside else nullcontext():
+        # A held version lies in host memory, so its copies need not wait for what the device computes.
+        stream = None
+        if isinstance(weights, Held):
+            stream = self._copy_stream
+        with torch.cuda.stream(stream):
             for full in self._filled(weights, bucket.bucket):
                 if not isinstance(weights, Held):
                     kept_buckets.append(self._on_host(len(full)).copy_(full, non_blocking=True))
                 wait_for_copies(self._device)
-                wanted()
+                keep_going()
                 attempt(lambda link, alive, full=full: link.give(full, alive))
         if self._links:
             self._failures = 0
@@ -232,18 +228,18 @@ class Sender:
         groups: dict[tuple[str, int], list[Member]] = {}
         for member in members:
             assert member.place
-            way = self._way(member.place)
-            if way != RAY and self.is_on:
-                groups.setdefault((way, member.pid if way == IPC else 0), []).append(member)
+            transport = self._transport_to(member.place)
+            if transport != RAY and self.is_on:
+                groups.setdefault((transport, member.pid if transport == IPC else 0), []).append(member)
 
         # A group of processes cannot change its members: a link is kept only if it has the same ones.
-        old_links = {(link.way, link.pids): link for link in self._links}
+        old_links = {(link.transport, link.pids): link for link in self._links}
         for key in [key for key, link in old_links.items() if any(member.left for member in link.members)]:
             old_links.pop(key).close()
         links = []
-        for (way, _), group in groups.items():
+        for (transport, _), group in groups.items():
             pids = tuple(member.pid for member in group)
-            links.append(old_links.pop((way, pids), None) or Link(way, group, pids))
+            links.append(old_links.pop((transport, pids), None) or Link(transport, group, pids))
         for link in old_links.values():
             link.close()
         self._links = links
@@ -251,9 +247,9 @@ class Sender:
     def _offer(self, link: Link, version: int) -> None:
         assert self._bucket
         for rank, member in enumerate(link.members, 1):
-            handle = self._bucket.handle() if link.way == IPC and not link.group else ()
+            handle = self._bucket.handle() if link.transport == IPC and not link.group else ()
             size = 1 + len(link.members)
-            offer = Offer(link.way, link.name, rank, size, self._bucket_bytes, self._patience_s, handle)
+            offer = Offer(link.transport, link.name, rank, size, self._bucket_bytes, self._patience_s, handle)
             member.receive(offer, version)
 
     def _filled(self, weights: WeightStream | Held, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -276,11 +272,13 @@ class Sender:
                 member.forget_push()
         self.close()
         names = ", ".join(map(str, failed.members))
-        after = "" if self.is_on else f"; this was the failure {MOST_FAILURES} in a row, so later ones go there too"
-        warn(f"generation: {failed.way} of weights {version} to {names}: {error}; they go through Ray's store{after}")
+        rest = "they go through Ray's store"
+        if not self.is_on:
+            rest += f"; this was the failure {MOST_FAILURES} in a row, so later ones go there too"
+        warn(f"generation: {failed.transport} of weights {version} to {names}: {error}; {rest}")
 
 
-def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
+def _watch(link: Link, keep_going: Callable[[], bool]) -> Alive:
     """Returns a function that keeps this process alive, and raises LinkError if an actor of the link has given up."""
     looked_at = time.monotonic()
 
@@ -289,7 +287,7 @@ def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
         if time.monotonic() - looked_at < LOOK_EVERY_S:
             return
         looked_at = time.monotonic()
-        wanted()
+        keep_going()
         for member in link.members:
             if reason := member.why_not():
                 raise LinkError(reason)
@@ -312,4 +310,8 @@ def sender_for(
     node_id = ray.get_runtime_context().get_node_id()
     (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == node_id]
     sender_place = Place.of(node_id, device)
-    return Sender(config, dtype, device, lambda actor: push_way(push, sender_place, actor, tp), address, patience_s)
+
+    def transport_to(actor: Place) -> str:
+        return choose_transport(push, sender_place, actor, tp)
+
+    return Sender(config, dtype, device, transport_to, address, patience_s)

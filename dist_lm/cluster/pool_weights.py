@@ -1,4 +1,4 @@
-"""Weights of a pool on their way to its actors: the choice of a way, and the way through Ray's object store.
+"""Weights of a pool for its actors: the choice of a transport, and the transport through Ray's object store.
 
 A stream of parameters becomes chunks in Ray's object store, so the sender holds one chunk and one parameter at a time.
 The pool tells its actors about a version only when all its chunks are stored. Actors read them one by one.
@@ -20,7 +20,7 @@ from dist_lm.model.size import parameter_shapes
 CHUNK_BYTES = 16 << 20  # smaller parameters are stored together; a larger one is a chunk of its own
 LARGEST_SHARE = 8  # a chunk of several parameters is at most this part of the largest one
 
-RAY, BROADCAST, IPC = "ray", "broadcast", "ipc"  # ways of a push; see `push_link`
+RAY, BROADCAST, IPC = "ray", "broadcast", "ipc"  # transports of a push; see `push_link`
 
 Chunk = Mapping[str, np.ndarray]
 """Parameters by name; bf16 and fp16 as the int16 with the same bits."""
@@ -44,14 +44,14 @@ def gpu_of(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
-def push_way(push: str, sender: Place, actor: Place, tp: int = 1) -> str:
+def choose_transport(push: str, sender: Place, actor: Place, tp: int = 1) -> str:
     """Returns how new weights reach an actor: RAY, BROADCAST or IPC.
 
     Args:
         push: rlhf.pool.push.
         tp: GPUs of the actor's engine; the first one is at `actor`.
     """
-    # A direct way needs both ends on GPUs or both in host memory; auto takes it only between GPUs.
+    # A direct transport needs both ends on GPUs or both in host memory; auto takes it only between GPUs.
     same_kind = bool(sender.gpu) == bool(actor.gpu)
     is_direct = push == PUSH_DIRECT or (push == PUSH_AUTO and bool(sender.gpu))
     if not same_kind or not is_direct:

@@ -49,7 +49,7 @@ class LinkError(RuntimeError):
 class Offer:
     """A version for one actor: how it is sent, and where."""
 
-    way: str  # BROADCAST | IPC
+    transport: str  # BROADCAST | IPC
     group: str  # name; an actor that has joined it keeps it
     rank: int  # the actor's, in the group
     size: int
@@ -82,6 +82,7 @@ def packed(
         if (name, tuple(weight.shape)) != expected:
             raise ArtefactError(f"weights: {name} has shape {tuple(weight.shape)}, expected (name, shape) {expected}")
 
+        # Bytes, so that a bucket may end in the middle of a parameter.
         source = weight.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
         while len(source):
             if n_used == len(target):
@@ -164,8 +165,12 @@ def _handle_of(file: int) -> tuple[str, str]:
 def opened(handle: tuple[Any, ...], size: int, device: torch.device) -> torch.Tensor:
     """Returns the bucket of another process, in place, as uint8 of `size`.
 
+    Args:
+        handle: `SharedBucket.handle` of the other process.
+
     Raises:
-        LinkError: it is closed.
+        LinkError: the other process has closed the bucket, or has ended (without GPUs).
+        RuntimeError: CUDA cannot open the memory.
     """
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -306,12 +311,16 @@ class Receiver:
         Args:
             device: holds the engine's weights.
             address: this node's.
+
+        Raises:
+            LinkError: the other members of the group do not come in time.
+            RuntimeError: a member is lost, or see `opened`.
         """
         self.offer = offer
         self._device = device
         self._shared: torch.Tensor | None = None
         group_device = device
-        if offer.way == IPC:
+        if offer.transport == IPC:
             self._shared = opened(offer.handle, offer.bucket_bytes, device)
             group_device, address = HOST, "127.0.0.1"
         self._group = Group(offer.group, offer.rank, offer.size, group_device, address, offer.patience_s, **store)
@@ -328,8 +337,10 @@ class Receiver:
         if bucket is None:
             bucket = torch.empty(self.offer.bucket_bytes, dtype=torch.uint8, device=self._device)
         for size in sizes_of(config, dtype, self.offer.bucket_bytes):
+            # A broadcast brings the bytes; with ipc they are in the sender's bucket, and a flag says so.
             self._group.broadcast(flag if self._shared is not None else bucket[:size], SENDER)
             yield bucket[:size]
+            # With ipc the sender waits until its bucket is free again.
             if self._shared is not None:
                 wait_for_copies(self._device)
                 self._group.broadcast(flag, self.offer.rank)

@@ -14,10 +14,11 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import UserError
@@ -38,6 +39,8 @@ LONGEST_REASON = 300  # characters of a Ray error in a message; some fill a scre
 PRIVATE_END_S = 30.0
 PRIVATE_PATIENCE = 3  # times the usual timeout: our own head has answered, so only a busy machine delays it
 
+Outcome = TypeVar("Outcome")
+
 
 class ClusterError(UserError):
     """The cluster cannot be reached, refuses the connection, or lacks the requested nodes."""
@@ -51,6 +54,14 @@ class Node:
     address: str
     cpus: int
     gpus: int
+
+
+def bundle_of(gpus: int) -> dict[str, float]:
+    """Returns what an agent or an actor reserves on its node: one CPU, which keeps two of them apart, and its GPUs."""
+    bundle = {"CPU": 1.0}
+    if gpus:
+        bundle["GPU"] = float(gpus)
+    return bundle
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,10 @@ def reason_of(error: BaseException) -> str:
     """Why a call of an actor failed: the exception that its code raised, or what happened to the actor."""
     from ray.exceptions import RayTaskError
 
-    return last_line(error) if isinstance(error, RayTaskError) else first_line(error)
+    # A failed task ends with its exception; the death of an actor begins with its reason.
+    if isinstance(error, RayTaskError):
+        return last_line(error)
+    return first_line(error)
 
 
 def check_token_file(key: str, path: str) -> None:
@@ -243,7 +257,7 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
             ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **node_address)
 
         try:
-            _within(config.connect_timeout_s, init)
+            in_thread(init, "ray-init").result(config.connect_timeout_s)
         except TimeoutError:
             raise ClusterError(
                 f"cluster.address={config.address}: the port answers, but the connection was not accepted within "
@@ -332,27 +346,17 @@ def environment(changes: Mapping[str, str], removed: tuple[str, ...] = ()) -> It
                 os.environ[name] = value
 
 
-def _within(seconds: float, call: Callable[[], None]) -> None:
-    """Runs `call` in a thread, waits at most `seconds`, and raises its exception here.
-
-    Raises:
-        TimeoutError: the call has not returned; its thread keeps running.
+def in_thread(call: Callable[[], Outcome], name: str) -> Future[Outcome]:
+    """Begins `call` in a thread of its own and returns its outcome to come. The thread of a call that never returns
+    does not keep the process from ending.
     """
-    # A list, since a thread cannot return: empty while the call runs.
-    outcome: list[BaseException | None] = []
+    outcome: Future[Outcome] = Future()
 
     def work() -> None:
         try:
-            call()
-        except BaseException as error:  # raised again by the caller
-            outcome.append(error)
-        else:
-            outcome.append(None)
+            outcome.set_result(call())
+        except BaseException as error:  # raised again by `outcome.result`
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, name="ray-init", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError
-    if outcome[0] is not None:
-        raise outcome[0]
+    threading.Thread(target=work, name=name, daemon=True).start()
+    return outcome

@@ -258,6 +258,7 @@ def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[st
         # A Ray that was well for a while has not failed to start.
         was_healthy = time.monotonic() - started > HEALTHY_S
         failures = 1 if was_healthy else failures + 1
+        # A refused connection is an answer of the head's machine: nothing listens there any more.
         if isinstance(head.error(), ConnectionRefusedError):
             raise SystemExit(f"error: --head={head}: the head is gone; this worker leaves")
         if failures == MAX_FAILURES:
@@ -274,6 +275,7 @@ def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: 
         refused_since: float | None = None
         while not stop.requested:
             if death := ray.death():
+                # Ray may have died of the same TERM that is about to stop this node.
                 stop.pause(SAME_SIGNAL_S)
                 if stop.requested:
                     return None

@@ -9,11 +9,11 @@ from typing import Any
 
 from dist_lm.cluster.agent import NodeAgent
 from dist_lm.cluster.inspection import Demands, Inspection, inspect
-from dist_lm.cluster.ray_cluster import ClusterError, Node, RayCluster, last_line
+from dist_lm.cluster.ray_cluster import ClusterError, Node, RayCluster, bundle_of, last_line
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.5  # between two calls of `wanted`
+SLICE_S = 0.5  # between two calls of `keep_going`
 SPARE_S = 10.0  # wait for a node in place of a slow one
 STARTS = 3  # attempts at starting agents
 
@@ -72,18 +72,18 @@ def recruit(
     demands: Demands,
     timeout_s: float,
     avoid: Collection[str] = (),
-    wanted: Callable[[], bool] = lambda: True,
+    keep_going: Callable[[], bool] = lambda: True,
     warn: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Crew | None:
-    """Finds `nodes` nodes that pass inspection; the caller releases them. None if `wanted` returned False.
+    """Finds `nodes` nodes that pass inspection; the caller releases them. None if `keep_going` returned False.
 
     An unfit node is named, and left out if another can replace it. A slow one is kept if no other is free.
 
     Args:
         directory: the run directory.
         avoid: addresses of nodes to use only if there are not enough others.
-        wanted: asked while waiting.
+        keep_going: asked while waiting.
         warn: receives a line for each node that is left out.
         note: receives what could not be inspected.
 
@@ -110,7 +110,9 @@ def recruit(
         if slow_ids:
             wait_s = min(wait_s, SPARE_S)
         try:
-            placement = place(cluster, nodes, gpus_per_node, without=excluded_ids, timeout_s=wait_s, wanted=wanted)
+            placement = place(
+                cluster, nodes, gpus_per_node, without=excluded_ids, timeout_s=wait_s, keep_going=keep_going
+            )
         except NoNodesError as error:
             if slow_ids:
                 tolerated_ids |= slow_ids
@@ -132,7 +134,7 @@ def recruit(
 
         link_bytes = cluster.config.link_check_mib << 20
         try:
-            inspection = inspect(placement.agents, placement.nodes, directory, demands, link_bytes, wanted)
+            inspection = inspect(placement.agents, placement.nodes, directory, demands, link_bytes, keep_going)
         except BaseException:
             placement.release()
             raise
@@ -192,7 +194,7 @@ def place(
     *,
     without: Collection[str],
     timeout_s: float,
-    wanted: Callable[[], bool],
+    keep_going: Callable[[], bool],
 ) -> Placement | None:
     """Reserve `nodes` nodes and start an agent on each.
 
@@ -202,7 +204,7 @@ def place(
         gpus_per_node: GPUs to reserve on each node.
         without: ids of nodes that must not be used.
         timeout_s: until the nodes are free; the agents may take cluster.start_timeout_s more to start.
-        wanted: asked while waiting; if it returns False the result is None.
+        keep_going: asked while waiting; if it returns False the result is None.
 
     Raises:
         NoNodesError: fewer free nodes within `timeout_s`.
@@ -214,7 +216,7 @@ def place(
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     # Ray places the agents by itself as soon as the nodes are free, one on each node.
-    bundle = {"CPU": 1.0} | ({"GPU": float(gpus_per_node)} if gpus_per_node else {})
+    bundle = bundle_of(gpus_per_node)
     selector = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else {}
     group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
     remote = ray.remote(num_cpus=1, num_gpus=gpus_per_node, max_restarts=0, max_task_retries=0)(NodeAgent)
@@ -229,11 +231,11 @@ def place(
 
     placement = Placement(group, agents, ())
     try:
-        reserved = _wait([group.ready()], timeout_s, wanted)
+        reserved = _wait([group.ready()], timeout_s, keep_going)
         if reserved is False:
             raise NoNodesError(_shortage(cluster, nodes, bundle, len(without), timeout_s))
         ready = [agent.ready.remote() for agent in agents]
-        started = reserved and _wait(ready, cluster.config.start_timeout_s, wanted)
+        started = reserved and _wait(ready, cluster.config.start_timeout_s, keep_going)
         if started is None:
             placement.release()
             return None
@@ -259,13 +261,13 @@ def place(
     return Placement(group, [agents[i] for i in by_address], [node_of[id_of_bundle[i]] for i in by_address])
 
 
-def _wait(references: Sequence[Any], timeout_s: float, wanted: Callable[[], bool]) -> bool | None:
-    """Returns whether all `references` are ready within `timeout_s`; None if `wanted` returned False."""
+def _wait(references: Sequence[Any], timeout_s: float, keep_going: Callable[[], bool]) -> bool | None:
+    """Returns whether all `references` are ready within `timeout_s`; None if `keep_going` returned False."""
     import ray
 
     deadline = time.monotonic() + timeout_s
     while len(ray.wait(list(references), num_returns=len(references), timeout=SLICE_S)[0]) < len(references):
-        if not wanted():
+        if not keep_going():
             return None
         if time.monotonic() > deadline:
             return False

@@ -116,6 +116,7 @@ class ClusterSandboxes:
 
     def __enter__(self) -> Self:
         """Raises: SandboxError: no sandbox on this node."""
+        # This node is the first one, by which `_ended` knows it.
         local_pool = self._local_pool.__enter__()
         self._nodes.append(SandboxNode("this node", local_pool.submit, local_pool.workers))
         self._start_actors()

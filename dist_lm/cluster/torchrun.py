@@ -48,7 +48,7 @@ def rank_environment(
     device: str,
     cores_per_rank: int,
     interface: str | None,
-    given: Mapping[str, str],
+    overrides: Mapping[str, str],
 ) -> dict[str, str]:
     """Returns the environment of torchrun and the ranks of a node: `environ` without secrets, and our settings.
 
@@ -58,7 +58,7 @@ def rank_environment(
         mark: names the gang in the environment; its processes are found by it.
         logs: folder of the run's logs.
         interface: network interface for messages between ranks; None: gloo and NCCL choose.
-        given: overrides everything else.
+        overrides: replace everything else.
     """
     ours = {
         process.MARK: mark,
@@ -78,7 +78,7 @@ def rank_environment(
         if interface != LOOPBACK:
             # TCP only: NCCL still uses every InfiniBand port
             defaults["NCCL_SOCKET_IFNAME"] = f"={interface}"
-    return defaults | without_secrets(environ) | ours | dict(given)
+    return defaults | without_secrets(environ) | ours | dict(overrides)
 
 
 def interface_of(address: str) -> str | None:
@@ -119,7 +119,7 @@ def complete_environment(environ: Mapping[str, str]) -> dict[str, str] | None:
         device="cuda" if local_gpus() else "cpu",
         cores_per_rank=process.cores() // ranks,
         interface=LOOPBACK if nodes == 1 else interface_towards(address),
-        given={},
+        overrides={},
     )
 
 

@@ -1,10 +1,13 @@
-"""The conf group `cluster`: where ranks run, timeouts, and restarts after failures."""
+"""The conf groups `cluster` and `hardware`: where ranks run, timeouts and restarts, and what the machines can do."""
 
+import os
 from dataclasses import dataclass
 
 from omegaconf import MISSING
 
 from dist_lm.errors import require
+
+CPU_RANKS = 2  # they run every code path of several ranks; more would only divide the same cores
 
 
 @dataclass
@@ -36,26 +39,14 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         require(self.name in ("local", "ray"), "cluster.name", self.name, "local or ray")
-        require(
-            self.name == "local" or bool(self.address),
-            "cluster.address",
-            self.address,
-            "host:port of a running Ray head when cluster=ray",
-        )
+        is_reachable = self.name == "local" or bool(self.address)
+        require(is_reachable, "cluster.address", self.address, "host:port of a running Ray head when cluster=ray")
 
+        ranks, accepted = self.ranks_per_node, "a positive integer, or -1 for one for each GPU"
         require(self.nodes > 0, "cluster.nodes", self.nodes, "a positive integer")
-        require(
-            self.ranks_per_node == -1 or self.ranks_per_node > 0,
-            "cluster.ranks_per_node",
-            self.ranks_per_node,
-            "a positive integer, or -1 for one for each GPU",
-        )
-        require(
-            self.min_nodes == -1 or 0 < self.min_nodes <= self.nodes,
-            "cluster.min_nodes",
-            self.min_nodes,
-            f"1 to cluster.nodes={self.nodes}, or -1 for cluster.nodes",
-        )
+        require(ranks == -1 or ranks > 0, "cluster.ranks_per_node", ranks, accepted)
+        fewest, accepted = self.min_nodes, f"1 to cluster.nodes={self.nodes}, or -1 for cluster.nodes"
+        require(fewest == -1 or 0 < fewest <= self.nodes, "cluster.min_nodes", fewest, accepted)
 
         # Without these waits nothing could start or stop; the others may be 0, which turns them off.
         for key in ("connect_timeout_s", "start_timeout_s", "stop_timeout_s", "max_clock_skew_s"):
@@ -66,3 +57,40 @@ class ClusterConfig:
             require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "0 or more")
         for key in ("gpu_check_s", "link_check_mib", "min_link_ratio"):
             require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "0 or more")
+
+    def ranks_of_node(self, gpus: int) -> int:
+        """Returns `ranks_per_node`; if that is -1, one for each of `gpus`, or without GPUs 2 (1 on a single core)."""
+        if self.ranks_per_node != -1:
+            return self.ranks_per_node
+        return gpus or min(CPU_RANKS, os.cpu_count() or 1)
+
+
+@dataclass
+class HardwareConfig:
+    """The hardware of a rank, for the dry run, parallel=auto and perf/mfu. The defaults are hardware=cpu."""
+
+    name: str = "cpu"  # a file of conf/hardware; for GPUs a part of the driver's name of the card
+    device: str = "cpu"  # cuda | cpu
+    bf16_tflops: float = 0.2  # dense matrix products on one device
+    fp32_tflops: float = 0.083
+    attainable: float = 0.9  # share of these figures that large matrix products reach
+    memory_gib: float = 8.0  # memory of one device
+    memory_gb_s: float = 12.0  # bandwidth of that memory, 1e9 bytes/s
+    devices_per_node: int = 2
+    intra_node_gb_s: float = 0.5  # bandwidth of a device inside its node, 1e9 bytes/s, one direction
+    intra_node_us: float = 200.0  # latency of a message
+    inter_node_gb_s: float = 0.5  # bandwidth of a device to other nodes
+    inter_node_us: float = 300.0
+    overlap: float = 0.0  # share of the data axes' messages that overlaps computation
+
+    def __post_init__(self) -> None:
+        require(self.device in ("cuda", "cpu"), "hardware.device", self.device, "cuda or cpu")
+        require(self.devices_per_node > 0, "hardware.devices_per_node", self.devices_per_node, "a positive integer")
+
+        for name in ("bf16_tflops", "fp32_tflops", "memory_gib", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"):
+            require(getattr(self, name) > 0, f"hardware.{name}", getattr(self, name), "a positive number")
+        for name in ("intra_node_us", "inter_node_us"):
+            require(getattr(self, name) >= 0, f"hardware.{name}", getattr(self, name), "microseconds, >= 0")
+
+        require(0 < self.attainable <= 1, "hardware.attainable", self.attainable, "in (0, 1]")
+        require(0 <= self.overlap <= 1, "hardware.overlap", self.overlap, "in [0, 1]")

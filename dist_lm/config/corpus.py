@@ -80,10 +80,11 @@ class SourceConfig:
     only: list[str] = field(default_factory=list)  # languages that are kept; none: all
 
     def __post_init__(self) -> None:
+        paths = []
         if isinstance(self.path, list | tuple):
             paths = [*self.path]
-        else:
-            paths = [] if self.path in (None, "") else [self.path]
+        elif self.path not in (None, ""):
+            paths = [self.path]
         require(
             all(isinstance(path, str) and path for path in paths),
             f"corpus source {self.reader}: path",
@@ -127,11 +128,10 @@ def source_of(written: Any, key: str) -> SourceConfig:
     if not isinstance(written, SourceConfig | Mapping):
         raise ConfigError(f"{key}={written}: expected keys of a source: {{reader: jsonl, path: ...}}")
 
-    is_typed = isinstance(written, SourceConfig)
-    values: Mapping[Any, Any] = vars(written) if is_typed else written
+    # A typed source is checked again, because whoever made it may have set any value.
+    values: Mapping[Any, Any] = vars(written) if isinstance(written, SourceConfig) else written
     try:
-        typed = written if is_typed else OmegaConf.merge(OmegaConf.structured(SourceConfig), written)
-        source = OmegaConf.to_object(OmegaConf.structured(typed))
+        source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), values))
     except ConfigKeyError as error:
         names = [field.name for field in fields(SourceConfig)]
         close = difflib.get_close_matches(str(error.key), names, n=1)

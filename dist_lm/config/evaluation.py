@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from dist_lm.config.generation import EngineConfig
-from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.config.pool import EngineConfig, RolloutPoolConfig
 
 FILE_TASKS = ("humaneval", "mbpp", "multipl_e")
 """Tasks whose file the user has: `eval.TASK=PATH`."""

@@ -63,7 +63,7 @@ class ModelConfig:
     @property
     def d_head(self) -> int:
         """Width of one head."""
-        return self.d_model // self.n_heads if self.head_width is None else self.head_width
+        return self.head_width or self.d_model // self.n_heads
 
     @property
     def kv_heads(self) -> int:
@@ -73,7 +73,7 @@ class ModelConfig:
     @property
     def relative_width(self) -> float:
         """d_model / base_width; 1 without base_width."""
-        return 1.0 if self.base_width is None else self.d_model / self.base_width
+        return self.d_model / (self.base_width or self.d_model)
 
     @property
     def rotary_width(self) -> int:
@@ -124,12 +124,8 @@ class ModelConfig:
             f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(nearest)} (or set "
             "model.head_width)",
         )
-        require(
-            self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
-            "model.n_kv_heads",
-            self.n_kv_heads,
-            f"a divisor of model.n_heads={self.n_heads}",
-        )
+        divides = self.kv_heads > 0 and self.n_heads % self.kv_heads == 0
+        require(divides, "model.n_kv_heads", self.n_kv_heads, f"a divisor of model.n_heads={self.n_heads}")
 
         require(
             0 < self.rotary_fraction <= 1 and self.rotary_width > 0 and self.rotary_width % 2 == 0,
@@ -148,15 +144,14 @@ class ModelConfig:
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         scalings = ("none", "linear", "llama3")
         require(self.rope_scaling in scalings, "model.rope_scaling", self.rope_scaling, ", ".join(scalings))
-        accepted = "1 without model.rope_scaling" if self.rope_scaling == "none" else "a number of at least 1"
-        fits = self.rope_factor == 1 or (self.rope_factor > 1 and self.rope_scaling != "none")
+        accepted = "a number of at least 1"
+        fits = self.rope_factor >= 1
+        if self.rope_scaling == "none":
+            accepted = "1 without model.rope_scaling"
+            fits = self.rope_factor == 1
         require(fits, "model.rope_factor", self.rope_factor, accepted)
-        require(
-            self.rope_high_freq_factor > self.rope_low_freq_factor,
-            "model.rope_high_freq_factor",
-            self.rope_high_freq_factor,
-            f"a number above model.rope_low_freq_factor={self.rope_low_freq_factor}",
-        )
+        low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
+        require(high > low, "model.rope_high_freq_factor", high, f"a number above model.rope_low_freq_factor={low}")
 
 
 @dataclass

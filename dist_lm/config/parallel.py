@@ -42,9 +42,5 @@ class ParallelConfig:
             require(choice in choices, f"parallel.{key}", choice, f"{', '.join(choices[:-1])} or {choices[-1]}")
 
         require(self.loss_chunk_mib > 0, "parallel.loss_chunk_mib", self.loss_chunk_mib, "a positive number of MiB")
-        require(
-            not self.sp or self.tp != 1 or self.auto,
-            "parallel.sp",
-            self.sp,
-            "false with parallel.tp=1 (it splits over tp)",
-        )
+        has_ranks = self.tp != 1 or self.auto  # parallel.auto may choose another tp
+        require(not self.sp or has_ranks, "parallel.sp", self.sp, "false with parallel.tp=1 (it splits over tp)")

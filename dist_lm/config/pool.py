@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dist_lm.config.generation import EngineConfig
 from dist_lm.errors import require
 
 DISJOINT, SHARED = "disjoint", "shared"  # values of `placement`
@@ -15,6 +14,20 @@ FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS = 64, 256
 
 CACHE_SHARE = {"cuda": 0.85, "cpu": 0.25}
 """Share of the free memory that an automatic cache takes. Engines on CPUs of one node share its memory."""
+
+
+@dataclass
+class EngineConfig:
+    """Number and size of the engines that generate, each in a Ray actor of its own."""
+
+    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
+    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
+    page_tokens: int = 0  # size of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
+    max_sequences: int = 64  # sequences that an engine runs at the same time
+
+    def check_actors(self, group: str) -> None:
+        """Refuses a number of actors out of bounds; `group` is the group of the configuration that has this key."""
+        require(self.actors == -1 or self.actors > 0, f"{group}.actors", self.actors, "a positive integer, or -1")
 
 
 @dataclass
@@ -55,10 +68,6 @@ class RolloutPoolConfig(EngineConfig):
         pages = self.page_tokens
         require(pages >= 0, f"{self.key}.page_tokens", pages, "a positive integer, or 0 to choose")
         # A cache of less than one page could not hold a single token.
-        smallest = pages or FEWEST_PAGE_TOKENS
-        require(
-            self.cache_tokens == 0 or self.cache_tokens >= smallest,
-            f"{self.key}.cache_tokens",
-            self.cache_tokens,
-            f"at least {self.key}.page_tokens={smallest}, or 0 to take what fits into free memory",
-        )
+        cache, smallest = self.cache_tokens, pages or FEWEST_PAGE_TOKENS
+        accepted = f"at least {self.key}.page_tokens={smallest}, or 0 to take what fits into free memory"
+        require(cache == 0 or cache >= smallest, f"{self.key}.cache_tokens", cache, accepted)

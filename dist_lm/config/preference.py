@@ -38,7 +38,9 @@ class PreferenceConfig:
         for key, algorithm in OWN_KEYS.items():
             number = getattr(self, key)
             is_read = self.algorithm == algorithm
-            accepted = "null or a number >= 0" if is_read else f"null unless stage.preference.algorithm={algorithm}"
+            accepted = "null or a number >= 0"
+            if not is_read:
+                accepted = f"null unless stage.preference.algorithm={algorithm}"
             require(number is None or (is_read and number >= 0), f"stage.preference.{key}", number, accepted)
         require(0 <= self.label_noise < 0.5, "stage.preference.label_noise", self.label_noise, "in [0, 0.5)")
 
@@ -50,7 +52,7 @@ class PreferenceConfig:
     @property
     def strength(self) -> float:
         """`beta` without null."""
-        return BETAS[self.algorithm] if self.beta is None else self.beta
+        return self.beta or BETAS[self.algorithm]
 
     @property
     def has_reference(self) -> bool:

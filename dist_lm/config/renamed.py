@@ -68,7 +68,9 @@ _MISSING = object()
 
 
 def _copied(content: Any) -> Any:
-    return {key: _copied(value) for key, value in content.items()} if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping):
+        return content
+    return {key: _copied(value) for key, value in content.items()}
 
 
 def _popped(content: dict[str, Any], key: str) -> Any:

@@ -14,10 +14,9 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig, HardwareConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
-from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.pool import RolloutPoolConfig
@@ -62,12 +61,9 @@ class Config:
         printed = run_id if run_id and run_id.isprintable() else repr(run_id)
         require(is_name, "run_id", printed, "a plain name (it becomes a folder)")
 
-        require(
-            self.tokenizer.vocab_size == self.model.vocab_size,
-            "tokenizer.vocab_size",
-            self.tokenizer.vocab_size,
-            f"model.vocab_size={self.model.vocab_size}, which it follows: set that one",
-        )
+        n_pieces = self.tokenizer.vocab_size
+        accepted = f"model.vocab_size={self.model.vocab_size}, which it follows: set that one"
+        require(n_pieces == self.model.vocab_size, "tokenizer.vocab_size", n_pieces, accepted)
         self.check_stage()
 
     @property
@@ -96,6 +92,8 @@ class Config:
     def noted_files(self) -> dict[str, list[Path]]:
         """Files that a run reads whenever it starts, by `KEY=VALUE`. They must stay the same until it ends."""
         tasks = self.stage.eval_tasks
+        if not tasks:
+            return {}
         return {f"eval.{task}={path}": [path] for task, path in self.eval.files.items() if task in tasks}
 
     @property
@@ -119,12 +117,8 @@ class Config:
         if isinstance(self.stage, TrainingGroup):
             self._check_training(self.stage)
         if isinstance(self.stage, TrainerGroup):
-            require(
-                self.stage.seq_len <= self.model.max_seq_len,
-                "stage.seq_len",
-                self.stage.seq_len,
-                f"at most model.max_seq_len={self.model.max_seq_len}",
-            )
+            seq_len, longest = self.stage.seq_len, self.model.max_seq_len
+            require(seq_len <= longest, "stage.seq_len", seq_len, f"at most model.max_seq_len={longest}")
         if isinstance(self.stage, StageConfig):
             self._check_mix(self.stage)
 
@@ -134,18 +128,13 @@ class Config:
         Raises:
             ConfigError: names the key and what would be accepted.
         """
-        require(
-            stage.corpus in ("", *self.corpus.corpora),
-            "stage.corpus",
-            stage.corpus,
-            f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}",
-        )
-        require(
-            not self.profile.steps or self.profile.steps[1] <= stage.steps,
-            "profile.steps",
-            self.profile.steps,
-            f"steps up to stage.steps={stage.steps}",
-        )
+        corpora = self.corpus.corpora
+        accepted = f"one of the corpora of corpus={self.corpus.name}: {', '.join(corpora) or 'none'}"
+        require(stage.corpus in ("", *corpora), "stage.corpus", stage.corpus, accepted)
+
+        traced = self.profile.steps
+        accepted = f"steps up to stage.steps={stage.steps}"
+        require(not traced or traced[1] <= stage.steps, "profile.steps", traced, accepted)
         self._check_eval_tasks()
 
         # Building the shape refuses ranks and targets of adapters that do not fit the model.
@@ -228,8 +217,9 @@ def imported_function(path: str, key: str) -> Callable[..., Any]:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module may raise anything when it is imported
         # A module that this one imports may be missing, too: then this hint would be wrong.
-        is_absent = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
-        hint = ": install it on every node, or name its folder in PYTHONPATH" if is_absent else ""
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
+            hint = ": install it on every node, or name its folder in PYTHONPATH"
         raise ConfigError(f"{key}={path}: cannot be imported ({type(error).__name__}: {error}){hint}") from error
     if not callable(function):
         raise ConfigError(f"{key}={path}: expected a function, found {function!r}")

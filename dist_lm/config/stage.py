@@ -4,6 +4,8 @@ StageGroup      every stage
 TrainingGroup   every stage that trains on ranks; all that stage rlhf has
 TrainerGroup    steps on sequences of tokens: stages reward and preference
 StageConfig     steps on texts and conversations: stages language, code, tools
+
+OptimizerConfig and SamplingConfig hold keys that the group `rlhf` has, too.
 """
 
 import math
@@ -14,11 +16,50 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from dist_lm.config.evaluation import LOOP_TASKS
-from dist_lm.config.optimizer import OptimizerConfig
 from dist_lm.errors import require
 
 COSINE, WSD, LINEAR = "cosine", "wsd", "linear"
 DECAYS = ("1-sqrt", "linear")
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019), its learning rate and the clipping of gradients."""
+
+    lr: float = 1e-4  # peak learning rate
+    min_lr_ratio: float = 0.1  # final learning rate / peak
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    grad_clip: float = 1.0  # largest global gradient norm; 0: off
+
+    def check_optimizer(self, group: str) -> None:
+        """Refuses values out of bounds; `group` is the group of the configuration that has these keys."""
+        for key in ("lr", "adam_eps"):
+            require(0 < getattr(self, key) < math.inf, f"{group}.{key}", getattr(self, key), "a positive number")
+        require(0 <= self.min_lr_ratio <= 1, f"{group}.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(0 <= self.weight_decay < math.inf, f"{group}.weight_decay", self.weight_decay, ">= 0")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"{group}.{key}", getattr(self, key), "in [0, 1)")
+        require(0 <= self.grad_clip < math.inf, f"{group}.grad_clip", self.grad_clip, ">= 0 (0 is off)")
+
+
+@dataclass
+class SamplingConfig:
+    """How the tokens of a completion are drawn."""
+
+    max_new_tokens: int = 128  # longest completion
+    temperature: float = 1.0  # divides the logits; 0: greedy
+    top_k: int = 0  # draw only from the k likeliest tokens; 0: off
+    top_p: float = 1.0  # draw only from the smallest set of tokens with this probability; 1: off
+
+    def check_sampling(self, group: str) -> None:
+        """Refuses values out of bounds; `group` is the group of the configuration that has these keys."""
+        require(self.max_new_tokens > 0, f"{group}.max_new_tokens", self.max_new_tokens, "a positive integer")
+        require(self.temperature >= 0, f"{group}.temperature", self.temperature, ">= 0 (0 is greedy)")
+        require(self.top_k >= 0, f"{group}.top_k", self.top_k, ">= 0 (0 is off)")
+        require(0 < self.top_p <= 1, f"{group}.top_p", self.top_p, "in (0, 1]")
 
 
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:

@@ -13,10 +13,10 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.data.order import DocumentSlice
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
-WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
-COUNTED_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
+WORTH_CHOOSING = 0.9  # below this share of counted targets, logits are computed for these alone
+LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class Batch:
     """B sequences of T tokens with their targets.
 
     A document begins with end-of-text in shards, so the target of its last token is the first token of the next
-    document. A model whose tokenizer has another opening reads that in its place. An epoch predicts every token of the
-    corpus once, except the first token and those of the incomplete last sequence.
+    document. A model whose tokenizer has another first token reads that in its place. An epoch predicts every token
+    of the corpus once, except the first token and those of the incomplete last sequence.
     """
 
     tokens_BT: torch.Tensor  # int64
@@ -53,11 +53,12 @@ class Batch:
     document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one document
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
     sequence_B: torch.Tensor  # int64; global sequence number, the key of dropout
-    # int64; indices in the flattened batch for which logits are computed: all counted targets and some more; None: all
-    counted_N: torch.Tensor | None = None
+    # int64; indices in the flattened batch for which logits are computed: all targets in the loss and some more; None:
+    # all
+    logit_index_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPositions | None = None  # only for rankings
-    n_tokens: int = 0  # tokens of `tokens_BT`, padding excluded; counted by position: padding may be end-of-text
+    n_tokens: int = 0  # tokens of `tokens_BT` without padding, which may have the id of end-of-text
     boundary: torch.Tensor | None = None  # see `document_boundaries`; computed by `to` and `pin_memory`
 
     @classmethod
@@ -68,9 +69,11 @@ class Batch:
             tokens_BT: (B, T) int64.
             targets_BT: (B, T) int64; None: the next tokens; the last target is the first token.
         """
+        if targets_BT is None:
+            targets_BT = tokens_BT.roll(-1, 1)
         return cls(
             tokens_BT=tokens_BT,
-            targets_BT=tokens_BT.roll(-1, 1) if targets_BT is None else targets_BT,
+            targets_BT=targets_BT,
             loss_mask_BT=torch.ones(tokens_BT.shape, device=tokens_BT.device),
             document_BT=torch.zeros_like(tokens_BT),
             position_BT=torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT),
@@ -89,7 +92,7 @@ class Batch:
         return self._bounded()._each(torch.Tensor.pin_memory)
 
     def _bounded(self) -> Self:
-        """Adds boundaries, if the batch is in host memory: on a GPU their number would have to be waited for."""
+        """Adds boundaries, if the batch is in host memory: on a GPU the host would wait to learn their number."""
         if self.boundary is not None or self.document_BT.device.type != "cpu":
             return self
         # The attention of trees does not use boundaries, and their number in a fake tensor is unknown.
@@ -103,7 +106,7 @@ class Batch:
             f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)
         }
         changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
-        return replace(self, **changed, ranked=self.ranked.each(change) if self.ranked else None)
+        return replace(self, **changed, ranked=self.ranked and self.ranked.each(change))
 
 
 def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
@@ -136,7 +139,7 @@ class Documents(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The content of one sequence."""
+    """The content of one sequence, a row of a batch."""
 
     corpus: Documents
     slices: Sequence[DocumentSlice]  # inputs and last target: at most `seq_len + 1` tokens in total
@@ -150,7 +153,7 @@ def assemble(
     document_mask: bool,
     reset_positions: bool,
     pad_id: int = 0,
-    opening: Opening | None = None,
+    first_token: FirstToken | None = None,
 ) -> Batch:
     """Returns one `Batch` of `len(rows)` sequences in host memory.
 
@@ -164,7 +167,7 @@ def assemble(
         seq_len: T, in tokens.
         document_mask: whether attention stays inside a document. False: a row is one document.
         reset_positions: whether positions start at 0 in each document.
-        opening: of the tokenizer; None: documents begin with end-of-text.
+        first_token: of the tokenizer; None: documents begin with end-of-text.
 
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.
@@ -180,10 +183,10 @@ def assemble(
 
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
-        for d, (number, start, stop) in enumerate(row.slices):
+        for d, (document_number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
-            tokens[b, begin:end] = corpus.tokens(number, start, stop)
-            learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
+            tokens[b, begin:end] = corpus.tokens(document_number, start, stop)
+            learned[b, begin:end] = corpus.mask(document_number, start, stop) if corpus.has_mask else 1
             # Only a slice from the beginning of its document has the end-of-text that opens it.
             if start == 0:
                 document_starts.append((b, begin))
@@ -198,10 +201,10 @@ def assemble(
             document[b, begin:] = len(row.slices)
 
     inputs = tokens[:, :-1]
-    if opening:
+    if first_token:
         inputs = inputs.copy()  # targets stay as they are: a document ends with end-of-text
         for b, begin in document_starts:
-            opening.put(inputs[b, begin:])
+            first_token.put(inputs[b, begin:])
     return Batch(
         tokens_BT=_tensor(inputs),
         targets_BT=_tensor(tokens[:, 1:]),
@@ -209,15 +212,15 @@ def assemble(
         document_BT=_tensor(document[:, :-1]),
         position_BT=_tensor(position[:, :-1]),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
-        counted_N=counted_places(learned[:, 1:]),
+        logit_index_N=logit_indices(learned[:, 1:]),
         n_tokens=n_tokens,
     )
 
 
-def counted_places(learned: np.ndarray) -> torch.Tensor | None:
-    """Returns the positions for which logits are computed, as `Batch.counted_N`; None (all) if that costs little more.
+def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
+    """Returns `Batch.logit_index_N`, the positions for which logits are computed; None (all) if that costs little more.
 
-    They are (N,) int64 indices into B * T, rising; N is a multiple of `COUNTED_MULTIPLE`, filled up with positions that
+    They are (N,) int64 indices into B * T, rising; N is a multiple of `LOGIT_MULTIPLE`, filled up with positions that
     do not count.
 
     Args:
@@ -225,7 +228,7 @@ def counted_places(learned: np.ndarray) -> torch.Tensor | None:
     """
     uncounted = np.flatnonzero(learned == 0)
     n_counted = learned.size - len(uncounted)
-    size = -(-n_counted // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
+    size = -(-n_counted // LOGIT_MULTIPLE) * LOGIT_MULTIPLE
     if size >= WORTH_CHOOSING * learned.size:
         return None
 

@@ -66,6 +66,7 @@ def reason_to_drop(document: Document, source: SourceConfig, cleaning: CleaningC
 
 def _is_allowed(licence: str, allowed: list[str]) -> bool:
     """Tells whether each licence of a comma-separated list is allowed. A document without one is not."""
+    # Names of licences are written in upper and lower case: MIT, mit.
     allowed_names = {name.casefold() for name in allowed}
     return all(name.strip().casefold() in allowed_names for name in licence.split(","))
 

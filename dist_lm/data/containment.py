@@ -12,7 +12,7 @@ Hashes do not depend on the process: the result is the same for any order of tex
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -75,8 +75,9 @@ class HeldOutIndex:
         index.
 
         Returns:
-            (len(texts),) bool: texts that are refused, because they have more than half of the windows of a protected
-            text, or more than half of their own windows are in protected texts. Their windows are not remembered.
+            (len(texts),) bool: texts that are refused, because they contain a protected text (see the module: more than
+            half of its windows, or a short text letter by letter), or more than half of their own windows are in
+            protected texts. Their windows are not remembered.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
@@ -132,10 +133,10 @@ class HeldOutIndex:
         # A window may be in several held-out texts: count the hits of every (train text, held-out text).
         numbers, times = table.texts_of(owner_and_id[1])
         owner_and_text = np.stack([np.repeat(owner_and_id[0], times), numbers])
-        pairs, counts = np.unique(owner_and_text, axis=1, return_counts=True)
+        pairs, n_hits = np.unique(owner_and_text, axis=1, return_counts=True)
 
         holders = []
-        for owner, number, count in zip(*map(np.ndarray.tolist, pairs), counts.tolist(), strict=True):
+        for owner, number, count in zip(*map(np.ndarray.tolist, pairs), n_hits.tolist(), strict=True):
             part = self._parts.get(number)
             holds_part = part and part in texts[owner]
             holds_windows = size == WINDOW and count > MAX_SHARE * table.n_windows[number]
@@ -172,6 +173,7 @@ class Comparison:
 
     def finish(self) -> set[bytes]:
         """Returns the names of the texts that are refused, once all are compared."""
+        # The last batch is smaller than `BATCH_BYTES`.
         self._submit()
         self._collect(0)
         self._pool.shutdown()
@@ -187,16 +189,6 @@ class Comparison:
         while len(self._batches) > max_batches:
             names, refused = self._batches.popleft()
             self._refused.update(names[index] for index in np.flatnonzero(refused.result()))
-
-
-def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
-    """Returns the indices of the texts in `held_out` that the texts of `trained` contain."""
-    index = HeldOutIndex(held_out)
-    comparison = Comparison(index)
-    for text in trained:
-        comparison.add(b"", text)
-    comparison.finish()
-    return index.contained()
 
 
 def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -279,8 +271,8 @@ class _Table:
             protected: (texts,) bool.
         """
         all_hashes = np.concatenate([hashes for hashes, _ in windows])
-        counts = [len(hashes) for hashes, _ in windows]
-        texts = np.repeat(np.array([number for _, number in windows], np.int32), counts)
+        n_hashes = [len(hashes) for hashes, _ in windows]
+        texts = np.repeat(np.array([number for _, number in windows], np.int32), n_hashes)
 
         # Equal hashes become neighbours: a window is a run, and its id is the number of the run.
         order = np.argsort(all_hashes, kind="stable")
@@ -310,8 +302,9 @@ class _Table:
     def texts_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the texts that have the windows `ids`, window by window, and how many texts each window has."""
         times = self._times[ids]
-        ends = np.cumsum(times)
-        rank_in_window = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - times, times)
+        # All texts of all windows lie in one row; a text's rank counts from the begin of its window.
+        begins = np.cumsum(times) - times
+        rank_in_window = np.arange(times.sum()) - np.repeat(begins, times)
         return self._texts[np.repeat(self._first[ids], times) + rank_in_window], times
 
     def n_windows_in_train(self) -> np.ndarray:

@@ -117,6 +117,7 @@ def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
     By default a stage starts from the model of the stage before, and stage=tools mixes in the corpora of both.
     Overrides take out what the file lacks.
     """
+    # `corpus=NAME` names a file in the folder corpus/ of --config-dir.
     command = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
     previous_stage = ""
     for stage in ("language", "code", CONVERSATIONS):

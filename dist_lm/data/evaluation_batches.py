@@ -20,7 +20,7 @@ from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
 from dist_lm.data.sequences import packed
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class EvaluationBatches:
     document_mask: bool = True
     reset_positions: bool = True
     pad_id: int = 0
-    opening: Opening | None = None
+    first_token: FirstToken | None = None
 
     @cached_property
     def _rows(self) -> Ring | Packing:
@@ -99,14 +99,14 @@ class EvaluationBatches:
         """
         corpus = self.corpus
         if len(self._sequences) == self._rows.n_rows and not corpus.has_mask:
-            counted = _by_language(corpus, corpus.lengths)
+            n_targets = _by_language(corpus, corpus.lengths)
         else:
             # The masks of the chosen sequences say which of their targets count.
-            counted = np.zeros(len(corpus.languages))
+            n_targets = np.zeros(len(corpus.languages))
             for number in self._sequences.tolist():
-                counted += _counted_targets(corpus, self._rows.sequence(number))
+                n_targets += _learned_targets(corpus, self._rows.sequence(number))
 
-        n_bytes = _by_language(corpus, corpus.n_bytes) * (counted / _by_language(corpus, corpus.lengths))
+        n_bytes = _by_language(corpus, corpus.n_bytes) * (n_targets / _by_language(corpus, corpus.lengths))
         return dict(zip(corpus.languages, n_bytes.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
@@ -129,7 +129,7 @@ class EvaluationBatches:
             document_mask=self.document_mask,
             reset_positions=self.reset_positions,
             pad_id=self.pad_id,
-            opening=self.opening,
+            first_token=self.first_token,
         )
 
         language = np.full((len(rows), self.seq_len + 1), -1, np.int64)
@@ -186,7 +186,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
     return {key: bits / size for key, (bits, size) in sums.items() if size}
 
 
-def _counted_targets(corpus: TokenCorpus, slices: list[DocumentSlice]) -> np.ndarray:
+def _learned_targets(corpus: TokenCorpus, slices: list[DocumentSlice]) -> np.ndarray:
     """Counts the targets of a sequence that are learned, by language: (languages,) float64."""
     codes = corpus.language_codes[[document for document, _, _ in slices]]
     language = np.repeat(codes, [stop - start for _, start, stop in slices])

@@ -234,13 +234,14 @@ def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """
     # Consecutive files of one key are a sample, as webdataset reads them.
     current_key, parts = "", {}
+
     with tarfile.open(tar, mode="r:") as archive:
         for info in archive:
             if not info.isfile():
                 continue
-            folder, _, name = info.name.rpartition("/")
+            folder, slash, name = info.name.rpartition("/")
             base, _, part = name.partition(".")
-            key = f"{folder}/{base}" if folder else base
+            key = folder + slash + base
             if key != current_key and parts:
                 yield current_key, parts
                 parts = {}

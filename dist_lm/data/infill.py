@@ -1,19 +1,19 @@
-"""Rearranges pieces of documents so that a model learns to fill in the middle, what stands between two texts.
+"""Rearranges slices of documents so that a model learns to fill in the middle, what stands between two texts.
 
 At the level of tokens, after Bavarian et al. 2022, 'Efficient Training of Language Models to Fill in the Middle'
 (arXiv 2207.14255), sections 3 and 4:
 
-    piece   before middle after
+    slice   before middle after
     PSM     <|fim_prefix|> before <|fim_suffix|> after <|fim_middle|> middle
     SPM     <|fim_prefix|> <|fim_suffix|> after <|fim_middle|> before middle
 
-The end-of-text that opens a document stays first. What follows a rearranged piece is end-of-text: it ends the middle.
+The end-of-text that opens a document stays first. What follows a rearranged slice is end-of-text: it ends the middle.
 
-This is their 'context-level' form. The text is cut into sequences first. A piece is the part of one document in one
-sequence, so a rearranged piece always lies in one attention window, however long the document is. A sequence takes
+This is their 'context-level' form. The text is cut into sequences first. A slice is the part of one document in one
+sequence, so a rearranged slice always lies in one attention window, however long the document is. A sequence takes
 fewer tokens of text, so that the marks fit in as well, and no token is lost.
 
-The shards hold plain documents. Which pieces of an epoch are rearranged, and where they are cut, are pure functions of
+The shards hold plain documents. Which slices of an epoch are rearranged, and where they are cut, are pure functions of
 (seed, epoch) and the order of the epoch.
 """
 
@@ -30,8 +30,8 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-ADDED = 3  # marks of a rearranged piece, in tokens
-LEAST = 16  # tokens of the shortest eligible piece
+ADDED = 3  # marks of a rearranged slice, in tokens
+LEAST = 16  # tokens of the shortest eligible slice
 PLAIN, PSM, SPM = 0, 1, 2
 
 
@@ -65,22 +65,22 @@ class InfillMarks(NamedTuple):
 class Infill:
     """How a corpus is rearranged."""
 
-    rate: float  # share of the eligible pieces of every epoch, half of them PSM, half SPM
+    rate: float  # share of the eligible slices of every epoch, half of them PSM, half SPM
     marks: InfillMarks
 
 
 def rearranged(
     tokens: np.ndarray, begin: int, end: int, marks: InfillMarks, form: int = PSM, opens: bool = True
 ) -> np.ndarray:
-    """Returns a piece whose tokens [begin, end) are the middle, rearranged: (n + 3,), of the same dtype.
+    """Returns a slice whose tokens [begin, end) are the middle, rearranged: (n + 3,), of the same dtype.
 
     Args:
         tokens: (n,)
         begin: at least 1 if `opens`.
         form: PSM | SPM.
-        opens: whether the piece opens its document: the first token is end-of-text and stays first.
+        opens: whether the slice opens its document: the first token is end-of-text and stays first.
     """
-    # The end-of-text that opens a document stays first, as in a plain piece.
+    # The end-of-text that opens a document stays first, as in a plain slice.
     head = int(opens)
     assert head <= begin <= end <= len(tokens), (begin, end, len(tokens))
     before, middle, after = tokens[head:begin], tokens[begin:end], tokens[end:]
@@ -93,7 +93,7 @@ def rearranged(
 
 
 def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
-    """Inverts `rearranged` in both forms; returns any other piece as it is."""
+    """Inverts `rearranged` in both forms; returns any other slice as it is."""
     if marks.prefix not in tokens[:2]:
         return tokens
 
@@ -103,12 +103,12 @@ def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
 
 
 def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
-    """Draws begin and end of the middle of a piece of `length` tokens; all pairs of different cuts are equally likely.
+    """Draws begin and end of the middle of a slice of `length` tokens; all pairs of different cuts are equally likely.
 
     The middle is never empty; the text before it or behind it may be. Equal arguments give the same cuts.
 
     Args:
-        length: in tokens, with the end-of-text that opens the piece; at least one other token.
+        length: in tokens, with the end-of-text that opens the slice; at least one other token.
         word: the 64-bit key of the draw.
         opens: as for `rearranged`.
     """
@@ -124,12 +124,12 @@ def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
 
 
 def chosen_count(rate: float, n_eligible: int) -> int:
-    """Counts the pieces of an epoch that are rearranged: `rate` x eligible pieces, rounded half up."""
+    """Counts the slices of an epoch that are rearranged: `rate` x eligible slices, rounded half up."""
     return int(rate * n_eligible + 0.5)
 
 
-def most_pieces(lengths: np.ndarray, rate: float, seq_len: int) -> int:
-    """Returns how many pieces of a sequence are eligible at most: as many documents as a sequence holds on average.
+def most_slices(lengths: np.ndarray, rate: float, seq_len: int) -> int:
+    """Returns how many slices of a sequence are eligible at most: as many documents as a sequence holds on average.
 
     It is 0 if the rate would choose none.
 
@@ -144,31 +144,31 @@ def most_pieces(lengths: np.ndarray, rate: float, seq_len: int) -> int:
 
 
 class InfillEpoch:
-    """The sequences of one epoch of text, some of their pieces rearranged."""
+    """The sequences of one epoch of text, some of their slices rearranged."""
 
     def __init__(
         self, corpus: TokenCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
     ) -> None:
-        """Chooses the pieces.
+        """Chooses the slices.
 
         Args:
-            order: of sequences that leave space for the marks of `most` pieces.
-            most: eligible pieces of a sequence; of more pieces the longest are eligible.
+            order: of sequences that leave space for the marks of `most` slices.
+            most: eligible slices of a sequence; of more slices the longest are eligible.
         """
         self._corpus, self._order, self._marks = corpus, order, infill.marks
         self._word = (Shuffle.INFILL_MIDDLES, seed, epoch)
 
-        # A piece ends where its document or its sequence ends. The tail of the row is in no sequence.
+        # A slice ends where its document or its sequence ends. The tail of the epoch is in no sequence.
         end = order.n_sequences * order.seq_len
-        cuts = np.union1d(order.row.ends, np.arange(order.n_sequences) * order.seq_len)
-        self._begins = cuts[cuts < end]  # (pieces,) position in the row of tokens
+        cuts = np.union1d(order.concatenation.ends, np.arange(order.n_sequences) * order.seq_len)
+        self._begins = cuts[cuts < end]  # (slices,) position in the concatenated tokens
         lengths = np.diff(self._begins, append=end)
-        self.eligible = _longest(lengths, self._begins // order.seq_len, most)  # (eligible pieces,)
+        self.eligible = _longest(lengths, self._begins // order.seq_len, most)  # (eligible slices,)
 
-        # The pieces with the smallest hashes are rearranged; the first half of them is SPM.
+        # The slices with the smallest hashes are rearranged; the first half of them is SPM.
         n_chosen = chosen_count(infill.rate, len(self.eligible))
-        hashes = splitmix64(key(Shuffle.INFILL_PIECES, seed, epoch), len(lengths))[self.eligible]
-        self.form = np.zeros(len(lengths), np.uint8)  # (pieces,)
+        hashes = splitmix64(key(Shuffle.INFILL_SLICES, seed, epoch), len(lengths))[self.eligible]
+        self.form = np.zeros(len(lengths), np.uint8)  # (slices,)
         for form, count in ((PSM, n_chosen), (SPM, n_chosen // 2)):
             if count:
                 largest_hash = np.partition(hashes, count - 1)[count - 1]
@@ -177,13 +177,13 @@ class InfillEpoch:
     def row(self, i: int) -> Row:
         """Returns the i-th sequence visited, with its last target.
 
-        The slice of a rearranged piece is longer by `ADDED` tokens than the text it is made of. Behind such a piece the
-        last target is end-of-text.
+        A rearranged slice is longer by `ADDED` tokens than the text it is made of. Behind such a slice the last target
+        is end-of-text.
         """
         begin = self._order.begin(i)
         end = begin + self._order.seq_len
         forms = self.form[slice(*np.searchsorted(self._begins, (begin, end)))].tolist()
-        slices = self._order.row.slices(begin, end)
+        slices = self._order.concatenation.slices(begin, end)
 
         # Room for the marks makes the slice longer, and by that `_Rearranged` knows it again.
         rearranged_slices: dict[DocumentSlice, tuple[int, int]] = {}
@@ -193,8 +193,8 @@ class InfillEpoch:
                 slices[j] = DocumentSlice(document, start, stop + ADDED)
                 rearranged_slices[slices[j]] = form, stop
 
-        # The last target follows the last piece; behind a middle it is always end-of-text.
-        (following,) = self._order.row.slices(end, end + 1)
+        # The last target follows the last slice; behind a middle it is always end-of-text.
+        (following,) = self._order.concatenation.slices(end, end + 1)
         if forms[-1] != PLAIN:
             slices.append(DocumentSlice(following.document, 0, 1))  # end-of-text, even where the document continues
         elif following.start:
@@ -237,14 +237,14 @@ class _Rearranged:
 
 
 def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray:
-    """Selects the pieces that are long enough, of each sequence at most `most`: their numbers, rising.
+    """Selects the slices that are long enough, of each sequence at most `most`: their numbers, rising.
 
     Args:
-        lengths: (pieces,) tokens.
-        sequence: (pieces,) rising numbers.
+        lengths: (slices,) tokens.
+        sequence: (slices,) rising numbers.
     """
-    pieces = np.flatnonzero(lengths >= LEAST)
-    pieces = pieces[np.lexsort((-lengths[pieces], sequence[pieces]))]
-    sequence_of_piece = sequence[pieces]
-    n_longer = np.arange(len(pieces)) - np.searchsorted(sequence_of_piece, sequence_of_piece)  # in the same sequence
-    return np.sort(pieces[n_longer < most])
+    slices = np.flatnonzero(lengths >= LEAST)
+    slices = slices[np.lexsort((-lengths[slices], sequence[slices]))]
+    sequence_of_slice = sequence[slices]
+    n_longer = np.arange(len(slices)) - np.searchsorted(sequence_of_slice, sequence_of_slice)  # in the same sequence
+    return np.sort(slices[n_longer < most])

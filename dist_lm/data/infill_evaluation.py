@@ -1,6 +1,6 @@
 """Makes batches to measure losses on the middles of held-out texts, with and without the text behind them.
 
-Held-out documents are cut into pieces that fit a sequence with the marks, and every piece has one middle.
+Held-out documents are cut into slices that fit a sequence with the marks, and every slice has one middle.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearr
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutMiddles:
-    """The middles of held-out pieces as targets, one piece a sequence, in the batches of one rank.
+    """The middles of held-out slices as targets, one slice a sequence, in the batches of one rank.
 
-    The pieces and their middles are the same for every model. With `marks` the model reads the text before and behind
+    The slices and their middles are the same for every model. With `marks` the model reads the text before and behind
     the middle, in the form `form`; without, only the text before it, as a left-to-right model does.
     """
 
@@ -33,42 +33,43 @@ class HeldOutMiddles:
     micro_batch: int
     dp_rank: int
     dp_size: int
-    limit: int  # pieces, evenly spread; 0: all
+    limit: int  # slices, evenly spread; 0: all
     form: int = PSM
     pad_id: int = 0
-    opening: Opening | None = None
+    first_token: FirstToken | None = None
     has_mask = False
 
     @cached_property
-    def _pieces(self) -> np.ndarray:
-        """Returns the pieces to evaluate, over all ranks: (pieces, 3) document, begin and end of the piece in the
+    def _slices(self) -> np.ndarray:
+        """Returns the slices to evaluate, over all ranks: (slices, 3) document, begin and end of the slice in the
         document.
         """
         size = self.seq_len - ADDED
         lengths = self.corpus.lengths
-        counts = -(-lengths // size)  # pieces of each document
+        n_slices = -(-lengths // size)  # (documents,)
 
-        documents = np.repeat(np.arange(len(lengths)), counts)
-        begins = size * (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts))
+        # The number of a slice in its document: that over all slices, less the number of the document's first slice.
+        documents = np.repeat(np.arange(len(lengths)), n_slices)
+        begins = size * (np.arange(len(documents)) - np.repeat(np.cumsum(n_slices) - n_slices, n_slices))
         ends = np.minimum(begins + size, lengths[documents])
 
         # A rest that training would not rearrange is not measured either.
-        pieces = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
-        return pieces[evenly_spaced(len(pieces), self.limit)]
+        slices = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
+        return slices[evenly_spaced(len(slices), self.limit)]
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns tokens [start, stop) of a text that ends with a middle: (stop - start,).
 
         Args:
-            document: the number of a piece, as `assemble` sees every piece as a document.
+            document: the number of a slice, as `assemble` sees every slice as a document.
         """
-        number, first, last = self._pieces[document].tolist()
+        number, first, last = self._slices[document].tolist()
         begin, end = self._middle(document)
-        piece = self.corpus.tokens(number, first, last)
-        # Without marks the text ends with its middle: the rest of the piece is not seen.
+        tokens = self.corpus.tokens(number, first, last)
+        # Without marks the text ends with its middle: the rest of the slice is not seen.
         if self.marks:
-            return rearranged(piece, begin, end, self.marks, self.form, first == 0)[start:stop]
-        return piece[:end][start:stop]
+            return rearranged(tokens, begin, end, self.marks, self.form, first == 0)[start:stop]
+        return tokens[:end][start:stop]
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns ones, (stop - start,) uint8: the language of a target says whether it counts."""
@@ -76,30 +77,30 @@ class HeldOutMiddles:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for numbers in micro_batches_of_rank(
-            np.arange(len(self._pieces)), self.micro_batch, self.dp_rank, self.dp_size
+            np.arange(len(self._slices)), self.micro_batch, self.dp_rank, self.dp_size
         ):
             yield self._batch(numbers)
 
-    def _batch(self, pieces: list[int]) -> EvaluationBatch:
-        """Returns the micro-batch of these pieces; the language, (B, T) int64, is -1 except for the targets of the
+    def _batch(self, slice_numbers: list[int]) -> EvaluationBatch:
+        """Returns the micro-batch of these slices; the language, (B, T) int64, is -1 except for the targets of the
         middles.
 
         Args:
-            pieces: numbers of pieces; a negative one is an empty row, which fills the batch.
+            slice_numbers: a negative one is an empty row, which fills the batch.
         """
-        language_BT = torch.full((len(pieces), self.seq_len), -1, dtype=torch.int64)
+        language_BT = torch.full((len(slice_numbers), self.seq_len), -1, dtype=torch.int64)
         rows = []
-        for b, piece in enumerate(pieces):
-            if piece < 0:
+        for b, slice_number in enumerate(slice_numbers):
+            if slice_number < 0:
                 rows.append(Row(self, []))
                 continue
 
-            document, first, last = self._pieces[piece].tolist()
-            begin, end = self._middle(piece)
+            document, first, last = self._slices[slice_number].tolist()
+            begin, end = self._middle(slice_number)
             length = end
             if self.marks:
                 length = last - first + ADDED
-            rows.append(Row(self, [DocumentSlice(piece, 0, length)]))
+            rows.append(Row(self, [DocumentSlice(slice_number, 0, length)]))
 
             # The middle is at the end of the text; a target is one position before its token.
             middle_targets = slice(length - (end - begin) - 1, length - 1)
@@ -107,19 +108,19 @@ class HeldOutMiddles:
 
         batch = assemble(
             rows,
-            pieces,
+            slice_numbers,
             seq_len=self.seq_len,
             document_mask=True,
             reset_positions=True,
             pad_id=self.pad_id,
-            opening=self.opening,
+            first_token=self.first_token,
         )
         return EvaluationBatch(batch, language_BT)
 
-    def _middle(self, piece: int) -> tuple[int, int]:
-        """Draws the middle of a piece, (begin, end) in its tokens.
+    def _middle(self, slice_number: int) -> tuple[int, int]:
+        """Draws the middle of a slice, (begin, end) in its tokens.
 
-        The first token of a piece always stands before it, because a left-to-right model cannot predict that token.
+        The first token of a slice always stands before it, because a left-to-right model cannot predict that token.
         """
-        document, first, last = self._pieces[piece].tolist()
+        document, first, last = self._slices[slice_number].tolist()
         return middle_of(last - first, key(Shuffle.INFILL_HELD_OUT, document, first))

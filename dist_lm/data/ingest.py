@@ -9,10 +9,13 @@ Held-out texts are compared with the train texts of all corpora of the configura
 train texts contain is dropped. Documents of a source with `held_out` are val whatever their hash; train
 documents that contain one are dropped. If a corpus has such a source, its other sources are train.
 
-Texts are read to choose val, to compare, and by the caller. The first corpus that the caller reads is compared
-meanwhile, unless a user holds texts out: train documents are dropped for these. A corpus holds texts, or conversations,
-or rankings. Conversations share their forms, so shared words say nothing about leakage: the group of one
-with generated tools is its tools, of any other the user's text, and of a ranking its prompt. They are read once.
+Texts are read three times: to choose val, to compare val with train, and by the caller. The first corpus that the
+caller reads is compared during that reading. That is not possible if a source has `held_out`: then train documents may
+be dropped, and which ones must be known before the first is yielded.
+
+A corpus holds texts, or conversations, or rankings. Conversations share their forms, so shared words say nothing about
+leakage. They are divided by group instead: the tools of a conversation with generated tools, the user's text of any
+other conversation, the prompt of a ranking. Conversations and rankings are read once.
 """
 
 from collections import Counter
@@ -120,6 +123,7 @@ class Texts:
         """
         self.compare(text_corpora(self.config))
         val = self._val
+        # A train document that is itself a protected text was not compared: its key alone refuses it.
         refused = val.comparison.finish() | val.protected
         leaked = {val.keys[number] for number in val.index.contained()}
         del self._val  # frees the windows of all held-out texts
@@ -235,12 +239,12 @@ def split_documents(
     """Yields `(split, document, source)` of every document of a corpus: all of train, then all of val, by source.
 
     The order and the documents depend on the configuration, the seed and the inputs alone. In memory are val, and a
-    hash of every text that passed, to find duplicates. Val of a text corpus comes after all corpora of texts were
-    compared, so they may be read then.
+    hash of every text that passed, to find duplicates. Before val of a text corpus is yielded, all corpora of texts
+    must have been compared; those that were not are read at that point.
 
     Args:
         report: counts what is kept and dropped.
-        texts: of the same config and seed, to decide on the sides once for several corpora; None: a new one.
+        texts: of the same config and seed, so that the splits are decided once for several corpora; None: a new one.
         rejected: gets a line of JSON for each broken row.
 
     Raises:
@@ -311,9 +315,9 @@ def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestRe
     redact = redacted if document.form == "text" else redacted_json
     clean = redact(document.text, secrets=steps.secrets, emails=steps.emails)
 
-    counts = {KEY: clean.secrets, EMAIL: clean.emails}
-    report.keep(record, split, {placeholder: times for placeholder, times in counts.items() if times})
-    return replace(document, text=clean.text) if any(counts.values()) else document
+    replaced = {KEY: clean.secrets, EMAIL: clean.emails}
+    report.keep(record, split, {placeholder: times for placeholder, times in replaced.items() if times})
+    return replace(document, text=clean.text)
 
 
 def split_of(group: str, val_fraction: float) -> str:

@@ -6,13 +6,14 @@ data is noticed before it is mixed with tokens of the old data.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.opening import open_raw
 from dist_lm.data.sources.reader import reader_of, traits_of
+from dist_lm.tracking.readable import counted, listed
 
 BLOCK = 1 << 20  # bytes hashed at a time
 NAMED = 3  # files that a message names
@@ -59,10 +60,10 @@ class Inputs:
     def summary(self) -> str:
         """Describes the listing: `3 files taken (1,234 bytes), 2 left out (hidden: 1, suffix .md: 1)`."""
         n_bytes = sum(max(file.size, 0) for file in self.taken)
-        words = f"{_files(len(self.taken))} taken ({n_bytes:,} bytes)"
+        words = f"{counted(len(self.taken), 'file')} taken ({n_bytes:,} bytes)"
         if reasons := Counter(file.left_out for file in self.left_out):
-            counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-            words += f", {reasons.total()} left out ({counts})"
+            listed_reasons = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+            words += f", {reasons.total()} left out ({listed_reasons})"
         return words
 
     def to_json(self) -> list[dict[str, Any]]:
@@ -90,7 +91,10 @@ def inputs_of(source: SourceConfig, *, hashes: bool = False) -> Inputs:
         ArtefactError: there is nothing to read, or a folder or URL cannot be listed.
     """
     list_inputs = traits_of(reader_of(source)).inputs
-    listing = Inputs() if list_inputs is None else list_inputs(source)
+    if list_inputs is None:
+        return Inputs()
+
+    listing = list_inputs(source)
     if hashes:
         listing = hashed(listing)
     return listing
@@ -131,12 +135,12 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
         ("gone or left out", [name for name in old if name not in new]),
     ):
         if names:
-            changes_in_words.append(f"{_files(len(names))} {kind}: {_some(names)}")
+            changes_in_words.append(f"{counted(len(names), 'file')} {kind}: {listed(names, NAMED)}")
 
     common = [name for name in old if name in new]
     changed = [f"{name}: {words}" for name in common if (words := _difference(old[name], new[name]))]
     if changed:
-        changes_in_words.append(_some(changed))
+        changes_in_words.append(listed(changed, NAMED))
 
     # The order of files is the order of documents, so it changes the corpus.
     if not changes_in_words and common != [name for name in new if name in old]:
@@ -157,11 +161,3 @@ def _difference(old: Input, new: Input) -> str:
     if old.mtime_ns != new.mtime_ns:
         return "changed at another time (mtime), the size is the same"
     return ""
-
-
-def _files(count: int) -> str:
-    return f"{count:,} file{'' if count == 1 else 's'}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED:,} more" if len(names) > NAMED else "")

@@ -58,7 +58,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
         "splits": {
             name: {
                 "total": asdict(split.counts),
-                "languages": {language: asdict(counts) for language, counts in split.languages.items()},
+                "languages": {language: asdict(amounts) for language, amounts in split.languages.items()},
             }
             for name, split in manifest.splits.items()
         },
@@ -191,8 +191,8 @@ def _language_table(splits: dict[str, Any]) -> Table:
     table = Table("split", "language", title="Text", title_justify="left")
     for name in ("documents", "tokens", "bytes", "bytes/token"):
         table.add_column(name, justify="right")
-    for split, counts in splits.items():
-        for language, row in [*counts["languages"].items(), ("all", counts["total"])]:
+    for split, amounts in splits.items():
+        for language, row in [*amounts["languages"].items(), ("all", amounts["total"])]:
             ratio = f"{row['bytes'] / row['tokens']:.2f}" if row["tokens"] else "-"
             figures = (f"{row[name]:,}" for name in ("documents", "tokens", "bytes"))
             table.add_row(split, language, *figures, ratio, end_section=language == "all")
@@ -206,11 +206,11 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("state")
     for shard in shards:
-        counts, state = shard["counts"], shard["state"]
+        amounts, state = shard["counts"], shard["state"]
         table.add_row(
             shard["name"],
-            f"{counts['documents']:,}",
-            f"{counts['tokens']:,}",
+            f"{amounts['documents']:,}",
+            f"{amounts['tokens']:,}",
             gib(shard["size"]),
             Text(state, style="green" if state == "ok" else "red"),
         )
@@ -224,8 +224,8 @@ def _ingest_table(sources: dict[str, Any]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("dropped, and what was replaced")
     for name, tally in sources.items():
-        counts = [*sorted(tally["dropped"].items()), *sorted(tally["replaced"].items())]
-        reasons = ", ".join(f"{reason} {times:,}" for reason, times in counts)
+        reasons_and_times = [*sorted(tally["dropped"].items()), *sorted(tally["replaced"].items())]
+        reasons = ", ".join(f"{reason} {times:,}" for reason, times in reasons_and_times)
         table.add_row(Text(name), f"{tally['seen']:,}", f"{tally['kept']:,}", Text(reasons))
     return table
 
@@ -284,5 +284,7 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
         tokens = corpus.tokens(document, 1, min(length, 1 + SAMPLE_TOKENS))  # without the first end-of-text
         # Conversations have special tokens, which `decode` leaves out.
         text = "".join(tokenizer.pieces(tokens)) if corpus.has_mask else tokenizer.decode(tokens.tolist())
+        if length > 1 + SAMPLE_TOKENS:
+            text += " ..."
         console.print(Rule(Text(f"{language}: {length:,} tokens"), align="left"))
-        console.print(Text(text + (" ..." if length > 1 + SAMPLE_TOKENS else "")))
+        console.print(Text(text))

@@ -26,11 +26,12 @@ from dist_lm.data.manifest import (
 )
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
+from dist_lm.tracking.readable import listed
 
 REJECTED = "rejected.jsonl"  # a line for every broken row: its file and line, the reason and the error
 SUFFIXES = (".tar", ".index", ".origins.jsonl.zst")  # the files of a tar
 _NAMES_SHOWN = 3
-_OF_DURABLE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")  # temporary files of `storage.durable`
+_OF_DURABLE = re.compile(r"\A\.(.+)\.[0-9a-f]{16}\.tmp\Z")  # temporary files of `storage.durable`
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Journal:
         finished = [{"finished": asdict(shard)} for shards in journal.finished.values() for shard in shards]
         durable.write_text(path, "".join(map(_line, [{"format": FORMAT, **asdict(recipe)}, *finished])))
         manifest.unlink(missing_ok=True)
-        durable.fsync_directory(directory)
+        durable.fsync(directory)
         return journal
 
     @property
@@ -93,7 +94,7 @@ class Journal:
     def close(self) -> None:
         """Removes the journal: the manifest describes the tars now."""
         journal_path(self.directory).unlink()
-        durable.fsync_directory(self.directory)
+        durable.fsync(self.directory)
 
     def _append(self, event: Mapping[str, Any]) -> None:
         # On disk before the caller continues: a tar that no line names would be taken for a user's file.
@@ -116,9 +117,8 @@ def require_only_ours(directory: Path) -> set[str]:
     """
     ours, foreign = entries(directory)
     if foreign:
-        more = f" and {len(foreign) - _NAMES_SHOWN} more" if len(foreign) > _NAMES_SHOWN else ""
         raise ArtefactError(
-            f"{directory} holds {', '.join(foreign[:_NAMES_SHOWN])}{more}, which its manifest does not name: move "
+            f"{directory} holds {listed(foreign, _NAMES_SHOWN)}, which its manifest does not name: move "
             "them away, or give the corpus another name. Only files that the manifest names are ever removed; if you "
             "need nothing there, remove that folder"
         )
@@ -142,8 +142,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
     ours, foreign = set(), []
     for path in sorted(directory.iterdir()):
         # A kill may leave the temporary file of a durable write.
-        temporary = _OF_DURABLE.fullmatch(path.name)
-        final_name = temporary[1] if temporary else path.name
+        final_name = _OF_DURABLE.sub(r"\1", path.name)
         if final_name in named and (path.is_symlink() or not path.is_dir()):
             ours.add(path.name)
         else:

@@ -27,12 +27,12 @@ class Shuffle(IntEnum):
     LABEL_NOISE = 7  # judgements that are reversed
     PAIRS = 8  # pairs of a ranking
     SAMPLES = 9  # samples of stage rankings
-    SAMPLE_LINES = 10  # the cuts of the openings of these samples
+    SAMPLE_LINES = 10  # the cuts of the beginnings of these samples
     PROMPTS = 11  # prompts of stage rlhf
     UPDATES = 12  # rollouts in an epoch of updates
-    INFILL_PIECES = 13  # pieces of documents that an epoch rearranges
-    INFILL_MIDDLES = 14  # the cuts of these pieces
-    INFILL_HELD_OUT = 15  # the cuts of pieces of held-out documents
+    INFILL_SLICES = 13  # slices of documents that an epoch rearranges
+    INFILL_MIDDLES = 14  # the cuts of these slices
+    INFILL_HELD_OUT = 15  # the cuts of slices of held-out documents
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
@@ -56,6 +56,7 @@ def splitmix64(seed: int, n: int) -> np.ndarray:
 
 def key(*words: int) -> int:
     """Hashes several integers into one 64-bit key, which depends on each integer and on their order."""
+    # Each word goes into the hash of those before it, so that (1, 2) and (2, 1) differ.
     state = 0
     for word in words:
         state = int(splitmix64((state + word) % _WORD, 1)[0])

@@ -179,7 +179,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     for name, split in manifest.splits.items():
         splits[name] = {
             "shards": [asdict(shard) for shard in split.shards],
-            "languages": {language: asdict(counts) for language, counts in split.languages.items()},
+            "languages": {language: asdict(amounts) for language, amounts in split.languages.items()},
         }
 
     content = {

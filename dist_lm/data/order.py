@@ -21,16 +21,16 @@ class DocumentSlice(NamedTuple):
 
 
 class Concatenation:
-    """Documents laid end to end. Maps positions in that row of tokens to slices of documents."""
+    """Documents laid end to end. Maps positions in these tokens to slices of documents."""
 
     def __init__(self, lengths: np.ndarray, documents: np.ndarray) -> None:
-        """`lengths`: (n,) tokens by document number; `documents`: the numbers in the order of the row."""
+        """`lengths`: (n,) tokens by document number; `documents`: the numbers in the order in which they are laid."""
         self._documents = documents
         self.ends = np.cumsum(lengths[documents], dtype=np.int64)  # (n,) positions behind each document
-        self.n_tokens = int(self.ends[-1]) if len(documents) else 0
+        self.n_tokens = int(self.ends.max(initial=0))
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
-        """Returns the slices that cover the tokens [begin, end) of the row, in order; `end` is at most `n_tokens`."""
+        """Returns the slices that cover the tokens [begin, end), in order; `end` is at most `n_tokens`."""
         assert 0 <= begin <= end <= self.n_tokens, (begin, end, self.n_tokens)
         index = int(np.searchsorted(self.ends, begin, side="right"))
         document_begin = int(self.ends[index - 1]) if index else 0
@@ -51,9 +51,9 @@ class Concatenation:
 class EpochOrder:
     """The sequences of one epoch.
 
-    Sequence i covers `seq_len + 1` tokens; its last one is only a target, and the first input of the piece
-    after it. So every token but the first of the epoch and its tail (less than a sequence) is a target
-    exactly once.
+    A sequence has `seq_len + 1` tokens. The last one is only a target here; it is the first input of the next cut. So
+    each token of the epoch is a target exactly once, except the first token and a rest at the end that fills no
+    sequence.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class EpochOrder:
         """`lengths`: (documents,) tokens; `continues`: see `shuffled_documents`."""
         self.seq_len = seq_len
         word = key(Shuffle.TEXT_DOCUMENTS, seed, epoch)
-        self.row = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
-        self.n_sequences = sequences_an_epoch(self.row.n_tokens, seq_len)
+        self.concatenation = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
+        self.n_sequences = sequences_an_epoch(self.concatenation.n_tokens, seq_len)
 
         # A second shuffle, so that the parts of one long document do not meet in a batch.
-        self._pieces = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
+        self._cuts = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
 
     def begin(self, i: int) -> int:
-        """Returns the position in the row of tokens where the i-th sequence visited begins."""
-        return int(self._pieces[i]) * self.seq_len
+        """Returns the position in the concatenated tokens where the i-th sequence visited begins."""
+        return int(self._cuts[i]) * self.seq_len
 
     def sequence(self, i: int) -> list[DocumentSlice]:
         """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
-        # One more token: the last target, which is the first input of the next piece.
+        # One more token: the last target, which is the first input of the next cut.
         begin = self.begin(i)
-        return self.row.slices(begin, begin + self.seq_len + 1)
+        return self.concatenation.slices(begin, begin + self.seq_len + 1)
 
 
 def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -> np.ndarray:

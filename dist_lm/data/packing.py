@@ -29,7 +29,7 @@ class Packing:
 
         # (packed documents,) the row of each of `documents`
         self.row_of_document = best_fit_decreasing(lengths[self.documents], seq_len + 1)
-        self.n_rows = int(self.row_of_document.max()) + 1 if len(fitting) else 0
+        self.n_rows = int(self.row_of_document.max(initial=-1)) + 1
         self.ends = np.cumsum(np.bincount(self.row_of_document, minlength=self.n_rows))  # (rows,) end in `in_rows`
         # A stable sort: the documents of a row stay in the order of `documents`, the longest first.
         self._in_rows = self.documents[np.argsort(self.row_of_document, kind="stable")]
@@ -78,6 +78,7 @@ class PackedEpoch:
         shuffled = packing.documents[permutation(n, key(Shuffle.PACKED_DOCUMENTS, seed, epoch))]
         documents = longest_first(shuffled, packing.lengths)
 
+        # Sorted by row, and inside a row by a hash.
         order_in_rows = np.lexsort((splitmix64(key(Shuffle.PACKED_INSIDE, seed, epoch), n), packing.row_of_document))
         self._in_rows = documents[order_in_rows]
         self._rows = permutation(packing.n_rows, key(Shuffle.PACKED_ROWS, seed, epoch))

@@ -175,7 +175,9 @@ def _parse(number: int, line: bytes, file: Path, line_number: int) -> Prompt:
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         return broken("expected an object with a text `prompt`")
 
-    id_ = number if fields.get("id") is None else fields["id"]
+    id_ = fields.get("id")
+    if id_ is None:
+        id_ = number
     if type(id_) not in (str, int):
         return broken("id is neither a text nor a whole number")
     if not _is_unicode(str(id_)):

@@ -192,8 +192,9 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
 
     columns = {"column": content}
     for key, usual_names in (("language_column", LANGUAGES), ("licence_column", LICENCES), ("id_column", NAMES)):
-        counts = texts + lists if key == "licence_column" else texts
-        if name := next((name for name in usual_names if name != content and counts[name]), ""):
+        # Only licences may come as a list.
+        rows_with = texts + lists if key == "licence_column" else texts
+        if name := next((name for name in usual_names if name != content and rows_with[name]), ""):
             columns[key] = name
     return columns, False
 
@@ -254,8 +255,9 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
     notes = (*notes, f"columns: {named}; not read: {', '.join(unread[:LISTED]) or 'none'}{dots}")
 
     # The file names no column that the reader takes by default.
-    content = columns["column"]
-    reader = "messages" if conversations else kind
+    content, reader = columns["column"], kind
+    if conversations:
+        reader = "messages"
     if content == {"messages": MESSAGES, "tars": TEXT_MEMBER}.get(reader, TEXT_COLUMN):
         del columns["column"]
 
@@ -366,5 +368,5 @@ def _without_text(first_rows: Sequence[SourceRow], rows: Sequence[Row]) -> str:
 
 def _suffixes(files: Sequence[Input]) -> str:
     """Counts files by suffix, in words: `.bin: 3, no suffix: 1`."""
-    counts = Counter(PurePosixPath(bare_name(file.name)).suffix or "no suffix" for file in files)
-    return ", ".join(f"{suffix}: {count}" for suffix, count in counts.most_common(8))
+    suffixes = Counter(PurePosixPath(bare_name(file.name)).suffix or "no suffix" for file in files)
+    return ", ".join(f"{suffix}: {count}" for suffix, count in suffixes.most_common(8))

@@ -18,7 +18,7 @@ from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, rea
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
-GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the side
+GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the split
 EXAMPLES = 20  # sources named in a report
 NAMED = 3  # broken rows that a message names
 HOPELESS = 1000  # broken rows after which a source that is mostly broken ends
@@ -177,6 +177,7 @@ class RowErrors:
             )
 
     def _count(self, row: Rejected) -> None:
+        # All rows may be broken, so only the first ones are kept for the message.
         self._n_bad += 1
         if len(self._first) < NAMED:
             self._first.append(row)
@@ -244,16 +245,16 @@ def screened(
         # Broken rows are the better explanation for a source without documents, so they are checked first.
         errors.check()
         if n_source == 0:
-            origin = counts = ""
+            origin = reasons = ""
             if name := source_place(source):
                 key = "dataset" if source.dataset else "path"
                 origin = f" of {key}={name}"
             if dropped:
                 only = f" (only={source.only})" if "other_language" in dropped else ""
                 listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
-                counts = f"dropped were {listing}{only}; "
+                reasons = f"dropped were {listing}{only}; "
             raise ArtefactError(
-                f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {counts}"
+                f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {reasons}"
                 f"{source_traits(source).advice} (corpus={config.name})"
             )
 

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from dist_lm.data.batch import Row
-from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_pieces
+from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.order import EpochOrder, sequences_an_epoch
 from dist_lm.data.packing import PackedEpoch, Packing
@@ -46,7 +46,7 @@ class Epochs(Generic[Order]):
 class CorpusSequences:
     """The sequences of one corpus, numbered 0, 1, 2, ... over all epochs.
 
-    Text is cut from one row of tokens, and no token is lost. Conversations (a corpus with a loss mask) stay whole.
+    Text is laid end to end and cut, and no token is lost. Conversations (a corpus with a loss mask) stay whole.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CorpusSequences:
 
         Args:
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
-            infill: rearranges pieces of documents of text; all epochs still have `n_sequences`.
+            infill: rearranges slices of documents of text; all epochs still have `n_sequences`.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
@@ -69,12 +69,12 @@ class CorpusSequences:
         self.corpus = corpus
         self._seed, self._infill = seed, infill
 
-        # Sequences of text are shorter by the marks of the pieces that may be rearranged, so no token is lost.
-        self._max_pieces = 0
+        # Each sequence takes less text, which leaves space for the marks of the slices that may be rearranged.
+        self._max_slices = 0
         if infill:
             assert not corpus.has_mask, "conversations are not rearranged"
-            self._max_pieces = most_pieces(corpus.lengths, infill.rate, seq_len)
-        self._text_len = seq_len - ADDED * self._max_pieces
+            self._max_slices = most_slices(corpus.lengths, infill.rate, seq_len)
+        self._text_len = seq_len - ADDED * self._max_slices
 
         self.packing: Packing | None = None
         if corpus.has_mask:
@@ -90,19 +90,21 @@ class CorpusSequences:
         self._epochs = Epochs(self.n_sequences, self._order)
 
     def row(self, number: int) -> Row:
-        """Returns sequence `number`: `seq_len + 1` tokens, of conversations and with `infill` perhaps fewer."""
+        """Returns the content of sequence `number`: `seq_len + 1` tokens, perhaps fewer of conversations and with
+        `infill`.
+        """
         order, i = self._epochs.locate(number)
         if isinstance(order, InfillEpoch):
             return order.row(i)
         return Row(self.corpus, order.sequence(i))
 
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
-        # Conversations stay whole; text is cut, and its pieces may be rearranged.
+        # Conversations stay whole; text is cut, and its slices may be rearranged.
         if self.packing:
             return PackedEpoch(self.packing, self._seed, epoch)
         order = EpochOrder(self.corpus.lengths, self._seed, epoch, self._text_len, self.corpus.continues)
-        if self._infill and self._max_pieces:
-            return InfillEpoch(self.corpus, order, self._infill, self._max_pieces, self._seed, epoch)
+        if self._infill and self._max_slices:
+            return InfillEpoch(self.corpus, order, self._infill, self._max_slices, self._seed, epoch)
         return order
 
 
@@ -114,9 +116,9 @@ class Mix:
 
     def __init__(self, shares: Sequence[float], seed: int) -> None:
         """`shares`: those of corpora 1, 2, ...; whole per cent, with a sum below 1."""
-        mixed_counts = [round(share * BLOCK) for share in shares]
-        self._counts = np.array([BLOCK - sum(mixed_counts), *mixed_counts])  # sequences of each corpus in a block
-        assert self._counts.min() > 0, shares
+        mixed_sequences = [round(share * BLOCK) for share in shares]
+        self._sequences_of = np.array([BLOCK - sum(mixed_sequences), *mixed_sequences])  # (corpora,) in a block
+        assert self._sequences_of.min() > 0, shares
         self._seed = seed
         self._block = -1
         self._corpora = self._numbers_in_block = np.empty(0, np.int64)
@@ -131,11 +133,11 @@ class Mix:
         if block != self._block:
             self._shuffle(block)
         corpus = int(self._corpora[i])
-        return corpus, block * int(self._counts[corpus]) + int(self._numbers_in_block[i])
+        return corpus, block * int(self._sequences_of[corpus]) + int(self._numbers_in_block[i])
 
     def _shuffle(self, block: int) -> None:
         """Computes the corpus of each sequence of a block, and how many of that corpus come before it there."""
-        corpora = np.repeat(np.arange(len(self._counts)), self._counts)
+        corpora = np.repeat(np.arange(len(self._sequences_of)), self._sequences_of)
         self._corpora = corpora[permutation(BLOCK, key(Shuffle.MIX, self._seed, block))]
         is_same_corpus = self._corpora[:, None] == self._corpora[None, :]
         self._numbers_in_block = np.tril(is_same_corpus, -1).sum(1)

@@ -8,7 +8,7 @@ A member of a tar groups many documents (one document a member costs 3.6 times t
     KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
     KEY.languages.npy  (documents,) uint8   codes
     KEY.mask.npy       (tokens,) uint8      only if a document has a loss mask; 1: the token is learned
-    KEY.continues.npy  (documents,) uint8   only if a document is of the repository of the one before it: 1
+    KEY.continues.npy  (documents,) uint8   1: of the same repository as the document before; only if a document has a 1
     KEY.branch.npy ... only for rankings: see `data.rankings.shards`
     KEY.meta.json      {"languages": {code: name}}
 
@@ -137,6 +137,7 @@ class _SplitWriter:
         Args:
             source: number of its source in the configuration.
         """
+        # A wrong document would be found only by its readers, in a tar that is written and hashed.
         tokens, mask = document.tokens, document.loss_mask
         assert tokens.dtype == self._dtype, (tokens.dtype, self._recipe.vocab_size)
         assert len(tokens) > 0, "a document begins with end-of-text"
@@ -182,7 +183,7 @@ class _SplitWriter:
             return
         tar = self._tar or self._start_tar()
 
-        # Languages and repository count over the whole tar, hashes over the whole split.
+        # Language codes and the last repository are those of this tar; document numbers run over the whole split.
         continues = []
         for document in documents:
             self._languages.setdefault(document.language, len(self._languages))
@@ -244,10 +245,10 @@ class _SplitWriter:
         self._file.close()
 
         # A kill at any line leaves either no tar of this name, or a whole one with its origins.
-        durable.fsync_file(self._temporary)
+        durable.fsync(self._temporary)
         write_origins(self._path, self._tar_origins)
         self._temporary.replace(self._path)
-        durable.fsync_directory(self._path.parent)
+        durable.fsync(self._path.parent)
 
         index = build_index(self._path)
         save_index(index, index_path(self._path))
@@ -275,8 +276,8 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
 def content_of(number: int, document: TokenizedDocument, continues: bool = False) -> int:
     """Hashes the part of document `number` of its split that training sees: a 256-bit integer.
 
-    These are tokens, mask, verdict, and whether the document stays behind the one before it. Equal documents with other
-    numbers have other hashes.
+    These are tokens, mask, verdict, and whether it belongs to the repository of the document before it. Equal documents
+    with other numbers have other hashes.
     """
     # The number makes the sum over all documents depend on their order.
     digest = hashlib.sha256(f"{number} {len(document.tokens)} {document.loss_mask is not None}".encode())

@@ -19,7 +19,7 @@ from dist_lm.data.infill import Infill
 from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 PREFETCH = 2  # steps prepared ahead
 
@@ -57,7 +57,7 @@ class StepStream(Iterator[StepData]):
         Args:
             batch_of: makes the micro-batch of these global sequence numbers; called in the thread.
             position: sequences consumed over all ranks before the first step.
-            packing: how the stage's own corpus is packed, for the record; None for text.
+            packing: figures of how the stage's own corpus is packed, for `result.json`; None for text.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
@@ -130,7 +130,7 @@ class SequenceStream(StepStream):
         document_mask: bool = True,
         reset_positions: bool = True,
         pad_id: int = 0,
-        opening: Opening | None = None,
+        first_token: FirstToken | None = None,
         mix: Mapping[TokenCorpus, float] | None = None,
         pin_memory: bool = False,
         seq_len_key: str = SEQ_LEN,
@@ -142,7 +142,7 @@ class SequenceStream(StepStream):
             mix: further corpora with their shares of all sequences (`sequences.Mix`).
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             pad_id: the token that fills rows up.
-            opening: of the tokenizer; None: documents begin with end-of-text.
+            first_token: of the tokenizer; None: documents begin with end-of-text.
             infill: rearranges documents of `corpus`; the corpora of `mix` stay as they are.
 
         Raises:
@@ -156,7 +156,7 @@ class SequenceStream(StepStream):
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed)
 
-        self._seq_len, self._pad_id, self._opening = seq_len, pad_id, opening
+        self._seq_len, self._pad_id, self._first_token = seq_len, pad_id, first_token
         self._document_mask, self._reset_positions = document_mask, reset_positions
 
         packing = self.corpora[0].packing
@@ -184,7 +184,7 @@ class SequenceStream(StepStream):
             document_mask=self._document_mask,
             reset_positions=self._reset_positions,
             pad_id=self._pad_id,
-            opening=self._opening,
+            first_token=self._first_token,
         )
 
     def _row(self, number: int) -> Row:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_lm.data.index import ShardIndex, open_index
-from dist_lm.data.manifest import BUILD_COMMAND, Shard, read_manifest, token_dtype
+from dist_lm.data.manifest import BUILD_COMMAND, Shard, Split, read_manifest, token_dtype
 from dist_lm.errors import ArtefactError
 
 OPEN_TARS = 64  # descriptors of one split
@@ -49,20 +49,21 @@ class TokenCorpus:
         self._vocab_size, self._dtype = vocab_size, token_dtype(vocab_size)
         self._tars = _Tars([directory / shard.name for shard in shards])
 
+        # Arrays from document to member, and from member to tar, so that a read searches nothing.
         self._members = np.concatenate([index.members for index in indices])
-        counts = self._members["documents"].astype(np.int64)
+        n_documents = self._members["documents"].astype(np.int64)  # (members,)
         self._tar_of = np.repeat(np.arange(len(shards), dtype=np.int32), [len(index.members) for index in indices])
-        self._member_of = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self._member_of = np.repeat(np.arange(len(n_documents), dtype=np.int32), n_documents)
 
-        self._firsts = np.cumsum(counts) - counts  # (members,) number of the first document
+        self._firsts = np.cumsum(n_documents) - n_documents  # (members,) number of the first document
         starts = np.concatenate([[0], np.cumsum(self.lengths)])
         # (documents,) tokens of the same member before the document
-        self._start = (starts[:-1] - np.repeat(starts[self._firsts], counts)).astype(np.uint32)
+        self._start = (starts[:-1] - np.repeat(starts[self._firsts], n_documents)).astype(np.uint32)
 
         self._token_offset = self._members["tokens"].copy()
         self._mask_offset = self._members["mask"].copy()
         self._checksums = [checksum for shard in shards for checksum in shard.checksums()]
-        self._checked = bytearray(len(counts))
+        self._checked = bytearray(len(n_documents))
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "TokenCorpus":
@@ -74,7 +75,7 @@ class TokenCorpus:
             ArtefactError: the corpus or the split is missing, empty, or differs from the manifest.
         """
         manifest = read_manifest(directory)
-        shards = manifest.splits[split].shards if split in manifest.splits else ()
+        shards = manifest.splits.get(split, Split()).shards
         if not sum(shard.counts.documents for shard in shards):
             raise ArtefactError(
                 f"corpus {directory} has no {split} documents: give it more text or another "

@@ -8,6 +8,7 @@ reads the scripts with `bash -n`.
 
 import random
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -81,7 +82,9 @@ class Author:
             in_document = (in_document or line.endswith("<<END")) and line != "END"
 
         indented_text = "\n".join(lines)
-        return VARIABLE.sub(r"${\1}", indented_text) if self.braces else indented_text
+        if self.braces:
+            return VARIABLE.sub(r"${\1}", indented_text)
+        return indented_text
 
 
 @reader(seeded=True, revision=1)
@@ -90,7 +93,6 @@ def read_bash(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     for i in range(source.limit or DEFAULT_DOCUMENTS):
         rng = random.Random(f"bash {seed} {i}")  # noqa: S311  (text, not secrets)
         held_out = rng.random() < HELD_OUT
-
         text = bash_document(rng, held_out)
 
         # Small hashes belong to val, large ones to train.
@@ -122,16 +124,17 @@ def bash_document(rng: random.Random, held_out: bool) -> str:
     for call in calls:
         parts.insert(rng.randint(0, len(parts)), call)
 
-    purpose = purposes[0] if purposes else chosen_steps[0].partition("\n")[0].removeprefix("# ")
+    # The first function says what the script is for, or else the comment of the first step.
+    purposes.append(chosen_steps[0].partition("\n")[0].removeprefix("# "))
     head = [author.shebang]
     if rng.random() < author.comments:
-        head.append(f"# {_filled(purpose, rng, {})}")
+        head.append(f"# {_filled(purposes[0], rng, {})}")
     if author.options:
         head.append(author.options)
 
     # Here-documents must not be indented, and options are parsed at the top level.
     if author.main and not any("<<END" in part or "getopts" in part for part in parts):
-        body = "\n".join(author.indent + line if line else line for line in "\n".join(parts).split("\n"))
+        body = textwrap.indent("\n".join(parts), author.indent)
         parts = [f"{author.head.replace('NAME', 'main')}\n{body}\n}}", 'main "$@"']
 
     return "\n".join(head) + "\n\n" + "\n\n".join([*definitions, *parts]) + "\n"

@@ -147,6 +147,7 @@ def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b:
     tests_arguments = _arguments(rung, rng, a, b)
     cases = [[(argument, rung.value(argument, a, b)) for argument in arguments] for arguments in tests_arguments]
 
+    # Values are written as the language prints them: Python compares them itself, the others by their output.
     tests: list[str | dict[str, str]] = []
     for pairs in cases:
         if language == "python":
@@ -177,8 +178,10 @@ def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]
         texts = (" ".join(rng.sample(WORDS, len(WORDS))) for _ in range(2))
         return [[text[: a + 4 + rng.randint(0, 5)].strip()] for text in texts]
 
+    # A rung that asks for the last `a` elements needs longer lists.
     if rung.takes == "list":
-        return [[numbers(a, a + 1) + numbers() * (a // 3 if rung.most == SMALL else 0)], [numbers(a + 1), numbers()]]
+        repeats = a // 3 if rung.most == SMALL else 0
+        return [[numbers(a, a + 1) + numbers() * repeats], [numbers(a + 1), numbers()]]
 
     prices = (numbers(a, a + 1), numbers(a, a - 1, a + 1))
     return [[[*zip(rng.sample(NAMES, len(table_prices)), table_prices, strict=True)]] for table_prices in prices]

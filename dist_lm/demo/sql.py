@@ -47,14 +47,15 @@ def sql_document(rng: random.Random) -> str:
     for table in tables[:num_with_rows]:
         parts += map(style.finish, insert_rows(scene, table, 1, rng.randint(1, 4)))
 
-    used: set[str] = set()  # statements, and the objects that they create
     # Statements are drawn at random, so the same one may come twice; a script has it once.
+    used: set[str] = set()  # statements, and the objects that they create
     while sum(len(part) + 2 for part in parts) < target_length:
         write = rng.choice(rng.choices([QUERIES, ANALYSES, CHANGES], weights=[35, 35, 30])[0])
         statement = write(scene)
         if statement is None or statement[1] in used:
             continue
 
+        # SQLite refuses a second object of the same name.
         words, text = statement
         created = CREATED.match(text)
         if created and created.group() in used:

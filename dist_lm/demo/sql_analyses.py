@@ -5,21 +5,15 @@ Each function returns `(description, SQL)`, or None if the schema has no table o
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
 
-from collections.abc import Callable
-
-from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
-from dist_lm.demo.sql_schema import DATES, QUANTITIES, singular
+from dist_lm.demo.sql_scene import Clause, Scene, Statement, Write, about_column, about_relation, spoken
+from dist_lm.demo.sql_schema import DATES, QUANTITIES, Column, Table, singular
 
 AGGREGATES = [("SUM", "total"), ("AVG", "average"), ("MIN", "lowest"), ("MAX", "highest")]
 
 
-def group_by_value(scene: Scene) -> Statement | None:
+@about_column({"city", "country", "choice", "flag"})
+def group_by_value(scene: Scene, table: Table, column: Column) -> Statement:
     """Counts rows by the value of a column."""
-    table_and_column = scene.table_with({"city", "country", "choice", "flag"})
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     columns = [
         column.name,
         f"COUNT(*) AS {scene.rng.choice(['n', 'total', 'how_many', table.name + '_count'])}",
@@ -46,14 +40,13 @@ def group_by_value(scene: Scene) -> Statement | None:
     return words, scene.style.render(clauses)
 
 
-def totals_of_children(scene: Scene) -> Statement | None:
+@about_relation
+def totals_of_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
     """Aggregates a quantity of child rows for each parent."""
-    relation = scene.relation()
-    if relation is None or not relation[0].of(QUANTITIES):
+    if not child.of(QUANTITIES):
         return None
-    child, key, parent = relation
-    c, p = scene.alias(child), scene.alias(parent)
 
+    c, p = scene.alias(child), scene.alias(parent)
     measured = scene.rng.choice(child.of(QUANTITIES)).name
     function, words = scene.rng.choice(AGGREGATES)
     label = scene.rng.choice(parent.columns).name
@@ -70,16 +63,14 @@ def totals_of_children(scene: Scene) -> Statement | None:
     return f"{words} {spoken(measured)} of the {spoken(child.name)} by {spoken(label)}", scene.style.render(clauses)
 
 
-def above_average(scene: Scene) -> Statement | None:
+@about_column(QUANTITIES)
+def above_average(scene: Scene, table: Table, column: Column) -> Statement:
     """Selects the rows above the average of a column, or at its maximum."""
-    table_and_column = scene.table_with(QUANTITIES)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     # An extreme value is above no other, so only averages are compared with `>`.
     function, words = scene.rng.choice(AGGREGATES[1:2] + AGGREGATES[3:])
-    operator = ">" if function == "AVG" else "="
+    operator, relation = "=", "at the"
+    if function == "AVG":
+        operator, relation = ">", "above the"
 
     inner: list[Clause] = [("SELECT", [f"{function}({column.name})"], ""), ("FROM", [table.name], "")]
     clauses: list[Clause] = [
@@ -92,13 +83,9 @@ def above_average(scene: Scene) -> Statement | None:
     return f"{spoken(table.name)} {relation} {words} {spoken(column.name)}", scene.style.render(clauses)
 
 
-def with_expression(scene: Scene) -> Statement | None:
+@about_relation
+def with_expression(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
     """Joins a table with a table expression that counts its children."""
-    relation = scene.relation()
-    if relation is None:
-        return None
-    child, key, parent = relation
-
     name = scene.rng.choice([f"{singular(child.name)}_counts", f"per_{singular(parent.name)}", "totals", "stats"])
     columns = [key, "COUNT(*) AS n"]
     numbers = child.of(QUANTITIES)
@@ -127,13 +114,10 @@ def with_expression(scene: Scene) -> Statement | None:
     return f"{spoken(parent.name)} by number of {spoken(child.name)}", text
 
 
-def recursive(scene: Scene) -> Statement | None:
+@about_column(DATES)
+def recursive(scene: Scene, table: Table, column: Column) -> Statement:
     """Counts rows for each day of a recursive calendar."""
-    table_and_column = scene.table_with(DATES)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
+    # The calendar is made by recursion, since rows alone would leave out the days without any.
     year = scene.rng.randint(2016, 2024)
     days = scene.rng.choice([7, 14, 30, 31, 90])
     steps = (
@@ -150,19 +134,20 @@ def recursive(scene: Scene) -> Statement | None:
     return f"{spoken(table.name)} a day for {days} days, empty days included", text
 
 
-def window(scene: Scene) -> Statement | None:
+@about_column(QUANTITIES)
+def window(scene: Scene, table: Table, column: Column) -> Statement:
     """Ranks rows or computes running figures with a window function."""
-    table_and_column = scene.table_with(QUANTITIES)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     groups = [candidate.name for candidate in table.of({"choice", "city", "country"})] + [
         key for key, _ in table.parents
     ]
-    partition = f"PARTITION BY {scene.rng.choice(groups)} " if groups else ""
-    dates = table.of(DATES)
-    by_time = scene.rng.choice(dates).name if dates else table.key
+    partition = ""
+    if groups:
+        partition = f"PARTITION BY {scene.rng.choice(groups)} "
+
+    # Without a date, rows follow one another by their key: later ones have larger keys.
+    by_time = table.key
+    if dates := table.of(DATES):
+        by_time = scene.rng.choice(dates).name
 
     name = column.name
     best = f"({partition}ORDER BY {name} DESC)"
@@ -193,15 +178,12 @@ def window(scene: Scene) -> Statement | None:
     return f"{spoken(table.name)} with {words} {spoken(name)}", scene.style.render(clauses)
 
 
-def buckets(scene: Scene) -> Statement | None:
+@about_column(QUANTITIES)
+def buckets(scene: Scene, table: Table, column: Column) -> Statement:
     """Sorts the values of a column into three bands with CASE."""
-    table_and_column = scene.table_with(QUANTITIES)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
-    default_high = 1.0 if column.kind == "ratio" else 400.0
-    low, high = (float(argument) for argument in column.arguments or ("0", str(default_high)))
+    # Columns without bounds are ratios, from 0 to 1, or measures.
+    default_high = 1 if column.kind == "ratio" else 400
+    low, high = map(float, column.arguments or (0, default_high))
     limits = [f"{low + (high - low) * share:.{0 if high > 10 else 2}f}" for share in (0.33, 0.66)]
 
     names = scene.rng.choice(
@@ -233,13 +215,9 @@ def buckets(scene: Scene) -> Statement | None:
     return f"{spoken(table.name)} sorted into bands of {spoken(column.name)}", scene.style.render(clauses)
 
 
-def by_period(scene: Scene) -> Statement | None:
+@about_column(DATES)
+def by_period(scene: Scene, table: Table, column: Column) -> Statement:
     """Counts rows by year, month, weekday or hour."""
-    table_and_column = scene.table_with(DATES)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     pattern, period = scene.rng.choice([("%Y", "year"), ("%Y-%m", "month"), ("%w", "weekday"), ("%H", "hour")])
     columns = [f"STRFTIME('{pattern}', {column.name}) AS {period}", "COUNT(*) AS n"]
     numbers = table.of({"money", "int", "measure"})
@@ -257,7 +235,7 @@ def by_period(scene: Scene) -> Statement | None:
     return f"{spoken(table.name)} by {period} of {spoken(column.name)}", scene.style.render(clauses)
 
 
-ANALYSES: list[Callable[[Scene], Statement | None]] = [
+ANALYSES: list[Write] = [
     group_by_value,
     totals_of_children,
     above_average,

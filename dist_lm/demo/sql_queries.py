@@ -3,14 +3,12 @@
 Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
 """
 
-from collections.abc import Callable
-
 from dist_lm.demo.sql_analyses import by_period, group_by_value, totals_of_children
-from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
-from dist_lm.demo.sql_schema import TEXTS, singular
+from dist_lm.demo.sql_scene import Clause, Scene, Statement, Write, about_column, about_relation, spoken
+from dist_lm.demo.sql_schema import TEXTS, Column, Table, singular
 
 
-def plain(scene: Scene) -> Statement | None:
+def plain(scene: Scene) -> Statement:
     """Selects the rows of one table that meet some conditions."""
     table = scene.rng.choice(scene.tables)
     conditions = [scene.predicate(table) for _ in range(scene.rng.randint(1, 3))]
@@ -28,13 +26,9 @@ def plain(scene: Scene) -> Statement | None:
     return f"{spoken(table.name)} {' and '.join(words for _, words in conditions)}", scene.style.render(clauses)
 
 
-def distinct_values(scene: Scene) -> Statement | None:
+@about_column({"city", "country", "choice", "word", "unit"})
+def distinct_values(scene: Scene, table: Table, column: Column) -> Statement:
     """Lists the distinct values of a column."""
-    table_and_column = scene.table_with({"city", "country", "choice", "word", "unit"})
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     clauses: list[Clause] = [
         ("SELECT DISTINCT", [column.name], ", "),
         ("FROM", [table.name], ""),
@@ -43,13 +37,9 @@ def distinct_values(scene: Scene) -> Statement | None:
     return f"every {spoken(column.name)} among the {spoken(table.name)}", scene.style.render(clauses)
 
 
-def join_two(scene: Scene) -> Statement | None:
+@about_relation
+def join_two(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
     """Joins a child table with its parent."""
-    relation = scene.relation()
-    if relation is None:
-        return None
-    child, key, parent = relation
-
     c, p = scene.alias(child), scene.alias(parent)
     condition, words = scene.predicate(child, f"{c}.")
 
@@ -76,6 +66,7 @@ def join_three(scene: Scene) -> Statement | None:
         if len({a.name, b, c}) == 3
     ]
 
+    # Most schemas have no three tables in a row.
     if not chains:
         return None
 
@@ -94,19 +85,16 @@ def join_three(scene: Scene) -> Statement | None:
     return f"{spoken(low.name)} for every {spoken(singular(top.name))}", scene.style.render(clauses)
 
 
-def without_children(scene: Scene) -> Statement | None:
+@about_relation
+def without_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
     """Selects parents without children, by LEFT JOIN or NOT EXISTS."""
-    relation = scene.relation()
-    if relation is None:
-        return None
-
-    child, key, parent = relation
     words = f"{spoken(parent.name)} without {spoken(child.name)}"
 
     c, p = scene.alias(child), scene.alias(parent)
     columns = scene.some(parent, 3, f"{p}.")
     head: list[Clause] = [("SELECT", columns, ", "), ("FROM", [scene.named(parent)], "")]
 
+    # Both ways find the same rows: a join that fails, or a subquery without a row.
     if scene.rng.random() < 0.5:
         join = f"{scene.named(child)} ON {c}.{key} = {p}.{parent.key}"
         return words, scene.style.render(
@@ -121,13 +109,9 @@ def without_children(scene: Scene) -> Statement | None:
     return words, scene.style.render([*head, ("WHERE", [f"NOT EXISTS {scene.style.block(inner)}"], "")])
 
 
-def with_matching_children(scene: Scene) -> Statement | None:
+@about_relation
+def with_matching_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
     """Selects parents with children that meet a condition."""
-    relation = scene.relation()
-    if relation is None:
-        return None
-    child, key, parent = relation
-
     condition, words = scene.predicate(child)
     inner: list[Clause] = [("SELECT", [key], ""), ("FROM", [child.name], ""), ("WHERE", [condition], "")]
 
@@ -141,9 +125,13 @@ def with_matching_children(scene: Scene) -> Statement | None:
 
 def both_sets(scene: Scene) -> Statement | None:
     """Combines the values of two columns with a set operation."""
-    first = scene.table_with(TEXTS)
-    second = scene.table_with(TEXTS)
-    if first is None or second is None or first == second:
+    columns = scene.columns(TEXTS)
+    if not columns:
+        return None
+
+    # A set operation of a column with itself says nothing.
+    first, second = scene.rng.choice(columns), scene.rng.choice(columns)
+    if first == second:
         return None
 
     operator, words = scene.rng.choice(
@@ -158,13 +146,9 @@ def both_sets(scene: Scene) -> Statement | None:
     return f"{spoken(first[1].name)} of {spoken(first[0].name)} {words} of {spoken(second[0].name)}", set_operation
 
 
-def text_functions(scene: Scene) -> Statement | None:
+@about_column(TEXTS)
+def text_functions(scene: Scene, table: Table, column: Column) -> Statement:
     """Applies a text function to a column."""
-    table_and_column = scene.table_with(TEXTS)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     name = column.name
     expression, words = scene.rng.choice(
         [
@@ -201,7 +185,7 @@ def view(scene: Scene) -> Statement | None:
     return words, f"CREATE VIEW {name} AS\n{text}"
 
 
-QUERIES: list[Callable[[Scene], Statement | None]] = [
+QUERIES: list[Write] = [
     plain,
     plain,
     distinct_values,

@@ -2,18 +2,22 @@
 
 import random
 import re
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 from dist_lm.demo.sql_schema import DATES, NUMBERS, TEXTS, Column, Table, literal, quoted
 
 Statement = tuple[str, str]  # (description, SQL)
+Write = Callable[["Scene"], Statement | None]  # None: the schema has no table or column for it
 Clause = tuple[str, list[str], str]  # (keyword, items, separator between the items)
 FUNCTIONS = {
     *("AVG", "COUNT", "LAG", "MAX", "MIN", "RANK", "ROW_NUMBER", "SUM"),
     *("COALESCE", "DATE", "LENGTH", "LOWER", "REPLACE", "ROUND", "STRFTIME", "SUBSTR", "TRIM", "UPPER"),
 }
-# Literals and comments keep their case; only words written in capitals are keywords.
 
+# Literals and comments keep their case; only words written in capitals are keywords.
 TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/|\b[A-Z][A-Z_]+\b", re.S)
 
 
@@ -38,6 +42,7 @@ class Style:
         text = rng.choice(["TEXT", "VARCHAR(255)", "VARCHAR(100)", "TEXT"])
         types: dict[str, str] = dict.fromkeys(sorted(TEXTS | {"choice"}), text)
 
+        # An author whose texts have a bound gives some columns a type that fits them better.
         if text == "VARCHAR(255)":
             types |= {
                 "note": "TEXT",
@@ -88,11 +93,13 @@ class Style:
     def block(self, clauses: list[Clause]) -> str:
         """Returns a subquery with its parentheses."""
         text = self.render(clauses)
-        return f"({text})" if "\n" not in text else f"(\n{self.indented(text)}\n)"
+        if "\n" in text:
+            return f"(\n{self.indented(text)}\n)"
+        return f"({text})"
 
     def indented(self, text: str) -> str:
         """Returns lines with one more indentation; empty lines stay empty."""
-        return "\n".join(self.indent + line if line else line for line in text.split("\n"))
+        return textwrap.indent(text, self.indent)
 
     def comment(self, text: str) -> str:
         """Returns a comment line before a statement; an empty text for an author without comments."""
@@ -111,8 +118,10 @@ class Style:
             if not token[0].isupper() or self.keywords == "upper":
                 return token
             # In the mixed style, functions are lower case: names before a parenthesis.
-            call = token in FUNCTIONS and match.string.startswith("(", match.end())
-            return token.lower() if self.keywords == "lower" or call else token
+            is_call = token in FUNCTIONS and match.string.startswith("(", match.end())
+            if self.keywords == "lower" or is_call:
+                return token.lower()
+            return token
 
         return TOKEN.sub(recase, text) + ("\n;" if self.final_semicolon_line else ";")
 
@@ -142,26 +151,25 @@ class Scene:
         """Returns the table with this name."""
         return next(table for table in self.tables if table.name == name)
 
-    def relation(self) -> tuple[Table, str, Table] | None:
-        """Returns `(child, foreign key column, parent)` of two different tables; None if no key connects two."""
-        relations = [
+    def relations(self) -> list[tuple[Table, str, Table]]:
+        """Returns `(child, foreign key column, parent)` of every key that connects two different tables."""
+        return [
             (child, column, self.table(parent))
             for child in self.tables
             for column, parent in child.parents
             if parent != child.name
         ]
-        return self.rng.choice(relations) if relations else None
 
-    def table_with(self, kinds: set[str]) -> tuple[Table, Column] | None:
-        """Returns a table and one of its columns of these kinds; None if no table has one."""
-        pairs = [(table, column) for table in self.tables for column in table.of(kinds)]
-        return self.rng.choice(pairs) if pairs else None
+    def columns(self, kinds: set[str]) -> list[tuple[Table, Column]]:
+        """Returns the columns of these kinds, each with its table."""
+        return [(table, column) for table in self.tables for column in table.of(kinds)]
 
     def alias(self, table: Table) -> str:
         """Returns the prefix of the columns of `table` in a join: the shortest that no other table has."""
         if self.style.alias == "none":
             return table.name
 
+        # Two tables with the same initials would get one alias, so the first letters are tried next, then the name.
         for short in (_initials, _beginning):
             used = [short(neighbour.name) for neighbour in self.tables if neighbour.name != table.name]
             if short(table.name) not in used:
@@ -189,8 +197,9 @@ class Scene:
         literal_value = literal(rng, column)
 
         if column.nullable and rng.random() < 0.5:
-            negated = rng.random() < 0.5
-            return f"{name} IS {'NOT ' if negated else ''}NULL", f"{'with' if negated else 'without'} {words}"
+            if rng.random() < 0.5:
+                return f"{name} IS NOT NULL", f"with {words}"
+            return f"{name} IS NULL", f"without {words}"
 
         if column.kind == "flag":
             return f"{name} = {literal_value}", f"where {words} is {'true' if literal_value == '1' else 'false'}"
@@ -215,17 +224,38 @@ class Scene:
                     f"whose {words} is {' or '.join(chosen)}",
                 )
 
-            operator = rng.choice(["=", "=", "<>"])
-            return (
-                f"{name} {operator} {quoted(chosen[0])}",
-                f"whose {words} is {'' if operator == '=' else 'not '}{chosen[0]}",
-            )
+            operator, negation = rng.choice([("=", ""), ("=", ""), ("<>", "not ")])
+            return f"{name} {operator} {quoted(chosen[0])}", f"whose {words} is {negation}{chosen[0]}"
 
+        # A pattern has a few letters of a value, since a whole value would match one row at most.
         if rng.random() < 0.5:
             part = literal_value.strip("'").split(" ")[-1].replace("'", "")[:4]
             pattern = rng.choice([f"{part}%", f"%{part}%", f"%{part}"])
             return f"{name} LIKE {quoted(pattern)}", f"whose {words} looks like {part}"
         return f"{name} = {literal_value}", f"whose {words} is {literal_value.strip(chr(39))}"
+
+
+def about_column(kinds: set[str]) -> Callable[[Callable[..., Statement | None]], Write]:
+    """Decorates a function of (scene, table, column) so that it takes a scene, which draws a column of these kinds."""
+    return lambda write: _about(lambda scene: scene.columns(kinds), write)
+
+
+def about_relation(write: Callable[..., Statement | None]) -> Write:
+    """Decorates a function of (scene, child, foreign key column, parent) so that it takes a scene, which draws them."""
+    return _about(Scene.relations, write)
+
+
+def _about(candidates: Callable[[Scene], list], write: Callable[..., Statement | None]) -> Write:
+    """Returns `write` of a scene and one of its candidates; the statement is None if the schema has no candidate."""
+
+    @wraps(write)
+    def write_about(scene: Scene) -> Statement | None:
+        drawn_from = candidates(scene)
+        if not drawn_from:
+            return None
+        return write(scene, *scene.rng.choice(drawn_from))
+
+    return write_about
 
 
 def _initials(name: str) -> str:

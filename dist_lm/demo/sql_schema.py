@@ -77,7 +77,7 @@ def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
     """Returns a trade and two to four of its tables, with some of their columns and the keys between them."""
     name, tables = rng.choice(trades())
     chosen_tables = set(rng.sample([table for table, _ in tables], rng.randint(2, min(4, len(tables)))))
-    # Keys are called `book_id` instead of `id`.
+    # Keys of some schemas are called `book_id` instead of `id`, in all tables alike.
     own_key = rng.random() < 0.5
 
     schema: list[Table] = []
@@ -93,6 +93,7 @@ def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
             if name_or_reference.startswith(">>"):
                 parents.append((f"{name_or_reference[2:]}_id", table))
             elif name_or_reference.startswith(">"):
+                # A table that was not chosen cannot be referred to.
                 if name_or_reference[1:] in chosen_tables:
                     parents.append((f"{singular(name_or_reference[1:])}_id", name_or_reference[1:]))
             else:
@@ -117,11 +118,15 @@ def literal(rng: random.Random, column: Column, serial: int | None = None) -> st
         return "NULL"
     if column.kind in NUMBERS or column.kind == "flag":
         return _number(rng, column)
-    return quoted(_text(rng, column, rng.randint(1, 900) if serial is None else serial))
+    # A condition has no row, so it gets the code of any.
+    if serial is None:
+        serial = rng.randint(1, 900)
+    return quoted(_text(rng, column, serial))
 
 
 def _number(rng: random.Random, column: Column) -> str:
-    low, high = (int(argument) for argument in column.arguments) if column.arguments else (0, 0)
+    # Only whole numbers and amounts of money have bounds.
+    low, high = map(int, column.arguments or ("0", "0"))
     match column.kind:
         case "int":
             return str(rng.randint(low, high))

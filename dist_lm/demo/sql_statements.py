@@ -5,10 +5,8 @@ Each function returns `(description, SQL)`, or None if the schema has no table o
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
 
-from collections.abc import Callable
-
-from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
-from dist_lm.demo.sql_schema import QUANTITIES, Table, literal, quoted, singular
+from dist_lm.demo.sql_scene import Clause, Scene, Statement, Write, about_column, about_relation, spoken
+from dist_lm.demo.sql_schema import QUANTITIES, Column, Table, literal, quoted, singular
 
 
 def create_table(scene: Scene, table: Table) -> str:
@@ -19,15 +17,16 @@ def create_table(scene: Scene, table: Table) -> str:
     constraints = []
 
     for column, parent in table.parents:
-        to_itself = parent == table.name
         # The first row of a table that refers to itself has no parent, so the column may be NULL.
-        lines.append(f"{column} {style.types['int']}{'' if to_itself or not style.not_null else ' NOT NULL'}")
+        declaration = f"{column} {style.types['int']}"
+        deletions = ["", "", " ON DELETE CASCADE"]
+        if parent == table.name:
+            deletions.append(" ON DELETE SET NULL")
+        elif style.not_null:
+            declaration += " NOT NULL"
+        lines.append(declaration)
 
-        reference = f"FOREIGN KEY ({column}) REFERENCES {parent} ({scene.table(parent).key})"
-        reference += rng.choice(
-            ["", "", " ON DELETE CASCADE", " ON DELETE SET NULL"] if to_itself else ["", "", " ON DELETE CASCADE"]
-        )
-
+        reference = f"FOREIGN KEY ({column}) REFERENCES {parent} ({scene.table(parent).key}){rng.choice(deletions)}"
         if style.named_constraints:
             reference = f"CONSTRAINT fk_{table.name}_{column} {reference}"
         constraints.append(reference)
@@ -37,6 +36,7 @@ def create_table(scene: Scene, table: Table) -> str:
         if not column.nullable and (style.not_null or rng.random() < 0.2):
             line += " NOT NULL"
 
+        # Each kind may get the constraint or default that people give it.
         if column.kind in ("code", "email") and rng.random() < 0.5:
             line += " UNIQUE"
         elif column.kind == "flag" and rng.random() < 0.6:
@@ -64,7 +64,7 @@ def insert_rows(scene: Scene, table: Table, first: int, count: int) -> list[str]
 
     rows = []
     for serial in range(first, first + count):
-        fields = [str(serial)] if with_key else []
+        fields = [str(serial)] * with_key
         for _, parent in table.parents:
             # A row of a table that refers to itself may have only earlier rows as parents.
             if parent == table.name and serial == first:
@@ -82,13 +82,9 @@ def insert_rows(scene: Scene, table: Table, first: int, count: int) -> list[str]
     return [f"{head} VALUES\n" + ",\n".join(scene.style.indent + row for row in rows)]
 
 
-def update_rows(scene: Scene) -> Statement | None:
+@about_column(QUANTITIES)
+def update_rows(scene: Scene, table: Table, column: Column) -> Statement:
     """Changes a quantity in the rows that meet a condition."""
-    table_and_column = scene.table_with(QUANTITIES)
-    if table_and_column is None:
-        return None
-    table, column = table_and_column
-
     condition, words = scene.predicate(table)
     name = column.name
     change, verb = scene.rng.choice(
@@ -109,12 +105,11 @@ def update_rows(scene: Scene) -> Statement | None:
     return f"{verb} the {spoken(name)} of {spoken(table.name)} {words}", scene.style.render(clauses)
 
 
-def update_from_children(scene: Scene) -> Statement | None:
+@about_relation
+def update_from_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
     """Derives a column of the parents from their children."""
-    relation = scene.relation()
-    if relation is None or not relation[2].of({"flag", "int"}):
+    if not parent.of({"flag", "int"}):
         return None
-    child, key, parent = relation
 
     column = scene.rng.choice(parent.of({"flag", "int"}))
 
@@ -123,6 +118,7 @@ def update_from_children(scene: Scene) -> Statement | None:
         ("FROM", [child.name], ""),
         ("WHERE", [f"{child.name}.{key} = {parent.name}.{parent.key}"], ""),
     ]
+    # A flag says whether there are children, not how many.
     if column.kind == "flag":
         inner[0] = ("SELECT", ["COUNT(*) > 0"], "")
 
@@ -133,7 +129,7 @@ def update_from_children(scene: Scene) -> Statement | None:
     return f"derive {spoken(column.name)} from the {spoken(child.name)}", scene.style.render(clauses)
 
 
-def delete_rows(scene: Scene) -> Statement | None:
+def delete_rows(scene: Scene) -> Statement:
     """Deletes the rows that meet some conditions."""
     table = scene.rng.choice(scene.tables)
 
@@ -145,13 +141,9 @@ def delete_rows(scene: Scene) -> Statement | None:
     return f"remove {spoken(table.name)} {' and '.join(w for _, w in conditions)}", scene.style.render(clauses)
 
 
-def delete_orphans(scene: Scene) -> Statement | None:
+@about_relation
+def delete_orphans(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
     """Deletes children whose parent is missing."""
-    relation = scene.relation()
-    if relation is None:
-        return None
-    child, key, parent = relation
-
     inner: list[Clause] = [("SELECT", [parent.key], ""), ("FROM", [parent.name], "")]
     clauses: list[Clause] = [
         ("DELETE FROM", [child.name], ""),
@@ -160,10 +152,11 @@ def delete_orphans(scene: Scene) -> Statement | None:
     return f"{spoken(child.name)} whose {singular(parent.name)} is gone", scene.style.render(clauses)
 
 
-def create_index(scene: Scene) -> Statement | None:
+def create_index(scene: Scene) -> Statement:
     """Creates an index, sometimes a partial one."""
     table = scene.rng.choice(scene.tables)
     names = scene.some(table, 2)
+    # Foreign keys are indexed more often than other columns, since joins search by them.
     if table.parents and scene.rng.random() < 0.4:
         names = [table.parents[0][0], *names[:1]]
 
@@ -176,29 +169,27 @@ def create_index(scene: Scene) -> Statement | None:
     return f"look up {spoken(table.name)} by {' and '.join(map(spoken, names))}", text
 
 
-def add_column(scene: Scene) -> Statement | None:
+def add_column(scene: Scene) -> Statement:
     """Adds a column to a table."""
     table = scene.rng.choice(scene.tables)
     existing = {column.name for column in table.columns}
 
     options = [
-        ("remarks", "note"),
-        ("updated_at", "moment"),
-        ("is_archived", "flag"),
-        ("external_code", "code"),
-        ("weight", "measure"),
+        ("remarks", "note", ""),
+        ("updated_at", "moment", ""),
+        ("is_archived", "flag", " DEFAULT 0"),
+        ("external_code", "code", ""),
+        ("weight", "measure", " DEFAULT 0"),
     ]
     # A column that exists cannot be added.
-    name, kind = scene.rng.choice([option for option in options if option[0] not in existing])
-
-    default = " DEFAULT 0" if kind in ("flag", "measure") else ""
+    name, kind, default = scene.rng.choice([option for option in options if option[0] not in existing])
     return (
         f"new column {spoken(name)}",
         f"ALTER TABLE {table.name} ADD COLUMN {name} {scene.style.types[kind]}{default}",
     )
 
 
-def copy_rows(scene: Scene) -> Statement | None:
+def copy_rows(scene: Scene) -> Statement:
     """Copies the rows that meet a condition to a new table."""
     table = scene.rng.choice(scene.tables)
     condition, words = scene.predicate(table)
@@ -235,12 +226,11 @@ def upsert(scene: Scene) -> Statement | None:
     return f"add a {spoken(singular(table.name))}, or change its {spoken(changed)}", text
 
 
-def trigger(scene: Scene) -> Statement | None:
+@about_relation
+def trigger(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
     """Creates a trigger that counts children in a column of their parent."""
-    relation = scene.relation()
-    if relation is None or not relation[2].of({"int", "money"}):
+    if not parent.of({"int", "money"}):
         return None
-    child, key, parent = relation
 
     column = scene.rng.choice(parent.of({"int", "money"})).name
     event, row, sign = scene.rng.choice([("INSERT", "new", "+"), ("DELETE", "old", "-")])
@@ -254,14 +244,14 @@ def trigger(scene: Scene) -> Statement | None:
     return f"keep {spoken(column)} of {spoken(parent.name)} in step", text
 
 
-def transaction(scene: Scene) -> Statement | None:
+def transaction(scene: Scene) -> Statement:
     """Groups an update and a deletion in a transaction."""
     steps = [statement for statement in (update_rows(scene), delete_rows(scene)) if statement]
     body = ";\n".join(text for _, text in steps)
     return "all or nothing", f"BEGIN TRANSACTION;\n{body};\nCOMMIT"
 
 
-CHANGES: list[Callable[[Scene], Statement | None]] = [
+CHANGES: list[Write] = [
     update_rows,
     update_rows,
     update_from_children,

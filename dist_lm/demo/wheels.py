@@ -131,6 +131,7 @@ def read_english(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """
     yield from _notes(source)
 
+    # A file is read to its end, so the last one may exceed the limit.
     n_bytes = 0
     for file in wheel_files("prose"):
         text = _read(file, source)
@@ -187,6 +188,8 @@ def docstring_documents(tree: ast.Module, module: str) -> Iterator[tuple[str, st
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := _docstring(child)):
                 parts.append(f"{child.name}({', '.join(_argument_names(child.args))})\n\n{docstring}")
 
+        # A module of short functions has little to say and would be all names.
+        # A module of short functions has little to say and would be all names.
         prose = "\n\n".join(part for part in parts if part)
         if len(prose) >= MIN_DOCUMENT:
             yield name, f"{name}\n\n{prose}\n"
@@ -257,7 +260,9 @@ def _docstring(node: ast.Module | Definition) -> str:
     margin = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
 
     text = "\n".join([first.strip(), *(line[margin:].rstrip() for line in rest)]).strip()
-    return text if len(text) >= MIN_DOCSTRING else ""
+    if len(text) < MIN_DOCSTRING:
+        return ""
+    return text
 
 
 def _argument_names(arguments: ast.arguments) -> list[str]:
@@ -266,4 +271,6 @@ def _argument_names(arguments: ast.arguments) -> list[str]:
         names.append(f"*{arguments.vararg.arg}")
 
     names += [argument.arg for argument in arguments.kwonlyargs]
-    return [*names, f"**{arguments.kwarg.arg}"] if arguments.kwarg else names
+    if arguments.kwarg:
+        names.append(f"**{arguments.kwarg.arg}")
+    return names

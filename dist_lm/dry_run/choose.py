@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, offloads
+from dist_lm.dry_run.iterations import rlhf_memory, update_of
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of
+from dist_lm.stages.rlhf.config import rlhf_config
 from dist_lm.tracking.readable import gib, span
 
 USABLE = 0.85
@@ -34,13 +36,14 @@ class Candidate:
     memory: int  # peak of the fullest rank, bytes
     seconds: float  # time of a step
 
-    def fits(self, memory_gib: float) -> bool:
-        """Returns whether the peak fits the usable part of a device's memory."""
-        return self.memory <= USABLE * memory_gib * 2**30
-
     def in_nodes(self, devices: int) -> bool:
         """Returns whether each rank gathers parameters only from ranks of its own node."""
         return devices % (self.layout.dp_shard * self.layout.tp) == 0
+
+
+def fits(memory: int, memory_gib: float) -> bool:
+    """Returns whether `memory` bytes are within the usable part of a device's memory."""
+    return memory <= USABLE * memory_gib * 2**30
 
 
 def candidates(config: Config, world_size: int) -> list[Candidate]:
@@ -86,10 +89,6 @@ def _as_step(config: Config) -> Config:
     """Returns `config` with a stage that describes a step; in stage rlhf this is an update, which has other keys."""
     if config.takes_sequences:
         return config
-
-    from dist_lm.dry_run.iterations import update_of
-    from dist_lm.stages.rlhf.config import rlhf_config
-
     return update_of(rlhf_config(config))
 
 
@@ -97,10 +96,6 @@ def _peak(config: Config, layout: Layout) -> int:
     """Returns the peak bytes of the fullest rank: in a step, or in stage rlhf in an update, with all models."""
     if config.takes_sequences:
         return estimate_memory(config, layout).peak
-
-    from dist_lm.dry_run.iterations import rlhf_memory
-    from dist_lm.stages.rlhf.config import rlhf_config
-
     return rlhf_memory(rlhf_config(config), layout).training
 
 
@@ -110,7 +105,8 @@ def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> C
     if fixed:
         suggestions.append("or leave the axes open (-1)")
 
-    batch_key = config.sequence_keys[0] if config.sequence_keys else "stage.global_batch"
+    # An update of stage rlhf has no keys of sequences: its batch is that of the step which stands for it.
+    batch_key, *_ = config.sequence_keys or ("stage.global_batch",)
     return ConfigError(
         f"{settings}: no layout of {world_size} ranks divides {batch_key}={attrgetter(batch_key)(config)}: "
         f"{', '.join(suggestions)}"
@@ -120,10 +116,10 @@ def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> C
 def inside_nodes(config: Config) -> ParallelConfig | None:
     """Returns `config.parallel` with FSDP over the ranks of a node and replicas between nodes.
 
-    Returns None if a dp axis is configured, if there is one node, or if the model does not fit that way.
+    Returns None if a dp axis is configured, or if the model does not fit that way.
 
     Args:
-        config: configuration with the ranks of a node as hardware.devices_per_node.
+        config: configuration of several nodes, with the ranks of a node as hardware.devices_per_node.
     """
     parallel = config.parallel
     hardware = config.hardware
@@ -131,14 +127,15 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
 
     is_open = parallel.dp_replicate == parallel.dp_shard == -1 and parallel.tp > 0
     planned = config.device in ("auto", hardware.device)
-    if not is_open or not planned or config.cluster.nodes == 1 or ranks % parallel.tp or ranks == parallel.tp:
+    if not is_open or not planned or ranks % parallel.tp or ranks == parallel.tp:
         return None
 
     layout = Layout(config.cluster.nodes, ranks // parallel.tp, parallel.tp)
     if layout not in layouts_of(config.model, layout.world_size):
         return None
 
-    if _peak(config, layout) > USABLE * hardware.memory_gib * 2**30:
+    # A larger model needs FSDP between nodes, too.
+    if not fits(_peak(config, layout), hardware.memory_gib):
         return None
     return replace(parallel, dp_shard=layout.dp_shard)
 
@@ -148,11 +145,11 @@ def gathers_once(config: Config, layout: Layout) -> bool:
     parallel = config.parallel
     hardware = config.hardware
     is_open = parallel.reshard_after_forward is None and layout.dp_shard > 1 and config.takes_sequences
-    if not is_open or hardware.device != "cuda" or config.device not in ("auto", "cuda"):
+    if not is_open or config.device not in ("auto", "cuda"):
         return False
 
     gathered = replace(config, parallel=replace(parallel, reshard_after_forward=False))
-    return estimate_memory(gathered, layout).peak <= USABLE * hardware.memory_gib * 2**30
+    return fits(estimate_memory(gathered, layout).peak, hardware.memory_gib)
 
 
 def best(config: Config, possible: list[Candidate]) -> Candidate:
@@ -162,9 +159,7 @@ def best(config: Config, possible: list[Candidate]) -> Candidate:
         ConfigError: none fits.
     """
     hardware = config.hardware
-    memory_gib = hardware.memory_gib
-
-    fitting = [candidate for candidate in possible if candidate.fits(memory_gib)]
+    fitting = [candidate for candidate in possible if fits(candidate.memory, hardware.memory_gib)]
     # Candidates are ordered by time.
     if fitting:
         near = (candidate for candidate in fitting if candidate.seconds <= NEAR * fitting[0].seconds)
@@ -179,8 +174,8 @@ def best(config: Config, possible: list[Candidate]) -> Candidate:
     else:
         lower = "shorten stage.seq_len"
     raise ConfigError(
-        f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest needs "
-        f"{gib(least.memory)} ({describe(least)}): {lower}, or use more ranks"
+        f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={hardware.memory_gib:g}; "
+        f"the smallest needs {gib(least.memory)} ({describe(least)}): {lower}, or use more ranks"
     )
 
 
@@ -188,20 +183,17 @@ def table(config: Config, possible: list[Candidate]) -> list[tuple[str, str, str
     """Returns (layout, step, memory, verdict) of the chosen candidate and the fastest others, one for each mesh."""
     chosen = best(config, possible)
     rows = []
-    listed = set()
+    listed = {chosen.layout}
 
     for candidate in possible:
-        # One mesh gets one row, for its fastest settings.
-        if candidate is not chosen and (candidate.layout in listed or candidate.layout == chosen.layout):
-            continue
-        if candidate is not chosen and len(rows) >= MOST_ROWS - 1:
+        # One mesh gets one row, for its fastest settings; the mesh of the chosen candidate always gets its row.
+        if candidate is not chosen and (candidate.layout in listed or len(rows) >= MOST_ROWS - 1):
             continue
 
         listed.add(candidate.layout)
-
         if candidate is chosen:
             verdict = "chosen"
-        elif candidate.fits(config.hardware.memory_gib):
+        elif fits(candidate.memory, config.hardware.memory_gib):
             verdict = "slower"
         else:
             verdict = "too much memory"
@@ -232,19 +224,15 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
         return
 
     reduces = layout.dp > 1 and gradients_add_up(config, layout)
-    # A setting that changes nothing in this layout is not tried.
     for checkpointing, sp, reshard, reduce in product(
         _open(configured.activation_checkpointing, "none", ("none", "selective", "full")),
-        _open(configured.sp, False, (False, True) if layout.tp > 1 else (False,)),
-        _open(configured.reshard_after_forward, None, (True, False) if layout.dp_shard > 1 else (True,)),
-        _open(configured.reduce_every_micro_batch, False, (False, True) if reduces else (False,)),
+        _open(configured.sp, False, (False, True), matters=layout.tp > 1),
+        _open(configured.reshard_after_forward, None, (True, False), matters=layout.dp_shard > 1),
+        _open(configured.reduce_every_micro_batch, False, (False, True), matters=reduces),
     ):
-        yield replace(
+        yield resolved(
             configured,
-            auto=False,
-            dp_replicate=layout.dp_replicate,
-            dp_shard=layout.dp_shard,
-            tp=layout.tp,
+            layout,
             sp=sp,
             activation_checkpointing=checkpointing,
             reshard_after_forward=reshard,
@@ -252,6 +240,20 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
         )
 
 
-def _open(configured: Value, default: Value, choices: tuple[Value, ...]) -> tuple[Value, ...]:
-    """Returns `choices` for a key at its default, else the configured value."""
-    return choices if configured == default else (configured,)
+def resolved(parallel: ParallelConfig, layout: Layout, **changes: Any) -> ParallelConfig:
+    """Returns `parallel` with the axes of `layout` and `changes`: no axis is -1, and auto is false."""
+    axes = {axis: getattr(layout, axis) for axis in AXES}
+    return replace(parallel, auto=False, **axes, **changes)
+
+
+def _open(configured: Value, default: Value, choices: tuple[Value, ...], matters: bool = True) -> tuple[Value, ...]:
+    """Returns `choices` for a key at its default, else the configured value.
+
+    Args:
+        matters: whether the key changes anything in this layout.
+    """
+    if configured != default:
+        return (configured,)
+    if not matters:
+        return choices[:1]
+    return choices

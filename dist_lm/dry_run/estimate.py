@@ -17,8 +17,8 @@ from dist_lm.parallel.layout import (
     has_units_outside,
     one_block,
     placements,
+    rank_slice,
     reshards,
-    slice_of,
 )
 
 FP32_BYTES = 4
@@ -95,7 +95,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 
     trained = {name: placement for name, placement in placements(model, layout).items() if is_trained(name, model)}
     micro_batches, sequences = micro_batches_of(config, layout)
-    vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
+    vocabulary = rank_slice(model.vocab_size, layout.tp, 0).held
 
     return Shapes(
         own_elements=sum(math.prod(placement.local(layout)) for placement in [*block * model.n_layers, *outside]),
@@ -110,13 +110,13 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         head=vocabulary * model.d_model,
         n_layers=model.n_layers,
         units=-(-model.n_layers // blocks_per_unit(model, layout, size)),
-        units_outside=2 if has_units_outside(model, layout, size) else 1,
+        units_outside=1 + has_units_outside(model, layout, size),
         resharded=reshards(config.parallel.reshard_after_forward, model, layout, size),
         tokens=sequences * config.stage.seq_len,
         micro_batches=micro_batches,
         width=model.d_model,
-        attention=slice_of(model.n_heads, layout.tp, 0).held * model.d_head,
-        hidden=slice_of(model.d_ff, layout.tp, 0).held,
+        attention=rank_slice(model.n_heads, layout.tp, 0).held * model.d_head,
+        hidden=rank_slice(model.d_ff, layout.tp, 0).held,
         kept_hidden=4 if model.ffn == "swiglu" else 2,
         vocabulary=vocabulary,
     )
@@ -132,39 +132,44 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     size = element_bytes(config)
 
     sharded = layout.dp > 1 or size != FP32_BYTES
+    # Gradients that add up over micro-batches stay unsharded until the last one.
     adds_up = gradients_add_up(config, layout)
-    gradients = FP32_BYTES * (shapes.trained if adds_up or not sharded else shapes.own_trained)
+    gradient_elements = shapes.own_trained
+    if adds_up or not sharded:
+        gradient_elements = shapes.trained
 
     gathered = 0
     if sharded:
         # Blocks that are freed after use need the memory of two: one computes while the next is gathered.
-        in_blocks = shapes.gathered_blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
+        in_blocks = shapes.gathered_blocks
+        if shapes.resharded:
+            in_blocks *= min(1, 2 / shapes.units)
         gathered = size * (shapes.gathered_outside + in_blocks)
 
     all_activations, kept_activations = _block_activations(config, layout, shapes, size)
     # A block is computed again, one after the other, unless it keeps all of its activations.
-    block = 0.0 if parallel.activation_checkpointing == "none" else all_activations
+    block = all_activations * (parallel.activation_checkpointing != "none")
 
     chunk_tokens = _chunk(config, shapes)
     loss = chunk_tokens * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
 
     # A kernel for packed documents needs no mask.
     has_kernel = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
-    mask = 0 if has_kernel or not config.stage.document_mask else config.stage.seq_len * size
+    mask = size * config.stage.seq_len * (config.stage.document_mask and not has_kernel)
     stream = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
 
     # The peak is between forward and backward pass, or at the end, when the gradients outside blocks are reduced.
     turning_point = gathered + shapes.n_layers * kept_activations + max(loss, block) + stream
     # Gloo needs one more.
-    num_copies = 1 if config.hardware.device == "cuda" else 2
+    num_copies = 1 + (config.hardware.device != "cuda")
     reduced = 0
-    if config.trained_shape.lora is None:
+    if sharded and config.trained_shape.lora is None:
         reduced = shapes.gathered_outside / shapes.units_outside
-    end = FP32_BYTES * reduced * num_copies + gathered + block + stream if sharded else 0.0
+    end = FP32_BYTES * reduced * num_copies + gathered + block + stream
 
     memory = StepMemory(
         parameters=FP32_BYTES * shapes.own_elements,
-        gradients=gradients,
+        gradients=FP32_BYTES * gradient_elements,
         optimizer=FP32_BYTES * _optimizer_state(config, shapes),
         activations=round(max(turning_point, end)),
     )
@@ -178,7 +183,7 @@ def _optimizer_state(config: Config, shapes: Shapes) -> int:
     muon = config.stage.muon
 
     # AdamW has two moments; an average of the weights is as large as one more.
-    num_values = (3 if config.stage.ema_decay else 2) * shapes.own_trained
+    num_values = (2 + bool(config.stage.ema_decay)) * shapes.own_trained
     if not muon.is_on:
         return num_values
 
@@ -194,12 +199,13 @@ def _optimizer_state(config: Config, shapes: Shapes) -> int:
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:
     """Returns bytes of activations of one block: (needed by its backward pass, kept until then)."""
     parallel = config.parallel
-    residual = shapes.width / (layout.tp if parallel.sp else 1)
-    # With sp, norms gather their output again.
-    normed = shapes.width if parallel.sp else residual
+    # With sp, a rank keeps its part of the residual stream; norms gather their output again.
+    residual = shapes.width
+    if parallel.sp:
+        residual /= layout.tp
     inputs = 1 if config.model.parallel_residual else 2  # number of norm inputs
 
-    needed = inputs * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
+    needed = inputs * residual + 2 * shapes.width + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
     if config.stage.dropout:
         needed += 2 * residual * (1 + 1 / size)
 
@@ -231,7 +237,8 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     # Matrix products: each forward pass, its two products in the backward pass, and what is computed again.
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
     attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
-    head_passes = 4 if _chunk(config, shapes) < shapes.tokens else 3
+    # A loss in chunks computes its logits once more in the backward pass.
+    head_passes = 3 + (_chunk(config, shapes) < shapes.tokens)
     # Weights of blocks without gradients.
     frozen = max(0, shapes.blocks - shapes.trained)
 
@@ -241,7 +248,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 
     # Elementwise operations, the loss, and with tp the slices of the weights are bound by memory.
     activations, _ = _block_activations(config, layout, shapes, size)
-    recomputes = 0 if parallel.activation_checkpointing == "none" else 1
+    recomputes = parallel.activation_checkpointing != "none"
     micro_batch.operation(0, activations * shapes.n_layers * (ELEMENTWISE_PASSES + 2 * recomputes), hardware, half)
     micro_batch.operation(
         0, shapes.tokens * shapes.vocabulary * FP32_BYTES * LOSS_PASSES[layout.tp > 1], hardware, half
@@ -254,7 +261,9 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     work = micro_batch * shapes.micro_batches
 
     # Parameters that stay gathered until the backward pass stay gathered until the last micro-batch.
-    gathers = 2 * shapes.micro_batches if shapes.resharded else 1
+    gathers = 1
+    if shapes.resharded:
+        gathers = 2 * shapes.micro_batches
     elements = gathers * shapes.gathered_blocks + shapes.gathered_outside
     messages = gathers * shapes.units + shapes.units_outside
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * elements, messages)
@@ -286,7 +295,7 @@ def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes
     stream = size * shapes.tokens * shapes.width
     # Two regions for each block, forward and backward, and two more with full recomputation; embedding and input of
     # the head.
-    regions = layers * (4 + (2 if parallel.activation_checkpointing == "full" else 0)) + 2
+    regions = layers * (4 + 2 * (parallel.activation_checkpointing == "full")) + 2
 
     if parallel.sp:
         work.collective("all_gather", "tp", layout.tp, stream, regions)

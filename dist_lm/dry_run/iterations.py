@@ -9,6 +9,7 @@ from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainerGroup
 from dist_lm.dry_run.estimate import element_bytes, estimate_memory
+from dist_lm.dry_run.work import share_of_device
 from dist_lm.model.size import kv_bytes_per_token, parameter_count
 from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
 from dist_lm.stages.rlhf.config import RlhfRunConfig, rlhf_config
@@ -55,16 +56,21 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     step = estimate_memory(update_of(config), layout)
 
     # Policy, reference (with adapters, their base is the reference), critic, reward model.
-    models = (2 if config.trained_shape.lora is None else 1) + config.rlhf.has_critic + config.rlhf.asks_reward_model
+    models = 1 + (config.trained_shape.lora is None) + config.rlhf.has_critic + config.rlhf.asks_reward_model
     optimizer = config.trained_models * step.optimizer
 
     size = element_bytes(config)
     engine = size * parameter_count(model) // pool.tp
-    keys = keys_of(model, pool.tp, 0)[0].held if shards_key_heads(model, pool.tp) else model.kv_heads
+    # Ranks of an engine that do not share out the key heads may need all of them.
+    keys = model.kv_heads
+    if shards_key_heads(model, pool.tp):
+        keys = keys_of(model, pool.tp, 0)[0].held
     token_bytes = kv_bytes_per_token(model, keys, size)
 
     # The cache gets a share of the memory that is free, at most what all sequences can use.
-    occupied = engine + (models * step.parameters + optimizer if config.engine_beside_rank else 0)
+    occupied = engine
+    if config.engine_shares_device:
+        occupied += models * step.parameters + optimizer
     free = max(0, int(config.hardware.memory_gib * 2**30) - occupied)
     fit = int(CACHE_SHARE[config.hardware.device] * free / token_bytes)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
@@ -77,7 +83,7 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
         engine=engine,
         cache=tokens * token_bytes,
         cache_tokens=tokens,
-        beside=config.engine_beside_rank,
+        beside=config.engine_shares_device,
         in_turns=config.in_turns,
     )
 
@@ -85,11 +91,6 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
 def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
     """Returns (name, text) of each part of the memory, for people."""
     memory = rlhf_memory(rlhf_config(config), layout)
-
-    def peak(size: int) -> str:
-        available = config.hardware.memory_gib
-        return f"{gib(size)} of {available:g} GiB{' - does not fit' if size > available * 2**30 else ''}"
-
     freed = ", freed while the rank trains" if memory.in_turns else ""
     return [
         ("models", gib(memory.models)),
@@ -98,8 +99,8 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
         ("activations, buffers", gib(memory.activations)),
         (f"engine{'' if memory.beside else ' (another device)'}: weights", gib(memory.engine)),
         ("engine: KV cache", f"{gib(memory.cache)} ({memory.cache_tokens:,} tokens{freed})"),
-        ("peak of the rank that trains", peak(memory.training)),
-        ("peak of the device that generates", peak(memory.generating)),
+        ("peak of the rank that trains", share_of_device(memory.training, config.hardware)),
+        ("peak of the device that generates", share_of_device(memory.generating, config.hardware)),
     ]
 
 
@@ -107,7 +108,7 @@ def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
     """Returns `config` with a stage that describes one update: micro-batches of rollouts of the largest length."""
     rlhf = config.rlhf
     length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
-    rollouts = max(1, rlhf.prompts * rlhf.group // rlhf.minibatches)
+    rollouts = max(1, rlhf.rollouts_per_iteration // rlhf.minibatches)
     sequences = max(1, rlhf.micro_batch_tokens // length)
 
     stage = TrainerGroup(

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dist_lm.config.root import Config, save_config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
-from dist_lm.dry_run.work import WORLD, StepMemory, Work, resident, step_seconds
+from dist_lm.dry_run.work import WORLD, StepMemory, Work, peak_tflops_of, resident, share_of_device, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
-from dist_lm.parallel.layout import AXES, Layout, slice_of
+from dist_lm.parallel.layout import AXES, Layout, rank_slice
 from dist_lm.tracking.readable import duration, four_digits, gib, percent, readable_count, span
 
 AT_ONCE = 2  # number of processes at a time; each takes about 0.4 GiB
@@ -43,7 +43,7 @@ def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
 
 def ranks_to_play(config: Config, layout: Layout) -> list[int]:
     """Returns the first rank, the last rank, and the first rank with padded heads."""
-    slices = [slice_of(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
+    slices = [rank_slice(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
     padded = [rank for rank, heads in enumerate(slices) if heads.real < heads.held]
     return sorted({0, *padded[:1], layout.world_size - 1})
 
@@ -74,12 +74,17 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
     def row(name: str, text_of) -> list[str]:
         return [name, *(text_of(report) for report in reports)]
 
+    # Gradients that add up over micro-batches stay on the device.
     offload = offloads(config)
-    in_host = " (host memory)" if offload else ""
-    gradients = "" if gradients_add_up(config, layout) else in_host
+    in_host = gradients_in_host = ""
+    if offload:
+        in_host = " (host memory)"
+    if not gradients_add_up(config, layout):
+        gradients_in_host = in_host
+
     table = [
         row(f"parameters{in_host}", lambda r: gib(r.memory.parameters)),
-        row(f"gradients{gradients}", lambda r: gib(r.memory.gradients)),
+        row(f"gradients{gradients_in_host}", lambda r: gib(r.memory.gradients)),
         row(f"optimizer{in_host}", lambda r: gib(r.memory.optimizer)),
         row("activations, buffers", lambda r: gib(r.memory.activations)),
         row("peak of tensors", lambda r: gib(r.memory.peak)),
@@ -109,11 +114,9 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
     seconds = max(step_seconds(report.work, layout, hardware) for report in reports)
 
     tokens = stage.global_batch * stage.seq_len
-    peak_tflops = layout.world_size * (hardware.bf16_tflops if is_half(config) else hardware.fp32_tflops)
+    peak_tflops = layout.world_size * peak_tflops_of(hardware, is_half(config))
     mfu = tokens * flops_per_token(config.trained_shape, stage.seq_len) / seconds / (peak_tflops * 1e12)
-
     peak = max(resident(report.memory, hardware) for report in reports)
-    share = peak / 2**30 / hardware.memory_gib
 
     estimate = "no time is estimated with parallel.cpu_offload=true"
     if not offloads(config):
@@ -123,11 +126,11 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
         )
 
     dtype = "bf16" if is_half(config) else "fp32"
-    of_a_rank = f"a rank takes {micro_batches} x {sequences}"
+    batch = f"{stage.global_batch} sequences of {stage.seq_len} tokens; a rank takes {micro_batches} x {sequences}"
     return {
         "model": f"{config.model.name}, {num_parameters:,} parameters ({readable_count(num_parameters)})",
         "layout": f"{layout} on {layout.world_size} ranks, hardware={hardware.name}, {dtype}",
-        "a step": f"{stage.global_batch} sequences of {stage.seq_len} tokens; {of_a_rank}",
-        "peak memory": f"{gib(peak)} of {hardware.memory_gib:g} GiB{' - does not fit' if share > 1 else ''}",
+        "a step": batch,
+        "peak memory": share_of_device(peak, hardware),
         "estimate": estimate,
     }

@@ -144,9 +144,9 @@ def rehearse(
 
     hook = optimizer.register_step_pre_hook(lambda *_: live_bytes.append(memory.live))
 
-    counts_once = mesh.get_local_rank("tp") == 0
+    adds_sums = mesh.get_local_rank("tp") == 0
     # The trainer is the real one, so that the played step cannot differ from a step of a run.
-    trainer = trainer_of_steps(config, world, model, optimizer, watched, counts_once, prepare)
+    trainer = trainer_of_steps(config, world, model, optimizer, watched, adds_sums, prepare)
 
     memory.reset_peak()
     trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
@@ -165,14 +165,14 @@ def trainer_of_steps(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    counts_once: bool,
+    adds_sums: bool,
     prepare: Prepare | None = None,
 ) -> Trainer:
     """Returns a trainer for single steps, without data, evaluation, checkpoints and files."""
     return Trainer(
         config=config,
         world=world,
-        counts_once=counts_once,
+        adds_sums=adds_sums,
         model=model,
         optimizer=optimizer,
         objective=objective,

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.dry_run.work import WORLD, Work
 
 ANSWER = 2.0
@@ -67,18 +67,15 @@ class Watch(TorchDispatchMode):
         self._look_ahead = ShardingPropagator._propagate_tensor_meta_non_cached
 
     def __enter__(self) -> "Watch":
-        resize = self._resize
-        look_ahead = self._look_ahead
-
         def resize_and_tell(storage: torch.UntypedStorage, size: int) -> None:
-            resize(storage, size)
+            self._resize(storage, size)
             for observer in self._observers:
                 observer.resized(storage)
 
         def look_ahead_unseen(propagator: ShardingPropagator, schema: Any) -> Any:
             self._looking_ahead = True
             try:
-                return look_ahead(propagator, schema)
+                return self._look_ahead(propagator, schema)
             finally:
                 self._looking_ahead = False
 

@@ -9,8 +9,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.parallel.layout import AXES, Layout
+from dist_lm.tracking.readable import gib
 
 CPU_RESIDENT = 1.14
 """Resident bytes of a CPU rank for each byte of tensors: the allocator keeps freed blocks (measured: 1.10 to 1.19)."""
@@ -58,10 +59,7 @@ class Work:
 
     def __add__(self, work: "Work") -> "Work":
         return Work(
-            self.flops + work.flops,
-            self.device_s + work.device_s,
-            self.sent + work.sent,
-            self.messages + work.messages,
+            self.flops + work.flops, self.device_s + work.device_s, self.sent + work.sent, self.messages + work.messages
         )
 
     def __mul__(self, factor: int) -> "Work":
@@ -95,7 +93,12 @@ class Work:
 
 def matmul_flops(hardware: HardwareConfig, half: bool) -> float:
     """Returns the attainable FLOP/s of large matrix products."""
-    return hardware.attainable * (hardware.bf16_tflops if half else hardware.fp32_tflops) * 1e12
+    return hardware.attainable * peak_tflops_of(hardware, half) * 1e12
+
+
+def peak_tflops_of(hardware: HardwareConfig, half: bool) -> float:
+    """Returns the TFLOP/s of matrix products that the maker states, in bf16 (`half`) or fp32."""
+    return hardware.bf16_tflops if half else hardware.fp32_tflops
 
 
 def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareConfig) -> float:
@@ -106,13 +109,11 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
     ranks, stride = _extent(axis, layout)
     # Ranks of a group on one node.
     in_node = max(1, min(ranks, hardware.devices_per_node // stride))
-    crosses = in_node < ranks
-    latency_us = hardware.inter_node_us if crosses else hardware.intra_node_us
 
     # A ring leaves each node once, over the links of all its members.
-    rate = hardware.intra_node_gb_s
-    if crosses:
-        rate = min(rate, hardware.inter_node_gb_s * in_node)
+    latency_us, rate = hardware.intra_node_us, hardware.intra_node_gb_s
+    if in_node < ranks:
+        latency_us, rate = hardware.inter_node_us, min(rate, hardware.inter_node_gb_s * in_node)
 
     # The latency of a collective grows with the depth of a tree over its ranks.
     hops = max(1, math.ceil(math.log2(ranks)))
@@ -122,6 +123,14 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
 def resident(memory: StepMemory, hardware: HardwareConfig) -> int:
     """Returns the peak bytes of the device, with the overhead of the allocator on a CPU."""
     return round(memory.peak * (CPU_RESIDENT if hardware.device == "cpu" else 1))
+
+
+def share_of_device(memory: int, hardware: HardwareConfig) -> str:
+    """Returns `memory` bytes beside the memory of a device, for people."""
+    text = f"{gib(memory)} of {hardware.memory_gib:g} GiB"
+    if memory > hardware.memory_gib * 2**30:
+        return f"{text} - does not fit"
+    return text
 
 
 def step_seconds(work: Work, layout: Layout, hardware: HardwareConfig) -> float:

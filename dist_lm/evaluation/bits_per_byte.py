@@ -100,15 +100,15 @@ def document_bits(
     config: Config,
     tokenizer: Tokenizer,
     documents: Sequence[HeldOutText],
-    wanted: Callable[[], bool],
+    keep_going: Callable[[], bool],
 ) -> list[Record] | None:
     """Computes bits and bytes of each document, in this process; loads the model for the call.
 
     Args:
-        wanted: called after each window; the computation ends when it returns False.
+        keep_going: called after each window; the computation ends when it returns False.
 
     Returns:
-        A record for each document: id, group, bits, bytes. None if `wanted` returned False.
+        A record for each document: id, group, bits, bytes. None if `keep_going` returned False.
 
     Raises:
         ArtefactError: the checkpoint is damaged.
@@ -126,7 +126,7 @@ def document_bits(
     document_of: list[int] = []  # index of the document of each tree
     for index, document in enumerate(documents):
         token_ids = tokenizer.encode(document.text)
-        for tree in windows(token_ids, tokenizer.opening.first, config.model.max_seq_len):
+        for tree in windows(token_ids, tokenizer.first_token.id, config.model.max_seq_len):
             trees.append(tree)
             document_of.append(index)
 
@@ -134,7 +134,7 @@ def document_bits(
     scores = likelihoods(decoder, trees, device)
     for index, (continuation,) in zip(document_of, scores, strict=True):
         log_likelihoods[index] += continuation.total
-        if not wanted():
+        if not keep_going():
             return None
 
     return [

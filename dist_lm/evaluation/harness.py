@@ -88,15 +88,15 @@ class EngineModel(TemplateLM):
         else:
             path = loaded.run.chat_template if loaded.run else None
             text = path.read_text(encoding="utf-8") if path and path.is_file() else chat_template()
-            (opening,) = loaded.tokenizer.pieces([loaded.tokenizer.opening.first])
+            (opening,) = loaded.tokenizer.pieces([loaded.tokenizer.first_token.id])
             self._template = KeptTemplate(text.replace(END_OF_TEXT, opening), (), NO_DAY)
             end_id = loaded.tokenizer.special_ids.get(END)
             self._ends = () if end_id is None else (end_id,)
 
-        self._bos = loaded.tokenizer.opening.first
+        self._bos = loaded.tokenizer.first_token.id
         if kept:
             bos_name = dict(kept.special_tokens).get("bos_token", "")
-            self._bos = loaded.tokenizer.file_names.get(bos_name, self._bos)
+            self._bos = loaded.tokenizer.special_ids_in_file.get(bos_name, self._bos)
 
     # Properties that the harness reads
 
@@ -131,7 +131,7 @@ class EngineModel(TemplateLM):
         ids = self._splitter.tokens(string) if self._is_chat else self._tokenizer.encode(string)
         if add_special_tokens is None and ids[:1] == [self._bos]:
             return ids  # the chat template wrote the opening
-        opening = self._tokenizer.opening_ids if add_special_tokens in (None, True) else ()
+        opening = self._tokenizer.first_ids if add_special_tokens in (None, True) else ()
         return [*opening, *ids]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
@@ -283,7 +283,7 @@ class EngineModel(TemplateLM):
             ConfigError: names an option that the engine lacks, or a value out of bounds.
         """
         # A generated text never holds the name of a special token.
-        until = tuple(stop for stop in options.pop("until") if stop and stop not in self._tokenizer.file_names)
+        until = tuple(stop for stop in options.pop("until") if stop and stop not in self._tokenizer.special_ids_in_file)
         do_sample = options.pop("do_sample", False)
         filters: dict[str, Any] = {"temperature": options.pop("temperature", 1.0) if do_sample else 0.0}
         for key in ("top_k", "top_p", "min_p", "repetition_penalty"):

@@ -18,9 +18,9 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages, FlashPlan
+from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
-from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, PagedCache, Piece, PlainPages, Plan, pages_for
+from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
@@ -121,7 +121,7 @@ class Decoder:
 
         # Cloned, because the memory may be the caller's.
         embedding = self._in_place("embedding", look_up("embedding.weight").clone())
-        self._embed = build_embedding(embedding, self.share.pieces, axis)
+        self._embed = build_embedding(embedding, self.share.vocab, axis)
         for number in range(config.n_layers):
             self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number))
         self._final_norm = _norm(config, look_up, self._in_place, "final_norm")
@@ -129,8 +129,9 @@ class Decoder:
         head_weight = embedding
         if not config.tie_embeddings:
             head_weight = self._in_place("head", look_up("lm_head.weight"))
-        head = build_linear(head_weight, None)
-        self._head = gathering(head, axis, config.vocab_size) if axis else head
+        self._head = build_linear(head_weight, None)
+        if axis:
+            self._head = gathering(self._head, axis, config.vocab_size)
 
     def _new_graphs(self) -> DecodeGraphs | None:
         """Returns graphs of decode steps, if the device has them; steps with collectives run eagerly."""
@@ -167,18 +168,18 @@ class Decoder:
         x_ND = self.hidden(token_N, plan.position_N, attend)
         return self.logits(x_ND[end_P - 1])
 
-    def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         """Runs the model on one token per sequence and writes its keys and values to the cache.
 
         Returns fp32 logits (B, V), which the next step may overwrite.
         """
         # The plan is on the device already; only the tokens are new in a step.
         (token_B,) = upload(self._device, torch.tensor(tokens))
-        if self._graphs is not None and isinstance(plan, FlashPlan):
+        if self._graphs is not None and isinstance(plan, FlashDecodePlan):
             return self._graphs(token_B, plan)
         return self._decode(token_B, plan)
 
-    def _decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def _decode(self, token_B: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
         index_X = self.cache.write_index(plan.cell_B)
 
         def attend(layer: int, q_BHK: torch.Tensor, k_BGK: torch.Tensor, v_BGK: torch.Tensor) -> torch.Tensor:
@@ -187,7 +188,7 @@ class Decoder:
 
         return self.logits(self.hidden(token_B, plan.position_B, attend))
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         return self.cache.plan(pages, positions)
 
@@ -266,8 +267,9 @@ class Decoder:
 
 def build_cache(shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     """Builds the cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
-    takes_flash = _takes_flash(shape, dtype, device) and page_size % PAGE_TOKENS == 0
-    return (FlashPages if takes_flash else PlainPages)(shape, n_pages, page_size, dtype, device)
+    if _takes_flash(shape, dtype, device) and page_size % PAGE_TOKENS == 0:
+        return FlashPages(shape, n_pages, page_size, dtype, device)
+    return PlainPages(shape, n_pages, page_size, dtype, device)
 
 
 def best_page_tokens(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -292,7 +294,7 @@ def check_weights(
         ArtefactError: names the parameter that is missing or has another shape.
     """
     shapes = parameter_shapes(config)
-    for name in shapes if names is None else names:
+    for name in names or shapes:
         shape = shapes[name]
         if name not in found:
             raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
@@ -348,7 +350,9 @@ def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> N
     weight = in_place(f"{name}.weight", look_up(f"{name}.weight").clone())
     if config.norm == "rmsnorm":
         return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
-    bias = in_place(f"{name}.bias", look_up(f"{name}.bias").clone()) if config.bias else None
+    bias = None
+    if config.bias:
+        bias = in_place(f"{name}.bias", look_up(f"{name}.bias").clone())
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
 
 

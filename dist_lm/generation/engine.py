@@ -26,12 +26,21 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
-from dist_lm.generation.paged_cache import ALIGNED, PagePool, Piece, Plan, pages_for
-from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, Room, TextStream, fitted
-from dist_lm.generation.request import Sequence as AnswerSequence
+from dist_lm.generation.paged_cache import ALIGNED, DecodePlan, PagePool, Piece, pages_for
+from dist_lm.generation.request import (
+    Answer,
+    AnswerSequence,
+    FinishReason,
+    OnText,
+    Refusal,
+    Request,
+    Room,
+    TextStream,
+    fitted,
+)
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
 from dist_lm.generation.shard import share_of
-from dist_lm.generation.transfer import upload
+from dist_lm.generation.transfer import concatenated, upload
 from dist_lm.model.size import kv_bytes_per_token
 
 if TYPE_CHECKING:
@@ -55,12 +64,9 @@ class EngineOptions:
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive integer")
         # A page must be a multiple of a vector register: otherwise rounding would depend on the number of pages.
         require(self.page_tokens % ALIGNED == 0, "page_tokens", self.page_tokens, f"a multiple of {ALIGNED}")
-        require(
-            self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens),
-            "cache_tokens",
-            self.cache_tokens,
-            f"at least page_tokens={self.page_tokens}, or 0 to take what fits into free memory",
-        )
+        has_page = self.cache_tokens == 0 or self.cache_tokens >= max(1, self.page_tokens)
+        accepted = f"at least page_tokens={self.page_tokens}, or 0 to take what fits into free memory"
+        require(has_page, "cache_tokens", self.cache_tokens, accepted)
 
     @property
     def n_pages(self) -> int:
@@ -120,7 +126,7 @@ class Engine:
         options = options or EngineOptions()
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
         self.options = replace(options, page_tokens=page_tokens)
-        self._pool = PagePool(self.options.n_pages)
+        self._page_pool = PagePool(self.options.n_pages)
         self._asleep = not self.options.n_pages
 
         self._waiting: deque[list[AnswerSequence]] = deque()  # one sequence per answer, grouped by request
@@ -130,7 +136,7 @@ class Engine:
         self._finished: list[Answer | Refusal] = []
 
         # The last step's plan and sampling groups; they stay valid while the same sequences run.
-        self._plan: tuple[tuple[object, ...], Plan] | None = None
+        self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
         self._groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
 
         checked(config, weights)
@@ -191,7 +197,7 @@ class Engine:
         n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self._device, self._tp)
         with torch.inference_mode():
             self._decoder.resize(n_pages)
-        self._pool = PagePool(n_pages)
+        self._page_pool = PagePool(n_pages)
         self._asleep = False
 
     def submit(self, request: Request, on_text: OnText | None = None) -> None:
@@ -211,15 +217,13 @@ class Engine:
             self._wake()
 
         # A request that could never run alone is refused here, so that scheduling always makes progress.
-        cached = self._pool.n_pages * self.options.page_tokens
+        cached = self._page_pool.n_pages * self.options.page_tokens
         room = Room(self.config.max_seq_len, self.config.vocab_size, cached, self.options.cache_tokens or cached)
         request = fitted(request, room, texts=self._vocabulary is not None)
 
-        group = [AnswerSequence(request, index, on_text) for index in range(request.n)]
-        if self._vocabulary is not None:
-            for sequence in group:
-                sequence.stream = TextStream(self._vocabulary, request.params.stop)
-        self._waiting.append(group)
+        # Every answer has a stream of its own, because characters are cut off at different tokens.
+        streams = [TextStream(self._vocabulary, request.params.stop) for _ in range(request.n)]
+        self._waiting.append([AnswerSequence(request, index, on_text, stream) for index, stream in enumerate(streams)])
 
     def cancel(self, request: str) -> None:
         """Ends a request now: the next `step` returns its answers so far, finished as `cancelled`. An unknown id does
@@ -287,12 +291,12 @@ class Engine:
             sequence = self._preempted[0]
             n_needed = pages_for(sequence.cached + 1, self.options.page_tokens)
             # Leave one page for each running sequence. If nothing else is under way, the sequence fits by itself.
-            if n_needed + len(self._running) > self._pool.n_free and (self._running or self._prefilling):
+            if n_needed + len(self._running) > self._page_pool.n_free and (self._running or self._prefilling):
                 return
 
             self._preempted.pop(0)
             n_saved = pages_for(sequence.cached, self.options.page_tokens)
-            sequence.pages = [self._pool.take() for _ in range(n_saved)]
+            sequence.pages = [self._page_pool.take() for _ in range(n_saved)]
             self._decoder.restore(sequence.pages, sequence.saved)
             sequence.saved = None
             self._running.append(sequence)
@@ -311,11 +315,11 @@ class Engine:
             # A request alone is always admitted: `fitted` has checked that the cache holds it.
             if n_active and n_active + len(group) > self.options.max_sequences:
                 return
-            if n_active and n_prompt_pages + len(group) + n_active > self._pool.n_free:
+            if n_active and n_prompt_pages + len(group) + n_active > self._page_pool.n_free:
                 return
 
             self._waiting.popleft()
-            group[0].pages = [self._pool.take() for _ in range(n_prompt_pages)]
+            group[0].pages = [self._page_pool.take() for _ in range(n_prompt_pages)]
             # One sequence computes the prompt for all answers to its request.
             self._prefilling.append(group)
 
@@ -342,7 +346,7 @@ class Engine:
             for sequence in group[1:]:
                 sequence.pages = list(first.pages)
                 sequence.cached = first.cached
-                self._pool.share(sequence.pages)
+                self._page_pool.share(sequence.pages)
             sequences += group
             rows += [row] * len(group)
         if not sequences:
@@ -388,9 +392,9 @@ class Engine:
             sequence.cached += 1
         return _LogitRows(sequences, logits_BV, plan.position_B + 1)
 
-    def _plan_for(self, sequences: list[AnswerSequence]) -> Plan:
+    def _plan_for(self, sequences: list[AnswerSequence]) -> DecodePlan:
         """Returns the last step's plan, advanced, if no page has changed its holders; otherwise a new plan."""
-        key = (self._pool.changes, *sequences)
+        key = (self._page_pool.changes, *sequences)
         if self._plan and self._plan[0] == key:
             self._plan[1].advance()
         else:
@@ -405,19 +409,19 @@ class Engine:
         """
         for sequence in list(self._running):
             while sequence in self._running and not self._has_page(sequence):
-                if not self._pool.n_free:
+                if not self._page_pool.n_free:
                     self._preempt(self._running[-1])
                     continue
-                page = self._pool.take()
+                page = self._page_pool.take()
                 last_page_is_shared = sequence.cached % self.options.page_tokens != 0
                 if last_page_is_shared:
                     self._decoder.copy_page(sequence.pages[-1], page)
-                    self._pool.give_back([sequence.pages.pop()])
+                    self._page_pool.give_back([sequence.pages.pop()])
                 sequence.pages.append(page)
 
     def _has_page(self, sequence: AnswerSequence) -> bool:
         has_space = pages_for(sequence.cached + 1, self.options.page_tokens) <= len(sequence.pages)
-        return has_space and self._pool.holders(sequence.pages[-1]) == 1
+        return has_space and self._page_pool.holders(sequence.pages[-1]) == 1
 
     def _preempt(self, sequence: AnswerSequence) -> None:
         """Moves a running sequence to the preempted ones: its pages' content goes to host memory, its pages become
@@ -426,7 +430,7 @@ class Engine:
         # The last page may be empty: it was taken for the next token.
         used_pages = sequence.pages[: pages_for(sequence.cached, self.options.page_tokens)]
         sequence.saved = self._decoder.save(used_pages)
-        self._pool.give_back(sequence.pages)
+        self._page_pool.give_back(sequence.pages)
         sequence.pages = []
         self._preempted.insert(0, sequence)
 
@@ -438,10 +442,8 @@ class Engine:
         A request whose logits are nan is refused. This is the only place in a step where the host waits for the device.
         """
         sequences = [sequence for part in rows for sequence in part.sequences]
-        logits_BV, position_B = rows[0].logits_BV, rows[0].position_B
-        if len(rows) > 1:
-            logits_BV = torch.cat([part.logits_BV for part in rows])
-            position_B = torch.cat([part.position_B for part in rows])
+        logits_BV = concatenated([part.logits_BV for part in rows])
+        position_B = concatenated([part.position_B for part in rows])
         choice = self._sample(sequences, logits_BV, position_B)
 
         columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]
@@ -497,7 +499,7 @@ class Engine:
         if sequence.saved is not None:
             self._decoder.forget(sequence.saved)
             sequence.saved = None
-        self._pool.give_back(sequence.pages)
+        self._page_pool.give_back(sequence.pages)
         sequence.pages = []
 
     def _build_decoder(self) -> "Decoder | ShardedDecoder":
@@ -521,6 +523,7 @@ def pages_that_fit(
     Raises:
         ConfigError: that share of free memory does not hold one context.
     """
+    # The rest of the free memory is for activations and logits, whose size depends on the requests.
     free = free_bytes(device)
     share = CACHE_SHARE[device.type]
     page_bytes = options.page_tokens * kv_bytes_per_token(config, share_of(config, tp).kv_heads, dtype.itemsize)

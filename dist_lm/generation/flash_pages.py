@@ -52,8 +52,8 @@ class FlashPrefillPlan:
 
 
 @dataclass
-class FlashPlan:
-    """The `Plan` of `FlashPages`."""
+class FlashDecodePlan:
+    """The `DecodePlan` of `FlashPages`."""
 
     position_B: torch.Tensor
     cell_B: torch.Tensor
@@ -76,8 +76,8 @@ class FlashPages(PagedCache):
         self.spare_page = n_pages
         self._is_grouped = shape.kv_heads != shape.n_heads
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashPlan:
-        return FlashPlan(*self._plan(pages, [range(position, position + 1) for position in positions]))
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashDecodePlan:
+        return FlashDecodePlan(*self._plan(pages, [range(position, position + 1) for position in positions]))
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> FlashPrefillPlan:
         return FlashPrefillPlan(*self._plan([piece.pages for piece in pieces], [piece.positions for piece in pieces]))
@@ -121,7 +121,7 @@ class FlashPages(PagedCache):
         for cache, new_NGK in ((self.key, k_NGK), (self.value, v_NGK)):
             cache[layer].flatten(0, 1).index_copy_(0, index_X, new_NGK)
 
-    def decode(self, layer: int, q_BHK: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
+    def decode(self, layer: int, q_BHK: torch.Tensor, plan: FlashDecodePlan) -> torch.Tensor:
         return self._attend(layer, q_BHK, plan.queries)
 
     def prefill(
@@ -161,7 +161,7 @@ def _int32(numbers: Sequence) -> torch.Tensor:
 @dataclass
 class _Graph:
     token_B: torch.Tensor
-    plan: FlashPlan
+    plan: FlashDecodePlan
     logits_BV: torch.Tensor
     replay: Callable[[], None]
     n_filled: int = 0  # sequences in the previous step; further rows write to the spare page
@@ -172,7 +172,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        step: Callable[[torch.Tensor, FlashPlan], torch.Tensor],
+        step: Callable[[torch.Tensor, FlashDecodePlan], torch.Tensor],
         cache: FlashPages,
         n_pages: int,
         capture: Capture | None = None,
@@ -187,7 +187,7 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture(cache.key.device)
         self._graphs: dict[int, _Graph] = {}
 
-    def __call__(self, token_B: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
+    def __call__(self, token_B: torch.Tensor, plan: FlashDecodePlan) -> torch.Tensor:
         """Returns logits (B, V); the next step overwrites them."""
         n_rows = len(token_B)
         size = graph_size(n_rows)
@@ -218,7 +218,7 @@ class DecodeGraphs:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         token_B = zeros(torch.int64, size)
-        plan = FlashPlan(
+        plan = FlashDecodePlan(
             position_B=zeros(torch.int64, size),
             cell_B=zeros(torch.int64, size),
             queries=Queries(
@@ -234,7 +234,7 @@ class DecodeGraphs:
         replay, logits_BV = self._capture(lambda: self._step(token_B, plan))
         return _Graph(token_B, plan, logits_BV, replay)
 
-    def _fill_spare(self, token_B: torch.Tensor, plan: FlashPlan, rows: slice) -> None:
+    def _fill_spare(self, token_B: torch.Tensor, plan: FlashDecodePlan, rows: slice) -> None:
         """Sets the rows `rows` of a graph's inputs so that they compute one token in the spare page."""
         token_B[rows] = 0
         plan.position_B[rows] = 0
@@ -259,7 +259,7 @@ class CudaCapture:
             device: the device that computes the steps; it need not be the current device.
         """
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._memory_pool = torch.cuda.graph_pool_handle()
         # The stream must belong to that device: the stream that torch would choose may not record its steps. Graphs
         # share memory only if they are captured on one stream.
         self._stream = torch.cuda.Stream(device)
@@ -274,7 +274,7 @@ class CudaCapture:
 
         # Other threads, such as one that pins memory, may call CUDA during the capture.
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._memory_pool, stream=self._stream, capture_error_mode="thread_local"):
             logits_BV = step()
         caller.wait_stream(self._stream)
         return graph.replay, logits_BV

@@ -146,12 +146,16 @@ class Followers:
         with self._lock:
             if self._ending or self._failure:
                 return
-            end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            end = f"ended with exit code {code}"
+            if code < 0:
+                end = f"was killed by {signal.Signals(-code).name}"
             output = follower.last_output() or "no output"
             # The last line comes at the end: some callers show only the last line of an error.
             full_output = f"{output}\n" if "\n" in output else ""
             name = f"{follower} of {len(self._followers) + 1} ranks"
             self._failure = f"{full_output}{name} {end}: {output.splitlines()[-1]}"
+
+        # Outside the lock: `on_loss` is code of the caller, which may call `abandon` or `end`.
         self._failed.set()
         self._kill()
         self._on_loss()

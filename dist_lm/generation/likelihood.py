@@ -108,6 +108,7 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
         logprobs += (target_logit_r - logits_rV.logsumexp(dim=1)).tolist()
         is_likeliest += (logits_rV.argmax(dim=1) == target_r).tolist()
 
+    # The numbers of all continuations follow each other, in the order of the trees.
     likelihoods_of_trees = list[list[Likelihood]]()
     begin = 0
     for tree in pack:

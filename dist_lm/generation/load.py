@@ -61,7 +61,9 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     files.check_tokenizer(checkpoint, state, loaded_tokenizer.sha256)
 
     weights = {name: torch.from_numpy(array) for name, array in model_weights(checkpoint).items()}
-    name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
+    name = str(checkpoint)
+    if run:
+        name = "/".join((*run.path.parts[-2:], checkpoint.name))
     return LoadedModel(name, config, weights, loaded_tokenizer, run)
 
 
@@ -88,7 +90,7 @@ def run_of(checkpoint: Path) -> RunDirectory | None:
         if path.parent.name in ("checkpoints", "averages") and len(path.parents) >= 2 + DEPTH
     ]
     runs = [run for run in runs if run.config.is_file()]
-    return next((run for run in runs if run.tokenizer_model.is_file()), runs[0] if runs else None)
+    return next(iter(sorted(runs, key=lambda run: not run.tokenizer_model.is_file())), None)
 
 
 def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:

@@ -7,7 +7,7 @@ dtype; `flash_pages.py` implements it for the flash kernel. A cell is the space 
 page * page_size + offset.
 
 Dimensions: L layers, N tokens, B sequences, H query heads, G key/value heads, K d_head, W page size, P pages of the
-longest sequence, S = P * W, n slots of a `DecodePlan`, X the dimension that an index flattens.
+longest sequence, S = P * W, n slots of a `PlainDecodePlan`, X the dimension that an index flattens.
 """
 
 import heapq
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.generation.shard import Share
-from dist_lm.generation.transfer import upload
+from dist_lm.generation.transfer import concatenated, upload
 
 PLAIN_PAGE_TOKENS = 64  # tokens of a page of `PlainPages`, unless an engine's options give another size
 ALIGNED = 16  # fp32 numbers in 64 bytes
@@ -109,7 +109,7 @@ def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]],
     )
 
 
-class Plan(Protocol):
+class DecodePlan(Protocol):
     """The part of a decode step (one new token for every sequence) that is the same in all layers."""
 
     position_B: torch.Tensor  # int64, position of the new token
@@ -117,7 +117,6 @@ class Plan(Protocol):
 
     def advance(self) -> None:
         """Moves every sequence to its next position; allowed only if that position is in the same page."""
-        ...
 
 
 class PrefillPlan(Protocol):
@@ -135,7 +134,7 @@ class PagedCache:
         self.key = torch.zeros(*shape, dtype=dtype, device=device)
         self.value = torch.zeros(*shape, dtype=dtype, device=device)
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Plans a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         raise NotImplementedError
 
@@ -202,8 +201,8 @@ class SharedRead:
 
 
 @dataclass
-class DecodePlan:
-    """The `Plan` of `PlainPages`."""
+class PlainDecodePlan:
+    """The `DecodePlan` of `PlainPages`."""
 
     position_B: torch.Tensor  # int64, position of the new token
     cell_B: torch.Tensor  # int64, cell of the new token
@@ -217,6 +216,7 @@ class DecodePlan:
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
 
     def advance(self) -> None:
+        # No page changes, so of the mask only the new position has to become visible.
         self.position_B += 1
         self.cell_B += 1
         row_B = torch.arange(len(self.position_B), device=self.position_B.device)
@@ -241,31 +241,31 @@ class _Slots:
     def __init__(self, readers: Mapping[int, Sequence[tuple[int, int]]], n_indices: int) -> None:
         """
         Args:
-            readers: by page, (row of the sequence, index in `DecodePlan.slot_X`) of each holder.
-            n_indices: length of `DecodePlan.slot_X`.
+            readers: by page, (row of the sequence, index in `PlainDecodePlan.slot_X`) of each holder.
+            n_indices: length of `PlainDecodePlan.slot_X`.
         """
         self._readers = readers
         self.rows: list[int] = []  # sequence that reads each slot
-        self.indices: list[int] = []  # index of each slot in `DecodePlan.slot_X`
+        self.indices: list[int] = []  # index of each slot in `PlainDecodePlan.slot_X`
         self.slot_of = [ABSENT] * n_indices
 
-    def read(self, pages: list[int], turn: int) -> list[int]:
-        """Adds a slot for each page, for the `turn`-th sequence that holds it. Returns the page of each slot; at least
+    def read(self, pages: list[int], holder: int) -> list[int]:
+        """Adds a slot for each page, for its holder number `holder`, from 0. Returns the page of each slot; at least
         MIN_SLOTS."""
         for page in pages:
-            self._add(page, turn)
+            self._add(page, holder)
         if len(pages) < MIN_SLOTS:
             pages = pages * MIN_SLOTS
             self._add(pages[0], len(self._readers[pages[0]]))  # a second slot that no sequence reads
         return pages
 
-    def _add(self, page: int, turn: int) -> None:
-        """Adds the slot of `page` for its holder number `turn`, or a slot that no sequence reads if it has fewer
+    def _add(self, page: int, holder: int) -> None:
+        """Adds the slot of `page` for its holder number `holder`, or a slot that no sequence reads if it has fewer
         holders."""
         holders = self._readers.get(page, ())
         row, index = 0, 0  # arbitrary if the page has fewer holders
-        if turn < len(holders):
-            row, index = holders[turn]
+        if holder < len(holders):
+            row, index = holders[holder]
             self.slot_of[index] = len(self.rows)
         self.rows.append(row)
         self.indices.append(index)
@@ -273,7 +273,7 @@ class _Slots:
 
 def plan_decode(
     pages: Sequence[Sequence[int]], positions: Sequence[int], page_size: int, device: torch.device
-) -> DecodePlan:
+) -> PlainDecodePlan:
     """Returns the plan of a decode step of `PlainPages`, on `device`; arguments as in `PagedCache.plan`."""
     n_pages = [pages_for(position + 1, page_size) for position in positions]
     longest = max(n_pages)
@@ -285,17 +285,19 @@ def plan_decode(
     slots = _Slots(readers, len(pages) * longest)
 
     # The pool keeps used pages close to page 0, so mostly all leading pages can be read without a copy.
-    n_leading = max(used_pages[-1] + 1, MIN_SLOTS)
-    reads_in_place = n_leading <= MAX_WASTE * max(len(used_pages), MIN_SLOTS)
-    first_pages = slots.read(list(range(n_leading)) if reads_in_place else used_pages, turn=0)
+    first_pages, n_leading = used_pages, 0
+    n_in_place = max(used_pages[-1] + 1, MIN_SLOTS)
+    if n_in_place <= MAX_WASTE * max(len(used_pages), MIN_SLOTS):
+        first_pages, n_leading = list(range(n_in_place)), n_in_place
+    first_pages = slots.read(first_pages, holder=0)
     first_rows = list(slots.rows)
 
     # Answers to one request share the pages of its prompt: one more read for each further holder.
     further_reads: list[tuple[list[int], list[int], bool]] = []  # the fields of `SharedRead`
     previous: list[int] = []
-    for turn in range(1, max(len(holders) for holders in readers.values())):
+    for holder in range(1, max(len(holders) for holders in readers.values())):
         begin = len(slots.rows)
-        shared_pages = slots.read([page for page in used_pages if len(readers[page]) > turn], turn)
+        shared_pages = slots.read([page for page in used_pages if len(readers[page]) > holder], holder)
         further_reads.append((shared_pages, slots.rows[begin:], shared_pages == previous))
         previous = shared_pages
 
@@ -317,10 +319,10 @@ def plan_decode(
     key_S = torch.arange(longest * page_size, device=device)
     bias_BS = torch.zeros(len(pages), len(key_S), device=device)
     bias_BS.masked_fill_(key_S > position_B[:, None], float("-inf"))
-    return DecodePlan(
+    return PlainDecodePlan(
         position_B=position_B,
         cell_B=cell_B,
-        n_leading=n_leading if reads_in_place else 0,
+        n_leading=n_leading,
         page_n=page_n,
         row_n=row_n,
         shared=shared,
@@ -340,7 +342,7 @@ class PlainPages(PagedCache):
         super().__init__((shape.n_layers, *pages), page_size, dtype, device)
         self._head_G = torch.arange(shape.kv_heads, device=device)
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> PlainDecodePlan:
         return plan_decode(pages, positions, self.page_size, self.key.device)
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
@@ -364,7 +366,7 @@ class PlainPages(PagedCache):
             in_one_call=len(pieces) > 1 and are_alike and not self._padding,
             lengths=lengths,
             page_S=page_S,
-            bias_TS=[_causal_bias(piece, self.key) if piece.start else None for piece in pieces],
+            bias_TS=[_causal_bias(piece, self.key) for piece in pieces],
         )
 
     def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
@@ -379,7 +381,7 @@ class PlainPages(PagedCache):
             width = new_NGK.shape[-1]
             cache[layer].view(-1, width).index_copy_(0, index_X, new_NGK.reshape(-1, width))
 
-    def decode(self, layer: int, q_BHK: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    def decode(self, layer: int, q_BHK: torch.Tensor, plan: PlainDecodePlan) -> torch.Tensor:
         """Returns the attention (B, H, K) of one new token per sequence, whose key and value are in the cache already.
 
         A row gets the same bits whatever other rows are in the batch and wherever its pages lie.
@@ -398,7 +400,7 @@ class PlainPages(PagedCache):
             ).view(-1, n_heads * page_size)
             for k_nGWK, _, row_n in reads
         ]
-        score_nX = scores_nX[0] if len(scores_nX) == 1 else torch.cat(scores_nX)
+        score_nX = concatenated(scores_nX)
         score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_size)
         n_pages = score_BPHW.shape[1]
         weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + plan.bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
@@ -420,7 +422,7 @@ class PlainPages(PagedCache):
         output_BPX = output_nX.index_select(0, plan.summed_slot_X).view(n_rows, -1, n_heads * width)
         return output_BPX.sum(dim=1).view(n_rows, n_heads, width)[..., : width - self._padding]
 
-    def _reads(self, layer: int, plan: DecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    def _reads(self, layer: int, plan: PlainDecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Returns (keys (n, G, W, K), values, the sequence that reads each slot) for every read of a plan."""
         key, value = self.key[layer], self.value[layer]
         if plan.n_leading:
@@ -476,10 +478,13 @@ class PlainPages(PagedCache):
                 enable_gqa=k_GSK.shape[0] != q_NHK.shape[1],
             )
             outputs_THK.append(o_1HTK[0].transpose(0, 1))
-        return outputs_THK[0] if len(outputs_THK) == 1 else torch.cat(outputs_THK)
+        return concatenated(outputs_THK)
 
 
-def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor:
+def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
+    # A piece that begins a sequence sees no cached keys, and the kernel masks its own keys itself.
+    if not piece.start:
+        return None
     key_S = torch.arange(piece.positions.stop, device=like.device)
     visible_TS = key_S <= key_S[piece.start :, None]
     return torch.zeros(visible_TS.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible_TS, float("-inf"))

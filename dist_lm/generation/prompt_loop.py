@@ -113,9 +113,12 @@ def parse_command(line: str, settings: Settings) -> Do | Change:
     if not argument:
         return Change(name, settings)
     if name == "stop":
-        stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
+        stop = (*settings.params.stop, unescape(rest))
+        if argument == NO_STOP:
+            stop = ()
         return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
 
+    # Bounds are not checked here: the new settings refuse a value that is out of them.
     number_type = NUMBERS.get(name, int)
     try:
         number = number_type(argument)
@@ -223,9 +226,11 @@ class PromptLoop:
         """
         # The user can edit the last line of the opening; the lines before it are only printed.
         *lines, editable = self._opening.split("\n")
-        for number, line in enumerate(lines):
-            self._write(visible((MORE if number else FIRST) + line) + "\n")
-        typed = self._read_line(MORE if lines else FIRST, editable)
+        mark = FIRST
+        for line in lines:
+            self._write(visible(mark + line) + "\n")
+            mark = MORE
+        typed = self._read_line(mark, editable)
         if is_command(typed):
             return typed
 
@@ -237,11 +242,12 @@ class PromptLoop:
         return "\n".join([*lines, line])
 
     def _execute(self, line: str) -> None:
-        """Executes a command and prints what it says.
+        """Executes a command and prints what it says; /again also prints the answer.
 
         Raises:
             EOFError: /quit, as for Ctrl-D.
-            UserError: the command or its value is not accepted.
+            UserError: the command or its value is not accepted, the answer to /again is refused, or /lang cannot read
+                the configuration of the run (ArtefactError).
         """
         match parse_command(line, self.settings):
             case Do("show"):
@@ -267,6 +273,11 @@ class PromptLoop:
         self._say(f"{'model':{width}}  {self._session.name}, context of {self._session.config.max_seq_len:,} tokens")
 
     def _again(self) -> None:
+        """Answers the last prompt once more.
+
+        Raises:
+            UserError: there is no prompt yet, or see `_answer`.
+        """
         if self._last_prompt is None:
             raise UserError("/again: there is no prompt yet")
         if self._chat:
@@ -274,6 +285,7 @@ class PromptLoop:
         self._answer(self._last_prompt)
 
     def _new(self) -> None:
+        """Starts a new conversation; raises UserError without tools, where every prompt is a new text."""
         if self._chat is None:
             raise UserError("/new: needs --tools; without it every prompt is a new text")
         self._chat.forget()
@@ -322,6 +334,7 @@ class PromptLoop:
             last_character = "\n"
             self._say(visible(line))
 
+        # Before Ctrl-C is caught: a prompt that is refused has no answer to end.
         prompt_ids = [] if self._chat else self._session.tokens(prompt)
         try:
             with self._interrupts() as interrupted:

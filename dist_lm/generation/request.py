@@ -1,13 +1,12 @@
 """Requests and answers, and the sequence of tokens that grows from a request into an answer.
 
-`SamplingParams` says how tokens are drawn and `Request` adds a prompt. `Sequence` collects tokens and text while the
-engine runs. It ends as an `Answer`, or the request ends as a `Refusal`.
+`SamplingParams` says how tokens are drawn and `Request` adds a prompt. `AnswerSequence` collects tokens and text while
+the engine runs. It ends as an `Answer`, or the request ends as a `Refusal`.
 """
 
 import codecs
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -74,7 +73,7 @@ class Request:
     """A prompt and how to continue it."""
 
     id: str
-    prompt: SequenceOf[int]  # token ids; the first is end-of-text if the prompt begins a document
+    prompt: Sequence[int]  # token ids; the first is end-of-text if the prompt begins a document
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0  # answers are a function of prompt, params and seed
     n: int = 1  # number of answers; they share the prompt's pages in the cache
@@ -122,6 +121,7 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
                 f"prompt has {len(prompt)} tokens and model.max_seq_len is {room.context}, which leaves no space for "
                 "an answer: shorten it, or set truncate=left"
             )
+        # The end of a prompt is kept, because the answer continues it.
         prompt = prompt[-max(1, room.context - params.max_new_tokens) :]
 
     if params.stop and not texts:
@@ -173,7 +173,7 @@ def unseen(request: Request, answer: Answer) -> None:
 
 
 def seen(
-    requests: SequenceOf[Request], results: Iterable[Answer | Refusal], finished: Finished
+    requests: Sequence[Request], results: Iterable[Answer | Refusal], finished: Finished
 ) -> Iterator[Answer | Refusal]:
     """Yields `results` unchanged; before each answer is yielded, `finished` is called with its request and the
     answer."""
@@ -199,7 +199,7 @@ def only_answers(results: Iterable[Answer | Refusal], asked: str) -> Iterator[An
         yield result
 
 
-def in_order(requests: SequenceOf[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:
+def in_order(requests: Sequence[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:
     """Returns all answers, in the order of the requests, then of their index.
 
     Raises:
@@ -233,17 +233,18 @@ class AnswerSets:
         answers.append(result)
         if len(answers) < n:
             return None
+        # They arrive in the order in which they end.
         return sorted(self._answers.pop(result.request), key=lambda answer: answer.index)
 
 
 @dataclass(eq=False)
-class Sequence:
+class AnswerSequence:
     """One answer in progress: the tokens of prompt and answer, and the cache pages that hold their keys and values."""
 
     request: Request
     index: int  # index of the answer
     on_text: OnText | None
-    stream: "TextStream | None" = None  # set if the engine has a vocabulary
+    stream: "TextStream"
     tokens: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the pages
@@ -286,19 +287,19 @@ class Sequence:
         self.raw_logprobs.append(raw_logprob)
         if self.request.keep_sets and token_set is not None:
             self.sets.append(token_set)
-        text = self.stream.add(token) if self.stream else ""
+        text = self.stream.add(token)
 
         # The first reason that holds counts: end-of-text and stop texts before the limits.
         params = self.request.params
         if token == eot_id and not params.ignore_eot:
             self.finish = "eot"
-        elif token in params.stop_tokens or (self.stream and self.stream.stopped):
+        elif token in params.stop_tokens or self.stream.stopped:
             self.finish = "stop"
         elif self.n_new == params.max_new_tokens:
             self.finish = "length"
         elif len(self.tokens) == context:
             self.finish = "context"
-        if self.finish and self.stream:
+        if self.finish:
             text += self.stream.finish()
         return text
 
@@ -310,7 +311,7 @@ class Sequence:
             index=self.index,
             prompt_tokens=self.n_prompt,
             tokens=tuple(self.tokens[self.n_prompt :]),
-            text=self.stream.text if self.stream else "",
+            text=self.stream.text,
             logprobs=tuple(self.logprobs),
             raw_logprobs=tuple(self.raw_logprobs),
             finish=self.finish,
@@ -323,10 +324,10 @@ class Sequence:
 class TextStream:
     """Decodes tokens to text one by one. Incomplete characters and possible stop texts are held back."""
 
-    def __init__(self, vocabulary: SequenceOf[bytes], stops: SequenceOf[str]) -> None:
+    def __init__(self, vocabulary: Sequence[bytes] | None, stops: Sequence[str]) -> None:
         """
         Args:
-            vocabulary: the bytes of every token.
+            vocabulary: the bytes of every token; None: the text stays empty.
             stops: texts that end the answer.
         """
         self._vocabulary = vocabulary
@@ -342,7 +343,7 @@ class TextStream:
 
         If a stop text is complete, `stopped` is set, and `text` ends before it; later tokens are ignored.
         """
-        if self.stopped:
+        if self.stopped or self._vocabulary is None:
             return ""
         # A token may hold a part of a character; the decoder keeps it until the rest arrives.
         n_before = len(self.text)
@@ -359,6 +360,7 @@ class TextStream:
 
     def finish(self) -> str:
         """Returns the text held back so far; no more tokens follow."""
+        # A character that never became complete turns into U+FFFD.
         if not self.stopped:
             self.text += self._decoder.decode(b"", final=True)
         return self._return_up_to(len(self.text))

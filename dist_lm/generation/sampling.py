@@ -31,6 +31,7 @@ COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
 GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
 CANDIDATES = (64, 256, 1024, 4096)  # possible numbers of candidates; a row's parameters choose one
 NUCLEUS_CANDIDATES = 256  # smallest number if no top-k bounds it
+FP64_BLOCK_BYTES = 1 << 20  # tempered logits of this size are in memory at once on a CPU, at least a row per thread
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Choice:
 class Group:
     """Rows drawn by the same method."""
 
-    members: Sequence[int]  # the rows, on the host
+    host_rows: Sequence[int]  # the rows, on the host
     rows: torch.Tensor | None  # the rows on the device, int64; None: all rows
     bounded: bool  # every row has a top-k, and more candidates than it keeps
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
@@ -86,7 +87,7 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
         row_B, top_k_B, temperature_B, top_p_B, log_min_p_B = group_columns
         groups.append(
             Group(
-                members=rows,
+                host_rows=rows,
                 rows=None if len(rows) == len(params) else row_B,
                 bounded=all(0 < params[row].top_k < candidates for row in rows),
                 candidates=candidates,
@@ -151,7 +152,7 @@ def sample(
             rows = group.rows
             token_B[rows], logprob_B[rows], unclear_B[rows], passed = _draw(source_BV[rows], group, uniform_B[rows])
         if keep_sets and passed is not None:
-            for row, token_set in zip(group.members, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
+            for row, token_set in zip(group.host_rows, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
                 sets[row] = token_set
 
     # The model's own log-probabilities, before any setting of the sampler. They reveal nan, and files of answers show
@@ -162,10 +163,10 @@ def sample(
     # Rows whose candidates did not suffice are drawn again, with more candidates.
     unclear = unclear_B.tolist()
     for group in groups:
-        indices = [index for index, row in enumerate(group.members) if unclear[row]]
+        indices = [index for index, row in enumerate(group.host_rows) if unclear[row]]
         if not indices:
             continue
-        rows = [group.members[index] for index in indices]
+        rows = [group.host_rows[index] for index in indices]
         index_n, row_n = upload(device, torch.tensor(indices), torch.tensor(rows))
         adjusted_nV = None if adjusted_BV is None else adjusted_BV[row_n]
         redrawn = sample(
@@ -249,17 +250,17 @@ def _draw(
     if 0 < group.candidates < logits_BV.shape[-1]:
         return _draw_candidates(logits_BV, group, uniform_B)
 
-    clear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
+    unclear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     if group.candidates == GREEDY:
         token_B = logits_BV.argmax(dim=-1)
         logprob_B = torch.zeros(len(logits_BV), device=logits_BV.device)
-        return token_B, logprob_B, clear_B, (token_B[:, None], ~clear_B[:, None])
+        return token_B, logprob_B, unclear_B, (token_B[:, None], ~unclear_B[:, None])
     if group.candidates == UNFILTERED:
-        return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), clear_B, None
+        return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), unclear_B, None
 
     x_BV = filtered(logits_BV / group.temperature_B1, group)
     id_BV = torch.arange(x_BV.shape[-1], device=x_BV.device).expand_as(x_BV)
-    return *_draw_unfiltered(x_BV, uniform_B), clear_B, (id_BV, x_BV > -math.inf)
+    return *_draw_unfiltered(x_BV, uniform_B), unclear_B, (id_BV, x_BV > -math.inf)
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,6 +298,7 @@ def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Returns the index (B, 1) of the first cumulative sum above the target, at most the last index with any weight."""
+    # Rounding may lift the target to the last sum, and no sum lies above that.
     last = (cdf < cdf[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(torch.searchsorted(cdf, target, right=True), last)
 
@@ -313,7 +315,7 @@ def _draw_candidates(
     in_top_k_BM = rank_M < group.top_k_B1
     log_z_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
     if not group.bounded:
-        log_z_of_all_B1 = log_normaliser(logits_BV / group.temperature_B1)
+        log_z_of_all_B1 = fp64_log_normaliser(logits_BV, group.temperature_B1)
         log_z_B1 = torch.where(group.top_k_B1 < group.candidates, log_z_B1, log_z_of_all_B1)
     p_BM = (x_BM - log_z_B1).exp()
     passes_BM = _passes(x_BM, p_BM, in_top_k_BM, group)
@@ -336,8 +338,19 @@ def _draw_candidates(
     return token_B, logprob_B, unclear_B, (id_BM, passes_BM)
 
 
+def fp64_log_normaliser(logits_BV: torch.Tensor, temperature_B1: torch.Tensor) -> torch.Tensor:
+    """Returns the `log_normaliser` of tempered logits, fp64 (B, 1), on a CPU for a few rows at a time."""
+    # All rows at once do not fit the cache of a core, and their memory comes from the system again in every step, which
+    # takes longer than the arithmetic.
+    n_rows = len(logits_BV)
+    if logits_BV.device.type == "cpu":
+        n_rows = max(torch.get_num_threads(), FP64_BLOCK_BYTES // (8 * logits_BV.shape[-1]))
+    blocks = zip(logits_BV.split(n_rows), temperature_B1.split(n_rows), strict=True)
+    return torch.cat([log_normaliser(logits_nV / temperature_n1) for logits_nV, temperature_n1 in blocks])
+
+
 def _with_more_candidates(group: Group, index_n: torch.Tensor) -> Group:
-    """Returns some members of a group as all rows of a batch, with the next larger number of candidates."""
+    """Returns some rows of a group as all rows of a batch, with the next larger number of candidates."""
     columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
     candidates = next((number for number in CANDIDATES if number > group.candidates), ALL)
     return Group(range(len(index_n)), None, group.bounded, candidates, *(column_B1[index_n] for column_B1 in columns))

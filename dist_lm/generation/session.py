@@ -58,7 +58,7 @@ class Outcome:
 
         n_tokens = sum(len(answer.tokens) for answer in self.answers)
         if n_tokens:
-            facts += [f"{n_tokens:,} token{'' if n_tokens == 1 else 's'}", f"{n_tokens / self.seconds:,.0f} tokens/s"]
+            facts += [f"{n_tokens:,} token{'s' * (n_tokens != 1)}", f"{n_tokens / self.seconds:,.0f} tokens/s"]
         else:  # Ctrl-C while the prompt was computed
             ending = "stopped before the first token"
         return ", ".join([*facts, ending, f"seed {self.seed}"])
@@ -139,6 +139,7 @@ class Session:
             name = f"{name} with --suffix"
             tokens = InfillMarks.of(self.tokenizer).prompt(tokens, self.tokenizer.encode(after))
 
+        # An answer needs at least one position behind the prompt.
         context = self.config.max_seq_len
         if len(tokens) >= context:
             raise UserError(

@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.linear import Linear
 from dist_lm.model.size import VALUE_MIX, Shape, parameter_shapes
-from dist_lm.parallel.layout import Layout, Slice, keys_of, keys_read, misfit, shards_key_heads, slice_of
+from dist_lm.parallel.layout import Layout, RankSlice, keys_of, keys_read, misfit, rank_slice
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 LEADER = 0  # the rank that chooses tokens
@@ -35,11 +35,11 @@ class Share:
     rank: int
     n_layers: int
     d_head: int
-    heads: Slice
+    heads: RankSlice
     kv_heads: int
     key_heads: tuple[int, ...]  # the key/value heads it holds, in this order, then zeros up to kv_heads
-    units: Slice  # hidden units of the feed-forward network
-    pieces: Slice  # vocabulary entries
+    units: RankSlice  # hidden units of the feed-forward network
+    vocab: RankSlice  # vocabulary entries
 
     @property
     def n_heads(self) -> int:
@@ -53,16 +53,18 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
     `check_tp`.
     """
     keys, n_queries_of_key = keys_of(config, tp, rank)
-    key_heads = keys_read(config, tp, rank) if n_queries_of_key else range(keys.start, keys.stop)
+    key_heads = [*range(keys.start, keys.stop)]
+    if n_queries_of_key:
+        key_heads = keys_read(config, tp, rank)
     return Share(
         rank=rank,
         n_layers=config.n_layers,
         d_head=config.d_head,
-        heads=slice_of(config.n_heads, tp, rank),
-        kv_heads=keys.held if shards_key_heads(config, tp) else len(key_heads),
+        heads=rank_slice(config.n_heads, tp, rank),
+        kv_heads=max(keys.held, len(key_heads)),  # heads that are split have padding, copies need none
         key_heads=tuple(key_heads),
-        units=slice_of(config.d_ff, tp, rank),
-        pieces=slice_of(config.vocab_size, tp, rank),
+        units=rank_slice(config.d_ff, tp, rank),
+        vocab=rank_slice(config.vocab_size, tp, rank),
     )
 
 
@@ -102,7 +104,7 @@ def cut(name: str, parameter: torch.Tensor, share: Share) -> torch.Tensor:
     if kind.startswith("feed_forward."):
         return _slice(parameter, share.units)
     if kind in ("embedding.weight", "lm_head.weight"):
-        return _slice(parameter, share.pieces)
+        return _slice(parameter, share.vocab)
     assert "norm." in kind or kind == VALUE_MIX, name
     return parameter
 
@@ -113,7 +115,7 @@ def part_shapes(config: ModelConfig, share: Share) -> dict[str, Shape]:
     return {name: tuple(cut(name, parameter, share).shape) for name, parameter in parameters.items()}
 
 
-def _slice(parameter: torch.Tensor, part: Slice) -> torch.Tensor:
+def _slice(parameter: torch.Tensor, part: RankSlice) -> torch.Tensor:
     return _pad_rows(parameter[part.start : part.stop], part.held)
 
 
@@ -125,13 +127,13 @@ def _pad_rows(rows: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 
 def build_embedding(
-    weight_UD: torch.Tensor, pieces: Slice, axis: TensorAxis | None
+    weight_UD: torch.Tensor, vocab: RankSlice, axis: TensorAxis | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns the embedding: a function from tokens (M,) to vectors (M, D), summed over ranks (collective with an
     axis).
 
     Args:
-        pieces: the entries of the vocabulary that this rank holds, in `weight_UD`.
+        vocab: the entries of the vocabulary that this rank holds, in `weight_UD`.
     """
     if axis is None:
         return lambda token_M: F.embedding(token_M, weight_UD)
@@ -141,9 +143,9 @@ def build_embedding(
 
     def embed(token_M: torch.Tensor) -> torch.Tensor:
         axis.check_current()  # a forward pass begins here
-        row_M = token_M - pieces.start
-        is_local_M = (row_M >= 0) & (row_M < pieces.real)
-        return axis.leave(F.embedding(row_M.where(is_local_M, pieces.held), padded_weight_UD))
+        row_M = token_M - vocab.start
+        is_local_M = (row_M >= 0) & (row_M < vocab.real)
+        return axis.leave(F.embedding(row_M.where(is_local_M, vocab.held), padded_weight_UD))
 
     return embed
 
@@ -161,13 +163,13 @@ def leaving(linear: Linear, axis: TensorAxis) -> Linear:
     return sum_over_ranks
 
 
-def gathering(linear: Linear, axis: TensorAxis, vocabulary: int) -> Linear:
+def gathering(linear: Linear, axis: TensorAxis, vocab_size: int) -> Linear:
     """Returns the head: the leader gets all logits (M, V), every follower its own (M, U) (collective).
 
     Args:
-        vocabulary: tokens of the complete vocabulary; padding is cut off.
+        vocab_size: tokens of the complete vocabulary; padding is cut off.
     """
-    sizes = [slice_of(vocabulary, axis.size, rank).real for rank in range(axis.size)]
+    sizes = [rank_slice(vocab_size, axis.size, rank).real for rank in range(axis.size)]
 
     def gather(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the logits of all ranks on the leader and this rank's on followers."""

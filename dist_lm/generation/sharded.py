@@ -31,9 +31,9 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import Decoder, Weights, looked_up
 from dist_lm.generation.followers import Followers
-from dist_lm.generation.paged_cache import Piece, Plan
+from dist_lm.generation.paged_cache import DecodePlan, Piece
 from dist_lm.generation.shard import LEADER, check_tp, cut, part_shapes, share_of
-from dist_lm.parallel.mesh import join_ranks, leave_ranks
+from dist_lm.parallel.mesh import choose_device, join_ranks, leave_ranks
 from dist_lm.storage.process import die_with_parent
 
 TIMEOUT_S = 120.0  # for ranks to meet, and for a living rank to join a collective
@@ -129,12 +129,12 @@ class ShardedDecoder:
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         return self._execute("prefill", [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces])
 
-    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Does the same as `Decoder.plan`; it replaces the previous plan."""
         plan = self._execute("plan", [list(sequence_pages) for sequence_pages in pages], list(positions))
-        return SharedPlan(plan.position_B, plan.cell_B, lambda: self._execute("advance"))
+        return SharedDecodePlan(plan.position_B, plan.cell_B, lambda: self._execute("advance"))
 
-    def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         return self._execute("decode", list(tokens))
 
     def copy_page(self, source: int, target: int) -> None:
@@ -178,7 +178,9 @@ class ShardedDecoder:
         Raises:
             RankLostError: a follower has ended.
         """
+        # After a loss, rank 0 would wait in a collective that nobody joins.
         self._followers.check()
+
         try:
             if command:
                 self._followers.tell(command)
@@ -196,8 +198,8 @@ class ShardedDecoder:
 
 
 @dataclass
-class SharedPlan:
-    """A `Plan` that advances on all ranks."""
+class SharedDecodePlan:
+    """A `DecodePlan` that advances on all ranks."""
 
     position_B: torch.Tensor
     cell_B: torch.Tensor
@@ -222,7 +224,7 @@ class Rank:
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self.decoder = decoder
         self._device = device
-        self._plan: Plan | None = None
+        self._plan: DecodePlan | None = None
         self._saved: dict[int, Any] = {}
 
     def resize(self, n_pages: int) -> None:
@@ -232,7 +234,7 @@ class Rank:
     def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> torch.Tensor:
         return self.decoder.prefill([Piece(*piece) for piece in pieces])
 
-    def plan(self, pages: list[list[int]], positions: list[int]) -> Plan:
+    def plan(self, pages: list[list[int]], positions: list[int]) -> DecodePlan:
         """Sets the plan of all decode steps until the next plan."""
         self._plan = self.decoder.plan(pages, positions)
         return self._plan
@@ -268,7 +270,7 @@ class Follower(Rank):
         """Joins all ranks of the model."""
         torch.set_num_threads(setup["threads"])
         config, tp = ModelConfig(**setup["model"]), setup["tp"]
-        device = torch.device(setup["device"], rank) if setup["device"] == "cuda" else torch.device("cpu")
+        device = choose_device(setup["device"], rank)
         share = share_of(config, tp, rank)
         self._shapes = part_shapes(config, share)
         self._dtype = getattr(torch, setup["dtype"])
@@ -316,7 +318,7 @@ def main() -> None:
 def _exit_at_hang_up(connection: Connection) -> None:
     """Ends this process as soon as the leader's end of its socket closes, even inside a collective."""
     poll = select.poll()
-    poll.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else select.POLLHUP)
+    poll.register(connection, getattr(select, "POLLRDHUP", select.POLLHUP))
     poll.poll()
     os._exit(0)
 

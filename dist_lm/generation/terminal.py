@@ -80,12 +80,15 @@ def generate(
     errors = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
         # A faulty file of functions is refused before the model is loaded.
-        toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools and tools.file else None
+        toolbox = chat = None
+        if tools and tools.file:
+            toolbox = stack.enter_context(Toolbox(tools.file, tools.limits))
         with errors.status("loading ...") if errors.is_terminal else nullcontext():
             session, run = _load(path, tokenizer, model_device, n, tp)
             stack.enter_context(closing(session))
-        chat = ToolChat(session, toolbox, tools.max_rounds) if tools else None
-        if toolbox and (warning := warning_of(run.path.parent.name if run else None)):
+        if tools:
+            chat = ToolChat(session, toolbox, tools.max_rounds)
+        if toolbox and run and (warning := warning_of(run.path.parent.name)):
             errors.print(Text(warning, style="yellow"), soft_wrap=True)
 
         if prompt is not None and chat:
@@ -205,6 +208,7 @@ def _continue_text(
     with interrupts() as interrupted:
         outcome = session.answer(prompt, settings, n, on_text, interrupted=interrupted)
 
+    # Several answers are computed at the same time; written while they grow, they would be mixed.
     if n > 1:
         for answer in sorted(outcome.answers, key=lambda answer: answer.index):
             write(f"=== {answer.index + 1} of {n} ===\n{answer.text}")
@@ -237,6 +241,7 @@ def _answer_request(
     with interrupts() as interrupted:
         outcome = chat.answer(request, settings, lambda text: None, note, interrupted)
 
+    # Standard output gets the answer alone, so that another program can read it.
     answer = outcome.exchange.answer
     if answer:
         output.write(f"{visible(answer)}\n" if output.isatty() else answer)
@@ -244,7 +249,9 @@ def _answer_request(
     note(f"{session.name}: {outcome}")
     if outcome.stopped:
         return STOPPED
-    return 0 if outcome.exchange.ending == "answered" else NO_ANSWER
+    if outcome.exchange.ending != "answered":
+        return NO_ANSWER
+    return 0
 
 
 def read_line(before: str, typed: str) -> str:

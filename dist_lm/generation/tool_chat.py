@@ -64,7 +64,7 @@ class ChatOutcome:
         if finish in CUT_OFF and self.exchange.ending in ("answered", "no turn"):
             ending += f", cut off: {FINISHES[finish]}"
         return (
-            f"{n_turns} turn{'' if n_turns == 1 else 's'}, {n_tokens:,} token{'' if n_tokens == 1 else 's'}, "
+            f"{n_turns} turn{'s' * (n_turns != 1)}, {n_tokens:,} token{'s' * (n_tokens != 1)}, "
             f"{self.seconds:.1f} s, {ending}, seed {self.outcomes[0].seed}"
         )
 
@@ -165,6 +165,7 @@ class ToolChat:
         session, tokenizer = self._session, self._session.tokenizer
         prompt_ids, context = prompt(conversation, tokenizer), session.config.max_seq_len
         if len(prompt_ids) >= context:
+            # A long conversation can be left; a first request fits only if something of it is given up.
             if len(conversation.messages) > 1:
                 subject, way_out = "conversation has", "/new starts another one, --tool-characters shortens results"
             else:

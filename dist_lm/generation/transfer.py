@@ -32,7 +32,15 @@ def download(*arrays: torch.Tensor) -> Sequence[torch.Tensor]:
     return _unpack(_pack(arrays).cpu(), arrays)
 
 
+def concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the parts one after the other; a single part is returned itself, without a copy."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)
+
+
 def _pack(arrays: Sequence[torch.Tensor]) -> torch.Tensor:
+    # Bytes, because the tensors have different dtypes.
     return torch.cat([array.flatten().view(torch.uint8) for array in arrays])
 
 

@@ -20,14 +20,15 @@ from dist_lm.training.step import StepResult
 
 VisibilityOf = Callable[[torch.device, torch.dtype], Visibility]  # the mask on a device, for queries of a dtype
 HALF = torch.bfloat16
-HALF_ERROR = 0.02  # largest error of an output or a gradient in bf16, relative to the largest value
-FULL_ERROR = 1e-4  # the same in fp32
+# The largest error of an output or a gradient in bf16, relative to the largest value.
+HALF_ERROR = 0.02
+# For each dtype: the higher precision that it is compared with, and its largest error.
+REFERENCES = {HALF: (torch.float32, HALF_ERROR), torch.float32: (torch.float64, 1e-4)}
 
 
 def varlen(probe: Probe) -> None:
     """Checks packed documents in the variable-length kernel, with one key head for each query head and with groups."""
-    rows, tokens, heads, key_heads, width = (2, 96, 5, 1, 16) if probe.rehearsal else (2, 2048, 25, 5, 64)
-
+    rows, tokens, heads, key_heads, width = probe.sized((2, 2048, 25, 5, 64), rehearsal=(2, 96, 5, 1, 16))
     document_BT = documents(rows, tokens)
 
     def packed(device: torch.device, dtype: torch.dtype) -> Visibility:
@@ -43,7 +44,7 @@ def varlen(probe: Probe) -> None:
 
 def masks(probe: Probe) -> None:
     """Checks attention that PyTorch computes: causal, and with masks of documents (fp32) and of branches (bf16)."""
-    rows, tokens, heads, width = (2, 64, 5, 16) if probe.rehearsal else (2, 1024, 25, 64)
+    rows, tokens, heads, width = probe.sized((2, 1024, 25, 64), rehearsal=(2, 64, 5, 16))
     shape = (rows, tokens, heads, heads, width)
     document_BT = documents(rows, tokens)
     branch_BT = documents(rows, tokens) % 3
@@ -66,7 +67,9 @@ def documents(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
 
 def _masked(document_BT: torch.Tensor, branch_BT: torch.Tensor | None = None) -> VisibilityOf:
     """Returns visibility as a mask on any device, because branches always need one."""
-    branches = torch.zeros_like(document_BT) if branch_BT is None else branch_BT
+    branches = torch.zeros_like(document_BT)
+    if branch_BT is not None:
+        branches = branch_BT
     return lambda device, dtype: within_documents(
         document_BT.to(device), dtype, d_head=0, branch_BT=branches.to(device)
     )
@@ -91,10 +94,9 @@ def _compare(
         return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     # The reference has the same inputs, rounded to `dtype`, but computes in a higher precision.
+    higher, limit = REFERENCES[dtype]
     measured = run(probe.world.device, dtype, makes)
-    higher = torch.float32 if dtype == HALF else torch.float64
     expected = run(torch.device("cpu"), higher, reference)
-    limit = HALF_ERROR if dtype == HALF else FULL_ERROR
 
     for tensor_name, actual, reference_value in zip(
         ("output", "query", "key", "value"), measured, expected, strict=True
@@ -109,7 +111,7 @@ def bits(probe: Probe) -> None:
     """Checks that randomness, a function of keys, has the same bits on every device."""
     device = probe.world.device
     cpu = torch.device("cpu")
-    rows, tokens, width = (2, 32, 40) if probe.rehearsal else (2, 1024, 1600)
+    rows, tokens, width = probe.sized((2, 1024, 1600), rehearsal=(2, 32, 40))
 
     def masks_of(mask: Callable[..., torch.Tensor], device: torch.device) -> torch.Tensor:
         # A number beyond 32 bits, as in a long run.

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.gpu_check.probe import Probe, expect
-from dist_lm.model.keyed_random import initialise
+from dist_lm.gpu_check.training import whole_model
 from dist_lm.model.transformer import Transformer
 
 LOGPROB_ERROR = 0.15  # nats, mean over the tokens of an answer in bf16; a wrong page or mask costs at least one nat
@@ -23,28 +22,27 @@ def engine(probe: Probe) -> None:
     tiny = ("model=nano", "model.n_layers=2", "model.vocab_size=512", "model.max_seq_len=256")
     shape = ("model=large", "model.n_layers=8", "model.max_seq_len=2048", "model.init_std=0.05", "stage.seq_len=64")
     config = probe.config(*shape, tiny=tiny).model
-    models = [_model(config, seed, device) for seed in range(2)]
+    models = [whole_model(config, seed, device).requires_grad_(requires_grad=False) for seed in range(2)]
 
     # Lengths around a page of 256 tokens, and far beyond it.
-    lengths = (1, 40, 70) if probe.rehearsal else (1, 255, 256, 257, 700, 1500)
+    lengths = probe.sized((1, 255, 256, 257, 700, 1500), rehearsal=(1, 40, 70))
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(1, config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
-    dtype = torch.float32 if probe.rehearsal else torch.bfloat16
+    dtype = probe.sized(torch.bfloat16, rehearsal=torch.float32)
     weights = [dict(model.named_parameters()) for model in models]
     options = EngineOptions(cache_tokens=max(len(prompts), 64) * config.max_seq_len // 4)
 
     with Engine(config, weights[0], eot_id=0, options=options, dtype=dtype, device=device) as tested:
-        graphs = _graphs(tested)
+        graphs = getattr(tested._decoder, "_graphs", None)
         if not probe.rehearsal:
-            expect(
-                tested.options.page_tokens == 256, f"pages of {tested.options.page_tokens} tokens: the kernel needs 256"
-            )
+            page_tokens = tested.options.page_tokens
+            expect(page_tokens == 256, f"pages of {page_tokens} tokens: the kernel needs 256")
             expect(graphs is not None, "the engine captures no CUDA graphs")
 
         _check_answers(probe, "first weights", tested, models[0], prompts)
 
-        captured = dict(graphs._graphs) if graphs else {}
+        captured = dict(getattr(graphs, "_graphs", {}))
         tested.load_weights(weights[1], version=1)
         _check_answers(probe, "new weights", tested, models[1], prompts)
 
@@ -56,16 +54,6 @@ def engine(probe: Probe) -> None:
 
         for sequences in (1, 16):
             _note_speed(probe, tested, prompts[1], sequences)
-
-
-def _model(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
-    model = Transformer(config)
-    initialise(model, seed)
-    return model.requires_grad_(requires_grad=False).to(device)
-
-
-def _graphs(engine: Engine):
-    return getattr(engine._decoder, "_graphs", None)
 
 
 def _set_graphs(engine: Engine, graphs) -> None:
@@ -107,7 +95,7 @@ def _check_answers(probe: Probe, name: str, engine: Engine, model: Transformer, 
 
 
 def _note_speed(probe: Probe, engine: Engine, prompt: list[int], sequences: int) -> None:
-    num_tokens = 8 if probe.rehearsal else 96
+    num_tokens = probe.sized(96, rehearsal=8)
 
     # Captures the CUDA graph of this size.
     _answers(engine, [prompt] * sequences, 4)

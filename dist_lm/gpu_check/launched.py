@@ -48,11 +48,10 @@ SMALL = (
 def smoke(probe: Probe) -> None:
     """Checks that every stage runs for a few steps."""
     work = WorkDirectory(probe.folder / "work")
-    small = SMALL if probe.rehearsal else ()
     # A check may use one card, so engines and trainer share it.
     one_card = ("cluster.ranks_per_node=1", "rlhf.pool.placement=shared")
 
-    with launched(probe, work, "stage=rlhf", *one_card, *small) as launcher:
+    with launched(probe, work, "stage=rlhf", *one_card, *probe.sized((), rehearsal=SMALL)) as launcher:
         code = launcher.wait()
 
     expect(code == 0, f"the launcher ended with exit code {code}: {last_line(probe)}")
@@ -76,11 +75,12 @@ def hang(probe: Probe) -> None:
 def _disturbed(probe: Probe, disturb: Callable[[psutil.Process], None], expected_words: str, *overrides: str) -> None:
     work = WorkDirectory(probe.folder / "work")
     run = work.run("language", "default")
-    steps = ("steps=300", "checkpoint_every=20") if probe.rehearsal else ("steps=3000", "checkpoint_every=100")
-    settings = (f"cluster.ranks_per_node={probe.ranks}", "stage.eval_every=0", *(f"stage.{step}" for step in steps))
-    tiny = (*TINY, "stage.global_batch=4", "stage.micro_batch=2") if probe.rehearsal else ()
+    # Many steps, so that the run does not end before the failure is found.
+    card = ("stage.steps=3000", "stage.checkpoint_every=100")
+    tiny = (*TINY, "stage.global_batch=4", "stage.micro_batch=2", "stage.steps=300", "stage.checkpoint_every=20")
+    settings = (f"cluster.ranks_per_node={probe.ranks}", "stage.eval_every=0", *probe.sized(card, rehearsal=tiny))
 
-    with launched(probe, work, "stage=language", *settings, *tiny, *overrides) as launcher:
+    with launched(probe, work, "stage=language", *settings, *overrides) as launcher:
         wait_until((run.checkpoints / "LATEST").exists, launcher, "a checkpoint", probe)
         victim = ranks()[-1]
         disturbed_at = time.time()
@@ -124,6 +124,7 @@ def launched(probe: Probe, work: WorkDirectory, *overrides: str) -> Iterator[sub
             stderr=subprocess.STDOUT,
             preexec_fn=partial(process.die_with_parent, os.getpid()),
         )
+
         try:
             yield launcher
         finally:

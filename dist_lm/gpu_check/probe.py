@@ -11,7 +11,7 @@ import sys
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
@@ -22,6 +22,8 @@ from dist_lm.storage.process import die_with_parent
 
 if TYPE_CHECKING:
     from dist_lm.parallel.mesh import World
+
+Size = TypeVar("Size")
 
 CARD, REHEARSAL = "card", "rehearsal"
 MARK = "DIST_LM_GPU_CHECK"  # environment variable by which the processes of a check are found
@@ -53,7 +55,11 @@ class Probe:
     @property
     def device_type(self) -> str:
         """Returns `cpu` for a rehearsal, else `cuda`."""
-        return "cpu" if self.rehearsal else "cuda"
+        return self.sized("cuda", rehearsal="cpu")
+
+    def sized(self, card: Size, rehearsal: Size) -> Size:
+        """Returns the size (or sizes, or settings) of this check: those for a card, or the tiny ones of a rehearsal."""
+        return rehearsal if self.rehearsal else card
 
     @property
     def world(self) -> "World":
@@ -75,7 +81,7 @@ class Probe:
             overrides: added to those of every check.
         """
         common = ("stage=language", "tracking=none", f"device={self.device_type}", *overrides)
-        return compose_config([*common, *(tiny if self.rehearsal else ())])
+        return compose_config([*common, *self.sized((), rehearsal=tiny)])
 
 
 def run(check: Check, probe: Probe) -> None:
@@ -100,10 +106,10 @@ def run(check: Check, probe: Probe) -> None:
 
 def reason_of(error: BaseException) -> str:
     """Returns the first line of an error; an error that no `expect` raised starts with its type."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    first_line = lines[0] if lines else ""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{kind}{first_line}"[:LONGEST_REASON]
+    first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, UserError):
+        return first_line[:LONGEST_REASON]
+    return f"{type(error).__name__}: {first_line}"[:LONGEST_REASON]
 
 
 def main() -> None:

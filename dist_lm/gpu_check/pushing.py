@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,12 +31,12 @@ def push(probe: Probe) -> None:
     tiny = ("model=nano", "model.n_layers=2", "model.vocab_size=512")
     config = replace(probe.config("model=large", "model.n_layers=4", tiny=tiny).model, max_seq_len=64)
     first_device = probe.world.device
-    second_device = torch.device("cuda", 1) if first_device.type == "cuda" else first_device
-    has_second = probe.rehearsal or torch.cuda.device_count() > 1
+    receiver = _check(probe, config, IPC, first_device, _Child(config, probe.folder))
 
-    receiver = _Child(config, probe.folder)
-    for method, device in ((IPC, first_device), *([(BROADCAST, second_device)] if has_second else [])):
-        receiver = _check(probe, config, method, device, receiver)
+    # NCCL refuses two processes on one card; a rehearsal uses gloo, which does not.
+    if probe.rehearsal or torch.cuda.device_count() > 1:
+        second_device = probe.sized(torch.device("cuda", 1), rehearsal=first_device)
+        receiver = _check(probe, config, BROADCAST, second_device, receiver)
 
     receiver.kill()
 
@@ -45,9 +46,9 @@ def _check(probe: Probe, config: ModelConfig, method: str, target: torch.device,
     device = probe.world.device
     shapes = parameter_shapes(config)
     # A rehearsal needs several buckets, too.
-    bucket_bytes = BUCKET_BYTES if device.type == "cuda" else 100_000
+    bucket_bytes = probe.sized(BUCKET_BYTES, rehearsal=100_000)
     sender = Sender(
-        config, DTYPE, device, lambda place: method, ADDRESS, PATIENCE_S, bucket_bytes, _Stores(probe.folder)
+        config, DTYPE, device, lambda place: method, ADDRESS, PATIENCE_S, bucket_bytes, _stores_in(probe.folder)
     )
     warnings: list[str] = []
 
@@ -98,14 +99,9 @@ def _digest(weights) -> str:
     return sha256.hexdigest()
 
 
-class _Stores:
-    """Creates the store of a group as a file, because this check has no Ray."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __call__(self, group: str) -> dist.Store:
-        return dist.FileStore(str(self._folder / group), 2)
+def _stores_in(folder: Path) -> Callable[[str], dist.Store]:
+    """Returns a function that makes the store of a group as a file, because this check has no Ray."""
+    return lambda group: dist.FileStore(str(folder / group), 2)
 
 
 class _Child:
@@ -161,7 +157,7 @@ def _receive(pipe: Connection, config: ModelConfig, stores: Path) -> None:
         try:
             if receiver is None or receiver.offer.group != offer.group:
                 # A new group of processes needs a new receiver; further versions use the same one.
-                receiver = Receiver(offer, device, ADDRESS, store=_Stores(stores))
+                receiver = Receiver(offer, device, ADDRESS, store=_stores_in(stores))
 
             buckets = receiver.buckets(config, DTYPE)
             weights = dict(unpacked(buckets, config, DTYPE))

@@ -38,10 +38,12 @@ class Result:
         return self.status == "passed"
 
     def __str__(self) -> str:
+        facts = facts_in_words(self.facts)
         if self.passed:
-            return facts_in_words(self.facts)
-        facts_before = f"; before that: {facts_in_words(self.facts)}" if self.facts else ""
-        return f"{self.status}: {self.reason}{facts_before}"
+            return facts
+
+        failure = f"{self.status}: {self.reason}"
+        return "; before that: ".join(text for text in (failure, facts) if text)
 
 
 @dataclass
@@ -53,10 +55,8 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write the results to `path`, replacing an earlier file."""
-        checks = {name: asdict(result) for name, result in self.checks.items()}
-        content = {"machine": self.machine, "checks": checks}
         # Facts keep their order.
-        durable.write_text(path, json.dumps(content, indent=2) + "\n")
+        durable.write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def read_results(path: Path) -> Results | None:
@@ -89,8 +89,10 @@ def table(checks: Sequence[Check], results: Results | None) -> str:
     lines = [_header(results), "", "| `--only` | check | result |", "| --- | --- | --- |"]
 
     for check in checks:
-        result = results.checks.get(check.name) if results else None
-        cell = f"{result.date}: {_cell(result)} " if result else ""
+        cell = ""
+        if results and check.name in results.checks:
+            result = results.checks[check.name]
+            cell = f"{result.date}: {_cell(result)} "
         lines.append(f"| `{check.name}` | {check.shows} | {cell}|")
 
     return "\n".join(lines) + "\n"

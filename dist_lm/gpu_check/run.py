@@ -88,13 +88,15 @@ def check_gpus(
                 log = "" if result.passed else f"  ({file.parent / check.name / LOG})"
                 say(f"{check.name:<11}{result.status} in {duration(result.seconds)}  {result}{log}".rstrip())
     except (Stopped, KeyboardInterrupt) as stop:
-        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        number = getattr(stop, "number", signal.SIGINT)
         note = f"; {file} holds the results before it" if file.exists() else ""
         say(f"{check.name:<11}stopped by {signal.Signals(number).name}{note}")
         raise SystemExit(128 + number) from None
 
-    rows = results.table(CHECKS if page else checks, all_results)
+    rows = results.table(checks, all_results)
+    # A page shows all checks, those without a result too.
     if page is not None:
+        rows = results.table(CHECKS, all_results)
         results.rewrite(page, rows)
 
     say(f"\n{rows}\n{file}")
@@ -204,9 +206,15 @@ def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[
     if check.runs == "launcher":
         return without_secrets(os.environ)
 
-    threads = process.cores() // (gpus if check.runs == "all" else 1)
-    environment = environment_of(GroupSize(1, max(1, threads)), 0, port, "cpu" if rehearse else "cuda")
-    return environment if rehearse else CUDA | environment
+    # The ranks of a check on all GPUs share the cores.
+    threads = process.cores()
+    if check.runs == "all":
+        threads = max(1, threads // gpus)
+
+    size = GroupSize(1, threads)
+    if rehearse:
+        return environment_of(size, 0, port, "cpu")
+    return CUDA | environment_of(size, 0, port, "cuda")
 
 
 def _failure(folder: Path, code: int) -> str:

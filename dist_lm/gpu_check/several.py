@@ -9,9 +9,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.dry_run.rehearsal import random_batch
 from dist_lm.gpu_check.probe import Probe, expect
-from dist_lm.gpu_check.training import LARGE, TINY, Training, note_speed
-from dist_lm.model.keyed_random import initialise
-from dist_lm.model.transformer import Transformer
+from dist_lm.gpu_check.training import LARGE, TINY, Training, note_speed, whole_model
 from dist_lm.parallel.mesh import measure_all_reduce
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.training.heartbeat import StopRequest
@@ -46,7 +44,7 @@ def nccl(probe: Probe) -> None:
         for name, actual in (("all_reduce", summed), ("reduce_scatter and all_gather", gathered)):
             expect(bool((actual == expected).all()), f"{name} of {dtype}: {actual[:3].tolist()}, expected {expected}")
 
-    for size in (4 << 20, (16 if probe.rehearsal else 512) << 20):
+    for size in (4 << 20, probe.sized(512, rehearsal=16) << 20):
         links = measure_all_reduce(world, size)
         probe.note(f"all-reduce of {size >> 20} MiB GB/s", links.bus_gb_per_s)
 
@@ -97,9 +95,7 @@ def _batches(config: Config, step: int, dp: int) -> list[Batch]:
 def _unsplit_steps(probe: Probe, config: Config) -> Callable[[list[Batch]], float]:
     world = probe.world
 
-    model = Transformer(config.model)
-    initialise(model, config.seed)
-    model = model.to(world.device)
+    model = whole_model(config.model, config.seed, world.device)
     model.document_mask = False
 
     optimizer = build_optimizer(model, config.stage, config.stage.muon)
@@ -107,7 +103,7 @@ def _unsplit_steps(probe: Probe, config: Config) -> Callable[[list[Batch]], floa
 
     def step(batches: list[Batch]) -> float:
         sums = accumulate_gradients(model, next_token(), [batch.to(world.device) for batch in batches])
-        return update(model, optimizer, sums, grad_clip=0.0, counts=world.is_first, stop=StopRequest()).loss
+        return update(model, optimizer, sums, grad_clip=0.0, adds_sums=world.is_first, stop=StopRequest()).loss
 
     return step
 
@@ -116,4 +112,4 @@ def _speed(probe: Probe, *overrides: str) -> None:
     config = probe.config(*LARGE, "parallel.compile=auto", "stage.micro_batch=4", *overrides, tiny=TINY)
     training = Training(probe, config)
     peak = matmul_flops(training.device, compute_dtype(config.parallel, training.device), config.hardware)
-    note_speed(probe, training, "compiled" if not probe.rehearsal else "eager", 4, peak)
+    note_speed(probe, training, probe.sized("compiled", rehearsal="eager"), 4, peak)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData
@@ -13,6 +14,7 @@ from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.rehearsal import random_batch, trainer_of_steps
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.gpu_check.probe import Probe, expect
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
@@ -49,8 +51,8 @@ class Training:
         self.optimizer = build_optimizer(self.model, config.stage, config.stage.muon)
 
         # A loss that several tensor-parallel ranks compute counts once.
-        counts = mesh.get_local_rank("tp") == 0
-        self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), counts)
+        adds_sums = mesh.get_local_rank("tp") == 0
+        self.trainer = trainer_of_steps(config, probe.world, self.model, self.optimizer, next_token(), adds_sums)
         self.state = TrainState()
 
     def step(self, batches: Sequence[Batch], laps: Laps | None = None) -> StepResult:
@@ -67,16 +69,26 @@ class Training:
         # The peak of the warm-up, which compiles, is not that of a step.
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            torch.cuda.synchronize(self.device)
+        self.finish_on_device()
 
         started = time.perf_counter()
         for _ in range(TIMED):
             expect(math.isfinite(self.step(batches).loss), "the loss is not finite")
 
-        # CUDA runs asynchronously: without this the clock would stop before the last step ends.
+        self.finish_on_device()
+        return (time.perf_counter() - started) / TIMED
+
+    def finish_on_device(self) -> None:
+        """Waits until the device has finished: CUDA runs asynchronously, and a clock would stop before a step ends."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return (time.perf_counter() - started) / TIMED
+
+
+def whole_model(config: ModelConfig, seed: int, device: torch.device) -> Transformer:
+    """Returns a model that is not split over ranks, with the values that a training run with this seed begins with."""
+    model = Transformer(config)
+    initialise(model, seed)
+    return model.to(device)
 
 
 def large(probe: Probe) -> None:
@@ -108,8 +120,8 @@ def batches_of(training: Training, sequences: int) -> list[Batch]:
 def note_speed(probe: Probe, training: Training, mode: str, sequences: int, peak: float) -> None:
     """Record speed and memory of steps on one micro-batch.
 
-        sequences: number of sequences of the micro-batch.
     Args:
+        sequences: number of sequences of the micro-batch.
         peak: peak FLOP/s of one device; 0: MFU is not recorded.
     """
     config = training.config
@@ -187,13 +199,11 @@ def optimizers(probe: Probe) -> None:
         laps = laps_on(training.device)
         # The first steps allocate the moments; their time does not count.
         losses = [training.step(batches, laps).loss for _ in range(WARM_UP)]
-        if training.device.type == "cuda":
-            torch.cuda.synchronize(training.device)
+        training.finish_on_device()
         laps.take()
 
         losses += [training.step(batches, laps).loss for _ in range(TIMED)]
-        if training.device.type == "cuda":
-            torch.cuda.synchronize(training.device)
+        training.finish_on_device()
 
         probe.note(f"{name} ms", 1e3 * laps.take()["optimizer"] / TIMED)
         probe.note(f"{name}, loss fell nats", losses[0] - losses[-1])
@@ -211,7 +221,7 @@ def save(probe: Probe) -> None:
     checkpoints = probe.folder / "checkpoints"
     checkpoints.mkdir()
 
-    with CheckpointSaver(checkpoints, config.model, probe.world, keep=1, beside_training=True) as saver:
+    with CheckpointSaver(checkpoints, config.model, probe.world, keep=1, asynchronous=True) as saver:
         for step_batches in batches[:2]:
             first.step(step_batches)
 
@@ -243,7 +253,7 @@ def save(probe: Probe) -> None:
 
     loaded = checkpoint.tensors_of(second.model, second.optimizer, config.model)
     differ = [name for name, tensor in saved_tensors.items() if not torch.equal(tensor, shard_of(loaded[name]))]
-    expect(not differ, f"{len(differ)} tensors differ from those saved, the first is {differ[0] if differ else ''}")
+    expect(not differ, f"{len(differ)} tensors differ from those saved, the first is {next(iter(differ), '')}")
 
     resumed_losses = [second.step(step_batches).loss for step_batches in batches[2:]]
     error = max(abs(resumed_loss / loss - 1) for resumed_loss, loss in zip(resumed_losses, losses, strict=True))

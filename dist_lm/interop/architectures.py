@@ -87,6 +87,7 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
             return f"model.qkv_bias=True: with model.ffn={model.ffn}, transformers has biases everywhere or nowhere"
         return Architecture("Arcee", head, {"hidden_act": model.ffn, **biases})
 
+    # Qwen3 has norms of queries and keys, Llama all biases or none, Qwen2 those of queries, keys and values.
     if model.qk_norm:
         if model.bias:
             return "model.bias=True: with model.qk_norm=true, transformers has no biases in the feed-forward network"
@@ -117,8 +118,8 @@ class Family:
     fixed: dict[str, Any]  # keys with the only value that our model has
     defaults: dict[str, Any]  # values that transformers takes for missing keys of config.json, where not None
     biases: tuple[str, ...] = ()  # their keys for model.bias, which must agree
-    own: dict[str, str] = field(default_factory=dict)  # further options of our model -> their keys
-    own_rope: dict[str, str] = field(default_factory=dict)  # newer names of keys of rotary positions -> older names
+    further_options: dict[str, str] = field(default_factory=dict)  # options of our model -> their keys
+    older_rope_names: dict[str, str] = field(default_factory=dict)  # keys of rotary positions: newer -> older
     any_head_width: bool = True  # False: hidden_size / num_attention_heads
 
 
@@ -126,41 +127,40 @@ _PLAIN = {"initializer_range": 0.02, "tie_word_embeddings": False}
 _BIASES = ("attention_bias", "mlp_bias")
 _NO_WINDOW = {"use_sliding_window": False}
 
-
-def _like_llama(model_type: str, options: dict, fixed: dict, defaults: dict, **more: Any) -> Family:
-    """Returns a family with RMSNorm. The arguments say what differs from Llama.
-
-    Args:
-        options: keys of our model that the family decides.
-        fixed: keys of config.json with the only value that our model has.
-        defaults: values that transformers takes for missing keys.
-        more: further fields of `Family`.
-    """
-    silu = {"hidden_act": "silu"}
-    return Family(
-        model_type,
-        {"norm": "rmsnorm", "ffn": "swiglu"} | options,
-        "rms_norm_eps",
-        silu | fixed,
-        _PLAIN | silu | {"rms_norm_eps": 1e-6} | dict.fromkeys(_BIASES, False) | defaults,
-        **more,
-    )
-
+# Llama shares these with the families that differ little from it.
+_RMS_SWIGLU = {"norm": "rmsnorm", "ffn": "swiglu"}
+_SILU = {"hidden_act": "silu"}
+_LLAMA_DEFAULTS = _PLAIN | _SILU | {"rms_norm_eps": 1e-6} | dict.fromkeys(_BIASES, False)
 
 FAMILIES = {
-    "Llama": _like_llama("llama", {}, {}, {"max_position_embeddings": 2048}, biases=_BIASES),
-    "Qwen2": _like_llama(
+    "Llama": Family(
+        "llama",
+        _RMS_SWIGLU,
+        "rms_norm_eps",
+        _SILU,
+        {**_LLAMA_DEFAULTS, "max_position_embeddings": 2048},
+        biases=_BIASES,
+    ),
+    "Qwen2": Family(
         "qwen2",
-        {"bias": False, "qkv_bias": True},
-        _NO_WINDOW,
-        {**_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+        {**_RMS_SWIGLU, "bias": False, "qkv_bias": True},
+        "rms_norm_eps",
+        {**_SILU, **_NO_WINDOW},
+        {**_LLAMA_DEFAULTS, **_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32},
         any_head_width=False,
     ),
-    "Qwen3": _like_llama(
+    "Qwen3": Family(
         "qwen3",
-        {"bias": False, "qk_norm": True},
-        {**_NO_WINDOW, "attention_bias": False},
-        {**_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+        {**_RMS_SWIGLU, "bias": False, "qk_norm": True},
+        "rms_norm_eps",
+        {**_SILU, **_NO_WINDOW, "attention_bias": False},
+        {
+            **_LLAMA_DEFAULTS,
+            **_NO_WINDOW,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
+            "head_dim": 128,
+        },
     ),
     "Arcee": Family(
         "arcee",
@@ -171,7 +171,7 @@ FAMILIES = {
         | {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
         | dict.fromkeys(_BIASES, False),
         biases=_BIASES,
-        own={"ffn": "hidden_act"},
+        further_options={"ffn": "hidden_act"},
     ),
     "Starcoder2": Family(
         "starcoder2",
@@ -203,8 +203,8 @@ FAMILIES = {
             "max_position_embeddings": 2048,
             "partial_rotary_factor": 0.25,
         },
-        own={"parallel_residual": "use_parallel_residual"},
-        own_rope={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+        further_options={"parallel_residual": "use_parallel_residual"},
+        older_rope_names={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
         any_head_width=False,
     ),
 }
@@ -219,7 +219,11 @@ SIZES = {
     "tie_embeddings": "tie_word_embeddings",
 }
 """Keys of `model` -> their names in config.json."""
-_FACTORS = {f"rope_{key}": key for key in ("factor", "low_freq_factor", "high_freq_factor")}
+_FACTORS = {
+    "rope_factor": "factor",
+    "rope_low_freq_factor": "low_freq_factor",
+    "rope_high_freq_factor": "high_freq_factor",
+}
 _ORIGINAL = "original_max_position_embeddings"
 SCALINGS = {
     "none": {},
@@ -243,7 +247,7 @@ def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dic
         "model_type": family.model_type,
         **{theirs: getattr(model, ours) for ours, theirs in SIZES.items()},
         family.norm_eps: model.norm_eps,
-        family.own_rope.get("rope_theta", "rope_theta"): model.rope_base,
+        family.older_rope_names.get("rope_theta", "rope_theta"): model.rope_base,
         **family.fixed,
         **architecture.fields,
         "attention_dropout": 0.0,
@@ -251,7 +255,7 @@ def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dic
     }
 
     # Only GPT-NeoX has rotary keys of its own, and neither grouped heads nor a free head width.
-    if family.own_rope:
+    if family.older_rope_names:
         config |= {"rotary_pct": model.rotary_fraction, "hidden_dropout": 0.0}
     else:
         config |= {"num_key_value_heads": model.kv_heads, "head_dim": model.d_head}
@@ -264,7 +268,7 @@ def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dic
     return config
 
 
-def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelConfig, Architecture]:
+def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelConfig, Architecture]:
     """Returns the model that a config.json describes, and the architecture whose tensor names its weights have.
 
     It is the inverse of `hf_config`.
@@ -272,7 +276,7 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
     Args:
         config: the content of config.json; missing keys, and those with null, have the defaults of transformers.
         name: name of the model.
-        place: path of the file, for messages.
+        where: path of the file, for messages.
 
     Raises:
         ArtefactError: names a key of config.json whose value our model lacks, or that is missing.
@@ -280,97 +284,107 @@ def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelCon
     family_names = {family.model_type: family_name for family_name, family in FAMILIES.items()}
     family_name = family_names.get(config.get("model_type", ""))
     if family_name is None:
-        _refuse(place, "model_type", config.get("model_type"), f"one of {', '.join(sorted(family_names))}")
+        _refuse(where, "model_type", config.get("model_type"), f"one of {', '.join(sorted(family_names))}")
     family = FAMILIES[family_name]
     settings = {**family.defaults, **{key: setting for key, setting in config.items() if setting is not None}}
 
+    # The class says what the head computes; a file without one could be of either kind.
     heads = {family_name + theirs: ours for ours, theirs in HEADS.items()}
     classes = settings.get("architectures") or [None]
     head = heads.get(str(classes[0]))
     if head is None:
-        _refuse(place, "architectures", classes[0], f"one of {', '.join(heads)}")
+        _refuse(where, "architectures", classes[0], f"one of {', '.join(heads)}")
 
     # Refuse what would change the computation and our model has no option for.
     for key in NEVER:
         if settings.get(key):
-            _refuse(place, key, settings[key], "no such key: weights as they are, without code of their own")
+            _refuse(where, key, settings[key], "no such key: weights as they are, without code of their own")
     for key, accepted in family.fixed.items():
         if settings.get(key) != accepted:
-            _refuse(place, key, settings.get(key), str(accepted))
+            _refuse(where, key, settings.get(key), str(accepted))
     if windows := {*settings.get("layer_types", ())} - {"full_attention"}:
-        _refuse(place, "layer_types", windows.pop(), "full_attention")
+        _refuse(where, "layer_types", windows.pop(), "full_attention")
     for key in family.biases:
         if settings[key] != settings[family.biases[0]]:
-            _refuse(place, key, settings[key], f"{family.biases[0]}={settings[family.biases[0]]} too")
+            _refuse(where, key, settings[key], f"{family.biases[0]}={settings[family.biases[0]]} too")
     for key in SIZES.values():
         if key not in settings:
-            _refuse(place, key, None, "a value")
+            _refuse(where, key, None, "a value")
 
+    # Not every family has a key for the width of a head.
     n_heads = settings["num_attention_heads"]
     default_width = settings["hidden_size"] / n_heads
     head_width = settings.get("head_dim", default_width)
     if head_width != default_width and not family.any_head_width:
-        _refuse(place, "head_dim", head_width, f"{default_width:g}, which is hidden_size / num_attention_heads")
+        _refuse(where, "head_dim", head_width, f"{default_width:g}, which is hidden_size / num_attention_heads")
     kv_heads = settings.get("num_key_value_heads", n_heads)
     bias = {"bias": settings[family.biases[0]]} if family.biases else {}
+
+    # None lets these sizes follow from the others, so that another number of heads can be set.
+    if kv_heads == n_heads:
+        kv_heads = None
+    if head_width == default_width:
+        head_width = None
 
     try:
         model = ModelConfig(
             name=name,
-            **{ours: settings[theirs] for ours, theirs in {**SIZES, **family.own}.items()},
+            **{ours: settings[theirs] for ours, theirs in {**SIZES, **family.further_options}.items()},
             **{**family.options, **bias},
             norm_eps=settings[family.norm_eps],
-            **_rope(settings, family, place),
-            n_kv_heads=None if kv_heads == n_heads else kv_heads,
-            head_width=None if head_width == default_width else head_width,
+            **_rope(settings, family, where),
+            n_kv_heads=kv_heads,
+            head_width=head_width,
             head=head,
         )
     except ConfigError as error:
-        raise ArtefactError(f"{place}: {error}") from error
+        raise ArtefactError(f"{where}: {error}") from error
 
     # The options may be those of another family that computes the same; the names of tensors are the file's.
     architecture = architecture_of(model)
     if isinstance(architecture, str):
-        raise ArtefactError(f"{place}: {architecture}")
+        raise ArtefactError(f"{where}: {architecture}")
     return model, Architecture(family_name, architecture.head, architecture.fields)
 
 
-def _rope(settings: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+def _rope(settings: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Returns our options of rotary positions, from the keys of older or newer versions of transformers.
 
     The options are `rope_scaling`, `rope_base`, `rotary_fraction` and the numbers of the scaling.
 
     Args:
         settings: config.json with its defaults filled in.
-        place: the file, with which messages begin.
+        where: the file, with which messages begin.
 
     Raises:
         ArtefactError: an unknown scaling, a number of it that is missing, or a rotary fraction that the family lacks.
     """
+    # Version 5 of transformers nests all keys of rotary positions, version 4 only those of the scaling.
     name = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     nested: Mapping[str, Any] = settings.get(name) or {}
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     scaling = "none" if rope_type == "default" else rope_type
     if scaling not in SCALINGS or rope_type == "none":
-        _refuse(place, f"{name}.rope_type", rope_type, "default, linear or llama3")
+        _refuse(where, f"{name}.rope_type", rope_type, "default, linear or llama3")
 
     options: dict[str, Any] = {"rope_scaling": scaling}
     for ours, key, default in (("rope_base", "rope_theta", 10000.0), ("rotary_fraction", "partial_rotary_factor", 1.0)):
-        older = family.own_rope.get(key, key)
+        older = family.older_rope_names.get(key, key)
         options[ours] = float(nested.get(key, settings.get(older, settings.get(key, default))))
-    if options["rotary_fraction"] != 1 and not family.own_rope:
-        _refuse(place, "partial_rotary_factor", options["rotary_fraction"], "1: all of a head is rotated")
+    if options["rotary_fraction"] != 1 and not family.older_rope_names:
+        _refuse(where, "partial_rotary_factor", options["rotary_fraction"], "1: all of a head is rotated")
 
+    # Without a key of its own, the original length is the present one.
     numbers = {_ORIGINAL: settings["max_position_embeddings"], **nested}
     if _ORIGINAL in settings:
         numbers[_ORIGINAL] = settings[_ORIGINAL]  # has precedence in transformers
     for ours, theirs in SCALINGS[scaling].items():
         if not isinstance(numbers.get(theirs), int | float):
-            _refuse(place, f"{name}.{theirs}", numbers.get(theirs), "a number")
+            _refuse(where, f"{name}.{theirs}", numbers.get(theirs), "a number")
         options[ours] = numbers[theirs]
     return options
 
 
-def _refuse(place: str, key: str, setting: Any, accepted: str) -> NoReturn:
-    """Raises ArtefactError for `key=setting` in the file `place`; the message says what would be accepted."""
-    raise ArtefactError(f"{place}: {key}={setting}: expected {accepted}")
+def _refuse(where: str, key: str, setting: Any, accepted: str) -> NoReturn:
+    """Raises ArtefactError for `key=setting` in the file `where`; the message says what would be accepted."""
+    raise ArtefactError(f"{where}: {key}={setting}: expected {accepted}")

@@ -52,6 +52,7 @@ def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
     if config.source.startswith(HF):
         return _vocab_size_of(named_tokenizer_file(config), config.source)
 
+    # A tokenizer to keep may be missing: then the stage that needs it says so.
     if config.source == KEEP:
         path = WorkDirectory(Path(work_dir)).tokenizer_model
         if not path.is_file():
@@ -67,12 +68,14 @@ def _path_of(config: TokenizerConfig) -> Path:
     Raises:
         ConfigError: there is no such file, or the folder has no tokenizer.
     """
-    source = Path(config.source).expanduser()
-    path = tokenizer_in(source) if source.is_dir() else source
+    path = Path(config.source).expanduser()
+    problem = f"no file {path}"
+    if path.is_dir():
+        path = tokenizer_in(path)
+        problem = "the folder has no tokenizer.json or tokenizer.model"
     if path.is_file():
         return path
 
-    problem = "the folder has no tokenizer.json or tokenizer.model" if source.is_dir() else f"no file {path}"
     raise ConfigError(
         f"tokenizer={config.source}: {problem}: expected train, keep, or the path of a tokenizer.model or "
         "tokenizer.json"

@@ -53,6 +53,7 @@ def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> N
     if architecture.family not in NAMES:
         reason = "llama.cpp has another activation in" if model.ffn == "gelu" else "this command does not write"
         raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} (model.ffn={model.ffn})")
+    # The package is looked for here, since the export would fail only after it has written everything else.
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -91,7 +92,8 @@ def write_gguf(
     _add_tokenizer(writer, tokenizer, model.vocab_size)
     writer.add_chat_template(template)
 
-    if architecture.family == "GPTNeoX" and model.tie_embeddings:  # llama.cpp does not share the embedding there
+    # llama.cpp does not share the embedding of GPT-NeoX with the head, so the file has it twice.
+    if architecture.family == "GPTNeoX" and model.tie_embeddings:
         embedding = next(tensor for tensor in tensors if tensor.ours == ("embedding.weight",))
         tensors = [*tensors, replace(embedding, name="embed_out.weight")]
 
@@ -106,6 +108,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
+    # The weights of the last tensor are freed before the next ones are read: a model may be larger than the memory.
     for tensor in tensors_by_name.values():
         weights = tensor.to_theirs([read(name).detach().to("cpu", torch.float32) for name in tensor.ours])
         rows = rows_of_llama_cpp(tensor, weights, model, architecture).contiguous().numpy()
@@ -118,6 +121,7 @@ def names_of_tensors(architecture: Architecture, n_layers: int, tensors: Sequenc
     """Returns the tensors by the names of llama.cpp."""
     import gguf
 
+    # The package knows its architectures by numbers of its own.
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(numbers[NAMES[architecture.family]], n_layers)
     return {str(names.get_name(tensor.name, (".weight", ".bias"))): tensor for tensor in tensors}
@@ -157,9 +161,14 @@ def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
 def _storage_type(tensor: Converted, kind: str) -> Any:
     from gguf import GGMLQuantizationType
 
+    # Norms and biases are small, and their precision matters.
     if len(tensor.shape) == 1:
         return GGMLQuantizationType.F32
-    return GGMLQuantizationType["F16" if tensor.shape[-1] % BLOCK else kind]
+
+    # A block must not reach over the end of a row.
+    if tensor.shape[-1] % BLOCK:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType[kind]
 
 
 def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Architecture) -> None:
@@ -213,10 +222,11 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
         writer.add_token_merges(vocabulary.merges)
 
     special_ids: Mapping[str, int] = tokenizer.special_ids
-    writer.add_bos_token_id(tokenizer.opening.first)
+    writer.add_bos_token_id(tokenizer.first_token.id)
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_pad_token_id(tokenizer.pad_id)
+    # llama.cpp has a key for the token that ends a text, and another one for the token that ends a turn.
     if END in special_ids:
-        writer.add_eot_token_id(special_ids[END])  # ends a turn
+        writer.add_eot_token_id(special_ids[END])
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)

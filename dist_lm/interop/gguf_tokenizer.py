@@ -80,7 +80,11 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
         # These marks are no special tokens in the Hugging Face folder either, so that parsers of text see them.
         if tokenizer.is_trained and token_type == CONTROL and not text.startswith("<|"):
             token_type = USER_DEFINED
-        tokens.append(text.replace(SPACE, " ") if token_type == USER_DEFINED else text)
+
+        # llama.cpp looks for user-defined tokens in the text before it writes spaces as U+2581.
+        if token_type == USER_DEFINED:
+            text = text.replace(SPACE, " ")
+        tokens.append(text)
         types.append(token_type)
     return GGUFVocabulary(
         "llama",
@@ -89,7 +93,7 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
         types,
         [piece.score for piece in model.pieces],
         None,
-        add_bos=tokenizer.is_trained or tokenizer.opening.first != tokenizer.eot_id,
+        add_bos=tokenizer.is_trained or tokenizer.first_token.id != tokenizer.eot_id,
         add_space_prefix=normalizer.add_dummy_prefix,
     )
 
@@ -124,35 +128,36 @@ def _byte_level(content: bytes, name: str) -> GGUFVocabulary:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
 
+    # Newer files write a merge as a list of two pieces.
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     add_bos = len(tokenizers.Tokenizer.from_str(content.decode()).encode("").ids) > 0
     return GGUFVocabulary("gpt2", pre, tokens, types, None, merges, add_bos, add_space_prefix=False)
 
 
-def tokenizer_file(values: Mapping[str, Any], place: str) -> tuple[bytes, str]:
+def tokenizer_file(values: Mapping[str, Any], where: str) -> tuple[bytes, str]:
     """Returns the content and the name of a tokenizer file that gives the ids of llama.cpp.
 
     Args:
         values: the keys of a GGUF file.
-        place: path of the GGUF file, for messages.
+        where: path of the GGUF file, for messages.
 
     Raises:
         ArtefactError: the tokenizer is of another kind; names the key.
     """
     keys = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
     if keys.get("model") == "gpt2":
-        return _tokenizer_json(keys, place), "tokenizer.json"
+        return _tokenizer_json(keys, where), "tokenizer.json"
     if keys.get("model") == "llama":
         return _tokenizer_model(keys), "tokenizer.model"
-    raise ArtefactError(f"{place}: tokenizer.ggml.model={keys.get('model')}: expected gpt2 or llama")
+    raise ArtefactError(f"{where}: tokenizer.ggml.model={keys.get('model')}: expected gpt2 or llama")
 
 
-def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
+def _tokenizer_json(keys: Mapping[str, Any], where: str) -> bytes:
     """Returns the content of a `tokenizer.json` that gives the ids of a byte-level BPE of llama.cpp.
 
     Args:
         keys: values of the keys `tokenizer.ggml.*`, by their last part.
-        place: the GGUF file, for messages.
+        where: the GGUF file, for messages.
 
     Raises:
         ArtefactError: the pre-tokenizer is not in `PRE_TOKENIZERS`.
@@ -161,7 +166,7 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
 
     steps_of = {pre: (steps, ignores_merges) for steps, (pre, ignores_merges) in PRE_TOKENIZERS.items()}
     if keys.get("pre") not in steps_of:
-        raise ArtefactError(f"{place}: tokenizer.ggml.pre={keys.get('pre')}: expected one of {', '.join(steps_of)}")
+        raise ArtefactError(f"{where}: tokenizer.ggml.pre={keys.get('pre')}: expected one of {', '.join(steps_of)}")
     steps, ignores_merges = steps_of[keys["pre"]]
 
     texts, types = keys["tokens"], keys["token_type"]
@@ -176,6 +181,7 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
             return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=step == "ByteLevel regex")
         return pre_tokenizers.Split(Regex(step.removeprefix("Split ")), "isolated")
 
+    # The file of llama.cpp has only the name of the pre-tokenizer, so its steps come from our table.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(step) for step in steps])
     tokenizer.decoder = decoders.ByteLevel()
 
@@ -183,9 +189,9 @@ def _tokenizer_json(keys: Mapping[str, Any], place: str) -> bytes:
         added = [text for text, token_id in vocabulary.items() if types[token_id] == token_type]
         add([AddedToken(text, normalized=False, special=token_type == CONTROL) for text in added])
     if keys.get("add_bos_token"):
-        opening_id = keys["bos_token_id"]
+        first_id = keys["bos_token_id"]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{texts[opening_id]} $A", special_tokens=[(texts[opening_id], opening_id)]
+            single=f"{texts[first_id]} $A", special_tokens=[(texts[first_id], first_id)]
         )
     return tokenizer.to_str(pretty=True).encode()
 
@@ -208,11 +214,15 @@ def _tokenizer_model(keys: Mapping[str, Any]) -> bytes:
     trainer.vocab_size = len(texts)
     # SentencePiece writes -1 for a token that the model lacks. It looks for the others by their pieces.
     trainer.unk_id = types.index(UNKNOWN) if UNKNOWN in types else -1
-    opening_id = keys.get("bos_token_id", -1) if keys.get("add_bos_token", True) else -1
-    ids = {"bos": opening_id, "eos": keys.get("eos_token_id", -1), "pad": keys.get("padding_token_id", -1)}
+    ids = {name: keys.get(f"{key}_token_id", -1) for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    if not keys.get("add_bos_token", True):
+        ids["bos"] = -1
     for name, token_id in ids.items():
+        piece = NO_PIECE
+        if token_id >= 0:
+            piece = model.pieces[token_id].piece
         setattr(trainer, f"{name}_id", token_id)
-        setattr(trainer, f"{name}_piece", model.pieces[token_id].piece if token_id >= 0 else NO_PIECE)
+        setattr(trainer, f"{name}_piece", piece)
 
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = keys.get("add_space_prefix", True)

@@ -36,7 +36,7 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
     """
     tokenizer = Tokenizer.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {"bos_token": tokenizer.opening.first, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
+    ids = {"bos_token": tokenizer.first_token.id, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
     if UNKNOWN in tokenizer.special_ids:
         ids["unk_token"] = tokenizer.special_ids[UNKNOWN]
     special_tokens = dict(zip(ids, tokenizer.pieces(ids.values()), strict=True))
@@ -96,12 +96,13 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
         else:
             tokenizer.add_tokens([token])
 
-    opening = texts[processor.eos_id()]
+    # A piece may be one byte of a character, so bytes are joined before they are decoded.
+    first_token = texts[processor.eos_id()]
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening} $A",
-        pair=f"{opening} $A $B:1",
-        special_tokens=[(opening, processor.eos_id())],
+        single=f"{first_token} $A",
+        pair=f"{first_token} $A $B:1",
+        special_tokens=[(first_token, processor.eos_id())],
     )
     return tokenizer.to_str(pretty=True)
 
@@ -119,6 +120,7 @@ def _ids_by_kind(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[
 
 def _merges(learned: list[str]) -> Iterator[tuple[str, str]]:
     """Yields every pair of learned pieces that makes a learned piece, in the order that SentencePiece prefers."""
+    # SentencePiece keeps no merges, but it learned each piece by joining two earlier ones.
     pieces = set(learned)
     for piece in learned:
         for cut in range(len(piece) - 1, 0, -1):

@@ -23,7 +23,7 @@ from dist_lm.tokenizer.tokenizer import (
     read_vocabulary,
     sentencepiece_proto,
     sentencepiece_with_marks,
-    sentencepiece_without_opening,
+    sentencepiece_without_first_token,
 )
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
@@ -38,6 +38,7 @@ def name_of(source: str) -> str:
     """Returns the name of the run that an import on the way writes: that of the folder, or of the model on the hub."""
     text = source.removeprefix(HF)
     folder = Path(text).expanduser()
+    # The name becomes that of a folder, so it must not begin with a dot or hold a separator.
     if folder.is_dir():
         name = folder.resolve().name
     else:
@@ -71,6 +72,7 @@ def folder_of(source: str, weights: bool = True) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise UserError(f"{source}: the hub needs huggingface_hub: pip install huggingface_hub") from error
+    # A repository may hold the weights in several formats; only safetensors are fetched.
     patterns = [*SMALL, WEIGHTS] if weights else [*SMALL]
     try:
         return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=patterns))
@@ -83,13 +85,17 @@ def model_in(folder: Path, name: str) -> tuple[ModelConfig, Architecture]:
     """Returns the model that the config.json of a folder describes, called `name`, and its architecture.
 
     Raises:
-        ArtefactError: the file is missing, or names an option that our model lacks.
+        ArtefactError: the file is missing or no JSON, or names an option that our model lacks.
     """
     return model_of(read_json(folder / CONFIG), name, str(folder / CONFIG))
 
 
 def named_model(source: str) -> ModelConfig:
-    """Returns the model that `source` names, with a head for tokens: stages choose the head themselves."""
+    """Returns the model that `source` names, with a head for tokens: stages choose the head themselves.
+
+    Raises:
+        ArtefactError, UserError: as `folder_of` and `model_in`.
+    """
     model, _ = model_in(folder_of(source, weights=False), name_of(source))
     return replace(model, head="tokens")
 
@@ -99,6 +105,7 @@ def named_tokenizer(source: str) -> tuple[bytes, str]:
 
     Raises:
         ArtefactError: there is no such model, or no tokenizer that fits its embedding.
+        UserError: a package that is needed is not installed.
     """
     folder = folder_of(source, weights=False)
     rows = model_in(folder, name_of(source))[0].vocab_size
@@ -114,8 +121,8 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
             that transformers adds to a SentencePiece model, else <|unused_N|>.
 
     Raises:
-        ArtefactError: there is no tokenizer, none is readable, or it has more pieces than the embedding has rows (one
-            of ours: another number).
+        ArtefactError: there is no tokenizer, none is readable, its tokenizer_config.json or added_tokens.json is no
+            JSON, or it has more pieces than the embedding has rows (one of ours: another number).
         UserError: the package `tokenizers` is needed and not installed.
     """
     paths = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
@@ -131,11 +138,12 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
             if path == paths[-1]:
                 raise
 
-    content = _with_opening_of(durable.read_json(folder / TOKENIZER_CONFIG), content, vocabulary)
+    content = _with_first_token_of(durable.read_json(folder / TOKENIZER_CONFIG), content, vocabulary)
     pieces = vocabulary.vocab_size
     if pieces > rows or (vocabulary.is_trained and pieces < rows):
         raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {rows} rows: not its tokenizer")
 
+    # Embeddings are often larger than their tokenizer, and every id that a model can draw must have a name.
     unused = {token_id: f"<|unused_{token_id}|>" for token_id in range(pieces, rows)}
     if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
         content = byte_level.with_marks(content, [*unused.values()], pieces)
@@ -149,7 +157,7 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
     return content, vocabulary.file_name
 
 
-def _with_opening_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:
+def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:
     """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file.
 
     Args:
@@ -158,15 +166,15 @@ def _with_opening_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vo
     """
     add_bos = settings.get("add_bos_token")
     if isinstance(vocabulary, SentencePieceModel):
-        if add_bos is False and vocabulary.opening is not None:
-            return sentencepiece_without_opening(content)
+        if add_bos is False and vocabulary.first_id is not None:
+            return sentencepiece_without_first_token(content)
         return content
 
     mark = settings.get("bos_token")
     if isinstance(mark, dict):
         mark = mark.get("content")
-    if add_bos is True and vocabulary.opening is None and isinstance(mark, str) and mark in vocabulary.special_ids:
-        return byte_level.with_opening(content, mark)
+    if add_bos is True and vocabulary.first_id is None and isinstance(mark, str) and mark in vocabulary.special_ids:
+        return byte_level.with_first_token(content, mark)
     return content
 
 
@@ -266,7 +274,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a JSON file of the snapshot.
 
     Raises:
-        ArtefactError: the file is missing.
+        ArtefactError: the file is missing, or no JSON.
     """
     if not path.is_file():
         raise ArtefactError(f"{path} is missing: expected a folder of a model as transformers saves it")

@@ -47,8 +47,7 @@ def _gpt_neox() -> dict[str, str]:
     """Returns our names -> theirs for GPT-NeoX; N is the number of a layer. Queries, keys and values have one name."""
     ours, theirs = "blocks.N.", "gpt_neox.layers.N."
     table = {"embedding.weight": "gpt_neox.embed_in.weight", "lm_head.weight": "embed_out.weight"}
-    for part in ("weight", "bias"):
-        suffix = "_bias" if part == "bias" else ""
+    for part, suffix in (("weight", ""), ("bias", "_bias")):
         for our_name in FUSED:
             table[f"{ours}attention.{our_name}{suffix}"] = f"{theirs}attention.query_key_value.{part}"
         table[f"{ours}attention.output{suffix}"] = f"{theirs}attention.dense.{part}"
@@ -97,11 +96,11 @@ class Converted:
             return tensor.flatten(0, 1).t().contiguous()
         return tensor.reshape(self.shape)
 
-    def to_ours(self, tensor: torch.Tensor, place: int = 0) -> torch.Tensor:
-        """Returns our tensor with index `place` in `ours`, from their tensor."""
-        shape = self.shapes[place]
+    def to_ours(self, tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """Returns our tensor with this index in `ours`, from their tensor."""
+        shape = self.shapes[index]
         if len(self.ours) > 1:
-            return tensor.view(shape[0], len(self.ours), *shape[1:])[:, place].contiguous()
+            return tensor.view(shape[0], len(self.ours), *shape[1:])[:, index].contiguous()
         if self.is_transposed:
             return tensor.t().contiguous().view(shape)
         return tensor.reshape(shape)
@@ -115,10 +114,10 @@ def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[C
             of a scalar head, so ours is left out; any other name that the table lacks is an AssertionError.
     """
     # Several names of ours map to one of theirs where their tensor is fused.
-    our_names: dict[str, list[str]] = {}  # by their name
+    our_names: dict[str, list[str]] = {}  # their name -> our names
     for name in shapes:
-        layer = re.match(r"blocks\.(\d+)\.", name)
-        number = layer[1] if layer else ""
+        # Only the pattern of a layer has an N, which the number of the layer replaces.
+        number = name.split(".")[1]
         pattern = NAMES[architecture.family].get(re.sub(r"^blocks\.\d+\.", "blocks.N.", name))
         if pattern is None:
             assert name == "scalar_head.bias", name
@@ -130,6 +129,7 @@ def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[C
 def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Converted:
     our_shapes = tuple(shapes[name] for name in ours)
     name, shape = ours[0], our_shapes[0]
+    # A linear layer of theirs is (output, input); of ours, only the output of attention is (input, output).
     if name.endswith("attention.output"):
         shape = (shape[2], shape[0] * shape[1])
     elif ".attention." in name and name.endswith(FUSED + tuple(f"{part}_bias" for part in FUSED)):

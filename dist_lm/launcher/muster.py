@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Collection, Sequence
 from functools import cache
-from pathlib import Path
 
 from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import ClusterError, RayCluster
@@ -13,6 +12,7 @@ from dist_lm.config.root import Config
 from dist_lm.launcher.process import Interrupt
 from dist_lm.model.size import trained_count
 from dist_lm.prepare.layout import largest
+from dist_lm.stages.stage import run_of
 from dist_lm.tracking.console import Console
 
 BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights and two moments
@@ -53,23 +53,19 @@ class Muster:
     """Recruits the nodes of one run, again for every attempt."""
 
     def __init__(
-        self,
-        cluster: RayCluster,
-        config: Config,
-        sizes: Sequence[int],
-        *,
-        gpus_per_node: int,
-        directory: Path,
-        interrupt: Interrupt,
-        console: Console,
+        self, cluster: RayCluster, config: Config, sizes: Sequence[int], interrupt: Interrupt, console: Console
     ) -> None:
-        """`sizes`: possible numbers of nodes, largest first; `directory`: the run directory."""
+        """`config`: with the device and the ranks per node; `sizes`: possible numbers of nodes, largest first."""
+        # A rank on a GPU has one of its own.
+        self.gpus_per_node = 0
+        if config.device == "cuda":
+            self.gpus_per_node = config.cluster.ranks_per_node
+
         self._cluster = cluster
         self._cluster_config = config.cluster
         self._sizes = sizes
-        self._gpus_per_node = gpus_per_node
-        self._directory = directory.resolve()
-        self._demands = demands_of(config, gpus_per_node)
+        self._directory = run_of(config).path.resolve()
+        self._demands = demands_of(config, self.gpus_per_node)
         self._interrupt = interrupt
         self._console = console
         self._note = cache(console.warning)  # repeats no warning
@@ -131,7 +127,7 @@ class Muster:
             ClusterError: no size fits: `shortage`, or why the smallest size failed.
         """
         smaller_sizes = [size for size in self._sizes if size < most]
-        while size := largest(smaller_sizes, len(able_nodes(self._cluster, self._gpus_per_node))):
+        while size := largest(smaller_sizes, len(able_nodes(self._cluster, self.gpus_per_node))):
             self._console.warning(f"{shortage}; continuing with {size}")
             try:
                 return self._recruit(size, self._cluster_config.start_timeout_s, avoid)
@@ -151,12 +147,12 @@ class Muster:
         return recruit(
             self._cluster,
             nodes,
-            gpus_per_node=self._gpus_per_node,
+            gpus_per_node=self.gpus_per_node,
             directory=self._directory,
             demands=self._demands,
             timeout_s=timeout_s,
             avoid=avoid,
-            wanted=lambda: not self._interrupt.requested,
+            keep_going=lambda: not self._interrupt.requested,
             warn=self._console.warning,
             note=self._note,
         )
@@ -168,14 +164,15 @@ class Muster:
         time doubles.
         """
         crew_ids = {node.id for node in crew.placement.nodes}
-        if len(crew_ids) >= self._sizes[0]:
+        larger_sizes = [size for size in self._sizes if size > len(crew_ids)]
+        if not larger_sizes:
             return None
 
         now = time.monotonic()
-        able_ids = {node.id for node in able_nodes(self._cluster, self._gpus_per_node)}
+        able_ids = {node.id for node in able_nodes(self._cluster, self.gpus_per_node)}
         unused_ids = able_ids - crew_ids - self._lost
+        # A node that was away in between is watched anew.
         self._first_seen = {node_id: self._first_seen.get(node_id, now) for node_id in unused_ids}
 
         n_ready = sum(now - first_seen >= self._grow_after_s for first_seen in self._first_seen.values())
-        size = largest(self._sizes, len(crew_ids) + n_ready)
-        return size if size and size > len(crew_ids) else None
+        return largest(larger_sizes, len(crew_ids) + n_ready)

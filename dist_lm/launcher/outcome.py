@@ -1,6 +1,5 @@
 """The end of a command: a table of its stages, samples, and commands to go on with."""
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +9,8 @@ from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.prepare.conf_folders import KEY, with_config_dir
 from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages
-from dist_lm.stages.stage import KeyFigure, Place, run_of, shown_path
+from dist_lm.stages.stage import KeyFigure, RunsIn, run_of, shown_path
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_drawing import glyphs_for, sparkline
@@ -43,8 +43,7 @@ def print_outcome(
     rows = [row(planned, queued, ramp) for planned, queued in zip(plan.stages, stages, strict=True)]
     columns = ("stage", "", "steps", "time", *BELOW)
     console.table(f"stages, in {plan.stages[-1].config.work_dir}", columns, rows, below=BELOW)
-    entries = dict(next_commands(plan.stages[-1], state, command))
-    if entries:
+    if entries := dict(next_commands(plan.stages[-1], state, command)):
         console.summary("what next", entries)
 
 
@@ -53,7 +52,7 @@ def print_samples(plan: Plan, console: Console) -> None:
     # The target prints its own samples in its summary.
     for planned in plan.missing[:-1]:
         run = run_of(planned.config)
-        if planned.stage.place is Place.RANKS and list(run.samples.glob("step_*.jsonl")):
+        if planned.stage.runs_in is RunsIn.RANKS and list(run.samples.glob("step_*.jsonl")):
             console.line(f"samples of stage {planned.name}, more in {run.samples}")
             planned.stage.print_samples(run, console)
 
@@ -65,29 +64,33 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     Args:
         ramp: characters of the curve, lowest first.
     """
-    has_begun = queued.state != "waiting"
     state = WORDS.get(queued.state, queued.state)
+    if queued.state == "waiting":
+        steps = ""
+        if stage.stage.runs_in is RunsIn.RANKS:
+            steps = f"0/{stage.config.stage.steps:,}"
+        return (stage.name, state, steps, "", "", "", "")
+
     if queued.state == "done" and queued.seconds is None:
         state = "there"
-    output_path = _where(stage) if has_begun else ""
-
-    if stage.stage.place is Place.LAUNCHER:
+    output_path = shown_path(stage.stage.output(stage.config), stage.config)
+    if stage.stage.runs_in is RunsIn.LAUNCHER:
         detail = queued.detail if queued.state == "done" else ""
         # `detail` is still that of the plan.
         if detail and queued.seconds is not None:
             detail = stage.stage.look(stage.config, is_target=False, rebuilt=()).detail
-        duration = span(queued.seconds) if queued.seconds is not None else ""
-        return (stage.name, state, "", duration, detail, "", output_path)
+        return (stage.name, state, "", _duration(queued.seconds), detail, "", output_path)
 
     run = run_of(stage.config)
-    result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and has_begun else {}
-    seconds = queued.seconds if queued.seconds is not None else result.get("seconds")
-    duration = span(seconds) if seconds is not None else ""
-    if stage.stage.place is Place.POOL:
+    result = durable.read_json(run.result)
+    # A run that an earlier command has finished says itself how long it took.
+    seconds = queued.seconds
+    if seconds is None:
+        seconds = result.get("seconds")
+    duration = _duration(seconds)
+    if stage.stage.runs_in is RunsIn.POOL:
         return (stage.name, state, "", duration, stage.stage.figures(result), "", output_path)
 
-    if not has_begun:
-        return (stage.name, state, f"0/{stage.config.stage.steps:,}", duration, "", "", output_path)
     if result:
         steps = f"{result['steps']:,}"
     else:
@@ -99,8 +102,9 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
 
 def measured(run: RunDirectory, metric: str) -> dict[int, float]:
     """Returns the values of a metric by step; empty without a metrics file. The last line of a step wins."""
-    lines = read_metrics(run.metrics) if run.metrics.exists() else ()
-    return {line["step"]: value for line in lines if (value := line.get(metric)) is not None}
+    if not run.metrics.exists():
+        return {}
+    return {line["step"]: value for line in read_metrics(run.metrics) if (value := line.get(metric)) is not None}
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Sequence[KeyFigure]]) -> list[str]:
@@ -113,7 +117,7 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
         lines: alternatives; the first one with a metric that the run has is used.
     """
     last = result.get("metrics") or last_metrics(run.metrics)
-    before, steps = result.get("before") or {}, result.get("steps")
+    before = result.get("before") or {}
 
     # The first line whose metrics the run has: not every run measures everything.
     figures_of_run: Sequence[KeyFigure] = ()
@@ -125,12 +129,20 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
     texts = []
     for figure in figures_of_run:
         name = figure.metric
-        at_start = {0: before[name]} if before.get(name) is not None else {}
-        at_end = {steps: last[name]} if result else {}
-        (first_step, first_value), *later = (at_start | measured(run, name) | at_end).items()
-        first = f"{figure.form(first_value)} -> " if later else ""
-        step = "" if later or result else f" (step {first_step:,})"
-        texts.append(f"{figure.words} {first}{figure.form(last[name])}{step}")
+        values = measured(run, name)
+        # The results of a finished run name its first and its last value, which no line of metrics may have.
+        if before.get(name) is not None:
+            values = {0: before[name]} | values
+        if result:
+            values = values | {result.get("steps"): last[name]}
+
+        (first_step, first_value), *later = values.items()
+        text = figure.form(last[name])
+        if later:
+            text = f"{figure.form(first_value)} -> {text}"
+        elif not result:
+            text += f" (step {first_step:,})"
+        texts.append(f"{figure.words} {text}")
     return texts
 
 
@@ -146,7 +158,7 @@ def next_commands(
 
     run = run_of(config)
     path = str(run.path)
-    trains = stage.stage.place is Place.RANKS
+    trains = stage.stage.runs_in is RunsIn.RANKS
     if trains and run.metrics.exists():
         if run.result.exists() and stage.stage.writes_text:
             yield "talk to it", shlex.join(["python", "-m", "dist_lm", "generate", path])
@@ -162,6 +174,8 @@ def next_commands(
         yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *overrides])
 
 
-def _where(stage: PlannedStage) -> str:
-    """The output folder of a stage, relative to the work directory where it lies inside."""
-    return shown_path(stage.stage.output(stage.config), stage.config)
+def _duration(seconds: float | None) -> str:
+    """Returns a time for people; empty if it is not known."""
+    if seconds is None:
+        return ""
+    return span(seconds)

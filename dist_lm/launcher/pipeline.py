@@ -67,12 +67,10 @@ class Pipeline:
         """Stage `name` begins."""
         self._began = time.monotonic()
         self._set(name, "running")
-        self._write("running")
 
     def done(self, name: str, detail: str = "") -> None:
         """Stage `name` is done."""
-        self._set(name, "done", detail)
-        self._write("running")
+        self._set(name, "done", detail, time.monotonic() - self._began)
 
     def end(self, state: State, error: str = "") -> None:
         """Writes how the command ended. A stage that was running gets the state `failed` or `stopped` too, with its
@@ -86,12 +84,14 @@ class Pipeline:
                 stage.state, stage.seconds = state, time.monotonic() - self._began
         self._write(state, error)
 
-    def _set(self, name: str, state: Literal["running", "done"], detail: str = "") -> None:
+    def _set(
+        self, name: str, state: Literal["running", "done"], detail: str = "", seconds: float | None = None
+    ) -> None:
         stage = next(stage for stage in self._stages if stage.name == name)
-        stage.state = state
-        stage.seconds = time.monotonic() - self._began if state == "done" else None
+        stage.state, stage.seconds = state, seconds
         if self._tell:
             self._tell(name, state, detail)
+        self._write("running")
 
     def rows(self) -> list[tuple[str, Literal["waiting", "done"], str]]:
         """(name, state, detail) of each stage before the first one begins."""

@@ -3,9 +3,8 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -31,8 +30,16 @@ from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights
 
 LINE_S = 10.0  # interval between lines of metrics
-Weights = Mapping[str, np.ndarray]
-"""Parameter name -> weights in host memory."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Requests that wait for answers, and the engines that answer them."""
+
+    work: PoolWork
+    spec: EngineSpec
+    engines: int  # number of engines that the configuration asks for
+    weights: Mapping[str, np.ndarray]  # parameter name -> weights in host memory; empty if no answer is missing
 
 
 def run_pool_stage(
@@ -62,23 +69,21 @@ def run_pool_stage(
             return False
 
         results, tokens, actors, seconds = list[dict[str, Any]](), 0, 0, 0.0
-        with watching_pool(config, run, opened[0], console) as watch:
+        with watching_pool(config, run, opened.work, console) as watch:
             for number, round_config in enumerate(rounds):
                 if number > 0:
                     opened = _opened(stage, [round_config], run, cluster, console, interrupt)
                 if opened is None:
                     return False
-                work, spec, weights = opened
+                work = opened.work
                 watch.follow(work)
                 tokens_before = work.done[1]
 
                 with closing(work):
                     if work.asks:
-                        _, _, n_actors = stage.engine(round_config)
-                        actors, round_seconds = _answer(
-                            stage.name, n_actors, work, spec, weights, cluster, console, interrupt, watch
-                        )
+                        actors, round_seconds = _answer(stage.name, opened, cluster, console, interrupt, watch)
                         seconds += round_seconds
+                    # Tasks that ask no engine, such as bits per byte, are computed here.
                     if not work.is_done:
                         work.finish(lambda: not interrupt.requested)
                 if not work.is_done:
@@ -94,7 +99,7 @@ def run_pool_stage(
                     **stage.joined(config, results),
                     "actors": actors,  # this value and the next two are those of the last command
                     "seconds": seconds,  # from the first request to the last answer
-                    "tokens_per_s": tokens / seconds if seconds else 0.0,
+                    "tokens_per_s": per_second(tokens, seconds),
                 },
             )
     return True
@@ -107,32 +112,32 @@ def _opened(
     cluster: RayCluster,
     console: Console,
     interrupt: Interrupt,
-) -> "tuple[PoolWork, EngineSpec, Weights] | None":
-    """Returns (work, specification of its engines, their weights) of the first round; None if a signal stopped it.
+) -> Round | None:
+    """Returns the first round, ready to be answered; None if a signal stopped it.
 
-    The weights are empty if no answer is missing. The later rounds are read too, so that what refuses one of them does
-    so before engines work for hours.
+    The later rounds are read too, so that what refuses one of them does so before engines work for hours.
 
     Raises:
         ConfigError: there are no prompts.
         ArtefactError: prompts, checkpoint or tokenizer are missing or have changed.
     """
-    opened: tuple[PoolWork, EngineSpec, Weights] | None = None
+    opened: Round | None = None
     with left_at_once(interrupt, console):
         for later in rounds[1:]:
-            _read(stage, later, run, cluster, console)[0].close()
-        work, spec = _read(stage, rounds[0], run, cluster, console)
+            _read(stage, later, run, cluster, console).work.close()
+        first = _read(stage, rounds[0], run, cluster, console)
 
         # Without missing answers no engine starts, so reading gigabytes of weights would be in vain.
-        weights = _weights(stage.checkpoint(rounds[0]), console) if work.asks else {}
-        opened = work, spec, weights
+        if first.work.asks:
+            checkpoint = stage.checkpoint(rounds[0])
+            with console.waiting(f"reading {checkpoint}"):
+                first = replace(first, weights=model_weights(checkpoint_files.require_intact(checkpoint)))
+        opened = first
     return opened
 
 
-def _read(
-    stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console
-) -> tuple[PoolWork, EngineSpec]:
-    """Returns (work, specification of its engines) of one round; the caller closes the work.
+def _read(stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console) -> Round:
+    """Returns one round, without weights; the caller closes its work.
 
     Raises:
         ConfigError: there are no prompts, or the cluster lacks the device.
@@ -143,7 +148,7 @@ def _read(
         work = stage.work(config, run, tokenizer, partial(sandboxes_of, cluster, 0, config.sandbox == TRUST_ME))
 
     device, _ = device_and_ranks(config, cluster)
-    options, tp, _ = stage.engine(config)
+    options, tp, n_engines = stage.engine(config)
     spec = EngineSpec(
         model=config.model,
         options=options,
@@ -153,55 +158,53 @@ def _read(
         device=device,
         tp=tp,
     )
-    return work, spec
-
-
-def _weights(checkpoint: Path, console: Console) -> Weights:
-    with console.waiting(f"reading {checkpoint}"):
-        return model_weights(checkpoint_files.require_intact(checkpoint))
+    return Round(work, spec, n_engines, weights={})
 
 
 def _answer(
-    name: str,
-    n_actors: int,
-    work: PoolWork,
-    spec: EngineSpec,
-    weights: Weights,
-    cluster: RayCluster,
-    console: Console,
-    interrupt: Interrupt,
-    watch: "PoolWatch",
+    name: str, opened: Round, cluster: RayCluster, console: Console, interrupt: Interrupt, watch: "PoolWatch"
 ) -> tuple[int, float]:
     """Starts engines, answers the missing requests, and returns (engines at the end, seconds from the first request
     on).
 
-    Each answer is passed to `work`, which writes it. A signal ends the loop early; then `work.is_done` is false.
+    Each answer is passed to the work of the round, which writes it. A signal ends the loop early; then its `is_done` is
+    false.
 
     Raises:
         ActorsLostError: no node has free resources for an engine.
         PoolFailure: engines keep dying.
     """
     # Engines start only once all prompts are read: a wrong file must not cost minutes of GPUs.
+    work = opened.work
     with console.waiting("starting engines"):
         pool = Pool.start(
             cluster,
-            spec,
-            weights,
-            actors=n_actors,
-            wanted=lambda: not interrupt.requested,
+            opened.spec,
+            opened.weights,
+            actors=opened.engines,
+            keep_going=lambda: not interrupt.requested,
             warn=console.warning,
         )
+
     began = time.monotonic()
     with pool, console.generating(name, work.count) as progress:
+        # Answers of earlier commands are progress, too.
         progress.update(*work.done)
         watch.begin()
+
         for answer in pool.generate(work.requests()):
             work.take(answer)
             progress.update(*work.done)
             watch.look(len(pool.members))
+
         actors, seconds = len(pool.members), time.monotonic() - began
         watch.end(actors)
         return actors, seconds
+
+
+def per_second(amount: int, seconds: float) -> float:
+    """Returns the speed; 0 if no time has passed."""
+    return amount / seconds if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -248,8 +251,8 @@ class PoolWatch:
         seconds = now.at - last.at
         line = self.work.metrics() | {
             "generate/engines": engines,
-            "generate/tokens_per_s": (now.tokens - last.tokens) / seconds if seconds > 0 else 0.0,
-            "generate/prompts_per_s": (now.prompts - last.prompts) / seconds if seconds > 0 else 0.0,
+            "generate/tokens_per_s": per_second(now.tokens - last.tokens, seconds),
+            "generate/prompts_per_s": per_second(now.prompts - last.prompts, seconds),
         }
 
         # The time left follows from the mean speed since the engines began, which varies less than the last one.

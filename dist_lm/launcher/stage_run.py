@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
-from dist_lm.cluster.allocation import core_users, ranks_beside, ranks_per_node
+from dist_lm.cluster.allocation import core_users, ranks_per_node_with_pool
 from dist_lm.cluster.events import NODE_LOST, GangFailure, Journal
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.heartbeat import Patience
@@ -112,6 +112,7 @@ class Attempts:
         restarts = Restarts(self.config.cluster.max_restarts, checkpoint_files.newest_step(self.run.checkpoints))
         nodes_wanted = None
         while crew := self.muster.call(restarts.suspects, nodes_wanted):
+            # An attempt with as many nodes as an earlier one takes the same layout.
             nodes = len(crew.hosts)
             if nodes not in config_of:
                 config_of[nodes] = with_layout(
@@ -140,12 +141,22 @@ class Attempts:
         Raises:
             GangFailure: no restart helps, or none is left.
         """
-        node = crew.placement.nodes[failure.node] if failure.node is not None else None
-        newest_step = checkpoint_files.newest_step(self.run.checkpoints)
-        restarts = restarts.after_failure(newest_step, node.address if node else None)
-        if node and failure.type == NODE_LOST:
-            self.muster.lose(node.id)
-        self.journal.write("failed", **record_of(failure, restarts))
+        address = None
+        if failure.node is not None:
+            node = crew.placement.nodes[failure.node]
+            address = node.address
+            if failure.type == NODE_LOST:
+                self.muster.lose(node.id)
+
+        restarts = restarts.after_failure(checkpoint_files.newest_step(self.run.checkpoints), address)
+        self.journal.write(
+            "failed",
+            error=redact_text(str(failure)),
+            type=failure.type,
+            rank=failure.rank,
+            host=failure.host,
+            restarts_left=max(0, restarts.left),
+        )
 
         # If a stop was requested, no restart follows, so the failure is only reported.
         if failure.user_error or (restarts.left < 0 and not self.interrupt.requested):
@@ -216,6 +227,7 @@ class Attempts:
                 drives_actors=bool(config.pool and config.pool.actors),
             )
         except GangFailure as failure:
+            # Agents may fail before there is any rank; this attempt counts like the others.
             return Outcome(GangStatus("failed", failure), start)
         with gang:
             return self._follow(gang, crew, start)
@@ -224,8 +236,7 @@ class Attempts:
         """Processes among which the cores of a node are divided, if a pool of actors works beside the ranks."""
         if not config.pool:
             return 0
-        gpus = self.ranks_per_node if self.config.device == "cuda" else 0
-        return core_users(config.pool, nodes, self.ranks_per_node, gpus)
+        return core_users(config.pool, nodes, self.ranks_per_node, self.muster.gpus_per_node)
 
     def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
         """Follows the gang until it ends, with journal, console and wandb. Returns how it ended.
@@ -244,7 +255,9 @@ class Attempts:
             self.watch.look(gang.usages())
             if status.state != "running":
                 # After a failure the next attempt takes as many nodes as there are.
-                return Outcome(status, start, grow_to=None if status.failure else grow_to)
+                if status.failure:
+                    grow_to = None
+                return Outcome(status, start, grow_to)
 
             pulses = gang.pulses()
             self.journal.live(pulses)
@@ -303,15 +316,7 @@ def run_training_stage(
             return True
         begin_attempt(first_config, run)
 
-        muster = Muster(
-            cluster,
-            config,
-            possible_nodes,
-            gpus_per_node=ranks if config.device == "cuda" else 0,
-            directory=run.path,
-            interrupt=interrupt,
-            console=console,
-        )
+        muster = Muster(cluster, config, possible_nodes, interrupt, console)
         watch = stack.enter_context(watching(first_config, run, console))
         attempts = Attempts(stage, config, ranks, muster, watch, console, interrupt)
         return attempts.until_done({possible_nodes[0]: first_config})
@@ -340,27 +345,12 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
     Raises:
         ArtefactError: the ranks do not end; the message names host and process.
     """
-
-    def tell(owner: str) -> None:
-        console.line(f"waiting for the ranks of {owner}, which train {run.path}")
-
     try:
-        with rank_lock(run, on_wait=tell, stopped=lambda: interrupt.requested):
+        with rank_lock(run, console.line, stopped=lambda: interrupt.requested):
             pass
     except ArtefactError:
         if not interrupt.requested:
             raise
-
-
-def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:
-    """A failure as an entry of the journal."""
-    return {
-        "error": redact_text(str(failure)),
-        "type": failure.type,
-        "rank": failure.rank,
-        "host": failure.host,
-        "restarts_left": max(0, restarts.left),
-    }
 
 
 def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> None:
@@ -381,9 +371,9 @@ def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     """
     node_gpus = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
     # Nodes with fewer GPUs are left out.
-    gpus = statistics.mode(node_gpus) if node_gpus else 0
+    gpus = statistics.mode(node_gpus or [0])
     require(gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: the cluster has no GPU")
-    device = "cuda" if config.device == "cuda" or gpus else "cpu"
+    device = "cuda" if gpus else "cpu"
     if config.pool:
-        return device, ranks_beside(config.pool, config.cluster, cluster.nodes(), gpus)
-    return device, ranks_per_node(config.cluster, gpus)
+        return device, ranks_per_node_with_pool(config.pool, config.cluster, cluster.nodes(), gpus)
+    return device, config.cluster.ranks_of_node(gpus)

@@ -75,10 +75,10 @@ class WandbCopy:
         now = time.monotonic()
         for alert in self._watch.tick(now):
             self._wandb.alert(alert)
-        # Loads of nodes have no step of their own, so they go beside the metrics.
+        # Loads of nodes have no step of their own, so they are logged at the newest one.
         if usages and now >= self._usage_at:
             self._usage_at = now + USAGE_EVERY_S
-            self._wandb.beside(usage_metrics(usages))
+            self._wandb.log_at_newest_step(usage_metrics(usages))
         if now >= self._files_at:
             self._files_at = now + FILES_EVERY_S
             self._look_at_files()
@@ -114,8 +114,11 @@ class WandbCopy:
         # wandb gets the path and the checksums of a checkpoint, not its gigabytes.
         for pointer in (checkpoint_files.LATEST, checkpoint_files.BEST):
             checkpoint = checkpoint_files.read_pointer(self._run.checkpoints, pointer)
-            key = f"{pointer} {checkpoint.name if checkpoint else ''}"
-            if checkpoint and (checkpoint / checkpoint_files.MANIFEST).exists() and self._is_new(key):
+            if not checkpoint or not (checkpoint / checkpoint_files.MANIFEST).exists():
+                continue
+
+            key = f"{pointer} {checkpoint.name}"
+            if self._is_new(key):
                 self._wandb.link(
                     key,
                     f"checkpoint-{self._config.stage.name}-{self._config.run_id}",

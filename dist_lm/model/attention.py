@@ -26,7 +26,7 @@ class Visibility:
     With neither field set, attention is causal: as many keys as queries, each query sees the tokens up to its own.
     """
 
-    bias_BTS: torch.Tensor | None = None  # 0 where visible, -inf elsewhere; dtype of the queries
+    bias_B1TS: torch.Tensor | None = None  # 0 where visible, -inf elsewhere; for all heads; dtype of the queries
     boundary: torch.Tensor | None = None  # see `document_boundaries`
 
 
@@ -92,7 +92,7 @@ def _causal_in_document(document_BT: torch.Tensor) -> torch.Tensor:
 def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
     # The mask is additive because SDPA would convert a boolean mask to an additive one in every layer.
     bias_BTS = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
-    return Visibility(bias_BTS=bias_BTS.masked_fill_(~visible_BTS, float("-inf")))
+    return Visibility(bias_B1TS=bias_BTS.masked_fill_(~visible_BTS, float("-inf"))[:, None])
 
 
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
@@ -107,13 +107,12 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
         )
         return o_NHK.view_as(q_BTHK)
 
-    bias = visibility.bias_BTS
     o_BHTK = F.scaled_dot_product_attention(
         q_BTHK.transpose(1, 2),
         k_BSGK.transpose(1, 2),
         v_BSGK.transpose(1, 2),
-        attn_mask=None if bias is None else bias[:, None],
-        is_causal=bias is None,
+        attn_mask=visibility.bias_B1TS,
+        is_causal=visibility.bias_B1TS is None,
         enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return o_BHTK.transpose(1, 2)
@@ -189,16 +188,16 @@ class Attention(nn.Module):
         self.value = nn.Parameter(torch.empty(key_shape))
         self.output = nn.Parameter(torch.empty(query_shape))
 
-        def build_bias(is_used: bool, *shape: int) -> nn.Parameter | None:
+        def build_vector(is_used: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if is_used else None
 
-        self.query_bias = build_bias(config.has_qkv_bias, *query_shape[:2])
-        self.key_bias = build_bias(config.has_qkv_bias, *key_shape[:2])
-        self.value_bias = build_bias(config.has_qkv_bias, *key_shape[:2])
-        self.output_bias = build_bias(config.bias, config.d_model)
+        self.query_bias = build_vector(config.has_qkv_bias, *query_shape[:2])
+        self.key_bias = build_vector(config.has_qkv_bias, *key_shape[:2])
+        self.value_bias = build_vector(config.has_qkv_bias, *key_shape[:2])
+        self.output_bias = build_vector(config.bias, config.d_model)
 
         self.value_residual = config.value_residual
-        self.value_mix = nn.Parameter(torch.empty(2)) if config.value_residual and layer > 0 else None
+        self.value_mix = build_vector(config.value_residual and layer > 0, 2)  # the first layer has nothing to mix in
         self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm, self.key_norm = HeadNorm(config), HeadNorm(config)

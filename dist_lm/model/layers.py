@@ -107,10 +107,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        gated = config.ffn == "swiglu"
         self.squared = config.ffn == "relu2"
         # The order of modules is the order of parameters in checkpoints and streams (`size.parameter_shapes`).
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if gated else None
+        self.gate = None
+        if config.ffn == "swiglu":
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
         self.adapters = build_adapters(config, "feed_forward")

@@ -61,8 +61,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     gradient: 4 N.
     """
     # Looking up a row is no product. A tied embedding is multiplied by the head.
-    looks_up_embedding = config.head != "tokens" or not config.tie_embeddings
-    embedding_count = config.vocab_size * config.d_model if looks_up_embedding else 0
+    embedding_count = 0
+    if config.head != "tokens" or not config.tie_embeddings:
+        embedding_count = config.vocab_size * config.d_model
     multiplied_count = parameter_count(config) - embedding_count
 
     # A frozen weight still passes gradients on to its input, but gets none itself: 4 operations instead of 6.
@@ -185,7 +186,7 @@ def _adapter_shapes(config: ModelConfig, part: str, weights: Mapping[str, Shape]
 
     shapes: dict[str, Shape] = {}
     for name in config.adapted(part):
-        weight = weights[name] if name in weights else weights[f"{name}.weight"]
+        weight = weights.get(name) or weights[f"{name}.weight"]  # those of attention have no suffix
         # The output of attention is stored as (input, output), other weights as (output, input).
         if name == "output":
             input_dims, output_dims = weight[:-1], weight[-1:]

@@ -99,10 +99,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
 
+        self.lm_head = self.scalar_head = None
+        if config.head == "scalar":
+            self.scalar_head = nn.Linear(config.d_model, 1)
         # A tied head reads the weight of the embedding and has no parameter.
-        has_lm_head = config.head == "tokens" and not config.tie_embeddings
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if has_lm_head else None
-        self.scalar_head = nn.Linear(config.d_model, 1) if config.head == "scalar" else None
+        elif not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -167,29 +169,29 @@ class Transformer(nn.Module):
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
         """Returns the cross-entropy of every target in nats, fp32, (B, T); 0 for tokens that are not in
-        `batch.counted_N`.
+        `batch.logit_index_N`.
 
         Arguments are those of `cross_entropy.token_losses`.
         """
-        x_ND = self._head_input(batch, batch.counted_N)
-        targets_N = _select(batch.targets_BT.flatten(), batch.counted_N)
+        x_ND = self._head_input(batch, batch.logit_index_N)
+        targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
         losses = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
         losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._with_logit_cap(losses), self.chunk_bytes)
-        return _scatter(losses_N, batch.counted_N, batch)
+        return _scatter(losses_N, batch.logit_index_N, batch)
 
     def logprobs(
         self, batch: Batch, temperature: float, entropy_gradient: bool = False, sets: TokenSets | None = None
     ) -> Logprobs:
         """Returns log-probability and entropy, in nats, of every target if it is sampled at `temperature`; 0 for tokens
-        that are not in `batch.counted_N`.
+        that are not in `batch.logit_index_N`.
 
         Args:
             entropy_gradient: whether the entropy has a gradient.
-            sets: the tokens among which each of `batch.counted_N` was drawn; None: the whole vocabulary.
+            sets: the tokens among which each of `batch.logit_index_N` was drawn; None: the whole vocabulary.
         """
-        x_ND = self._head_input(batch, batch.counted_N)
-        targets_N = _select(batch.targets_BT.flatten(), batch.counted_N)
+        x_ND = self._head_input(batch, batch.logit_index_N)
+        targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
         # Logits are computed in chunks, so each target carries the index of its set with it.
         set_N = torch.arange(len(targets_N), device=targets_N.device)
@@ -197,13 +199,15 @@ class Transformer(nn.Module):
 
         def logprob_and_entropy(logits_nV: torch.Tensor, target_and_set_n2: torch.Tensor) -> torch.Tensor:
             target_n, set_n = target_and_set_n2.unbind(-1)
-            allowed_nV = sets.mask(set_n, self.config.vocab_size, self.vocab_range) if sets else None
+            allowed_nV = None
+            if sets:
+                allowed_nV = sets.mask(set_n, self.config.vocab_size, self.vocab_range)
             return self.logprobs_of_logits(logits_nV, target_n, temperature, entropy_gradient, allowed_nV)
 
         columns_N2 = losses_in_chunks(
             x_ND, self.head_weight, target_and_set_N2, self._with_logit_cap(logprob_and_entropy), self.chunk_bytes
         )
-        return Logprobs(*(_scatter(column_N, batch.counted_N, batch) for column_N in columns_N2.unbind(-1)))
+        return Logprobs(*(_scatter(column_N, batch.logit_index_N, batch) for column_N in columns_N2.unbind(-1)))
 
     def scores(self, batch: Batch, index_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
         """Returns a score of the text up to each token, fp32, (B, T); only with `model.head=scalar`.
@@ -236,13 +240,17 @@ class Transformer(nn.Module):
         # Selecting before the last feed-forward network saves its work for the other tokens. This needs all tokens of a
         # sequence on this rank and no dropout, which is keyed by the position of a token.
         selects_early = index_N is not None and self.holds_all_tokens and self.dropout is None
+
+        document_BT = branch_BT = boundary = None
+        if self.document_mask:
+            document_BT, branch_BT, boundary = batch.document_BT, batch.branch_BT, batch.boundary
         x_BTD = self.hidden(
             batch.tokens_BT,
-            document_BT=batch.document_BT if self.document_mask else None,
+            document_BT=document_BT,
             position_BT=batch.position_BT,
-            branch_BT=batch.branch_BT if self.document_mask else None,
-            boundary=batch.boundary if self.document_mask else None,
-            dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
+            branch_BT=branch_BT,
+            boundary=boundary,
+            dropout=self.dropout and replace(self.dropout, sequence_B=batch.sequence_B),
             index_N=index_N if selects_early else None,
         )
 

@@ -244,7 +244,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Slice:
+class RankSlice:
     """The part of a dimension that one tensor-parallel rank works on."""
 
     start: int
@@ -256,11 +256,11 @@ class Slice:
         return self.start + self.real
 
 
-def slice_of(size: int, tp: int, rank: int) -> Slice:
+def rank_slice(size: int, tp: int, rank: int) -> RankSlice:
     """Returns rank `rank`'s part of a dimension of `size`, split over `tp` ranks as `torch.chunk` splits it."""
     padded_size = -(-size // tp)
     start = min(rank * padded_size, size)
-    return Slice(start, min(padded_size, size - start), padded_size)
+    return RankSlice(start, min(padded_size, size - start), padded_size)
 
 
 def shards_key_heads(model: ModelConfig, tp: int) -> bool:
@@ -268,14 +268,14 @@ def shards_key_heads(model: ModelConfig, tp: int) -> bool:
 
     Otherwise every rank holds all key and value heads (grouped-query attention has few) and computes those it reads.
     """
-    return slice_of(model.n_heads, tp, 0).held % (model.n_heads // model.kv_heads) == 0
+    return rank_slice(model.n_heads, tp, 0).held % (model.n_heads // model.kv_heads) == 0
 
 
-def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[Slice, list[int]]:
+def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[RankSlice, list[int]]:
     """Returns the key/value heads that a rank computes with, and how many of its query heads read each (empty: equally
     many)."""
     if shards_key_heads(model, tp):
-        return slice_of(model.kv_heads, tp, rank), []
+        return rank_slice(model.kv_heads, tp, rank), []
 
     # The boundary between ranks cuts through a group of query heads, so key heads may be read unequally often.
     read = keys_read(model, tp, rank)
@@ -284,7 +284,7 @@ def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[Slice, list[int]]:
     n_queries = [read.count(first + index) for index in range(n_keys)]
     if len(set(n_queries)) == 1:
         n_queries = []
-    return Slice(first, n_keys, n_keys), n_queries
+    return RankSlice(first, n_keys, n_keys), n_queries
 
 
 def keys_read(model: ModelConfig, tp: int, rank: int) -> list[int]:
@@ -293,7 +293,7 @@ def keys_read(model: ModelConfig, tp: int, rank: int) -> list[int]:
     A padded query head reads the last one; its output is cut off.
     """
     # Query head h reads key head h // group_size, as in `attention.attend`.
-    heads, group_size = slice_of(model.n_heads, tp, rank), model.n_heads // model.kv_heads
+    heads, group_size = rank_slice(model.n_heads, tp, rank), model.n_heads // model.kv_heads
     return [min(head, model.n_heads - 1) // group_size for head in range(heads.start, heads.start + heads.held)]
 
 
@@ -365,21 +365,23 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
     if ADAPTERS in name:
         return _factor_placement(name, shape, model, layout)
     is_attention_weight = len(shape) == 3  # (heads, d_head, d_model)
+    fsdp_dim = 2 if is_attention_weight else 0
     if layout.tp == 1:
         # FSDP splits unevenly on dimension 0 only, and usual numbers of ranks do not divide the number of heads.
-        splits_d_model = is_attention_weight and shape[2] % layout.dp_shard == 0
-        return Placement(shape, shape, None, 2 if splits_d_model else 0)
+        if is_attention_weight and shape[2] % layout.dp_shard:
+            fsdp_dim = 0
+        return Placement(shape, shape, None, fsdp_dim)
 
     # Vectors and biases are replicated: a module slices a bias itself. So are key heads that ranks do not split.
     is_key = name.endswith(("attention.key", "attention.value"))
     if len(shape) == 1 or name.endswith("_bias") or (is_key and not shards_key_heads(model, layout.tp)):
-        return Placement(shape, shape, None, 2 if is_attention_weight else 0)
+        return Placement(shape, shape, None, fsdp_dim)
 
     # Dimension 0 has heads, hidden units or the vocabulary; only `down` has its hidden units second.
     tp_dim = 1 if name.endswith("down.weight") else 0
     padded = list(shape)
-    padded[tp_dim] = slice_of(shape[tp_dim], layout.tp, 0).held * layout.tp
-    return Placement(shape, tuple(padded), tp_dim, 2 if is_attention_weight else 1 - tp_dim)
+    padded[tp_dim] = rank_slice(shape[tp_dim], layout.tp, 0).held * layout.tp
+    return Placement(shape, tuple(padded), tp_dim, fsdp_dim or 1 - tp_dim)  # FSDP splits a matrix the other way
 
 
 def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
@@ -392,5 +394,5 @@ def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layou
 
     if layout.tp == 1 or factor != split_factor or is_replicated_key:
         return Placement(shape, shape, None, last if shape[last] % layout.dp_shard == 0 else 0)
-    padded = (shape[0], slice_of(shape[1], layout.tp, 0).held * layout.tp, *shape[2:])
+    padded = (shape[0], rank_slice(shape[1], layout.tp, 0).held * layout.tp, *shape[2:])
     return Placement(shape, padded, 1, last if last > 1 and shape[last] % layout.dp_shard == 0 else 0)

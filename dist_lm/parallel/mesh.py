@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -100,11 +101,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     rank_device = choose_device(device, local_rank)
     if rank_device.type == "cuda":
         torch.cuda.set_device(rank_device)
-    dist.init_process_group(
-        _backends(rank_device),
-        timeout=timedelta(seconds=timeout_s),
-        device_id=rank_device if rank_device.type == "cuda" else None,
-    )
+    dist.init_process_group(**_group_options(rank_device, timeout_s))
 
     yield World(rank, world_size, local_rank, rank_device)
 
@@ -123,9 +120,13 @@ def leave_groups() -> None:
     dist.destroy_process_group()
 
 
-def _backends(device: torch.device) -> str:
-    # gloo works beside NCCL because checkpoints and the norms of offloaded gradients use host memory.
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def _group_options(device: torch.device, timeout_s: float) -> dict[str, Any]:
+    """Returns the arguments of `dist.init_process_group` that depend on the device of a rank."""
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=timeout_s)}
+    if device.type == "cuda":
+        # gloo works beside NCCL because checkpoints and the norms of offloaded gradients use host memory.
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    return options
 
 
 def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> TensorAxis:
@@ -142,14 +143,7 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
 
     # All ranks are on this machine; another interface may be slower, or filtered.
     with _interface(LOOPBACK):
-        dist.init_process_group(
-            _backends(device),
-            store=store,
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=device if device.type == "cuda" else None,
-        )
+        dist.init_process_group(store=store, rank=rank, world_size=size, **_group_options(device, timeout_s))
     dist.barrier()  # all ranks have found each other, so none needs the store any more
 
     group = dist.group.WORLD

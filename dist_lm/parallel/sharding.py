@@ -107,8 +107,9 @@ def generation_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dt
 
     `fastest` means `auto` here, so fp32 on a CPU: its bf16 kernels are compiled for every new shape.
     """
-    setting = "auto" if parallel.compute_dtype == "fastest" else parallel.compute_dtype
-    return compute_dtype(replace(parallel, compute_dtype=setting), device)
+    if parallel.compute_dtype == "fastest":
+        parallel = replace(parallel, compute_dtype="auto")
+    return compute_dtype(parallel, device)
 
 
 def multiplies_bf16() -> bool:
@@ -273,7 +274,9 @@ def _fully_shard(
     layout, element_bytes = layout_of(mesh), dtype.itemsize
     axes = ("dp_replicate", "dp_shard") if layout.dp_replicate > 1 else "dp_shard"
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    offload = OffloadPolicy()  # keeps everything on the device
+    if parallel.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     # FSDP asks for the placement of a parameter, but does not say its name.
     fsdp_dims = {id(parameter): placement_of[name].fsdp_dim for name, parameter in model.named_parameters()}
 

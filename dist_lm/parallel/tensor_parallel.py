@@ -21,7 +21,7 @@ from dist_lm.model.cross_entropy import tempered
 from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
 from dist_lm.model.lora import Adapter, adapted
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.layout import Slice, keys_of, shards_key_heads, slice_of
+from dist_lm.parallel.layout import RankSlice, keys_of, rank_slice, shards_key_heads
 from dist_lm.parallel.tensor_axis import TensorAxis, local
 
 
@@ -36,7 +36,7 @@ class TensorParallelTransformer(Transformer):
         super().__init__(config)
         self.axis = axis
         self.partial_gradients = partial_gradients
-        self.vocab = slice_of(config.vocab_size, axis.size, axis.rank)
+        self.vocab = rank_slice(config.vocab_size, axis.size, axis.rank)
 
         # Only modules with a split parameter differ from the plain model; the flow of a forward pass is inherited.
         self.embedding = VocabParallelEmbedding(config, axis)
@@ -62,7 +62,7 @@ class TensorParallelTransformer(Transformer):
     def scalar_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight (D,), 0 on all ranks but the first, which has the only row, and bias (1,)."""
         assert self.scalar_head is not None
-        n_rows = slice_of(1, self.axis.size, self.axis.rank).real
+        n_rows = rank_slice(1, self.axis.size, self.axis.rank).real
         return local(self.scalar_head.weight)[:n_rows].sum(0), local(self.scalar_head.bias)
 
     @property
@@ -107,7 +107,7 @@ class VocabParallelEmbedding(nn.Embedding):
     def __init__(self, config: ModelConfig, axis: TensorAxis) -> None:
         super().__init__(config.vocab_size, config.d_model)
         self.axis = axis
-        self.vocab = slice_of(config.vocab_size, axis.size, axis.rank)
+        self.vocab = rank_slice(config.vocab_size, axis.size, axis.rank)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self.axis.check_current()  # every forward pass begins here
@@ -124,13 +124,14 @@ class ReplicatedNorm(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # `build_norm` decides which norm it is and which parameters it has; they are replaced by DTensors later.
         norm = build_norm(config)
-        # `build_norm` decides which norm it is; its parameters are replaced by DTensors later.
+        assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
         self.is_rms = isinstance(norm, nn.RMSNorm)
         self.shape = [config.d_model]
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(config.d_model))
-        self.bias = nn.Parameter(torch.empty(config.d_model)) if getattr(norm, "bias", None) is not None else None
+        self.weight = norm.weight
+        self.bias = getattr(norm, "bias", None)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.is_rms:
@@ -189,7 +190,7 @@ class HeadParallelAttention(Attention):
     def __init__(self, config: ModelConfig, axis: TensorAxis, layer: int) -> None:
         super().__init__(config, layer)
         self.axis = axis
-        self.heads = slice_of(config.n_heads, axis.size, axis.rank)
+        self.heads = rank_slice(config.n_heads, axis.size, axis.rank)
         self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
 
         if config.qk_norm:
@@ -252,7 +253,7 @@ class WidthParallelFeedForward(FeedForward):
     def __init__(self, config: ModelConfig, axis: TensorAxis) -> None:
         super().__init__(config)
         self.axis = axis
-        self.units = slice_of(config.d_ff, axis.size, axis.rank)
+        self.units = rank_slice(config.d_ff, axis.size, axis.rank)
         if self.adapters is not None:
             split_adapters(self.adapters, dict.fromkeys(("gate", "up", "down"), slice(self.units.real)))
 
@@ -282,7 +283,7 @@ def _repeat_heads(x_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:
     return torch.cat([x_BSGK[:, :, g : g + 1].expand(-1, -1, n, -1) for g, n in enumerate(times)], dim=2)
 
 
-def bias_rows(bias: torch.Tensor | None, heads: Slice) -> torch.Tensor | None:
+def bias_rows(bias: torch.Tensor | None, heads: RankSlice) -> torch.Tensor | None:
     """Returns this rank's rows of a replicated bias (heads, K), with zeros for padded heads."""
     if bias is None:
         return None
@@ -303,7 +304,7 @@ def add_bias(x_BTD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
 def vocab_parallel_losses(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
-    vocab: Slice,
+    vocab: RankSlice,
     vocab_size: int,
     axis: TensorAxis,
     label_smoothing: float = 0.0,
@@ -340,7 +341,7 @@ def vocab_parallel_losses(
 def vocab_parallel_logprobs_and_entropy(
     logits_NV: torch.Tensor,
     targets_N: torch.Tensor,
-    vocab: Slice,
+    vocab: RankSlice,
     axis: TensorAxis,
     temperature: float,
     entropy_gradient: bool,
@@ -371,7 +372,7 @@ def vocab_parallel_logprobs_and_entropy(
     return torch.stack([logprob_N, entropy_N], dim=-1)
 
 
-def _target_logits(x_NV: torch.Tensor, targets_N: torch.Tensor, vocab: Slice) -> torch.Tensor:
+def _target_logits(x_NV: torch.Tensor, targets_N: torch.Tensor, vocab: RankSlice) -> torch.Tensor:
     """Returns the logit of each target; 0 for targets outside this rank's slice of the vocabulary."""
     # The target is in the slice of one rank; the sum over ranks finds its logit.
     row_N = targets_N - vocab.start

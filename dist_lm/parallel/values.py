@@ -54,8 +54,10 @@ def shard_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def shard_box(tensor: DTensor) -> tuple[slice, ...]:
-    """Returns the part of a logical tensor that this rank's shard holds, by dimension."""
+def shard_box(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """Returns the part of a logical tensor that this rank's shard holds, by dimension: all of a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(size) for size in tensor.shape)
     size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
 
@@ -71,12 +73,9 @@ def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tupl
         if parameter.shape != shapes[name]:
             parameter.zero_()  # the padding, too
 
+        # No name is given to the value, so it is freed before the next one is computed.
         target = logical(parameter, shapes[name])
-        unsharded = value(name, shapes[name])
-        if isinstance(target, DTensor):
-            unsharded = unsharded[shard_box(target)]
-        shard_of(target).copy_(unsharded)
-        del unsharded  # before the next one is computed
+        shard_of(target).copy_(value(name, shapes[name])[shard_box(target)])
 
 
 @torch.no_grad()
@@ -143,9 +142,10 @@ def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.d
 
 
 def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
-    """Returns a parameter of logical shape plus the change by its LoRA adapter (collective).
+    """Returns a parameter of logical shape plus the change by its LoRA adapter (collective), sharded as the parameter.
 
-    A parameter without an adapter, or inside `without_adapters`, is returned itself; otherwise the result is a copy.
+    A DTensor stays a DTensor. Without an adapter, or inside `without_adapters`, the result shares memory with the
+    parameter (see `logical`); otherwise it is a copy.
 
     Args:
         name: name of the parameter.
@@ -162,17 +162,17 @@ def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapp
 
     # Factors are small, so every rank gets them unsharded and computes the change of its shard alone.
     a, b = (_unshard(logical(getattr(adapter, factor), shapes[prefix + factor])) for factor in ("a", "b"))
-    shard = shard_of(weight).clone()
-    merged = with_shard(shard, weight, weight.shape) if isinstance(weight, DTensor) else shard
+    merged = shard_of(weight).clone()
+    if isinstance(weight, DTensor):
+        merged = with_shard(merged, weight, weight.shape)
     _add_change(merged, name, a, b, adapter.scale)
     return merged
 
 
 def _add_change(weight: torch.Tensor, name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:
     """Adds `scale * B A` to this rank's shard of a weight of logical shape, in place; `a` and `b` are unsharded."""
-    box = shard_box(weight) if isinstance(weight, DTensor) else None
     shard = shard_of(weight)
-    shard.add_(change(name, a.to(shard.device), b.to(shard.device), scale, box))
+    shard.add_(change(name, a.to(shard.device), b.to(shard.device), scale, shard_box(weight)))
 
 
 @torch.no_grad()
@@ -225,14 +225,14 @@ def squared_norms(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     The contributions of all ranks add up to the squared norm. At least one group has a gradient.
     """
     # Ranks that hold copies of one shard must not count it twice.
-    counted = [[shard_of(gradient) for gradient in group if is_first_copy(gradient)] for group in groups]
-    shards = [shard for group in counted for shard in group]
+    first_copies = [[shard_of(gradient) for gradient in group if is_first_copy(gradient)] for group in groups]
+    shards = [shard for group in first_copies for shard in group]
     if not shards:
         device = next(gradient.device for group in groups for gradient in group)
         return torch.zeros(len(groups), dtype=torch.float64, device=device)
 
     squares = torch.stack(torch._foreach_norm(shards)).double().square()
-    return torch.stack([group.sum() for group in squares.split([len(group) for group in counted])])
+    return torch.stack([group.sum() for group in squares.split([len(group) for group in first_copies])])
 
 
 def is_first_copy(tensor: torch.Tensor) -> bool:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
+from functools import reduce
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -31,6 +32,7 @@ from dist_lm.prepare.conf_folders import (
     check_experiment,
     choices,
     conf_directory,
+    content_of,
     default_choice,
     default_stage,
     local_hardware,
@@ -75,7 +77,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
     # Keys are checked against the schema of the stage before Hydra sees them, because its messages take many lines.
     stage_choices = [str(override.value()) for override in parsed if override.key_or_group == "stage"]
-    choice = stage_choices[-1] if stage_choices else default_stage()
+    choice = [default_stage(), *stage_choices][-1]
     stage = program_of(choice, folders)
     # `_check_exists` refuses other names.
     schema = stage_named(stage).schema if stage in stage_names() else Config
@@ -87,6 +89,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         with one_line_for_yaml(), initialize_config_dir(str(conf_directory()), version_base="1.3"):
             composed = compose("config", overrides=[*path, *for_hydra(overrides, schema, folders)])
         _replace_corpora(composed, parsed)
+        # A file that leaves out its name is named by the last choice of its group.
         for override in reversed(parsed):
             if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
                 composed[override.key_or_group].name = override.value()
@@ -275,8 +278,13 @@ def _no_such_key(override_text: str, parts: Sequence[str], node: Any, stage: str
     names = [f.name for f in fields(node)]
     similar = difflib.get_close_matches(unknown, names, n=1)
     hint = f"did you mean {'.'.join([*outer_parts, similar[0]])}? " if similar else ""
-    group = f" of {'.'.join(outer_parts)}" if outer_parts else ""
-    owner = f" of stage {stage}" if outer_parts[:1] == ["stage"] else ""
+
+    # Other groups than `stage` have the same keys in every stage.
+    owner = group = ""
+    if outer_parts:
+        group = f" of {'.'.join(outer_parts)}"
+    if outer_parts[:1] == ["stage"]:
+        owner = f" of stage {stage}"
     return f"{override_text}: no such key{owner}; {hint}keys{group}: {', '.join(names)}"
 
 
@@ -303,28 +311,16 @@ def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[
 
     recipe: list[str] = []
     if RECIPE in choice_of:
-        # an experiment has its own numbers, whatever the size
-        model = "" if "experiment" in choice_of else choice_of.get("model", default_choice("model"))
+        # An experiment has its own numbers, whatever the size.
+        model = ""
+        if "experiment" not in choice_of:
+            model = choice_of.get("model", default_choice("model"))
         recipe = recipe_override(choice_of[RECIPE], model, stage, folders)
     return [*recipe, *(_for_hydra(override, schema) for override in parsed if override.key_or_group != RECIPE)]
 
 
 def _is_snapshot(override: Override) -> bool:
     return override.key_or_group == "model" and str(override.value()).startswith(HF)
-
-
-def _snapshot_choice(source: str) -> str:
-    """Registers the model of `hf:SOURCE` in Hydra's group `model` and returns its name there; like hardware=auto it has
-    no file.
-
-    Raises:
-        ArtefactError: the snapshot cannot be read, or our model lacks an option of it.
-    """
-    from dist_lm.interop.snapshot import named_model
-
-    model = named_model(source)
-    ConfigStore.instance().store(group="model", name=f"hf_{model.name}", node=asdict(model))
-    return f"hf_{model.name}"
 
 
 def _for_hydra(override: Override, schema: type[Config]) -> str:
@@ -334,7 +330,13 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
         ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
     """
     if _is_snapshot(override):
-        return f"model={_snapshot_choice(str(override.value()))}"
+        from dist_lm.interop.snapshot import named_model
+
+        # Like hardware=auto, the model of `hf:SOURCE` has no file, so Hydra's group `model` gets it from here.
+        model = named_model(str(override.value()))
+        ConfigStore.instance().store(group="model", name=f"hf_{model.name}", node=asdict(model))
+        return f"model=hf_{model.name}"
+
     node: Any = schema
     in_mapping = False
     parts = override.key_or_group.split(".")
@@ -383,9 +385,8 @@ def _check_corpora(parsed: Sequence[Override], folders: Sequence[str]) -> None:
             check_sources({key.removeprefix(f"{CORPORA}."): value}, CORPORA)
         elif key == "corpus":
             for file in [folder / "corpus" / f"{value}.yaml" for folder in own_folders(folders)]:
-                content = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
-                if isinstance(content, dict) and content.get("corpora") is not None:
-                    check_sources(content["corpora"], f"{file}: corpora")
+                if file.is_file() and (corpora := content_of(file).get("corpora")) is not None:
+                    check_sources(corpora, f"{file}: corpora")
 
 
 def _inner_type(node: Any, part: str) -> Any:
@@ -397,7 +398,9 @@ def _inner_type(node: Any, part: str) -> Any:
 
 def _options(node: Any) -> list[Any]:
     """The alternatives of a union without None: [int] for `int | None`."""
-    alternatives = get_args(node) if get_origin(node) in (Union, UnionType) else (node,)
+    alternatives = (node,)
+    if get_origin(node) in (Union, UnionType):
+        alternatives = get_args(node)
     return [option for option in alternatives if option is not type(None)]
 
 
@@ -422,9 +425,11 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
     while isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
     lines = str(cause).splitlines()
-    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    message = lines[0]
+    if message.endswith(":"):
+        message = " ".join(lines[:2])
 
-    key = cause.full_key if isinstance(cause, OmegaConfBaseException) else None
+    key = getattr(cause, "full_key", None)
     if not key:
         return message
     override_text = next((_shown(override) for override in overrides if override.key_or_group == key), None)
@@ -450,10 +455,8 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
 
 
 def _type_of(parts: Sequence[str], schema: type[Config]) -> Any:
-    node: Any = schema
-    for part in parts:
-        node = _inner_type(node, part)
-    return node
+    """The type of the key with these parts."""
+    return reduce(_inner_type, parts, schema)
 
 
 def _type_name(node: Any) -> str:

@@ -98,7 +98,9 @@ def search_path(overrides: Sequence[str]) -> list[str]:
         ConfigError: see `own_folders`.
     """
     folders = [f"'file://{folder}'" for folder in (*added_conf(), *own_folders(overrides))]
-    return [f"{KEY}=[{','.join(folders)}]"] if folders else []
+    if not folders:
+        return []
+    return [f"{KEY}=[{','.join(folders)}]"]
 
 
 def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -169,7 +171,7 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
         file = folder / "experiment" / f"{experiment}.yaml"
         if not file.is_file():
             continue
-        defaults = _content(file).get("defaults") or []
+        defaults = content_of(file).get("defaults") or []
         for entry in (entry for entry in defaults if isinstance(entry, dict) and entry.get(_RECIPES)):
             recipe = str(entry[_RECIPES]).replace("${model}", model).replace("${stage}", stage)
             if not exists(recipe) and exists(f"{model}_{stage}") and "${" not in recipe:
@@ -185,7 +187,12 @@ def _package(file: Path) -> str:
     return package[1] if package else "_global_"
 
 
-def _content(file: Path) -> dict[Any, Any]:
+def content_of(file: Path) -> dict[Any, Any]:
+    """Returns the keys of a YAML file; empty if it holds something else than keys.
+
+    Raises:
+        ConfigError: the file is no YAML.
+    """
     with one_line_for_yaml():
         content = OmegaConf.to_container(OmegaConf.load(file))
     return content if isinstance(content, dict) else {}
@@ -205,7 +212,8 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
         file = folder / "stage" / f"{choice}.yaml"
         if not file.is_file():
             continue
-        content = _content(file)
+
+        content = content_of(file)
         entries = [content.get("name"), *(content.get("defaults") or [])]
         named_stages = [entry for entry in entries if entry in stage_names()]
         if not named_stages:
@@ -306,15 +314,15 @@ def _folder(entry: str) -> Path:
     """
     scheme, separator, address = entry.partition("://")
     if separator and scheme == "pkg":
+        # A module that is a single file has no folder.
         spec = importlib.util.find_spec(address)
-        locations = list(spec.submodule_search_locations or ()) if spec else []
-        if not locations:
+        if not spec or not spec.submodule_search_locations:
             raise ConfigError(f"{KEY}: {entry}: there is no such package")
-        return Path(locations[0])
+        return Path(next(iter(spec.submodule_search_locations)))
     if separator and scheme != "file":
         raise ConfigError(f"{KEY}: {entry}: expected a folder of this machine")
 
-    folder = Path(address if separator else entry).expanduser().resolve()
+    folder = Path(entry.removeprefix("file://")).expanduser().resolve()
     if not folder.is_dir():
         raise ConfigError(
             f"{FLAGS[0]} {entry}: there is no folder {folder}: expected one laid out as {conf_directory()} ({KEY})"

@@ -1,4 +1,4 @@
-"""The one place that resolves the layout of a run, for the launcher, the door without a launcher, and the dry run.
+"""The one place that resolves the layout of a run, for the launcher, runs without it, and the dry run.
 
 `config.yaml` of a run records the resolved layout: concrete parallel.dp_replicate, dp_shard and tp, and auto=false. The
 ranks, the journal and the dry run read it with `Layout.recorded`.
@@ -9,11 +9,12 @@ are both open (-1), FSDP shards inside a node and replicates between nodes if th
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
-from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, table
+from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, resolved, table
 from dist_lm.errors import ConfigError, require
 from dist_lm.parallel.layout import AXES, check_batch, resolve_layout, started_layout
 from dist_lm.prepare.plan import ContinuedRun
@@ -41,8 +42,7 @@ def with_layout(
     planned = on_nodes_of(config, ranks_per_node)
     parallel = config.parallel
 
-    recorded = recorded_parallel(before, config, ranks_per_node) if before else None
-    if recorded:
+    if before and (recorded := recorded_parallel(before, config, ranks_per_node)):
         parallel = recorded
         if console:
             layout = resolve_layout(parallel, config.model, world_size)
@@ -57,16 +57,15 @@ def with_layout(
                 table(planned, layouts),
             )
         parallel = best(planned, layouts).parallel
-    elif sharded := inside_nodes(planned):
-        parallel = sharded
+    elif config.cluster.nodes > 1:
+        parallel = inside_nodes(planned) or parallel
 
     layout = resolve_layout(parallel, config.model, world_size)
-    axes = {axis: getattr(layout, axis) for axis in AXES}
-    config = replace(config, parallel=replace(parallel, auto=False, **axes))
+    config = replace(config, parallel=resolved(parallel, layout))
     check_batch(config, layout)
 
     # GPUs with room for all gathered parameters need not gather them twice a step.
-    if gathers_once(config, layout):
+    if config.hardware.device == "cuda" and gathers_once(config, layout):
         return replace(config, parallel=replace(config.parallel, reshard_after_forward=False))
     return config
 
@@ -81,8 +80,10 @@ def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int)
         ConfigError: the recorded layout does not fit the ranks.
     """
     cluster = before.recorded.cluster
-    # configurations that were composed for no particular nodes have ranks_per_node=-1
-    recorded_ranks = ranks_per_node if cluster.ranks_per_node == -1 else cluster.ranks_per_node
+    # Configurations that were composed for no particular nodes have ranks_per_node=-1.
+    recorded_ranks = cluster.ranks_per_node
+    if recorded_ranks == -1:
+        recorded_ranks = ranks_per_node
     world_size = config.cluster.nodes * ranks_per_node
     if cluster.nodes * recorded_ranks != world_size:
         return None
@@ -97,8 +98,7 @@ def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int)
     if new.auto:
         # The choices of auto belong to the layout.
         kept_keys |= set(AUTO_CHOOSES) - before.asked
-    axes = {axis: getattr(layout, axis) for axis in AXES}
-    return replace(new, auto=False, **axes, **{key: getattr(recorded, key) for key in kept_keys})
+    return resolved(new, layout, **{key: getattr(recorded, key) for key in kept_keys})
 
 
 def for_ranks(config: Config, nodes: int, ranks_per_node: int) -> Config:
@@ -155,11 +155,9 @@ def sizes(config: Config, ranks_per_node: int, before: ContinuedRun | None = Non
     with_layout(config, ranks_per_node, before=before)
     fitting = [config.cluster.nodes]
     for nodes in range(config.cluster.nodes - 1, fewest - 1, -1):
-        try:
+        with suppress(ConfigError):
             with_layout(on_nodes(config, nodes), ranks_per_node, before=before)
-        except ConfigError:
-            continue
-        fitting.append(nodes)
+            fitting.append(nodes)
     return fitting
 
 

@@ -8,7 +8,7 @@ from dist_lm.errors import ConfigError, require
 from dist_lm.parallel.layout import AXES
 from dist_lm.prepare.compose import compose_config, overrides_of, target_stage
 from dist_lm.stages.registry import load_config, stage_named
-from dist_lm.stages.stage import Action, Place, Stage, run_of
+from dist_lm.stages.stage import Action, RunsIn, Stage, run_of
 from dist_lm.training import checkpoint_files
 
 
@@ -88,8 +88,9 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
     # If init_from or branch_from names another start, the preceding stage is left out, also for the stages in between.
     settings = composed[target].stage
-    has_other_start = starts_from and (settings.init_from != "auto" or settings.branch_from)
-    unneeded = starts_from if has_other_start else None
+    unneeded = None
+    if starts_from and (settings.init_from != "auto" or settings.branch_from):
+        unneeded = starts_from
 
     def needs_of(name: str) -> Sequence[str]:
         if name not in composed:
@@ -145,7 +146,7 @@ def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
         asked |= set(AXES)
 
     def with_recorded(stage: PlannedStage) -> PlannedStage:
-        if stage.stage.place is not Place.RANKS or stage.action is not Action.RESUME:
+        if stage.stage.runs_in is not RunsIn.RANKS or stage.action is not Action.RESUME:
             return stage
         recorded = load_config(run_of(stage.config).config)
         return replace(stage, continued=ContinuedRun(recorded, frozenset(asked)))
@@ -179,7 +180,7 @@ def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
     # Idle actors would hold GPUs for the whole run.
     actors = configs[target].eval.pool.actors
     has_tasks = any(config.stage.eval_tasks for config in configs.values())
-    trains = stage_named(target).place is Place.RANKS
+    trains = stage_named(target).runs_in is RunsIn.RANKS
     accepted = "0 without stage.eval_tasks: these actors answer its tasks and nothing else"
     require(has_tasks or not trains or actors == 0, "eval.pool.actors", actors, accepted)
 
@@ -193,7 +194,7 @@ def untraced(stage: PlannedStage) -> str:
     steps = stage.config.profile.steps
     if not steps:
         return ""
-    if stage.stage.place is not Place.RANKS:
+    if stage.stage.runs_in is not RunsIn.RANKS:
         raise ConfigError(f"profile.steps={steps}: stage={stage.name} has no training steps: leave it out")
     # A typing error in the steps would cost a whole run before it is noticed.
     newest = checkpoint_files.newest_step(run_of(stage.config).checkpoints)

@@ -62,19 +62,23 @@ def launch_lock(run: RunDirectory, job: str | None = None) -> AbstractContextMan
 
 
 def rank_lock(
-    run: RunDirectory, on_wait: Callable[[str], None], stopped: Callable[[], bool]
+    run: RunDirectory, tell: Callable[[str], object], stopped: Callable[[], bool]
 ) -> AbstractContextManager[None]:
     """The lock of rank 0, for a `with` block.
 
     Ranks of a failed attempt take a moment to end, and their locks on NFS are released even later: it waits for them.
 
     Args:
-        on_wait: called once with the owner.
+        tell: called once with a line that says which ranks it waits for.
         stopped: asked while waiting; if it returns True the wait ends with the error below.
 
     Raises:
         ArtefactError: other ranks train this run and do not end; the message names host and process.
     """
+
+    def on_wait(owner: str) -> None:
+        tell(f"waiting for the ranks of {owner}, which train {run.path}")
+
     return locked(run.rank_lock, wait_s=OWN_JOB_S, on_wait=on_wait, stopped=stopped)
 
 

@@ -210,7 +210,9 @@ def _titles(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
     """Returns the metrics of each chart: a family of one run, or one metric of several runs."""
     names_of: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for run in runs for name in run.series):
-        title = name if len(runs) > 1 else family(registered_metric(name))
+        title = name
+        if len(runs) == 1:
+            title = family(registered_metric(name))
         names_of.setdefault(title, []).append(name)
 
     # The total stands before its parts.
@@ -222,20 +224,18 @@ def _chart(title: str, names: Sequence[str], runs: Sequence[RunFacts], index_of:
     several = len(runs) > 1
     curves = [(index, run, name) for index, run in enumerate(runs) for name in names if name in run.series]
 
-    lines = tuple(
-        Line(
-            index_of[id(run)],
-            run.label if several else name.removeprefix(title).lstrip("_/") or "all",
-            index if several else position,
-            curve_of(run.series[name], most),
-        )
-        for position, (index, run, name) in enumerate(curves)
-    )
+    lines = []
+    for position, (index, run, name) in enumerate(curves):
+        label, colour = run.label, index
+        # The parts of a family, such as languages, have no run to be told apart by.
+        if not several:
+            label, colour = name.removeprefix(title).lstrip("_/") or "all", position
+        lines.append(Line(index_of[id(run)], label, colour, curve_of(run.series[name], most)))
 
     # A family with one part that equals the total, such as one language, needs one curve.
     if not several and len(lines) == 2 and equal_curves(lines[0].curve, lines[1].curve):
         lines = lines[:1]
-    return Chart(title, registered_metric(names[0]), lines)
+    return Chart(title, registered_metric(names[0]), tuple(lines))
 
 
 def equal_curves(first: Curve, second: Curve) -> bool:
@@ -263,13 +263,17 @@ class Still:
 
 
 def still_values(chart: Chart) -> list[Still]:
-    """Returns the values of a chart without a curve; equal values of one run's parts become one."""
+    """Returns the last value of each line of a chart without a curve.
+
+    If the chart has one run and all values are equal, they become one without a label.
+    """
     stills = []
     for line in chart.lines:
         points = line.curve.points
 
-        finite = points.values[np.isfinite(points.values)]
-        last_value = four_digits(float(finite[-1])) if len(finite) else "not finite"
+        last_value = "not finite"
+        if len(points.finite):
+            last_value = four_digits(float(points.finite[-1]))
         when = f"step {int(points.steps[0]):,}" if line.curve.measured == 1 else ""
         stills.append(Still(line.label, line.colour % COLOURS, last_value, when))
 
@@ -332,9 +336,8 @@ def _line(line: Line, numbers: Numbers) -> dict[str, Any]:
 
 def _axes(run: RunFacts) -> dict[str, Any]:
     """Returns the knots of the maps from step to tokens, and to hours since the run began."""
-    began = run.clock.values[0] if len(run.clock.values) else 0.0
     # Time must not run backwards on an axis: a resumed run repeats steps.
-    hours = Series(run.clock.steps, np.maximum.accumulate(run.clock.values - began) / 3600)
+    hours = Series(run.clock.steps, np.maximum.accumulate(run.clock.values - run.clock.values[:1]) / 3600)
     return {"tokens": _knots(run.series.get(TOKENS)), "hours": _knots(hours)}
 
 
@@ -349,4 +352,5 @@ def _knots(series: Series | None) -> dict[str, list] | None:
 def _rounded(numbers: np.ndarray, digits: int = 6) -> list[float | None]:
     """Rounds to six digits, more than a screen can show; None (a gap) stands for a value that is not finite."""
     rounded = (float(f"{number:.{digits}g}") if np.isfinite(number) else None for number in numbers.tolist())
+    # JSON writes an integer shorter than the same number as a float.
     return [int(number) if number is not None and number.is_integer() else number for number in rounded]

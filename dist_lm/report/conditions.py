@@ -1,6 +1,6 @@
 """The conditions of runs: their hardware, and how their configurations differ. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any, get_type_hints
 
@@ -35,6 +35,7 @@ def _cells(run: RunFacts) -> dict[str, str]:
     if hosts:
         nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more_hosts})"
 
+    # A run that torchrun started alone has no journal; its result names the ranks.
     ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
     bus = run.links.get("bus_gb_per_s")
 
@@ -48,13 +49,20 @@ def _cells(run: RunFacts) -> dict[str, str]:
         "Device": str(attempt.get("device") or run.config.get("device") or UNKNOWN),
         "Nodes": nodes,
         "Ranks": f"{ranks:,}" if ranks else UNKNOWN,
-        "Layout": str(run.layout) if run.layout else UNKNOWN,
+        "Layout": str(run.layout or UNKNOWN),
         "Peak memory a rank": gib(memory.max() * 2**30) if len(memory) else UNKNOWN,
-        "Tokens/s, median": four_digits(float(np.median(speed))) if len(speed) else UNKNOWN,
-        "MFU, median": percent(float(np.median(mfu))) if len(mfu) else UNKNOWN,
+        "Tokens/s, median": _median(speed, four_digits),
+        "MFU, median": _median(mfu, percent),
         "First all-reduce": f"{bus:.2f} GB/s" if bus else UNKNOWN,
         "Planned for": planned_for,
     }
+
+
+def _median(numbers: np.ndarray, form: Callable[[float], str]) -> str:
+    """Returns the formatted median of what was measured."""
+    if not len(numbers):
+        return UNKNOWN
+    return form(float(np.median(numbers)))
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(config, Mapping) and config:
         texts: dict[str, str] = {}
         for key, child in config.items():
-            texts |= flat(child, f"{prefix}.{key}" if prefix else str(key))
+            texts |= flat(child, f"{prefix}.{key}".removeprefix("."))
         return texts
     return {prefix: as_text(config)}
 
@@ -101,7 +109,10 @@ def from_defaults(config: Mapping[str, Any]) -> list[Row]:
     name = str(config.get("stage", {}).get("name", ""))
 
     # A run whose stage is not installed any more is compared with the common keys.
-    defaults = defaults_of(stage_named(name).schema if name in stage_names() else Config)
+    schema = Config
+    if name in stage_names():
+        schema = stage_named(name).schema
+    defaults = defaults_of(schema)
 
     rows = []
     for key, value in flat(config).items():

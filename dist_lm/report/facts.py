@@ -1,6 +1,6 @@
 """The content of a report: what is read from runs and work directories, as values."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,19 @@ class Series:
 
     steps: np.ndarray  # int64
     values: np.ndarray  # float64; NaN where the value was not finite
+
+    @property
+    def finite(self) -> np.ndarray:
+        """Returns the finite values."""
+        return self.values[np.isfinite(self.values)]
+
+    def by_step(self) -> dict[int, float]:
+        """Returns the values by their steps."""
+        return dict(zip(self.steps.tolist(), self.values.tolist(), strict=True))
+
+
+EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
+"""The series of a metric that was never measured."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,12 @@ class RunFacts:
     @property
     def attempt(self) -> Mapping[str, Any]:
         """Returns the newest `started` event; empty without one."""
-        return next((event for event in reversed(self.events) if event["event"] == "started"), {})
+        return newest_attempt(self.events)
 
     @property
     def step(self) -> int:
         """Returns the newest measured step."""
-        return int(self.clock.steps[-1]) if len(self.clock.steps) else 0
+        return int(self.clock.steps.max(initial=0))
 
     @property
     def steps(self) -> int | None:
@@ -108,17 +121,14 @@ class RunFacts:
         """Returns whether the trainer's loop ran it: then a rank holds gradients and moments of one model."""
         return "lr" in self.config.get("stage", {}) and "rlhf" not in self.config
 
-    def last(self, name: str) -> float | None:
-        """Returns the newest finite value of a metric; None without any."""
-        finite = self.finite(name)
-        return float(finite[-1]) if len(finite) else None
-
     def finite(self, name: str) -> np.ndarray:
         """Returns the finite values of a metric; empty without any."""
-        series = self.series.get(name)
-        if series:
-            return series.values[np.isfinite(series.values)]
-        return np.zeros(0)
+        return self.series.get(name, EMPTY).finite
+
+
+def newest_attempt(events: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns the newest `started` event of a run; empty without one."""
+    return next((event for event in reversed(events) if event["event"] == "started"), {})
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Colours are CSS classes; the style sheet of the page defines them for light and 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,7 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
     sizes = {"weights": held_elements(model, layout)}
     if looped:
         sizes["gradients"] = sizes["weights"]
-        sizes["moments of the optimizer"] = held_elements(
-            model, layout, lambda name: 1 if muon and is_matrix(name) else 2
-        )
+        sizes["moments of the optimizer"] = held_elements(model, layout, lambda name: 2 - (muon and is_matrix(name)))
 
     total = sum(sizes.values())
     start = 0.0
@@ -165,8 +164,7 @@ def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
     # A matrix that all blocks have is one kind: `blocks.3.attention.query.weight` counts as `attention.query.weight`.
     placements_of: dict[str, list[Placement]] = {}
     for name, placement in placements(model, layout).items():
-        parts = name.split(".")
-        placements_of.setdefault(".".join(parts[2:]) if parts[0] == "blocks" else name, []).append(placement)
+        placements_of.setdefault(re.sub(r"^blocks\.\d+\.", "", name), []).append(placement)
 
     names_of: dict[Placement, list[str]] = {}
     for name, members in placements_of.items():
@@ -183,8 +181,7 @@ def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
 def _common_prefix_once(names: list[str]) -> str:
     """Returns names whose common prefix is written once: `attention.query, key, value`."""
     prefix = names[0].rpartition(".")[0]
-    short_names = [name.removeprefix(f"{prefix}.") if prefix else name for name in names[1:]]
-    return ", ".join([names[0], *short_names])
+    return ", ".join([names[0], *(name.removeprefix(f"{prefix}.") for name in names[1:])])
 
 
 def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
@@ -273,11 +270,8 @@ def parameter_picture(kind: Kind, layout: Layout) -> Markup:
     columns = _cuts(axes[1], placement, layout)
 
     shapes = []
-    for row in range(rows):
-        for column in range(columns):
-            if row >= DRAWN or column >= DRAWN:
-                continue
-
+    for row in range(min(rows, DRAWN)):
+        for column in range(min(columns, DRAWN)):
             x, y = column * width / columns, row * height / rows
             of_rank_0 = " own" if row == 0 and column == 0 else ""
             ranks = _holders(layout, placement, axes, row, column)
@@ -340,14 +334,12 @@ def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, 
 def _proportions(shape: tuple[int, int]) -> tuple[float, float]:
     # A long rectangle would look like a line.
     ratio = min(4.0, max(0.25, shape[0] / shape[1]))
-    if ratio > 1:
-        return (PICTURE, PICTURE / ratio)
-    return (PICTURE * ratio, PICTURE)
+    return PICTURE * min(1.0, ratio), PICTURE / max(1.0, ratio)
 
 
 def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
-    by_tp = layout.tp if placement.tp_dim in dims else 1
-    return by_tp * (layout.dp_shard if placement.fsdp_dim in dims else 1)
+    splits = ((placement.tp_dim, layout.tp), (placement.fsdp_dim, layout.dp_shard))
+    return math.prod(ranks for dim, ranks in splits if dim in dims)
 
 
 def _holders(
@@ -360,7 +352,9 @@ def _holders(
     tps: Sequence[int] = range(layout.tp)
     if placement.tp_dim is not None and layout.tp > 1:
         tps = [position_on[axis_of[placement.tp_dim]]]
-    shard = position_on[axis_of[placement.fsdp_dim]] if layout.dp_shard > 1 else 0
+    shard = 0
+    if layout.dp_shard > 1:
+        shard = position_on[axis_of[placement.fsdp_dim]]
 
     return [rank_of(layout, replica, shard, tp) for replica in range(layout.dp_replicate) for tp in tps]
 
@@ -403,12 +397,11 @@ def _ranges(ranks: list[int]) -> Iterator[str]:
     start = 0
     for stop in range(1, len(ranks) + 1):
         if stop == len(ranks) or ranks[stop] != ranks[stop - 1] + 1:
-            first = ranks[start]
-            last = ranks[stop - 1]
-            if first == last:
-                yield str(first)
+            # Two neighbours are no range: `4, 5` reads better than `4-5`.
+            if stop - start > 2:
+                yield f"{ranks[start]}-{ranks[stop - 1]}"
             else:
-                yield f"{first}-{last}" if last > first + 1 else f"{first}, {last}"
+                yield from map(str, ranks[start:stop])
             start = stop
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_lm.data.manifest import Counts, Manifest
+from dist_lm.data.manifest import Counts, Manifest, Split
 from dist_lm.report.facts import RunFacts, Share, WorkFacts
 from dist_lm.tracking.readable import gib, percent, readable_count
 
@@ -44,12 +44,11 @@ def corpus_rows(work: WorkFacts) -> list[dict[str, str]]:
     """Returns a row for each language of every corpus, the largest first, as column -> text."""
     rows = []
     for name, manifest in work.corpora.items():
-        train = manifest.splits.get("train")
-        held_out = manifest.splits.get("val")
-        languages: Mapping[str, Counts] = train.languages if train else {}
+        train = manifest.splits.get("train", Split())
+        held_out = manifest.splits.get("val", Split())
 
-        for language, counts in sorted(languages.items(), key=lambda pair: -pair[1].tokens):
-            val = held_out.languages.get(language, Counts()) if held_out else Counts()
+        for language, counts in sorted(train.languages.items(), key=lambda pair: -pair[1].tokens):
+            val = held_out.languages.get(language, Counts())
             rows.append(
                 {
                     "Corpus": name,
@@ -77,9 +76,13 @@ def tokenizer_words(report: Mapping[str, Any]) -> str:
 
 def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str, float, str]]:
     """Returns (language, share, words) for one corpus; shares are those of tokens, which are sampled evenly."""
-    train = manifest.splits.get("train") if manifest else None
-    total = train.counts.tokens if train else 0
-    if not train or not total:
+    train = Split()
+    if manifest:
+        train = manifest.splits.get("train", train)
+
+    # A corpus that is not here, or has no text, is one part.
+    total = train.counts.tokens
+    if not total:
         return [(name, share, f"corpus {name}")]
 
     return [

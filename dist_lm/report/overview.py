@@ -8,14 +8,14 @@ import numpy as np
 
 from dist_lm.evaluation.comparison import comparison_text, rows_of
 from dist_lm.report.charts import HEADLINES, NUM_VISIBLE, registered_metric
-from dist_lm.report.facts import RunFacts
+from dist_lm.report.facts import EMPTY, RunFacts
 from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
 LONGEST = 1600  # most characters of a text
-VERDICTS = ("right", "parses")
-BEGINNING = ("prompt",)
+# A key of a sample that holds a judgement -> the words for true and for false.
+VERDICTS = {"right": ("right", "wrong"), "parses": ("parses", "does not parse")}
 ANSWERS = ("completion", "found", "text")
-PLACED = (*VERDICTS, *BEGINNING, *ANSWERS, "kind", "language", "expected", "checkpoint", "id", "index")
+PLACED = (*VERDICTS, "prompt", *ANSWERS, "kind", "language", "expected", "checkpoint", "id", "index")
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ def card_of(run: RunFacts) -> Card:
 
 
 def _entry(run: RunFacts, name: str) -> Entry | None:
-    value = run.last(name)
-    if value is None:
+    metric = registered_metric(name)
+    series = run.series.get(name, EMPTY)
+    finite = np.flatnonzero(np.isfinite(series.values))
+    if not len(finite):
         return None
 
-    metric = registered_metric(name)
-
-    series = run.series[name]
-    finite = np.flatnonzero(np.isfinite(series.values))
     # Speeds do not improve with training, so their first value says nothing.
     learned = metric.better and not name.startswith("perf/") and len(series.values) > 1
     before = four_digits(float(series.values[finite[0]])) if learned else ""
 
+    # A metric that is measured seldom has an older value than the others.
     step = int(series.steps[finite[-1]])
-    return Entry(name, four_digits(value), metric.unit, before, f"{step:,}" if step < run.step else "")
+    value = four_digits(float(series.values[finite[-1]]))
+    return Entry(name, value, metric.unit, before, f"{step:,}" if step < run.step else "")
 
 
 def _words(run: RunFacts) -> str:
@@ -107,10 +107,10 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
     words = ""
 
     if judgements:
-        good = row[judgements[0]]
-        verdict = "good" if good else "bad"
-        good_word, bad_word = {"right": ("right", "wrong"), "parses": ("parses", "does not parse")}[judgements[0]]
-        words = good_word if good else bad_word
+        verdict = "good"
+        words, bad_words = VERDICTS[judgements[0]]
+        if not row[judgements[0]]:
+            verdict, words = "bad", bad_words
     elif "error" in row:
         verdict = "bad"
         words = str(row["error"])

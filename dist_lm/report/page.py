@@ -98,7 +98,7 @@ def render(facts: Facts, created_at: str) -> str:
         tokenizer_words=tokenizer_words,
         timeline=timeline_of(facts.runs),
         hardware=hardware_of(facts.runs),
-        differences=differences([run.config for run in facts.runs]) if len(facts.runs) > 1 else [],
+        differences=differences([run.config for run in facts.runs]),
         configurations=[(run, from_defaults(run.config), flat(run.config)) for run in facts.runs],
         notes=notes_of,
         still_values=still_values,

@@ -4,7 +4,7 @@ Missing files are no error, so that a run that failed early has a report, too.
 """
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import AXES, Layout
-from dist_lm.report.facts import Checkpoint, Facts, RunFacts, Samples, Series, State, WorkFacts
+from dist_lm.report.facts import EMPTY, Checkpoint, Facts, RunFacts, Samples, Series, State, WorkFacts, newest_attempt
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.lock import is_locked
@@ -158,8 +158,7 @@ def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[Run
     corpora_read = frozenset[str]().union(*(run.corpora for run in runs))
     names = sorted(name for name in corpora_read if work.corpus_manifest(name).is_file())
     corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
-    tokenizer = durable.read_json(work.tokenizer_report)
-    return WorkFacts(work.path, corpora, tokenizer, pipeline)
+    return WorkFacts(work.path, corpora, durable.read_json(work.tokenizer_report), pipeline)
 
 
 def read_run(run: RunDirectory, label: str) -> RunFacts:
@@ -189,7 +188,7 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
         result=durable.read_json(run.result),
         events=events,
         links=durable.read_json(run.links),
-        checkpoints=tuple(_checkpoints(run, series.get(STALL), clock)),
+        checkpoints=tuple(_checkpoints(run, series.get(STALL, EMPTY).by_step(), clock.by_step())),
         samples=_samples(run),
     )
 
@@ -202,26 +201,26 @@ def read_series(path: Path) -> tuple[dict[str, Series], Series]:
     Raises:
         ArtefactError: a line is damaged.
     """
-    # Arrays take 8 bytes for a number; lists of Python numbers would take four times as much.
-    steps: dict[str, array] = {}
-    values: dict[str, array] = {}
+    if not path.exists():
+        return {}, EMPTY
 
-    for line in read_metrics(path) if path.exists() else ():
+    # Arrays take 8 bytes for a number; lists of Python numbers would take four times as much.
+    steps: dict[str, array] = defaultdict(lambda: array("q"))
+    values: dict[str, array] = defaultdict(lambda: array("d"))
+
+    for line in read_metrics(path):
         step = line["step"]
         for name, value in line.items():
             if name == "step":
                 continue
-            if name not in steps:
-                steps[name] = array("q")
-                values[name] = array("d")
             steps[name].append(step)
-            values[name].append(float("nan") if value is None else value)
+            values[name].append(np.nan if value is None else value)
 
     series = {
         name: _by_step(np.array(steps[name], np.int64), np.array(values[name]), first=name == "time") for name in steps
     }
 
-    return series, series.pop("time", Series(np.zeros(0, np.int64), np.zeros(0)))
+    return series, series.pop("time", EMPTY)
 
 
 def _by_step(steps: np.ndarray, values: np.ndarray, first: bool) -> Series:
@@ -258,13 +257,10 @@ def _model(config: Mapping[str, Any]) -> ModelConfig | None:
 
 def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
     """Returns the layout of the newest attempt; it differs from the configured one after a node was lost or added."""
-    # Events are read from the end, since only the newest attempt counts.
-    for event in reversed(events):
-        if event["event"] == "started":
-            pairs = dict(part.split("=", 1) for part in str(event.get("layout", "")).split())
-            if set(AXES) <= pairs.keys():
-                return Layout(*(int(pairs[axis]) for axis in AXES))
-            return None
+    text = str(newest_attempt(events).get("layout", ""))
+    pairs = dict(part.split("=", 1) for part in text.split())
+    if set(AXES) <= pairs.keys():
+        return Layout(*(int(pairs[axis]) for axis in AXES))
     return None
 
 
@@ -274,39 +270,43 @@ def _state(run: RunDirectory) -> State:
     return "running" if is_locked(run.launch_lock) else "unfinished"
 
 
-def _checkpoints(run: RunDirectory, stalls: Series | None, clock: Series) -> Iterator[Checkpoint]:
-    """Yields the existing checkpoints, and the deleted ones that the metrics mention."""
+def _checkpoints(
+    run: RunDirectory, stall_of: Mapping[int, float], time_of: Mapping[int, float]
+) -> Iterator[Checkpoint]:
+    """Yields the existing checkpoints, and the deleted ones that the metrics mention.
+
+    Args:
+        stall_of: step -> seconds that training waited for its checkpoint.
+        time_of: step -> its time.
+    """
     marks: dict[str, list[str]] = {}
     for pointer, mark in ((checkpoint_files.LATEST, "newest"), (checkpoint_files.BEST, "best")):
         if target := checkpoint_files.read_pointer(run.checkpoints, pointer):
             marks.setdefault(target.name, []).append(mark)
 
     path_of = {checkpoint_files.step_of(path): path for path in checkpoint_files.steps_in(run.checkpoints)}
-    stall_of = dict(zip(stalls.steps.tolist(), stalls.values.tolist(), strict=True)) if stalls else {}
-    time_of = dict(zip(clock.steps.tolist(), clock.values.tolist(), strict=True)) if path_of or stall_of else {}
-
     for step in sorted(path_of.keys() | stall_of.keys()):
-        path = path_of.get(step)
-        # A checkpoint of a step without metrics has the time of its folder.
-        at = time_of.get(step) or (path.stat().st_mtime if path else None)
-
+        at, mark = time_of.get(step), "gone"
+        if path := path_of.get(step):
+            # A checkpoint of a step without metrics has the time of its folder.
+            at = at or path.stat().st_mtime
+            mark = ", ".join(marks.get(path.name, []))
         if at is not None:
-            mark = ", ".join(marks.get(path.name, [])) if path else "gone"
             yield Checkpoint(step, at, mark, stall_of.get(step))
 
 
 def _samples(run: RunDirectory) -> Samples:
-    files = sorted(run.samples.glob("step_*.jsonl")) or sorted(run.samples.glob("part-*.jsonl"))
+    # Files of steps belong to different weights, so the newest counts; all parts belong to one model.
+    files = sorted(run.samples.glob("step_*.jsonl"), reverse=True) or sorted(run.samples.glob("part-*.jsonl"))
     if not files:
         return Samples()
 
-    # Files of steps belong to different weights, so the newest counts; all parts belong to one model.
-    newest = files[-1] if files[-1].name.startswith("step_") else files[0]
+    file = files[0]
     try:
-        rows = [dict(row) for row in islice(json_lines(newest), 1 << 16)]
+        rows = [dict(row) for row in islice(json_lines(file), 1 << 16)]
     except (ValueError, TypeError) as error:
-        raise ArtefactError(f"{newest}: not a file of samples ({error}); move it away to go on") from error
-    return Samples(newest.name, tuple(_spread(rows)), len(rows), len(files))
+        raise ArtefactError(f"{file}: not a file of samples ({error}); move it away to go on") from error
+    return Samples(file.name, tuple(_spread(rows)), len(rows), len(files))
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -143,7 +143,9 @@ def _range(run: RunFacts) -> tuple[float, float] | None:
     times = [event["time"] for event in run.events] + [checkpoint.time for checkpoint in run.checkpoints]
     if len(run.clock.values):
         times += [float(run.clock.values.min()), float(run.clock.values.max())]
-    return (min(times), max(times)) if times else None
+    if not times:
+        return None
+    return min(times), max(times)
 
 
 def _summary(run: RunFacts, time_range: tuple[float, float]) -> str:
@@ -165,11 +167,16 @@ def _words(event: Mapping[str, Any]) -> str:
             nodes = counted(len(event.get("nodes", [])), "node")
             placement = f"{nodes} × {event.get('ranks_per_node', 1)} ranks, {event.get('layout')}"
             return f"from step {event.get('step', 0):,}, {placement}"
+
         case "failed":
-            origin = f"rank {event['rank']}: " if event.get("rank") is not None else ""
-            restarts_left = event.get("restarts_left")
-            remaining = f"; restarts left: {max(0, restarts_left)}" if isinstance(restarts_left, int) else ""
-            return f"{origin}{event.get('error', '')}{remaining}"
+            # The loss of a node belongs to no rank.
+            words = str(event.get("error", ""))
+            if event.get("rank") is not None:
+                words = f"rank {event['rank']}: {words}"
+            if isinstance(event.get("restarts_left"), int):
+                words += f"; restarts left: {max(0, event['restarts_left'])}"
+            return words
+
         case "stopped":
             return f"signal {event.get('signal')}"
         case "growing":
@@ -196,10 +203,8 @@ def _events(runs: Sequence[RunFacts], start: float) -> list[Event]:
 
 def _ticks(length: float) -> list[tuple[str, str]]:
     # At most six ticks; an axis of many days gets a multiple of a day.
-    step = next((step for step in STEPS_S if length / step <= 6), None)
-    if step is None:
-        days = -(-length // (6 * 86400))
-        step = days * 86400
+    days = -(-length // (6 * 86400))
+    step = next((step for step in STEPS_S if length / step <= 6), days * 86400)
 
     num_ticks = int(length // step) + 1
     return [(f"{index * step / length * 100:.3f}%", _short(index * step)) for index in range(num_ticks)]

@@ -116,7 +116,7 @@ class Prepared:
     """Inputs of the losses of an iteration."""
 
     tokens: Mapping[str, torch.Tensor]  # columns (B, T) by name
-    count_B: torch.Tensor  # fp32; what each rollout adds to the divisor of a minibatch's policy loss (PPO: its tokens)
+    divisor_B: torch.Tensor  # fp32; each rollout's part of the divisor of a minibatch's policy loss (PPO: its tokens)
     kl_coefficient: float = 0.0  # weight of the KL in the policy loss; 0: the algorithm has it in its rewards
     metrics: Mapping[str, float] = field(default_factory=dict)  # by name, without the prefix `rlhf/`
 
@@ -138,8 +138,8 @@ class DrawnTokens:
 class Algorithm(ABC):
     """Advantages and losses. All losses are sums over tokens.
 
-    The learner divides the policy loss by the `count_B` of the minibatch's rollouts, and the value loss and all metrics
-    but `policy_loss` by their completion tokens.
+    The learner divides the policy loss by the sum of `divisor_B` over the minibatch's rollouts, and the value loss and
+    all metrics but `policy_loss` by their completion tokens.
     """
 
     Keys: ClassVar[type[AlgorithmKeys]] = AlgorithmKeys

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, TypeVar, get_type_hints
 
-from dist_lm.config.generation import SamplingConfig
-from dist_lm.config.optimizer import OptimizerConfig
+from dist_lm.config.stage import OptimizerConfig, SamplingConfig
 from dist_lm.errors import require
 from dist_lm.rlhf.algorithm import AlgorithmKeys
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
@@ -127,6 +126,7 @@ def _nullable_keys() -> list[tuple[str, Any, Any]]:
     for algorithm in ALGORITHMS.values():
         hints = get_type_hints(algorithm.Keys)
         for name in (key.name for key in fields(algorithm.Keys) if key.name not in common):
+            # The configuration has a key once, so all algorithms that read it must agree on its type.
             declared = type_of_key.setdefault(name, hints[name])
             assert declared == hints[name], f"{algorithm.__name__}: another algorithm has {name} as {declared}"
     return [(name, declared | None, field(default=None)) for name, declared in type_of_key.items()]
@@ -145,25 +145,19 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         self._check_bounds()
 
         # The adaptive controller multiplies the coefficient, so 0 would stay 0.
-        target = self.kl_target
-        require(
-            target is None or not_null(self.kl_coefficient) > 0,
-            "rlhf.kl_coefficient",
-            self.kl_coefficient,
-            f"a positive number to begin with: rlhf.kl_target={target} only multiplies it",
-        )
+        accepted = f"a positive number to begin with: rlhf.kl_target={self.kl_target} only multiplies it"
+        has_coefficient = not_null(self.kl_coefficient) > 0
+        require(has_coefficient or self.kl_target is None, "rlhf.kl_coefficient", self.kl_coefficient, accepted)
+
         fewest = ALGORITHMS[self.algorithm].Keys.fewest_samples
         accepted = f"at least {fewest}: rlhf.algorithm={self.algorithm} compares the rollouts of a prompt"
-        require(self.group >= fewest, "rlhf.samples", self.samples, accepted)
+        require(self.rollouts_per_prompt >= fewest, "rlhf.samples", self.samples, accepted)
 
         # Every update needs a rollout.
-        rollouts = self.prompts * self.group
-        require(
-            self.minibatches <= rollouts,
-            "rlhf.minibatches",
-            self.minibatches,
-            f"at most the {rollouts} rollouts of an iteration (rlhf.prompts x rlhf.samples)",
-        )
+        rollouts = self.rollouts_per_iteration
+        accepted = f"at most the {rollouts} rollouts of an iteration (rlhf.prompts x rlhf.samples)"
+        require(self.minibatches <= rollouts, "rlhf.minibatches", self.minibatches, accepted)
+
         for name, part in self.rewards.items():
             part.check(f"rlhf.rewards.{name}")
         weights = {name: part.weight for name, part in self.rewards.items()}
@@ -176,9 +170,14 @@ class RlhfConfig(_KeysOfAlgorithms, IterationConfig):
         return ALGORITHMS[self.algorithm].has_critic
 
     @property
-    def group(self) -> int:
-        """Rollouts of a prompt."""
+    def rollouts_per_prompt(self) -> int:
+        """Rollouts that algorithms compare with each other: `samples`, whose default is the algorithm's."""
         return not_null(self.samples)
+
+    @property
+    def rollouts_per_iteration(self) -> int:
+        """Rollouts of all prompts of an iteration."""
+        return self.prompts * self.rollouts_per_prompt
 
     @property
     def algorithm_keys(self) -> AlgorithmKeys:

@@ -73,11 +73,13 @@ def collect(
     # Scores of rules came with the rollouts; those of the reward model are normalised here.
     part_B = {name: score.to(run.device) for name, score in rule_score_B.items()}
     if "score" in passes:
-        raw_B = passes["score"]
+        model_score_B = passes["score"]
         if reward_scale is None and config.normalise_reward:
-            reward_scale = RewardScale.of(raw_B)
+            reward_scale = RewardScale.of(model_score_B)
+        if reward_scale:
+            model_score_B = reward_scale(model_score_B)
         parts_of_model = [name for name, part in config.rewards.items() if part.kind == REWARD_MODEL]
-        part_B |= dict.fromkeys(parts_of_model, reward_scale(raw_B) if reward_scale else raw_B)
+        part_B |= dict.fromkeys(parts_of_model, model_score_B)
     whole_B = torch.from_numpy(rollouts.whole).to(run.device)
     score_B = total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0)
 
@@ -132,10 +134,10 @@ def _forward_passes(
         return columns
 
     # Policy and critic compute independently, so one CPU may run both at the same time.
-    of_policy, of_critic = run.beside(logprobs, values_and_scores)
+    of_policy, of_critic = run.run_both(logprobs, values_and_scores)
     columns = of_policy | of_critic
     # Each rank has filled in its own rollouts and left 0 elsewhere, so a sum gives every rank all of them.
-    return dict(zip(columns, add_up(list(columns.values()), run.counts), strict=True))
+    return dict(zip(columns, add_up(list(columns.values()), run.adds_sums), strict=True))
 
 
 def _with_signs_of_life(batches: Iterable[SomeBatch], alive: Callable[[], None]) -> Iterator[SomeBatch]:
@@ -161,8 +163,8 @@ def token_logprobs(
     entropy_BT = torch.zeros(shape, device=device)
     for batch in batches:
         now = model.logprobs(batch, temperature, sets=batch.sets)
-        logprob_BT.view(-1)[batch.drawn_N] = now.logprob_BT.flatten()[batch.counted_N]
-        entropy_BT.view(-1)[batch.drawn_N] = now.entropy_BT.flatten()[batch.counted_N]
+        logprob_BT.view(-1)[batch.drawn_N] = now.logprob_BT.flatten()[batch.logit_index_N]
+        entropy_BT.view(-1)[batch.drawn_N] = now.entropy_BT.flatten()[batch.logit_index_N]
     reshard(model)
     return logprob_BT, entropy_BT
 
@@ -172,7 +174,7 @@ def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tup
     """Returns the critic's value before each completion token in `batches`, fp32 (B, T); 0 for other rollouts."""
     value_BT = torch.zeros(shape, device=model.embedding.weight.device)
     for batch in batches:
-        value_BT.view(-1)[batch.drawn_N] = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
+        value_BT.view(-1)[batch.drawn_N] = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
     reshard(model)
     return value_BT
 
@@ -181,34 +183,35 @@ def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tup
 def end_scores(
     model: Transformer,
     rollouts: Rollouts,
-    shares: Dealing,
+    dealing: Dealing,
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Returns the scores of this rank's rollouts at their last token, fp32 (B,); 0 for other rollouts.
 
     Args:
-        shares: divides the rollouts among the ranks.
+        dealing: divides the rollouts among the ranks.
         device: device of the model.
         alive: called before every batch.
     """
     score_B = torch.zeros(len(rollouts), device=device)
-    for batch_on_host in _with_signs_of_life(whole_batches(rollouts, shares), alive):
+    for batch_on_host in _with_signs_of_life(whole_batches(rollouts, dealing), alive):
         batch = batch_on_host.to(device)
         score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(model)
     return score_B
 
 
-def add_up(parts: Sequence[torch.Tensor], counts: bool) -> list[torch.Tensor]:
+def add_up(parts: Sequence[torch.Tensor], adds_sums: bool) -> list[torch.Tensor]:
     """Returns the sums of the parts over all ranks, bit-identical on every rank (collective, one all-reduce).
 
     Args:
-        counts: whether this rank adds its parts; exactly one of the ranks of a tp group does.
+        adds_sums: whether this rank adds its parts; exactly one of the ranks of a tp group does.
     """
     # One message for all parts: small ones cost their latency.
     flat = torch.cat([part.flatten() for part in parts])
-    shared = flat if counts else torch.zeros_like(flat)
-    dist.all_reduce(shared)
-    sums = shared.split([part.numel() for part in parts])
+    if not adds_sums:
+        flat.zero_()
+    dist.all_reduce(flat)
+    sums = flat.split([part.numel() for part in parts])
     return [total.view_as(part) for total, part in zip(sums, parts, strict=True)]

@@ -36,10 +36,10 @@ from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.experience import Collected, collect
-from dist_lm.rlhf.models import Beside, Execution, RlhfModels, Trained, dealing, one_after_other, sent_weights
+from dist_lm.rlhf.models import Execution, RlhfModels, RunBoth, Trained, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
-from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, refuse_void, share_scored
+from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, UsableRollouts, refuse_void, share_usable
 from dist_lm.rlhf.rollouts import (
     PromptOrder,
     Rollouts,
@@ -141,7 +141,7 @@ class Learner:
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
     tasks: IterationTasks | None = None
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
-    beside: Beside = one_after_other  # runs the work of policy and critic
+    run_both: RunBoth = one_after_other  # runs the work of policy and critic
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -180,11 +180,13 @@ class Learner:
         config, supply = self.config, self.supply
 
         def draw(position: int, prompts: int) -> Rollouts:
-            return supply.draw(supply.prompts(position, prompts), position, config.group, config, self.seed)
+            return supply.draw(
+                supply.prompts(position, prompts), position, config.rollouts_per_prompt, config, self.seed
+            )
 
         draw_again = None
         if config.sampling_rounds:
-            judge = partial(supply.judge, expected=config.prompts * config.group)
+            judge = partial(supply.judge, expected=config.rollouts_per_iteration)
             draw_again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
 
         with RolloutSchedule(
@@ -194,7 +196,7 @@ class Learner:
             staleness=config.max_staleness,
             iterations=self.iterations,
             prompts=config.prompts,
-            draw_judged=draw_again,
+            draw_scored=draw_again,
         ) as schedule:
             schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
             return self._loop(state, schedule)
@@ -211,10 +213,10 @@ class Learner:
             models=self.models,
             device=self.world.device,
             dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
-            counts=self.mesh.get_local_rank("tp") == 0,
+            adds_sums=self.mesh.get_local_rank("tp") == 0,
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
             alive=self.alive,
-            beside=self.beside,
+            run_both=self.run_both,
         )
         updater = Updater(execution, self.algorithm, self.stop, self.pretraining)
 
@@ -245,7 +247,7 @@ class Learner:
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
         drawn = schedule.take(state.iteration) if schedule else None
-        scored = share_scored(drawn.judged if drawn else None)
+        scored = share_usable(drawn.scored if drawn else None)
         rollouts = scored.rollouts
         clock.lap("rollout")
 
@@ -316,17 +318,17 @@ def _after_iteration(state: RlhfState, prompts: int, collected: Collected, metri
         prompts: number of prompts drawn.
         metrics: of the iteration, with `rlhf/reward_mean` and, with a reference, `rlhf/kl`.
     """
-    reward = metrics["rlhf/reward_mean"]
-    is_best = state.best_reward is None or reward > state.best_reward
-    return replace(
+    state = replace(
         state,
         iteration=state.iteration + 1,
         prompt_position=state.prompt_position + prompts,
         kl=state.kl.after(metrics.get("rlhf/kl", 0.0), len(collected.experience.score_B)),
         reward_scale=collected.reward_scale,
-        best_reward=reward if is_best else state.best_reward,
-        best_iteration=state.iteration + 1 if is_best else state.best_iteration,
     )
+    reward = metrics["rlhf/reward_mean"]
+    if state.best_reward is None or reward > state.best_reward:
+        return replace(state, best_reward=reward, best_iteration=state.iteration)
+    return state
 
 
 # --- updates ---
@@ -386,20 +388,20 @@ class Updater:
             """Makes a step of the policy on the rollouts of the minibatch, with pretraining text if there is any."""
             # Text joins the rollouts of the same update, so that one optimizer step sees both gradients.
             batches: list[Batch] = list(minibatch.batches)
-            share = 0.0
+            text_weight = 0.0
             if self.pretraining and config.pretrain_coefficient:
                 texts = self.pretraining(state.policy_updates)
-                count = float(prepared.count_B[torch.from_numpy(minibatch.rollout_S)].sum())
-                share = count / max(_targets_of_all_ranks(texts, self.execution.counts), 1.0)
+                divisor = float(prepared.divisor_B[torch.from_numpy(minibatch.rollout_S)].sum())
+                text_weight = divisor / max(_targets_of_all_ranks(texts, self.execution.adds_sums), 1.0)
                 batches += texts
-            return self._step(models.policy, policy_objective(self.algorithm, prepared, config, share), batches)
+            return self._step(models.policy, policy_objective(self.algorithm, prepared, config, text_weight), batches)
 
         if not models.critic:
             return [policy_step()]
 
         # Two models that share nothing: on one CPU they are updated at the same time.
         critic, objective = models.critic, critic_objective(self.algorithm, prepared.tokens)
-        return self.execution.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
+        return self.execution.run_both(policy_step, lambda: self._step(critic, objective, minibatch.batches))
 
     def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
         """Adds up gradients over this rank's micro-batches and makes an optimizer step (collective). Returns its
@@ -411,7 +413,7 @@ class Updater:
             trained.optimizer,
             sums,
             grad_clip=execution.config.grad_clip,
-            counts=execution.counts,
+            adds_sums=execution.adds_sums,
             stop=self.stop,
         )
 
@@ -432,14 +434,14 @@ class Updater:
 
 
 def policy_objective(
-    algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, pretraining_share: float = 0.0
+    algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, text_weight: float = 0.0
 ) -> Objective:
     """Returns the policy loss on rollouts, and the next-token loss on text (PPO-ptx: Ouyang et al. 2022, eq. 2).
 
     Args:
-        prepared: columns and counts of all rollouts of the iteration.
-        pretraining_share: count of the policy loss / number of text tokens of the update. The step divides every loss
-            by the former; this factor turns the text loss into a mean over text tokens.
+        prepared: columns and divisors of all rollouts of the iteration.
+        text_weight: divisor of the policy loss / number of text tokens of the update. The step divides every loss by
+            the former; this weight turns the text loss into a mean over text tokens.
     """
     # `drawn_N` of a batch are indices in the flattened (B, T) columns.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
@@ -450,31 +452,31 @@ def policy_objective(
         """Returns the summed loss of a micro-batch, of rollouts or of text, with its count and metrics."""
         if not isinstance(batch, RolloutBatch):
             text_loss = text_objective(model, batch)
-            weight, name = config.pretrain_coefficient * pretraining_share, "pretrain_loss"
+            weight, name = config.pretrain_coefficient * text_weight, "pretrain_loss"
             # Text adds nothing to the count, which is that of the policy loss; its metric has a count of its own.
             return LossSum(
                 total=weight * text_loss.total,
                 count=torch.zeros_like(text_loss.count),
                 metrics={name: text_loss.total.detach()},
-                counts={name: text_loss.count},
+                metric_counts={name: text_loss.count},
             )
 
         now = model.logprobs(batch, config.temperature, algorithm.uses_entropy, batch.sets)
         drawn = DrawnTokens(
-            logprob_N=now.logprob_BT.flatten()[batch.counted_N],
-            entropy_N=now.entropy_BT.flatten()[batch.counted_N],
+            logprob_N=now.logprob_BT.flatten()[batch.logit_index_N],
+            entropy_N=now.entropy_BT.flatten()[batch.logit_index_N],
             rollout_N=batch.drawn_N // longest,
             columns={name: column[batch.drawn_N] for name, column in flat_columns.items()},
             kl_coefficient=prepared.kl_coefficient,
         )
         loss = algorithm.policy_loss(drawn)
 
-        # The micro-batch with the first token of a rollout adds its `count_B`. Metrics are means over tokens, so they
+        # The micro-batch with the first token of a rollout adds its `divisor_B`. Metrics are means over tokens, so they
         # have another count.
         is_first_N = batch.drawn_N % longest == 0
-        count_N = prepared.count_B[drawn.rollout_N] * is_first_N
-        counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
-        return replace(loss, count=count_N.sum(), counts=counts)
+        divisor_N = prepared.divisor_B[drawn.rollout_N] * is_first_N
+        metric_counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
+        return replace(loss, count=divisor_N.sum(), metric_counts=metric_counts)
 
     return objective
 
@@ -489,16 +491,17 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
         assert isinstance(batch, RolloutBatch)
-        value_N = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
+        value_N = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
         return algorithm.value_loss(value_N, {name: column[batch.drawn_N] for name, column in flat_columns.items()})
 
     return objective
 
 
-def _targets_of_all_ranks(batches: Sequence[Batch], counts: bool) -> float:
+def _targets_of_all_ranks(batches: Sequence[Batch], adds_sums: bool) -> float:
     """Returns the number of targets in the loss masks of all ranks (collective)."""
-    n_targets = sum(float(batch.loss_mask_BT.sum()) for batch in batches) if counts else 0.0
-    total = torch.tensor(n_targets, dtype=torch.float64, device=batches[0].tokens_BT.device)
+    total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens_BT.device)
+    if adds_sums:
+        total += sum(float(batch.loss_mask_BT.sum()) for batch in batches)
     dist.all_reduce(total)
     return float(total)
 
@@ -518,7 +521,7 @@ def _after_update(state: RlhfState, results: Sequence[StepResult]) -> RlhfState:
 
 def iteration_metrics(
     state: RlhfState,
-    scored: Scored,
+    scored: UsableRollouts,
     collected: Collected,
     prepared: Prepared,
     updates: Updates,
@@ -554,9 +557,11 @@ def iteration_metrics(
     if has_groups:
         groups = groups_of(experience.score_B, experience.prompt_B)
         # A mean over groups: each rollout weighs the inverse of its group's size.
-        share_B = 1 / groups.size_B.double()
-        metrics["rlhf/group_std_mean"] = float((groups.std_B * share_B).sum() / share_B.sum())
-        metrics["rlhf/groups_without_signal"] = float(((groups.std_B == 0) * share_B).sum() / share_B.sum())
+        group_weight_B = 1 / groups.size_B.double()
+        metrics["rlhf/group_std_mean"] = float((groups.std_B * group_weight_B).sum() / group_weight_B.sum())
+        metrics["rlhf/groups_without_signal"] = float(
+            ((groups.std_B == 0) * group_weight_B).sum() / group_weight_B.sum()
+        )
 
     if experience.reference_logprob_BT is not None:
         kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
@@ -573,7 +578,7 @@ def iteration_metrics(
     gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
     metrics["rollout/logprob_gap"] = float(gap_BT.max())
     if drawn and drawn.drawing_s:
-        metrics["rollout/tokens_per_s"] = float(drawn.judged.rollouts.new_tokens_B.sum()) / drawn.drawing_s
+        metrics["rollout/tokens_per_s"] = float(drawn.scored.rollouts.new_tokens_B.sum()) / drawn.drawing_s
         metrics["timing/judging_s"] = drawn.judging_s
 
     metrics |= scored.metrics

@@ -61,6 +61,7 @@ def as_reference(models: RlhfModels) -> AbstractContextManager[None]:
 
 def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
     """Returns the model with a new optimizer at the rate `lr`."""
+    # The optimizer reads its keys from the configuration, where policy and critic have different rates.
     return Trained(model, build_optimizer(model, replace(config, lr=lr)))
 
 
@@ -113,7 +114,7 @@ def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> 
 # --- how a rank runs them ---
 
 
-class Beside(Protocol):
+class RunBoth(Protocol):
     """Runs two independent functions and returns both results."""
 
     def __call__(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]: ...
@@ -125,7 +126,7 @@ def one_after_other(first: Callable[[], First], second: Callable[[], Second]) ->
 
 
 @contextmanager
-def own_threads(world: World) -> Iterator[Beside]:
+def own_threads(world: World) -> Iterator[RunBoth]:
     """Runs policy and critic at the same time, each on half of the threads, if this is the only rank, on a CPU.
 
     Two small models on one thread each are faster than each of them in turn on two threads. With several ranks, or on a
@@ -139,9 +140,9 @@ def own_threads(world: World) -> Iterator[Beside]:
         yield one_after_other
         return
 
-    with ThreadPoolExecutor(1, "beside") as second_thread:
+    with ThreadPoolExecutor(1, "second model") as second_thread:
 
-        def beside(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+        def run_both(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
             """Runs `second` in the thread and `first` in this one, and returns both results after both have ended."""
             torch.set_num_threads(threads // 2)  # each function computes with that many
             future = second_thread.submit(second)
@@ -157,7 +158,7 @@ def own_threads(world: World) -> Iterator[Beside]:
                 torch.set_num_threads(threads)
             return first_result, future.result()
 
-        yield beside
+        yield run_both
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,10 @@ class Execution:
     models: RlhfModels
     device: torch.device
     dealing: Dealing
-    counts: bool  # whether this rank's sums count; of the ranks that see the same rollouts, one counts
+    adds_sums: bool  # whether this rank adds its sums: one of the ranks that see the same rollouts does
     reduce_every_micro_batch: bool
     alive: Callable[[], None]  # called before every forward pass and update, from any thread
-    beside: Beside
+    run_both: RunBoth
 
 
 def dealing(mesh: DeviceMesh, parallel: ParallelConfig, micro_batch_tokens: int) -> Dealing:

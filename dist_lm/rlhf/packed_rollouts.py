@@ -27,7 +27,7 @@ from dist_lm.rlhf.rollouts import Rollouts
 class RolloutBatch(Batch):
     """Rollouts in rows, each without its last token.
 
-    `counted_N` are indices in the flattened batch of the tokens that predict a completion token.
+    `logit_index_N` are indices in the flattened batch of the tokens that predict a completion token.
     """
 
     drawn_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
@@ -36,7 +36,9 @@ class RolloutBatch(Batch):
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RolloutBatch":
         changed = cast(RolloutBatch, Batch._each(self, change))
-        return replace(changed, sets=self.sets.each(change)) if self.sets else changed
+        if not self.sets:
+            return changed
+        return replace(changed, sets=self.sets.each(change))
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +202,9 @@ class _Rows:
 
         # A completion token is predicted at the token before it.
         new_offset = _ranges(new_S)
-        self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
-        self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
-        self.mask[self.counted] = 1
+        self.logit_index = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
+        self.targets[self.logit_index] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
+        self.mask[self.logit_index] = 1
         self.drawn = np.repeat(number_S * longest, new_S) + new_offset
 
         all_new_B = rollouts.new_tokens_B
@@ -215,12 +217,12 @@ class _Rows:
         """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with targets and the sets they were drawn
         from."""
         begin = begin_row * self.width
-        is_inside = (self.counted >= begin) & (self.counted < end_row * self.width)
+        is_inside = (self.logit_index >= begin) & (self.logit_index < end_row * self.width)
         return RolloutBatch(
             **self._tokens(begin_row, end_row),
             targets_BT=self._grid(self.targets, begin_row, end_row),
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
-            counted_N=torch.from_numpy(self.counted[is_inside] - begin),
+            logit_index_N=torch.from_numpy(self.logit_index[is_inside] - begin),
             drawn_N=torch.from_numpy(self.drawn[is_inside]),
             sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
         )

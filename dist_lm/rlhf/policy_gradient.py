@@ -166,7 +166,7 @@ def per_token(value_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return value_B[:, None] * mask_BT
 
 
-def completion_shares(mask_BT: torch.Tensor) -> torch.Tensor:
+def inverse_lengths(mask_BT: torch.Tensor) -> torch.Tensor:
     """Returns, at each token, 1 / number of tokens of its completion, (B, T); a sum weighted by it is a mean over
     it."""
     return per_token(1 / mask_BT.sum(1), mask_BT)
@@ -178,7 +178,7 @@ def group_columns(experience: Experience, advantage_B: torch.Tensor) -> dict[str
 
 
 def token_columns(experience: Experience, advantage_BT: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Returns the columns of `penalised_policy_loss`, without `share`, (B, T) each."""
+    """Returns the columns of `penalised_policy_loss`, without `token_weight`, (B, T) each."""
     columns = {"old_logprob": experience.logprob_BT, "advantage": advantage_BT}
     if experience.reference_logprob_BT is not None:
         columns["reference"] = experience.reference_logprob_BT
@@ -260,21 +260,21 @@ def penalised_policy_loss(
     ratio_N: torch.Tensor | None = None,
 ) -> LossSum:
     """Returns the clipped policy loss, plus the KL from the reference, minus the entropy bonus, as a sum over tokens;
-    every term of a token is multiplied by its share.
+    every term of a token is multiplied by its weight.
 
     The KL is k3 times the ratio, so that its gradient is that of the KL of the policy now (DeepSeek-AI 2025,
     DeepSeek-V3.2, eq. 7; without the ratio, as in Shao et al. 2024, eq. 4, the gradient is biased). At ratio 1 both
     have the same value.
 
-    Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token), `share`
-    (weight of all terms of a token; 1 without it) and `reference` (log-probability, for the KL).
+    Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token),
+    `token_weight` (weight of all terms of a token; 1 without it) and `reference` (log-probability, for the KL).
 
     Args:
         clip: as in `clipped_policy_loss`, as are `clip_high` and `ratio_N`.
     """
     columns = drawn.columns
-    share_N = columns.get("share", torch.ones_like(drawn.logprob_N))
-    weight_N = share_N * columns["importance"] if "importance" in columns else share_N
+    token_weight_N = columns.get("token_weight", torch.ones_like(drawn.logprob_N))
+    gain_weight_N = token_weight_N * columns.get("importance", 1)
     if ratio_N is None:
         ratio_N = (drawn.logprob_N - columns["old_logprob"]).exp()
     loss = clipped_policy_loss(
@@ -282,7 +282,7 @@ def penalised_policy_loss(
         columns["old_logprob"],
         columns["advantage"],
         clip,
-        weight_N,
+        gain_weight_N,
         clip_high=clip_high,
         ratio_N=ratio_N,
     )
@@ -291,10 +291,10 @@ def penalised_policy_loss(
     # Importance weighs only the surrogate, whose tokens other weights drew. KL and entropy belong to the policy now.
     if drawn.kl_coefficient:
         kl_N = k3(drawn.logprob_N, columns["reference"]) * ratio_N
-        total = total + drawn.kl_coefficient * (share_N * kl_N).sum()
+        total = total + drawn.kl_coefficient * (token_weight_N * kl_N).sum()
         metrics["policy_loss"] = total.detach()
     if entropy_coefficient:
-        total = total - entropy_coefficient * (share_N * drawn.entropy_N).sum()
+        total = total - entropy_coefficient * (token_weight_N * drawn.entropy_N).sum()
     return replace(loss, total=total, metrics=metrics)
 
 

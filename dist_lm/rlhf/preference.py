@@ -126,6 +126,7 @@ class PreferenceLoss:
     def rewards(self, completions: Completions) -> torch.Tensor:
         """Returns the implicit rewards that the loss compares, (C,)."""
         ratio_C = self._log_ratios(completions)
+        # The other losses compare means of a token, so that longer completions do not win by their length.
         if self.settings.algorithm not in (DPO, KTO):
             ratio_C = ratio_C / completions.tokens_C
         return self.settings.strength * ratio_C

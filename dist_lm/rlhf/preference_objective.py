@@ -17,7 +17,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking, lesson, ranked_positions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference import Completions, GlobalValues, PreferenceLoss, tokens_of_pairs
-from dist_lm.rlhf.reward_model import agreement_figures, beside_verdicts
+from dist_lm.rlhf.reward_model import agreement_figures, with_verdicts
 from dist_lm.training.objective import LossSum, Objective, Prepare
 
 PlacedBatches = Iterable[tuple[Batch, Sequence[PlacedRanking]]]
@@ -30,6 +30,7 @@ def segment_logprobs(model: Transformer, batch: CompletionBatch) -> torch.Tensor
     """
     losses_BT = model.token_losses(batch)
     sums = losses_BT.new_zeros(len(batch.tokens_S) + 1)
+    # Segment 0 gathers the tokens that no loss reads.
     return -sums.index_add(0, batch.segment_BT.flatten(), losses_BT.flatten())[1:]
 
 
@@ -95,6 +96,7 @@ def _with_tokens_per_pair(model: Transformer, micro_batches: Sequence[Batch]) ->
     batches = cast(Sequence[CompletionBatch], micro_batches)
     sums = torch.stack([_text_sums(batch) for batch in batches]).sum(0)
     dist.all_reduce(sums)
+    # One divisor for the whole global batch: the loss does not depend on how it was split.
     return [replace(batch, tokens_per_pair=(sums[0] / sums[1]).float()) for batch in batches]
 
 
@@ -137,7 +139,7 @@ def seen_rankings(
     model: Transformer,
     batches: PlacedBatches,
     device: torch.device,
-    group: dist.ProcessGroup | None,
+    data_ranks: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> tuple[dict[int, RankingLogprobs], torch.Tensor | None]:
     """Returns each held-out ranking by number, and KTO's reference point over all of them, None without mismatched
@@ -146,11 +148,12 @@ def seen_rankings(
     Both are the same on every rank; the reference point is a scalar on the host.
 
     Args:
-        group: the ranks that hold other rankings than this one.
+        data_ranks: the ranks that hold other rankings than this one.
         alive: called after every batch.
     """
     own_rankings: dict[int, RankingLogprobs] = {}
-    sums = None
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    has_mismatches = False
     for batch_on_host, placed in batches:
         batch = batch_on_host.to(device)
         assert isinstance(batch, CompletionBatch)
@@ -164,17 +167,17 @@ def seen_rankings(
                 prompt_tokens=float(tokens_S[prompt]),
             )
         if batch.mismatched:
-            sums_of_batch = kl_sums(model, batch)
-            sums = sums_of_batch if sums is None else sums + sums_of_batch
+            has_mismatches = True
+            sums += kl_sums(model, batch)
         alive()
 
-    gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, own_rankings, group=group)
-    logprobs_of_ranking = {number: ranking for part in gathered for number, ranking in part.items()}
-    if sums is None:
-        return dict(sorted(logprobs_of_ranking.items())), None
-    dist.all_reduce(sums, group=group)
-    return dict(sorted(logprobs_of_ranking.items())), reference_point(sums).cpu()
+    gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(data_ranks)
+    dist.all_gather_object(gathered, own_rankings, group=data_ranks)
+    logprobs_of_ranking = dict(sorted((number, ranking) for part in gathered for number, ranking in part.items()))
+    if not has_mismatches:
+        return logprobs_of_ranking, None
+    dist.all_reduce(sums, group=data_ranks)
+    return logprobs_of_ranking, reference_point(sums).cpu()
 
 
 def held_out_metrics(
@@ -204,10 +207,13 @@ def held_out_metrics(
             PlacedRanking(number, np.arange(end - size, end))
             for number, size, end in zip(numbers, sizes, np.cumsum(sizes).tolist(), strict=True)
         ]
+
+        # Held-out verdicts have no label noise: the loss is measured on what people said.
         verdicts = [lesson(rankings.verdict(number), loss.settings.lesson, 0.0, seed, number) for number in numbers]
         reference_parts = [np.zeros(0)]
         if reference:
             reference_parts = [reference.logprob[rankings.completion_slice(number)] for number in numbers]
+
         return Completions(
             logprob_C=torch.from_numpy(np.concatenate([ranking.logprob_K for ranking in chosen])),
             reference_C=torch.from_numpy(np.concatenate(reference_parts).astype(np.float32)),
@@ -234,4 +240,4 @@ def held_out_metrics(
     reward_C = loss.rewards(every_completion).numpy()
     ends = np.cumsum([len(ranking.logprob_K) for ranking in logprobs_of_ranking.values()])
     scores = dict(zip(logprobs_of_ranking, np.split(reward_C, ends[:-1]), strict=True))
-    return metrics | agreement_figures(beside_verdicts(rankings, scores), "preference", ("accuracy", "kendall_tau"))
+    return metrics | agreement_figures(with_verdicts(rankings, scores), "preference", ("accuracy", "kendall_tau"))

@@ -40,7 +40,7 @@ def reference_of(
     splits: Mapping[str, RankingBatches],
     initial: Callable[[], AbstractContextManager[Transformer]],
     world: World,
-    group: dist.ProcessGroup | None,
+    data_ranks: dist.ProcessGroup | None,
     *,
     has_steps: bool,
     alive: Callable[[], None],
@@ -54,7 +54,7 @@ def reference_of(
     Args:
         key: `checkpoint` and all else that the numbers depend on.
         initial: opens the reference model.
-        group: the ranks that read different data.
+        data_ranks: the ranks that read different data.
         has_steps: whether the run has taken steps. Then the file belongs to the reference that it began with, even if
             the checkpoint at that path has changed since.
         alive: called after every batch.
@@ -69,7 +69,9 @@ def reference_of(
     if has_steps and world.is_first:
         log.warning("%s is missing or does not fit: computed again from %s", path, key[CHECKPOINT])
     with initial() as model:
-        references = {name: split_reference(model, batches, world, group, alive) for name, batches in splits.items()}
+        references = {
+            name: split_reference(model, batches, world, data_ranks, alive) for name, batches in splits.items()
+        }
         reshard(model)
     if world.is_first:
         _write(path, key, references)
@@ -97,6 +99,7 @@ def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, Sp
         log.warning("%s is damaged (%s)", path, error)
         return None
 
+    # safetensors checks the form of a file, not the bits of its arrays.
     if metadata.get(SHA256) != _hash(arrays):
         log.warning("%s is damaged: its arrays have another hash than it says", path)
         return None
@@ -131,7 +134,7 @@ def split_reference(
     model: Transformer,
     batches: RankingBatches,
     world: World,
-    group: dist.ProcessGroup | None,
+    data_ranks: dist.ProcessGroup | None,
     alive: Callable[[], None],
 ) -> SplitReference:
     """Returns the log-probabilities of all rankings of a split, the same on every rank (collective).
@@ -141,7 +144,7 @@ def split_reference(
     Args:
         model: the reference.
         batches: assembled by `Trees`, which decide whether there are mismatched completions.
-        group: the ranks that read different data; None: all.
+        data_ranks: the ranks that read different data; None: all.
         alive: called after every batch.
     """
     rankings = batches.rankings
@@ -173,7 +176,7 @@ def split_reference(
 
     # Each ranking was read by one rank and is 0 on all others, so one sum gives every rank all of them.
     sums = torch.from_numpy(np.concatenate([logprob, mismatched, is_read])).to(world.device)
-    dist.all_reduce(sums, group=group)
+    dist.all_reduce(sums, group=data_ranks)
     logprob, mismatched, is_read = np.split(sums.cpu().numpy(), np.cumsum([len(logprob), len(mismatched)]))
     logprob[np.repeat(is_read == 0, rankings.completions)] = np.nan
     mismatched[is_read[: len(mismatched)] == 0] = np.nan

@@ -110,6 +110,7 @@ def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], ba
         batch: sequences per forward pass; sequences of similar length go together.
     """
     scores = np.zeros(len(sequences), np.float32)
+    # Sequences of similar length share a batch, so that little of it is padding.
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     device = model.embedding.weight.device
     for begin in range(0, len(order), batch):
@@ -143,13 +144,13 @@ def scores_of_rankings(
     model: Transformer,
     batches: Iterable[tuple[Batch, Sequence[PlacedRanking]]],
     device: torch.device,
-    group: dist.ProcessGroup | None,
+    data_ranks: dist.ProcessGroup | None,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[int, np.ndarray]:
     """Returns the scores of each ranking, (K,) float32 by its number, the same on every rank (collective).
 
     Args:
-        group: the ranks that hold other rankings than this one.
+        data_ranks: the ranks that hold other rankings than this one.
         alive: called after every batch.
     """
     scores_of_rank: dict[int, np.ndarray] = {}
@@ -158,13 +159,13 @@ def scores_of_rankings(
         scores_of_rank |= {ranking.document: score_N[ranking.places] for ranking in placed}
         alive()
 
-    gathered: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, scores_of_rank, group=group)
+    gathered: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size(data_ranks)
+    dist.all_gather_object(gathered, scores_of_rank, group=data_ranks)
     scores = {number: score_K for part in gathered for number, score_K in part.items()}
     return dict(sorted(scores.items()))
 
 
-def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
+def with_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
     """Returns scores with their ranks or judgements; each judgement becomes a ranking of two, the better completion
     first.
 
@@ -178,6 +179,7 @@ def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -
         if len(verdict.ranks):
             scored.append(ScoredRanking(source, score_K, verdict.ranks, None))
             continue
+        # Judgements of a prompt need not form one order, so each is a ranking of two.
         for pair, margin in zip(verdict.judgements.astype(np.int64), verdict.margins, strict=True):
             scored.append(ScoredRanking(source, score_K[pair], better_first, float(margin)))
     return scored
@@ -195,19 +197,19 @@ def reward_metrics(scored: Sequence[ScoredRanking]) -> dict[str, float]:
     return metrics
 
 
-def agreement_figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str] = FIGURES) -> dict[str, float]:
-    """Returns `GROUP/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`).
+def agreement_figures(scored: Sequence[ScoredRanking], prefix: str, names: Sequence[str] = FIGURES) -> dict[str, float]:
+    """Returns `PREFIX/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`).
 
     Args:
         names: of FIGURES. One is missing where all completions are tied, except the calibration error, which is 0.
     """
-    metrics = _figures(scored, group, names, "")
+    metrics = _figures(scored, prefix, names, "")
     for source in sorted({ranking.source for ranking in scored}):
         part = [ranking for ranking in scored if ranking.source == source]
-        metrics |= _figures(part, group, names, f"_{source}")
+        metrics |= _figures(part, prefix, names, f"_{source}")
     for k in sorted({len(ranking.scores) for ranking in scored}):
         part = [ranking for ranking in scored if len(ranking.scores) == k]
-        metrics |= _figures(part, group, names, f"_k{k}")
+        metrics |= _figures(part, prefix, names, f"_k{k}")
     return metrics
 
 
@@ -227,11 +229,11 @@ def mean_loss(scored: Sequence[ScoredRanking]) -> float:
     return total / count
 
 
-def _figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str], suffix: str) -> dict[str, float]:
+def _figures(scored: Sequence[ScoredRanking], prefix: str, names: Sequence[str], suffix: str) -> dict[str, float]:
     score_PK, rank_PK, exists_PK = _padded(scored)
     figures = agreement(score_PK, rank_PK, exists_PK)
     figures["calibration_error"] = calibration_error(score_PK, rank_PK, exists_PK)
-    return {f"{group}/{name}{suffix}": figure for name, figure in figures.items() if name in names}
+    return {f"{prefix}/{name}{suffix}": figure for name, figure in figures.items() if name in names}
 
 
 def _padded(scored: Sequence[ScoredRanking]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

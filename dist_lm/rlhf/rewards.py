@@ -1,7 +1,7 @@
 """The reward of a completion: scores of rules, a reward model's score, and their weighted sum.
 
 Rules run on the first rank, which holds the rollouts. A rollout on which a rule fails has no score: it leaves the
-iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `share_scored` gives
+iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `share_usable` gives
 every rank the remaining rollouts with their scores.
 
 Dimensions: D rollouts drawn, B of these that have a score.
@@ -20,14 +20,14 @@ import torch.distributed as dist
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
-from dist_lm.rlhf.rollouts import WHOLE, JudgedRollouts, Rollouts
+from dist_lm.rlhf.rollouts import WHOLE, Rollouts, ScoredRollouts
 from dist_lm.rlhf.rules import (
     Alive,
     Failure,
     FunctionRule,
-    Judged,
     RewardError,
     Rule,
+    RuleInput,
     Score,
     TestsRule,
     length_rule,
@@ -123,7 +123,7 @@ class Judge:
         """
         for rule in self._beside_generation:
             rule.begin(
-                Judged(
+                RuleInput(
                     **self._texts(list(request.prompt), list(answer.tokens)),
                     new_tokens=len(answer.tokens),
                     whole=answer.finish in WHOLE,
@@ -132,7 +132,7 @@ class Judge:
                 )
             )
 
-    def __call__(self, rollouts: Rollouts, expected: int = 0) -> JudgedRollouts:
+    def __call__(self, rollouts: Rollouts, expected: int = 0) -> ScoredRollouts:
         """Returns the rollouts with their score under every rule; NaN where the rule failed.
 
         Args:
@@ -142,10 +142,10 @@ class Judge:
             RewardError: rules failed on more of them than `max_failed_fraction` allows.
         """
         if not self._rules:
-            return JudgedRollouts(rollouts, {})
+            return ScoredRollouts(rollouts, {})
 
         judged = [
-            Judged(
+            RuleInput(
                 **self._texts(rollout.prompt.tolist(), rollout.completion.tolist()),
                 new_tokens=len(rollout.completion),
                 whole=rollout.whole,
@@ -176,7 +176,7 @@ class Judge:
                         f"no score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise "
                         "that"
                     )
-        return JudgedRollouts(rollouts, score_of_rule)
+        return ScoredRollouts(rollouts, score_of_rule)
 
     def _texts(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, str]:
         text = self._decode(prompt)
@@ -253,7 +253,7 @@ def refuse_void(
 
 
 @dataclass(frozen=True)
-class Scored:
+class UsableRollouts:
     """The rollouts with a score under every rule, the same on every rank."""
 
     rollouts: Rollouts
@@ -269,7 +269,7 @@ class Scored:
         return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed} if failed else {}
 
 
-def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
+def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRollouts:
     """Returns the first rank's rollouts with a score under every rule, on every rank (collective).
 
     Args:
@@ -289,7 +289,7 @@ def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
         kept_D &= np.abs(score_D) <= LARGEST_REWARD  # rollouts of older releases are pending with larger ones
     if some and not kept_D.any():
         raise RewardError(f"none of the {len(drawn)} completions of an iteration has a score (rlhf.rewards)")
-    return Scored(
+    return UsableRollouts(
         rollouts=drawn if kept_D.all() else drawn.chosen(kept_D),
         rule_score_B={name: torch.from_numpy(score_D[kept_D]).float() for name, score_D in scores.items()},
         kept_D=kept_D,

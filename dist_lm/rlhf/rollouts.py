@@ -222,7 +222,7 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class JudgedRollouts:
+class ScoredRollouts:
     """Rollouts and their scores under the rules of the reward."""
 
     rollouts: Rollouts
@@ -234,19 +234,19 @@ class JudgedRollouts:
         """Number of prompts drawn."""
         return len(np.unique(self.rollouts.position_B)) + self.left_out
 
-    def of_prompts(self, position_P: np.ndarray, left_out: int) -> "JudgedRollouts":
+    def of_prompts(self, position_P: np.ndarray, left_out: int) -> "ScoredRollouts":
         """Returns the rollouts of the prompts at these positions."""
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
-        return JudgedRollouts(self.rollouts.chosen(chosen_B), scores, left_out)
+        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, left_out)
 
 
-def concatenated(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
+def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
     """Returns all rollouts, in the order of the parts; each part has scores under the same rules."""
     names = vars(parts[0].rollouts)
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
-    return JudgedRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts))
+    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts))
 
 
 def requests_of(
@@ -274,6 +274,7 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 
+    # Sets have different sizes, so they are one array of bytes with the size of each.
     token_sets = [packed for answer in answers for packed in answer.sets]
 
     def column(values: list[int]) -> np.ndarray:

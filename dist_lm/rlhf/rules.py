@@ -43,7 +43,7 @@ class RewardError(UserError):
 
 
 @dataclass(frozen=True)
-class Judged:
+class RuleInput:
     """The text of a rollout and the facts that a rule may use; it has no score yet."""
 
     prompt: str  # as the model sees it, without the names of special tokens; the key of its tests
@@ -68,7 +68,7 @@ Score = float | Failure
 class Rule(Protocol):
     """One part of the reward. It may keep processes between calls, which `close` ends."""
 
-    def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+    def __call__(self, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
         """Yields a finite number or a failure for each completion, in order.
 
         Raises:
@@ -88,9 +88,9 @@ class Rule(Protocol):
 class TextRule:
     """A `Rule` that is a plain function."""
 
-    score: Callable[[Judged], Score]
+    score: Callable[[RuleInput], Score]
 
-    def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+    def __call__(self, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
         for rollout in judged:
             alive()
             yield self.score(rollout)
@@ -114,7 +114,7 @@ def parses_rule(language: str, of: str) -> TextRule:
         of: document (request and completion as one text) | completion.
     """
 
-    def score(judged: Judged) -> Score:
+    def score(judged: RuleInput) -> Score:
         if of == "document":
             verdict = parses_continued(language, judged.request, judged.completion, judged.whole)
         else:
@@ -150,7 +150,7 @@ class FunctionRule:
         self._loaded = False
         self._start()
 
-    def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+    def __call__(self, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
         """Yields the scores.
 
         Raises:
@@ -203,7 +203,7 @@ class FunctionRule:
         self._loaded = True
         return process
 
-    def _scores(self, process: JsonProcess, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+    def _scores(self, process: JsonProcess, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
         """Yields the scores up to the first completion that costs the process, which is a `Failure`; then the process
         is ended.
 
@@ -283,10 +283,10 @@ class TestsRule:
         self._limits = Limits(cpu_s=part.cpu_s, wall_s=part.wall_s)
         self._open_sandboxes = partial(sandboxes, part.workers, trust_me)
         self._sandboxes: Sandboxes | None = None
-        self._running: dict[Judged, Future[Verdict]] = {}
+        self._running: dict[RuleInput, Future[Verdict]] = {}
         log.info("%s: %s", key, fences(trust_me).describe())
 
-    def begin(self, judged: Judged) -> None:
+    def begin(self, judged: RuleInput) -> None:
         """Starts the program of a completion that will be judged later; the first call opens the sandboxes.
 
         Raises:
@@ -294,7 +294,7 @@ class TestsRule:
         """
         self._running[judged] = self._submit(judged)
 
-    def __call__(self, judged: Sequence[Judged], alive: Alive) -> Iterator[Score]:
+    def __call__(self, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
         """Yields the share of tests passed, or 1 only if all are.
 
         Raises:
@@ -311,7 +311,7 @@ class TestsRule:
         if sandboxes is not None:
             sandboxes.__exit__()
 
-    def _submit(self, judged: Judged) -> Future[Verdict]:
+    def _submit(self, judged: RuleInput) -> Future[Verdict]:
         task = self._tasks.get(judged.prompt)
         if task is None:
             raise RewardError(f"{self._key}: no tests for the prompt {judged.prompt!r:.200}")

@@ -24,14 +24,14 @@ import numpy as np
 
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, concatenated, read_to_end
+from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, ScoredRollouts, concatenated, read_to_end
 
 Work = TypeVar("Work")
 Draw = Callable[[int], Rollouts]
 """position of the first prompt -> the rollouts of an iteration, by the weights that the source has."""
-Judging = Callable[[Rollouts], JudgedRollouts]
+Judging = Callable[[Rollouts], ScoredRollouts]
 """The rollouts of an iteration with their scores under the rules."""
-DrawJudged = Callable[[int], JudgedRollouts]
+DrawScored = Callable[[int], ScoredRollouts]
 """Draws and scores in one call: `SamplingAgain` needs this, because scores decide which prompts it draws next."""
 DrawPrompts = Callable[[int, int], Rollouts]
 """(position of the first prompt, number of prompts) -> their rollouts, by the weights that the source has."""
@@ -39,9 +39,9 @@ DrawPrompts = Callable[[int, int], Rollouts]
 
 @dataclass(frozen=True)
 class Drawn:
-    """Judged rollouts, and the seconds that drawing and judging took."""
+    """Rollouts with their scores, and the seconds that drawing and judging took."""
 
-    judged: JudgedRollouts
+    scored: ScoredRollouts
     drawing_s: float
     judging_s: float
 
@@ -54,7 +54,7 @@ def is_drawn_by(version: int, staleness: int, iterations: int) -> bool:
 class RolloutSchedule:
     """Draws rollouts from a source, on the rank that has it. A context manager; leaving it ends its threads.
 
-    With staleness 0 there are no threads: rollouts are drawn and judged when they are taken.
+    With staleness 0 there are no threads: rollouts are drawn and scored when they are taken.
     """
 
     def __init__(
@@ -66,25 +66,26 @@ class RolloutSchedule:
         staleness: int,
         iterations: int,
         prompts: int,
-        draw_judged: DrawJudged | None = None,
+        draw_scored: DrawScored | None = None,
     ) -> None:
         """
         Args:
             iterations: length of the whole run; nothing is drawn for later ones.
             prompts: number of prompts of a `draw`.
-            draw_judged: replaces `draw` and `judge`.
+            draw_scored: replaces `draw` and `judge`.
         """
         self._source, self._draw, self._judge = source, draw, judge
-        self._prompts, self._draw_judged = prompts, draw_judged
+        self._prompts, self._draw_scored = prompts, draw_scored
         # position of the next prompt; only the code that draws reads and moves it
         self._position = 0
         self._staleness, self._iterations = staleness, iterations
         self._drawn: dict[int, Callable[[], Drawn]] = {}
-        self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
-        self._rules = ThreadPoolExecutor(1, "rules") if staleness else None
+        self._thread = self._rules = None
+        if staleness:
+            self._thread, self._rules = ThreadPoolExecutor(1, "rollouts"), ThreadPoolExecutor(1, "rules")
 
     def begin(
-        self, version: int, weights: WeightStream, pending: Mapping[int, JudgedRollouts], position: int = 0
+        self, version: int, weights: WeightStream, pending: Mapping[int, ScoredRollouts], position: int = 0
     ) -> None:
         """Starts, or resumes, with the weights of `version`; `pending` rollouts are taken over and not drawn again.
 
@@ -93,16 +94,15 @@ class RolloutSchedule:
 
         Args:
             weights: read to the end.
-            pending: judged rollouts by iteration.
+            pending: rollouts with their scores, by iteration.
             position: position of the first prompt of iteration `version`.
         """
-        self._position = position + sum(judged.prompts for judged in pending.values())
-        for iteration, judged in pending.items():
+        self._position = position + sum(scored.prompts for scored in pending.values())
+        for iteration, scored in pending.items():
             # A checkpoint of an old release has rollouts without scores, or with scores out of fp32's range.
-            is_scored = bool(judged.scores) and not any(
-                (np.abs(score_B) > LARGEST_REWARD).any() for score_B in judged.scores.values()
-            )
-            scored = judged if is_scored else self._judge(judged.rollouts)
+            is_in_range = all((np.abs(score_B) <= LARGEST_REWARD).all() for score_B in scored.scores.values())
+            if not scored.scores or not is_in_range:
+                scored = self._judge(scored.rollouts)
             self._drawn[iteration] = partial(Drawn, scored, 0.0, 0.0)
 
         ahead = range(version, min(version + self._staleness + 1, self._iterations))
@@ -112,7 +112,7 @@ class RolloutSchedule:
         """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`, as `begin` tells."""
         self._submit(version, weights, [version + self._staleness])
 
-    def beside(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
+    def queue(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
         """Queues `work`, which uses the source, behind the rollouts that are queued already; returns a function that
         waits for its result.
 
@@ -129,11 +129,14 @@ class RolloutSchedule:
             outcome = work()
             return lambda: outcome
 
-        held_weights = None if weights is None else self._source.hold(weights)
+        # The thread may still draw with older weights, so the new ones wait their turn there.
+        load = None
+        if weights is not None:
+            load = partial(self._source.load_weights, self._source.hold(weights), version)
 
         def load_and_work() -> Work:
-            if held_weights is not None:
-                self._source.load_weights(held_weights, version)
+            if load:
+                load()
             return work()
 
         return self._thread.submit(load_and_work).result
@@ -147,14 +150,14 @@ class RolloutSchedule:
         """
         return self._drawn.pop(iteration)()
 
-    def ahead(self, version: int) -> dict[int, JudgedRollouts]:
+    def ahead(self, version: int) -> dict[int, ScoredRollouts]:
         """Waits for the rollouts that are drawn but not yet taken and that come from weights older than `version`.
 
         Returns them by iteration; they can still be taken. A checkpoint at `version` keeps them, because its own
         weights would draw others.
         """
         older = range(version, version + self._staleness)
-        return {iteration: drawn().judged for iteration, drawn in sorted(self._drawn.items()) if iteration in older}
+        return {iteration: drawn().scored for iteration, drawn in sorted(self._drawn.items()) if iteration in older}
 
     def __enter__(self) -> Self:
         return self
@@ -179,14 +182,12 @@ class RolloutSchedule:
             self._source.load_weights(weights, version)
 
         for iteration in iterations:
-            if self._draw_judged:
-                work = partial(self._timed_in_one, self._draw_judged, load)
-                self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
-            elif self._thread and self._rules:
-                draw = self._thread.submit(partial(self._timed, load)).result
-                self._drawn[iteration] = self._rules.submit(self._judged, draw).result
+            if self._draw_scored:
+                self._drawn[iteration] = _started(self._thread, partial(self._timed_in_one, self._draw_scored, load))
             else:
-                self._drawn[iteration] = partial(self._judged, partial(self._timed, load))
+                # Scoring waits for drawing in a thread of its own, so the next rollouts are drawn meanwhile.
+                draw = _started(self._thread, partial(self._timed, load))
+                self._drawn[iteration] = _started(self._rules, partial(self._scored, draw))
             load = None
 
     def _timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
@@ -198,20 +199,25 @@ class RolloutSchedule:
         self._position += self._prompts
         return rollouts, time.perf_counter() - started
 
-    def _judged(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
+    def _scored(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
         """Returns the rollouts of `draw` with their scores and the seconds of both."""
         rollouts, drawing_s = draw()
         started = time.perf_counter()
-        judged = self._judge(rollouts)
-        return Drawn(judged, drawing_s, time.perf_counter() - started)
+        scored = self._judge(rollouts)
+        return Drawn(scored, drawing_s, time.perf_counter() - started)
 
-    def _timed_in_one(self, draw: DrawJudged, load: Callable[[], None] | None) -> Drawn:
+    def _timed_in_one(self, draw: DrawScored, load: Callable[[], None] | None) -> Drawn:
         started = time.perf_counter()
         if load:
             load()
-        judged = draw(self._position)
-        self._position += judged.prompts
-        return Drawn(judged, time.perf_counter() - started, 0.0)
+        scored = draw(self._position)
+        self._position += scored.prompts
+        return Drawn(scored, time.perf_counter() - started, 0.0)
+
+
+def _started(threads: ThreadPoolExecutor | None, work: Callable[[], Work]) -> Callable[[], Work]:
+    """Starts `work` in a thread and returns a function that waits for it; without threads, `work` itself."""
+    return threads.submit(work).result if threads else work
 
 
 # --- sampling again ---
@@ -234,14 +240,14 @@ class SamplingAgain:
     """
 
     draw: DrawPrompts
-    judge: Callable[[Rollouts], JudgedRollouts]
+    judge: Callable[[Rollouts], ScoredRollouts]
     parts: Mapping[str, RewardPartConfig]
     prompts: int  # prompts of an iteration
     rounds: int  # largest number of draws
 
-    def __call__(self, position: int) -> JudgedRollouts:
+    def __call__(self, position: int) -> ScoredRollouts:
         """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on."""
-        rounds: list[JudgedRollouts] = []
+        rounds: list[ScoredRollouts] = []
         informative: list[int] = []  # positions of prompts whose group has a signal
         n_drawn = 0
         for _ in range(self.rounds):
@@ -253,24 +259,24 @@ class SamplingAgain:
             informative += positions_with_signal(rounds[-1], self.parts)
 
         # An iteration has its full number of prompts even if too few groups have a signal.
-        drawn = [int(prompt) for judged in rounds for prompt in np.unique(judged.rollouts.position_B)]
+        drawn = [int(prompt) for scored in rounds for prompt in np.unique(scored.rollouts.position_B)]
         without_signal = [prompt for prompt in drawn if prompt not in set(informative)]
         chosen = [*informative, *without_signal[: self.prompts - len(informative)]]
         return concatenated(rounds).of_prompts(np.array(chosen), left_out=n_drawn - len(chosen))
 
 
-def positions_with_signal(judged: JudgedRollouts, parts: Mapping[str, RewardPartConfig]) -> list[int]:
+def positions_with_signal(scored: ScoredRollouts, parts: Mapping[str, RewardPartConfig]) -> list[int]:
     """Returns the positions of the prompts whose rollouts do not all have the same weighted sum of rule scores,
     ascending.
 
     Rollouts without a score do not count. With a reward model among the parts, it returns all prompts.
     """
-    position_B = judged.rollouts.position_B
-    has_reward_model = bool(set(parts) - set(judged.scores))
+    position_B = scored.rollouts.position_B
+    has_reward_model = bool(set(parts) - set(scored.scores))
     if has_reward_model:
         return [int(prompt) for prompt in np.unique(position_B)]
 
-    score_B = sum((part.weight * judged.scores[name] for name, part in parts.items()), np.zeros(len(position_B)))
+    score_B = sum((part.weight * scored.scores[name] for name, part in parts.items()), np.zeros(len(position_B)))
     positions = []
     for prompt in np.unique(position_B):
         group_scores = score_B[(position_B == prompt) & np.isfinite(score_B)]

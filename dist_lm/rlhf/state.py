@@ -9,7 +9,7 @@ import numpy as np
 
 from dist_lm.rlhf.config import RlhfConfig, not_null
 from dist_lm.rlhf.reward_model import RewardScale
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
+from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 
 SCORE = "score."  # prefix of the names of scores
 LEFT_OUT = "left_out"
@@ -39,7 +39,7 @@ class KlController:
 
 @dataclass(frozen=True)
 class RlhfState:
-    """Counters after the last finished iteration, and rollouts drawn and judged ahead for the next ones. Immutable."""
+    """Counters after the last finished iteration, and rollouts drawn and scored ahead for the next ones. Immutable."""
 
     kl: KlController
     iteration: int = 0  # finished iterations; also the version of the policy's weights
@@ -50,7 +50,7 @@ class RlhfState:
     reward_scale: RewardScale | None = None  # None: not measured yet
     best_reward: float | None = None  # largest rlhf/reward_mean of an iteration
     best_iteration: int = 0
-    pending: Mapping[int, JudgedRollouts] = field(default_factory=dict)  # by iteration: drawn, not trained on yet
+    pending: Mapping[int, ScoredRollouts] = field(default_factory=dict)  # by iteration: drawn, not trained on yet
 
     @property
     def version(self) -> int:
@@ -67,11 +67,11 @@ class RlhfState:
         """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores; empty if there are
         none."""
         arrays = {}
-        for iteration, judged in self.pending.items():
-            for name, array in vars(judged.rollouts).items():
+        for iteration, scored in self.pending.items():
+            for name, array in vars(scored.rollouts).items():
                 arrays[f"{iteration}.{name}"] = array
-            arrays[f"{iteration}.{LEFT_OUT}"] = np.array([judged.left_out])
-            for part, score_B in judged.scores.items():
+            arrays[f"{iteration}.{LEFT_OUT}"] = np.array([scored.left_out])
+            for part, score_B in scored.scores.items():
                 arrays[f"{iteration}.{SCORE}{part}"] = score_B
         return arrays
 
@@ -90,7 +90,7 @@ class RlhfState:
             columns = {name: array for name, array in named.items() if not name.startswith(SCORE)}
             # Checkpoints of old releases have no such array.
             left_out = columns.pop(LEFT_OUT, np.zeros(1, np.int64))
-            pending[iteration] = JudgedRollouts(Rollouts(**columns), scores, int(left_out[0]))
+            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(left_out[0]))
 
         scale = values["reward_scale"]
         reward_scale = RewardScale(**scale) if scale else None

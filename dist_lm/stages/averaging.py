@@ -28,7 +28,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.importing.snapshot import write_checkpoint
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.arguments import Opening
+from dist_lm.stages.training.arguments import DataArguments
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
@@ -59,22 +59,24 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
 
     newest = files.find_checkpoint(run.path)
-    checkpoints = [newest] if ema else files.steps_in(newest.parent)[-last:]
+    kind, prefix, checkpoints = "ema", "ema", [newest]
+    if not ema:
+        kind, prefix, checkpoints = "mean", f"last_{last}", files.steps_in(newest.parent)[-last:]
     accepted = f"at most {len(checkpoints)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
     require(len(checkpoints) >= last, "--last", last, accepted)
+    # A damaged checkpoint would go unnoticed in the mean.
     for checkpoint in checkpoints:
         files.require_intact(checkpoint)
 
-    kind = "ema" if ema else f"last_{last}"
-    folder = run.averages / f"{kind}_{newest.name}"
+    folder = run.averages / f"{prefix}_{newest.name}"
     if folder.exists():
         raise ArtefactError(f"{folder} exists: use it, or remove it first")
 
     tensors = exponential(newest) if ema else mean_of(checkpoints)
     write_average(folder, tensors, newest, model_config_of(newest))
-    record = {"of": [checkpoint.name for checkpoint in checkpoints], "kind": "ema" if ema else "mean", "metrics": {}}
+    record = {"of": [checkpoint.name for checkpoint in checkpoints], "kind": kind, "metrics": {}}
     durable.write_json(folder / files.AVERAGE, record)
-    console.print(f"{folder}: {record['kind']} of {', '.join(record['of'])}", soft_wrap=True)
+    console.print(f"{folder}: {kind} of {', '.join(record['of'])}", soft_wrap=True)
 
     if device and can_be_measured(run):
         metrics = evaluated(run, {PLAIN: newest, folder.name: folder}, device)
@@ -129,7 +131,7 @@ def write_average(folder: Path, tensors: Mapping[str, ComputedTensor], newest: P
         # the folder lies as deep in the run as a checkpoint, so the path to a base of adapters stays right
         write_checkpoint(temporary, tensors, model, state, files.read_adapters(newest))
         (temporary / files.step_name(state.step)).rename(folder)
-        durable.fsync_directory(folder.parent)
+        durable.fsync(folder.parent)
     except OSError as error:
         raise ArtefactError(f"{folder}: could not be written ({error}); free space or repair the folder") from error
     finally:
@@ -160,9 +162,10 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
     try:
         group = dist.group.WORLD
         assert group is not None
-        opening = Opening(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
-        evaluate = training_stage(config.stage.name).open_data(opening).evaluate
+        arguments = DataArguments(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
+        evaluate = training_stage(config.stage.name).open_data(arguments).evaluate
 
+        # One model takes the weights of one checkpoint after the other, so only one copy is in memory.
         model = Transformer(config.model).to(world.device)
         model.document_mask = config.stage.document_mask
         metrics = {}

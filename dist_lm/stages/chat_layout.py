@@ -41,8 +41,10 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
     # Templates that print the date would lay out a corpus differently tomorrow: the day of the import stays.
     today = datetime.now().astimezone().date().isoformat()
     template = KeptTemplate(text, tuple(sorted(special_tokens_of(folder).items())), today)
-    (opening,) = tokenizer.pieces([tokenizer.opening.first])
-    return None if is_ours(template, opening) else template
+    (first_token,) = tokenizer.pieces([tokenizer.first_token.id])
+    if is_ours(template, first_token):
+        return None
+    return template
 
 
 def given_template(config: TokenizerConfig) -> KeptTemplate | None:
@@ -59,20 +61,21 @@ def given_template(config: TokenizerConfig) -> KeptTemplate | None:
     return KeptTemplate.read(path if path.is_dir() else path.parent)
 
 
+# A command asks several times, and the answer takes a download and hundreds of renderings.
 @lru_cache(maxsize=2)
 def _of_snapshot(source: str, content: bytes) -> KeptTemplate | None:
     return kept_template(folder_of(source, weights=False), Tokenizer(content, source))
 
 
-def is_ours(template: KeptTemplate, opening: str) -> bool:
+def is_ours(template: KeptTemplate, first_token: str) -> bool:
     """Returns whether a template lays out `CONVERSATIONS` conversations as ours does, byte for byte.
 
     Args:
-        opening: the name of the token that opens documents.
+        first_token: the name of the token that opens documents.
     """
     # Templates are programs: only their output tells whether two are the same.
     for conversation in islice(conversations(), CONVERSATIONS):
-        ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, opening)
+        ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, first_token)
         try:
             if text_of(conversation, template, texts_as_json=True) != ours:
                 return False

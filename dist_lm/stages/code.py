@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.root import TRUST_ME
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training.arguments import Closing
+from dist_lm.stages.training.arguments import EvaluationArguments
 from dist_lm.tracking.readable import percent
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Code(TextStage):
     name = "code"
     starts_from = "language"
 
-    def after_training(self, closing: Closing) -> dict[str, float]:
+    def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         """Samples the model, runs the samples in the sandbox and writes them (collective). Returns shares, the same on
         every rank.
 
@@ -34,22 +34,22 @@ class Code(TextStage):
         from dist_lm.sandbox.syntax import parses_continued
         from dist_lm.stages.sampling import sample_prompts, write_samples
 
-        samples = sample_prompts(closing)
+        samples = sample_prompts(arguments)
         # stage.sampling.samples_per_prompt=0.
         if not samples:
             return {}
 
         # The first rank judges for all: programs of models run in one sandbox, not in one per rank.
         verdicts: list[dict[str, Any]] = [{}] * len(samples)
-        if closing.world.is_first:
+        if arguments.world.is_first:
             parsed = [
                 parses_continued(sample.language, sample.prompt, sample.completion, sample.finished)
                 for sample in samples
             ]
-            passed = runs(samples, parsed, trust_me=closing.config.sandbox == TRUST_ME)
+            passed = runs(samples, parsed, trust_me=arguments.config.sandbox == TRUST_ME)
             verdicts = [{"parses": parses, "runs": ran} for parses, ran in zip(parsed, passed, strict=True)]
         dist.broadcast_object_list(verdicts)
-        write_samples(closing, [asdict(sample) | verdict for sample, verdict in zip(samples, verdicts, strict=True)])
+        write_samples(arguments, [asdict(sample) | verdict for sample, verdict in zip(samples, verdicts, strict=True)])
 
         # A sample without a verdict (None) counts neither as right nor as wrong.
         verdicts_of: dict[str, list[bool]] = {}

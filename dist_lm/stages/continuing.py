@@ -74,6 +74,7 @@ def require_same_settings(
     Raises:
         ConfigError: names the run and each key as the command gives it (`stage.KEY` or `stages.NAME.KEY`).
     """
+    # Without output there is nothing that other settings would contradict.
     if not (run.config.exists() and has_output(run)):
         return
     recorded = load_config(run.config)
@@ -180,6 +181,7 @@ def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int
     for step in range(steps):
         if stage_rate(before, step) != stage_rate(after, step):
             return step
+        # The momentum of Muon follows the schedule too.
         if muon_momentum(before, step) != muon_momentum(after, step):
             return step
     return None
@@ -203,16 +205,17 @@ def with_start(stage: Stage, config: Config) -> Config:
 
         init_from = str(imported_run(config).path.resolve())
     if init_from == "auto":
-        work = WorkDirectory(Path(config.work_dir).resolve())
-        init_from = str(work.run(stage.starts_from, config.run_id).path) if stage.starts_from else "none"
+        init_from = "none"
+        if stage.starts_from:
+            init_from = str(WorkDirectory(Path(config.work_dir).resolve()).run(stage.starts_from, config.run_id).path)
     return replace(config, stage=replace(config.stage, init_from=init_from))
 
 
 def with_branch(config: Config) -> Config:
     """`config` with stage.branch_from as an absolute path, and stage.init_from of the run that it names."""
     path = Path(config.stage.branch_from).expanduser().resolve()
-    run = _run_at(path)
-    init_from = load_config(run.config).stage.init_from if run and run.config.is_file() else "none"
+    origin_config = _config_at(path)
+    init_from = origin_config.stage.init_from if origin_config else "none"
     return replace(config, stage=replace(config.stage, branch_from=str(path), init_from=init_from))
 
 
@@ -226,10 +229,14 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))
-    origin_run = _run_at(start) if start.parent.name == "checkpoints" else None
-    origin_config = load_config(origin_run.config) if origin_run and origin_run.config.is_file() else None
+    # An average lies in a run too, but only a checkpoint of the run has the state that a branch continues.
+    origin_config = None
+    if start.parent.name == "checkpoints":
+        origin_config = _config_at(start)
     if origin_config is None or origin_config.stage.name != config.stage.name:
-        kind = f"a run of stage={origin_config.stage.name}" if origin_config else "a checkpoint without its run"
+        kind = "a checkpoint without its run"
+        if origin_config:
+            kind = f"a run of stage={origin_config.stage.name}"
         raise ConfigError(
             f"stage.branch_from={branch_from}: {kind}; expected RUN@STEP of stage={config.stage.name}: a branch "
             "continues a run. stage.init_from begins a run with the weights of any checkpoint"
@@ -249,6 +256,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
             "weights alone"
         )
 
+    # A branch continues at the step of its start, with at least one step to take.
     accepted = f"more than {state.step}, the steps of {branch_from}"
     require(config.stage.steps > state.step, "stage.steps", config.stage.steps, accepted)
     steps_left = config.stage.steps - state.step
@@ -270,6 +278,7 @@ def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model or tokenizer.
     """
+    # The weights are not there yet, but the shape of the model can be compared already.
     if init_from.startswith(HF) and IMPORT in rebuilt:
         from dist_lm.interop.snapshot import named_model
 
@@ -315,5 +324,13 @@ def _run_at(path: Path) -> RunDirectory | None:
     name, at, step = str(path).rpartition("@")
     if at and step.isdecimal() and not path.exists():
         path = Path(name)
-    candidates = (path, path.parent, path.parents[1]) if len(path.parents) > 1 else ()
+    candidates = (path, *path.parents[:2])
     return next((RunDirectory(folder) for folder in candidates if (folder / "checkpoints").is_dir()), None)
+
+
+def _config_at(path: Path) -> Config | None:
+    """The configuration of the run at `path`; None if there is no run, or it recorded none."""
+    run = _run_at(path)
+    if run is None or not run.config.is_file():
+        return None
+    return load_config(run.config)

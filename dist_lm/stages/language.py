@@ -3,17 +3,17 @@
 from dataclasses import asdict
 
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training.arguments import Closing
+from dist_lm.stages.training.arguments import EvaluationArguments
 
 
 class Language(TextStage):
     name = "language"
 
-    def after_training(self, closing: Closing) -> dict[str, float]:
+    def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         """Write samples."""
         from dist_lm.stages.sampling import sample_prompts, write_samples
 
-        write_samples(closing, [asdict(sample) for sample in sample_prompts(closing)])
+        write_samples(arguments, [asdict(sample) for sample in sample_prompts(arguments)])
         return {}
 
 

@@ -38,6 +38,7 @@ OWN = {
 
 @cache
 def _added() -> dict[str, str]:
+    # An installed dist_lm has entry points for its own stages too: `OWN` names those.
     return {point.name: point.value for point in entry_points(group=GROUP) if point.name not in OWN}
 
 
@@ -70,6 +71,7 @@ def stage_named(name: str) -> Stage:
     if getattr(stage, "name", None) != name:
         raise ConfigError(f"{where}: expected {attribute}.name = {name!r}, found {getattr(stage, 'name', None)!r}")
 
+    # Without `conf` the message names the folder that it should be.
     folder = stage.conf or Path(str(importlib.import_module(module).__file__)).parent / "conf"
     file = folder / "stage" / f"{name}.yaml"
     if not stage.conf or not file.is_file():
@@ -90,4 +92,5 @@ def added_conf() -> list[Path]:
 
 def load_config(path: Path) -> Config:
     """Read a run's `config.yaml`; types and bounds are checked again."""
+    # Only the stage that wrote the file knows the types of its keys.
     return read_config(path, stage_named(OmegaConf.load(path).stage.name).schema)

@@ -12,7 +12,7 @@ from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams, only_answers
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.stages.training.arguments import Closing
+from dist_lm.stages.training.arguments import EvaluationArguments
 from dist_lm.storage import durable
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Sample:
     finished: bool  # ended with end-of-text, not at max_new_tokens
 
 
-def sample_prompts(closing: Closing) -> list[Sample]:
+def sample_prompts(arguments: EvaluationArguments) -> list[Sample]:
     """Returns samples for every prompt of stage.sampling, in order of languages; empty if there are no prompts.
 
     Ranks share the work and all get every sample (collective). The seed of a sample is its index.
@@ -41,7 +41,7 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         RequestError: a prompt does not fit the context.
         ArtefactError: the model's logits are not numbers.
     """
-    stage: Any = closing.config.stage  # callers are stages that end with samples
+    stage: Any = arguments.config.stage  # callers are stages that end with samples
     config: SamplesConfig = stage.sampling
     prompts = [
         (language, prompt)
@@ -52,7 +52,7 @@ def sample_prompts(closing: Closing) -> list[Sample]:
     if not prompts:
         return []
 
-    tokenizer = closing.tokenizer
+    tokenizer = arguments.tokenizer
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -63,7 +63,7 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         Request(str(index), tokenizer.encode_prompt(prompt), params, seed=index)
         for index, (_, prompt) in enumerate(prompts)
     ]
-    answers = answer_all(closing, requests, "stage.sampling")
+    answers = answer_all(arguments, requests, "stage.sampling")
 
     samples = []
     for index, answer in enumerate(answers):
@@ -74,7 +74,7 @@ def sample_prompts(closing: Closing) -> list[Sample]:
 
 
 def answer_all(
-    closing: Closing, requests: list[Request], name: str, initial: LoadedModel | None = None
+    arguments: EvaluationArguments, requests: list[Request], name: str, initial: LoadedModel | None = None
 ) -> list[Answer]:
     """Returns the answer to each request, in order. Ranks share the work, and every rank gets all answers (collective).
 
@@ -89,24 +89,25 @@ def answer_all(
         RequestError: a request does not fit the context.
         ArtefactError: the model's logits are not numbers.
     """
+    # An engine would gather the whole model for nothing.
     if not requests:
         return []
 
     # A whole copy on each rank: engines do not know the layout of training.
-    model = initial or closing.model()
+    model = initial or arguments.model()
     weights = model.weights if isinstance(model, LoadedModel) else dict(model.named_parameters())
-    device = closing.world.device
+    device = arguments.world.device
     engine = Engine(
         model.config,
         weights,
-        eot_id=closing.tokenizer.eot_id,
+        eot_id=arguments.tokenizer.eot_id,
         options=EngineOptions(cache_tokens=max(CACHE_TOKENS, model.config.max_seq_len)),
-        dtype=generation_dtype(closing.config.parallel, device),
+        dtype=generation_dtype(arguments.config.parallel, device),
         device=device,
     )
     # The engine holds its own weights.
     del model, weights
-    return list(only_answers(shared_answers(engine, requests, closing.world, closing.alive), name))
+    return list(only_answers(shared_answers(engine, requests, arguments.world, arguments.alive), name))
 
 
 def shared_answers(
@@ -126,6 +127,7 @@ def shared_answers(
         alive: called after each step of the engine.
         finished: gets the results of this rank as soon as they are there.
     """
+    # A share of every n-th request has about as many long answers as any other share.
     for request in requests[world.rank :: world.size]:
         engine.submit(request)
 
@@ -143,9 +145,11 @@ def shared_answers(
     return sorted((answer for answers in gathered for answer in answers), key=lambda answer: int(answer.request))
 
 
-def write_samples(closing: Closing, samples: Iterable[Mapping[str, Any]]) -> None:
+def write_samples(arguments: EvaluationArguments, samples: Iterable[Mapping[str, Any]]) -> None:
     """Write `samples/step_N.jsonl` on the first rank: one object per sample."""
-    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples] if closing.world.is_first else []
+    if not arguments.world.is_first:
+        return
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples]
     if lines:
-        path = closing.run.samples / f"step_{closing.step:08d}.jsonl"
+        path = arguments.run.samples / f"step_{arguments.step:08d}.jsonl"
         durable.write_text(path, "\n".join(lines) + "\n")

@@ -132,6 +132,7 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
         ConfigError: no corpus is configured.
     """
     chosen = own(config).corpora
+    # A file of corpora with a wrong indentation has none; without this, the stage would build nothing.
     if chosen is None and not config.corpus.corpora:
         raise ConfigError(
             f"corpus.corpora={{}}: corpus={config.corpus.name} has no corpus: expected NAME: [SOURCE, ...] below "
@@ -187,6 +188,7 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
 
         check_corpus(config, name)
         changes, unknown = _changed(config, name)
+        # Licences are corrected in place: a build would give the same tars.
         if not changes and list(read_manifest(corpus_path).licences) != _licences(config, name):
             changes = ["licences only"]
         if changes:
@@ -200,7 +202,10 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
     if missing:
         if ready:
             notes.insert(0, f"{', '.join(ready)} there")
-        return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
+        detail = f"corpora {', '.join(missing)}"
+        if notes:
+            detail += f" ({'; '.join(notes)})"
+        return Artefact(False, detail)
 
     counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
     return Artefact(True, "; ".join([f"corpora {', '.join(names) or '(none)'}: {amount(counts)}", *notes]))
@@ -330,7 +335,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     warning).
 
     Args:
-        texts: the split of the documents of texts.
+        texts: decides the splits of the corpora of texts.
 
     Raises:
         ArtefactError: the sources give fewer documents than the finished tars hold.
@@ -345,7 +350,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
     if heads and is_dropped_for_inputs(work.corpus(name), recipe):
         console.warning(
-            f"corpus {name} is built from its begin: inputs changed after an earlier build began. `revision` of a "
+            f"corpus {name} is built from the beginning: inputs changed after an earlier build began. `revision` of a "
             f"source keeps it at one commit; those read now: {', '.join(heads)}"
         )
 
@@ -370,6 +375,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
             split, source = origins.popleft()
+            # Documents of train come first, so the first of val completes the tars of train.
             if split == "val":
                 writer.finish_split("train")
             writer.write(split, document, source)
@@ -409,7 +415,8 @@ def recipe_of(config: Config, name: str) -> Recipe:
 def text_fingerprint(config: Config) -> dict[str, Any]:
     """Returns the settings that the texts of all corpora depend on.
 
-    All corpora of texts share a fingerprint, because a text of one keeps a similar text out of another's val.
+    All corpora of texts share a fingerprint, because a train text of one corpus drops the val text of another corpus
+    that it contains.
     """
     return _fingerprint(config, text_corpora(config.corpus))
 
@@ -457,16 +464,23 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
+    # Sorted, because equal settings must have one digest.
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def in_brief(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How the settings of a fingerprint differ from those `before`, in brackets; empty where these are not known."""
-    changes = differences(before, json.loads(json.dumps(now))) if before else []
+    if not before:
+        return ""
+    # Fingerprints are stored as JSON, so the present one is compared in that form: tuples are lists there.
+    changes = differences(before, json.loads(json.dumps(now)))
     if not changes:
         return ""
-    more = f"; {len(changes) - NAMED_DIFFERENCES} more" if len(changes) > NAMED_DIFFERENCES else ""
-    return f" ({'; '.join(changes[:NAMED_DIFFERENCES])}{more})"
+
+    named = list(changes[:NAMED_DIFFERENCES])
+    if len(changes) > NAMED_DIFFERENCES:
+        named.append(f"{len(changes) - NAMED_DIFFERENCES} more")
+    return f" ({'; '.join(named)})"
 
 
 STAGE = Shards()

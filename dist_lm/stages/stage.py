@@ -40,7 +40,7 @@ class Action(Enum):
     RESUME = "continue"
 
 
-class Place(Enum):
+class RunsIn(Enum):
     """The processes that a stage runs in."""
 
     LAUNCHER = "launcher"  # `build` in the launcher's process
@@ -82,7 +82,7 @@ class Stage(ABC):
             cls.needs = (*cls.needs, cls.starts_from)
 
     name: ClassVar[str]
-    place: ClassVar[Place]
+    runs_in: ClassVar[RunsIn]
     schema: ClassVar[type[Config]] = Config  # the stage's own keys are fields of `schema`'s `stage` group
     needs: ClassVar[tuple[str, ...]] = ()  # stages whose output it reads; `starts_from` is added
     starts_from: ClassVar[str | None] = None  # stage whose checkpoint `stage.init_from=auto` names
@@ -101,6 +101,7 @@ class Stage(ABC):
         """Returns `needed`; with stage.init_from=hf:..., stage `import` replaces `starts_from`."""
         needed = self.needed(config)
         if getattr(config.stage, "init_from", "").startswith(HF):
+            # The imported weights stand in for those of the stage before.
             return (IMPORT, *(stage for stage in needed if stage != self.starts_from))
         return needed
 
@@ -155,7 +156,7 @@ class Stage(ABC):
 class ArtefactStage(Stage):
     """A stage that builds files in the launcher's process. All runs of a work directory share these files."""
 
-    place = Place.LAUNCHER
+    runs_in = RunsIn.LAUNCHER
 
     @abstractmethod
     def inspect(self, config: Config) -> "Artefact":
@@ -221,8 +222,8 @@ class PoolWork(ABC):
     def take(self, result: "Answer | Refusal") -> None:
         """Store an answer or a refusal."""
 
-    def finish(self, wanted: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
-        """Work that is left after the last answer. `wanted`: whether to go on."""
+    def finish(self, keep_going: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
+        """Work that is left after the last answer. `keep_going`: whether to go on."""
 
     def close(self) -> None:  # noqa: B027  most work holds nothing
         """End what the work has started: after its last call, also after an error or a signal."""
@@ -235,7 +236,7 @@ class PoolWork(ABC):
 class PoolStage(Stage):
     """A stage whose requests a pool of generation engines answers."""
 
-    place = Place.POOL
+    runs_in = RunsIn.POOL
 
     def rounds(self, config: Config) -> Sequence[Config]:
         """A configuration for each model of the run, one after the other; `config.model` is the model."""
@@ -281,5 +282,6 @@ def run_of(config: Config) -> RunDirectory:
 
 def shown_path(path: Path, config: Config) -> str:
     """A path for the plan: relative to the work directory if it is inside."""
-    work = Path(config.work_dir)
-    return str(path.relative_to(work) if path.is_relative_to(work) else path)
+    if path.is_relative_to(config.work_dir):
+        path = path.relative_to(config.work_dir)
+    return str(path)

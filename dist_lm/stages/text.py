@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.corpus import SPLITS
-from dist_lm.config.generation import SamplingConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.training.arguments import Opening, StageData
+from dist_lm.stages.training.arguments import DataArguments, StageData, batch_options, sequence_limit
 from dist_lm.stages.training.stage import TrainingStage, print_before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
@@ -95,7 +94,7 @@ class TextStage(TrainingStage):
 
         return next_token(config.stage.label_smoothing, config.stage.z_loss)
 
-    def open_data(self, opening: Opening) -> StageData:
+    def open_data(self, arguments: DataArguments) -> StageData:
         """Opens the corpora of the run: the training stream of this rank, its evaluation, and the bytes per token of
         the text.
 
@@ -107,13 +106,14 @@ class TextStage(TrainingStage):
         from dist_lm.data.sequences import note_of_left_out
         from dist_lm.data.token_corpus import TokenCorpus
 
-        if opening.world.is_first:
-            for name in opening.config.stage.streams:
+        if arguments.world.is_first:
+            # The documents are the same on every rank, so one warning is enough.
+            for name in arguments.config.stage.streams:
                 for split in SPLITS:
-                    corpus = TokenCorpus.open(opening.run.work.corpus(name), split)
-                    if note := note_of_left_out(corpus, opening.config.stage.seq_len):
+                    corpus = TokenCorpus.open(arguments.run.work.corpus(name), split)
+                    if note := note_of_left_out(corpus, arguments.config.stage.seq_len):
                         log.warning("%s", note)
-        return StageData(open_stream(opening), evaluator(opening), bytes_per_token(opening.run, opening.config))
+        return StageData(open_stream(arguments), evaluator(arguments), bytes_per_token(arguments.run, arguments.config))
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone, by language and for
@@ -128,14 +128,16 @@ class TextStage(TrainingStage):
         corpus = TokenCorpus.open(run.work.corpus(config.stage.corpus), "val")
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
 
-        # gzip cannot apply a loss mask, so there is no figure for conversations
-        n_documents = 0 if corpus.has_mask else corpus.n_documents
+        # gzip cannot apply a loss mask, so there is no figure for conversations.
+        if corpus.has_mask:
+            return {"gzip_bits_per_byte": {}}
+
         texts = (
             (
                 corpus.languages[corpus.language_codes[document]],
                 tokenizer.decode(corpus.tokens(document, 1, int(corpus.lengths[document])).tolist()).encode(),
             )
-            for document in range(n_documents)
+            for document in range(corpus.n_documents)
         )
         return {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
 
@@ -146,11 +148,11 @@ class TextStage(TrainingStage):
 
 def fim_rate_of(config: Config) -> float:
     """`stage.fim_rate`; 0 for stages without that key."""
-    return config.stage.fim_rate if isinstance(config.stage, SampledStageConfig) else 0.0
+    return getattr(config.stage, "fim_rate", 0.0)
 
 
-def open_stream(opening: Opening) -> "SequenceStream":
-    """Returns the training sequences of this rank, from the position in `opening` on.
+def open_stream(arguments: DataArguments) -> "SequenceStream":
+    """Returns the training sequences of this rank, from the position in `arguments` on.
 
     Raises:
         ArtefactError: a corpus is missing or damaged.
@@ -159,48 +161,40 @@ def open_stream(opening: Opening) -> "SequenceStream":
     from dist_lm.data.stream import SequenceStream
     from dist_lm.data.token_corpus import TokenCorpus
 
-    config, stage = opening.config, opening.config.stage
-    corpora = {name: TokenCorpus.open(opening.run.work.corpus(name), "train") for name in stage.streams}
-    fim_rate = fim_rate_of(config)
+    config, stage = arguments.config, arguments.config.stage
+    corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "train") for name in stage.streams}
+    infill = None
+    if fim_rate := fim_rate_of(config):
+        infill = Infill(fim_rate, InfillMarks.of(arguments.tokenizer))
     return SequenceStream(
         corpora[stage.corpus],
         seed=config.seed,
-        seq_len=stage.seq_len,
         global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        position=opening.position,
+        position=arguments.position,
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
-        pin_memory=opening.world.device.type == "cuda",
-        infill=Infill(fim_rate, InfillMarks.of(opening.tokenizer)) if fim_rate else None,
+        pin_memory=arguments.world.device.type == "cuda",
+        infill=infill,
+        **batch_options(arguments),
     )
 
 
-def held_out_batches(opening: Opening, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
+def held_out_batches(arguments: DataArguments, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
     """Returns this rank's batches of val of a corpus: `stage.eval_sequences` sequences in all, or `everything`."""
     from dist_lm.data.evaluation_batches import EvaluationBatches
 
-    stage = opening.config.stage
+    stage = arguments.config.stage
     return EvaluationBatches(
         corpus=corpus,
-        seq_len=stage.seq_len,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        limit_sequences=0 if everything else stage.eval_sequences,
+        limit_sequences=sequence_limit(arguments.config, everything),
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
+        **batch_options(arguments),
     )
 
 
-def evaluator(opening: Opening) -> "Evaluate":
+def evaluator(arguments: DataArguments) -> "Evaluate":
     """Returns a function for loss (nats) and bits per byte on val; its figures are the same on every rank (collective).
 
     There is one figure per language of the stage's corpus, and one for each mixed corpus. With `stage.fim_rate` also
@@ -214,21 +208,22 @@ def evaluator(opening: Opening) -> "Evaluate":
     from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
-    stage, device = opening.config.stage, opening.world.device
+    stage, device = arguments.config.stage, arguments.world.device
     names = [stage.corpus, *sorted(stage.mix or {})]
-    corpora = {name: TokenCorpus.open(opening.run.work.corpus(name), "val") for name in names}
+    corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "val") for name in names}
 
     # INFILL_LEFT hides the text after the middle, to measure how much that text helps.
     middles = {}
-    if fim_rate_of(opening.config) > 0:
-        infill_marks = InfillMarks.of(opening.tokenizer)
+    if fim_rate_of(arguments.config) > 0:
+        infill_marks = InfillMarks.of(arguments.tokenizer)
         middles = {INFILL: (infill_marks, PSM), INFILL_SPM: (infill_marks, SPM), INFILL_LEFT: (None, PSM)}
 
     def evaluate(model: "Transformer", everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         metrics = {}
         for name, corpus in corpora.items():
-            batches = held_out_batches(opening, corpus, everything)
-            sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive).tolist()
+            # Ranks read different sequences; the sums are those of all ranks.
+            batches = held_out_batches(arguments, corpus, everything)
+            sums = summed_losses(model, batches, len(corpus.languages), device, arguments.data_ranks, alive).tolist()
             if name == stage.corpus:
                 metrics |= loss_metrics(sums, corpus.languages, batches.bytes_by_language)
             else:
@@ -240,15 +235,10 @@ def evaluator(opening: Opening) -> "Evaluate":
                 corpus=corpus,
                 marks=marks,
                 form=form,
-                seq_len=stage.seq_len,
-                micro_batch=stage.micro_batch,
-                dp_rank=opening.dp_rank,
-                dp_size=opening.dp_size,
-                limit=0 if everything else stage.eval_sequences,
-                pad_id=opening.tokenizer.pad_id,
-                opening=opening.tokenizer.opening,
+                limit=sequence_limit(arguments.config, everything),
+                **batch_options(arguments),
             )
-            sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive)
+            sums = summed_losses(model, batches, len(corpus.languages), device, arguments.data_ranks, alive)
             metrics[name] = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         return metrics
 
@@ -260,6 +250,7 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
     from dist_lm.data.manifest import read_manifest
 
     mix = config.stage.mix or {}
+    # A corpus weighs by its share of the sequences, not by its size.
     shares = {config.stage.corpus: 1 - sum(mix.values()), **mix}
     counts = {name: read_manifest(run.work.corpus(name)).splits["train"].counts for name in shares}
     return sum(share * counts[name].bytes / counts[name].tokens for name, share in shares.items())
@@ -275,6 +266,7 @@ def print_compression(result: Mapping[str, Any], corpus: str, console: "Console"
         return
 
     rows = []
+    # Metrics over all languages have no suffix.
     for language in ("all", *sorted(key for key in gzip_bits if key != "all")):
         suffix = "" if language == "all" else f"_{language}"
         model_bits = result["metrics"][f"val/bits_per_byte{suffix}"]

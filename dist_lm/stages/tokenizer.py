@@ -96,6 +96,7 @@ class TokenizerStage(ArtefactStage):
         # A given tokenizer needs text only for the figures of the report.
         sample_bytes = REPORT_BYTES if settings.is_given else settings.train_bytes
         with console.counting("reading documents", unit="documents") as count:
+            # Corpora are read in turn, so that a large one does not fill the whole sample.
             documents = read_in_turn(config.corpus, config.seed, READ * sample_bytes)
             sample = list(sample_by_language((count.each(document) for document in documents), sample_bytes))
 
@@ -184,6 +185,7 @@ def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: Token
         ArtefactError: names the key and the way out.
     """
     trained_settings = OLD_SETTINGS | report.get("config", {})
+    # These keys change the pieces that are learned; a report from before they existed has their old values.
     for key in OLD_SETTINGS:
         expected = getattr(settings, key)
         if expected is not None and expected != trained_settings[key]:
@@ -208,6 +210,7 @@ def check_template(work: WorkDirectory, settings: TokenizerConfig) -> None:
         ArtefactError: names the folder and the way out.
     """
     stored_template, given_template = KeptTemplate.read(work.tokenizer), template_of(settings)
+    # Only the text counts: the date of a template is the day of its import.
     if (stored_template and stored_template.text) != (given_template and given_template.text):
         names = ["that of an imported model" if template else "ours" for template in (stored_template, given_template)]
         raise ArtefactError(

@@ -16,7 +16,7 @@ from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training.arguments import Closing
+from dist_lm.stages.training.arguments import EvaluationArguments
 from dist_lm.stages.training.stage import before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent
@@ -78,11 +78,11 @@ class Tools(TextStage):
     starts_from = "code"
     key_figures = ((KeyFigure("tools/call_exact", percent, "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
 
-    def before_training(self, closing: Closing) -> dict[str, float]:
-        return examine(closing)
+    def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
+        return examine(arguments)
 
-    def after_training(self, closing: Closing) -> dict[str, float]:
-        return examine(closing)
+    def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
+        return examine(arguments)
 
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
         super().print_figures(config, result, console)
@@ -116,7 +116,7 @@ class Tools(TextStage):
             yield "calls", ", ".join(shares)
 
 
-def examine(closing: Closing) -> dict[str, float]:
+def examine(arguments: EvaluationArguments) -> dict[str, float]:
     """Asks questions about val, writes the answers to `samples/`, and returns `tools/*`, the same on every rank
     (collective).
 
@@ -131,28 +131,29 @@ def examine(closing: Closing) -> dict[str, float]:
     from dist_lm.evaluation.tool_score import figures, judge, read_answer
     from dist_lm.stages.sampling import answer_all, write_samples
 
-    config, tokenizer = closing.config, closing.tokenizer
+    config, tokenizer = arguments.config, arguments.tokenizer
     assert isinstance(config, ToolsConfig)
     settings = config.stage.questions
     if not settings.per_kind:
         return {}
     # Scores compare calls as values, which must be read back from the tokens of the answer.
     if tokenizer.kept_template:
-        if closing.world.is_first:
+        if arguments.world.is_first:
             log.warning("stage.questions.per_kind=%d: %s", settings.per_kind, NO_QUESTIONS)
         return {}
 
-    corpus = TokenCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
+    corpus = TokenCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
     requests = requests_of(questions, stop_tokens(tokenizer), settings.max_new_tokens)
-    answers = answer_all(closing, requests, "stage.questions")
+    answers = answer_all(arguments, requests, "stage.questions")
 
+    # Every rank has all answers and judges them, so the figures are the same without another message.
     verdicts = []
     for asked, answer in zip(questions, answers, strict=True):
         turn = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
         verdicts.append(judge(turn, asked.question.expected, asked.question.asked.tools))
     judged = zip(questions, answers, verdicts, strict=True)
-    write_samples(closing, (shown_answer(asked, answer, verdict, tokenizer) for asked, answer, verdict in judged))
+    write_samples(arguments, (shown_answer(asked, answer, verdict, tokenizer) for asked, answer, verdict in judged))
     return figures((asked.question.kind, verdict) for asked, verdict in zip(questions, verdicts, strict=True))
 
 
@@ -164,6 +165,7 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
     Args:
         ends: ids of the tokens that end a turn.
     """
+    # The right answer bounds the wait for a model that does not end its turn.
     from dist_lm.generation.request import Request, SamplingParams
 
     return [

@@ -11,17 +11,8 @@ from typing import Any
 from dist_lm.errors import ArtefactError
 
 
-def fsync_directory(directory: Path) -> None:
-    """Flush the entries of `directory` to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def fsync_file(path: Path) -> None:
-    """Flush the contents of `path` to disk."""
+def fsync(path: Path) -> None:
+    """Flushes the contents of a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,7 +39,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
     # Without this a crash could undo the rename, although the content itself is on disk.
-    fsync_directory(path.parent)
+    fsync(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -68,12 +59,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text with `write_bytes`, in UTF-8."""
+    """Writes text with `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value with `write_bytes`, indented and with sorted keys."""
+    """Writes a JSON value with `write_bytes`, indented and with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

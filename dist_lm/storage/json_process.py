@@ -27,11 +27,12 @@ class JsonProcess:
     """The parent's side of the connection: the process and its socket."""
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
-        """Start `python -m module SOCKET arguments`.
+        """Starts `python -m module SOCKET arguments`.
 
         Args:
             environment: variables of the new process; None: those of this process.
         """
+        # A socket of its own, because functions of a user may read and write the standard streams.
         self._connection, child_socket = socket.socketpair()
         with child_socket:
             self._process = subprocess.Popen(
@@ -80,7 +81,6 @@ class JsonProcess:
 
             # Short waits, so that `interrupted` is called often.
             remaining = deadline - time.monotonic()
-
             if remaining <= 0:
                 raise TimeoutError(f"took longer than {seconds:g} s and was ended")
             if select.select([self._connection], [], [], min(LOOK_S, remaining))[0]:
@@ -103,7 +103,8 @@ class JsonProcess:
         return None
 
     def end(self) -> None:
-        """Kill the process and all processes that it has started."""
+        """Kills the process and all processes that it has started."""
+        # The functions of a user may have started processes, which share the group.
         self._connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -113,6 +113,7 @@ def _try_lock(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
         ArtefactError: the file system has no locks.
         OSError: any other failure.
     """
+    # The call must return at once: a wait inside it could not be ended by `stopped` of `locked`.
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:

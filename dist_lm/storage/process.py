@@ -25,14 +25,7 @@ def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
 
     Zombies, and processes whose environment this user may not read, are left out.
     """
-    processes = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid != os.getpid() and is_alive(process) and process.environ().get(variable) == mark:
-                processes.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
-            continue
-    return processes
+    return _matching(lambda process: is_alive(process) and process.environ().get(variable) == mark)
 
 
 def users_of(directory: Path) -> list[psutil.Process]:
@@ -40,12 +33,15 @@ def users_of(directory: Path) -> list[psutil.Process]:
 
     `directory` must be absolute. Processes of other users, whose files cannot be seen, are left out.
     """
+    return _matching(lambda process: any(directory in Path(file.path).parents for file in process.open_files()))
+
+
+def _matching(matches: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    """Returns the other processes on this machine for which `matches` holds; those it cannot examine are left out."""
     processes = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and any(
-                directory in Path(file.path).parents for file in process.open_files()
-            ):
+            if process.pid != os.getpid() and matches(process):
                 processes.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
             continue
@@ -96,7 +92,7 @@ def catches(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    """Send a signal to a process, which may have ended."""
+    """Sends a signal to a process, which may have ended."""
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
@@ -135,7 +131,9 @@ def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float 
 
 def cores() -> int:
     """Returns the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))  # a batch job may have only some of the machine's cores
+    return os.cpu_count() or 1
 
 
 def reserve_port() -> socket.socket:
@@ -145,6 +143,7 @@ def reserve_port() -> socket.socket:
     While it is open, the kernel gives the port to no other socket that asks for any; a server that asks for this one
     may listen there.
     """
+    # A socket of IPv6 takes the port of IPv4 too, so no other server can have either.
     reserved = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
     if reserved.family == socket.AF_INET6:
         reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)

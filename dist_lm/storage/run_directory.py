@@ -242,7 +242,7 @@ class RunDirectory:
         return self.path / "wandb"
 
     def note_files(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """Add the SHA-256 of the files of each key (`Config.noted_files`) to `noted_files.json`."""
+        """Adds the SHA-256 of the files of each key (`Config.noted_files`) to `noted_files.json`."""
         if hashes := _hashes(files):
             durable.write_json(self.noted_files, self._noted() | hashes)
 
@@ -267,7 +267,7 @@ class RunDirectory:
         return durable.read_json(self.noted_files)
 
     def create(self) -> None:
-        """Create the directories of the run that do not exist."""
+        """Creates the directories of the run that do not exist."""
         for directory in (self.path, self.checkpoints, self.logs, self.samples):
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -281,14 +281,10 @@ def _hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
         OSError: a file cannot be read.
     """
     hash_of = {}
-
     for name, paths in files.items():
-        file_hashes = [durable.sha256_of(file) for file in paths]
-        names_and_hashes = json.dumps([[path.name, sha256] for path, sha256 in zip(paths, file_hashes, strict=True)])
-
-        if len(file_hashes) == 1:
-            hash_of[name] = file_hashes[0]
-        else:
-            hash_of[name] = hashlib.sha256(names_and_hashes.encode()).hexdigest()
-
+        file_hashes = [[path.name, durable.sha256_of(path)] for path in paths]
+        hash_of[name] = hashlib.sha256(json.dumps(file_hashes).encode()).hexdigest()
+        # A single file keeps its own hash, which `sha256sum` shows too.
+        if len(paths) == 1:
+            hash_of[name] = file_hashes[0][1]
     return hash_of

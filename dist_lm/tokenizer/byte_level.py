@@ -7,7 +7,7 @@ from typing import Any
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.tokenizer.symbols import NEVER_TEXT
 
-# the bytes of text: UTF-8 without control characters and rare planes, for which SmolLM2 has no pieces
+# These bytes make up text: UTF-8 without control characters and rare planes, for which SmolLM2 has no pieces.
 TEXT_BYTES = (*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
 PROBE = 'def f(x):\n    return "é漢😀"  # a\n\tb\r\n\n \t  c  ' + "".join(map(chr, range(0x20, 0x7F)))
 
@@ -40,9 +40,11 @@ class ByteLevelModel:
         self._tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
 
         self.special_ids: dict[str, int] = {t["content"]: t["id"] for t in added_tokens if t["special"]}
-        first_id = self._tokenizer.encode("a").ids[0]  # by the file's post-processor
-        self.opening: int | None = first_id if first_id in self.special_ids.values() else None
+        # The file's post-processor may put a special token before every text.
+        first_id = self._tokenizer.encode("a").ids[0]
+        self.first_id: int | None = first_id if first_id in self.special_ids.values() else None
 
+        # Ids need not be without gaps, so the largest one decides.
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
         self._set_pieces(vocabulary, {t["id"]: t["content"] for t in added_tokens}, name)
@@ -96,12 +98,14 @@ class ByteLevelModel:
                 "it with initial_alphabet=ByteLevel.alphabet(), or use another tokenizer"
             )
 
-        normaliser = self._tokenizer.normalizer
-        text = normaliser.normalize_str(PROBE) if normaliser else PROBE
+        text = PROBE
+        if self._tokenizer.normalizer:
+            text = self._tokenizer.normalizer.normalize_str(text)
         decoded = self.decode(self.encode(PROBE))
         if decoded == text:
             return
 
+        # The message shows where the texts part, since a probe has many kinds of characters.
         pairs = zip(decoded, text, strict=False)
         start = next((index for index, (a, b) in enumerate(pairs) if a != b), len(decoded))
         raise ArtefactError(
@@ -111,7 +115,7 @@ class ByteLevelModel:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without an opening."""
+        """Returns the token ids of `text`, without the first token of documents."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -154,7 +158,7 @@ def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
     return json.dumps(tokenizer_json, ensure_ascii=False, indent=2).encode()
 
 
-def with_opening(content: bytes, mark: str) -> bytes:
+def with_first_token(content: bytes, mark: str) -> bytes:
     """Returns the file with a post-processor that puts the special token `mark` before every text."""
     from tokenizers import Tokenizer, processors
 
@@ -214,5 +218,5 @@ def _tokenizer(text: str, name: str) -> Any:
 def _byte_of_character() -> dict[str, int]:
     """Maps each character of a byte-level piece to its byte: `bytes_to_unicode` of GPT-2, inverted."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(unprintable)}

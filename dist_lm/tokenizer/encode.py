@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import UserError
+from dist_lm.storage.process import cores
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 Encode = Callable[[Tokenizer, Document], TokenizedDocument]
@@ -38,11 +38,11 @@ def encode_documents(
 
     Raises:
         ArtefactError: there is no usable tokenizer at `path`.
-        UserError: a document is not Unicode text, or a process died. What `encode` and `documents` raise passes too.
+        UserError: a document is not Unicode text, or a process died.
+        Exception: an error of `encode` or `documents` is raised unchanged.
     """
     tokenizer = Tokenizer.load(path)
-    if not workers:
-        workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    workers = workers or cores()
 
     chunks = _chunked(documents)
     first_chunks = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
@@ -61,7 +61,8 @@ def _encode_in_processes(
     """Yields the documents of `chunks` in order, encoded by a pool of `workers` new processes, which it ends.
 
     Raises:
-        UserError: a process died, or `encode` raised it. What `encode` raises passes.
+        UserError: a process died.
+        Exception: an error of `encode` is raised unchanged.
     """
     # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")

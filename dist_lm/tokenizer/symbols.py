@@ -17,15 +17,14 @@ RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"  # stand around t
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 REPOSITORY, FILE = "<|repo_name|>", "<|file_sep|>"
 
-SPECIAL_TOKENS = (
-    *(END_OF_TEXT, PAD, UNKNOWN, START, END),
-    *(TOOLS, END_TOOLS, CALL, END_CALL, RESPONSE, END_RESPONSE),
+_FORMAT_MARKS = (
+    *(START, END, TOOLS, END_TOOLS, CALL, END_CALL, RESPONSE, END_RESPONSE),
     *(FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, REPOSITORY, FILE),
-    *(f"<|reserved_{n}|>" for n in range(16)),
 )
+SPECIAL_TOKENS = (END_OF_TEXT, PAD, UNKNOWN, *_FORMAT_MARKS, *map("<|reserved_{}|>".format, range(16)))
 
-# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. DeepSeek has the last end
-# of text.
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. The last name of end-of-text
+# is DeepSeek's.
 ALIASES = {
     END_OF_TEXT: ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end\u2581of\u2581sentence｜>"),
     FIM_PREFIX: ("<fim_prefix>",),
@@ -35,9 +34,9 @@ ALIASES = {
     FILE: ("<file_sep>",),
 }
 # `tokenizer.add_marks` appends these marks to a tokenizer that lacks them.
-MARKS = tuple(mark for mark in SPECIAL_TOKENS if mark != UNKNOWN and not mark.startswith("<|reserved"))
+MARKS = (END_OF_TEXT, PAD, *_FORMAT_MARKS)
 # No text of another tokenizer becomes one of these, even where that tokenizer would read it so.
-NEVER_TEXT = frozenset((*MARKS, *(name for names in ALIASES.values() for name in names)))
+NEVER_TEXT = frozenset(MARKS).union(*ALIASES.values())
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
@@ -52,10 +51,10 @@ SHEBANGS = (
     "#!/usr/bin/python",
     "#!/usr/bin/python3",
 )
-INDENTS = (*("\n" + " " * width for width in range(2, 25, 2)), "\n\t", "\n\t\t", "\n\t\t\t")
+INDENTS = (*map("\n".ljust, range(3, 26, 2)), "\n\t", "\n\t\t", "\n\t\t\t")  # 2 to 24 spaces, 1 to 3 tabs
 
-# Operators are no symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (the end
-# of `!=` begins `==`), cut rulers such as `=====` into pairs, and part from the space before them.
+# Operators are no symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (`!=` ends
+# as `==` begins), cut rulers such as `=====` into pairs, and part from the space before them.
 OPERATORS = (
     *("==", "!=", ">=", "<=", "===", "!==", "<>", "=~"),
     *("+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "//=", "**=", "<<=", ">>="),

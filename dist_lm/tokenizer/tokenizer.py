@@ -52,10 +52,12 @@ class SentencePieceModel:
 
         # SentencePiece finds user-defined symbols in text, so a mark must not be one.
         control_ids = _control_ids(processor)
-        others = {*range(self.vocab_size)} - {*control_ids}
-        if not self.is_trained and any(pieces[token_id] in NEVER_TEXT for token_id in others):
+        ids_in_text = {*range(self.vocab_size)} - {*control_ids}
+        if not self.is_trained and any(pieces[token_id] in NEVER_TEXT for token_id in ids_in_text):
             processor = sentencepiece.SentencePieceProcessor(model_proto=_with_control_marks(content))
             control_ids = _control_ids(processor)
+
+        # SentencePiece has a type of its own for the unknown token, which is one of our special tokens.
         if self.is_trained:
             control_ids = list(range(len(SPECIAL_TOKENS)))
 
@@ -67,19 +69,20 @@ class SentencePieceModel:
         end_id = processor.eos_id()
         begin_id = processor.bos_id()
         self.end_of_text: int | None = end_id if end_id >= 0 else None
-        self.opening: int | None = None if self.is_trained or begin_id < 0 else begin_id
+        self.first_id: int | None = None if self.is_trained or begin_id < 0 else begin_id
 
         # SentencePiece reads a literal U+2581 as a space, so our own models encode it as its three bytes.
         self._literal_space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without an opening.
+        """Returns the token ids of `text`, without the first token of documents.
 
         A literal U+2581 keeps ids of its own in a tokenizer of ours; in others it passes for a space.
         """
         if not self.is_trained:
             return self._processor.encode(text)
 
+        # The text between two such characters is encoded as usual.
         first_part, *more_parts = text.split(SPACE)
         ids: list[int] = self._processor.encode(first_part)
         for part in more_parts:
@@ -117,7 +120,7 @@ def sentencepiece_with_marks(content: bytes, marks: Sequence[str]) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def sentencepiece_without_opening(content: bytes) -> bytes:
+def sentencepiece_without_first_token(content: bytes) -> bytes:
     """Returns the model without a beginning of sentence, so that no token opens a text."""
     model = sentencepiece_proto(content)
     model.trainer_spec.bos_id = -1
@@ -151,10 +154,10 @@ class Vocabulary(Protocol):
 
     file_name: str  # in a work directory
     vocab_size: int
-    is_trained: bool  # by `train_tokenizer`
+    is_trained: bool  # whether `train_tokenizer` made it
     special_ids: dict[str, int]  # special tokens by the names they have in the file
     end_of_text: int | None  # None: the file does not say it, but the name of a special token does
-    opening: int | None  # the special token that the file puts before every text
+    first_id: int | None  # the special token that the file puts before every text
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -163,7 +166,7 @@ class Vocabulary(Protocol):
 
 
 @dataclass(frozen=True)
-class Opening:
+class FirstToken:
     """The first token of a document: end-of-text in shards, and the token that the model reads in its place.
 
     A model whose tokenizer begins every text with a token of its own (`<s>`, `<|begin_of_text|>`) has seen no document
@@ -171,15 +174,15 @@ class Opening:
     """
 
     end_of_text: int
-    first: int
+    id: int
 
     def put(self, tokens: np.ndarray) -> np.ndarray:
-        """Puts `first` in place of the end-of-text of the shards.
+        """Puts `id` in place of the end-of-text of the shards.
 
         `tokens`, (n,), is a document or a part of one. It is changed and returned.
         """
         if len(tokens) and tokens[0] == self.end_of_text:
-            tokens[0] = self.first
+            tokens[0] = self.id
         return tokens
 
 
@@ -233,7 +236,7 @@ class Tokenizer:
         self._vocabulary = read_vocabulary(content, name)
         self.vocab_size = self._vocabulary.vocab_size
         self.is_trained = self._vocabulary.is_trained
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= UINT16 else np.uint32)  # of ids in shards
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= UINT16 else np.uint32)  # shards hold ids of this type
 
         self.special_ids = special_ids(self._vocabulary)  # marks have our names, other special tokens their own
         if END_OF_TEXT not in self.special_ids:
@@ -243,8 +246,12 @@ class Tokenizer:
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
         self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows of a batch; nothing searches for it
-        opening_id = self._vocabulary.opening
-        self.opening = Opening(self.eot_id, self.eot_id if opening_id is None else opening_id)
+
+        # Without a first token of its own, a tokenizer begins documents with end-of-text, as shards do.
+        first_id = self._vocabulary.first_id
+        if first_id is None:
+            first_id = self.eot_id
+        self.first_token = FirstToken(self.eot_id, first_id)
 
         # SentencePiece's dummy prefix puts a space before every text that is encoded.
         self.adds_space = not self.is_trained and self.content(self._vocabulary.encode("a")) == b" a"
@@ -278,12 +285,12 @@ class Tokenizer:
         return self._vocabulary.decode([int(token_id) for token_id in ids])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Returns the token ids of `text` as the beginning of a document: the tokenizer's opening is first.
+        """Returns the token ids of `text` as the beginning of a document, with its first token.
 
         Raises:
             UserError: `text` holds a lone surrogate.
         """
-        return [self.opening.first, *self.encode(text)]
+        return [self.first_token.id, *self.encode(text)]
 
     def encode_document(self, document: Document) -> TokenizedDocument:
         """Returns the text as shards hold it: token ids (n,) of `dtype`, end-of-text first, and the text's size in
@@ -326,16 +333,17 @@ class Tokenizer:
         return self.special_ids[name]
 
     @property
-    def opening_ids(self) -> tuple[int, ...]:
+    def first_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens that transformers puts before a text with our export; none or one."""
-        opening_id = self.eot_id if self.is_trained else self._vocabulary.opening
-        if opening_id is None:
+        if self.is_trained:
+            return (self.eot_id,)
+        if self._vocabulary.first_id is None:
             return ()
-        return (opening_id,)
+        return (self._vocabulary.first_id,)
 
     @property
-    def file_names(self) -> dict[str, int]:
-        """Ids of the special tokens by the names that they have in the file."""
+    def special_ids_in_file(self) -> dict[str, int]:
+        """Ids of the special tokens, by the names that the tokenizer's file gives them."""
         return self._vocabulary.special_ids
 
     def lacking(self) -> tuple[str, ...]:

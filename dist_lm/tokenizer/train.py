@@ -50,8 +50,8 @@ def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Itera
     total_bytes = 0
     for index, document in enumerate(documents):
         content = utf8(document.text, document.source)
-        rank = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-        heapq.heappush(heaps[document.language], (-rank, index, len(content), document))
+        text_hash = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        heapq.heappush(heaps[document.language], (-text_hash, index, len(content), document))
         sizes[document.language] += len(content)
         total_bytes += len(content)
 
@@ -62,6 +62,7 @@ def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Itera
             sizes[largest] -= dropped_bytes
             total_bytes -= dropped_bytes
 
+    # The heaps are in the order of hashes, readers of the sample want the order of the corpus.
     sample = [candidate for heap in heaps.values() for candidate in heap]
     yield from (document for _, _, _, document in sorted(sample, key=lambda candidate: candidate[1]))
 
@@ -78,12 +79,17 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
     """
     model = io.BytesIO()
     learned_as = config.learned_as
-    failures: list[BaseException] = []
+    errors: list[BaseException] = []
+
+    # SentencePiece has arguments of their own for three special tokens; no beginning of sentence is trained.
+    special_tokens: dict[str, Any] = {"bos_id": -1, "control_symbols": list(SPECIAL_TOKENS[3:])}
+    for name, token in (("eos", END_OF_TEXT), ("pad", PAD), ("unk", UNKNOWN)):
+        special_tokens |= {f"{name}_id": SPECIAL_TOKENS.index(token), f"{name}_piece": token}
 
     # Text must come back as it was, so nothing is normalised, and characters without a piece become bytes.
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_recording(failures, _chunks(texts)),
+            sentence_iterator=_recording(errors, _chunks(texts)),
             model_writer=model,
             model_type="bpe",
             vocab_size=config.vocab_size,
@@ -97,20 +103,13 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
             max_sentencepiece_length=learned_as["max_piece_length"],
             allow_whitespace_only_pieces=True,
             max_sentence_length=65536,
-            eos_id=SPECIAL_TOKENS.index(END_OF_TEXT),
-            eos_piece=END_OF_TEXT,
-            pad_id=SPECIAL_TOKENS.index(PAD),
-            pad_piece=PAD,
-            unk_id=SPECIAL_TOKENS.index(UNKNOWN),
-            unk_piece=UNKNOWN,
-            bos_id=-1,
-            control_symbols=list(SPECIAL_TOKENS[3:]),
             user_defined_symbols=user_defined_symbols(),
             minloglevel=2,
+            **special_tokens,
         )
     except RuntimeError as error:
-        if failures:
-            raise failures[0] from None
+        if errors:
+            raise errors[0] from None
         raise _explained(error, config) from error
 
     durable.write_bytes(path, model.getvalue())
@@ -125,7 +124,7 @@ def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dic
     Raises:
         UserError: a document is not Unicode text.
     """
-    num_documents, num_bytes, num_tokens = defaultdict(int), defaultdict(int), defaultdict(int)  # by language
+    num_documents, num_bytes, num_tokens = defaultdict(int), defaultdict(int), defaultdict(int)  # language -> number
     for document in documents:
         tokenized = tokenizer.encode_document(document)
         num_documents[document.language] += 1
@@ -162,24 +161,26 @@ def _chunks(texts: Iterable[str]) -> Iterator[str]:
     """
     characters = 0
     for index, text in enumerate(texts):
+        # A lone surrogate must be refused here: SentencePiece would stop without saying where it is.
         utf8(text, f"text {index}")
         for part in UNLEARNABLE.split(text):
             for start in range(0, len(part), CHUNK_CHARACTERS):
                 yield part[start : start + CHUNK_CHARACTERS]
         characters += len(text)
 
+    # BPE learns what is frequent, and operators are rare in small corpora.
     separator = "\n\t"  # a symbol: nothing is learned across it
     operators = separator.join(spelling for operator in OPERATORS for spelling in (operator, f" {operator}"))
     for _ in range(characters // OPERATORS_EVERY):
         yield operators
 
 
-def _recording(failures: list[BaseException], chunks: Iterator[str]) -> Iterator[str]:
+def _recording(errors: list[BaseException], chunks: Iterator[str]) -> Iterator[str]:
     """Yields `chunks` and records the error they raise: SentencePiece replaces it by a RuntimeError that quotes it."""
     try:
         yield from chunks
     except Exception as error:
-        failures.append(error)
+        errors.append(error)
         raise
 
 

@@ -93,7 +93,7 @@ class AlertWatch:
         """Returns an alert if no line was written for unusually long; one for each silence."""
         patience_s = FIRST_LINE_S
         if self._stepped:
-            usual_s = statistics.median(self._intervals) if self._intervals else 0.0
+            usual_s = statistics.median(self._intervals or [0.0])
             patience_s = max(QUIET_S, STALLED_STEPS * usual_s)
 
         silent_s = now - self._line_at

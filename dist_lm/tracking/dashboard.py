@@ -80,7 +80,9 @@ class Panel:
     def unit(self) -> str:
         """Returns the unit of all its metrics; empty where they differ."""
         units = {metric.unit for metric in self.metrics}
-        return units.pop() if len(units) == 1 else ""
+        if len(units) > 1:
+            return ""
+        return units.pop()
 
     @property
     def logarithmic(self) -> bool:
@@ -115,7 +117,9 @@ class Board:
     @property
     def stage(self) -> str:
         """Returns the stage whose runs are shown; empty: all stages."""
-        return "" if self.name == OVERVIEW else self.name
+        if self.name == OVERVIEW:
+            return ""
+        return self.name
 
     @property
     def panels(self) -> tuple[Panel, ...]:
@@ -163,11 +167,8 @@ def _overview_sections() -> Iterator[Section]:
     metric_named = {metric.name: metric for stage in MEASURED_STAGES for metric in metrics_of(stage)}
 
     for heading, names in OVERVIEW_SECTIONS.items():
-        panels = []
-        for name in names:
-            metric = metric_named[name]
-            panels.append(_family((metric,)) if metric.slot else Panel(name, (metric,)))
-        yield Section(heading, tuple(panels), is_open=True)
+        panels = tuple(_panel_of((metric_named[name],)) for name in names)
+        yield Section(heading, panels, is_open=True)
 
 
 def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
@@ -181,23 +182,27 @@ def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
         if metric.name in plotted:
             continue
 
+        # The stage may have only one of the metrics that share a panel; that one has its own title.
+        title = title_of.get(metric.name, "")
+        sharing = tuple(by_name[name] for name in SHARED_PANELS.get(title, ()) if name in by_name)
         if metric.slot:
-            families = tuple(family for family in metrics if family.slot and family.stem == metric.stem)
-            panel = _family(families)
-        elif metric.name in title_of:
-            # The stage may have only one of the metrics that share the panel.
-            sharing = tuple(by_name[name] for name in SHARED_PANELS[title_of[metric.name]] if name in by_name)
-            panel = Panel(title_of[metric.name] if len(sharing) > 1 else metric.name, sharing)
+            panel = _panel_of(tuple(family for family in metrics if family.slot and family.stem == metric.stem))
+        elif len(sharing) > 1:
+            panel = Panel(title, sharing)
         else:
-            panel = Panel(metric.name, (metric,))
+            panel = _panel_of((metric,))
 
         plotted |= {metric.name for metric in panel.metrics}
         yield panel
 
 
-def _family(metrics: tuple[Metric, ...]) -> Panel:
+def _panel_of(metrics: tuple[Metric, ...]) -> Panel:
+    """Returns the panel of one metric, or of families with one stem, which a pattern matches."""
     first = metrics[0]
     stem = first.stem
+    if not first.slot:
+        return Panel(first.name, metrics)
+
     # The slot is in the middle of the name, so no other family has this stem.
     if stem == first.name:
         before, _, after_brace = first.name.partition("{")

@@ -4,7 +4,6 @@ wandb-workspaces has no public way to choose ids. `name_panel`, `name_view` and 
 that touch its private fields; tests/tracking/test_dashboard_ids.py notices an upgrade that renames them.
 """
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,7 +92,7 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
             y=list(panel.names),
             metric_regex=panel.pattern or None,
             title_y=panel.unit or None,
-            log_y=True if panel.logarithmic else None,
+            log_y=panel.logarithmic or None,
         )
 
         name_panel(line_plot, _id(board.name, panel.title))
@@ -110,7 +109,9 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
         for section in board.sections
     ]
 
-    runs = ws.RunsetSettings(filters=f"JobType = '{board.stage}'") if board.stage else ws.RunsetSettings()
+    runs = ws.RunsetSettings()
+    if board.stage:
+        runs = ws.RunsetSettings(filters=f"JobType = '{board.stage}'")
     workspace = ws.Workspace(
         entity=entity,
         project=project,
@@ -156,7 +157,8 @@ def replace_view(workspace: "Workspace", saved: "Workspace") -> None:
 
 
 def _require(instance: object, names: tuple[str, ...]) -> None:
-    fields = {field.name for field in dataclasses.fields(instance)} if dataclasses.is_dataclass(instance) else set()
+    # Another version of the package may have renamed the fields: ids set on other names would be ignored.
+    fields = getattr(instance, "__dataclass_fields__", {})
     if missing := [name for name in names if name not in fields]:
         raise ConfigError(
             f"{PACKAGE} {version(PACKAGE)}: {type(instance).__name__} has no field {', '.join(missing)}, which keeps "
@@ -181,6 +183,7 @@ def _in_one_line() -> Iterator[None]:
     """Silence wandb's client and turn its errors into one line."""
     silent = os.environ.get("WANDB_SILENT")
     os.environ["WANDB_SILENT"] = "true"
+
     try:
         yield
     except UserError:

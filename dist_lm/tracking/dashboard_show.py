@@ -16,17 +16,15 @@ def print_boards(boards: Sequence[Board], console: Console) -> None:
     """Print a table for each board: section, panel, plotted metrics, unit, axis."""
     for board in boards:
         # A section's name is printed once, and metrics only where they differ from the title.
-        rows = [
-            (
-                section.name if position == 0 else "",
-                panel.title,
-                panel.pattern or ("" if panel.names == (panel.title,) else ", ".join(panel.names)),
-                panel.unit,
-                "log" if panel.logarithmic else "",
-            )
-            for section in board.sections
-            for position, panel in enumerate(section.panels)
-        ]
+        rows = []
+        for section in board.sections:
+            name = section.name
+            for panel in section.panels:
+                plots = panel.pattern or ", ".join(panel.names)
+                if plots == panel.title:
+                    plots = ""
+                rows.append((name, panel.title, plots, panel.unit, "log" if panel.logarithmic else ""))
+                name = ""
 
         title = f"{board.title} ({counted(len(board.panels), 'panel')})"
         console.table(title, ("section", "panel", "plots", "unit", "axis"), rows, below=("plots",), under="panel")

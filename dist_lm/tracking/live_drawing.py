@@ -96,8 +96,9 @@ def sparkline(numbers: Sequence[float], width: int, ramp: str, floor: float | No
         return ""
 
     # A floor keeps the height of a curve of speeds in proportion; without one the curve uses the full height.
-    low = min(points) if floor is None else min(floor, *points)
-    high = max(points)
+    low, high = min(points), max(points)
+    if floor is not None:
+        low = min(floor, low)
     if high <= low:
         # A flat curve is drawn in the middle.
         return ramp[len(ramp) // 2] * len(points)

@@ -74,7 +74,7 @@ class Figure:
     label: str  # first word of the row
     form: Callable[[float], str]
     unit: str = ""
-    from_zero: bool = False  # the vertical axis starts at zero, not at the curve's minimum
+    floor: float | None = None  # where the vertical axis starts; None: at the curve's minimum
     plain: str = ""  # format in a plain progress line; empty: not in it
     importance: int = 3  # 0: the last row that a small terminal drops
 
@@ -86,10 +86,10 @@ FIGURES = (
     Figure("reward/accuracy", "accuracy", percent, "held out", plain="val accuracy {}", importance=2),
     Figure("tools/call_exact", "calls", percent, "exact"),
     Figure("rlhf/reward_mean", "reward", three_decimals, plain="reward {}", importance=0),
-    Figure("rlhf/kl", "kl", three_decimals, "nats", from_zero=True, plain="kl {}"),
+    Figure("rlhf/kl", "kl", three_decimals, "nats", floor=0.0, plain="kl {}"),
     Figure("rlhf/win_rate", "wins", percent, "held out"),
-    Figure("perf/tokens_per_s", "speed", four_digits, "tokens/s", from_zero=True, plain="{} tokens/s", importance=1),
-    Figure("train/lr", "lr", four_digits, from_zero=True, importance=9),
+    Figure("perf/tokens_per_s", "speed", four_digits, "tokens/s", floor=0.0, plain="{} tokens/s", importance=1),
+    Figure("train/lr", "lr", four_digits, floor=0.0, importance=9),
 )
 """Rows of a training stage, in this order; a metric that the stage does not have gets no row."""
 
@@ -195,7 +195,9 @@ class TrainingState:
 
         value, step = self.newest[metric]
         text = words.format(form(value))
-        return text if step == self.step else f"{text} @ {step:,}"
+        if step != self.step:
+            text += f" @ {step:,}"
+        return text
 
     def hear(self, ranks: Sequence[RankPulse], now: float) -> None:
         """Record the heartbeats of all ranks."""

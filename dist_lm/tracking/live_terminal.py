@@ -183,7 +183,9 @@ class Region:
     def _to_top(self, columns: int) -> str:
         # A line that is wider than the terminal takes several rows (division rounded up).
         rows = sum(max(1, -(-width // max(1, columns))) for width in self._widths)
-        return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "")
+        if rows < 2:
+            return "\r"
+        return f"\r\x1b[{rows - 1}A"
 
     def _write(self, text: str) -> None:
         self._file.write(text)

@@ -86,12 +86,12 @@ def _stage_row(stage: StageLine, state: LiveState, now: float, width: int, glyph
         return line(left, Text(elapsed, "dim"), width, glyphs.cut)
 
     # The outermost work is the stage's; works inside it have rows of their own.
-    work = state.works[0] if state.works else None
-    began = now if stage.began is None else stage.began
-    if work is None:
-        return line(left.append("starting"), Text(duration(now - began), "dim"), width, glyphs.cut)
-
-    return _work_in(left, work, now - began, width, glyphs)
+    elapsed = 0.0
+    if stage.began is not None:
+        elapsed = now - stage.began
+    if not state.works:
+        return line(left.append("starting"), Text(duration(elapsed), "dim"), width, glyphs.cut)
+    return _work_in(left, state.works[0], elapsed, width, glyphs)
 
 
 def _work_row(work: Work, now: float, width: int, glyphs: Glyphs) -> Text:
@@ -114,13 +114,16 @@ def _work_in(left: Text, work: Work, elapsed: float, width: int, glyphs: Glyphs,
         return line(left.append(doing), Text(duration(elapsed), "dim"), width, glyphs.cut)
 
     if not work.total:
-        progress = work.text()
-        text = ": ".join(part for part in (work.label if with_label else "", progress) if part)
+        text = work.text()
+        if with_label:
+            text = ": ".join(filter(None, (work.label, text)))
         return line(left.append(text), Text(duration(elapsed), "dim"), width, glyphs.cut)
 
-    completed = work.training.step if work.training else work.done
+    # A training estimates its time left from the steps of this attempt, other work from its own start.
+    completed, left_s = work.done, _seconds_left(work, elapsed)
+    if work.training:
+        completed, left_s = work.training.step, work.training.seconds_left()
     right = Text(f"{completed:,}/{work.total:,}")
-    left_s = work.training.seconds_left() if work.training else _seconds_left(work, elapsed)
     if left_s is not None:
         right.append(f"  {duration(left_s)} left")
 
@@ -218,7 +221,7 @@ def _training_rows(state: TrainingState, now: float, width: int, glyphs: Glyphs)
             remark = ""
 
         free = width - INDENT - LABEL - text.cell_len - (len(remark) + 2 if remark else 0)
-        text.append(sparkline(points.points(), free, glyphs.ramp, floor=0.0 if figure.from_zero else None), "cyan")
+        text.append(sparkline(points.points(), free, glyphs.ramp, floor=figure.floor), "cyan")
 
         left = Text.assemble(" " * INDENT, (f"{figure.label:<{LABEL - 1}} ", "dim"), text)
         rows.append((figure.importance, line(left, Text(remark, "dim"), width, glyphs.cut)))
@@ -325,7 +328,9 @@ def _nodes(state: TrainingState, now: float, width: int, glyphs: Glyphs) -> list
         host = gang.hosts[node] if node < len(gang.hosts) else "?"
 
         first = node * gang.ranks_per_node
-        numbers = f"{first}-{first + gang.ranks_per_node - 1}" if gang.ranks_per_node > 1 else f"{first}"
+        numbers = f"{first}"
+        if gang.ranks_per_node > 1:
+            numbers += f"-{first + gang.ranks_per_node - 1}"
 
         age = rank.age_s + now - state.ranks_at
         text = Text(f"ranks {numbers}, step {rank.step:,}, {rank.doing}", style="yellow" if age > QUIET_S else "")

@@ -46,7 +46,9 @@ class MetricsWriter:
         for name in metrics:
             metric_of(name)
 
-        line = {"step": step, "time": time.time() if at is None else at}
+        if at is None:
+            at = time.time()
+        line = {"step": step, "time": at}
         line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -119,8 +121,9 @@ def last_metrics(path: Path) -> MetricsLine:
         if raw.endswith(b"\n"):
             line = _parse(raw, f"{path} near its end")
             # A late line brings new scores, but its step and time are older than those of the lines before.
-            excluded = ("step", "time") if is_late(line) else ()
-            merged |= {name: value for name, value in line.items() if value is not None and name not in excluded}
+            if is_late(line):
+                line = {name: line[name] for name in line if name not in ("step", "time")}
+            merged |= {name: value for name, value in line.items() if value is not None}
 
     return merged
 

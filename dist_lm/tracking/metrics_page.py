@@ -26,7 +26,9 @@ def page(stage: str | None = None) -> str:
     Raises:
         ConfigError: the stage writes no metrics.
     """
-    metrics = METRICS if stage is None else metrics_of(stage)
+    metrics = METRICS
+    if stage is not None:
+        metrics = metrics_of(stage)
     if not metrics:
         raise ConfigError(f"--stage {stage}: expected one of {', '.join(MEASURED_STAGES)}")
 
@@ -42,12 +44,18 @@ def _markdown(group: str, metrics: list[Metric]) -> str:
     single = {metric.name for metric in metrics if not metric.slot}
     for metric in metrics:
         # `val/loss` and `val/loss_{corpus}` have one meaning, so they share a row.
-        rows.setdefault(metric.stem if metric.stem in single else metric.name, []).append(metric)
+        name = metric.name
+        if metric.stem in single:
+            name = metric.stem
+        rows.setdefault(name, []).append(metric)
 
-    stages_of_rows = {_stages(metric) for metric in metrics}
     # One column less if all rows have the same stages, which then stand in the heading.
-    columns = ("name", "unit", "meaning") if len(stages_of_rows) == 1 else ("name", "unit", "stages", "meaning")
-    title = group if len(stages_of_rows) > 1 or group in stages_of_rows else f"{group} ({stages_of_rows.pop()})"
+    columns, title = ["name", "unit", "stages", "meaning"], group
+    stages, *other_stages = {_stages(metric) for metric in metrics}
+    if not other_stages:
+        columns.remove("stages")
+        if stages != group:
+            title += f" ({stages})"
 
     table = [
         columns,

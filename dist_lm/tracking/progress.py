@@ -1,5 +1,6 @@
 """The progress of work, which the live view or plain lines display."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -35,7 +36,7 @@ class PlainDisplay:
             return
         # Lines come at intervals of time or of progress, so that a log file stays short.
         if self._due_from is not None:
-            share = (completed - self._due_from[0]) / self._total if self._total else 0.0
+            share = (completed - self._due_from[0]) / (self._total or math.inf)
             if now - self._due_from[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
                 return
             self._print(text())
@@ -78,8 +79,10 @@ class Count:
     def text(self) -> str:
         """Returns the count and its rate."""
         elapsed = self._clock() - self._started
-        rate = f" ({self.done / elapsed:,.0f}/s)" if elapsed > 0 else ""
-        return f"{self.done:,} {self._unit}{rate}"
+        text = f"{self.done:,} {self._unit}"
+        if elapsed > 0:
+            text += f" ({self.done / elapsed:,.0f}/s)"
+        return text
 
 
 class TrainingProgress:

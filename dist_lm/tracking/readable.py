@@ -1,15 +1,18 @@
-"""Numbers formatted for people: at the terminal, in reports, in messages."""
+"""Numbers and lists formatted for people: at the terminal, in reports, in messages."""
+
+from collections.abc import Sequence
 
 
 def gib(size: float) -> str:
     """Formats a number of bytes: `56 B`, `2.0 KiB`, `8.8 MiB`, `2.53 GiB`."""
-    if size < 2**20:
-        return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size:.0f} B"
-
     # From 128 MiB on, as 0.13 GiB.
     if size >= 2**27:
         return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB"
+    if size >= 2**20:
+        return f"{size / 2**20:.1f} MiB"
+    if size >= 2**10:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size:.0f} B"
 
 
 def readable_count(count: int) -> str:
@@ -25,11 +28,21 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Joins names, at most `most` of them: `a, b and 1,000 more`."""
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most:,} more"
+    return text
+
+
 def span(seconds: float) -> str:
     """Formats a time in seconds to three digits: `0.288 ms`, `46.2 ms`, `1.63 s`, `29:50 min`, `1:24:03 h`."""
     if seconds < 1:
         return f"{1000 * seconds:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 100 else duration(seconds)
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return duration(seconds)
 
 
 def duration(seconds: float) -> str:
@@ -70,4 +83,4 @@ def percent(share: float) -> str:
 
 def change(ratio: float) -> str:
     """Formats the change from 1 to `ratio`: `+1.9%`, `-12%`."""
-    return f"{'+' if ratio >= 1 else ''}{percent(ratio - 1)}"
+    return f"{100 * (ratio - 1):+.1f}".removesuffix(".0") + "%"

@@ -66,7 +66,9 @@ def redact(tree: Any) -> Any:
         return {key: _redact_named(str(key), child) for key, child in tree.items()}
     if isinstance(tree, list | tuple):
         return [redact(child) for child in tree]
-    return redact_text(tree) if isinstance(tree, str) else tree
+    if isinstance(tree, str):
+        return redact_text(tree)
+    return tree
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
@@ -147,7 +149,7 @@ def _texts(tree: Any, key: str) -> Iterator[tuple[str, str]]:
         for name, child in tree.items():
             if isinstance(name, str) and redact_text(name) != name:
                 yield key, name
-            yield from _texts(child, f"{key}.{name}" if key else str(name))
+            yield from _texts(child, f"{key}.{name}".lstrip("."))
     elif isinstance(tree, list | tuple):
         for child in tree:
             yield from _texts(child, key)

@@ -106,12 +106,7 @@ LEARNING = (
     *_table(
         "preference",
         PREFERENCE,
-        (
-            "train/kl",
-            "nats",
-            "",
-            "KL divergence from the reference on mismatched answers.",
-        ),
+        ("train/kl", "nats", "", "KL divergence from the reference on mismatched answers."),
         only="with stage.preference.algorithm=kto",
     ),
     *_table(
@@ -130,12 +125,7 @@ LEARNING = (
         LOOP_STAGES,
         ("train/update_ratio", "", "", "L2 norm of the update / of the parameters."),
         ("train/lr", "", "", "Learning rate."),
-        (
-            "train/skipped_steps",
-            "steps",
-            "lower",
-            "Steps so far skipped for NaN or infinite gradients.",
-        ),
+        ("train/skipped_steps", "steps", "lower", "Steps so far skipped for NaN or infinite gradients."),
     ),
 )
 
@@ -190,26 +180,11 @@ TIME = (
         "time",
         LOOP_STAGES,
         ("perf/data_wait_s", "s", "lower", "Time that rank 0 waited for its batch."),
-        (
-            "perf/forward_s",
-            "s",
-            "lower",
-            "Forward passes of rank 0, with communication of FSDP and tp.",
-        ),
-        (
-            "perf/backward_s",
-            "s",
-            "lower",
-            "Backward passes of rank 0, with recomputation and communication.",
-        ),
+        ("perf/forward_s", "s", "lower", "Forward passes of rank 0, with communication of FSDP and tp."),
+        ("perf/backward_s", "s", "lower", "Backward passes of rank 0, with recomputation and communication."),
         ("perf/optimizer_s", "s", "lower", "Gradient norm, clipping and optimizer of rank 0."),
         ("perf/communication_s", "s", "lower", "Time rank 0 waited for the all-reduce of losses."),
-        (
-            "perf/straggler_ratio",
-            "",
-            "lower",
-            "Work time of the slowest rank / median (GPU: data, blocks, optimizer).",
-        ),
+        ("perf/straggler_ratio", "", "lower", "Work time of the slowest rank / median (GPU: data, blocks, optimizer)."),
         ("perf/slowest_rank", "", "", "Rank with the longest work time."),
     ),
     *_table(
@@ -234,29 +209,14 @@ HELD_OUT = (
     *_table(
         "held-out",
         TEXT_STAGES,
-        (
-            "val/bits_per_byte",
-            "bits/byte",
-            "lower",
-            "Held-out loss per byte; comparable between tokenizers.",
-        ),
+        ("val/bits_per_byte", "bits/byte", "lower", "Held-out loss per byte; comparable between tokenizers."),
         parts=[PART],
     ),
     *_table(
         "held-out",
         TEXT_STAGES,
-        (
-            "val/infill_loss",
-            "nats/target",
-            "lower",
-            "Held-out loss of a middle after prefix and suffix (PSM).",
-        ),
-        (
-            "val/infill_loss_spm",
-            "nats/target",
-            "lower",
-            "Held-out loss of a middle after suffix and prefix (SPM).",
-        ),
+        ("val/infill_loss", "nats/target", "lower", "Held-out loss of a middle after prefix and suffix (PSM)."),
+        ("val/infill_loss_spm", "nats/target", "lower", "Held-out loss of a middle after suffix and prefix (SPM)."),
         ("val/infill_loss_left", "nats/target", "lower", "Held-out loss of a middle after the prefix alone."),
         only="with stage.fim_rate",
     ),
@@ -275,12 +235,7 @@ HELD_OUT = (
     *_table(
         "held-out",
         RLHF,
-        (
-            "rlhf/win_rate",
-            "",
-            "higher",
-            "Share of answers that score above the reference's, ties counted half.",
-        ),
+        ("rlhf/win_rate", "", "higher", "Share of answers that score above the reference's, ties counted half."),
         ("rlhf/held_out_score", "", "higher", "Mean score of the policy's held-out answers."),
         ("rlhf/held_out_score_reference", "", "", "Mean score of the reference's held-out answers."),
         ("rlhf/held_out", "prompts", "", "Number of held-out prompts."),
@@ -347,29 +302,14 @@ REINFORCEMENT = (
     *_table(
         "preference",
         PREFERENCE,
-        (
-            "preference/accuracy",
-            "",
-            "higher",
-            "Share of held-out pairs ordered correctly by implicit reward.",
-        ),
-        (
-            "preference/kendall_tau",
-            "",
-            "higher",
-            "Mean rank correlation (Kendall's tau-b) with held-out rankings.",
-        ),
+        ("preference/accuracy", "", "higher", "Share of held-out pairs ordered correctly by implicit reward."),
+        ("preference/kendall_tau", "", "higher", "Mean rank correlation (Kendall's tau-b) with held-out rankings."),
         parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
     ),
     *_table(
         "preference",
         PREFERENCE,
-        (
-            "preference/margin",
-            "",
-            "higher",
-            "Implicit reward of chosen minus rejected held-out answers, mean.",
-        ),
+        ("preference/margin", "", "higher", "Implicit reward of chosen minus rejected held-out answers, mean."),
         ("preference/chosen_reward", "", "", "Mean implicit reward of chosen held-out answers."),
         ("preference/rejected_reward", "", "", "Mean implicit reward of rejected held-out answers."),
         ("preference/chosen_logprob", "nats", "", "Mean log-probability of chosen held-out answers."),
@@ -385,19 +325,9 @@ REINFORCEMENT = (
         "reward",
         REWARD,
         ("reward/accuracy", "", "higher", "Share of held-out pairs scored in the right order."),
-        (
-            "reward/kendall_tau",
-            "",
-            "higher",
-            "Mean rank correlation (Kendall's tau-b) with held-out rankings.",
-        ),
+        ("reward/kendall_tau", "", "higher", "Mean rank correlation (Kendall's tau-b) with held-out rankings."),
         ("reward/top1", "", "higher", "Share of held-out rankings whose best answer scores highest."),
-        (
-            "reward/calibration_error",
-            "",
-            "lower",
-            "Expected calibration error of pair probabilities (0 to 0.5).",
-        ),
+        ("reward/calibration_error", "", "lower", "Expected calibration error of pair probabilities (0 to 0.5)."),
         parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
     ),
     *_table(
@@ -436,12 +366,7 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
-        (
-            "rollout/set_bytes",
-            "bytes/token",
-            "",
-            "Mean size of the stored sampling set of a token.",
-        ),
+        ("rollout/set_bytes", "bytes/token", "", "Mean size of the stored sampling set of a token."),
         only="with rlhf.top_k or rlhf.top_p",
     ),
     *_table(
@@ -452,12 +377,7 @@ REINFORCEMENT = (
         ("rlhf/new_tokens_min", "tokens", "", "Length of the shortest rollout."),
         ("rlhf/new_tokens_max", "tokens", "", "Length of the longest rollout."),
         ("rlhf/truncated_rate", "", "lower", "Share of rollouts cut at the length limit."),
-        (
-            "rollout/logprob_gap",
-            "nats",
-            "lower",
-            "Largest difference of log-probabilities between engine and trainer.",
-        ),
+        ("rollout/logprob_gap", "nats", "lower", "Largest difference of log-probabilities between engine and trainer."),
     ),
     *_table(
         "updates",
@@ -465,19 +385,9 @@ REINFORCEMENT = (
         ("rlhf/updates", "updates", "", "Policy updates in the iteration."),
         ("rlhf/policy_loss", "", "", "Mean policy loss, averaged as in docs/algorithms.md."),
         ("rlhf/policy_grad_norm", "", "", "Mean gradient norm of the policy before clipping."),
-        (
-            "rlhf/ratio_mean",
-            "",
-            "",
-            "Mean probability ratio to the policy before the first update.",
-        ),
+        ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy before the first update."),
         ("rlhf/clip_frac", "", "", "Share of tokens whose gradient was clipped away."),
-        (
-            "rlhf/approx_kl",
-            "nats/token",
-            "",
-            "KL divergence from the policy before the first update.",
-        ),
+        ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy before the first update."),
     ),
     *_table(
         "rlhf",
@@ -497,12 +407,7 @@ REINFORCEMENT = (
         ("rlhf/value_loss", "", "lower", "Critic loss per token."),
         ("rlhf/value_grad_norm", "", "", "Mean gradient norm of the critic before clipping."),
         ("rlhf/value_clip_frac", "", "", "Share of tokens whose value gradient was clipped away."),
-        (
-            "rlhf/value_explained_var",
-            "",
-            "higher",
-            "Share of the variance of returns that values explain.",
-        ),
+        ("rlhf/value_explained_var", "", "higher", "Share of the variance of returns that values explain."),
         ("rlhf/value_mean", "", "", "Mean predicted value."),
         only="with a critic",
     ),

@@ -198,7 +198,7 @@ class Recorder:
         """Carry out one order of `WandbRun`."""
         {
             "metrics": self._metrics,
-            "beside": self._beside,
+            "at_newest_step": self._log_at_newest_step,
             "samples": self._samples,
             "link": self._link,
             "alert": self._alert,
@@ -231,7 +231,7 @@ class Recorder:
             self._run.define_metric(f"{TASKS}*", step_metric=STEP_OF_TASKS)
             self._run.log(values | {STEP_OF_TASKS: step}, step=row)
 
-    def _beside(self, order: dict[str, Any]) -> None:
+    def _log_at_newest_step(self, order: dict[str, Any]) -> None:
         # Otherwise this attempt has no row yet.
         if self._step > self._resumed_at:
             self._run.log(order["values"], step=self._step)

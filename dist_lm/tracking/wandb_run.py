@@ -98,8 +98,7 @@ class WandbRun:
         Raises:
             ConfigError: tracking.mode=online without a login.
         """
-        mode = "disabled" if tracking.name == "none" else wandb_mode(tracking, environ)
-        if mode == "disabled":
+        if tracking.name == "none" or (mode := wandb_mode(tracking, environ)) == "disabled":
             return None
 
         git = {
@@ -128,9 +127,9 @@ class WandbRun:
         finite = {name: value for name, value in metrics.items() if name not in ("step", "time") and value is not None}
         self._orders.put({"order": "metrics", "step": step, "values": finite})
 
-    def beside(self, figures: Mapping[str, float]) -> None:
+    def log_at_newest_step(self, figures: Mapping[str, float]) -> None:
         """Record figures without a step, such as the load of nodes, at the newest step."""
-        self._orders.put({"order": "beside", "values": dict(figures)})
+        self._orders.put({"order": "at_newest_step", "values": dict(figures)})
 
     def samples(self, path: Path, step: int) -> None:
         """Record a file of JSON lines as a table."""
@@ -197,6 +196,7 @@ class WandbRun:
         except BrokenPipeError:
             # Orders that nobody reads are dropped; the run continues.
             code = self._process.wait()
+
             # With code 0 the process has reported the reason itself.
             if code:
                 self._console.warning(
@@ -215,7 +215,7 @@ class WandbRun:
 
 
 def _identity(path: Path) -> str:
-    recorded = json.loads(path.read_text()) if path.exists() else {}
-    identity = recorded.get("id") or secrets.token_hex(4)
+    # All attempts of a run must continue one wandb run, so the first one's id is kept.
+    identity = durable.read_json(path).get("id") or secrets.token_hex(4)
     durable.write_json(path, {"id": identity})
     return identity

@@ -41,13 +41,15 @@ def exchange(optimizer: torch.optim.Optimizer) -> None:
 def measured(optimizer: torch.optim.Optimizer, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
     """Returns the held-out metrics of the averaged weights under the names in `MEASURED` (collective).
 
-    Other metrics are dropped. Afterwards the model has its previous bits; if `evaluate` raises, it keeps the averaged
-    weights.
+    Other metrics are dropped. Afterwards the model has its previous bits, also if `evaluate` raises.
 
     Args:
         evaluate: measures the model as it is, and leaves no parameter gathered.
     """
     exchange(optimizer)
-    metrics = evaluate()
-    exchange(optimizer)
+    try:
+        metrics = evaluate()
+    finally:
+        # The weights come back after an error too: a caller that goes on would train the average.
+        exchange(optimizer)
     return {average: metrics[name] for name, average in MEASURED.items() if name in metrics}

@@ -69,6 +69,7 @@ def tensors_of(
     Args:
         prefix: begins the names; empty for the first model of a checkpoint.
     """
+    # Frozen parameters are those of the base, which is a checkpoint of its own.
     shapes = parameter_shapes(model_config)
     tensors = {
         f"{prefix}{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
@@ -176,7 +177,7 @@ def _write_shards(
         dcp.save(tensors, storage_writer=writer, process_group=group)
         paths = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
         for path in paths:
-            durable.fsync_file(path)
+            durable.fsync(path)
         return {path.name: durable.sha256_of(path) for path in paths}, None
     except CheckpointException as error:
         return {}, "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
@@ -216,7 +217,7 @@ def _publish(
     if target.exists():
         shutil.rmtree(target)
     temporary.rename(target)
-    durable.fsync_directory(target.parent)
+    durable.fsync(target.parent)
     files.write_pointer(target.parent, files.LATEST, target)
 
 

@@ -64,7 +64,9 @@ def read_pointer(checkpoints: Path, name: str) -> Path | None:
         checkpoint = checkpoints / pointer.read_text().strip()
         if checkpoint.is_dir():
             return checkpoint
-    return next(reversed(steps_in(checkpoints)), None) if name == LATEST else None
+    if name != LATEST:
+        return None
+    return next(reversed(steps_in(checkpoints)), None)
 
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
@@ -122,9 +124,9 @@ def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
     for name, content in contents.items():
         path = directory / STAGE / name
         path.write_bytes(content)
-        durable.fsync_file(path)
+        durable.fsync(path)
         digests[f"{STAGE}/{name}"] = durable.sha256_of(path)
-    durable.fsync_directory(directory / STAGE)
+    durable.fsync(directory / STAGE)
     return digests
 
 
@@ -264,6 +266,7 @@ def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Removes all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves."""
+    # BEST may be older than the newest ones.
     best = read_pointer(checkpoints, BEST)
     if keep:
         for directory in steps_in(checkpoints)[:-keep]:
@@ -343,9 +346,11 @@ def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConf
     Raises:
         ArtefactError: names every key that differs, with both values.
     """
-    replaces_head = model_config.head == "scalar" and saved["head"] == "tokens"
-    # Without a token head, it does not matter whether the token head was tied.
-    check_same_model(checkpoint, saved, model_config, but=("head", "tie_embeddings") if replaces_head else ())
+    may_differ: tuple[str, ...] = ()
+    if model_config.head == "scalar" and saved["head"] == "tokens":
+        # Without a token head, it does not matter whether the token head was tied.
+        may_differ = ("head", "tie_embeddings")
+    check_same_model(checkpoint, saved, model_config, but=may_differ)
 
 
 def check_tokenizer(checkpoint: Path, state: TrainState, sha256: str) -> None:

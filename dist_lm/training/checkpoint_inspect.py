@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dist_lm.model.size import Shape
 from dist_lm.tracking.readable import gib, three_decimals
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import StoredTensor, stored_tensors
@@ -72,20 +71,19 @@ def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
     table.add_column("size", justify="right")
 
     for name, group in groups.items():
-        shapes = {tensor.shape for tensor in group}
+        shapes = {" x ".join(map(str, tensor.shape)) or "scalar" for tensor in group}
+        shape = f"{len(shapes)} shapes"
+        if len(shapes) == 1:
+            (shape,) = shapes
         table.add_row(
             Text(name),
             f"{len(group):,}",
-            _readable(shapes.pop()) if len(shapes) == 1 else f"{len(shapes)} shapes",
+            shape,
             ", ".join(sorted({tensor.dtype for tensor in group})),
             f"{sum(tensor.elements for tensor in group):,}",
             gib(sum(tensor.bytes for tensor in group)),
         )
     return table
-
-
-def _readable(shape: Shape) -> str:
-    return " x ".join(map(str, shape)) or "scalar"
 
 
 def _file_table(directory: Path, tensors: Iterable[StoredTensor]) -> Table:

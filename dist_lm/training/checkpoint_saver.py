@@ -33,18 +33,18 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, checkpoints: Path, model_config: ModelConfig, world: World, *, keep: int, beside_training: bool
+        self, checkpoints: Path, model_config: ModelConfig, world: World, *, keep: int, asynchronous: bool
     ) -> None:
         """
         Args:
             keep: number of newest checkpoints to keep; 0: all.
-            beside_training: False: `save` returns when the checkpoint is written.
+            asynchronous: False: `save` returns when the checkpoint is written.
         """
         self.checkpoints = checkpoints
         self.model_config = model_config
         self.world = world
         self.keep = keep
-        self.beside_training = beside_training
+        self.asynchronous = asynchronous
 
         # The thread has its own process group: its messages must not mix with those of training.
         group = dist.new_group(backend="gloo")
@@ -98,21 +98,22 @@ class CheckpointSaver:
             attached: files of the stage, by name; those of the first rank are written.
 
         Raises:
-            CheckpointWriteError: on every rank, if the previous save failed (or this save, if not beside training).
+            CheckpointWriteError: on every rank, if the previous save failed (or this save, if not asynchronous).
         """
+        # One save at a time: the copy in host memory belongs to the save in flight.
         self.wait()
 
         tensors = checkpoint.tensors_of(model, optimizer, self.model_config)
         for companion in companions:
             tensors |= companion.tensors()
-        if self.beside_training:
+        if self.asynchronous:
             # Training changes the tensors in place, so the thread writes a copy.
             tensors = self.stager.stage(tensors)
             assert isinstance(tensors, dict)
 
         # The synchronous mode takes the same thread and process group: one code path to test.
         self.in_flight = self.thread.submit(self._write, tensors, state, attached)
-        if not self.beside_training:
+        if not self.asynchronous:
             self.wait()
 
     def wait(self) -> None:

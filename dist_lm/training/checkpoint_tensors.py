@@ -125,7 +125,7 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]
     base = model_tensors(files.require_intact(Path(config.base)))
     merged: dict[str, StoredTensor | ComputedTensor] = {}
     for name, shape in parameter_shapes(config.plain).items():
-        merged[name] = trained[name] if name in trained else base[name]
+        merged[name] = trained.get(name) or base[name]  # a scalar head is trained, and the base may lack it
         a, b = (trained.get(f"{adapter_of(name)}{factor}") for factor in ("a", "b"))
         if a is not None and b is not None:
             make = partial(_merge, name, base[name], a, b, config.scale)
@@ -158,6 +158,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     Raises:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
+    # Every rank writes files of its own, so the parts of one tensor may lie in many files.
     dtypes: dict[str, str] = {}
     parts: dict[str, list[Part]] = {}
     for file in sorted(directory.glob(f"*{files.TENSORS}")):
@@ -271,7 +272,7 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     try:
         write_tensors(temporary, tensors, metadata)
         temporary.rename(output)
-        durable.fsync_directory(output.parent)
+        durable.fsync(output.parent)
     except OSError as error:
         raise ArtefactError(
             f"--output={output}: could not be written ({error}); free space or name another file"

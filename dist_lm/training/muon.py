@@ -139,8 +139,7 @@ def orthogonal_steps(
             if variances is not None and (variance := variances[index]) is not None:
                 variance.normalise_(step)
 
-        shards = stack[:, *shard_box(like)] if isinstance(like, DTensor) else stack
-        shards = shards.to(directions[indices[0]].device)
+        shards = stack[:, *shard_box(like)].to(directions[indices[0]].device)
         yield from zip((parameters[index] for index in indices), shards, strict=True)
 
 
@@ -149,7 +148,7 @@ def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[int]]:
     one)."""
     alike: dict[Any, list[int]] = {}
     for index, parameter in enumerate(parameters):
-        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        placements = getattr(parameter, "placements", ())  # a plain tensor has none
         alike.setdefault((parameter.shape, placements), []).append(index)
     for (shape, _), indices in alike.items():
         # Unsharded fp32 matrices: a stack must not fill the memory that FSDP saves.
@@ -213,4 +212,6 @@ def _unshard(parameter: torch.Tensor, shards: torch.Tensor) -> torch.Tensor:
 
 def device_of_whole(parameter: torch.Tensor) -> torch.device | str:
     """Returns the device on which `orthogonal_steps` computes: the GPU of the mesh also for a shard in host memory."""
-    return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device
+    if isinstance(parameter, DTensor):
+        return parameter.device_mesh.device_type
+    return parameter.device

@@ -26,7 +26,8 @@ class LossSum:
     total: torch.Tensor  # scalar fp32, with gradient
     count: torch.Tensor  # scalar fp32
     metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sums without gradient
-    counts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # counts of metrics not averaged over `count`
+    # The counts of metrics that are not averaged over `count`.
+    metric_counts: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol):

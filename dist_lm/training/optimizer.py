@@ -26,8 +26,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.optimizer import OptimizerConfig
-from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, TrainerGroup
+from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerConfig, TrainerGroup
 from dist_lm.model.size import ADAPTERS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
@@ -119,10 +118,11 @@ def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonCon
         muon: settings for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    uses_muon = muon is not None and muon.is_on
-    muon_names = {name for name, _ in named if uses_muon and is_matrix(name)}
+    if muon is not None and not muon.is_on:
+        muon = None
+    muon_names = {name for name, _ in named if muon is not None and is_matrix(name)}
     optimizer = ShardedAdamW(
-        _groups(model, named, settings, muon if muon_names else None),
+        _groups(model, named, settings, muon),
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
@@ -130,7 +130,7 @@ def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonCon
 
     has_average = isinstance(settings, TrainerGroup) and settings.ema_decay > 0
     has_variance = muon is not None and muon.variance_beta > 0
-    shapes = parameter_shapes(model.config) if has_variance else {}
+    shapes = parameter_shapes(model.config)
     for name, parameter in named:
         keys = MOMENTS[:1] if name in muon_names else MOMENTS
         if has_average:
@@ -163,18 +163,19 @@ def _groups(
         steps_with_muon = muon is not None and is_matrix(name)
         ratio = 1.0
         if isinstance(settings, TrainerGroup):
-            ratio = rate_ratio(name, settings, muon if steps_with_muon else None, model.config)
+            ratio = rate_ratio(name, settings, muon, model.config)
 
         key = (steps_with_muon, is_decayed(name), ratio)
         if key not in groups:
-            group: dict[str, Any] = {"params": [], "lr": settings.lr * ratio, "lr_ratio": ratio}
-            decay = settings.weight_decay if is_decayed(name) else 0.0
+            group: dict[str, Any] = {"params": [], "lr": settings.lr * ratio, "lr_ratio": ratio, "weight_decay": 0.0}
             if muon is not None and steps_with_muon:
-                decay = decay if muon.weight_decay is None else muon.weight_decay
-                group |= {"momentum": muon.momentum, "variance_beta": muon.variance_beta, "weight_decay": decay}
-            else:
+                group |= {"momentum": muon.momentum, "variance_beta": muon.variance_beta}
+                group["weight_decay"] = muon.weight_decay
+                if muon.weight_decay is None:
+                    group["weight_decay"] = settings.weight_decay
+            elif is_decayed(name):
                 # AdamW multiplies the decay by the rate of the group; it must follow `stage.lr`.
-                group["weight_decay"] = decay / ratio
+                group["weight_decay"] = settings.weight_decay / ratio
             groups[key] = group
         groups[key]["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: "momentum" in group)
@@ -231,6 +232,7 @@ def stage_rate(stage: TrainerGroup, step: int) -> float:
     if step < stage.warmup_steps:
         return stage.lr * (step + 1) / stage.warmup_steps
 
+    # A long share of the steps may reach back into the warm-up; the decay begins after it.
     decay_steps = stage.decay_steps
     if stage.schedule == LINEAR:
         steps_after_warmup = max(1, stage.steps - stage.warmup_steps)
@@ -254,7 +256,9 @@ def rate_group(name: str) -> str | None:
         return "head"
     if name.startswith("embedding."):
         return "embedding"
-    return "matrices" if is_matrix(name) else "vectors"
+    if is_matrix(name):
+        return "matrices"
+    return "vectors"
 
 
 def rate_ratio(name: str, stage: TrainerGroup, muon: MuonConfig | None, model: ModelConfig) -> float:
@@ -262,14 +266,14 @@ def rate_ratio(name: str, stage: TrainerGroup, muon: MuonConfig | None, model: M
 
     Args:
         name: name of the parameter in the model.
-        muon: settings of the Muon that steps the matrix; None: AdamW steps the parameter.
+        muon: settings of Muon, which steps the matrices; None: AdamW steps all parameters.
     """
     group = rate_group(name)
     if group is None:
         return 1.0
     ratio = getattr(stage.rates, group)
 
-    if muon is None:
+    if muon is None or group != "matrices":
         if group in ("head", "matrices"):
             ratio /= model.relative_width
         return ratio

@@ -180,7 +180,7 @@ def _exclusive_times(calls: Iterable[tuple[str, Interval]]) -> list[Work]:
 def _parts(spans: Sequence[Mapping[str, Any]], steps: Sequence[Interval]) -> dict[str, float]:
     """Returns microseconds of the host by part of a step; empty without marks of laps."""
     marks = sorted(
-        (_interval(event)[1], "data" if event["name"] == START else event["name"].removeprefix(LAP))
+        (_interval(event)[1], {START: "data"}.get(event["name"], event["name"].removeprefix(LAP)))
         for event in spans
         if _is_annotation(event) and (event["name"] == START or event["name"].startswith(LAP))
     )
@@ -236,6 +236,7 @@ def summarize(run: RunDirectory, console: Console) -> None:
     ranks = list(profiles.values())
     on_gpu = any(profile.on_gpu for profile in ranks)
 
+    # Ranks do the same steps, so each has the same weight in a mean.
     def mean(name: str) -> float:
         return sum(getattr(profile, name) for profile in ranks) / len(ranks)
 

@@ -28,7 +28,7 @@ class Sums:
 
     total_count: torch.Tensor  # (2,) float64: loss total, count
     metrics: dict[str, torch.Tensor]  # sums of `LossSum.metrics`
-    counts: dict[str, torch.Tensor]  # sums of `LossSum.counts`
+    metric_counts: dict[str, torch.Tensor]  # sums of `LossSum.metric_counts`
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def accumulate_gradients(
         laps.start()
     total_count = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
     metrics: dict[str, torch.Tensor] = {}
-    counts: dict[str, torch.Tensor] = {}
+    metric_counts: dict[str, torch.Tensor] = {}
 
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
@@ -77,13 +77,13 @@ def accumulate_gradients(
         # Sums stay on the device: reading them here would make a GPU wait in every micro-batch.
         total_count += torch.stack([loss.total.detach(), loss.count]).double()
         _add_to(metrics, loss.metrics)
-        _add_to(counts, loss.counts)
+        _add_to(metric_counts, loss.metric_counts)
         _lap(laps, "backward")
 
     # With tensor parallelism, each rank has only a part of the gradients of replicated parameters: add the parts up.
     reduce_partial_gradients(model)
     _lap(laps, "communication")
-    return Sums(total_count, metrics, counts)
+    return Sums(total_count, metrics, metric_counts)
 
 
 def _add_to(sums: dict[str, torch.Tensor], terms: Mapping[str, torch.Tensor]) -> None:
@@ -97,7 +97,7 @@ def update(
     sums: Sums,
     *,
     grad_clip: float,
-    counts: bool,
+    adds_sums: bool,
     stop: StopRequest,
     tokens: int = 0,
     laps: Laps | None = None,
@@ -107,7 +107,7 @@ def update(
     Gradients that are not finite leave parameters and moments unchanged.
 
     Args:
-        counts: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
+        adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
         stop: read after the backward pass, so that a request during a long step (the first may compile) ends the run
             with this step.
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
@@ -124,10 +124,10 @@ def update(
     device = sums.total_count.device
     stop_1 = torch.full((1,), float(stop.requested), dtype=torch.float64, device=device)
     tokens_1 = torch.full((1,), tokens, dtype=torch.float64, device=device)
-    metric_names, count_names = sorted(sums.metrics), sorted(sums.counts)
-    metric_sums = [sums.metrics[name] for name in metric_names] + [sums.counts[name] for name in count_names]
+    metric_names, count_names = sorted(sums.metrics), sorted(sums.metric_counts)
+    metric_sums = [sums.metrics[name] for name in metric_names] + [sums.metric_counts[name] for name in count_names]
     batch_sums = torch.cat([tokens_1, sums.total_count, *(metric.double().reshape(1) for metric in metric_sums)])
-    if not counts:
+    if not adds_sums:
         batch_sums = torch.zeros_like(batch_sums)
     message = torch.cat([stop_1, squared_norms(list(groups.values())).to(device), batch_sums])
     _lap(laps, "optimizer")
@@ -148,7 +148,9 @@ def update(
     grad_norm = math.sqrt(sum(group_squares.values())) / divisor
     applied = math.isfinite(grad_norm)
     if applied:
-        clip = grad_clip / grad_norm if grad_clip and grad_norm > grad_clip else 1.0
+        clip = 1.0
+        if grad_clip and grad_norm > grad_clip:
+            clip = grad_clip / grad_norm
         gradients = [shard_of(gradient) for group in groups.values() for gradient in group]
         torch._foreach_mul_(gradients, clip / divisor)
         optimizer.step()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import is_first_copy, shard_of
 
@@ -138,11 +138,9 @@ class Laps(Protocol):
 
     def start(self) -> None:
         """Discards the time since the last lap."""
-        ...
 
     def lap(self, name: str) -> None:
         """Counts the time since the last lap, or the start, as `name`."""
-        ...
 
     def take(self) -> dict[str, float]:
         """Returns seconds by name since the last call."""
@@ -283,7 +281,8 @@ class UpdateSize:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._counted = [parameter for parameter in parameters if is_first_copy(parameter)]
+        # Copies of one shard on several ranks must not be measured twice.
+        self._first_copies = [parameter for parameter in parameters if is_first_copy(parameter)]
         self._before: list[torch.Tensor] = []
         self._hook: RemovableHandle | None = None
 
@@ -304,14 +303,14 @@ class UpdateSize:
         if not before:
             return torch.zeros(2, dtype=torch.float64)
 
-        after = [shard_of(parameter) for parameter in self._counted]
+        after = [shard_of(parameter) for parameter in self._first_copies]
         torch._foreach_sub_(before, after)  # now `before` holds the update
         norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (before, after)]
         return torch.stack([norm.double().square().sum() for norm in norms])
 
     @torch.no_grad()
     def _copy_parameters(self) -> None:
-        self._before = [shard_of(parameter).clone() for parameter in self._counted]
+        self._before = [shard_of(parameter).clone() for parameter in self._first_copies]
 
 
 class Eta:
@@ -356,7 +355,9 @@ def slowest_of(work_s_R: Sequence[float]) -> tuple[int, float]:
     """Returns the rank with the most work time, and its time relative to the median rank; 1 if no rank worked."""
     slowest = max(range(len(work_s_R)), key=work_s_R.__getitem__)
     median = statistics.median(work_s_R)
-    return slowest, work_s_R[slowest] / median if median > 0 else 1.0
+    if median > 0:
+        return slowest, work_s_R[slowest] / median
+    return slowest, 1.0
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareConfig) -> float:
@@ -370,18 +371,17 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareCon
         return tflops * 1e12
 
     def clock() -> float:
-        return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
+        if device.type != "cuda":
+            return time.process_time() / torch.get_num_threads()
+        torch.cuda.synchronize(device)  # a product is only queued when its call returns
+        return time.perf_counter()
 
     size = 8192 if device.type == "cuda" else 1024  # a GPU takes longer to start a small product than to compute it
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     # The best of some products, because the clock speed rises under load and other work disturbs.
     best_s = float("inf")
     for _ in range(PRODUCTS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         started = clock()
         torch.mm(matrix, matrix)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         best_s = min(best_s, clock() - started)
     return 2 * size**3 / best_s

@@ -61,7 +61,7 @@ class Trainer:
 
     config: Config
     world: World
-    counts_once: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
+    adds_sums: bool  # whether this rank adds its loss sums: True on exactly one rank of each tp group
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -158,7 +158,8 @@ class Trainer:
 
         # The key holds the step, so a resumed run drops what the uninterrupted run would have dropped. It is set for
         # the training passes only: evaluation uses the same model without dropout.
-        model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step) if stage.dropout else None
+        if stage.dropout:
+            model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step)
         reduces_every = self.config.parallel.reduce_every_micro_batch
         sums = accumulate_gradients(model, self.objective, micro_batches, reduces_every, laps)
         model.dropout = None
@@ -168,7 +169,7 @@ class Trainer:
             self.optimizer,
             sums,
             grad_clip=stage.grad_clip,
-            counts=self.counts_once,
+            adds_sums=self.adds_sums,
             stop=self.stop,
             tokens=data.tokens,
             laps=laps,
@@ -285,7 +286,7 @@ class Trainer:
             self.model.config,
             self.world,
             keep=stage.keep_checkpoints,
-            beside_training=stage.checkpoint_async,
+            asynchronous=stage.checkpoint_async,
         )
 
     def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, is_final: bool) -> TrainState:

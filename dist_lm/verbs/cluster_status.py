@@ -14,7 +14,7 @@ from rich.text import Text
 from dist_lm.cluster.events import read_events
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.registry import load_config, stage_named
-from dist_lm.stages.stage import Place
+from dist_lm.stages.stage import RunsIn
 from dist_lm.storage import durable
 from dist_lm.storage.lock import is_locked
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -95,8 +95,8 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
 
     name, facts = matching[-1]
     # A stage that waits has no run yet.
-    begun_stages = [stage for stage in facts["stages"] if stage["state"] != "waiting"]
-    directories = [work.run(stage["name"], facts["run_id"]) for stage in begun_stages]
+    begun_stages = [stage["name"] for stage in facts["stages"] if stage["state"] != "waiting"]
+    directories = [work.run(stage_name, facts["run_id"]) for stage_name in begun_stages]
     present = [directory for directory in directories if directory.config.exists()]
 
     run = read_run(present[-1]) if present else None
@@ -108,10 +108,11 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
 
     # A killed launcher could not write that its stage ended.
     if state == "lost":
-        facts["stages"] = [
-            {**stage, "state": "lost"} if stage["state"] == "running" else stage for stage in facts["stages"]
-        ]
-        facts["updated"] = max(facts["updated"], run.heard_at if run else 0.0)
+        for stage in facts["stages"]:
+            if stage["state"] == "running":
+                stage["state"] = "lost"
+        if run:
+            facts["updated"] = max(facts["updated"], run.heard_at)
 
     other_commands = [
         f"{another_name} ({_state(work, another_name, another_facts)})"
@@ -122,36 +123,40 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
 
 
 def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
-    lost = facts["state"] == "running" and not is_locked(work.pipeline_lock(name))
-    return "lost" if lost else facts["state"]
+    if facts["state"] == "running" and not is_locked(work.pipeline_lock(name)):
+        return "lost"
+    return facts["state"]
 
 
 def read_run(run: RunDirectory) -> RunStatus:
-    """Returns the status of one run."""
-    events = list(read_events(run.events))
-    started = [event for event in events if event["event"] == "started"]
-    failed = [event for event in events if event["event"] == "failed"]
+    """Returns the status of one run, which has a `config.yaml`."""
+    # A run that never failed has an empty last error.
+    attempt: dict[str, Any] = {}
+    failures = [{"error": "", "time": 0.0}]
+    for event in read_events(run.events):
+        if event["event"] == "started":
+            attempt = event
+        elif event["event"] == "failed":
+            failures.append(event)
 
     live = durable.read_json(run.live)
-
     metrics = last_metrics(run.metrics)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-
-    config = load_config(run.config) if run.config.exists() else None
-    stage = stage_named(config.stage.name) if config else None
+    config = load_config(run.config)
+    stage = stage_named(config.stage.name)
 
     return RunStatus(
         path=str(run.path),
-        asks=bool(stage and stage.place is Place.POOL),
+        asks=stage.runs_in is RunsIn.POOL,
         held=is_locked(run.launch_lock),
         step=int(metrics.pop("step", 0)),
-        steps=getattr(config.stage, "steps", None) if config else None,
-        figures=stage.figures(durable.read_json(run.result)) if stage else "",
+        steps=getattr(config.stage, "steps", None),
+        figures=stage.figures(durable.read_json(run.result)),
         metrics=metrics,
-        attempt=started[-1] if started else {},
-        restarts=len(failed),
-        last_error=failed[-1]["error"] if failed else "",
-        last_error_at=failed[-1]["time"] if failed else 0.0,
+        attempt=attempt,
+        restarts=len(failures) - 1,
+        last_error=failures[-1]["error"],
+        last_error_at=failures[-1]["time"],
         ranks=live.get("ranks", []),
         heard_at=live.get("time", 0.0),
         links=durable.read_json(run.links),
@@ -175,6 +180,7 @@ def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
 
     rows = []
     for node, facts in enumerate(run.attempt.get("nodes", [])):
+        # torchrun numbers the ranks node by node.
         node_ranks = range(node * per_node, (node + 1) * per_node)
         heartbeats = [rank for rank in run.ranks if rank["rank"] in node_ranks]
         ranks_text = f"{node_ranks[0]}" if per_node == 1 else f"{node_ranks[0]}-{node_ranks[-1]}"
@@ -215,9 +221,7 @@ def print_status(status: PipelineStatus, console: Console) -> None:
         )
     )
 
-    stages = Table(box=None, pad_edge=False)
-    for column in ("stage", "state", ""):
-        stages.add_column(column)
+    stages = Table("stage", "state", "", box=None, pad_edge=False)
     for stage in facts["stages"]:
         stages.add_row(stage["name"], Text(stage["state"], style=COLOURS[stage["state"]]), Text(stage["detail"]))
     console.print(stages)
@@ -238,9 +242,8 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
     console.print(Text(_progress(run)), soft_wrap=True)
 
     if run.attempt:
-        num_nodes = len(run.attempt["nodes"])
+        nodes = counted(len(run.attempt["nodes"]), "node")
         per_node = run.attempt["ranks_per_node"]
-        nodes = "1 node" if num_nodes == 1 else f"{num_nodes} nodes"
 
         speed = ""
         if run.links.get("bus_gb_per_s"):
@@ -256,9 +259,7 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
             soft_wrap=True,
         )
 
-        table = Table(box=None, pad_edge=False)
-        for column in ("node", "host", "address", "ranks", "step", "state", "heard"):
-            table.add_column(column)
+        table = Table("node", "host", "address", "ranks", "step", "state", "heard", box=None, pad_edge=False)
         for row in node_rows(run, now):
             table.add_row(*(Text(cell) for cell in row))
         console.print(table)
@@ -269,12 +270,11 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
 
 
 def _progress(run: RunStatus) -> str:
+    facts = [f"step {run.step:,}"]
     if run.asks:
         facts = [f"{counted(run.step, 'prompt')} answered"]
     elif run.steps:
         facts = [f"step {run.step:,}/{run.steps:,}"]
-    else:
-        facts = [f"step {run.step:,}"]
 
     # The time left says nothing once no launcher works on the run.
     for name, words, form in PROGRESS:

@@ -67,5 +67,8 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
 
-    options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools or chat else None
+    # Without tools and turns the model continues the text of a prompt.
+    options = None
+    if tools or chat:
+        options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters))
     raise typer.Exit(generate(path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix))

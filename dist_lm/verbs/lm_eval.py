@@ -45,15 +45,9 @@ def lm_eval(
     """Evaluate a model on tasks of lm-evaluation-harness (docs/lm_eval.md)."""
     from dist_lm.evaluation.harness import WAY_OUT, HarnessOptions, evaluate
 
+    # The option of lm_eval would run generated code without a sandbox.
     require(not confirm_run_unsafe_code, "--confirm_run_unsafe_code", "true", f"no such option here: {WAY_OUT}")
     options = HarnessOptions(
-        tasks,
-        num_fewshot,
-        limit,
-        apply_chat_template,
-        system_instruction,
-        include_path,
-        gen_kwargs,
-        seed,
+        tasks, num_fewshot, limit, apply_chat_template, system_instruction, include_path, gen_kwargs, seed
     )
     evaluate(path, options, tokenizer, device, dtype, output, samples)

@@ -89,7 +89,7 @@ def accuracies(config: Config, directory: Path, steps: int) -> tuple[float, floa
             batches = next(stream).micro_batches
             batches = prepare(model, batches) if prepare else batches
             sums = accumulate_gradients(model, objective, batches)
-            update(model, optimizer, sums, grad_clip=stage.grad_clip, counts=True, stop=stop)
+            update(model, optimizer, sums, grad_clip=stage.grad_clip, adds_sums=True, stop=stop)
     return before, accuracy()
 
 

@@ -23,7 +23,7 @@ from dist_lm.document import TokenizedDocument, Verdict
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config
-from dist_lm.rlhf.reward_model import beside_verdicts, choices_of_people, reward_metrics, scores_of_rankings
+from dist_lm.rlhf.reward_model import choices_of_people, reward_metrics, scores_of_rankings, with_verdicts
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dist_lm.training.step import accumulate_gradients, update
@@ -99,9 +99,9 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
             )
             set_learning_rate(optimizer, rate)
             sums = accumulate_gradients(model, choices_of_people, next(stream).micro_batches)
-            update(model, optimizer, sums, grad_clip=stage.grad_clip, counts=True, stop=StopRequest())
+            update(model, optimizer, sums, grad_clip=stage.grad_clip, adds_sums=True, stop=StopRequest())
     scores = scores_of_rankings(model, RankingBatches(rankings=val, **batch), torch.device("cpu"), None)
-    return reward_metrics(beside_verdicts(val, scores))
+    return reward_metrics(with_verdicts(val, scores))
 
 
 def taus(directory: Path, seed: int, variants: Sequence[str], rankings: int, steps: int) -> list[float]:

@@ -119,7 +119,7 @@ HOSTILE = (
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_no_text_becomes_a_mark(text: str, hostile: str, file: Path):
     tokenizer = ours_with(file, text)
-    marks = set(tokenizer.file_names.values())
+    marks = set(tokenizer.special_ids_in_file.values())
 
     def shape(content: str) -> list[int]:
         turns = (Message("user", content), Message("assistant", content), Message("user", content))

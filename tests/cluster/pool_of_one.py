@@ -17,14 +17,14 @@ class Alone:
 
     members = (None,)
 
-    def __init__(self, spec: EngineSpec, weights: dict, wanted: Callable[[], bool]) -> None:
+    def __init__(self, spec: EngineSpec, weights: dict, keep_going: Callable[[], bool]) -> None:
         tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
         self._engine = Engine(spec.model, tensors, eot_id=spec.eot_id, vocabulary=spec.vocabulary, options=spec.options)
-        self._wanted = wanted
+        self._keep_going = keep_going
 
     @classmethod
-    def start(cls, cluster: RayCluster, spec: EngineSpec, weights: dict, *, actors, wanted, warn) -> "Alone":
-        return cls(spec, weights, wanted)
+    def start(cls, cluster: RayCluster, spec: EngineSpec, weights: dict, *, actors, keep_going, warn) -> "Alone":
+        return cls(spec, weights, keep_going)
 
     def __enter__(self) -> "Alone":
         return self
@@ -34,7 +34,7 @@ class Alone:
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Answer | Refusal]:
         waiting = iter(requests)
-        while (some := list(itertools.islice(waiting, 30))) and self._wanted():
+        while (some := list(itertools.islice(waiting, 30))) and self._keep_going():
             for request in some:
                 try:
                     self._engine.submit(request)

@@ -4,7 +4,15 @@ from collections import Counter
 
 import pytest
 
-from dist_lm.cluster.allocation import Reserved, Site, actors_in_all, core_users, missing_places, ranks_beside, site_of
+from dist_lm.cluster.allocation import (
+    Reserved,
+    Site,
+    actors_in_all,
+    core_users,
+    missing_places,
+    ranks_per_node_with_pool,
+    site_of,
+)
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.pool import AS_MANY, RolloutPoolConfig
@@ -16,7 +24,7 @@ def nodes(count: int, cpus: int = 8, gpus: int = 0) -> list[Node]:
 
 
 def ranks(pool: RolloutPoolConfig, found: list[Node], gpus: int = 0, **cluster: int) -> int:
-    return ranks_beside(pool, ClusterConfig(name="local", **cluster), found, gpus)
+    return ranks_per_node_with_pool(pool, ClusterConfig(name="local", **cluster), found, gpus)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_cores_are_divided_among_ranks_and_actors_only_where_they_work_at_the_sa
 def test_actors_go_where_the_gang_has_reserved_nothing():
     found, reserved = nodes(2, cpus=4, gpus=8), {"id0": Reserved(cpus=1, gpus=8), "id1": Reserved(cpus=1, gpus=6)}
     site = site_of(RolloutPoolConfig(actors=4), ["10.0.0.0", "10.0.0.1"], 8, "cuda")
-    places = missing_places(site.nodes(found, reserved), {}, wanted=4, most_nodes=9, gpus=1)
+    places = missing_places(site.nodes(found, reserved), {}, pool_size=4, most_nodes=9, gpus=1)
     assert [node.id for node in places] == ["id1", "id1"]
     assert Site().nodes(found, reserved) == found  # a pool that is alone waits for all of it
 
@@ -85,7 +93,7 @@ def test_actors_that_share_gpus_go_to_the_gangs_nodes_each_to_others():
     site = site_of(RolloutPoolConfig(actors=3, placement="shared"), ["10.0.0.1"], 4, "cuda")
     usable = site.nodes(found, reserved)
     assert [node.id for node in usable] == ["id1"]
-    assert len(missing_places(usable, {}, wanted=3, most_nodes=9, gpus=0)) == 3  # the CPUs that are left
+    assert len(missing_places(usable, {}, pool_size=3, most_nodes=9, gpus=0)) == 3  # the CPUs that are left
     assert [site.devices(found[1], 1, ordinal) for ordinal in range(5)] == [(3,), (2,), (1,), (0,), (3,)]
     assert [site.devices(found[1], 2, ordinal) for ordinal in range(2)] == [(2, 3), (0, 1)]
     assert Site().devices(found[1], 1, 0) == ()

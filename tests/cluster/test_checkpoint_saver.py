@@ -39,12 +39,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
 class Run:
     """A model, its optimizer and the saver of its checkpoints on all ranks."""
 
-    def __init__(self, world: World, checkpoints: Path, tp: int = 1, beside_training: bool = True) -> None:
+    def __init__(self, world: World, checkpoints: Path, tp: int = 1, asynchronous: bool = True) -> None:
         parallel = ParallelConfig(tp=tp, compute_dtype="fp32")
         self.mesh = build_mesh(resolve_layout(parallel, CONFIG, world.size), world.device)
         self.model = build_model(CONFIG, parallel, self.mesh, world.device, seed=0)
         self.optimizer = build_optimizer(self.model, StageConfig(name="any"))
-        self.saver = CheckpointSaver(checkpoints, CONFIG, world, keep=2, beside_training=beside_training)
+        self.saver = CheckpointSaver(checkpoints, CONFIG, world, keep=2, asynchronous=asynchronous)
 
     def save(self, step: int, **state) -> None:
         self.saver.save(self.model, self.optimizer, TrainState(step=step, **state))
@@ -95,8 +95,8 @@ def test_a_checkpoint_holds_what_was_when_the_save_was_due(ranks: RankGroups, tm
     assert values(tmp_path, 2) == {2.0}
 
 
-def three_saves(world: World, checkpoints: Path, beside_training: bool) -> list[list[str]]:
-    run = Run(world, checkpoints, beside_training=beside_training)
+def three_saves(world: World, checkpoints: Path, asynchronous: bool) -> list[list[str]]:
+    run = Run(world, checkpoints, asynchronous=asynchronous)
     seen = []
     with run.saver:
         for step in (1, 2, 3):
@@ -106,7 +106,7 @@ def three_saves(world: World, checkpoints: Path, beside_training: bool) -> list[
 
 
 def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(ranks: RankGroups, tmp_path: Path):
-    seen = ranks.run(2, three_saves, tmp_path, beside_training=True)
+    seen = ranks.run(2, three_saves, tmp_path, asynchronous=True)
     for step, finished in enumerate(seen, start=1):
         assert all(checkpoint_files.step_name(earlier) in finished for earlier in range(1, step))
     latest = checkpoint_files.read_pointer(tmp_path, checkpoint_files.LATEST)
@@ -116,7 +116,7 @@ def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(ranks: RankGro
 
 
 def test_without_a_thread_of_its_own_a_save_is_done_when_it_returns(ranks: RankGroups, tmp_path: Path):
-    seen = ranks.run(2, three_saves, tmp_path, beside_training=False)
+    seen = ranks.run(2, three_saves, tmp_path, asynchronous=False)
     assert [finished[-1] for finished in seen] == [checkpoint_files.step_name(step) for step in (1, 2, 3)]
 
 

@@ -1,4 +1,4 @@
-"""New weights straight from the pool's process into Ray actors; `test_push_link.py` has the bits of every way."""
+"""New weights straight from the pool's process into Ray actors; `test_push_link.py` has the bits of every transport."""
 
 import os
 import signal
@@ -42,18 +42,18 @@ def went_straight(pool: Pool) -> bool:
     return isinstance(stored, Held) and "chunks" not in vars(stored)
 
 
-def sender_of(ways: Iterator[str], patience_s: float) -> Sender:
-    return Sender(MODEL, SPEC.dtype, HOST, lambda place: next(ways), ADDRESS, patience_s, bucket_bytes=5000)
+def sender_of(transports: Iterator[str], patience_s: float) -> Sender:
+    return Sender(MODEL, SPEC.dtype, HOST, lambda place: next(transports), ADDRESS, patience_s, bucket_bytes=5000)
 
 
 @pytest.mark.parametrize(
-    "ways",
+    "transports",
     [
         pytest.param((IPC, BROADCAST), marks=pytest.mark.heavy),
         pytest.param((BROADCAST, BROADCAST), marks=pytest.mark.bars),
     ],
 )
-def test_a_pool_draws_the_same_by_every_way_and_after_a_death_amid_a_push(ways):
+def test_a_pool_draws_the_same_by_every_transport_and_after_a_death_amid_a_push(transports):
     warned: list[str] = []
     sender = sender_of(cycle((RAY, RAY)), 60.0)
     with (
@@ -64,8 +64,8 @@ def test_a_pool_draws_the_same_by_every_way_and_after_a_death_amid_a_push(ways):
         assert not went_straight(pool)
         expected, members = answers(pool), pool.members
         assert len(members) == 2
-        order = cycle(ways)
-        sender._way = lambda place: next(order)
+        order = cycle(transports)
+        sender._transport_to = lambda place: next(order)
         pool.load_weights(stream(0), 2)
         assert went_straight(pool)
         pool.load_weights(stream(1), 3)
@@ -81,7 +81,7 @@ def test_a_pool_draws_the_same_by_every_way_and_after_a_death_amid_a_push(ways):
         assert answers(pool) == expected
         assert survivor in [member.pid for member in pool.members]
         assert victim not in [member.pid for member in pool.members]
-        assert f"{ways[0]} of weights 5" in warned[0]
+        assert f"{transports[0]} of weights 5" in warned[0]
         assert "Ray's store" in warned[0]
         pool.load_weights(stream(0), 6)
         pool.load_weights(stream(1), 7)
@@ -90,11 +90,11 @@ def test_a_pool_draws_the_same_by_every_way_and_after_a_death_amid_a_push(ways):
 
 
 @pytest.mark.bars
-@pytest.mark.parametrize("way", [IPC, BROADCAST])
-def test_an_actor_that_stops_amid_a_push_is_replaced(way):
+@pytest.mark.parametrize("transport", [IPC, BROADCAST])
+def test_an_actor_that_stops_amid_a_push_is_replaced(transport):
     warned: list[str] = []
     patient = replace(LOCAL, hang_min_s=20.0)
-    sender = sender_of(cycle((way,)), 3.0)
+    sender = sender_of(cycle((transport,)), 3.0)
     with (
         connect(patient) as cluster,
         Pool.start(cluster, SPEC, weights_of(1), actors=1, sender=sender, warn=warned.append) as pool,
@@ -104,5 +104,5 @@ def test_an_actor_that_stops_amid_a_push_is_replaced(way):
         pool.load_weights(stream(1, lambda: os.kill(victim, signal.SIGSTOP)), 1)
         assert answers(pool) == expected
         assert [member.pid for member in pool.members] != [victim]
-        assert f"{way} of weights 1" in warned[0]
+        assert f"{transport} of weights 1" in warned[0]
         assert "new weights" in warned[1]

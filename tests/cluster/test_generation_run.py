@@ -219,7 +219,7 @@ def test_a_long_prompt_keeps_the_tokens_that_a_model_always_sees(trained, tmp_pa
     (tmp_path / "p.txt").write_text("x " * 400 + "\n")
     run, tokenizer = trained.run("generate", "looked_cut"), Tokenizer.load(trained.tokenizer_model)
     run.create()
-    tokenizer.opening = replace(tokenizer.opening, first=7)
+    tokenizer.first_token = replace(tokenizer.first_token, id=7)
     plan = plan_of(trained, tmp_path / "p.txt", "run_id=cut", "stage.truncate=left")
     (request,) = STAGE.work(plan.config, run, tokenizer, SandboxPool).requests()
     kept = 256 - plan.config.stage.max_new_tokens

@@ -167,7 +167,7 @@ def test_an_inspection_tries_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(inspection, "_ask", lambda questions, timeout_s: [(one, time.time()) for one in questions])
     health = Health(("GPU 1: XID error 79",)), Health((), ("GPU 0: slowed down by its temperature",), "NVML: no")
     nodes = [Node(f"id{place}", f"n{place}", cpus=1, gpus=2) for place in range(2)]
-    found = inspect([FakeAgent(one) for one in health], nodes, tmp_path, DEMANDS, link_bytes=0, wanted=lambda: True)
+    found = inspect([FakeAgent(one) for one in health], nodes, tmp_path, DEMANDS, link_bytes=0, keep_going=lambda: True)
     assert found is not None
     assert found.unfit == {0: "GPU 1: XID error 79"}
     assert found.slow == {1: "GPU 0: slowed down by its temperature"}

@@ -166,5 +166,5 @@ def test_new_weights_are_everybodys_also_of_an_actor_that_comes_later(pool):
 
 def test_a_pool_that_is_no_longer_wanted_stops(pool, monkeypatch):
     wanted = [True] * 8
-    monkeypatch.setattr(pool, "_wanted", lambda: bool(wanted and wanted.pop()))
+    monkeypatch.setattr(pool, "_keep_going", lambda: bool(wanted and wanted.pop()))
     assert len(list(pool.generate(requests(100_000)))) < 1000

@@ -1,4 +1,4 @@
-"""Weights straight from a sender to actors, here threads of one process: the same bits by every way, lost actors."""
+"""Weights straight from a sender to actors, here threads of a process: equal bits by every transport, lost actors."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from dist_lm.cluster.pool_actor import Member
 from dist_lm.cluster.pool_push import MOST_FAILURES, Held, Sender
-from dist_lm.cluster.pool_weights import BROADCAST, IPC, RAY, Place, push_way
+from dist_lm.cluster.pool_weights import BROADCAST, IPC, RAY, Place, choose_transport
 from dist_lm.cluster.push_link import FAILURES, Offer, Receiver, SharedBucket, opened, packed, sizes_of, unpacked
 from dist_lm.config.pool import PUSH_AUTO, PUSH_DIRECT, PUSH_RAY
 from dist_lm.errors import ArtefactError
@@ -99,29 +99,36 @@ class Trial:
     """A sender and actors."""
 
     def __init__(
-        self, ways: list[str], dtype: torch.dtype = torch.float32, lost: str = "", patience_s: float = 20.0
+        self, transports: list[str], dtype: torch.dtype = torch.float32, lost: str = "", patience_s: float = 20.0
     ) -> None:
         stores = Stores()
-        self.actors = [Actor(10 + i, stores, dtype, lost if i == 0 else "") for i in range(len(ways))]
+        self.actors = [Actor(10 + i, stores, dtype, lost if i == 0 else "") for i in range(len(transports))]
         self.warned: list[str] = []
         self.asked = 0
-        way_of = {id(actor.place): way for actor, way in zip(self.actors, ways, strict=True)}
+        transport_of = {id(actor.place): transport for actor, transport in zip(self.actors, transports, strict=True)}
         self.sender = Sender(
-            MODEL, dtype, HOST, lambda place: way_of[id(place)], ADDRESS, patience_s, bucket_bytes=5000, store=stores
+            MODEL,
+            dtype,
+            HOST,
+            lambda place: transport_of[id(place)],
+            ADDRESS,
+            patience_s,
+            bucket_bytes=5000,
+            store=stores,
         )
 
     def send(self, given: Any, version: int) -> Held:
-        held = self.sender.send(given, version, cast("list[Member]", self.actors), self._wanted, self.warned.append)
+        held = self.sender.send(given, version, cast("list[Member]", self.actors), self._keep_going, self.warned.append)
         assert isinstance(held, Held)
         return held
 
-    def _wanted(self) -> bool:
+    def _keep_going(self) -> bool:
         self.asked += 1
         return True
 
 
 @pytest.mark.parametrize(
-    ("push", "sender", "actor", "tp", "way"),
+    ("push", "sender", "actor", "tp", "transport"),
     [
         (PUSH_AUTO, Place("a", "GPU-1"), Place("a", "GPU-1"), 1, IPC),
         (PUSH_AUTO, Place("a", "GPU-1"), Place("a", "GPU-1"), 2, IPC),
@@ -137,8 +144,8 @@ class Trial:
         (PUSH_RAY, Place("a"), Place("b"), 1, RAY),
     ],
 )
-def test_the_way_to_an_actor_follows_from_both_places(push, sender, actor, tp, way):
-    assert push_way(push, sender, actor, tp) == way
+def test_the_transport_to_an_actor_follows_from_both_places(push, sender, actor, tp, transport):
+    assert choose_transport(push, sender, actor, tp) == transport
 
 
 @pytest.mark.parametrize("size", [500, 5000, 1 << 20])
@@ -161,16 +168,16 @@ def test_weights_of_another_model_are_refused_by_name():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ways", [[BROADCAST, BROADCAST], [IPC], [IPC, BROADCAST]])
-def test_actors_get_the_same_bits_by_every_way(ways, dtype):
-    trial = Trial(ways, dtype)
+@pytest.mark.parametrize("transports", [[BROADCAST, BROADCAST], [IPC], [IPC, BROADCAST]])
+def test_actors_get_the_same_bits_by_every_transport(transports, dtype):
+    trial = Trial(transports, dtype)
     for version in (1, 2):
         held = trial.send(weights(version, dtype).items(), version)
         for actor in trial.actors:
             actor.thread.join(120)
             assert same(actor.got[version], weights(version, dtype))
         assert same(dict(unpacked(iter(held.buckets), MODEL, dtype)), weights(version, dtype))
-    assert [len({offer.group for offer in actor.offers}) for actor in trial.actors] == [1] * len(ways)  # it is kept
+    assert all(len({offer.group for offer in actor.offers}) == 1 for actor in trial.actors)  # it is kept
     kept = trial.sender.hold(weights(3, dtype).items())
     assert trial.send(kept, 3) is kept
     for actor in trial.actors:
@@ -181,9 +188,9 @@ def test_actors_get_the_same_bits_by_every_way(ways, dtype):
 
 
 @pytest.mark.parametrize("lost", ["dead", "silent"])
-@pytest.mark.parametrize("ways", [[BROADCAST, BROADCAST], [IPC, BROADCAST], [IPC]])
-def test_a_lost_actor_ends_a_push_and_the_version_is_kept_whole(ways, lost):
-    trial = Trial(ways, lost=lost, patience_s=1.0 if lost == "silent" else patient(60))
+@pytest.mark.parametrize("transports", [[BROADCAST, BROADCAST], [IPC, BROADCAST], [IPC]])
+def test_a_lost_actor_ends_a_push_and_the_version_is_kept_whole(transports, lost):
+    trial = Trial(transports, lost=lost, patience_s=1.0 if lost == "silent" else patient(60))
     began = time.monotonic()
     held = trial.send(weights(1).items(), 1)
     assert lost == "silent" or time.monotonic() - began < patient(45)

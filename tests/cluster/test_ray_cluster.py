@@ -11,7 +11,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.cluster.allocation import ranks_per_node
 from dist_lm.cluster.ray_cluster import RANK_ACCESS, ClusterError, RayAccess, access_variables, connect, own_access
 from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.waiting import eventually
@@ -56,7 +55,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
     wrong.chmod(0o600)
     with connect(ClusterConfig(name="local", connect_timeout_s=patient(30))) as cluster:
         assert len(cluster.nodes()) == 1
-        assert ranks_per_node(cluster.config, min(node.gpus for node in cluster.nodes())) >= 1
+        assert cluster.config.ranks_of_node(min(node.gpus for node in cluster.nodes())) >= 1
         assert signal.getsignal(signal.SIGTERM) is handler
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert token.stat().st_mode & 0o777 == 0o600

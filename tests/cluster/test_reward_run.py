@@ -23,7 +23,7 @@ from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.stages.reward.ranks import score_samples
 from dist_lm.stages.reward.stage import Reward
 from dist_lm.stages.shards import recipe_of
-from dist_lm.stages.training.stage import Closing
+from dist_lm.stages.training.stage import EvaluationArguments
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
@@ -141,12 +141,14 @@ def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer
     model = Transformer(config.model)
     initialise(model, 0)
     tokenizer, world = Tokenizer.load(work.tokenizer_model), World(0, 1, 0, model.embedding.weight.device)
-    closing = Closing(config, work.run("reward", "any"), world, tokenizer, lambda: model, 1)
-    assert score_samples(closing)["reward/scored"] > 30
+    arguments = EvaluationArguments(config, work.run("reward", "any"), world, tokenizer, lambda: model, 1)
+    assert score_samples(arguments)["reward/scored"] > 30
     assert "no prompt of val leaves room for such answers" in caplog.text
     short = ("model.max_seq_len=8", "stage.seq_len=8", "stage.reward.normaliser_new_tokens=4")
     with pytest.raises(ArtefactError, match=r"has at most model\.max_seq_len=8 tokens"):
-        score_samples(replace(closing, config=compose_config(["stage=reward", *TINY, "stage.init_from=none", *short])))
+        score_samples(
+            replace(arguments, config=compose_config(["stage=reward", *TINY, "stage.init_from=none", *short]))
+        )
 
 
 @pytest.mark.parametrize(

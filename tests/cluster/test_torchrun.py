@@ -9,7 +9,7 @@ from dist_lm.storage import process
 
 def environment_of(environ: dict[str, str], **given: str) -> dict[str, str]:
     return rank_environment(
-        environ, mark="m", logs=Path("logs"), device="cpu", cores_per_rank=2, interface="lo", given=given
+        environ, mark="m", logs=Path("logs"), device="cpu", cores_per_rank=2, interface="lo", overrides=given
     )
 
 

@@ -77,4 +77,4 @@ def test_one_iteration_of_rlhf(tiny_work, tmp_path):
     starts = (f"stage.init_from={start.path}", f"rlhf.reward_model={reward.path}")
     _, found = walked(work, tmp_path / "walk", *starts, *settings)
     assert len(found) <= ONE_ITERATION, " ".join(sorted(found))
-    assert {"rlhf/learner.py", "rlhf/ppo.py", "generation/engine.py"} <= found
+    assert {"rlhf/learner.py", "rlhf/algorithms/ppo.py", "generation/engine.py"} <= found

@@ -211,7 +211,7 @@ def played(config: Config, ranks: int) -> Iterator[Played]:
                 optimizer = build_optimizer(model, config.stage, config.stage.muon)
                 objective = training_stage(config.stage.name).objective(config)
                 world = World(0, ranks, 0, CARD)
-                trainer = trainer_of_steps(config, world, model, optimizer, objective, counts_once=True)
+                trainer = trainer_of_steps(config, world, model, optimizer, objective, adds_sums=True)
                 yield Played(trainer, config, {mesh.get_group(axis).group_name: axis for axis in AXES})
         finally:
             dist.destroy_process_group()

@@ -54,4 +54,4 @@ def conversations(batch: Batch, counted: int | None) -> Batch:
     if counted is None:
         return batch
     with unset_fake_temporarily():
-        return replace(batch, counted_N=torch.arange(counted)).pin_memory()
+        return replace(batch, logit_index_N=torch.arange(counted)).pin_memory()

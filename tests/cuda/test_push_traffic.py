@@ -41,8 +41,8 @@ def member() -> Any:
     return SimpleNamespace(pid=1, place=Place("node", "GPU-1"), left=False, **ignored)
 
 
-@pytest.mark.parametrize("way", [BROADCAST, IPC])
-def test_weights_go_from_the_card_and_the_copy_for_later_waits_once_a_bucket(monkeypatch, member, way):
+@pytest.mark.parametrize("transport", [BROADCAST, IPC])
+def test_weights_go_from_the_card_and_the_copy_for_later_waits_once_a_bucket(monkeypatch, member, transport):
     explicit = stand_in(monkeypatch)
     empty = torch.empty
 
@@ -56,7 +56,7 @@ def test_weights_go_from_the_card_and_the_copy_for_later_waits_once_a_bucket(mon
     monkeypatch.setattr(pool_push, "Group", Sent)
     Sent.devices = []
     warned: list[str] = []
-    sender = Sender(SHALLOW, torch.bfloat16, CARD, lambda place: way, "127.0.0.1", 5.0)
+    sender = Sender(SHALLOW, torch.bfloat16, CARD, lambda place: transport, "127.0.0.1", 5.0)
     shapes = parameter_shapes(SHALLOW)
     weights = ((name, empty(shape, dtype=torch.bfloat16, device=CARD)) for name, shape in shapes.items())
     buckets = len(sizes_of(SHALLOW, torch.bfloat16, pool_push.BUCKET_BYTES))
@@ -67,7 +67,7 @@ def test_weights_go_from_the_card_and_the_copy_for_later_waits_once_a_bucket(mon
     assert not +traffic.waits
     assert not traffic.uploads
     assert explicit == {"stream": buckets}
-    assert Sent.devices == (["cuda"] * buckets if way == BROADCAST else ["cpu"] * 2 * buckets)
+    assert Sent.devices == (["cuda"] * buckets if transport == BROADCAST else ["cpu"] * 2 * buckets)
     assert isinstance(held, Held)
     assert all(bucket.device.type == "cpu" and is_pinned(bucket) for bucket in held.buckets)
     with Traffic({}) as again:

@@ -147,10 +147,10 @@ def run_of(*overrides: str) -> Iterator[Run]:
                     models=models,
                     device=CARD,
                     dealing=shares,
-                    counts=True,
+                    adds_sums=True,
                     reduce_every_micro_batch=config.parallel.reduce_every_micro_batch,
                     alive=lambda: None,
-                    beside=one_after_other,
+                    run_both=one_after_other,
                 )
                 yield Run(config, execution, {mesh.get_group(axis).group_name: axis for axis in AXES})
         finally:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data import containment
-from dist_lm.data.containment import Comparison, HeldOutIndex, seen_texts
+from dist_lm.data.containment import Comparison, HeldOutIndex
+from tests.data.reading import seen_texts
 
 
 def prose(n_words: int, seed: int = 0) -> str:

@@ -19,7 +19,7 @@ from dist_lm.data.infill import (
     InfillMarks,
     chosen_count,
     middle_of,
-    most_pieces,
+    most_slices,
     rearranged,
     restored,
 )
@@ -76,7 +76,7 @@ def test_every_middle_that_is_not_empty_is_equally_likely(opens: bool) -> None:
 
 
 def epoch_of(plain: TokenCorpus, rate: float, epoch: int, seed: int = 3) -> InfillEpoch:
-    most = most_pieces(plain.lengths, rate, T)
+    most = most_slices(plain.lengths, rate, T)
     order = EpochOrder(plain.lengths, seed, epoch, T - ADDED * most)
     return InfillEpoch(plain, order, Infill(rate, MARKS), most, seed, epoch)
 
@@ -85,19 +85,19 @@ def epoch_of(plain: TokenCorpus, rate: float, epoch: int, seed: int = 3) -> Infi
 def test_exactly_the_rate_is_rearranged_half_in_each_form_anew_in_every_epoch(plain: TokenCorpus, rate: float) -> None:
     forms = []
     for epoch in range(3):
-        pieces = epoch_of(plain, rate, epoch)
-        may = set(pieces.eligible.tolist())
-        assert 0 < len(may) < len(pieces.form)
+        slices = epoch_of(plain, rate, epoch)
+        may = set(slices.eligible.tolist())
+        assert 0 < len(may) < len(slices.form)
         count = chosen_count(rate, len(may))
         assert abs(count - rate * len(may)) <= 0.5
-        assert np.bincount(pieces.form, minlength=3)[1:].tolist() == [count - count // 2, count // 2]
-        assert set(np.flatnonzero(pieces.form)) <= may
-        forms.append(pieces.form.tolist())
+        assert np.bincount(slices.form, minlength=3)[1:].tolist() == [count - count // 2, count // 2]
+        assert set(np.flatnonzero(slices.form)) <= may
+        forms.append(slices.form.tolist())
     assert len({tuple(form) for form in forms}) == len(forms)
     assert epoch_of(plain, rate, 0, seed=4).form.tolist() not in forms
 
 
-def pieces_of(row: Row) -> list[tuple[int, int, np.ndarray]]:
+def slices_of(row: Row) -> list[tuple[int, int, np.ndarray]]:
     """(document, start, tokens) of the slices of a sequence."""
     return [(document, start, row.corpus.tokens(document, start, stop)) for document, start, stop in row.slices]
 
@@ -105,16 +105,16 @@ def pieces_of(row: Row) -> list[tuple[int, int, np.ndarray]]:
 def rows_of(plain: TokenCorpus, rate: float) -> tuple[list[Row], int]:
     """The sequences of an epoch, and the tokens of text in each of them."""
     own = CorpusSequences(plain, 3, T, infill=Infill(rate, MARKS))
-    return [own.row(number) for number in range(own.n_sequences)], T - ADDED * most_pieces(plain.lengths, rate, T)
+    return [own.row(number) for number in range(own.n_sequences)], T - ADDED * most_slices(plain.lengths, rate, T)
 
 
-def test_every_rearranged_piece_lies_whole_in_one_sequence_and_ends_with_end_of_text(plain: TokenCorpus) -> None:
+def test_every_rearranged_slice_lies_whole_in_one_sequence_and_ends_with_end_of_text(plain: TokenCorpus) -> None:
     rows, _ = rows_of(plain, 0.7)
     from_inside = cut_off = 0
     for row in rows:
-        pieces = pieces_of(row)
-        assert sum(len(tokens) for _, _, tokens in pieces) <= T + 1
-        for (document, start, tokens), following in zip(pieces, [*pieces[1:], None], strict=True):
+        slices = slices_of(row)
+        assert sum(len(tokens) for _, _, tokens in slices) <= T + 1
+        for (document, start, tokens), following in zip(slices, [*slices[1:], None], strict=True):
             if MARKS.prefix in tokens:
                 assert all(np.count_nonzero(tokens == mark) == 1 for mark in MARKS)
                 assert tokens.tolist().index(MARKS.prefix) == (start == 0)
@@ -137,7 +137,7 @@ def test_most_text_is_eligible_and_an_epoch_holds_every_token_once(plain: TokenC
     n_rearranged = n_tokens = 0
     for row in rows:
         held = 0
-        for document, start, tokens in pieces_of(row):
+        for document, start, tokens in slices_of(row):
             text = restored(tokens, MARKS)[: text_len - held]  # without the last target
             assert np.array_equal(text, own[document][start : start + len(text)])
             seen[document][start : start + len(text)] += 1
@@ -148,16 +148,16 @@ def test_most_text_is_eligible_and_an_epoch_holds_every_token_once(plain: TokenC
     counts = np.concatenate(seen)
     assert counts.max() == 1
     assert plain.n_tokens - text_len <= counts.sum() == n_tokens
-    assert abs(n_rearranged / n_tokens - rate) < 0.15  # all but short pieces are eligible
+    assert abs(n_rearranged / n_tokens - rate) < 0.15  # all but short slices are eligible
 
 
 def test_of_many_short_documents_the_longest_of_a_sequence_are_eligible(tmp_path: Path) -> None:
     short = corpus(tmp_path, lengths(400, T // 2))
-    most = most_pieces(short.lengths, 1.0, T)
+    most = most_slices(short.lengths, 1.0, T)
     assert 1 < most <= T // LEAST
     rows, _ = rows_of(short, 1.0)
     for row in rows:
-        found = pieces_of(row)
+        found = slices_of(row)
         marked = [len(tokens) - ADDED for _, _, tokens in found if MARKS.middle in tokens]
         others = [len(tokens) for _, _, tokens in found[:-1] if MARKS.middle not in tokens]
         assert len(marked) <= most
@@ -183,7 +183,7 @@ def test_sequences_are_the_same_on_any_ranks_and_resumed(plain: TokenCorpus) -> 
     on_ranks = [row for rank in range(4) for row in sequences(plain, steps, dp_rank=rank, dp_size=4, micro_batch=1)]
     assert sorted(on_ranks) == expected
     assert sequences(plain, steps - 10, position=120) == expected[120:]
-    assert sequences(plain, steps, rate=0) == sequences(plain, steps, rate=0.0001)  # no piece
+    assert sequences(plain, steps, rate=0) == sequences(plain, steps, rate=0.0001)  # no slice
     assert sequences(plain, steps, seed=4) != expected
 
 
@@ -195,21 +195,21 @@ def test_the_same_middles_are_judged_with_and_without_what_stands_after(
     seen = {}
     for rank in range(2):
         for one in HeldOutMiddles(**wanted, marks=marks, dp_rank=rank, dp_size=2):
-            for b, piece in enumerate(one.batch.sequence_B.tolist()):
+            for b, slice_number in enumerate(one.batch.sequence_B.tolist()):
                 counted = one.language_BT[b] >= 0
-                if piece >= 0:
-                    seen[piece] = one.batch.targets_BT[b][counted].tolist()
+                if slice_number >= 0:
+                    seen[slice_number] = one.batch.targets_BT[b][counted].tolist()
                 else:
                     assert not counted.any()
     assert len(seen) == 20
     reference = HeldOutMiddles(**wanted, marks=None, dp_rank=0, dp_size=1)
-    assert (reference._pieces[:, 1] > 0).any()
-    for piece, middle in seen.items():
-        document, first, last = reference._pieces[piece].tolist()
-        begin, end = reference._middle(piece)
+    assert (reference._slices[:, 1] > 0).any()
+    for slice_number, middle in seen.items():
+        document, first, last = reference._slices[slice_number].tolist()
+        begin, end = reference._middle(slice_number)
         assert 1 <= begin < end <= last - first
         assert plain.tokens(document, first + begin, first + end).tolist() == middle
     wanted["limit"] = 0
-    everything = HeldOutMiddles(**wanted, marks=marks, dp_rank=0, dp_size=1)._pieces
+    everything = HeldOutMiddles(**wanted, marks=marks, dp_rank=0, dp_size=1)._slices
     assert (everything[:, 2] - everything[:, 1]).sum() > 0.9 * plain.n_tokens
     assert (everything[:, 2] - everything[:, 1] + ADDED).max() == T

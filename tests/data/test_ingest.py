@@ -7,13 +7,12 @@ import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.data import screening
-from dist_lm.data.containment import seen_texts
 from dist_lm.data.ingest import Texts, split_of
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.reader import text_hash
 from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.own_readers import STORIES
-from tests.data.reading import read_corpus
+from tests.data.reading import read_corpus, seen_texts
 from tests.data.test_corpus import config_of, own
 
 

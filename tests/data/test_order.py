@@ -37,7 +37,7 @@ def test_every_token_is_a_target_once(lengths: list[int], seed: int, epoch: int,
     assert order.n_sequences == (total - 1) // seq_len
     targets: list[tuple[int, int]] = []
     for i in range(order.n_sequences):
-        covered = [(piece.document, token) for piece in order.sequence(i) for token in range(piece.start, piece.stop)]
+        covered = [(part.document, token) for part in order.sequence(i) for token in range(part.start, part.stop)]
         assert len(covered) == seq_len + 1
         targets += covered[1:]
     assert len(targets) == len(set(targets)) == order.n_sequences * seq_len
@@ -50,9 +50,9 @@ def test_tokens_follow_one_another(lengths: list[int], epoch: int) -> None:
     order = EpochOrder(np.array(lengths), 7, epoch, 4)
     for i in range(order.n_sequences):
         slices = order.sequence(i)
-        assert all(piece.start < piece.stop for piece in slices)
-        assert all(piece.stop == lengths[piece.document] for piece in slices[:-1])
-        assert all(piece.start == 0 for piece in slices[1:])
+        assert all(part.start < part.stop for part in slices)
+        assert all(part.stop == lengths[part.document] for part in slices[:-1])
+        assert all(part.start == 0 for part in slices[1:])
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}])
@@ -64,7 +64,7 @@ def test_seed_and_epoch_change_the_order(change: dict[str, int]) -> None:
     assert sequences[0] == sequences[1] != sequences[2]
 
 
-def test_pieces_of_a_long_document_are_spread() -> None:
+def test_parts_of_a_long_document_are_spread() -> None:
     order = EpochOrder(np.array([100_000]), seed=0, epoch=0, seq_len=10)
     starts = np.array([order.sequence(i)[0].start for i in range(order.n_sequences)])
     assert (np.abs(np.diff(starts)) > 100).mean() > 0.98

@@ -44,7 +44,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     return corpus(tmp_path_factory.mktemp("masked"), LENGTHS, masked=True)
 
 
-WITHOUT = ("branch_BT", "counted_N", "ranked", "boundary", "n_tokens")
+WITHOUT = ("branch_BT", "logit_index_N", "ranked", "boundary", "n_tokens")
 THERE = [field.name for field in fields(Batch) if field.name not in WITHOUT]
 
 

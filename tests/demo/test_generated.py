@@ -7,12 +7,12 @@ from contextlib import closing
 import pytest
 
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.containment import seen_texts
 from dist_lm.data.ingest import split_of
 from dist_lm.demo.bash import bash_document, read_bash
 from dist_lm.demo.sql import read_sql, sql_document
 from dist_lm.document import Document
 from dist_lm.sandbox.syntax import parses
+from tests.data.reading import seen_texts
 
 
 def documents(reader, limit: int, seed: int) -> list[Document]:

@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig
-from dist_lm.data.containment import seen_texts
 from dist_lm.data.ingest import Texts
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import text_corpora
 from dist_lm.document import Document
 from dist_lm.prepare.compose import compose_config
-from tests.data.reading import read_corpus
+from tests.data.reading import read_corpus, seen_texts
 
 SEED = 0
 Corpora = dict[str, list[tuple[str, Document]]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
 from dist_lm.dry_run.work import Work, message_seconds, step_seconds

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from dist_lm.rlhf.config import RewardPartConfig
-from dist_lm.rlhf.rules import Judged, Score, TestsRule
+from dist_lm.rlhf.rules import RuleInput, Score, TestsRule
 from tests.forgery.bash_answers import BASH
 from tests.forgery.forgery import Forgery
 from tests.forgery.kinds import KINDS
@@ -39,7 +39,7 @@ def rules() -> Iterator[dict[str, TestsRule]]:
 
 def score(rule: TestsRule, kind: str, code: str) -> Score:
     fence = f"```{KINDS[kind].language}\n{code}\n```"
-    return next(rule([Judged(kind, fence, 1, True)], lambda: None))
+    return next(rule([RuleInput(kind, fence, 1, True)], lambda: None))
 
 
 def named(forgery: Forgery, kind: str):

@@ -130,7 +130,7 @@ def run_schedule(model: Transformer, requests: Sequence[Request], pages: int, se
         done += engine.step()
     submitted = {answer.request for answer in done}
     check(model, [request for request in requests if request.id in submitted], done)
-    assert engine._pool.n_free == pages, "a page has leaked"
+    assert engine._page_pool.n_free == pages, "a page has leaked"
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -192,9 +192,9 @@ def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(model
 def test_sequences_are_preempted_and_pages_shared_where_the_cache_is_small(model, monkeypatch):
     engine = engine_of(model, replace(SMALL, cache_tokens=11 * PAGE))
     preempted, shared = [], []
-    preempt, share = engine._preempt, engine._pool.share
+    preempt, share = engine._preempt, engine._page_pool.share
     monkeypatch.setattr(engine, "_preempt", lambda sequence: (preempted.append(sequence), preempt(sequence)))
-    monkeypatch.setattr(engine._pool, "share", lambda pages: (shared.extend(pages), share(pages)))
+    monkeypatch.setattr(engine._page_pool, "share", lambda pages: (shared.extend(pages), share(pages)))
     for request in requests_of_all_kinds():
         engine.submit(request)
     engine.run()

@@ -11,7 +11,16 @@ import torch
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import SamplingParams
-from dist_lm.generation.sampling import Choice, adjusted, group_rows, largest, sample, uniform
+from dist_lm.generation.sampling import (
+    Choice,
+    adjusted,
+    fp64_log_normaliser,
+    group_rows,
+    largest,
+    log_normaliser,
+    sample,
+    uniform,
+)
 from dist_lm.model.token_sets import packed
 
 CPU = torch.device("cpu")
@@ -100,6 +109,12 @@ def test_a_token_at_the_border_of_top_p_is_kept_by_its_exact_probability(n_befor
         params = [SamplingParams(top_p=top_p)]
         choice = sample(x, group_rows(params, CPU), torch.full((1,), 0.5, dtype=torch.float64), keep_sets=True)
         assert choice.sets == [packed(order[:n_kept].sort().values.numpy(), vocab)]
+
+
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 33), (40, 8192), (5, 50_257)])
+def test_rows_in_blocks_have_the_bits_of_all_rows_at_once(rows, vocab):
+    x, temperature_B1 = logits(rows, vocab), torch.linspace(0.1, 2, rows, dtype=torch.float64)[:, None]
+    assert torch.equal(fp64_log_normaliser(x, temperature_B1), log_normaliser(x / temperature_B1))
 
 
 def test_the_log_probability_of_the_model_is_given_too():

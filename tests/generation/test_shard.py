@@ -66,7 +66,7 @@ def test_what_ranks_compute_adds_up_to_what_one_computes(config, tp):
 def test_every_rank_computes_as_much_and_knows_the_shapes_of_its_parts(config, tp):
     weights = weights_of(config)
     shares = [share_of(config, tp, rank) for rank in range(tp)]
-    assert len({(share.n_heads, share.units.held, share.pieces.held) for share in shares}) == 1
+    assert len({(share.n_heads, share.units.held, share.vocab.held) for share in shares}) == 1
     for share in shares:
         assert share.n_heads % share.kv_heads == 0
         found = {name: tuple(cut(name, value, share).shape) for name, value in weights.items()}

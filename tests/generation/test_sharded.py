@@ -111,7 +111,7 @@ def check_schedule(engine: Engine, model: Transformer, requests: list[Request], 
     done = disturbed(engine, requests, seed)
     submitted = {answer.request for answer in done}
     check(model, [request for request in requests if request.id in submitted], done)
-    assert engine._pool.n_free == engine.options.n_pages, "a page has leaked"
+    assert engine._page_pool.n_free == engine.options.n_pages, "a page has leaked"
 
 
 def test_a_schedule_gives_what_a_plain_forward_gives_and_others_keep_nothing(engine, model, monkeypatch):

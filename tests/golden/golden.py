@@ -213,6 +213,16 @@ def page_text(golden: Golden, work: Path, run_id: str, page: Path) -> str:
     return sha256(" ".join(text.split()).encode())
 
 
+def index_hashes(work: Path) -> dict[str, list[str]]:
+    """Hashes of shard indexes by corpus and split, from the manifests: an index file also holds times of its tar."""
+    manifests = {path.parent.name: json.loads(path.read_text()) for path in work.glob("corpora/*/manifest.json")}
+    return {
+        f"{corpus}/{split}": [shard["index_sha256"][:16] for shard in manifest["splits"][split]["shards"]]
+        for corpus, manifest in sorted(manifests.items())
+        for split in ("train", "val")
+    }
+
+
 def stage_and_run(texts: Sequence[str]) -> str:
     """STAGE/RUN_ID of a launch."""
     values = dict(text.split("=", 1) for text in texts)
@@ -279,7 +289,8 @@ def fresh(golden: Golden, scratch: Path) -> Iterator[tuple[str, Any]]:
     shutil.rmtree(work, ignore_errors=True)
     golden.launch(FRESH, work)
     yield "tokenizer", files(work, "tokenizer/tokenizer.model")
-    yield "shards", files(work, "corpora/*/*.tar", "corpora/*/*.index")
+    yield "shards", files(work, "corpora/*/*.tar")
+    yield "indexes", index_hashes(work)
     for stage in ("language", "code"):
         yield f"tensors of {stage}", checkpoint(work / f"runs/{stage}/default")
         yield f"metrics of {stage}", metrics(work / f"runs/{stage}/default")

@@ -66,8 +66,10 @@ def losses_of_ranks(world: World, config: ModelConfig, layout: str, weights: dic
         own = tokens_of(config, step)[data.get_local_rank() :: data.size()]
         batches = [Batch.plain(row[:, :-1], row[:, 1:]) for row in own.chunk(2)]  # micro-batches
         sums = accumulate_gradients(model, next_token(0.0, 0.0), batches)
-        counts = mesh.get_local_rank("tp") == 0
-        losses.append(update(model, optimizer, sums, grad_clip=STAGE.grad_clip, counts=counts, stop=StopRequest()).loss)
+        adds_sums = mesh.get_local_rank("tp") == 0
+        losses.append(
+            update(model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums, stop=StopRequest()).loss
+        )
     return losses
 
 

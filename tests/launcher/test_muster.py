@@ -2,7 +2,6 @@
 
 import io
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
@@ -45,18 +44,12 @@ def clock(monkeypatch) -> list[float]:
 
 
 def muster_of(cluster: Nodes, errors: io.StringIO | None = None, gpus_per_node: int = 0) -> Muster:
-    settings = ("cluster=ray", "cluster.address=h:1", "cluster.nodes=3", "cluster.min_nodes=1")
+    settings = ["cluster=ray", "cluster.address=h:1", "cluster.nodes=3", "cluster.min_nodes=1"]
+    if gpus_per_node:
+        settings += ["device=cuda", f"cluster.ranks_per_node={gpus_per_node}"]
     config = compose_config(["stage=language", *TINY, *settings, "cluster.grow_after_s=30"])
     console = Console(errors=errors or io.StringIO())
-    return Muster(
-        cluster,  # pyright: ignore[reportArgumentType]
-        config,
-        [3, 2, 1],
-        gpus_per_node=gpus_per_node,
-        directory=Path(),
-        interrupt=Interrupt(),
-        console=console,
-    )
+    return Muster(cluster, config, [3, 2, 1], Interrupt(), console)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_node_counts_when_it_has_been_there_for_a_while(clock):

@@ -39,7 +39,7 @@ class Told:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.steps.append(step)
 
-    def beside(self, values: Mapping[str, float]) -> None:
+    def log_at_newest_step(self, values: Mapping[str, float]) -> None:
         self.names += values
 
     def samples(self, path: Path, step: int) -> None:

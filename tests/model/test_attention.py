@@ -113,7 +113,7 @@ def test_cpu_takes_the_fused_kernel() -> None:
     """An explicit mask must not fall back to the kernel that keeps all T x T weights."""
     long, short = torch.arange(64).expand(2, -1) // 64, torch.arange(64).expand(2, -1) // 5
     assert within_documents(long, torch.float32, 8).boundary is not None
-    assert within_documents(short, torch.float32, 8).bias_BTS is not None
+    assert within_documents(short, torch.float32, 8).bias_B1TS is not None
     q, k, v = (heads(64, 5, seed).requires_grad_() for seed in range(3))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
         attend(q, k, v, within_documents(long, torch.float32, 8)).sum().backward()

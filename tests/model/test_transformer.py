@@ -228,7 +228,7 @@ def test_losses_of_the_tokens_that_count_are_those_of_all(config: ModelConfig, c
     gradients = []
     for counted in (None, mask.flatten().nonzero().flatten(), torch.empty(0, dtype=torch.long)):
         model.zero_grad()
-        batch = replace(Batch.plain(tokens[:, :-1], tokens[:, 1:]), counted_N=counted)
+        batch = replace(Batch.plain(tokens[:, :-1], tokens[:, 1:]), logit_index_N=counted)
         (model.token_losses(batch) * mask).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     for whole, chosen in zip(*gradients[:2], strict=True):
@@ -248,7 +248,7 @@ def test_tokens_that_are_only_attended_to_skip_the_last_feed_forward_and_change_
     model.blocks[-1].feed_forward.register_forward_hook(lambda *call: rows.append(call[2][..., 0].numel()))
 
     def ask(counted: torch.Tensor | None) -> torch.Tensor:
-        batch = replace(Batch.plain(tokens), document_BT=document, counted_N=counted)
+        batch = replace(Batch.plain(tokens), document_BT=document, logit_index_N=counted)
         if what == "scores":
             return model.scores(batch, counted).flatten()
         return torch.stack(model.logprobs(batch, 0.7, entropy_gradient=True), dim=-1).flatten(0, 1)

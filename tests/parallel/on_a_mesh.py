@@ -86,8 +86,8 @@ def rank_steps(
         model.dropout = dropout_key(step)
         micro_batches = [rows(own, slice(half)), rows(own, slice(half, None))]
         sums = accumulate_gradients(model, objective_of(model_config), micro_batches, parallel.reduce_every_micro_batch)
-        counts = mesh.get_local_rank("tp") == 0
-        result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, counts=counts, stop=StopRequest())
+        adds_sums = mesh.get_local_rank("tp") == 0
+        result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, adds_sums=adds_sums, stop=StopRequest())
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
         if between:

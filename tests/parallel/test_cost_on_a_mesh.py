@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.dry_run.watch import LiveMemory, Watch, WorkCounter

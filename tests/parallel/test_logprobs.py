@@ -33,7 +33,7 @@ def batch() -> Batch:
 
 def kept_tokens() -> torch.Tensor:
     """(N, V) bool: a set for each counted token, its target inside: of one token, of a few, of many, of all."""
-    targets = batch().targets_BT.flatten()[batch().counted_N]
+    targets = batch().targets_BT.flatten()[batch().logit_index_N]
     sizes = torch.tensor([1, 2, 3, 20, 40, 5, MODEL.vocab_size])
     order = torch.rand(len(targets), MODEL.vocab_size, generator=torch.Generator().manual_seed(1)).argsort(-1)
     kept = torch.zeros(order.shape, dtype=torch.bool)
@@ -84,21 +84,21 @@ def test_they_are_those_of_one_process(
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
     hidden = model.hidden(batch().tokens_BT, document_BT=batch().document_BT, position_BT=batch().position_BT)
-    own, entropy = dense_logprobs(model.head(hidden).flatten(0, 1)[batch().counted_N], of_sets)
-    weight = torch.linspace(-1, 1, 36)[batch().counted_N]
+    own, entropy = dense_logprobs(model.head(hidden).flatten(0, 1)[batch().logit_index_N], of_sets)
+    weight = torch.linspace(-1, 1, 36)[batch().logit_index_N]
     loss = (weight * own + (0.3 * entropy.square() if entropy_gradient else 0)).sum()
     gradient = torch.autograd.grad(loss, model.head_weight)[0]
     np.testing.assert_allclose(found["lm_head.weight"], gradient.numpy(), rtol=1e-4, atol=2e-5)
     for name, definition in (("logprob", own), ("entropy", entropy)):
         definition = definition.detach().numpy()
-        np.testing.assert_allclose(found[name].flatten()[batch().counted_N], definition, rtol=1e-5, atol=1e-5)
-        left_out = np.delete(found[name].flatten(), batch().counted_N.numpy())
+        np.testing.assert_allclose(found[name].flatten()[batch().logit_index_N], definition, rtol=1e-5, atol=1e-5)
+        left_out = np.delete(found[name].flatten(), batch().logit_index_N.numpy())
         assert not left_out.any()
 
 
 def dense_logprobs(logits_NV: torch.Tensor, of_sets: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """By the definition: the softmax of the kept logits of each row alone."""
-    kept_NV, targets_N = kept_tokens(), batch().targets_BT.flatten()[batch().counted_N]
+    kept_NV, targets_N = kept_tokens(), batch().targets_BT.flatten()[batch().logit_index_N]
     own, entropy = [], []
     for logits_V, kept_V, target in zip(logits_NV / TEMPERATURE, kept_NV, targets_N, strict=True):
         kept_V = kept_V if of_sets else torch.ones_like(kept_V)

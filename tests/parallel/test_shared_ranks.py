@@ -47,7 +47,7 @@ def test_groups_end_with_the_function_that_made_them(ranks):
 def threads_before_and_after_saving(world: World, checkpoints: str) -> tuple[int, int, int]:
     """Threads before the saver of checkpoints opens, while it is open, and after it has closed."""
     before = n_threads()
-    with CheckpointSaver(Path(checkpoints), model_of((5, 5)), world, keep=1, beside_training=True) as saver:
+    with CheckpointSaver(Path(checkpoints), model_of((5, 5)), world, keep=1, asynchronous=True) as saver:
         dist.barrier(group=saver.group)
         while_open = n_threads()
     del saver

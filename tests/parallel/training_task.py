@@ -79,7 +79,7 @@ def rows(batch: Batch, part: slice) -> Batch:
     """Some sequences of a batch, whose logits are computed only where targets count."""
     values = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
     own = {name: value[part] for name, value in values.items() if value is not None and "_B" in name}
-    return Batch(**own, counted_N=own["loss_mask_BT"].flatten().nonzero().flatten())
+    return Batch(**own, logit_index_N=own["loss_mask_BT"].flatten().nonzero().flatten())
 
 
 def objective_of(model: ModelConfig) -> Objective:

@@ -54,8 +54,8 @@ def test_ppo_has_the_values_that_it_had():
 @pytest.mark.parametrize("model", ["nano", "medium", "large"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_files_of_conf_set_no_key_that_some_algorithm_does_not_read(algorithm: str, model: str):
-    group = rlhf_config(compose_config(["stage=rlhf", f"model={model}", f"rlhf.algorithm={algorithm}"])).rlhf
-    assert {key: getattr(group, key) for key, value in DEFAULTS[algorithm].items() if value is not None} == {
+    settings = rlhf_config(compose_config(["stage=rlhf", f"model={model}", f"rlhf.algorithm={algorithm}"])).rlhf
+    assert {key: getattr(settings, key) for key, value in DEFAULTS[algorithm].items() if value is not None} == {
         key: value for key, value in DEFAULTS[algorithm].items() if value is not None
     }
 
@@ -86,7 +86,7 @@ def test_the_loss_has_its_own_count_and_metrics_those_of_tokens():
 
         def prepare(self, experience, kl_coefficient):
             prepared = super().prepare(experience, kl_coefficient)
-            return replace(prepared, count_B=torch.full_like(experience.score_B, 2.0))
+            return replace(prepared, divisor_B=torch.full_like(experience.score_B, 2.0))
 
         def policy_loss(self, drawn):
             loss = super().policy_loss(drawn)

@@ -25,26 +25,26 @@ def reward(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def group(reward: RunDirectory, **changes) -> RlhfRunGroup:
+def rlhf_settings(reward: RunDirectory, **changes) -> RlhfRunGroup:
     return RlhfRunGroup(**{"reward_model": str(reward.path), "rewards": {"a": MODEL, "b": RULE}} | changes)
 
 
 def test_scores_are_scaled_by_what_stage_reward_measured(reward):
-    scale = first_state(group(reward)).reward_scale
+    scale = first_state(rlhf_settings(reward)).reward_scale
     assert scale == RewardScale(2.0, 4.0)
 
 
 def test_there_is_no_scale_where_none_is_asked_for(reward):
-    assert first_state(group(reward, normalise_reward=False)).reward_scale is None
-    assert first_state(group(reward, rewards={"b": RULE})).reward_scale is None
+    assert first_state(rlhf_settings(reward, normalise_reward=False)).reward_scale is None
+    assert first_state(rlhf_settings(reward, rewards={"b": RULE})).reward_scale is None
 
 
 def test_a_reward_model_that_is_not_finished_is_refused(reward):
     reward.result.unlink()
     with pytest.raises(ArtefactError, match="run stage=reward to its end"):
-        first_state(group(reward))
+        first_state(rlhf_settings(reward))
 
 
 def test_the_kl_controller_is_that_of_the_configuration(reward):
-    made = group(reward, kl_coefficient=0.3, kl_target=5.0, kl_horizon=77)
+    made = rlhf_settings(reward, kl_coefficient=0.3, kl_target=5.0, kl_horizon=77)
     assert first_state(made).kl == KlController(0.3, 5.0, 77)

@@ -169,7 +169,7 @@ def loss_of(
         tokens += float(loss.count)
         for name, value in loss.metrics.items():
             metrics[name] = metrics.get(name, 0.0) + float(value)
-    return total / prepared.count_B.sum(), {name: value / tokens for name, value in metrics.items()}
+    return total / prepared.divisor_B.sum(), {name: value / tokens for name, value in metrics.items()}
 
 
 def with_gradient(loss: Callable[[Tokens], torch.Tensor], values: Tokens, dtype: torch.dtype) -> tuple[float, Tokens]:
@@ -243,7 +243,7 @@ def test_entropy_is_a_bonus_only_where_it_is_asked_for(name: str):
             continue
         loss.total.backward()
         assert entropy.grad is not None
-        share = 1 / 5 if "share" in prepared.tokens else 1
+        share = 1 / 5 if "token_weight" in prepared.tokens else 1
         assert entropy.grad.tolist() == pytest.approx([-0.5 * share] * 5)
 
 

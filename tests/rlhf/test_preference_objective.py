@@ -134,8 +134,8 @@ def one_step(
         if prepare:
             batches = list(prepare(model, batches))
         sums = accumulate_gradients(model, preference_objective(loss), batches)
-    counts = mesh.get_local_rank("tp") == 0
-    result = update(model, optimizer, sums, grad_clip=1e9, counts=counts, stop=StopRequest())
+    adds_sums = mesh.get_local_rank("tp") == 0
+    result = update(model, optimizer, sums, grad_clip=1e9, adds_sums=adds_sums, stop=StopRequest())
     held_out = RankingBatches(rankings=rankings, micro_batch=micro_batch, assemble=trees, **cut)
     seen, point = seen_rankings(model, held_out, world.device, data.get_group())
     return {

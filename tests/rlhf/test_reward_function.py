@@ -9,7 +9,7 @@ import pytest
 from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.reward_function import answer
 from dist_lm.rlhf.rewards import Judge
-from dist_lm.rlhf.rules import Failure, FunctionRule, Judged, RewardError
+from dist_lm.rlhf.rules import Failure, FunctionRule, RewardError, RuleInput
 from tests.patience import patient
 from tests.rlhf import toy_rewards
 from tests.rlhf.toy import rollouts_with
@@ -34,7 +34,7 @@ def rule_of() -> Iterator[Callable[..., FunctionRule]]:
 
 def asked(rule: FunctionRule, *orders: str) -> list[float | str]:
     """The scores, and the reasons where there is none."""
-    judged = [Judged("", order, 1, True) for order in orders]
+    judged = [RuleInput("", order, 1, True) for order in orders]
     scores = list(rule(judged, lambda: None))
     return [score.reason if isinstance(score, Failure) else score for score in scores]
 
@@ -79,7 +79,7 @@ def test_a_function_that_hangs_is_ended_and_started_again(rule_of):
 
 def test_a_batch_that_is_given_up_leaves_no_answers_for_the_next(rule_of):
     rule = rule_of()
-    judged = [Judged("", f"number {i}", 1, True) for i in range(8)]
+    judged = [RuleInput("", f"number {i}", 1, True) for i in range(8)]
     given_up = rule(judged, lambda: None)
     assert next(iter(given_up)) == 0.0
     given_up.close()
@@ -88,7 +88,7 @@ def test_a_batch_that_is_given_up_leaves_no_answers_for_the_next(rule_of):
 
 def test_who_waits_for_a_function_is_known_to_be_alive(rule_of):
     beats: list[None] = []
-    assert list(rule_of()([Judged("", "number 1", 1, True)], lambda: beats.append(None))) == [1.0]
+    assert list(rule_of()([RuleInput("", "number 1", 1, True)], lambda: beats.append(None))) == [1.0]
     assert beats
 
 

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from dist_lm.rlhf.config import RewardPartConfig
-from dist_lm.rlhf.rewards import Judge, RewardError, refuse_void, share_scored, total_score
-from dist_lm.rlhf.rollouts import JudgedRollouts
-from dist_lm.rlhf.rules import Failure, Judged, Rule, length_rule, parses_rule
+from dist_lm.rlhf.rewards import Judge, RewardError, refuse_void, share_usable, total_score
+from dist_lm.rlhf.rollouts import ScoredRollouts
+from dist_lm.rlhf.rules import Failure, Rule, RuleInput, length_rule, parses_rule
 from tests.rlhf.toy import rollouts_with
 
 
-def judged(request: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> Judged:
-    return Judged(f"user\n{request}\nassistant\n", completion, new_tokens, whole, request=request)
+def judged(request: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> RuleInput:
+    return RuleInput(f"user\n{request}\nassistant\n", completion, new_tokens, whole, request=request)
 
 
-def only(rule: Rule, judged: Judged) -> float | Failure:
+def only(rule: Rule, judged: RuleInput) -> float | Failure:
     (score,) = rule([judged], lambda: None)
     return score
 
@@ -76,7 +76,7 @@ def test_a_score_that_its_weight_takes_out_of_fp32_is_none(caplog):
 def test_scores_that_an_older_release_kept_are_left_out():
     """They are pending in its checkpoints, as fp64."""
     scores = {"a": np.array([1.0, 1e300]), "b": np.array([1.0, 1.0])}
-    scored = share_scored(JudgedRollouts(rollouts_with([1, 1], [1, 1]), scores))
+    scored = share_usable(ScoredRollouts(rollouts_with([1, 1], [1, 1]), scores))
     assert scored.kept_D.tolist() == [True, False]
     assert scored.failed == {"a": 1, "b": 0}
 
@@ -99,7 +99,7 @@ def test_inputs_that_are_not_finite_name_the_part_and_its_scores():
 def test_a_rollout_without_a_score_leaves_with_its_tokens_and_scores():
     rollouts = rollouts_with([2, 1, 3], [3, 2, 1], positions=[5, 6, 7])
     scores = {"a": np.array([1.0, np.nan, 3.0]), "b": np.array([4.0, 5.0, 6.0])}
-    scored = share_scored(JudgedRollouts(rollouts, scores))
+    scored = share_usable(ScoredRollouts(rollouts, scores))
     assert scored.metrics == {"rlhf/left_out": pytest.approx(1 / 3), "rlhf/failed_a": 1, "rlhf/failed_b": 0}
     assert {name: score.tolist() for name, score in scored.rule_score_B.items()} == {"a": [1, 3], "b": [4, 6]}
     kept = [one for place, one in enumerate(rollouts) if place != 1]
@@ -107,8 +107,8 @@ def test_a_rollout_without_a_score_leaves_with_its_tokens_and_scores():
         for name, value in vars(expected).items():
             assert np.array_equal(getattr(found, name), value), name
     with pytest.raises(RewardError, match="none of the 3 completions"):
-        share_scored(JudgedRollouts(rollouts, {"a": np.full(3, np.nan)}))
-    none = share_scored(JudgedRollouts(rollouts, {"a": np.full(3, np.nan)}), some=False)
+        share_usable(ScoredRollouts(rollouts, {"a": np.full(3, np.nan)}))
+    none = share_usable(ScoredRollouts(rollouts, {"a": np.full(3, np.nan)}), some=False)
     assert (len(none.rollouts), none.kept_D.tolist(), len(none.rule_score_B["a"])) == (0, [False] * 3, 0)
 
 

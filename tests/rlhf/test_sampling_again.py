@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
+from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 from dist_lm.rlhf.schedule import SamplingAgain, positions_with_signal
 from dist_lm.rlhf.state import RlhfState
 from tests.rlhf.toy import rollouts_with, tensors_of, toy
@@ -24,9 +24,9 @@ def again(scores: dict[int, list[float]], prompts: int, rounds: int) -> tuple[Sa
         own = [place for place in range(position, position + count) for _ in scores[place]]
         return rollouts_with([2] * len(own), [1 + place % 3 for place in own], positions=own, seed=position)
 
-    def judge(rollouts: Rollouts) -> JudgedRollouts:
+    def judge(rollouts: Rollouts) -> ScoredRollouts:
         places = list(dict.fromkeys(rollouts.position_B.tolist()))
-        return JudgedRollouts(rollouts, {"own": np.array([score for place in places for score in scores[place]])})
+        return ScoredRollouts(rollouts, {"own": np.array([score for place in places for score in scores[place]])})
 
     return SamplingAgain(draw, judge, PARTS, prompts, rounds), asked
 

@@ -14,7 +14,7 @@ from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig
 from dist_lm.rlhf.experience import token_logprobs
 from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, concatenated
+from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts, concatenated
 from dist_lm.rlhf.state import KlController, RlhfState
 from tests.model.small_models import small_config, small_model
 from tests.rlhf.toy import MODEL, Toy, rollouts_with, tensors_of, toy
@@ -156,7 +156,7 @@ def test_logprobs_and_entropies_are_those_of_a_dense_softmax_over_each_set(micro
 def test_sets_stay_with_their_rollouts():
     rollouts, kept_MV = made_by_hand()
     chosen_B = np.array([False, True, False, True, True])
-    some = JudgedRollouts(rollouts, {"own": np.arange(5.0)}).of_prompts(np.array([0, 2]), 0).rollouts
+    some = ScoredRollouts(rollouts, {"own": np.arange(5.0)}).of_prompts(np.array([0, 2]), 0).rollouts
     assert len(some) == 3
     every = torch.arange(len(kept_MV))
     of_rollout = np.repeat(np.arange(5), rollouts.new_tokens_B)
@@ -168,14 +168,14 @@ def test_sets_stay_with_their_rollouts():
         assert sets is not None
         found = sets.mask(torch.arange(len(part.logprobs_M)), VOCABULARY, range(VOCABULARY))
         assert torch.equal(found, kept_MV[torch.from_numpy(places)])
-    both = concatenated([JudgedRollouts(rollouts, {}), JudgedRollouts(some, {})]).rollouts
+    both = concatenated([ScoredRollouts(rollouts, {}), ScoredRollouts(some, {})]).rollouts
     sets = both.sets_of(np.arange(len(both.logprobs_M)))
     assert sets is not None
     assert torch.equal(sets.mask(every, VOCABULARY, range(VOCABULARY)), kept_MV)
 
 
 def test_a_checkpoint_without_sets_is_read():
-    state = RlhfState(KlController(0.1), pending={1: JudgedRollouts(rollouts_with([1, 2], [3, 1]), {})})
+    state = RlhfState(KlController(0.1), pending={1: ScoredRollouts(rollouts_with([1, 2], [3, 1]), {})})
     older = {name: value for name, value in state.arrays().items() if "set" not in name}
     assert len(older) == len(state.arrays()) - 2
     found = RlhfState.from_dict(state.to_dict(), load(save(older))).pending[1].rollouts

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_lm.generation.request import SamplingParams
-from dist_lm.rlhf.rollouts import JudgedRollouts, requests_of
+from dist_lm.rlhf.rollouts import ScoredRollouts, requests_of
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from tests.patience import patient
 from tests.rlhf.toy import rollouts_with
@@ -44,8 +44,8 @@ def weights(version: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield "w", torch.tensor(version)
 
 
-def by_position(rollouts) -> JudgedRollouts:
-    return JudgedRollouts(rollouts, {"rule": rollouts.position_B / 8})
+def by_position(rollouts) -> ScoredRollouts:
+    return ScoredRollouts(rollouts, {"rule": rollouts.position_B / 8})
 
 
 def schedule(source, staleness: int, judge=by_position) -> RolloutSchedule:
@@ -61,7 +61,7 @@ def go_on(made: RolloutSchedule, staleness: int, begin: int, end: int) -> list[i
     """Iterations `begin` to `end` - 1: the version that drew the rollouts of each."""
     versions = []
     for iteration in range(begin, end):
-        judged = made.take(iteration).judged
+        judged = made.take(iteration).scored
         rollouts = judged.rollouts
         assert judged.scores["rule"].tolist() == [iteration / 8]
         assert rollouts.position_B.tolist() == [iteration]
@@ -97,7 +97,7 @@ def test_the_next_rollouts_are_drawn_while_one_trains():
         source.may_draw.clear()
         made.push(1, weights(1))  # does not wait for anything
         source.may_draw.set()
-        assert made.take(1).judged.rollouts.version_B.tolist() == [0]
+        assert made.take(1).scored.rollouts.version_B.tolist() == [0]
 
 
 def test_rules_judge_while_the_next_rollouts_are_drawn():
@@ -147,5 +147,5 @@ def test_pending_scores_that_fp32_does_not_hold_are_judged_again():
     rollouts = rollouts_with([1], [2], positions=[2])
     for score, expected in ((1e300, 0.25), (7.0, 7.0)):
         with schedule(Versions(), 1) as made:
-            made.begin(2, weights(2), {2: JudgedRollouts(rollouts, {"rule": np.array([score])})}, 2)
-            assert made.take(2).judged.scores["rule"].tolist() == [expected]
+            made.begin(2, weights(2), {2: ScoredRollouts(rollouts, {"rule": np.array([score])})}, 2)
+            assert made.take(2).scored.scores["rule"].tolist() == [expected]

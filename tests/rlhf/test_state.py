@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dist_lm.rlhf.reward_model import RewardScale
-from dist_lm.rlhf.rollouts import JudgedRollouts
+from dist_lm.rlhf.rollouts import ScoredRollouts
 from dist_lm.rlhf.state import KlController, RlhfState
 from tests.rlhf.toy import rollouts_with
 
@@ -44,7 +44,7 @@ def test_a_best_reward_that_is_no_number_is_forgotten(void):
 def test_pending_rollouts_come_back_to_the_bit():
     drawn = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
     scores = {4: {"mine": np.array([0.1, np.nan]), "a.b": np.array([1.0, 2.0])}, 11: {}}
-    pending = {iteration: JudgedRollouts(rollouts, scores[iteration]) for iteration, rollouts in drawn.items()}
+    pending = {iteration: ScoredRollouts(rollouts, scores[iteration]) for iteration, rollouts in drawn.items()}
     found = through_json(replace(STATE, pending=pending)).pending
     assert list(found) == [4, 11]
     for iteration, judged in pending.items():

@@ -11,7 +11,7 @@ import torch
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.rlhf.rewards import Judge, RewardError, Tasks
-from dist_lm.rlhf.rules import Failure, Judged, TestsRule
+from dist_lm.rlhf.rules import Failure, RuleInput, TestsRule
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Test, Verdict, infrastructure_error
 from dist_lm.sandbox.task import Task
@@ -38,7 +38,7 @@ def rule_of() -> Iterator:
 
 
 def asked(rule: TestsRule, *answers: tuple[str, str]) -> list:
-    judged = [Judged(prompt, answer, 1, True, position) for position, (prompt, answer) in enumerate(answers)]
+    judged = [RuleInput(prompt, answer, 1, True, position) for position, (prompt, answer) in enumerate(answers)]
     return list(rule(judged, lambda: None))
 
 
@@ -78,7 +78,7 @@ def test_a_verdict_that_ends_with_a_timeout_is_not_waited_for(rule_of, monkeypat
 
     monkeypatch.setattr(SandboxPool, "_run", lost)
     looks = iter(range(100))
-    judged = [Judged("double", "echo 4", 1, True, 0)]
+    judged = [RuleInput("double", "echo 4", 1, True, 0)]
     with pytest.raises(TimeoutError, match="connection timed out"):
         list(rule_of()(judged, lambda: next(looks)))
 
@@ -98,7 +98,7 @@ def test_programs_start_while_completions_are_drawn_and_run_once(rule_of, monkey
         return submit(pool, program, limits)
 
     monkeypatch.setattr(SandboxPool, "submit", counted)
-    judged = [Judged("double", f"echo {n}", 1, True, n) for n in (4, 10)]
+    judged = [RuleInput("double", f"echo {n}", 1, True, n) for n in (4, 10)]
     for one in judged:
         rule.begin(one)
     assert len(ran) == 2
@@ -118,7 +118,7 @@ def test_a_judge_begins_with_the_texts_that_it_judges_later():
         request = Request("0", [1])
         judge.begin(request, Answer("0", 0, 1, (2, 3), "", (0.0, 0.0), (0.0, 0.0), "eot", 0, 0))
         begun = judge._beside_generation[0]._running
-        assert set(begun) == {Judged("double", "echo 4", 2, True, 0, 0, request="double")}
+        assert set(begun) == {RuleInput("double", "echo 4", 2, True, 0, 0, request="double")}
         assert judge(made).scores["mine"].tolist() == [0.5, 0.5]
         assert not begun
 

@@ -39,9 +39,9 @@ FIGURES = {"eval/own_sql/pass@1", "eval/own_sql/low", "eval/own_sql/high"}
 class Actors:
     """A pool of one engine in this process, which answers once `answering` is set."""
 
-    def __init__(self, engine: Engine, answering: threading.Event, wanted: Callable[[], bool]) -> None:
+    def __init__(self, engine: Engine, answering: threading.Event, keep_going: Callable[[], bool]) -> None:
         self.versions = [engine.version]
-        self._engine, self._answering, self._wanted = engine, answering, wanted
+        self._engine, self._answering, self._keep_going = engine, answering, keep_going
 
     def load_weights(self, weights: WeightStream, version: int) -> None:
         self._engine.load_weights(weights, version)
@@ -49,7 +49,7 @@ class Actors:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
         while not self._answering.wait(SOON_S):
-            if not self._wanted():
+            if not self._keep_going():
                 return
         for request in requests:
             self._engine.submit(request)
@@ -88,7 +88,7 @@ class Machine:
         self.answering = threading.Event()
         self.pools: list[Actors] = []
 
-    def start(self, weights: WeightStream, version: int, wanted: Callable[[], bool]) -> Actors:
+    def start(self, weights: WeightStream, version: int, keep_going: Callable[[], bool]) -> Actors:
         tokenizer, model = self._parts.tokenizer, self._parts.model.config
         engine = Engine(
             model,
@@ -98,7 +98,7 @@ class Machine:
             options=EngineOptions(cache_tokens=4096),
             version=version,
         )
-        self.pools.append(Actors(engine, self.answering, wanted))
+        self.pools.append(Actors(engine, self.answering, keep_going))
         return self.pools[-1]
 
 
@@ -194,7 +194,7 @@ def test_figures_that_were_written_are_not_repeated(parts: Evaluated):
 
 
 def test_a_failure_of_the_actors_ends_the_run(parts: Evaluated):
-    def start(weights: WeightStream, version: int, wanted: Callable[[], bool]) -> Actors:
+    def start(weights: WeightStream, version: int, keep_going: Callable[[], bool]) -> Actors:
         raise RuntimeError("no actors")
 
     beside = BesideTraining(parts, start, 0)  # type: ignore[arg-type]

@@ -131,7 +131,7 @@ def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (request,) = generate_parts.Samples(config, RunDirectory(tmp_path / "run"), tokenizer).requests()
     assert request.prompt == prompt(Conversation((Message("user", "Say <|im_end|>"),)), tokenizer)
-    assert request.params.stop_tokens == (tokenizer.file_names["<|im_end|>"],)
+    assert request.params.stop_tokens == (tokenizer.special_ids_in_file["<|im_end|>"],)
     functions = tmp_path / "functions.py"
     functions.write_text("def one() -> int:\n    'One.'\n    return 1\n")
     values = {"max_new_tokens": 4, "temperature": 0}

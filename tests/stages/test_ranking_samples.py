@@ -12,14 +12,14 @@ from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.rankings import stage as rankings
-from dist_lm.stages.rankings.samples import Opening, Sample, ranked_samples, ranking_of_samples
+from dist_lm.stages.rankings.samples import Beginning, Sample, ranked_samples, ranking_of_samples
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY_MODEL
 from tests.training_run import write_untrained
 
 SOURCE = SourceConfig("synthetic_rankings", "synthetic", licence="none", limit=24)
-PYTHON = Opening("python", "def total(values):\n", "code:1")
+PYTHON = Beginning("python", "def total(values):\n", "code:1")
 
 
 def config_for(work: WorkDirectory, *overrides: str) -> Config:

@@ -61,7 +61,7 @@ def test_a_resumed_run_has_the_reference_and_the_reward_model_that_it_began_with
     run, first = begun(work, "default", "default")
     run.create()
     policy = first.models.policy
-    with CheckpointSaver(run.checkpoints, policy.model.config, WORLD, keep=1, beside_training=False) as saver:
+    with CheckpointSaver(run.checkpoints, policy.model.config, WORLD, keep=1, asynchronous=False) as saver:
         counters = train_state(first.state, 0, Tokenizer.load(work.tokenizer_model).sha256)
         saver.save(policy.model, policy.optimizer, counters, first.companions, saved_files(first.state, first))
     begun(work, "moved", "moved")

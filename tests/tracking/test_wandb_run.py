@@ -162,7 +162,7 @@ def test_an_online_run_grows_at_the_server_with_all_that_belongs_to_it(
     online.log(1, {"train/loss": 3.0})
     online.log(2, {"train/loss": 2.0})
     until(lambda: losses(server, online))  # while it runs
-    online.beside({"system/cpu_percent_n1": 50.0})
+    online.log_at_newest_step({"system/cpu_percent_n1": 50.0})
     online.samples(samples, 2)
     online.alert(Alert("first: NaN", "step 2, see http://me:sesame@host/", "WARN"))
     online.finish("finished", DEADLINE_S)

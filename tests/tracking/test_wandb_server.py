@@ -29,11 +29,13 @@ CLIENT = textwrap.dedent("""
 """)
 
 
-def ask(server: WandbServer, query: str, variables: dict, key: str | None = None) -> dict:
+def ask(
+    server: WandbServer, query: str, variables: dict, key: str | None = None, timeout_s: float = patient(30)
+) -> dict:
     credentials = base64.b64encode(f"api:{key or server.api_key}".encode()).decode()
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{server.url}/graphql", body, {"Authorization": f"Basic {credentials}"})
-    with urllib.request.urlopen(request, timeout=patient(30)) as answer:
+    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
         return json.load(answer)
 
 
@@ -76,7 +78,7 @@ def test_it_fails_as_told() -> None:
             ask(server, query, {})
         server.error, server.stall = None, True
         with pytest.raises(TimeoutError):
-            ask(server, query, {})
+            ask(server, query, {}, timeout_s=0.5)
         server.stall, server.vanish = False, True
         with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
             ask(server, query, {})

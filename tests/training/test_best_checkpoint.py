@@ -37,7 +37,7 @@ def trained(one_rank, tmp_path):
             return {"val/loss": scores[len(evaluations) - 1]}
 
         optimizer = build_optimizer(model, config.stage)
-        trainer = trainer_of_steps(config, one_rank, model, optimizer, next_token(0.0), counts_once=True)
+        trainer = trainer_of_steps(config, one_rank, model, optimizer, next_token(0.0), adds_sums=True)
         trainer = replace(
             trainer,
             stream=(StepData(0, [Batch.plain(tokens)], tokens.numel()) for _ in range(3)),

@@ -185,7 +185,7 @@ def test_a_slow_gpu_has_more_work_time_than_others(mesh, monkeypatch):
         meter.data_came()
         batch = Batch.plain(torch.zeros(2, 17, dtype=torch.int64))
         sums = accumulate_gradients(model, next_token(), [batch], laps=meter.laps)
-        update(model, optimizer, sums, grad_clip=1.0, counts=True, stop=StopRequest(), laps=meter.laps)
+        update(model, optimizer, sums, grad_clip=1.0, adds_sums=True, stop=StopRequest(), laps=meter.laps)
         meter.end(1, 100)
         found.append(meter._work_s)
         with torch.no_grad():

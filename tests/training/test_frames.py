@@ -40,7 +40,7 @@ def test_at_most_seven_frames_lead_from_the_loop_to_the_loss(one_rank, tmp_path,
     trainer = Trainer(
         config=config,
         world=one_rank,
-        counts_once=True,
+        adds_sums=True,
         model=model,
         optimizer=build_optimizer(model, config.stage),
         objective=next_token(config.stage.label_smoothing),

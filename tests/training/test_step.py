@@ -52,7 +52,7 @@ def batch_of(rows: slice) -> Batch:
 
 def step(model, optimizer, batches, objective=None, grad_clip=1.0):
     sums = accumulate_gradients(model, objective or next_token(0.1), batches)
-    return update(model, optimizer, sums, grad_clip=grad_clip, counts=True, stop=StopRequest())
+    return update(model, optimizer, sums, grad_clip=grad_clip, adds_sums=True, stop=StopRequest())
 
 
 def optimizer_of(model):

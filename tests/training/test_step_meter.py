@@ -31,7 +31,7 @@ def one_rank():
 
 def step(model, optimizer, laps=None):
     sums = accumulate_gradients(model, next_token(), [BATCH], laps=laps)
-    return update(model, optimizer, sums, grad_clip=1.0, counts=True, stop=StopRequest(), laps=laps)
+    return update(model, optimizer, sums, grad_clip=1.0, adds_sums=True, stop=StopRequest(), laps=laps)
 
 
 def optimizer_of(model):

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from dist_lm.chat.ranking import branch_positions
-from dist_lm.data.batch import Batch, counted_places
+from dist_lm.data.batch import Batch, logit_indices
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,13 @@ class Trees:
         numbers: Sequence[int],
         seq_len: int,
         pad_id: int,
-        opening: Opening | None = None,
+        first_token: FirstToken | None = None,
     ) -> tuple[CompletionBatch, list[PlacedRanking]]:
         """Returns a batch and the rankings in it; their `places` are numbers of completions in the batch."""
         documents_by_row = [[document for document, _, _ in row] for row in rows]
         documents = [document for row in documents_by_row for document in row]
         trees = [
-            [_opened((rankings.tokens(document), rankings.verdict(document).branch), opening) for document in row]
+            [_opened((rankings.tokens(document), rankings.verdict(document).branch), first_token) for document in row]
             for row in documents_by_row
         ]
         batch = batch_of_trees(trees, numbers, seq_len, pad_id, self.learns_prompts)
@@ -101,7 +101,7 @@ class Trees:
             batch = replace(batch, reference_C=torch.from_numpy(np.concatenate(logprobs)))
 
         if self.mismatches:
-            mismatched_trees = [_opened(mismatched(rankings, document, seq_len), opening) for document in documents]
+            mismatched_trees = [_opened(mismatched(rankings, document, seq_len), first_token) for document in documents]
             batch = replace(batch, mismatched=packed_trees(mismatched_trees, seq_len, pad_id))
             if self.reference:
                 sums_P = torch.from_numpy(self.reference.mismatched[documents])
@@ -109,12 +109,12 @@ class Trees:
         return batch, placed
 
 
-def _opened(tree: tuple[np.ndarray, np.ndarray], opening: Opening | None) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (tokens, branch) with the opening that the model reads in place of end-of-text."""
-    if not opening:
+def _opened(tree: tuple[np.ndarray, np.ndarray], first_token: FirstToken | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (tokens, branch) with the first token that the model reads in place of end-of-text."""
+    if not first_token:
         return tree
     tokens, branch = tree
-    return opening.put(tokens.copy()), branch
+    return first_token.put(tokens.copy()), branch
 
 
 def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +233,7 @@ def batch_of_trees(
         document_BT=torch.from_numpy(document),
         position_BT=torch.from_numpy(position),
         sequence_B=torch.tensor(list(numbers), dtype=torch.int64),
-        counted_N=counted_places(segment),
+        logit_index_N=logit_indices(segment),
         branch_BT=torch.from_numpy(branch),
         n_tokens=n_tokens,
         segment_BT=torch.from_numpy(segment),

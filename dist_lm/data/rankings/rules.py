@@ -48,10 +48,10 @@ def marks_of(prompt: str, completion: str, parses: bool) -> Marks:
 
     # A completion that is too short for a run repeats nothing.
     words = WORD.findall(completion)
-    runs = [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
+    runs = [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)] or [()]
     return Marks(
         parses=float(parses),
         names=names,
-        repetition=len(set(runs)) / len(runs) if runs else 1.0,
+        repetition=len(set(runs)) / len(runs),
         length=min(1.0, len(completion.strip()) / LONG_ENOUGH),
     )

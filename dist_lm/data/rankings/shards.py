@@ -59,6 +59,7 @@ def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
         verdict.ranks if len(verdict.ranks) else np.zeros(n, np.uint8)
         for verdict, n in zip(verdicts, completions, strict=True)
     ]
+
     arrays = (
         np.concatenate([verdict.branch for verdict in verdicts]),
         np.array(completions, np.uint8),

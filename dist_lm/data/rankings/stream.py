@@ -25,7 +25,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.sequences import Epochs, packed
 from dist_lm.data.stream import StepStream
 from dist_lm.document import Verdict
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 
 ALL, PAIRS, ONE_PAIR = "rankings", "pairs", "one_pair"
 
@@ -41,10 +41,10 @@ class PlacedRanking:
 
 
 Assemble = Callable[
-    [RankingCorpus, Sequence[Sequence[DocumentSlice]], Sequence[int], int, int, Opening | None],
+    [RankingCorpus, Sequence[Sequence[DocumentSlice]], Sequence[int], int, int, FirstToken | None],
     tuple[Batch, list[PlacedRanking]],
 ]
-"""Maps (rankings, rows, numbers, seq_len, pad_id, opening) to a batch and its rankings, as `assemble_rankings` does."""
+"""Maps (rankings, rows, numbers, seq_len, pad_id, first_token) to a batch and rankings, like `assemble_rankings`."""
 
 
 class RankingStream(StepStream):
@@ -59,7 +59,7 @@ class RankingStream(StepStream):
         seed: int,
         seq_len: int,
         pad_id: int,
-        opening: Opening | None = None,
+        first_token: FirstToken | None = None,
         global_batch: int,
         micro_batch: int,
         dp_rank: int,
@@ -80,7 +80,7 @@ class RankingStream(StepStream):
         """
         self._rankings, self._seed = rankings, seed
         self._learn_from, self._label_noise = learn_from, label_noise
-        self._seq_len, self._pad_id, self._opening = seq_len, pad_id, opening
+        self._seq_len, self._pad_id, self._first_token = seq_len, pad_id, first_token
         self._assemble = assemble or assemble_rankings
 
         # Rows depend on lengths alone, so all epochs share one packing.
@@ -108,7 +108,7 @@ class RankingStream(StepStream):
             epoch_order, i = self._epochs.locate(number)
             rows.append(epoch_order.sequence(i))
 
-        batch, placed = self._assemble(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._opening)
+        batch, placed = self._assemble(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._first_token)
         verdicts = [
             lesson(
                 self._rankings.verdict(ranking.document),
@@ -132,7 +132,7 @@ class RankingBatches:
     dp_rank: int
     dp_size: int
     pad_id: int
-    opening: Opening | None = None
+    first_token: FirstToken | None = None
     limit_sequences: int = 0  # so many rows, at even distances; 0: all
     assemble: Assemble | None = None  # makes the batches; None: `assemble_rankings`
 
@@ -146,7 +146,7 @@ class RankingBatches:
         chosen = evenly_spaced(self.packing.n_rows, self.limit_sequences)
         for numbers in micro_batches_of_rank(chosen, self.micro_batch, self.dp_rank, self.dp_size):
             rows = [self.packing.sequence(number) if number >= 0 else [] for number in numbers]
-            yield assemble(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
+            yield assemble(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.first_token)
 
 
 def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
@@ -162,8 +162,8 @@ def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, num
     # Judgements are pairs already.
     if learn_from == ALL or not len(verdict.ranks):
         return verdict
-    count = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
-    return drawn_pairs(verdict, count, key(Shuffle.PAIRS, seed, number))
+    n_pairs = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
+    return drawn_pairs(verdict, n_pairs, key(Shuffle.PAIRS, seed, number))
 
 
 def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
@@ -203,10 +203,11 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
         word: the 64-bit key of the draw.
     """
     ranks = verdict.ranks.tolist()
+    # (better, worse) of each two completions that are no tie.
     pairs = [
-        (first, second) if ranks[first] < ranks[second] else (second, first)  # (better, worse)
-        for first, second in combinations(range(len(ranks)), 2)
-        if ranks[first] != ranks[second]
+        sorted(pair, key=ranks.__getitem__)
+        for pair in combinations(range(len(ranks)), 2)
+        if ranks[pair[0]] != ranks[pair[1]]
     ]
     # Sorted, so that only the choice depends on the draw and not the order.
     chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), word)[:count])]
@@ -219,7 +220,7 @@ def assemble_rankings(
     numbers: Sequence[int],
     seq_len: int,
     pad_id: int,
-    opening: Opening | None = None,
+    first_token: FirstToken | None = None,
 ) -> tuple[Batch, list[PlacedRanking]]:
     """Returns a `Batch` of `len(rows)` sequences for a reward model, which predicts no token, and its rankings.
 
@@ -230,7 +231,7 @@ def assemble_rankings(
         rows: whole documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
             document of its own.
         numbers: the global sequence numbers.
-        opening: of the tokenizer; None: documents begin with end-of-text.
+        first_token: of the tokenizer; None: documents begin with end-of-text.
 
     Raises:
         ArtefactError: a tar is damaged.
@@ -247,8 +248,8 @@ def assemble_rankings(
             ranking_branch = rankings.verdict(number).branch
             end = begin + len(ranking_branch)
             tokens[b, begin:end] = rankings.tokens(number)
-            if opening:
-                opening.put(tokens[b, begin:end])
+            if first_token:
+                first_token.put(tokens[b, begin:end])
 
             document[b, begin:end] = d
             branch[b, begin:end] = ranking_branch

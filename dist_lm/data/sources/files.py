@@ -221,8 +221,8 @@ def _names_of(roots: set[str], paths: Sequence[str]) -> dict[str, str]:
     """
     names = {root: PurePosixPath(root).name for root in roots}
     for longer_name in (lambda root: _below(root, paths), str):
-        counts = Counter(names.values())
-        names = {root: name if counts[name] == 1 else longer_name(root) for root, name in names.items()}
+        roots_named = Counter(names.values())
+        names |= {root: longer_name(root) for root, name in names.items() if roots_named[name] > 1}
     return names
 
 

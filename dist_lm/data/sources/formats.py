@@ -217,6 +217,7 @@ def _decoded(batch: Any) -> Iterator[Row | BadRow]:
     try:
         yield from batch.to_pylist()
     except UnicodeDecodeError:  # before the first row is yielded
+        # pyarrow converts a batch as a whole, so one broken text fails the rows around it too.
         for index in range(batch.num_rows):
             try:
                 yield batch.slice(index, 1).to_pylist()[0]

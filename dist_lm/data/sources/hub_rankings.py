@@ -70,7 +70,7 @@ def rows_of(source: SourceConfig) -> str:
     Raises:
         ConfigError: neither is known.
     """
-    name = source.path[0] if source.path else source.dataset
+    name, *_ = source.path or [source.dataset]
     kind = source.rows or PurePosixPath(bare_name(name)).stem
     if kind not in (*BY_ROW, OASST):
         raise ConfigError(
@@ -115,6 +115,7 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
 
 def hh_ranking(row: Row) -> Ranking | None:
     """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer."""
+    # Both are whole dialogues: what they share is the prompt.
     chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
         return None  # they differ earlier: no two answers to one prompt
@@ -148,7 +149,7 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 
 def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidate]:
     """Yields the rankings of oasst1, by language (`oasst1_en`); then the rows that are broken."""
-    languages = frozenset(source.only) if source.only else None
+    languages = frozenset(source.only or ()) or None
     broken: list[Rejected] = []  # reported at the end, because a ranking extends over several rows
 
     def intact_rows() -> Iterator[Row]:

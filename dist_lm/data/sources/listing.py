@@ -304,7 +304,9 @@ class _Walk:
         if isinstance(mtime_ns, datetime):
             mtime_ns = int(mtime_ns.timestamp() * 1e9)
         size = info.get("size")
-        return Input(name, -1 if size is None else size, mtime_ns, etag, left_out=left_out)
+        if size is None:
+            size = -1
+        return Input(name, size, mtime_ns, etag, left_out=left_out)
 
 
 def is_utf8(name: str) -> bool:

@@ -93,6 +93,7 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
     Raises:
         ArtefactError: a line is no ranking; the message names file, line and what was expected.
     """
+    # Blank lines count, so that the number is that of an editor.
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:

@@ -152,7 +152,9 @@ def check_keys(source: SourceConfig, traits: Traits) -> None:
     takes = f"it takes {', '.join((*COMMON, *traits.keys))}"
     for key in keys:
         if key not in (*COMMON, *traits.keys):
-            hint = "" if ":" not in source.reader else " (a function declares its keys with @reader(keys=...))"
+            hint = ""
+            if ":" in source.reader:
+                hint = " (a function declares its keys with @reader(keys=...))"
             raise ConfigError(
                 f"corpus source reader={source.reader}: {key}={getattr(source, key)}: this reader does not take "
                 f"{key}; {takes}{hint}"
@@ -169,7 +171,7 @@ def text_hash(text: str) -> str:
     Raises:
         UnicodeEncodeError: the text is not valid Unicode (a lone surrogate).
     """
-    unified = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    unified = text.replace("\r\n", "\n").replace("\r", "\n")
     return hashlib.sha256(unified.encode()).hexdigest()
 
 

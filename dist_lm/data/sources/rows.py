@@ -1,4 +1,4 @@
-"""Reads rows of jsonl, parquet and csv. A row gives a text, and by column its language, its licence and its name.
+"""Reads rows of jsonl, parquet and csv. Columns of a row give the text, language, licence and name of a document.
 
 A row that gives no document is rejected with its place, FILE:LINE; one that is broken counts for
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
@@ -21,16 +21,12 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
-MAX_LANGUAGES = 200  # a tar holds a byte of language for each document
+MAX_LANGUAGES = 200  # of a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
 WITH_DEFAULT = ("licence_column", "language_column", "id_column")
 TABLES = (parquet_rows, csv_rows)  # all rows of a file have its columns
 KEYS = ("language", "licence", "path", "exclude", "column", "licence_column", "language_column", "id_column", "only")
 NEEDS = ("language|language_column", "path")
 ADVICE = "check path and column; every row is empty, repeated, too long or left out"
-JSON_LINES = by_suffix(".jsonl", ".ndjson")
-PARQUET = by_suffix(".parquet")
-CSV = by_suffix(".csv", ".tsv")
-ANY_ROWS = by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +47,22 @@ ContentOf = Callable[
 
 def list_json_lines(source: SourceConfig) -> Inputs:
     """Lists files of JSON lines."""
-    return list_files(source, JSON_LINES)
+    return list_files(source, by_suffix(".jsonl", ".ndjson"))
 
 
 def list_parquet(source: SourceConfig) -> Inputs:
     """Lists parquet files."""
-    return list_files(source, PARQUET)
+    return list_files(source, by_suffix(".parquet"))
 
 
 def list_csv(source: SourceConfig) -> Inputs:
     """Lists .csv and .tsv files."""
-    return list_files(source, CSV)
+    return list_files(source, by_suffix(".csv", ".tsv"))
 
 
 def list_rows(source: SourceConfig) -> Inputs:
     """Lists files of any format that has rows."""
-    return list_files(source, ANY_ROWS)
+    return list_files(source, by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv"))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
@@ -110,6 +106,7 @@ def rows_of_files(
         ArtefactError: a file is truncated, damaged or of another format; the message names the last good row.
     """
     column_names = None if columns is None else [column for _, column in columns]
+
     for file in inputs.taken:
         read_rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(file.name)).suffix, jsonl_rows)
         number, is_checked = 0, False

@@ -20,13 +20,12 @@ from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, row_documents,
 from dist_lm.errors import ArtefactError
 
 TEXT_MEMBER = "txt"  # extension
-TARS = by_suffix(".tar", ".tgz")
 KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset splits names
 
 
 def list_tars(source: SourceConfig) -> Inputs:
     """Lists webdataset tars."""
-    return list_files(source, TARS)
+    return list_files(source, by_suffix(".tar", ".tgz"))
 
 
 @reader(
@@ -92,6 +91,7 @@ def _row(
         assert content is not None, "a regular file"
         row[extension] = content.read()
 
+    # Parsing the .json member is worth its time only for a column that is no member.
     if problem or wanted_columns <= row.keys() or "json" not in row:
         return problem or row
     try:

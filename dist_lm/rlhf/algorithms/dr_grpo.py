@@ -45,8 +45,8 @@ class DrGrpo(Algorithm):
         from dist_lm.rlhf.policy_gradient import group_columns, groups_of
 
         advantage_B = experience.score_B - groups_of(experience.score_B, experience.prompt_B).mean_B
-        count_B = advantage_B.new_full(advantage_B.shape, self.config.max_new_tokens)
-        return Prepared(group_columns(experience, advantage_B), count_B, kl_coefficient)
+        divisor_B = advantage_B.new_full(advantage_B.shape, self.config.max_new_tokens)
+        return Prepared(group_columns(experience, advantage_B), divisor_B, kl_coefficient)
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each token, with the KL penalty if rlhf.kl_coefficient is above 0."""

@@ -41,11 +41,11 @@ class Grpo(Algorithm):
         loss.
         """
         # imports torch, which the launcher does without
-        from dist_lm.rlhf.policy_gradient import STD_EPS, completion_shares, group_columns, groups_of
+        from dist_lm.rlhf.policy_gradient import STD_EPS, group_columns, groups_of, inverse_lengths
 
         groups = groups_of(experience.score_B, experience.prompt_B)
         advantage_B = (experience.score_B - groups.mean_B) / (groups.std_B + STD_EPS)
-        columns = group_columns(experience, advantage_B) | {"share": completion_shares(experience.mask_BT)}
+        columns = group_columns(experience, advantage_B) | {"token_weight": inverse_lengths(experience.mask_BT)}
         return Prepared(columns, advantage_B.new_ones(advantage_B.shape), kl_coefficient)
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:

@@ -39,8 +39,8 @@ class Gspo(Grpo):
     ratio_of = "mean"
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each completion, its tokens weighted by their share, with the KL penalty if
-        rlhf.kl_coefficient is above 0 and the entropy bonus."""
+        """Returns the clipped surrogate of each completion, its tokens weighted by its inverse length, with the KL
+        penalty if rlhf.kl_coefficient is above 0 and the entropy bonus."""
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import over_completion, penalised_policy_loss
 

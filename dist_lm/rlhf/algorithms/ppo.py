@@ -7,7 +7,7 @@ Dimensions: B rollouts, T tokens of the longest completion, N completion tokens 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_lm.rlhf.algorithm import (
@@ -79,6 +79,7 @@ class Ppo(Algorithm):
             generalised_advantages,
             mean_and_std,
             reference_kl,
+            token_columns,
             token_rewards,
             whiten,
         )
@@ -96,15 +97,7 @@ class Ppo(Algorithm):
         if keys.whiten_advantages:
             advantage_BT = whiten(advantage_BT, mask_BT)
 
-        columns = {
-            "old_logprob": experience.logprob_BT,
-            "advantage": advantage_BT,
-            "return": return_BT,
-            "old_value": value_BT,
-        }
-        if experience.importance_BT is not None:
-            columns["importance"] = experience.importance_BT
-
+        columns = token_columns(experience, advantage_BT) | {"return": return_BT, "old_value": value_BT}
         metrics = {
             "value_explained_var": explained_variance(value_BT, return_BT, mask_BT),
             "return_mean": float(mean_and_std(return_BT, mask_BT)[0]),
@@ -114,19 +107,9 @@ class Ppo(Algorithm):
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each token, minus the weighted entropy as a bonus, as a sum over tokens."""
-        from dist_lm.rlhf.policy_gradient import clipped_policy_loss
+        from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
-        columns = drawn.columns
-        loss = clipped_policy_loss(
-            drawn.logprob_N,
-            columns["old_logprob"],
-            columns["advantage"],
-            self.keys.clip,
-            columns.get("importance"),
-        )
-        if not self.uses_entropy:
-            return loss
-        return replace(loss, total=loss.total - self.config.entropy_coefficient * drawn.entropy_N.sum())
+        return penalised_policy_loss(drawn, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)
 
     def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
         """Returns the clipped squared error of the values."""

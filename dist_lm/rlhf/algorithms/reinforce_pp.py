@@ -68,6 +68,7 @@ class ReinforcePp(Algorithm):
         reward_BT = token_rewards(experience.score_B, kl_BT, mask_BT, kl_coefficient)
         return_BT = rewards_to_come(reward_BT, mask_BT)
 
+        # Whitening subtracts the mean of the iteration, which is the baseline.
         metrics = {"return_mean": float(mean_and_std(return_BT, mask_BT)[0])}
         return Prepared(token_columns(experience, whiten(return_BT, mask_BT)), mask_BT.sum(1), metrics=metrics)
 

@@ -55,7 +55,7 @@ class Rloo(Algorithm):
         The policy loss is a mean over completions and has no KL of its own.
         """
         # imports torch, which the launcher does without
-        from dist_lm.rlhf.policy_gradient import completion_shares, group_columns, groups_of, reference_kl
+        from dist_lm.rlhf.policy_gradient import group_columns, groups_of, inverse_lengths, reference_kl
 
         kl_BT = reference_kl(experience, self.keys.kl_estimate)
         reward_B = experience.score_B - kl_coefficient * kl_BT.sum(1)
@@ -65,11 +65,11 @@ class Rloo(Algorithm):
         n_others_B = (groups.size_B - 1).clamp(min=1)
         advantage_B = (reward_B - groups.mean_B) * groups.size_B / n_others_B
 
-        columns = group_columns(experience, advantage_B) | {"share": completion_shares(experience.mask_BT)}
+        columns = group_columns(experience, advantage_B) | {"token_weight": inverse_lengths(experience.mask_BT)}
         return Prepared(columns, advantage_B.new_ones(advantage_B.shape))
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each completion, its tokens weighted by their share, with the entropy
+        """Returns the clipped surrogate of each completion, its tokens weighted by its inverse length, with the entropy
         bonus."""
         from dist_lm.rlhf.policy_gradient import over_completion, penalised_policy_loss
 

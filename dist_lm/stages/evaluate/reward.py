@@ -47,7 +47,7 @@ def prompts_of(where: str) -> list[Prompt]:
 
 
 def reward_scores(
-    path: Path, config: Config, records: Sequence[Record], texts: dict[str, str], wanted: Callable[[], bool]
+    path: Path, config: Config, records: Sequence[Record], texts: dict[str, str], keep_going: Callable[[], bool]
 ) -> list[Record] | None:
     """Returns the reward model's score of each answer, as the turn that follows its prompt; loads the model for the
     call.
@@ -56,11 +56,11 @@ def reward_scores(
         path: run or checkpoint of a reward model.
         records: answers, with `id` and `text`, or `error` if there is none.
         texts: prompts by id.
-        wanted: asked after each 64 answers.
+        keep_going: asked after each 64 answers.
 
     Returns:
         `id` and `outcome` (scored | refused | no turn | too long) of each answer, and its `score` if it has one; None
-            if `wanted` became false.
+            if `keep_going` became false.
 
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged.
@@ -85,7 +85,7 @@ def reward_scores(
                 outcomes.append({"id": record["id"], "outcome": tokens})
             else:
                 outcomes.append({"id": record["id"], "outcome": "scored", "score": next(scores)})
-        if not wanted():
+        if not keep_going():
             return None
     return outcomes
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from dist_lm.config.generation import EngineConfig, SamplingConfig
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.pool import EngineConfig
 from dist_lm.config.root import TRUST_ME, Config
-from dist_lm.config.stage import StageGroup
+from dist_lm.config.stage import SamplingConfig, StageGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of
 from dist_lm.stages.continuing import EVALUATION_FREE_KEYS, EVALUATION_KEYS, differing_keys, refuse_other_settings

@@ -181,10 +181,10 @@ class Evaluation(PoolWork):
         self._tokens += sum(len(answer.tokens) for answer in answers)
         self._keep(number, [recorded(item, answer, item.judge(answer, self._sandboxes)) for answer in answers])
 
-    def finish(self, wanted: Callable[[], bool]) -> None:
+    def finish(self, keep_going: Callable[[], bool]) -> None:
         """Wait for the last judgements, then measure bits per byte."""
         for number in sorted(self._missing):
-            if wanted():
+            if keep_going():
                 self._write(number)
         self.close()
         if self._missing:
@@ -192,9 +192,9 @@ class Evaluation(PoolWork):
 
         for task in self._unmeasured:
             refuse_other_inputs(self._run, self._config)
-            if not wanted():
+            if not keep_going():
                 return
-            records = self._bits(wanted) if task == BITS else self._rewards(wanted)
+            records = self._bits(keep_going) if task == BITS else self._rewards(keep_going)
             if records is not None:
                 durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
 
@@ -242,15 +242,15 @@ class Evaluation(PoolWork):
         files = [file for folder in folders if folder != self._folder for file in sorted(folder.glob("*-*.jsonl"))]
         return sum(record["index"] == 0 for file in files for record in json_lines(file))
 
-    def _bits(self, wanted: Callable[[], bool]) -> list[Record] | None:
+    def _bits(self, keep_going: Callable[[], bool]) -> list[Record] | None:
         stage = self._config.stage
         documents = documents_of(self._corpora, self._work.tokenizer_model, stage.documents)
-        return document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
+        return document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, keep_going)
 
-    def _rewards(self, wanted: Callable[[], bool]) -> list[Record] | None:
+    def _rewards(self, keep_going: Callable[[], bool]) -> list[Record] | None:
         texts = {str(prompt.id): prompt.text for prompt in self._prompts_asked}
         model = Path(self._config.eval.reward_model).expanduser()
-        return reward_scores(model, self._config, self._records(REWARD), texts, wanted)
+        return reward_scores(model, self._config, self._records(REWARD), texts, keep_going)
 
     def _records(self, task: str) -> list[Record]:
         return [record for part in self._parts if part.task == task for record in json_lines(part.path)]

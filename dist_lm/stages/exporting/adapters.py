@@ -28,6 +28,8 @@ from dist_lm.training.checkpoint_tensors import stored_tensors, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."  # begins the names in the file of weights
+# head -> peft's name of the task, and the modules that it stores whole, beside the adapters
+TASKS = {"tokens": ("CAUSAL_LM", None), "scalar": ("SEQ_CLS", ["score"])}
 
 
 def write_adapters(folder: Path, checkpoint: Path, architecture: Architecture, dtype: str, base: str) -> None:
@@ -53,9 +55,11 @@ def base_name(base: Path) -> str:
     """The folder or hub id that an imported base came from, which transformers loads; else the path of the base, which
     has to be exported first."""
     run = run_of(base)
-    source = OmegaConf.select(OmegaConf.load(run.config), "imported.source") if run else None
+    if run is None:
+        return str(base)
+    source = OmegaConf.select(OmegaConf.load(run.config), "imported.source")
     if source is None:
-        return str(run.path if run else base)
+        return str(run.path)
     source = str(source).removeprefix("hf:")
     folder = Path(source).expanduser()
     return str(folder.resolve()) if folder.is_dir() else source
@@ -108,16 +112,18 @@ def peft_config(architecture: Architecture, model: AdaptedModelConfig, base: str
     # A fused weight of theirs gets the sum of the ranks of ours, and alpha grows with it, so the scale stays.
     fused = {target.module.rpartition(".")[2]: len(target.adapters) for target in targets if len(target.adapters) > 1}
     rank, alpha = model.lora.rank, model.lora.alpha
+    task, whole_modules = TASKS[model.head]
+
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if model.head == "tokens" else "SEQ_CLS",
+        "task_type": task,
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: rank * count for name, count in fused.items()},
         "alpha_pattern": {name: alpha * count for name, count in fused.items()},
         "target_modules": sorted({target.module.rpartition(".")[2] for target in targets}),
-        "modules_to_save": ["score"] if model.head == "scalar" else None,
+        "modules_to_save": whole_modules,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -72,6 +72,7 @@ def export(
     require(dtype in DTYPES, "--dtype", dtype, " or ".join(DTYPES))
     folder = folder.expanduser().resolve()
     _refuse_files_of_others(folder)
+    # A damaged checkpoint would become an export that nobody can check.
     checkpoint = files.require_intact(files.find_checkpoint(path))
     model, run = model_config_of(checkpoint), run_of(checkpoint)
     architecture = architecture_of(model)
@@ -125,7 +126,7 @@ def export(
             _refuse_files_of_others(folder)
             shutil.rmtree(folder)
         temporary.rename(folder)
-        durable.fsync_directory(folder.parent)
+        durable.fsync(folder.parent)
     except OSError as error:
         raise ArtefactError(f"{folder}: could not be written ({error}); free space or name another folder") from error
     finally:
@@ -139,9 +140,12 @@ def edited_card(folder: Path) -> bytes | None:
     if not record or not (folder / CARD).is_file():
         return None
     card = (folder / CARD).read_bytes()
-    if "card" not in record:  # written by an older version
-        return card if len(card) != record.get("files", {}).get(CARD) else None
-    return card if sha256(card).hexdigest() != record["card"] else None
+    if "card" in record:
+        is_edited = sha256(card).hexdigest() != record["card"]
+    else:
+        # An older version recorded only the size.
+        is_edited = len(card) != record.get("files", {}).get(CARD)
+    return card if is_edited else None
 
 
 def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: Mapping[str, Any]) -> None:
@@ -163,6 +167,7 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
     name, torch_dtype = DTYPES[dtype]
     parts = list(in_files(_made(architecture, model, read, name, torch_dtype), FILE_BYTES))
 
+    # Large weights are split as transformers splits them, with an index.
     file_names = ["model.safetensors"]
     if len(parts) > 1:
         file_names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
@@ -184,16 +189,16 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the ids of config.json: the opening of documents, padding, and the list of all tokens that end
+    """Returns the ids of config.json: the first token of documents, padding, and the list of all tokens that end
     generations.
 
     With the kept template of an imported model they are those that its own files name.
     """
-    ids = {"bos_token_id": tokenizer.opening.first, "pad_token_id": tokenizer.pad_id}
+    ids = {"bos_token_id": tokenizer.first_token.id, "pad_token_id": tokenizer.pad_id}
     turn_end_ids = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []
     if template := tokenizer.kept_template:
         # Conversations in a template of an imported model end as its own tokens say.
-        named_ids = {f"{name}_id": tokenizer.file_names.get(text) for name, text in template.special_tokens}
+        named_ids = {f"{name}_id": tokenizer.special_ids_in_file.get(text) for name, text in template.special_tokens}
         ids |= {name: named_ids[name] for name in ids if named_ids.get(name) is not None}
         turn_end_ids = list(turn_ends(tokenizer))
     return ids | {"eos_token_id": list(dict.fromkeys((tokenizer.eot_id, *turn_end_ids)))}
@@ -215,6 +220,7 @@ def _template(run: RunDirectory | None, tokenizer: Tokenizer) -> str:
     """The chat template by which conversations were laid out: the imported model's, else ours."""
     if tokenizer.kept_template:
         return tokenizer.kept_template.text
+    # An imported model whose template lays out as ours keeps the text of its own.
     if run and run.chat_template.is_file():
         return run.chat_template.read_text(encoding="utf-8")
     return chat_template()

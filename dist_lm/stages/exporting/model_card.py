@@ -102,6 +102,7 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
     for name in dict.fromkeys(name for name in names if name and run):
         assert run is not None
         folder = run.work.corpus(name)
+        # A checkpoint is exported without its corpora too, which may be on another machine.
         if not manifest_path(folder).is_file():
             rows.append(f"| {name} | | | the corpus is no longer there |")
             continue
@@ -113,6 +114,7 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
             continue
 
         licences = Counter({licence or NOT_GIVEN: count for licence, count in documents_by_licence.items()})
+        # The limits of the card name documents without a licence.
         all_licences |= licences.keys()
         train = manifest.splits["train"].counts
         listed = ", ".join(f"{licence} ({count:,})" for licence, count in licences.most_common())
@@ -137,12 +139,15 @@ def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[s
         for line in read_metrics(run.metrics):
             if line["step"] <= step:
                 metrics |= line
+
     rows = [
         f"| {name} | {figure:.4g} |"
         for name, figure in sorted(metrics.items())
         if name.startswith(SHOWN) and isinstance(figure, int | float)
     ]
-    return ["| metric, held-out data | value |", "| --- | --- |", *rows] if rows else ["The run has no evaluation."]
+    if not rows:
+        return ["The run has no evaluation."]
+    return ["| metric, held-out data | value |", "| --- | --- |", *rows]
 
 
 def _limits(model: ModelConfig, licences: set[str]) -> list[str]:

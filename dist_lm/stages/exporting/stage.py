@@ -74,15 +74,17 @@ class Export(ArtefactStage):
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         stage = group_of(config)
+        # The checkpoint does not exist yet, so there is nothing to compare.
         if stage.init_from == AUTO and stage.run in rebuilt:
             return Look(config, Action.BUILD, f"{stage.run} to {folder_of(config)}, {stage.dtype}")
         return super().look(config, is_target=is_target, rebuilt=rebuilt)
 
     def inspect(self, config: Config) -> Artefact:
-        """Compare the folder with the checkpoint.
+        """Compares the folder with the checkpoint: ready if it was written from this checkpoint in stage.dtype, is
+        whole, has the GGUF file and was pushed, where these are asked for.
 
         Raises:
-            ArtefactError: the run has no checkpoint.
+            ArtefactError: the run has no checkpoint, or the record in the folder is damaged.
         """
         stage, folder = group_of(config), folder_of(config)
         checkpoint = checkpoint_files.find_checkpoint(_run(config))
@@ -101,11 +103,17 @@ class Export(ArtefactStage):
         has_gguf = not stage.gguf or f"model-{stage.gguf}.gguf" in sizes
         is_pushed = not stage.push or record.get("pushed", "") == stage.push
 
-        detail = f"{checkpoint.name} to {folder}, {stage.dtype}" + (f", pushed to {stage.push}" if stage.push else "")
+        detail = f"{checkpoint.name} to {folder}, {stage.dtype}"
+        if stage.push:
+            detail += f", pushed to {stage.push}"
         return Artefact(is_of_checkpoint and is_whole and has_gguf and is_pushed, detail)
 
     def build(self, config: Config, console: "Console") -> None:
-        """Write the folder, and upload it if a repository is named."""
+        """Writes the folder, and uploads it if a repository is named.
+
+        Raises:
+            ConfigError, ArtefactError, UserError: see `exporting.files.export` and `push_folder`.
+        """
         from dist_lm.stages.exporting.files import export  # imports torch
 
         stage, folder = group_of(config), folder_of(config)
@@ -131,12 +139,13 @@ def group_of(config: Config) -> ExportGroup:
 def folder_of(config: Config) -> Path:
     """The folder that the stage writes."""
     stage = group_of(config)
-    name = f"{config.run_id}-{stage.run}"
-    return Path(stage.folder).expanduser() if stage.folder else Path(config.work_dir) / "exports" / name
+    if stage.folder:
+        return Path(stage.folder).expanduser()
+    return Path(config.work_dir) / "exports" / f"{config.run_id}-{stage.run}"
 
 
 def check_repository(key: str, repository: str) -> None:
-    """Refuse an id that the hub cannot have."""
+    """Raises ConfigError, which names `key`, for an id that the hub cannot have."""
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", repository)
     require(bool(is_id), key, repository, "the id of a repository, such as my_name/my_model")
 
@@ -161,6 +170,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
 
     hub = api or HfApi()
     try:
+        # What was public once cannot be taken back.
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(
             repo_id=repository,

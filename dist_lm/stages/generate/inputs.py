@@ -1,6 +1,5 @@
 """The inputs of a run of stage `generate`, recorded in `prompts.json`: prompts and checkpoint must not change."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def check_checkpoint(checkpoint: Path, run: RunDirectory) -> dict[str, str]:
 
 def begun_with(run: RunDirectory) -> dict[str, Any]:
     """The content of `prompts.json`; nothing for a new run."""
-    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
+    return durable.read_json(run.inputs)
 
 
 def label_of(checkpoint: Path) -> str:

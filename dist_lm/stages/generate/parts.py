@@ -102,7 +102,7 @@ def tp_of(config: "GenerateRunConfig") -> int:
     Raises:
         ConfigError: the model cannot be split over this number of devices.
     """
-    tp = 1 if config.parallel.tp == -1 else config.parallel.tp
+    tp = max(1, config.parallel.tp)
     check_tp(config.model, tp, None, "parallel.tp")
     return tp
 
@@ -120,6 +120,7 @@ class Tally:
 
     def add(self, record: dict[str, Any], number: int) -> None:
         """Count one line of a part, which belongs to prompt `number`."""
+        # A prompt has a line for each answer; the first one counts the prompt.
         self.prompts += record.get("index", 0) == 0
         if "error" in record:
             self.refused += 1
@@ -151,7 +152,7 @@ class Samples(PoolWork):
 
         # The stamps are taken before the prompts are read, so that no change goes unnoticed.
         self._files = find_prompts(config.stage.prompts)
-        self._stamps = _stamps(self._files)
+        self._stamps = [_stamp(file) for file in self._files]
         inputs = check_inputs(self._files, config.stage, run)
         durable.write_json(run.inputs, inputs | check_checkpoint(Path(config.stage.checkpoint), run))
         self.count: int = inputs["prompts"]
@@ -256,13 +257,13 @@ class Samples(PoolWork):
         Raises:
             ConfigError, ArtefactError: they are gone, or not those that the run began with.
         """
-        stamps = _stamps(self._files)
+        stamps = [_stamp(file) for file in self._files]
         if stamps != self._stamps:
             check_inputs(find_prompts(self._stage.prompts), self._stage, self._run)
             self._stamps = stamps
 
     def _tokens(self, prompt: Prompt) -> list[int]:
-        """Returns the tokens of a prompt; with truncate=left a plain text that is too long keeps its opening token and
+        """Returns the tokens of a prompt; with truncate=left a plain text that is too long keeps its first token and
         its end.
 
         Raises:
@@ -279,10 +280,10 @@ class Samples(PoolWork):
             tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))
             return self._with_room(tokens, "prompt and suffix have")
 
-        # The engine cuts from the left too, but the model has seen no text without its opening token.
-        opening = self._tokenizer.opening
+        # The engine cuts from the left too, but the model has seen no text without its first token.
+        first_token = self._tokenizer.first_token
         is_cut = self._stage.truncate == "left" and len(tokens) >= self._context
-        if is_cut and opening.first != opening.end_of_text:
+        if is_cut and first_token.id != first_token.end_of_text:
             n_last = max(2, self._context - self._params.max_new_tokens) - 1
             return [tokens[0], *tokens[-n_last:]]
         return tokens
@@ -316,6 +317,7 @@ class Samples(PoolWork):
             question["suffix"] = prompt.suffix
         if prompt.extra:
             question["extra"] = prompt.extra
+        # A record replaces the index; a refusal has none.
         lines = [{"id": prompt.id, "index": 0} | question | record | {"checkpoint": self._label} for record in records]
         for line in lines:
             self.tally.add(line, number)
@@ -324,6 +326,7 @@ class Samples(PoolWork):
         part = number // size
         lines_of = self._open.setdefault(part, {})
         lines_of[number] = lines
+        # Lines come in any order; the part is written when its last prompt has its lines.
         if len(lines_of) == min(size, self.count - part * size):
             text = "".join(
                 json.dumps(line, ensure_ascii=False) + "\n"
@@ -336,11 +339,12 @@ class Samples(PoolWork):
             self._missing.remove(part)
 
 
-def _stamps(files: list[Path]) -> list[tuple[int, int, int] | None]:
-    """(modification time, size, inode) of each file, which differ once it was written to or replaced; None: it is
-    gone."""
-    stats = [file.stat() if file.exists() else None for file in files]
-    return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else None for stat in stats]
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """(modification time, size, inode), which differ once a file was written to or replaced; None: it is gone."""
+    if not file.exists():
+        return None
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _record(answer: Answer) -> dict[str, Any]:

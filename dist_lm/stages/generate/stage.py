@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from dist_lm.config.generation import EngineConfig, SamplingConfig
+from dist_lm.config.pool import EngineConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageGroup
+from dist_lm.config.stage import SamplingConfig, StageGroup
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.continuing import ANSWER_FREE_KEYS, ANSWER_KEYS, differing_keys, refuse_other_settings
@@ -92,8 +92,10 @@ class Generate(PoolStage):
         check_inputs(find_prompts(config.stage.prompts), config.stage, run)
 
         # The checkpoint that the run began with, else the one that the command names.
-        recorded = load_config(run.config) if run.inputs.exists() else None
-        recorded_checkpoint = Path(generate_config(recorded).stage.checkpoint) if recorded else None
+        recorded = recorded_checkpoint = None
+        if run.inputs.exists():
+            recorded = generate_config(load_config(run.config))
+            recorded_checkpoint = Path(recorded.stage.checkpoint)
         if run.result.exists() and recorded_checkpoint and config.stage.checkpoint == AUTO:
             # It may have been removed since the run was finished.
             start = recorded_checkpoint

@@ -101,6 +101,7 @@ def _config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], fi
     prefix = f"{architecture}."
     options = {key.removeprefix(prefix): option for key, option in fields.items() if key.startswith(prefix)}
     for key, option in options.items():
+        # An option that is passed over would change what the model computes.
         if key not in SIZES and key not in DERIVED:
             raise ArtefactError(f"{file}: {architecture}.{key}={option}: the model has no such option")
 
@@ -111,6 +112,7 @@ def _config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], fi
         **family.fixed,
         "vocab_size": shapes.get("token_embd.weight", (0,))[0],
         "tie_word_embeddings": "output.weight" not in shapes,
+        # GGUF leaves out a base of 10000.
         "rope_theta": 10000.0,
         **{theirs: _shortest(options[key]) for key, theirs in SIZES.items() if key in options},
     }

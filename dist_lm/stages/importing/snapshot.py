@@ -108,7 +108,7 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
 
         # The run appears only when it is complete.
         temporary.path.rename(run.path)
-        durable.fsync_directory(run.path.parent)
+        durable.fsync(run.path.parent)
     except OSError as error:
         raise ArtefactError(f"{run.path}: could not be written ({error}); free space or repair the folder") from error
     finally:
@@ -164,6 +164,7 @@ def write_checkpoint(
     files.write_state(checkpoint, state, asdict(model), adapters)
     checksums[files.STATE] = durable.sha256_of(checkpoint / files.STATE)
     files.write_manifest(checkpoint, checksums)
+    # Last, so that a checkpoint that LATEST names is complete.
     files.write_pointer(checkpoints, files.LATEST, checkpoint)
 
 
@@ -197,16 +198,18 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
         file_of = read_json(folder / INDEX).get("weight_map")
         names = sorted({str(name) for name in file_of.values()}) if isinstance(file_of, dict) else []
     for name in names:
+        # The index comes from outside: a name may not lead out of the folder.
         if Path(name).name != name or not (folder / name).is_file():
             raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
+
     tensors: dict[str, StoredTensor] = {}
     for name in names:
         tensors |= tensors_in(folder / name)
-    return {ALIASES.get(name, name) if _is_gpt_neox(tensors) else name: tensor for name, tensor in tensors.items()}
-
-
-def _is_gpt_neox(names: Mapping[str, Any]) -> bool:
-    return any(name.startswith("gpt_neox.") for name in names)
+    # Other families use some of these names for tensors of their own.
+    is_gpt_neox = any(name.startswith("gpt_neox.") for name in tensors)
+    if not is_gpt_neox:
+        return tensors
+    return {ALIASES.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def _check_tensors(

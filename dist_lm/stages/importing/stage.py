@@ -46,6 +46,7 @@ class Import(ArtefactStage):
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Import the model that the later stages start from."""
+        # The plan has room for one import.
         sources = sorted({reader.stage.init_from for reader in readers if reader.stage.init_from.startswith(HF)})
         if len(sources) > 1:
             raise ConfigError(f"stage.init_from: {' and '.join(sources)}: expected one model for all stages")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from dist_lm.config.corpus import SPLITS
-from dist_lm.data.batch import RankedPositions
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, Trees
 from dist_lm.data.rankings.shards import RankingCorpus
@@ -23,12 +22,18 @@ from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import held_out_metrics, seen_rankings
 from dist_lm.rlhf.reference import CHECKPOINT, reference_of
 from dist_lm.stages.preference.config import PreferenceRunConfig
-from dist_lm.stages.reward.ranks import EXAMPLE_COMPLETIONS, open_rankings, ranking_batches, ranking_stream
-from dist_lm.stages.training.stage import Opening, StageData
+from dist_lm.stages.reward.ranks import (
+    example_places,
+    example_tree,
+    open_rankings,
+    ranking_batches,
+    ranking_stream,
+)
+from dist_lm.stages.training.arguments import DataArguments, StageData, sequence_limit
 from dist_lm.training import checkpoint_files
 
 
-def open_data(opening: Opening) -> StageData:
+def open_data(arguments: DataArguments) -> StageData:
     """Opens the rankings of the stage's corpus, with their log-probabilities under the reference (collective).
 
     The log-probabilities are computed, or read from the run's file, which is written once.
@@ -37,55 +42,58 @@ def open_data(opening: Opening) -> StageData:
         ConfigError: a setting that rankings do not allow.
         ArtefactError: the corpus holds no rankings, none fits into a sequence, or the file of the reference is gone.
     """
-    config = opening.config
+    config = arguments.config
     assert isinstance(config, PreferenceRunConfig)
-    stage, settings = config.stage, config.stage.preference
-    train, val = open_rankings(opening)
+    settings = config.stage.preference
+    train, val = open_rankings(arguments)
 
     # The trees of the reference itself have no reference yet.
     plain_trees = Trees(None, settings.learns_text, settings.has_reference_point)
-    references = _references(opening, config, train, val, plain_trees) if settings.has_reference else {}
+    references = {}
+    if settings.has_reference:
+        references = _references(arguments, config, train, val, plain_trees)
     train_trees = replace(plain_trees, reference=references.get("train"))
     val_reference = references.get("val")
 
-    stream = ranking_stream(opening, train, settings.lesson, settings.label_noise, train_trees)
+    stream = ranking_stream(arguments, train, settings.lesson, settings.label_noise, train_trees)
     loss = PreferenceLoss(settings)
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        limit = 0 if everything else stage.eval_sequences
-        batches = ranking_batches(opening, val, limit, replace(plain_trees, reference=val_reference))
-        logprobs, point = seen_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        limit = sequence_limit(config, everything)
+        batches = ranking_batches(arguments, val, limit, replace(plain_trees, reference=val_reference))
+        logprobs, point = seen_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
         return held_out_metrics(loss, val, val_reference, logprobs, point, config.seed)
 
     return StageData(stream, evaluate)
 
 
 def _references(
-    opening: Opening, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
+    arguments: DataArguments, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
 ) -> dict[str, SplitReference]:
     """Returns the log-probabilities of both splits under the reference by split, computed or read (collective).
 
     Raises:
         ArtefactError: the file is missing or belongs to other data, and training has begun.
     """
-    stage, run = config.stage, opening.run
+    stage, run = config.stage, arguments.run
     key: dict[str, Any] = {
         CHECKPOINT: _start(config),
         "corpus": read_manifest(run.work.corpus(stage.corpus)).content,
         "seq_len": stage.seq_len,
         "mismatches": trees.mismatches,
     }
+
     # The file is valid for this reference, corpus and length of sequences; any other would give other numbers.
     splits = dict(zip(SPLITS, (train, val), strict=True))
     return reference_of(
         run.reference,
         key,
-        {name: ranking_batches(opening, rankings, assemble=trees) for name, rankings in splits.items()},
-        opening.initial or partial(_no_model, run.reference),
-        opening.world,
-        opening.data_ranks,
-        has_steps=opening.position > 0,
-        alive=opening.alive,
+        {name: ranking_batches(arguments, rankings, assemble=trees) for name, rankings in splits.items()},
+        arguments.initial or partial(_no_model, run.reference),
+        arguments.world,
+        arguments.data_ranks,
+        has_steps=arguments.position > 0,
+        alive=arguments.alive,
     )
 
 
@@ -102,47 +110,25 @@ def _no_model(path: Path) -> Any:
 
 def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
     """Returns a micro-batch (B, T) on the CPU with one ranking per sequence and random tokens, for the dry run."""
-    settings, stage = config.stage.preference, config.stage
-    rows, k = stage.micro_batch, min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
-    branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
-    branch_BT = branch_T.repeat(rows, 1)
+    settings, rows = config.stage.preference, config.stage.micro_batch
+    tree = example_tree(config)
+    branch_BT = tree["branch_BT"]
+    k = int(branch_BT.max())  # completions of a ranking
 
     # Segments are numbered from 1: all completions, then all prompts. 0 is a token that no loss reads.
     row_B1 = torch.arange(rows)[:, None]
     prompt_segment = rows * k + 1 + row_B1 if settings.learns_text else 0
     segment_BT = (branch_BT + k * row_B1).where(branch_BT > 0, prompt_segment)
     batch = CompletionBatch(
-        tokens_BT=torch.randint(0, config.model.vocab_size, branch_BT.shape),
         targets_BT=torch.randint(0, config.model.vocab_size, branch_BT.shape),
         loss_mask_BT=(segment_BT > 0).float(),
-        document_BT=torch.zeros_like(branch_BT),
-        position_BT=torch.arange(stage.seq_len).repeat(rows, 1),
-        sequence_B=torch.arange(rows),
-        branch_BT=branch_BT,
         segment_BT=segment_BT,
         tokens_S=torch.ones(rows * (k + 1)),
         prompt_C=torch.arange(rows * k) // k,
         reference_C=torch.zeros(rows * k if settings.has_reference else 0),
-        ranked=_example_places(rows, k, settings.lesson == "rankings"),
+        ranked=example_places(torch.arange(rows * k).view(rows, k), as_rankings=settings.lesson == "rankings"),
+        **tree,
     )
     if settings.has_reference_point:
         batch = replace(batch, mismatched=batch, mismatched_reference_P=torch.zeros(rows))
     return batch
-
-
-def _example_places(rows: int, k: int, as_rankings: bool) -> RankedPositions:
-    """Returns the positions of `rows` rankings of k completions, whole or as pairs of neighbours."""
-    index_PK = torch.arange(rows * k).view(rows, k)
-    if as_rankings:
-        better_N = worse_N = torch.zeros(0, dtype=torch.int64)
-    else:
-        better_N, worse_N = index_PK[:, :-1].flatten(), index_PK[:, 1:].flatten()
-        index_PK = index_PK[:0]
-    return RankedPositions(
-        index_PK=index_PK,
-        rank_PK=torch.arange(k).repeat(len(index_PK), 1),
-        exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
-        better_N=better_N,
-        worse_N=worse_N,
-        margin_N=torch.zeros(better_N.shape),
-    )

@@ -11,7 +11,7 @@ from dist_lm.config.root import Config
 from dist_lm.errors import require
 from dist_lm.stages.preference.config import PreferenceRunConfig, settings_of
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
-from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, before_and_after
+from dist_lm.stages.training.stage import DataArguments, StageData, TrainingStage, before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent, three_decimals
 
@@ -58,10 +58,10 @@ class Preference(TrainingStage):
 
         return preparation(PreferenceLoss(settings_of(config)))
 
-    def open_data(self, opening: Opening) -> StageData:
+    def open_data(self, arguments: DataArguments) -> StageData:
         from dist_lm.stages.preference import ranks as preference_ranks
 
-        return preference_ranks.open_data(opening)
+        return preference_ranks.open_data(arguments)
 
     def example_batch(self, config: Config) -> "Batch":
         from dist_lm.stages.preference import ranks as preference_ranks
@@ -73,9 +73,6 @@ class Preference(TrainingStage):
         before, after = result.get("before", {}), result["metrics"]
         rows = [(label, before_and_after(name, before, after, three_decimals)) for name, label in ROWS.items()]
         console.table("held-out rankings", ("figure", "before -> after"), [row for row in rows if row[1]])
-
-    def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Stage preference writes no samples."""
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if algorithm := result.get("algorithm"):

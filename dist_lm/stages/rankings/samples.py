@@ -33,12 +33,12 @@ from dist_lm.tracking.console import Console
 
 DEFAULT_RANKINGS = 300
 CACHE_TOKENS = 16384
-LONGEST_OPENING = 200  # characters
-MOST_LINES = 4  # longest opening in lines
+LONGEST_BEGINNING = 200  # characters
+MOST_LINES = 4  # longest beginning in lines
 
 
 @dataclass(frozen=True)
-class Opening:
+class Beginning:
     """The first lines of a program."""
 
     language: str
@@ -48,14 +48,14 @@ class Opening:
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion of an opening."""
+    """A completion of a beginning."""
 
     text: str
     finished: bool  # ended with end-of-text or a stop token
 
 
 def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Console) -> Iterator[Candidate]:
-    """Yields a ranking, or the reason why there is none, for each of `source.limit` openings (0: `DEFAULT_RANKINGS`).
+    """Yields a ranking, or the reason why there is none, for each of `source.limit` beginnings (0: `DEFAULT_RANKINGS`).
 
     It loads the model of stage.init_from and generates all samples before the first ranking.
 
@@ -69,7 +69,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
     work = WorkDirectory(Path(config.work_dir))
     loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
     corpus = TokenCorpus.open(work.corpus(config.stage.corpus), "train")
-    chosen = openings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
+    chosen = beginnings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
     if not chosen:
         raise ArtefactError(
             f"corpus {corpus.directory} has no documents in {', '.join(PARSERS)}: name another in stage.corpus"
@@ -77,19 +77,19 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 
     with console.counting(f"sampling {loaded.name}", unit="samples", total=None) as count:
         for number, samples in sample(loaded, chosen, config, count.advance):
-            opening = chosen[number]
-            name = f"generated:{loaded.name}:seed={config.seed}:{opening.origin}"
-            ranking = ranking_of_samples(opening, samples)
+            beginning = chosen[number]
+            name = f"generated:{loaded.name}:seed={config.seed}:{beginning.origin}"
+            ranking = ranking_of_samples(beginning, samples)
             if ranking is None:
-                yield Rejected(f"{source.language}_{opening.language}", name, "no_ranking")
+                yield Rejected(f"{source.language}_{beginning.language}", name, "no_ranking")
             else:
-                yield ranking_document(ranking, f"{source.language}_{opening.language}", name, source.licence)
+                yield ranking_document(ranking, f"{source.language}_{beginning.language}", name, source.licence)
 
 
-def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
+def beginnings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Beginning]:
     """Returns the first one to four lines (at most 200 characters) of `limit` documents at even distances.
 
-    Only languages that have a parser count. Blank openings are left out.
+    Only languages that have a parser count. Blank beginnings are left out.
     """
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
@@ -98,22 +98,22 @@ def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -
         number = documents[index]
         language = corpus.languages[corpus.language_codes[number]]
 
-        # A token has about one character or more, so this number of tokens covers the opening.
-        end = min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)
+        # A token has about one character or more, so this number of tokens covers the beginning.
+        end = min(int(corpus.lengths[number]), 1 + LONGEST_BEGINNING)
         head = tokenizer.decode(corpus.tokens(number, 1, end))
         n_lines = 1 + key(Shuffle.SAMPLE_LINES, seed, number) % MOST_LINES
-        text = "".join(head.splitlines(keepends=True)[:n_lines])[:LONGEST_OPENING]
+        text = "".join(head.splitlines(keepends=True)[:n_lines])[:LONGEST_BEGINNING]
         if text.strip():
-            chosen.append(Opening(language, text, f"{corpus.directory.name}:{number}"))
+            chosen.append(Beginning(language, text, f"{corpus.directory.name}:{number}"))
     return chosen
 
 
 def sample(
-    loaded: LoadedModel, chosen: Sequence[Opening], config: RankingsConfig, advance: Callable[[], None]
+    loaded: LoadedModel, chosen: Sequence[Beginning], config: RankingsConfig, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Yields (number of an opening, its samples), in the order of the openings; equal on all machines of a kind.
+    """Yields (number of a beginning, its samples), in the order of the beginnings; equal on all machines of a kind.
 
-    An opening that leaves no room for a sample is left out.
+    A beginning that leaves no room for a sample is left out.
 
     Args:
         advance: called for each sample.
@@ -122,7 +122,7 @@ def sample(
         ArtefactError: the model's logits are not numbers.
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    # One engine for all openings: their samples share its batches.
+    # One engine for all beginnings: their samples share its batches.
     engine = Engine(
         loaded.config,
         loaded.weights,
@@ -133,9 +133,10 @@ def sample(
     )
 
     answers_of: dict[int, list[Answer]] = {}
-    for number, opening in enumerate(chosen):
-        requests = requests_of(number, opening, config.stage.samples, config.seed, loaded.tokenizer)
+    for number, beginning in enumerate(chosen):
+        requests = requests_of(number, beginning, config.stage.samples, config.seed, loaded.tokenizer)
         longest = max(len(request.prompt) + request.params.max_new_tokens for request in requests)
+        # One refused request would end the run of the engine.
         if longest > loaded.config.max_seq_len:
             continue
         answers_of[number] = []
@@ -153,9 +154,9 @@ def sample(
 
 
 def requests_of(
-    number: int, opening: Opening, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
+    number: int, beginning: Beginning, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
-    """Returns two requests for an opening: continuations as text, and answers as a turn, together `fewest` to `most`
+    """Returns two requests for a beginning: continuations as text, and answers as a turn, together `fewest` to `most`
     samples."""
     random_word = key(Shuffle.SAMPLES, seed, number)
     total = settings.fewest + random_word % (settings.most - settings.fewest + 1)
@@ -165,8 +166,8 @@ def requests_of(
         stop_tokens=stop_tokens(tokenizer),
     )
     # Half as text, half as a turn: the policy of stage rlhf answers turns, but programs are learned as text.
-    as_turn = prompt(Conversation((Message("user", opening.text),)), tokenizer)
-    as_text = tokenizer.encode_prompt(opening.text)
+    as_turn = prompt(Conversation((Message("user", beginning.text),)), tokenizer)
+    as_text = tokenizer.encode_prompt(beginning.text)
 
     parts = (("text", as_text, (total + 1) // 2), ("turn", as_turn, total // 2))
     return [
@@ -182,18 +183,19 @@ def sample_of(answer: Answer, tokenizer: Tokenizer) -> Sample:
     return Sample(tokenizer.decode(answer.tokens[:end]), finished=answer.finish in ("eot", "stop"))
 
 
-def ranking_of_samples(opening: Opening, samples: Sequence[Sample]) -> Ranking | None:
+def ranking_of_samples(beginning: Beginning, samples: Sequence[Sample]) -> Ranking | None:
     """Returns the ranking of different, non-empty samples by quality; None if they all have the same quality."""
     # The same text twice would be a tie with itself.
     different = list({sample.text: sample for sample in samples if sample.text.strip()}.values())
     scores = []
     for candidate in different:
-        parsed = bool(parses_continued(opening.language, opening.text, candidate.text, candidate.finished))
-        scores.append(marks_of(opening.text, candidate.text, parsed).quality)
+        parsed = bool(parses_continued(beginning.language, beginning.text, candidate.text, candidate.finished))
+        scores.append(marks_of(beginning.text, candidate.text, parsed).quality)
+    # Without two qualities there is no better and no worse sample.
     if len(set(scores)) < 2:
         return None
     return Ranking(
-        prompt=Conversation((Message("user", opening.text),)),
+        prompt=Conversation((Message("user", beginning.text),)),
         completions=tuple(candidate.text for candidate in different),
         ranks=ranks_of_scores(scores),
     )

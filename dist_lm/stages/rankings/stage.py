@@ -43,6 +43,7 @@ class Rankings(ArtefactStage):
         return replace(config, stage=replace(own(config), corpora=corpora, init_from=readers[0].stage.init_from))
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        # The samples depend on the model, so `auto` becomes a path before anything is compared.
         return super().look(with_start(self, config), is_target=is_target, rebuilt=rebuilt)
 
     def inspect(self, config: Config) -> Artefact:
@@ -68,6 +69,7 @@ class Rankings(ArtefactStage):
                 if source.reader == SAMPLED:
                     from dist_lm.stages.rankings.samples import ranked_samples  # imports torch
 
+                    # A list, so that the model is freed before the corpus is built.
                     samples[repr(source)] = list(ranked_samples(source, config, console))
             build_corpus(config, name, Texts(config.corpus, config.seed, samples), console, encode_ranking)
 

@@ -20,17 +20,11 @@ class RewardConfig:
     normaliser_new_tokens: int = 128  # longest of these answers
 
     def __post_init__(self) -> None:
-        require(
-            self.learn_from in ("rankings", "pairs", "one_pair"),
-            "stage.reward.learn_from",
-            self.learn_from,
-            "rankings, pairs or one_pair",
-        )
+        lessons = ("rankings", "pairs", "one_pair")
+        require(self.learn_from in lessons, "stage.reward.learn_from", self.learn_from, "rankings, pairs or one_pair")
         require(0 <= self.label_noise < 0.5, "stage.reward.label_noise", self.label_noise, "in [0, 0.5)")
-        for key in ("normaliser_prompts", "normaliser_new_tokens"):
-            value = getattr(self, key)
-            lowest = 0 if key == "normaliser_prompts" else 1
-            require(value >= lowest, f"stage.reward.{key}", value, f"at least {lowest}")
+        for key, lowest in (("normaliser_prompts", 0), ("normaliser_new_tokens", 1)):
+            require(getattr(self, key) >= lowest, f"stage.reward.{key}", getattr(self, key), f"at least {lowest}")
 
 
 @dataclass

@@ -6,6 +6,7 @@ Dimensions: P rankings, K completions of a ranking.
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.corpus import SPLITS
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPositions
 from dist_lm.data.evaluation_batches import evenly_spaced
 from dist_lm.data.rankings.shards import RankingCorpus
@@ -24,14 +26,20 @@ from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import (
     RewardScale,
-    beside_verdicts,
     last_token_scores,
     reward_metrics,
     scores_of_rankings,
+    with_verdicts,
 )
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
-from dist_lm.stages.training.stage import Closing, Opening, StageData
+from dist_lm.stages.training.arguments import (
+    DataArguments,
+    EvaluationArguments,
+    StageData,
+    batch_options,
+    sequence_limit,
+)
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 
@@ -40,34 +48,35 @@ log = logging.getLogger(__name__)
 EXAMPLE_COMPLETIONS = 4  # completions per ranking in the dry run
 
 
-def open_data(opening: Opening) -> StageData:
+def open_data(arguments: DataArguments) -> StageData:
     """Opens the rankings of the stage's corpus, and their evaluation.
 
     Raises:
         ConfigError: a setting that rankings do not allow.
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
     """
-    assert isinstance(opening.config, RewardRunConfig)
-    stage, settings = opening.config.stage, opening.config.stage.reward
-    train, val = open_rankings(opening)
+    assert isinstance(arguments.config, RewardRunConfig)
+    settings = arguments.config.stage.reward
+    train, val = open_rankings(arguments)
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        batches = ranking_batches(opening, val, 0 if everything else stage.eval_sequences)
-        scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
-        return reward_metrics(beside_verdicts(val, scores))
+        batches = ranking_batches(arguments, val, sequence_limit(arguments.config, everything))
+        scores = scores_of_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
+        return reward_metrics(with_verdicts(val, scores))
 
-    return StageData(ranking_stream(opening, train, settings.learn_from, settings.label_noise), evaluate)
+    return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
 
 
-def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
+def open_rankings(arguments: DataArguments) -> tuple[RankingCorpus, RankingCorpus]:
     """Opens train and val of a stage that reads only rankings.
 
     Raises:
         ArtefactError: the corpus holds no rankings.
     """
-    stage = opening.config.stage
-    train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
-    if opening.world.is_first:
+    stage = arguments.config.stage
+    train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    if arguments.world.is_first:
+        # The rankings are the same on every rank, so one warning is enough.
         for rankings in (train, val):
             if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
                 log.warning("%s", note)
@@ -75,56 +84,43 @@ def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
 
 
 def ranking_stream(
-    opening: Opening, train: RankingCorpus, learn_from: str, label_noise: float, assemble: Assemble | None = None
+    arguments: DataArguments,
+    train: RankingCorpus,
+    learn_from: str,
+    label_noise: float,
+    assemble: Assemble | None = None,
 ) -> RankingStream:
-    """Returns the steps over `train` from the position in `opening` on; the last three arguments are those of
+    """Returns the steps over `train` from the position in `arguments` on; the last three arguments are those of
     `RankingStream`.
 
     Raises:
         ArtefactError: no ranking fits into a sequence.
     """
-    stage = opening.config.stage
     return RankingStream(
         train,
         learn_from,
         label_noise,
-        seed=opening.config.seed,
-        seq_len=stage.seq_len,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        position=opening.position,
-        pin_memory=opening.world.device.type == "cuda",
+        seed=arguments.config.seed,
+        global_batch=arguments.config.stage.global_batch,
+        position=arguments.position,
+        pin_memory=arguments.world.device.type == "cuda",
         assemble=assemble,
+        **batch_options(arguments),
     )
 
 
 def ranking_batches(
-    opening: Opening, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
+    arguments: DataArguments, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
 ) -> RankingBatches:
     """Returns this rank's share of the rankings, each once, in batches.
 
     Args:
         limit: largest number of sequences; 0: all.
     """
-    stage = opening.config.stage
-    return RankingBatches(
-        rankings=rankings,
-        seq_len=stage.seq_len,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
-        limit_sequences=limit,
-        assemble=assemble,
-    )
+    return RankingBatches(rankings=rankings, limit_sequences=limit, assemble=assemble, **batch_options(arguments))
 
 
-def score_samples(closing: Closing) -> dict[str, float]:
+def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
     """Returns `reward/score_mean`, `score_std` and `scored` of the initial model's answers to prompts of val
     (collective).
 
@@ -135,32 +131,32 @@ def score_samples(closing: Closing) -> dict[str, float]:
     Raises:
         ArtefactError: no completion fits into the model's context either.
     """
-    config = closing.config
+    config = arguments.config
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
-    val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
+    val = RankingCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
 
     # The initial model is the policy that stage rlhf starts from: its answers are what the scores will be used on.
     sequences = []
     if settings.normaliser_prompts and starts_from_policy(config.stage.init_from):
-        sequences = policy_samples(closing, config, val)
+        sequences = policy_samples(arguments, config, val)
     if not sequences:
-        sequences = completions_of(val, config.model.max_seq_len, closing.tokenizer)
+        sequences = completions_of(val, config.model.max_seq_len, arguments.tokenizer)
     if not sequences:
         raise ArtefactError(
-            f"corpus {closing.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
+            f"corpus {arguments.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
             f"model.max_seq_len={config.model.max_seq_len} tokens, so no score can be normalised: add shorter ones"
         )
 
     # Each rank scores its share of the sequences; all ranks compute the same statistics.
-    model = closing.model()
-    share = slice(closing.world.rank, None, closing.world.size)
-    gathered: list = [None] * closing.world.size
+    model = arguments.model()
+    share = slice(arguments.world.rank, None, arguments.world.size)
+    gathered: list = [None] * arguments.world.size
     dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
-    closing.alive()
+    arguments.alive()
     scores = np.zeros(len(sequences), np.float32)
     for rank, scores_of_rank in enumerate(gathered):
-        scores[rank :: closing.world.size] = scores_of_rank
+        scores[rank :: arguments.world.size] = scores_of_rank
 
     scale = RewardScale.of(torch.from_numpy(scores))
     return {"reward/score_mean": scale.mean, "reward/score_std": scale.std, "reward/scored": float(len(sequences))}
@@ -174,7 +170,7 @@ def starts_from_policy(init_from: str) -> bool:
     return checkpoint_files.read_state(start)[1]["head"] == "tokens"
 
 
-def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
+def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
     """Returns prompts of val with answers of the initial model, as token ids; empty (a warning) if no prompt leaves
     room for one.
 
@@ -184,8 +180,8 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
         ArtefactError: the initial checkpoint is missing, or its logits are not numbers.
     """
     # Sampled as rollouts are, so that the scale fits them.
-    settings, tokenizer = config.stage.reward, closing.tokenizer
-    loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
+    settings, tokenizer = config.stage.reward, arguments.tokenizer
+    loaded = load_model(Path(config.stage.init_from), arguments.run.work.tokenizer_model)
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts, tokenizer) if len(prompt) <= longest]
@@ -207,14 +203,14 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
     requests = [
         Request(str(number), prompt, params, seed=config.seed + number) for number, prompt in enumerate(prompts)
     ]
-    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", loaded)
+    answers = answer_all(arguments, requests, "stage.reward.normaliser_prompts", loaded)
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the prompts of `limit` rankings at even distances, as token ids."""
     return [
-        tokenizer.opening.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
+        tokenizer.first_token.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
         for number in evenly_spaced(rankings.corpus.n_documents, limit).tolist()
     ]
 
@@ -224,37 +220,59 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
     `longest` tokens together."""
     sequences = []
     for number in range(rankings.corpus.n_documents):
+        # Branch 0 is the prompt, each other branch one completion.
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
         for k in range(1, int(branch.max()) + 1):
-            sequences.append(tokenizer.opening.put(tokens[(branch == 0) | (branch == k)]).tolist())
+            sequences.append(tokenizer.first_token.put(tokens[(branch == 0) | (branch == k)]).tolist())
     return [sequence for sequence in sequences if len(sequence) <= longest]
+
+
+# --- examples for the dry run, which needs shapes and places but no real tokens ---
 
 
 def example_batch(config: RewardRunConfig) -> Batch:
     """Returns a micro-batch (B, T) on the CPU with one ranking per sequence and random tokens, for the dry run."""
-    stage = config.stage
-    k = min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
-    shape = (stage.micro_batch, stage.seq_len)
+    tree = example_tree(config)
+    branch_BT = tree["branch_BT"]
+    n_completions, stage = int(branch_BT.max()), config.stage
 
-    # A dry run needs shapes and places; the tokens may be random.
-    branch_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
-    end_K = torch.stack([(branch_T <= branch).sum() - 1 for branch in range(1, k + 1)])
+    # A score is read at the last token of each completion.
+    end_K = torch.stack([(branch_BT[0] <= branch).sum() - 1 for branch in range(1, n_completions + 1)])
     index_PK = end_K + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
-    none = torch.zeros(0, dtype=torch.int64)
     return Batch(
-        tokens_BT=torch.randint(0, config.model.vocab_size, shape),
-        targets_BT=torch.zeros(shape, dtype=torch.int64),
-        loss_mask_BT=torch.zeros(shape),
-        document_BT=torch.zeros(shape, dtype=torch.int64),
-        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
-        sequence_B=torch.arange(stage.micro_batch),
-        branch_BT=branch_T.repeat(stage.micro_batch, 1),
-        ranked=RankedPositions(
-            index_PK=index_PK,
-            rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
-            exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
-            better_N=none,
-            worse_N=none,
-            margin_N=torch.zeros(0),
-        ),
+        targets_BT=torch.zeros_like(branch_BT),
+        loss_mask_BT=torch.zeros(branch_BT.shape),
+        ranked=example_places(index_PK),
+        **tree,
+    )
+
+
+def example_tree(config: Config) -> dict[str, Any]:
+    """Returns the fields that batches of rankings share: in each sequence a prompt and its completions, as a tree."""
+    rows, seq_len = config.stage.micro_batch, config.stage.seq_len
+    n_completions = min(EXAMPLE_COMPLETIONS, seq_len - 1)
+    # Prompt and completions have equal lengths.
+    branch_BT = (torch.arange(seq_len) * (n_completions + 1) // seq_len).repeat(rows, 1)
+    return {
+        "tokens_BT": torch.randint(0, config.model.vocab_size, branch_BT.shape),
+        "document_BT": torch.zeros_like(branch_BT),
+        "position_BT": torch.arange(seq_len).repeat(rows, 1),
+        "sequence_B": torch.arange(rows),
+        "branch_BT": branch_BT,
+    }
+
+
+def example_places(index_PK: torch.Tensor, as_rankings: bool = True) -> RankedPositions:
+    """Returns rankings of completions at these places, best first: whole, or as pairs of neighbours."""
+    better_N = worse_N = torch.zeros(0, dtype=torch.int64)
+    if not as_rankings:
+        better_N, worse_N = index_PK[:, :-1].flatten(), index_PK[:, 1:].flatten()
+        index_PK = index_PK[:0]
+    return RankedPositions(
+        index_PK=index_PK,
+        rank_PK=torch.arange(index_PK.shape[1]).repeat(len(index_PK), 1),
+        exists_PK=torch.ones(index_PK.shape, dtype=torch.bool),
+        better_N=better_N,
+        worse_N=worse_N,
+        margin_N=torch.zeros(better_N.shape),
     )

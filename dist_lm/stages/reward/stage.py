@@ -13,8 +13,8 @@ from dist_lm.errors import require
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training.stage import (
-    Closing,
-    Opening,
+    DataArguments,
+    EvaluationArguments,
     StageData,
     TrainingStage,
     before_and_after,
@@ -60,15 +60,15 @@ class Reward(TrainingStage):
 
         return choices_of_people
 
-    def open_data(self, opening: Opening) -> StageData:
+    def open_data(self, arguments: DataArguments) -> StageData:
         from dist_lm.stages.reward import ranks as reward_ranks
 
-        return reward_ranks.open_data(opening)
+        return reward_ranks.open_data(arguments)
 
-    def after_training(self, closing: Closing) -> dict[str, float]:
+    def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         from dist_lm.stages.reward import ranks as reward_ranks
 
-        return reward_ranks.score_samples(closing)
+        return reward_ranks.score_samples(arguments)
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `normaliser`: mean and standard deviation of scores, for stage rlhf."""
@@ -85,9 +85,6 @@ class Reward(TrainingStage):
     def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
         print_before_and_after(result, console)
         print_agreement(result, console)
-
-    def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """A reward model writes no samples."""
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if scale := result.get("normaliser"):

@@ -86,14 +86,14 @@ class RlhfRunConfig(Config):
         return self.rlhf.pool
 
     @property
-    def engine_beside_rank(self) -> bool:
+    def engine_shares_device(self) -> bool:
         """Whether an engine uses the memory of the same device as a rank."""
         return self.pool.actors == 0 or self.pool.placement == SHARED
 
     @property
     def in_turns(self) -> bool:
         """Whether that engine never works while the rank trains, so that its cache is freed meanwhile."""
-        return self.engine_beside_rank and self.rlhf.max_staleness == 0
+        return self.engine_shares_device and self.rlhf.max_staleness == 0
 
     @property
     def takes_sequences(self) -> bool:
@@ -107,11 +107,13 @@ class RlhfRunConfig(Config):
 
     @property
     def streams(self) -> tuple[str, ...]:
+        # Files of prompts replace the corpus; pretraining text has corpora of its own.
         prompts = () if self.rlhf.prompts_from else self.stage.streams
         return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:
+        # The hashes of these files are recorded, because other prompts would give other rollouts.
         patterns = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
         prompts = {f"{key}={pattern}": find_prompts(pattern, key) for key, pattern in patterns.items() if pattern}
         return super().noted_files | prompts
@@ -144,8 +146,11 @@ class RlhfRunConfig(Config):
         accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
         accepted += ", or 0 to take what fits into free memory"
         require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
-        actors = self.eval.pool.actors if self.stage.eval_tasks else 0
-        require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
+
+        # The weights of a policy reach one pool only.
+        actors = self.eval.pool.actors
+        accepted = "0: in stage rlhf the actors of rlhf.pool answer tasks"
+        require(actors == 0 or not self.stage.eval_tasks, "eval.pool.actors", actors, accepted)
 
         self._check_pretraining()
 
@@ -156,19 +161,21 @@ class RlhfRunConfig(Config):
         Raises:
             ConfigError: names the key.
         """
-        group, longest = self.rlhf, self.model.max_seq_len
-        if not group.pretrain_coefficient:
+        settings, longest = self.rlhf, self.model.max_seq_len
+        if not settings.pretrain_coefficient:
             return
 
+        # Next-token loss on rankings would teach bad completions like good ones.
         texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
         listed = ", ".join(texts)
         accepted = f"a text of corpus={self.corpus.name}: {listed}"
-        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
-        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
-        for name in group.pretrain_mix:
-            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        require(settings.pretrain_corpus in texts, "rlhf.pretrain_corpus", settings.pretrain_corpus, accepted)
+        corpus = settings.pretrain_corpus
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={corpus}: {listed}"
+        for name in settings.pretrain_mix:
+            require(name in texts and name != corpus, "rlhf.pretrain_mix", name, accepted)
         accepted = f"at most model.max_seq_len={longest}"
-        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+        require(settings.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", settings.pretrain_seq_len, accepted)
 
 
 def rlhf_config(config: Config) -> RlhfRunConfig:
@@ -183,6 +190,7 @@ def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
     Raises:
         ArtefactError: names the run.
     """
+    # Scores need the same token ids as the rollouts.
     if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
         raise ArtefactError(
             f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "

@@ -21,7 +21,7 @@ from dist_lm.rlhf.experience import add_up, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
-from dist_lm.rlhf.rewards import Scored, share_scored, total_score
+from dist_lm.rlhf.rewards import UsableRollouts, share_usable, total_score
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from dist_lm.stages.rlhf.config import RlhfRunConfig
@@ -97,18 +97,18 @@ class HeldOut:
         if self.supply:
             self.supply.source.load_weights(weights, version)
             rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
-            judged = self.supply.judge(rollouts, expected=group.prompts * group.group)
+            judged = self.supply.judge(rollouts, expected=group.rollouts_per_iteration)
         else:
             read_to_end(weights)
 
         # Unlike in training, no answer may have a score: then there is just no win rate.
-        scored = share_scored(judged, some=False)
+        scored = share_usable(judged, some=False)
         score_P = torch.full((len(self.prompts),), torch.nan)
         if scored.kept_D.any():
             score_P[torch.from_numpy(scored.kept_D)] = self._total(scored, scale)
         return score_P
 
-    def _total(self, scored: Scored, scale: RewardScale | None) -> torch.Tensor:
+    def _total(self, scored: UsableRollouts, scale: RewardScale | None) -> torch.Tensor:
         """Returns the weighted sum of all parts, (B,)."""
         group, score_of_part = self.config.rlhf, dict(scored.rule_score_B)
         if self.models.reward:
@@ -161,7 +161,7 @@ class TasksOfIterations:
             weights = parts.weights(receives=schedule is not None)
         if schedule:
             work = partial(self._evaluate, parts.tasks.of(due))
-            self._open[iteration] = schedule.beside(work, iteration, weights)
+            self._open[iteration] = schedule.queue(work, iteration, weights)
         elif weights:
             read_to_end(weights)
 
@@ -169,7 +169,13 @@ class TasksOfIterations:
             self.before_checkpoint(time.perf_counter() - began)
 
     def before_checkpoint(self, waited_s: float | None = None) -> None:
-        """Wait for the figures of all iterations so far, and write them."""
+        """Waits for the figures of all iterations so far, and writes them (collective).
+
+        It raises, on the first rank, what an evaluation has raised.
+
+        Args:
+            waited_s: see `Evaluated.write`.
+        """
         # A run that continues from the checkpoint does not answer these tasks again.
         for iteration, records in self._open.items():
             self.parts.write(iteration, records(), waited_s)
@@ -199,6 +205,10 @@ def tasks_of_iterations(
     Args:
         source: on the first rank.
         cluster: see `Evaluated`.
+
+    Raises:
+        UserError: a task cannot be asked.
+        ArtefactError: the file of a task has changed since the run began.
     """
     tasks = loop_tasks(config, run, start.tokenizer)
     parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat, cluster)

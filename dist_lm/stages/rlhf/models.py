@@ -79,8 +79,11 @@ def load_run(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorit
 
     # Policy and reference. A policy of adapters is its own reference: its base has the reference's weights.
     policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
-    reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)
+    reference = policy.model
+    if not shape.lora:
+        reference = _model(shape, config, start).requires_grad_(False)
     if init_from:
+        # The reference has the weights of the start, also when the policy continues from a later checkpoint.
         init_from = checkpoint.find_intact(init_from, start.world)
         checkpoint_files.check_tokenizer(init_from, checkpoint_files.read_state(init_from)[0], start.tokenizer.sha256)
         checkpoint.load_weights(init_from, reference, shape)
@@ -156,6 +159,7 @@ def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
         ArtefactError: names the checkpoint and both bases.
     """
     saved = json.loads(checkpoint_files.read_attached(resume_from, CRITIC))
+    # Added to other weights, the adapters would be another critic.
     if saved["base_sha256"] != base["base_sha256"]:
         raise ArtefactError(
             f"checkpoint {resume_from}: the critic's adapters belong to {saved['base']} (manifest "
@@ -164,16 +168,17 @@ def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
         )
 
 
-def first_state(group: RlhfRunGroup) -> RlhfState:
+def first_state(settings: RlhfRunGroup) -> RlhfState:
     """Returns the state before the first iteration, with the scale of scores that stage reward measured.
 
     Raises:
         ArtefactError: the reward model's run is not finished.
     """
     scale = None
-    if group.asks_reward_model and group.normalise_reward:
-        scale = read_reward_scale(RunDirectory(Path(group.reward_model)))
-    return RlhfState(KlController.of(group), reward_scale=scale)
+    # The scale is fixed for the whole run; measured anew, it would move with the policy.
+    if settings.asks_reward_model and settings.normalise_reward:
+        scale = read_reward_scale(RunDirectory(Path(settings.reward_model)))
+    return RlhfState(KlController.of(settings), reward_scale=scale)
 
 
 def saved_files(state: RlhfState, loaded: LoadedRun) -> dict[str, bytes]:
@@ -209,6 +214,7 @@ def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart) -> Trans
 
 
 def _reward_model(path: Path, config: RlhfRunConfig, start: RankStart) -> Transformer:
+    # A reward model may have another shape than the policy.
     shape = ModelConfig(**checkpoint_files.read_state(path)[1])
     check_reward_model(config, shape)
     model = _model(shape, config, start)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.stages.pool_beside import PoolBeside, engine_spec, joined
+from dist_lm.stages.pool_start import PoolStarter, engine_spec, pool_starter
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
@@ -57,7 +57,6 @@ from dist_lm.tokenizer.tokenizer import Tokenizer, text_with_marks
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
-from dist_lm.training.state import TrainState
 from dist_lm.training.step_meter import Eta
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import is_due, peak_memory_gib
@@ -80,8 +79,12 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
 
     Raises:
         ArtefactError: a checkpoint, a corpus or the prompts are missing, damaged or have changed.
-        ConfigError: the prompts, or the start of the critic, do not fit.
-        ClusterError: Ray refuses the first rank, or has no free resources for an actor.
+        ConfigError: the prompts, or the start of the critic, do not fit; or the node has no GPU for this rank or no
+            sandbox.
+        NonFiniteGradientsError, RewardError, RequestError: see `Learner.run`.
+        CheckpointWriteError: a checkpoint could not be written.
+        UserError: a task of stage.eval_tasks cannot be asked.
+        ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
     """
     began = time.time()
     config = load_config(run.config)
@@ -93,6 +96,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
         loaded = load_run(run, config, start, algorithm)
         state = loaded.state
+        # Metrics after the checkpoint belong to iterations that run again.
         metrics = open_metrics(run, world, train_state(state, loaded.tokens, tokenizer.sha256))
         profiler = step_profiler(run, config, world)
         reporter = Reporter(config, run, world, tokenizer, metrics, heartbeat, loaded.tokens, state.iteration, profiler)
@@ -101,7 +105,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
         train_prompts, held_out_prompts = read_all(config, run, tokenizer)
-        pool = stack.enter_context(joined(config, world.device)) if world.is_first else None
+        pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
         supply = open_supply(config, start, loaded, train_prompts, reporter, stack, pool)
 
         tasks = None
@@ -125,7 +129,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             loaded.models.policy.model.config,
             world,
             keep=config.stage.keep_checkpoints,
-            beside_training=config.stage.checkpoint_async,
+            asynchronous=config.stage.checkpoint_async,
         )
         with saver, profiler or nullcontext():
             if profiler:
@@ -146,7 +150,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 report=reporter,
                 tasks=tasks,
                 alive=partial(reporter.alive, Phase.STEP),
-                beside=stack.enter_context(own_threads(world)),
+                run_both=stack.enter_context(own_threads(world)),
                 stop=stop,
             )
             log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)
@@ -157,8 +161,10 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             comparison = held_out.compare(state.reward_scale)
             if metrics:
                 metrics.write(state.iteration, comparison)
+                last = last_figures(run, state.iteration)
                 counters = train_state(state, reporter.tokens, tokenizer.sha256)
-                write_result(run, config, state, counters, time.time() - began)
+                more = {"prompts": state.prompt_position, "first": metrics_of_step(run, 1)}
+                write_success(run, config, counters, time.time() - began, last, more)
 
 
 # --- the source of rollouts ---
@@ -171,7 +177,7 @@ def open_supply(
     prompts: Sequence[Sequence[int]],
     reporter: "Reporter",
     stack: ExitStack,
-    pool: PoolBeside | None,
+    pool: PoolStarter | None,
 ) -> RolloutSupply | None:
     """Returns prompts, rules and source of rollouts on the first rank; None on other ranks (collective).
 
@@ -184,17 +190,18 @@ def open_supply(
         ArtefactError: a prompt lacks the tests that a reward asks for.
     """
     weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
+    # Reading the weights is collective, although only the first rank has an engine.
     if not start.world.is_first:
         read_to_end(weights)
         return None
 
-    group, tokenizer = config.rlhf, start.tokenizer
+    settings, tokenizer = config.rlhf, start.tokenizer
     generating = partial(reporter.alive, Phase.GENERATING)
     # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
     on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
-    tasks = Tasks(tasks_of(group, tokenizer), config.sandbox == TRUST_ME, on_nodes)
+    tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes)
     judge = Judge(
-        group.rewards, tokenizer.decode, group.max_failed_fraction, generating, tasks, request_reader(tokenizer)
+        settings.rewards, tokenizer.decode, settings.max_failed_fraction, generating, tasks, request_reader(tokenizer)
     )
     stack.enter_context(judge)
     source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
@@ -208,7 +215,7 @@ def rollout_source(
     weights: WeightStream,
     device: torch.device,
     alive: Callable[[], None],
-    pool: PoolBeside | None,
+    pool: PoolStarter | None,
 ) -> Iterator[RolloutSource]:
     """Yields the source of rollouts: actors, or a local engine.
 
@@ -289,34 +296,35 @@ def pretraining_text(
     Raises:
         ArtefactError: a corpus is missing or too small for a sequence.
     """
-    group = config.rlhf
-    if not group.pretrain_coefficient:
+    settings = config.rlhf
+    if not settings.pretrain_coefficient:
         yield None
         return
 
-    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in group.pretrain_streams}
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_streams}
     if start.world.is_first:
         for corpus in corpora.values():
-            if note := note_of_left_out(corpus, group.pretrain_seq_len, SEQ_LEN):
+            if note := note_of_left_out(corpus, settings.pretrain_seq_len, SEQ_LEN):
                 log.warning("%s", note)
 
     ranks = data_mesh(start.mesh)
     with SequenceStream(
-        corpora[group.pretrain_corpus],
+        corpora[settings.pretrain_corpus],
         seed=config.seed,
-        seq_len=group.pretrain_seq_len,
-        global_batch=group.pretrain_sequences,
-        micro_batch=max(1, group.micro_batch_tokens // group.pretrain_seq_len),
+        seq_len=settings.pretrain_seq_len,
+        global_batch=settings.pretrain_sequences,
+        # A micro-batch of text takes about as much memory as one of rollouts.
+        micro_batch=max(1, settings.micro_batch_tokens // settings.pretrain_seq_len),
         dp_rank=ranks.get_local_rank(),
         dp_size=ranks.size(),
-        position=updates * group.pretrain_sequences,
+        position=updates * settings.pretrain_sequences,
         pad_id=start.tokenizer.pad_id,
-        opening=start.tokenizer.opening,
-        mix={corpora[name]: share for name, share in sorted(group.pretrain_mix.items())},
+        first_token=start.tokenizer.first_token,
+        mix={corpora[name]: share for name, share in sorted(settings.pretrain_mix.items())},
         pin_memory=start.world.device.type == "cuda",
         seq_len_key=SEQ_LEN,
     ) as stream:
-        yield PretrainingText(stream, group.pretrain_sequences, start.world.device)
+        yield PretrainingText(stream, settings.pretrain_sequences, start.world.device)
 
 
 # --- reports, checkpoints and the result ---
@@ -380,6 +388,7 @@ class Reporter:
         """Writes `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
         n = len(report.score_B)
         rows = min(n, self.config.rlhf.table_rollouts)
+        # Even distances show what the policy does when it fails, not only its best rollouts.
         order = report.score_B.argsort(descending=True, stable=True).tolist()
         chosen = {order[i * (n - 1) // max(1, rows - 1)] for i in range(rows)}
 
@@ -433,29 +442,17 @@ class Saving:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
 
 
-def write_result(
-    run: RunDirectory, config: RlhfRunConfig, state: RlhfState, counters: TrainState, seconds: float
-) -> None:
-    """Writes `result.json`, which marks the run as finished.
-
-    Args:
-        seconds: duration of this attempt.
+def last_figures(run: RunDirectory, iteration: int) -> dict[str, float]:
+    """Returns the metrics of the last iteration that are finite.
 
     Raises:
-        ArtefactError: the metrics file lacks the last iteration.
+        ArtefactError: the metrics file lacks the iteration.
     """
-    metrics = metrics_of_step(run, state.iteration)
+    metrics = metrics_of_step(run, iteration)
     if "rlhf/reward_mean" not in metrics:
-        raise ArtefactError(f"{run.metrics}: expected rlhf/reward_mean of the last iteration, {state.iteration}")
+        raise ArtefactError(f"{run.metrics}: expected rlhf/reward_mean of the last iteration, {iteration}")
 
     # Older releases went on after such an iteration; its weights are those before it.
-    if void := sorted(name for name, value in metrics.items() if value is None):
-        log.warning("iteration %d: %s: not finite, so the result has no such figures", state.iteration, ", ".join(void))
-        metrics = {name: value for name, value in metrics.items() if value is not None}
-
-    more = {
-        "prompts": state.prompt_position,
-        "first": metrics_of_step(run, 1),
-        "state": asdict(counters),
-    }
-    write_success(run, config, steps=counters.step, tokens=counters.tokens, seconds=seconds, metrics=metrics, more=more)
+    if void := sorted(name for name, figure in metrics.items() if figure is None):
+        log.warning("iteration %d: %s: not finite, so the result has no such figures", iteration, ", ".join(void))
+    return {name: figure for name, figure in metrics.items() if figure is not None}

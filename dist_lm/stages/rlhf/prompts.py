@@ -40,41 +40,42 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
         ArtefactError: no prompt is left, a prompt is invalid, or the corpus holds texts.
         ConfigError: there is no such file of prompts.
     """
-    group = config.rlhf
-    if group.prompts_from:
-        train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
+    settings = config.rlhf
+    if settings.prompts_from:
+        prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer)
+        train, held_out = _split(prompts, all_for_training=bool(settings.held_out_from))
     else:
         corpus = run.work.corpus(config.stage.corpus)
         train, held_out = (_of_corpus(corpus, split, tokenizer) for split in ("train", "val"))
-    if group.held_out_from:
-        held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
+    if settings.held_out_from:
+        held_out = _of_files(settings.held_out_from, HELD_OUT_FROM, tokenizer)
 
     # A prompt must leave room for the longest completion.
-    room = config.model.max_seq_len - group.max_new_tokens
+    room = config.model.max_seq_len - settings.max_new_tokens
     short = [prompt for prompt in train if len(prompt) <= room]
     if len(short) < len(train):
         log.warning(
             "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
-            *(len(train) - len(short), len(train), room, config.model.max_seq_len, group.max_new_tokens),
+            *(len(train) - len(short), len(train), room, config.model.max_seq_len, settings.max_new_tokens),
         )
-    if not train and group.prompts_from:
+    if not train and settings.prompts_from:
         raise ArtefactError(
-            f"{PROMPTS_FROM}={group.prompts_from}: a hash holds out one prompt in {HELD_OUT_OF}, here all of "
+            f"{PROMPTS_FROM}={settings.prompts_from}: a hash holds out one prompt in {HELD_OUT_OF}, here all of "
             f"{len(held_out)}: add prompts, or name a file of held-out ones by {HELD_OUT_FROM}"
         )
     if not short:
         raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
 
-    compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
-    if len(compared) < group.held_out_prompts:
+    compared = [prompt for prompt in held_out if len(prompt) <= room][: settings.held_out_prompts]
+    if len(compared) < settings.held_out_prompts:
         log.info(
             "held-out prompts: %d, fewer than rlhf.held_out_prompts=%d; the win rate uses these",
-            *(len(compared), group.held_out_prompts),
+            *(len(compared), settings.held_out_prompts),
         )
     return short, compared
 
 
-def check_prompts(group: RlhfRunGroup) -> None:
+def check_prompts(settings: RlhfRunGroup) -> None:
     """Refuses invalid files of prompts and reward functions before the run starts; imports the functions.
 
     Warns of tasks whose tests say little about an answer.
@@ -83,21 +84,21 @@ def check_prompts(group: RlhfRunGroup) -> None:
         ConfigError: a function cannot be imported, or there is no file; names the key.
         ArtefactError: names the key, file and line of a prompt.
     """
-    for key, pattern in _files(group):
+    for key, pattern in _files(settings):
         tasks: dict[str, tuple[str, Sequence[Test]]] = {}
         for prompt in _prompts_of(pattern, key):
-            if _asks_tests(group):
+            if _asks_tests(settings):
                 task = _task(prompt, key, readable=False)
                 tasks[prompt.place] = task.language, task.tests
         if note := note_of_weak(tasks):
             log.warning("%s: %s", key, note)
 
-    for name, part in group.rewards.items():
+    for name, part in settings.rewards.items():
         if part.kind == "function":
             imported_function(part.function, f"rlhf.rewards.{name}.function")
 
 
-def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
+def tasks_of(settings: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
     """Returns the tests of all prompts by the text of the prompt as a model sees it; none if no reward asks for them.
 
     `check_prompts`, before the run started, read every test in its language.
@@ -106,11 +107,11 @@ def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
         ArtefactError: names the key, file and line of a prompt without tests, or with two different ones.
         ConfigError: there is no such file of prompts.
     """
-    if not _asks_tests(group):
+    if not _asks_tests(settings):
         return {}
 
     tasks: dict[str, Task] = {}
-    for key, pattern in _files(group):
+    for key, pattern in _files(settings):
         for prompt in _prompts_of(pattern, key):
             text = tokenizer.decode(_rendered(prompt, key, tokenizer))
             task = _task(prompt, key, readable=True)
@@ -129,26 +130,26 @@ def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     """
     conversation = Conversation((Message("user", "probe"),))
     before, _, after = text_with_marks(rendered(conversation, tokenizer), tokenizer).rpartition("probe")
-    opening = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
+    before_request = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
 
     def request_of(tokens: Sequence[int]) -> str:
         text = text_with_marks(tokens, tokenizer).removesuffix(after)
         # Without text before the request, every prompt is the request.
-        if not opening:
+        if not before_request:
             return text
-        return text.rpartition(opening)[2]
+        return text.rpartition(before_request)[2]
 
     return request_of
 
 
-def _files(group: RlhfRunGroup) -> list[tuple[str, str]]:
+def _files(settings: RlhfRunGroup) -> list[tuple[str, str]]:
     """Returns the keys of files of prompts that are set, with their file or glob."""
-    keys = ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from))
+    keys = ((PROMPTS_FROM, settings.prompts_from), (HELD_OUT_FROM, settings.held_out_from))
     return [(key, pattern) for key, pattern in keys if pattern]
 
 
-def _asks_tests(group: RlhfRunGroup) -> bool:
-    return any(part.kind == "tests" for part in group.rewards.values())
+def _asks_tests(settings: RlhfRunGroup) -> bool:
+    return any(part.kind == "tests" for part in settings.rewards.values())
 
 
 def _task(prompt: Prompt, key: str, readable: bool) -> Task:
@@ -172,11 +173,12 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
             f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
             "stage.corpus, or give rlhf.prompts_from=FILE"
         )
+    # A dict keeps the order of the corpus and each prompt once.
     prompts: dict[tuple[int, ...], None] = {}
     for document in range(corpus.n_documents):
         length = int(corpus.lengths[document])
         first_learned = int(corpus.mask(document, 0, length).argmax())
-        token_ids = tokenizer.opening.put(corpus.tokens(document, 0, first_learned).copy())
+        token_ids = tokenizer.first_token.put(corpus.tokens(document, 0, first_learned).copy())
         prompts[tuple(token_ids.tolist())] = None
     return [list(prompt) for prompt in prompts if prompt]
 
@@ -227,4 +229,5 @@ def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
 
 def _is_held_out(prompt: Sequence[int]) -> bool:
     """Decides by a hash of the prompt, so that it stays on its side when the file grows."""
+    # A random choice would move prompts between the sides when a line is added.
     return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0

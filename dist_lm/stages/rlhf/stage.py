@@ -90,6 +90,7 @@ class Rlhf(TrainingStage):
         names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
         rows = []
         for name in names:
+            # A figure of one iteration alone shows no change.
             if first.get(name) is not None and last.get(name) is not None:
                 label = ROWS.get(name) or name.removeprefix("rlhf/part_")
                 rows.append((label, f"{first[name]:.3f}", f"{last[name]:.3f}"))
@@ -103,6 +104,7 @@ class Rlhf(TrainingStage):
         if not rollouts:
             return
         last = len(rollouts) - 1
+        # Samples are sorted by reward, so even distances are best, middle and worst.
         for index in sorted({i * last // (PRINTED_ROLLOUTS - 1) for i in range(PRINTED_ROLLOUTS)}):
             rollout = rollouts[index]
             console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")
@@ -144,19 +146,20 @@ def check_inputs(config: RlhfRunConfig) -> None:
     """
     from dist_lm.stages.rlhf.prompts import check_prompts
 
-    group = config.rlhf
-    check_prompts(group)
-    if not group.asks_reward_model or group.reward_model == AUTO:
+    settings = config.rlhf
+    check_prompts(settings)
+    if not settings.asks_reward_model or settings.reward_model == AUTO:
         return
 
-    path = Path(group.reward_model).expanduser()
+    path = Path(settings.reward_model).expanduser()
     reward_checkpoint = checkpoint_files.find_checkpoint(path)
     check_reward_model(config, ModelConfig(**checkpoint_files.read_state(reward_checkpoint)[1]))
-    if group.normalise_reward and not RunDirectory(path).result.is_file():
-        is_run = reward_checkpoint.parent == RunDirectory(path).checkpoints
-        accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
+    if settings.normalise_reward and not RunDirectory(path).result.is_file():
+        accepted = "the run, not a checkpoint of it"
+        if reward_checkpoint.parent == RunDirectory(path).checkpoints:
+            accepted = "a finished run, and this one has no result"
         raise ArtefactError(
-            f"rlhf.reward_model={group.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
+            f"rlhf.reward_model={settings.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
             "result has the mean and the deviation of scores"
         )
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.root import Config
 from dist_lm.storage.run_directory import RunDirectory
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Opening:
+class DataArguments:
     """Arguments of `TrainingStage.open_data` on a rank."""
 
     config: Config
@@ -35,6 +35,24 @@ class Opening:
     alive: Callable[[], None] = lambda: None  # writes a heartbeat; long preparations call it regularly
 
 
+def batch_options(arguments: DataArguments) -> dict[str, Any]:
+    """Returns the keyword arguments that all streams and all evaluation batches take."""
+    return {
+        "seq_len": arguments.config.stage.seq_len,
+        "micro_batch": arguments.config.stage.micro_batch,
+        # Tensor-parallel ranks of a group have one dp_rank: they read the same sequences.
+        "dp_rank": arguments.dp_rank,
+        "dp_size": arguments.dp_size,
+        "pad_id": arguments.tokenizer.pad_id,
+        "first_token": arguments.tokenizer.first_token,
+    }
+
+
+def sequence_limit(config: Config, everything: bool) -> int:
+    """Returns the largest number of held-out sequences that an evaluation reads; 0: `everything`."""
+    return 0 if everything else config.stage.eval_sequences
+
+
 @dataclass(frozen=True)
 class StageData:
     """Training stream and evaluation of a rank."""
@@ -45,9 +63,8 @@ class StageData:
 
 
 @dataclass(frozen=True)
-class Closing:
-    """What a stage measures with on a rank, before and after training: arguments of `before_training`,
-    `after_training`."""
+class EvaluationArguments:
+    """Arguments of `TrainingStage.before_training` and `after_training` on a rank."""
 
     config: Config
     run: RunDirectory

@@ -28,7 +28,7 @@ from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.rollouts import read_to_end
-from dist_lm.stages.pool_beside import engine_spec, joined
+from dist_lm.stages.pool_start import engine_spec, pool_starter
 from dist_lm.stages.training.eval_tasks import (
     BetweenSteps,
     Evaluated,
@@ -80,7 +80,7 @@ class BesideTraining:
         """Writes the figures that have arrived. If tasks are due, it copies the weights to the first rank and queues
         their evaluation.
 
-        It raises what an evaluation in a thread has raised.
+        It raises what an earlier evaluation has raised in its thread, see `_evaluate`.
         """
         parts = self._parts
         due = parts.tasks.due(step)
@@ -104,13 +104,20 @@ class BesideTraining:
         parts.metrics.write(step, {"timing/eval_s": time.perf_counter() - began})
 
     def before_checkpoint(self) -> None:
-        """Wait until the weights of the last evaluation are on disk."""
+        """Waits until the weights of the last evaluation are on disk.
+
+        Raises:
+            OSError: they could not be written.
+        """
         if self._writing:
             self._writing.result()
             self._writing = None
 
     def finish(self) -> None:
-        """Waits for all evaluations and writes their figures, with heartbeats meanwhile (collective)."""
+        """Waits for all evaluations and writes their figures, with heartbeats meanwhile (collective).
+
+        It raises, on the first rank, what an evaluation has raised in its thread, see `_evaluate`.
+        """
         parts = self._parts
         while True:
             wait(self._open.values(), timeout=LOOK_S)
@@ -124,6 +131,7 @@ class BesideTraining:
                 return
 
     def close(self) -> None:
+        """Gives up the evaluations that are not done and ends the actors; a resumed run makes these evaluations."""
         self._closing.set()
         for threads in (self._writer, self._evaluator):
             threads.shutdown(cancel_futures=True)
@@ -131,7 +139,10 @@ class BesideTraining:
             self._pool.close()
 
     def _collect(self) -> None:
-        """Write the figures of evaluations that are done, in the order of their steps."""
+        """Writes the figures of evaluations that are done, in the order of their steps.
+
+        It raises what such an evaluation has raised.
+        """
         # In order, since lines of the metrics file are ordered by step.
         for step, records in list(self._open.items()):
             if not records.done():
@@ -147,9 +158,9 @@ class BesideTraining:
         path.parent.mkdir(exist_ok=True)
         temporary = path.with_suffix(".tmp")
         save_file(copy, temporary)
-        durable.fsync_file(temporary)
+        durable.fsync(temporary)
         temporary.replace(path)
-        durable.fsync_directory(path.parent)
+        durable.fsync(path.parent)
 
     def _evaluate(self, step: int, due: Sequence[str], writing: Future[None] | None) -> Records:
         """Answers the tasks `due` with the stored weights of `step` and returns the records; runs in the evaluator's
@@ -164,6 +175,7 @@ class BesideTraining:
             AbandonedError: the run ends before the evaluation.
             ActorsLostError: no place for an actor.
             PoolFailure: actors keep dying.
+            OSError: the weights could not be written or read.
         """
         if writing:
             writing.result()
@@ -172,7 +184,7 @@ class BesideTraining:
         weights, asked = stored(parts, step), parts.tasks.of(due)
         if self._pool is None:
             assert self._start_pool is not None
-            self._pool = self._start_pool(weights, step, self._wanted)
+            self._pool = self._start_pool(weights, step, self._keep_going)
         else:
             self._pool.load_weights(weights, step)
 
@@ -182,7 +194,7 @@ class BesideTraining:
             self._go_on()
             return asked.records(self._go_on)
 
-    def _wanted(self) -> bool:
+    def _keep_going(self) -> bool:
         return not self._closing.is_set()
 
     def _go_on(self) -> None:
@@ -210,21 +222,22 @@ def tasks_of_steps(
 
     Raises:
         UserError: a task cannot be asked.
+        ArtefactError: the file of a task has changed since the run began.
         ClusterError: Ray refuses the first rank.
     """
     tasks = loop_tasks(config, run, tokenizer)
     parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)
     pool = config.pool
-    with joined(config, world.device) if world.is_first else nullcontext() as beside:
+    with pool_starter(config, world.device) if world.is_first else nullcontext() as starter:
         # Only the first rank knows whether it could join Ray.
-        by_actors = [beside is not None]
+        by_actors = [starter is not None]
         dist.broadcast_object_list(by_actors)
         if not by_actors[0] or pool is None:
             yield BetweenSteps(parts, steps_done)
             return
 
         spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
-        parts = replace(parts, cluster=beside.cluster if beside else None)
-        start_pool = partial(beside.start, spec) if beside else None
+        parts = replace(parts, cluster=starter.cluster if starter else None)
+        start_pool = partial(starter.start, spec) if starter else None
         with closing(BesideTraining(parts, start_pool, steps_done)) as beside_training:
             yield beside_training

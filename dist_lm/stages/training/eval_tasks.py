@@ -87,7 +87,7 @@ class TasksOfSteps(StepTasks, Protocol):
     """Evaluates tasks during training. The next checkpoint is not durable before what must survive a kill with it."""
 
     def finish(self) -> None:
-        """Wait for all figures (collective)."""
+        """Waits for all figures (collective); raises what an evaluation has raised."""
 
 
 def weights_file(run: RunDirectory, step: int) -> Path:

@@ -34,7 +34,7 @@ from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dty
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.stages.continuing import require_same_content
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training.arguments import Closing, Opening
+from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -72,6 +72,7 @@ def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator
 
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
+        ConfigError: this rank should have a GPU and its node has too few.
     """
     # Heartbeats detect hangs, not this timeout. It is long because the other ranks of stage rlhf wait in one collective
     # while the first rank generates: a shorter one would end a healthy run.
@@ -101,6 +102,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
     """
     for name in config.streams:
         directory = run.work.corpus(name)
+        # Ids of another tokenizer would be trained on without an error.
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:
             for split in SPLITS:
@@ -119,6 +121,7 @@ def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsW
     if not world.is_first:
         return None
     writer = MetricsWriter(run.metrics)
+    # These steps are trained again and would be there twice.
     writer.truncate_after(state.step)
     return writer
 
@@ -126,9 +129,7 @@ def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsW
 def write_success(
     run: RunDirectory,
     config: Config,
-    *,
-    steps: int,
-    tokens: int,
+    state: TrainState,
     seconds: float,
     metrics: Mapping[str, float | None],
     more: Mapping[str, Any],
@@ -136,30 +137,42 @@ def write_success(
     """Writes `result.json`, which marks the run as finished.
 
     Args:
-        steps: steps of the whole run.
-        tokens: tokens of the whole run.
+        state: after the last step.
         seconds: duration of this attempt.
         metrics: metrics of the last step.
         more: additional fields of the stage.
     """
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    durable.write_json(
-        run.result,
-        {
-            "stage": config.stage.name,
-            "run_id": config.run_id,
-            "steps": steps,
-            "tokens": tokens,
-            "parameters": parameter_count(config.model),
-            "trained_parameters": trained_count(config.trained_shape),
-            "ranks": int(os.environ["WORLD_SIZE"]),
-            "seconds": seconds,
-            "checkpoint": latest.name if latest else None,
-            "metrics": metrics,
-            "before": metrics_of_step(run, 0),
-            **more,
-        },
-    )
+    result = {
+        "stage": config.stage.name,
+        "run_id": config.run_id,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "parameters": parameter_count(config.model),
+        "trained_parameters": trained_count(config.trained_shape),
+        "ranks": int(os.environ["WORLD_SIZE"]),
+        "seconds": seconds,
+        "checkpoint": latest.name if latest else None,
+        "metrics": metrics,
+        "before": metrics_of_step(run, 0),
+        "state": asdict(state),
+    }
+
+    # The file comes last: the launcher takes a run with a result for finished.
+    durable.write_json(run.result, {**result, **more})
+
+
+def last_metrics(run: RunDirectory, step: int, required: str) -> dict[str, float | None]:
+    """Returns the metrics of the last step.
+
+    Raises:
+        ArtefactError: the metrics file lacks `required` in that step, or it is not finite.
+    """
+    metrics = metrics_of_step(run, step)
+    figure = metrics.get(required)
+    if figure is None or not math.isfinite(figure):
+        raise ArtefactError(f"{run.metrics}: {required} of the last step {step} is {figure}, expected a number")
+    return metrics
 
 
 def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
@@ -179,7 +192,11 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
     Raises:
         ArtefactError: checkpoint, tokenizer, corpus or the last evaluation is missing, damaged or does not fit.
+        ConfigError: a setting does not fit the corpus; or the node has no GPU for this rank, or no sandbox for the
+            programs of a task.
+        NonFiniteGradientsError, CheckpointWriteError: see `Trainer.run`.
         UserError: a task of stage.eval_tasks cannot be asked.
+        ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
     """
     began = time.time()
     config = load_config(run.config)
@@ -190,6 +207,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         # Model and optimizer, as the newest checkpoint or the start of the run has them.
         shape = config.trained_shape
         if shape.lora is not None:
+            # A run keeps the base that it began with, even if stage.init_from names another one now.
             shape = checkpoint.with_base(shape, run.checkpoints, config.stage, world)
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
@@ -197,7 +215,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
 
         # The stream continues at the position of the checkpoint.
         data_axis = data_mesh(mesh)
-        opening = Opening(
+        data_arguments = DataArguments(
             config,
             run,
             world,
@@ -209,7 +227,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             initial=partial(initial_model, config, start, model, begun=state.step > 0),
             alive=lambda: heartbeat.beat(Phase.EVALUATING, state.step),
         )
-        data = stage.open_data(opening)
+        data = stage.open_data(data_arguments)
         stream = stack.enter_context(data.stream)
 
         flops_per_rank = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
@@ -225,7 +243,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         trainer = Trainer(
             config=config,
             world=world,
-            counts_once=mesh.get_local_rank("tp") == 0,
+            adds_sums=mesh.get_local_rank("tp") == 0,
             model=model,
             optimizer=optimizer,
             objective=stage.objective(config),
@@ -247,9 +265,9 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         )
 
         whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
-        closing = partial(Closing, config, run, world, tokenizer, whole_copy)
+        evaluation_arguments = partial(EvaluationArguments, config, run, world, tokenizer, whole_copy)
         if config.stage.eval_at_start and state.step == 0:
-            figures = stage.before_training(closing(0, lambda: heartbeat.beat(Phase.EVALUATING, 0)))
+            figures = stage.before_training(evaluation_arguments(0, partial(heartbeat.beat, Phase.EVALUATING, 0)))
             if metrics and figures:
                 metrics.write(0, figures)
 
@@ -259,14 +277,17 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         # Frees memory for `after_training`.
         del optimizer, trainer
         if state.step == config.stage.steps:
-            last_step = state.step
             if tasks:
                 tasks.finish()
-            figures = stage.after_training(closing(last_step, lambda: heartbeat.beat(Phase.CLOSING, last_step)))
+            alive = partial(heartbeat.beat, Phase.CLOSING, state.step)
+            figures = stage.after_training(evaluation_arguments(state.step, alive))
             if metrics:
-                metrics.write(last_step, figures)
-                write_result(run, config, stage, state, stream.packing, time.time() - began)
-        del closing, whole_copy, model
+                metrics.write(state.step, figures)
+                last = last_metrics(run, state.step, "val/loss")
+                more = {"skipped_steps": state.skipped_steps, "packing": stream.packing}
+                more |= stage.result(config, run, last)
+                write_success(run, config, state, time.time() - began, last, more)
+        del evaluation_arguments, whole_copy, model
 
 
 def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler | None:
@@ -338,38 +359,9 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
     elif not begun:
         yield model
     else:
+        # The weights have changed since, so a second model takes those of the start.
         copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
         if config.stage.init_from != "none":
             init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
             checkpoint.load_weights(init_from, copy, copy.config)
         yield copy
-
-
-def write_result(
-    run: RunDirectory,
-    config: Config,
-    stage: "TrainingStage",
-    state: TrainState,
-    packing: dict[str, float] | None,
-    seconds: float,
-) -> None:
-    """Writes `result.json`, with the stage's own fields.
-
-    Args:
-        packing: how whole conversations or rankings fill sequences; None for text.
-        seconds: duration of this attempt.
-
-    Raises:
-        ArtefactError: the metrics file lacks the last evaluation, or its loss is not finite.
-    """
-    metrics = metrics_of_step(run, state.step)
-    loss = metrics.get("val/loss")
-    if loss is None or not math.isfinite(loss):
-        raise ArtefactError(f"{run.metrics}: val/loss of the last step {state.step} is {loss}, expected a number")
-    more = {
-        "skipped_steps": state.skipped_steps,
-        "packing": packing,
-        "state": asdict(state),
-        **stage.result(config, run, metrics),
-    }
-    write_success(run, config, steps=state.step, tokens=state.tokens, seconds=seconds, metrics=metrics, more=more)

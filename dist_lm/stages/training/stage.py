@@ -25,13 +25,13 @@ from dist_lm.stages.stage import (
     VAL_LOSS,
     Action,
     Look,
-    Place,
+    RunsIn,
     Stage,
     run_of,
     shown_path,
 )
-from dist_lm.stages.training.arguments import Closing, Opening, StageData
-from dist_lm.storage.durable import json_lines
+from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, StageData
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change, counted, percent, three_decimals
 from dist_lm.training import checkpoint_files
@@ -49,7 +49,7 @@ SAMPLE_LINES = 12
 class TrainingStage(Stage):
     """A stage that trains a model."""
 
-    place = Place.RANKS
+    runs_in = RunsIn.RANKS
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
     schedule_keys: ClassVar[tuple[str, ...]] = SCHEDULE_KEYS
     key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
@@ -74,15 +74,15 @@ class TrainingStage(Stage):
         """A function that gets the micro-batches of a step before its passes; None: nothing is to prepare."""
         return None
 
-    def open_data(self, opening: Opening) -> StageData:
+    def open_data(self, arguments: DataArguments) -> StageData:
         """The training stream of this rank, and its evaluation."""
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
-    def before_training(self, closing: Closing) -> dict[str, float]:
+    def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         """Metrics before the first step, with stage.eval_at_start; the same on every rank (collective)."""
         return {}
 
-    def after_training(self, closing: Closing) -> dict[str, float]:
+    def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         """Metrics after the last step; the same on every rank (collective)."""
         return {}
 
@@ -121,9 +121,12 @@ class TrainingStage(Stage):
         """
         init_from = config.stage.init_from
         on_disk = find_run(config, is_target=is_target)
+        # Settings are compared with paths in place of `auto`, which may mean another run by now.
         config = self.resolved(with_start(self, config), on_disk.finished)
         require_same_settings(self, on_disk.run, config, finished=on_disk.finished, is_target=is_target)
-        start = None if on_disk.finished else self.verify(on_disk, config, init_from, rebuilt)
+        start = None
+        if not on_disk.finished:
+            start = self.verify(on_disk, config, init_from, rebuilt)
         return self.describe(on_disk, config, start, init_from, rebuilt)
 
     def verify(self, on_disk: "RunState", config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
@@ -224,6 +227,7 @@ class TrainingStage(Stage):
         metrics = result["metrics"]
         adapters = ""
         if config.stage.lora.rank:
+            # Results of old releases do not have the number of trained parameters.
             trained = result.get("trained_parameters", result["parameters"])
             adapters = f", {trained:,} of them trained"
         yield "parameters", f"{result['parameters']:,}{adapters}"
@@ -281,7 +285,7 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
     A run of an earlier stage counts as finished if it has a result, even with fewer steps than configured.
     """
     run = run_of(config)
-    steps = json.loads(run.result.read_text(encoding="utf-8"))["steps"] if run.result.exists() else 0
+    steps = durable.read_json(run.result).get("steps", 0)
     finished = steps > 0 and (not is_target or steps >= config.stage.steps)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     return RunState(run, steps, finished, latest)
@@ -304,6 +308,7 @@ def print_before_and_after(result: Mapping[str, Any], console: "Console") -> Non
 
     rows = []
     for name in names:
+        # The loss of one language or source has its name as suffix.
         documents = name.removeprefix("val/loss").removeprefix("_") or "all"
         ratio = change(after[name] / before[name])
         rows.append((documents, three_decimals(before[name]), three_decimals(after[name]), ratio))
@@ -335,5 +340,5 @@ def task_entries(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of the newest file of samples."""
-    files = sorted(run.samples.glob("step_*.jsonl"))
-    return list(json_lines(files[-1])) if files else []
+    newest = sorted(run.samples.glob("step_*.jsonl"))[-1:]
+    return [sample for file in newest for sample in durable.json_lines(file)]

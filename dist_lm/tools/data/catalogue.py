@@ -21,6 +21,7 @@ SHELVES = 40  # val_fraction=0.05 holds out two
 INVENTED = 10_000  # invented domains of each shelf
 VARIANTS = 8  # variants of each topic: they differ in names, arguments and descriptions
 DEFAULTS: dict[str, Json] = {"flag": False, "few": 1}  # kind -> default of an optional argument
+REQUIRED = {"create": 0.6}  # action -> share of the domain's fields that are required; 0.5 for the others
 LONG = (
     "address",
     "size",
@@ -102,6 +103,7 @@ def specification(topic: Topic, variant: int) -> Specification:
     rng = random.Random(f"tool {topic.domain} {topic.subject} {topic.action} {variant}")  # noqa: S311  (no secrets)
     # Each variant has a seed of its own, so no other tool can change it.
     style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
+    noun = topic.subject
 
     if topic.family == "record":
         action = BY_KEY[topic.action]
@@ -110,13 +112,13 @@ def specification(topic: Topic, variant: int) -> Specification:
         description = rng.choice(action.descriptions).format(
             a=article(topic.subject), the=topic.subject, all=plural(topic.subject)
         )
-        noun = plural(topic.subject) if topic.action in ("search", "count") else topic.subject
+        if topic.action in ("search", "count"):
+            noun = plural(noun)
     else:
         formula = formula_of(topic.action)
         verb = rng.choice(VERBS[topic.family][0])
         parameters = tuple(_parameter(text, style, rng) for text in formula.takes)
         description = f"{verb.capitalize()} {formula.phrase}"
-        noun = topic.subject
 
     name = tool_name(verb, noun, style)
     tool = Tool(name, description, schema_with(parameters))
@@ -186,12 +188,16 @@ def formula_of(key: str) -> Formula:
 def name_of(formula: Formula) -> str:
     """Returns the words of a tool's name, from what is computed: `the area of a circle` gives `circle area`."""
     measure, of, noun = formula.phrase.removeprefix("the ").partition(" of ")
-    return f"{noun.partition(' ')[2]} {measure}" if of else measure
+    if not of:
+        return measure
+    return f"{noun.partition(' ')[2]} {measure}"
 
 
 def fields_of(domain: str) -> tuple[tuple[str, str], ...]:
     """Returns `(name, kind)` of each field of the records of `domain`."""
-    return (invented_domain(domain) if is_invented(domain) else domains()[domain])[1]
+    if is_invented(domain):
+        return invented_domain(domain)[1]
+    return domains()[domain][1]
 
 
 def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
@@ -220,7 +226,9 @@ def arguments_of(parameters: tuple[Parameter, ...], values: Mapping[Parameter, V
     arguments: dict[str, Json] = {}
     for parameter in parameters:
         if parameter in values:
-            container = arguments.setdefault(parameter.inside, {}) if parameter.inside else arguments
+            container = arguments
+            if parameter.inside:
+                container = arguments.setdefault(parameter.inside, {})
             container[parameter.key] = values[parameter].json
 
     return arguments
@@ -261,7 +269,7 @@ def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Ran
 
     # The first field is required, so that every call has an argument of the domain.
     for number, (name, kind) in enumerate(chosen_fields):
-        required = number == 0 or rng.random() < (0.6 if topic.action == "create" else 0.5)
+        required = number == 0 or rng.random() < REQUIRED.get(topic.action, 0.5)
         parameter = _parameter(f"{name} {kind}", style, rng, required, inside)
         # A field that the call does not name stays as it is, so an update has no defaults.
         if topic.action == "update":
@@ -283,13 +291,14 @@ def _parameter(text: str, style: str, rng: random.Random, required: bool = True,
 
     name, one_of, options = text.partition(" one_of ")
     if one_of:
-        kind = f"one_of {options}"
+        kind, default = f"one_of {options}", options.split("/")[0]
     else:
         name, _, kind = text.rpartition(" ")
+        default = DEFAULTS.get(kind)
 
-    default: Json = None
-    if not required and (one_of or kind in DEFAULTS):
-        default = options.split("/")[0] if one_of else DEFAULTS[kind]
+    # A call always names a required argument, so a default would say nothing.
+    if required:
+        default = None
 
     hint = rng.choice(HINTS[kind]) if kind in HINTS and rng.random() < 0.15 else ""
     return Parameter(name, argument_name(name, style), kind, required, default, hint, inside)

@@ -20,7 +20,7 @@ from dist_lm.tools.data.phrasing import (
     question_back,
     request,
 )
-from dist_lm.tools.data.scene import Scene, ToolFailure, call_of, record_of, with_record
+from dist_lm.tools.data.scene import Scene, ToolError, call_of, record_of, with_record
 from dist_lm.tools.data.words import upper_first
 
 Turns = list[Message]
@@ -61,7 +61,11 @@ def parallel(scene: Scene) -> Turns:
 
     first = scene.take()
     same_tool = rng.random() < 0.6
-    tools = [first] * rng.choice([2, 2, 3]) if same_tool else [first, scene.take()]
+    if same_tool:
+        tools = [first] * rng.choice([2, 2, 3])
+    else:
+        tools = [first, scene.take()]
+
     # All values are drawn before the text, since the request names them.
     arguments_of_call = [scene.arguments(tool) for tool in tools]
 
@@ -105,7 +109,8 @@ def sequential(scene: Scene) -> Turns:
         del records[record_id]
     scene.world.busy.clear()
 
-    ids = [parameter.name for parameter in second.parameters if _is_id(parameter)]
+    # The user cannot name the record, whose id only the result of the first call gives.
+    ids = [parameter.name for parameter in second.parameters if parameter.kind == "record"]
     second_arguments = scene.arguments(second, without=ids)
     link = rng.choice([" and ", ", then ", " and then ", ". Then "])
     text = instruction(first, arguments, rng) + link
@@ -161,7 +166,7 @@ def missing(scene: Scene) -> Turns:
 
     turns = [
         Message("user", request(tool, incomplete, rng)),
-        Message("assistant", question_back([omitted], tool, rng)),
+        Message("assistant", question_back(omitted, rng)),
     ]
     if rng.random() < 0.5 and reply != wording:
         reply = upper_first(reply.removeprefix(": "))
@@ -265,8 +270,8 @@ def _failing_call(scene: Scene, tool: Specification, arguments: ArgumentValues) 
     call = call_of(tool, arguments)
     try:
         scene.world.execute(tool, call)
-    except ToolFailure as failure:
-        return _call_and_result(call, {"error": str(failure)})
+    except ToolError as error:
+        return _call_and_result(call, {"error": str(error)})
 
     # The caller has arranged that the call fails, so this is a mistake of the generator.
     raise AssertionError(f"{call} was to fail")
@@ -284,7 +289,9 @@ def _typing_error(record_id: str, records: dict[str, dict[str, Json]], rng: rand
     index = rng.choice(between_alike or positions)
     mistyped = record_id[:index] + record_id[index + 1] + record_id[index] + record_id[index + 2 :]
     # The mistyped id must be nobody's.
-    return mistyped if mistyped not in records else f"{record_id}0"
+    if mistyped in records:
+        return f"{record_id}0"
+    return mistyped
 
 
 def _add_tool(scene: Scene) -> None:
@@ -301,7 +308,3 @@ def _about(subject: str) -> Callable[[Topic], bool]:
 
 def _takes_id(topic: Topic) -> bool:
     return topic.family == "record" and BY_KEY[topic.action].takes_id
-
-
-def _is_id(parameter: object) -> bool:
-    return getattr(parameter, "kind", "") == "record"

@@ -51,18 +51,20 @@ def example(seed: int, number: int) -> Example:
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)
     kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
-    # An attempt may be too long; the next one continues with the same random numbers.
 
+    # A draft may be too long; the next one continues with the same random numbers.
     while True:
-        if new_example := _attempt(kind, shelf, rng):
+        if new_example := _draft(kind, shelf, rng):
             return new_example
 
 
-def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
+def _draft(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """Returns an example, or None if it would be too long or two tools have the same name."""
-    from_invented = kind in INVENTED and rng.random() < INVENTED[kind]
-    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if from_invented else shelf_topics(shelf))
+    topics = shelf_topics(shelf)
+    if kind in INVENTED and rng.random() < INVENTED[kind]:
+        topics = invented_topics(shelf, rng)
 
+    scene = Scene(rng, World(rng), topics)
     turns = KINDS[kind][1](scene)
 
     # A call identifies its tool by name alone.
@@ -70,7 +72,6 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
         return None
 
     num_needed = len(scene.tools)
-
     # A session uses all of its tools.
     if kind != "session":
         scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - num_needed)))
@@ -81,6 +82,7 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     # Drop the last rounds of a conversation with several, or tools that it does not need, until it is short enough.
     longest = LONGEST_SESSION if kind == "session" else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
+        # Only conversations of these kinds make sense without their last rounds.
         num_rounds = 1
         if kind in ("single", "invented", "session"):
             num_rounds = [turn.role for turn in turns].count("user")

@@ -52,8 +52,13 @@ def _convert(table: dict[str, float], a: Arguments) -> float:
 
 
 def _temperature(a: Arguments) -> float:
-    celsius = a["value"] if a["from unit"] == "celsius" else (a["value"] - 32) / 1.8
-    return round(celsius if a["to unit"] == "celsius" else celsius * 1.8 + 32, 2)
+    # Both conversions go through Celsius, so a value in Fahrenheit comes back through it too.
+    celsius = a["value"]
+    if a["from unit"] == "fahrenheit":
+        celsius = (celsius - 32) / 1.8
+    if a["to unit"] == "celsius":
+        return round(celsius, 2)
+    return round(celsius * 1.8 + 32, 2)
 
 
 def _keyed(low: int, high: int, *parts: Json) -> int:

@@ -46,11 +46,9 @@ def invented_domain(domain: str) -> tuple[tuple[str, ...], tuple[tuple[str, str]
     """Returns `(subjects, ((field, kind), ...))` of the domain `invented N`, in the form of `words.domains()`."""
     rng = random.Random(domain)  # noqa: S311  (no secrets)
     names = _different(SUBJECTS + FIELDS, rng)
-    # Searches use the first fields.
-    kinds = [
-        rng.choice(("word", "amount", "date")) if number < NUM_SEARCHED else _kind(rng) for number in range(FIELDS)
-    ]
-
+    # Searches use the first fields, whose values make good conditions.
+    kinds = [rng.choice(("word", "amount", "date")) for _ in range(NUM_SEARCHED)]
+    kinds += [_kind(rng) for _ in range(FIELDS - NUM_SEARCHED)]
     return tuple(names[:SUBJECTS]), tuple(zip(names[SUBJECTS:], kinds, strict=True))
 
 
@@ -87,7 +85,9 @@ def _size(argument: Json) -> float:
 
 def _kind(rng: random.Random) -> str:
     kind = rng.choice(FIELD_KINDS)
-    return f"one_of {'/'.join(_different(3, rng))}" if kind == "choice" else kind
+    if kind == "choice":
+        return f"one_of {'/'.join(_different(3, rng))}"
+    return kind
 
 
 def _different(count: int, rng: random.Random) -> list[str]:

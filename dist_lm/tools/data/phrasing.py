@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Sequence
 
 from dist_lm.chat.messages import Json
 from dist_lm.tools.data.actions import BY_KEY
@@ -27,6 +26,7 @@ ASIDES = (
     "I forgot to do it yesterday.",
     "We talked about it this morning.",
 )
+SETTINGS = {True: ("on", "yes", "true"), False: ("off", "no", "false")}  # words for a flag
 PRONOUNS = ("it", "that")
 PARTICLES = (" up", " over", " away")  # endings of verbs that no `it` follows
 CLAUSE_VERBS = ("tell me", "find out", "check", "I want to know")  # before `whether`
@@ -74,7 +74,7 @@ def instruction(specification: Specification, arguments: ArgumentValues, rng: ra
     """Returns the request as part of a longer sentence; `it` is the pronoun for a record that the sentence has
     named."""
     body, phrases = _body_and_phrases(specification, arguments, rng, it)
-    return body + "".join(_with_separator(phrase, " ") for phrase in _with_and(phrases))
+    return body + _in_a_row(phrases, " and ")
 
 
 def argument_phrase(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -> str:
@@ -85,7 +85,7 @@ def argument_phrase(parameter: Parameter, value: Value, alone: bool, rng: random
 
     # A flag or one of several options needs the name of its argument: `on` alone has no meaning.
     if kind == "flag":
-        setting = rng.choice(["on", "yes", "true"]) if value.json else rng.choice(["off", "no", "false"])
+        setting = rng.choice(SETTINGS[value.json])
         return rng.choice([f"{name}: {setting}", f"with {name} {setting}", f"{name} {setting}", f"{name} = {setting}"])
 
     if kind.startswith("one_of"):
@@ -94,6 +94,7 @@ def argument_phrase(parameter: Parameter, value: Value, alone: bool, rng: random
     if alone and kind in NEAR and rng.random() < 0.5:
         return rng.choice(NEAR[kind]).format(wording)
 
+    # Lists and objects are too long for the forms in which the name comes last.
     forms = [
         f"with {name} {wording}",
         f"{name} {wording}",
@@ -118,10 +119,12 @@ def in_words(value: Json) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(map(in_words, value)) if value else "none"
+        return ", ".join(map(in_words, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return json.dumps(value)
 
 
 def answer(specification: Specification, record_id: str | None, result: Json, rng: random.Random) -> str:
@@ -131,7 +134,9 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
     if specification.family != "record":
         phrase = formula_of(specification.action).phrase
         if isinstance(result, dict):
-            return f"Here is {phrase}: {facts(result)}." if rng.random() < 0.4 else upper_first(f"{facts(result)}.")
+            if rng.random() < 0.4:
+                return f"Here is {phrase}: {facts(result)}."
+            return upper_first(f"{facts(result)}.")
         return rng.choice([f"The answer is {in_words(result)}.", f"It is {in_words(result)}.", f"{in_words(result)}."])
 
     action = specification.action
@@ -145,9 +150,9 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
         ids = result["ids"]
         if not ids:
             return f"There are no such {plural(subject)}."
-        return rng.choice(["Found {}: {}.", "{} found: {}."]).format(
-            subject if len(ids) == 1 else plural(subject), in_words(ids)
-        )
+        if len(ids) > 1:
+            subject = plural(subject)
+        return rng.choice(["Found {}: {}.", "{} found: {}."]).format(subject, in_words(ids))
 
     if action == "newest":
         return f"The latest {subject} is {result['id']}."
@@ -157,7 +162,6 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
     # The other actions return the record's id and perhaps what they changed.
     changes = {name: value for name, value in result.items() if name not in ("id", "deleted")}
     closing = f": {facts(changes)}." if changes and rng.random() < 0.6 else "."
-
     confirmation = rng.choice(["Done with {} {}", "{} {} is done", "Ready: {} {}"]).format(subject, record_id)
     return upper_first(confirmation + closing)
 
@@ -167,17 +171,10 @@ def facts(result: dict[str, Json]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {in_words(value)}" for name, value in result.items())
 
 
-def question_back(missing: Sequence[Parameter], specification: Specification, rng: random.Random) -> str:
-    """Returns the question for arguments that a call still needs."""
-    names = " and the ".join(parameter.name for parameter in missing)
-    return rng.choice(
-        [
-            f"What is the {names}?",
-            f"Which {names}?" if len(missing) == 1 else f"Please tell me the {names}.",
-            f"I need the {names} for that.",
-            f"Please give me the {names}.",
-        ]
-    )
+def question_back(missing: Parameter, rng: random.Random) -> str:
+    """Returns the question for an argument that a call still needs."""
+    forms = ["What is the {}?", "Which {}?", "I need the {} for that.", "Please give me the {}."]
+    return rng.choice(forms).format(missing.name)
 
 
 def nothing_fits(rng: random.Random) -> str:
@@ -201,7 +198,9 @@ def _body_and_phrases(
     if specification.family != "record":
         phrase = formula_of(specification.action).phrase
         # `compute whether` is no English, so a clause has verbs of its own.
-        verbs = CLAUSE_VERBS if phrase.startswith(("whether ", "which ", "how ")) else VERBS[specification.family][1]
+        verbs = VERBS[specification.family][1]
+        if phrase.startswith(("whether ", "which ", "how ")):
+            verbs = CLAUSE_VERBS
         body = f"{rng.choice(verbs)} {phrase}"
     elif it:
         body = _verb_and_subject(specification, it, rng)
@@ -237,8 +236,9 @@ def _verb_and_subject(specification: Specification, subject: str, rng: random.Ra
     verbs = [verb for verb in action.request_verbs if subject not in PRONOUNS or not verb.endswith(PARTICLES)]
 
     # Half of the requests use the verb of the tool's name, if it is one that people say.
-    named = specification.verb
-    verb = named if named in verbs and rng.random() < 0.5 else rng.choice(verbs)
+    verb = specification.verb
+    if verb not in verbs or rng.random() >= 0.5:
+        verb = rng.choice(verbs)
 
     if specification.action == "count":
         return f"{verb} {plural(specification.subject)}{' are there' if verb == 'how many' else ''}"
@@ -266,10 +266,13 @@ def _sentence(body: str, phrases: list[str], rng: random.Random) -> str:
     if phrases and layout < 0.3:
         return body + "".join(f"\n- {phrase}" for phrase in plain)
 
-    separator = rng.choice([" ", ", ", " and "])
-    return body + "".join(
-        _with_separator(phrase, separator if number else " ") for number, phrase in enumerate(phrases)
-    )
+    return body + _in_a_row(phrases, rng.choice([" ", ", ", " and "]))
+
+
+def _in_a_row(phrases: list[str], separator: str) -> str:
+    """Returns the arguments one after the other, as they continue the body of a request."""
+    separators = [" ", *[separator] * len(phrases)]
+    return "".join(map(_with_separator, phrases, separators))
 
 
 def _with_separator(phrase: str, separator: str) -> str:
@@ -279,7 +282,3 @@ def _with_separator(phrase: str, separator: str) -> str:
     if separator == " " and not phrase.startswith(LINKS):
         separator = ", "
     return separator + phrase
-
-
-def _with_and(phrases: list[str]) -> list[str]:
-    return [*phrases[:1], *(phrase if phrase.startswith(":") else f"and {phrase}" for phrase in phrases[1:])]

@@ -17,7 +17,7 @@ from dist_lm.tools.data.catalogue import (
     values_of,
 )
 from dist_lm.tools.data.phrasing import ArgumentValues
-from dist_lm.tools.data.values import Value, code, draw, quoted
+from dist_lm.tools.data.values import Value, code, draw, sometimes_quoted
 
 RICH = ("create", "search", "update")  # actions chosen twice as often: their arguments are of all kinds
 CONDITIONS = ("search", "count", "newest")  # actions whose arguments are conditions on records
@@ -28,8 +28,8 @@ Record = dict[str, Json]
 COMMENTS, TAGS = "_comments", "_tags"  # fields that actions add to records; no domain has such names
 
 
-class ToolFailure(Exception):  # noqa: N818  (part of a conversation, not an error of this program)
-    """A call that the tool refuses; the message becomes the result of the call."""
+class ToolError(Exception):
+    """The tool refuses a call; the message becomes the result of the call, so it is no error of this program."""
 
 
 @dataclass
@@ -51,12 +51,12 @@ class World:
         """Returns the result of a call.
 
         Raises:
-            ToolFailure: the tool refuses the call.
+            ToolError: the tool refuses the call.
         """
         # A busy tool fails once; the repeated call succeeds.
         if call.name in self.busy:
             self.busy.remove(call.name)
-            raise ToolFailure("the server is busy, try again")
+            raise ToolError("the server is busy, try again")
 
         arguments = values_of(specification, call.arguments)
 
@@ -75,6 +75,7 @@ class World:
         field_names = {name for name, _ in fields_of(specification.domain)}
         fields = {name: value for name, value in arguments.items() if name in field_names}
 
+        # Arguments such as `notify` are no fields of the record.
         if specification.action == "create":
             return {"id": self.put(specification.subject, specification.domain, fields)}
 
@@ -91,7 +92,7 @@ class World:
 
         if specification.action == "newest":
             if not matching:
-                raise ToolFailure(f"no {specification.subject} matches")
+                raise ToolError(f"no {specification.subject} matches")
             return {"id": matching[-1]}
 
         return {"ids": matching[: arguments.get("limit", 10)]}
@@ -102,7 +103,7 @@ class World:
             # A mistyped id has the characters of the right one, in another order.
             similar = [other_id for other_id in records if sorted(other_id) == sorted(record_id)]
             hint = f", did you mean {similar[0]}?" if similar else ""
-            raise ToolFailure(f"no {specification.subject} {record_id}{hint}")
+            raise ToolError(f"no {specification.subject} {record_id}{hint}")
 
         record = records[record_id]
         action = specification.action
@@ -129,6 +130,7 @@ class World:
             tags = record[TAGS] = list(dict.fromkeys([*record.get(TAGS, []), *arguments["tags"]]))
             return {"id": record_id, "tags": tags}
 
+        # The other actions record their arguments and return what they did.
         record.update(arguments)
         effect = {
             "assign": lambda: {"assignee": arguments["assignee"]},
@@ -174,9 +176,11 @@ class Scene:
         # Few topics compute, so they get a fixed share; otherwise they would hardly occur.
         computed = [topic for topic in free if topic.family != "record"]
         records = [topic for topic in free if topic.family == "record"]
-        candidates = computed if computed and (not records or self.rng.random() < COMPUTED) else records
-        weights = [2 if topic.action in RICH else 1 for topic in candidates]
+        candidates = records
+        if computed and (not records or self.rng.random() < COMPUTED):
+            candidates = computed
 
+        weights = [1 + (topic.action in RICH) for topic in candidates]
         return specification(self.rng.choices(candidates, weights)[0], self.rng.randrange(VARIANTS))
 
     def add_others(self, count: int) -> None:
@@ -191,6 +195,7 @@ class Scene:
             else:
                 chosen = self.pick()
 
+            # Two tools of one name could not be told apart by a call.
             if chosen.tool.name not in {tool.tool.name for tool in self.tools}:
                 self.tools.append(chosen)
 
@@ -218,10 +223,9 @@ class Scene:
                 continue
 
             if parameter.kind == "record":
+                # The record must exist, or the call would fail.
                 record_id = self.world.put(tool.subject, tool.domain)
-                arguments[parameter] = Value(
-                    record_id, quoted(record_id, self.rng) if self.rng.random() < 0.2 else record_id
-                )
+                arguments[parameter] = sometimes_quoted(record_id, self.rng, 0.2)
             else:
                 arguments[parameter] = self._distinct_value(arguments, parameter.kind)
 

@@ -59,6 +59,14 @@ def quoted(text: str, rng: random.Random) -> str:
     return f"{mark}{text}{mark}"
 
 
+def sometimes_quoted(text: str, rng: random.Random, share: float = 0.3) -> Value:
+    """Returns the value `text`, which a request has in quotes with the probability `share`."""
+    wording = text
+    if rng.random() < share:
+        wording = quoted(text, rng)
+    return Value(text, wording)
+
+
 def made_up_name(rng: random.Random) -> str:
     """Returns a made-up name."""
     return "".join(rng.choice(words("syllable")) for _ in range(rng.randint(2, 3))).capitalize()
@@ -95,23 +103,25 @@ def code(rng: random.Random) -> str:
     return rng.choice([f"{letters}-{digits}", f"{letters}{digits}", f"{letters.lower()}_{digits}"])
 
 
+def _listed_or_made_up(name: str, share: float, rng: random.Random) -> str:
+    """Returns a word of the list `name` with the probability `share`, else a made-up one, which no model knows."""
+    if rng.random() < share:
+        return rng.choice(words(name))
+    return made_up_name(rng)
+
+
 def _person(rng: random.Random) -> Value:
-    given_name = rng.choice(words("given")) if rng.random() < 0.8 else made_up_name(rng)
-    family_name = rng.choice(words("family")) if rng.random() < 0.7 else made_up_name(rng)
-    return _name(f"{given_name} {family_name}", rng)
-
-
-def _name(text: str, rng: random.Random) -> Value:
-    return Value(text, quoted(text, rng) if rng.random() < 0.3 else text)
+    given_name = _listed_or_made_up("given", 0.8, rng)
+    return sometimes_quoted(f"{given_name} {_listed_or_made_up('family', 0.7, rng)}", rng)
 
 
 def _company(rng: random.Random) -> Value:
-    return _name(f"{made_up_name(rng)} {rng.choice(words('suffix'))}", rng)
+    return sometimes_quoted(f"{made_up_name(rng)} {rng.choice(words('suffix'))}", rng)
 
 
 def _product(rng: random.Random) -> Value:
-    text = f"{rng.choice(words('adjective'))} {rng.choice(words('noun'))}"
-    return Value(text, quoted(text, rng) if rng.random() < 0.7 else text)
+    # Without quotes, a reader can hardly tell where the name of a product ends.
+    return sometimes_quoted(f"{rng.choice(words('adjective'))} {rng.choice(words('noun'))}", rng, 0.7)
 
 
 def _title(rng: random.Random) -> Value:
@@ -129,24 +139,21 @@ def _text(rng: random.Random) -> Value:
 
 
 def _word(rng: random.Random) -> Value:
-    text = rng.choice(words("common")) if rng.random() < 0.7 else made_up_name(rng).lower()
-    return Value(text, quoted(text, rng) if rng.random() < 0.5 else text)
+    return sometimes_quoted(_listed_or_made_up("common", 0.7, rng).lower(), rng, 0.5)
 
 
 def _code(rng: random.Random) -> Value:
-    text = code(rng)
-    return Value(text, quoted(text, rng) if rng.random() < 0.25 else text)
+    return sometimes_quoted(code(rng), rng, 0.25)
 
 
 def _email(rng: random.Random) -> Value:
-    user = rng.choice(words("given")).lower() if rng.random() < 0.6 else made_up_name(rng).lower()
+    user = _listed_or_made_up("given", 0.6, rng).lower()
     user += rng.choice(["", "", f".{rng.choice(words('family')).lower()}", str(rng.randint(1, 99))])
     return _verbatim(f"{user}@{_domain(rng)}")
 
 
 def _domain(rng: random.Random) -> str:
-    name = rng.choice(words("noun")) if rng.random() < 0.5 else made_up_name(rng).lower()
-    return f"{name}.{rng.choice(HOSTS)}"
+    return f"{_listed_or_made_up('noun', 0.5, rng).lower()}.{rng.choice(HOSTS)}"
 
 
 def _handle(rng: random.Random) -> Value:
@@ -180,6 +187,7 @@ def _version(rng: random.Random) -> Value:
 
 def _date(rng: random.Random) -> Value:
     day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(365 * 9))
+    # A model must also learn to rewrite a date as the schema wants it.
     wording = day.isoformat()
     if rng.random() < 0.25:
         month = MONTHS[day.month - 1]
@@ -200,6 +208,7 @@ def _integer(low: int, high: int, rng: random.Random) -> Value:
 
 
 def _decimal(rng: random.Random) -> Value:
+    # A third of the numbers is below 10, since people mostly name small ones.
     number = round(rng.uniform(0.1, rng.choice([10, 100, 500])), rng.choice([1, 1, 2]))
     return Value(number, str(number))
 
@@ -241,7 +250,7 @@ def _size(rng: random.Random) -> Value:
 
 
 def _mostly_known(name: str, share: float) -> Draw:
-    return lambda rng: _name(rng.choice(words(name)) if rng.random() < share else made_up_name(rng), rng)
+    return lambda rng: sometimes_quoted(_listed_or_made_up(name, share, rng), rng)
 
 
 def _sample_of(name: str) -> Draw:
@@ -253,7 +262,7 @@ def _sample_of(name: str) -> Draw:
 
 
 def _from_list(name: str) -> Draw:
-    return lambda rng: _name(rng.choice(words(name)), rng)
+    return lambda rng: sometimes_quoted(rng.choice(words(name)), rng)
 
 
 def _in_range(low: int, high: int) -> Draw:

@@ -67,7 +67,9 @@ def tool_name(verb: str, subject: str, style: str) -> str:
 
 def argument_name(words: str, style: str) -> str:
     """Returns the name of an argument: `due_date` for `due date`, or `dueDate` beside a tool in camel case."""
-    return camel(words.split()) if style in ("camel", "plain") else "_".join(words.split())
+    if style in ("camel", "plain"):
+        return camel(words.split())
+    return "_".join(words.split())
 
 
 def camel(words: list[str]) -> str:
@@ -79,8 +81,9 @@ def plural(subject: str) -> str:
     """Returns the plural of a noun: `policies` for `policy`."""
     if subject.endswith("y") and subject[-2] not in "aeou":
         return f"{subject[:-1]}ies"
-
-    return f"{subject}es" if subject.endswith(("s", "x", "ch", "sh")) else f"{subject}s"
+    if subject.endswith(("s", "x", "ch", "sh")):
+        return f"{subject}es"
+    return f"{subject}s"
 
 
 def upper_first(text: str) -> str:
@@ -90,5 +93,6 @@ def upper_first(text: str) -> str:
 
 def article(words: str) -> str:
     """Returns words with their indefinite article, such as `an order`."""
+    # The sound counts, not the letter: a user, a unit.
     indefinite = "an" if words[0] in "aeiou" and not words.startswith(("use", "uni")) else "a"
     return f"{indefinite} {words}"

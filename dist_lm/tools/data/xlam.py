@@ -89,11 +89,15 @@ def schema_of_type(text: str) -> dict[str, Json]:
         return schema_of_type(types[0])
     if name == "union":
         options = [schema for schema in map(schema_of_type, types) if schema != {"type": "null"}]
-        return options[0] if len(options) == 1 else {"anyOf": options}
-    if name in ("list", "set", "array", "sequence", "iterable"):
+        if len(options) == 1:
+            return options[0]
+        return {"anyOf": options}
+
+    # No one schema describes the elements of a tuple of several types.
+    if name == "tuple" and len(set(types)) > 1:
+        return {"type": "array"}
+    if name in ("list", "set", "array", "sequence", "iterable", "tuple"):
         return {"type": "array", "items": schema_of_type(types[0])}
-    if name == "tuple":
-        return {"type": "array", "items": schema_of_type(types[0])} if len(set(types)) == 1 else {"type": "array"}
     if name == "dict":
         return {"type": "object"}
     return {}
@@ -117,6 +121,7 @@ def _tool(description: dict[str, Json]) -> Tool:
     if not isinstance(description.get("name"), str) or not isinstance(parameters, dict):
         raise RowError("tools: expected name and parameters of each")
 
+    # The set says of each parameter whether it is required; JSON schema says it of the object.
     properties: dict[str, Json] = {}
     required: list[str] = []
     for name, parameter in parameters.items():
@@ -156,6 +161,7 @@ def _call(answer: dict[str, Json]) -> Call:
 
 def _split(text: str) -> list[str]:
     """Splits the arguments of a generic type: `int, List[str, int]` has two."""
+    # A comma inside brackets belongs to an argument, so the depth of brackets is counted.
     arguments = [""]
     depth = 0
     for character in text:

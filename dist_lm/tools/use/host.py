@@ -97,7 +97,6 @@ def adapters(function: Function) -> dict[str, TypeAdapter[Any]]:
             raise SignatureError(f"{name}({parameter.name}): {kind}; expected arguments that are given by name")
 
         location = f"{name}({parameter})"
-
         if parameter.name not in types:
             raise SignatureError(f"{location}: no type; expected an annotation such as {parameter.name}: int")
 
@@ -218,9 +217,9 @@ def functions_of(module: ModuleType, file: Path) -> list[Function]:
         # Imported functions are no tools; a function with two names counts once.
         functions = list(
             dict.fromkeys(
-                member
-                for name, member in vars(module).items()
-                if inspect.isfunction(member) and member.__module__ == module.__name__ and not name.startswith("_")
+                function
+                for name, function in vars(module).items()
+                if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
             )
         )
     else:
@@ -233,6 +232,7 @@ def functions_of(module: ModuleType, file: Path) -> list[Function]:
 
     if not functions:
         raise SignatureError(f"no functions; expected some without _ at the beginning, or {ATTRIBUTE} = [...]")
+    # A call names its function, so names must differ.
     names = [function.__name__ for function in functions]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise SignatureError(f"two functions are named {twice}")

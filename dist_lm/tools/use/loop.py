@@ -70,6 +70,7 @@ def converse(
         if not turn.calls:
             return Exchange(conversation, "answered", rounds)
 
+        # A call that does not fit gets its problems as the result, so the model can correct it.
         results = []
         any_fits = False
         for call in turn.calls:

@@ -13,7 +13,7 @@ from dist_lm.stages import text
 from dist_lm.stages.reward import ranks as reward_ranks
 from dist_lm.stages.rlhf.prompts import read_all
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import Opening, Tokenizer
+from dist_lm.tokenizer.tokenizer import FirstToken, Tokenizer
 from tests.conftest import tiny
 from tests.data.rankings.made_rankings import random_rankings
 from tests.data.synthetic_corpus import write
@@ -23,7 +23,7 @@ from tests.data.synthetic_corpus import write
 def tokenizer(tiny_work: WorkDirectory) -> Tokenizer:
     """One that opens texts with another token: a special one that stands nowhere else."""
     found = Tokenizer.load(tiny_work.tokenizer_model)
-    found.opening = Opening(found.eot_id, found.mark_id("<|file_sep|>"))
+    found.first_token = FirstToken(found.eot_id, found.mark_id("<|file_sep|>"))
     return found
 
 
@@ -37,7 +37,7 @@ def with_rankings(work: WorkDirectory, tokenizer: Tokenizer) -> WorkDirectory:
     return work
 
 
-def opening(work: WorkDirectory, tokenizer: Tokenizer, stage: str, *overrides: str) -> Any:
+def data_arguments(work: WorkDirectory, tokenizer: Tokenizer, stage: str, *overrides: str) -> Any:
     config = compose_config([f"stage={stage}", *tiny(stage), f"work_dir={work.path}", *overrides])
     return SimpleNamespace(
         config=config,
@@ -53,7 +53,7 @@ def opening(work: WorkDirectory, tokenizer: Tokenizer, stage: str, *overrides: s
 
 def check(batches: Iterable[Batch], tokenizer: Tokenizer) -> None:
     tokens = torch.cat([batch.tokens_BT.flatten() for batch in batches])
-    assert (tokens == tokenizer.opening.first).any()
+    assert (tokens == tokenizer.first_token.id).any()
     assert not (tokens == tokenizer.eot_id).any()
 
 
@@ -73,7 +73,7 @@ def caught(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, result: Any)
 def test_texts_and_conversations(stage: str, tiny_work: WorkDirectory, tokenizer: Tokenizer, monkeypatch) -> None:
     from dist_lm.training import objective
 
-    opened = opening(tiny_work, tokenizer, stage)
+    opened = data_arguments(tiny_work, tokenizer, stage)
     with text.open_stream(opened) as stream:
         check(next(stream).micro_batches, tokenizer)
     found = caught(monkeypatch, objective, "summed_losses", torch.ones(9, 3, dtype=torch.float64))
@@ -84,11 +84,11 @@ def test_texts_and_conversations(stage: str, tiny_work: WorkDirectory, tokenizer
 
 
 def test_rankings(with_rankings: WorkDirectory, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = reward_ranks.open_data(opening(with_rankings, tokenizer, "reward"))
+    data = reward_ranks.open_data(data_arguments(with_rankings, tokenizer, "reward"))
     with data.stream as stream:
         check(next(stream).micro_batches, tokenizer)
     found = caught(monkeypatch, reward_ranks, "scores_of_rankings", {})
-    monkeypatch.setattr(reward_ranks, "beside_verdicts", lambda *_: [])
+    monkeypatch.setattr(reward_ranks, "with_verdicts", lambda *_: [])
     monkeypatch.setattr(reward_ranks, "reward_metrics", lambda *_: {})
     evaluate: Callable[..., Any] = data.evaluate
     evaluate(None, False, lambda: None)
@@ -98,7 +98,7 @@ def test_rankings(with_rankings: WorkDirectory, tokenizer: Tokenizer, monkeypatc
 @pytest.mark.parametrize("corpus", ["tools", "rankings"])
 def test_prompts_of_rlhf(corpus: str, with_rankings: WorkDirectory, tokenizer: Tokenizer) -> None:
     settings = ("rlhf.pool.cache_tokens=4096", f"stage.corpus={corpus}", "rlhf.max_new_tokens=16")
-    opened = opening(with_rankings, tokenizer, "rlhf", *settings)
+    opened = data_arguments(with_rankings, tokenizer, "rlhf", *settings)
     for prompts in read_all(opened.config, opened.run, tokenizer):
         assert prompts
-        assert all(prompt[0] == tokenizer.opening.first for prompt in prompts)
+        assert all(prompt[0] == tokenizer.first_token.id for prompt in prompts)

@@ -1,6 +1,6 @@
-"""The two doors of training, `torchrun -m dist_lm.train stage=code ...` and the launcher, lead to the same run.
+"""The two ways to start training, `torchrun -m dist_lm.train stage=code ...` and the launcher, lead to the same run.
 
-The ranks of the door without a launcher cannot import Ray, and OMP_NUM_THREADS is set, which must not change a bit.
+The ranks of a run without the launcher cannot import Ray, and OMP_NUM_THREADS is set, which must not change a bit.
 """
 
 import json
@@ -34,7 +34,7 @@ ONE_NODE = ("--standalone", "--nproc-per-node", "2")
 
 
 def torchrun(options: tuple[str, ...], *arguments: str, **environ: str) -> subprocess.Popen:
-    """The door without a launcher."""
+    """Starts ranks without the launcher."""
     own = {"OMP_NUM_THREADS": "3", "PYTHONPATH": os.pathsep.join([str(WITHOUT_RAY), *sys.path[1:]])}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options, "-m", "dist_lm.train", *arguments],
@@ -98,8 +98,8 @@ def kill(process: subprocess.Popen, run: RunDirectory) -> None:
     launched.assert_gone(ranks)
 
 
-def test_both_doors_lead_to_the_same_run_and_the_same_bits(undisturbed, tmp_path):
-    work = follow_on(undisturbed, tmp_path / "door")
+def test_with_and_without_the_launcher_the_run_has_the_same_bits(undisturbed, tmp_path):
+    work = follow_on(undisturbed, tmp_path / "without launcher")
     expected, run = undisturbed.run("code", "default"), work.run("code", "default")
     code, out, err = finish(on_one_node(work, CODE_STEPS))
     assert code == 0, err
@@ -113,11 +113,11 @@ def test_both_doors_lead_to_the_same_run_and_the_same_bits(undisturbed, tmp_path
     assert settings_of(run) == settings_of(expected)
 
 
-def test_a_run_killed_at_one_door_is_finished_through_the_other(undisturbed, tmp_path):
+def test_a_run_killed_with_the_launcher_is_finished_without_it_and_the_reverse(undisturbed, tmp_path):
     expected = undisturbed.run("code", "default")
     every = ("stage.checkpoint_every=5", CODE_STEPS)
 
-    work = follow_on(undisturbed, tmp_path / "door first")
+    work = follow_on(undisturbed, tmp_path / "torchrun first")
     run = work.run("code", "default")
     with launched.ending(on_one_node(work, *every)) as process:
         wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
@@ -140,7 +140,7 @@ def test_a_run_killed_at_one_door_is_finished_through_the_other(undisturbed, tmp
 
 @pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only")
-def test_two_nodes_are_the_same_at_both_doors(undisturbed, tmp_path):
+def test_two_nodes_are_the_same_with_and_without_the_launcher(undisturbed, tmp_path):
     few = ("stage.steps=12",)
     work = follow_on(undisturbed, tmp_path / "launched")
     with loopback_ray(tmp_path, nodes=2) as ray:
@@ -149,7 +149,7 @@ def test_two_nodes_are_the_same_at_both_doors(undisturbed, tmp_path):
         assert code == 0, err
     expected = work.run("code", "default")
 
-    work = follow_on(undisturbed, tmp_path / "door")
+    work = follow_on(undisturbed, tmp_path / "without launcher")
     run = work.run("code", "default")
     with on_two_nodes(work, *few) as processes:
         for process in processes:

@@ -1,4 +1,4 @@
-"""The door without a launcher: rank 0 of `torchrun -m dist_lm.train stage=S ...` prepares the run here.
+"""A run without the launcher: rank 0 of `torchrun -m dist_lm.train stage=S ...` prepares the run here.
 
 It composes, plans, compares settings and resolves the layout exactly as the launcher does, and takes the same locks. It
 does not build earlier stages, start failed ranks again, or use Ray. docs/cluster.md lists the files that only the
@@ -20,7 +20,7 @@ from dist_lm.prepare.conf_folders import with_config_dir
 from dist_lm.prepare.layout import check_hardware, on_nodes, with_layout
 from dist_lm.prepare.plan import Plan, PlannedStage, may_need, plan_command, untraced
 from dist_lm.prepare.run import Ranks, begin_attempt, launch_lock, rank_lock
-from dist_lm.stages.stage import Action, Place, run_of
+from dist_lm.stages.stage import Action, RunsIn, run_of
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.training.heartbeat import StopRequest
@@ -67,14 +67,9 @@ def prepare_stage(
         raise ConfigError(
             f"work_dir={config.work_dir}: cannot be written to ({error.strerror}); choose another"
         ) from error
+    # No launcher may start ranks on the run, and no other rank 0 may train it.
     locks.enter_context(launch_lock(run))
-    locks.enter_context(
-        rank_lock(
-            run,
-            on_wait=lambda owner: console.line(f"waiting for the ranks of {owner}, which train {run.path}"),
-            stopped=lambda: stop.requested,
-        )
-    )
+    locks.enter_context(rank_lock(run, console.line, stopped=lambda: stop.requested))
 
     # Another command may have finished the run, or changed it, before the locks were taken.
     if planned.stage.look(planned.config, is_target=True, rebuilt=()).action is Action.READY:
@@ -96,7 +91,7 @@ def require_trainable(planned: PlannedStage, overrides: Sequence[str]) -> None:
     """
     launcher = f"`{shlex.join(['python', '-m', 'dist_lm.launch', *overrides])}`"
     config = planned.config
-    if planned.stage.place is not Place.RANKS:
+    if planned.stage.runs_in is not RunsIn.RANKS:
         raise ConfigError(f"stage={planned.name}: expected a stage that trains on ranks; or give {launcher}")
     if config.dry_run:
         raise ConfigError(f"dry_run=true: expected false: only the launcher plays steps; give {launcher}")
@@ -119,14 +114,14 @@ def require_earlier(plan: Plan, overrides: Sequence[str], ranks: Ranks) -> None:
 
     # The launcher builds what its stage needs on the way, so the last one of these stages is enough.
     built_on_the_way = {
-        need for planned in missing if planned.stage.place is Place.LAUNCHER for need in may_need(planned.name)
+        need for planned in missing if planned.stage.runs_in is RunsIn.LAUNCHER for need in may_need(planned.name)
     }
     commands = []
     for planned in missing:
         if planned.name in built_on_the_way:
             continue
         program = ["python", "-m", "dist_lm.launch"]
-        if planned.stage.place is Place.RANKS:
+        if planned.stage.runs_in is RunsIn.RANKS:
             program = ["torchrun", "--nproc-per-node", str(ranks.per_node), "-m", "dist_lm.train"]
         commands.append(shlex.join([*program, *overrides_of(planned.name, plan.target.name, overrides)]))
     names = ", ".join(planned.name for planned in missing)

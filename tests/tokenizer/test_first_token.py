@@ -12,8 +12,8 @@ from dist_lm.document import Document
 from dist_lm.interop.gguf_tokenizer import gguf_vocabulary, tokenizer_file
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.interop.snapshot import tokenizer_of
-from dist_lm.tokenizer.byte_level import with_opening
-from dist_lm.tokenizer.tokenizer import Tokenizer, sentencepiece_without_opening
+from dist_lm.tokenizer.byte_level import with_first_token
+from dist_lm.tokenizer.tokenizer import Tokenizer, sentencepiece_without_first_token
 from tests.tokenizer.made_json import trained_json
 from tests.tokenizer.test_existing import their_sentencepiece
 
@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 BEGIN = "<|im_start|>"  # any special token but end-of-text
 PLAIN = trained_json(["def f(x): return x"], 300)
-OPENED = with_opening(PLAIN, BEGIN)
+OPENED = with_first_token(PLAIN, BEGIN)
 TEXT = "def f(x):"
 EXACT = their_sentencepiece(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
 
@@ -42,7 +42,7 @@ def test_a_prompt_has_the_ids_of_transformers(tmp_path: Path) -> None:
 
 
 def test_shards_hold_end_of_text_whatever_the_opening_is() -> None:
-    """So `tokens` says where documents begin and end, and a corpus does not depend on the opening."""
+    """So `tokens` says where documents begin and end, and a corpus does not depend on the first token."""
     document = Document(TEXT, "python", "here", "MIT", "here")
     for content in (PLAIN, OPENED):
         tokenizer = Tokenizer(content, "tokenizer.json")
@@ -56,7 +56,7 @@ def test_a_file_without_one_opens_with_end_of_text() -> None:
 
 def test_sentencepiece_opens_with_its_beginning_of_sentence() -> None:
     content = their_sentencepiece()
-    tokenizer, without = Tokenizer(content, "m"), Tokenizer(sentencepiece_without_opening(content), "m")
+    tokenizer, without = Tokenizer(content, "m"), Tokenizer(sentencepiece_without_first_token(content), "m")
     assert tokenizer.encode_prompt(TEXT) == [tokenizer.special_ids["<s>"], *tokenizer.encode(TEXT)]
     assert without.encode_prompt(TEXT) == [without.eot_id, *tokenizer.encode(TEXT)]
 
@@ -74,10 +74,10 @@ def test_sentencepiece_opens_with_its_beginning_of_sentence() -> None:
         (their_sentencepiece(), {"add_bos_token": False}, "</s>"),
     ],
 )
-def test_an_import_keeps_the_opening(content: bytes, settings: dict[str, Any], first: str, tmp_path: Path) -> None:
+def test_an_import_keeps_the_first_token(content: bytes, settings: dict[str, Any], first: str, tmp_path: Path) -> None:
     found, name = tokenizer_of(folder_with(tmp_path, content, settings), Tokenizer(content, "t").vocab_size)
     tokenizer = Tokenizer(found, name)
-    assert tokenizer.pieces([tokenizer.opening.first]) == [first]
+    assert tokenizer.pieces([tokenizer.first_token.id]) == [first]
     assert tokenizer.encode(TEXT) == Tokenizer(content, "t").encode(TEXT)
 
 
@@ -107,12 +107,12 @@ def test_a_conversation_of_our_layout_opens_alike_in_prompt_export_and_transform
     turns = [{"role": "user", "content": TEXT}]
     rendered = theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert prompt(asked, tokenizer)[:4] == rendered[:4]
-    assert rendered[0] == tokenizer.opening.first
+    assert rendered[0] == tokenizer.first_token.id
     assert theirs(TEXT).input_ids == tokenizer.encode_prompt(TEXT)
 
 
-@pytest.mark.parametrize("content", [PLAIN, OPENED, EXACT, sentencepiece_without_opening(EXACT)])
-def test_a_gguf_file_keeps_the_opening(content: bytes) -> None:
+@pytest.mark.parametrize("content", [PLAIN, OPENED, EXACT, sentencepiece_without_first_token(EXACT)])
+def test_a_gguf_file_keeps_the_first_token(content: bytes) -> None:
     tokenizer = Tokenizer(content, "t")
     found = gguf_vocabulary(tokenizer, content)
     values = {
@@ -122,7 +122,7 @@ def test_a_gguf_file_keeps_the_opening(content: bytes) -> None:
         "token_type": found.types,
         "scores": found.scores,
         "merges": found.merges,
-        "bos_token_id": tokenizer.opening.first,
+        "bos_token_id": tokenizer.first_token.id,
         "eos_token_id": tokenizer.eot_id,
         "add_bos_token": found.add_bos,
         "add_space_prefix": found.add_space_prefix,

@@ -31,10 +31,9 @@ EVERY_NODE = 1_000_000  # no limit on nodes: the number of actors limits the poo
 
 
 @dataclass(frozen=True)
-class PoolBeside:
-    """The cluster that this rank has joined, and the keys of its pool."""
+class PoolStarter:
+    """Starts the actors of a pool on the Ray cluster that this rank has joined."""
 
-    config: Config
     pool: RolloutPoolConfig
     device: str  # cpu | cuda
     access: RayAccess
@@ -45,12 +44,12 @@ class PoolBeside:
         spec: EngineSpec,
         weights: WeightStream,
         version: int,
-        wanted: Callable[[], bool],
+        keep_going: Callable[[], bool],
         sender: "Sender | None" = None,
     ) -> Pool:
         """Starts the actors and returns their pool, which the caller closes.
 
-        It calls `wanted` at least twice a second while it works; False ends it.
+        It calls `keep_going` at least twice a second while it works; False ends it.
 
         Args:
             version: number of `weights`, which answers carry.
@@ -60,7 +59,9 @@ class PoolBeside:
         """
         pool, ranks = self.pool, int(os.environ["LOCAL_WORLD_SIZE"])
         # With GPUs, "as many as fit" is counted on the GPUs of the ranks.
-        actors = actors_in_all(pool, len(self.access.nodes), ranks if self.device == "cuda" else 0)
+        gpus_per_node = ranks if self.device == "cuda" else 0
+        actors = actors_in_all(pool, len(self.access.nodes), gpus_per_node)
+
         try:
             started = Pool.start(
                 self.cluster,
@@ -68,7 +69,7 @@ class PoolBeside:
                 weights,
                 version=version,
                 actors=actors,
-                wanted=wanted,
+                keep_going=keep_going,
                 warn=log.warning,
                 site=site_of(pool, self.access.nodes, ranks, self.device),
                 sender=sender,
@@ -79,12 +80,13 @@ class PoolBeside:
                 f"{pool.key}.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node{shared}), "
                 f"or do without: {without_pool(pool)}"
             ) from error
+
         log.info("%d actors: %s", len(started.members), ", ".join(map(str, started.members)))
         return started
 
 
 @contextmanager
-def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
+def pool_starter(config: Config, device: torch.device) -> Iterator[PoolStarter | None]:
     """Yields the Ray cluster of this rank; None if the pool has no actors, or (with a warning) if the rank runs without
     Ray.
 
@@ -96,13 +98,14 @@ def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
     pool, access = config.pool, own_access(os.environ)
     if pool is None or not pool.actors:
         yield None
+    # Only a launcher starts Ray; a rank of torchrun alone finds no cluster.
     elif access is None:
         log.warning("%s.actors=%d: this rank runs without Ray, so it %s", pool.key, pool.actors, pool.without)
         yield None
     else:
         # The pool limits itself by its number of actors, not by the nodes of the ranks.
         with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
-            yield PoolBeside(config, pool, device.type, access, cluster)
+            yield PoolStarter(pool, device.type, access, cluster)
 
 
 def engine_options(pool: RolloutPoolConfig) -> EngineOptions:

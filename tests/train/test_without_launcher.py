@@ -1,4 +1,4 @@
-"""The door without a launcher: what rank 0 prepares, what it refuses, and how the other ranks hear of it."""
+"""A run without the launcher: what rank 0 prepares, what it refuses, and how the other ranks hear of it."""
 
 import io
 import os
@@ -15,9 +15,9 @@ from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.parallel.layout import Layout
 from dist_lm.prepare.compose import compose_config, overrides_of
-from dist_lm.prepare.door import prepare_stage
 from dist_lm.prepare.layout import with_layout
 from dist_lm.prepare.run import Ranks, fit_to_ranks, launch_lock, rank_lock
+from dist_lm.prepare.without_launcher import prepare_stage
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable
@@ -84,7 +84,7 @@ def test_rank_0_holds_both_locks_of_its_run_until_it_ends(work):
         assert is_locked(run.rank_lock)
         with pytest.raises(ArtefactError, match=f"is in use by process {os.getpid()} on"), launch_lock(run):
             pass
-    with launch_lock(run), rank_lock(run, on_wait=lambda _: None, stopped=lambda: True):
+    with launch_lock(run), rank_lock(run, tell=lambda _: None, stopped=lambda: True):
         pass
 
 

@@ -1,4 +1,4 @@
-"""What a model reads at the beginning of a document: the tokenizer's opening, with end-of-text still as the target."""
+"""What a model reads at the beginning of a document: the tokenizer's first token; end-of-text stays the target."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from dist_lm.data.evaluation_batches import EvaluationBatches
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.tokenizer.tokenizer import Opening
+from dist_lm.tokenizer.tokenizer import FirstToken
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 from tests.data.synthetic_corpus import EOT, corpus, lengths
 
 FIRST = 0  # no document holds it
-OPENING = Opening(EOT, FIRST)
+FIRST_TOKEN = FirstToken(EOT, FIRST)
 RANKS = {"dp_rank": 0, "dp_size": 1}
 
 
@@ -35,7 +35,7 @@ def check(batch: Batch, plain: Batch) -> None:
 
 def test_training_reads_it(plain: TokenCorpus) -> None:
     common = {"seed": 3, "seq_len": 16, "global_batch": 12, "micro_batch": 12, **RANKS}
-    with SequenceStream(plain, **common) as before, SequenceStream(plain, **common, opening=OPENING) as after:
+    with SequenceStream(plain, **common) as before, SequenceStream(plain, **common, first_token=FIRST_TOKEN) as after:
         (one,), (other,) = next(before).micro_batches, next(after).micro_batches
     check(other, one)
     assert (other.tokens_BT == FIRST).any()
@@ -44,8 +44,8 @@ def test_training_reads_it(plain: TokenCorpus) -> None:
 
 def test_evaluation_reads_it(plain: TokenCorpus) -> None:
     before, after = (
-        EvaluationBatches(corpus=plain, seq_len=16, micro_batch=4, **RANKS, opening=opening)
-        for opening in (None, OPENING)
+        EvaluationBatches(corpus=plain, seq_len=16, micro_batch=4, **RANKS, first_token=first_token)
+        for first_token in (None, FIRST_TOKEN)
     )
     for one, other in zip(before, after, strict=True):
         check(other.batch, one.batch)
@@ -55,7 +55,9 @@ def test_a_slice_of_the_middle_that_holds_end_of_text_keeps_it(tmp_path: Path) -
     """Only a document's own beginning is replaced: a tokenizer's end-of-text may stand in conversations."""
     held = corpus(tmp_path, [64])
     tokens = held.tokens(0, 0, 64)
-    with SequenceStream(held, seed=0, seq_len=16, global_batch=3, micro_batch=3, **RANKS, opening=OPENING) as stream:
+    with SequenceStream(
+        held, seed=0, seq_len=16, global_batch=3, micro_batch=3, **RANKS, first_token=FIRST_TOKEN
+    ) as stream:
         (batch,) = next(stream).micro_batches
     assert int((batch.tokens_BT == FIRST).sum()) == 1
     assert set(batch.tokens_BT.flatten().tolist()) <= {FIRST, *np.asarray(tokens).tolist()}
@@ -71,10 +73,10 @@ def test_rankings_read_it(tmp_path: Path) -> None:
     kinds = {"seed": 1, "global_batch": 4}
     with (
         RankingStream(rankings, "rankings", 0.0, **common, **kinds) as before,
-        RankingStream(rankings, "rankings", 0.0, **common, **kinds, opening=OPENING) as after,
+        RankingStream(rankings, "rankings", 0.0, **common, **kinds, first_token=FIRST_TOKEN) as after,
     ):
         for one, other in zip(next(before).micro_batches, next(after).micro_batches, strict=True):
             check(other, one)
-    held = [RankingBatches(rankings=rankings, **common, opening=opening) for opening in (None, OPENING)]
+    held = [RankingBatches(rankings=rankings, **common, first_token=first_token) for first_token in (None, FIRST_TOKEN)]
     for (one, _), (other, _) in zip(*held, strict=True):
         check(other, one)
