@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
+    from dist_lm.sandbox.shared_files import Change
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
@@ -143,6 +144,11 @@ def _start(script: bytes, files: dict[int, int]) -> int:
     return child
 
 
+def _identity(folder: bytes) -> list[int]:
+    status = os.stat(folder)
+    return [status.st_dev, status.st_ino]
+
+
 def _unnamed_file() -> int:
     """Returns the descriptor of an empty file that no folder has any more; files in memory are refused here."""
     name = f".dist_lm-{os.getpid()}"
@@ -183,8 +189,9 @@ class _Agent:
 
     def __init__(self, script: bytes, channel: int) -> None:
         self.channel = channel
-        [self.variables] = _receive(channel)
+        self.variables, identity = _receive(channel)
         self.folder = Folder(os.fsencode(os.getcwd()), sends_links=False)
+        self.has_own_folder = _identity(self.folder.root) != identity  # else there are no namespaces
         self.input = _unnamed_file()
         commands, self.commands = os.pipe()
         self.reports, reports = os.pipe()
@@ -209,16 +216,20 @@ class _Agent:
         status, state = self._reported(self._report(self._num_fields + 1, ()))
         functions = state.pop() if state else b""
         names = [line.split(b" ")[-1] for line in functions.splitlines()]
-        _send(self.channel, status, names, state, self.folder.changes())
+        _send(self.channel, status, names, state, self._changes())
 
         while True:
             message = _receive(self.channel)
             if message == ():
                 return True
             is_subshell, folder, words, content, changes = message
-            self.folder.apply(changes)
+            if self.has_own_folder:
+                self.folder.apply(changes)
             answer = self._call(is_subshell, folder, words, content)
-            _send(self.channel, *answer, self.folder.changes())
+            _send(self.channel, *answer, self._changes())
+
+    def _changes(self) -> list[Change]:
+        return self.folder.changes() if self.has_own_folder else []
 
     @property
     def _num_fields(self) -> int:
@@ -374,7 +385,7 @@ def _judge(test: dict[str, str], channel: int) -> None:
     folder = Folder(os.fsencode(os.getcwd()), sends_links=True)
     code = os.fsencode(test["code"])
     variables = _variables(os.fsencode(test["before"]) + b"\n" + code)
-    _send(channel, variables)
+    _send(channel, variables, _identity(folder.root))
     status, names, state, changes = checked(_receive(channel), int, list, list, list)
     if status < 0:
         raise FailedError("the script does not come to its end")
