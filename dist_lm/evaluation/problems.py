@@ -18,6 +18,7 @@ from typing import Any
 
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.sandbox.program import NAMES, Language, Program, Test
+from dist_lm.sandbox.syntax import parses
 from dist_lm.sandbox.task import code_of, refuse_broken
 from dist_lm.sandbox.weak_tests import note_of_weak
 
@@ -159,8 +160,9 @@ def humaneval(path: Path) -> list[Problem]:
         if name not in line["prompt"]:
             raise UserError(f"entry_point is {name}, which `prompt` does not begin")
         # What the prompt defines before the function, the test may rely on: an answer must not replace it.
-        given, _, _ = line["prompt"].rpartition(f"def {name}(")
-        test = Test(code=f"{line['test']}\ncheck({name})\n", given=given, entry=_built_in(f"def {name}("))
+        test = Test(
+            code=f"{line['test']}\ncheck({name})\n", given=_given(line["prompt"], name), entry=_built_in(f"def {name}(")
+        )
         solution = line["canonical_solution"]
         return Problem(
             line["task_id"], "python", line["prompt"], (test,), solution, HUMANEVAL_STOPS, entries=(f"def {name}(",)
@@ -205,6 +207,12 @@ def mbpp(path: Path) -> list[Problem]:
     return _read("eval.mbpp", path, read)
 
 
+def _given(prompt: str, name: str) -> str:
+    """Returns the code of a prompt before its function `name`; empty where that is no module, as inside a class."""
+    given, _, _ = f"\n{prompt}".rpartition(f"\ndef {name}(")
+    return given if parses("python", given) else ""
+
+
 def _built_in(code: str) -> str:
     """Returns the first built-in name that `code` defines as a function, as MBPP/126 does `sum`; empty: none."""
     names = re.findall(r"^def (\w+)\(", code, re.MULTILINE)
@@ -234,7 +242,7 @@ def multipl_e(path: Path) -> list[Problem]:
         if names := re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE):
             name = names[-1][0] or names[-1][1]
             entries = (f"def {name}(",) if language == "python" else _functions(name)
-            given = line["prompt"].rpartition(entries[0])[0] if language == "python" else ""
+            given = _given(line["prompt"], name) if language == "python" else ""
 
         # Tests in Bash close the function that a stop text left open.
         tests = line["tests"].lstrip()

@@ -33,6 +33,7 @@ from dist_lm.rlhf.rules import (
     length_rule,
     parses_rule,
 )
+from dist_lm.sandbox.forged import is_forged, is_lookup
 from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.syntax import parses
 from dist_lm.sandbox.task import Task
@@ -111,6 +112,7 @@ class Judge:
         self._parts, self._decode, self._request_of = parts, decode, request_of
         self._max_failed_fraction = max_failed_fraction
         self._alive = alive
+        self._tasks = tasks
         self._rules = rules_of(parts, tasks)
         # programs run beside generation, so that their time is hidden
         self._beside_generation = [rule for rule in self._rules.values() if isinstance(rule, TestsRule)]
@@ -176,7 +178,18 @@ class Judge:
                         f"no score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise "
                         "that"
                     )
-        return ScoredRollouts(rollouts, score_of_rule)
+        return ScoredRollouts(rollouts, score_of_rule, marks=self._marks(judged))
+
+    def _marks(self, judged: Sequence[RuleInput]) -> dict[str, np.ndarray]:
+        """Returns which answers to tasks look forged, and which look like a table of the tests; both as counts only."""
+        if not self._beside_generation:
+            return {}
+        programs = [(self._tasks.by_prompt[each.prompt], each.completion) for each in judged]
+        found = [(task, task.program(completion).source) for task, completion in programs]
+        return {
+            "forged": np.array([is_forged(task.language, source) for task, source in found], bool),
+            "lookups": np.array([is_lookup(task.language, source, task.tests) for task, source in found], bool),
+        }
 
     def _texts(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, str]:
         text = self._decode(prompt)
@@ -261,12 +274,15 @@ class UsableRollouts:
     kept_D: np.ndarray  # bool; which of the rollouts drawn these are
     prompts: int  # number of prompts drawn, including prompts that have no scored rollout
     failed: Mapping[str, int]  # number of rollouts drawn without a score, by part
+    marked: Mapping[str, int] = field(default_factory=dict)  # number of rollouts drawn with each mark
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Share of the rollouts drawn that were left out, and the number that each part failed on."""
+        """Share of the rollouts drawn that were left out, the number that each part failed on, and that of each
+        mark."""
         failed = {f"rlhf/failed_{name}": float(count) for name, count in self.failed.items()}
-        return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed} if failed else {}
+        marked = {f"reward/{name}": float(count) for name, count in self.marked.items()}
+        return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed, **marked} if failed else {}
 
 
 def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRollouts:
@@ -295,4 +311,5 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRoll
         kept_D=kept_D,
         prompts=shared[0].prompts,
         failed={name: int((~(np.abs(score_D) <= LARGEST_REWARD)).sum()) for name, score_D in scores.items()},
+        marked={name: int(mark_D.sum()) for name, mark_D in shared[0].marks.items()},
     )

@@ -228,6 +228,8 @@ class ScoredRollouts:
     rollouts: Rollouts
     scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
     left_out: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
+    # Whether answers look forged or looked up, bool (B,), by name; empty without a reward of kind `tests`.
+    marks: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def prompts(self) -> int:
@@ -238,7 +240,8 @@ class ScoredRollouts:
         """Returns the rollouts of the prompts at these positions."""
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
-        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, left_out)
+        marks = {name: mark_B[chosen_B] for name, mark_B in self.marks.items()}
+        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, left_out, marks)
 
 
 def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -246,7 +249,8 @@ def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
     names = vars(parts[0].rollouts)
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
-    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts))
+    marks = {name: np.concatenate([part.marks[name] for part in parts]) for name in parts[0].marks}
+    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts), marks)
 
 
 def requests_of(

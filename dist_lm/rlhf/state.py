@@ -12,6 +12,7 @@ from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 
 SCORE = "score."  # prefix of the names of scores
+MARK = "mark."  # prefix of the names of marks
 LEFT_OUT = "left_out"
 
 
@@ -64,8 +65,8 @@ class RlhfState:
         return values | {"kl": asdict(self.kl), "reward_scale": scale}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores; empty if there are
-        none."""
+        """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores,
+        `ITERATION.mark.NAME` -> marks; empty if there are none."""
         arrays = {}
         for iteration, scored in self.pending.items():
             for name, array in vars(scored.rollouts).items():
@@ -73,6 +74,8 @@ class RlhfState:
             arrays[f"{iteration}.{LEFT_OUT}"] = np.array([scored.left_out])
             for part, score_B in scored.scores.items():
                 arrays[f"{iteration}.{SCORE}{part}"] = score_B
+            for name, mark_B in scored.marks.items():
+                arrays[f"{iteration}.{MARK}{name}"] = mark_B
         return arrays
 
     @classmethod
@@ -87,10 +90,11 @@ class RlhfState:
         pending = {}
         for iteration, named in sorted(arrays_of_iteration.items()):
             scores = {name.removeprefix(SCORE): score_B for name, score_B in named.items() if name.startswith(SCORE)}
-            columns = {name: array for name, array in named.items() if not name.startswith(SCORE)}
+            marks = {name.removeprefix(MARK): mark_B for name, mark_B in named.items() if name.startswith(MARK)}
+            columns = {name: array for name, array in named.items() if not name.startswith((SCORE, MARK))}
             # Checkpoints of old releases have no such array.
             left_out = columns.pop(LEFT_OUT, np.zeros(1, np.int64))
-            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(left_out[0]))
+            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(left_out[0]), marks)
 
         scale = values["reward_scale"]
         reward_scale = RewardScale(**scale) if scale else None

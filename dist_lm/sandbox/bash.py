@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
+    from dist_lm.sandbox.shared_files import Change
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
@@ -143,6 +144,11 @@ def _start(script: bytes, files: dict[int, int]) -> int:
     return child
 
 
+def _identity(folder: bytes) -> list[int]:
+    status = os.stat(folder)
+    return [status.st_dev, status.st_ino]
+
+
 def _unnamed_file() -> int:
     """Returns the descriptor of an empty file that no folder has any more; files in memory are refused here."""
     name = f".dist_lm-{os.getpid()}"
@@ -183,8 +189,9 @@ class _Agent:
 
     def __init__(self, script: bytes, channel: int) -> None:
         self.channel = channel
-        [self.variables] = _receive(channel)
+        self.variables, identity = _receive(channel)
         self.folder = Folder(os.fsencode(os.getcwd()), sends_links=False)
+        self.has_own_folder = _identity(self.folder.root) != identity  # else there are no namespaces
         self.input = _unnamed_file()
         commands, self.commands = os.pipe()
         self.reports, reports = os.pipe()
@@ -209,16 +216,20 @@ class _Agent:
         status, state = self._reported(self._report(self._num_fields + 1, ()))
         functions = state.pop() if state else b""
         names = [line.split(b" ")[-1] for line in functions.splitlines()]
-        _send(self.channel, status, names, state, self.folder.changes())
+        _send(self.channel, status, names, state, self._changes())
 
         while True:
             message = _receive(self.channel)
             if message == ():
                 return True
             is_subshell, folder, words, content, changes = message
-            self.folder.apply(changes)
+            if self.has_own_folder:
+                self.folder.apply(changes)
             answer = self._call(is_subshell, folder, words, content)
-            _send(self.channel, *answer, self.folder.changes())
+            _send(self.channel, *answer, self._changes())
+
+    def _changes(self) -> list[Change]:
+        return self.folder.changes() if self.has_own_folder else []
 
     @property
     def _num_fields(self) -> int:
@@ -374,7 +385,7 @@ def _judge(test: dict[str, str], channel: int) -> None:
     folder = Folder(os.fsencode(os.getcwd()), sends_links=True)
     code = os.fsencode(test["code"])
     variables = _variables(os.fsencode(test["before"]) + b"\n" + code)
-    _send(channel, variables)
+    _send(channel, variables, _identity(folder.root))
     status, names, state, changes = checked(_receive(channel), int, list, list, list)
     if status < 0:
         raise FailedError("the script does not come to its end")
@@ -404,15 +415,18 @@ def _judge(test: dict[str, str], channel: int) -> None:
         os.close(file)
 
     fields = _Fields(requests, os.pidfd_open(shell))
+    targets = _targets(code)
     has_passed = False
     while request := fields.next():
         if request == b"passed":
             has_passed = True
         elif request == b"files":
+            folder.changes()  # the code before has made the same files on both sides
+            _refuse_targets(folder.new_paths(changes), targets, [])
             folder.apply(changes)
             _write(answers, state, len(variables))
         else:
-            _answer(fields, channel, folder, answers, output, len(variables))
+            _answer(fields, channel, folder, answers, output, len(variables), targets)
     _, wait_status = os.waitpid(shell, 0)
     if not has_passed or wait_status != 0:
         raise FailedError("the code of the test does not return 0")
@@ -436,22 +450,51 @@ def _given(root: bytes, place: bytes, arguments: list[bytes], content: bytes) ->
 
     Arguments that are paths name the files. A call without such an argument is given all files, unless it has an input.
     """
-    paths = [os.path.relpath(os.path.normpath(os.path.join(place, argument)), root) for argument in arguments]
-    named = [path for path in paths if os.path.lexists(os.path.join(root, path))]
+    named = [path for path in _paths(root, place, arguments) if os.path.lexists(os.path.join(root, path))]
     if not named and not content:
         return None
-
-    def is_given(path: bytes) -> bool:
-        return any(path == name or name == b"." or _is_below(path, name) or _is_below(name, path) for name in named)
-
-    return is_given
+    return lambda path: _is_named(path, named)
 
 
-def _is_below(path: bytes, folder: bytes) -> bool:
-    return path.startswith(folder + b"/")
+def _paths(root: bytes, place: bytes, arguments: list[bytes]) -> list[bytes]:
+    """Returns the arguments of a call as paths below `root`."""
+    return [os.path.relpath(os.path.normpath(os.path.join(place, argument)), root) for argument in arguments]
 
 
-def _answer(fields: _Fields, channel: int, folder: Folder, answers: int, output: int, num_variables: int) -> None:
+def _is_named(path: bytes, names: list[bytes]) -> bool:
+    """Whether a path is one of `names`, below one, or a folder above one."""
+
+    def is_below(path: bytes, folder: bytes) -> bool:
+        return path.startswith(folder + b"/")
+
+    return any(path == name or name == b"." or is_below(path, name) or is_below(name, path) for name in names)
+
+
+def _targets(code: bytes) -> set[bytes]:
+    """Returns the last parts of paths that the code of a test seems to write: targets of `>` and of commands."""
+    text = code.translate(None, b"'\"")
+    written = re.findall(rb">[>|&]?[ \t]*([^\s;&|<>()]+)", text)
+    for arguments in re.findall(rb"\b(?:tee|cp|mv|touch|mkdir|ln|install|dd|truncate)\b([^;&|\n]*)", text):
+        written += arguments.split()
+    return {path.rstrip(b"/").rpartition(b"/")[2] for path in written} - {b"", b"null"}
+
+
+def _refuse_targets(new_paths: list[bytes], targets: set[bytes], named: list[bytes]) -> None:
+    """Refuses new files of a program where the test writes its own: a folder, or a file that nobody may write, would
+    stay, and the test would compare the program's files with each other.
+
+    Raises:
+        FailedError: names the file.
+    """
+    for path in new_paths:
+        name = path.rpartition(b"/")[2]
+        if (name in targets or name[:1] == b"-") and not _is_named(path, named):
+            raise FailedError(f"the program makes {os.fsdecode(path)}, which is the test's to make")
+
+
+def _answer(
+    fields: _Fields, channel: int, folder: Folder, answers: int, output: int, num_variables: int, targets: set[bytes]
+) -> None:
     """Passes a call of the test to the program, and the program's answer to the test."""
     is_subshell = fields.next() == b"1"
     place = fields.next()
@@ -463,6 +506,7 @@ def _answer(fields: _Fields, channel: int, folder: Folder, answers: int, output:
     status, printed, errors, state, changes = checked(_receive(channel), int, bytes, bytes, list, list)
     if status < 0:
         raise FailedError("a call ended the shell")
+    _refuse_targets(folder.new_paths(changes), targets, _paths(folder.root, place, words[1:]))
     folder.apply(changes)
 
     os.ftruncate(output, 0)

@@ -10,6 +10,7 @@ library is imported, and little of it.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 
@@ -67,6 +68,7 @@ class Peer:
         self._numbers_there: dict[int, int] = {}  # id of what stands here -> number on the other side
         self._classes: dict[tuple[str, ...], type] = {}  # names -> exception class made here
         self._nested = 0
+        self._lock = _thread.RLock()  # threads ask one after the other; while one waits, it answers itself
 
     # --- asking ---
 
@@ -81,16 +83,16 @@ class Peer:
         """
         encoder = Encoder(self._refer)
         encoder.put((operation, *operands))
-        self._write(QUESTION, encoder.finished())
-
-        self._nested += 1
-        try:
-            kind, content = self._read()
-            while kind == QUESTION:
-                self._answer(content)
+        with self._lock:
+            self._write(QUESTION, encoder.finished())
+            self._nested += 1
+            try:
                 kind, content = self._read()
-        finally:
-            self._nested -= 1
+                while kind == QUESTION:
+                    self._answer(content)
+                    kind, content = self._read()
+            finally:
+                self._nested -= 1
         return self._understood(kind, content, encoder.shared)
 
     def _understood(self, kind: int, content: bytes, shared: list[Any]) -> Any:

@@ -86,6 +86,11 @@ class Fenced:
         """Limits this process, which is confined already, for good."""
         confine.limit(_resource_limits(limits, self.namespaces), self._hard)
 
+    def limit_memory(self, most: int) -> None:
+        """Limits the memory of this process in bytes, until it does so again."""
+        hard = self._hard[resource.RLIMIT_AS]
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
     def confine(self, folder: str, limits: dict[str, Any] | None = None, badness: int = 1000) -> None:
         """Confines this process for good.
 

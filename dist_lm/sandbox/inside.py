@@ -24,7 +24,7 @@ from dist_lm.sandbox import confine, judge, languages
 from dist_lm.sandbox.fenced import Fenced, leave_after
 from dist_lm.sandbox.frames import read_exactly, receive_files, socketpair, write_frame
 from dist_lm.sandbox.judging import Judges, Judging
-from dist_lm.sandbox.watched import SIGKILL, TIMEOUT, TROUBLE, Watched
+from dist_lm.sandbox.watched import DONE, SIGKILL, TIMEOUT, TROUBLE, Watched
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ PRELOADED = (
     *("site", "signal", "re", "collections", "functools", "itertools", "math", "string", "json", "heapq", "bisect"),
     *("operator", "typing", "datetime", "sqlite3"),
 )
+BUSY = 3  # exit code of a run whose judge has not come to the end of a test
 JUDGED = b"j"  # first byte of a request with a test that has a judge
 TAIL_BYTES = 2_000
 
@@ -62,10 +63,10 @@ def main() -> None:
     if namespaces:
         confine.enter_user_namespace()
 
-    # Programs get other files as 0 to 4, so nothing of ours has these numbers.
+    # Programs and judges get other files as 0 to 5, so nothing of ours has these numbers.
     channel = os.dup2(0, 10)
     null = os.open("/dev/null", os.O_RDWR)
-    for descriptor in (0, 1, 3, 4):
+    for descriptor in (0, 1, 3, 4, 5):
         os.dup2(null, descriptor)
 
     readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", sys.base_prefix)
@@ -80,13 +81,15 @@ def main() -> None:
         # The first byte says whether a test has a judge. The server reads no more.
         is_judged = os.read(channel, 1) == JUDGED
         fenced.prepare()
-        if is_judged and judges is None:
-            judges = Judges(fenced)
-        if not _serve(channel, fenced, judges if is_judged else None):
+        control = -1
+        if is_judged:
+            judges, control = _judge_of_run(judges, fenced)
+        status = _serve(channel, fenced, control)
+        if status not in (0, BUSY):
             break
 
-        # Judges that were forked before all modules were loaded would load them again for every run.
-        if judges and unloaded:
+        # A judge that was forked before all modules were loaded would load them again for every test.
+        if judges and (unloaded or status == BUSY):
             judges.close()
             judges = None
     os._exit(0)  # at once: there is nothing to tidy up
@@ -138,12 +141,27 @@ def _wait_for(channel: int, unloaded: list[str], is_first: bool) -> bool:
     return not any(event & (select.POLLHUP | select.POLLERR) for _, event in poller.poll())
 
 
-def _serve(channel: int, fenced: Fenced, judges: Judges | None) -> bool:
-    """Makes one run in processes below and returns whether they wrote an answer; kills them if the other side goes."""
-    control = judges.begin() if judges else -1
+def _judge_of_run(judges: Judges | None, fenced: Fenced) -> tuple[Judges, int]:
+    """Returns the judging process and its socket for a run; makes a new one if there is none, or it has ended."""
+    if judges:
+        try:
+            return judges, judges.begin()
+        except OSError:
+            judges.close()
+    judges = Judges(fenced)
+    return judges, judges.begin()
+
+
+def _serve(channel: int, fenced: Fenced, control: int) -> int:
+    """Makes one run in processes below and returns how that ended; kills them if the other side goes.
+
+    0 and BUSY: there is an answer; with BUSY, the judge has not come to the end of a test.
+    """
     child = fenced.fork()
     if child == 0:
         leave_after(_Run(channel, control, fenced).answer)
+    if control >= 0:
+        os.close(control)  # its end is the end of the run
 
     pidfd = os.pidfd_open(child)
     poller = select.poll()
@@ -153,12 +171,8 @@ def _serve(channel: int, fenced: Fenced, judges: Judges | None) -> bool:
     if is_abandoned:
         os.kill(child, SIGKILL)
     os.close(pidfd)
-    status = os.waitpid(child, 0)[1]
-
-    if judges:
-        judges.end()
-        os.close(control)
-    return status == 0 and not is_abandoned
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return 1 if is_abandoned else status
 
 
 class _Run:
@@ -174,6 +188,7 @@ class _Run:
         self.control = control
         self.fenced = fenced
         self.judging: Judging | None = None
+        self.is_judge_busy = False
 
     def answer(self) -> None:
         """Reads a request, makes its attempts and writes the answer; runs in the forked process.
@@ -218,6 +233,8 @@ class _Run:
             if self.fenced.namespaces and index + 1 < len(request["tests"]):  # the last one goes with its namespace
                 confine.unmount_tmp()
         write_frame(self.channel, b"".join(_packed(*attempt) for attempt in attempts))
+        if self.is_judge_busy:
+            os._exit(BUSY)
 
     def _attempt(self, request: dict[str, Any], index: int, cpu_s: float, wall_s: float) -> tuple:
         """Runs the test with this index.
@@ -246,6 +263,8 @@ class _Run:
             attempt.watch(self.fenced.namespaces)
         finally:
             attempt.end(self.fenced.namespaces)
+        if judging:
+            self.is_judge_busy = attempt.ended != DONE
         return _facts(attempt)
 
     def _be_program(self, request: dict[str, Any], test: dict[str, str], files: tuple[int, ...]) -> NoReturn:

@@ -101,7 +101,9 @@ class Judge(Peer):
             names = self.wait_for_names()
         except GoneError as error:
             self.refuse(str(error))
-        self.names.known = {name: value for name, value in names.items() if type(name) is str and _is_shared(value)}
+        for name, value in names.items():
+            if type(name) is str and _is_shared(value) and self.names.is_asked(name):
+                self.names.setdefault(name, value)
 
     def refuse(self, reason: str) -> NoReturn:
         """Fails the test for good.
@@ -149,8 +151,8 @@ class Judge(Peer):
     def exception_class(self, names: tuple[str, ...]) -> type:
         """Returns the test's own exception class of that name; else one that stands for the program's."""
         own = dict.get(self.names, names[0])
-        if isinstance(own, type) and issubclass(own, Exception):
-            return own
+        if issubclass(type(own), type) and issubclass(own, Exception):  # type: ignore[arg-type]
+            return own  # type: ignore[return-value]
         return super().exception_class(names)
 
 
@@ -164,19 +166,24 @@ class Names(dict):
     def __init__(self, judge: Judge, entry: str = "") -> None:
         super().__init__(__name__="__main__")
         self.code = ""  # of the test
-        self.known: dict[str, Any] = {}  # functions and classes that the program has told of
         self._judge = judge
         self._entry = entry
 
-    def __missing__(self, name: str) -> Any:
+    def is_asked(self, name: str) -> bool:
+        """Whether the program is asked for a name, if the test does not define it."""
         is_ours = hasattr(builtins, name) and name != self._entry
-        if is_ours or (name.startswith("__") and name.endswith("__")):
-            raise KeyError(name)
+        return not is_ours and not (name.startswith("__") and name.endswith("__")) and not self._is_module(name)
+
+    def __missing__(self, name: str) -> Any:
         if self._is_module(name):
             return self.setdefault(name, __import__(name))
+        if not self.is_asked(name):
+            raise KeyError(name)
         self._judge.begin()
+        if name in self:
+            return self[name]
         try:
-            value = self.known[name] if name in self.known else self._judge.ask("name", name)
+            value = self._judge.ask("name", name)
         except NameError:
             raise KeyError(name) from None
         if _is_shared(value):

@@ -1,8 +1,9 @@
-"""The processes that judge, in namespaces of their own: no program can see them.
+"""The process that judges, in namespaces of its own: no program can see it.
 
-A server waits there, confined like a program; it reads no test. For each run it forks a judge, which gets the tests
-once, in a file that no other process of the sandbox reads. For each test the judge then gets the socket to the program,
-its own standard output and error, and a pipe for the verdict, which it closes in the end.
+It is confined like a program. For each run it gets the tests once, in a file that no other process of the sandbox
+reads. For each test it then gets the socket to the program, standard output and error of the judge, and a pipe for the
+verdict, which it closes in the end. A test that leaves nothing behind is judged here; another one in a process forked
+for it, of which nothing is left then.
 
 This module runs inside the sandbox. Only the standard library is imported, and little of it.
 """
@@ -16,19 +17,19 @@ import struct
 from dist_lm.sandbox import confine, judge, languages
 from dist_lm.sandbox.fenced import Fenced, leave_after
 from dist_lm.sandbox.frames import has_more, read_exactly, receive_files, send_files, socketpair
-from dist_lm.sandbox.watched import kill_all
+from dist_lm.sandbox.watched import SIGKILL, kill_all
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import Any
 
-_CONTROL = 4  # descriptor of the socket to the other side, in these processes
+_CONTROL, _CHANNEL = 4, 5  # descriptors of the sockets to the first process of the run, and to the server
 _CLOCK = struct.Struct("d")  # CPU seconds of a process until it judges; the clocks themselves are open files
 _TMP_BYTES = 32 << 20
 
 
 class Judges:
-    """The server of judges, as the server of the sandbox sees it: a judge for one run at a time.
+    """The judging process, as the server of the sandbox sees it. It serves one run at a time.
 
     Raises:
         OSError: the kernel refuses a namespace.
@@ -43,57 +44,119 @@ class Judges:
         os.close(other)
 
     def begin(self) -> int:
-        """Starts a judge and returns the socket to it.
+        """Returns a socket for a run, which it serves until the other side has gone.
 
         Raises:
-            OSError: the server of judges has ended.
+            OSError: it has ended.
         """
         control, other = socketpair()
-        send_files(self._channel, b"+", [other])
-        os.close(other)
+        try:
+            send_files(self._channel, b"+", [other])
+        except OSError:
+            os.close(control)
+            raise
+        finally:
+            os.close(other)
         return control
 
-    def end(self) -> None:
-        """Ends the judge, and all processes that it has started, before another one begins.
-
-        Raises:
-            OSError: the server of judges has ended.
-        """
-        os.write(self._channel, b"-")
-
     def close(self) -> None:
-        """Ends the server of judges."""
+        """Ends it, and all that it has started."""
         os.close(self._channel)
+        os.kill(self._process, SIGKILL)
         os.waitpid(self._process, 0)
 
 
 def _serve(channel: int, fenced: Fenced) -> None:
-    """Forks judges until the other side has gone; runs in the first process of new namespaces.
+    """Serves runs until the other side has gone; runs in the first process of new namespaces.
 
     Raises:
         OSError: the kernel refuses a fence, or the other side has gone too early.
     """
     fenced.begin()
-    os.dup2(channel, _CONTROL)
+    os.dup2(channel, _CHANNEL)
     if fenced.namespaces:
         confine.mount_tmp(_TMP_BYTES)
     else:
         confine.adopt_orphans()
     fenced.confine("/tmp", badness=500)  # the program goes first if memory is short, but the first processes last
-    os.closerange(_CONTROL + 1, 1 << 20)
+    os.closerange(_CHANNEL + 1, 1 << 20)
 
+    clocks = _clocks()
     while True:
-        _, [control] = receive_files(_CONTROL, 1)
-        if os.fork() == 0:
-            confine.end_with_parent()
-            leave_after(judge_run, control, fenced)
+        _, [control] = receive_files(_CHANNEL, 1)
+        os.dup2(control, _CONTROL)
         os.close(control)
+        try:
+            _judge_run(fenced, clocks)
+        except OSError:  # the run has ended
+            os.dup2(0, _CONTROL)
 
-        read_exactly(_CONTROL, 1)
-        kill_all(fenced.namespaces)
-        _wait_for_children()
-        if fenced.namespaces:
-            _empty("/tmp")
+
+def _judge_run(fenced: Fenced, clocks: list[int]) -> None:
+    """Judges the tests of a run until the other side (`Judging`) has gone.
+
+    Raises:
+        OSError: the other side has gone.
+    """
+    length, [file] = receive_files(_CONTROL, 4)
+    request = marshal.loads(read_exactly(_CONTROL, int.from_bytes(length, "big")))
+    tests = marshal.loads(os.pread(file, os.fstat(file).st_size, 0))
+    os.close(file)
+
+    os.chdir(request["folder"])
+    fenced.limit_memory(request["limits"]["memory_bytes"])
+    _announce(clocks)
+    is_announced = True
+    while True:
+        number, files = receive_files(_CONTROL, 4)
+        test = tests[int.from_bytes(number, "big")]
+        if judge.leaves_nothing(request["language"], test):
+            if not is_announced:
+                _announce(clocks)
+            verdict = _take(files)
+            judge.judge_python(test, languages.CHANNEL, verdict)
+            for descriptor in (1, 2, languages.CHANNEL):  # closes the files, and lets no other one get these numbers
+                os.dup2(0, descriptor)
+            os.close(verdict)
+            is_announced = True
+        else:
+            _judge_apart(request, test, files, fenced)
+            is_announced = False
+
+
+def _clocks() -> list[int]:
+    """Opens what the kernel tells of this process: its CPU time, and how long it waited for a core."""
+    paths = ("/proc/self/stat", "/proc/self/schedstat")  # the latter only if the kernel has it
+    return [os.open(path, os.O_RDONLY) for path in paths if os.path.exists(path)]
+
+
+def _announce(clocks: list[int]) -> None:
+    """Tells the first process of the run that this process judges from now on: hands it the clocks of this process."""
+    send_files(_CONTROL, _CLOCK.pack(sum(os.times()[:4])), clocks)
+
+
+def _judge_apart(request: dict[str, Any], test: dict[str, str], files: list[int], fenced: Fenced) -> None:
+    """Judges a test in a process forked for it, of which nothing is left then."""
+    child = os.fork()
+    if child == 0:
+        try:
+            confine.end_with_parent()
+            fenced.limit(request["limits"])
+            _announce(_clocks())
+            os.closerange(_CONTROL, files[0])
+            judge.JUDGES[request["language"]](test, languages.CHANNEL, _take(files))
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}\n".encode(errors="replace")[:500])
+        finally:
+            os._exit(1)
+    for file in files:
+        os.close(file)
+    os.waitpid(child, 0)
+
+    kill_all(fenced.namespaces)
+    _wait_for_children()
+    if fenced.namespaces:
+        _empty("/tmp")
 
 
 def _wait_for_children() -> None:
@@ -114,83 +177,6 @@ def _empty(folder: str) -> None:
         for name in folders:
             remove = os.remove if os.path.islink(f"{path}/{name}") else os.rmdir
             remove(f"{path}/{name}")
-
-
-def judge_run(control: int, fenced: Fenced) -> None:
-    """Judges the tests of a run until the other side has gone.
-
-    Args:
-        control: socket to the first process of the run (`Judging`).
-
-    Raises:
-        OSError: the other side has gone too early.
-    """
-    os.dup2(control, _CONTROL)
-    os.close(control)
-    length, [file] = receive_files(_CONTROL, 4)
-    request = marshal.loads(read_exactly(_CONTROL, int.from_bytes(length, "big")))
-    tests = marshal.loads(os.pread(file, os.fstat(file).st_size, 0))
-    os.close(file)
-
-    fenced.limit(request["limits"])
-    os.chdir(request["folder"])
-    _announce()
-
-    last = max(index for index, is_judged in enumerate(request["judged"]) if is_judged)
-    is_announced = True
-    while True:
-        try:
-            number, files = receive_files(_CONTROL, 4)
-        except OSError:
-            return
-        index = int.from_bytes(number, "big")
-        test = tests[index]
-
-        # Other tests get a process of their own, except the last one: nothing comes after it.
-        if index == last or judge.leaves_nothing(request["language"], test):
-            if not is_announced:
-                _announce()
-                is_announced = True
-            if index == last:
-                _be_judge(request["language"], test, files)
-            verdict = _take(files)
-            judge.judge_python(test, languages.CHANNEL, verdict)
-            os.dup2(0, languages.CHANNEL)  # closes the socket, and lets no other file get this number
-            os.close(verdict)
-        else:
-            _judge_apart(request["language"], test, files, fenced.namespaces)
-            is_announced = False
-
-
-def _announce() -> None:
-    """Tells the first process of the run that this process judges from now on: hands it clocks of this process."""
-    paths = ("/proc/self/stat", "/proc/self/schedstat")  # the latter only if the kernel has it
-    clocks = [os.open(path, os.O_RDONLY) for path in paths if os.path.exists(path)]
-    send_files(_CONTROL, _CLOCK.pack(sum(os.times()[:4])), clocks)
-    for clock in clocks:
-        os.close(clock)
-
-
-def _judge_apart(language: str, test: dict[str, str], files: list[int], namespaces: bool) -> None:
-    """Judges a test in a process forked for it, of which nothing is left then."""
-    child = os.fork()
-    if child == 0:
-        _announce()
-        _be_judge(language, test, files)
-    for file in files:
-        os.close(file)
-    os.waitpid(child, 0)
-    if namespaces:
-        kill_all(namespaces)
-        _empty("/tmp")
-
-
-def _be_judge(language: str, test: dict[str, str], files: list[int]) -> NoReturn:
-    try:
-        os.close(_CONTROL)
-        judge.JUDGES[language](test, languages.CHANNEL, _take(files))
-    finally:
-        os._exit(1)
 
 
 def _take(files: list[int]) -> int:

@@ -113,7 +113,7 @@ def _seed_random() -> None:
     """Gives `random` the same seed in every program, without importing it for programs that do not use it."""
     if "random" in sys.modules:
         sys.modules["random"].seed(0)
-    else:
+    elif not any(type(finder) is _SeededRandom for finder in sys.meta_path):
         sys.meta_path.insert(0, _SeededRandom())
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_FILES = 2_000  # in a folder
 MAX_FILE_BYTES = 2 << 20  # of all files that one message carries
+MAX_FOLDER_BYTES = 12 << 20  # of all files of a folder: a test needs room for its own
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 
@@ -46,7 +47,7 @@ class Folder:
 
     Args:
         root: the folder; its own rights are not shared.
-        sends_links: whether symbolic links are shared, too.
+        sends_links: whether symbolic links of this side are shared, too; else it takes those of the other side.
     """
 
     def __init__(self, root: bytes, sends_links: bool) -> None:
@@ -92,7 +93,7 @@ class Folder:
             path, kind, *_ = checked(change, bytes, str, int, int, bytes)
             if not path or any(part in (b"", b".", b"..") for part in path.split(b"/")) or b"\0" in path:
                 raise MalformedError("a path that leads out of the folder")
-            if kind not in ("file", "folder", "none", "link"):
+            if kind not in ("file", "folder", "none") and not (kind == "link" and not self.sends_links):
                 raise MalformedError("a kind of file that is not shared")
 
         # What has gone goes first, the deepest at the beginning: a folder may have become a file.
@@ -113,8 +114,21 @@ class Folder:
 
         found: dict[bytes, tuple] = {}
         self._scan(b"", found)
+        if sum(state[3] for state in found.values() if state[0] == "file") > MAX_FOLDER_BYTES:
+            raise FailedError(f"more than {MAX_FOLDER_BYTES} bytes of files")
         shared = {*self._known, *(path for path, *_ in changes)}
         self._known = {path: state for path, state in found.items() if path in shared}
+
+    def new_paths(self, changes: Any) -> list[bytes]:
+        """Returns the paths that changes of the other side add.
+
+        Raises:
+            MalformedError: they are none.
+        """
+        if type(changes) is not list:
+            raise MalformedError("changes of another form")
+        paths = [checked(change, bytes, str, int, int, bytes)[:2] for change in changes]
+        return [path for path, kind in paths if kind != "none" and path not in self._known]
 
     def _at(self, path: bytes) -> bytes:
         return b"%s/%s" % (self.root, path)

@@ -151,13 +151,13 @@ def _first_row(database: sqlite3.Connection, code: str) -> tuple[tuple | None, s
     """
     import sqlite3
 
-    views = {*_names(database, "view")}
-    read: set[str] = set()
+    # SQLite does not tell of every view that it looks through, so a name in the text counts, too.
+    text = code.lower()
+    read = {name for name in _names(database, "table", "view") if name in text}
 
-    def note(action: int, table: str | None, _: str | None, __: str | None, inside: str | None) -> int:
-        # A table inside of a view counts too: for a plain count, SQLite names the table and no view.
-        if action == sqlite3.SQLITE_READ:
-            read.update(name.lower() for name in (table, inside) if name and (name == table or name.lower() in views))
+    def note(action: int, table: str | None, *_: str | None) -> int:
+        if action == sqlite3.SQLITE_READ and table:
+            read.add(table.lower())
         return sqlite3.SQLITE_OK
 
     [query] = split_statements(code)

@@ -163,9 +163,8 @@ class Encoder:
         return bytes(self.data)
 
     def _writer_of_base(self, kind: type) -> Any:
+        _know_loaded_modules()
         base = _base_of(kind, _WRITERS)
-        if base is None and _know_loaded_modules():
-            base = _base_of(kind, _WRITERS)
         if base is None or base is type:  # a class of the program is no value
             return _put_exception if BaseException in type.mro(kind) else None
         return _WRITERS[base]
@@ -367,16 +366,13 @@ _WRITERS: dict[type, Callable[[Encoder, Any, int], None]] = {
 _BY_NAME = (_put_name,)
 
 
-def _know_loaded_modules() -> bool:
-    """Adds the types of modules that were loaded since; returns whether there were any.
+def _know_loaded_modules() -> None:
+    """Adds the types of modules that were loaded since.
 
     A value of such a type exists only if its module was loaded, and loading one takes time.
     """
-    before = len(_WRITERS)
-    for name, add in _LATE.items():
-        if name in sys.modules:
-            add(sys.modules[name])
-    return len(_WRITERS) > before
+    for name in [name for name in _LATE if name in sys.modules]:
+        _LATE.pop(name)(sys.modules[name])
 
 
 def _know_collections(module: Any) -> None:

@@ -359,6 +359,13 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
+        ("reward/forged", "rollouts", "lower", "Answers that look like an attack on their tests."),
+        ("reward/lookups", "rollouts", "lower", "Answers that look like a table of their tests."),
+        only="with a reward of kind tests",
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
         ("rlhf/kl", "nats/rollout", "", "KL divergence from the reference, estimated on rollouts."),
         ("rlhf/kl_coefficient", "", "", "Coefficient of the KL penalty."),
         only="with rlhf.kl_coefficient > 0",

@@ -6,7 +6,7 @@ In a source, `<name>` stands for the function that the tests call, and `<stub>` 
 from tests.forgery.forgery import Forgery
 
 FUNCTIONS = ("bash_function", "multipl_e_bash", "own_bash")
-FILES = ("bash_files", "own_bash_files")
+FILES = ("bash_files", "own_bash_files", "bash_before")
 CALLED = (*FUNCTIONS, *FILES)
 
 # --- commands of the test replaced ---
@@ -190,6 +190,30 @@ FILES_FORGED = [
         "the file that the test compares with is written",
         '<name>() { : > "$2"; : > want; : > expected; }',
         ("bash_files",),
+    ),
+    Forgery(
+        "expected_read_only",
+        "the test cannot write what it compares with, which equals the output",
+        '<name>() { echo > "$2"; echo > want; chmod 400 want; }',
+        ("bash_files",),
+    ),
+    Forgery(
+        "expected_is_a_folder",
+        "the test cannot write what it compares with, a folder with a file like the output",
+        '<name>() { : > "$2"; mkdir want; : > "want/$2"; }',
+        ("bash_files",),
+    ),
+    Forgery(
+        "full_folder",
+        "the test has no room to write what it compares with",
+        '<name>() { : > "$2"; local n; for n in {1..15}; do head -c 2000000 /dev/zero > big$n; done; }',
+        ("bash_files",),
+    ),
+    Forgery(
+        "options_as_names",
+        "names of files are options of the test's commands",
+        '<name>() { : > "$2"; : > -q; : > --brief; : > -v; }',
+        FILES,
     ),
     Forgery(
         "folder_replaced",

@@ -286,8 +286,17 @@ BASH_FILES = asked(
         "cd /tmp && printf 'b\\na\\n' > in && sort_file in out && [ \"$(cat out)\" = $'a\\nb' ]",
         "mkdir -p /tmp/d && cd /tmp/d && printf '2\\n3\\n1\\n' > in && sort_file in out && "
         "printf '1\\n2\\n3\\n' > want && cmp -s out want && [ \"$(wc -l < in)\" -eq 3 ]",
+        "cd /tmp\nprintf '9\\n8\\n' > in\nsort_file in out\nprintf '8\\n9\\n' > want\ndiff out want",
         "cd /tmp && printf 'd\\nc\\n' > in && printf 'c\\nd\\n' > want && sort_file in out && diff out want",
     ],
+)
+BASH_BEFORE = asked(
+    "bash",
+    "add_line",
+    "add_line() { :; }",
+    ('add_line() { echo "$1" >> list; }', "cd /tmp\nadd_line() { printf '%s\\n' \"$@\" >> /tmp/list; }"),
+    ['add_line c && [ "$(tail -n 1 list)" = c ]', "add_line 'd e'\n[ \"$(cat list)\" = $'a\\nb\\nd e' ]"],
+    before="cd /tmp && printf 'a\\nb\\n' > list",
 )
 BASH_PROGRAM = asked(
     "bash",
@@ -391,6 +400,7 @@ KINDS = {
     "own_python": OWN_PYTHON,
     "bash_function": BASH_FUNCTION,
     "bash_files": BASH_FILES,
+    "bash_before": BASH_BEFORE,
     "bash_program": BASH_PROGRAM,
     "multipl_e_bash": MULTIPL_E_BASH,
     "own_bash": OWN_BASH,

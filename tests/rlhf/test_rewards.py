@@ -99,8 +99,10 @@ def test_inputs_that_are_not_finite_name_the_part_and_its_scores():
 def test_a_rollout_without_a_score_leaves_with_its_tokens_and_scores():
     rollouts = rollouts_with([2, 1, 3], [3, 2, 1], positions=[5, 6, 7])
     scores = {"a": np.array([1.0, np.nan, 3.0]), "b": np.array([4.0, 5.0, 6.0])}
-    scored = share_usable(ScoredRollouts(rollouts, scores))
-    assert scored.metrics == {"rlhf/left_out": pytest.approx(1 / 3), "rlhf/failed_a": 1, "rlhf/failed_b": 0}
+    marks = {"forged": np.array([True, True, False])}
+    scored = share_usable(ScoredRollouts(rollouts, scores, marks=marks))
+    failed = {"rlhf/failed_a": 1, "rlhf/failed_b": 0}
+    assert scored.metrics == {"rlhf/left_out": pytest.approx(1 / 3), **failed, "reward/forged": 2}
     assert {name: score.tolist() for name, score in scored.rule_score_B.items()} == {"a": [1, 3], "b": [4, 6]}
     kept = [one for place, one in enumerate(rollouts) if place != 1]
     for found, expected in zip(scored.rollouts, kept, strict=True):

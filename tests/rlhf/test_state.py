@@ -44,7 +44,8 @@ def test_a_best_reward_that_is_no_number_is_forgotten(void):
 def test_pending_rollouts_come_back_to_the_bit():
     drawn = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
     scores = {4: {"mine": np.array([0.1, np.nan]), "a.b": np.array([1.0, 2.0])}, 11: {}}
-    pending = {iteration: ScoredRollouts(rollouts, scores[iteration]) for iteration, rollouts in drawn.items()}
+    marks = {4: {"forged": np.array([True, False])}, 11: {}}
+    pending = {n: ScoredRollouts(rollouts, scores[n], marks=marks[n]) for n, rollouts in drawn.items()}
     found = through_json(replace(STATE, pending=pending)).pending
     assert list(found) == [4, 11]
     for iteration, judged in pending.items():
@@ -53,6 +54,9 @@ def test_pending_rollouts_come_back_to_the_bit():
         assert found[iteration].scores.keys() == judged.scores.keys()
         for name, value in judged.scores.items():
             assert np.array_equal(found[iteration].scores[name], value, equal_nan=True), name
+        assert found[iteration].marks.keys() == judged.marks.keys()
+        for name, value in scored.marks.items():
+            assert np.array_equal(found[iteration].marks[name], value), name
 
 
 def test_an_adaptive_coefficient_goes_after_its_target_and_a_fixed_one_stays():

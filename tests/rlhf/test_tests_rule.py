@@ -119,7 +119,12 @@ def test_a_judge_begins_with_the_texts_that_it_judges_later():
         judge.begin(request, Answer("0", 0, 1, (2, 3), "", (0.0, 0.0), (0.0, 0.0), "eot", 0, 0))
         begun = judge._beside_generation[0]._running
         assert set(begun) == {RuleInput("double", "echo 4", 2, True, 0, 0, request="double")}
-        assert judge(made).scores["mine"].tolist() == [0.5, 0.5]
+        scored = judge(made)
+        assert scored.scores["mine"].tolist() == [0.5, 0.5]
+        assert {name: mark.tolist() for name, mark in scored.marks.items()} == {
+            "forged": [False, False],
+            "lookups": [False, False],
+        }
         assert not begun
 
 

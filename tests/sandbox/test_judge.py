@@ -126,6 +126,9 @@ HOLDS = {
     "def check(candidate): assert candidate(1) == 3\ncheck(add)",
     "missing name": "try:\n    nothing\n    raise AssertionError\nexcept NameError:\n    pass",
     "exit": "try:\n    leave()\n    raise AssertionError\nexcept SystemExit as end:\n    assert end.code == 3",
+    "names in a class": "class Calls:\n    two = add(0)\nassert Calls.two == 2",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+    "    assert [*pool.map(add, range(50))] == [*range(2, 52)]",
     "data": "assert data == {'a': [1]}",
 }
 FAILS = {
