@@ -55,7 +55,7 @@ def test_pending_rollouts_come_back_to_the_bit():
         for name, value in judged.scores.items():
             assert np.array_equal(found[iteration].scores[name], value, equal_nan=True), name
         assert found[iteration].marks.keys() == judged.marks.keys()
-        for name, value in scored.marks.items():
+        for name, value in judged.marks.items():
             assert np.array_equal(found[iteration].marks[name], value), name
 
 
