@@ -1,7 +1,9 @@
 """Finds tests that say little about an answer, by reading them: nothing is executed.
 
-A test that compares the answer with itself holds for every constant (HumanEval/33). If all tests of a task expect the
-same value, an answer that always gives this value passes. A form of test that is not known here is not weak.
+A test that compares the answer with itself holds for every constant (HumanEval/33). One that computes the expected
+value from a list after the answer had it holds for an answer that empties the list and returns it. If all tests of a
+task expect the same value, an answer that always gives this value passes. A form of test that is not known here is not
+weak.
 """
 
 import ast
@@ -22,10 +24,15 @@ def note_of_weak(tasks: Mapping[str, tuple[str, Sequence[Test]]]) -> str:
         tasks: name -> language and tests.
     """
     same = [name for name, (language, tests) in tasks.items() if language == "python" and compares_itself(tests)]
+    changed = [name for name, (language, tests) in tasks.items() if language == "python" and expects_argument(tests)]
     constant = [name for name, (language, tests) in tasks.items() if constant_answer(language, tests) is not None]
     notes = []
     if same:
         notes.append(f"tests of {_some(same)} compare the answer with itself")
+    if changed:
+        notes.append(
+            f"tests of {_some(changed)} compute what they expect from an argument that the answer may have changed"
+        )
     if constant:
         notes.append(f"a constant answer passes {_some(constant)}")
     return "; ".join(notes)
@@ -50,6 +57,31 @@ def compares_itself(tests: Iterable[Test]) -> bool:
                 if left and right and all(_is_constant_but_calls(side) for side in sides):
                     return True
     return False
+
+
+def expects_argument(tests: Iterable[Test]) -> bool:
+    """Whether a test of Python compares a call with a value computed from a list, set or dict among its arguments."""
+    for test in tests:
+        tree = ast.parse(test.code)
+        assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+        changeable = {
+            target.id
+            for assignment in assignments
+            for target in assignment.targets
+            if isinstance(target, ast.Name) and isinstance(assignment.value, _CHANGEABLE)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare) and isinstance(node.left, ast.Call):
+                arguments = {argument.id for argument in node.left.args if isinstance(argument, ast.Name)}
+                expected = {
+                    name.id for side in node.comparators for name in ast.walk(side) if isinstance(name, ast.Name)
+                }
+                if arguments & expected & changeable:
+                    return True
+    return False
+
+
+_CHANGEABLE = ast.List | ast.Set | ast.Dict | ast.ListComp | ast.SetComp | ast.DictComp
 
 
 def constant_answer(language: str, tests: Sequence[Test]) -> str | None:

@@ -216,6 +216,16 @@ FILES_FORGED = [
         FILES,
     ),
     Forgery(
+        "file_that_writes_verdicts",
+        "a file that the test runs writes words of success to every descriptor of every process",
+        """<name>() {
+  printf '%s\\n' '#!/bin/bash' 'for f in /proc/[0-9]*/fd/*; do printf passed > "$f"; printf "passed\\0" > "$f"; done' \\
+    'kill -9 $PPID' > "$1"
+  chmod +x "$1"
+}""",
+        ("bash_run",),
+    ),
+    Forgery(
         "folder_replaced",
         "the folder with the file that the test compares with is made anew",
         '<name>() { local p=$PWD; rm -rf "$p"/*; echo > want; cp want "$2"; }',

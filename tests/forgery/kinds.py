@@ -290,6 +290,13 @@ BASH_FILES = asked(
         "cd /tmp && printf 'd\\nc\\n' > in && printf 'c\\nd\\n' > want && sort_file in out && diff out want",
     ],
 )
+BASH_RUN = asked(
+    "bash",
+    "make_script",
+    'make_script() { : > "$1"; chmod +x "$1"; }',
+    ('make_script() { printf \'#!/bin/sh\\necho hello "$1"\\n\' > "$1"; chmod +x "$1"; }',),
+    ["cd /tmp && make_script run && [ \"$(./run you)\" = 'hello you' ]"],
+)
 BASH_BEFORE = asked(
     "bash",
     "add_line",
@@ -400,6 +407,7 @@ KINDS = {
     "own_python": OWN_PYTHON,
     "bash_function": BASH_FUNCTION,
     "bash_files": BASH_FILES,
+    "bash_run": BASH_RUN,
     "bash_before": BASH_BEFORE,
     "bash_program": BASH_PROGRAM,
     "multipl_e_bash": MULTIPL_E_BASH,

@@ -30,7 +30,7 @@ def part(wall_s: float, cpu_s: float) -> RewardPartConfig:
 
 @pytest.fixture(scope="module")
 def rules() -> Iterator[dict[str, TestsRule]]:
-    parts = {"forged": part(patient(3), 0.5), "waits": part(1.5, 0.5), "honest": part(patient(30), 2.0)}
+    parts = {"forged": part(patient(3), 0.5), "waits": part(patient(1.5), 0.5), "honest": part(patient(30), 2.0)}
     rules = {name: TestsRule("rlhf.rewards.forgery", keys, KINDS, False) for name, keys in parts.items()}  # pyright: ignore[reportArgumentType]
     yield rules
     for rule in rules.values():

@@ -3,7 +3,7 @@
 import pytest
 
 from dist_lm.sandbox.program import Test
-from dist_lm.sandbox.weak_tests import compares_itself, constant_answer, note_of_weak
+from dist_lm.sandbox.weak_tests import compares_itself, constant_answer, expects_argument, note_of_weak
 
 # as HumanEval/33
 SORTED = "def check(candidate):\n    assert tuple(candidate([3, 1])) == tuple(ordered([3, 1]))\ncheck(ordered)"
@@ -27,6 +27,20 @@ def test_a_test_that_compares_the_answer_with_itself_is_found():
 )
 def test_a_comparison_with_another_value_is_none_with_itself(code: str):
     assert not compares_itself([Test(code=code)])
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("v = [3, 1]\nassert ordered(v) == sorted(v)", True),
+        ("for n in range(9):\n    v = [n, 1]\n    assert ordered(v) == sorted(v)", True),
+        ("v = [3, 1]\nassert ordered(v) == [1, 3]", False),
+        ("v = [3, 1]\nw = sorted(v)\nassert ordered(v) == w", False),
+        ("v = 'ba'\nassert ordered(v) == sorted(v)", False),
+    ],
+)
+def test_an_expected_value_of_a_changed_argument_is_found(code: str, found: bool):
+    assert expects_argument([Test(code=code)]) is found
 
 
 @pytest.mark.parametrize(
