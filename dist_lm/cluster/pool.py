@@ -155,6 +155,7 @@ class Pool:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
             PoolFailure: (cluster.max_restarts + 1) deaths per actor without an answer in between.
             RuntimeError: another `generate` is under way.
+            UserError: an actor rejected the weights.
         """
         if self._ledger:
             raise RuntimeError("one `generate` at a time: finish or close the other one first")
@@ -200,7 +201,11 @@ class Pool:
         return self._sender.send(stream, version, idle, self._keep_going, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
-        """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
+        """Returns weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread.
+
+        Raises:
+            ArtefactError: the weights do not fit the model.
+        """
         return self._sender.hold(weights) if self._sender else _stored(self._spec, weights)
 
     def sleep(self) -> None:
@@ -231,6 +236,7 @@ class Pool:
         Raises:
             ActorsLostError: no place within cluster.start_timeout_s.
             PoolFailure: actors die while they start.
+            UserError: an actor rejected the weights.
         """
         config = self._cluster.config
         first_up_at: float | None = None
