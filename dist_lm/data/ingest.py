@@ -94,7 +94,11 @@ class Texts:
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """Yields the documents of one corpus before they are divided."""
+        """Yields the documents of one corpus before they are divided.
+
+        Raises:
+            ConfigError, ArtefactError: as `screening.screened`.
+        """
         keys: set[bytes] = set()
         if self.config.cleaning.across_corpora and corpus_name in (names := text_corpora(self.config)):
             # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
@@ -130,7 +134,11 @@ class Texts:
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Compares train of `corpora` with val, unless that was done."""
+        """Compares train of `corpora` with val, unless that was done.
+
+        Raises:
+            ConfigError, ArtefactError: as `split_documents`.
+        """
         for name in corpora:
             if name not in self._compared:
                 # Reading is the comparison: the documents themselves are not needed here.
@@ -299,7 +307,11 @@ def split_documents(
 
 
 def largest_share(config: CorpusConfig, corpus_name: str) -> float:
-    """Returns the share of groups, in [0, 1], that a corpus holds out by hash if `val_tokens` allows."""
+    """Returns the share of groups, in [0, 1], that a corpus holds out by hash if `val_tokens` allows.
+
+    Raises:
+        ConfigError: as `corpus_sources`.
+    """
     # Sources that a user holds out replace the choice by hash.
     if any(source.held_out for source in corpus_sources(config, corpus_name)):
         return 0.0

@@ -340,7 +340,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
-    """Records the content hashes of the corpora that `run` trains on."""
+    """Records the content hashes of the corpora that `run` trains on.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+    """
     content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
     durable.write_json(run.corpora, content)
 
