@@ -98,6 +98,7 @@ class RolloutSupply:
         Raises:
             RequestError: a prompt cannot be answered.
             RewardError: a prompt has no tests, though a part of the reward needs them.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
@@ -170,6 +171,7 @@ class Learner:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
             RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows, or on all.
             RequestError: a prompt cannot be answered.
+            UserError, PoolFailure: of the source of rollouts, see `RolloutSource`; on the first rank.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
         if self.supply is None:

@@ -65,15 +65,19 @@ class RolloutSource(Protocol):
     """Draws completions, on the first rank. Whoever opens a source closes it."""
 
     def load_weights(self, weights: Any, version: int) -> None:
-        """Continue with other weights.
+        """Continues with other weights.
 
         Args:
             weights: a `WeightStream`, which is read to its end, or the return value of `hold`.
+
+        Raises:
+            UserError: the weights do not fit the model.
+            ActorsLostError, PoolFailure: of a pool: see `cluster.pool.Pool.load_weights`.
         """
         ...
 
     def hold(self, weights: WeightStream) -> Any:
-        """Read a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
+        """Reads a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
         ...
 
     def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
@@ -84,11 +88,17 @@ class RolloutSource(Protocol):
 
         Raises:
             RequestError: a request cannot be answered.
+            ConfigError: with cache_tokens=0, free memory does not hold one context.
+            ActorsLostError, PoolFailure: of a pool: see `cluster.pool.Pool.generate`.
         """
         ...
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
-        """Yields every answer, or the refusal of a request, as soon as it is there."""
+        """Yields every answer, or the refusal of a request, as soon as it is there.
+
+        Raises:
+            ConfigError, ActorsLostError, PoolFailure: as `generate`.
+        """
         ...
 
 

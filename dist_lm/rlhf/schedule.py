@@ -96,6 +96,10 @@ class RolloutSchedule:
             weights: read to the end.
             pending: rollouts with their scores, by iteration.
             position: position of the first prompt of iteration `version`.
+
+        Raises:
+            RewardError: rules failed on too many of the `pending` rollouts of an old checkpoint, which have no scores.
+            UserError, PoolFailure: the source cannot load the weights; with staleness, `take` raises it.
         """
         self._position = position + sum(scored.prompts for scored in pending.values())
         for iteration, scored in pending.items():
@@ -108,7 +112,11 @@ class RolloutSchedule:
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
     def push(self, version: int, weights: WeightStream) -> None:
-        """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`, as `begin` tells."""
+        """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`, as `begin` tells.
+
+        Raises:
+            UserError, PoolFailure: as `begin`.
+        """
         self._submit(version, weights, [version + self._staleness])
 
     def queue(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
@@ -146,6 +154,7 @@ class RolloutSchedule:
         Raises:
             RequestError: a prompt cannot be answered.
             RewardError: rules failed on too many rollouts.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         return self._drawn.pop(iteration)()
 
@@ -154,6 +163,9 @@ class RolloutSchedule:
 
         Returns them by iteration; they can still be taken. A checkpoint at `version` keeps them, because its own
         weights would draw others.
+
+        Raises:
+            RequestError, RewardError, UserError, PoolFailure: as `take`.
         """
         older = range(version, version + self._staleness)
         return {iteration: drawn().scored for iteration, drawn in sorted(self._drawn.items()) if iteration in older}
@@ -245,7 +257,11 @@ class SamplingAgain:
     rounds: int  # largest number of draws
 
     def __call__(self, position: int) -> ScoredRollouts:
-        """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on."""
+        """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on.
+
+        Raises:
+            RequestError, RewardError, UserError, PoolFailure: of `draw` and `judge`.
+        """
         rounds: list[ScoredRollouts] = []
         informative: list[int] = []  # positions of prompts whose group has a signal
         n_drawn = 0
