@@ -28,6 +28,10 @@ class Code(TextStage):
 
         `code/parses_LANGUAGE` and `code/runs_LANGUAGE` are fractions of samples, prompt included; those without a
         verdict do not count. Empty without samples.
+
+        Raises:
+            RequestError: a prompt of stage.sampling does not fit the context.
+            ArtefactError: the model's logits are not numbers.
         """
         import torch.distributed as dist
 

@@ -64,6 +64,10 @@ class HeldOut:
 
         Args:
             scale: mean and standard deviation of the reward model's scores; None: raw scores.
+
+        Raises:
+            RewardError: rules failed on too many answers.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         if not self.prompts:
             return {}
@@ -90,6 +94,10 @@ class HeldOut:
         """Returns the scores of the answers of `model`, (P,) fp32 on the CPU; NaN where there is none (collective).
 
         It loads the weights of `model` into the source of rollouts.
+
+        Raises:
+            RewardError: rules failed on too many answers.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         group = self.config.rlhf
         weights = sent_weights(model, self.config.parallel, self.start.world)

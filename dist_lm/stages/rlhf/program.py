@@ -188,6 +188,10 @@ def open_supply(
     Raises:
         ClusterError: Ray has no free resources for an actor.
         ArtefactError: a prompt lacks the tests that a reward asks for.
+        ConfigError: there is no file of prompts, or this machine has no parser or no sandbox that a reward needs.
+        UserError: the tokenizer lacks the mark that ends a turn, a kept chat template cannot write a request, or as
+            `PoolStarter.start`.
+        PoolFailure: actors die while they start.
     """
     weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
     # Reading the weights is collective, although only the first rank has an engine.
@@ -226,6 +230,8 @@ def rollout_source(
 
     Raises:
         ClusterError: Ray has no free resources for an actor.
+        PoolFailure: actors die while they start.
+        ConfigError: bf16 is asked for on a GPU without it.
     """
 
     def keep_going() -> bool:
@@ -295,6 +301,7 @@ def pretraining_text(
 
     Raises:
         ArtefactError: a corpus is missing or too small for a sequence.
+        ConfigError: the batch of text does not divide over the ranks.
     """
     settings = config.rlhf
     if not settings.pretrain_coefficient:
