@@ -267,7 +267,11 @@ class Follower(Rank):
     """Ranks 1 to tp - 1, which receive their weights from rank 0."""
 
     def __init__(self, setup: dict[str, Any], rank: int) -> None:
-        """Joins all ranks of the model."""
+        """Joins all ranks of the model.
+
+        Raises:
+            ConfigError: the node has no GPU for this rank.
+        """
         torch.set_num_threads(setup["threads"])
         config, tp = ModelConfig(**setup["model"]), setup["tp"]
         device = choose_device(setup["device"], rank)
