@@ -208,6 +208,9 @@ class Learner:
 
         Args:
             schedule: on the first rank.
+
+        Raises:
+            UserError, PoolFailure: as `run`.
         """
         execution = Execution(
             config=self.config,
@@ -242,7 +245,11 @@ class Learner:
         self, state: RlhfState, execution: Execution, updater: "Updater", schedule: RolloutSchedule | None
     ) -> tuple[RlhfState, bool]:
         """Runs one iteration and reports it (collective). Returns the state after it, and whether a stop was
-        requested."""
+        requested.
+
+        Raises:
+            UserError, PoolFailure: as `run`.
+        """
         clock = WallLaps()
         self.alive()
 

@@ -103,6 +103,9 @@ def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> 
     """Streams the weights of a model in the engine's dtype to the first rank (collective).
 
     Every rank must read the stream to its end.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     reshard(model)
     # An engine in another process may use the same card next.
