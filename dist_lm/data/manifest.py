@@ -60,7 +60,7 @@ class Shard:
     size: int  # bytes
     sha256: str
     index_sha256: str  # hash of the index: offsets of members and documents
-    content: str  # sum of the hashes of its documents (`data.shard_writer.content_of`), hexadecimal
+    content: str  # sum of the hashes of its documents (`data.shard_writer.content_hash`), hexadecimal
     members: str  # CRC-32 of each member, eight hexadecimal digits each
     counts: Counts
 

@@ -110,7 +110,7 @@ class Shards(ArtefactStage):
             texts.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
                 texts.compare(name for name in text_corpora(config.corpus) if name != first)
-                _ = texts.train_split_rule
+                texts.train_rule()  # reads all that it needs while the console shows this wait
 
         for name in missing:
             build_corpus(config, name, texts, console)
