@@ -27,7 +27,7 @@ from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.config.pool import AS_MANY
 from dist_lm.generation.decoder import WeightStream, check_weights
-from dist_lm.generation.request import Answer, Finished, Request, in_order, seen, unseen
+from dist_lm.generation.request import Answer, Finished, Request, ignore_answer, in_order, reporting
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.size import parameter_shapes
 
@@ -393,14 +393,14 @@ class PoolRollouts:
         """See `Pool.hold`."""
         return self.pool.hold(weights)
 
-    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """All answers, in the order of the requests, then of their index. `finished` gets each as soon as it is there.
 
         Raises:
             RequestError: a request was refused.
             ActorsLostError, PoolFailure: see `Pool.generate`.
         """
-        return in_order(requests, seen(requests, self.results(requests), finished))
+        return in_order(requests, reporting(requests, self.results(requests), finished))
 
     def results(self, requests: Sequence[Request]) -> Iterator[Result]:
         """See `Pool.generate`."""

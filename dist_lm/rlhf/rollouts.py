@@ -23,9 +23,9 @@ from dist_lm.generation.request import (
     Request,
     RequestError,
     SamplingParams,
+    ignore_answer,
     in_order,
-    seen,
-    unseen,
+    reporting,
 )
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.model.token_sets import TokenSets
@@ -80,7 +80,7 @@ class RolloutSource(Protocol):
         """Reads a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
         ...
 
-    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """Returns all answers, in the order of the requests, then of the answer's index.
 
         Args:
@@ -121,8 +121,8 @@ class EngineRollouts:
     def hold(self, weights: WeightStream) -> Weights:
         return dict(weights)
 
-    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
-        return in_order(requests, seen(requests, self.results(requests), finished))
+    def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
+        return in_order(requests, reporting(requests, self.results(requests), finished))
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
         """Yields every answer, or the refusal of a request, when the engine has finished it; one request may be refused
