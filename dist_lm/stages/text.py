@@ -76,7 +76,8 @@ class TextStage(TrainingStage):
     writes_text = True
 
     def check(self, config: Config) -> None:
-        """Refuses rankings, since training would learn bad completions like good ones, and `fim_rate` without texts.
+        """Refuses rankings, whose bad completions would be learned like good ones, and `fim_rate` for a corpus without
+        texts.
 
         Raises:
             ConfigError: names the key.

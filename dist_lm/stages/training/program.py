@@ -345,6 +345,7 @@ def restore(
     if config.stage.init_from != "none":
         init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
         checkpoint_files.check_tokenizer(init_from, checkpoint_files.read_state(init_from)[0], tokenizer_sha256)
+        # With adapters, the weights of the base were loaded above.
         if model.config.lora is None:
             checkpoint.load_weights(init_from, model, model.config)
         log.info("starting from the weights of %s", init_from)
