@@ -48,7 +48,7 @@ from dist_lm.rlhf.rollouts import (
     requests_of,
     rollouts_of,
 )
-from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, is_drawn_by
+from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, draws_rollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, Objective, next_token
@@ -283,7 +283,7 @@ class Learner:
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
         metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
         state = _after_iteration(updates.state, scored.prompts, collected, metrics)
-        if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
+        if draws_rollouts(state.version, self.config.max_staleness, self.iterations):
             if schedule:
                 schedule.push(state.version, self._weights())
             else:

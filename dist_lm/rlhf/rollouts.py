@@ -125,10 +125,10 @@ class EngineRollouts:
         return in_order(requests, reporting(requests, self.results(requests), finished))
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
-        """Yields every answer, or the refusal of a request, when the engine has finished it; one request may be refused
-        at once.
+        """Yields every answer, or the refusal of a request, when the engine has finished it. A request that the engine
+        does not accept gives its refusal at once.
 
-        If the source sleeps, the cache is freed after the last one.
+        With `sleeps`, the cache is freed after the last one.
         """
         for request in requests:
             try:
@@ -237,18 +237,18 @@ class ScoredRollouts:
 
     rollouts: Rollouts
     scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
-    left_out: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
+    replaced: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
 
     @property
     def prompts(self) -> int:
         """Number of prompts drawn."""
-        return len(np.unique(self.rollouts.position_B)) + self.left_out
+        return len(np.unique(self.rollouts.position_B)) + self.replaced
 
-    def of_prompts(self, position_P: np.ndarray, left_out: int) -> "ScoredRollouts":
+    def of_prompts(self, position_P: np.ndarray, replaced: int) -> "ScoredRollouts":
         """Returns the rollouts of the prompts at these positions."""
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
-        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, left_out)
+        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, replaced)
 
 
 def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -256,7 +256,7 @@ def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
     names = vars(parts[0].rollouts)
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
-    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts))
+    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.replaced for part in parts))
 
 
 def requests_of(

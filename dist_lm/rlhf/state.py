@@ -11,7 +11,7 @@ from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 
 SCORE = "score."  # prefix of the names of scores
-LEFT_OUT = "left_out"
+REPLACED = "left_out"  # the name in checkpoints
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class RlhfState:
         for iteration, scored in self.pending.items():
             for name, array in vars(scored.rollouts).items():
                 arrays[f"{iteration}.{name}"] = array
-            arrays[f"{iteration}.{LEFT_OUT}"] = np.array([scored.left_out])
+            arrays[f"{iteration}.{REPLACED}"] = np.array([scored.replaced])
             for part, score_B in scored.scores.items():
                 arrays[f"{iteration}.{SCORE}{part}"] = score_B
         return arrays
@@ -88,8 +88,8 @@ class RlhfState:
             scores = {name.removeprefix(SCORE): score_B for name, score_B in named.items() if name.startswith(SCORE)}
             columns = {name: array for name, array in named.items() if not name.startswith(SCORE)}
             # Checkpoints of old releases have no such array.
-            left_out = columns.pop(LEFT_OUT, np.zeros(1, np.int64))
-            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(left_out[0]))
+            replaced = columns.pop(REPLACED, np.zeros(1, np.int64))
+            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(replaced[0]))
 
         scale = values["reward_scale"]
         reward_scale = RewardScale(**scale) if scale else None
