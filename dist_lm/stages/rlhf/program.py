@@ -238,8 +238,8 @@ def rollout_source(
         alive()
         return True
 
-    dtype, texts = compute_dtype(config.parallel, device), bool(config.stage.eval_tasks)
-    spec = engine_spec(config, config.pool, tokenizer, dtype, device, texts)
+    needs_texts = bool(config.stage.eval_tasks)
+    spec = engine_spec(config, config.pool, tokenizer, compute_dtype(config.parallel, device), device, needs_texts)
     if pool is not None:
         with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
             yield PoolRollouts(actors, sleeps=config.in_turns)
@@ -264,7 +264,7 @@ def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> 
         return None
     from dist_lm.cluster.pool_push import sender_for
 
-    patience_s = config.cluster.hang_min_s / 4  # this rank may not wait as long as a hang takes
+    patience_s = config.cluster.hang_min_s / 4  # must end before the silence of this rank counts as a hang
     return sender_for(push, spec.model, spec.dtype, device, tp=spec.tp, patience_s=patience_s)
 
 
