@@ -115,7 +115,7 @@ def minibatches(seed: int, iteration: int, pass_number: int, n_rollouts: int, n:
 def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
     """Returns a rank's micro-batches of the rollouts `chosen_S`, each without its last token.
 
-    Rows are as wide as the longest of all rollouts, so that few different shapes occur.
+    Rows are as wide as the longest of all rollouts.
     """
     rows, spans = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
     return [rows.batch(begin, end) for begin, end in spans]

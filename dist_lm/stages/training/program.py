@@ -1,7 +1,7 @@
 """The program of a rank: joins the other ranks, builds the parts of a training run, trains, and writes the result.
 
-Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`) and shares the first and
-the last part.
+Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`), which uses the functions
+here that begin a run (`started`, `check_corpora`, `open_metrics`) and end it (`write_success`).
 """
 
 import logging
