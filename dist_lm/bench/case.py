@@ -127,7 +127,11 @@ def benchmark_at(import_path: str) -> Benchmark:
 
 
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:
-    """Composes one configuration from the user's `overrides`; without any, one from each shape (`quick`: the first)."""
+    """Composes one configuration from the user's `overrides`; without any, one from each shape (`quick`: the first).
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     if overrides:
         shapes = [overrides]
     elif quick:

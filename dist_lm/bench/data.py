@@ -49,6 +49,9 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """A case with one process that encodes, and one with a process for each core.
 
     `tokenizer.workers` in the overrides, or `quick`, leaves one case.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
     """
     size = QUICK_MEGABYTES if quick else MEGABYTES
     # One case is enough where the user chose the number of processes, or where there is one core.
@@ -78,7 +81,11 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant, in one process with the processes that it starts."""
+    """Builds one variant, in one process with the processes that it starts.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: the text for the measurement cannot be read.
+    """
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
     cleaning = CleaningConfig() if variant == CLEANED else no_cleaning()
     work = Work(Path(folder.name), config, cleaning)
@@ -119,11 +126,19 @@ class Work:
         self._tokenizer = Tokenizer.load(self.directory.tokenizer_model)
 
     def documents(self, n_bytes: int) -> list[Document]:
-        """Reads the first train documents of the files, `n_bytes` of text."""
+        """Reads the first train documents of the files, `n_bytes` of text.
+
+        Raises:
+            ConfigError, ArtefactError: as `read_in_turn`.
+        """
         return [*read_in_turn(self.config.corpus, 0, n_bytes)]
 
     def build(self) -> None:
-        """Builds the corpus anew; its text is never kept in memory, however small it is."""
+        """Builds the corpus anew; its text is never kept in memory, however small it is.
+
+        Raises:
+            ConfigError, ArtefactError, UserError: as `build_corpus`.
+        """
         shutil.rmtree(self.directory.corpus(CORPUS), ignore_errors=True)
         texts = Texts(self.config.corpus, self.config.seed)
         texts.reader.room = -1

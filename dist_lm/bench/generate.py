@@ -183,6 +183,9 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """Batches of 1, 8 and 32 for two model sizes, 64 requests of mixed lengths, and answers that share a prompt.
 
     Overrides leave one batch of stage.global_batch prompts with stage.seq_len new tokens.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
     """
     if overrides:
         return [batch_case(configurations((), [AS_USED, *overrides], quick)[0])]
@@ -253,7 +256,11 @@ def _why_not(peer: type[Peer], batch: int) -> str | None:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant of generating, in one process."""
+    """Builds one variant of generating, in one process.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = initial_model(config).requires_grad_(requires_grad=False)
 
@@ -296,7 +303,11 @@ def new_tokens(config: Config) -> list[int]:
 
 
 def engine_options(config: Config, device: torch.device, lengths: Sequence[int]) -> tuple[EngineOptions, torch.dtype]:
-    """Returns options and dtype of a user's engine on `device`, with a cache for sequences of `lengths` tokens."""
+    """Returns options and dtype of a user's engine on `device`, with a cache for sequences of `lengths` tokens.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     dtype = generation_dtype(config.parallel, device)
     page = best_page_tokens(config.model, dtype, device)
     # Answers copy the last page they share.

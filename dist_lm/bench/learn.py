@@ -82,7 +82,11 @@ class Budget:
 
 
 def prepare(folder: Path, option: str, value: Path) -> None:
-    """Makes the folder that results go to, before anything is measured; `option` and `value` are for the error."""
+    """Makes the folder that results go to, before anything is measured; `option` and `value` are for the error.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,7 +149,11 @@ class Lane:
 def _lanes(
     recipes: Sequence[Recipe], seed: int, steps: Mapping[str, int], device: torch.device
 ) -> Iterator[list[Lane]]:
-    """Opens a lane for each recipe; their streams end with the block. `steps`: name of a recipe -> its steps."""
+    """Opens a lane for each recipe; their streams end with the block. `steps`: name of a recipe -> its steps.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: a learner or its data cannot be opened.
+    """
     with ExitStack() as stack:
         lanes = []
         for recipe in recipes:
@@ -159,6 +167,7 @@ def steps_of(recipes: Sequence[Recipe], budget: Budget, device: torch.device) ->
 
     Raises:
         ConfigError: the budget does not pay for one step of a recipe.
+        ArtefactError, UserError: a learner or its data cannot be opened.
     """
     costs = {recipe.name: float(recipe.config.stage.global_batch * recipe.config.stage.seq_len) for recipe in recipes}
 
@@ -197,6 +206,9 @@ def curves_of_a_seed(
         say: shows a line of progress.
         points: measurements of a curve during training.
         at_start: whether a curve also has a point before the first step.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: a learner or its data cannot be opened.
     """
     with _lanes(recipes, seed, steps, device) as lanes:
         for lane in lanes:
@@ -264,6 +276,7 @@ def run_learning(
     Raises:
         ConfigError: see `recipes_of` and `Budget.parse`; a folder of results cannot be made.
         ArtefactError: the work directory lacks the corpus.
+        UserError: as `compose_config`, or a tokenizer lacks a mark that stage.fim_rate needs.
     """
     # Mistakes of the command line are found before any model is built.
     parsed_budget = Budget.parse(budget)

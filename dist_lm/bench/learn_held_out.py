@@ -52,7 +52,11 @@ class HeldOut:
 
 
 def arguments_of(config: Config, device: torch.device) -> DataArguments:
-    """Returns the arguments with which a stage opens its data, for a single process."""
+    """Returns the arguments with which a stage opens its data, for a single process.
+
+    Raises:
+        ArtefactError: the tokenizer is missing or damaged.
+    """
     group, tokenizer = dist.group.WORLD, WorkDirectory(Path(config.work_dir)).tokenizer_model
     assert group is not None
     return DataArguments(

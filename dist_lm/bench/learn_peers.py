@@ -48,6 +48,7 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
 
     Raises:
         ConfigError: the peer is unknown or not there, or does not know a word.
+        ArtefactError, UserError: as `compose_config`.
     """
     kind = name.split()[0]
     if kind not in NAMES:
@@ -72,7 +73,11 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
 
 
 def _nanochat(name: str, checkout: Path) -> Any:
-    """Imports the module nanochat.gpt of a checkout."""
+    """Imports the module nanochat.gpt of a checkout.
+
+    Raises:
+        ConfigError: the module cannot be imported, or one of another checkout was imported before.
+    """
     # A checkout is no installed package.
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))
@@ -86,7 +91,11 @@ def _nanochat(name: str, checkout: Path) -> Any:
 
 
 def _numbers(name: str, words: Sequence[str], module: Any) -> dict[str, float]:
-    """Reads arguments of `setup_optimizer`, and `warmup_steps`, from words KEY=NUMBER."""
+    """Reads arguments of `setup_optimizer`, and `warmup_steps`, from words KEY=NUMBER.
+
+    Raises:
+        ConfigError: a word is not KEY=NUMBER, or the key is unknown.
+    """
     accepted = [*list(inspect.signature(module.GPT.setup_optimizer).parameters)[1:], "warmup_steps"]
     numbers = {}
     for word in words:

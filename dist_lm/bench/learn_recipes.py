@@ -48,6 +48,7 @@ def recipes_of(
     Raises:
         ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed, a stage that does not
             learn the next token, a setting that no learner has.
+        ArtefactError, UserError: as `compose_config`.
     """
     names_stage = any(override.startswith("stage=") for override in overrides)
     default_stage = [] if names_stage else ["stage=code", "model=nano"]
@@ -73,7 +74,12 @@ def recipes_of(
 
 
 def _own_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """Composes a recipe of ours; raises ConfigError for a stage without next-token loss, and as `compose_config`."""
+    """Composes a recipe of ours.
+
+    Raises:
+        ConfigError: the stage has no next-token loss, or as `compose_config`.
+        ArtefactError, UserError: as `compose_config`.
+    """
     # Before composing, since the defaults have keys that only stages with this loss know.
     _require_text_stage(name, target_stage(overrides))
     return Recipe(name, compose_config(overrides), OwnLearner)

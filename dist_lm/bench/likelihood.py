@@ -34,7 +34,11 @@ SHAPE = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Compares with the hf backend at each batch size. Overrides choose another model."""
+    """Compares with the hf backend at each batch size. Overrides choose another model.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     (config,) = configurations([SHAPE], [AS_USED, *overrides] if overrides else (), quick)
     model = config.model
 
@@ -71,7 +75,11 @@ def questions(vocab_size: int) -> list[Tree]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant of answering the requests, in one process."""
+    """Builds one variant of answering the requests, in one process.
+
+    Raises:
+        ConfigError: no architecture of transformers holds the model, or bf16 is asked for on a GPU without it.
+    """
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = initial_model(config).requires_grad_(requires_grad=False)
     trees = questions(config.model.vocab_size)
@@ -100,7 +108,11 @@ def _trial_of(totals: Callable[[], list[float]]) -> Trial:
 
 
 def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.device, dtype: torch.dtype) -> Trial:
-    """Builds the hf backend of lm-evaluation-harness on our export, with `batch` sequences a forward pass."""
+    """Builds the hf backend of lm-evaluation-harness on our export, with `batch` sequences a forward pass.
+
+    Raises:
+        ConfigError: no architecture of transformers holds the model.
+    """
     from lm_eval.models.huggingface import HFLM
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

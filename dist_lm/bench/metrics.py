@@ -40,7 +40,11 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of the shapes above, or of the one in `overrides`."""
+    """Cases of the shapes above, or of the one in `overrides`.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     size = GroupSize(1)
     return [
         Case(
@@ -56,7 +60,11 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant, in one process."""
+    """Builds one variant, in one process.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     training = MeasuredTraining(config, world)
     if variant == BARE:
         return Trial(lambda: training.step().loss)
@@ -69,7 +77,11 @@ class MeasuredTraining:
     def __init__(
         self, config: Config, world: World, writer_at: Callable[[Path], MetricsWriter] = MetricsWriter
     ) -> None:
-        """Builds model, optimizer, and a temporary directory for the metrics file, which goes with this object."""
+        """Builds model, optimizer, and a temporary directory for the metrics file, which goes with this object.
+
+        Raises:
+            ConfigError: bf16 is asked for on a GPU without it.
+        """
         model = build_model(config.model, config.parallel, build_mesh(Layout(1, 1, 1), world.device), world.device, 0)
         stage = config.stage
 

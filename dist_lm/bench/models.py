@@ -39,7 +39,11 @@ def neox_of(model: ModelConfig, peer: str) -> Architecture:
 
 
 def in_transformers(model: Transformer, kind: str = "AutoModelForCausalLM", **options: Any) -> Any:
-    """Returns the model as the class `kind` of transformers, with `options` of its `from_pretrained`, on the CPU."""
+    """Returns the model as the class `kind` of transformers, with `options` of its `from_pretrained`, on the CPU.
+
+    Raises:
+        ConfigError: no architecture of transformers holds the model.
+    """
     # The peer loads our export, so that both have the same weights.
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}

@@ -46,7 +46,11 @@ THREADS = 1
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of prompts that fill half of stage.seq_len, with two completions each."""
+    """Cases of prompts that fill half of stage.seq_len, with two completions each.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
@@ -69,7 +73,11 @@ def _case(config: Config) -> Case:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant, in one process."""
+    """Builds one variant, in one process.
+
+    Raises:
+        ConfigError: no architecture of transformers holds the model.
+    """
     model = initial_model(config).to(world.device)
     # The reference does not change, so its log-probabilities are computed once, as our stage does it.
     batch = batch_of(config).to(world.device)
@@ -121,7 +129,11 @@ class TrlStep:
     def __init__(
         self, model: Transformer, config: Config, reference_C: torch.Tensor | None, device: torch.device
     ) -> None:
-        """Builds the trainer; `reference_C`: log-probabilities of the reference, or None to compute them each step."""
+        """Builds the trainer; `reference_C`: log-probabilities of the reference, or None to compute them each step.
+
+        Raises:
+            ConfigError: no architecture of transformers holds the model.
+        """
         trl, datasets = import_module("trl"), import_module("datasets")
         self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         arguments = trl.DPOConfig(

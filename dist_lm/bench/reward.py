@@ -30,7 +30,11 @@ ROUNDS = 9
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of four, eight and two completions (stage.micro_batch) of a prompt that fills half of stage.seq_len."""
+    """Cases of four, eight and two completions (stage.micro_batch) of a prompt that fills half of stage.seq_len.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 

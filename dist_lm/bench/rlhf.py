@@ -58,7 +58,11 @@ PUSHED = (*SHAPE, "model.d_model=768", "model.n_layers=12", "model.n_heads=12", 
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """PPO and GRPO against peers, generation during updates, a push of weights; overrides leave PPO with that model."""
+    """PPO and GRPO against peers, generation during updates, a push of weights; overrides leave PPO with that model.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
     if overrides or quick:
         return [peers_case(config)]
@@ -155,7 +159,11 @@ class Worker:
         self._cluster: RayCluster | None = None
 
     def cluster(self) -> RayCluster:
-        """The local Ray, started on first use."""
+        """The local Ray, started on first use.
+
+        Raises:
+            ClusterError: Ray cannot be started.
+        """
         if self._cluster is None:
             local = ClusterConfig(name="local", connect_timeout_s=120.0)
             # Left to the garbage collector, it would be closed when an exiting process can no longer import.
@@ -164,7 +172,11 @@ class Worker:
         return self._cluster
 
     def source(self, config: Config) -> PoolRollouts:
-        """The pool, started on first use; its actor has as many threads as this process."""
+        """The pool, started on first use; its actor has as many threads as this process.
+
+        Raises:
+            ClusterError, PoolFailure: Ray cannot be started, or has no place for an actor.
+        """
         if self._source is None:
             spec = EngineSpec(config.model, ToyRun.options(config), eot_id=0)
             pool = Pool.start(self.cluster(), spec, ToyRun.weights(config), actors=1)
@@ -194,7 +206,12 @@ def pushing(variant: str, config: Config, world: World) -> Callable[[], float]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant of running `ITERATIONS` iterations, in one process."""
+    """Builds one variant of running `ITERATIONS` iterations, in one process.
+
+    Raises:
+        ConfigError: the settings do not fit the ranks, no architecture of transformers holds the model, or this machine
+            has no sandbox that a reward needs.
+    """
     # `replace` would check it against a tokenizer.
     config = copy(config)
     config.model = replace(config.model, vocab_size=VOCABULARY)

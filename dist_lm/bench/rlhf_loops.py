@@ -60,7 +60,11 @@ class ToyRun:
     """Runs our learner, `ITERATIONS` iterations a time; each run continues the previous one."""
 
     def __init__(self, config: Config, world: World, source: RolloutSource | None, rlhf: RlhfConfig) -> None:
-        """Builds models and prompts. `source` draws the rollouts; None: an engine in this process does."""
+        """Builds models and prompts. `source` draws the rollouts; None: an engine in this process does.
+
+        Raises:
+            ConfigError: the settings do not fit the ranks, or this machine has no sandbox that a reward needs.
+        """
         self.drawing_s = self.iteration_s = 0.0  # seconds of the last run
         self._config, self._rlhf = config, rlhf
         shape, parallel = config.model, ParallelConfig(compute_dtype="fp32")
@@ -311,11 +315,19 @@ class BareLoop(Peer):
 
 
 def causal(config: Config) -> Any:
-    """Loads our initial model in transformers."""
+    """Loads our initial model in transformers.
+
+    Raises:
+        ConfigError: no architecture of transformers holds the model.
+    """
     neox_of(config.model, "the loops of others")
     return in_transformers(initial_model(config))
 
 
 def _with_scalar_head(config: Config) -> Any:
-    """Loads our initial model in transformers, with a head of one random row in place of the head for tokens."""
+    """Loads our initial model in transformers, with a head of one random row in place of the head for tokens.
+
+    Raises:
+        ConfigError: no architecture of transformers holds the model.
+    """
     return in_transformers(initial_model(config), "AutoModelForSequenceClassification", num_labels=1)

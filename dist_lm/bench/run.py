@@ -92,7 +92,18 @@ def run_benchmark(
 
 
 def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device: str = "cpu") -> list[Record]:
-    """Builds every variant of a case, checks their losses, times them and frees them; returns the case's records."""
+    """Builds every variant of a case, checks their losses, times them and frees them; returns the case's records.
+
+    Args:
+        ask: sends a request to a group of ranks.
+        work: folder that gets the configuration of the case.
+        quick: few short rounds.
+
+    Raises:
+        NotTheSameError: two variants of `case.same_losses` computed different losses.
+        RankFailedError: a rank process failed.
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     path = work / "config.yaml"
     save_config(case.config, path)
 

@@ -34,7 +34,11 @@ for line in sys.stdin:
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """A case of one program; no key changes anything."""
+    """A case of one program; no key changes anything.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     return [
         Case(
             name=f"Python with a test, {cores()} workers",

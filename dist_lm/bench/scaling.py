@@ -122,7 +122,11 @@ def _size_of(model: ModelConfig) -> int:
 def _climb(
     rungs: Sequence[Recipe], steps: int, seeds: int, device: torch.device, say: Callable[[str], None]
 ) -> list[Rung]:
-    """Trains every width for one number of steps, with each seed; returns a rung for each width."""
+    """Trains every width for one number of steps, with each seed; returns a rung for each width.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `held_out_of` and `curves_of_a_seed`.
+    """
     recipes = [replace(rung, config=replace(rung.config, stage=shortened(rung.config.stage, steps))) for rung in rungs]
     steps_by_name = {recipe.name: steps for recipe in recipes}
     measured_on = held_out_of(recipes, device)
@@ -165,7 +169,11 @@ def steps_of(stage: StageConfig, tokens: Sequence[int]) -> list[int]:
 
 
 def law_of(rungs: Sequence[Rung]) -> ScalingLaw:
-    """Fits the law of bits per byte to rungs."""
+    """Fits the law of bits per byte to rungs.
+
+    Raises:
+        UserError: the rungs do not determine a law.
+    """
     return ScalingLaw.fit(
         [rung.parameters for rung in rungs], [rung.tokens for rung in rungs], [rung.bits_per_byte for rung in rungs]
     )
@@ -255,7 +263,11 @@ def _interval(expected: Expected) -> str:
 
 
 def _note_repeats(config: Config, tokens: int, console: Console) -> None:
-    """Says which corpora the longest run reads more than once, which the law knows nothing of."""
+    """Says which corpora the longest run reads more than once, which the law knows nothing of.
+
+    Raises:
+        ArtefactError: a corpus is missing or damaged.
+    """
     mix = config.stage.mix or {}
     for name, share in {config.stage.corpus: 1 - sum(mix.values()), **mix}.items():
         corpus_tokens = corpus_of(config, name, "train").n_tokens

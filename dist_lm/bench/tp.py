@@ -59,7 +59,11 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of the shapes above, or of the one in `overrides`."""
+    """Cases of the shapes above, or of the one in `overrides`.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
@@ -79,7 +83,11 @@ def _case(config: Config) -> Case:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds a rank's part of one variant."""
+    """Builds a rank's part of one variant.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     if variant == TORCH:
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tp",))
         batch = made_up_batch(config, slice(None), world.device)

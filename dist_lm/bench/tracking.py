@@ -31,7 +31,11 @@ SHAPES = (("model=nano", "stage.global_batch=4", "stage.seq_len=256"),)
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """A case of one model, followed by nobody, by wandb offline, and by wandb with a server in trouble."""
+    """A case of one model, followed by nobody, by wandb offline, and by wandb with a server in trouble.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     size = GroupSize(1)
     followed = (OFFLINE, TROUBLE)
 

@@ -53,7 +53,11 @@ def _case(
 
 
 def _training(config: Config, world: World, parallel: ParallelConfig | None = None) -> OwnTraining:
-    """Builds our training step, sharded over all ranks by FSDP."""
+    """Builds our training step, sharded over all ranks by FSDP.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     mesh = build_mesh(Layout(1, world.size, 1), world.device)
     model = build_model(config.model, parallel or config.parallel, mesh, world.device, config.seed)
     return OwnTraining(model, config, own_rows(config, mesh), world)

@@ -137,7 +137,9 @@ class Site:
         return [self._rest(node, reserved.get(node.id, Reserved())) for node in allowed]
 
     def cores(self, node: Node, cores_of_pool: int) -> int:
-        """CPU cores of an actor on `node`.
+        """Returns the CPU cores of an actor on `node`: an equal share, at least 1, of its cores among `core_users`.
+
+        Without `core_users` it returns `cores_of_pool`.
 
         Args:
             node: with all its resources.

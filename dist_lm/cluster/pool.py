@@ -27,7 +27,7 @@ from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.config.pool import AS_MANY
 from dist_lm.generation.decoder import WeightStream, check_weights
-from dist_lm.generation.request import Answer, Finished, Request, in_order, seen, unseen
+from dist_lm.generation.request import Answer, Finished, Request, ignore_answer, in_order, reporting
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.size import parameter_shapes
 
@@ -155,6 +155,7 @@ class Pool:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
             PoolFailure: (cluster.max_restarts + 1) deaths per actor without an answer in between.
             RuntimeError: another `generate` is under way.
+            UserError: an actor rejected the weights.
         """
         if self._ledger:
             raise RuntimeError("one `generate` at a time: finish or close the other one first")
@@ -200,7 +201,11 @@ class Pool:
         return self._sender.send(stream, version, idle, self._keep_going, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
-        """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
+        """Returns weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread.
+
+        Raises:
+            ArtefactError: the weights do not fit the model.
+        """
         return self._sender.hold(weights) if self._sender else _stored(self._spec, weights)
 
     def sleep(self) -> None:
@@ -231,6 +236,7 @@ class Pool:
         Raises:
             ActorsLostError: no place within cluster.start_timeout_s.
             PoolFailure: actors die while they start.
+            UserError: an actor rejected the weights.
         """
         config = self._cluster.config
         first_up_at: float | None = None
@@ -387,14 +393,14 @@ class PoolRollouts:
         """See `Pool.hold`."""
         return self.pool.hold(weights)
 
-    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """All answers, in the order of the requests, then of their index. `finished` gets each as soon as it is there.
 
         Raises:
             RequestError: a request was refused.
             ActorsLostError, PoolFailure: see `Pool.generate`.
         """
-        return in_order(requests, seen(requests, self.results(requests), finished))
+        return in_order(requests, reporting(requests, self.results(requests), finished))
 
     def results(self, requests: Sequence[Request]) -> Iterator[Result]:
         """See `Pool.generate`."""

@@ -76,6 +76,9 @@ class PoolActor:
         Args:
             threads: number of torch's threads, unless the node's environment sets OMP_NUM_THREADS.
             devices: GPUs to use, as indices into those that the node shows; empty: those that Ray assigned.
+
+        Raises:
+            UserError: the node shows fewer GPUs than `devices` names.
         """
         die_with_parent()
         # CUDA reads the variable at its first use.
@@ -320,7 +323,11 @@ class Member:
         self._loading = (self._actor.receive.remote(offer, version, self.node.address), version, time.monotonic())
 
     def why_not(self) -> str | None:
-        """Why a `receive` call has ended without complete weights; None if it has not."""
+        """Returns why a `receive` call has ended without complete weights; None if it has not.
+
+        Raises:
+            UserError: the actor rejected the weights.
+        """
         assert self._loading
         try:
             outcome = self._result(self._loading[0])

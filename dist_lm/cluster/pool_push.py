@@ -156,7 +156,11 @@ class Sender:
         return self._failures < MOST_FAILURES
 
     def hold(self, weights: WeightStream) -> Held:
-        """Keep a version for a later `send`, from any thread."""
+        """Keeps a version for a later `send`, from any thread.
+
+        Raises:
+            ArtefactError: the weights do not fit the model.
+        """
         buckets = [*packed(weights, self._config, self._dtype, lambda: self._on_host(self._bucket_bytes))]
         wait_for_copies(self._device)
         return Held(buckets, self._config, self._dtype)

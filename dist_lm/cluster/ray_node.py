@@ -123,7 +123,11 @@ def own_address(head: HeadAddress, environ: Mapping[str, str] = os.environ) -> s
 
 
 def address_of_interface(name: str) -> str:
-    """The IPv4 address of a network interface of this machine."""
+    """Returns the IPv4 address of a network interface of this machine.
+
+    Raises:
+        ClusterError: there is no such interface, or it has no IPv4 address.
+    """
     interfaces = psutil.net_if_addrs()
     addresses = [entry.address for entry in interfaces.get(name, []) if entry.family == socket.AF_INET]
     if not addresses:

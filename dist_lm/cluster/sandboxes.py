@@ -35,7 +35,11 @@ class SandboxActor:
     """The sandboxes of a node."""
 
     def __init__(self, workers: int, trust_me: bool) -> None:
-        """See `SandboxPool`."""
+        """Starts the workers of a `SandboxPool`.
+
+        Raises:
+            SandboxError: this node has no sandbox, and without `trust_me` nothing runs outside one.
+        """
         die_with_parent()
         self._pool = SandboxPool(workers, trust_me).__enter__()
         self._fences = fences(trust_me).describe()

@@ -120,6 +120,9 @@ class EvaluationBatches:
 
         Args:
             numbers: global sequence numbers; a negative one is an empty row, which fills the batch.
+
+        Raises:
+            ArtefactError: a tar is damaged.
         """
         rows = [self._rows.sequence(number) if number >= 0 else [] for number in numbers]
         batch = assemble(

@@ -87,6 +87,9 @@ class HeldOutMiddles:
 
         Args:
             slice_numbers: a negative one is an empty row, which fills the batch.
+
+        Raises:
+            ArtefactError: a tar is damaged.
         """
         language_BT = torch.full((len(slice_numbers), self.seq_len), -1, dtype=torch.int64)
         rows = []

@@ -48,7 +48,7 @@ class SplitRule:
         """Returns the split of a document, `train` or `val`, whether it is dropped or not."""
         if record.source.held_out:
             return "val"
-        return split_of(record.group, self.held_out[corpus_name])
+        return split_of_group(record.group, self.held_out[corpus_name])
 
     def drop_reason(self, split: str, record: Screened) -> str:
         """Returns why a document of this split is dropped; empty if it is not."""
@@ -89,12 +89,16 @@ class Texts:
         self.config = config
         self.frozen = frozen
         self.reader = SourceReader(seed, preloaded)
-        self._compared: set[str] = set()  # corpora
+        self._compared_corpora: set[str] = set()
 
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """Yields the documents of one corpus before they are divided."""
+        """Yields the documents of one corpus before they are divided.
+
+        Raises:
+            ConfigError, ArtefactError: as `screening.screened`.
+        """
         keys: set[bytes] = set()
         if self.config.cleaning.across_corpora and corpus_name in (names := text_corpora(self.config)):
             # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
@@ -103,13 +107,16 @@ class Texts:
                     pass
         yield from screened(self.config, corpus_name, self.reader, keys, report or IngestReport(), rejected)
 
-    @property
-    def train_split_rule(self) -> SplitRule:
-        """The rule for train documents. It is known before they are compared, unless a user holds texts out.
+    def train_rule(self) -> SplitRule:
+        """Returns the rule for train documents of texts.
+
+        If train documents may be dropped (a source has `held_out`, or a corpus is frozen), this first compares all
+        corpora. Otherwise it only chooses val.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
         """
+        # Asked first, because `_val` is deleted once the complete rule is known.
         if "split_rule" in vars(self) or self._val.protected:
             return self.split_rule
         return SplitRule(self._val.shares)
@@ -130,14 +137,18 @@ class Texts:
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Compares train of `corpora` with val, unless that was done."""
+        """Compares train of `corpora` with val, unless that was done.
+
+        Raises:
+            ConfigError, ArtefactError: as `split_documents`.
+        """
         for name in corpora:
-            if name not in self._compared:
+            if name not in self._compared_corpora:
                 # Reading is the comparison: the documents themselves are not needed here.
-                for _ in self.compared(name, self.screened(name)):
+                for _ in self.comparing(name, self.screened(name)):
                     pass
 
-    def compared(self, corpus_name: str, records: Iterable[Screened]) -> Iterator[Screened]:
+    def comparing(self, corpus_name: str, records: Iterable[Screened]) -> Iterator[Screened]:
         """Yields the same documents, and compares the train texts among them with val, unless that was done.
 
         The corpus counts as compared only if the iterator is read to its end. The first call reads all corpora, to
@@ -146,7 +157,7 @@ class Texts:
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
         """
-        if corpus_name in self._compared:
+        if corpus_name in self._compared_corpora:
             yield from records
             return
         val = self._val
@@ -157,7 +168,7 @@ class Texts:
             yield record
 
         # Not in `finally`: a corpus that was not read to its end is not compared.
-        self._compared.add(corpus_name)
+        self._compared_corpora.add(corpus_name)
 
     @cached_property
     def _val(self) -> _Val:
@@ -209,7 +220,7 @@ class Texts:
         chosen: list[Screened] = []
         size = 0
         for record in self.screened(corpus_name):
-            if record.source.held_out or split_of(record.group, share) == "val":
+            if record.source.held_out or split_of_group(record.group, share) == "val":
                 chosen.append(record)
                 size += record.n_bytes
 
@@ -223,7 +234,7 @@ class Texts:
             # Groups below the half of the share are groups below the share: val only shrinks.
             while size > max_bytes:
                 share /= 2
-                chosen = [record for record in chosen if split_of(record.group, share) == "val"]
+                chosen = [record for record in chosen if split_of_group(record.group, share) == "val"]
                 size = sum(record.n_bytes for record in chosen)
         return share, chosen
 
@@ -267,8 +278,8 @@ def split_documents(
     records = texts.screened(corpus_name, report, rejected)
     is_text = form_of(config, corpus_name) == "text"
     if is_text:
-        rule = texts.train_split_rule
-        records = texts.compared(corpus_name, records)
+        rule = texts.train_rule()
+        records = texts.comparing(corpus_name, records)
     else:
         rule = texts.group_split_rule(corpus_name)
 
@@ -299,7 +310,11 @@ def split_documents(
 
 
 def largest_share(config: CorpusConfig, corpus_name: str) -> float:
-    """Returns the share of groups, in [0, 1], that a corpus holds out by hash if `val_tokens` allows."""
+    """Returns the share of groups, in [0, 1], that a corpus holds out by hash if `val_tokens` allows.
+
+    Raises:
+        ConfigError: as `corpus_sources`.
+    """
     # Sources that a user holds out replace the choice by hash.
     if any(source.held_out for source in corpus_sources(config, corpus_name)):
         return 0.0
@@ -320,7 +335,7 @@ def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestRe
     return replace(document, text=clean.text)
 
 
-def split_of(group: str, val_fraction: float) -> str:
+def split_of_group(group: str, val_fraction: float) -> str:
     """Returns the split of a group: its hash, read as a number in [0, 1), is held out below `val_fraction`.
 
     Args:

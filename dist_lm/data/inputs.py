@@ -107,6 +107,7 @@ def hashed(listing: Inputs) -> Inputs:
 
     Raises:
         OSError: an input cannot be read.
+        ConfigError: the scheme of a URL is not supported.
     """
     files = []
     for file in listing.files:

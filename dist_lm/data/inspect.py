@@ -179,7 +179,11 @@ def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
 
 
 def _count_origins(tar: Path, shard: Shard, licences: Counter[tuple[str, str]], origins: Counter[str]) -> None:
-    """Counts the documents of a tar by (language, licence), and by origin."""
+    """Counts the documents of a tar by (language, licence), and by origin.
+
+    Raises:
+        ArtefactError: the index is damaged.
+    """
     index = open_index(tar, shard)
     for code, document in zip(index.documents["language"].tolist(), list(read_origins(tar)), strict=True):
         licences[index.languages[code], document.licence] += 1

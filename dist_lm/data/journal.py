@@ -131,7 +131,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
     A foreign folder ends in a slash; temporary files of ours count as ours.
 
     Raises:
-        ManifestError, FormatError: the manifest or the journal cannot be read.
+        ArtefactError: the manifest or the journal cannot be read.
     """
     named = {path.name for path in (manifest_path(directory), journal_path(directory)) if path.is_file()}
     if named:
@@ -151,7 +151,11 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
 
 
 def _named_tars(directory: Path) -> Iterator[str]:
-    """Yields the names of the tars that manifest and journal name."""
+    """Yields the names of the tars that manifest and journal name.
+
+    Raises:
+        ArtefactError: the manifest or the journal cannot be read.
+    """
     if manifest_path(directory).is_file():
         yield from (shard.name for split in read_manifest(directory).splits.values() for shard in split.shards)
     _, begun, _ = _read(directory)
@@ -159,7 +163,11 @@ def _named_tars(directory: Path) -> Iterator[str]:
 
 
 def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
-    """Returns the finished tars that a build of `recipe` may keep, by split."""
+    """Returns the finished tars that a build of `recipe` may keep, by split.
+
+    Raises:
+        ArtefactError: the manifest or the journal cannot be read.
+    """
     journal_recipe, _, finished = _read(directory)
     if journal_recipe == recipe:
         return finished
@@ -169,7 +177,11 @@ def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
 
 
 def is_dropped_for_inputs(directory: Path, recipe: Recipe) -> bool:
-    """Tells whether a build of `recipe` drops the finished tars of a begun one because the inputs alone differ."""
+    """Tells whether a build of `recipe` drops the finished tars of a begun one because the inputs alone differ.
+
+    Raises:
+        ArtefactError: the journal cannot be read.
+    """
     journal_recipe, _, finished = _read(directory)
     return (
         journal_recipe is not None

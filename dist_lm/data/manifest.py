@@ -60,7 +60,7 @@ class Shard:
     size: int  # bytes
     sha256: str
     index_sha256: str  # hash of the index: offsets of members and documents
-    content: str  # sum of the hashes of its documents (`data.shard_writer.content_of`), hexadecimal
+    content: str  # sum of the hashes of its documents (`data.shard_writer.content_hash`), hexadecimal
     members: str  # CRC-32 of each member, eight hexadecimal digits each
     counts: Counts
 
@@ -340,7 +340,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
-    """Records the content hashes of the corpora that `run` trains on."""
+    """Records the content hashes of the corpora that `run` trains on.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+    """
     content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
     durable.write_json(run.corpora, content)
 

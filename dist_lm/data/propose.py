@@ -209,6 +209,9 @@ def _kind(name: str, is_named: bool) -> str:
 
     Args:
         is_named: whether it is the only file, so that a .json file holds rows.
+
+    Raises:
+        ConfigError: the scheme of a URL is not supported.
     """
     suffix = PurePosixPath(bare_name(name)).suffix
     if is_named and suffix == ".json":
@@ -228,7 +231,8 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
         notes: remarks that come first.
 
     Raises:
-        ConfigError: the rows make no documents, or the first file cannot be read.
+        ConfigError: the rows make no documents.
+        ArtefactError: the first file cannot be read, or the files cannot be listed.
     """
     if kind == "files":
         source: dict[str, Any] = {"reader": kind, "path": path}
@@ -279,7 +283,11 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
 
 
 def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:
-    """Reads the first rows of the first file."""
+    """Reads the first rows of the first file.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
     first = Inputs((files[0],))
     if kind == "tars":
         # A member is decoded only if it is asked for.

@@ -190,7 +190,7 @@ def screened(
     config: CorpusConfig,
     corpus_name: str,
     reader: SourceReader,
-    texts: set[bytes],
+    keys: set[bytes],
     report: IngestReport,
     rejected: TextIO | None = None,
 ) -> Iterator[Screened]:
@@ -199,7 +199,7 @@ def screened(
     A source ends after `source.limit` documents (0: all). Its broken rows are judged when it ends.
 
     Args:
-        texts: keys of the texts that came before (16 bytes each); the documents of the corpus are added. A text of a
+        keys: of the texts that came before (16 bytes each); those of this corpus are added. A text of a
             source with `held_out` is compared only with the texts of such sources of this corpus.
         report: counts what is dropped.
         rejected: gets a line of JSON for each broken row.
@@ -212,7 +212,7 @@ def screened(
     languages: set[str] = set()
     for source in corpus_sources(config, corpus_name):
         # A text that a user holds out must not be dropped because a train source before it has it.
-        earlier_keys = held_out if source.held_out else texts
+        earlier_keys = held_out if source.held_out else keys
         n_source = 0  # documents
         dropped: Counter[str] = Counter()
         errors = RowErrors(source, config.max_bad_fraction, rejected)
@@ -298,11 +298,11 @@ def source_place(source: SourceConfig) -> str:
     return source.dataset or ", ".join(source.path or [])
 
 
-def _screen(document: Document, source: SourceConfig, config: CorpusConfig, texts: set[bytes]) -> tuple[Screened, str]:
-    """Returns the document with its hashes, and why it is dropped (empty: it is not). `texts` is not changed.
+def _screen(document: Document, source: SourceConfig, config: CorpusConfig, keys: set[bytes]) -> tuple[Screened, str]:
+    """Returns the document with its hashes, and why it is dropped (empty: it is not). `keys` is not changed.
 
     Args:
-        texts: keys of the texts that make it a duplicate.
+        keys: of the texts that make it a duplicate.
     """
     text = document.text
     try:
@@ -321,6 +321,6 @@ def _screen(document: Document, source: SourceConfig, config: CorpusConfig, text
         reason = "too_long"
     else:
         reason = reason_to_drop(document, source, config.cleaning, len(content))
-        if not reason and record.key in texts:
+        if not reason and record.key in keys:
             reason = "duplicate"
     return record, reason

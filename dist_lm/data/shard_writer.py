@@ -165,7 +165,7 @@ class _SplitWriter:
         """Resets the state before the first document of a tar, so that its bytes depend on no other tar."""
         self._tar, self._file = None, None
         self._members = self._tokens = 0  # written to the tar
-        self._content = 0  # sum of the hashes of its documents
+        self._content_hash = 0  # sum of the hashes of its documents
         self._languages: dict[str, int] = {}
         self._repository = ""  # that of the last document
         self._tar_origins: list[Origin] = []
@@ -189,7 +189,7 @@ class _SplitWriter:
             self._languages.setdefault(document.language, len(self._languages))
             continues.append(bool(document.repository) and document.repository == self._repository)
             self._repository = document.repository
-            self._content += content_of(self._documents, document, continues[-1])
+            self._content_hash += content_hash(self._documents, document, continues[-1])
             self._documents += 1
 
         tokens = np.concatenate([document.tokens for document in documents])
@@ -252,7 +252,7 @@ class _SplitWriter:
 
         index = build_index(self._path)
         save_index(index, index_path(self._path))
-        self._journal.finish(self._split, shard_of(self._path, index, self._content))
+        self._journal.finish(self._split, shard_of(self._path, index, self._content_hash))
         self._clear()
 
 
@@ -260,7 +260,7 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
     """Returns the entry of a tar for the manifest. Reads the tar twice, for its hash and the checksums of its members.
 
     Args:
-        content: sum of the hashes of its documents (`content_of`); counted modulo 2**256.
+        content: sum of the hashes of its documents (`content_hash`); counted modulo 2**256.
     """
     return Shard(
         name=tar.name,
@@ -273,7 +273,7 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
     )
 
 
-def content_of(number: int, document: TokenizedDocument, continues: bool = False) -> int:
+def content_hash(number: int, document: TokenizedDocument, continues: bool = False) -> int:
     """Hashes the part of document `number` of its split that training sees: a 256-bit integer.
 
     These are tokens, mask, verdict, and whether it belongs to the repository of the document before it. Equal documents

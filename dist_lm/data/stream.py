@@ -210,8 +210,8 @@ def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -
         below = global_batch // dp_size * dp_size
         accepted = f"{below} or {below + dp_size}" if below else f"{dp_size}"
         raise ConfigError(
-            f"stage.global_batch={global_batch} does not divide over {dp_size} data-parallel ranks ("
-            f"by stage.micro_batch={micro_batch}): expected a multiple of {dp_size}, such as {accepted}"
+            f"stage.global_batch={global_batch} does not divide over {dp_size} data-parallel ranks: expected a "
+            f"multiple of {dp_size}, such as {accepted}"
         )
 
     # A contiguous part for each rank: in whatever layout, the step has the same sequences.

@@ -108,7 +108,11 @@ class TokenCorpus:
         return np.frombuffer(content, dtype=self._dtype)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Reads the loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask."""
+        """Reads the loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask.
+
+        Raises:
+            ArtefactError: the tar is damaged, as `tokens`.
+        """
         member = self._member(document)
         begin = self._mask_offset.item(member)
         if begin < 0:  # no document of the member has a mask
@@ -127,7 +131,11 @@ class TokenCorpus:
                 self._check(member)
 
     def _member(self, document: int) -> int:
-        """Returns the member that holds `document`, and checks it before its first use."""
+        """Returns the member that holds `document`, and checks it before its first use.
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
         member = self._member_of.item(document)
         if not self._checked[member]:
             self._check(member)

@@ -101,7 +101,7 @@ def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields Python files of the wheels, about `PYTHON_BYTES` in total. `seed` is not used.
 
     Raises:
-        ArtefactError: a wheel is not installed.
+        ArtefactError: a wheel is not installed, or has no record of its files.
     """
     yield from _notes(source)
 
@@ -127,7 +127,7 @@ def read_english(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     not used.
 
     Raises:
-        ArtefactError: a wheel is not installed.
+        ArtefactError: a wheel is not installed, or has no record of its files.
     """
     yield from _notes(source)
 
@@ -188,7 +188,6 @@ def docstring_documents(tree: ast.Module, module: str) -> Iterator[tuple[str, st
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := _docstring(child)):
                 parts.append(f"{child.name}({', '.join(_argument_names(child.args))})\n\n{docstring}")
 
-        # A module of short functions has little to say and would be all names.
         # A module of short functions has little to say and would be all names.
         prose = "\n\n".join(part for part in parts if part)
         if len(prose) >= MIN_DOCUMENT:

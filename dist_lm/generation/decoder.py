@@ -38,14 +38,15 @@ LookUp = Callable[[str], torch.Tensor]
 """Returns the parameter of a name, on the device."""
 
 Place = Callable[[str, torch.Tensor], torch.Tensor]
-"""(name, new value) -> the tensor that layers compute with. With CUDA graphs it is an existing one, overwritten."""
+"""(name, new value) -> the tensor that layers compute with. With CUDA graphs, the new value is copied into the tensor
+of the first build, which is returned."""
 
 
 @dataclass(frozen=True)
 class _Layer:
     attention_norm: Norm
-    heads: Linear  # queries, keys and values of all heads, concatenated
-    head_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
+    qkv: Linear  # queries, keys and values of all heads, concatenated
+    qk_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
     value_mix: torch.Tensor | None  # (2,), see `mix_values`
     output: Linear
     feed_forward_norm: Norm
@@ -60,7 +61,7 @@ class Decoder:
         self,
         config: ModelConfig,
         n_pages: int,
-        page_size: int,
+        page_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
         share: Share | None = None,
@@ -69,7 +70,7 @@ class Decoder:
         """Builds the cache; `load` sets the weights.
 
         Args:
-            page_size: tokens of a page.
+            page_tokens: tokens of a page.
             share: the part that is computed here; by default the complete model.
             axis: the ranks that share the model; all of them run the same steps.
         """
@@ -78,8 +79,8 @@ class Decoder:
         self.axis = axis
         self.dtype = dtype
         self._device = device
-        self._page_size = page_size
-        self.cache = build_cache(self.share, n_pages, page_size, dtype, device)
+        self._page_tokens = page_tokens
+        self.cache = build_cache(self.share, n_pages, page_tokens, dtype, device)
 
         # Tables of all positions once; a step only looks its positions up.
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
@@ -103,7 +104,7 @@ class Decoder:
         # Both the cache and the graphs must be free before the new cache is allocated.
         self._graphs = None
         del self.cache
-        self.cache = build_cache(self.share, n_pages, self._page_size, self.dtype, self._device)
+        self.cache = build_cache(self.share, n_pages, self._page_tokens, self.dtype, self._device)
         self._graphs = self._new_graphs()
 
     def build(self, look_up: LookUp) -> None:
@@ -117,7 +118,7 @@ class Decoder:
         """
         config, axis = self.config, self.axis
         # Free the old weights first: both may not fit in memory.
-        self._layers, self._embed, self._head = [], _absent, _absent
+        self._layers, self._embed, self._lm_head = [], _absent, _absent
 
         # Cloned, because the memory may be the caller's.
         embedding = self._in_place("embedding", look_up("embedding.weight").clone())
@@ -128,16 +129,16 @@ class Decoder:
 
         head_weight = embedding
         if not config.tie_embeddings:
-            head_weight = self._in_place("head", look_up("lm_head.weight"))
-        self._head = build_linear(head_weight, None)
+            head_weight = self._in_place("lm_head", look_up("lm_head.weight"))
+        self._lm_head = build_linear(head_weight, None)
         if axis:
-            self._head = gathering(self._head, axis, config.vocab_size)
+            self._lm_head = gathering(self._lm_head, axis, config.vocab_size)
 
     def _new_graphs(self) -> DecodeGraphs | None:
         """Returns graphs of decode steps, if the device has them; steps with collectives run eagerly."""
         if not isinstance(self.cache, FlashPages) or self._device.type != "cuda" or self.axis is not None:
             return None
-        return DecodeGraphs(self._decode, self.cache, pages_for(self.config.max_seq_len, self._page_size))
+        return DecodeGraphs(self._decode, self.cache, pages_for(self.config.max_seq_len, self._page_tokens))
 
     def _in_place(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the tensor to compute with for a named weight.
@@ -236,10 +237,10 @@ class Decoder:
         for number, layer in enumerate(self._layers):
             # Attention. Queries and keys pass through norm and rotation as one tensor, which saves kernels.
             input_ND = x_ND
-            heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
-            qk_NHK, v_NGK = heads_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
-            if layer.head_norm is not None:
-                qk_NHK = normalise_heads(qk_NHK, layer.head_norm, config.norm_eps)
+            qkv_NHK = layer.qkv(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
+            qk_NHK, v_NGK = qkv_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
+            if layer.qk_norm is not None:
+                qk_NHK = normalise_heads(qk_NHK, layer.qk_norm, config.norm_eps)
             if v1_NGK is None:
                 v1_NGK = v_NGK
             if layer.value_mix is not None:
@@ -262,14 +263,14 @@ class Decoder:
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits (N, V) of hidden states."""
-        return capped(self._head(self._final_norm(x_ND)).float(), self.config.logit_cap)
+        return capped(self._lm_head(self._final_norm(x_ND)).float(), self.config.logit_cap)
 
 
-def build_cache(shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+def build_cache(shape: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     """Builds the cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
-    if _takes_flash(shape, dtype, device) and page_size % PAGE_TOKENS == 0:
-        return FlashPages(shape, n_pages, page_size, dtype, device)
-    return PlainPages(shape, n_pages, page_size, dtype, device)
+    if _takes_flash(shape, dtype, device) and page_tokens % PAGE_TOKENS == 0:
+        return FlashPages(shape, n_pages, page_tokens, dtype, device)
+    return PlainPages(shape, n_pages, page_tokens, dtype, device)
 
 
 def best_page_tokens(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -382,19 +383,19 @@ def _layer(
     # The scale of attention scores is multiplied into the weights of queries, or of their norm.
     query, key, value, output = weights("attention.query", "attention.key", "attention.value", "attention.output")
     scale = config.d_head**-0.5
-    head_norm = None
+    qk_norm = None
     if config.qk_norm:
         query_norm_K, key_norm_K = weights("attention.query_norm.weight", "attention.key_norm.weight")
         norms = [(query_norm_K * scale).expand(share.n_heads, -1), key_norm_K.expand(share.kv_heads, -1)]
-        head_norm = in_place(f"{prefix}head_norm", torch.cat(norms))
+        qk_norm = in_place(f"{prefix}qk_norm", torch.cat(norms))
         scale = 1.0
 
     # One product computes queries, keys and values.
-    heads_weight = torch.cat([weight.flatten(0, 1) for weight in (query * scale, key, value)])
-    heads_bias = None
+    qkv_weight = torch.cat([weight.flatten(0, 1) for weight in (query * scale, key, value)])
+    qkv_bias = None
     if config.has_qkv_bias:
         query_bias, key_bias, value_bias = weights("attention.query_bias", "attention.key_bias", "attention.value_bias")
-        heads_bias = torch.cat([bias.flatten() for bias in (query_bias * scale, key_bias, value_bias)])
+        qkv_bias = torch.cat([bias.flatten() for bias in (query_bias * scale, key_bias, value_bias)])
 
     value_mix = None
     if config.value_residual and number > 0:
@@ -417,8 +418,8 @@ def _layer(
         output_linear, down_linear = leaving(output_linear, axis), leaving(down_linear, axis)
     return _Layer(
         attention_norm=_norm(config, look_up, in_place, f"{prefix}attention_norm"),
-        heads=linear("heads", heads_weight, heads_bias),
-        head_norm=head_norm,
+        qkv=linear("qkv", qkv_weight, qkv_bias),
+        qk_norm=qk_norm,
         value_mix=value_mix,
         output=output_linear,
         feed_forward_norm=_norm(config, look_up, in_place, f"{prefix}feed_forward_norm"),

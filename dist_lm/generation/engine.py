@@ -137,7 +137,7 @@ class Engine:
 
         # The last step's plan and sampling groups; they stay valid while the same sequences run.
         self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
-        self._groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
+        self._sampling_groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
 
         checked(config, weights)
         self._decoder = self._build_decoder()
@@ -162,9 +162,9 @@ class Engine:
     @property
     def tokens_in_flight(self) -> int:
         """Upper bound of the tokens of prompts and answers that are still to be computed."""
-        groups = [*self._waiting, *self._prefilling]
-        sequences = [*self._running, *self._preempted, *(sequence for group in groups for sequence in group)]
-        prompt_tokens = sum(group[0].n_prompt - group[0].cached for group in groups)
+        unstarted = [*self._waiting, *self._prefilling]
+        sequences = [*self._running, *self._preempted, *(sequence for answers in unstarted for sequence in answers)]
+        prompt_tokens = sum(answers[0].n_prompt - answers[0].cached for answers in unstarted)
         return prompt_tokens + sum(sequence.request.params.max_new_tokens - sequence.n_new for sequence in sequences)
 
     def load_weights(self, weights: Weights, version: int) -> None:
@@ -217,8 +217,8 @@ class Engine:
             self._wake()
 
         # A request that could never run alone is refused here, so that scheduling always makes progress.
-        cached = self._page_pool.n_pages * self.options.page_tokens
-        room = Room(self.config.max_seq_len, self.config.vocab_size, cached, self.options.cache_tokens or cached)
+        capacity = self._page_pool.n_pages * self.options.page_tokens
+        room = Room(self.config.max_seq_len, self.config.vocab_size, capacity, self.options.cache_tokens or capacity)
         request = fitted(request, room, texts=self._vocabulary is not None)
 
         # Every answer has a stream of its own, because characters are cut off at different tokens.
@@ -229,9 +229,9 @@ class Engine:
         """Ends a request now: the next `step` returns its answers so far, finished as `cancelled`. An unknown id does
         nothing."""
         for queue in (self._waiting, self._prefilling):
-            for group in [group for group in queue if group[0].request.id == request]:
-                queue.remove(group)
-                for sequence in group:
+            for answers in [answers for answers in queue if answers[0].request.id == request]:
+                queue.remove(answers)
+                for sequence in answers:
                     self._finish(sequence, "cancelled")
         for queue in (self._running, self._preempted):
             for sequence in [sequence for sequence in queue if sequence.request.id == request]:
@@ -309,19 +309,19 @@ class Engine:
         """
         # Preempted sequences are older than any waiting request.
         while self._waiting and not self._preempted:
-            group = self._waiting[0]
-            n_active = len(self._running) + sum(len(group) for group in self._prefilling)
-            n_prompt_pages = pages_for(group[0].n_prompt, self.options.page_tokens)
+            answers = self._waiting[0]
+            n_active = len(self._running) + sum(len(answers) for answers in self._prefilling)
+            n_prompt_pages = pages_for(answers[0].n_prompt, self.options.page_tokens)
             # A request alone is always admitted: `fitted` has checked that the cache holds it.
-            if n_active and n_active + len(group) > self.options.max_sequences:
+            if n_active and n_active + len(answers) > self.options.max_sequences:
                 return
-            if n_active and n_prompt_pages + len(group) + n_active > self._page_pool.n_free:
+            if n_active and n_prompt_pages + len(answers) + n_active > self._page_pool.n_free:
                 return
 
             self._waiting.popleft()
-            group[0].pages = [self._page_pool.take() for _ in range(n_prompt_pages)]
+            answers[0].pages = [self._page_pool.take() for _ in range(n_prompt_pages)]
             # One sequence computes the prompt for all answers to its request.
-            self._prefilling.append(group)
+            self._prefilling.append(answers)
 
     def _prefill(self) -> _LogitRows | None:
         """Computes and caches the next pieces of prompts, oldest first.
@@ -336,19 +336,19 @@ class Engine:
 
         rows: list[int] = []
         sequences: list[AnswerSequence] = []
-        for row, (group, piece) in enumerate(pieces):
-            first = group[0]
+        for row, (answers, piece) in enumerate(pieces):
+            first = answers[0]
             first.cached += len(piece.tokens)
             if first.cached < first.n_prompt:
                 continue
             # All answers to a request share the pages of its prompt until they write to them.
-            self._prefilling.remove(group)
-            for sequence in group[1:]:
+            self._prefilling.remove(answers)
+            for sequence in answers[1:]:
                 sequence.pages = list(first.pages)
                 sequence.cached = first.cached
                 self._page_pool.share(sequence.pages)
-            sequences += group
-            rows += [row] * len(group)
+            sequences += answers
+            rows += [row] * len(answers)
         if not sequences:
             return None
 
@@ -364,14 +364,14 @@ class Engine:
         """
         pieces: list[tuple[list[AnswerSequence], Piece]] = []
         tokens_left = self.options.step_tokens
-        for group in self._prefilling:
-            first = group[0]
+        for answers in self._prefilling:
+            first = answers[0]
             start = first.cached
             while start < first.n_prompt:
                 end = min(first.n_prompt, start + self.options.piece_tokens)
-                if pieces and (end - start > tokens_left or pieces[-1][0] is group):
+                if pieces and (end - start > tokens_left or pieces[-1][0] is answers):
                     break  # one piece of a prompt per step: the next piece reads its cache
-                pieces.append((group, Piece(first.tokens[start:end], start, first.pages)))
+                pieces.append((answers, Piece(first.tokens[start:end], start, first.pages)))
                 tokens_left -= end - start
                 start = end
         return pieces
@@ -472,10 +472,10 @@ class Engine:
         params = [sequence.request.params for sequence in sequences]
         adjusted_BV = adjusted(logits_BV, params, [sequence.tokens for sequence in sequences])
         # Seeds and parameters change only when a sequence joins or leaves.
-        if self._groups is None or self._groups[0] != sequences:
+        if self._sampling_groups is None or self._sampling_groups[0] != sequences:
             (seed_B,) = upload(self._device, torch.tensor([sequence.seed for sequence in sequences]))
-            self._groups = (sequences, seed_B, group_rows(params, self._device))
-        _, seed_B, groups = self._groups
+            self._sampling_groups = (sequences, seed_B, group_rows(params, self._device))
+        _, seed_B, groups = self._sampling_groups
         keep_sets = any(sequence.request.keep_sets for sequence in sequences)
         return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets)
 

@@ -69,9 +69,9 @@ class FlashDecodePlan:
 class FlashPages(PagedCache):
     """The cache for the flash kernel. Its last page is spare: no sequence holds it."""
 
-    def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(
-            (shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), page_size, dtype, device
+            (shape.n_layers, n_pages + 1, page_tokens, shape.kv_heads, shape.d_head), page_tokens, dtype, device
         )
         self.spare_page = n_pages
         self._is_grouped = shape.kv_heads != shape.n_heads
@@ -91,13 +91,13 @@ class FlashPages(PagedCache):
             positions: of the new tokens of each sequence.
         """
         n_queries = [len(new) for new in positions]
-        n_pages = max(pages_for(new.stop, self.page_size) for new in positions)
+        n_pages = max(pages_for(new.stop, self.page_tokens) for new in positions)
         # Rows of the table have one length; the kernel does not read the padding.
         table = [[*row[:n_pages], *[0] * (n_pages - len(row))] for row in pages]
         position_N, cell_N, begin_B, key_begin_B, length_B, page_BP = upload(
             self.key.device,
             torch.tensor([*chain(*positions)]),
-            cells_of(pages, positions, self.page_size),
+            cells_of(pages, positions, self.page_tokens),
             _int32([0, *accumulate(n_queries)]),
             self.key_begins(len(pages), n_pages, torch.device("cpu")),
             _int32([new.stop for new in positions]),
@@ -112,7 +112,7 @@ class FlashPages(PagedCache):
         row, so the offsets depend on the table's shape alone, and steps and graphs never change them.
         FlashAttention-3, which torch uses only if it is activated, refuses key offsets beside a table of pages.
         """
-        return torch.arange(n_rows + 1, dtype=torch.int32, device=device) * (n_pages * self.page_size)
+        return torch.arange(n_rows + 1, dtype=torch.int32, device=device) * (n_pages * self.page_tokens)
 
     def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
         return cell_N
@@ -142,7 +142,7 @@ class FlashPages(PagedCache):
             queries.begin_B,
             None if is_fa3 else queries.key_begin_B,
             queries.longest,
-            queries.page_BP.shape[1] * self.page_size,
+            queries.page_BP.shape[1] * self.page_tokens,
             scale=1.0,
             window_size=(-1, 0),  # causal: the last query sees all keys
             enable_gqa=self._is_grouped,
@@ -238,7 +238,7 @@ class DecodeGraphs:
         """Sets the rows `rows` of a graph's inputs so that they compute one token in the spare page."""
         token_B[rows] = 0
         plan.position_B[rows] = 0
-        plan.cell_B[rows] = self._cache.spare_page * self._cache.page_size
+        plan.cell_B[rows] = self._cache.spare_page * self._cache.page_tokens
         plan.queries.length_B[rows] = 1
         plan.queries.page_BP[rows] = self._cache.spare_page
 

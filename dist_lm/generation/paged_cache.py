@@ -4,7 +4,7 @@ A page holds keys and values of a fixed number of tokens in every layer. Several
 of them writes to it. `PagePool` counts the holders of pages, without tensors. `PagedCache` is what the decoder uses: it
 plans a step once and then writes and attends in every layer. `PlainPages`, below, implements it for any device and
 dtype; `flash_pages.py` implements it for the flash kernel. A cell is the space of one token in a page; its number is
-page * page_size + offset.
+page * page_tokens + offset.
 
 Dimensions: L layers, N tokens, B sequences, H query heads, G key/value heads, K d_head, W page size, P pages of the
 longest sequence, S = P * W, n slots of a `PlainDecodePlan`, X the dimension that an index flattens.
@@ -77,9 +77,9 @@ class PagePool:
                 heapq.heappush(self._free, page)
 
 
-def pages_for(n_tokens: int, page_size: int) -> int:
+def pages_for(n_tokens: int, page_tokens: int) -> int:
     """Returns the number of pages that hold `n_tokens`."""
-    return -(-n_tokens // page_size)
+    return -(-n_tokens // page_tokens)
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ class Piece:
         return range(self.start, self.start + len(self.tokens))
 
 
-def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_size: int) -> torch.Tensor:
+def cells_of(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_tokens: int) -> torch.Tensor:
     """Returns the cells of `positions[b]` of the sequences b that hold `pages[b]`, concatenated: int64, on the host."""
     return torch.tensor(
         [
-            sequence_pages[position // page_size] * page_size + position % page_size
+            sequence_pages[position // page_tokens] * page_tokens + position % page_tokens
             for sequence_pages, sequence_positions in zip(pages, positions, strict=True)
             for position in sequence_positions
         ]
@@ -129,8 +129,8 @@ class PrefillPlan(Protocol):
 class PagedCache:
     """Keys and values of all layers: two tensors (L, pages, ...). Queries arrive scaled."""
 
-    def __init__(self, shape: Sequence[int], page_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.page_size = page_size
+    def __init__(self, shape: Sequence[int], page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.page_tokens = page_tokens
         self.key = torch.zeros(*shape, dtype=dtype, device=device)
         self.value = torch.zeros(*shape, dtype=dtype, device=device)
 
@@ -188,7 +188,8 @@ class PagedCache:
 # Rounding also depends on the memory alignment of a row, so heads are padded with zeros to full vector registers.
 #
 # A decode step reads pairs (page, sequence); each pair is a slot. The first read covers every page once, for one of the
-# sequences that hold it. Each further holder of a page needs one more read.
+# sequences that hold it. Each further holder of a page needs one more read. For example, sequences A and B hold page 0,
+# and B holds page 1: the first read is (0, A), (1, B), the second (0, B).
 
 
 @dataclass(frozen=True)
@@ -272,10 +273,10 @@ class _Slots:
 
 
 def plan_decode(
-    pages: Sequence[Sequence[int]], positions: Sequence[int], page_size: int, device: torch.device
+    pages: Sequence[Sequence[int]], positions: Sequence[int], page_tokens: int, device: torch.device
 ) -> PlainDecodePlan:
     """Returns the plan of a decode step of `PlainPages`, on `device`; arguments as in `PagedCache.plan`."""
-    n_pages = [pages_for(position + 1, page_size) for position in positions]
+    n_pages = [pages_for(position + 1, page_tokens) for position in positions]
     longest = max(n_pages)
     readers: dict[int, list[tuple[int, int]]] = {}
     for row, (sequence_pages, count) in enumerate(zip(pages, n_pages, strict=True)):
@@ -305,7 +306,7 @@ def plan_decode(
     host_lists = [positions, slots.slot_of, slots.indices, first_pages, first_rows]
     for shared_pages, rows, _ in further_reads:
         host_lists += [shared_pages, rows]
-    cell_B = cells_of(pages, [[position] for position in positions], page_size)
+    cell_B = cells_of(pages, [[position] for position in positions], page_tokens)
     cell_B, position_B, slot_X, index_n, page_n, row_n, *uploaded = upload(
         device, cell_B, *(torch.tensor(numbers) for numbers in host_lists)
     )
@@ -316,7 +317,7 @@ def plan_decode(
 
     slot_BP = slot_X.view(len(pages), longest)
     summed_slot_BP = F.pad(slot_BP, (0, -longest % SUM_MULTIPLE), value=ABSENT)
-    key_S = torch.arange(longest * page_size, device=device)
+    key_S = torch.arange(longest * page_tokens, device=device)
     bias_BS = torch.zeros(len(pages), len(key_S), device=device)
     bias_BS.masked_fill_(key_S > position_B[:, None], float("-inf"))
     return PlainDecodePlan(
@@ -336,14 +337,14 @@ def plan_decode(
 class PlainPages(PagedCache):
     """The cache on the CPU, and on devices or dtypes without the flash kernel."""
 
-    def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self._padding = -shape.d_head % ALIGNED
-        pages = (max(n_pages, MIN_SLOTS), shape.kv_heads, page_size, shape.d_head + self._padding)
-        super().__init__((shape.n_layers, *pages), page_size, dtype, device)
+        pages = (max(n_pages, MIN_SLOTS), shape.kv_heads, page_tokens, shape.d_head + self._padding)
+        super().__init__((shape.n_layers, *pages), page_tokens, dtype, device)
         self._head_G = torch.arange(shape.kv_heads, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> PlainDecodePlan:
-        return plan_decode(pages, positions, self.page_size, self.key.device)
+        return plan_decode(pages, positions, self.page_tokens, self.key.device)
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
         """Returns the plan of computing pieces, on the cache's device."""
@@ -351,13 +352,13 @@ class PlainPages(PagedCache):
         pages_to_read = [piece.pages if piece.start else () for piece in pieces]
         cell_N, position_N, *page_S = upload(
             self.key.device,
-            cells_of([piece.pages for piece in pieces], positions, self.page_size),
+            cells_of([piece.pages for piece in pieces], positions, self.page_tokens),
             torch.tensor([*chain(*positions)]),
             *(torch.tensor(pages, dtype=torch.int64) for pages in pages_to_read),
         )
 
-        # One call gives each piece the bits that it gets alone only if all begin a sequence and are equally long, and
-        # heads are aligned.
+        # All pieces go into one call only where each gets the bits that it would get alone: if all begin a sequence and
+        # have one length, and heads are aligned.
         lengths = [len(piece.tokens) for piece in pieces]
         are_alike = not any(piece.start for piece in pieces) and len({*lengths}) == 1
         return PlainPrefillPlan(
@@ -371,8 +372,8 @@ class PlainPages(PagedCache):
 
     def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
         # The cache is (pages, G, W, K), so the heads of a token are not adjacent.
-        page_N1, offset_N1 = cell_N[:, None] // self.page_size, cell_N[:, None] % self.page_size
-        return ((page_N1 * len(self._head_G) + self._head_G) * self.page_size + offset_N1).flatten()
+        page_N1, offset_N1 = cell_N[:, None] // self.page_tokens, cell_N[:, None] % self.page_tokens
+        return ((page_N1 * len(self._head_G) + self._head_G) * self.page_tokens + offset_N1).flatten()
 
     def write(self, layer: int, index_X: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> None:
         for cache, new_NGK in ((self.key, k_NGK), (self.value, v_NGK)):
@@ -390,30 +391,30 @@ class PlainPages(PagedCache):
             q_BHK = F.pad(q_BHK, (0, self._padding))
         n_rows, n_heads, width = q_BHK.shape
         reads = self._reads(layer, plan)
-        n_groups, page_size = reads[0][0].shape[1:3]
+        n_groups, page_tokens = reads[0][0].shape[1:3]
 
         # Scores of every slot, then sorted by sequence and page for the softmax.
         scores_nX = [
             torch.bmm(
                 q_BHK.index_select(0, row_n).view(-1, n_heads // n_groups, width),
                 k_nGWK.flatten(0, 1).transpose(1, 2),
-            ).view(-1, n_heads * page_size)
+            ).view(-1, n_heads * page_tokens)
             for k_nGWK, _, row_n in reads
         ]
         score_nX = concatenated(scores_nX)
-        score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_size)
+        score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_tokens)
         n_pages = score_BPHW.shape[1]
         weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + plan.bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
 
         # Back to slots for the products with values.
-        weight_BPHW = weight_BHS.view(n_rows, n_heads, n_pages, page_size).transpose(1, 2)
-        weight_nX = weight_BPHW.reshape(n_rows * n_pages, n_heads * page_size).index_select(0, plan.index_n)
+        weight_BPHW = weight_BHS.view(n_rows, n_heads, n_pages, page_tokens).transpose(1, 2)
+        weight_nX = weight_BPHW.reshape(n_rows * n_pages, n_heads * page_tokens).index_select(0, plan.index_n)
         output_nX = q_BHK.new_zeros(len(score_nX) + 1, n_heads * width)  # a last slot of zeros for absent pages
         begin = 0
         for _, v_nGWK, row_n in reads:
             read = slice(begin, begin + len(row_n))
             torch.bmm(
-                weight_nX[read].view(-1, n_heads // n_groups, page_size),
+                weight_nX[read].view(-1, n_heads // n_groups, page_tokens),
                 v_nGWK.flatten(0, 1),
                 out=output_nX[read].view(-1, n_heads // n_groups, width),
             )

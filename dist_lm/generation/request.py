@@ -87,8 +87,8 @@ class Room:
 
     context: int  # tokens of prompt and answer, model.max_seq_len
     vocab_size: int
-    cached: int  # tokens of all sequences that the cache holds
-    cache_tokens: int  # the engine's option, for messages; `cached` is this rounded down to whole pages
+    capacity: int  # most tokens, of all sequences together, that fit into the cache
+    cache_tokens: int  # the engine's option, for messages; `capacity` is this rounded down to whole pages
 
 
 def fitted(request: Request, room: Room, texts: bool) -> Request:
@@ -132,7 +132,7 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
 
     # Otherwise the sequence would be preempted for ever: even alone it would not fit.
     n_tokens = min(len(prompt) + params.max_new_tokens, room.context)
-    if n_tokens > room.cached:
+    if n_tokens > room.capacity:
         refuse(
             f"prompt and max_new_tokens={params.max_new_tokens} take {n_tokens} tokens of a cache of "
             f"cache_tokens={room.cache_tokens}: lower max_new_tokens or raise cache_tokens"
@@ -168,11 +168,11 @@ class Refusal:
 Finished = Callable[[Request, Answer], None]
 
 
-def unseen(request: Request, answer: Answer) -> None:
+def ignore_answer(request: Request, answer: Answer) -> None:
     """Does nothing: for a caller that needs no call for each answer."""
 
 
-def seen(
+def reporting(
     requests: Sequence[Request], results: Iterable[Answer | Refusal], finished: Finished
 ) -> Iterator[Answer | Refusal]:
     """Yields `results` unchanged; before each answer is yielded, `finished` is called with its request and the

@@ -3,8 +3,8 @@
 u in (0, 1) is a hash of the answer's seed and the token's position. The token drawn is the first one, in the order of
 the vocabulary, whose cumulative probability exceeds u.
 
-Filters do not sort the vocabulary. A few candidates with the largest logits are extracted first. Only if these do not
-determine which tokens pass the filters are more extracted, and in the end all tokens are sorted.
+Filters do not sort the vocabulary. A few candidates with the largest logits are extracted first. If these do not
+determine which tokens pass the filters, more are extracted; at worst all tokens are sorted.
 
 Filters compute in fp64: fp32 sums over a large vocabulary err by more than the probability of a token at the border.
 
@@ -49,7 +49,7 @@ class Group:
     """Rows drawn by the same method."""
 
     host_rows: Sequence[int]  # the rows, on the host
-    rows: torch.Tensor | None  # the rows on the device, int64; None: all rows
+    rows: torch.Tensor | None  # the same on the device, int64; None: all rows of the batch
     bounded: bool  # every row has a top-k, and more candidates than it keeps
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
     temperature_B1: torch.Tensor  # fp64
@@ -256,14 +256,14 @@ def _draw(
         logprob_B = torch.zeros(len(logits_BV), device=logits_BV.device)
         return token_B, logprob_B, unclear_B, (token_B[:, None], ~unclear_B[:, None])
     if group.candidates == UNFILTERED:
-        return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), unclear_B, None
+        return *_draw_from_softmax(logits_BV / group.temperature_B1.float(), uniform_B), unclear_B, None
 
     x_BV = filtered(logits_BV / group.temperature_B1, group)
     id_BV = torch.arange(x_BV.shape[-1], device=x_BV.device).expand_as(x_BV)
-    return *_draw_unfiltered(x_BV, uniform_B), unclear_B, (id_BV, x_BV > -math.inf)
+    return *_draw_from_softmax(x_BV, uniform_B), unclear_B, (id_BV, x_BV > -math.inf)
 
 
-def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_from_softmax(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns a token (int64) of each row, drawn from softmax(x_BV), and its log-probability (fp32, nats).
 
     It finds the chunk by cumulative sums of chunks, then the token by cumulative sums inside the chunk.
@@ -310,7 +310,8 @@ def _draw_candidates(
     logit_BM, id_BM = largest(logits_BV, group.candidates)
     x_BM = logit_BM / group.temperature_B1
 
-    # Probabilities after top-k. If top-k does not end among the candidates, all tokens are in the normaliser.
+    # Probabilities after top-k. A row whose top-k is off or keeps more than the candidates is normalised over all
+    # tokens.
     rank_M = torch.arange(group.candidates, device=x_BM.device)
     in_top_k_BM = rank_M < group.top_k_B1
     log_z_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
@@ -327,7 +328,8 @@ def _draw_candidates(
     ties_B1 = x_BM.gather(1, next_B1) == x_BM.gather(1, next_B1 - 1)
     unclear_B = ((n_passed_B1 == group.candidates) | (ties_B1 & (n_passed_B1 > 0)))[:, 0]
 
-    # Draw in the order of the vocabulary: then two tokens that rounding swaps do not change the draw.
+    # Draw in the order of the vocabulary, so that the draw stays the same if rounding swaps two tokens in the order of
+    # their logits.
     id_BM, order_BM = id_BM.sort(dim=-1)
     passes_BM = passes_BM.gather(1, order_BM)
     weight_BM = (p_BM.gather(1, order_BM) * passes_BM).double()

@@ -107,10 +107,14 @@ class Session:
     """An engine with its tokenizer."""
 
     def __init__(self, loaded: LoadedModel, device: torch.device, answers: int = 1, tp: int = 1) -> None:
-        """
+        """Builds an engine for the model, see `build_engine`.
+
         Args:
             answers: maximum number of answers to one request.
             tp: devices that share the model.
+
+        Raises:
+            ConfigError, ArtefactError: as `build_engine`.
         """
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer

@@ -46,7 +46,7 @@ class ShardedDecoder:
         self,
         config: ModelConfig,
         n_pages: int,
-        page_size: int,
+        page_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
         tp: int,
@@ -82,7 +82,7 @@ class ShardedDecoder:
             "tp": tp,
             "store": store,
             "n_pages": n_pages,
-            "page_size": page_size,
+            "page_tokens": page_tokens,
             "dtype": str(dtype).removeprefix("torch."),
             "device": device.type,
             "threads": torch.get_num_threads(),
@@ -96,7 +96,7 @@ class ShardedDecoder:
                 self._axis = join_ranks(device, dist.FileStore(store, tp), LEADER, tp, TIMEOUT_S)
             if not on_gpu:  # NCCL keeps reading the file
                 folder.cleanup()
-            decoder = Decoder(config, n_pages, page_size, dtype, device, self._shares[LEADER], self._axis)
+            decoder = Decoder(config, n_pages, page_tokens, dtype, device, self._shares[LEADER], self._axis)
             self._rank = Rank(decoder, device)
         except BaseException:
             self.close()
@@ -267,7 +267,11 @@ class Follower(Rank):
     """Ranks 1 to tp - 1, which receive their weights from rank 0."""
 
     def __init__(self, setup: dict[str, Any], rank: int) -> None:
-        """Joins all ranks of the model."""
+        """Joins all ranks of the model.
+
+        Raises:
+            ConfigError: the node has no GPU for this rank.
+        """
         torch.set_num_threads(setup["threads"])
         config, tp = ModelConfig(**setup["model"]), setup["tp"]
         device = choose_device(setup["device"], rank)
@@ -276,7 +280,7 @@ class Follower(Rank):
         self._dtype = getattr(torch, setup["dtype"])
         self._axis = join_ranks(device, dist.FileStore(setup["store"], tp), rank, tp, setup["timeout_s"])
 
-        decoder = Decoder(config, setup["n_pages"], setup["page_size"], self._dtype, device, share, self._axis)
+        decoder = Decoder(config, setup["n_pages"], setup["page_tokens"], self._dtype, device, share, self._axis)
         super().__init__(decoder, device)
 
     def load(self) -> None:

@@ -37,7 +37,11 @@ class CheckFailedError(UserError):
 
 
 def expect(holds: bool, otherwise: str) -> None:
-    """Fail the check unless `holds`."""
+    """Fails the check unless `holds`.
+
+    Raises:
+        CheckFailedError: `holds` is false; the message is `otherwise`.
+    """
     if not holds:
         raise CheckFailedError(otherwise)
 
@@ -74,7 +78,8 @@ class Probe:
             durable.write_text(self.folder / FACTS, json.dumps(self.facts))
 
     def config(self, *overrides: str, tiny: tuple[str, ...] = ()) -> Config:
-        """Returns the configuration of a training stage.
+        """Returns the configuration of stage `language` on the device of the check, or of the stage that an override
+        names.
 
         Args:
             tiny: added in a rehearsal.
@@ -85,7 +90,11 @@ class Probe:
 
 
 def run(check: Check, probe: Probe) -> None:
-    """Run one check in this process."""
+    """Runs one check in this process.
+
+    Raises:
+        CheckFailedError: the check failed.
+    """
     function = pkgutil.resolve_name(check.target)
     if check.runs == "launcher":
         function(probe)

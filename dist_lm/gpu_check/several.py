@@ -27,7 +27,11 @@ PARITY = (
 
 
 def nccl(probe: Probe) -> None:
-    """Checks sums over all ranks in the dtypes that training sends; measures the bandwidth of an all-reduce."""
+    """Checks sums over all ranks in the dtypes that training sends; notes the bandwidth of an all-reduce.
+
+    Raises:
+        CheckFailedError: a sum differs.
+    """
     world = probe.world
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         summed = torch.full((1000 * world.size,), float(world.rank + 1), dtype=dtype, device=world.device)

@@ -35,6 +35,11 @@ def print_outcome(
     Args:
         stages: the queue at the end of the command, one entry per stage of the plan.
         command: program and arguments.
+
+    Raises:
+        ArtefactError: metrics or result of a run are damaged, or what an artefact stage left.
+        ConfigError: the stage of another package cannot be imported.
+        UserError: as `row`.
     """
     if state != "done" and all(stage.seconds is None for stage in stages):
         return
@@ -63,6 +68,10 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
 
     Args:
         ramp: characters of the curve, lowest first.
+
+    Raises:
+        ArtefactError: `result.json` or the metrics file is damaged.
+        ConfigError, UserError: as `look` of an artefact stage.
     """
     state = WORDS.get(queued.state, queued.state)
     if queued.state == "waiting":
@@ -101,7 +110,11 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
 
 
 def measured(run: RunDirectory, metric: str) -> dict[int, float]:
-    """Returns the values of a metric by step; empty without a metrics file. The last line of a step wins."""
+    """Returns the values of a metric by step; empty without a metrics file. The last line of a step wins.
+
+    Raises:
+        ArtefactError: a line is no metrics line.
+    """
     if not run.metrics.exists():
         return {}
     return {line["step"]: value for line in read_metrics(run.metrics) if (value := line.get(metric)) is not None}
@@ -115,6 +128,9 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
     Args:
         result: `result.json`; empty for an unfinished run.
         lines: alternatives; the first one with a metric that the run has is used.
+
+    Raises:
+        ArtefactError: a line is no metrics line.
     """
     last = result.get("metrics") or last_metrics(run.metrics)
     before = result.get("before") or {}
@@ -149,7 +165,11 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
 def next_commands(
     stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yields (purpose, shell command) of possible next steps."""
+    """Yields (purpose, shell command) of possible next steps.
+
+    Raises:
+        ConfigError: the stage of another package cannot be imported.
+    """
     config = stage.config
     work = str(config.work_dir)
     if state != "done":

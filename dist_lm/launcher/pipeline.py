@@ -138,8 +138,8 @@ def build_artefact(planned: PlannedStage, console: Console) -> str:
     Only one command at a time builds in a work directory: others wait without a limit, and say so on the console.
 
     Raises:
-        ArtefactError: existing files were made with other settings.
-        ConfigError: the stage refuses its sources.
+        ArtefactError: existing files were made with other settings, or input files are missing or damaged.
+        ConfigError: the stage refuses its sources, or the text does not fit the vocabulary size.
         UserError: what the build needs cannot be reached or is not installed.
     """
     stage, config = cast(ArtefactStage, planned.stage), planned.config

@@ -53,11 +53,12 @@ def run_pool_stage(
         job: the batch job of this process.
 
     Raises:
-        ConfigError: there are no prompts.
+        ConfigError: there are no prompts; or tracking.mode=online without a login.
         ArtefactError: prompts, checkpoint or tokenizer differ from those that the run began with, or another command
             works on the run.
         ActorsLostError: no node has free resources for an engine.
         PoolFailure: engines keep dying.
+        UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
     """
     stage, config, run = cast(PoolStage, planned.stage), planned.config, run_of(planned.config)
     run.samples.mkdir(parents=True, exist_ok=True)
@@ -173,6 +174,7 @@ def _answer(
     Raises:
         ActorsLostError: no node has free resources for an engine.
         PoolFailure: engines keep dying.
+        UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
     """
     # Engines start only once all prompts are read: a wrong file must not cost minutes of GPUs.
     work = opened.work
@@ -220,7 +222,11 @@ class PoolWatch:
     """Writes metrics of a run while its engines work."""
 
     def __init__(self, writer: MetricsWriter, work: PoolWork, wandb: WandbCopy | None) -> None:
-        """Remove the lines of metrics of prompts that will be answered again."""
+        """Removes the lines of metrics of prompts that will be answered again.
+
+        Raises:
+            ArtefactError: the metrics file is damaged.
+        """
         self._writer, self.work, self._wandb = writer, work, wandb
         writer.truncate_after(work.done[0])
         self.begin()
@@ -273,7 +279,12 @@ class PoolWatch:
 @contextmanager
 def watching_pool(config: Config, run: RunDirectory, work: PoolWork, console: Console) -> Iterator[PoolWatch]:
     """Yields the watch of a run, which writes its metrics. At the end wandb gets the first answers and how the run
-    ended."""
+    ended.
+
+    Raises:
+        ConfigError: tracking.mode=online without a login.
+        ArtefactError: the metrics file is damaged.
+    """
     wandb = start_wandb(config, run, console)
     with wandb or nullcontext(), closing(MetricsWriter(run.metrics)) as writer:
         watch = PoolWatch(writer, work, wandb)

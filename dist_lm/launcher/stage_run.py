@@ -343,7 +343,7 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
     It says so on the console, and returns early after an interrupt.
 
     Raises:
-        ArtefactError: the ranks do not end; the message names host and process.
+        ArtefactError: the ranks do not end within `storage.lock.OWN_JOB_S` seconds; the message names host and process.
     """
     try:
         with rank_lock(run, console.line, stopped=lambda: interrupt.requested):

@@ -150,6 +150,9 @@ def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Se
 
     Args:
         corpora: corpora that the stage reads.
+
+    Raises:
+        ConfigError: tracking.mode=online without a login.
     """
     if config.tracking.name != "wandb":
         return None
@@ -228,7 +231,11 @@ class RunWatch:
 @contextmanager
 def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[RunWatch]:
     """Yields the watch of a run. The console shows progress inside the block; at the end wandb gets how the run ended,
-    too."""
+    too.
+
+    Raises:
+        ConfigError: tracking.mode=online without a login.
+    """
     # Lines of earlier attempts have earlier times.
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
         wandb = start_wandb(config, run, console, config.streams)

@@ -14,7 +14,7 @@ DROPPED = -1e30
 """Logit of a token outside the set drawn from. Finite: with tensor parallelism a rank may hold none of the set, and
 -inf would become nan."""
 
-Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+LossFn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits (N, V), targets (N, ...) int64) -> losses or other numbers of each row, fp32 (N, ...); each row depends on
 its own logits alone."""
 
@@ -76,20 +76,20 @@ def tempered(logits_NV: torch.Tensor, temperature: float, allowed_NV: torch.Tens
 
 
 def losses_in_chunks(
-    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, chunk_bytes: int
+    x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, loss_fn: LossFn, chunk_bytes: int
 ) -> torch.Tensor:
-    """Returns `losses(x @ weight^T, targets)`, fp32, with at most `chunk_bytes` of fp32 logits at once (0: no limit).
+    """Returns `loss_fn(x @ weight^T, targets)`, fp32, with at most `chunk_bytes` of fp32 logits at once (0: no limit).
 
     With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
     weight in fp32. A chunk has at least one row, even if that is larger.
     """
     if not chunk_bytes:
-        return losses(F.linear(x_ND, weight_VD), targets_N)
+        return loss_fn(F.linear(x_ND, weight_VD), targets_N)
 
     chunk_rows = max(1, chunk_bytes // (FP32_BYTES * weight_VD.shape[0]))
     if len(x_ND) <= chunk_rows:
-        return losses(F.linear(x_ND, weight_VD), targets_N)
-    losses_N = _LossesInChunks.apply(x_ND, weight_VD, targets_N, losses, chunk_rows)
+        return loss_fn(F.linear(x_ND, weight_VD), targets_N)
+    losses_N = _LossesInChunks.apply(x_ND, weight_VD, targets_N, loss_fn, chunk_rows)
     assert isinstance(losses_N, torch.Tensor)
     return losses_N
 
@@ -99,12 +99,12 @@ class _LossesInChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, chunk_rows: int
+        ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, loss_fn: LossFn, chunk_rows: int
     ) -> torch.Tensor:
         ctx.save_for_backward(x_ND, weight_VD, targets_N)
-        ctx.losses, ctx.chunk_rows = losses, chunk_rows
+        ctx.loss_fn, ctx.chunk_rows = loss_fn, chunk_rows
         chunks = zip(x_ND.split(chunk_rows), targets_N.split(chunk_rows), strict=True)
-        return torch.cat([losses(F.linear(x_nD, weight_VD), targets_n) for x_nD, targets_n in chunks])
+        return torch.cat([loss_fn(F.linear(x_nD, weight_VD), targets_n) for x_nD, targets_n in chunks])
 
     @staticmethod
     def backward(ctx, grad_N: torch.Tensor):
@@ -116,7 +116,7 @@ class _LossesInChunks(torch.autograd.Function):
         for x_nD, targets_n, grad_n, grad_x_nD in zip(*chunks, strict=True):
             with torch.enable_grad():
                 inputs = (x_nD.detach().requires_grad_(), weight_VD.detach().requires_grad_())
-                losses_n = ctx.losses(F.linear(*inputs), targets_n)
+                losses_n = ctx.loss_fn(F.linear(*inputs), targets_n)
             chunk_grad_x_nD, chunk_grad_weight_VD = torch.autograd.grad(losses_n, inputs, grad_n)
 
             # `grad_x_nD` is a view of `grad_x_ND`. The weight's gradient is the sum over chunks, in fp32.

@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model import cross_entropy
 from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
-from dist_lm.model.cross_entropy import Logprobs, Losses, losses_in_chunks
+from dist_lm.model.cross_entropy import Logprobs, LossFn, losses_in_chunks
 from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
     DropoutKey,
@@ -173,11 +173,11 @@ class Transformer(nn.Module):
 
         Arguments are those of `cross_entropy.token_losses`.
         """
-        x_ND = self._head_input(batch, batch.logit_index_N)
+        x_ND = self._hidden_of_batch(batch, batch.logit_index_N)
         targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
-        losses = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
-        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._with_logit_cap(losses), self.chunk_bytes)
+        loss_fn = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
+        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._with_logit_cap(loss_fn), self.chunk_bytes)
         return _scatter(losses_N, batch.logit_index_N, batch)
 
     def logprobs(
@@ -190,7 +190,7 @@ class Transformer(nn.Module):
             entropy_gradient: whether the entropy has a gradient.
             sets: the tokens among which each of `batch.logit_index_N` was drawn; None: the whole vocabulary.
         """
-        x_ND = self._head_input(batch, batch.logit_index_N)
+        x_ND = self._hidden_of_batch(batch, batch.logit_index_N)
         targets_N = _select(batch.targets_BT.flatten(), batch.logit_index_N)
 
         # Logits are computed in chunks, so each target carries the index of its set with it.
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
                 of scores, that gradient would be rounding, and Adam turns rounding into full steps.
         """
         assert self.scalar_head is not None, "model.head=tokens has no scores"
-        x_ND = self._head_input(batch, index_N).float()
+        x_ND = self._hidden_of_batch(batch, index_N).float()
 
         weight_D, bias_1 = self.scalar_weights
         if not learns_offset:
@@ -227,14 +227,14 @@ class Transformer(nn.Module):
         score_N = self.sum_over_ranks(x_ND @ weight_D.float()) + bias_1.float()
         return _scatter(score_N, index_N, batch)
 
-    def _with_logit_cap(self, losses: Losses) -> Losses:
-        """Returns `losses` as a function of uncapped logits."""
+    def _with_logit_cap(self, loss_fn: LossFn) -> LossFn:
+        """Returns `loss_fn` as a function of uncapped logits."""
         cap = self.config.logit_cap
         if not cap:
-            return losses
-        return lambda logits_NV, targets: losses(capped(logits_NV.float(), cap), targets)
+            return loss_fn
+        return lambda logits_NV, targets: loss_fn(capped(logits_NV.float(), cap), targets)
 
-    def _head_input(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor:
+    def _hidden_of_batch(self, batch: Batch, index_N: torch.Tensor | None) -> torch.Tensor:
         """Runs the model on a batch and returns the input of the head, (N, D), for the tokens at `index_N` of the
         flattened batch (int64; None: all)."""
         # Selecting before the last feed-forward network saves its work for the other tokens. This needs all tokens of a

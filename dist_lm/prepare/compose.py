@@ -69,6 +69,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         ConfigError: unknown key, wrong type, value out of bounds, a secret, a folder of the user that cannot be used,
             or an invalid combination.
         ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
+        UserError: a package that is needed to read a model or tokenizer is not installed.
     """
     path = search_path(overrides)
     folders = [text for text in overrides if text.startswith(f"{KEY}=")]
@@ -115,7 +116,10 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
     It also changes nothing if the size is not known yet.
 
     Raises:
-        ConfigError: the command gives `model.vocab_size`, and the tokenizer has another size.
+        ConfigError: the command gives `model.vocab_size`, and the tokenizer has another size; or there is no tokenizer
+            at the path.
+        ArtefactError: the file is no tokenizer, or there is no model `hf:SOURCE`.
+        UserError: a package that is needed is not installed.
     """
     if composed.tokenizer.source == TRAIN:
         return
@@ -139,6 +143,9 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
 
     Keys `stage.KEY`, `profile.KEY` and those of groups that only `target` has are left out for an earlier stage;
     `stages.NAME.KEY` of that stage becomes `stage.KEY`.
+
+    Raises:
+        ConfigError: there is no stage `target`, or the entry point of another package does not name one.
     """
     target_groups = ("stage.", "profile.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
     for_stage: list[str] = []
@@ -302,6 +309,7 @@ def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[
         ConfigError: an override is not of the form key=value, no file of the recipe is named after a stage, or the
             experiment would lose the numbers of the model's size.
         ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
+        UserError: a package that is needed to read the snapshot is not installed.
     """
     parsed = [_parse(text) for text in overrides]
     choice_of = {override.key_or_group: str(override.value()) for override in parsed}
@@ -328,6 +336,7 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
 
     Raises:
         ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
+        UserError: a package that is needed to read the snapshot is not installed.
     """
     if _is_snapshot(override):
         from dist_lm.interop.snapshot import named_model

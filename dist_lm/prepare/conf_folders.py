@@ -246,7 +246,11 @@ def local_hardware() -> str:
 
 def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
     """Returns a hint for error messages if a stage file of the user lacks the recipe that its program has; else an
-    empty string."""
+    empty string.
+
+    Raises:
+        ConfigError: a folder of the user cannot be used, see `own_folders`.
+    """
     program = program_of(choice, overrides)
     recipe_of_program = conf_directory() / "recipe" / f"{model}_{program}.yaml"
     user_recipe = f"recipe/{model}_{choice}.yaml"

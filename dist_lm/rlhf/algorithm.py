@@ -162,7 +162,7 @@ class Algorithm(ABC):
         """Computes the inputs of the losses from scores and per-token quantities."""
 
     @abstractmethod
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the loss of the policy; its count is the number of tokens.
 
         Its metrics are sums over tokens: `policy_loss`, the total without bonuses, and `approx_kl`, nats between the

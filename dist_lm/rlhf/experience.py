@@ -40,7 +40,7 @@ class Collected:
 
 
 def collect(
-    run: Execution,
+    execution: Execution,
     rollouts: Rollouts,
     rule_score_B: Mapping[str, torch.Tensor],
     batches: Sequence[RolloutBatch],
@@ -60,48 +60,48 @@ def collect(
             reference policy; without it, scores of the reward model stay as they are.
         ratio_of: see `Algorithm`.
     """
-    config = run.config
+    config = execution.config
     # The engine's log-probabilities are concatenated in `rollouts`; here they become a left-aligned (B, T) array.
     mask_on_host = completion_mask(rollouts)
     engine_on_host = np.zeros(mask_on_host.shape, np.float32)
     engine_on_host[mask_on_host] = rollouts.logprobs_M
-    mask_BT = torch.from_numpy(mask_on_host).to(run.device)
-    engine_BT = torch.from_numpy(engine_on_host).to(run.device)
+    mask_BT = torch.from_numpy(mask_on_host).to(execution.device)
+    engine_BT = torch.from_numpy(engine_on_host).to(execution.device)
 
-    passes = _forward_passes(run, rollouts, batches, (len(rollouts), mask_BT.shape[1]))
+    outputs = _forward_passes(execution, rollouts, batches, (len(rollouts), mask_BT.shape[1]))
 
     # Scores of rules came with the rollouts; those of the reward model are normalised here.
-    part_B = {name: score.to(run.device) for name, score in rule_score_B.items()}
-    if "score" in passes:
-        model_score_B = passes["score"]
+    part_B = {name: score.to(execution.device) for name, score in rule_score_B.items()}
+    if "score" in outputs:
+        model_score_B = outputs["score"]
         if reward_scale is None and config.normalise_reward:
             reward_scale = RewardScale.of(model_score_B)
         if reward_scale:
             model_score_B = reward_scale(model_score_B)
         parts_of_model = [name for name, part in config.rewards.items() if part.kind == REWARD_MODEL]
         part_B |= dict.fromkeys(parts_of_model, model_score_B)
-    whole_B = torch.from_numpy(rollouts.whole).to(run.device)
+    whole_B = torch.from_numpy(rollouts.whole).to(execution.device)
     score_B = total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0)
 
     # The engine drew the tokens with older weights or other rounding, so its probabilities differ from the trainer's.
     importance_BT = None
     if config.importance_cap:
-        importance_BT = truncated_importance(passes["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
+        importance_BT = truncated_importance(outputs["logprob"], engine_BT, mask_BT, config.importance_cap, ratio_of)
 
     experience = Experience(
         mask_BT=mask_BT.float(),
         score_B=score_B,
-        prompt_B=torch.from_numpy(rollouts.position_B).to(run.device),
-        logprob_BT=passes["logprob"],
-        reference_logprob_BT=passes.get("reference"),
-        value_BT=passes.get("value"),
+        prompt_B=torch.from_numpy(rollouts.position_B).to(execution.device),
+        logprob_BT=outputs["logprob"],
+        reference_logprob_BT=outputs.get("reference"),
+        value_BT=outputs.get("value"),
         importance_BT=importance_BT,
     )
-    return Collected(experience, passes["entropy"], engine_BT, part_B, reward_scale)
+    return Collected(experience, outputs["entropy"], engine_BT, part_B, reward_scale)
 
 
 def _forward_passes(
-    run: Execution, rollouts: Rollouts, batches: Sequence[RolloutBatch], shape: tuple[int, int]
+    execution: Execution, rollouts: Rollouts, batches: Sequence[RolloutBatch], shape: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
     """Returns logprob and entropy, and if their model exists reference and value, (B, T), and score (B,), in nats where
     they are log-probabilities, the same on every rank (collective).
@@ -109,35 +109,35 @@ def _forward_passes(
     Args:
         shape: (B, T).
     """
-    models, temperature = run.models, run.config.temperature
+    models, temperature = execution.models, execution.config.temperature
 
     def logprobs() -> dict[str, torch.Tensor]:
         """Returns this rank's columns of policy and reference."""
         columns = {}
         policy = models.policy.model
         columns["logprob"], columns["entropy"] = token_logprobs(
-            policy, _with_signs_of_life(batches, run.alive), shape, temperature
+            policy, _with_signs_of_life(batches, execution.alive), shape, temperature
         )
         if models.reference:
             with as_reference(models):
                 columns["reference"], _ = token_logprobs(
-                    models.reference, _with_signs_of_life(batches, run.alive), shape, temperature
+                    models.reference, _with_signs_of_life(batches, execution.alive), shape, temperature
                 )
         return columns
 
     def values_and_scores() -> dict[str, torch.Tensor]:
         columns = {}
         if models.critic:
-            columns["value"] = token_values(models.critic.model, _with_signs_of_life(batches, run.alive), shape)
+            columns["value"] = token_values(models.critic.model, _with_signs_of_life(batches, execution.alive), shape)
         if models.reward:
-            columns["score"] = end_scores(models.reward, rollouts, run.dealing, run.device, run.alive)
+            columns["score"] = end_scores(models.reward, rollouts, execution.dealing, execution.device, execution.alive)
         return columns
 
     # Policy and critic compute independently, so one CPU may run both at the same time.
-    of_policy, of_critic = run.run_both(logprobs, values_and_scores)
+    of_policy, of_critic = execution.run_both(logprobs, values_and_scores)
     columns = of_policy | of_critic
     # Each rank has filled in its own rollouts and left 0 elsewhere, so a sum gives every rank all of them.
-    return dict(zip(columns, add_up(list(columns.values()), run.adds_sums), strict=True))
+    return dict(zip(columns, add_up(list(columns.values()), execution.adds_sums), strict=True))
 
 
 def _with_signs_of_life(batches: Iterable[SomeBatch], alive: Callable[[], None]) -> Iterator[SomeBatch]:
@@ -152,7 +152,7 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns log-probability and entropy of the completion tokens in `batches`, nats, fp32 (B, T) each.
 
-    Both are 0 for rollouts that are not in `batches`. Afterwards no parameter is gathered.
+    Both are 0 for rollouts that are not in `batches`. Afterwards all parameters are sharded again.
 
     Args:
         shape: (B, T).
@@ -163,8 +163,8 @@ def token_logprobs(
     entropy_BT = torch.zeros(shape, device=device)
     for batch in batches:
         now = model.logprobs(batch, temperature, sets=batch.sets)
-        logprob_BT.view(-1)[batch.drawn_N] = now.logprob_BT.flatten()[batch.logit_index_N]
-        entropy_BT.view(-1)[batch.drawn_N] = now.entropy_BT.flatten()[batch.logit_index_N]
+        logprob_BT.view(-1)[batch.column_N] = now.logprob_BT.flatten()[batch.logit_index_N]
+        entropy_BT.view(-1)[batch.column_N] = now.entropy_BT.flatten()[batch.logit_index_N]
     reshard(model)
     return logprob_BT, entropy_BT
 
@@ -174,7 +174,7 @@ def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tup
     """Returns the critic's value before each completion token in `batches`, fp32 (B, T); 0 for other rollouts."""
     value_BT = torch.zeros(shape, device=model.embedding.weight.device)
     for batch in batches:
-        value_BT.view(-1)[batch.drawn_N] = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
+        value_BT.view(-1)[batch.column_N] = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
     reshard(model)
     return value_BT
 

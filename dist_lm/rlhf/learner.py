@@ -5,7 +5,7 @@ The loop does not depend on the algorithm or the layout.
 An iteration:
 
     sample      the first rank takes the rollouts that engines drew (`schedule.py`, `rollouts.py`)
-    score       rules judged them there (`rewards.py`); every rank gets the rollouts that have a score
+    score       rules judge them on that rank (`rewards.py`); every rank gets the rollouts that have a score
     experience  forward passes of policy, reference, critic and reward model (`experience.py`)
     advantages  the algorithm computes the inputs of its losses (`algorithm.py`)
     update      `epochs` passes over the rollouts in minibatches, each a step of policy and critic
@@ -48,7 +48,7 @@ from dist_lm.rlhf.rollouts import (
     requests_of,
     rollouts_of,
 )
-from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, is_drawn_by
+from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, SamplingAgain, draws_rollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, Objective, next_token
@@ -88,8 +88,9 @@ class RolloutSupply:
     def draw(
         self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
     ) -> Rollouts:
-        """Returns `samples` completions of each prompt, drawn by the source's weights; rules that run programs begin
-        with each.
+        """Returns `samples` completions of each prompt, drawn by the weights that the source has.
+
+        Rules that run programs start on each answer as soon as it is there.
 
         Args:
             position: position of the first prompt in the order of prompts.
@@ -98,6 +99,7 @@ class RolloutSupply:
         Raises:
             RequestError: a prompt cannot be answered.
             RewardError: a prompt has no tests, though a part of the reward needs them.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
@@ -171,6 +173,7 @@ class Learner:
             RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows, or on all; or scores leave
                 no finite inputs of the losses.
             RequestError: a prompt cannot be answered.
+            UserError, PoolFailure: of the source of rollouts, see `RolloutSource`; on the first rank.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
         if self.supply is None:
@@ -207,6 +210,9 @@ class Learner:
 
         Args:
             schedule: on the first rank.
+
+        Raises:
+            UserError, PoolFailure: as `run`.
         """
         execution = Execution(
             config=self.config,
@@ -241,7 +247,11 @@ class Learner:
         self, state: RlhfState, execution: Execution, updater: "Updater", schedule: RolloutSchedule | None
     ) -> tuple[RlhfState, bool]:
         """Runs one iteration and reports it (collective). Returns the state after it, and whether a stop was
-        requested."""
+        requested.
+
+        Raises:
+            UserError, PoolFailure: as `run`.
+        """
         clock = WallLaps()
         self.alive()
 
@@ -259,7 +269,7 @@ class Learner:
             execution.device,
             seed=self.seed,
             iteration=state.iteration,
-            parts=self.config.minibatches,
+            minibatches=self.config.minibatches,
         )
         batches = [batch for minibatch in passes(0) for batch in minibatch.batches]
         collected = collect(
@@ -280,7 +290,7 @@ class Learner:
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
         metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
         state = _after_iteration(updates.state, scored.prompts, collected, metrics)
-        if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
+        if draws_rollouts(state.version, self.config.max_staleness, self.iterations):
             if schedule:
                 schedule.push(state.version, self._weights())
             else:
@@ -440,10 +450,10 @@ def policy_objective(
 
     Args:
         prepared: columns and divisors of all rollouts of the iteration.
-        text_weight: divisor of the policy loss / number of text tokens of the update. The step divides every loss by
-            the former; this weight turns the text loss into a mean over text tokens.
+        text_weight: factor of the text loss: divisor of the policy loss / number of text tokens of the update. The step
+            divides by that divisor, so the text loss becomes a mean over its tokens. It may exceed 1.
     """
-    # `drawn_N` of a batch are indices in the flattened (B, T) columns.
+    # `column_N` of a batch are indices in the flattened (B, T) columns.
     flat_columns = {name: column.flatten() for name, column in prepared.tokens.items()}
     longest = next(iter(prepared.tokens.values())).shape[1]
     text_objective = next_token()
@@ -462,19 +472,19 @@ def policy_objective(
             )
 
         now = model.logprobs(batch, config.temperature, algorithm.uses_entropy, batch.sets)
-        drawn = DrawnTokens(
+        tokens = DrawnTokens(
             logprob_N=now.logprob_BT.flatten()[batch.logit_index_N],
             entropy_N=now.entropy_BT.flatten()[batch.logit_index_N],
-            rollout_N=batch.drawn_N // longest,
-            columns={name: column[batch.drawn_N] for name, column in flat_columns.items()},
+            rollout_N=batch.column_N // longest,
+            columns={name: column[batch.column_N] for name, column in flat_columns.items()},
             kl_coefficient=prepared.kl_coefficient,
         )
-        loss = algorithm.policy_loss(drawn)
+        loss = algorithm.policy_loss(tokens)
 
-        # The micro-batch with the first token of a rollout adds its `divisor_B`. Metrics are means over tokens, so they
-        # have another count.
-        is_first_N = batch.drawn_N % longest == 0
-        divisor_N = prepared.divisor_B[drawn.rollout_N] * is_first_N
+        # A rollout adds its `divisor_B` once, at its first token. Metrics are means over tokens, so they have another
+        # count.
+        is_first_N = batch.column_N % longest == 0
+        divisor_N = prepared.divisor_B[tokens.rollout_N] * is_first_N
         metric_counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
         return replace(loss, count=divisor_N.sum(), metric_counts=metric_counts)
 
@@ -492,7 +502,7 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
     def objective(model: Transformer, batch: Batch) -> LossSum:
         assert isinstance(batch, RolloutBatch)
         value_N = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
-        return algorithm.value_loss(value_N, {name: column[batch.drawn_N] for name, column in flat_columns.items()})
+        return algorithm.value_loss(value_N, {name: column[batch.column_N] for name, column in flat_columns.items()})
 
     return objective
 

@@ -69,7 +69,7 @@ def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
 def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
     """Copies the trunk of the reward model or of the policy, of the same shape and layout, into a critic, in place.
 
-    Adapters of the critic stay as they are. Nothing is gathered afterwards.
+    Adapters of the critic stay as they are. Afterwards all parameters are sharded again.
 
     Args:
         head: zero (all values start at 0: Huang et al. 2024, detail 6) | reward_model (the head of `source`).
@@ -103,6 +103,9 @@ def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> 
     """Streams the weights of a model in the engine's dtype to the first rank (collective).
 
     Every rank must read the stream to its end.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     reshard(model)
     # An engine in another process may use the same card next.
@@ -134,8 +137,8 @@ def own_threads(world: World) -> Iterator[RunBoth]:
 
     If both functions fail, the error of the first is raised, with a note about the second.
     """
-    # Collectives of two models at the same time could meet in another order on another rank.
     threads = torch.get_num_threads()
+    # Collectives of two models at the same time could meet in another order on another rank.
     if world.size > 1 or world.device.type != "cpu" or threads < 2:
         yield one_after_other
         return

@@ -30,7 +30,7 @@ class RolloutBatch(Batch):
     `logit_index_N` are indices in the flattened batch of the tokens that predict a completion token.
     """
 
-    drawn_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
+    column_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
     # the tokens among which each of N was drawn; None: the whole vocabulary
     sets: TokenSets | None = field(kw_only=True, default=None)
 
@@ -74,23 +74,23 @@ class Passes:
     """
 
     def __init__(
-        self, rollouts: Rollouts, dealing: Dealing, device: torch.device, *, seed: int, iteration: int, parts: int
+        self, rollouts: Rollouts, dealing: Dealing, device: torch.device, *, seed: int, iteration: int, minibatches: int
     ) -> None:
         """
         Args:
-            parts: number of minibatches of a pass.
+            minibatches: number of minibatches of a pass.
         """
         self._rollouts, self._dealing, self._device = rollouts, dealing, device
-        self._order, self._parts = (seed, iteration), parts
+        self._order, self._n_minibatches = (seed, iteration), minibatches
         self._first: list[Minibatch] = []
 
-    def __call__(self, number: int) -> list[Minibatch]:
+    def __call__(self, pass_number: int) -> list[Minibatch]:
         # One minibatch of all rollouts is the same in every pass.
-        if self._first and (number == 0 or self._parts == 1):
+        if self._first and (pass_number == 0 or self._n_minibatches == 1):
             return self._first
 
         result = []
-        for rollout_S in minibatches(*self._order, number, len(self._rollouts), self._parts):
+        for rollout_S in minibatches(*self._order, pass_number, len(self._rollouts), self._n_minibatches):
             batches = rollout_batches(self._rollouts, rollout_S, self._dealing)
             result.append(Minibatch([batch.to(self._device) for batch in batches], rollout_S))
         if not self._first:
@@ -104,16 +104,18 @@ def completion_mask(rollouts: Rollouts) -> np.ndarray:
     return np.arange(longest) < rollouts.new_tokens_B[:, None]
 
 
-def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts: int) -> list[np.ndarray]:
-    """Returns the numbers of the rollouts of each update of a pass, int64: disjoint parts, reshuffled every pass."""
-    order = permutation(n_rollouts, key(Shuffle.UPDATES, seed, iteration, epoch))
-    return np.array_split(order, min(n_parts, n_rollouts))
+def minibatches(seed: int, iteration: int, pass_number: int, n_rollouts: int, n: int) -> list[np.ndarray]:
+    """Returns the numbers of the rollouts of each of the `n` minibatches of a pass, int64: disjoint, reshuffled every
+    pass. Fewer rollouts give fewer minibatches.
+    """
+    order = permutation(n_rollouts, key(Shuffle.UPDATES, seed, iteration, pass_number))
+    return np.array_split(order, min(n, n_rollouts))
 
 
 def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
     """Returns a rank's micro-batches of the rollouts `chosen_S`, each without its last token.
 
-    Rows are as wide as the longest of all rollouts, so that few different shapes occur.
+    Rows are as wide as the longest of all rollouts.
     """
     rows, spans = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
     return [rows.batch(begin, end) for begin, end in spans]
@@ -205,7 +207,7 @@ class _Rows:
         self.logit_index = np.repeat(begin_S + prompt_S - 1, new_S) + new_offset
         self.targets[self.logit_index] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_offset]
         self.mask[self.logit_index] = 1
-        self.drawn = np.repeat(number_S * longest, new_S) + new_offset
+        self.column = np.repeat(number_S * longest, new_S) + new_offset
 
         all_new_B = rollouts.new_tokens_B
         self.place_in_M = np.repeat((np.cumsum(all_new_B) - all_new_B)[number_S], new_S) + new_offset
@@ -223,7 +225,7 @@ class _Rows:
             targets_BT=self._grid(self.targets, begin_row, end_row),
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
             logit_index_N=torch.from_numpy(self.logit_index[is_inside] - begin),
-            drawn_N=torch.from_numpy(self.drawn[is_inside]),
+            column_N=torch.from_numpy(self.column[is_inside]),
             sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
         )
 

@@ -252,7 +252,7 @@ def clipped_policy_loss(
 
 
 def penalised_policy_loss(
-    drawn: DrawnTokens,
+    tokens: DrawnTokens,
     clip: float,
     *,
     clip_high: float | None = None,
@@ -272,13 +272,13 @@ def penalised_policy_loss(
     Args:
         clip: as in `clipped_policy_loss`, as are `clip_high` and `ratio_N`.
     """
-    columns = drawn.columns
-    token_weight_N = columns.get("token_weight", torch.ones_like(drawn.logprob_N))
+    columns = tokens.columns
+    token_weight_N = columns.get("token_weight", torch.ones_like(tokens.logprob_N))
     gain_weight_N = token_weight_N * columns.get("importance", 1)
     if ratio_N is None:
-        ratio_N = (drawn.logprob_N - columns["old_logprob"]).exp()
+        ratio_N = (tokens.logprob_N - columns["old_logprob"]).exp()
     loss = clipped_policy_loss(
-        drawn.logprob_N,
+        tokens.logprob_N,
         columns["old_logprob"],
         columns["advantage"],
         clip,
@@ -289,12 +289,12 @@ def penalised_policy_loss(
 
     total, metrics = loss.total, dict(loss.metrics)
     # Importance weighs only the surrogate, whose tokens other weights drew. KL and entropy belong to the policy now.
-    if drawn.kl_coefficient:
-        kl_N = k3(drawn.logprob_N, columns["reference"]) * ratio_N
-        total = total + drawn.kl_coefficient * (token_weight_N * kl_N).sum()
+    if tokens.kl_coefficient:
+        kl_N = k3(tokens.logprob_N, columns["reference"]) * ratio_N
+        total = total + tokens.kl_coefficient * (token_weight_N * kl_N).sum()
         metrics["policy_loss"] = total.detach()
     if entropy_coefficient:
-        total = total - entropy_coefficient * (token_weight_N * drawn.entropy_N).sum()
+        total = total - entropy_coefficient * (token_weight_N * tokens.entropy_N).sum()
     return replace(loss, total=total, metrics=metrics)
 
 

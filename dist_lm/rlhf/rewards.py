@@ -108,6 +108,9 @@ class Judge:
             alive: called while rules work, from any thread.
             tasks: for parts of kind `tests`.
             request_of: reads the text of the user's last turn in a prompt; None: the prompt has no turns.
+
+        Raises:
+            ConfigError: this machine has no parser for a language, or no sandbox for tests.
         """
         self._parts, self._decode, self._request_of = parts, decode, request_of
         self._max_failed_fraction = max_failed_fraction

@@ -23,9 +23,9 @@ from dist_lm.generation.request import (
     Request,
     RequestError,
     SamplingParams,
+    ignore_answer,
     in_order,
-    seen,
-    unseen,
+    reporting,
 )
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.model.token_sets import TokenSets
@@ -65,18 +65,22 @@ class RolloutSource(Protocol):
     """Draws completions, on the first rank. Whoever opens a source closes it."""
 
     def load_weights(self, weights: Any, version: int) -> None:
-        """Continue with other weights.
+        """Continues with other weights.
 
         Args:
             weights: a `WeightStream`, which is read to its end, or the return value of `hold`.
+
+        Raises:
+            UserError: the weights do not fit the model.
+            ActorsLostError, PoolFailure: of a pool: see `cluster.pool.Pool.load_weights`.
         """
         ...
 
     def hold(self, weights: WeightStream) -> Any:
-        """Read a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
+        """Reads a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
         ...
 
-    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
         """Returns all answers, in the order of the requests, then of the answer's index.
 
         Args:
@@ -84,11 +88,17 @@ class RolloutSource(Protocol):
 
         Raises:
             RequestError: a request cannot be answered.
+            ConfigError: with cache_tokens=0, free memory does not hold one context.
+            ActorsLostError, PoolFailure: of a pool: see `cluster.pool.Pool.generate`.
         """
         ...
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
-        """Yields every answer, or the refusal of a request, as soon as it is there."""
+        """Yields every answer, or the refusal of a request, as soon as it is there.
+
+        Raises:
+            ConfigError, ActorsLostError, PoolFailure: as `generate`.
+        """
         ...
 
 
@@ -111,14 +121,14 @@ class EngineRollouts:
     def hold(self, weights: WeightStream) -> Weights:
         return dict(weights)
 
-    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
-        return in_order(requests, seen(requests, self.results(requests), finished))
+    def generate(self, requests: Sequence[Request], finished: Finished = ignore_answer) -> list[Answer]:
+        return in_order(requests, reporting(requests, self.results(requests), finished))
 
     def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
-        """Yields every answer, or the refusal of a request, when the engine has finished it; one request may be refused
-        at once.
+        """Yields every answer, or the refusal of a request, when the engine has finished it. A request that the engine
+        does not accept gives its refusal at once.
 
-        If the source sleeps, the cache is freed after the last one.
+        With `sleeps`, the cache is freed after the last one.
         """
         for request in requests:
             try:
@@ -227,21 +237,21 @@ class ScoredRollouts:
 
     rollouts: Rollouts
     scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
-    left_out: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
+    replaced: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
     # Whether answers look forged or looked up, bool (B,), by name; empty without a reward of kind `tests`.
     marks: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def prompts(self) -> int:
         """Number of prompts drawn."""
-        return len(np.unique(self.rollouts.position_B)) + self.left_out
+        return len(np.unique(self.rollouts.position_B)) + self.replaced
 
-    def of_prompts(self, position_P: np.ndarray, left_out: int) -> "ScoredRollouts":
+    def of_prompts(self, position_P: np.ndarray, replaced: int) -> "ScoredRollouts":
         """Returns the rollouts of the prompts at these positions."""
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
         marks = {name: mark_B[chosen_B] for name, mark_B in self.marks.items()}
-        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, left_out, marks)
+        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, replaced, marks)
 
 
 def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -250,7 +260,7 @@ def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
     marks = {name: np.concatenate([part.marks[name] for part in parts]) for name in parts[0].marks}
-    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts), marks)
+    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.replaced for part in parts), marks)
 
 
 def requests_of(

@@ -46,7 +46,7 @@ class Drawn:
     judging_s: float
 
 
-def is_drawn_by(version: int, staleness: int, iterations: int) -> bool:
+def draws_rollouts(version: int, staleness: int, iterations: int) -> bool:
     """Returns whether this version of the weights draws rollouts in a run of so many iterations."""
     return version == 0 or version + staleness < iterations
 
@@ -80,9 +80,9 @@ class RolloutSchedule:
         self._position = 0
         self._staleness, self._iterations = staleness, iterations
         self._drawn: dict[int, Callable[[], Drawn]] = {}
-        self._thread = self._rules = None
+        self._thread = self._judging_thread = None
         if staleness:
-            self._thread, self._rules = ThreadPoolExecutor(1, "rollouts"), ThreadPoolExecutor(1, "rules")
+            self._thread, self._judging_thread = ThreadPoolExecutor(1, "rollouts"), ThreadPoolExecutor(1, "rules")
 
     def begin(
         self, version: int, weights: WeightStream, pending: Mapping[int, ScoredRollouts], position: int = 0
@@ -96,6 +96,10 @@ class RolloutSchedule:
             weights: read to the end.
             pending: rollouts with their scores, by iteration.
             position: position of the first prompt of iteration `version`.
+
+        Raises:
+            RewardError: rules failed on too many of the `pending` rollouts of an old checkpoint, which have no scores.
+            UserError, PoolFailure: the source cannot load the weights; with staleness, `take` raises it.
         """
         self._position = position + sum(scored.prompts for scored in pending.values())
         for iteration, scored in pending.items():
@@ -109,7 +113,12 @@ class RolloutSchedule:
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
     def push(self, version: int, weights: WeightStream) -> None:
-        """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`, as `begin` tells."""
+        """Reads new weights to the end; they draw the rollouts of iteration `version + staleness`: with staleness in
+        the thread, else when the rollouts are taken.
+
+        Raises:
+            UserError, PoolFailure: as `begin`.
+        """
         self._submit(version, weights, [version + self._staleness])
 
     def queue(self, work: Callable[[], Work], version: int, weights: WeightStream | None) -> Callable[[], Work]:
@@ -147,6 +156,7 @@ class RolloutSchedule:
         Raises:
             RequestError: a prompt cannot be answered.
             RewardError: rules failed on too many rollouts.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         return self._drawn.pop(iteration)()
 
@@ -155,15 +165,18 @@ class RolloutSchedule:
 
         Returns them by iteration; they can still be taken. A checkpoint at `version` keeps them, because its own
         weights would draw others.
+
+        Raises:
+            RequestError, RewardError, UserError, PoolFailure: as `take`.
         """
-        older = range(version, version + self._staleness)
-        return {iteration: drawn().scored for iteration, drawn in sorted(self._drawn.items()) if iteration in older}
+        drawn_by_older = range(version, version + self._staleness)
+        return {i: drawn().scored for i, drawn in sorted(self._drawn.items()) if i in drawn_by_older}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for threads in (self._thread, self._rules):
+        for threads in (self._thread, self._judging_thread):
             if threads:
                 threads.shutdown(cancel_futures=True)
 
@@ -183,15 +196,17 @@ class RolloutSchedule:
 
         for iteration in iterations:
             if self._draw_scored:
-                self._drawn[iteration] = _started(self._thread, partial(self._timed_in_one, self._draw_scored, load))
+                self._drawn[iteration] = _started(self._thread, partial(self._draw_and_score, self._draw_scored, load))
             else:
                 # Scoring waits for drawing in a thread of its own, so the next rollouts are drawn meanwhile.
-                draw = _started(self._thread, partial(self._timed, load))
-                self._drawn[iteration] = _started(self._rules, partial(self._scored, draw))
+                draw = _started(self._thread, partial(self._draw_timed, load))
+                self._drawn[iteration] = _started(self._judging_thread, partial(self._judge_timed, draw))
             load = None
 
-    def _timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
-        """Returns the rollouts, and the seconds that loading weights and drawing took."""
+    def _draw_timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
+        """Loads weights, if there are new ones, draws and moves the position. Returns the rollouts and the seconds that
+        it took.
+        """
         started = time.perf_counter()
         if load:
             load()
@@ -199,14 +214,14 @@ class RolloutSchedule:
         self._position += self._prompts
         return rollouts, time.perf_counter() - started
 
-    def _scored(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
+    def _judge_timed(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
         """Returns the rollouts of `draw` with their scores and the seconds of both."""
         rollouts, drawing_s = draw()
         started = time.perf_counter()
         scored = self._judge(rollouts)
         return Drawn(scored, drawing_s, time.perf_counter() - started)
 
-    def _timed_in_one(self, draw: DrawScored, load: Callable[[], None] | None) -> Drawn:
+    def _draw_and_score(self, draw: DrawScored, load: Callable[[], None] | None) -> Drawn:
         started = time.perf_counter()
         if load:
             load()
@@ -246,7 +261,11 @@ class SamplingAgain:
     rounds: int  # largest number of draws
 
     def __call__(self, position: int) -> ScoredRollouts:
-        """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on."""
+        """Returns the rollouts of `prompts` prompts, in the order of prompts from `position` on.
+
+        Raises:
+            RequestError, RewardError, UserError, PoolFailure: of `draw` and `judge`.
+        """
         rounds: list[ScoredRollouts] = []
         informative: list[int] = []  # positions of prompts whose group has a signal
         n_drawn = 0
@@ -262,7 +281,7 @@ class SamplingAgain:
         drawn = [int(prompt) for scored in rounds for prompt in np.unique(scored.rollouts.position_B)]
         without_signal = [prompt for prompt in drawn if prompt not in set(informative)]
         chosen = [*informative, *without_signal[: self.prompts - len(informative)]]
-        return concatenated(rounds).of_prompts(np.array(chosen), left_out=n_drawn - len(chosen))
+        return concatenated(rounds).of_prompts(np.array(chosen), replaced=n_drawn - len(chosen))
 
 
 def positions_with_signal(scored: ScoredRollouts, parts: Mapping[str, RewardPartConfig]) -> list[int]:

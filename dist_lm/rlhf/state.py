@@ -13,7 +13,7 @@ from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 
 SCORE = "score."  # prefix of the names of scores
 MARK = "mark."  # prefix of the names of marks
-LEFT_OUT = "left_out"
+REPLACED = "left_out"  # the name in checkpoints
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RlhfState:
         for iteration, scored in self.pending.items():
             for name, array in vars(scored.rollouts).items():
                 arrays[f"{iteration}.{name}"] = array
-            arrays[f"{iteration}.{LEFT_OUT}"] = np.array([scored.left_out])
+            arrays[f"{iteration}.{REPLACED}"] = np.array([scored.replaced])
             for part, score_B in scored.scores.items():
                 arrays[f"{iteration}.{SCORE}{part}"] = score_B
             for name, mark_B in scored.marks.items():
@@ -93,8 +93,8 @@ class RlhfState:
             marks = {name.removeprefix(MARK): mark_B for name, mark_B in named.items() if name.startswith(MARK)}
             columns = {name: array for name, array in named.items() if not name.startswith((SCORE, MARK))}
             # Checkpoints of old releases have no such array.
-            left_out = columns.pop(LEFT_OUT, np.zeros(1, np.int64))
-            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(left_out[0]), marks)
+            replaced = columns.pop(REPLACED, np.zeros(1, np.int64))
+            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(replaced[0]), marks)
 
         scale = values["reward_scale"]
         reward_scale = RewardScale(**scale) if scale else None

@@ -54,6 +54,7 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
         ConfigError: not exactly one of `last` and `ema`, an unknown device, or fewer checkpoints than `last`.
         ArtefactError: a checkpoint is missing or damaged, or has no exponential average; the folder exists or cannot be
             written; or tokenizer or corpora of the run are missing.
+        UserError: as `evaluated`.
     """
     require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
@@ -87,7 +88,11 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
 
 def mean_of(checkpoints: Sequence[Path]) -> dict[str, ComputedTensor]:
     """Returns the mean of each parameter over checkpoints, by name; computed in fp64 when it is written, stored in
-    fp32."""
+    fp32.
+
+    Raises:
+        ArtefactError: a checkpoint is missing or damaged.
+    """
     stored = [stored_tensors(checkpoint) for checkpoint in checkpoints]
 
     # fp64, since the mean of close numbers must not lose their differences.
@@ -139,7 +144,11 @@ def write_average(folder: Path, tensors: Mapping[str, ComputedTensor], newest: P
 
 
 def can_be_measured(run: RunDirectory) -> bool:
-    """Whether the run has a configuration of a stage that evaluates on val."""
+    """Returns whether the run has a configuration of a stage that evaluates on val.
+
+    Raises:
+        ConfigError: this version cannot read the configuration.
+    """
     return run.config.is_file() and load_config(run.config).takes_sequences
 
 
@@ -153,6 +162,8 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
 
     Raises:
         ArtefactError: tokenizer or corpora of the run are missing.
+        ConfigError: this version cannot read the configuration of the run.
+        UserError: as `open_data` of the stage.
     """
     config, tokenizer = load_config(run.config), Tokenizer.load(run.tokenizer_model)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())

@@ -51,7 +51,9 @@ def given_template(config: TokenizerConfig) -> KeptTemplate | None:
     """Returns the kept template of the tokenizer that a work directory takes; None: our layout. It may read the hub.
 
     Raises:
-        ArtefactError: the snapshot cannot be read.
+        ArtefactError: the snapshot or the template cannot be read, or the tokenizer has no end-of-text.
+        ConfigError: there is no tokenizer at the path.
+        UserError: a package that is needed is not installed.
     """
     if config.chat_template == "ours" or not config.is_given:
         return None

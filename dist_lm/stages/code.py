@@ -26,8 +26,12 @@ class Code(TextStage):
         """Samples the model, runs the samples in the sandbox and writes them (collective). Returns shares, the same on
         every rank.
 
-        `code/parses_LANGUAGE` and `code/runs_LANGUAGE` are fractions of samples, prompt included; those without a
-        verdict do not count. Empty without samples.
+        `code/parses_LANGUAGE` and `code/runs_LANGUAGE` are the shares of samples that parse and that run, each judged
+        together with its prompt. A sample without a verdict does not count. Empty without samples.
+
+        Raises:
+            RequestError: a prompt of stage.sampling does not fit the context.
+            ArtefactError: the model's logits are not numbers.
         """
         import torch.distributed as dist
 
@@ -35,7 +39,7 @@ class Code(TextStage):
         from dist_lm.stages.sampling import sample_prompts, write_samples
 
         samples = sample_prompts(arguments)
-        # stage.sampling.samples_per_prompt=0.
+        # There are none with stage.sampling.samples_per_prompt=0.
         if not samples:
             return {}
 
@@ -57,7 +61,7 @@ class Code(TextStage):
             for prefix, is_right in ((PARSES, verdict["parses"]), (RUNS, verdict["runs"])):
                 if is_right is not None:
                     verdicts_of.setdefault(f"{prefix}{sample.language}", []).append(is_right)
-        return {name: sum(verdicts) / len(verdicts) for name, verdicts in sorted(verdicts_of.items())}
+        return {name: sum(are_right) / len(are_right) for name, are_right in sorted(verdicts_of.items())}
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Yields the shares of samples that parse, and of those that run, by language; nothing without such metrics."""

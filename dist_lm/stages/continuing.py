@@ -195,6 +195,9 @@ def with_start(stage: Stage, config: Config) -> Config:
 
     `auto` becomes the run of the previous stage with the same run_id, `hf:SOURCE` the run of its import. A branch has
     the start of the run that it continues. Nothing is checked to exist.
+
+    Raises:
+        ConfigError: this version cannot read the configuration of the run of stage.branch_from.
     """
     init_from = config.stage.init_from
     if config.stage.branch_from:
@@ -212,7 +215,11 @@ def with_start(stage: Stage, config: Config) -> Config:
 
 
 def with_branch(config: Config) -> Config:
-    """`config` with stage.branch_from as an absolute path, and stage.init_from of the run that it names."""
+    """Returns `config` with stage.branch_from as an absolute path, and stage.init_from of the run that it names.
+
+    Raises:
+        ConfigError: this version cannot read the configuration of that run.
+    """
     path = Path(config.stage.branch_from).expanduser().resolve()
     origin_config = _config_at(path)
     init_from = origin_config.stage.init_from if origin_config else "none"
@@ -277,6 +284,7 @@ def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model or tokenizer.
+        UserError: a package that is needed to read `hf:SOURCE` is not installed.
     """
     # The weights are not there yet, but the shape of the model can be compared already.
     if init_from.startswith(HF) and IMPORT in rebuilt:
@@ -329,7 +337,11 @@ def _run_at(path: Path) -> RunDirectory | None:
 
 
 def _config_at(path: Path) -> Config | None:
-    """The configuration of the run at `path`; None if there is no run, or it recorded none."""
+    """Returns the configuration of the run at `path`; None if there is no run, or it recorded none.
+
+    Raises:
+        ConfigError: this version cannot read it.
+    """
     run = _run_at(path)
     if run is None or not run.config.is_file():
         return None

@@ -10,7 +10,12 @@ class Language(TextStage):
     name = "language"
 
     def after_training(self, arguments: EvaluationArguments) -> dict[str, float]:
-        """Write samples."""
+        """Writes samples of the model (collective); returns no figures.
+
+        Raises:
+            RequestError: a prompt of stage.sampling does not fit the context.
+            ArtefactError: the model's logits are not numbers.
+        """
         from dist_lm.stages.sampling import sample_prompts, write_samples
 
         write_samples(arguments, [asdict(sample) for sample in sample_prompts(arguments)])

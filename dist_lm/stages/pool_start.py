@@ -56,6 +56,8 @@ class PoolStarter:
 
         Raises:
             ActorsLostError: no free resources for an actor; the message names the keys to change.
+            PoolFailure: actors die while they start.
+            UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
         """
         pool, ranks = self.pool, int(os.environ["LOCAL_WORLD_SIZE"])
         # With GPUs, "as many as fit" is counted on the GPUs of the ranks.

@@ -80,17 +80,29 @@ def stage_named(name: str) -> Stage:
 
 
 def all_stages() -> Iterator[Stage]:
-    """Every stage, imported."""
+    """Returns every stage; a stage is imported when it is reached.
+
+    Raises:
+        ConfigError: the entry point of another package does not name a stage with its defaults.
+    """
     return (stage_named(name) for name in stage_names())
 
 
 def added_conf() -> list[Path]:
-    """Folders with the YAML files of stages that other packages add."""
+    """Returns the folders with the YAML files of stages that other packages add.
+
+    Raises:
+        ConfigError: the entry point of another package does not name a stage with its defaults.
+    """
     folders = (stage_named(name).conf for name in sorted(_added()))
     return list(dict.fromkeys(folder for folder in folders if folder))
 
 
 def load_config(path: Path) -> Config:
-    """Read a run's `config.yaml`; types and bounds are checked again."""
+    """Reads a run's `config.yaml`; types and bounds are checked again.
+
+    Raises:
+        ConfigError: a value is not accepted by this version, or the stage is unknown.
+    """
     # Only the stage that wrote the file knows the types of its keys.
     return read_config(path, stage_named(OmegaConf.load(path).stage.name).schema)

@@ -40,6 +40,7 @@ def sample_prompts(arguments: EvaluationArguments) -> list[Sample]:
     Raises:
         RequestError: a prompt does not fit the context.
         ArtefactError: the model's logits are not numbers.
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     stage: Any = arguments.config.stage  # callers are stages that end with samples
     config: SamplesConfig = stage.sampling
@@ -88,6 +89,7 @@ def answer_all(
     Raises:
         RequestError: a request does not fit the context.
         ArtefactError: the model's logits are not numbers.
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     # An engine would gather the whole model for nothing.
     if not requests:

@@ -110,7 +110,7 @@ class Shards(ArtefactStage):
             texts.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
                 texts.compare(name for name in text_corpora(config.corpus) if name != first)
-                _ = texts.train_split_rule
+                texts.train_rule()  # reads all that it needs while the console shows this wait
 
         for name in missing:
             build_corpus(config, name, texts, console)
@@ -153,7 +153,12 @@ def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
 
 
 def correct_corpora(config: Config, names: Sequence[str]) -> None:
-    """Give the documents of whole corpora the licences of the configuration."""
+    """Gives the documents of whole corpora the licences of the configuration.
+
+    Raises:
+        ArtefactError: a manifest is missing or damaged.
+        ConfigError: there is no such corpus.
+    """
     work = WorkDirectory(Path(config.work_dir))
     for name in names:
         if list(read_manifest(work.corpus(name)).licences) != _licences(config, name):
@@ -218,6 +223,7 @@ def _unlisted(config: Config, name: str) -> list[str]:
     Raises:
         ConfigError: a source is invalid.
         UnreachableError: the hub cannot be asked, and this is no dry run.
+        ArtefactError: a folder or URL cannot be listed.
     """
     try:
         listed_inputs(config.corpus, name)
@@ -268,10 +274,11 @@ def is_whole(directory: Path) -> bool:
 
 
 def check_corpus(config: Config, name: str) -> None:
-    """Refuse a corpus that was made from another text or with another tokenizer.
+    """Refuses a corpus that was made from another text or with another tokenizer.
 
     Raises:
         ArtefactError: names the folder and the way out.
+        ConfigError: a source is invalid.
     """
     work = WorkDirectory(Path(config.work_dir))
     manifest = read_manifest(work.corpus(name))
@@ -296,6 +303,10 @@ def is_frozen(config: Config, name: str) -> bool:
     since.
 
     Its own sources must be those it was made from.
+
+    Raises:
+        ArtefactError: the manifest is missing or damaged.
+        ConfigError: a source is invalid.
     """
     if config.tokenizer.source != KEEP or form_of(config.corpus, name) != "text":
         return False
@@ -308,6 +319,11 @@ def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
     since.
 
     They keep their held-out split, so new train text must not contain it.
+
+    Raises:
+        ArtefactError: a manifest is damaged.
+        ConfigError: a source is invalid.
+        UserError: an input cannot be listed.
     """
     work = WorkDirectory(Path(config.work_dir))
     existing = [
@@ -417,6 +433,9 @@ def text_fingerprint(config: Config) -> dict[str, Any]:
 
     All corpora of texts share a fingerprint, because a train text of one corpus drops the val text of another corpus
     that it contains.
+
+    Raises:
+        ConfigError: a source is invalid.
     """
     return _fingerprint(config, text_corpora(config.corpus))
 
@@ -425,6 +444,10 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """Returns the settings that the documents of one corpus and their tokens depend on, as JSON values.
 
     A corpus of conversations or rankings depends on no other corpus.
+
+    Raises:
+        ConfigError: a source is invalid.
+        ArtefactError: the chat template beside the tokenizer is damaged.
     """
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config)
@@ -440,6 +463,9 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     out.
 
     The seed is None where no reader makes documents by it.
+
+    Raises:
+        ConfigError: a source is invalid.
     """
     selected: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
     corpus = asdict(selected)

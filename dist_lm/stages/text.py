@@ -76,7 +76,8 @@ class TextStage(TrainingStage):
     writes_text = True
 
     def check(self, config: Config) -> None:
-        """Refuses rankings, since training would learn bad completions like good ones, and `fim_rate` without texts.
+        """Refuses rankings, whose bad completions would be learned like good ones, and `fim_rate` for a corpus without
+        texts.
 
         Raises:
             ConfigError: names the key.
@@ -101,7 +102,9 @@ class TextStage(TrainingStage):
         The first rank warns of documents that no sequence can hold.
 
         Raises:
-            ArtefactError: a corpus is missing or damaged.
+            ArtefactError: a corpus is missing or damaged, or no document fits into a sequence.
+            UserError: the tokenizer lacks a mark that stage.fim_rate needs.
+            ConfigError: the batch does not divide over the ranks.
         """
         from dist_lm.data.sequences import note_of_left_out
         from dist_lm.data.token_corpus import TokenCorpus
@@ -120,6 +123,9 @@ class TextStage(TrainingStage):
         `all`.
 
         It reads all of val, and is empty for a corpus of conversations.
+
+        Raises:
+            ArtefactError: the corpus or the tokenizer is missing or damaged.
         """
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
         from dist_lm.data.token_corpus import TokenCorpus
@@ -155,7 +161,9 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
     """Returns the training sequences of this rank, from the position in `arguments` on.
 
     Raises:
-        ArtefactError: a corpus is missing or damaged.
+        ArtefactError: a corpus is missing or damaged, or fills no sequence.
+        UserError: the tokenizer lacks a mark that stage.fim_rate needs.
+        ConfigError: the batch does not divide over the ranks.
     """
     from dist_lm.data.infill import Infill, InfillMarks
     from dist_lm.data.stream import SequenceStream
@@ -202,6 +210,7 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
 
     Raises:
         ArtefactError: a corpus is missing or damaged.
+        UserError: the tokenizer lacks a mark that stage.fim_rate needs.
     """
     from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles
@@ -246,7 +255,11 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
 
 
 def bytes_per_token(run: RunDirectory, config: Config) -> float:
-    """UTF-8 bytes per token of the training splits, weighted by the corpora's shares of all sequences."""
+    """Returns the UTF-8 bytes per token of the training splits, weighted by the corpora's shares of all sequences.
+
+    Raises:
+        ArtefactError: a corpus is missing or damaged.
+    """
     from dist_lm.data.manifest import read_manifest
 
     mix = config.stage.mix or {}

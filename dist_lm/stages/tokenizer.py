@@ -58,6 +58,8 @@ class TokenizerStage(ArtefactStage):
         Raises:
             ArtefactError: it has another format, was trained on another text, has another vocabulary, or is another one
                 than `tokenizer=PATH`; or there is none with tokenizer=keep.
+            ConfigError, UserError: the given tokenizer or a source of text cannot be found, see `check_same_file` and
+                `text_fingerprint`.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         exists = work.tokenizer_model.exists()
@@ -136,6 +138,7 @@ def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
 
     Raises:
         ArtefactError: names the folder and the way out.
+        ConfigError, UserError: the given file cannot be read, see `named_tokenizer_file`.
     """
     stored_sha256 = durable.sha256_of(work.tokenizer_model)
     given_sha256 = sha256(named_tokenizer_file(settings)).hexdigest()
@@ -154,6 +157,7 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
 
     Raises:
         ArtefactError: names the folder and the way out.
+        ConfigError: a source of text is invalid.
     """
     file_format = report.get("format", 1)
     if file_format != FORMAT:
@@ -196,7 +200,11 @@ def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: Token
 
 
 def template_of(settings: TokenizerConfig) -> KeptTemplate | None:
-    """The layout of conversations that comes with a given tokenizer; None: ours."""
+    """Returns the layout of conversations that comes with a given tokenizer; None: ours.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: see `given_template`.
+    """
     # Only for models of transformers.
     from dist_lm.stages.chat_layout import given_template
 
@@ -208,6 +216,7 @@ def check_template(work: WorkDirectory, settings: TokenizerConfig) -> None:
 
     Raises:
         ArtefactError: names the folder and the way out.
+        ConfigError, UserError: see `given_template`.
     """
     stored_template, given_template = KeptTemplate.read(work.tokenizer), template_of(settings)
     # Only the text counts: the date of a template is the day of its import.

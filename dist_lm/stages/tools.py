@@ -123,7 +123,8 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
     Answers are greedy. Figures are fractions; empty without questions, or (with a warning) with a kept chat template.
 
     Raises:
-        ArtefactError: the corpus is missing or damaged.
+        ArtefactError: the corpus is missing or damaged, or the model's logits are not numbers.
+        UserError: the tokenizer lacks the mark that ends a turn.
     """
     from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus

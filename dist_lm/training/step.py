@@ -56,8 +56,8 @@ def accumulate_gradients(
 
     Args:
         reduce_every_micro_batch: reduce in every micro-batch, which sends more and holds less.
-        laps: gets `forward`, `backward` and `communication`, which is only the time spent waiting here: messages inside
-            a pass count as that pass.
+        laps: gets `forward`, `backward` and `communication`, the all-reduces of this file. What FSDP sends during a
+            pass counts as `forward` or `backward`.
     """
     if laps:
         laps.start()
@@ -108,8 +108,8 @@ def update(
 
     Args:
         adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
-        stop: read after the backward pass, so that a request during a long step (the first may compile) ends the run
-            with this step.
+        stop: read after the backward pass, so that a request made during the step still ends the run with it (the first
+            step may compile for minutes).
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
         laps: gets `communication` and `optimizer`; given on every rank or on none.
     """

@@ -57,7 +57,7 @@ class NonFiniteGradientsError(UserError):
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains a model: owns the loop, not the parts, which the program of a rank builds."""
+    """Trains a model. It owns the loop; the program of a rank builds the parts."""
 
     config: Config
     world: World
@@ -206,8 +206,8 @@ class Trainer:
         return val_loss
 
     def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
-        """Returns the metrics of a step by their names, without held-out metrics (collective); the meter begins a new
-        line."""
+        """Returns the metrics of a step by their names, without held-out metrics (collective). Resets the meter for the
+        next line."""
         stage = self.config.stage
         line = {
             "train/loss": result.loss,

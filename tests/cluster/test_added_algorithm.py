@@ -42,12 +42,12 @@ class Reinforce(Algorithm):
         columns = {"old": experience.logprob_BT, "advantage": advantage_B[:, None] * experience.mask_BT}
         return Prepared(columns, experience.mask_BT.sum(1))
 
-    def policy_loss(self, drawn):
+    def policy_loss(self, tokens):
         from dist_lm.training.objective import LossSum
 
-        total = -(drawn.logprob_N * drawn.columns["advantage"]).sum()
-        moved = (drawn.columns["old"] - drawn.logprob_N).detach().sum()
-        count = drawn.logprob_N.new_ones(drawn.logprob_N.shape).sum()
+        total = -(tokens.logprob_N * tokens.columns["advantage"]).sum()
+        moved = (tokens.columns["old"] - tokens.logprob_N).detach().sum()
+        count = tokens.logprob_N.new_ones(tokens.logprob_N.shape).sum()
         return LossSum(total, count, {"policy_loss": total.detach(), "approx_kl": moved})
 """
 IMPORT = "from dist_lm.rlhf.algorithms.reinforce import Reinforce\n"

@@ -55,7 +55,7 @@ class Run:
         with unset_fake_temporarily():
             drawn = rollouts(number)
         config, run = self.config.rlhf, self.execution
-        passes = Passes(drawn, run.dealing, CARD, seed=0, iteration=number, parts=config.minibatches)
+        passes = Passes(drawn, run.dealing, CARD, seed=0, iteration=number, minibatches=config.minibatches)
         traffic = Traffic(self.axes)
         first = [batch for minibatch in passes(0) for batch in minibatch.batches]
         collected = collect(run, drawn, {}, first, None)

@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.data import screening
-from dist_lm.data.ingest import Texts, split_of
+from dist_lm.data.ingest import Texts, split_of_group
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.reader import text_hash
 from dist_lm.errors import ArtefactError, ConfigError
@@ -171,9 +171,9 @@ def test_limit_counts_documents_kept():
 
 def test_the_split_depends_on_the_group_alone():
     groups = [text_hash(str(i)) for i in range(4000)]
-    val = [split_of(group, 0.05) == "val" for group in groups]
+    val = [split_of_group(group, 0.05) == "val" for group in groups]
     assert 120 < sum(val) < 280
-    assert all(split_of(group, 0.2) == "val" for group, held in zip(groups, val, strict=True) if held)
+    assert all(split_of_group(group, 0.2) == "val" for group, held in zip(groups, val, strict=True) if held)
 
 
 def test_no_held_out_document_is_an_error_that_names_the_keys():

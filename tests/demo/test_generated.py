@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.ingest import split_of
+from dist_lm.data.ingest import split_of_group
 from dist_lm.demo.bash import bash_document, read_bash
 from dist_lm.demo.sql import read_sql, sql_document
 from dist_lm.document import Document
@@ -63,6 +63,6 @@ def test_every_generated_script_parses_and_scripts_differ():
 
 def test_val_scripts_are_about_things_that_no_train_script_does():
     found = documents(read_bash, 600, seed=0)
-    sides = {side: [one.text for one in found if split_of(one.group, 0.05) == side] for side in ("train", "val")}
+    sides = {side: [one.text for one in found if split_of_group(one.group, 0.05) == side] for side in ("train", "val")}
     assert 15 < len(sides["val"]) < 60
     assert len(seen_texts(sides["val"], sides["train"])) <= 2

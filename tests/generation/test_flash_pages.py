@@ -82,9 +82,9 @@ def test_replayed_steps_give_what_a_plain_forward_gives(monkeypatch):
     graphs, recorded = [], Recorded()
 
     class WithGraphs(Decoder):
-        def __init__(self, config, n_pages, page_size, dtype, device):
-            super().__init__(config, n_pages, page_size, dtype, device)
-            longest = pages_for(config.max_seq_len, page_size)
+        def __init__(self, config, n_pages, page_tokens, dtype, device):
+            super().__init__(config, n_pages, page_tokens, dtype, device)
+            longest = pages_for(config.max_seq_len, page_tokens)
             self._graphs = DecodeGraphs(self._decode, self.cache, longest, recorded)
             graphs.append(self._graphs)
 

@@ -88,9 +88,9 @@ def test_the_loss_has_its_own_count_and_metrics_those_of_tokens():
             prepared = super().prepare(experience, kl_coefficient)
             return replace(prepared, divisor_B=torch.full_like(experience.score_B, 2.0))
 
-        def policy_loss(self, drawn):
-            loss = super().policy_loss(drawn)
-            rollouts = float(drawn.rollout_N.unique().numel())
+        def policy_loss(self, tokens):
+            loss = super().policy_loss(tokens)
+            rollouts = float(tokens.rollout_N.unique().numel())
             metrics = {"policy_loss": torch.tensor(3.0 * rollouts), "approx_kl": 0.0 * loss.total.detach()}
             return replace(loss, metrics={**metrics, "ratio_mean": 5.0 * loss.count})
 

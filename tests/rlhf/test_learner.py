@@ -263,8 +263,8 @@ def test_rates_warm_up():
 
 def test_updates_that_are_not_finite_are_skipped_and_end_the_run_when_there_is_nothing_else():
     class Broken(GroupMean):
-        def policy_loss(self, drawn):
-            loss = super().policy_loss(drawn)
+        def policy_loss(self, tokens):
+            loss = super().policy_loss(tokens)
             return replace(loss, total=loss.total * float("nan"))
 
     made = toy(replace(SHORT, samples=2, max_nonfinite_updates=3), 2, algorithm=Broken())

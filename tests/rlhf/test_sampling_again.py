@@ -41,7 +41,7 @@ def test_groups_without_a_signal_are_replaced_by_the_next_prompts():
     assert asked == [(7, 3), (10, 2), (12, 1)]  # 8 has a signal; then 11; then 12
     assert found.rollouts.position_B.tolist() == [8, 8, 11, 11, 12, 12]
     assert found.scores["own"].tolist() == [1, 0, 2, 3, 0, 1]
-    assert (found.left_out, found.prompts) == (3, 6)
+    assert (found.replaced, found.prompts) == (3, 6)
     expected = {place: rollouts_with([2] * 2, [1 + place % 3] * 2, positions=[place] * 2) for place in (8, 11, 12)}
     for one in found.rollouts:
         assert len(one.completion) == expected[one.position].new_tokens_B[0]
@@ -52,7 +52,7 @@ def test_after_the_last_round_the_earliest_groups_without_a_signal_fill_up():
     found = sampling(7)
     assert asked == [(7, 3), (10, 2)]
     assert found.rollouts.position_B.tolist() == [7, 7, 8, 8, 11, 11]
-    assert (found.left_out, found.prompts) == (2, 5)
+    assert (found.replaced, found.prompts) == (2, 5)
     once, asked = again(SCORES, prompts=3, rounds=1)
     assert once(7).rollouts.position_B.tolist() == [7, 7, 8, 8, 9, 9]
     assert asked == [(7, 3)]

@@ -9,7 +9,7 @@ import torch
 
 from dist_lm.generation.request import SamplingParams
 from dist_lm.rlhf.rollouts import ScoredRollouts, requests_of
-from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
+from dist_lm.rlhf.schedule import RolloutSchedule, draws_rollouts
 from tests.patience import patient
 from tests.rlhf.toy import rollouts_with
 
@@ -66,7 +66,7 @@ def go_on(made: RolloutSchedule, staleness: int, begin: int, end: int) -> list[i
         assert judged.scores["rule"].tolist() == [iteration / 8]
         assert rollouts.position_B.tolist() == [iteration]
         versions.append(int(rollouts.version_B[0]))
-        if is_drawn_by(iteration + 1, staleness, ITERATIONS):
+        if draws_rollouts(iteration + 1, staleness, ITERATIONS):
             made.push(iteration + 1, weights(iteration + 1))
     return versions
 

@@ -184,10 +184,10 @@ class GroupMean(Algorithm):
         columns = {"advantage": advantage_BT, "old": experience.logprob_BT}
         return Prepared(columns, experience.mask_BT.sum(1), metrics={"others_mean": float(others_B.mean())})
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        gain = (drawn.logprob_N * drawn.columns["advantage"]).sum()
-        moved = (drawn.columns["old"] - drawn.logprob_N).detach().sum()
-        return LossSum(-gain, torch.tensor(float(len(drawn.logprob_N))), {"approx_kl": moved})
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
+        gain = (tokens.logprob_N * tokens.columns["advantage"]).sum()
+        moved = (tokens.columns["old"] - tokens.logprob_N).detach().sum()
+        return LossSum(-gain, torch.tensor(float(len(tokens.logprob_N))), {"approx_kl": moved})
 
 
 # --- rollouts made by hand ---

@@ -138,7 +138,11 @@ class RankingBatches:
 
     @cached_property
     def packing(self) -> Packing:
-        """Packs all rankings into rows."""
+        """Packs all rankings into rows.
+
+        Raises:
+            ArtefactError: no ranking fits into a sequence.
+        """
         return packed(self.rankings.corpus, self.seq_len, kind=ALL)
 
     def __iter__(self) -> Iterator[tuple[Batch, list[PlacedRanking]]]:

@@ -101,6 +101,7 @@ def language_of(name: str) -> str:
 
     Raises:
         OSError: the first line cannot be read.
+        ConfigError: the scheme of a URL is not supported.
     """
     bare = bare_name(name)
     suffix = PurePosixPath(bare).suffix.removeprefix(".")

@@ -47,6 +47,7 @@ def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numb
     Raises:
         ArtefactError: the file is UTF-16, or a list that is broken.
         OSError: the file cannot be read or decompressed.
+        ConfigError: the scheme of a URL is not supported.
     """
     with open_content(name) as file:
         first_bytes = file.peek(4)
@@ -113,6 +114,7 @@ def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Number
     Raises:
         ArtefactError: the header is broken, or a quote opens that nothing closes; the message names the line.
         OSError: the file cannot be read or decompressed.
+        ConfigError: the scheme of a URL is not supported.
     """
     csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
     with open_content(name) as file:

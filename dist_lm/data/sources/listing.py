@@ -29,7 +29,11 @@ OwnRule = Callable[[str], str]  # name of a file in a folder -> why it is left o
 
 
 def bare_name(name: str) -> str:
-    """Returns the file name in lower case, without the suffix of a compression and the query of a URL."""
+    """Returns the file name in lower case, without the suffix of a compression and the query of a URL.
+
+    Raises:
+        ConfigError: the scheme of a URL is not supported.
+    """
     last = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).name.lower()
     stem, dot, suffix = last.rpartition(".")
     if stem and dot + suffix in COMPRESSIONS:
@@ -60,6 +64,9 @@ def base_of(path: str) -> str:
     """Returns the base of names below a path: itself, or the last folder of a glob without magic letters.
 
     It has no slash at its end and no `file://`.
+
+    Raises:
+        ConfigError: the scheme of a URL is not supported.
     """
     base = path.rstrip("/")
     if not scheme_of(path):

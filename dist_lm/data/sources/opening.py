@@ -160,7 +160,8 @@ class Persistent(io.RawIOBase):
 def is_transient(error: BaseException) -> bool:
     """Returns whether the same request may succeed later: broken connections, time-outs, overloaded servers.
 
-    Missing files and refused rights are not transient, any other OSError is.
+    The status of a server's answer decides, if the error has one. Without a status, every OSError is transient, except
+    missing files, folders in place of files, refused rights, and the hub's offline mode.
     """
     # The answer of a server, if there is one, decides.
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)

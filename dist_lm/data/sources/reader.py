@@ -229,10 +229,18 @@ def form_of(config: CorpusConfig, corpus_name: str) -> Form:
 
 
 def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
-    """Lists the corpora whose documents are of this form."""
+    """Lists the corpora whose documents are of this form.
+
+    Raises:
+        ConfigError: as `corpus_sources`.
+    """
     return [name for name in config.corpora if form_of(config, name) == form]
 
 
 def text_corpora(config: CorpusConfig) -> list[str]:
-    """Lists the corpora of texts, on which the tokenizer is trained."""
+    """Lists the corpora of texts, on which the tokenizer is trained.
+
+    Raises:
+        ConfigError: as `corpus_sources`.
+    """
     return corpora_of_form(config, "text")

@@ -46,40 +46,68 @@ ContentOf = Callable[
 
 
 def list_json_lines(source: SourceConfig) -> Inputs:
-    """Lists files of JSON lines."""
+    """Lists files of JSON lines.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`.
+    """
     return list_files(source, by_suffix(".jsonl", ".ndjson"))
 
 
 def list_parquet(source: SourceConfig) -> Inputs:
-    """Lists parquet files."""
+    """Lists parquet files.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`.
+    """
     return list_files(source, by_suffix(".parquet"))
 
 
 def list_csv(source: SourceConfig) -> Inputs:
-    """Lists .csv and .tsv files."""
+    """Lists .csv and .tsv files.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`.
+    """
     return list_files(source, by_suffix(".csv", ".tsv"))
 
 
 def list_rows(source: SourceConfig) -> Inputs:
-    """Lists files of any format that has rows."""
+    """Lists files of any format that has rows.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`.
+    """
     return list_files(source, by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv"))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every line of files of JSON lines as a text."""
+    """Yields every line of files of JSON lines as a text.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+    """
     yield from row_documents(source, rows_of_files(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of parquet files as a text. Memory is bounded by one row group."""
+    """Yields every row of parquet files as a text. Memory is bounded by one row group.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+    """
     yield from row_documents(source, rows_of_files(list_parquet(source), named_columns(source, TEXT), parquet_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of CSV files with a header as a text."""
+    """Yields every row of CSV files with a header as a text.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+    """
     yield from row_documents(source, rows_of_files(list_csv(source), named_columns(source, TEXT), csv_rows))
 
 

@@ -24,7 +24,11 @@ KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset split
 
 
 def list_tars(source: SourceConfig) -> Inputs:
-    """Lists webdataset tars."""
+    """Lists webdataset tars.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`.
+    """
     return list_files(source, by_suffix(".tar", ".tgz"))
 
 
@@ -35,7 +39,11 @@ def list_tars(source: SourceConfig) -> Inputs:
     advice="check path and column; no sample has text in that member",
 )
 def read_tars(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every sample of webdataset tars as a text."""
+    """Yields every sample of webdataset tars as a text.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+    """
     rows = rows_of_files(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
     yield from row_documents(source, rows, TEXT_MEMBER)
 
@@ -45,6 +53,7 @@ def samples(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numbere
 
     Raises:
         ArtefactError: the tar is truncated, or continues after its end mark.
+        ConfigError: the scheme of a URL is not supported.
     """
     # As a stream: a tar may be behind http or compressed, where seeking is slow.
     with open_content(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:

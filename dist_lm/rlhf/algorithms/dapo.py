@@ -96,13 +96,13 @@ class Dapo(Algorithm):
         metrics = {"overlong_penalty": float(penalty_B.double().mean())}
         return Prepared(group_columns(experience, advantage_B), length_B, kl_coefficient, metrics)
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the surrogate as a sum over tokens, clipped further away above 1 than below, with KL penalty and
         entropy bonus."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(
-            drawn,
+            tokens,
             self.keys.clip,
             clip_high=self.keys.clip_high,
             entropy_coefficient=self.config.entropy_coefficient,

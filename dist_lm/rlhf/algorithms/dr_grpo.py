@@ -48,8 +48,8 @@ class DrGrpo(Algorithm):
         divisor_B = advantage_B.new_full(advantage_B.shape, self.config.max_new_tokens)
         return Prepared(group_columns(experience, advantage_B), divisor_B, kl_coefficient)
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each token, with the KL penalty if rlhf.kl_coefficient is above 0."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
-        return penalised_policy_loss(drawn, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)
+        return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

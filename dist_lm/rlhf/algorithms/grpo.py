@@ -48,8 +48,8 @@ class Grpo(Algorithm):
         columns = group_columns(experience, advantage_B) | {"token_weight": inverse_lengths(experience.mask_BT)}
         return Prepared(columns, advantage_B.new_ones(advantage_B.shape), kl_coefficient)
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each token with the KL penalty."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
-        return penalised_policy_loss(drawn, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)
+        return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

@@ -38,17 +38,17 @@ class Gspo(Grpo):
     keys: GspoKeys
     ratio_of = "mean"
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each completion, its tokens weighted by its inverse length, with the KL
         penalty if rlhf.kl_coefficient is above 0 and the entropy bonus."""
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import over_completion, penalised_policy_loss
 
-        log_ratio_N = drawn.logprob_N - drawn.columns["old_logprob"]
+        log_ratio_N = tokens.logprob_N - tokens.columns["old_logprob"]
         return penalised_policy_loss(
-            drawn,
+            tokens,
             self.keys.clip,
             clip_high=self.keys.clip_high,
-            ratio_N=over_completion(log_ratio_N, drawn.rollout_N, mean=True).exp(),
+            ratio_N=over_completion(log_ratio_N, tokens.rollout_N, mean=True).exp(),
             entropy_coefficient=self.config.entropy_coefficient,
         )

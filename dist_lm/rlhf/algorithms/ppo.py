@@ -68,8 +68,8 @@ class Ppo(Algorithm):
     has_critic = True
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Returns advantages and returns of each token; its reward is the score at the last token minus
-        `kl_coefficient` times the KL.
+        """Computes the advantage and the return of each token. The reward of a token is -`kl_coefficient` times its KL;
+        that of the last token also has the score.
 
         The policy loss is a mean over completion tokens and has no KL of its own.
         """
@@ -105,11 +105,11 @@ class Ppo(Algorithm):
         }
         return Prepared(columns, mask_BT.sum(1), metrics=metrics)
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each token, minus the weighted entropy as a bonus, as a sum over tokens."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
-        return penalised_policy_loss(drawn, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)
+        return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)
 
     def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
         """Returns the clipped squared error of the values."""

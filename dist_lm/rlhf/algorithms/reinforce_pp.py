@@ -72,8 +72,8 @@ class ReinforcePp(Algorithm):
         metrics = {"return_mean": float(mean_and_std(return_BT, mask_BT)[0])}
         return Prepared(token_columns(experience, whiten(return_BT, mask_BT)), mask_BT.sum(1), metrics=metrics)
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each token."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
-        return penalised_policy_loss(drawn, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)
+        return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

@@ -68,15 +68,15 @@ class Rloo(Algorithm):
         columns = group_columns(experience, advantage_B) | {"token_weight": inverse_lengths(experience.mask_BT)}
         return Prepared(columns, advantage_B.new_ones(advantage_B.shape))
 
-    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+    def policy_loss(self, tokens: DrawnTokens) -> LossSum:
         """Returns the clipped surrogate of each completion, its tokens weighted by its inverse length, with the entropy
         bonus."""
         from dist_lm.rlhf.policy_gradient import over_completion, penalised_policy_loss
 
-        log_ratio_N = drawn.logprob_N - drawn.columns["old_logprob"]
+        log_ratio_N = tokens.logprob_N - tokens.columns["old_logprob"]
         return penalised_policy_loss(
-            drawn,
+            tokens,
             self.keys.clip,
-            ratio_N=over_completion(log_ratio_N, drawn.rollout_N, mean=False).exp(),
+            ratio_N=over_completion(log_ratio_N, tokens.rollout_N, mean=False).exp(),
             entropy_coefficient=self.config.entropy_coefficient,
         )

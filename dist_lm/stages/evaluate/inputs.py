@@ -32,6 +32,7 @@ def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
 
     Raises:
         ConfigError: there is no file of prompts, for the task reward.
+        ArtefactError: the manifest of a corpus is damaged.
     """
     from dist_lm.evaluation.tasks import BITS
 
@@ -64,6 +65,7 @@ def refuse_other_inputs(run: RunDirectory, config: "EvaluateRunConfig") -> None:
 
     Raises:
         ArtefactError: names the key, the file and the way out.
+        ConfigError: as `inputs_of`.
     """
     # Inputs that are gone are not compared: the figures of a finished run stay.
     recorded, current = begun_with(run), inputs_of(config)

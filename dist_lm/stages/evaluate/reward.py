@@ -64,6 +64,7 @@ def reward_scores(
 
     Raises:
         ArtefactError: checkpoint or tokenizer is missing or damaged.
+        ConfigError: device=cuda, and this node has no GPU.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     shape = model_config_of(checkpoint)

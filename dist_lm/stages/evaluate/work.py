@@ -182,7 +182,13 @@ class Evaluation(PoolWork):
         self._keep(number, [recorded(item, answer, item.judge(answer, self._sandboxes)) for answer in answers])
 
     def finish(self, keep_going: Callable[[], bool]) -> None:
-        """Wait for the last judgements, then measure bits per byte."""
+        """Waits for the last judgements, then measures bits per byte and scores of the reward model, and writes them.
+
+        Raises:
+            ArtefactError: an input has changed since the run began, or a checkpoint, corpus or tokenizer is missing or
+                damaged.
+            ConfigError: there is no file of prompts for the task reward, or this node has no GPU for device=cuda.
+        """
         for number in sorted(self._missing):
             if keep_going():
                 self._write(number)

@@ -135,7 +135,11 @@ def export(
 
 
 def edited_card(folder: Path) -> bytes | None:
-    """The model card of an earlier export, if it is not as that wrote it."""
+    """Returns the model card of an earlier export, if it is not as that wrote it.
+
+    Raises:
+        ArtefactError: the record of the export is no JSON.
+    """
     record = durable.read_json(folder / RECORD)
     if not record or not (folder / CARD).is_file():
         return None

@@ -37,6 +37,9 @@ def model_card(
         run: the run of the checkpoint; None if it lies outside a run, and the card has less.
         dtype: of the exported weights, for the text.
         adapters: the folder holds adapters for peft, not a whole model.
+
+    Raises:
+        ArtefactError: the state of the checkpoint or the metrics of the run are damaged.
     """
     state, _ = files.read_state(checkpoint)
     config = _config(run)
@@ -129,6 +132,9 @@ def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[s
     """Returns lines with the last value of each metric up to the step of the checkpoint.
 
     Averaged weights have metrics of their own. Without metrics it is one sentence.
+
+    Raises:
+        ArtefactError: the metrics are damaged.
     """
     metrics: dict[str, Any] = {}
     if (checkpoint / files.AVERAGE).is_file():

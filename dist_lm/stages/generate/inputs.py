@@ -40,7 +40,11 @@ def check_checkpoint(checkpoint: Path, run: RunDirectory) -> dict[str, str]:
 
 
 def begun_with(run: RunDirectory) -> dict[str, Any]:
-    """The content of `prompts.json`; nothing for a new run."""
+    """Returns the content of `prompts.json`; nothing for a new run.
+
+    Raises:
+        ArtefactError: the file is no JSON.
+    """
     return durable.read_json(run.inputs)
 
 

@@ -134,11 +134,12 @@ class Samples(PoolWork):
     """Makes the requests for the missing parts of a run and writes their answers."""
 
     def __init__(self, config: "GenerateRunConfig", run: RunDirectory, tokenizer: Tokenizer) -> None:
-        """Find the prompts and the existing parts.
+        """Finds the prompts and the existing parts.
 
         Raises:
             ConfigError: there are no prompts, or the files are invalid.
             ArtefactError: the run began with other prompts, or other weights.
+            UserError: with stage.chat, the tokenizer lacks the mark that ends a turn.
         """
         self._stage = config.stage
         self._seed = config.seed
@@ -244,7 +245,12 @@ class Samples(PoolWork):
         self._check_prompts()
 
     def take(self, result: Answer | Refusal) -> None:
-        """Store an answer or a refusal. Writes a part when it is complete."""
+        """Stores an answer or a refusal. Writes a part when it is complete.
+
+        Raises:
+            ConfigError: the prompts are gone.
+            ArtefactError: the prompts changed while they were read.
+        """
         number, answers = int(result.request), self._answers.add(result, self._stage.n)
         if isinstance(answers, Refusal):
             self._refuse(number, answers.error)

@@ -84,6 +84,7 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
 
     Raises:
         ArtefactError: see `import_model`.
+        UserError: a package that is needed is not installed.
     """
     # All checks come before anything is written.
     model, architecture = model_in(folder, name)

@@ -45,7 +45,11 @@ class Import(ArtefactStage):
         return ()
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Import the model that the later stages start from."""
+        """Returns the configuration that imports the model that the later stages start from.
+
+        Raises:
+            ConfigError: the later stages start from several models.
+        """
         # The plan has room for one import.
         sources = sorted({reader.stage.init_from for reader in readers if reader.stage.init_from.startswith(HF)})
         if len(sources) > 1:
@@ -61,6 +65,7 @@ class Import(ArtefactStage):
 
         Raises:
             ArtefactError: another snapshot was imported under this name, or the model cannot be read.
+            UserError: a package that is needed is not installed.
         """
         from dist_lm.model.size import parameter_count
 
@@ -82,7 +87,11 @@ class Import(ArtefactStage):
         return Artefact(True, f"{imported['architecture']} from {imported['source']}")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Read the weights, and write the run."""
+        """Reads the weights, and writes the run.
+
+        Raises:
+            ConfigError, ArtefactError, UserError: see `import_model`.
+        """
         from dist_lm.stages.importing.snapshot import import_model  # imports torch
 
         source = config.stage.init_from

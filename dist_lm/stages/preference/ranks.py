@@ -98,7 +98,11 @@ def _references(
 
 
 def _start(config: PreferenceRunConfig) -> str:
-    """Identifies the reference: the hash of the checkpoint that training starts from, or the seed of a new model."""
+    """Identifies the reference: the hash of the checkpoint that training starts from, or the seed of a new model.
+
+    Raises:
+        ArtefactError: there is no such checkpoint.
+    """
     if config.stage.init_from == "none":
         return f"seed {config.seed} {json.dumps(asdict(config.model), sort_keys=True)}"
     return checkpoint_files.fingerprint(checkpoint_files.find_checkpoint(Path(config.stage.init_from)))

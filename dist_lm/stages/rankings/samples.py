@@ -61,6 +61,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 
     Raises:
         ArtefactError: there is no model, no program in the corpus, or the model's logits are not numbers.
+        UserError: the tokenizer lacks the mark that ends a turn.
     """
     if config.stage.init_from == "none":
         raise ArtefactError(
@@ -120,6 +121,7 @@ def sample(
 
     Raises:
         ArtefactError: the model's logits are not numbers.
+        UserError: the tokenizer lacks the mark that ends a turn.
     """
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     # One engine for all beginnings: their samples share its batches.
@@ -157,7 +159,12 @@ def requests_of(
     number: int, beginning: Beginning, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
     """Returns two requests for a beginning: continuations as text, and answers as a turn, together `fewest` to `most`
-    samples."""
+    samples.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn.
+        ChatError: a kept chat template cannot write the beginning as a turn.
+    """
     random_word = key(Shuffle.SAMPLES, seed, number)
     total = settings.fewest + random_word % (settings.most - settings.fewest + 1)
     params = SamplingParams(

@@ -95,6 +95,7 @@ def ranking_stream(
 
     Raises:
         ArtefactError: no ranking fits into a sequence.
+        ConfigError: the batch does not divide over the ranks.
     """
     return RankingStream(
         train,
@@ -129,7 +130,8 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
     instead.
 
     Raises:
-        ArtefactError: no completion fits into the model's context either.
+        ArtefactError: no completion fits into the model's context either, or corpus or initial checkpoint is missing.
+        UserError: as `policy_samples`.
     """
     config = arguments.config
     assert isinstance(config, RewardRunConfig)
@@ -163,7 +165,11 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
 
 
 def starts_from_policy(init_from: str) -> bool:
-    """Returns whether training started from a model that generates text."""
+    """Returns whether training started from a model that generates text.
+
+    Raises:
+        ArtefactError: there is no such checkpoint.
+    """
     if init_from == "none":
         return False
     start = checkpoint_files.find_checkpoint(Path(init_from))
@@ -178,6 +184,7 @@ def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val:
 
     Raises:
         ArtefactError: the initial checkpoint is missing, or its logits are not numbers.
+        UserError: the tokenizer lacks the mark that ends a turn.
     """
     # Sampled as rollouts are, so that the scale fits them.
     settings, tokenizer = config.stage.reward, arguments.tokenizer

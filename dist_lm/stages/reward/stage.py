@@ -46,7 +46,11 @@ class Reward(TrainingStage):
     packed = "rankings"
 
     def check(self, config: Config) -> None:
-        """Refuse answers that would fill the context where the start generates some."""
+        """Refuses answers that would fill the context where the start generates some.
+
+        Raises:
+            ConfigError: stage.reward.normaliser_new_tokens is too large.
+        """
         assert isinstance(config, RewardRunConfig)
         settings, longest = config.stage.reward, config.model.max_seq_len
         # Without an initial model, completions of val are scored and nothing is generated.

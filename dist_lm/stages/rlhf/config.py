@@ -124,7 +124,11 @@ class RlhfRunConfig(Config):
 
     @property
     def ranked_corpora(self) -> frozenset[str]:
-        """The configured corpora of rankings."""
+        """The configured corpora of rankings.
+
+        Raises:
+            ConfigError: a source is invalid.
+        """
         return frozenset(corpora_of_form(self.corpus, "ranking"))
 
     def check_stage(self) -> None:

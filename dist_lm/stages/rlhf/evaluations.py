@@ -23,7 +23,7 @@ from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import UsableRollouts, share_usable, total_score
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
-from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
+from dist_lm.rlhf.schedule import RolloutSchedule, draws_rollouts
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.training.eval_tasks import Evaluated
 from dist_lm.stages.training.program import RankStart
@@ -64,6 +64,10 @@ class HeldOut:
 
         Args:
             scale: mean and standard deviation of the reward model's scores; None: raw scores.
+
+        Raises:
+            RewardError: rules failed on too many answers.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         if not self.prompts:
             return {}
@@ -90,6 +94,10 @@ class HeldOut:
         """Returns the scores of the answers of `model`, (P,) fp32 on the CPU; NaN where there is none (collective).
 
         It loads the weights of `model` into the source of rollouts.
+
+        Raises:
+            RewardError: rules failed on too many answers.
+            UserError, PoolFailure: of the source, see `RolloutSource`.
         """
         group = self.config.rlhf
         weights = sent_weights(model, self.config.parallel, self.start.world)
@@ -155,7 +163,7 @@ class TasksOfIterations:
         parts.heartbeat.beat(Phase.EVALUATING, iteration)
 
         # The learner has pushed the weights of this iteration, unless they draw no rollouts.
-        has_weights = is_drawn_by(iteration, self.staleness, parts.tasks.steps)
+        has_weights = draws_rollouts(iteration, self.staleness, parts.tasks.steps)
         weights = None
         if not has_weights:
             weights = parts.weights(receives=schedule is not None)

@@ -127,6 +127,9 @@ def base_record(directory: Path) -> dict[str, str]:
     """Identifies the checkpoint that a frozen model, or the base of a critic with adapters, was loaded from.
 
     The record has the path and the SHA-256 of the manifest.
+
+    Raises:
+        ArtefactError: the checkpoint has no manifest.
     """
     return {"base": str(directory), "base_sha256": checkpoint_files.fingerprint(directory)}
 

@@ -188,6 +188,10 @@ def open_supply(
     Raises:
         ClusterError: Ray has no free resources for an actor.
         ArtefactError: a prompt lacks the tests that a reward asks for.
+        ConfigError: there is no file of prompts, or this machine has no parser or no sandbox that a reward needs.
+        UserError: the tokenizer lacks the mark that ends a turn, a kept chat template cannot write a request, or as
+            `PoolStarter.start`.
+        PoolFailure: actors die while they start.
     """
     weights = sent_weights(loaded.models.policy.model, config.parallel, start.world)
     # Reading the weights is collective, although only the first rank has an engine.
@@ -226,14 +230,16 @@ def rollout_source(
 
     Raises:
         ClusterError: Ray has no free resources for an actor.
+        PoolFailure: actors die while they start.
+        ConfigError: bf16 is asked for on a GPU without it.
     """
 
     def keep_going() -> bool:
         alive()
         return True
 
-    dtype, texts = compute_dtype(config.parallel, device), bool(config.stage.eval_tasks)
-    spec = engine_spec(config, config.pool, tokenizer, dtype, device, texts)
+    needs_texts = bool(config.stage.eval_tasks)
+    spec = engine_spec(config, config.pool, tokenizer, compute_dtype(config.parallel, device), device, needs_texts)
     if pool is not None:
         with pool.start(spec, weights, FIRST_WEIGHTS, keep_going, _sender(config, spec, device)) as actors:
             yield PoolRollouts(actors, sleeps=config.in_turns)
@@ -258,7 +264,7 @@ def _sender(config: RlhfRunConfig, spec: "EngineSpec", device: torch.device) -> 
         return None
     from dist_lm.cluster.pool_push import sender_for
 
-    patience_s = config.cluster.hang_min_s / 4  # this rank may not wait as long as a hang takes
+    patience_s = config.cluster.hang_min_s / 4  # must end before the silence of this rank counts as a hang
     return sender_for(push, spec.model, spec.dtype, device, tp=spec.tp, patience_s=patience_s)
 
 
@@ -295,6 +301,7 @@ def pretraining_text(
 
     Raises:
         ArtefactError: a corpus is missing or too small for a sequence.
+        ConfigError: the batch of text does not divide over the ranks.
     """
     settings = config.rlhf
     if not settings.pretrain_coefficient:

@@ -65,6 +65,9 @@ class BesideTraining:
         Args:
             start_pool: on the first rank.
             steps_done: steps of the checkpoint that the run continues from.
+
+        Raises:
+            ArtefactError: the metrics file is damaged.
         """
         self._parts, self._start_pool = parts, start_pool
         self._closing = threading.Event()
@@ -80,7 +83,9 @@ class BesideTraining:
         """Writes the figures that have arrived. If tasks are due, it copies the weights to the first rank and queues
         their evaluation.
 
-        It raises what an earlier evaluation has raised in its thread, see `_evaluate`.
+        Raises:
+            UserError, PoolFailure, OSError: an earlier evaluation failed in its thread, see `_evaluate`; on the first
+                rank.
         """
         parts = self._parts
         due = parts.tasks.due(step)
@@ -116,7 +121,8 @@ class BesideTraining:
     def finish(self) -> None:
         """Waits for all evaluations and writes their figures, with heartbeats meanwhile (collective).
 
-        It raises, on the first rank, what an evaluation has raised in its thread, see `_evaluate`.
+        Raises:
+            UserError, PoolFailure, OSError: an evaluation failed in its thread, see `_evaluate`; on the first rank.
         """
         parts = self._parts
         while True:
@@ -141,7 +147,8 @@ class BesideTraining:
     def _collect(self) -> None:
         """Writes the figures of evaluations that are done, in the order of their steps.
 
-        It raises what such an evaluation has raised.
+        Raises:
+            UserError, PoolFailure, OSError: such an evaluation failed, see `_evaluate`.
         """
         # In order, since lines of the metrics file are ordered by step.
         for step, records in list(self._open.items()):
@@ -174,6 +181,7 @@ class BesideTraining:
         Raises:
             AbandonedError: the run ends before the evaluation.
             ActorsLostError: no place for an actor.
+            UserError: no node has enough GPUs for an actor, or there is no sandbox for the programs of a task.
             PoolFailure: actors keep dying.
             OSError: the weights could not be written or read.
         """

@@ -59,7 +59,11 @@ class Evaluated:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the copies of the model that answer."""
+        """Returns the dtype of the copies of the model that answer.
+
+        Raises:
+            ConfigError: bf16 is asked for on a GPU without it.
+        """
         return generation_dtype(self.config.parallel, self.world.device)
 
     def sandboxes(self, asked: Round) -> Sandboxes | None:
@@ -87,7 +91,11 @@ class TasksOfSteps(StepTasks, Protocol):
     """Evaluates tasks during training. The next checkpoint is not durable before what must survive a kill with it."""
 
     def finish(self) -> None:
-        """Waits for all figures (collective); raises what an evaluation has raised."""
+        """Waits for all figures (collective).
+
+        Raises:
+            UserError, PoolFailure, OSError: an evaluation beside training failed, see `BesideTraining`.
+        """
 
 
 def weights_file(run: RunDirectory, step: int) -> Path:
@@ -115,6 +123,9 @@ def pending(parts: Evaluated, steps_done: int) -> dict[int, tuple[str, ...]]:
 
     Args:
         steps_done: steps of the checkpoint that the run continues from; later ones are trained again.
+
+    Raises:
+        ArtefactError: the metrics file is damaged.
     """
     written = {(line["step"], name) for line in read_metrics(parts.run.metrics) for name in line}
     pending_tasks = {}
@@ -136,6 +147,10 @@ class BetweenSteps:
 
         Args:
             steps_done: steps of the checkpoint that the run continues from.
+
+        Raises:
+            ArtefactError: the metrics file is damaged.
+            ConfigError: as `reached`.
         """
         self._parts = parts
         # The first rank has read the metrics file; all must evaluate the same tasks.
@@ -148,7 +163,11 @@ class BetweenSteps:
                 discard_weights(parts, step)
 
     def reached(self, step: int) -> None:
-        """Answer the tasks that are due."""
+        """Answers the tasks that are due, if any (collective).
+
+        Raises:
+            ConfigError: this machine has no sandbox for the programs of a task.
+        """
         due = self._parts.tasks.due(step)
         if due:
             self._evaluate(step, due, self._parts.weights(receives=True))
@@ -160,7 +179,11 @@ class BetweenSteps:
         """The figures are written already."""
 
     def _evaluate(self, step: int, due: Sequence[str], weights: WeightStream) -> None:
-        """Answers the tasks `due` on all ranks and writes their figures and answers on the first (collective)."""
+        """Answers the tasks `due` on all ranks and writes their figures and answers on the first (collective).
+
+        Raises:
+            ConfigError: this machine has no sandbox for the programs of a task.
+        """
         began = time.perf_counter()
         parts = self._parts
         alive = partial(parts.heartbeat.beat, Phase.EVALUATING, step)
@@ -178,6 +201,9 @@ class BetweenSteps:
         """Returns the records of a round on the first rank, by task; empty on the others (collective).
 
         Each rank builds an engine for the call. The other ranks write heartbeats while the first one judges.
+
+        Raises:
+            ArtefactError: the stored weights do not fit the model.
         """
         parts = self._parts
         first, shape = parts.world.is_first, parts.model.config.plain

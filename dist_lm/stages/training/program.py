@@ -1,7 +1,7 @@
 """The program of a rank: joins the other ranks, builds the parts of a training run, trains, and writes the result.
 
-Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`) and shares the first and
-the last part.
+Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`), which uses the functions
+here that begin a run (`started`, `check_corpora`, `open_metrics`) and end it (`write_success`).
 """
 
 import logging
@@ -117,7 +117,11 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
 
 def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
-    """The metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint."""
+    """The metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint.
+
+    Raises:
+        ArtefactError: the metrics file is damaged.
+    """
     if not world.is_first:
         return None
     writer = MetricsWriter(run.metrics)
@@ -141,6 +145,9 @@ def write_success(
         seconds: duration of this attempt.
         metrics: metrics of the last step.
         more: additional fields of the stage.
+
+    Raises:
+        ArtefactError: the metrics file is damaged.
     """
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     result = {
@@ -176,7 +183,11 @@ def last_metrics(run: RunDirectory, step: int, required: str) -> dict[str, float
 
 
 def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
-    """Returns all metrics of one step, without `step` and `time`; empty if none were written."""
+    """Returns all metrics of one step, without `step` and `time`; empty if none were written.
+
+    Raises:
+        ArtefactError: the metrics file is damaged.
+    """
     metrics = {}
     for line in read_metrics(run.metrics):
         if line["step"] == step:
@@ -195,7 +206,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         ConfigError: a setting does not fit the corpus; or the node has no GPU for this rank, or no sandbox for the
             programs of a task.
         NonFiniteGradientsError, CheckpointWriteError: see `Trainer.run`.
-        UserError: a task of stage.eval_tasks cannot be asked.
+        UserError: a task of stage.eval_tasks cannot be asked, or the tokenizer lacks a mark that the stage needs.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors of eval.pool find no place or keep dying.
     """
     began = time.time()
@@ -334,6 +345,7 @@ def restore(
     if config.stage.init_from != "none":
         init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
         checkpoint_files.check_tokenizer(init_from, checkpoint_files.read_state(init_from)[0], tokenizer_sha256)
+        # With adapters, the weights of the base were loaded above.
         if model.config.lora is None:
             checkpoint.load_weights(init_from, model, model.config)
         log.info("starting from the weights of %s", init_from)
@@ -352,6 +364,7 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
 
     Raises:
         ArtefactError: the checkpoint of init_from is gone.
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     if model.config.lora is not None:
         with without_adapters(model):

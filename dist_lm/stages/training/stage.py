@@ -58,9 +58,12 @@ class TrainingStage(Stage):
     # --- on ranks ---
 
     def run_rank(self, run: RunDirectory, stop: "StopRequest", heartbeat: "Heartbeat") -> None:
-        """Train in this process, one of the ranks of the run, until the last step or a stop.
+        """Trains in this process, one of the ranks of the run, until the last step or a stop.
 
         The program of the ranks is imported here, since it needs torch and the launcher must start without it.
+
+        Raises:
+            UserError, PoolFailure: see `dist_lm.stages.training.program.run_rank`.
         """
         from dist_lm.stages.training.program import run_rank
 
@@ -75,7 +78,12 @@ class TrainingStage(Stage):
         return None
 
     def open_data(self, arguments: DataArguments) -> StageData:
-        """The training stream of this rank, and its evaluation."""
+        """Returns the training stream of this rank, and its evaluation.
+
+        Raises:
+            ArtefactError: a corpus is missing or damaged, or fills no sequence.
+            ConfigError, UserError: settings do not fit the ranks or the tokenizer; names the key or the mark.
+        """
         raise NotImplementedError(f"stage {self.name} has a program of its own")
 
     def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
@@ -118,6 +126,7 @@ class TrainingStage(Stage):
         Raises:
             ConfigError: the run exists with other settings, or a key names something that does not fit.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
+            UserError: a package that is needed to read `hf:SOURCE` is not installed.
         """
         init_from = config.stage.init_from
         on_disk = find_run(config, is_target=is_target)
@@ -145,6 +154,7 @@ class TrainingStage(Stage):
         Raises:
             ConfigError: a task, a file or the schedule of a branch does not fit.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
+            UserError: a package that is needed to read `hf:SOURCE` is not installed.
         """
         if config.stage.eval_tasks:
             from dist_lm.evaluation.tasks import check_tasks
@@ -283,6 +293,9 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
     """Returns the state of the run of `config` on disk.
 
     A run of an earlier stage counts as finished if it has a result, even with fewer steps than configured.
+
+    Raises:
+        ArtefactError: `result.json` is no JSON.
     """
     run = run_of(config)
     steps = durable.read_json(run.result).get("steps", 0)
@@ -292,7 +305,11 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
 
 
 def training_stage(name: str) -> TrainingStage:
-    """The training stage of that name."""
+    """Returns the training stage of that name.
+
+    Raises:
+        ConfigError: the name is unknown, or the entry point of another package does not name a stage with its defaults.
+    """
     stage = stage_named(name)
     assert isinstance(stage, TrainingStage), f"stage {name} does not train"
     return stage

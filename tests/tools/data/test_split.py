@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dist_lm.data.ingest import split_of
+from dist_lm.data.ingest import split_of_group
 from dist_lm.tools.data.catalogue import SHELVES, VARIANTS, group_of, shelf_of, specification, topics
 from dist_lm.tools.data.examples import examples
 
@@ -49,7 +49,7 @@ def test_shares_of_shelves_are_even():
 
 
 def test_one_per_cent_holds_out_a_shelf():
-    assert [shelf for shelf in range(SHELVES) if split_of(group_of(shelf), 0.01) == "val"] == [0]
+    assert [shelf for shelf in range(SHELVES) if split_of_group(group_of(shelf), 0.01) == "val"] == [0]
 
 
 def test_val_holds_out_tools_and_names():
