@@ -20,7 +20,6 @@ program is hostile.
 from __future__ import annotations
 
 import os
-import re
 import select
 
 from dist_lm.sandbox.shared_files import FailedError, Folder, checked
@@ -59,7 +58,7 @@ STANDARD = frozenset(
     whereis which who whoami xargs xxd xz yes zcat zdiff zgrep zip zstd
     """.split()
 )
-_NAME = re.compile(rb"[A-Za-z_][A-Za-z0-9_.-]*")
+_NAME = rb"[A-Za-z_][A-Za-z0-9_.-]*"
 
 
 # --- messages ---
@@ -386,6 +385,8 @@ def _judge(test: dict[str, str], channel: int) -> None:
         OSError: the program has ended.
         MalformedError: the program says what no program says.
     """
+    import re
+
     folder = Folder(os.fsencode(os.getcwd()), sends_links=True)
     code = os.fsencode(test["code"])
     variables = _variables(os.fsencode(test["before"]) + b"\n" + code)
@@ -394,7 +395,7 @@ def _judge(test: dict[str, str], channel: int) -> None:
     if status < 0:
         raise FailedError("the script does not come to its end")
 
-    words = {*_NAME.findall(code + b" " + os.fsencode(test["before"]))}
+    words = {*re.findall(_NAME, code + b" " + os.fsencode(test["before"]))}
     entry = os.fsencode(test["entry"])
     stubs = [name for name in words & {name for name in names if type(name) is bytes} if _is_program(name, entry)]
     turn, next_turn = os.pipe()
@@ -438,11 +439,13 @@ def _judge(test: dict[str, str], channel: int) -> None:
 
 
 def _is_program(name: bytes, entry: bytes) -> bool:
-    return _NAME.fullmatch(name) is not None and (name == entry or name.decode() not in STANDARD)
+    return name == entry or name.decode() not in STANDARD
 
 
 def _variables(text: bytes) -> list[bytes]:
     """Returns the variables that a test reads and never sets: each time its name stands behind a `$`."""
+    import re
+
     read = {*re.findall(rb"\$(?:\{[#!]?)?([A-Za-z_][A-Za-z0-9_]*)", text)}
     others = {*re.findall(rb"(?<![A-Za-z0-9_${#!])([A-Za-z_][A-Za-z0-9_]*)", text)}
     assigned = {*re.findall(rb"\$\{([A-Za-z_][A-Za-z0-9_]*):?=", text)}
@@ -476,6 +479,8 @@ def _is_named(path: bytes, names: list[bytes]) -> bool:
 
 def _targets(code: bytes) -> set[bytes]:
     """Returns the last parts of paths that the code of a test seems to write: targets of `>` and of commands."""
+    import re
+
     text = code.translate(None, b"'\"")
     written = re.findall(rb">[>|&]?[ \t]*([^\s;&|<>()]+)", text)
     for arguments in re.findall(rb"\b(?:tee|cp|mv|touch|mkdir|ln|install|dd|truncate)\b([^;&|\n]*)", text):
