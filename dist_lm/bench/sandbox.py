@@ -1,4 +1,4 @@
-"""Runs of a small Python program with a test: each in a new sandbox, or forked by a warm one.
+"""Runs of a small Python program with a test, or five: each in a new sandbox, or forked by a warm one.
 
 Each core has a worker. Ceiling: a Python process for each core that only forks, and waits for its children.
 """
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
 from dist_lm.bench.rank import Trial
@@ -18,8 +19,10 @@ from dist_lm.sandbox.sandbox import Sandbox
 from dist_lm.storage.process import cores
 
 WARM, COLD, FORK = "forked by a sandbox", "a new sandbox for each", "a fork and nothing else"
+WARM_FIVE = "forked by a sandbox, five tests"
 RUNS = 20  # programs of a step
 PROGRAM = Program("python", "def add(a, b):\n    return a + b", (Test(code="assert add(2, 3) == 5"),))
+PROGRAM_OF_FIVE = replace(PROGRAM, tests=PROGRAM.tests * 5)
 LIMITS = Limits(cpu_s=5, wall_s=60)
 _FORKS = """
 import os, sys
@@ -43,8 +46,8 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
         Case(
             name=f"Python with a test, {cores()} workers",
             config=config,
-            variants=dict.fromkeys((WARM, COLD, FORK), GroupSize(1)),
-            comparisons=[Comparison(variant=WARM, peer=COLD, ceiling=FORK)],
+            variants=dict.fromkeys((WARM, WARM_FIVE, COLD, FORK), GroupSize(1)),
+            comparisons=[Comparison(variant=name, peer=COLD, ceiling=FORK) for name in (WARM, WARM_FIVE)],
             same_losses=frozenset(),
             amount=RUNS,
             unit="runs/s",
@@ -57,16 +60,16 @@ def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant; its processes end with this one."""
     # The programs are the same for every configuration.
     del config, world
-    step = {WARM: _warm, COLD: _cold, FORK: _forks}[variant]()
-    return Trial(step, losses=lambda: [0.0])
+    steps = {WARM: lambda: _warm(PROGRAM), WARM_FIVE: lambda: _warm(PROGRAM_OF_FIVE), COLD: _cold, FORK: _forks}
+    return Trial(steps[variant](), losses=lambda: [0.0])
 
 
-def _warm() -> Callable[[], float]:
+def _warm(program: Program) -> Callable[[], float]:
     # The pool ends with this process.
     pool = SandboxPool().__enter__()
 
     def step() -> float:
-        verdicts = pool.run([PROGRAM] * RUNS, LIMITS)
+        verdicts = pool.run([program] * RUNS, LIMITS)
         assert all(verdict.outcome == "passed" for verdict in verdicts), verdicts
         return 0.0
 
