@@ -152,6 +152,9 @@ os.sched_setaffinity(0, {{{busy_core}}})
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 while True: pass
 """
+    limits = Limits(cpu_s=0.1, wall_s=3.0)
     with Sandbox() as sandbox:
-        verdict = sandbox.run(Program("python", source), Limits(cpu_s=0.1, wall_s=3.0))
+        verdict = sandbox.run(Program("python", source), limits)
+        if not verdict.judged and not sandbox._control_passes(limits):
+            pytest.skip("this machine has no core for a control either")
     assert verdict.outcome == "timeout"
