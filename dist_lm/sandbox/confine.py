@@ -369,7 +369,7 @@ _EPERM, _ENOSYS = 1, 38
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data
 
 
-def system_call_filter(machine: str, own_files: bool = True, for_server: bool = False) -> bytes | None:
+def system_call_filter(machine: str, own_files: bool = True) -> bytes | None:
     """Returns the BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
 
     Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist. A process
@@ -379,21 +379,17 @@ def system_call_filter(machine: str, own_files: bool = True, for_server: bool = 
     Args:
         machine: as `os.uname` names it: x86_64 or aarch64.
         own_files: False refuses locks of whole files (`flock`), by which sandboxes could signal each other.
-        for_server: leave what a process needs that begins a run; `filter_for_programs` refuses the rest. The kernel
-            takes longer to install a long filter than to fork.
     """
     if machine not in NUMBERS:
         return None
 
     numbers = NUMBERS[machine]
-    left = BEGINS_RUNS if for_server else ()
-    namespaces = _NEW_ANYTHING & ~NAMESPACES if for_server else _NEW_ANYTHING
     refused = REFUSED if own_files else (*REFUSED, "flock")
     answers = {
         numbers[name]: [_step(_RETURN, _ERRNO | error)]
         for names, error in ((refused, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0))
         for name in names
-        if name in numbers and name not in left
+        if name in numbers
     }
     answers[numbers["fcntl"]] = [
         _step(_LOAD, _SECOND_ARGUMENT),
@@ -410,42 +406,19 @@ def system_call_filter(machine: str, own_files: bool = True, for_server: bool = 
         _step(_RETURN, _ERRNO | _EPERM),
         _step(_RETURN, _ALLOW),
     ]
-    answers[numbers["clone"]] = _without_namespaces(namespaces)
-    answers[LAST_KNOWN + 1] = [_step(_RETURN, _ERRNO | _ENOSYS)]
-    return _filter(machine, answers)
-
-
-def filter_for_programs(machine: str) -> bytes | None:
-    """Returns the filter that refuses what `system_call_filter` leaves to a server; both hold then."""
-    if machine not in NUMBERS:
-        return None
-    numbers = NUMBERS[machine]
-    answers = {numbers[name]: [_step(_RETURN, _ERRNO | error)] for name, error in BEGINS_RUNS.items()}
-    answers[numbers["clone"]] = _without_namespaces(_NEW_ANYTHING)
-    answers[LAST_KNOWN + 1] = [_step(_RETURN, _ALLOW)]  # the other filter refuses them
-    return _filter(machine, answers)
-
-
-BEGINS_RUNS = {"mount": _EPERM, "umount2": _EPERM, "memfd_create": _ENOSYS}
-"""Calls, beside `clone` into namespaces, that the server and the first process of a run need -> error for programs."""
-
-
-def _without_namespaces(namespaces: int) -> list[bytes]:
-    """Returns the answer to `clone`: refused with any of these flags."""
-    return [
+    answers[numbers["clone"]] = [  # without namespaces
         _step(_LOAD, _FIRST_ARGUMENT),
-        _step(_ANY_BIT, namespaces, 0, 1),
+        _step(_ANY_BIT, _NEW_ANYTHING, 0, 1),
         _step(_RETURN, _ERRNO | _EPERM),
         _step(_RETURN, _ALLOW),
     ]
 
-
-def _filter(machine: str, answers: Mapping[int, list[bytes]]) -> bytes:
-    """Returns a filter of system calls: number -> steps that answer. The last number answers for all higher ones."""
     # Neighbours with the same answer are one range: (first number, steps).
     ranges: list[tuple[int, list[bytes]]] = []
-    for number in range(max(answers) + 1):
+    for number in range(LAST_KNOWN + 2):
         answer = answers.get(number, [_step(_RETURN, _ALLOW)])
+        if number > LAST_KNOWN:
+            answer = [_step(_RETURN, _ERRNO | _ENOSYS)]
         if not ranges or ranges[-1][1] != answer:
             ranges.append((number, answer))
 

@@ -39,7 +39,7 @@ class Fenced:
         namespaces: whether every run gets new namespaces; else only limits and system calls are fenced.
         landlock: version of Landlock; 0: none.
         readable: trees that processes may read.
-        system_calls: filter of system calls for programs and judges, which adds to that of the server; None: none.
+        system_calls: filter of system calls; None: none.
     """
 
     def __init__(self, namespaces: bool, landlock: int, readable: Sequence[str], system_calls: bytes | None) -> None:
@@ -73,6 +73,8 @@ class Fenced:
         Raises:
             OSError: the kernel refuses.
         """
+        if self._num_runs == 0:
+            confine.gain_no_capabilities()  # Landlock and seccomp need it
         self._num_runs += 1
         if self._landlock and (self._rules is None or self._num_runs % _MOST_RUNS == 0):
             if self._rules:

@@ -70,13 +70,7 @@ def main() -> None:
         os.dup2(null, descriptor)
 
     readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", sys.base_prefix)
-    confine.gain_no_capabilities()  # Landlock and seccomp need it
-    call_filter = None
-    if seccomp:
-        call_filter = confine.filter_for_programs(os.uname().machine)
-        for_server = confine.system_call_filter(os.uname().machine, has_own_files, for_server=True)
-        if for_server:
-            confine.filter_system_calls(for_server)
+    call_filter = confine.system_call_filter(os.uname().machine, has_own_files) if seccomp else None
     fenced = Fenced(bool(namespaces), landlock, readable, call_filter)
     write_frame(channel, b"ready")
     unloaded = [*PRELOADED]

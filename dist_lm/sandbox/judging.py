@@ -80,7 +80,6 @@ def _serve(channel: int, fenced: Fenced) -> None:
         confine.adopt_orphans()
     fenced.confine("/tmp", badness=500)  # the program goes first if memory is short, but the first processes last
     os.closerange(_CHANNEL + 1, 1 << 20)
-    os.dup2(0, 2)  # warnings about the tests of runs to come are nobody's
 
     clocks = _clocks()
     while True:
