@@ -77,8 +77,9 @@ def check_prompts(settings: RlhfRunGroup) -> None:
     """Refuses invalid files of prompts and reward functions before the run starts; imports the functions.
 
     Raises:
-        ConfigError: a function cannot be imported, or there is no file; names the key.
-        ArtefactError: names the key, file and line of a prompt.
+        ConfigError: a function cannot be imported, or there is no file of .jsonl or .txt; names the key.
+        ArtefactError: a prompt is invalid or lacks the tests that a reward asks for, which names the key, file and
+            line; or the files of a key have no prompts, which names the key.
     """
     for key, pattern in _files(settings):
         for prompt in _prompts_of(pattern, key):
