@@ -163,6 +163,8 @@ def test_a_stop_text_is_a_whole_text(until, text, model, monkeypatch):
 )
 def test_a_task_that_does_not_sample_may_give_a_temperature(given, temperature, model, monkeypatch):
     """lm_eval sets one for `do_sample: false`, as gsm8k has it; such tasks were refused."""
+    from lm_eval.api.instance import Instance
+
     answer = Answer("0", 0, 1, (1,), "4", (0.0,), (0.0,), "stop", 0, 0)
     monkeypatch.setattr(model._engine, "results", lambda: iter([answer]))
     submitted = []
