@@ -189,7 +189,8 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
 
 
 def held_out_batches(arguments: DataArguments, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
-    """Returns this rank's batches of val of a corpus: `stage.eval_sequences` sequences in all, or `everything`."""
+    """Returns this rank's batches of a corpus's val split. All ranks together read `stage.eval_sequences` sequences (0:
+    all), or all of val with `everything`."""
     from dist_lm.data.evaluation_batches import EvaluationBatches
 
     stage = arguments.config.stage
