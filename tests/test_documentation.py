@@ -280,10 +280,10 @@ def test_links_and_files_of_a_page_exist(page: Path):
         path = span.split("::")[0].split(" ")[0]
         if path.startswith(FOLDERS) and not re.search(r"[A-Z*{<]", path) and not (ROOT / path).exists():
             missing.append(span)
-        # The ways through the code name files of the package from its top on.
-        if re.fullmatch(r"[a-z_]+/[a-z_/0-9]+\.py", path) and not path.startswith(FOLDERS):
-            if page.name == "architecture.md" and not (ROOT / "dist_lm" / path).exists():
-                missing.append(span)
+        # This page names files of the package from its top on.
+        is_of_package = page.name == "architecture.md" and re.fullmatch(r"[a-z_]+/[a-z_/0-9]+\.py", path)
+        if is_of_package and not path.startswith(FOLDERS) and not (ROOT / "dist_lm" / path).exists():
+            missing.append(span)
     assert not missing, f"{page.name} names what is not there: {', '.join(missing)}"
 
 

@@ -222,7 +222,7 @@ def facts_of_step(step: Callable[[], object], n_bytes: int, processes: int) -> d
 
 
 def private_bytes() -> int:
-    """Returns the largest private memory of this process and its children, bytes."""
+    """Returns the present private memory, in bytes, of the largest process: this one or one below it."""
     sizes = []
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
         try:

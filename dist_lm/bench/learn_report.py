@@ -90,7 +90,10 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
 
 
 def table_of(title: str, curves: Sequence[Curve]) -> Table:
-    """Lays out the ends of the curves for people: means over the seeds, and the range of bits per byte."""
+    """Lays out the ends of the curves for people, as means over the seeds.
+
+    For bits per byte it adds the range over the seeds, and the ratio to the first recipe.
+    """
     by_recipe = _by_recipe(curves)
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("recipe", overflow="fold")

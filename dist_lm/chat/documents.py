@@ -61,10 +61,11 @@ def read_ranking(text: str) -> Ranking:
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-    """Returns a document as the shards hold it: a text behind end-of-text, or a conversation in the template's layout.
+    """Returns a document as the shards hold it: end-of-text and the text, or a conversation laid out by the template.
 
-    The loss mask, (n,) uint8, is 1 in the answers of a conversation; a text has none. `n_bytes` counts the layout too.
-    Rankings go through `encode_ranking`.
+    The loss mask, (n,) uint8, is 1 in the answers of a conversation; a text has none, as all its tokens are learned.
+    `n_bytes` of a conversation also counts the text that the template adds, such as the names of roles. Rankings go
+    through `encode_ranking`.
 
     Raises:
         UserError: the document is no Unicode text or no well-formed conversation; names its source, or the turn.

@@ -150,7 +150,11 @@ class Site:
         return max(1, node.cpus // self.core_users)
 
     def devices(self, node: Node, gpus: int, ordinal: int) -> tuple[int, ...]:
-        """GPUs of the `ordinal`-th actor of `node` if Ray assigns none; counted from the last GPU backwards.
+        """Returns the indices of the GPUs of the `ordinal`-th actor of `node`; empty if Ray assigns them or `gpus`
+        is 0.
+
+        Actors get groups of `gpus` from the last GPU backwards. Once each group has an actor, the next actors share
+        groups with the first ones.
 
         Args:
             gpus: number of GPUs per actor.

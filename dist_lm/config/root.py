@@ -85,7 +85,7 @@ class Config:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that the stage reads."""
+        """Names of the corpora that the stage reads."""
         return self.stage.streams
 
     @property

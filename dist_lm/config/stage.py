@@ -177,7 +177,7 @@ class StageGroup:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that the stage trains on."""
+        """Names of the corpora that the stage trains on."""
         return ()
 
 
@@ -294,5 +294,5 @@ class StageConfig(TrainerGroup):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that the stage trains on: `corpus`, then those in `mix`."""
+        """Names of the corpora that the stage trains on: `corpus`, then those in `mix`."""
         return tuple(name for name in (self.corpus, *sorted(self.mix or {})) if name)

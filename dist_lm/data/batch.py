@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import FirstToken
 
-WORTH_CHOOSING = 0.9  # below this share of counted targets, logits are computed for these alone
+WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for those that count
 LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
@@ -42,9 +42,10 @@ class RankedPositions:
 class Batch:
     """B sequences of T tokens with their targets.
 
-    A document begins with end-of-text in shards, so the target of its last token is the first token of the next
-    document. A model whose tokenizer has another first token reads that in its place. An epoch predicts every token
-    of the corpus once, except the first token and those of the incomplete last sequence.
+    In shards a document begins with end-of-text. So in text the target of a document's last token is the end-of-text of
+    the next document. If the tokenizer opens documents with another token (`FirstToken`), the inputs hold that token,
+    and the targets keep end-of-text. An epoch of text predicts every token once, except its first token and a rest at
+    the end that fills no sequence.
     """
 
     tokens_BT: torch.Tensor  # int64

@@ -84,7 +84,8 @@ class Texts:
         Args:
             seed: decides the text of generated sources and nothing else.
             preloaded: as for `SourceReader`.
-            frozen: corpora that are not built again: train documents that contain one of their val are dropped.
+            frozen: corpora that are not built again. Their val documents stay, so a train document of another
+                corpus that contains one of them is dropped.
         """
         self.config = config
         self.frozen = frozen

@@ -107,10 +107,10 @@ def print_corpus(directory: Path, console: Console) -> bool:
     """Prints `inspect_corpus` and a document of each language.
 
     Returns:
-        Whether every tar is intact, and the folder holds nothing else.
+        Whether every tar is intact, the origins of its documents can be read, and the folder holds nothing else.
 
     Raises:
-        ArtefactError: `directory` is not a corpus, or its train split is empty.
+        ArtefactError: `directory` is not a corpus, its manifest is damaged, or its train split is empty.
     """
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))

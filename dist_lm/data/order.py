@@ -51,9 +51,9 @@ class Concatenation:
 class EpochOrder:
     """The sequences of one epoch.
 
-    A sequence has `seq_len + 1` tokens. The last one is only a target here; it is the first input of the next cut. So
-    each token of the epoch is a target exactly once, except the first token and a rest at the end that fills no
-    sequence.
+    A sequence takes `seq_len + 1` tokens: `seq_len` inputs, and one more as the last target. That token is also the
+    first input of the next cut. So each token of the epoch is a target exactly once, except the first token and a rest
+    at the end that fills no sequence.
     """
 
     def __init__(

@@ -199,7 +199,7 @@ def screened(
     A source ends after `source.limit` documents (0: all). Its broken rows are judged when it ends.
 
     Args:
-        keys: of the texts that came before (16 bytes each); those of this corpus are added. A text of a
+        keys: hashes of the texts that came before (16 bytes each); those of this corpus are added. A text of a
             source with `held_out` is compared only with the texts of such sources of this corpus.
         report: counts what is dropped.
         rejected: gets a line of JSON for each broken row.
@@ -302,7 +302,7 @@ def _screen(document: Document, source: SourceConfig, config: CorpusConfig, keys
     """Returns the document with its hashes, and why it is dropped (empty: it is not). `keys` is not changed.
 
     Args:
-        keys: of the texts that make it a duplicate.
+        keys: hashes of earlier texts; a document whose text has one of these hashes is a duplicate.
     """
     text = document.text
     try:

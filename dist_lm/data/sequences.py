@@ -189,7 +189,7 @@ def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_L
 
 
 def _only_targets(kind: str) -> int:
-    """Counts the tokens of a row that are only targets: the last one, but none of rankings, which predict nothing."""
+    """Returns how many tokens of a row are targets but no inputs: 1, the last; 0 for rankings, which lack targets."""
     if kind == "rankings":
         return 0
     return 1

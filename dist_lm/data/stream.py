@@ -143,7 +143,7 @@ class SequenceStream(StepStream):
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             pad_id: the token that fills rows up.
             first_token: of the tokenizer; None: documents begin with end-of-text.
-            infill: rearranges documents of `corpus`; the corpora of `mix` stay as they are.
+            infill: rearranges slices of documents of `corpus`; the corpora of `mix` stay as they are.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
@@ -196,7 +196,8 @@ class SequenceStream(StepStream):
 def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
     """Returns the micro-batches of one rank as ranges of places in the `global_batch` sequences of a step.
 
-    Every rank has as many micro-batches, of the same sizes; the last one may be smaller than `micro_batch`.
+    All ranks have the same number of micro-batches, of the same sizes. Only the last one may be smaller than
+    `micro_batch`.
 
     Args:
         micro_batch: sequences of a micro-batch.

@@ -9,11 +9,8 @@ from collections.abc import Iterator
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.reader import Candidate, reader, text_hash
-from dist_lm.demo.sql_analyses import ANALYSES
-from dist_lm.demo.sql_queries import QUERIES
 from dist_lm.demo.sql_scene import Scene, Style, spoken
 from dist_lm.demo.sql_schema import random_schema
-from dist_lm.demo.sql_statements import CHANGES, create_table, insert_rows
 from dist_lm.document import Document
 
 DEFAULT_DOCUMENTS = 600  # about 1.0 MB
@@ -31,6 +28,11 @@ def read_sql(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 def sql_document(rng: random.Random) -> str:
     """Returns a schema, rows for it, and statements about it, in the style of one author."""
+    # Every command imports the readers that a corpus names; only a build needs the statements.
+    from dist_lm.demo.sql_analyses import ANALYSES
+    from dist_lm.demo.sql_queries import QUERIES
+    from dist_lm.demo.sql_statements import CHANGES, create_table, insert_rows
+
     trade, tables = random_schema(rng)
     scene = Scene(rng, tables, Style.random(rng))
     style = scene.style

@@ -4,16 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, offloads
-from dist_lm.dry_run.iterations import rlhf_memory, update_of
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
-from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of
-from dist_lm.stages.rlhf.config import rlhf_config
+from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of, resolved
 from dist_lm.tracking.readable import gib, span
 
 USABLE = 0.85
@@ -89,6 +87,11 @@ def _as_step(config: Config) -> Config:
     """Returns `config` with a stage that describes a step; in stage rlhf this is an update, which has other keys."""
     if config.takes_sequences:
         return config
+
+    # Only stage rlhf has these keys.
+    from dist_lm.dry_run.iterations import update_of
+    from dist_lm.stages.rlhf.config import rlhf_config
+
     return update_of(rlhf_config(config))
 
 
@@ -96,6 +99,10 @@ def _peak(config: Config, layout: Layout) -> int:
     """Returns the peak bytes of the fullest rank: in a step, or in stage rlhf in an update, with all models."""
     if config.takes_sequences:
         return estimate_memory(config, layout).peak
+
+    from dist_lm.dry_run.iterations import rlhf_memory
+    from dist_lm.stages.rlhf.config import rlhf_config
+
     return rlhf_memory(rlhf_config(config), layout).training
 
 
@@ -238,12 +245,6 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
             reshard_after_forward=reshard,
             reduce_every_micro_batch=reduce,
         )
-
-
-def resolved(parallel: ParallelConfig, layout: Layout, **changes: Any) -> ParallelConfig:
-    """Returns `parallel` with the axes of `layout` and `changes`: no axis is -1, and auto is false."""
-    axes = {axis: getattr(layout, axis) for axis in AXES}
-    return replace(parallel, auto=False, **axes, **changes)
 
 
 def _open(configured: Value, default: Value, choices: tuple[Value, ...], matters: bool = True) -> tuple[Value, ...]:

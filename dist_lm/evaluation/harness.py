@@ -284,8 +284,9 @@ class EngineModel(TemplateLM):
         """
         # A generated text never holds the name of a special token.
         until = tuple(stop for stop in options.pop("until") if stop and stop not in self._tokenizer.special_ids_in_file)
-        do_sample = options.pop("do_sample", False)
-        filters: dict[str, Any] = {"temperature": options.pop("temperature", 1.0) if do_sample else 0.0}
+        do_sample, temperature = options.pop("do_sample", False), options.pop("temperature", 1.0)
+        # lm_eval also gives a temperature to tasks that do not sample.
+        filters: dict[str, Any] = {"temperature": temperature if do_sample else 0.0}
         for key in ("top_k", "top_p", "min_p", "repetition_penalty"):
             if key in options:
                 filters[key] = options.pop(key)

@@ -279,6 +279,7 @@ def best_page_tokens(shape: Share | ModelConfig, dtype: torch.dtype, device: tor
 
 
 def _takes_flash(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Returns whether the flash kernel runs: the one that training uses for packed documents, with the same limits."""
     return packs_documents(device.type, dtype in (torch.bfloat16, torch.float16), shape.d_head)
 
 

@@ -135,9 +135,10 @@ class Engine:
         self._preempted: list[AnswerSequence] = []  # oldest first
         self._finished: list[Answer | Refusal] = []
 
-        # The last step's plan and sampling groups; they stay valid while the same sequences run.
+        # Kept from the last step, for as long as the same sequences run: (key, plan), see `_plan_for`, and (sequences,
+        # their seeds, their sampling groups), see `_sample`.
         self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
-        self._sampling_groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None  # with their seeds
+        self._sampling_groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None
 
         checked(config, weights)
         self._decoder = self._build_decoder()
@@ -413,6 +414,7 @@ class Engine:
                     self._preempt(self._running[-1])
                     continue
                 page = self._page_pool.take()
+                # `_has_page` is false, so the last page either is full or has space but other holders too.
                 last_page_is_shared = sequence.cached % self.options.page_tokens != 0
                 if last_page_is_shared:
                     self._decoder.copy_page(sequence.pages[-1], page)
@@ -439,7 +441,8 @@ class Engine:
     def _draw_tokens(self, rows: Sequence[_LogitRows]) -> None:
         """Draws a token for each sequence, calls its `on_text`, and finishes the sequences that end.
 
-        A request whose logits are nan is refused. This is the only place in a step where the host waits for the device.
+        A request whose logits are nan is refused. Unless preempted sequences move between device and host memory, this
+        is the only place in a step where the host waits for the device.
         """
         sequences = [sequence for part in rows for sequence in part.sequences]
         logits_BV = concatenated([part.logits_BV for part in rows])

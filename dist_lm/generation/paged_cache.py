@@ -6,8 +6,9 @@ plans a step once and then writes and attends in every layer. `PlainPages`, belo
 dtype; `flash_pages.py` implements it for the flash kernel. A cell is the space of one token in a page; its number is
 page * page_tokens + offset.
 
-Dimensions: L layers, N tokens, B sequences, H query heads, G key/value heads, K d_head, W page size, P pages of the
-longest sequence, S = P * W, n slots of a `PlainDecodePlan`, X the dimension that an index flattens.
+Dimensions: L layers, N tokens, T tokens of a piece, B sequences, H query heads, G key/value heads, K d_head, W
+page_tokens, P pages of the longest sequence, S keys that a query may see (P * W in a decode step), n slots of a read
+or of all reads of a `PlainDecodePlan`, X the dimension that an index flattens.
 """
 
 import heapq
@@ -194,10 +195,10 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class SharedRead:
-    """A further read of pages with several holders, each for its next holder."""
+    """A further read of pages with several holders, each for its next holder. S are the slots of this read."""
 
     page_S: torch.Tensor  # page of each slot
-    row_S: torch.Tensor  # sequence that reads the slot
+    row_S: torch.Tensor  # sequence that reads each slot
     repeats: bool  # the pages are those of the previous read
 
 
@@ -213,7 +214,7 @@ class PlainDecodePlan:
     shared: list[SharedRead]  # the slots after those of the first read, in this order
     slot_X: torch.Tensor  # (B * P,), slot of each page of a sequence; arbitrary if it has no such page
     summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; n (zeros) if there is no such page
-    index_n: torch.Tensor  # index of each slot in `slot_X`
+    index_n: torch.Tensor  # index in `slot_X` of each slot of all reads
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
 
     def advance(self) -> None:
@@ -232,8 +233,8 @@ class PlainPrefillPlan:
     cell_N: torch.Tensor
     in_one_call: bool
     lengths: Sequence[int]  # tokens of each piece
-    page_S: Sequence[torch.Tensor]  # pages of each piece; empty if it begins a sequence
-    bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: causal
+    page_S: Sequence[torch.Tensor]  # here S are the pages of each piece, in order; empty if it begins a sequence
+    bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: the piece begins a sequence
 
 
 class _Slots:

@@ -50,7 +50,7 @@ class Group:
 
     host_rows: Sequence[int]  # the rows, on the host
     rows: torch.Tensor | None  # the same on the device, int64; None: all rows of the batch
-    bounded: bool  # every row has a top-k, and more candidates than it keeps
+    bounded: bool  # every row has a top-k, and it is smaller than `candidates`
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
     temperature_B1: torch.Tensor  # fp64
     top_k_B1: torch.Tensor  # int64; ALL if off
@@ -128,8 +128,8 @@ def sample(
     adjusted_BV: torch.Tensor | None = None,
     keep_sets: bool = False,
 ) -> Choice:
-    """Returns one token for each row, on the host. The host waits for the device once, and again while rows need more
-    candidates.
+    """Returns one token for each row, on the host. The host waits for the device once, and once more for each draw that
+    repeats rows with more candidates.
 
     Args:
         logits_BV: fp32 logits of the model.
@@ -297,7 +297,8 @@ def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Returns the index (B, 1) of the first cumulative sum above the target, at most the last index with any weight."""
+    """Returns the index (B, 1) of the first cumulative sum above the target, but never one behind the last entry with a
+    weight above 0."""
     # Rounding may lift the target to the last sum, and no sum lies above that.
     last = (cdf < cdf[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(torch.searchsorted(cdf, target, right=True), last)

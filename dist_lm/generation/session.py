@@ -16,7 +16,7 @@ from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
 from dist_lm.parallel.mesh import lacks_bf16
 
-CACHE_TOKENS = 16384  # most tokens in the cache for one request; answers that do not fit wait
+CACHE_TOKENS = 16384  # largest cache of a session, unless one context is longer; answers that do not fit wait
 ENDINGS: dict[FinishReason, str] = {
     "eot": "end of text",
     "stop": "stop text",
@@ -131,7 +131,7 @@ class Session:
 
         Args:
             name: the name of the text in errors.
-            after: a text behind the answer: the model is asked for the text between the two (fill in the middle).
+            after: text that follows the answer (`--suffix`); the model fills in what lies between the two texts.
 
         Raises:
             UserError: a text is not valid Unicode, the texts fill the context, or the tokenizer lacks the marks.

@@ -134,7 +134,9 @@ def _load(
 
 
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:
-    """Returns the settings of the answer; without a seed, one is drawn below SEEDS. Escapes in `stop` are replaced.
+    """Returns sampling parameters and seed of the answer; without a seed, one is drawn below SEEDS.
+
+    Escapes in `stop` are replaced. `n` is checked only.
 
     Raises:
         ConfigError: names the option, its value and what is accepted.

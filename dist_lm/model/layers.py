@@ -108,7 +108,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.squared = config.ffn == "relu2"
-        # The order of modules is the order of parameters in checkpoints and streams (`size.parameter_shapes`).
+        # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
+        # (`size.parameter_shapes`).
         self.gate = None
         if config.ffn == "swiglu":
             self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)

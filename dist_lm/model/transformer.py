@@ -38,7 +38,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        # The order of modules is the order of parameters in checkpoints and streams (`size.parameter_shapes`).
+        # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
+        # (`size.parameter_shapes`).
         self.parallel_residual = config.parallel_residual
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer)
@@ -228,7 +229,7 @@ class Transformer(nn.Module):
         return _scatter(score_N, index_N, batch)
 
     def _with_logit_cap(self, loss_fn: LossFn) -> LossFn:
-        """Returns `loss_fn` as a function of uncapped logits."""
+        """Returns a function of uncapped logits that caps them and then calls `loss_fn`; without a cap, `loss_fn`."""
         cap = self.config.logit_cap
         if not cap:
             return loss_fn

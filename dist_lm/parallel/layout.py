@@ -9,6 +9,7 @@ bias when it needs a part.
 import math
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from typing import Any
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
@@ -396,3 +397,9 @@ def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layou
         return Placement(shape, shape, None, last if shape[last] % layout.dp_shard == 0 else 0)
     padded = (shape[0], rank_slice(shape[1], layout.tp, 0).held * layout.tp, *shape[2:])
     return Placement(shape, padded, 1, last if last > 1 and shape[last] % layout.dp_shard == 0 else 0)
+
+
+def resolved(parallel: ParallelConfig, layout: Layout, **changes: Any) -> ParallelConfig:
+    """Returns `parallel` with the axes of `layout` and `changes`: no axis is -1, and auto is false."""
+    axes = {axis: getattr(layout, axis) for axis in AXES}
+    return replace(parallel, auto=False, **axes, **changes)

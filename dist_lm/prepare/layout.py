@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
-from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, resolved, table
+from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, table
 from dist_lm.errors import ConfigError, require
-from dist_lm.parallel.layout import AXES, check_batch, resolve_layout, started_layout
+from dist_lm.parallel.layout import AXES, check_batch, resolve_layout, resolved, started_layout
 from dist_lm.prepare.plan import ContinuedRun
 from dist_lm.tracking.console import Console
 

@@ -38,9 +38,10 @@ class RankMemory:
 
 
 def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
-    """Returns the memory of runs with one model and layout.
+    """Returns the memory of the rank that holds most, for runs with one model and layout.
 
-    Runs outside the trainer's loop count with the policy's weights only.
+    The bar shows computed sizes in fp32, the text the measured peak. Runs outside the trainer's loop count with the
+    policy's weights only.
     """
     looped = [run for run in runs if run.loops]
 

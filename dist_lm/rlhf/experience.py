@@ -54,8 +54,8 @@ def collect(
 
     Args:
         rule_score_B: scores of the parts that are rules.
-        batches: this rank's micro-batches of all rollouts. If the first update uses the same ones, both passes round
-            alike and every ratio of that update is exactly 1.
+        batches: this rank's share of all rollouts, as micro-batches. If the first update uses the same micro-batches,
+            it rounds as the passes here do, and every ratio of that update is exactly 1.
         reward_scale: None: with rlhf.normalise_reward it is measured on these rollouts, which must come from the
             reference policy; without it, scores of the reward model stay as they are.
         ratio_of: see `Algorithm`.
@@ -103,11 +103,15 @@ def collect(
 def _forward_passes(
     execution: Execution, rollouts: Rollouts, batches: Sequence[RolloutBatch], shape: tuple[int, int]
 ) -> dict[str, torch.Tensor]:
-    """Returns logprob and entropy, and if their model exists reference and value, (B, T), and score (B,), in nats where
-    they are log-probabilities, the same on every rank (collective).
+    """Runs each model over this rank's rollouts. Returns the outputs for the rollouts of all ranks (collective).
 
     Args:
         shape: (B, T).
+
+    Returns:
+        Tensors by name, the same on every rank. `logprob` and `entropy` of the policy: (B, T), nats. `reference`, the
+        log-probabilities of the reference, if there is one: (B, T), nats. `value`, with a critic: (B, T). `score`, with
+        a reward model: (B,).
     """
     models, temperature = execution.models, execution.config.temperature
 

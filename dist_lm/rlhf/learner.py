@@ -110,7 +110,7 @@ class RolloutSupply:
             ignore_eot=config.ignore_eot,
         )
         requests = requests_of(prompts, position, samples, params, seed)
-        # Rules that run programs begin with each answer at once, while the engines go on.
+        # Rules that run programs start on each answer as soon as it is there, while the engines draw the others.
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
 
@@ -261,8 +261,8 @@ class Learner:
         rollouts = scored.rollouts
         clock.lap("rollout")
 
-        # Advantages: the forward passes use the micro-batches of the first update, so every probability ratio of that
-        # update is exactly 1.
+        # Advantages: the forward passes use the micro-batches of pass 0, so they round as its first update does, and
+        # every probability ratio of that update is exactly 1.
         passes = Passes(
             rollouts,
             execution.dealing,
@@ -577,7 +577,7 @@ def iteration_metrics(
         kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
         kl = float(kl_BT.double().sum() / len(rollouts))
         metrics |= {
-            "rlhf/kl": kl,  # nats per sequence
+            "rlhf/kl": kl,  # nats per rollout
             "rlhf/kl_coefficient": state.kl.coefficient,
             "rlhf/reward_mean": score - state.kl.coefficient * kl,
         }

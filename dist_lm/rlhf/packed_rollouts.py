@@ -6,7 +6,9 @@ drawn. Every rank gets the same number of micro-batches with the same shapes; a 
 Log-probabilities and values are read at the token before each completion token, so rows for them omit the last token of
 each rollout. Scores are read at the last token, so rows for them hold whole rollouts.
 
-Dimensions: B rollouts in all, T tokens of the longest completion, S rollouts of a batch, N their completion tokens.
+Dimensions: B rollouts in all, T tokens of the longest completion, S some of the rollouts, N completion tokens of a
+micro-batch, M completion tokens of all rollouts. Fields of other files keep their own letters: in a `Batch`, B are rows
+and T is their width; in `Rollouts.tokens_N`, N are the tokens of all prompts and completions.
 """
 
 from collections.abc import Callable
@@ -31,7 +33,7 @@ class RolloutBatch(Batch):
     """
 
     column_N: torch.Tensor = field(kw_only=True)  # int64; index of each completion token in flattened (B, T) columns
-    # the tokens among which each of N was drawn; None: the whole vocabulary
+    # the tokens among which each completion token was drawn; None: the whole vocabulary
     sets: TokenSets | None = field(kw_only=True, default=None)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RolloutBatch":
@@ -68,7 +70,7 @@ class Minibatch:
 
 
 class Passes:
-    """The passes over an iteration's rollouts: pass number -> its minibatches in order.
+    """The passes over an iteration's rollouts: pass number (0 to rlhf.epochs - 1) -> its minibatches in order.
 
     The minibatches of pass 0 are packed once and kept: the forward passes before the first update use them too.
     """

@@ -131,8 +131,9 @@ class RolloutSchedule:
         returned function, or here without a queue.
 
         Args:
-            weights: weights of `version`, which the source loads first; None keeps those that were pushed last. After a
-                call with weights, queue no more rollouts.
+            weights: weights of `version`, which the source loads first; None keeps those that were pushed last. Give
+                weights only after the last `push` and, with staleness 0, the last `take`: rollouts that are still to be
+                drawn would come from them.
         """
         if self._thread is None:
             if weights is not None:

@@ -12,8 +12,8 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.training.arguments import DataArguments, StageData, batch_options, sequence_limit
-from dist_lm.stages.training.stage import TrainingStage, print_before_and_after
+from dist_lm.stages.training.arguments import DataArguments, StageData
+from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
 
@@ -189,7 +189,8 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
 
 
 def held_out_batches(arguments: DataArguments, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
-    """Returns this rank's batches of val of a corpus: `stage.eval_sequences` sequences in all, or `everything`."""
+    """Returns this rank's batches of a corpus's val split. All ranks together read `stage.eval_sequences` sequences (0:
+    all), or all of val with `everything`."""
     from dist_lm.data.evaluation_batches import EvaluationBatches
 
     stage = arguments.config.stage

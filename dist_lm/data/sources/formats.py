@@ -76,6 +76,7 @@ def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Nu
 
     Raises:
         OSError, ValueError: the file cannot be read or is damaged.
+        ConfigError: the scheme of a URL is not supported.
     """
     import pyarrow.parquet
 

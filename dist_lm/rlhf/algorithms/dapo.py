@@ -97,8 +97,8 @@ class Dapo(Algorithm):
         return Prepared(group_columns(experience, advantage_B), length_B, kl_coefficient, metrics)
 
     def policy_loss(self, tokens: DrawnTokens) -> LossSum:
-        """Returns the surrogate as a sum over tokens, clipped further away above 1 than below, with KL penalty and
-        entropy bonus."""
+        """Returns the surrogate with KL penalty and entropy bonus, as a sum over tokens. The clip leaves the ratio more
+        space above 1 than below."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(

@@ -106,7 +106,7 @@ class Ppo(Algorithm):
         return Prepared(columns, mask_BT.sum(1), metrics=metrics)
 
     def policy_loss(self, tokens: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each token, minus the weighted entropy as a bonus, as a sum over tokens."""
+        """Returns the clipped surrogate with the entropy bonus, as a sum over tokens."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

@@ -159,10 +159,11 @@ class Evaluation(PoolWork):
             yield request_of(number, part.task, item, self._config.seed)
 
     def take(self, result: Answer | Refusal) -> None:
-        """Starts to judge the answers to a question once all are there, and writes earlier files whose questions are
-        all answered.
+        """Starts to judge the answers to a question once all are there.
 
-        A refusal counts as the answer. Sandboxes start with the first answer of a task with code.
+        Writes the files of other blocks whose questions are all answered; waits for their judgements. A refusal counts
+        as all answers to its question. If any task of the stage has code, the sandboxes start at the first question,
+        of any task, that has all answers.
 
         Raises:
             SandboxError: programs cannot be run.

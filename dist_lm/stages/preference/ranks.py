@@ -29,7 +29,8 @@ from dist_lm.stages.reward.ranks import (
     ranking_batches,
     ranking_stream,
 )
-from dist_lm.stages.training.arguments import DataArguments, StageData, sequence_limit
+from dist_lm.stages.training.arguments import DataArguments, StageData
+from dist_lm.stages.training.stage import sequence_limit
 from dist_lm.training import checkpoint_files
 
 

@@ -39,7 +39,7 @@ class RankingsStageConfig(CorporaStageConfig):
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpus whose prompts are answered."""
+        """The name of the corpus whose prompts are answered, if there is one."""
         return (self.corpus,) if self.corpus else ()
 
 

@@ -37,9 +37,8 @@ from dist_lm.stages.training.arguments import (
     DataArguments,
     EvaluationArguments,
     StageData,
-    batch_options,
-    sequence_limit,
 )
+from dist_lm.stages.training.stage import batch_options, sequence_limit
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 

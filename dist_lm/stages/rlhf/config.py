@@ -68,7 +68,7 @@ class RlhfRunGroup(RlhfConfig):
 
     @property
     def pretrain_streams(self) -> tuple[str, ...]:
-        """The corpora of pretraining text; none if its coefficient is 0."""
+        """Names of the corpora of pretraining text; none if its coefficient is 0."""
         if not self.pretrain_coefficient:
             return ()
         return (self.pretrain_corpus, *sorted(self.pretrain_mix))

@@ -81,8 +81,9 @@ def check_prompts(settings: RlhfRunGroup) -> None:
     Warns of tasks whose tests say little about an answer.
 
     Raises:
-        ConfigError: a function cannot be imported, or there is no file; names the key.
-        ArtefactError: names the key, file and line of a prompt.
+        ConfigError: a function cannot be imported, or there is no file of .jsonl or .txt; names the key.
+        ArtefactError: a prompt is invalid or lacks the tests that a reward asks for, which names the key, file and
+            line; or the files of a key have no prompts, which names the key.
     """
     for key, pattern in _files(settings):
         tasks: dict[str, tuple[str, Sequence[Test]]] = {}

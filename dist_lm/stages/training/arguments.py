@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dist_lm.config.root import Config
 from dist_lm.storage.run_directory import RunDirectory
@@ -33,24 +33,6 @@ class DataArguments:
     position: int  # sequences consumed so far
     initial: "Callable[[], AbstractContextManager[Transformer]] | None" = None  # the model that training starts from
     alive: Callable[[], None] = lambda: None  # writes a heartbeat; long preparations call it regularly
-
-
-def batch_options(arguments: DataArguments) -> dict[str, Any]:
-    """Returns the keyword arguments that all streams and all evaluation batches take."""
-    return {
-        "seq_len": arguments.config.stage.seq_len,
-        "micro_batch": arguments.config.stage.micro_batch,
-        # Tensor-parallel ranks of a group have one dp_rank: they read the same sequences.
-        "dp_rank": arguments.dp_rank,
-        "dp_size": arguments.dp_size,
-        "pad_id": arguments.tokenizer.pad_id,
-        "first_token": arguments.tokenizer.first_token,
-    }
-
-
-def sequence_limit(config: Config, everything: bool) -> int:
-    """Returns the largest number of held-out sequences that an evaluation reads; 0: `everything`."""
-    return 0 if everything else config.stage.eval_sequences
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class RankStart:
 
 @contextmanager
 def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[RankStart]:
-    """Joins the other ranks inside the block and loads the tokenizer (collective). The first rank writes the speed of
-    links.
+    """Joins the other ranks for the block, measures the links between them and loads the tokenizer (collective). The
+    first rank writes the speed of the links.
 
     Raises:
         ArtefactError: the tokenizer is missing or damaged.

@@ -359,3 +359,21 @@ def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of the newest file of samples."""
     newest = sorted(run.samples.glob("step_*.jsonl"))[-1:]
     return [sample for file in newest for sample in durable.json_lines(file)]
+
+
+def batch_options(arguments: DataArguments) -> dict[str, Any]:
+    """Returns the keyword arguments that all streams and all evaluation batches take."""
+    return {
+        "seq_len": arguments.config.stage.seq_len,
+        "micro_batch": arguments.config.stage.micro_batch,
+        # Tensor-parallel ranks of a group have one dp_rank: they read the same sequences.
+        "dp_rank": arguments.dp_rank,
+        "dp_size": arguments.dp_size,
+        "pad_id": arguments.tokenizer.pad_id,
+        "first_token": arguments.tokenizer.first_token,
+    }
+
+
+def sequence_limit(config: Config, everything: bool) -> int:
+    """Returns the largest number of held-out sequences that an evaluation reads; 0: `everything`."""
+    return 0 if everything else config.stage.eval_sequences

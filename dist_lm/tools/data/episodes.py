@@ -282,7 +282,8 @@ def _call_and_result(call: Call, result: Json) -> Turns:
 
 
 def _typing_error(record_id: str, records: dict[str, dict[str, Json]], rng: random.Random) -> str:
-    """Returns an id with two neighbouring characters exchanged, which is no id of another record."""
+    """Returns `record_id` with two neighbouring characters exchanged; if a record has that id, `record_id` with a 0
+    behind it."""
     # Exchanging equal characters would change nothing; letters and digits are preferred to separators.
     positions = [index for index in range(len(record_id) - 1) if record_id[index] != record_id[index + 1]]
     between_alike = [index for index in positions if record_id[index : index + 2].isalnum()]

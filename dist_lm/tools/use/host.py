@@ -192,7 +192,13 @@ def main() -> None:
 
 
 def load(file: Path) -> ModuleType:
-    """Returns the module in `file`, which can import modules of its own folder."""
+    """Imports `file`, which can import modules of its own folder, and returns the module.
+
+    The folder stays in `sys.path`. Errors of the code in `file` reach the caller as they are.
+
+    Raises:
+        SignatureError: `file` is not a Python file.
+    """
     # The file may import its neighbours by name, as if it were run.
     sys.path.insert(0, str(file.resolve().parent))
     spec = importlib.util.spec_from_file_location(MODULE, file)
