@@ -96,7 +96,8 @@ def _as_step(config: Config) -> Config:
 
 
 def _peak(config: Config, layout: Layout) -> int:
-    """Returns the peak bytes of the fullest rank: in a step, or in stage rlhf in an update, with all models."""
+    """Returns the peak bytes of the fullest rank: in a step, or in stage rlhf in an update, with all models and, if it
+    shares the device, the engine."""
     if config.takes_sequences:
         return estimate_memory(config, layout).peak
 
@@ -107,6 +108,8 @@ def _peak(config: Config, layout: Layout) -> int:
 
 
 def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> ConfigError:
+    """Returns the error that no layout of `world_size` ranks is possible; it names the batch and the axes in
+    `fixed`."""
     settings = " ".join(["parallel.auto=true", *(f"parallel.{axis}={size}" for axis, size in fixed.items())])
     suggestions = [f"give a multiple of {world_size}", "or fewer ranks"]
     if fixed:
@@ -123,10 +126,12 @@ def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> C
 def inside_nodes(config: Config) -> ParallelConfig | None:
     """Returns `config.parallel` with FSDP over the ranks of a node and replicas between nodes.
 
-    Returns None if a dp axis is configured, or if the model does not fit that way.
+    Returns None if a dp axis is configured, if the run is on other devices than `config.hardware`, if tp does not
+    divide the ranks of a node or takes all of them, or if the model does not fit that way, in shape or memory.
 
     Args:
-        config: configuration of several nodes, with the ranks of a node as hardware.devices_per_node.
+        config: configuration of several nodes, with the ranks of a node as hardware.devices_per_node; parallel.tp is
+            a number.
     """
     parallel = config.parallel
     hardware = config.hardware
@@ -148,7 +153,11 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
 
 
 def gathers_once(config: Config, layout: Layout) -> bool:
-    """Returns whether GPUs can keep all parameters gathered during a step, if `config` leaves that open."""
+    """Returns whether GPUs have the memory to keep all parameters gathered during a step, by an estimate.
+
+    False, too, if `config` decides it (parallel.reshard_after_forward), runs on a CPU, shards nothing over dp_shard, or
+    is of a stage without sequences (rlhf).
+    """
     parallel = config.parallel
     hardware = config.hardware
     is_open = parallel.reshard_after_forward is None and layout.dp_shard > 1 and config.takes_sequences
@@ -161,6 +170,9 @@ def gathers_once(config: Config, layout: Layout) -> bool:
 
 def best(config: Config, possible: list[Candidate]) -> Candidate:
     """Returns the fastest candidate that fits the memory; among equally fast ones, one whose shards stay in a node.
+
+    Args:
+        possible: what `candidates` returned: at least one, fastest first.
 
     Raises:
         ConfigError: none fits.
@@ -187,7 +199,15 @@ def best(config: Config, possible: list[Candidate]) -> Candidate:
 
 
 def table(config: Config, possible: list[Candidate]) -> list[tuple[str, str, str, str]]:
-    """Returns (layout, step, memory, verdict) of the chosen candidate and the fastest others, one for each mesh."""
+    """Returns (layout, step, memory, verdict) for people, fastest first: the chosen candidate and the fastest others,
+    one for each mesh, at most MOST_ROWS.
+
+    Args:
+        possible: as `best`.
+
+    Raises:
+        ConfigError: no candidate fits the memory.
+    """
     chosen = best(config, possible)
     rows = []
     listed = {chosen.layout}
@@ -225,7 +245,10 @@ def describe(candidate: Candidate) -> str:
 
 
 def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
-    """Yields all settings for a layout, simplest first; keys that `config.parallel` sets explicitly stay."""
+    """Yields all settings for a layout, simplest first; keys that `config.parallel` sets explicitly stay.
+
+    None if parallel.sp is set and the layout has no tensor parallelism.
+    """
     configured = config.parallel
     if configured.sp and layout.tp == 1:
         return

@@ -125,7 +125,11 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     """Returns the bytes of tensors on the fullest rank of `layout`.
 
-    With parallel.cpu_offload, tensors in host memory are counted separately.
+    Its `peak` is that of a step, without the engine of stage rlhf. With parallel.cpu_offload, tensors in host memory
+    are counted separately.
+
+    Args:
+        config: of a stage with sequences (seq_len, micro_batch, global_batch), or `iterations.update_of` one.
     """
     parallel = config.parallel
     shapes = shapes_of(config, layout)
@@ -178,7 +182,8 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
 
 
 def _optimizer_state(config: Config, shapes: Shapes) -> int:
-    """Returns the number of optimizer values on a rank: Muon has one moment, NorMuon one more value for each neuron."""
+    """Returns the number of optimizer values (fp32) on a rank: AdamW has two moments, Muon one, NorMuon one more value
+    for each neuron; an average of the weights is one more for each weight."""
     model = config.trained_shape
     muon = config.stage.muon
 
@@ -290,6 +295,11 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 
 
 def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
+    """Adds to `work` the messages of tensor parallelism of one micro-batch; none with tp 1.
+
+    Args:
+        size: bytes of a number in the forward and backward pass.
+    """
     parallel, layers = config.parallel, shapes.n_layers
 
     stream = size * shapes.tokens * shapes.width

@@ -50,7 +50,11 @@ class RlhfMemory:
 
 
 def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
-    """Returns the memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
+    """Returns the memory of the fullest rank of `layout`, and of an engine, on `config.hardware`.
+
+    The KV cache has rlhf.pool.cache_tokens; with 0, what fits into a share of the memory that is free beside the
+    models, at most what all sequences can use.
+    """
     model = config.model
     pool = config.pool
     step = estimate_memory(update_of(config), layout)

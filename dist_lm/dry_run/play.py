@@ -30,7 +30,9 @@ class RankReport:
 
 
 def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
-    """Plays a step on the ranks that differ most; returns a report for each.
+    """Plays a step on the ranks that differ most (`ranks_to_play`); returns a report for each, in their order.
+
+    Each rank is a process that this waits for, AT_ONCE of them at a time.
 
     Raises:
         RuntimeError: a step failed; the message has the error output of its process.
@@ -49,6 +51,11 @@ def ranks_to_play(config: Config, layout: Layout) -> list[int]:
 
 
 def _play(config: Path, rank: int, world_size: int) -> RankReport:
+    """Plays a step of one rank in a process, without a time limit, and returns its report.
+
+    Raises:
+        RuntimeError: the process failed; the message has its error output.
+    """
     process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "dist_lm.dry_run.rehearsal", str(config), str(rank), str(world_size)],
         # One thread is enough, because nothing is computed.

@@ -53,7 +53,14 @@ def main() -> None:
 
 
 def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
-    """Returns memory and work of a step of `rank` on fake tensors."""
+    """Returns memory and work of a step of `rank` on fake tensors.
+
+    Once in a process: it initialises the process group, a fake one, which stays. At most PLAYED micro-batches are
+    played; the second stands for all between the first and the last.
+
+    Raises:
+        ConfigError: the layout does not fit the model or `world_size`.
+    """
     # Fake CUDA tensors would need a driver.
     cpu = torch.device("cpu")
     layout = resolve_layout(config.parallel, config.model, world_size)
@@ -130,6 +137,8 @@ def rehearse(
 ) -> StepMemory:
     """Takes one step on `micro_batches` and returns its memory (collective, unless the process group is fake).
 
+    Changes model and optimizer as a step of a run does, and resets the peak of `memory`.
+
     Args:
         memory: observer that has also observed the allocation of the model.
         on_micro_batch: called before each micro-batch.
@@ -149,13 +158,15 @@ def rehearse(
     trainer = trainer_of_steps(config, world, model, optimizer, watched, adds_sums, prepare)
 
     memory.reset_peak()
+    live_before = memory.live
     trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
     hook.remove()
 
     parameters = sum(shard_of(parameter).nbytes for parameter in model.parameters())
     moments = sum(shard_of(tensor).nbytes for state in optimizer.state.values() for tensor in state.values())
-    # Before the optimizer step, or before a later micro-batch, gradients are all that has been added.
-    gradients = max(live_bytes) - live_bytes[0]
+    # Before the optimizer step, or before a later micro-batch, gradients are all that has been added. Before the first
+    # one, parameters may be gathered, which `prepare` has left.
+    gradients = max(live_bytes[1:]) - live_before
     return StepMemory(parameters, gradients, moments, memory.peak - parameters - moments - gradients)
 
 
@@ -168,7 +179,14 @@ def trainer_of_steps(
     adds_sums: bool,
     prepare: Prepare | None = None,
 ) -> Trainer:
-    """Returns a trainer for single steps, without data, evaluation, checkpoints and files."""
+    """Returns a trainer for single steps, without data, evaluation, checkpoints and files.
+
+    Only its `step` may be called.
+
+    Args:
+        adds_sums: whether this rank adds its loss and counts: one of the ranks of a tp group does.
+        prepare: see `Trainer.prepare`.
+    """
     return Trainer(
         config=config,
         world=world,
@@ -185,6 +203,7 @@ def trainer_of_steps(
         flops_per_token=flops_per_token(config.trained_shape, config.stage.seq_len),
         peak_flops=1e12,
         bytes_per_token=1.0,
+        prepare=prepare,
     )
 
 

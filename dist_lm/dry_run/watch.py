@@ -129,7 +129,8 @@ class LiveMemory:
         self._references: dict[int, weakref.ref] = {}  # id of a storage -> reference that reports its end
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Count the storages of an operation's result."""
+        """Counts the storages of an operation's result, except on `meta`; with gloo, also its copy in a collective,
+        which only raises the peak."""
         for tensor in _tensors(result):
             if tensor.device.type != "meta":
                 self.resized(tensor.untyped_storage())
@@ -138,7 +139,7 @@ class LiveMemory:
             self.peak = max(self.peak, self.live + collective.size)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Count the new size of a storage."""
+        """Counts a storage at its present size until it is freed, and raises the peak if need be."""
         key = id(storage)
         # Operations on views return a storage that is counted already.
         size = storage.nbytes()
@@ -191,6 +192,7 @@ class WorkCounter:
             self._operation(func, args, kwargs, result)
 
     def _operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Adds FLOPs and memory traffic of an operation to the last part; nothing for views and empty memory."""
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         if _is_free(func, outputs):
             return
@@ -216,7 +218,10 @@ class Collective:
 
 
 def collective_of(func: Any, args: Any, result: Any) -> Collective | None:
-    """Returns the collective that `func(*args)` was; None for any other operation."""
+    """Returns the collective that `func(*args)` was; None for any other operation.
+
+    Its size is that of the full tensor, over all ranks, also where a rank sends a part.
+    """
     if func._overloadpacket not in COLLECTIVES:
         return None
 
@@ -246,7 +251,7 @@ def _is_free(func: Any, outputs: list[torch.Tensor]) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Returns the arguments that `func` writes to."""
+    """Returns the tensors among the arguments that `func` writes to, lists of tensors flattened."""
     argument_of = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
     names = [
         argument.name
@@ -257,6 +262,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
+    """Returns the FLOPs of an operation by torch's formulas; 0 for one without a formula, such as elementwise ones."""
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:

@@ -36,7 +36,7 @@ class StepMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations - self.host
 
     def offloaded(self, adds_up: bool) -> "StepMemory":
-        """Returns the memory of the same step under parallel.cpu_offload.
+        """Returns the memory of the same step under parallel.cpu_offload: only `host` differs.
 
         Args:
             adds_up: whether unsharded gradients accumulate on the device.
@@ -71,7 +71,7 @@ class Work:
         )
 
     def operation(self, flops: float, moved: float, hardware: HardwareConfig, half: bool) -> None:
-        """Add one operation.
+        """Adds one operation, in place.
 
         Args:
             flops: arithmetic of the operation.
@@ -102,7 +102,11 @@ def peak_tflops_of(hardware: HardwareConfig, half: bool) -> float:
 
 
 def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareConfig) -> float:
-    """Returns the time in seconds of all messages of one axis, one after the other."""
+    """Returns the time in seconds of all messages of one axis, one after the other; 0 without messages.
+
+    Args:
+        axis: of AXES, or WORLD.
+    """
     if not work.messages[axis]:
         return 0.0
 

@@ -27,7 +27,13 @@ REFERENCES = {HALF: (torch.float32, HALF_ERROR), torch.float32: (torch.float64, 
 
 
 def varlen(probe: Probe) -> None:
-    """Checks packed documents in the variable-length kernel, with one key head for each query head and with groups."""
+    """Checks packed documents in the variable-length kernel, with one key head for each query head and with groups.
+
+    Notes the errors of output and gradients.
+
+    Raises:
+        CheckFailedError: the kernel is not used, or an error is above its limit.
+    """
     rows, tokens, heads, key_heads, width = probe.sized((2, 2048, 25, 5, 64), rehearsal=(2, 96, 5, 1, 16))
     document_BT = documents(rows, tokens)
 
@@ -43,7 +49,13 @@ def varlen(probe: Probe) -> None:
 
 
 def masks(probe: Probe) -> None:
-    """Checks attention that PyTorch computes: causal, and with masks of documents (fp32) and of branches (bf16)."""
+    """Checks attention that PyTorch computes: causal (bf16), and with masks of documents (fp32) and of branches (bf16).
+
+    Notes the errors of output and gradients.
+
+    Raises:
+        CheckFailedError: an error is above its limit.
+    """
     rows, tokens, heads, width = probe.sized((2, 1024, 25, 64), rehearsal=(2, 64, 5, 16))
     shape = (rows, tokens, heads, heads, width)
     document_BT = documents(rows, tokens)
@@ -78,7 +90,18 @@ def _masked(document_BT: torch.Tensor, branch_BT: torch.Tensor | None = None) ->
 def _compare(
     probe: Probe, name: str, shape: tuple[int, ...], dtype: torch.dtype, makes: VisibilityOf, reference: VisibilityOf
 ) -> None:
-    """Compares output and gradients of `attend` on the device with a higher precision on the CPU, for equal inputs."""
+    """Compares output and gradients of `attend` on the device with a higher precision on the CPU, for equal inputs.
+
+    Notes each largest error as a share of the largest value.
+
+    Args:
+        shape: (rows, tokens, query heads, key heads, numbers of a head).
+        makes: visibility on the device.
+        reference: visibility on the CPU.
+
+    Raises:
+        CheckFailedError: an error is above the limit of `dtype`.
+    """
     # Inputs come from the CPU's generator, so that both devices have the same ones.
     rows, tokens, heads, groups, width = shape
 
@@ -108,7 +131,12 @@ def _compare(
 
 
 def bits(probe: Probe) -> None:
-    """Checks that randomness, a function of keys, has the same bits on every device."""
+    """Checks that randomness, a function of keys, has the same bits on the device as on the CPU: dropout masks, eager
+    and compiled, and the numbers that sampling draws.
+
+    Raises:
+        CheckFailedError: a bit differs.
+    """
     device = probe.world.device
     cpu = torch.device("cpu")
     rows, tokens, width = probe.sized((2, 1024, 1600), rehearsal=(2, 32, 40))
@@ -133,7 +161,14 @@ def bits(probe: Probe) -> None:
 
 
 def compiled(probe: Probe) -> None:
-    """Checks three training steps with dropout on packed documents, then batches of other sizes in the same kernels."""
+    """Checks three training steps with dropout on packed documents in fp32, bf16, and bf16 compiled, then batches of
+    other sizes in the compiled kernels.
+
+    Notes relative errors of losses and of the first gradient norm, and the number of compiled graphs.
+
+    Raises:
+        CheckFailedError: an error is above its limit, or a loss is not finite.
+    """
     shape = ("model=medium", "model.n_layers=4", "stage.seq_len=1024")
     tiny = ("model=nano", "model.n_layers=2", "stage.seq_len=64", "model.vocab_size=512")
 
@@ -174,7 +209,13 @@ def compiled(probe: Probe) -> None:
 
 
 def packed_batches(training: Training, count: int, rows: int) -> list[Batch]:
-    """Returns micro-batches of random tokens in documents of random lengths; the same for every call at one step."""
+    """Returns micro-batches of random tokens in documents of random lengths, on the CPU; the same for every call at one
+    step.
+
+    Args:
+        count: number of micro-batches.
+        rows: sequences of each.
+    """
     config = training.config
     generator = torch.Generator().manual_seed(training.state.step)
 

@@ -17,7 +17,14 @@ Prompts = Sequence[list[int]]
 
 
 def engine(probe: Probe) -> None:
-    """Checks greedy answers to prompts of many lengths, with and without CUDA graphs, before and after new weights."""
+    """Checks greedy answers to prompts of many lengths, with and without CUDA graphs, before and after new weights.
+
+    Notes the errors of log-probabilities, and tokens/s and ms/step with 1 and 16 sequences.
+
+    Raises:
+        CheckFailedError: pages or CUDA graphs are not those of a card, new weights capture graphs again, or an answer
+            differs from the model's forward pass.
+    """
     device = probe.world.device
     tiny = ("model=nano", "model.n_layers=2", "model.vocab_size=512", "model.max_seq_len=256")
     shape = ("model=large", "model.n_layers=8", "model.max_seq_len=2048", "model.init_std=0.05", "stage.seq_len=64")
@@ -61,6 +68,11 @@ def _set_graphs(engine: Engine, graphs) -> None:
 
 
 def _answers(engine: Engine, prompts: Prompts, num_tokens: int) -> list[Answer]:
+    """Returns greedy answers of `num_tokens` tokens, in the order of the prompts.
+
+    Raises:
+        CheckFailedError: the engine refused a request.
+    """
     params = SamplingParams(max_new_tokens=num_tokens, temperature=0, ignore_eot=True)
     for index, prompt in enumerate(prompts):
         engine.submit(Request(str(index), prompt, params))
@@ -75,7 +87,13 @@ def _answers(engine: Engine, prompts: Prompts, num_tokens: int) -> list[Answer]:
 
 @torch.inference_mode()
 def _check_answers(probe: Probe, name: str, engine: Engine, model: Transformer, prompts: Prompts) -> None:
-    """Compares answers with one forward pass over prompt and answer, without cache and batch."""
+    """Compares answers with one forward pass over prompt and answer, without cache and batch; notes the largest mean
+    error of an answer's log-probabilities, nats.
+
+    Raises:
+        CheckFailedError: a token is less likely than the likeliest by more than GREEDY_GAP, or log-probabilities are
+            off by more than LOGPROB_ERROR, nats each.
+    """
     device = probe.world.device
     worst = 0.0
     for prompt, answer in zip(prompts, _answers(engine, prompts, 12), strict=True):
@@ -95,6 +113,7 @@ def _check_answers(probe: Probe, name: str, engine: Engine, model: Transformer, 
 
 
 def _note_speed(probe: Probe, engine: Engine, prompt: list[int], sequences: int) -> None:
+    """Notes tokens/s and ms/step of `sequences` answers to one prompt at the same time, prefill included."""
     num_tokens = probe.sized(96, rehearsal=8)
 
     # Captures the CUDA graph of this size.

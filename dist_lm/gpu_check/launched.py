@@ -46,7 +46,11 @@ SMALL = (
 
 
 def smoke(probe: Probe) -> None:
-    """Checks that every stage runs for a few steps."""
+    """Checks that every stage runs for a few steps, by one launcher that is waited for; notes the seconds of each.
+
+    Raises:
+        CheckFailedError: the launcher failed, or a stage has no result.
+    """
     work = WorkDirectory(probe.folder / "work")
     # A check may use one card, so engines and trainer share it.
     one_card = ("cluster.ranks_per_node=1", "rlhf.pool.placement=shared")
@@ -73,6 +77,18 @@ def hang(probe: Probe) -> None:
 
 
 def _disturbed(probe: Probe, disturb: Callable[[psutil.Process], None], expected_words: str, *overrides: str) -> None:
+    """Trains, disturbs the newest rank after the first checkpoint, and checks that the run ends well from a second
+    attempt.
+
+    Notes the seconds until the failure was found, and from there to the restart.
+
+    Args:
+        expected_words: words in type or message of the failure in events.jsonl.
+
+    Raises:
+        CheckFailedError: no checkpoint or no failure came in time, the failure is another one or not the only one, the
+            second attempt began at step 0, or the launcher failed or left ranks behind.
+    """
     work = WorkDirectory(probe.folder / "work")
     run = work.run("language", "default")
     # Many steps, so that the run does not end before the failure is found.
@@ -114,7 +130,10 @@ def _failures(run: RunDirectory) -> list[dict]:
 
 @contextmanager
 def launched(probe: Probe, work: WorkDirectory, *overrides: str) -> Iterator[subprocess.Popen]:
-    """Starts the launcher in a process of its own, with output to launch.txt; ends it when the block is left early."""
+    """Yields the launcher, started in a process of its own with output to launch.txt.
+
+    When the block is left before it has ended, it is terminated and waited for, without a limit.
+    """
     own_overrides = (f"device={probe.device_type}", f"work_dir={work.path}")
     with (probe.folder / "launch.txt").open("wb") as output:
         launcher = subprocess.Popen(
@@ -149,7 +168,8 @@ def wait_until(holds: Callable[[], bool], launcher: subprocess.Popen, what: str,
 
 
 def ranks() -> list[psutil.Process]:
-    """Returns the ranks that this check has started, the newest last."""
+    """Returns the live processes of ranks that this check has started, the newest last; it knows them by the mark in
+    their environment."""
     processes = []
     for candidate in process.marked(os.environ[MARK], MARK):
         title = process.title(candidate)

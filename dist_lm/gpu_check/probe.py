@@ -90,10 +90,11 @@ class Probe:
 
 
 def run(check: Check, probe: Probe) -> None:
-    """Runs one check in this process.
+    """Runs one check in this process, in a process group of its ranks unless it starts the launcher. Returns nothing if
+    it passed.
 
     Raises:
-        CheckFailedError: the check failed.
+        CheckFailedError: the check failed. Any other error of the check means the same.
     """
     function = pkgutil.resolve_name(check.target)
     if check.runs == "launcher":
@@ -122,7 +123,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def main() -> None:
-    """Run the check; exit code 1 if it failed."""
+    """Runs the check of the command line; ends the process with exit code 1 if it failed.
+
+    The first rank that fails writes the reason to the file FAILURE; every one prints its traceback.
+    """
     name, folder, ranks, mode = sys.argv[1:]
     die_with_parent()
     probe = Probe(Path(folder), int(ranks), rehearsal=mode == REHEARSAL)

@@ -27,7 +27,13 @@ DTYPE = torch.bfloat16
 
 
 def push(probe: Probe) -> None:
-    """Checks CUDA IPC on one card, and the NCCL broadcast to a second one."""
+    """Checks CUDA IPC on one card, and the NCCL broadcast to a second one, if there is one.
+
+    Notes GB/s of a push, and the seconds of one whose receiver is killed.
+
+    Raises:
+        CheckFailedError: the receiver has other weights, or the sender does not notice its end.
+    """
     tiny = ("model=nano", "model.n_layers=2", "model.vocab_size=512")
     config = replace(probe.config("model=large", "model.n_layers=4", tiny=tiny).model, max_seq_len=64)
     first_device = probe.world.device
@@ -42,7 +48,15 @@ def push(probe: Probe) -> None:
 
 
 def _check(probe: Probe, config: ModelConfig, method: str, target: torch.device, receiver: "_Child") -> "_Child":
-    """Sends two versions, a third whose receiver is killed half way, a fourth to a new receiver, which it returns."""
+    """Sends two versions, a third whose receiver is killed half way, a fourth to a new receiver, which it returns.
+
+    Args:
+        method: IPC or BROADCAST.
+        target: device of the receiver.
+
+    Raises:
+        CheckFailedError: as `push`.
+    """
     device = probe.world.device
     shapes = parameter_shapes(config)
     # A rehearsal needs several buckets, too.
@@ -147,7 +161,10 @@ class _Child:
 
 
 def _receive(pipe: Connection, config: ModelConfig, stores: Path) -> None:
-    """The program of the child: it does what `PoolActor.receive` does, without an engine."""
+    """The program of the child, until it is killed: it does what `PoolActor.receive` does, without an engine.
+
+    For each (offer, device) in the pipe it answers with the digest of the weights, or the reason why it has none.
+    """
     die_with_parent()
     pipe.send("ready")
 

@@ -60,10 +60,10 @@ class Results:
 
 
 def read_results(path: Path) -> Results | None:
-    """Returns the results in a file; None without a file.
+    """Returns the results in a file; None without a file, or if it is empty JSON.
 
     Raises:
-        ArtefactError: the file was not written by `Results.write`.
+        ArtefactError: the file holds no JSON, or was not written by `Results.write`.
     """
     content = durable.read_json(path)
     if not content:
@@ -106,6 +106,7 @@ def _cell(result: Result) -> str:
 
 
 def _header(results: Results | None) -> str:
+    """Returns the line on the machine; for a rehearsal, or without results, that there is no measurement."""
     if results is None:
         return NOTHING
 
@@ -117,7 +118,10 @@ def _header(results: Results | None) -> str:
 
 
 def rewrite(page: Path, content: str) -> None:
-    """Replace the text between the markers of a page.
+    """Replaces the text between the lines BEGIN and END of a page, which stay.
+
+    Args:
+        content: whole lines, the last with its line break.
 
     Raises:
         ArtefactError: the page does not have both markers, in order.

@@ -42,18 +42,22 @@ print(json.dumps({"device": device, "gpus": gpus, "torch": torch.__version__, "c
 def check_gpus(
     only: Sequence[str], gpus: int, folder: Path, page: Path | None, *, rehearse: bool, say: Callable[[str], None]
 ) -> bool:
-    """Run the checks and print the rows of the table. Returns whether all passed.
+    """Runs the checks one after the other and says a line for each, then the table. Returns whether all passed.
+
+    results.json is written after each check.
 
     Args:
         only: names of checks; empty: all checks that `gpus` GPUs can run.
         gpus: number of GPUs to use.
         folder: for results.json and a folder of each check. Earlier results of the same machine are kept.
-        page: a page whose table is replaced; None: no page.
+        page: a page whose table is replaced, before the first check and after the last; None: no page.
+        rehearse: run tiny sizes on the CPU.
+        say: prints lines.
 
     Raises:
-        ConfigError: no GPU, too few GPUs, an unknown check, or a folder that cannot be used.
+        ConfigError: no GPU, too few GPUs, an unknown check, a folder that cannot be used, or a page with `rehearse`.
         ArtefactError: results.json or `page` cannot be used.
-        SystemExit: stopped by a signal; the check that ran has no result.
+        SystemExit: stopped by a signal, code 128 + its number; the check that ran is ended and has no result.
     """
     require(gpus > 0, "--gpus", gpus, "a positive integer")
     if page is not None and rehearse:
@@ -104,7 +108,7 @@ def check_gpus(
 
 
 def machine_of(gpus: int, rehearse: bool) -> Machine:
-    """Returns the cards and the software of this machine.
+    """Returns the cards and the software of this machine; for a rehearsal, a CPU without asking for cards.
 
     Raises:
         ConfigError: there is no GPU, or there are fewer than `gpus`.
@@ -127,7 +131,9 @@ def machine_of(gpus: int, rehearse: bool) -> Machine:
 
 
 def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Result:
-    """Run one check and end all its processes.
+    """Runs one check in processes of its own and returns its result, after all its processes have ended.
+
+    A check that fails, or takes longer than its budget, is a result, no error. Facts are those noted until then.
 
     Args:
         folder: folder of the check; its content is replaced.
@@ -203,6 +209,8 @@ def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list
 
 
 def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[str, str]:
+    """Returns the environment of a check: that of a rank; for one that starts the launcher, this one without
+    secrets."""
     if check.runs == "launcher":
         return without_secrets(os.environ)
 

@@ -27,7 +27,7 @@ PARITY = (
 
 
 def nccl(probe: Probe) -> None:
-    """Checks sums over all ranks in the dtypes that training sends; notes the bandwidth of an all-reduce.
+    """Checks sums over all ranks in the dtypes that training sends; notes the bandwidth of an all-reduce, GB/s.
 
     Raises:
         CheckFailedError: a sum differs.
@@ -68,7 +68,13 @@ def tp(probe: Probe) -> None:
 
 
 def _parity(probe: Probe, *overrides: str) -> None:
-    """Compares losses of a few steps in fp32 with those of an unsplit model that takes the full batch on each rank."""
+    """Compares losses of a few steps in fp32 with those of an unsplit model that takes the full batch on each rank.
+
+    Notes the largest relative error.
+
+    Raises:
+        CheckFailedError: it is above LOSS_ERROR.
+    """
     config = probe.config(*PARITY, *overrides, tiny=TINY)
     training = Training(probe, config)
     dp = training.layout.dp
@@ -97,6 +103,8 @@ def _batches(config: Config, step: int, dp: int) -> list[Batch]:
 
 
 def _unsplit_steps(probe: Probe, config: Config) -> Callable[[list[Batch]], float]:
+    """Returns a function that takes a step of an unsplit model on the micro-batches of all ranks and returns its
+    loss."""
     world = probe.world
 
     model = whole_model(config.model, config.seed, world.device)

@@ -62,7 +62,13 @@ class Training:
         return result
 
     def seconds_per_step(self, batches: Sequence[Batch]) -> float:
-        """Returns the mean time of a step in seconds, after `WARM_UP` steps; the peak memory counts from there on."""
+        """Returns the mean time of TIMED steps in seconds, after WARM_UP steps; the peak memory counts from there on.
+
+        All of them are on the same micro-batches and change the model.
+
+        Raises:
+            CheckFailedError: a loss is not finite.
+        """
         for _ in range(WARM_UP):
             self.step(batches)
 
@@ -92,7 +98,11 @@ def whole_model(config: ModelConfig, seed: int, device: torch.device) -> Transfo
 
 
 def large(probe: Probe) -> None:
-    """Measures steps on 2 and 4 sequences, eager and compiled, beside the dry run's estimate; writes a profile."""
+    """Measures steps on 2 and 4 sequences, eager and compiled, beside the dry run's estimate; writes a profile.
+
+    Raises:
+        CheckFailedError: a loss is not finite.
+    """
     config = probe.config(*LARGE, "parallel.compile=always", "stage.micro_batch=4", "stage.global_batch=4", tiny=TINY)
     training = Training(probe, config)
     peak = matmul_flops(training.device, compute_dtype(config.parallel, training.device), config.hardware)
@@ -118,11 +128,14 @@ def batches_of(training: Training, sequences: int) -> list[Batch]:
 
 
 def note_speed(probe: Probe, training: Training, mode: str, sequences: int, peak: float) -> None:
-    """Record speed and memory of steps on one micro-batch.
+    """Notes speed (tokens/s, MFU) and peak memory (GiB) of steps on one micro-batch.
 
     Args:
         sequences: number of sequences of the micro-batch.
-        peak: peak FLOP/s of one device; 0: MFU is not recorded.
+        peak: peak FLOP/s of one device; 0: MFU is not noted.
+
+    Raises:
+        CheckFailedError: a loss is not finite.
     """
     config = training.config
     name = f"{mode} {sequences}x{config.stage.seq_len}"
@@ -139,7 +152,11 @@ def note_speed(probe: Probe, training: Training, mode: str, sequences: int, peak
 
 
 def estimate(probe: Probe, training: Training, sequences: int) -> None:
-    """Record the dry run's estimate of a step."""
+    """Notes the dry run's estimate of a step, tokens/s and GiB; nothing in a rehearsal, or on a device that
+    `config.hardware` does not describe.
+
+    Sets micro_batch and global_batch of the training's configuration to `sequences`.
+    """
     # conf/hardware does not know this card.
     if training.config.hardware.device != training.device.type:
         return
@@ -159,7 +176,8 @@ def estimate(probe: Probe, training: Training, sequences: int) -> None:
 
 
 def profile(probe: Probe, training: Training, batches: Sequence[Batch]) -> None:
-    """Write a trace of two steps (Perfetto) and a list of operators; record where the time of a step went."""
+    """Takes four steps; writes a trace of two of them (Perfetto) and a list of operators, and notes where the time of a
+    step went, in percent."""
     on_gpu = training.device.type == "cuda"
     trace = probe.folder / "trace.json.gz"
     laps = laps_on(training.device)
@@ -188,7 +206,11 @@ def laps_on(device: torch.device) -> Laps:
 
 
 def optimizers(probe: Probe) -> None:
-    """Checks that the loss on one batch falls with each optimizer, and measures the time of the update."""
+    """Checks that the loss on one batch falls with each optimizer, and notes the time of its update, ms.
+
+    Raises:
+        CheckFailedError: it does not fall.
+    """
     model = None
     shape = (*LARGE, "stage.micro_batch=1", "stage.lr=3e-4", "parallel.compile=never")
     for name, settings in (("AdamW", ()), ("Muon", ("stage.muon.lr=0.02",))):
@@ -213,7 +235,14 @@ def optimizers(probe: Probe) -> None:
 
 
 def save(probe: Probe) -> None:
-    """Saves after two steps while two more run, loads into another model, and takes the same two steps there."""
+    """Saves after two steps while two more run, loads into another model, and takes the same two steps there.
+
+    Notes the pause of the steps, the time until the checkpoint is written, its size and the error of the losses.
+
+    Raises:
+        CheckFailedError: there is no intact checkpoint, a loaded tensor differs, or losses differ by more than 1e-4.
+        CheckpointWriteError: the checkpoint could not be written.
+    """
     config = probe.config("model=medium", "stage.seq_len=1024", "stage.micro_batch=4", "stage.lr=1e-3", tiny=TINY)
     first = Training(probe, config)
 

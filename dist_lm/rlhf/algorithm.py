@@ -93,7 +93,7 @@ class GroupKeys(AlgorithmKeys):
 class Experience:
     """The rollouts of an iteration as seen before its first update, the same on every rank.
 
-    Completions are left-aligned and every tensor is 0 on padding. All are fp32 except `prompt_B`.
+    Completions are left-aligned and every tensor but `importance_BT` is 0 on padding. All are fp32 except `prompt_B`.
     """
 
     mask_BT: torch.Tensor  # 1 on the tokens of a completion

@@ -19,7 +19,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.models import Execution, as_reference
-from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, whole_batches
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, scoring_batches
 from dist_lm.rlhf.policy_gradient import truncated_importance
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import REWARD_MODEL, total_score
@@ -50,7 +50,7 @@ def collect(
     """Runs all models over the rollouts and returns the experience of the iteration, the same on every rank
     (collective).
 
-    No weights change.
+    No weights change and no gradients are computed. Tensors are on the device of `execution`.
 
     Args:
         rule_score_B: scores of the parts that are rules.
@@ -80,8 +80,8 @@ def collect(
             model_score_B = reward_scale(model_score_B)
         parts_of_model = [name for name, part in config.rewards.items() if part.kind == REWARD_MODEL]
         part_B |= dict.fromkeys(parts_of_model, model_score_B)
-    whole_B = torch.from_numpy(rollouts.whole).to(execution.device)
-    score_B = total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0)
+    ended_B = torch.from_numpy(rollouts.ended).to(execution.device)
+    score_B = total_score(part_B, config.rewards, ended_B, config.missing_eos_penalty or 0.0)
 
     # The engine drew the tokens with older weights or other rounding, so its probabilities differ from the trainer's.
     importance_BT = None
@@ -156,7 +156,8 @@ def token_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns log-probability and entropy of the completion tokens in `batches`, nats, fp32 (B, T) each.
 
-    Both are 0 for rollouts that are not in `batches`. Afterwards all parameters are sharded again.
+    Both are 0 for rollouts that are not in `batches`. Parameters are gathered for each batch, so every rank must have
+    equally many (collective); afterwards all are sharded again.
 
     Args:
         shape: (B, T).
@@ -175,7 +176,10 @@ def token_logprobs(
 
 @torch.no_grad()
 def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tuple[int, int]) -> torch.Tensor:
-    """Returns the critic's value before each completion token in `batches`, fp32 (B, T); 0 for other rollouts."""
+    """Returns the critic's value before each completion token in `batches`, fp32 (B, T); 0 for other rollouts.
+
+    Collective as `token_logprobs`; afterwards all parameters are sharded again.
+    """
     value_BT = torch.zeros(shape, device=model.embedding.weight.device)
     for batch in batches:
         value_BT.view(-1)[batch.column_N] = model.scores(batch, batch.logit_index_N).flatten()[batch.logit_index_N]
@@ -191,7 +195,9 @@ def end_scores(
     device: torch.device,
     alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Returns the scores of this rank's rollouts at their last token, fp32 (B,); 0 for other rollouts.
+    """Returns the scores of this rank's rollouts at their last token, fp32 (B,); 0 for other rollouts (collective).
+
+    Scores are as the model gives them, not normalised. Afterwards all parameters are sharded again.
 
     Args:
         dealing: divides the rollouts among the ranks.
@@ -199,7 +205,7 @@ def end_scores(
         alive: called before every batch.
     """
     score_B = torch.zeros(len(rollouts), device=device)
-    for batch_on_host in _with_signs_of_life(whole_batches(rollouts, dealing), alive):
+    for batch_on_host in _with_signs_of_life(scoring_batches(rollouts, dealing), alive):
         batch = batch_on_host.to(device)
         score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(model)

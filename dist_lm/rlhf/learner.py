@@ -174,6 +174,7 @@ class Learner:
                 no finite inputs of the losses.
             RequestError: a prompt cannot be answered.
             UserError, PoolFailure: of the source of rollouts, see `RolloutSource`; on the first rank.
+            CheckpointWriteError: of `save`. `report` and `tasks` may raise others.
         """
         # Gathering weights is collective, so every rank reads them, though only the first one sends them to engines.
         if self.supply is None:
@@ -205,8 +206,8 @@ class Learner:
             return self._loop(state, schedule)
 
     def _loop(self, state: RlhfState, schedule: RolloutSchedule | None) -> RlhfState:
-        """Runs iterations until the last one or a stop, and saves when a checkpoint is due. Returns the state after
-        them.
+        """Runs iterations until the last one or a stop, and saves when a checkpoint is due and at the end. Returns the
+        state after them.
 
         Args:
             schedule: on the first rank.
@@ -247,7 +248,7 @@ class Learner:
         self, state: RlhfState, execution: Execution, updater: "Updater", schedule: RolloutSchedule | None
     ) -> tuple[RlhfState, bool]:
         """Runs one iteration and reports it (collective). Returns the state after it, and whether a stop was
-        requested.
+        requested. Changes models and optimizers, and sends the new weights to the source if they draw later rollouts.
 
         Raises:
             UserError, PoolFailure: as `run`.
@@ -257,8 +258,8 @@ class Learner:
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
         drawn = schedule.take(state.iteration) if schedule else None
-        scored = share_usable(drawn.scored if drawn else None)
-        rollouts = scored.rollouts
+        usable = share_usable(drawn.scored if drawn else None)
+        rollouts = usable.rollouts
         clock.lap("rollout")
 
         # Advantages: the forward passes use the micro-batches of pass 0, so they round as its first update does, and
@@ -273,7 +274,7 @@ class Learner:
         )
         batches = [batch for minibatch in passes(0) for batch in minibatch.batches]
         collected = collect(
-            execution, rollouts, scored.rule_score_B, batches, state.reward_scale, self.algorithm.ratio_of
+            execution, rollouts, usable.rule_score_B, batches, state.reward_scale, self.algorithm.ratio_of
         )
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         # Where the models' own numbers are not finite, scores are not to blame: `update` skips those gradients.
@@ -288,8 +289,8 @@ class Learner:
         clock.lap("update")
 
         # Metrics describe the policy that drew the rollouts, so they come before the state moves on.
-        metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
-        state = _after_iteration(updates.state, scored.prompts, collected, metrics)
+        metrics = iteration_metrics(state, usable, collected, prepared, updates, drawn)
+        state = _after_iteration(updates.state, usable.prompts, collected, metrics)
         if draws_rollouts(state.version, self.config.max_staleness, self.iterations):
             if schedule:
                 schedule.push(state.version, self._weights())
@@ -415,7 +416,7 @@ class Updater:
 
     def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
         """Adds up gradients over this rank's micro-batches and makes an optimizer step (collective). Returns its
-        result."""
+        result. Gradients that are not finite skip the step."""
         execution, model = self.execution, trained.model
         sums = accumulate_gradients(model, objective, batches, execution.reduce_every_micro_batch)
         return update(
@@ -531,7 +532,7 @@ def _after_update(state: RlhfState, results: Sequence[StepResult]) -> RlhfState:
 
 def iteration_metrics(
     state: RlhfState,
-    scored: UsableRollouts,
+    usable: UsableRollouts,
     collected: Collected,
     prepared: Prepared,
     updates: Updates,
@@ -539,25 +540,27 @@ def iteration_metrics(
 ) -> dict[str, float]:
     """Returns the metrics of an iteration by their names in the metrics file, without the clock's.
 
-    Names follow TRL and OpenRLHF where the meaning is the same. Log-probabilities, entropy and KL are in nats.
+    Names follow TRL and OpenRLHF where the meaning is the same. Log-probabilities, entropy and KL are in nats. Metrics
+    of the updates are means over them. `rlhf/kl` is the mean over rollouts of the sum over tokens; `rlhf/reward_mean`
+    is the score less the weighted KL.
 
     Args:
         state: the state before the iteration.
         drawn: None except on the first rank, which alone has the metrics of drawing and judging.
     """
     experience, mask_BT = collected.experience, collected.experience.mask_BT
-    rollouts = scored.rollouts
+    rollouts = usable.rollouts
     score = float(experience.score_B.double().mean())
     metrics = {
         "rlhf/score_mean": score,
         "rlhf/reward_mean": score,
         "rlhf/entropy": float(mean_and_std(collected.entropy_BT, mask_BT)[0]),
-        "rlhf/truncated_rate": 1 - float(rollouts.whole.mean()),
+        "rlhf/truncated_rate": 1 - float(rollouts.ended.mean()),
         "rlhf/new_tokens_mean": float(rollouts.new_tokens_B.mean()),
         "rlhf/new_tokens_min": float(rollouts.new_tokens_B.min()),
         "rlhf/new_tokens_max": float(rollouts.new_tokens_B.max()),
         "rlhf/updates": float(len(updates.metrics)),
-        "rollout/prompts": float(scored.prompts),
+        "rollout/prompts": float(usable.prompts),
         "rollout/staleness": float((state.version - rollouts.version_B).mean()),
     }
     for percent, quantile in zip(QUANTILES, np.percentile(experience.score_B.cpu().double(), QUANTILES), strict=True):
@@ -591,7 +594,7 @@ def iteration_metrics(
         metrics["rollout/tokens_per_s"] = float(drawn.scored.rollouts.new_tokens_B.sum()) / drawn.drawing_s
         metrics["timing/judging_s"] = drawn.judging_s
 
-    metrics |= scored.metrics
+    metrics |= usable.metrics
     metrics |= {f"rlhf/part_{name}": float(score_B.double().mean()) for name, score_B in collected.part_B.items()}
     metrics |= {f"rlhf/{name}": number for name, number in prepared.metrics.items()}
     for name in updates.metrics[0]:

@@ -100,9 +100,11 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
 
 
 def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> WeightStream:
-    """Streams the weights of a model in the engine's dtype to the first rank (collective).
+    """Returns a stream of a model's whole weights in the engine's dtype, by name; tensors arrive on the first rank only
+    (collective).
 
-    Every rank must read the stream to its end.
+    Every rank must read the stream to its end. Before that, all parameters are sharded again, and on a GPU cached
+    memory is freed.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.

@@ -44,7 +44,7 @@ class RolloutBatch(Batch):
 
 
 @dataclass(frozen=True, slots=True)
-class WholeBatch(Batch):
+class ScoringBatch(Batch):
     """Whole rollouts in rows, without targets."""
 
     end_S: torch.Tensor = field(kw_only=True)  # int64; places of the last tokens in the flattened batch
@@ -123,11 +123,11 @@ def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) 
     return [rows.batch(begin, end) for begin, end in spans]
 
 
-def whole_batches(rollouts: Rollouts, dealing: Dealing) -> list[WholeBatch]:
+def scoring_batches(rollouts: Rollouts, dealing: Dealing) -> list[ScoringBatch]:
     """Returns a rank's micro-batches of all rollouts, last tokens included."""
     every_S = np.arange(len(rollouts))
     rows, spans = _dealt(rollouts, every_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B)
-    return [rows.whole_batch(begin, end) for begin, end in spans]
+    return [rows.scoring_batch(begin, end) for begin, end in spans]
 
 
 def _dealt(
@@ -231,13 +231,13 @@ class _Rows:
             sets=self.rollouts.sets_of(self.place_in_M[is_inside]),
         )
 
-    def whole_batch(self, begin_row: int, end_row: int) -> WholeBatch:
+    def scoring_batch(self, begin_row: int, end_row: int) -> ScoringBatch:
         """Returns rows `begin_row` to `end_row` - 1 as a batch on the host, with the places of last tokens; targets are
         0."""
         begin = begin_row * self.width
         is_inside = (self.end >= begin) & (self.end < end_row * self.width)
         tokens = self._tokens(begin_row, end_row)
-        return WholeBatch(
+        return ScoringBatch(
             **tokens,
             targets_BT=torch.zeros_like(tokens["tokens_BT"]),
             loss_mask_BT=torch.zeros(tokens["tokens_BT"].shape),

@@ -153,8 +153,8 @@ class PreferenceLoss:
         return completions.logprob_C - completions.reference_C
 
     def _pair_losses(self, completions: Completions, batch_values: GlobalValues) -> torch.Tensor:
-        """Returns the losses of the pairs, (N,) fp32, nats; that of ORPO includes the loss of prompt and better
-        completion as text."""
+        """Returns the losses of the pairs, (N,) fp32; that of ORPO includes the loss of prompt and better completion as
+        text. They are nats, except those of IPO and KTO, which have no unit."""
         settings, beta = self.settings, self.settings.strength
         better, worse = completions.ranked.better_N, completions.ranked.worse_N
         ratio_C = self._log_ratios(completions)
@@ -178,8 +178,11 @@ class PreferenceLoss:
     def _metrics(
         self, completions: Completions, batch_values: GlobalValues, count: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Returns the metrics as sums over choices, scalars without gradient, by name; `kl` only with a reference
-        point."""
+        """Returns the metrics as sums over choices, scalars without gradient, by name; `kl`, in nats, only with a
+        reference point.
+
+        `accuracy` counts right choices; `margin` is chosen minus rejected reward.
+        """
         ranked, reward_C = completions.ranked, self.rewards(completions).detach()
         chosen, rejected = _chosen_and_rejected(reward_C, ranked)
         chosen_logprob, rejected_logprob = _chosen_and_rejected(completions.logprob_C.detach(), ranked)

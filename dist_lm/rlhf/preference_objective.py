@@ -191,7 +191,7 @@ def held_out_metrics(
     """Returns `val/loss`, also by source, and `preference/...` over held-out rankings: means over choices.
 
     Accuracy and tau are over all pairs of the rankings, not only those that the loss compares, and by source and number
-    of completions too.
+    of completions too. Log-probabilities are in nats. There must be at least one ranking.
 
     Args:
         reference: log-probabilities under the reference; None if the loss has none.

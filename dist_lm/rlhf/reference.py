@@ -48,8 +48,8 @@ def reference_of(
     """Returns the reference of each split: from the file if its key is this one, else computed and written
     (collective).
 
-    A file that is damaged or belongs to another key is replaced, with a line in the log. Returns after the file is on
-    disk.
+    A file that is damaged or belongs to another key is replaced, with a line in the log. The first rank reads and
+    writes the file; the others get its arrays. Returns after the file is on disk.
 
     Args:
         key: `checkpoint` and all else that the numbers depend on.
@@ -58,6 +58,10 @@ def reference_of(
         has_steps: whether the run has taken steps. Then the file belongs to the reference that it began with, even if
             the checkpoint at that path has changed since.
         alive: called after every batch.
+
+    Raises:
+        ArtefactError: no ranking of a split fits into a sequence, or a tar is damaged; or of `initial`.
+        OSError: the file cannot be written.
     """
     stored: list[dict[str, SplitReference] | None] = [None]
     if world.is_first:
@@ -139,13 +143,17 @@ def split_reference(
 ) -> SplitReference:
     """Returns the log-probabilities of all rankings of a split, the same on every rank (collective).
 
-    A ranking that no rank has read, because it is too long, has NaN.
+    A ranking that no rank has read has NaN: it is too long, or beyond the batches' limit. The first rank logs its
+    progress. Computed without gradients.
 
     Args:
         model: the reference.
         batches: assembled by `Trees`, which decide whether there are mismatched completions.
         data_ranks: the ranks that read different data; None: all.
         alive: called after every batch.
+
+    Raises:
+        ArtefactError: no ranking fits into a sequence, or a tar is damaged.
     """
     rankings = batches.rankings
     n_rankings = rankings.corpus.n_documents

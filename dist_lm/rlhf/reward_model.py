@@ -83,7 +83,8 @@ def read_reward_scale(run: RunDirectory) -> RewardScale:
     """Returns the scale that a finished run of stage reward measured.
 
     Raises:
-        ArtefactError: the run is not finished, is of another stage, or gave every sample the same score.
+        ArtefactError: the run is not finished, is of another stage, or gave every sample the same score or scores that
+            are not finite.
     """
     if not run.result.is_file():
         raise ArtefactError(f"{run.path} is not finished (no {run.result.name}): run stage=reward to its end")
@@ -200,7 +201,10 @@ def reward_metrics(scored: Sequence[ScoredRanking]) -> dict[str, float]:
 def agreement_figures(scored: Sequence[ScoredRanking], prefix: str, names: Sequence[str] = FIGURES) -> dict[str, float]:
     """Returns `PREFIX/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`).
 
+    All figures are in [0, 1], Kendall's tau in [-1, 1].
+
     Args:
+        scored: at least one ranking.
         names: of FIGURES. One is missing where all completions are tied, except the calibration error, which is 0.
     """
     metrics = _figures(scored, prefix, names, "")
@@ -214,7 +218,11 @@ def agreement_figures(scored: Sequence[ScoredRanking], prefix: str, names: Seque
 
 
 def mean_loss(scored: Sequence[ScoredRanking]) -> float:
-    """Returns the mean negative log-likelihood of a choice in nats: the training loss without label noise."""
+    """Returns the mean negative log-likelihood of a choice in nats: the training loss without label noise.
+
+    A ranking of K completions has K - 1 choices, a judgement one; the margin of a judgement counts as in training.
+    There must be at least one choice.
+    """
     ranked = [ranking for ranking in scored if ranking.margin is None]
     judged = [ranking for ranking in scored if ranking.margin is not None]
     total, count = 0.0, float(len(judged))

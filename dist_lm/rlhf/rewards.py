@@ -20,7 +20,7 @@ import torch.distributed as dist
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
-from dist_lm.rlhf.rollouts import WHOLE, Rollouts, ScoredRollouts
+from dist_lm.rlhf.rollouts import ENDED, Rollouts, ScoredRollouts
 from dist_lm.rlhf.rules import (
     Alive,
     Failure,
@@ -59,7 +59,7 @@ def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, R
     """Returns the reward parts that are rules, by name; some have started processes. The caller closes them.
 
     Raises:
-        ConfigError: this machine has no parser for a language, or no sandbox for tests.
+        ConfigError: this machine has no parser for a language, or no sandbox for tests (SandboxError).
     """
     return {name: _rule(name, part, tasks) for name, part in parts.items() if part.kind != REWARD_MODEL}
 
@@ -125,13 +125,14 @@ class Judge:
 
         Raises:
             RewardError: the prompt has no tests.
+            SandboxError: this machine has no sandbox.
         """
         for rule in self._beside_generation:
             rule.begin(
                 RuleInput(
                     **self._texts(list(request.prompt), list(answer.tokens)),
                     new_tokens=len(answer.tokens),
-                    whole=answer.finish in WHOLE,
+                    ended=answer.finish in ENDED,
                     position=int(request.id),
                     sample=answer.index,
                 )
@@ -153,7 +154,7 @@ class Judge:
             RuleInput(
                 **self._texts(rollout.prompt.tolist(), rollout.completion.tolist()),
                 new_tokens=len(rollout.completion),
-                whole=rollout.whole,
+                ended=rollout.ended,
                 position=rollout.position,
                 sample=rollout.sample,
             )
@@ -184,7 +185,10 @@ class Judge:
         return ScoredRollouts(rollouts, score_of_rule, marks=self._marks(judged))
 
     def _marks(self, judged: Sequence[RuleInput]) -> dict[str, np.ndarray]:
-        """Returns which answers to tasks look forged, and which look like a table of the tests; both as counts only."""
+        """Returns which answers to tasks look forged (`forged`), and which look like a table of the tests (`lookups`).
+
+        Bool, in the order of `judged`; empty without a part of kind `tests`. Marks are counted and change no score.
+        """
         if not self._beside_generation:
             return {}
         programs = [(self._tasks.by_prompt[each.prompt], each.completion) for each in judged]
@@ -224,17 +228,17 @@ class Judge:
 def total_score(
     score_of_part: Mapping[str, torch.Tensor],
     parts: Mapping[str, RewardPartConfig],
-    whole_B: torch.Tensor,
+    ended_B: torch.Tensor,
     missing_eos_penalty: float,
 ) -> torch.Tensor:
     """Returns the weighted sum of the parts, (B,) fp32, minus the penalty for completions that were cut off.
 
     Args:
         score_of_part: (B,) by the name of the part; every part of `parts` has one.
-        whole_B: bool; whether the completion was not cut off.
+        ended_B: bool; whether the completion was not cut off.
     """
     # A completion that was cut off has no end to judge, so it pays the penalty in addition to the scores of its parts.
-    total_B = -missing_eos_penalty * (~whole_B).float()
+    total_B = -missing_eos_penalty * (~ended_B).float()
     for name, part in parts.items():
         total_B = total_B + part.weight * score_of_part[name].float()
     return total_B
@@ -247,10 +251,10 @@ def refuse_void(
 
     Args:
         part_B: scores of the parts; the one with the largest share in a sum is named.
-        inputs: by name.
+        inputs: by name; none is changed.
 
     Raises:
-        RewardError: names the part and the range of its scores.
+        RewardError: some input is not finite; names it, the part and the range of its scores.
     """
     void = [name for name, values in inputs.items() if not bool(values.isfinite().all())]
     if not void:
@@ -289,7 +293,9 @@ class UsableRollouts:
 
 
 def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRollouts:
-    """Returns the first rank's rollouts with a score under every rule, on every rank (collective).
+    """Returns the first rank's rollouts with a score under every rule, on every rank, in host memory (collective).
+
+    A score that is NaN or out of the range of fp32 counts as none.
 
     Args:
         judged: None on all other ranks.

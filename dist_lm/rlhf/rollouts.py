@@ -31,7 +31,7 @@ from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.model.token_sets import TokenSets
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
-WHOLE = ("eot", "stop")
+ENDED = ("eot", "stop")
 """The finish reasons of a completion that was not cut off."""
 
 _SEED = 0x726F6C6C  # salt of sampling seeds: keeps them apart from other hashes of seed and position
@@ -128,7 +128,12 @@ class EngineRollouts:
         """Yields every answer, or the refusal of a request, when the engine has finished it. A request that the engine
         does not accept gives its refusal at once.
 
-        With `sleeps`, the cache is freed after the last one.
+        With `sleeps`, the cache is freed after the last one, which takes a caller that reads to the end.
+
+        Raises:
+            ConfigError: with cache_tokens=0, free memory does not hold one context.
+            RuntimeError: the engine has no weights; with tp > 1, another process of the model has ended
+                (RankLostError).
         """
         for request in requests:
             try:
@@ -155,9 +160,9 @@ class Rollout:
     sample: int  # number among the completions of its prompt
 
     @property
-    def whole(self) -> bool:
+    def ended(self) -> bool:
         """Whether it ended by a stop token and was not cut off."""
-        return self.finish in WHOLE
+        return self.finish in ENDED
 
 
 @dataclass(frozen=True)
@@ -197,9 +202,9 @@ class Rollouts:
             )
 
     @property
-    def whole(self) -> np.ndarray:
+    def ended(self) -> np.ndarray:
         """Which rollouts ended by a stop token, (B,) bool."""
-        return np.isin(self.finish_B, [FINISHES.index(reason) for reason in WHOLE])
+        return np.isin(self.finish_B, [FINISHES.index(reason) for reason in ENDED])
 
     def chosen(self, chosen_B: np.ndarray) -> "Rollouts":
         """Returns the rollouts where `chosen_B` (bool) is true."""
@@ -247,7 +252,7 @@ class ScoredRollouts:
         return len(np.unique(self.rollouts.position_B)) + self.replaced
 
     def of_prompts(self, position_P: np.ndarray, replaced: int) -> "ScoredRollouts":
-        """Returns the rollouts of the prompts at these positions."""
+        """Returns the rollouts of the prompts at these positions, in their present order, with `replaced` as given."""
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
         marks = {name: mark_B[chosen_B] for name, mark_B in self.marks.items()}
@@ -255,7 +260,8 @@ class ScoredRollouts:
 
 
 def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
-    """Returns all rollouts, in the order of the parts; each part has scores under the same rules."""
+    """Returns all rollouts, in the order of the parts, of which there is at least one; `replaced` is their sum. Each
+    part has scores under the same rules and the same marks."""
     names = vars(parts[0].rollouts)
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
@@ -271,7 +277,8 @@ def requests_of(
     Args:
         first_position: position of `prompts[0]` in the order of prompts.
         samples: completions of each prompt.
-        params: with filters, the answers have the sets of tokens that they were drawn from.
+        params: with filters, the answers have the sets of tokens that they were drawn from. They may not adjust logits
+            (penalties, bias).
     """
     assert not params.adjusts_logits, params
     # Filters renormalise probabilities over the tokens that they allow; training must use the same sets.

@@ -49,7 +49,7 @@ class RuleInput:
     prompt: str  # as the model sees it, without the names of special tokens; the key of its tests
     completion: str
     new_tokens: int
-    whole: bool  # it ended by a stop token and was not cut off
+    ended: bool  # it ended by a stop token and was not cut off
     position: int = 0  # position of its prompt in the order of prompts
     sample: int = 0  # number among the completions of its prompt
     request: str = ""  # text of the user's last turn in the prompt
@@ -107,7 +107,8 @@ def length_rule(target: int) -> TextRule:
 def parses_rule(language: str, of: str) -> TextRule:
     """Returns the rule that gives 1 if the text parses, else 0, and a failure if the parser gives no verdict in time.
 
-    The last line of a completion that was cut off does not count. No code is executed.
+    The last line of a completion that was cut off does not count; with `document`, one that was cut off in its first
+    line gets 0. No code is executed.
 
     Args:
         language: python | bash | sql.
@@ -116,9 +117,9 @@ def parses_rule(language: str, of: str) -> TextRule:
 
     def score(judged: RuleInput) -> Score:
         if of == "document":
-            verdict = parses_continued(language, judged.request, judged.completion, judged.whole)
+            verdict = parses_continued(language, judged.request, judged.completion, judged.ended)
         else:
-            verdict = parses(language, whole_lines(judged.completion, judged.whole))
+            verdict = parses(language, whole_lines(judged.completion, judged.ended))
         if verdict is None:
             return Failure(f"the parser of {language} gave no verdict in time")
         return float(verdict)
@@ -207,7 +208,7 @@ class FunctionRule:
         """Yields the scores up to the first completion that costs the process, which is a `Failure`; then the process
         is ended.
 
-        It is ended, too, if the caller stops early.
+        It is ended, too, if the caller stops early. A call has `timeout_s` seconds.
         """
         answered = 0
         try:
@@ -291,6 +292,7 @@ class TestsRule:
 
         Raises:
             RewardError: the prompt has no tests.
+            SandboxError: this machine has no sandbox.
         """
         self._running[judged] = self._submit(judged)
 

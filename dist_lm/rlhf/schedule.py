@@ -98,7 +98,8 @@ class RolloutSchedule:
             position: position of the first prompt of iteration `version`.
 
         Raises:
-            RewardError: rules failed on too many of the `pending` rollouts of an old checkpoint, which have no scores.
+            RewardError: rules failed on too many of the `pending` rollouts of an old checkpoint. Those are judged here
+                if they have no scores, or scores out of the range of fp32.
             UserError, PoolFailure: the source cannot load the weights; with staleness, `take` raises it.
         """
         self._position = position + sum(scored.prompts for scored in pending.values())
@@ -127,8 +128,8 @@ class RolloutSchedule:
         """Queues `work`, which uses the source, behind the rollouts that are queued already; returns a function that
         waits for its result.
 
-        With staleness 0 there is no queue: the work is done before this returns. Errors of `work` are raised by the
-        returned function, or here without a queue.
+        With staleness 0 there is no queue: the work is done before this returns. Errors of `work` and of loading the
+        weights are raised by the returned function, or here without a queue.
 
         Args:
             weights: weights of `version`, which the source loads first; None keeps those that were pushed last. Give
@@ -166,8 +167,8 @@ class RolloutSchedule:
     def ahead(self, version: int) -> dict[int, ScoredRollouts]:
         """Waits for the rollouts that are drawn but not yet taken and that come from weights older than `version`.
 
-        Returns them by iteration; they can still be taken. A checkpoint at `version` keeps them, because its own
-        weights would draw others.
+        Returns them by iteration; they can still be taken. There are none with staleness 0. A checkpoint at `version`
+        keeps them, because its own weights would draw others.
 
         Raises:
             RequestError, RewardError, UserError, PoolFailure: as `take`.
@@ -187,6 +188,9 @@ class RolloutSchedule:
         """Makes these weights draw the rollouts of the iterations: in the thread, or when they are taken.
 
         The weights are read to the end in any case; without iterations they are dropped.
+
+        Raises:
+            UserError, PoolFailure: without a thread, the source cannot load the weights; else `take` raises it.
         """
         load = None
         if not iterations:
@@ -208,7 +212,10 @@ class RolloutSchedule:
 
     def _draw_timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
         """Loads weights, if there are new ones, draws and moves the position. Returns the rollouts and the seconds that
-        it took.
+        it took, loading included.
+
+        Raises:
+            RequestError, RewardError, UserError, PoolFailure: of the source and of `draw`.
         """
         started = time.perf_counter()
         if load:
@@ -291,7 +298,7 @@ def positions_with_signal(scored: ScoredRollouts, parts: Mapping[str, RewardPart
     """Returns the positions of the prompts whose rollouts do not all have the same weighted sum of rule scores,
     ascending.
 
-    Rollouts without a score do not count. With a reward model among the parts, it returns all prompts.
+    Rollouts on which a rule failed do not count. With a reward model among the parts, it returns all prompts.
     """
     position_B = scored.rollouts.position_B
     has_reward_model = bool(set(parts) - set(scored.scores))

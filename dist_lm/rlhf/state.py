@@ -80,8 +80,10 @@ class RlhfState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "RlhfState":
-        """Returns the state that `to_dict` and `arrays` describe; also of old releases, whose rollouts have no number
-        left out."""
+        """Returns the state that `to_dict` and `arrays` describe.
+
+        Of old releases: rollouts without a number left out get 0, and a best reward that is not finite becomes None.
+        """
         arrays_of_iteration: dict[int, dict[str, np.ndarray]] = {}
         for key, array in arrays.items():
             iteration, _, name = key.partition(".")

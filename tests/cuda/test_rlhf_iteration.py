@@ -112,7 +112,7 @@ def batches_with_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return made
 
-    for module, name in ((packed_rollouts, "rollout_batches"), (experience, "whole_batches")):
+    for module, name in ((packed_rollouts, "rollout_batches"), (experience, "scoring_batches")):
         monkeypatch.setattr(module, name, with_values(getattr(module, name)))
 
 

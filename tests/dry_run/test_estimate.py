@@ -130,3 +130,12 @@ def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch)
     assert work.device_s == pytest.approx(played.work.device_s, rel=0.25)
     for axis in ("dp_shard", "tp"):
         assert work.sent[axis] == pytest.approx(played.work.sent[axis], rel=0.1)
+
+
+def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the_step(monkeypatch):
+    # Without `Stage.prepare` the loss of KTO has no reference point, and the played step fails. Parameters that these
+    # passes leave gathered are no gradients.
+    config = compose_config(["stage=preference", "stage.preference.algorithm=kto", "model=nano", "hardware=cpu"])
+    monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
+    [played] = play_ranks(config, Layout(1, 2, 1))
+    assert played.memory.gradients == pytest.approx(played.memory.parameters, rel=0.01)

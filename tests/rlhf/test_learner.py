@@ -97,7 +97,7 @@ def test_rollouts_are_drawn_without_filters_and_by_seeds_of_prompt_and_sample():
 
 def test_a_completion_without_an_end_is_penalised():
     report = ran(SHORT, 1).reports[0]
-    whole = torch.from_numpy(report.rollouts.whole)
+    whole = torch.from_numpy(report.rollouts.ended)
     assert 0 < int(whole.sum()) < len(whole)
     torch.testing.assert_close(report.score_B, report.part_B["length"] - (~whole).float())
     assert report.metrics["rlhf/truncated_rate"] == pytest.approx(1 - float(whole.float().mean()))

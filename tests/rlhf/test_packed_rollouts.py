@@ -7,7 +7,7 @@ import torch
 from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.experience import end_scores, token_logprobs, token_values
-from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches, whole_batches
+from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches, scoring_batches
 from tests.model.small_models import small_config, small_model
 from tests.rlhf.toy import rollouts_with
 
@@ -70,7 +70,7 @@ def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
         dealt = [rollout_batches(ROLLOUTS, ALL, Dealing(30, rank, ranks)) for rank in range(ranks)]
         shapes = [[batch.tokens_BT.shape for batch in batches] for batches in dealt]
         assert all(one == shapes[0] for one in shapes)
-        whole_rows = [whole_batches(ROLLOUTS, Dealing(30, rank, ranks)) for rank in range(ranks)]
+        whole_rows = [scoring_batches(ROLLOUTS, Dealing(30, rank, ranks)) for rank in range(ranks)]
         ends = torch.cat([batch.rollout_S for batches in whole_rows for batch in batches])
         assert sorted(ends.tolist()) == ALL.tolist()
         parts = [token_logprobs(model, batches, SHAPE, 1.0)[0] for batches in dealt]

@@ -13,8 +13,8 @@ from dist_lm.rlhf.rules import Failure, Rule, RuleInput, length_rule, parses_rul
 from tests.rlhf.toy import rollouts_with
 
 
-def judged(request: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> RuleInput:
-    return RuleInput(f"user\n{request}\nassistant\n", completion, new_tokens, whole, request=request)
+def judged(request: str = "", completion: str = "", new_tokens: int = 1, ended: bool = True) -> RuleInput:
+    return RuleInput(f"user\n{request}\nassistant\n", completion, new_tokens, ended, request=request)
 
 
 def only(rule: Rule, judged: RuleInput) -> float | Failure:
@@ -31,8 +31,8 @@ def test_parses_looks_at_the_document_or_the_completion_without_a_line_that_was_
     document, completion = parses_rule("python", "document"), parses_rule("python", "completion")
     half = judged("def f(x):\n", "    return x\n")
     assert (only(document, half), only(completion, half)) == (1, 0)
-    cut = judged("x = 1\n", "y = 2\nz = (", whole=False)
-    assert (only(document, cut), only(document, replace(cut, whole=True))) == (1, 0)
+    cut = judged("x = 1\n", "y = 2\nz = (", ended=False)
+    assert (only(document, cut), only(document, replace(cut, ended=True))) == (1, 0)
     assert only(parses_rule("sql", "completion"), judged(completion="SELECT 1;")) == 1
 
 

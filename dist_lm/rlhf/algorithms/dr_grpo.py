@@ -49,7 +49,7 @@ class DrGrpo(Algorithm):
         return Prepared(group_columns(experience, advantage_B), divisor_B, kl_coefficient)
 
     def policy_loss(self, tokens: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each token, with the KL penalty if rlhf.kl_coefficient is above 0."""
+        """Returns the clipped surrogate with KL penalty and entropy bonus, where these are on, as a sum over tokens."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

@@ -49,7 +49,7 @@ class Grpo(Algorithm):
         return Prepared(columns, advantage_B.new_ones(advantage_B.shape), kl_coefficient)
 
     def policy_loss(self, tokens: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each token with the KL penalty."""
+        """Returns the clipped surrogate of each token with KL penalty and entropy bonus, a sum weighted per token."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

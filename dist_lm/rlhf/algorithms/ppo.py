@@ -71,7 +71,8 @@ class Ppo(Algorithm):
         """Computes the advantage and the return of each token. The reward of a token is -`kl_coefficient` times its KL;
         that of the last token also has the score.
 
-        The policy loss is a mean over completion tokens and has no KL of its own.
+        The policy loss is a mean over completion tokens and has no KL of its own. Columns: those of `token_columns`,
+        `return` and `old_value`; metrics: explained variance of the critic, and mean return and value.
         """
         # imports torch, which the launcher does without
         from dist_lm.rlhf.policy_gradient import (

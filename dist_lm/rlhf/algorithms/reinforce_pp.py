@@ -73,7 +73,7 @@ class ReinforcePp(Algorithm):
         return Prepared(token_columns(experience, whiten(return_BT, mask_BT)), mask_BT.sum(1), metrics=metrics)
 
     def policy_loss(self, tokens: DrawnTokens) -> LossSum:
-        """Returns the clipped surrogate of each token."""
+        """Returns the clipped surrogate with the entropy bonus, as a sum over tokens."""
         from dist_lm.rlhf.policy_gradient import penalised_policy_loss
 
         return penalised_policy_loss(tokens, self.keys.clip, entropy_coefficient=self.config.entropy_coefficient)

@@ -123,8 +123,8 @@ class HeldOut:
             raw_B = self._reward_model_scores(self.models.reward, scored.rollouts)
             parts_of_model = [name for name, part in group.rewards.items() if part.kind == "reward_model"]
             score_of_part |= dict.fromkeys(parts_of_model, scale(raw_B) if scale else raw_B)
-        whole_B = torch.from_numpy(scored.rollouts.whole)
-        return total_score(score_of_part, group.rewards, whole_B, group.missing_eos_penalty or 0.0)
+        ended_B = torch.from_numpy(scored.rollouts.ended)
+        return total_score(score_of_part, group.rewards, ended_B, group.missing_eos_penalty or 0.0)
 
     def _reward_model_scores(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
         mesh, device = self.start.mesh, self.start.world.device

@@ -99,7 +99,10 @@ class Topic:
 
 
 def specification(topic: Topic, variant: int) -> Specification:
-    """Returns the tool of `topic` in one of its variants (0 to `VARIANTS` - 1)."""
+    """Returns the tool of `topic` in one of its variants (0 to `VARIANTS` - 1): the same one in every call.
+
+    Variants differ in verb, style of names, arguments and description, and may have the same name.
+    """
     rng = random.Random(f"tool {topic.domain} {topic.subject} {topic.action} {variant}")  # noqa: S311  (no secrets)
     # Each variant has a seed of its own, so no other tool can change it.
     style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
@@ -155,7 +158,8 @@ def shelf_topics(shelf: int) -> tuple[Topic, ...]:
 
 
 def invented_topics(shelf: int, rng: random.Random) -> tuple[Topic, ...]:
-    """Returns the topics of one invented domain of a shelf."""
+    """Returns the topics of one invented domain of a shelf, drawn from INVENTED of them: every action on each of its
+    subjects, then its formulas."""
     domain = f"{PREFIX}{shelf + SHELVES * rng.randrange(INVENTED)}"
     subjects = invented_domain(domain)[0]
     formulas = invented_formulas(domain)
@@ -201,7 +205,7 @@ def fields_of(domain: str) -> tuple[tuple[str, str], ...]:
 
 
 def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
-    """Returns the JSON schema of the arguments of a tool."""
+    """Returns the JSON schema of the arguments of a tool: an object, with nested objects for `Parameter.inside`."""
     properties: dict[str, Json] = {}
     required: list[str] = []
 
@@ -222,7 +226,10 @@ def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
 
 
 def arguments_of(parameters: tuple[Parameter, ...], values: Mapping[Parameter, Value]) -> dict[str, Json]:
-    """Returns the arguments of a call as JSON: those of `parameters` that have a value, in the order of the schema."""
+    """Returns the arguments of a call as JSON: those of `parameters` that have a value, in the order of the schema.
+
+    An argument of `Parameter.inside` stands in that object, which is absent if none of its arguments has a value.
+    """
     arguments: dict[str, Json] = {}
     for parameter in parameters:
         if parameter in values:
@@ -235,7 +242,8 @@ def arguments_of(parameters: tuple[Parameter, ...], values: Mapping[Parameter, V
 
 
 def values_of(specification: Specification, arguments: dict[str, Json]) -> dict[str, Json]:
-    """Returns `{name in words: value}` of the arguments of a call, with the defaults of absent arguments."""
+    """Returns `{name in words: value}` of the arguments of a call, with the defaults of absent arguments; nested ones
+    stand beside the others. An argument that is absent, or null, and has no default is left out."""
     value_by_name = {}
     for parameter in specification.parameters:
         container = arguments.get(parameter.inside, {}) if parameter.inside else arguments
@@ -247,6 +255,8 @@ def values_of(specification: Specification, arguments: dict[str, Json]) -> dict[
 
 
 def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Random) -> tuple[Parameter, ...]:
+    """Draws the arguments of a record tool: the record's id if the action takes one, the action's own arguments, fields
+    of the domain, and sometimes an optional argument more. No two have the same name in words."""
     parameters = []
 
     if action.takes_id:
@@ -285,7 +295,15 @@ def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Ran
 
 
 def _parameter(text: str, style: str, rng: random.Random, required: bool = True, inside: str = "") -> Parameter:
-    """Reads a parameter from text: `due date date?` is an optional argument `due date` of the kind `date`."""
+    """Reads a parameter from text: `due date date?` is an optional argument `due date` of the kind `date`.
+
+    A required parameter has no default; an optional one that of its kind, if DEFAULTS has one, or the first of
+    `one_of`. Some get a hint on the notation as description.
+
+    Args:
+        required: false makes it optional, whatever the text says.
+        inside: key of the object that contains the argument; empty: none.
+    """
     required = required and not text.endswith("?")
     text = text.removesuffix("?")
 

@@ -1,6 +1,9 @@
 """The kinds of conversations: functions that write one, from the request to the answer.
 
-Each function picks its tools from the scene and returns the turns. Results are the return values of the tools.
+Each function picks its tools from the scene and returns the turns, from the first request of the user to the last
+answer. Results are the return values of the tools. A function changes the scene: it adds the tools that it picks, and
+its world gets the records that the calls need, create or change. An IndexError of `Scene.pick` means that the shelf has
+too few tools.
 """
 
 import random
@@ -30,8 +33,10 @@ IN_SESSION = 6  # most requests of a session; a session that is too long loses i
 
 
 def single(scene: Scene) -> Turns:
-    """Writes one or more requests of one call each. A schema costs many tokens, so it mostly serves several
-    requests."""
+    """Picks one or two tools and returns one or more requests of one call each, with results and answers.
+
+    A schema costs many tokens, so it mostly serves several requests.
+    """
     rng = scene.rng
     first = scene.take()
 
@@ -56,7 +61,8 @@ def session(scene: Scene) -> Turns:
 
 
 def parallel(scene: Scene) -> Turns:
-    """Writes one request, and two or three calls that are independent of each other."""
+    """Picks tools and returns one request, two or three calls in one turn that are independent of each other, their
+    results and one answer."""
     rng = scene.rng
 
     first = scene.take()
@@ -92,7 +98,11 @@ def parallel(scene: Scene) -> Turns:
 
 
 def sequential(scene: Scene) -> Turns:
-    """Writes a call that finds or creates a record, then a call on that record."""
+    """Picks two tools and returns one request, a call that finds or creates a record, then a call on that record, each
+    with its result, and the answer.
+
+    Earlier records of the subject are deleted and no tool is busy any more, so that both calls succeed.
+    """
     rng = scene.rng
     first = scene.take(lambda topic: topic.action in ("create", "search", "newest"))
 
@@ -129,7 +139,8 @@ def sequential(scene: Scene) -> Turns:
 
 
 def irrelevant(scene: Scene) -> Turns:
-    """Writes a request that none of the tools serves."""
+    """Returns a request that none of the tools serves, and the answer that says so. One tool is offered; the one that
+    would serve is hidden."""
     # The request is written for a tool that exists, so that it reads like any other.
     rng = scene.rng
     absent = scene.take()
@@ -148,7 +159,8 @@ def irrelevant(scene: Scene) -> Turns:
 
 
 def missing(scene: Scene) -> Turns:
-    """Writes a request without a required argument: the assistant asks, the user answers, the call follows."""
+    """Picks a tool and returns a request without a required argument: the assistant asks, the user answers, call,
+    result and answer follow."""
     rng = scene.rng
     tool = scene.take()
     omitted = rng.choice([parameter for parameter in tool.parameters if parameter.required])
@@ -174,7 +186,8 @@ def missing(scene: Scene) -> Turns:
 
 
 def recovery(scene: Scene) -> Turns:
-    """Writes a call that fails, and the call that corrects it."""
+    """Picks a tool and returns a request, a call that fails, and the call that corrects it: the same again if the
+    server was busy, or with the right id if the user mistyped it."""
     rng = scene.rng
 
     # The server is busy: the same call succeeds the second time.
@@ -205,8 +218,8 @@ def recovery(scene: Scene) -> Turns:
 
 
 def plain_answer(scene: Scene) -> Turns:
-    """Writes a turn without a call: a question that an earlier result answers, a question about the tools, or
-    thanks."""
+    """Picks a tool and returns turns whose last answer needs no call: to a question that an earlier result answers, to
+    a question about the tools, or to thanks."""
     rng = scene.rng
 
     # A call, then thanks that need no call.
@@ -256,7 +269,11 @@ def _round(scene: Scene, tool: Specification) -> Turns:
 
 
 def _call_and_answer(scene: Scene, tool: Specification, arguments: ArgumentValues) -> Turns:
-    """Returns the call, its result, and the answer."""
+    """Executes the call, which changes the records of the scene, and returns its turn, the result, and the answer.
+
+    Raises:
+        ToolError: the tool refuses the call.
+    """
     call = call_of(tool, arguments)
     result = scene.world.execute(tool, call)
     return [
@@ -266,7 +283,7 @@ def _call_and_answer(scene: Scene, tool: Specification, arguments: ArgumentValue
 
 
 def _failing_call(scene: Scene, tool: Specification, arguments: ArgumentValues) -> Turns:
-    """Returns the call and its error."""
+    """Executes a call that the caller has made fail, and returns its turn and the error as its result."""
     call = call_of(tool, arguments)
     try:
         scene.world.execute(tool, call)

@@ -59,7 +59,11 @@ def example(seed: int, number: int) -> Example:
 
 
 def _draft(kind: str, shelf: int, rng: random.Random) -> Example | None:
-    """Returns an example, or None if it would be too long or two tools have the same name."""
+    """Returns an example, or None if it would be too long or two tools have the same name.
+
+    The length counts characters of tools and turns, at most one of LONGEST (a session: LONGEST_SESSION). Draws from
+    `rng`, so a second call returns another draft.
+    """
     topics = shelf_topics(shelf)
     if kind in INVENTED and rng.random() < INVENTED[kind]:
         topics = invented_topics(shelf, rng)

@@ -74,6 +74,8 @@ def measure(arguments: Arguments) -> Json:
 
 
 def _size(argument: Json) -> float:
+    """Returns a number as it is, the length of a text, and the sum of the parts of a list or object; null is an
+    error."""
     if isinstance(argument, dict):
         return sum(map(_size, argument.values()))
     if isinstance(argument, list):
@@ -91,6 +93,7 @@ def _kind(rng: random.Random) -> str:
 
 
 def _different(count: int, rng: random.Random) -> list[str]:
+    """Returns `count` different names in words, invented or common."""
     names: list[str] = []
     while len(names) < count:
         name = _name(rng)
@@ -101,6 +104,7 @@ def _different(count: int, rng: random.Random) -> list[str]:
 
 
 def _name(rng: random.Random) -> str:
+    """Returns a name of one or two words, each invented or common."""
     common_words = words("common")
     layout = rng.random()
 

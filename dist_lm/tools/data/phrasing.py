@@ -55,7 +55,8 @@ NEAR = {  # kind -> phrases without the argument's name, for the only argument o
 
 
 def request(specification: Specification, arguments: ArgumentValues, rng: random.Random) -> str:
-    """Returns a request for one call with `arguments`."""
+    """Returns a request for one call that names every one of `arguments`, in their order, as a sentence or question of
+    its own."""
     body, phrases = _body_and_phrases(specification, arguments, rng)
 
     # A question takes no opening such as `please`, and ends with a question mark.
@@ -78,7 +79,11 @@ def instruction(specification: Specification, arguments: ArgumentValues, rng: ra
 
 
 def argument_phrase(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -> str:
-    """Returns one argument in words; `alone` says that no other argument is of its kind."""
+    """Returns one argument in words, to stand after the body of a request: `with limit 5`, or `: ...`.
+
+    Args:
+        alone: whether no other argument is of its kind; then its name may be left out, as in `for 20 EUR`.
+    """
     name = parameter.name
     wording = value.wording
     kind = parameter.kind
@@ -128,7 +133,12 @@ def in_words(value: Json) -> str:
 
 
 def answer(specification: Specification, record_id: str | None, result: Json, rng: random.Random) -> str:
-    """Returns the answer that puts a result in words."""
+    """Returns the answer of the assistant that puts a result in words.
+
+    Args:
+        record_id: the record that the call is about; None if it is about none.
+        result: of `World.execute`, no error.
+    """
     subject = specification.subject
 
     if specification.family != "record":
@@ -191,7 +201,11 @@ def nothing_fits(rng: random.Random) -> str:
 def _body_and_phrases(
     specification: Specification, arguments: ArgumentValues, rng: random.Random, it: str = ""
 ) -> tuple[str, list[str]]:
-    """Returns the beginning of a request, without arguments, and a phrase for each argument except the record."""
+    """Returns the beginning of a request, without arguments, and a phrase for each argument except the record.
+
+    Args:
+        it: pronoun for the record, which an earlier part of the request names; empty: none.
+    """
     further_arguments = [(parameter, value) for parameter, value in arguments.items() if parameter.kind != "record"]
     record = next((value for parameter, value in arguments.items() if parameter.kind == "record"), None)
 
@@ -231,6 +245,12 @@ def _record(subject: str, record_id: str, rng: random.Random) -> str:
 
 
 def _verb_and_subject(specification: Specification, subject: str, rng: random.Random) -> str:
+    """Returns the verb and object of a request, such as `cancel order AB-12`, `find all orders` or `how many orders are
+    there`.
+
+    Args:
+        subject: the record in words, or a pronoun; not used where a request speaks of records in general.
+    """
     action = BY_KEY[specification.action]
     # `hand over it` is wrong, so such verbs are left out before a pronoun.
     verbs = [verb for verb in action.request_verbs if subject not in PRONOUNS or not verb.endswith(PARTICLES)]

@@ -48,10 +48,14 @@ class World:
         return record_id
 
     def execute(self, specification: Specification, call: Call) -> Json:
-        """Returns the result of a call.
+        """Returns the result of a call, which may add, change or delete records.
+
+        Args:
+            call: fits the tool's schema.
 
         Raises:
-            ToolError: the tool refuses the call.
+            ToolError: the tool is busy (only this time), there is no record with that id, or none that `newest` asks
+                for.
         """
         # A busy tool fails once; the repeated call succeeds.
         if call.name in self.busy:
@@ -71,6 +75,12 @@ class World:
         return self._with_id(specification, record_id, arguments)
 
     def _without_id(self, specification: Specification, arguments: Record) -> Json:
+        """Creates a record, or counts or finds those that meet all conditions; optional arguments at their default are
+        none.
+
+        Raises:
+            ToolError: `newest`, and no record fits.
+        """
         records = self.records.setdefault(specification.subject, {})
         field_names = {name for name, _ in fields_of(specification.domain)}
         fields = {name: value for name, value in arguments.items() if name in field_names}
@@ -98,6 +108,11 @@ class World:
         return {"ids": matching[: arguments.get("limit", 10)]}
 
     def _with_id(self, specification: Specification, record_id: str, arguments: Record) -> Json:
+        """Reads, changes or deletes a record, and returns what the tool says of it.
+
+        Raises:
+            ToolError: there is no such record; the message names one whose id has the same characters.
+        """
         records = self.records.setdefault(specification.subject, {})
         if record_id not in records:
             # A mistyped id has the characters of the right one, in another order.
@@ -170,7 +185,11 @@ class Scene:
         return tool
 
     def pick(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """Returns an unused tool of the shelf whose topic fits."""
+        """Returns an unused tool of the shelf whose topic fits, without adding it to the tools.
+
+        Raises:
+            IndexError: there is none; ask `has` first.
+        """
         free = [topic for topic in self._free() if fits(topic)]
 
         # Few topics compute, so they get a fixed share; otherwise they would hardly occur.
@@ -184,7 +203,13 @@ class Scene:
         return specification(self.rng.choices(candidates, weights)[0], self.rng.randrange(VARIANTS))
 
     def add_others(self, count: int) -> None:
-        """Add up to `count` tools that are not needed; half of them are for the subject of a needed one."""
+        """Adds up to `count` tools that are not needed; half of them are for the subject of a needed one.
+
+        One whose name is taken is left out.
+
+        Raises:
+            IndexError: the shelf has no unused tool.
+        """
         # Tools that differ by their action alone are the hardest to tell apart.
         subjects = {tool.subject for tool in self.tools}
 
@@ -257,7 +282,8 @@ def with_record(tool: Specification, arguments: ArgumentValues, record_id: Json)
 
 
 def in_request_order(arguments: ArgumentValues, rng: random.Random) -> ArgumentValues:
-    """Returns the arguments in the order of a request: any, but first the record, and fields of one object in a row."""
+    """Returns the same arguments in a random order that suits a request: first the record, and fields of one object in
+    a row."""
     groups: dict[str, list[Parameter]] = {}
     for parameter in arguments:
         groups.setdefault(parameter.inside or parameter.key, []).append(parameter)

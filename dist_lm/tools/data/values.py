@@ -186,6 +186,7 @@ def _version(rng: random.Random) -> Value:
 
 
 def _date(rng: random.Random) -> Value:
+    """Returns a day of 2019 to 2027, `YYYY-MM-DD` in the call and sometimes in words in the request."""
     day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(365 * 9))
     # A model must also learn to rewrite a date as the schema wants it.
     wording = day.isoformat()

@@ -49,7 +49,11 @@ def _items(text: str) -> tuple[str, ...]:
 
 
 def tool_name(verb: str, subject: str, style: str) -> str:
-    """Returns the name of a tool: `("get", "purchase order", "camel")` gives `getPurchaseOrder`."""
+    """Returns the name of a tool: `("get", "purchase order", "camel")` gives `getPurchaseOrder`.
+
+    Args:
+        style: one of STYLES; words of any other are joined by `_`.
+    """
     words = f"{verb} {subject}".split()
 
     if style == "camel":

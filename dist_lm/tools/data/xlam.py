@@ -44,7 +44,8 @@ def conversation_of_row(row: Mapping[str, Any]) -> Conversation:
     """Returns the request of `row` and the calls that answer it; without calls, the answer says that no tool fits.
 
     Raises:
-        RowError: a column is missing, is not JSON, or does not have the form above.
+        RowError: a column is missing, is not JSON, or does not have the form above, or a call is to none of the tools;
+            the message names the column.
     """
     query = row.get("query")
     if not isinstance(query, str) or not query:
@@ -76,7 +77,10 @@ def _without_nulls(call: Call, schema: dict[str, Json]) -> Call:
 
 
 def schema_of_type(text: str) -> dict[str, Json]:
-    """Returns the JSON schema of a Python type: `List[int]` is an array of integers, `str, optional` a string."""
+    """Returns the JSON schema of a Python type: `List[int]` is an array of integers, `str, optional` a string.
+
+    Empty, which allows every value, for a type that it does not know.
+    """
     text = text.strip().removesuffix("optional").rstrip(" ,").strip()
 
     generic = GENERIC.match(text)
@@ -104,6 +108,11 @@ def schema_of_type(text: str) -> dict[str, Json]:
 
 
 def _objects(row: Mapping[str, Any], column: str) -> list[dict[str, Json]]:
+    """Returns the objects of a column, which holds a list or its JSON text.
+
+    Raises:
+        RowError: the column is missing, no JSON or no list of objects.
+    """
     objects = row.get(column)
     if isinstance(objects, str):
         try:
@@ -117,6 +126,11 @@ def _objects(row: Mapping[str, Any], column: str) -> list[dict[str, Json]]:
 
 
 def _tool(description: dict[str, Json]) -> Tool:
+    """Returns a tool of the set, its parameters as one JSON schema.
+
+    Raises:
+        RowError: it has no name, or parameters that are no objects.
+    """
     parameters = description.get("parameters") or {}
     if not isinstance(description.get("name"), str) or not isinstance(parameters, dict):
         raise RowError("tools: expected name and parameters of each")

@@ -41,7 +41,8 @@ def tool_of(function: Function) -> Tool:
     """Returns the tool that describes `function` to a model.
 
     Raises:
-        SignatureError: an argument has no type, has a type without a JSON schema, or cannot be passed by name.
+        SignatureError: an argument has no type, has a type without a JSON schema, or cannot be passed by name; the
+            function is asynchronous or a generator, its annotations cannot be read, or name or schema suit no tool.
     """
     name = function.__name__
     if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
@@ -82,7 +83,8 @@ def adapters(function: Function) -> dict[str, TypeAdapter[Any]]:
     """Returns name -> adapter, which validates the JSON of an argument and converts it.
 
     Raises:
-        SignatureError: as `tool_of`.
+        SignatureError: annotations cannot be read, or an argument has no type, an unknown one, or cannot be passed by
+            name.
     """
     name = function.__name__
     try:
@@ -117,8 +119,16 @@ def _schema(adapter: TypeAdapter[Any], location: str) -> dict[str, Json]:
 
 
 def _plain(schema: Json, named: dict[str, Json], location: str, inside: tuple[str, ...]) -> Json:
-    """Returns the schema without titles and with references replaced by their targets, which is shorter for the
-    model."""
+    """Returns the schema without titles and with references replaced by their targets, which is shorter for the model.
+
+    Args:
+        named: the schemas that references name.
+        location: function and argument, for messages.
+        inside: names of the references that this schema stands in.
+
+    Raises:
+        SignatureError: a type holds itself.
+    """
     if isinstance(schema, list):
         return [_plain(part, named, location, inside) for part in schema]
     if not isinstance(schema, dict):
@@ -170,7 +180,10 @@ def _line(text: str | None) -> str:
 
 
 def main() -> None:
-    """Load the file, send its tools, and answer calls until the parent process ends."""
+    """Loads the file, sends its tools, and answers calls until the parent process ends.
+
+    If the file cannot be loaded, or a function cannot be a tool, it sends `refused` with the reason and returns.
+    """
     file = Path(sys.argv[2])
     characters = int(sys.argv[3])
 
@@ -194,7 +207,8 @@ def main() -> None:
 def load(file: Path) -> ModuleType:
     """Imports `file`, which can import modules of its own folder, and returns the module.
 
-    The folder stays in `sys.path`. Errors of the code in `file` reach the caller as they are.
+    The folder stays in `sys.path`, and the module in `sys.modules`. Errors of the code in `file` reach the caller as
+    they are.
 
     Raises:
         SignatureError: `file` is not a Python file.
@@ -247,8 +261,10 @@ def functions_of(module: ModuleType, file: Path) -> list[Function]:
 
 
 def answer(function: Function, arguments: dict[str, Any], characters: int) -> dict[str, Any]:
-    """Returns `{"result": JSON}` of a call, or `{"error": why}`; a result longer than `characters` becomes a cut
-    text."""
+    """Calls the function and returns `{"result": JSON}`, or `{"error": why}` if it raises or the arguments do not fit.
+
+    A result of more than `characters` as JSON becomes a text that is cut there; an error is cut too.
+    """
     try:
         readers = adapters(function)
         values = {name: readers[name].validate_json(json.dumps(value)) for name, value in arguments.items()}

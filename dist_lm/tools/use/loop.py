@@ -41,10 +41,12 @@ def converse(
     on_call: Callable[[Call], None] = lambda call: None,
     on_result: Callable[[Call, Json], None] = lambda call, result: None,
 ) -> Exchange:
-    """Let the model continue `conversation` and run its calls until it answers.
+    """Lets the model continue `conversation` and runs its calls until it answers; returns how that ended.
 
-    A call that does not fit its tool is not run; its result is `{"error": problems}`. The exchange ends when two
-    turns in a row make the same calls and none of these calls fits.
+    A call that does not fit its tool is not run; its result is `{"error": problems}`. Endings: `answered`; `stopped`
+    (`ask` returned None); `no turn` (`ask` raised ChatError); `refused` (two turns in a row make the same calls and
+    none of them fits); `rounds` (`max_rounds` turns of calls, and the next one has calls too: it is left out). Other
+    errors of `ask` and `run` reach the caller.
 
     Args:
         max_rounds: largest number of turns with calls that are run.

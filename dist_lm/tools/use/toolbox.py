@@ -57,8 +57,9 @@ class Toolbox:
     def run(self, call: Call, interrupted: Callable[[], bool] = lambda: False) -> Json:
         """Returns the result of a call that fits one of the tools; an error becomes the result `{"error": why}`.
 
-        A call that takes longer than the limit, or is interrupted, ends the process. The next call starts another one
-        and loads the file again, so the state of the functions is lost.
+        A call that takes longer than the limit, is interrupted or ends its process leaves no process. The next call
+        starts another one and loads the file again, so the state of the functions is lost; if that fails, its result is
+        the error. Nothing is raised.
 
         Args:
             interrupted: asked several times a second; True ends the call, which is an error.
@@ -86,10 +87,10 @@ class Toolbox:
         return {"error": reply["error"]}
 
     def _start(self) -> tuple[Tool, ...]:
-        """Starts the process and returns the tools of the file.
+        """Starts the process and returns the tools of the file; without a process after an error.
 
         Raises:
-            UserError: the file cannot be loaded, in time or at all, or a function cannot be a tool.
+            UserError: the file cannot be loaded, at all or within LOADING_S seconds, or a function cannot be a tool.
         """
         # Loading runs the user's code for the first time: it may hang, raise, or end its process.
         self._host = JsonProcess("dist_lm.tools.use.host", str(self._file), str(self._limits.characters))
