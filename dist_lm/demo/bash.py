@@ -89,7 +89,8 @@ class Author:
 
 @reader(seeded=True, revision=1)
 def read_bash(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields `source.limit` documents (0: `DEFAULT_DOCUMENTS`)."""
+    """Yields `source.limit` documents (0: `DEFAULT_DOCUMENTS`), each with the group that decides its split; none is
+    rejected."""
     for i in range(source.limit or DEFAULT_DOCUMENTS):
         rng = random.Random(f"bash {seed} {i}")  # noqa: S311  (text, not secrets)
         held_out = rng.random() < HELD_OUT
@@ -142,7 +143,7 @@ def bash_document(rng: random.Random, held_out: bool) -> str:
 
 @cache
 def functions() -> list[Function]:
-    """Returns all functions of bash_pieces.txt."""
+    """Returns all functions of bash_pieces.txt, in the order of the file; the file is read once in a process."""
     parsed = []
     for piece in _section("functions"):
         name, does, call, body = piece.split("\n", 3)
@@ -176,7 +177,8 @@ def _section(name: str) -> list[str]:
 
 
 def _function(function: Function, author: Author, rng: random.Random) -> tuple[str, str, str]:
-    """Returns `(definition, call, comment)` of a function."""
+    """Returns `(definition, call, comment)` of a function, with all choices made and in the style of the author. The
+    definition may begin with the comment."""
     # A word is chosen once for the full piece.
     bound: dict[str, str] = {}
     name = rng.choice(function.names.split("¦"))
@@ -198,7 +200,11 @@ def _step(step: str, author: Author, rng: random.Random) -> str:
 
 
 def _filled(text: str, rng: random.Random, bound: dict[str, str]) -> str:
-    """Returns `text` with a word or an alternative for every ‹...›; `bound` has the words chosen before, by name."""
+    """Returns `text` with a word or an alternative for every ‹...›.
+
+    Args:
+        bound: the words chosen before, by name: used again, and words chosen here are added.
+    """
 
     def choose(match: re.Match[str]) -> str:
         choice = match.group(1)

@@ -113,7 +113,11 @@ RUNGS = (*(("python", rung) for rung in PYTHON), *(("bash", rung) for rung in BA
 
 
 def tasks(seed: int, part: Part, count: int) -> Iterator[TinyTask]:
-    """Yields `count` different tasks of a part, each rung in turn; fewer if the numbers of a rung are used up."""
+    """Yields `count` different tasks of a part, each rung in turn; fewer if MOST_DRAWS draws of a rung give no new
+    task.
+
+    The first n tasks of a part do not depend on `count`.
+    """
     # Each part has a generator of its own, so that the size of one part does not change another.
     rng = random.Random(f"ladder {seed} {part}")  # noqa: S311 no secret
     prompts: set[str] = set()
@@ -131,7 +135,7 @@ def tasks(seed: int, part: Part, count: int) -> Iterator[TinyTask]:
 
 
 def part_of(prompt: str) -> Part:
-    """Returns the part that a task belongs to, for every seed."""
+    """Returns the part that the task with this prompt belongs to, for every seed: a hash decides, by SHARES."""
     # The hash decides, so a task is in the same part for every seed.
     position = hashlib.sha256(prompt.encode()).digest()[0] % 16
 
@@ -143,6 +147,7 @@ def part_of(prompt: str) -> Part:
 
 
 def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b: int) -> TinyTask:
+    """Returns the task of a rung with the numbers a and b: two tests, and its solution."""
     solution = rung.solution.format(a=a, b=b)
     tests_arguments = _arguments(rung, rng, a, b)
     cases = [[(argument, rung.value(argument, a, b)) for argument in arguments] for arguments in tests_arguments]
@@ -162,7 +167,8 @@ def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b:
 
 
 def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]]:
-    """Returns the arguments of two tests: random ones, and ones for which wrong numbers give wrong values."""
+    """Returns the arguments of each test, of which there are two: random ones, and ones for which wrong numbers give
+    wrong values."""
 
     def numbers(*extra: int) -> list[int]:
         candidates = [number for number in range(1, MOST + 2) if number not in (a, a + 1)]
@@ -193,7 +199,14 @@ def _table(rows: Sequence[tuple[str, int]]) -> str:
 
 
 def write(folder: Path, seed: int = 0, sizes: Mapping[Part, int] = SIZES) -> None:
-    """Write the three files."""
+    """Writes a file PART.jsonl for each part, replacing earlier ones; makes the folder.
+
+    Args:
+        sizes: tasks of each part.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for part, count in sizes.items():
         part_tasks = list(tasks(seed, part, count))

@@ -27,7 +27,10 @@ def read_sql(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 
 def sql_document(rng: random.Random) -> str:
-    """Returns a schema, rows for it, and statements about it, in the style of one author."""
+    """Returns a script: a schema, rows for some of its tables, and statements about it, in the style of one author.
+
+    Its length is drawn from SHORTEST to LONGEST characters and exceeded by the last statement. SQLite runs it.
+    """
     # Every command imports the readers that a corpus names; only a build needs the statements.
     from dist_lm.demo.sql_analyses import ANALYSES
     from dist_lm.demo.sql_queries import QUERIES

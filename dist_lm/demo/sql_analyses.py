@@ -1,6 +1,8 @@
 """Statements that count and measure the rows of a schema: groups, windows, table expressions, bands, periods.
 
-Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
+Each function returns `(description, SQL)`, or None if the schema has no table or column for it. The SQL has no
+semicolon. With a decorator a function takes the scene alone; the decorator draws its table and column, or its two
+related tables.
 """
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
@@ -13,7 +15,7 @@ AGGREGATES = [("SUM", "total"), ("AVG", "average"), ("MIN", "lowest"), ("MAX", "
 
 @about_column({"city", "country", "choice", "flag"})
 def group_by_value(scene: Scene, table: Table, column: Column) -> Statement:
-    """Counts rows by the value of a column."""
+    """Returns description and SQL of a statement that counts rows by the value of a column."""
     columns = [
         column.name,
         f"COUNT(*) AS {scene.rng.choice(['n', 'total', 'how_many', table.name + '_count'])}",
@@ -42,7 +44,8 @@ def group_by_value(scene: Scene, table: Table, column: Column) -> Statement:
 
 @about_relation
 def totals_of_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
-    """Aggregates a quantity of child rows for each parent."""
+    """Returns description and SQL of a statement that aggregates a quantity of child rows for each parent. None if the
+    child has no quantity."""
     if not child.of(QUANTITIES):
         return None
 
@@ -65,7 +68,8 @@ def totals_of_children(scene: Scene, child: Table, key: str, parent: Table) -> S
 
 @about_column(QUANTITIES)
 def above_average(scene: Scene, table: Table, column: Column) -> Statement:
-    """Selects the rows above the average of a column, or at its maximum."""
+    """Returns description and SQL of a statement that selects the rows above the average of a column, or at its
+    maximum."""
     # An extreme value is above no other, so only averages are compared with `>`.
     function, words = scene.rng.choice(AGGREGATES[1:2] + AGGREGATES[3:])
     operator, relation = "=", "at the"
@@ -79,13 +83,13 @@ def above_average(scene: Scene, table: Table, column: Column) -> Statement:
         ("WHERE", [f"{column.name} {operator} {scene.style.block(inner)}"], ""),
     ]
 
-    relation = "above the" if operator == ">" else "at the"
     return f"{spoken(table.name)} {relation} {words} {spoken(column.name)}", scene.style.render(clauses)
 
 
 @about_relation
 def with_expression(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
-    """Joins a table with a table expression that counts its children."""
+    """Returns description and SQL of a statement that joins a table with a table expression that counts its children.
+    None if an alias would be ambiguous."""
     name = scene.rng.choice([f"{singular(child.name)}_counts", f"per_{singular(parent.name)}", "totals", "stats"])
     columns = [key, "COUNT(*) AS n"]
     numbers = child.of(QUANTITIES)
@@ -116,7 +120,7 @@ def with_expression(scene: Scene, child: Table, key: str, parent: Table) -> Stat
 
 @about_column(DATES)
 def recursive(scene: Scene, table: Table, column: Column) -> Statement:
-    """Counts rows for each day of a recursive calendar."""
+    """Returns description and SQL of a statement that counts rows for each day of a recursive calendar."""
     # The calendar is made by recursion, since rows alone would leave out the days without any.
     year = scene.rng.randint(2016, 2024)
     days = scene.rng.choice([7, 14, 30, 31, 90])
@@ -136,7 +140,7 @@ def recursive(scene: Scene, table: Table, column: Column) -> Statement:
 
 @about_column(QUANTITIES)
 def window(scene: Scene, table: Table, column: Column) -> Statement:
-    """Ranks rows or computes running figures with a window function."""
+    """Returns description and SQL of a statement that ranks rows or computes running figures with a window function."""
     groups = [candidate.name for candidate in table.of({"choice", "city", "country"})] + [
         key for key, _ in table.parents
     ]
@@ -180,7 +184,7 @@ def window(scene: Scene, table: Table, column: Column) -> Statement:
 
 @about_column(QUANTITIES)
 def buckets(scene: Scene, table: Table, column: Column) -> Statement:
-    """Sorts the values of a column into three bands with CASE."""
+    """Returns description and SQL of a statement that sorts the values of a column into three bands with CASE."""
     # Columns without bounds are ratios, from 0 to 1, or measures.
     default_high = 1 if column.kind == "ratio" else 400
     low, high = map(float, column.arguments or (0, default_high))
@@ -217,7 +221,7 @@ def buckets(scene: Scene, table: Table, column: Column) -> Statement:
 
 @about_column(DATES)
 def by_period(scene: Scene, table: Table, column: Column) -> Statement:
-    """Counts rows by year, month, weekday or hour."""
+    """Returns description and SQL of a statement that counts rows by year, month, weekday or hour."""
     pattern, period = scene.rng.choice([("%Y", "year"), ("%Y-%m", "month"), ("%w", "weekday"), ("%H", "hour")])
     columns = [f"STRFTIME('{pattern}', {column.name}) AS {period}", "COUNT(*) AS n"]
     numbers = table.of({"money", "int", "measure"})

@@ -1,6 +1,8 @@
 """Statements that select rows of a schema: filters, joins, subqueries, sets, text functions, views.
 
-Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
+Each function returns `(description, SQL)`, or None if the schema has no table or column for it. The SQL has no
+semicolon. With a decorator a function takes the scene alone; the decorator draws its table and column, or its two
+related tables.
 """
 
 from dist_lm.demo.sql_analyses import by_period, group_by_value, totals_of_children
@@ -9,7 +11,7 @@ from dist_lm.demo.sql_schema import TEXTS, Column, Table, singular
 
 
 def plain(scene: Scene) -> Statement:
-    """Selects the rows of one table that meet some conditions."""
+    """Returns description and SQL of a statement that selects the rows of one table that meet some conditions."""
     table = scene.rng.choice(scene.tables)
     conditions = [scene.predicate(table) for _ in range(scene.rng.randint(1, 3))]
     order = scene.rng.choice(table.columns).name
@@ -28,7 +30,7 @@ def plain(scene: Scene) -> Statement:
 
 @about_column({"city", "country", "choice", "word", "unit"})
 def distinct_values(scene: Scene, table: Table, column: Column) -> Statement:
-    """Lists the distinct values of a column."""
+    """Returns description and SQL of a statement that lists the distinct values of a column."""
     clauses: list[Clause] = [
         ("SELECT DISTINCT", [column.name], ", "),
         ("FROM", [table.name], ""),
@@ -39,7 +41,7 @@ def distinct_values(scene: Scene, table: Table, column: Column) -> Statement:
 
 @about_relation
 def join_two(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
-    """Joins a child table with its parent."""
+    """Returns description and SQL of a statement that joins a child table with its parent."""
     c, p = scene.alias(child), scene.alias(parent)
     condition, words = scene.predicate(child, f"{c}.")
 
@@ -57,7 +59,8 @@ def join_two(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
 
 
 def join_three(scene: Scene) -> Statement | None:
-    """Counts grandchildren with two left joins."""
+    """Returns description and SQL of a statement that counts grandchildren with two left joins. None if no three tables
+    are related in a row."""
     chains = [
         (a, key_a, scene.table(b), key_b, scene.table(c))
         for a in scene.tables
@@ -87,7 +90,7 @@ def join_three(scene: Scene) -> Statement | None:
 
 @about_relation
 def without_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
-    """Selects parents without children, by LEFT JOIN or NOT EXISTS."""
+    """Returns description and SQL of a statement that selects parents without children, by LEFT JOIN or NOT EXISTS."""
     words = f"{spoken(parent.name)} without {spoken(child.name)}"
 
     c, p = scene.alias(child), scene.alias(parent)
@@ -111,7 +114,7 @@ def without_children(scene: Scene, child: Table, key: str, parent: Table) -> Sta
 
 @about_relation
 def with_matching_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
-    """Selects parents with children that meet a condition."""
+    """Returns description and SQL of a statement that selects parents with children that meet a condition."""
     condition, words = scene.predicate(child)
     inner: list[Clause] = [("SELECT", [key], ""), ("FROM", [child.name], ""), ("WHERE", [condition], "")]
 
@@ -124,7 +127,8 @@ def with_matching_children(scene: Scene, child: Table, key: str, parent: Table) 
 
 
 def both_sets(scene: Scene) -> Statement | None:
-    """Combines the values of two columns with a set operation."""
+    """Returns description and SQL of a statement that combines the values of two columns with a set operation. None if
+    there is no column of text, or the two drawn are one."""
     columns = scene.columns(TEXTS)
     if not columns:
         return None
@@ -148,7 +152,7 @@ def both_sets(scene: Scene) -> Statement | None:
 
 @about_column(TEXTS)
 def text_functions(scene: Scene, table: Table, column: Column) -> Statement:
-    """Applies a text function to a column."""
+    """Returns description and SQL of a statement that applies a text function to a column."""
     name = column.name
     expression, words = scene.rng.choice(
         [
@@ -174,7 +178,8 @@ def text_functions(scene: Scene, table: Table, column: Column) -> Statement:
 
 
 def view(scene: Scene) -> Statement | None:
-    """Creates a view of another statement."""
+    """Returns description and SQL of a statement that creates a view of another statement. None if that statement needs
+    what the schema lacks."""
     inner = scene.rng.choice([join_two, totals_of_children, group_by_value, by_period])(scene)
     if inner is None:
         return None

@@ -110,7 +110,7 @@ class Style:
         return f"-- {text}\n"
 
     def finish(self, text: str) -> str:
-        """Returns a statement with keywords in this author's case, and with its end."""
+        """Returns a statement with keywords in this author's case, and with its semicolon."""
 
         def recase(match: re.Match[str]) -> str:
             token = match.group()
@@ -126,6 +126,7 @@ class Style:
         return TOKEN.sub(recase, text) + ("\n;" if self.final_semicolon_line else ";")
 
     def _clause(self, keyword: str, items: list[str], separator: str) -> str:
+        """Returns a clause on one line, or its conditions or list over several, as the author does."""
         if len(items) < 2 or self.layout == "clauses":
             return f"{keyword} {separator.join(items)}".strip()
 
@@ -165,7 +166,8 @@ class Scene:
         return [(table, column) for table in self.tables for column in table.of(kinds)]
 
     def alias(self, table: Table) -> str:
-        """Returns the prefix of the columns of `table` in a join: the shortest that no other table has."""
+        """Returns the prefix of the columns of `table` in a join: its initials, its first letters or its name, the
+        first that no other table has; its name for an author without aliases."""
         if self.style.alias == "none":
             return table.name
 
@@ -189,7 +191,11 @@ class Scene:
         return [prefix + names[index] for index in sorted(self.rng.sample(range(len(names)), num_columns))]
 
     def predicate(self, table: Table, prefix: str = "") -> tuple[str, str]:
-        """Returns `(condition, its description)` on one column."""
+        """Returns `(condition, its description)` on a random column of `table`, with values of its kind.
+
+        Args:
+            prefix: before the column's name, with its point, such as `o.`.
+        """
         rng = self.rng
         column = rng.choice(table.columns)
         name = prefix + column.name

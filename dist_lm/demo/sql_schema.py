@@ -59,7 +59,8 @@ def words() -> dict[str, list[str]]:
 
 @cache
 def trades() -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    """Returns `(trade, [(table, column definitions), ...])` for every trade in `sql_trades.txt`."""
+    """Returns `(trade, [(table, column definitions), ...])` for every trade in `sql_trades.txt`, which is read once in
+    a process."""
     parsed = []
     for paragraph in "\n".join(_lines("sql_trades.txt")).strip().split("\n\n"):
         name, *lines = paragraph.splitlines()
@@ -74,7 +75,8 @@ def _lines(name: str) -> list[str]:
 
 
 def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
-    """Returns a trade and two to four of its tables, with some of their columns and the keys between them."""
+    """Returns a trade and two to four of its tables, with at least three of their columns (all, if there are fewer) and
+    the keys between the tables chosen. Parents come before children."""
     name, tables = rng.choice(trades())
     chosen_tables = set(rng.sample([table for table, _ in tables], rng.randint(2, min(4, len(tables)))))
     # Keys of some schemas are called `book_id` instead of `id`, in all tables alike.
@@ -113,7 +115,12 @@ def quoted(text: str) -> str:
 
 
 def literal(rng: random.Random, column: Column, serial: int | None = None) -> str:
-    """Returns a value for `column` as SQL; codes and e-mail addresses differ by `serial`, the number of the row."""
+    """Returns a random value for `column` as SQL, text in quotes.
+
+    Args:
+        serial: number of the row, by which codes and e-mail addresses differ; then a nullable column may get NULL.
+            None: a value for a condition, never NULL.
+    """
     if column.nullable and serial is not None and rng.random() < 0.3:
         return "NULL"
     if column.kind in NUMBERS or column.kind == "flag":
@@ -125,6 +132,7 @@ def literal(rng: random.Random, column: Column, serial: int | None = None) -> st
 
 
 def _number(rng: random.Random, column: Column) -> str:
+    """Returns a random number of the column's kind as SQL; 0 or 1 for a flag."""
     # Only whole numbers and amounts of money have bounds.
     low, high = map(int, column.arguments or ("0", "0"))
     match column.kind:
@@ -145,6 +153,8 @@ def _number(rng: random.Random, column: Column) -> str:
 
 
 def _text(rng: random.Random, column: Column, serial: int) -> str:
+    """Returns a random text, date or option of the column's kind, without quotes."""
+
     def pick(name: str) -> str:
         return rng.choice(words()[name])
 

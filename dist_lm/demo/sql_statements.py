@@ -1,6 +1,8 @@
 """Statements that create the tables of a schema and their rows, and change them.
 
-Each function returns `(description, SQL)`, or None if the schema has no table or column for it.
+Each function returns `(description, SQL)`, or None if the schema has no table or column for it. The SQL has no
+semicolon. With a decorator a function takes the scene alone; the decorator draws its table and column, or its two
+related tables.
 """
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
@@ -10,7 +12,7 @@ from dist_lm.demo.sql_schema import QUANTITIES, Column, Table, literal, quoted, 
 
 
 def create_table(scene: Scene, table: Table) -> str:
-    """Returns CREATE TABLE with keys, checks and defaults."""
+    """Returns CREATE TABLE with keys, checks and defaults, without its semicolon."""
     rng = scene.rng
     style = scene.style
     lines = [f"{table.key} {style.key}"]
@@ -57,7 +59,11 @@ def create_table(scene: Scene, table: Table) -> str:
 
 
 def insert_rows(scene: Scene, table: Table, first: int, count: int) -> list[str]:
-    """Returns INSERT statements for rows `first` to `first + count - 1`: one with many rows, or many with one."""
+    """Returns INSERT statements for rows `first` to `first + count - 1`: one with many rows, or many with one.
+
+    Foreign keys are numbers of earlier rows of this table, or from 1 to the row's own number in another one, which must
+    have as many rows. Key values are left to the database in half of the calls.
+    """
     rng = scene.rng
     with_key = rng.random() < 0.5
     names = [table.key] * with_key + [column for column, _ in table.parents] + [c.name for c in table.columns]
@@ -84,7 +90,7 @@ def insert_rows(scene: Scene, table: Table, first: int, count: int) -> list[str]
 
 @about_column(QUANTITIES)
 def update_rows(scene: Scene, table: Table, column: Column) -> Statement:
-    """Changes a quantity in the rows that meet a condition."""
+    """Returns description and SQL of a statement that changes a quantity in the rows that meet a condition."""
     condition, words = scene.predicate(table)
     name = column.name
     change, verb = scene.rng.choice(
@@ -107,7 +113,8 @@ def update_rows(scene: Scene, table: Table, column: Column) -> Statement:
 
 @about_relation
 def update_from_children(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
-    """Derives a column of the parents from their children."""
+    """Returns description and SQL of a statement that derives a column of the parents from their children. None if the
+    parent has no flag or whole number."""
     if not parent.of({"flag", "int"}):
         return None
 
@@ -130,7 +137,7 @@ def update_from_children(scene: Scene, child: Table, key: str, parent: Table) ->
 
 
 def delete_rows(scene: Scene) -> Statement:
-    """Deletes the rows that meet some conditions."""
+    """Returns description and SQL of a statement that deletes the rows that meet some conditions."""
     table = scene.rng.choice(scene.tables)
 
     conditions = [scene.predicate(table) for _ in range(scene.rng.randint(1, 2))]
@@ -143,7 +150,7 @@ def delete_rows(scene: Scene) -> Statement:
 
 @about_relation
 def delete_orphans(scene: Scene, child: Table, key: str, parent: Table) -> Statement:
-    """Deletes children whose parent is missing."""
+    """Returns description and SQL of a statement that deletes children whose parent is missing."""
     inner: list[Clause] = [("SELECT", [parent.key], ""), ("FROM", [parent.name], "")]
     clauses: list[Clause] = [
         ("DELETE FROM", [child.name], ""),
@@ -153,7 +160,7 @@ def delete_orphans(scene: Scene, child: Table, key: str, parent: Table) -> State
 
 
 def create_index(scene: Scene) -> Statement:
-    """Creates an index, sometimes a partial one."""
+    """Returns description and SQL of a statement that creates an index, sometimes a partial one."""
     table = scene.rng.choice(scene.tables)
     names = scene.some(table, 2)
     # Foreign keys are indexed more often than other columns, since joins search by them.
@@ -170,7 +177,7 @@ def create_index(scene: Scene) -> Statement:
 
 
 def add_column(scene: Scene) -> Statement:
-    """Adds a column to a table."""
+    """Returns description and SQL of a statement that adds a column to a table."""
     table = scene.rng.choice(scene.tables)
     existing = {column.name for column in table.columns}
 
@@ -190,7 +197,7 @@ def add_column(scene: Scene) -> Statement:
 
 
 def copy_rows(scene: Scene) -> Statement:
-    """Copies the rows that meet a condition to a new table."""
+    """Returns description and SQL of a statement that copies the rows that meet a condition to a new table."""
     table = scene.rng.choice(scene.tables)
     condition, words = scene.predicate(table)
 
@@ -209,7 +216,8 @@ def copy_rows(scene: Scene) -> Statement:
 
 
 def upsert(scene: Scene) -> Statement | None:
-    """Inserts a row, or changes it if its key exists."""
+    """Returns description and SQL of a statement that inserts a row, or changes it if its key exists. None if the table
+    drawn has parents or a column that may be NULL."""
     table = scene.rng.choice(scene.tables)
     columns = [column for column in table.columns if not column.nullable]
     # The inserted row must be complete and have no parents, which might be missing.
@@ -228,7 +236,8 @@ def upsert(scene: Scene) -> Statement | None:
 
 @about_relation
 def trigger(scene: Scene, child: Table, key: str, parent: Table) -> Statement | None:
-    """Creates a trigger that counts children in a column of their parent."""
+    """Returns description and SQL of a statement that creates a trigger that counts children in a column of their
+    parent. None if the parent has no whole number or amount of money."""
     if not parent.of({"int", "money"}):
         return None
 
@@ -245,7 +254,7 @@ def trigger(scene: Scene, child: Table, key: str, parent: Table) -> Statement | 
 
 
 def transaction(scene: Scene) -> Statement:
-    """Groups an update and a deletion in a transaction."""
+    """Returns description and SQL of a statement that groups an update and a deletion in a transaction."""
     steps = [statement for statement in (update_rows(scene), delete_rows(scene)) if statement]
     body = ";\n".join(text for _, text in steps)
     return "all or nothing", f"BEGIN TRANSACTION;\n{body};\nCOMMIT"

