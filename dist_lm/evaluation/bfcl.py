@@ -44,12 +44,16 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
 
     Args:
         path: run or checkpoint.
+        tokenizer: file of the tokenizer; None: that of the run or checkpoint.
         limit: questions per category; 0: all.
+        json_file: replaced after the last answer; None: no file.
         device: auto, cpu or cuda.
 
     Raises:
         ConfigError: names the option.
         ArtefactError: the package or the checkpoint is missing or damaged, or the model's logits are not numbers.
+        UserError: the tokenizer lacks the marks of a conversation.
+        OSError: `json_file` cannot be written.
     """
     require(limit >= 0, "--limit", limit, "0 (all) or a positive integer")
     if json_file:  # checked before the model spends an hour on answers
@@ -71,13 +75,14 @@ def answer(
 ) -> list[BfclResult]:
     """Answers all questions greedily and scores the answers. The results are in the order of the questions.
 
-    A question that cannot be asked counts as wrong and has a note.
+    A question that cannot be asked counts as wrong and has a note. The engine is built for the call.
 
     Args:
         progress: shows a bar if it is a terminal.
 
     Raises:
-        ArtefactError: the model's logits are not numbers.
+        ArtefactError: the weights do not fit the model, or its logits are not numbers.
+        UserError: the tokenizer lacks the marks of a conversation.
     """
     tokenizer = loaded.tokenizer
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
@@ -101,7 +106,8 @@ def answer(
 
 
 def print_table(name: str, outcomes: Sequence[BfclResult], console: Console) -> None:
-    """Prints a row for each category, and advice if few answers parse or questions were skipped."""
+    """Prints a row for each category, with shares in percent, and advice if few answers parse or questions were
+    skipped."""
     table = Table(title=f"BFCL, one turn, Python: {name}", title_justify="left")
     table.add_column("category")
     for column in ("questions", "right", "%", "turns, %", "not asked"):

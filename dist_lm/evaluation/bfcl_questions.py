@@ -76,7 +76,7 @@ def read_questions(data: Path, limit: int = 0) -> list[BfclQuestion]:
     categories.
 
     Raises:
-        ArtefactError: no category exists, or a file has an unknown layout.
+        ArtefactError: no category exists, or a file cannot be read or has an unknown layout.
     """
     questions: list[BfclQuestion] = []
     for category in CATEGORIES:
@@ -99,6 +99,10 @@ def _newest_file(folder: Path, category: str) -> Path | None:
 
 def _read(path: Path, category: str, limit: int) -> list[BfclQuestion]:
     """Returns the questions of a category from its newest file, with the expected calls.
+
+    Args:
+        path: the file of questions; that of the answers stands in `possible_answer` beside it.
+        limit: the first so many; 0: all.
 
     Raises:
         ArtefactError: the file or that of its answers cannot be read, or has an unknown layout.
@@ -175,7 +179,8 @@ def tool_of(function: dict[str, Any]) -> Tool:
 
 
 def schema_of(description: dict[str, Any]) -> dict[str, Json]:
-    """Returns a part of a description of BFCL as JSON schema, with all parts inside it.
+    """Returns a part of a description of BFCL as JSON schema, with all parts inside it; keys in NOT_SCHEMA are left
+    out.
 
     Raises:
         ValueError: the description uses an unknown type.

@@ -53,7 +53,7 @@ def right_call(call: Call, name: str, accepted: dict[str, list[Json]], function:
     """Returns whether a call names the function `name` and its arguments are accepted.
 
     Args:
-        accepted: accepted values by argument; "" among them: it may be left out.
+        accepted: accepted values by argument; "" among them: it may be left out. An argument that it lacks is wrong.
         function: BFCL's description.
     """
     parameters = function["parameters"].get("properties", {})
@@ -112,7 +112,11 @@ def _elements_fit(argument: list[Json], accepted: list[Json], declared: type) ->
 
 
 def _right_object(argument: dict[str, Json], accepted: Json) -> bool:
-    """Whether an object is right. `accepted` is {key: accepted values}, "" among them if the key may be left out."""
+    """Returns whether an object is right: each key has an accepted value, and none that is needed is missing.
+
+    Args:
+        accepted: {key: accepted values}, "" among them if the key may be left out; anything else: not right.
+    """
     if not isinstance(accepted, dict):
         return False
     for key, part in argument.items():

@@ -38,7 +38,7 @@ def text_corpora(folders: Sequence[Path], may_lack: bool) -> list[Path]:
     out.
 
     Args:
-        may_lack: whether some of the corpora, but not all, may be missing.
+        may_lack: whether some of the corpora, but not all, may be missing; those are left out.
 
     Raises:
         ArtefactError: a corpus is missing or damaged, or none has text.
@@ -69,7 +69,7 @@ def documents_of(corpora: Sequence[Path], tokenizer: Path, limit: int) -> list[H
         limit: most documents of each corpus; 0: all.
 
     Raises:
-        ArtefactError: a corpus was written with another tokenizer, or is damaged.
+        ArtefactError: a corpus was written with another tokenizer, or is damaged; or the tokenizer cannot be read.
     """
     documents = []
     corpus_tokenizer = Tokenizer.load(tokenizer)
@@ -88,7 +88,11 @@ def windows(tokens: Sequence[int], opening: int, context: int) -> Iterator[Tree]
     """Yields a document as trees of at most `context` predicted tokens.
 
     Each token is predicted once, by the tokens before it in its window. Before a window stands the last token of the
-    previous one; before the first window, the opening.
+    previous one; before the first window, the opening. An empty document has no window.
+
+    Args:
+        opening: token id.
+        context: tokens; the model's maximum sequence length.
     """
     for begin in range(0, len(tokens), context):
         previous = opening if begin == 0 else tokens[begin - 1]
@@ -105,13 +109,16 @@ def document_bits(
     """Computes bits and bytes of each document, in this process; loads the model for the call.
 
     Args:
-        keep_going: called after each window; the computation ends when it returns False.
+        tokenizer: of the model, which may be another one than that of the corpus.
+        keep_going: called after each window of up to a context; the computation ends when it returns False.
 
     Returns:
-        A record for each document: id, group, bits, bytes. None if `keep_going` returned False.
+        A record for each document, in order: id, group (its source), bits, bytes of UTF-8. None if `keep_going`
+        returned False.
 
     Raises:
-        ArtefactError: the checkpoint is damaged.
+        ArtefactError: the checkpoint is damaged, or does not fit `config`.
+        ConfigError: config.device asks for a GPU and there is none.
     """
     # The engine has no log-likelihoods of given text, so the weights are loaded into a decoder here.
     device = choose_device(config.device, 0)

@@ -25,8 +25,13 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns a paired test for each task, over the items that both models have values of: second model minus first.
 
-    `left_out` counts the items that only one model has: a question may not fit the context of the other one. Without
-    common items a comparison has no test.
+    A comparison has task, first and second (names of the models), `left_out`, and the fields of `PairedTest`; without
+    common items not the latter. `left_out` counts the items that only one model has: a question may not fit the context
+    of the other one. For the reward also `wins`, the `Estimate` of the share of items on which the second scores
+    higher; a tie counts half.
+
+    Args:
+        first: figures of a model as in `result.json` of stage evaluate, as is `second`, which has the same tasks.
     """
     from dist_lm.evaluation.tasks import REWARD  # imports torch, which the launcher does without
 

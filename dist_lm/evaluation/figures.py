@@ -24,7 +24,8 @@ def request_of(number: int, task: str, question: Item, seed: int) -> Request:
 
 
 def refused(question: Item, error: str) -> Record:
-    """Returns the record of a question that could not be asked, in place of answer 0; it counts as failed."""
+    """Returns the record of a question that could not be asked, or not be answered, in place of all its answers, with
+    index 0; it counts as failed."""
     return {
         "id": question.id,
         "group": question.group,
@@ -36,7 +37,8 @@ def refused(question: Item, error: str) -> Record:
 
 
 def recorded(question: Item, answer: Answer, judged: Callable[[], Record]) -> Callable[[], Record]:
-    """Returns a function that waits for the judgement of an answer and returns its record."""
+    """Returns a function that waits for the judgement of an answer (`judged`) and returns its record; it raises what
+    `judged` raises."""
 
     def record() -> Record:
         known = {"id": question.id, "group": question.group, "index": answer.index}
@@ -48,10 +50,12 @@ def recorded(question: Item, answer: Answer, judged: Callable[[], Record]) -> Ca
 def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
     """Returns pass@k over questions with intervals, pass@1 of groups, and the pass@1 of each question (ids, values).
 
-    pass@1 is always among the figures. `groups` are (name, share, questions).
+    pass@1 is always among the figures. `groups` are (name, share, questions), without the questions that have none;
+    `outcomes` counts records by their outcome.
 
     Args:
         records: at least one; those of a question may have any order.
+        ks: largest numbers of samples; a question with fewer answers counts the missing ones as failed.
     """
     passed_of: dict[str, list[bool]] = {}  # question -> whether each of its answers passed
     group_of: dict[str, str] = {}
@@ -103,8 +107,12 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
 
 
 def reward_figures(records: list[Record]) -> dict[str, Any]:
-    """Returns the mean score of the answers that have one; its unit is that of the reward model. Without
-    scores: no figure."""
+    """Returns the mean score of the answers that have one, with its interval, and the score of each question (ids,
+    values); its unit is that of the reward model. Without scores: no figure.
+
+    Args:
+        records: one for each question.
+    """
     scores = {record["id"]: record["score"] for record in records if "score" in record}
     return {
         "figures": {"score": _figure(estimate([*scores.values()]))} if scores else {},

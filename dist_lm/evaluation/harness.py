@@ -126,6 +126,7 @@ class EngineModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Returns the ids of transformers: special tokens that the tokenizer's file puts first, then the text.
 
+        Without them if `add_special_tokens` is False, or if it is None and the text begins with the opening itself.
         Marks are read only in what the chat template wrote; a text that spells one stays text.
         """
         ids = self._splitter.tokens(string) if self._is_chat else self._tokenizer.encode(string)
@@ -142,7 +143,8 @@ class EngineModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation; without `add_generation_prompt` it ends inside the last turn.
 
-        From then on `tok_encode` reads marks. Templates without a system turn get the conversation without it.
+        From the first call on `tok_encode` reads marks. Templates without a system turn get the conversation without
+        it.
 
         Raises:
             UserError: the template refuses the conversation.
@@ -176,7 +178,8 @@ class EngineModel(TemplateLM):
         A context that is too long loses its beginning.
 
         Args:
-            requests: (texts or None, context ids, continuation ids).
+            requests: (texts or None, context ids, continuation ids). With texts, scores go to the harness's cache.
+            disable_tqdm: shows no bar.
 
         Raises:
             UserError: a continuation is empty or longer than the model's context.
@@ -220,7 +223,8 @@ class EngineModel(TemplateLM):
         return tuple(context[-(self._context + 1 - len(continuation)) :]), tuple(continuation)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood of each text, in nats; a long text is cut to windows of the model's context.
+        """Returns the log-likelihood of each text, in nats; a long text is cut to windows of the model's context, of
+        which each token counts once. Results go to the harness's cache.
 
         Args:
             requests: of lm_eval, each with one text.
@@ -244,14 +248,15 @@ class EngineModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns an answer to each context, up to a stop text that is not part of it. Long contexts lose their
-        beginning.
+        """Returns an answer to each context, in order, up to a stop text that is not part of it. Long contexts lose
+        their beginning. Answers go to the harness's cache.
 
         Args:
             requests: of lm_eval, each with (context, options).
 
         Raises:
-            ConfigError: an option that the engine lacks, or no space for an answer.
+            ConfigError: an option that the engine lacks or refuses, or no space for an answer.
+            RequestError: a context is empty.
             ArtefactError: the model's logits are not numbers.
         """
         stops: list[list[str]] = []
@@ -277,7 +282,7 @@ class EngineModel(TemplateLM):
         return texts
 
     def _params(self, options: dict[str, Any]) -> SamplingParams:
-        """Returns the sampling parameters of a task; removes them from `options`.
+        """Returns the sampling parameters of a task: greedy unless it has `do_sample`; removes them from `options`.
 
         Raises:
             ConfigError: names an option that the engine lacks, or a value out of bounds.
@@ -309,7 +314,7 @@ def refuse_code(manager: TaskManager, names: Sequence[str]) -> None:
         names: tasks, groups or tags of lm_eval, or files.
 
     Raises:
-        ConfigError: names the task; or the variable that allows code is set.
+        ConfigError: names the task; or the environment variable EXECUTES, which allows code, is set.
     """
     require(EXECUTES not in os.environ, EXECUTES, os.environ.get(EXECUTES), f"not to be set: {WAY_OUT}")
     index = manager.task_index
@@ -350,9 +355,12 @@ def refuse_code(manager: TaskManager, names: Sequence[str]) -> None:
 def run_harness(model: EngineModel, options: HarnessOptions) -> dict[str, Any]:
     """Evaluates tasks and returns the results of lm_eval, with the samples; their data may be downloaded.
 
+    lm_eval sets the seeds of Python, NumPy and torch to `options.seed`. Errors of a task's own code pass through.
+
     Raises:
         ConfigError: names the task that does not exist or executes code, or an option.
-        ArtefactError: the data of a task is not here and cannot be fetched.
+        ArtefactError: the data of a task is not here and cannot be fetched, or the model's logits are not numbers.
+        UserError: a continuation is longer than the model's context, or the chat template refuses a conversation.
     """
     include_path = str(options.include_path) if options.include_path else None
     manager = TaskManager(include_path=include_path, include_defaults=options.defaults)
@@ -389,11 +397,17 @@ def evaluate(
 
     Args:
         path: run or checkpoint.
+        options: its tasks may be names joined by commas.
+        tokenizer: file of the tokenizer; None: that of the run or checkpoint.
+        device: auto, cpu or cuda.
         dtype: auto, float32 or bfloat16.
+        output: None, as for `samples`: not written.
 
     Raises:
         ConfigError: names the option or the task.
         ArtefactError: the checkpoint is missing or damaged, or data cannot be fetched.
+        UserError: as `run_harness`.
+        OSError: a file cannot be written.
     """
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
     require(options.limit is None or options.limit > 0, "--limit", options.limit, "more than 0")

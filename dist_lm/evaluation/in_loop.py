@@ -66,7 +66,8 @@ class Round:
         return len(self._questions)
 
     def take(self, result: Answer | Refusal, sandboxes: Sandboxes | None) -> None:
-        """Begins to judge an answer; a second one to the same question is ignored.
+        """Begins to judge an answer, or notes a refusal, which counts as failed; a second one to the same question is
+        ignored.
 
         Args:
             sandboxes: run the programs of tasks with code; None if the round has none.
@@ -84,7 +85,7 @@ class Round:
     def records(self, alive: Callable[[], None]) -> dict[str, list[Record]]:
         """Waits for the judgements and returns the records of each task, in the order of its questions.
 
-        Every question must have been taken.
+        Every question must have been taken. An error of the sandboxes is raised here.
 
         Args:
             alive: called after each record.
@@ -97,7 +98,7 @@ class Round:
 
 
 def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopTasks:
-    """Returns the tasks of `stage.eval_tasks` with all their questions.
+    """Returns the tasks of `stage.eval_tasks` with all their questions, for one greedy answer each.
 
     Raises:
         UserError: a task cannot be asked; its class is that of the error, and the message names the task.
@@ -123,7 +124,11 @@ def figure_name(task: str) -> str:
 
 
 def metrics_of(records: Mapping[str, list[Record]]) -> dict[str, float]:
-    """Returns `eval/TASK/pass@1` with the ends of its interval, for each task."""
+    """Returns `eval/TASK/pass@1` with the ends of its interval, `eval/TASK/low` and `high`, for each task.
+
+    Args:
+        records: by task; at least one of each.
+    """
     metrics = {}
     for task, task_records in records.items():
         figure = task_figures(task_records, [1])["figures"][FIGURE]

@@ -114,7 +114,8 @@ def _functions(name: str) -> tuple[str, ...]:
 
 
 def own_infills() -> list[Problem]:
-    """Returns our Python problems whose solution has several lines, each with the middle line of it left out."""
+    """Returns our Python problems whose solution has several lines, each with the middle line of it left out: the
+    answer is the rest of that line behind its indentation, and the lines after it are the suffix."""
     infills = []
     for problem in own_problems("python"):
         lines = problem.solution.splitlines(keepends=True)
@@ -256,7 +257,11 @@ def multipl_e(path: Path) -> list[Problem]:
 
 
 def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) -> list[Problem]:
-    """Returns the problems of a file, and warns of weak ones. `read` makes a problem of a JSON object.
+    """Returns the problems of a file, in its order, and warns in the log of tests that a constant answer passes.
+
+    Args:
+        key: config key of the file, for messages.
+        read: makes a problem of a JSON object; its UserErrors and KeyErrors name the fault.
 
     Raises:
         ConfigError: names the key, the file, the line, and the fault.

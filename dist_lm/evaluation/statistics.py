@@ -57,7 +57,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     """Returns the mean over tasks with its interval at `LEVEL`, from one value for each task; at least one.
 
     Values that are all 0 or 1 have the exact binomial interval: a bootstrap of equal values has no width. Any others
-    are resampled (Efron 1979, percentile interval).
+    are resampled (Efron 1979, percentile interval), with the same draws in every call.
     """
     assert len(values)
     if {*values} <= {0.0, 1.0}:
@@ -89,7 +89,8 @@ def _at_most(passed: int, tasks: int, share: float) -> float:
 
 
 def _share_where(is_above: Callable[[float], bool]) -> float:
-    """Returns the share at which a condition begins to hold, by bisection."""
+    """Returns the share in [0, 1] at which a condition begins to hold, by bisection; it must hold for all larger
+    ones."""
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -110,10 +111,10 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
 
 
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Compares two models by one value for each task, in the same order.
+    """Compares two models by one value for each task, in the same order; at least one task.
 
-    McNemar's exact test (binomial) if all values are 0 or 1. Otherwise a permutation test that flips the signs of the
-    tasks' differences.
+    The interval of the difference is resampled, at `LEVEL`. The p value comes from McNemar's exact test (binomial) if
+    all values are 0 or 1. Otherwise a permutation test that flips the signs of the tasks' differences.
     """
     assert len(first) == len(second) > 0
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
@@ -135,7 +136,8 @@ def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
 def mcnemar(gained: int, lost: int) -> float:
     """Returns the two-sided exact p value of McNemar's test (1947).
 
-    `gained` and `lost` count the tasks that only the second or only the first of two models passes.
+    `gained` and `lost` count the tasks that only the second or only the first of two models passes. 1 without such
+    tasks.
     """
     total = gained + lost
     if total == 0:

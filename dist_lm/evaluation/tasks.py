@@ -112,7 +112,7 @@ def items_of(
     Raises:
         ConfigError: a file is missing or invalid.
         ArtefactError: a corpus or a package is missing.
-        UserError: the tokenizer lacks a mark.
+        UserError: the tokenizer lacks a mark, or a text holds a lone surrogate.
     """
     if task in OWN_TASKS:
         return code_items(own_problems(OWN_TASKS[task]), asking)
@@ -132,6 +132,9 @@ def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
     """Returns problems as beginnings for a base model to complete, or as requests to a chat model.
 
     A problem that does not fit the context has an error.
+
+    Raises:
+        UserError: the tokenizer lacks the marks of a conversation, or a text holds a lone surrogate.
     """
 
     def judge_of(problem: Problem) -> Judge:
@@ -190,7 +193,11 @@ def group_of(problem: Problem) -> str:
 def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> Callable[[], Record]:
     """Starts the tests of a program and returns a function that waits for the record of their outcome.
 
-    `tests` of the record are (passed, all). The function raises what the sandboxes raise.
+    `tests` of the record are (passed, all), `output` the end of what a failed program wrote. The function raises what
+    the sandboxes raise.
+
+    Args:
+        sandboxes: not None.
     """
     assert sandboxes is not None, "code is executed in a sandbox only"
     future = sandboxes.submit(program, limits)
@@ -208,7 +215,13 @@ def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> C
 
 
 def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:
-    """Returns prompts whose answers a reward model scores later; every answer counts as passed until then."""
+    """Returns prompts whose answers a reward model scores later; every answer counts as passed until then.
+
+    Each has one answer. One that does not fit the context has an error.
+
+    Raises:
+        UserError: as `code_items`.
+    """
     record: Record = {"passed": True, "outcome": "answered"}
     items = []
     for prompt in prompts:
@@ -222,10 +235,15 @@ def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:
 
 
 def tool_items(asking: Asking, folder: Path) -> list[Item]:
-    """Returns questions of held-out conversations with tools, for greedy answers. All models have the same ids.
+    """Returns questions of held-out conversations with tools, for one greedy answer each: up to QUESTIONS of each kind,
+    those that fit the model's context. All models have the same ids.
+
+    Args:
+        folder: the corpus `tools` of the work directory.
 
     Raises:
-        ArtefactError: there are no conversations, or they were written with an unknown tokenizer.
+        ArtefactError: there are no conversations, they were written with an unknown tokenizer, or they are damaged.
+        UserError: the tokenizer lacks the marks of a conversation (ChatError: a document is no conversation).
     """
     if not manifest_path(folder).is_file():
         raise ArtefactError(f"{folder}: no conversations for stage.tasks=[tools]: run stage=tools first")
@@ -261,6 +279,9 @@ def bfcl_items(asking: Asking, questions: Sequence[BfclQuestion]) -> list[Item]:
     """Returns questions of the Berkeley Function Calling Leaderboard, for greedy answers.
 
     Those that are no valid conversation, or do not fit the context, have an error.
+
+    Raises:
+        UserError: the tokenizer lacks the mark that ends a turn.
     """
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 

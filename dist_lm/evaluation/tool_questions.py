@@ -83,7 +83,8 @@ def choose(
         written: the tokenizer that the corpus was written with; None: the model's.
 
     Raises:
-        ChatError: a document cannot be read back as a conversation.
+        ChatError: a document cannot be read back as a conversation, or the model's template refuses one.
+        ArtefactError: a tar of the corpus is damaged.
     """
     questions_by_kind: dict[str, list[Asked]] = {}
     kinds = [name.removeprefix(OWN) for name in corpus.languages]
@@ -102,7 +103,12 @@ def choose(
 
 
 def asked(questions: Iterable[Question], tokenizer: Tokenizer, document: int = 0) -> list[Asked]:
-    """Returns questions of a document with this index as token ids."""
+    """Returns questions of a document with this index as token ids: prompt and expected turn, in the model's template.
+
+    Raises:
+        ChatError: the template refuses a conversation.
+        UserError: the tokenizer lacks its marks.
+    """
     return [
         Asked(
             question,

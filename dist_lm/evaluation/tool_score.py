@@ -57,7 +57,11 @@ def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer) -> Mes
 
 
 def judge(turn: Message | None, expected: Message, tools: Sequence[Tool]) -> Verdict:
-    """Compares a turn (None: it does not parse) with the expected one, given the offered tools."""
+    """Compares a turn with the expected one, given the offered tools; a call of a tool that is not offered fits none.
+
+    Args:
+        turn: None: it was cut off or does not parse.
+    """
     calls = turn.calls if turn else ()
     expected_calls = expected.calls
     names = sorted(call.name for call in calls)
@@ -79,7 +83,8 @@ def calls_made(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[
 
 
 def matched(calls: Sequence[Call], expected: Iterable[Wanted], same: Callable[[Call, Wanted], bool]) -> int:
-    """Returns how many of `expected` are the same as a call, in any order and each call once."""
+    """Returns how many of `expected` are the same as a call, in any order and each call once: each takes the first call
+    left that is the same."""
     unmatched = list(calls)
     for target in expected:
         index = next((index for index, call in enumerate(unmatched) if same(call, target)), None)
