@@ -69,7 +69,7 @@ def _send(channel: int, *values: Any) -> None:
 
     Raises:
         OSError: the other side has ended.
-        NotCarriedError: the message is too long.
+        NotCarriedError: the message is too long, or a value is of another kind.
     """
     encoder = Encoder()
     encoder.put(values)
@@ -113,7 +113,10 @@ def _quoted(text: bytes) -> bytes:
 
 
 def execute(script: bytes) -> NoReturn:
-    """Becomes a shell that runs a script. Exit code 126: the script is longer than an argument may be."""
+    """Becomes a shell that runs a script, with the fixed ENVIRONMENT and without files of settings; does not return.
+
+    Exit code 126: the script is longer than an argument may be.
+    """
     # Python ignores these signals, and a new program inherits that.
     import signal
 
@@ -129,7 +132,11 @@ def execute(script: bytes) -> NoReturn:
 
 
 def _start(script: bytes, files: dict[int, int]) -> int:
-    """Starts a shell with open files, number in the shell -> descriptor, and returns its process id."""
+    """Starts a shell that runs a script and returns its process id.
+
+    Args:
+        files: open files, number in the shell -> descriptor here, which stays open.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -165,10 +172,13 @@ _LOOP = (
 
 
 def run(test: dict[str, str], source: str, channel: int) -> NoReturn:
-    """Runs a program in place of this process; its exit code is that of the script.
+    """Runs a program in place of this process; its exit code is that of the script. Does not return.
 
-    With a judge (`channel` is a descriptor and not -1), this process answers its calls and ends with 0 if the judge is
-    satisfied, else with 1.
+    With a judge (`channel` is a descriptor and not -1), this process runs the program in a shell below it, answers the
+    judge's calls and ends with 0 if the judge is satisfied, else with 1.
+
+    Args:
+        test: its `before` runs in front of the program.
     """
     before = test["before"]
     script = os.fsencode(f"{before}\n{source}\n" if before else f"{source}\n")
@@ -211,7 +221,14 @@ class _Agent:
         self.buffer = b""
 
     def serve(self) -> bool:
-        """Answers calls until the judge ends, and returns whether it is satisfied."""
+        """Waits for the end of the script, tells the judge of it, then answers calls until the judge is satisfied;
+        returns True.
+
+        Raises:
+            OSError: the judge has ended, so it is not satisfied.
+            MalformedError, NotCarriedError: a message that cannot be read, or is too long.
+            FailedError: a call prints too much, or there are too many files.
+        """
         status, state = self._reported(self._report(self._num_fields + 1, ()))
         functions = state.pop() if state else b""
         names = [line.split(b" ")[-1] for line in functions.splitlines()]
@@ -246,7 +263,17 @@ class _Agent:
         return int(report[0]), report[1:]
 
     def _call(self, is_subshell: bool, folder: bytes, words: list[bytes], content: bytes) -> tuple:
-        """Returns status, output, errors and folder of a call; status -1: the shell has ended."""
+        """Lets the shell make a call, in `folder` and with `content` as its input, and waits for it.
+
+        Returns status (-1: the shell has ended), output, errors, and the state: the folder, and whether each variable
+        is set, and its value.
+
+        Args:
+            is_subshell: whether the call changes nothing of the shell, as in `$(...)`.
+
+        Raises:
+            FailedError: the call prints too much.
+        """
         os.ftruncate(self.input, 0)
         os.pwrite(self.input, content, 0)
         os.lseek(self.input, 0, os.SEEK_SET)
@@ -282,6 +309,9 @@ class _Agent:
         Args:
             write_ends: ends of the pipes that are closed once the shell has reported.
             waits: whether to go on until nobody writes to the pipes any more, as `$(...)` does.
+
+        Raises:
+            FailedError: a pipe has more than MAX_OUTPUT bytes.
         """
         self._texts = {pipe: b"" for pipe in pipes}
         poller = select.poll()
@@ -362,7 +392,14 @@ _SPECIAL = frozenset(
 
 
 def judge(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
-    """Judges a test of Bash and ends the process; the test passes if the last command of its code returns 0."""
+    """Judges a test of Bash and ends the process; the test passes if the last command of its code returns 0.
+
+    Then PASSED is written to `verdict`; else the reason to standard error, with exit code 1.
+
+    Args:
+        channel: socket to the program.
+        verdict: descriptor of a pipe.
+    """
     from dist_lm.sandbox import confine
 
     # A test may run a file of the program: nothing that it starts opens the pipe of the verdict by /proc.
@@ -378,12 +415,13 @@ def judge(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
 
 
 def _judge(test: dict[str, str], channel: int) -> None:
-    """Runs a test.
+    """Runs a test; returns if it passes, after telling the program so.
 
     Raises:
         FailedError: it fails.
         OSError: the program has ended.
         MalformedError: the program says what no program says.
+        NotCarriedError: a call of the test is too long.
     """
     import re
 
@@ -453,9 +491,15 @@ def _variables(text: bytes) -> list[bytes]:
 
 
 def _given(root: bytes, place: bytes, arguments: list[bytes], content: bytes) -> Callable[[bytes], bool] | None:
-    """Returns whether a call is given a file: the test may keep files, as of the expected content, for itself.
+    """Returns a function that says of a path whether a call is given that file: the test may keep files, as of the
+    expected content, for itself. None: the call is given all files.
 
     Arguments that are paths name the files. A call without such an argument is given all files, unless it has an input.
+
+    Args:
+        root: the shared folder.
+        place: the folder of the call.
+        content: its input.
     """
     named = [path for path in _paths(root, place, arguments) if os.path.lexists(os.path.join(root, path))]
     if not named and not content:
@@ -504,7 +548,20 @@ def _refuse_targets(new_paths: list[bytes], targets: set[bytes], named: list[byt
 def _answer(
     fields: _Fields, channel: int, folder: Folder, answers: int, output: int, num_variables: int, targets: set[bytes]
 ) -> None:
-    """Passes a call of the test to the program, and the program's answer to the test."""
+    """Passes a call of the test to the program, and the program's answer to the test; waits for it. Files that either
+    side changed are changed on the other one.
+
+    Args:
+        fields: holds the rest of the call.
+        answers, output: what the shell of the test reads: status and state, and what the call printed.
+        targets: names of files that the test writes itself.
+
+    Raises:
+        FailedError: the call ended the shell of the program, or the program changed files of the test.
+        OSError: the program has ended.
+        MalformedError: its answer has another form.
+        NotCarriedError: the call is too long.
+    """
     is_subshell = fields.next() == b"1"
     place = fields.next()
     words = [fields.next() for _ in range(int(fields.next()))]
@@ -527,6 +584,9 @@ def _answer(
 
 def _write(answers: int, state: list[Any], num_variables: int) -> None:
     """Writes fields to the shell of the test: the program's, which are hostile, or two of our own.
+
+    Args:
+        num_variables: the program's fields are a folder, and two for each variable; -1: fields of our own.
 
     Raises:
         MalformedError: these are no fields, or another number than the shell reads.

@@ -96,6 +96,13 @@ class Peer:
         return self._understood(kind, content, encoder.shared)
 
     def _understood(self, kind: int, content: bytes, shared: list[Any]) -> Any:
+        """Returns the value of an answer, and writes changed contents into the containers `shared`, in place.
+
+        Raises:
+            UncarriedError: the other side could not carry its answer.
+            GoneError: the answer is malformed.
+            Exception: the answer is an exception, which is raised.
+        """
         if kind == REFUSED:
             raise UncarriedError(content[:500].decode(errors="replace"))
         if kind not in (VALUE, RAISED):
@@ -145,6 +152,10 @@ class Peer:
 
         Args:
             names: objects that the other side is told of at once, because it will ask for some of them.
+
+        Raises:
+            GoneError: the other side has ended while it was told or answered.
+            NotCarriedError: a name cannot travel.
         """
         encoder = Encoder(self._refer)
         encoder.put(tuple(names.items()))
@@ -159,6 +170,14 @@ class Peer:
             self._answer(content)
 
     def _answer(self, content: bytes) -> None:
+        """Executes a question and writes its answer: a value or an exception, and the containers that it changed.
+
+        A malformed question, or a value that cannot travel, is answered by REFUSED. A process that the operation forked
+        ends here.
+
+        Raises:
+            GoneError: the other side has ended.
+        """
         try:
             decoder = Decoder(content, self._resolve)
             operation, *operands = decoder.take()
@@ -228,6 +247,11 @@ class Peer:
         return "f" if callable(value) else "o"
 
     def _refer(self, value: Any) -> Reference:
+        """Returns the reference of an object: the other side's own, or one of this side, which is kept from then on.
+
+        Raises:
+            NotCarriedError: its type does not travel, or there are too many objects.
+        """
         number_there = self._numbers_there.get(id(value))
         if number_there is not None:
             return Reference(number_there, False)
@@ -250,7 +274,7 @@ class Peer:
         """Returns what a reference or an exception of the other side stands for.
 
         Raises:
-            MalformedError: there is no such object.
+            MalformedError: there is no such object, too many, or one of a kind that does not travel in this direction.
         """
         if isinstance(reference, Raised):
             return self.exception_of(reference)
@@ -317,10 +341,10 @@ class Peer:
     # --- frames ---
 
     def _read(self) -> tuple[int, bytes]:
-        """Returns kind and content of the next frame.
+        """Returns kind and content of the next frame; waits for it.
 
         Raises:
-            GoneError: the other side has ended.
+            GoneError: the other side has ended, or a frame is empty or too long.
         """
         length = int.from_bytes(self._exactly(4), "big")
         if not 1 <= length <= MAX_BYTES + 1:
@@ -329,6 +353,11 @@ class Peer:
         return frame[0], frame[1:]
 
     def _exactly(self, length: int) -> bytes:
+        """Returns the next `length` bytes; waits for them.
+
+        Raises:
+            GoneError: the other side has ended.
+        """
         data = b""
         while len(data) < length:
             try:
@@ -362,7 +391,11 @@ def _made(kind: type, arguments: Sequence[Any]) -> BaseException | None:
 
 
 def program_operations(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
-    """Returns the operations on the objects of a program, given its global names."""
+    """Returns the operations on the objects of a program, by the name in a question; they raise what the object raises.
+
+    Args:
+        names: the program's global names; a question for one that is missing raises NameError.
+    """
 
     def call(function: Callable[..., Any], operands: tuple, named: tuple[str, ...]) -> Any:
         split = len(operands) - len(named)

@@ -127,7 +127,11 @@ def write(path: str, text: str) -> None:
 
 
 def sealed(data: bytes) -> int:
-    """Returns a descriptor of a file in memory that nobody can change."""
+    """Returns a descriptor of a file in memory with `data`, read from its beginning, that nobody can change.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
     file = os.memfd_create("stdin", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     os.write(file, data)
     os.lseek(file, 0, os.SEEK_SET)
@@ -173,10 +177,10 @@ def own_files(trees: Sequence[str]) -> None:
 
 
 def own_devices() -> None:
-    """Covers /dev with devices of its own.
+    """Covers /dev with devices of its own: DEVICES and DEVICE_LINKS, read-only as a folder.
 
     Raises:
-        OSError: this process may not make devices; /dev is what it was.
+        OSError: this process may not make devices, or not open them; /dev is what it was.
     """
 
     def fill() -> None:
@@ -253,7 +257,11 @@ def limit(limits: Mapping[int, int], hard: Mapping[int, int] | None = None) -> N
     """Sets soft and hard limit of each resource; never above the present hard limit.
 
     Args:
+        limits: resource (`resource.RLIMIT_...`) -> most.
         hard: the present hard limits; None: this process reads them.
+
+    Raises:
+        OSError, ValueError: the kernel refuses.
     """
     for name, most in limits.items():
         present = resource.getrlimit(name)[1] if hard is None else hard[name]

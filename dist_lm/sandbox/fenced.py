@@ -21,7 +21,8 @@ _ANY = {"cpu_s": 0, "memory_bytes": 0, "file_bytes": 0, "files": 0, "processes":
 
 
 def leave_after(work: Callable[..., None], *arguments: Any) -> NoReturn:
-    """Ends this forked process after `work`, with code 1 and a line on standard error if it raises."""
+    """Calls `work` in this forked process and ends it, with code 0, or with code 1 and a line on standard error if
+    `work` raises."""
     code = 1
     try:
         work(*arguments)
@@ -68,7 +69,11 @@ class Fenced:
             confine.mount_proc()
 
     def prepare(self) -> None:
-        """Does what this process and those below it need for `confine`, once for many runs.
+        """Does what this process and those below it need for `confine`, once for many runs; to be called before each
+        run.
+
+        At the first run this process and those below it lose the right to gain capabilities. Landlock's rules are made
+        anew after _MOST_RUNS runs.
 
         Raises:
             OSError: the kernel refuses.
@@ -92,10 +97,11 @@ class Fenced:
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
     def confine(self, folder: str, limits: dict[str, Any] | None = None, badness: int = 1000) -> None:
-        """Confines this process for good.
+        """Confines this process for good, and those that it starts: working directory, limits, capabilities, files,
+        system calls. `prepare` must come before.
 
         Args:
-            limits: those of the request; None: none, so far.
+            limits: those of the request (`program.Limits`); None: none, so far.
             folder: working directory, the only tree that may be written.
             badness: the process with the highest number ends first when memory is short.
 

@@ -50,10 +50,12 @@ def is_forged(language: str, source: str) -> bool:
 
 
 def is_lookup(language: str, source: str, tests: Sequence[Test]) -> bool:
-    """Whether a program of Python or Bash holds arguments and expected values of all its tests, at least two, as they
-    are: it may be a table of them.
+    """Returns whether a program holds arguments and expected values of all its tests as they are: it may be a table of
+    them.
 
-    Values of one character occur in every program, so they do not count.
+    Pairs are input and output of a test, or the comparisons in code of Python and Bash. Pairs with a text of one
+    character occur in every program, so they do not count: without at least two others, and half of all pairs, the
+    answer is False.
     """
     pairs = [pair for test in tests for pair in _pairs(language, test)]
     long_pairs = {pair for pair in pairs if all(len(text) > 1 for text in pair)}
@@ -64,7 +66,12 @@ def is_lookup(language: str, source: str, tests: Sequence[Test]) -> bool:
 
 
 def _pairs(language: str, test: Test) -> list[tuple[str, str]]:
-    """Returns (arguments, expected value) of the comparisons of a test, as texts without blanks."""
+    """Returns (arguments, expected value) of the comparisons of a test, as texts without blanks; of a test with an
+    expected output its input and that. None for code of SQL.
+
+    Raises:
+        SyntaxError: the code is no Python.
+    """
     if test.stdout is not None:
         return [(re.sub(r"\s", "", test.stdin), re.sub(r"\s", "", test.stdout))]
     if language == "bash":

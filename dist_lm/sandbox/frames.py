@@ -25,7 +25,7 @@ def socketpair() -> tuple[int, int]:
 
 
 def read_exactly(channel: int, length: int) -> bytes:
-    """Returns the next `length` bytes.
+    """Returns the next `length` bytes; waits for them.
 
     Raises:
         OSError: the other side has gone.
@@ -54,7 +54,7 @@ def has_more(channel: int) -> bool:
 
 
 def send_files(channel: int, content: bytes, files: Sequence[int]) -> None:
-    """Sends a few bytes together with open files.
+    """Sends a few bytes together with open files, which stay open here.
 
     Raises:
         OSError: the other side has gone.
@@ -68,7 +68,9 @@ def send_files(channel: int, content: bytes, files: Sequence[int]) -> None:
 
 
 def receive_files(channel: int, length: int) -> tuple[bytes, list[int]]:
-    """Returns the next `length` bytes and the descriptors of the files that come with them.
+    """Returns the next `length` bytes and the descriptors of the files that come with them, for the caller to close.
+
+    Waits for the bytes. There may be no files.
 
     Raises:
         OSError: the other side has gone.

@@ -118,7 +118,7 @@ def _trees(*paths: str) -> list[str]:
 
 
 def _wait_for(channel: int, unloaded: list[str], is_first: bool) -> bool:
-    """Waits for a request and returns whether one came; False once the other side has gone.
+    """Waits for a request and returns whether one came, without reading it; False once the other side has gone.
 
     Meanwhile it imports the modules `unloaded`, and removes them from the list: at least one before every run but the
     first, which may be the only one.
@@ -142,7 +142,11 @@ def _wait_for(channel: int, unloaded: list[str], is_first: bool) -> bool:
 
 
 def _judge_of_run(judges: Judges | None, fenced: Fenced) -> tuple[Judges, int]:
-    """Returns the judging process and its socket for a run; makes a new one if there is none, or it has ended."""
+    """Returns the judging process and its socket for a run; makes a new one if there is none, or it has ended.
+
+    Raises:
+        OSError: the kernel refuses a process, or the new one has ended.
+    """
     if judges:
         try:
             return judges, judges.begin()
@@ -153,9 +157,17 @@ def _judge_of_run(judges: Judges | None, fenced: Fenced) -> tuple[Judges, int]:
 
 
 def _serve(channel: int, fenced: Fenced, control: int) -> int:
-    """Makes one run in processes below and returns how that ended; kills them if the other side goes.
+    """Makes one run in processes below, waits for it, and returns its exit code; kills them if the other side goes.
 
-    0 and BUSY: there is an answer; with BUSY, the judge has not come to the end of a test.
+    0 and BUSY: there is an answer; with BUSY, the judge has not come to the end of a test. Any other code: the run
+    failed.
+
+    Args:
+        channel: socket to the harness.
+        control: socket to the judge of the run, which is closed; -1: none.
+
+    Raises:
+        OSError: the kernel refuses a process.
     """
     child = fenced.fork()
     if child == 0:
@@ -193,7 +205,8 @@ class _Run:
     def answer(self) -> None:
         """Reads a request, makes its attempts and writes the answer; runs in the forked process.
 
-        All tests share the CPU and wall seconds of the request: after a timeout the rest are not started.
+        All tests share the CPU and wall seconds of the request: after a timeout the rest are not started, and count as
+        timeouts. Ends the process with BUSY if the judge has not come to the end of the last test.
 
         Raises:
             OSError: the other side has gone, or the kernel refuses a namespace.
@@ -240,6 +253,10 @@ class _Run:
         """Runs the test with this index.
 
         Returns (how it ended, exit code, whether its code passed, CPU seconds, wall seconds, stdout, tail of stderr).
+        All its processes have ended then.
+
+        Args:
+            cpu_s, wall_s: seconds that are left to it.
         """
         test = request["tests"][index]
         judging = self.judging if request["judged"][index] else None
@@ -302,7 +319,11 @@ class _Run:
 
 
 def _facts(attempt: Watched) -> tuple:
-    """Returns what the answer says of an attempt that has ended."""
+    """Returns what the answer says of an attempt that has ended, see `_Run._attempt`.
+
+    Output of the judge stands behind that of the program; trouble before the start is the outcome TROUBLE, with its
+    reason in place of stderr.
+    """
     stdout, stderr, trouble, *of_judge = attempt.read
     has_passed = False
     if of_judge:

@@ -54,11 +54,11 @@ class Judge(Peer):
         self.names = Names(self, entry)
 
     def ask(self, operation: str, *operands: Any) -> Any:
-        """Returns the program's answer to a question.
+        """Returns the program's answer to a question; waits for the program to run its source first.
 
         Raises:
-            RefusedError: it has ended, or a value cannot travel.
-            Exception: whatever the program raised.
+            RefusedError: it has ended, or a value cannot travel; the test has failed then.
+            Exception: whatever the program raised; StopIteration as a ProgramError, unless the test asks for an item.
         """
         self.begin()
         try:
@@ -76,7 +76,8 @@ class Judge(Peer):
             self.refuse(str(error))
 
     def _only_for_own(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns an operation that takes only functions and iterators which the test gave to the program.
+        """Returns an operation that takes only functions and iterators which the test gave to the program; any other
+        operand is a TypeError, of the program.
 
         Called on others, as on `type`, it would make objects in the judge that behave as the program likes.
         """
@@ -89,7 +90,8 @@ class Judge(Peer):
         return checked
 
     def begin(self) -> None:
-        """Waits until the program has run its source, unless it has.
+        """Waits until the program has run its source, unless it has. Its functions and classes become names of the
+        test, where the test has none of its own.
 
         Raises:
             RefusedError: it ended before.
@@ -126,7 +128,8 @@ class Judge(Peer):
         raise NotCarriedError(f"a {type(value).__name__} of the test")
 
     def stand_in(self, reference: Reference) -> Any:
-        """Returns what stands in the test for an object of the program.
+        """Returns what stands in the test for an object of the program: an exception class, an iterator, a coroutine,
+        or a proxy that asks the program.
 
         Raises:
             MalformedError: a module that the test should import itself.
@@ -262,7 +265,16 @@ class CallableProxy(Proxy):
 
 
 def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
-    """Judges a test of Python, which passes if its code raises nothing, and returns the exit code of the judge."""
+    """Judges a test of Python, which passes if its code comes to its end and raises nothing; returns the exit code of
+    the judge.
+
+    0: it passed; then PASSED is written to `verdict` and the program is told. Else the reason, or the traceback, is on
+    standard error. The state of the interpreter (`sys`, `random`) changes; descriptors stay open.
+
+    Args:
+        channel: socket to the program.
+        verdict: descriptor of a pipe.
+    """
     judge = Judge(channel, test["entry"])
     names = judge.names
     names.code = test["code"]
@@ -308,9 +320,10 @@ _REACHING = frozenset(
 
 
 def leaves_nothing(language: str, test: dict[str, str]) -> bool:
-    """Whether the code of a test leaves the interpreter as it was, so that the next one may run in the same.
+    """Returns whether the code of a test leaves the interpreter as it was, so that the next one may run in the same.
 
-    Such code consists of plain statements, stores nothing but names, and uses no module.
+    Such code is of Python, consists of plain statements, stores nothing but names, and uses no module; the test has no
+    other code (`before`, `given`). False if the code cannot be compiled.
     """
     if language != "python" or test["before"] or test["given"]:
         return False

@@ -67,10 +67,12 @@ class Judges:
 
 
 def _serve(channel: int, fenced: Fenced) -> None:
-    """Serves runs until the other side has gone; runs in the first process of new namespaces.
+    """Serves runs, one after the other; runs in the first process of new namespaces and never returns.
+
+    It ends by OSError once the other side has gone, and is killed by `Judges.close`.
 
     Raises:
-        OSError: the kernel refuses a fence, or the other side has gone too early.
+        OSError: the kernel refuses a fence, or the other side has gone.
     """
     fenced.begin()
     os.dup2(channel, _CHANNEL)
@@ -93,7 +95,9 @@ def _serve(channel: int, fenced: Fenced) -> None:
 
 
 def _judge_run(fenced: Fenced, clocks: list[int]) -> None:
-    """Judges the tests of a run until the other side (`Judging`) has gone.
+    """Judges the tests of a run until the other side (`Judging`) has gone, by which it ends.
+
+    Sets the working directory and the limit of memory of this process to those of the run.
 
     Raises:
         OSError: the other side has gone.
@@ -136,7 +140,12 @@ def _announce(clocks: list[int]) -> None:
 
 
 def _judge_apart(request: dict[str, Any], test: dict[str, str], files: list[int], fenced: Fenced) -> None:
-    """Judges a test in a process forked for it, of which nothing is left then."""
+    """Judges a test in a process forked for it, of which nothing is left then: every process that it started is killed,
+    and /tmp emptied. Waits for its end and closes `files`.
+
+    Args:
+        files: socket to the program, standard output, standard error, pipe of the verdict.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -168,7 +177,11 @@ def _wait_for_children() -> None:
 
 
 def _empty(folder: str) -> None:
-    """Removes what a test left in a folder."""
+    """Removes what a test left in a folder, links not followed.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
     if not os.listdir(folder):
         return
     for path, folders, files in os.walk(folder, topdown=False):
@@ -180,7 +193,8 @@ def _empty(folder: str) -> None:
 
 
 def _take(files: list[int]) -> int:
-    """Makes the files of a test those of this process; returns the descriptor of its verdict."""
+    """Makes the files of a test those of this process (CHANNEL, standard output and error), and closes the rest;
+    returns the descriptor of its verdict, which stays open."""
     channel, stdout, stderr, verdict = files
     os.dup2(channel, languages.CHANNEL, inheritable=False)
     os.dup2(stdout, 1)
@@ -239,7 +253,11 @@ class Judging:
             return
 
     def cpu_seconds(self) -> float:
-        """Returns the CPU seconds that the processes which judge have used in this run so far."""
+        """Returns the CPU seconds that the processes which judge have used in this run so far; it never falls.
+
+        Takes over the clocks of a process that judges since the last call. What a process used before it judged this
+        run does not count.
+        """
         while has_more(self._control):
             try:
                 self._take_clocks(*receive_files(self._control, _CLOCK.size))

@@ -23,7 +23,8 @@ MAX_NAMES = 100  # of functions and classes, that a judge is told of at once
 
 
 def _python(test: dict[str, str], source: str, judged: bool) -> NoReturn:
-    """Runs a program in `__main__` and ends the process. If it is judged, it answers its judge before it ends.
+    """Runs the code `before` of the test and a program in `__main__` and ends the process. If it is judged, it answers
+    its judge before it ends.
 
     An exception gives exit code 1, SystemExit its own. A program whose judge was not satisfied ends with 1.
     """
@@ -65,9 +66,10 @@ def prepare_python() -> None:
 
 
 def run_python(run: Callable[[], None]) -> int:
-    """Calls `run`, then does what an interpreter does at its end; returns its exit code.
+    """Calls `run`, then does what an interpreter does at its end; returns its exit code and never raises.
 
-    An exception is printed to stderr and gives 1; SystemExit gives its own code.
+    An exception is printed to stderr, without the frames of the sandbox, and gives 1; SystemExit gives its own code.
+    Waits for threads, calls the functions of `atexit` and flushes the streams.
     """
     status = 0
     try:
@@ -121,7 +123,10 @@ class _SeededRandom:
     """A finder that lets the usual one import `random`, and seeds it."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
-        """Returns the usual spec of `random`, whose execution also seeds it; None for other modules."""
+        """Returns the usual spec of `random`, whose execution also seeds it; None for other modules.
+
+        This finder is removed then: it works once.
+        """
         if name != "random":
             return None
         sys.meta_path.remove(self)

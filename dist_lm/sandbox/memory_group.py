@@ -41,7 +41,7 @@ class MemoryGroup:
 
     @classmethod
     def make(cls) -> "MemoryGroup":
-        """Makes a group below that of this process.
+        """Makes a group below that of this process, without a limit so far; removes groups that were left before.
 
         Raises:
             OSError: this process may make none.
@@ -53,7 +53,8 @@ class MemoryGroup:
         return cls(path, limit_file)
 
     def entrance(self) -> int:
-        """Opens a descriptor: the process that writes "0" to it, while it has one thread, is moved into the group.
+        """Returns an open descriptor: the process that writes "0" to it, while it has one thread, is moved into the
+        group.
 
         Version 1 moves a thread at once. Moving a process waits until no core forks, which takes 10 ms; version 2
         cannot do otherwise.
@@ -68,7 +69,8 @@ class MemoryGroup:
             self._limited = program_bytes
 
     def remove(self) -> None:
-        """Removes the group. Killed processes hold it until they have ended; if they take long, `make` removes it."""
+        """Removes the group, or gives up without an error after REMOVE_S seconds: killed processes hold it until they
+        have ended. Then a later `make` removes it."""
         deadline = time.monotonic() + REMOVE_S
         while not _removed(self._path):
             if time.monotonic() > deadline:
@@ -88,7 +90,12 @@ def _removed(group: Path) -> bool:
 
 @cache
 def _parent() -> tuple[Path, str]:
-    """Returns the group of this process with memory limits, and the name of the file with the limit."""
+    """Returns the folder of this process's group with memory limits, and the name of the file with the limit in a
+    group.
+
+    Raises:
+        OSError: there is none, or it hands memory limits to no groups below.
+    """
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         # Version 1 has a tree for each controller, version 2 a single tree without a name.

@@ -38,9 +38,10 @@ MAX_SQL_BYTES = 1_000_000
 
 
 def main() -> None:
-    """Answers requests until the parent closes the socket. A text that exceeds `cpu_limit_s` ends it by SIGPROF.
+    """Confines this process, writes `{}`, and answers requests until the parent closes the socket.
 
-    The last answer before the process ends by itself has `"ends": true`.
+    A text that exceeds `cpu_limit_s` ends it by SIGPROF; one that took much memory ends it after the answer. The last
+    answer before the process ends by itself has `"ends": true`.
     """
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
@@ -116,7 +117,7 @@ def python_error(text: str) -> str:
 
 
 def bash_error(text: str) -> str | None:
-    """Returns why `bash -n` does not accept `text`; empty: it does; None without bash.
+    """Returns why `bash -n` does not accept `text`; empty: it does; None without bash. Nothing of it is executed.
 
     Extended patterns are accepted: a command turns them on, which is not executed here.
     """
@@ -216,8 +217,8 @@ def sql_test_error(text: str) -> str:
 
 
 def _sql_errors(text: str) -> Iterator[str]:
-    """Yields SQLite's error for each statement of `text`, empty where there is none, or one reason why it cannot be
-    read.
+    """Yields SQLite's error for each statement of `text`, empty where there is none; for a text that cannot be passed
+    to SQLite one reason instead.
 
     Statements that change the schema are executed in an empty database in memory, others only compiled.
     """

@@ -33,7 +33,8 @@ class _Turns:
 
     @contextmanager
     def beside_others(self) -> Iterator[None]:
-        """Waits while a program runs alone, or waits for that."""
+        """A block in which a program runs beside others; before it, waits while a program runs alone, or waits for
+        that."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting and not self._is_alone)
             self._running += 1
@@ -46,7 +47,8 @@ class _Turns:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside `beside_others`: waits until no other program runs, and lets none begin."""
+        """A block inside `beside_others` in which the program runs alone: waits until no other one runs, and lets none
+        begin before the end of the block."""
         with self._changed:
             self._running -= 1
             self._waiting += 1

@@ -121,7 +121,10 @@ _TAIL = 2_000  # characters
 def request_of(program: Program, limits: Limits, folder: str) -> tuple[bytes, bytes]:
     """Returns the request to the server in the sandbox, and what only the judge may read (empty: nothing).
 
-    Expected output is in neither.
+    Expected output is in neither. Both are in the format of `marshal`.
+
+    Args:
+        folder: working directory of the program in the sandbox.
 
     The process that runs the program is forked from one that read the request, and may search its memory.
     """
@@ -138,7 +141,7 @@ def _parts(test: Test, hidden: Sequence[str]) -> dict[str, str]:
 
 
 def attempts_of(answer: bytes) -> list[Attempt]:
-    """Returns the attempts in an answer of the server, one per test.
+    """Returns the attempts in an answer of the server, one per test; bytes that are no UTF-8 become U+FFFD.
 
     Raises:
         ValueError: `answer` is not what a server sends.
@@ -165,7 +168,8 @@ def verdict_of(program: Program, attempts: Sequence[Attempt]) -> Verdict:
     """Returns the verdict on a program, given an attempt for each test; its outcome is that of the first test that
     failed.
 
-    Another number of attempts, or a test that had no core, gives the outcome `infrastructure`.
+    Another number of attempts, or a test that had no core or never began, gives the outcome `infrastructure`. Seconds
+    are sums over the tests.
     """
     if len(attempts) != len(program.tests):
         return infrastructure_error(program, f"{len(attempts)} answers for {len(program.tests)} tests")

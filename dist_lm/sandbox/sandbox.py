@@ -109,7 +109,8 @@ class Fences:
 def fences(trust_me: bool = False) -> Fences:
     """Returns the fences that this machine can enforce, tried out once with a program that must find itself shut in.
 
-    With `trust_me` and no sandbox there are none but seccomp and limits. The answer is kept for the process.
+    With `trust_me` and no sandbox there are none but seccomp and limits. The answer is kept for the process; the trial
+    takes up to a minute on a busy machine.
 
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.
@@ -127,7 +128,8 @@ def fences(trust_me: bool = False) -> Fences:
 
 
 def _leak(fences: Fences) -> str:
-    """Returns why a sandbox with these fences cannot be relied on; empty if it can. It runs up to three trials.
+    """Returns why a sandbox with these fences cannot be relied on; empty if it can. It runs up to TRIALS trials, more
+    than one only if a trial has no verdict.
 
     Raises:
         SandboxError: no trial ended, because it ran out of time or the machine ran out of resources. That does not say
@@ -201,7 +203,7 @@ class Sandbox:
         self.close()
 
     def run(self, program: Program, limits: Limits | None = None) -> Verdict:
-        """Runs all tests of a program and returns the verdict. Starts the sandbox if there is none.
+        """Runs all tests of a program, waits for them and returns the verdict. Starts the sandbox if there is none.
 
         Never raises for what the program does. A program whose sandbox fails, or that had no core, runs once more,
         before and after a control program of known cost. The outcome is `infrastructure` only if the control fails
@@ -218,7 +220,12 @@ class Sandbox:
             return self._run_again(program, limits, verdict)
 
     def _run_once(self, program: Program, limits: Limits) -> Verdict:
-        """Runs a program. If the sandbox fails, the outcome is `infrastructure` and the next run starts another one."""
+        """Runs a program and returns the verdict. If the sandbox fails, the outcome is `infrastructure` and the next
+        run starts another one.
+
+        Raises:
+            SandboxError: no sandbox can be made here.
+        """
         try:
             return verdict_of(program, attempts_of(self._start().ask(program, limits)))
         except SandboxError:
@@ -230,7 +237,12 @@ class Sandbox:
     def _run_again(self, program: Program, limits: Limits, first: Verdict) -> Verdict:
         """Returns the verdict of a second run, or `first` if the machine gives a control program no core either.
 
-        The control runs before and after the program: beside it, the program's own processes would starve it.
+        The control runs before and after the program: beside it, the program's own processes would starve it. A program
+        that has no verdict although the control has one both times fails, as a timeout or as `failed`, with a warning
+        in the log.
+
+        Raises:
+            SandboxError: no sandbox can be made here.
         """
         if not self._control_passes(limits):
             return first
@@ -242,7 +254,8 @@ class Sandbox:
         return replace(second, outcome="timeout" if second.seconds >= limits.wall_s else "failed")
 
     def _control_passes(self, limits: Limits) -> bool:
-        """Runs a program of known cost and returns whether the machine has cores for programs with these limits.
+        """Runs a program of known cost in this sandbox and returns whether the machine has cores for programs with
+        these limits.
 
         With a smaller share of a core than CPU by wall seconds, no program can use its CPU seconds.
         """
@@ -303,7 +316,10 @@ class _Server:
         self._ready = False
 
     def ask(self, program: Program, limits: Limits) -> bytes:
-        """Sends a program and returns the answer, which `attempts_of` reads.
+        """Sends a program, waits and returns the answer, which `attempts_of` reads.
+
+        Waits for START_S seconds for a server that has just started, then for the wall seconds of `limits` and GRACE_S.
+        Files that the program left in a shared folder are removed.
 
         Raises:
             OSError: the server ended, or did not answer in time (TimeoutError).
@@ -425,8 +441,12 @@ def _interpreter() -> str:
 
 
 def _bubblewrap_options(fences: Fences) -> list[str]:
-    """Returns bubblewrap's options: a read-only system with the interpreter, no network, an empty /tmp, a small
-    /dev."""
+    """Returns bubblewrap's options: a read-only system with the interpreter, no network, an empty /tmp, a small /dev.
+
+    Args:
+        fences: `own_user` keeps the capabilities by which the server becomes another user, else a user namespace is
+            made.
+    """
     options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
     options += ["--hostname", "sandbox"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
@@ -475,8 +495,8 @@ def _folders(path: Path) -> list[str]:
 
 @cache
 def _unused_user() -> int:
-    """Returns a user id that no account and no process uses; 0 if this namespace has none. It stays the same in
-    a process."""
+    """Returns a user id that no account and no process uses; 0 if this namespace has none. It stays the same in a
+    process and differs between processes, except in a small namespace, where it is the highest one."""
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     highest = max(first + count - 1 for first, _, count in ranges)
     if highest > 2 * _FIRST_UNUSED:

@@ -61,8 +61,12 @@ class Folder:
         Args:
             is_shared: whether a path that the other side does not have is shared from now on; None: all are.
 
+        Returns:
+            (path, kind, mode, time in ns, content) of each: kind is file, folder, link, or none for what has gone.
+
         Raises:
             FailedError: there are too many files, or too much in them.
+            OSError: a file cannot be read.
         """
         found: dict[bytes, tuple] = {}
         self._scan(b"", found)
@@ -80,10 +84,11 @@ class Folder:
         return changes
 
     def apply(self, changes: Any) -> None:
-        """Makes the changes of the other side.
+        """Makes the changes of the other side: removes, then makes files, with rights and times. Paths through links
+        are left out. Nothing is changed before all changes have the right form.
 
         Raises:
-            FailedError: it changes what is not shared with it.
+            FailedError: it changes what is not shared with it, or there are too many files, or too much in them.
             MalformedError: they are none, or lead out of the folder.
             OSError: the kernel refuses.
         """
@@ -120,7 +125,7 @@ class Folder:
         self._known = {path: state for path, state in found.items() if path in shared}
 
     def new_paths(self, changes: Any) -> list[bytes]:
-        """Returns the paths that changes of the other side add.
+        """Returns the paths that changes of the other side add; to be called before `apply`.
 
         Raises:
             MalformedError: they are none.
@@ -134,7 +139,11 @@ class Folder:
         return b"%s/%s" % (self.root, path)
 
     def _scan(self, folder: bytes, found: dict[bytes, tuple]) -> None:
-        """Notes what lies below a folder, links not followed."""
+        """Notes in `found` what lies below a folder, links not followed: path -> what changes with the file.
+
+        Raises:
+            FailedError: there are more than MAX_FILES files, or folders too deep.
+        """
         for entry in self._entries(self._at(folder) if folder else self.root):
             path = b"%s/%s" % (folder, entry.name) if folder else entry.name
             status = entry.stat(follow_symlinks=False)
@@ -150,6 +159,7 @@ class Folder:
                 self._scan(path, found)
 
     def _entries(self, path: bytes) -> list[os.DirEntry[bytes]]:
+        """Returns the entries of a folder. One that may not be read gets the rights 0700, and keeps them."""
         try:
             with os.scandir(path) as entries:
                 return [*entries]
@@ -159,7 +169,8 @@ class Folder:
                 return [*entries]
 
     def _content(self, path: bytes, kind: str, most: int) -> bytes:
-        """Returns the bytes of a file, or where a link leads; empty for a folder.
+        """Returns the bytes of a file, or where a link leads; empty for a folder. The rights of a file stay what they
+        are.
 
         Raises:
             FailedError: a file has more than `most` bytes.
@@ -216,6 +227,11 @@ class Folder:
             os.rmdir(self._at(path))
 
     def _make(self, path: bytes, kind: str, mode: int, content: bytes) -> None:
+        """Makes a file or link, or a folder if there is none; a folder stays writable for this user so far.
+
+        Raises:
+            OSError: the kernel refuses, or there is a file at that path.
+        """
         if kind == "link":
             os.symlink(content, self._at(path))
             return

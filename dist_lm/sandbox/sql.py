@@ -41,7 +41,8 @@ class RefusedError(Exception):
 
 
 def run(before: str, source: str, writes: str, channel: int) -> NoReturn:
-    """Runs SQLite in memory, prints the rows of the last query and ends the process; an error gives exit code 1.
+    """Runs SQLite in memory, prints the rows of the last query that has any columns and ends the process; an error
+    gives exit code 1, and its reason on standard error.
 
     Args:
         before: statements that make the database, if there is no judge.
@@ -81,7 +82,14 @@ def run(before: str, source: str, writes: str, channel: int) -> NoReturn:
 
 
 def _authorizer(sqlite3, protected: set[str], refusals: list[str]) -> Callable[..., int]:
-    """Returns an authorizer of SQLite that refuses what a program may not do, and notes why in `refusals`."""
+    """Returns an authorizer of SQLite that refuses what a program may not do, and adds the reason to `refusals`.
+
+    Refused are temporary objects, other databases, pragmas that are not in PRAGMAS, and changes of protected tables.
+
+    Args:
+        sqlite3: the module.
+        protected: names in lower case.
+    """
     temporary = {
         getattr(sqlite3, f"SQLITE_{verb}_TEMP_{kind}")
         for verb in ("CREATE", "DROP")
@@ -117,7 +125,16 @@ def _authorizer(sqlite3, protected: set[str], refusals: list[str]) -> Callable[.
 
 
 def judge(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
-    """Judges a test of SQL and ends the process; the test passes if the first value of its query is true."""
+    """Judges a test of SQL and ends the process; the test passes if the first value of its query is true, and the
+    program changed no protected table: none that was there before, unless `writes` names it or the query reads only
+    such tables.
+
+    Then PASSED is written to `verdict`; else the reason to standard error, with exit code 1.
+
+    Args:
+        channel: socket to the program, which gets the database and sends it back.
+        verdict: descriptor of a pipe.
+    """
     import sqlite3
 
     try:
@@ -144,10 +161,12 @@ def judge(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
 
 
 def _first_row(database: sqlite3.Connection, code: str) -> tuple[tuple | None, set[str]]:
-    """Returns the first row of a query, and the names of tables and views that it reads.
+    """Returns the first row of a query (None: it has none), and the names of tables and views that it reads, in lower
+    case.
 
     Raises:
         sqlite3.Error: the query fails.
+        ValueError: `code` is not one statement.
     """
     import sqlite3
 
@@ -168,7 +187,7 @@ def _first_row(database: sqlite3.Connection, code: str) -> tuple[tuple | None, s
 
 
 def _refuse_changes(database: sqlite3.Connection, answer: sqlite3.Connection, names: Iterable[str]) -> None:
-    """Compares tables, views and triggers of two databases.
+    """Compares tables, views and triggers of these names in two databases: definitions, and rows of tables.
 
     Raises:
         RefusedError: one of them differs.
@@ -228,7 +247,7 @@ def _send(channel: int, content: bytes) -> None:
 
 
 def _receive(channel: int) -> bytes:
-    """Returns a database from the other side.
+    """Waits for a database from the other side and returns it.
 
     Raises:
         OSError: the other side has ended.

@@ -32,7 +32,8 @@ class _Parser:
     def error(self, check: str, text: str) -> str | None:
         """Returns what a check of `parsers` says of a text; None: this machine gave no verdict, and a warning says why.
 
-        A text that takes too much time or memory has an error.
+        A text that takes too much time or memory, or ends its process TRIES times, has an error. An empty text: the
+        check accepts it. Waits for other threads, and up to ANSWER_S seconds.
         """
         with self._lock:
             for _ in range(TRIES):
@@ -58,7 +59,7 @@ class _Parser:
         return f"parsing it ends the parser (exit code {code})"
 
     def _start(self) -> bool:
-        """Starts the process and returns whether it is ready."""
+        """Starts the process and returns whether it is ready, within START_S seconds; else a warning says why."""
         environment = ENVIRONMENT | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
         try:
             self._process = JsonProcess("dist_lm.sandbox.parsers", environment=environment)
@@ -96,7 +97,7 @@ PARSERS = {"python": "python_error", "bash": "bash_error", "sql": "sql_error"}
 
 
 def parses(language: str, text: str) -> bool | None:
-    """Whether `text` parses as `language`, within limits of time and memory.
+    """Returns whether `text` parses as `language`, within limits of time and memory; beyond them it does not.
 
     Python must be a module; `bash -n` must accept Bash; SQLite must compile every statement, given the tables that
     earlier ones create. None for a language without a parser here, or if this machine gave no verdict.
@@ -110,9 +111,13 @@ def parses(language: str, text: str) -> bool | None:
 
 
 def parses_continued(language: str, prompt: str, completion: str, finished: bool) -> bool | None:
-    """Whether prompt and completion parse as one text. A last line that was cut off is removed first.
+    """Returns whether prompt and completion parse as one text; None as in `parses`. A last line that was cut off is
+    removed first.
 
     False for a completion that was cut off in its first line: only the prompt would be left.
+
+    Args:
+        finished: whether the completion was not cut off.
     """
     if language in PARSERS and not finished and "\n" not in completion:
         return False

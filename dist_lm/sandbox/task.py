@@ -50,7 +50,7 @@ def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
         readable: whether the tests were checked in their language earlier; this saves a process for each test of Bash.
 
     Raises:
-        UserError: says which field is missing or wrong, or which test cannot be read.
+        UserError: says which field is missing or wrong, or which test cannot be read or has an unknown part.
     """
     language, test_values, before = values.get("language"), values.get("tests"), values.get("before", "")
     if language not in LANGUAGES:
@@ -67,7 +67,9 @@ def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
 
 
 def refuse_broken(language: str, tests: Sequence[Test]) -> None:
-    """Refuses tests that cannot be read in their language: no program could pass them.
+    """Refuses tests that cannot be read in their language: no program could pass them. Nothing is executed.
+
+    Tests of a language on which this machine gives no verdict are accepted.
 
     Raises:
         UserError: says which test, and why.

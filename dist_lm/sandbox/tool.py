@@ -39,6 +39,12 @@ def run_sql(code: str) -> dict[str, str]:
 
 
 def _run(language: str, code: str) -> dict[str, str]:
+    """Runs a program and returns `output`, what it printed; if it failed, its `outcome` and the end of its output.
+
+    Raises:
+        RuntimeError: the sandbox failed.
+        SandboxError: this machine has no sandbox.
+    """
     with Sandbox() as sandbox:
         verdict = sandbox.run(Program(language, code), LIMITS)
     if not verdict.judged:

@@ -122,7 +122,12 @@ class Encoder:
         self._num_values = 0
 
     def put(self, value: Any, depth: int = 0) -> None:
-        """Writes a value.
+        """Writes a value; a reference in place of an object that is none.
+
+        After an error a part of it is written.
+
+        Args:
+            depth: how many containers it stands in.
 
         Raises:
             NotCarriedError: names the type or the limit.
@@ -170,7 +175,11 @@ class Encoder:
         return _WRITERS[base]
 
     def _put_object(self, value: Any) -> None:
-        """Writes a reference, or the name of a built-in type or function."""
+        """Writes a reference, or the name of a built-in type or function.
+
+        Raises:
+            NotCarriedError: the object can have no reference.
+        """
         if id(value) in _NAME_OF:
             _put_name(self, value, 0)
             return
@@ -196,7 +205,7 @@ class Encoder:
         self.data += content
 
     def _is_shared(self, container: Any) -> bool:
-        """Writes the number of a container that the other side has; else gives it the next one."""
+        """Returns whether the other side has a container, and writes its number then; else gives it the next number."""
         index = self._index_of.get(id(container))
         if index is not None:
             self.data += b"R"
@@ -207,7 +216,12 @@ class Encoder:
         return False
 
     def _put_all(self, tag: bytes, values: Sequence[Any], depth: int) -> None:
-        """Writes values: whole numbers of 64 bits, or floats, all at once; others one by one."""
+        """Writes a tag, the number of values and the values: whole numbers of 64 bits, or floats, all at once if there
+        are MANY; others one by one.
+
+        Raises:
+            NotCarriedError: as `put`.
+        """
         self.data += tag
         self.put_count(len(values))
         if len(values) >= MANY:
@@ -268,7 +282,11 @@ def _put_bytes(encoder: Encoder, value: bytes, _: int) -> None:
 
 
 def _put_tuple(encoder: Encoder, value: tuple, depth: int) -> None:
-    """Writes a tuple; one with names for its fields is written with these."""
+    """Writes a tuple; one with names for its fields is written with the name of its class and these.
+
+    Raises:
+        NotCarriedError: as `Encoder.put`.
+    """
     items = tuple.__getitem__(value, slice(None))
     fields = None if type(value) is tuple else type.__dict__["__dict__"].__get__(type(value)).get("_fields")
     if type(fields) is tuple and len(fields) == len(items) and all(type(field) is str for field in fields):
@@ -295,7 +313,8 @@ def _put_name(encoder: Encoder, value: Any, _: int) -> None:
 
 
 def _put_exception(encoder: Encoder, value: BaseException, depth: int) -> None:
-    """Writes an exception, with its arguments if they are values."""
+    """Writes an exception: its text, the names of its classes, and its arguments if they are values. Calls its
+    `__str__`, whose errors become the text."""
     names = exception_names(type(value))
     arguments = Encoder()
     try:
@@ -376,6 +395,8 @@ def _know_loaded_modules() -> None:
 
 
 def _know_collections(module: Any) -> None:
+    """Adds the writers of deque and Counter of the loaded module `collections`."""
+
     def put_deque(encoder: Encoder, value: Any, depth: int) -> None:
         encoder.data += b"q"
         encoder.put(module.deque.__dict__["maxlen"].__get__(value), depth + 1)
@@ -389,6 +410,7 @@ def _know_collections(module: Any) -> None:
 
 
 def _know_numbers(module: Any) -> None:
+    """Adds the writer of Decimal or Fraction of the loaded module `decimal` or `fractions`."""
     if module.__name__ == "decimal":
 
         def put_decimal(encoder: Encoder, value: Any, _: int) -> None:
@@ -410,6 +432,8 @@ _TIME_FIELDS = "hour", "minute", "second", "microsecond"
 
 
 def _know_dates(module: Any) -> None:
+    """Adds the writers of the four types of the loaded module `datetime`; a time zone travels as its offset."""
+
     def put_fields(tag: bytes, kind: type, *fields: str) -> Callable[[Encoder, Any, int], None]:
         getters = [kind.__dict__.get(field) or module.date.__dict__[field] for field in fields]
 
@@ -510,6 +534,11 @@ class Decoder:
         return count
 
     def _take_all(self, depth: int) -> list[Any]:
+        """Returns the values that `Encoder._put_all` wrote behind the tag.
+
+        Raises:
+            MalformedError: as `take`.
+        """
         count = self._take_length()
         code = self._take_bytes(1)
         if code == b"*":
@@ -570,6 +599,7 @@ def _take_counter(decoder: Decoder, depth: int) -> Any:
 
 
 def _take_deque(decoder: Decoder, depth: int) -> Any:
+    """Returns a deque with its largest length; it is shared before its values are read, as it may contain itself."""
     from collections import deque
 
     maximum = decoder.take(depth + 1)
@@ -581,7 +611,11 @@ def _take_deque(decoder: Decoder, depth: int) -> Any:
 
 
 def _take_tuple_with_names(decoder: Decoder, depth: int) -> tuple:
-    """Returns a tuple of a new class, which reads its fields by name."""
+    """Returns a tuple of a new class, which reads its fields by name.
+
+    Raises:
+        MalformedError: it has other values than fields, or names that no field can have.
+    """
     name, *fields = decoder._take_texts()
     if decoder._take_bytes(1) != b"t":
         raise MalformedError("names without a tuple")
@@ -648,6 +682,11 @@ def _take_name(decoder: Decoder, _: int) -> Any:
 
 
 def _take_raised(decoder: Decoder, depth: int) -> Raised:
+    """Returns an exception as it travelled; with `resolve`, what that makes of it.
+
+    Raises:
+        MalformedError: it has no name, or its arguments are no tuple.
+    """
     text, *names = decoder._take_texts()
     inner = Decoder(decoder._take_bytes(decoder.take_count()))
     arguments = inner.take(depth + 1)

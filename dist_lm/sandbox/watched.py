@@ -68,8 +68,9 @@ class Watched:
         return self.judge.cpu_seconds() - self._judge_before if self.judge else 0.0
 
     def watch(self, namespaces: bool = False) -> None:
-        """Reads the output until program and judge have ended or pass a limit; then `ended` and `seconds` are set. It
-        does not end them.
+        """Reads the output until program and judge have ended or pass a limit; then `ended` and `seconds` are set.
+
+        It does not end the program; only processes that a program left behind are killed while the judge still works.
 
         Args:
             namespaces: whether the run has a pid namespace of its own.
@@ -148,6 +149,7 @@ class Watched:
 
     def end(self, namespaces: bool) -> None:
         """Kills every process of the attempt, waits for them, then reads the rest of the output and closes the pipes.
+        Then `exit_code` is set.
 
         Args:
             namespaces: whether the run has a pid namespace of its own, in which all other processes are killed.
@@ -190,7 +192,8 @@ class UsedCpu:
         self._last_ended = before
 
     def look(self) -> None:
-        """Updates `seconds` (CPU) from all processes that are running below this one."""
+        """Updates `seconds`, the CPU seconds of all processes below this one, those that ended included; reads
+        /proc."""
         processes, is_complete = _processes_below()
         ended = cpu_of_ended()
         ticks_of = {(fields[0], fields[20]): _ticks_of(fields) for fields in processes}
@@ -270,7 +273,8 @@ def _waited_for_a_core() -> float:
 
 
 def kill_all(namespaces: bool) -> None:
-    """Kills every other process of the run; without namespaces, every process below this one."""
+    """Kills every other process of the run; without namespaces, every process below this one. Does not wait for their
+    end."""
     # In a pid namespace of its own, -1 means every other process of the run.
     if namespaces:
         try:

@@ -21,7 +21,10 @@ def note_of_weak(tasks: Mapping[str, tuple[str, Sequence[Test]]]) -> str:
     """Returns a sentence on the weak tasks of a file, which names some of them; empty: there are none.
 
     Args:
-        tasks: name -> language and tests.
+        tasks: name -> language and tests, which can be read (`task.refuse_broken`).
+
+    Raises:
+        SyntaxError: a test is no Python.
     """
     same = [name for name, (language, tests) in tasks.items() if language == "python" and compares_itself(tests)]
     changed = [name for name, (language, tests) in tasks.items() if language == "python" and expects_argument(tests)]
@@ -44,7 +47,8 @@ def _some(names: Sequence[str]) -> str:
 
 
 def compares_itself(tests: Iterable[Test]) -> bool:
-    """Whether a test of Python compares two values of functions that it does not define itself, and nothing else."""
+    """Returns whether an assertion of some test of Python compares two values of functions that the test does not
+    define itself, and nothing else."""
     for test in tests:
         tree = ast.parse(test.code)
         own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -60,7 +64,8 @@ def compares_itself(tests: Iterable[Test]) -> bool:
 
 
 def expects_argument(tests: Iterable[Test]) -> bool:
-    """Whether a test of Python compares a call with a value computed from a list, set or dict among its arguments."""
+    """Returns whether some test of Python compares a call with a value computed from a list, set or dict that the test
+    made and gave to the call as an argument."""
     for test in tests:
         tree = ast.parse(test.code)
         assignments = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -107,7 +112,8 @@ def _expected(language: str, test: Test) -> list[str | None]:
 
 
 def _expected_in_python(code: str) -> list[str | None]:
-    """Returns the literal that each assertion compares a call with; None for any other statement or assertion."""
+    """Returns the literal that each assertion compares a call with, as `repr` writes it; None for any other statement
+    or assertion. Imports do not count."""
     tree = ast.parse(code)
     statements = tree.body
     # HumanEval's tests are the body of `check`.
@@ -124,6 +130,8 @@ def _expected_in_python(code: str) -> list[str | None]:
 
 
 def _expected_by(condition: ast.expr) -> str | None:
+    """Returns the literal that a condition compares a call with: `f(x) == 3` gives `3`, `f(x)` gives `True`, `not f(x)`
+    gives `False`; None for any other condition."""
     if isinstance(condition, ast.Call):
         return "True" if isinstance(condition.func, ast.Name) and not _called_in_arguments(condition) else None
     if isinstance(condition, ast.UnaryOp) and isinstance(condition.op, ast.Not):
