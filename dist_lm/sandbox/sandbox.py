@@ -109,8 +109,8 @@ class Fences:
 def fences(trust_me: bool = False) -> Fences:
     """Returns the fences that this machine can enforce, tried out once with a program that must find itself shut in.
 
-    With `trust_me` and no sandbox there are none but seccomp and limits. The answer is kept for the process; the trial
-    takes up to a minute on a busy machine.
+    With `trust_me` and no sandbox there are none but seccomp and limits. The answer is kept for the process; a trial
+    may take a minute on a busy machine.
 
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.

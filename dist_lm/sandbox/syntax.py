@@ -32,8 +32,8 @@ class _Parser:
     def error(self, check: str, text: str) -> str | None:
         """Returns what a check of `parsers` says of a text; None: this machine gave no verdict, and a warning says why.
 
-        A text that takes too much time or memory, or ends its process TRIES times, has an error. An empty text: the
-        check accepts it. Waits for other threads, and up to ANSWER_S seconds.
+        A text that takes too much time or memory, or ends its process TRIES times, has an error. Empty: the check
+        accepts the text. Waits for other threads, and up to ANSWER_S seconds.
         """
         with self._lock:
             for _ in range(TRIES):

@@ -599,7 +599,11 @@ def _take_counter(decoder: Decoder, depth: int) -> Any:
 
 
 def _take_deque(decoder: Decoder, depth: int) -> Any:
-    """Returns a deque with its largest length; it is shared before its values are read, as it may contain itself."""
+    """Returns a deque with its largest length; it is shared before its values are read, as it may contain itself.
+
+    Raises:
+        MalformedError: there are no values.
+    """
     from collections import deque
 
     maximum = decoder.take(depth + 1)
@@ -664,6 +668,8 @@ def _take_range(decoder: Decoder, depth: int) -> range:
 
 
 def _take_fields(kind: str, num_fields: int) -> Callable[[Decoder, int], Any]:
+    """Returns the reader of a type of `datetime`: from its fields, and for datetime and time also fold and offset."""
+
     def take(decoder: Decoder, depth: int) -> Any:
         import datetime
 
