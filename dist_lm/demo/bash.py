@@ -56,7 +56,7 @@ class Author:
 
     @classmethod
     def random(cls, rng: random.Random) -> "Author":
-        """Returns random habits."""
+        """Returns an author with habits drawn from `rng`."""
         return cls(
             shebang=rng.choice(SHEBANGS),
             options=rng.choice(OPTIONS),

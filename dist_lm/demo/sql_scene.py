@@ -38,7 +38,7 @@ class Style:
 
     @classmethod
     def random(cls, rng: random.Random) -> "Style":
-        """Returns random habits."""
+        """Returns an author with habits drawn from `rng`."""
         text = rng.choice(["TEXT", "VARCHAR(255)", "VARCHAR(100)", "TEXT"])
         types: dict[str, str] = dict.fromkeys(sorted(TEXTS | {"choice"}), text)
 

@@ -230,7 +230,7 @@ def table(config: Config, possible: list[Candidate]) -> list[tuple[str, str, str
 
 
 def describe(candidate: Candidate) -> str:
-    """Returns the settings of a candidate, for people."""
+    """Returns a candidate for people: its layout, then those settings that are on."""
     parallel = candidate.parallel
     extras = []
     if parallel.sp:

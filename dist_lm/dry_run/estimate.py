@@ -202,7 +202,12 @@ def _optimizer_state(config: Config, shapes: Shapes) -> int:
 
 
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:
-    """Returns bytes of activations of one block: (needed by its backward pass, kept until then)."""
+    """Returns bytes of activations of one block for a micro-batch: (needed by its backward pass, kept until then, which
+    activation checkpointing makes fewer).
+
+    Args:
+        size: bytes of a number in the forward and backward pass.
+    """
     parallel = config.parallel
     # With sp, a rank keeps its part of the residual stream; norms gather their output again.
     residual = shapes.width
@@ -230,7 +235,8 @@ def _chunk(config: Config, shapes: Shapes) -> int:
 
 
 def estimate_work(config: Config, layout: Layout) -> Work:
-    """Returns the work of a step on the fullest rank of `layout`."""
+    """Returns the work of a step on the fullest rank of `layout`: FLOPs, device seconds without messages, and bytes and
+    messages by axis. parallel.cpu_offload is left out."""
     parallel = config.parallel
     hardware = config.hardware
     shapes = shapes_of(config, layout)

@@ -109,7 +109,8 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
 
 
 def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
-    """Returns `config` with a stage that describes one update: micro-batches of rollouts of the largest length."""
+    """Returns a copy of `config` with a stage that describes one update as a step of sequences: a minibatch of
+    rollouts, as long as a micro-batch and the model allow."""
     rlhf = config.rlhf
     length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
     rollouts = max(1, rlhf.rollouts_per_iteration // rlhf.minibatches)

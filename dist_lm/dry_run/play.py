@@ -76,7 +76,8 @@ def _play(config: Path, rank: int, world_size: int) -> RankReport:
 
 
 def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list[str]]:
-    """Returns rows of (name, text for each played rank), for people."""
+    """Returns rows of (name, text for each played rank), for people: memory, messages by axis, FLOPs, and the time of
+    the step; `-` for the time with parallel.cpu_offload."""
 
     def row(name: str, text_of) -> list[str]:
         return [name, *(text_of(report) for report in reports)]
@@ -112,7 +113,8 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
 
 
 def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[str, str]:
-    """Returns the figures of the full run, for people."""
+    """Returns the figures of the full run, text by name, for people: model, layout, a step, peak memory and time, both
+    of the played rank that has most. No time with parallel.cpu_offload."""
     hardware = config.hardware
     stage = config.stage
 

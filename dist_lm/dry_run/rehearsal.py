@@ -108,7 +108,12 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
 
 
 def as_played(config: Config, sequences: int) -> Config:
-    """Returns the configuration of a fake step on the CPU that does the work of the planned hardware."""
+    """Returns a copy of the configuration for a fake step on the CPU that does the work of the planned hardware: its
+    dtype and its kernels, without compilation and offloading.
+
+    Args:
+        sequences: sequences of a micro-batch.
+    """
     parallel = config.parallel
     stage = replace(config.stage, micro_batch=sequences)
 

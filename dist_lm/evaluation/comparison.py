@@ -54,7 +54,11 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
 
 
 def comparison_text(comparison: Mapping[str, Any]) -> str:
-    """Returns a comparison as `own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
+    """Returns a comparison of `compared_tasks` as text: `own_python: code/b - code/a = +0.060 [-0.020, 0.140], p = 0.25
+    (McNemar)`, then the share of wins and the number of questions left out, if there are any.
+
+    Without common questions it says that the models are not compared.
+    """
     subject = f"{comparison['task']}: {comparison['second']} - {comparison['first']}"
     if "difference" not in comparison:
         return f"{subject}: not compared, they have no question in common"

@@ -50,7 +50,7 @@ class Problem:
 
     @property
     def question(self) -> str:
-        """Text of the request to a chat model."""
+        """Text of the request to a chat model: the task, or to complete the prompt; it asks for one block of code."""
         name = NAMES[self.language]
         if self.task:
             return f"{self.task}\n\nAnswer with one block of {name} code."

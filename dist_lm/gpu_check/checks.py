@@ -59,7 +59,7 @@ CHECKS = (
 
 
 def chosen(only: Sequence[str], gpus: int) -> list[Check]:
-    """Returns the checks that `--only` names, or all that `gpus` GPUs can run.
+    """Returns the checks that `--only` names, or without names all that `gpus` GPUs can run, in the order of CHECKS.
 
     Raises:
         ConfigError: a name is unknown, or its check needs more GPUs.

@@ -196,7 +196,7 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list[str]:
-    """Returns the command line of a check."""
+    """Returns the command line of a check: its program, under torchrun with a rank for each GPU if it runs on all."""
     mode = probe.REHEARSAL if rehearse else probe.CARD
     program = [probe.__name__, check.name, str(folder), str(gpus), mode]
 
@@ -226,7 +226,11 @@ def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[
 
 
 def _failure(folder: Path, code: int) -> str:
-    """Returns the reason that a rank wrote, or else how the process ended and the last line of its log."""
+    """Returns the reason that a rank wrote, or else how the process ended and the last line of its log, if it has any.
+
+    Args:
+        code: exit code of the process; negative: minus the signal that ended it.
+    """
     reason_file = folder / probe.FAILURE
     if reason_file.is_file() and (reason := reason_file.read_text().strip()):
         return reason

@@ -176,8 +176,8 @@ def estimate(probe: Probe, training: Training, sequences: int) -> None:
 
 
 def profile(probe: Probe, training: Training, batches: Sequence[Batch]) -> None:
-    """Takes four steps; writes a trace of two of them (Perfetto) and a list of operators, and notes where the time of a
-    step went, in percent."""
+    """Takes four steps; writes a trace of two of them (Perfetto) and a list of operators, and notes compute and idle
+    time of a step in percent; on a GPU also how often the host waited, and copies from pageable memory."""
     on_gpu = training.device.type == "cuda"
     trace = probe.folder / "trace.json.gz"
     laps = laps_on(training.device)

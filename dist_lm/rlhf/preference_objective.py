@@ -61,7 +61,11 @@ def _completions(batch: CompletionBatch, logprob_C: torch.Tensor, prompt_logprob
 
 
 def preference_objective(loss: PreferenceLoss) -> Objective:
-    """Returns the objective: summed losses of the choices of a batch; its metrics are under `train/`."""
+    """Returns the objective: summed losses of the choices of a `CompletionBatch`, their number as its count; its
+    metrics are sums under `train/`.
+
+    Batches of KTO and ORPO must have been through `preparation`.
+    """
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
         assert isinstance(batch, CompletionBatch)

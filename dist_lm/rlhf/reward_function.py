@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def answer(function: Callable[[str, str], Any], prompt: str, completion: str) -> dict[str, Any]:
-    """Returns `{"value": number}`, or `{"failure": reason}` if the function raises or returns no finite number."""
+    """Calls the function and returns `{"value": number}`, or `{"failure": reason}` if it raises, SystemExit included,
+    or returns no finite number. The reason is cut to about LONGEST_REASON characters and names the line."""
     try:
         value = function(prompt, completion)
         if isinstance(value, numbers.Real) and math.isfinite(value):

@@ -307,7 +307,8 @@ class Peer:
         return call
 
     def iterated(self, number: int) -> Iterator[Any]:
-        """Yields the items of an iterator of the other side. It asks for one, then for twice as many each time."""
+        """Yields the items of an iterator of the other side. It asks for one, then for twice as many each time, up to
+        MAX_BLOCK: the other side computes them ahead. Raises what `ask` raises."""
         size = 1
         while True:
             is_last, *items = self.ask("next", self._remote[number], size)
@@ -391,7 +392,8 @@ def _made(kind: type, arguments: Sequence[Any]) -> BaseException | None:
 
 
 def program_operations(names: dict[str, Any]) -> dict[str, Callable[..., Any]]:
-    """Returns the operations on the objects of a program, by the name in a question; they raise what the object raises.
+    """Returns the operations on the objects of a program, by the name in a question: calls, attributes, items,
+    iteration, length, texts, `with` and `await`. They raise what the object raises.
 
     Args:
         names: the program's global names; a question for one that is missing raises NameError.

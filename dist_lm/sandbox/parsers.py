@@ -83,7 +83,8 @@ def cpu_limit_s(text: str) -> float:
 
 
 def _confine() -> None:
-    """Limits this process and those below it, as far as the kernel can.
+    """Limits this process and those below it for good, as far as the kernel can: memory, file size and CPU time of
+    bash, no capabilities, only the system's files (Landlock) to read, and a filter of system calls.
 
     Raises:
         OSError: the kernel refuses.

@@ -93,7 +93,7 @@ class Fences:
     memory_group: bool  # a cgroup limits the memory of all processes of a run together
 
     def describe(self) -> str:
-        """Returns one line for people."""
+        """Returns one line for people that says which fences there are and which are missing."""
         if not self.namespaces:
             return "sandbox: NO ISOLATION (sandbox=trust_me): programs see your files and the network"
         parts = ["namespaces, own /tmp, no network, limits"]

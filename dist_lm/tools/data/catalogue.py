@@ -131,8 +131,8 @@ def specification(topic: Topic, variant: int) -> Specification:
 
 
 def shelf_of(topic: Topic) -> int:
-    """Returns the shelf of a topic, from 0 to `SHELVES` - 1: one for every subject and circle of actions, or
-    formula."""
+    """Returns the shelf of a topic, from 0 to `SHELVES` - 1: the same for all topics of a subject in one circle of
+    actions, for a formula, and for all of an invented domain."""
     # An invented domain lies on one shelf with all its subjects and formulas.
     if is_invented(topic.domain):
         return int(topic.domain.removeprefix(PREFIX)) % SHELVES
@@ -243,7 +243,7 @@ def arguments_of(parameters: tuple[Parameter, ...], values: Mapping[Parameter, V
 
 def values_of(specification: Specification, arguments: dict[str, Json]) -> dict[str, Json]:
     """Returns `{name in words: value}` of the arguments of a call, with the defaults of absent arguments; nested ones
-    stand beside the others. An argument that is absent, or null, and has no default is left out."""
+    stand beside the others. A null, and an absent argument without a default, are left out."""
     value_by_name = {}
     for parameter in specification.parameters:
         container = arguments.get(parameter.inside, {}) if parameter.inside else arguments

@@ -46,7 +46,7 @@ def examples(seed: int, count: int) -> Iterator[Example]:
 
 
 def example(seed: int, number: int) -> Example:
-    """Returns example `number`, which depends on the two arguments alone."""
+    """Returns example `number`, which depends on the two arguments alone; writes drafts until one is short enough."""
     # One generator for each example, so that examples can be written in any order.
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)

@@ -120,7 +120,8 @@ def describe(specification: Specification, rng: random.Random) -> str:
 
 
 def in_words(value: Json) -> str:
-    """Returns a value in words; numbers and texts stay as they are in the result."""
+    """Returns a value in words: yes or no, lists with commas (`none` if empty), objects as `name value`; numbers and
+    texts stay as they are in the result."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
