@@ -103,6 +103,7 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
     Raises:
         UserError: a task cannot be asked; its class is that of the error, and the message names the task.
         ArtefactError: the file of a task has changed since the run began.
+        OSError: it cannot be read.
     """
     stage = config.stage
     as_chat = asks_as_chat(stage.name, tokenizer)

@@ -84,6 +84,7 @@ def choose(
 
     Raises:
         ChatError: a document cannot be read back as a conversation, or the model's template refuses one.
+        UserError: the tokenizer lacks the marks of a conversation.
         ArtefactError: a tar of the corpus is damaged.
     """
     questions_by_kind: dict[str, list[Asked]] = {}

@@ -61,6 +61,7 @@ def judge(turn: Message | None, expected: Message, tools: Sequence[Tool]) -> Ver
 
     Args:
         turn: None: it was cut off or does not parse.
+        tools: among them those that `expected` calls.
     """
     calls = turn.calls if turn else ()
     expected_calls = expected.calls

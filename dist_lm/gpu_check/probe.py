@@ -84,6 +84,9 @@ class Probe:
         Args:
             tiny: added in a rehearsal.
             overrides: added to those of every check.
+
+        Raises:
+            ConfigError: an override is no key, or its value does not fit.
         """
         common = ("stage=language", "tracking=none", f"device={self.device_type}", *overrides)
         return compose_config([*common, *self.sized((), rehearsal=tiny)])

@@ -213,7 +213,7 @@ class Learner:
             schedule: on the first rank.
 
         Raises:
-            UserError, PoolFailure: as `run`.
+            NonFiniteGradientsError, RewardError, RequestError, UserError, PoolFailure: as `run`.
         """
         execution = Execution(
             config=self.config,
@@ -251,7 +251,7 @@ class Learner:
         requested. Changes models and optimizers, and sends the new weights to the source if they draw later rollouts.
 
         Raises:
-            UserError, PoolFailure: as `run`.
+            NonFiniteGradientsError, RewardError, RequestError, UserError, PoolFailure: as `run`.
         """
         clock = WallLaps()
         self.alive()

@@ -46,6 +46,9 @@ def main() -> None:
 
     Arguments: descriptor to join a memory group with (-1: none), identity to become (0: none), Landlock version to use,
     seccomp, namespaces.
+
+    Raises:
+        OSError: the kernel refuses a fence.
     """
     group, identity, landlock, seccomp, namespaces = map(int, sys.argv[1:])
     if group >= 0:
@@ -257,6 +260,9 @@ class _Run:
 
         Args:
             cpu_s, wall_s: seconds that are left to it.
+
+        Raises:
+            OSError: the kernel refuses a process or a file.
         """
         test = request["tests"][index]
         judging = self.judging if request["judged"][index] else None

@@ -145,6 +145,9 @@ def _judge_apart(request: dict[str, Any], test: dict[str, str], files: list[int]
 
     Args:
         files: socket to the program, standard output, standard error, pipe of the verdict.
+
+    Raises:
+        OSError: the kernel refuses a process, or what the test left cannot be removed.
     """
     child = os.fork()
     if child == 0:

@@ -42,6 +42,9 @@ def main() -> None:
 
     A text that exceeds `cpu_limit_s` ends it by SIGPROF; one that took much memory ends it after the answer. The last
     answer before the process ends by itself has `"ends": true`.
+
+    Raises:
+        OSError: the kernel refuses a limit, or the parent has gone.
     """
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)

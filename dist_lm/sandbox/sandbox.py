@@ -258,6 +258,9 @@ class Sandbox:
         these limits.
 
         With a smaller share of a core than CPU by wall seconds, no program can use its CPU seconds.
+
+        Raises:
+            SandboxError: no sandbox can be made here.
         """
         control = self._run_once(_CONTROL, _CONTROL_LIMITS)
         needed_share = min(_MOST_SHARE, limits.cpu_s / limits.wall_s)
