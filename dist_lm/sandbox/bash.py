@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import select
 
+from dist_lm.sandbox.environment import ENVIRONMENT, PATH
 from dist_lm.sandbox.shared_files import FailedError, Folder, checked
 from dist_lm.sandbox.values import Decoder, Encoder, MalformedError, NotCarriedError
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
     from dist_lm.sandbox.shared_files import Change
 
-PATH = "/usr/local/bin:/usr/bin:/bin"
-ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
 PASSED = b"passed"
 MAX_FRAME = 4 << 20
 MAX_OUTPUT = 1 << 20  # bytes that a call may print

@@ -196,8 +196,13 @@ def own_devices() -> None:
 
 DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 """Name -> minor number; the major one is 1."""
-DEVICE_LINKS = {"shm": "/tmp", "fd": "/proc/self/fd"}
-DEVICE_LINKS |= {name: f"/proc/self/fd/{number}" for number, name in enumerate(("stdin", "stdout", "stderr"))}
+DEVICE_LINKS = {
+    "shm": "/tmp",
+    "fd": "/proc/self/fd",
+    "stdin": "/proc/self/fd/0",
+    "stdout": "/proc/self/fd/1",
+    "stderr": "/proc/self/fd/2",
+}
 
 
 def _content(path: str) -> bytes:

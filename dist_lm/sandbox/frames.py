@@ -15,6 +15,7 @@ TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+JUDGED = b"j"  # first byte of a request to the server, if a test of it has a judge
 _MOST_FILES = 8
 
 

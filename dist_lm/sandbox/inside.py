@@ -22,7 +22,7 @@ import sys
 
 from dist_lm.sandbox import confine, judge, languages
 from dist_lm.sandbox.fenced import Fenced, leave_after
-from dist_lm.sandbox.frames import read_exactly, receive_files, socketpair, write_frame
+from dist_lm.sandbox.frames import JUDGED, read_exactly, receive_files, socketpair, write_frame
 from dist_lm.sandbox.judging import Judges, Judging
 from dist_lm.sandbox.watched import DONE, SIGKILL, TIMEOUT, TROUBLE, Watched
 
@@ -37,7 +37,6 @@ PRELOADED = (
     *("operator", "typing", "datetime", "sqlite3"),
 )
 BUSY = 3  # exit code of a run whose judge has not come to the end of a test
-JUDGED = b"j"  # first byte of a request with a test that has a judge
 TAIL_BYTES = 2_000
 
 

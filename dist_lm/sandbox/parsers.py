@@ -24,7 +24,7 @@ from contextlib import closing
 from functools import cache
 
 from dist_lm.sandbox import confine
-from dist_lm.sandbox.bash import PATH
+from dist_lm.sandbox.environment import PATH
 from dist_lm.sandbox.sql import split_statements
 
 CPU_S = 0.5  # of a text, and for each of its characters:

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import IO, Self
 
 from dist_lm.errors import ConfigError
-from dist_lm.sandbox import confine, inside
-from dist_lm.sandbox.bash import PATH
+from dist_lm.sandbox import confine
+from dist_lm.sandbox.environment import PATH
+from dist_lm.sandbox.frames import JUDGED
 from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.program import (
     Limits,
@@ -44,13 +45,23 @@ TRIALS = 3  # of the fences, if a trial does not end
 _BUSY = "^$|TimeoutError|Resource temporarily unavailable|Cannot allocate memory|Too many open files"  # "": no core
 START_S = 60.0  # a machine under load takes seconds
 GRACE_S = 60.0  # time for the server to answer, beyond the limits of a program
-_CONTROL = Program("python", "import time\nwhile time.process_time() < 0.1:\n    pass")
-_CONTROL_LIMITS = Limits(cpu_s=1.0, wall_s=10.0)
+_CONTROL = "import time\nwhile time.process_time() < 0.1:\n    pass"  # source of a program of known cost
 _MOST_SHARE = 0.5  # of a core that the control needs, whatever the limits of the program
 # The server's; imported ones come first.
 _MODULES = (
-    *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "sql", "shared_files", "bash"),
-    *("languages", "judge", "judging", "inside"),
+    *(
+        "system_calls",
+        "confine",
+        "fenced",
+        "frames",
+        "watched",
+        "values",
+        "calls",
+        "sql",
+        "shared_files",
+        "environment",
+    ),
+    *("bash", "languages", "judge", "judging", "inside"),
 )
 _SERVER = """
 import marshal, os, sys
@@ -262,7 +273,7 @@ class Sandbox:
         Raises:
             SandboxError: no sandbox can be made here.
         """
-        control = self._run_once(_CONTROL, _CONTROL_LIMITS)
+        control = self._run_once(Program("python", _CONTROL), Limits(cpu_s=1.0, wall_s=10.0))
         needed_share = min(_MOST_SHARE, limits.cpu_s / limits.wall_s)
         return control.outcome == "passed" and control.cpu_seconds >= needed_share * control.seconds
 
@@ -334,7 +345,7 @@ class _Server:
         self._channel.settimeout(GRACE_S)
         length = len(request).to_bytes(4, "big")
         if for_judge:
-            self._channel.sendall(inside.JUDGED)
+            self._channel.sendall(JUDGED)
             file = confine.sealed(for_judge)
             try:
                 socket.send_fds(self._channel, [length], [file])

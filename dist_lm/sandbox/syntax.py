@@ -11,7 +11,7 @@ import threading
 from functools import lru_cache, partial
 from pathlib import Path
 
-from dist_lm.sandbox.bash import ENVIRONMENT
+from dist_lm.sandbox.environment import ENVIRONMENT
 from dist_lm.sandbox.parsers import cpu_limit_s
 from dist_lm.storage.json_process import JsonProcess
 
