@@ -257,7 +257,13 @@ def _allow_schema_only(action: int, *arguments: str | None) -> int:
     return sqlite3.SQLITE_OK
 
 
-CHECKS = {check.__name__: check for check in (python_error, bash_error, sql_error, sql_grammar_error, sql_test_error)}
+CHECKS = {
+    "python_error": python_error,
+    "bash_error": bash_error,
+    "sql_error": sql_error,
+    "sql_grammar_error": sql_grammar_error,
+    "sql_test_error": sql_test_error,
+}
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from dist_lm.sandbox.syntax import BEFORE_ERRORS, TEST_ERRORS
 # CommonMark 0.31, section 4.5: the closing fence is indented like the opening one, or by at most three spaces
 _FENCED = re.compile(r"^([ \t]*)(`{3,})[^\n`]*\n(.*?)(?:^(?:\1| {0,3})\2|\Z)", re.DOTALL | re.MULTILINE)
 _ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", re.MULTILINE)
-_PARTS = tuple(field.name for field in fields(Test))
+_PARTS = tuple(Test.__dataclass_fields__)
 
 
 @dataclass(frozen=True)

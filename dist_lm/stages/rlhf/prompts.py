@@ -91,7 +91,7 @@ def check_prompts(settings: RlhfRunGroup) -> None:
             if _asks_tests(settings):
                 task = _task(prompt, key, readable=False)
                 tasks[prompt.place] = task.language, task.tests
-        if note := note_of_weak(tasks):
+        if tasks and (note := note_of_weak(tasks)):
             log.warning("%s: %s", key, note)
 
     for name, part in settings.rewards.items():
