@@ -90,7 +90,8 @@ def recruit(
     Raises:
         NoNodesError: fewer free nodes within `timeout_s`.
         AgentStartError: agents did not start several times.
-        ClusterError: enough nodes, but too few that are fit.
+        ClusterError: enough nodes, but too few that are fit, or an all-reduce over all of them gives no result.
+        OSError: the run directory cannot be written.
     """
     deadline = time.monotonic() + timeout_s
     left_out: dict[str, str] = {}  # reason by Ray's node id

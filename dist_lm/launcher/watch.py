@@ -93,7 +93,10 @@ class WandbCopy:
             self._wandb.samples(path, step)
 
     def _link_inputs(self) -> None:
-        """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over."""
+        """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over.
+
+        A manifest that holds no JSON raises ValueError.
+        """
         config, work = self._config, self._run.work
         tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
         if tokenizer:
@@ -136,6 +139,11 @@ class WandbCopy:
 
     def _outcome(self, error: BaseException | None) -> Outcome:
         # An error after the result, such as a full disk of the launcher, leaves a finished run.
+        """Returns how the run ended, and alerts wandb of a finished or failed one.
+
+        Args:
+            error: the exception that ended the launcher's block; None: it was left without one.
+        """
         if self._run.result.exists():
             self._wandb.alert(alerts.finished(self._name, last_metrics(self._run.metrics)))
             return "finished"
@@ -202,6 +210,9 @@ class RunWatch:
 
         Args:
             usages: host -> load of the node.
+
+        Raises:
+            ArtefactError: a complete line of metrics is damaged.
         """
         for warning in self._warnings.poll():
             self._console.warning(warning.decode(errors="replace"))

@@ -145,6 +145,8 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
 def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
     """Returns those of `names` whose tars must be built: missing or damaged, or their inputs changed.
 
+    A corpus whose inputs cannot be listed now counts as unchanged.
+
     Raises:
         ArtefactError: see `is_whole`.
     """
@@ -153,7 +155,8 @@ def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
 
 
 def correct_corpora(config: Config, names: Sequence[str]) -> None:
-    """Gives the documents of whole corpora the licences of the configuration.
+    """Gives the documents of whole corpora the licences of the configuration; rewrites origins and manifest of those
+    that have others.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
@@ -247,7 +250,8 @@ def _changed(config: Config, name: str) -> tuple[list[str], str]:
 
 
 def is_whole(directory: Path) -> bool:
-    """Returns whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`.
+    """Returns whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`. Missing
+    indices of its tars are built and saved.
 
     Raises:
         FormatError: it has another format.
@@ -347,15 +351,17 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     """Writes the tars of one corpus. Tars that an interrupted build finished are kept; the manifest, last, completes
     it.
 
-    Dropped documents are written to a file beside the tars. If the inputs changed, the finished tars are dropped (a
-    warning).
+    Rows that cannot be read are written to a file beside the tars. If the inputs changed, the finished tars are dropped
+    (a warning).
 
     Args:
         texts: decides the splits of the corpora of texts.
 
     Raises:
-        ArtefactError: the sources give fewer documents than the finished tars hold.
-        UserError: a source cannot be read.
+        ArtefactError: the sources give fewer documents than the finished tars hold or none for a split, too many rows
+            are broken, or the tokenizer is missing.
+        ConfigError: a source is invalid.
+        UserError: a source cannot be read, or is not Unicode.
     """
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
@@ -410,6 +416,7 @@ def recipe_of(config: Config, name: str) -> Recipe:
     """Returns the settings and inputs that the tars of one corpus depend on; lists the inputs, also on the hub.
 
     Raises:
+        ArtefactError: there is no tokenizer.
         UserError: an input cannot be listed.
     """
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
@@ -495,7 +502,9 @@ def digest(value: Any) -> str:
 
 
 def in_brief(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How the settings of a fingerprint differ from those `before`, in brackets; empty where these are not known."""
+    """Returns how the settings of a fingerprint differ from those `before`, in brackets, at most `NAMED_DIFFERENCES` of
+    them; empty without a difference, or where `before` is not known.
+    """
     if not before:
         return ""
     # Fingerprints are stored as JSON, so the present one is compared in that form: tuples are lists there.

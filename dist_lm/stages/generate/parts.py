@@ -274,7 +274,8 @@ class Samples(PoolWork):
 
         Raises:
             UserError: with its suffix, or in its turn, it fills the context (cutting off the beginning would cut off a
-                mark), or the tokenizer lacks the marks.
+                mark); it has a suffix with stage.chat; it is not Unicode; or the tokenizer lacks the marks, or its
+                template refuses the turn.
         """
         if self._stage.chat:
             if prompt.suffix is not None:

@@ -55,6 +55,7 @@ class Rankings(ArtefactStage):
         model.
 
         Raises:
+            ConfigError: no corpus is configured, or a source is invalid.
             ArtefactError: there is no model or program to sample from, or a folder holds files of others.
             UserError: a source cannot be read.
         """

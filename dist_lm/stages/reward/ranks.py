@@ -51,7 +51,7 @@ def open_data(arguments: DataArguments) -> StageData:
     """Opens the rankings of the stage's corpus, and their evaluation.
 
     Raises:
-        ConfigError: a setting that rankings do not allow.
+        ConfigError: a setting that rankings do not allow, or a batch that does not divide over the ranks.
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
     """
     assert isinstance(arguments.config, RewardRunConfig)
@@ -67,10 +67,11 @@ def open_data(arguments: DataArguments) -> StageData:
 
 
 def open_rankings(arguments: DataArguments) -> tuple[RankingCorpus, RankingCorpus]:
-    """Opens train and val of a stage that reads only rankings.
+    """Opens train and val of a stage that reads only rankings. The first rank warns of rankings that no sequence can
+    hold.
 
     Raises:
-        ArtefactError: the corpus holds no rankings.
+        ArtefactError: the corpus is missing or damaged, or holds no rankings.
     """
     stage = arguments.config.stage
     train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
@@ -269,7 +270,12 @@ def example_tree(config: Config) -> dict[str, Any]:
 
 
 def example_places(index_PK: torch.Tensor, as_rankings: bool = True) -> RankedPositions:
-    """Returns rankings of completions at these places, best first: whole, or as pairs of neighbours."""
+    """Returns rankings of completions at these places, best first: whole, or with `as_rankings=False` no ranking but
+    pairs of neighbours, the better one first.
+
+    Args:
+        index_PK: indices into the tokens of a batch.
+    """
     better_N = worse_N = torch.zeros(0, dtype=torch.int64)
     if not as_rankings:
         better_N, worse_N = index_PK[:, :-1].flatten(), index_PK[:, 1:].flatten()

@@ -132,8 +132,8 @@ class RlhfRunConfig(Config):
         return frozenset(corpora_of_form(self.corpus, "ranking"))
 
     def check_stage(self) -> None:
-        """Refuses answers that fill the context, a cache too small for one sequence, actors of eval.pool, and wrong
-        pretraining.
+        """Refuses answers that fill the context, a cache too small for one sequence, actors of eval.pool, wrong
+        pretraining, and what `Config.check_stage` refuses.
 
         Raises:
             ConfigError: names the key.
@@ -159,8 +159,8 @@ class RlhfRunConfig(Config):
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
-        """Refuses corpora without text, and sequences longer than the model's context; without pretraining it checks
-        nothing.
+        """Refuses corpora that do not exist or hold rankings, a corpus mixed into itself, and sequences longer than the
+        model's context; without pretraining it checks nothing.
 
         Raises:
             ConfigError: names the key.

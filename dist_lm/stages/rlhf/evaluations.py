@@ -150,8 +150,10 @@ class TasksOfIterations:
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # by iteration, in their order
 
     def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
-        """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it writes the
-        figures too.
+        """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it waits for the
+        figures and writes them.
+
+        With staleness 0 it raises, on the first rank, what the evaluation has raised; else `before_checkpoint` does.
 
         Args:
             schedule: on the first rank.

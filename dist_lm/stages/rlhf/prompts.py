@@ -207,7 +207,9 @@ def _prompts_of(pattern: str, key: str) -> Iterator[Prompt]:
 
 
 def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
-    """Returns the prompts for training and the held-out ones."""
+    """Returns the prompts for training and the held-out ones: one in `HELD_OUT_OF`, by the hash of the prompt; none
+    with `all_for_training`.
+    """
     if all_for_training:
         return prompts, []
     train: Prompts = []
