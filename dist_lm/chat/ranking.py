@@ -50,7 +50,8 @@ class RankingTokens:
 def check_ranking(ranking: Ranking) -> None:
     """Refuses a ranking that orders nothing or contradicts itself; returns nothing.
 
-    The number of completions and the conversation of the prompt are checked too. Judgements may form a cycle.
+    The number of completions (`FEWEST` to `MOST`, none empty) and the conversation of the prompt, which must end where
+    the assistant answers, are checked too. Judgements may form a cycle.
 
     Raises:
         ChatError: the message names the field and its value.

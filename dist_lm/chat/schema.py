@@ -87,7 +87,8 @@ def _validator_of(tool: Tool) -> Validator:
     """Returns the validator of a tool's arguments.
 
     Raises:
-        ChatError: the schema is too long, is no JSON, or `_validator` refuses it; the message names the tool.
+        ChatError: the schema is longer than `LONGEST_SCHEMA`, is no JSON, or `_validator` refuses it; the message names
+            the tool.
     """
     where = f"tool {shown(tool.name)}, parameters"
     text = json_text.write(tool.parameters, where)
@@ -99,7 +100,7 @@ def _validator_of(tool: Tool) -> Validator:
 
 @lru_cache(CACHED)
 def _validator(text: str, where: str) -> Validator:
-    """Returns the validator of arguments for the JSON schema `text`.
+    """Returns the validator of arguments for the JSON schema `text`. Cached: `CACHED` of them.
 
     Arguments that the schema does not name are refused, unless it says otherwise or combines schemas.
 
@@ -275,7 +276,10 @@ def _place(path: Iterable[Any], word: str = "") -> str:
 
 
 def _path(steps: Iterable[Any]) -> str:
-    """Returns the path of an argument as text: `address.lines[2]`. Names that are no plain words are quoted and cut."""
+    """Returns the path of an argument as text: `address.lines[2]`; empty without steps.
+
+    Names that are no plain words are quoted and cut.
+    """
     text = ""
     for step in steps:
         if isinstance(step, int):

@@ -66,6 +66,8 @@ class Batch:
     def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
         """Returns a batch with one document per sequence, in which all targets count, on the device of the tokens.
 
+        Logits are computed for all positions, `sequence_B` is 0 .. B-1, and `n_tokens` stays 0.
+
         Args:
             tokens_BT: (B, T) int64.
             targets_BT: (B, T) int64; None: the next tokens; the last target is the first token.
@@ -158,17 +160,17 @@ def assemble(
 ) -> Batch:
     """Returns one `Batch` of `len(rows)` sequences in host memory.
 
-    Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding is a document of its own and does not count
-    in the loss. The loss mask of the corpus decides which targets count; without a mask all targets count. A longer row
-    is an error of the caller.
+    Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding does not count in the loss or in
+    `n_tokens`, and with `document_mask` it is a document of its own. The loss mask of the corpus decides which targets
+    count; without a mask all targets count. A longer row is an error of the caller (numpy's ValueError).
 
     Args:
         rows: slices of documents, `seq_len + 1` tokens with the last target.
         numbers: global sequence numbers.
         seq_len: T, in tokens.
-        document_mask: whether attention stays inside a document. False: a row is one document.
-        reset_positions: whether positions start at 0 in each document.
-        first_token: of the tokenizer; None: documents begin with end-of-text.
+        document_mask: whether attention stays inside a slice. False: a row is one document, with its padding.
+        reset_positions: whether positions start at 0 in each slice, also in one that continues a document.
+        first_token: stands in the inputs in place of the end-of-text that opens a document; None: inputs keep that.
 
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.

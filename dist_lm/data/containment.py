@@ -74,10 +74,12 @@ class HeldOutIndex:
         """Finds the windows of held-out texts that a batch of train texts in UTF-8 has, and remembers them in the
         index.
 
+        Several threads may call it at once.
+
         Returns:
             (len(texts),) bool: texts that are refused, because they contain a protected text (see the module: more than
             half of its windows, or a short text letter by letter), or more than half of their own windows are in
-            protected texts. Their windows are not remembered.
+            protected texts. Their windows are not remembered. A protected text below `CUT` words refuses none.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
@@ -119,6 +121,9 @@ class HeldOutIndex:
 
     def _holders(self, size: int, owners: np.ndarray, ids: np.ndarray, texts: Sequence[bytes]) -> list[int]:
         """Returns the numbers of the train texts that contain a protected text; a number may come several times.
+
+        Contained is one of which the train text has more than half of the windows, or, below `SHORT` words, one that
+        stands letter by letter in it. A text below `CUT` words never counts.
 
         Args:
             size: words of a window.

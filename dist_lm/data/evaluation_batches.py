@@ -114,9 +114,9 @@ class EvaluationBatches:
             yield self._batch(numbers)
 
     def _batch(self, numbers: list[int]) -> EvaluationBatch:
-        """Returns the micro-batch of these sequences, with the language code of every target, (B, T) int64.
+        """Returns the micro-batch of these sequences, in host memory, with the language code of every target.
 
-        The code is -1 where the target does not count.
+        Codes are (B, T) int64, of the document that the target belongs to; -1 where the target does not count.
 
         Args:
             numbers: global sequence numbers; a negative one is an empty row, which fills the batch.

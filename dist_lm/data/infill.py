@@ -74,8 +74,10 @@ def rearranged(
 ) -> np.ndarray:
     """Returns a slice whose tokens [begin, end) are the middle, rearranged: (n + 3,), of the same dtype.
 
+    `tokens` is not changed.
+
     Args:
-        tokens: (n,)
+        tokens: (n,) ids.
         begin: at least 1 if `opens`.
         form: PSM | SPM.
         opens: whether the slice opens its document: the first token is end-of-text and stays first.
@@ -103,9 +105,10 @@ def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
 
 
 def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
-    """Draws begin and end of the middle of a slice of `length` tokens; all pairs of different cuts are equally likely.
+    """Draws the middle, tokens [begin, end) of a slice of `length` tokens; all pairs of cuts are equally likely.
 
-    The middle is never empty; the text before it or behind it may be. Equal arguments give the same cuts.
+    The middle is never empty; the text before it or behind it may be. The end-of-text that opens the slice is in none
+    of the three. Equal arguments give the same cuts.
 
     Args:
         length: in tokens, with the end-of-text that opens the slice; at least one other token.
@@ -178,7 +181,7 @@ class InfillEpoch:
         """Returns the i-th sequence visited, with its last target.
 
         A rearranged slice is longer by `ADDED` tokens than the text it is made of. Behind such a slice the last target
-        is end-of-text.
+        is end-of-text. Only the slices are computed here; the tokens are read, and rearranged, when they are asked for.
         """
         begin = self._order.begin(i)
         end = begin + self._order.seq_len

@@ -95,7 +95,9 @@ class Texts:
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """Yields the documents of one corpus before they are divided.
+        """Yields the documents of one corpus before they are divided, without duplicates.
+
+        With `cleaning.across_corpora`, the corpora of texts before it are read first: a text of theirs is a duplicate.
 
         Raises:
             ConfigError, ArtefactError: as `screening.screened`.
@@ -152,8 +154,8 @@ class Texts:
     def comparing(self, corpus_name: str, records: Iterable[Screened]) -> Iterator[Screened]:
         """Yields the same documents, and compares the train texts among them with val, unless that was done.
 
-        The corpus counts as compared only if the iterator is read to its end. The first call reads all corpora, to
-        choose val.
+        The corpus counts as compared only if the iterator is read to its end. The first one that is read chooses val
+        before it yields, which reads all corpora. Comparing goes on in threads; `split_rule` waits for them.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -175,7 +177,7 @@ class Texts:
     def _val(self) -> _Val:
         """Returns val of all corpora of texts, at most `val_tokens` of a corpus, with an index of its texts.
 
-        Reads all corpora once.
+        Reads all corpora once, and makes the threads of the comparison. `split_rule` deletes the value.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -195,8 +197,10 @@ class Texts:
     def group_split_rule(self, corpus_name: str) -> SplitRule:
         """Returns the rule for the conversations or rankings of a corpus. Reads its sources with `held_out`.
 
+        Train documents that share a group with a document of such a source will be dropped (contains_val).
+
         Raises:
-            ConfigError, ArtefactError: as `SourceReader.read`.
+            ConfigError: there is no such corpus; or as `SourceReader.read`, whose ArtefactError passes too.
         """
         groups = {
             candidate.group
@@ -210,7 +214,8 @@ class Texts:
     def _choose(self, corpus_name: str) -> tuple[float, list[Screened]]:
         """Returns the share of groups of a corpus, in [0, 1], that is held out by hash, and all held-out documents.
 
-        Reads the corpus.
+        Reads the corpus. The share is halved until the held-out text fits `val_tokens`; it is 0 if a source has
+        `held_out`.
 
         Raises:
             ConfigError: the sources with `held_out` alone exceed `val_tokens`; or as `screened`.
@@ -254,16 +259,18 @@ def split_documents(
     hash of every text that passed, to find duplicates. Before val of a text corpus is yielded, all corpora of texts
     must have been compared; those that were not are read at that point.
 
+    Secrets and addresses are replaced by placeholders, as `corpus.cleaning` says.
+
     Args:
         report: counts what is kept and dropped.
         texts: of the same config and seed, so that the splits are decided once for several corpora; None: a new one.
         rejected: gets a line of JSON for each broken row.
 
     Raises:
-        ConfigError: the corpus or a reader does not exist, a reader yields something else than documents, or sources
-            with `held_out` exceed `val_tokens`.
-        ArtefactError: a source gives no document, too many of its rows are broken, or no document is left for
-            val or train.
+        ConfigError: the corpus or a reader does not exist, a reader yields something else than documents, sources
+            with `held_out` exceed `val_tokens`, or there are too many languages.
+        ArtefactError: a source gives no document or cannot be read, or too many of its rows are broken; after the last
+            document: none is left for val or train.
     """
     texts = texts or Texts(config, seed)
     splits: Counter[str] = Counter()
@@ -323,8 +330,9 @@ def largest_share(config: CorpusConfig, corpus_name: str) -> float:
 
 
 def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestReport) -> Document:
-    """Returns the document with placeholders for secrets and addresses, as `corpus.cleaning` says, and counts it as
-    kept.
+    """Returns the document with placeholders for secrets and addresses, as `corpus.cleaning` says.
+
+    Counts it in `report` as kept in `split`, with the placeholders.
     """
     document, steps = record.document, config.cleaning
     # In the JSON of a conversation, an escape before an address would count as a part of it.

@@ -83,8 +83,9 @@ def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -
     """Returns the numbers 0 .. n-1 in the order of an epoch: (n,) int64.
 
     Args:
-        word: the 64-bit key of the shuffle; equal keys give equal orders.
-        continues: (n,) bool; a document stays directly behind the one before it. None: none does.
+        shuffle_key: of 64 bits; equal keys give equal orders.
+        continues: (n,) bool; a document stays directly behind the one before it. None: none does. That of document 0
+            does not matter.
     """
     if continues is None or not continues.any():
         return permutation(n, word)

@@ -154,7 +154,7 @@ def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: 
         kind: conversations | rankings.
 
     Raises:
-        ArtefactError: no document fits into a sequence.
+        ArtefactError: no document fits into a sequence; names the corpus, the key and the length that would fit.
     """
     # `Packing` allows one token more than `seq_len`, for the last target; rankings have none.
     targets = _only_targets(kind)

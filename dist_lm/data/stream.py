@@ -96,7 +96,7 @@ class StepStream(Iterator[StepData]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread and drops the steps that it prepared."""
+        """Drops the prepared steps and ends the thread, after the step that it is preparing. `next` then stops."""
         self._steps.clear()
         self._thread.shutdown(cancel_futures=True)
 

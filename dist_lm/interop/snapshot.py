@@ -35,7 +35,10 @@ WEIGHTS = "*.safetensors"
 
 
 def name_of(source: str) -> str:
-    """Returns the name of the run that an import on the way writes: that of the folder, or of the model on the hub."""
+    """Returns the name of the run that an import on the way writes: that of the folder, or of the model on the hub.
+
+    Characters that a name of a run cannot have become `-`; `model` if none is left. The hub is not asked.
+    """
     text = source.removeprefix(HF)
     folder = Path(text).expanduser()
     # The name becomes that of a folder, so it must not begin with a dot or hold a separator.
@@ -49,7 +52,8 @@ def name_of(source: str) -> str:
 def folder_of(source: str, weights: bool = True) -> Path:
     """Returns the folder that `source` names; a model of the hub is fetched into huggingface_hub's cache.
 
-    A folder of this machine comes before a model of the hub with the same name, and what it holds is not checked.
+    A folder of this machine comes before a model of the hub with the same name, and what it holds is not checked. Of a
+    model of the hub the result is the folder of its commit.
 
     Args:
         source: with or without `hf:`.
@@ -161,7 +165,7 @@ def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary
     """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file.
 
     Args:
-        settings: tokenizer_config.json.
+        settings: tokenizer_config.json; without `add_bos_token` nothing changes.
         content: the file of `vocabulary`; returned unchanged if it already opens texts so, or cannot.
     """
     add_bos = settings.get("add_bos_token")
@@ -179,7 +183,11 @@ def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary
 
 
 def _added_tokens(folder: Path) -> dict[int, str]:
-    """Returns the tokens that transformers adds to the file of a tokenizer, by id."""
+    """Returns the tokens that transformers adds to the file of a tokenizer, by id; empty without such files.
+
+    Raises:
+        ArtefactError: added_tokens.json or tokenizer_config.json is no JSON.
+    """
     names = {token_id: name for name, token_id in durable.read_json(folder / ADDED_TOKENS).items()}
     for token_id, token in durable.read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items():
         names[int(token_id)] = token["content"]
@@ -199,6 +207,7 @@ def chat_template_of(folder: Path) -> str:
 
     Raises:
         ArtefactError: tokenizer_config.json is no JSON.
+        UnicodeDecodeError: the file of the template is not UTF-8.
     """
     template_path = folder / TEMPLATE
     if template_path.is_file():
@@ -250,6 +259,7 @@ def change_of(source: str, record: dict[str, Any]) -> str:
 
     Raises:
         ArtefactError, UserError: as `folder_of`.
+        OSError: a file cannot be read.
     """
     folder = folder_of(source, weights=False)
     if not _is_folder(source):

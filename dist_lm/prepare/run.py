@@ -35,6 +35,8 @@ class Ranks:
     def started(cls, environ: Mapping[str, str]) -> "Ranks":
         """Returns the ranks that torchrun has started, by the variables that it sets for each of them.
 
+        WORLD_SIZE must be there. Without LOCAL_WORLD_SIZE all ranks are on one node.
+
         Raises:
             ConfigError: the nodes do not have the same number of ranks.
         """
@@ -105,7 +107,8 @@ def fit_to_ranks(run: RunDirectory, ranks: Ranks) -> None:
     filled in.
 
     Raises:
-        ConfigError: layout or batch do not fit the ranks; the file is unchanged.
+        ConfigError: layout or batch do not fit the ranks, or this version does not accept the file; it is unchanged.
+        OSError: the file cannot be read or written.
     """
     config = load_config(run.config)
     layout = started_layout(config)

@@ -76,6 +76,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
         ConfigError: the vocabulary is too large for the texts, or too small for their characters.
         UserError: there is no text, or it is not Unicode. What `texts` raises passes.
         RuntimeError: SentencePiece refuses for another reason.
+        OSError: the file cannot be written.
     """
     model = io.BytesIO()
     learned_as = config.learned_as

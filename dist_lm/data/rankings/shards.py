@@ -50,6 +50,8 @@ class VerdictArrays:
 def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
     """Returns the arrays of a member that holds these rankings, by the names of `PARTS`, with types as the module says.
 
+    A ranking with judgements has zeros for ranks there.
+
     Args:
         verdicts: at least one.
     """
@@ -95,10 +97,13 @@ class RankingCorpus:
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "RankingCorpus":
-        """Returns the rankings of a corpus, after every member was read and checked; their verdicts stay in memory.
+        """Returns the rankings of a split, after every member was read and checked; their verdicts stay in memory.
+
+        A missing or old index is built and saved.
 
         Raises:
-            ArtefactError: the corpus is missing or damaged, or holds no rankings.
+            ArtefactError: the corpus is missing or damaged, or the split holds no rankings.
+            OSError: a tar cannot be read, or an index cannot be written.
         """
         corpus = TokenCorpus.open(directory, split)
         # The verdicts of every member are read now, so checksums cannot wait for the first use of a member.
@@ -127,7 +132,11 @@ class RankingCorpus:
         return cls(corpus, all_branches, all_verdicts)
 
     def tokens(self, document: int) -> np.ndarray:
-        """Returns all tokens of a ranking: (n,) uint16 or uint32."""
+        """Returns all tokens of a ranking: (n,) uint16 or uint32.
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
         return self.corpus.tokens(document, 0, int(self.corpus.lengths[document]))
 
     def completion_slice(self, document: int) -> slice:
@@ -166,6 +175,7 @@ def _members(tar: Path) -> list[tuple[np.ndarray, VerdictArrays]]:
     Raises:
         ArtefactError: a member holds no rankings.
         ValueError, tarfile.TarError: the tar is damaged.
+        OSError: it cannot be read.
     """
     arrays_by_member = []
     with tar.open("rb") as file:

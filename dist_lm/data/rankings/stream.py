@@ -172,7 +172,7 @@ def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, num
 
 def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
     """Returns a verdict that errs: each judgement is reversed, and each two neighbouring ranks are swapped, with
-    probability `share`, from the best rank down.
+    probability `share`, from the best rank down. Its ranks count from 0 without gaps; `verdict` is not changed.
 
     Args:
         share: in [0, 1]; 0: the same verdict.
@@ -199,8 +199,8 @@ def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
 
 
 def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
-    """Returns `count` (at most all) of the pairs with different ranks, as judgements with margin 0, in place of the
-    ranks.
+    """Returns a verdict with `count` (at most all) of the pairs with different ranks, as judgements with margin 0, in
+    place of the ranks. `verdict` is not changed.
 
     Args:
         verdict: one with ranks.
@@ -283,7 +283,9 @@ def assemble_rankings(
 def ranked_positions(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPositions:
     """Returns the verdicts of a batch as tensors: (P, K) for the rankings with ranks, (N,) for all judgements.
 
-    Indices are int64 into B * T, margins float32. P or N may be 0.
+    Indices are those of `PlacedRanking.places`, int64; margins are float32. Rankings with judgements are not among the
+    P. P or N may be 0; K is 2 if P is 0. Completions that a smaller ranking lacks have index and rank 0, and
+    `exists_PK` False.
 
     Args:
         verdicts: one for each ranking of `placed`.

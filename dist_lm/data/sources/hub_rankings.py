@@ -38,8 +38,8 @@ def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     A row that gives no ranking is yielded as `Rejected`.
 
     Raises:
-        ConfigError: the `datasets` package is missing, the kind of rows is unknown, a column is missing, or the source
-            has a key that the kind does not take.
+        ConfigError: the `datasets` package is missing, the kind of rows is unknown, a column is missing, a message has
+            an unknown role, the source has a key that the kind does not take, or as `data_set_rows`.
         ArtefactError: the data set cannot be read.
     """
     kind = rows_of(source)
@@ -83,14 +83,15 @@ def rows_of(source: SourceConfig) -> str:
 def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[tuple[str, Ranking]]:
     """Yields (language, ranking) of `OpenAssistant/oasst1` (Koepf et al. 2023): people ranked answers to one message.
 
-    Rank 0 is the best; at most `MOST` answers stay. Answers with a missing message above them are passed over.
+    Rank 0 is the best; at most `MOST` answers stay. Deleted messages, answers without a rank, answers with a missing
+    message above them, and messages whose answers are no comparison are passed over.
 
     Args:
-        rows: messages, those of a tree one after the other.
-        languages: those to read, such as `en`; None: all.
+        rows: messages, those of a tree one after the other; a tree at a time is in memory.
+        languages: those to read, such as `en`; None: all. The language is that of the first answer.
 
     Raises:
-        KeyError: a row lacks a column.
+        KeyError: a row lacks a column, or has an unknown role.
     """
     # Every message of a tree that has ranked answers gives a ranking.
     for _, tree in groupby(rows, key=lambda row: row["message_tree_id"]):
@@ -148,7 +149,11 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 
 
 def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidate]:
-    """Yields the rankings of oasst1, by language (`oasst1_en`); then the rows that are broken."""
+    """Yields the rankings of oasst1, by language (`oasst1_en`); then the rows that are broken.
+
+    Raises:
+        KeyError: a row lacks a column, or has an unknown role.
+    """
     languages = frozenset(source.only or ()) or None
     broken: list[Rejected] = []  # reported at the end, because a ranking extends over several rows
 
@@ -167,10 +172,10 @@ def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidat
 
 
 def _candidate(ranking_of: Callable[[Row], Ranking | None], source_row: SourceRow, source: SourceConfig) -> Candidate:
-    """Returns the document of a row, or `Rejected` with the reason why it gives none.
+    """Returns the document of a row, or `Rejected` with the reason why it gives none (no_ranking, or of a broken row).
 
     Raises:
-        KeyError: the row lacks a column.
+        KeyError: the row lacks a column, or has an unknown role.
     """
     row, location = source_row.row, source_row.location
     if isinstance(row, BadRow):
@@ -200,7 +205,15 @@ def _ranking(
 
 
 def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
-    """Returns the turns from the root to a message; empty if a message in between is missing, or `message` is None."""
+    """Returns the turns from the root to a message; empty if a message in between is missing, or `message` is None.
+
+    Args:
+        message: id of the last message.
+        messages: id -> row.
+
+    Raises:
+        KeyError: a row lacks a column, or has an unknown role.
+    """
     turns = []
     while message is not None:
         row = messages.get(message)

@@ -50,6 +50,8 @@ def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
     """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers.
 
+    It is also None if the column is null. A conversation that is not well formed is a problem, not an error.
+
     Args:
         column: that of the messages.
         columns: those of the file, for the message.

@@ -145,7 +145,7 @@ def check_keys(source: SourceConfig, traits: Traits) -> None:
     A key with an empty value (None, "", [] or 0) counts as not set.
 
     Raises:
-        ConfigError: names the key and the keys that the reader takes.
+        ConfigError: names the key that is not taken, or those that are missing, and the keys that the reader takes.
     """
     # Keys with these values were not set.
     keys = [field.name for field in fields(source) if getattr(source, field.name) not in (None, "", [], 0)]
