@@ -9,7 +9,7 @@ from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool, check_conversation
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking, ranking_tokens, ranks_of_scores
 from dist_lm.chat.template import render
-from dist_lm.document import Document, TokenizedDocument, Verdict
+from dist_lm.document import Document, RankingArrays, TokenizedDocument
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
@@ -91,7 +91,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
 
 
 def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-    """Returns a ranking as the shards hold it: the tree of tokens, its branches, and the verdict.
+    """Returns a ranking as the shards hold it: the tree of tokens, its branches, ranks and judgements.
 
     The loss mask is 1 in the completions. A missing margin becomes 0, which is the same to the loss. `n_bytes` also
     counts the text that the template adds.
@@ -116,7 +116,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
         licence=document.licence,
         own_licence=document.own_licence,
         loss_mask=(tree.branch > 0).astype(np.uint8),
-        verdict=Verdict(
+        ranking=RankingArrays(
             branch=tree.branch,
             ranks=np.array(ranking.ranks, np.uint8),
             judgements=np.array(pairs, np.uint8).reshape(-1, 2),

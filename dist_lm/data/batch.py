@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import FirstToken
 
-WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for those that count
+SELECT_BELOW = 0.9  # if fewer targets than this share count, logits are computed for those that count
 LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
@@ -87,14 +87,14 @@ class Batch:
         """Returns the batch on `device`, with its boundaries. A GPU copies it from pinned memory: nobody waits."""
         # A copy from pageable memory would block the host until it is done.
         needs_pinning = device.type == "cuda" and self.tokens_BT.device.type == "cpu" and not self.tokens_BT.is_pinned()
-        host_batch = self.pin_memory() if needs_pinning else self._bounded()
+        host_batch = self.pin_memory() if needs_pinning else self._with_boundaries()
         return host_batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """Returns the batch in page-locked host memory, with its boundaries."""
-        return self._bounded()._each(torch.Tensor.pin_memory)
+        return self._with_boundaries()._each(torch.Tensor.pin_memory)
 
-    def _bounded(self) -> Self:
+    def _with_boundaries(self) -> Self:
         """Adds boundaries, if the batch is in host memory: on a GPU the host would wait to learn their number."""
         if self.boundary is not None or self.document_BT.device.type != "cpu":
             return self
@@ -141,7 +141,7 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SequenceContent:
     """The content of one sequence, a row of a batch."""
 
     corpus: Documents
@@ -149,7 +149,7 @@ class Row:
 
 
 def assemble(
-    rows: Sequence[Row],
+    rows: Sequence[SequenceContent],
     numbers: Sequence[int],
     *,
     seq_len: int,
@@ -232,7 +232,7 @@ def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
     uncounted = np.flatnonzero(learned == 0)
     n_counted = learned.size - len(uncounted)
     size = -(-n_counted // LOGIT_MULTIPLE) * LOGIT_MULTIPLE
-    if size >= WORTH_CHOOSING * learned.size:
+    if size >= SELECT_BELOW * learned.size:
         return None
 
     # The last uncounted positions fill the number up to the multiple.

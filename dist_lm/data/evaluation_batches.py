@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dist_lm.data.batch import Batch, Row, assemble
+from dist_lm.data.batch import Batch, SequenceContent, assemble
 from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
 from dist_lm.data.sequences import packed
@@ -126,7 +126,7 @@ class EvaluationBatches:
         """
         rows = [self._rows.sequence(number) if number >= 0 else [] for number in numbers]
         batch = assemble(
-            [Row(self.corpus, slices) for slices in rows],
+            [SequenceContent(self.corpus, slices) for slices in rows],
             numbers,
             seq_len=self.seq_len,
             document_mask=self.document_mask,

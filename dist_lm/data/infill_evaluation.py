@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dist_lm.data.batch import Row, assemble
+from dist_lm.data.batch import SequenceContent, assemble
 from dist_lm.data.evaluation_batches import EvaluationBatch, evenly_spaced, micro_batches_of_rank
 from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearranged
 from dist_lm.data.keys import Shuffle, key
@@ -100,7 +100,7 @@ class HeldOutMiddles:
         rows = []
         for b, slice_number in enumerate(slice_numbers):
             if slice_number < 0:
-                rows.append(Row(self, []))
+                rows.append(SequenceContent(self, []))
                 continue
 
             document, first, last = self._slices[slice_number].tolist()
@@ -108,7 +108,7 @@ class HeldOutMiddles:
             length = end
             if self.marks:
                 length = last - first + ADDED
-            rows.append(Row(self, [DocumentSlice(slice_number, 0, length)]))
+            rows.append(SequenceContent(self, [DocumentSlice(slice_number, 0, length)]))
 
             # The middle is at the end of the text; a target is one position before its token.
             middle_targets = slice(length - (end - begin) - 1, length - 1)

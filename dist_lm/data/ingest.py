@@ -46,7 +46,7 @@ class SplitRule:
 
     def split_of(self, corpus_name: str, record: Screened) -> str:
         """Returns the split of a document, `train` or `val`, whether it is dropped or not."""
-        if record.source.held_out:
+        if record.source_config.held_out:
             return "val"
         return split_of_group(record.group, self.held_out[corpus_name])
 
@@ -69,7 +69,7 @@ class _Val(NamedTuple):
     comparison: Comparison
 
 
-class Texts:
+class TextSplits:
     """Reads the sources of a configuration, and decides on the splits of its texts when they are first needed."""
 
     def __init__(
@@ -188,7 +188,7 @@ class Texts:
         for name in text_corpora(self.config):
             shares[name], chosen = self._choose(name)
             texts |= {record.key: record.document.text for record in chosen}
-            protected |= {record.key for record in chosen if record.source.held_out or name in self.frozen}
+            protected |= {record.key for record in chosen if record.source_config.held_out or name in self.frozen}
             del chosen  # the documents of one corpus are in memory at a time
         keys = list(texts)
         index = HeldOutIndex([*texts.values()], [key in protected for key in keys])
@@ -226,7 +226,7 @@ class Texts:
         chosen: list[Screened] = []
         size = 0
         for record in self.screened(corpus_name):
-            if record.source.held_out or split_of_group(record.group, share) == "val":
+            if record.source_config.held_out or split_of_group(record.group, share) == "val":
                 chosen.append(record)
                 size += record.n_bytes
 
@@ -250,7 +250,7 @@ def split_documents(
     corpus_name: str,
     seed: int,
     report: IngestReport,
-    texts: Texts | None = None,
+    text_splits: TextSplits | None = None,
     rejected: TextIO | None = None,
 ) -> Iterator[tuple[str, Document, SourceConfig]]:
     """Yields `(split, document, source)` of every document of a corpus: all of train, then all of val, by source.
@@ -263,7 +263,8 @@ def split_documents(
 
     Args:
         report: counts what is kept and dropped.
-        texts: of the same config and seed, so that the splits are decided once for several corpora; None: a new one.
+        text_splits: of the same config and seed, so that the splits are decided once for several corpora; None: a new
+            one.
         rejected: gets a line of JSON for each broken row.
 
     Raises:
@@ -272,24 +273,24 @@ def split_documents(
         ArtefactError: a source gives no document or cannot be read, or too many of its rows are broken; after the last
             document: none is left for val or train.
     """
-    texts = texts or Texts(config, seed)
+    text_splits = text_splits or TextSplits(config, seed)
     splits: Counter[str] = Counter()
 
     def checked(record: Screened, split: str, rule: SplitRule) -> Iterator[tuple[str, Document, SourceConfig]]:
         """Yields the document of a record, cleaned, unless the rule drops it; counts it in the report either way."""
         if reason := rule.drop_reason(split, record):
-            report.reject(record.document, record.source, reason)
+            report.reject(record.document, record.source_config, reason)
         else:
             splits[split] += 1
-            yield split, cleaned(config, record, split, report), record.source
+            yield split, cleaned(config, record, split, report), record.source_config
 
-    records = texts.screened(corpus_name, report, rejected)
+    records = text_splits.screened(corpus_name, report, rejected)
     is_text = form_of(config, corpus_name) == "text"
     if is_text:
-        rule = texts.train_rule()
-        records = texts.comparing(corpus_name, records)
+        rule = text_splits.train_rule()
+        records = text_splits.comparing(corpus_name, records)
     else:
-        rule = texts.group_split_rule(corpus_name)
+        rule = text_splits.group_split_rule(corpus_name)
 
     # Val stays in memory: only all of train tells which of its documents are dropped.
     val = []
@@ -300,7 +301,7 @@ def split_documents(
             yield from checked(record, "train", rule)
 
     if is_text:
-        rule = texts.split_rule
+        rule = text_splits.split_rule
     for record in val:
         yield from checked(record, "val", rule)
 

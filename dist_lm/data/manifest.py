@@ -4,7 +4,7 @@ The manifest is written last: a folder without a manifest is not a corpus. It ho
 edited manifest is refused.
 
 Inputs and content are recorded and compared later. Inputs are the files and URLs that the sources of a corpus read.
-Content is the part of a corpus that training sees: tokens, lengths, masks and verdicts, in their order. Sources,
+Content is the part of a corpus that training sees: tokens, lengths, masks and rankings, in their order. Sources,
 licences and how documents are cut into tars do not count, so a corpus that was built again from the same text has the
 same content.
 """
@@ -104,7 +104,7 @@ class Split:
 
     @property
     def content(self) -> str:
-        """The hash of tokens, lengths, masks and verdicts, in the order of the documents."""
+        """The hash of tokens, lengths, masks and rankings, in the order of the documents."""
         return content_sum(shard.content for shard in self.shards)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dist_lm.config.corpus import CorpusConfig
 from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, next_commands, one_line
-from dist_lm.data.ingest import BYTES_PER_TOKEN, Texts
+from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.opening import brief
@@ -119,12 +119,12 @@ def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
     """
     counts = Survey()
     rejected = io.StringIO()
-    for record in Texts(config, seed=0).screened(corpus_name, counts.report, rejected):
+    for record in TextSplits(config, seed=0).screened(corpus_name, counts.report, rejected):
         document = record.document
         counts.documents[document.language] += 1
         counts.bytes[document.language] += record.n_bytes
         counts.licences[document.licence or "not given"] += 1
-        counts.sources[source_name(record.source)] += 1
+        counts.sources[source_name(record.source_config)] += 1
         if counts.bytes.total() >= sample_bytes:
             counts.is_whole = False
             break

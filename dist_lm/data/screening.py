@@ -72,7 +72,7 @@ class IngestReport:
 
     def keep(self, record: "Screened", split: str, replaced: Mapping[str, int]) -> None:
         """Counts one document that is kept; `replaced`: placeholder -> times."""
-        for tally in self._tallies(record.document, record.source):
+        for tally in self._tallies(record.document, record.source_config):
             tally.keep(split, record.n_bytes, replaced)
 
     def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
@@ -89,7 +89,7 @@ class Screened(NamedTuple):
     """A document that is no duplicate and passes all checks."""
 
     document: Document
-    source: SourceConfig
+    source_config: SourceConfig
     key: bytes  # hash of the text
     group: str  # hexadecimal hash that decides between train and val
     n_bytes: int  # UTF-8

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dist_lm.data.batch import Row
+from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.order import EpochOrder, sequences_an_epoch
@@ -89,14 +89,14 @@ class CorpusSequences:
             )
         self._epochs = Epochs(self.n_sequences, self._order)
 
-    def row(self, number: int) -> Row:
+    def content(self, number: int) -> SequenceContent:
         """Returns the content of sequence `number`: `seq_len + 1` tokens, perhaps fewer of conversations and with
         `infill`.
         """
         order, i = self._epochs.locate(number)
         if isinstance(order, InfillEpoch):
-            return order.row(i)
-        return Row(self.corpus, order.sequence(i))
+            return order.content(i)
+        return SequenceContent(self.corpus, order.sequence(i))
 
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
         # Conversations stay whole; text is cut, and its slices may be rearranged.

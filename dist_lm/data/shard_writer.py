@@ -231,9 +231,9 @@ class _SplitWriter:
             sample["mask.npy"] = np.concatenate(masks)
         if any(continues):
             sample["continues.npy"] = np.array(continues, np.uint8)
-        if verdicts := [document.verdict for document in documents if document.verdict is not None]:
-            assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
-            sample |= member_parts(verdicts)
+        if rankings := [document.ranking for document in documents if document.ranking is not None]:
+            assert len(rankings) == len(documents), "a corpus of rankings holds only rankings"
+            sample |= member_parts(rankings)
 
         tar.write(sample)
         self._tar_origins += self._origins
@@ -302,7 +302,7 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
 def content_hash(number: int, document: TokenizedDocument, continues: bool = False) -> int:
     """Hashes the part of document `number` of its split that training sees: a 256-bit integer.
 
-    These are tokens, mask, verdict, and whether it belongs to the repository of the document before it. Equal documents
+    These are tokens, mask, ranking, and whether it belongs to the repository of the document before it. Equal documents
     with other numbers have other hashes.
     """
     # The number makes the sum over all documents depend on their order.
@@ -311,8 +311,8 @@ def content_hash(number: int, document: TokenizedDocument, continues: bool = Fal
         digest.update(b"continues")
 
     arrays = [document.tokens, document.loss_mask]
-    if document.verdict is not None:
-        arrays += [getattr(document.verdict, field.name) for field in fields(document.verdict)]
+    if document.ranking is not None:
+        arrays += [getattr(document.ranking, field.name) for field in fields(document.ranking)]
     for array in arrays:
         if array is not None:
             digest.update(array.tobytes())

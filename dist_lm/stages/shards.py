@@ -21,7 +21,7 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
-from dist_lm.data.ingest import Texts, split_documents
+from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import HUB
 from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
 from dist_lm.data.manifest import (
@@ -105,15 +105,15 @@ class Shards(ArtefactStage):
 
         # No train text may contain a held-out text of any corpus. So the other corpora of texts are compared with val
         # before the first build; the first corpus itself is compared while it is built.
-        texts = Texts(config.corpus, config.seed)
+        text_splits = TextSplits(config.corpus, config.seed)
         if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
-            texts.frozen = frozen_corpora(config, missing)
+            text_splits.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
-                texts.compare(name for name in text_corpora(config.corpus) if name != first)
-                texts.train_rule()  # reads all that it needs while the console shows this wait
+                text_splits.compare(name for name in text_corpora(config.corpus) if name != first)
+                text_splits.train_rule()  # reads all that it needs while the console shows this wait
 
         for name in missing:
-            build_corpus(config, name, texts, console)
+            build_corpus(config, name, text_splits, console)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).path / "corpora"
@@ -347,7 +347,9 @@ def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
     return frozenset(name for name in existing if is_older(name))
 
 
-def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
+def build_corpus(
+    config: Config, name: str, text_splits: TextSplits, console: "Console", encode: Encode = encode_document
+) -> None:
     """Writes the tars of one corpus. Tars that an interrupted build finished are kept; the manifest, last, completes
     it.
 
@@ -355,7 +357,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     (a warning).
 
     Args:
-        texts: decides the splits of the corpora of texts.
+        text_splits: decides the splits of the corpora of texts.
 
     Raises:
         ArtefactError: the sources give fewer documents than the finished tars hold or none for a split, too many rows
@@ -387,7 +389,9 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
         n_finished = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
-            for split, document, source in split_documents(config.corpus, name, config.seed, report, texts, rejected):
+            for split, document, source in split_documents(
+                config.corpus, name, config.seed, report, text_splits, rejected
+            ):
                 if n_finished[split]:
                     n_finished[split] -= 1
                     count.advance()

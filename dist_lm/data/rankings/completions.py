@@ -86,7 +86,7 @@ class Trees:
         documents_by_row = [[document for document, _, _ in row] for row in rows]
         documents = [document for row in documents_by_row for document in row]
         trees = [
-            [_opened((rankings.tokens(document), rankings.verdict(document).branch), first_token) for document in row]
+            [_opened((rankings.tokens(document), rankings.arrays(document).branch), first_token) for document in row]
             for row in documents_by_row
         ]
         batch = batch_of_trees(trees, numbers, seq_len, pad_id, self.learns_prompts)
@@ -131,13 +131,13 @@ def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.n
         seq_len: in tokens; the prompt has at most so many.
 
     Returns:
-        (tokens, branch): (n,) each, as `RankingCorpus.tokens` and `Verdict.branch`; n is at most `seq_len + 1`.
+        (tokens, branch): (n,) each, as `RankingCorpus.tokens` and `RankingArrays.branch`; n is at most `seq_len + 1`.
 
     Raises:
         ArtefactError: a tar is damaged.
     """
     next_number = (number + 1) % rankings.corpus.n_documents
-    branch, next_branch = rankings.verdict(number).branch, rankings.verdict(next_number).branch
+    branch, next_branch = rankings.arrays(number).branch, rankings.arrays(next_number).branch
     prompt_ids = rankings.tokens(number)[branch == 0]
     completion_ids = rankings.tokens(next_number)[next_branch > 0]
     completion_branch = next_branch[next_branch > 0]

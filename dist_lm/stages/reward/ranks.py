@@ -28,8 +28,8 @@ from dist_lm.rlhf.reward_model import (
     RewardScale,
     last_token_scores,
     reward_metrics,
+    scored_rankings,
     scores_of_rankings,
-    with_verdicts,
 )
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
@@ -61,7 +61,7 @@ def open_data(arguments: DataArguments) -> StageData:
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         batches = ranking_batches(arguments, val, sequence_limit(arguments.config, everything))
         scores = scores_of_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
-        return reward_metrics(with_verdicts(val, scores))
+        return reward_metrics(scored_rankings(val, scores))
 
     return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
 
@@ -217,7 +217,7 @@ def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val:
 def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the prompts of `limit` rankings at even distances, as token ids."""
     return [
-        tokenizer.first_token.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
+        tokenizer.first_token.put(rankings.tokens(number)[rankings.arrays(number).branch == 0]).tolist()
         for number in evenly_spaced(rankings.corpus.n_documents, limit).tolist()
     ]
 
@@ -228,7 +228,7 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
     sequences = []
     for number in range(rankings.corpus.n_documents):
         # Branch 0 is the prompt, each other branch one completion.
-        tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+        tokens, branch = rankings.tokens(number), rankings.arrays(number).branch
         for k in range(1, int(branch.max()) + 1):
             sequences.append(tokenizer.first_token.put(tokens[(branch == 0) | (branch == k)]).tolist())
     return [sequence for sequence in sequences if len(sequence) <= longest]
