@@ -103,6 +103,8 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
                 yield ranking_of(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ArtefactError(f"{name}, line {number}: no JSON ({error.msg} at character {error.pos})") from None
+            except RecursionError:
+                raise ArtefactError(f"{name}, line {number}: no JSON (nested too deeply)") from None
             except ValueError as error:
                 raise ArtefactError(f"{name}, line {number}: {error}") from None
 
