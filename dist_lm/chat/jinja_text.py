@@ -153,7 +153,7 @@ def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -
         opening: adds the beginning of the assistant's turn.
 
     Raises:
-        ChatError: the template cannot be read, refuses the conversation, fails in it, or takes more than `MOST_STEPS`
+        ChatError: the template cannot be read, refuses the conversation or fails, or takes more than `MOST_STEPS`
             turns of loops and calls of macros.
     """
     try:

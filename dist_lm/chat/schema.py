@@ -65,7 +65,8 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
     type, outside an enum or beyond a bound. 1.0 is a number, not an integer.
 
     Raises:
-        ChatError: `check_call` refuses `call`, or `check_tool` its tool.
+        ChatError: `check_call` refuses `call`, JSON cannot hold its arguments, or the schema of its tool is one that
+            `check_tool` refuses.
     """
     check_call(call, "call")
     # Refuses arguments that are no JSON; the text is not needed.

@@ -97,7 +97,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids that a model continues: those of `conversation`, then the beginning of the assistant's turn.
 
-    The tokenizer's own first token stands in place of end-of-text.
+    The tokenizer's own first token stands in place of end-of-text; a template of an imported model writes its own.
 
     Raises:
         ChatError: for the reasons of `render`, or the last turn is not of user or tool.

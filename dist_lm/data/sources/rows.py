@@ -265,7 +265,11 @@ def missing_column(column: str, columns: Sequence[str]) -> BadRow:
 
 
 def utf8_problem(column: str, text: str) -> BadRow | None:
-    """Says what keeps a text from being written as UTF-8; returns None if it can be written."""
+    """Returns the problem (invalid_utf8, with the place) of a text that cannot be written as UTF-8; else None.
+
+    Args:
+        column: that of the text, for the words of the problem.
+    """
     if text.isascii():
         return None
     try:
