@@ -54,7 +54,11 @@ def write_prompt(ranking: Ranking) -> str:
 
 
 def read_ranking(text: str) -> Ranking:
-    """Returns the ranking that `write_ranking` wrote."""
+    """Returns the ranking that `write_ranking` wrote. Whether it is well formed is not checked.
+
+    Raises:
+        ChatError: `text` is no JSON.
+    """
     ranking_value = json_text.read(text, "ranking")
     return Ranking(
         prompt=_conversation_of(ranking_value["prompt"]),

@@ -222,7 +222,10 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def counted(self, source: str) -> nodes.Template:
         """Returns the parsed template with a `_step` in each loop and macro.
 
-        The step is a filter, because the sandbox does not check filters again.
+        The step is a filter of the environment, because the sandbox does not check filters again.
+
+        Raises:
+            jinja2.TemplateError: the template is no Jinja.
         """
         self.filters[STEPS] = _step
         tree = self.parse(source)

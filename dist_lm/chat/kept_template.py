@@ -149,7 +149,7 @@ def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant.
 
     Raises:
-        ChatError: the template ends turns without a special token, or refuses a plain conversation.
+        ChatError: the template ends turns without a special token, or refuses a plain conversation; names the way out.
     """
     ends = _ends(_kept(tokenizer), _names(tokenizer))
     if not ends:

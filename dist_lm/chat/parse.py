@@ -115,7 +115,7 @@ def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
 
 
 def require_hermes_calls(tokenizer: Tokenizer) -> None:
-    """Refuses a kept template whose calls cannot be read.
+    """Refuses a kept template whose calls cannot be read; returns nothing.
 
     Raises:
         UserError: names the way out.

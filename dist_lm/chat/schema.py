@@ -43,7 +43,7 @@ REFUSED = {
 
 
 def check_tool(tool: Tool) -> None:
-    """Refuses a tool whose calls could not be checked.
+    """Refuses a tool whose calls could not be checked; returns nothing.
 
     The name must be 1 to 128 of `A-Z a-z 0-9 _ . -`; the parameters must be a valid JSON schema of an object, of at
     most `LONGEST_SCHEMA` characters and `MOST_SCHEMAS` schemas, at most `DEEPEST_SCHEMA` nested, without a keyword of

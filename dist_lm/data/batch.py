@@ -95,7 +95,10 @@ class Batch:
         return self._with_boundaries()._each(torch.Tensor.pin_memory)
 
     def _with_boundaries(self) -> Self:
-        """Adds boundaries, if the batch is in host memory: on a GPU the host would wait to learn their number."""
+        """Returns the batch with its boundaries, or itself if it has them, is on a GPU, or holds trees.
+
+        On a GPU the host would wait to learn their number.
+        """
         if self.boundary is not None or self.document_BT.device.type != "cpu":
             return self
         # The attention of trees does not use boundaries, and their number in a fake tensor is unknown.
@@ -224,7 +227,7 @@ def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
     """Returns `Batch.logit_index_N`, the positions for which logits are computed; None (all) if that costs little more.
 
     They are (N,) int64 indices into B * T, rising; N is a multiple of `LOGIT_MULTIPLE`, filled up with positions that
-    do not count.
+    do not count. N is 0 if no target counts.
 
     Args:
         learned: (B, T); not 0 where the target counts.

@@ -111,7 +111,7 @@ class HeldOutIndex:
         return refused
 
     def contained(self) -> set[int]:
-        """Returns the indices of the held-out texts that the compared train texts contain."""
+        """Returns the indices of the held-out texts that the train texts compared so far contain."""
         contained = set(self._contained_short)
         if WINDOW in self._tables:
             table = self._tables[WINDOW]
@@ -167,7 +167,13 @@ class Comparison:
         self._refused: set[bytes] = set()
 
     def add(self, name: bytes, text: str) -> None:
-        """Compares a train text, at once or with the next batch."""
+        """Compares a train text in a thread, with the batch that it fills or with a later one.
+
+        Waits while too many batches are unfinished. The text must be Unicode.
+
+        Args:
+            name: `finish` returns it if the text is refused.
+        """
         content = text.encode()
         self._names.append(name)
         self._contents.append(content)
@@ -177,7 +183,7 @@ class Comparison:
             self._collect(2 * self._threads)
 
     def finish(self) -> set[bytes]:
-        """Returns the names of the texts that are refused, once all are compared."""
+        """Waits until all texts are compared, ends the threads, and returns the names of the texts that are refused."""
         # The last batch is smaller than `BATCH_BYTES`.
         self._submit()
         self._collect(0)
@@ -295,7 +301,11 @@ class _Table:
         self._filter[self._hashes >> self._shift] = True
 
     def find(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the windows that held-out texts have: their indices in `windows`, and their ids here."""
+        """Finds the windows that held-out texts have: their indices in `windows`, and their ids here, (hits,) each.
+
+        Args:
+            windows: (n,) uint64 hashes.
+        """
         # The bitmap rejects nearly all windows, so that few are searched for.
         bits = (windows >> self._shift).view(np.int64)
         indices = np.flatnonzero(self._filter.take(bits, mode="clip"))  # four times as fast as indexing

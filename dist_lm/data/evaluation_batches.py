@@ -48,7 +48,10 @@ class Ring:
         self.n_rows = -(-corpus.n_tokens // seq_len)
 
     def sequence(self, row: int) -> list[DocumentSlice]:
-        """Returns the inputs of a sequence and its last target: at the corpus's end fewer than `seq_len + 1` tokens."""
+        """Returns the inputs of sequence `row` and its last target: `seq_len + 1` tokens, at the corpus's end fewer.
+
+        The very last target is the end-of-text of document 0.
+        """
         begin = row * self._seq_len
         end = begin + self._seq_len + 1
         slices = self._row.slices(begin, min(end, self._row.n_tokens))
@@ -150,7 +153,7 @@ class EvaluationBatches:
 
 
 def micro_batches_of_rank(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
-    """Yields the micro-batches of a rank as lists of sequence numbers.
+    """Yields the micro-batches of a rank as lists of `micro_batch` sequence numbers, as many on every rank.
 
     A rank that runs out gets rows of padding (-1), because a forward is collective and all ranks need as many.
 
@@ -177,7 +180,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
         documents: (language, UTF-8 text) of each document.
 
     Returns:
-        The ratio of compressed bits to bytes of text, under `all` and each language.
+        The ratio of compressed bits to bytes of text, under `all` and each language; without text no entry.
     """
     # Documents are compressed one by one, because a model does not see the others either.
     sums: dict[str, tuple[int, int]] = {}

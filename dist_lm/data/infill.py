@@ -95,7 +95,7 @@ def rearranged(
 
 
 def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
-    """Inverts `rearranged` in both forms; returns any other slice as it is."""
+    """Returns the plain slice, (n,), that `rearranged` made `tokens`, (n + 3,), of; any other slice as it is."""
     if marks.prefix not in tokens[:2]:
         return tokens
 
@@ -240,7 +240,7 @@ class _Rearranged:
 
 
 def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray:
-    """Selects the slices that are long enough, of each sequence at most `most`: their numbers, rising.
+    """Selects slices of at least `LEAST` tokens, of each sequence the `most` longest: their numbers, rising.
 
     Args:
         lengths: (slices,) tokens.

@@ -126,7 +126,9 @@ class TextSplits:
 
     @cached_property
     def split_rule(self) -> SplitRule:
-        """The rule for all texts. Corpora that were not compared yet are read.
+        """The rule for all texts, kept for later calls. Corpora that were not compared yet are read.
+
+        Waits for the comparison and ends its threads; nothing can be compared behind it.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -140,7 +142,9 @@ class TextSplits:
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Compares train of `corpora` with val, unless that was done.
+        """Reads `corpora` and compares their train texts with val, those that were not compared yet.
+
+        The first call reads all corpora of texts once more, to choose val. Threads may go on when it returns.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.

@@ -158,7 +158,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
 
 
 def _named_tars(directory: Path) -> Iterator[str]:
-    """Yields the names of the tars that manifest and journal name.
+    """Yields the names of the tars that manifest and journal name, finished or begun; a name may come twice.
 
     Raises:
         ArtefactError: the manifest or the journal cannot be read.
@@ -170,7 +170,9 @@ def _named_tars(directory: Path) -> Iterator[str]:
 
 
 def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
-    """Returns the finished tars that a build of `recipe` may keep, by split.
+    """Returns the finished tars that a build of `recipe` may keep, by split; empty if all are of another recipe.
+
+    They are those of the journal, or else of the manifest. Tars are not read.
 
     Raises:
         ArtefactError: the manifest or the journal cannot be read.
@@ -205,7 +207,7 @@ def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Sha
     A last line without a line end does not count.
 
     Raises:
-        ManifestError: a line is damaged, or the journal is of another format.
+        ManifestError (an ArtefactError): a line is damaged, or the journal is of another format.
     """
     recipe, begun, finished = None, [], {split: [] for split in SPLITS}
     path = journal_path(directory)

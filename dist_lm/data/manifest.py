@@ -138,7 +138,7 @@ class Manifest:
         return {name: split.content for name, split in self.splits.items()}
 
     def require_tokenizer(self, sha256: str, directory: Path) -> None:
-        """Refuses another tokenizer than the one that wrote the shards in `directory`.
+        """Refuses another tokenizer than the one that wrote the shards in `directory`; returns nothing.
 
         Raises:
             ArtefactError: names both tokenizers.
@@ -342,10 +342,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
-    """Records the content hashes of the corpora that `run` trains on, in place of an earlier record.
+    """Writes the content hashes of the corpora that `run` trains on to its folder, in place of an earlier record.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
+        OSError: the record cannot be written.
     """
     content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
     durable.write_json(run.corpora, content)

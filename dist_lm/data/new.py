@@ -45,7 +45,7 @@ class Survey:
     is_whole: bool = True
 
     def worst_source(self) -> tuple[str, float]:
-        """Returns the source with the largest share of broken rows, and that share."""
+        """Returns the source with the largest share of broken rows, and that share in [0, 1]; ("", 0) without one."""
         reasons = {row["reason"] for row in self.broken}
         shares = [("", 0.0)]
         for name, tally in self.report.sources.items():
@@ -204,7 +204,7 @@ def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
 
 
 def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Console) -> None:
-    """Prints the counts of a corpus, its sources, and what a build would drop."""
+    """Prints the counts of a corpus, its sources and licences, what a build would drop, and the size of shards."""
     part = "" if counts.is_whole else f", the first {gib(counts.bytes.total())} of text"
     table = Table("language", title=f"corpus {name}{part}", title_justify="left")
     table.add_column("documents", justify="right")

@@ -206,10 +206,10 @@ def _parse(number: int, line: bytes, file: Path, line_number: int) -> Prompt:
 
 
 def _load(text: str) -> Any:
-    """Parses JSON.
+    """Parses JSON of any kind.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: it is none (NaN and Infinity are none), or nested too deeply.
     """
 
     def refuse(constant: str) -> None:  # NaN and Infinity, which Python accepts, are not JSON

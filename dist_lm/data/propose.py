@@ -131,7 +131,7 @@ def is_code(texts: Iterable[str]) -> bool:
 
 
 def language_of_paths(rows: Sequence[Row]) -> str:
-    """Returns the language of most rows, by the suffixes in a column of paths; empty if there is none."""
+    """Returns the language of at least `MOSTLY` of the rows, by the suffixes in a column of paths; else empty."""
     for name in PATHS:
         paths = [str(row[name]).lower() for row in rows if row.get(name)]
         suffixes = [PurePosixPath(path).suffix.removeprefix(".") for path in paths if "://" not in path]
@@ -142,7 +142,7 @@ def language_of_paths(rows: Sequence[Row]) -> str:
 
 
 def check_text(key: str, text: str) -> None:
-    """Refuses an empty text, and one that the configuration would replace by something else.
+    """Refuses an empty text, and one that the configuration would replace by something else; returns nothing.
 
     Args:
         key: what `text` is, for the error.
@@ -285,7 +285,7 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
 
 
 def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:
-    """Reads the first rows of the first file.
+    """Returns the first rows of the first file, at most `ROWS`, broken ones included.
 
     Raises:
         ArtefactError: the file cannot be read.

@@ -33,7 +33,10 @@ class Epochs(Generic[Order]):
         self._cache: dict[int, Order] = {}
 
     def locate(self, number: int) -> tuple[Order, int]:
-        """Returns the order of the epoch that holds sequence `number`, and its number inside the epoch."""
+        """Returns the order of the epoch that holds sequence `number`, and its number inside the epoch.
+
+        An order is computed once, and kept until `CACHED_EPOCHS` other epochs were asked for.
+        """
         epoch, i = divmod(number, self._n_sequences)
         if epoch not in self._cache:
             self._cache[epoch] = self._order(epoch)

@@ -168,7 +168,7 @@ class _SplitWriter:
         self._finish_tar()
 
     def abandon_tar(self) -> None:
-        """Removes an unfinished tar."""
+        """Closes and removes an unfinished tar, if there is one; an error of closing is not raised."""
         if self._tar is None or self._file is None:
             return
         for opened in (self._tar, self._file):
@@ -245,7 +245,11 @@ class _SplitWriter:
             self._finish_tar()
 
     def _start_tar(self) -> Any:
-        """Names the next tar in the journal and opens it."""
+        """Names the next tar in the journal, opens it under its temporary name, and returns its writer.
+
+        Raises:
+            OSError: journal or tar cannot be written.
+        """
         from webdataset.writer import TarWriter  # imports torch, which takes a second
 
         # The journal first: a file that no journal names would be taken for a user's.

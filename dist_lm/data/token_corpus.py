@@ -123,7 +123,7 @@ class TokenCorpus:
         return np.frombuffer(self._tars.read(self._tar_of.item(member), begin, stop - start), np.uint8)
 
     def check(self) -> None:
-        """Checks every member that was not read yet.
+        """Reads and checks every member that was not read yet; returns nothing.
 
         Raises:
             ArtefactError: a member is damaged.

@@ -118,7 +118,7 @@ def write_gguf(
 
 
 def names_of_tensors(architecture: Architecture, n_layers: int, tensors: Sequence[Converted]) -> dict[str, Converted]:
-    """Returns the tensors by the names of llama.cpp."""
+    """Returns the tensors by the names of llama.cpp, such as `blk.0.attn_q.weight`, in their order."""
     import gguf
 
     # The package knows its architectures by numbers of its own.

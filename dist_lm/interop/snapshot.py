@@ -97,6 +97,8 @@ def model_in(folder: Path, name: str) -> tuple[ModelConfig, Architecture]:
 def named_model(source: str) -> ModelConfig:
     """Returns the model that `source` names, with a head for tokens: stages choose the head themselves.
 
+    A model of the hub is fetched, without its weights.
+
     Raises:
         ArtefactError, UserError: as `folder_of` and `model_in`.
     """
@@ -107,8 +109,10 @@ def named_model(source: str) -> ModelConfig:
 def named_tokenizer(source: str) -> tuple[bytes, str]:
     """Returns the content of the tokenizer of the model that `source` names, as an import writes it, and its file name.
 
+    A model of the hub is fetched, without its weights. The result is cached until a file changes.
+
     Raises:
-        ArtefactError: there is no such model, or no tokenizer that fits its embedding.
+        ArtefactError: there is no such model, it has an option that ours lacks, or no tokenizer fits its embedding.
         UserError: a package that is needed is not installed.
     """
     folder = folder_of(source, weights=False)
@@ -281,7 +285,7 @@ def change_of(source: str, record: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file of the snapshot.
+    """Returns the object in a JSON file of the snapshot; an empty one if it holds another JSON value.
 
     Raises:
         ArtefactError: the file is missing, or no JSON.

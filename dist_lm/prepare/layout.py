@@ -121,7 +121,7 @@ def for_ranks(config: Config, nodes: int, ranks_per_node: int) -> Config:
 
 
 def check_hardware(config: Config) -> None:
-    """Refuse parallel=auto if the hardware group describes another kind of device than `config.device`.
+    """Refuses parallel=auto if the hardware group describes another kind of device than `config.device`.
 
     Raises:
         ConfigError: names the key.

@@ -100,6 +100,7 @@ def json_lines(path: Path) -> Iterator[Any]:
 
     Raises:
         ValueError: a line is no JSON or no UTF-8.
+        OSError: the file cannot be read.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:

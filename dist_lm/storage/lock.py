@@ -84,7 +84,9 @@ def owner_of(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Returns whether a process holds the lock now; False if there is no lock file. The lock stays as it is.
+    """Returns whether a process holds the lock now; False if there is no lock file. Does not wait.
+
+    A free lock is held for a moment, so that another process may find it taken.
 
     Raises:
         ArtefactError: the file system has no locks.

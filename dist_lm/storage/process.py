@@ -146,7 +146,10 @@ def reserve_port() -> socket.socket:
     them.
 
     While it is open, the kernel gives the port to no other socket that asks for any; a server that asks for this one
-    may listen there.
+    may listen there. The caller closes it.
+
+    Raises:
+        OSError: no port is free.
     """
     # A socket of IPv6 takes the port of IPv4 too, so no other server can have either.
     reserved = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)

@@ -120,7 +120,7 @@ def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dic
     """Returns figures over `documents`, ready for JSON.
 
     `format`, `vocab_size`, `sha256`, `special_tokens` (name -> id), `bytes_per_token` (UTF-8 bytes; end-of-text is not
-    counted), `languages` (the same by language, with the amount of text), `samples` (name -> pieces).
+    counted; 0 without text), `languages` (the same by language, with the amount of text), `samples` (name -> pieces).
 
     Raises:
         UserError: a document is not Unicode text.

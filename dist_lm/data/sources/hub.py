@@ -95,10 +95,12 @@ def origin_of(source: SourceConfig) -> str:
     advice="check dataset, split and column; no row has text in that column",
 )
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of `source.dataset` as a document, in the order of the data set. `seed` is not used.
+    """Yields every row of `source.dataset` as a document or `Rejected`, in the order of the data set.
+
+    `seed` is not used.
 
     Raises:
-        ConfigError: the `datasets` package or the column is missing.
+        ConfigError: as `data_set_rows` and `row_documents`, as for a column that no row has.
         ArtefactError: the data set cannot be read.
     """
     yield from row_documents(source, data_set_rows(source), TEXT)

@@ -115,7 +115,10 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
 
 
 def hh_ranking(row: Row) -> Ranking | None:
-    """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer."""
+    """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer.
+
+    None if they differ earlier, and for a ranking that `check_ranking` refuses. A missing column is a KeyError.
+    """
     # Both are whole dialogues: what they share is the prompt.
     chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
@@ -124,7 +127,10 @@ def hh_ranking(row: Row) -> Ranking | None:
 
 
 def helpsteer_ranking(row: Row) -> Ranking | None:
-    """Reads `nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is)."""
+    """Reads `nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is).
+
+    None for 0, and for a ranking that `check_ranking` refuses. A missing column and an unknown role are KeyErrors.
+    """
     preference = int(row["overall_preference"])
     if preference == 0:  # both are equally good, which is no comparison
         return None
@@ -134,7 +140,10 @@ def helpsteer_ranking(row: Row) -> Ranking | None:
 
 
 def ultrafeedback_ranking(row: Row) -> Ranking | None:
-    """Reads `openbmb/UltraFeedback` (Cui et al. 2023): a model, no person, scored up to four answers."""
+    """Reads `openbmb/UltraFeedback` (Cui et al. 2023): a model, no person, scored up to four answers.
+
+    None for a ranking that `check_ranking` refuses, as with equal scores. A missing column is a KeyError.
+    """
     scored = [completion for completion in row["completions"] if completion.get("overall_score") is not None]
     ranks = ranks_of_scores([float(completion["overall_score"]) for completion in scored])
     prompt = [Message("user", row["instruction"])]

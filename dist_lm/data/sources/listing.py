@@ -253,7 +253,11 @@ class _Walk:
         return "exclude" if self.excluded(name.removeprefix(base + "/")) else ""
 
     def _was_listed(self, name: str) -> bool:
-        """Tells whether a file or folder was listed before, under this or another name, and remembers it."""
+        """Tells whether a file or folder was listed before, under this or another name, and remembers it.
+
+        Raises:
+            OSError: it cannot be looked at.
+        """
         # By inode, because a link or a mount gives a file a second name.
         status = os.stat(name)  # noqa: PTH116
         identity = (status.st_dev, status.st_ino)

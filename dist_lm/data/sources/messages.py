@@ -36,10 +36,10 @@ MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the la
     advice="check path and column; no row makes a conversation with an answer",
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of JSON lines, parquet or CSV as a conversation.
+    """Yields every row of JSON lines, parquet or CSV as a conversation or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]

@@ -182,7 +182,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def unreadable(error: BaseException) -> str:
-    """Says why a file cannot be read, for people.
+    """Returns why a file cannot be read, for people: one line.
 
     The error of the system or of a request explains itself; any other one means that the content is wrong.
     """

@@ -83,30 +83,30 @@ def list_rows(source: SourceConfig) -> Inputs:
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every line of files of JSON lines as a text.
+    """Yields every line of files of JSON lines as a text or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     yield from row_documents(source, rows_of_files(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of parquet files as a text. Memory is bounded by one row group.
+    """Yields every row of parquet files as a text or `Rejected`. Memory is bounded by one row group.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     yield from row_documents(source, rows_of_files(list_parquet(source), named_columns(source, TEXT), parquet_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of CSV files with a header as a text.
+    """Yields every row of CSV files with a header as a text or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     yield from row_documents(source, rows_of_files(list_csv(source), named_columns(source, TEXT), csv_rows))
 

@@ -39,10 +39,10 @@ def list_tars(source: SourceConfig) -> Inputs:
     advice="check path and column; no sample has text in that member",
 )
 def read_tars(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every sample of webdataset tars as a text.
+    """Yields every sample of webdataset tars as a text or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     rows = rows_of_files(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
     yield from row_documents(source, rows, TEXT_MEMBER)
@@ -115,7 +115,7 @@ def _row(
 
 
 def _check_end(name: str, tar: tarfile.TarFile) -> None:
-    """Refuses a tar that tarfile did not read to its end.
+    """Refuses a tar that tarfile did not read to its end; returns nothing. Reads the rest of the file.
 
     tarfile takes a truncated header for the end, and stops at the first end mark.
 
