@@ -84,9 +84,9 @@ class Config:
         return "stage.global_batch", "stage.seq_len"
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage reads."""
-        return self.stage.streams
+        return self.stage.corpus_names
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:

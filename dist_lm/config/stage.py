@@ -185,7 +185,7 @@ class StageGroup:
         return {}
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage trains on."""
         return ()
 
@@ -224,7 +224,7 @@ class TrainingGroup(StageGroup):
             require(every >= 0, f"stage.eval_tasks.{task}", every, "0 (only at the end) or a positive number of steps")
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         return (self.corpus,) if self.corpus else ()
 
 
@@ -303,6 +303,6 @@ class StageConfig(TrainerGroup):
         check_shares("stage.mix", self.mix, own="stage.corpus")
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage trains on: `corpus`, then those in `mix`."""
         return tuple(name for name in (self.corpus, *sorted(self.mix or {})) if name)

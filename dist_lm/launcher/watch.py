@@ -249,7 +249,7 @@ def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[Ru
     """
     # Lines of earlier attempts have earlier times.
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
-        wandb = start_wandb(config, run, console, config.streams)
+        wandb = start_wandb(config, run, console, config.corpus_names)
         with wandb or nullcontext():
             yield RunWatch(run, progress, wandb, console)
 

@@ -275,7 +275,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     accepted = f"at most {steps_left}: the branch begins at step {state.step} of {config.stage.steps}"
     require(config.stage.decay_steps <= steps_left, "stage.decay_steps", config.stage.decay_steps, accepted)
 
-    require_same_content(start, run, config.streams)
+    require_same_content(start, run, config.corpus_names)
     return start
 
 

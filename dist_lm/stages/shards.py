@@ -84,7 +84,7 @@ class Shards(ArtefactStage):
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Build only the corpora that later stages read."""
-        read = sorted({name for reader in readers for name in reader.streams})
+        read = sorted({name for reader in readers for name in reader.corpus_names})
         return replace(config, stage=replace(own(config), corpora=read))
 
     def inspect(self, config: Config) -> Artefact:

@@ -311,4 +311,4 @@ def test_commands_for_some_corpora_compose(tmp_path, corpora):
     for command in next_commands(out, corpora):
         folder, *overrides = command.split()[4:]
         config = compose_config([f"hydra.searchpath=[{folder}]", *overrides])
-        assert set(config.streams) <= {*corpora}
+        assert set(config.corpus_names) <= {*corpora}

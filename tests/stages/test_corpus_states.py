@@ -67,7 +67,7 @@ def begin(config: Config) -> None:
     run = WorkDirectory(Path(config.work_dir)).run("language", config.run_id)
     run.create()
     save_config(config, run.config)
-    record_content(run, config.streams)
+    record_content(run, config.corpus_names)
     directory = run.checkpoints / checkpoint_files.step_name(5)
     directory.mkdir()
     checkpoint_files.write_state(directory, TrainState(step=5), {})

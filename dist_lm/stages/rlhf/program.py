@@ -44,10 +44,10 @@ from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
+    joined,
     last_metrics,
     metrics_of_step,
     open_metrics,
-    started,
     step_profiler,
     write_success,
 )
@@ -89,7 +89,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
     began = time.time()
     config = load_config(run.config)
     assert isinstance(config, RlhfRunConfig)
-    with started(run, config, heartbeat) as start, ExitStack() as stack:
+    with joined(run, config, heartbeat) as start, ExitStack() as stack:
         world, tokenizer = start.world, start.tokenizer
 
         # Models and state, from a checkpoint of this run or from stage.init_from.
@@ -309,7 +309,7 @@ def pretraining_text(
         yield None
         return
 
-    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_streams}
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_corpus_names}
     if start.world.is_first:
         for corpus in corpora.values():
             if note := note_of_left_out(corpus, settings.pretrain_seq_len, SEQ_LEN):

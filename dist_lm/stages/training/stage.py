@@ -164,8 +164,8 @@ class TrainingStage(Stage):
 
         if on_disk.latest:
             # A run continues only on the content that it began with.
-            require_content(on_disk.run, config.streams)
-            require_inputs(on_disk.run, config.corpus, config.streams)
+            require_content(on_disk.run, config.corpus_names)
+            require_inputs(on_disk.run, config.corpus, config.corpus_names)
             on_disk.run.require_files(config.noted_files)
             if config.stage.lora.rank:
                 from dist_lm.training.adapters import adapted_model
