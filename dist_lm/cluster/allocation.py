@@ -17,9 +17,9 @@ from dist_lm.errors import ConfigError
 def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
     """Returns the ranks per node of a run with a pool of actors.
 
-    That is cluster.ranks_per_node, or if that is -1 as many ranks as the pool leaves resources for, without GPUs at
-    most `CPU_RANKS`. Actors that work in turns with the ranks (placement=shared) leave all to them. With GPUs, actors
-    take spare nodes first, if these hold all of them.
+    Without actors it is `ClusterConfig.ranks_of_node`. Else it is cluster.ranks_per_node, or if that is -1 as many
+    ranks as the pool leaves resources for, without GPUs at most `CPU_RANKS`. Actors that work in turns with the ranks
+    (placement=shared) leave all to them. With GPUs, actors take spare nodes first, if these hold all of them.
 
     Args:
         nodes: the whole cluster.

@@ -160,7 +160,7 @@ class Sender:
         return self._failures < MOST_FAILURES
 
     def hold(self, weights: WeightStream) -> Held:
-        """Keeps a version for a later `send`, from any thread.
+        """Reads a version to its end into host memory, for a later `send`; from any thread.
 
         Raises:
             ArtefactError: the weights do not fit the model.

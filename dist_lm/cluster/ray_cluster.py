@@ -113,7 +113,8 @@ class RayAccess:
 
 
 def access_variables(environ: Mapping[str, str], address: str, nodes: Sequence[str]) -> dict[str, str]:
-    """Environment variables that let a rank join. An agent sets them only if the stage drives actors from a rank.
+    """Returns the environment variable that lets a rank join. An agent sets it only if the stage drives actors from a
+    rank. It holds the path of the token's file, or without one the token itself.
 
     Args:
         environ: the agent's own.

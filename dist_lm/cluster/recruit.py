@@ -84,7 +84,7 @@ def recruit(
         directory: the run directory.
         avoid: addresses of nodes to use only if there are not enough others.
         keep_going: asked while waiting.
-        warn: receives a line for each node that is left out.
+        warn: receives a line for each node that is left out or is slow and kept, and for each failed start.
         note: receives what could not be inspected.
 
     Raises:

@@ -138,12 +138,12 @@ class WandbCopy:
         return True
 
     def _outcome(self, error: BaseException | None) -> Outcome:
-        # An error after the result, such as a full disk of the launcher, leaves a finished run.
         """Returns how the run ended, and alerts wandb of a finished or failed one.
 
         Args:
             error: the exception that ended the launcher's block; None: it was left without one.
         """
+        # An error after the result, such as a full disk of the launcher, leaves a finished run.
         if self._run.result.exists():
             self._wandb.alert(alerts.finished(self._name, last_metrics(self._run.metrics)))
             return "finished"
@@ -255,8 +255,9 @@ def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[Ru
 
 
 def git_commit() -> str | None:
-    """Returns the git commit of this checkout, with `-dirty` after uncommitted changes; None without git or after ten
-    seconds."""
+    """Returns the git commit of this checkout, with `-dirty` after uncommitted changes; None without git or a
+    repository, or after ten seconds.
+    """
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -111,7 +111,7 @@ def exponential(checkpoint: Path) -> dict[str, ComputedTensor]:
     """Returns the exponential average of each parameter in a checkpoint, by name; read when it is written.
 
     Raises:
-        ArtefactError: it has none.
+        ArtefactError: it has none, or is missing or damaged.
     """
     suffix = f".{EMA}"
     averages = {

@@ -170,16 +170,16 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
 
 def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Counts], str]) -> Artefact:
     """Returns the state of the corpora `names`: ready only if all of them are; its text says what is missing or
-    changed.
+    changed. A corpus with other licences than the configuration is not ready either.
 
     Args:
         amount: says how much there is to train on.
 
     Raises:
-        ArtefactError: a corpus was made from another text or with another tokenizer, or its folder holds files of
-            others.
-        ConfigError: a source of a missing corpus is invalid.
-        UnreachableError: the hub cannot be asked; not in a dry run.
+        ArtefactError: a corpus was made from another text or with another tokenizer, which may be missing, or its
+            folder holds files of others.
+        ConfigError: a source is invalid.
+        UnreachableError: the hub cannot be asked for a missing corpus; not in a dry run.
     """
     work = WorkDirectory(Path(config.work_dir))
     ready: list[str] = []
@@ -354,14 +354,14 @@ def build_corpus(
     it.
 
     Rows that cannot be read are written to a file beside the tars. If the inputs changed, the finished tars are dropped
-    (a warning).
+    (a warning, if some are on the hub).
 
     Args:
         text_splits: decides the splits of the corpora of texts.
 
     Raises:
         ArtefactError: the sources give fewer documents than the finished tars hold or none for a split, too many rows
-            are broken, or the tokenizer is missing.
+            are broken, the tokenizer is missing, or the folder holds files of others.
         ConfigError: a source is invalid.
         UserError: a source cannot be read, or is not Unicode.
     """

@@ -186,7 +186,9 @@ class Samples(PoolWork):
         return self.tally.prompts, self.tally.tokens
 
     def metrics(self) -> dict[str, float]:
-        """Returns the counts so far; `generate/new_tokens_mean` only after the first answer."""
+        """Returns the counts so far, `generate/prompts` (refused ones included), `answers`, `refused` and `tokens`;
+        `generate/new_tokens_mean`, per answer, only after the first answer.
+        """
         tally = self.tally
         metrics: dict[str, float] = {
             "generate/prompts": tally.prompts,

@@ -121,7 +121,7 @@ def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
     """Returns the tokenizer of the folder.
 
     Raises:
-        ArtefactError: it has no end-of-text by a known name.
+        ArtefactError: it has no end-of-text by a known name, or cannot be read.
         UserError: the package `tokenizers` is not installed.
     """
     try:

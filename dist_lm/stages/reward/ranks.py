@@ -183,7 +183,8 @@ def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val:
     The answers are sampled as rollouts are: temperature 1, no filters. Every rank gets all of them (collective).
 
     Raises:
-        ArtefactError: the initial checkpoint is missing, or its logits are not numbers.
+        ArtefactError: the initial checkpoint or the tokenizer is missing, or its logits are not numbers.
+        ConfigError: bf16 is asked for on a GPU without it.
         UserError: the tokenizer lacks the mark that ends a turn.
     """
     # Sampled as rollouts are, so that the scale fits them.

@@ -97,7 +97,8 @@ def tasks_of(settings: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
     `check_prompts`, before the run started, read every test in its language.
 
     Raises:
-        ArtefactError: names the key, file and line of a prompt without tests, or with two different ones.
+        ArtefactError: names the key, file and line of a prompt that is invalid, has no tests, or has different ones in
+            two lines.
         ConfigError: there is no such file of prompts.
     """
     if not _asks_tests(settings):

@@ -149,7 +149,8 @@ class BesideTraining:
             self._pool.close()
 
     def _collect(self) -> None:
-        """Writes the figures of evaluations that are done, in the order of their steps.
+        """Writes the figures of evaluations that are done, in the order of their steps up to the first that is not
+        done, and removes their weights from the disk.
 
         Raises:
             UserError, PoolFailure, OSError: such an evaluation failed, see `_evaluate`.
