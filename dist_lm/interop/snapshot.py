@@ -210,12 +210,14 @@ def chat_template_of(folder: Path) -> str:
     Of several templates with names it is the one called default.
 
     Raises:
-        ArtefactError: tokenizer_config.json is no JSON.
-        UnicodeDecodeError: the file of the template is not UTF-8.
+        ArtefactError: tokenizer_config.json is no JSON, or the file of the template is not UTF-8.
     """
     template_path = folder / TEMPLATE
     if template_path.is_file():
-        return template_path.read_text(encoding="utf-8")
+        try:
+            return template_path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtefactError(f"{template_path}: byte {error.start} is not UTF-8: convert the file") from error
 
     template = durable.read_json(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several templates with names
