@@ -27,7 +27,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RankingArrays:
     """The K completions of a tokenized ranking: which tokens they are, and how they were judged."""
 
     branch: np.ndarray  # (n,) uint8, for each token: 0 in the prompt, 1 to K in the completions
@@ -46,6 +46,6 @@ class TokenizedDocument:
     source: str
     licence: str
     loss_mask: np.ndarray | None = None  # (n,) uint8: 1 where the token is learned or in a completion; None: a text
-    verdict: Verdict | None = None  # only for rankings
+    ranking: RankingArrays | None = None  # only for rankings
     repository: str = ""  # as in `Document`
     own_licence: bool = False  # as in `Document`

@@ -72,6 +72,8 @@ def show_configuration(arguments: list[str]) -> None:
     Raises:
         ConfigError: the configuration cannot be composed.
         ArtefactError: the snapshot of a model or tokenizer cannot be read.
+        UserError: a package that is needed to read a model or tokenizer is not installed.
+        SystemExit: Hydra refuses an argument, and has printed why.
     """
     import hydra
 
@@ -98,11 +100,16 @@ def show_configuration(arguments: list[str]) -> None:
 
 
 def run_command(overrides: Sequence[str], console: Console) -> int:
-    """Plans what `overrides` ask for, shows the plan, and carries it out. Returns the exit code; 0 after a dry run.
+    """Plans what `overrides` ask for, prints the plan, and carries it out: creates the work directory and runs the
+    stages that are missing. Returns the exit code of the module. A dry run prints its estimates, writes nothing and
+    returns 0.
 
     Raises:
         ConfigError: the command line is wrong, a layout does not fit, or work_dir cannot be written to.
-        ArtefactError: existing files were made with other settings, or the disk is full.
+        ArtefactError: existing files were made with other settings or are damaged, or the disk is full.
+        ClusterError: the cluster cannot be joined. A shortage of nodes is exit code 75 instead.
+        UserError: a package or a server that a stage needs is missing.
+        RuntimeError: a step of the dry run failed.
     """
     plan = plan_command(overrides)
     config = plan.target.config
@@ -121,6 +128,9 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
 
 def check_layouts(plan: Plan, dry_run: bool) -> None:
     """Refuses a layout or a batch that does not fit the ranks, if their number is known before the cluster is joined.
+
+    Checks missing stages with `cluster=local`; for a dry run all stages, finished ones included, on the planned
+    hardware.
 
     Raises:
         ConfigError: names the key and what would fit.
@@ -167,12 +177,12 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def describe_steps(plan: Plan, console: Console) -> None:
-    """The dry run: plays a step of every training stage without values; prints its memory, messages and time.
-
-    Of a stage with iterations it prints only the estimated memory.
+    """The dry run: plays a step of every training stage without values, in processes of its own, and prints memory,
+    messages and time. Of a stage with iterations it prints only the estimated memory.
 
     Raises:
         ConfigError: layout or batch do not fit the ranks.
+        RuntimeError: a step failed; the message has the error output of its process.
     """
     from dist_lm.dry_run.iterations import memory_rows
     from dist_lm.dry_run.play import play_ranks, rows, summary
@@ -225,12 +235,17 @@ def ranks_here(config: Config) -> int:
 
 
 def carry_out(plan: Plan, console: Console) -> int:
-    """Runs the missing stages of a plan in order and prints the outcome. Returns the exit code, see the module.
+    """Runs the missing stages of a plan in order and prints the outcome. Returns the exit code, see the module; 2 also
+    if the target stage rejects its own result.
+
+    The queue of the command is recorded in the work directory, and locked until the end. Failed ranks or actors,
+    missing nodes and signals become exit codes; other errors are recorded and pass.
 
     Raises:
-        ArtefactError: the same command is already running, files do not fit, or the disk is full.
+        ArtefactError: the same command is already running, files do not fit or are damaged, or the disk is full.
         ConfigError: a stage refuses its settings.
-        ClusterError: the cluster cannot be joined, or too few nodes fit.
+        ClusterError: the cluster cannot be joined, or an agent does not start.
+        UserError: a package or a server that a stage needs is missing.
     """
     from dist_lm.cluster.events import GangFailure, PoolFailure
     from dist_lm.cluster.ray_cluster import first_line
@@ -305,7 +320,13 @@ def carry_out(plan: Plan, console: Console) -> int:
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
     """Builds what the plan says is missing, in order. Returns the number of the signal that stopped it, or 0.
 
-    Errors of the stages pass through, see `build_artefact`, `run_training_stage` and `run_pool_stage`.
+    It records the begin and end of each stage in `pipeline`. The cluster is joined before the first stage that needs
+    it, and left at the end. Errors of the stages pass through, see `build_artefact`, `run_training_stage` and
+    `run_pool_stage`.
+
+    Raises:
+        ClusterError: the cluster cannot be joined.
+        Stopped, KeyboardInterrupt: a signal came before the cluster was joined, where the caller has set handlers.
     """
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.pipeline import build_artefact
@@ -353,7 +374,7 @@ def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
 
     Raises:
         ClusterError: the Ray cluster cannot be joined.
-        ConfigError: a layout or batch does not fit the ranks that it gives.
+        ConfigError: a layout, batch, device or hardware group does not fit the nodes that it has now.
     """
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.stage_run import fitted

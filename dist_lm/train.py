@@ -66,9 +66,9 @@ PROGRESS_EVERY_S = 1.0
 
 
 def main() -> None:
-    """Runs one rank of torchrun; the process starts itself again once with the full environment.
+    """Runs one rank of torchrun, and ends with it; the process starts itself again once with the full environment.
 
-    Without arguments or torchrun it exits with the usage.
+    Without arguments or torchrun it exits with the usage (code 1).
     """
     arguments = sys.argv[1:]
     if not arguments or "RANK" not in os.environ:
@@ -91,8 +91,9 @@ def names_run(arguments: Sequence[str]) -> bool:
 def train_run(run: RunDirectory) -> None:
     """Trains the run that a `config.yaml` describes; output goes to the log of the rank.
 
-    Without that file the process exits with code 2. A failure is recorded in the run directory and ends the process
-    with code 1.
+    Rank 0 first waits for ranks of an earlier attempt to end, and rewrites `config.yaml` if the layout was resolved for
+    another number of ranks; the other ranks wait for it. Without `config.yaml` the process exits with code 2. A failure
+    is recorded in the run directory and ends the process with code 1.
     """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     if not run.config.is_file():
@@ -118,8 +119,8 @@ def train_run(run: RunDirectory) -> None:
 def train_stage(arguments: Sequence[str]) -> None:
     """Prepares the run that a command line asks for, and trains it; returns at once if it is finished.
 
-    If rank 0 refuses the command line, all ranks exit with code 2. A later failure is recorded and ends the process
-    with 1.
+    If rank 0 refuses the command line (UserError), all ranks exit with code 2. After that, output goes to the log of
+    the rank, and a failure is recorded in the run directory and ends the process with code 1.
     """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     with ExitStack() as locks:
@@ -153,9 +154,10 @@ def train_stage(arguments: Sequence[str]) -> None:
 
 
 def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal") -> None:
-    """Trains a prepared run to its last step or a stop, and on rank 0 shows progress if no launcher does.
+    """Trains a prepared run to its last step or a stop; on rank 0 it shows progress and the result if no launcher does.
 
-    It removes secrets from the environment and handles the signals of the process.
+    It removes secrets from the environment and handles the signals of the process. What `TrainingStage.run_rank` raises
+    passes through; so do errors of `load_config` (ConfigError) and of the summary.
     """
     # Rank 0 needed secrets to recognise them in the configuration; programs that ranks start must not inherit them.
     for name in os.environ.keys() - without_secrets(os.environ).keys():
@@ -206,7 +208,8 @@ def prepared_by_first_rank(
 ) -> RunDirectory | None:
     """Calls `prepare` on rank 0, and waits for it on the others, which then see the same `config.yaml` (collective).
 
-    Errors of `prepare` pass through on rank 0.
+    Errors of `prepare` pass through on rank 0. The others then wait until the store has an answer, at most an hour;
+    after that torch raises its error.
 
     Returns:
         The run that `prepare` returns; None: it is finished.
@@ -291,7 +294,9 @@ def stop_on_signals(stop: StopRequest) -> None:
 
 @contextmanager
 def recorded_failure(run: RunDirectory, rank: int, terminal: "Terminal") -> Iterator[None]:
-    """Records an exception of the block in the run directory and the log, and ends the process with exit code 1."""
+    """Records an exception of the block, of any class, in the run directory and the log, tells the terminal, and ends
+    the process with exit code 1.
+    """
     try:
         yield
     except BaseException as error:
@@ -308,9 +313,11 @@ def recorded_failure(run: RunDirectory, rank: int, terminal: "Terminal") -> Iter
 
 
 def is_for_the_user(error: BaseException, run: RunDirectory) -> bool:
-    """Whether the message is all a person needs: no traceback helps against a work directory that is full or read-only.
+    """Returns whether the message is all a person needs, so that no traceback is shown: for a UserError, and for a work
+    directory that is full or read-only.
 
-    A full disk elsewhere belongs to this node alone: a restart on another node may succeed.
+    A full disk elsewhere belongs to this node alone: a restart on another node may succeed. An OSError of a full disk
+    that names no file counts as one of the work directory.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
         # A failed write, unlike a failed open, names no file. Ranks write only to the run, so the run is assumed.
@@ -380,7 +387,11 @@ class Terminal:
 
     @classmethod
     def redirect(cls, log_file: Path) -> "Terminal":
-        """Sends this process's output to its own log, C++ libraries included; returns the streams before."""
+        """Appends this process's output to its own log from now on, C++ libraries and `logging` included. Creates its
+        folder.
+
+        Returns the streams before. If the log cannot be opened, OSError.
+        """
         log_file.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         sys.stdout.flush()
@@ -429,7 +440,11 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
 
 
 def print_result(stage: TrainingStage, config: Config, run: RunDirectory, terminal: Terminal) -> None:
-    """Prints the summary of a finished run, or what the next command continues from."""
+    """Prints the summary of a finished run, or what the next command continues from.
+
+    Raises:
+        ArtefactError: a file of the run is damaged.
+    """
     # The run may have been moved or copied since its configuration was composed.
     config = replace(config, work_dir=str(run.work.path), run_id=run.path.name)
     if run.result.exists():

@@ -24,7 +24,7 @@ from dist_lm.bench.rank import MIB, Trial
 from dist_lm.config.corpus import CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data.in_turn import read_in_turn
-from dist_lm.data.ingest import Texts
+from dist_lm.data.ingest import TextSplits
 from dist_lm.document import Document
 from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
@@ -140,9 +140,9 @@ class Work:
             ConfigError, ArtefactError, UserError: as `build_corpus`.
         """
         shutil.rmtree(self.directory.corpus(CORPUS), ignore_errors=True)
-        texts = Texts(self.config.corpus, self.config.seed)
-        texts.reader.room = -1
-        build_corpus(self.config, CORPUS, texts, Console())
+        text_splits = TextSplits(self.config.corpus, self.config.seed)
+        text_splits.reader.room = -1
+        build_corpus(self.config, CORPUS, text_splits, Console())
 
     def encode(self, documents: Sequence[Document], processes: int) -> None:
         """Encodes the documents, a share in each process, and sends nothing: a build cannot be faster."""

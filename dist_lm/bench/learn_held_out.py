@@ -127,7 +127,7 @@ def _require_vocabulary(recipe: Recipe) -> None:
         ArtefactError: a corpus is missing.
     """
     config = recipe.config
-    for corpus in config.stage.streams:
+    for corpus in config.stage.corpus_names:
         folder = WorkDirectory(Path(config.work_dir)).corpus(corpus)
         num_pieces = read_manifest(folder).recipe.vocab_size
         if num_pieces != config.model.vocab_size:

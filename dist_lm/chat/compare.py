@@ -23,7 +23,7 @@ def same_call(call: Call, expected: Call, tool: Tool) -> bool:
 
 
 def same_calls(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> bool:
-    """Returns whether the calls are the same in some order, each used once.
+    """Returns whether the calls are the same in some order, each used once. Two empty lists are the same.
 
     Args:
         calls: of a model; their names may be any.
@@ -127,8 +127,9 @@ def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
     row_of: dict[int, int] = {}  # column -> row
 
     def match(row: int, visited: set[int]) -> bool:
-        """Returns whether `row` found a column, and moves other rows for it; `visited` gets the columns that were
-        tried.
+        """Gives `row` a column in `row_of` and returns True, moving other rows for it; False if there is none.
+
+        `visited` gets the columns that were tried, and those that it has are passed over.
         """
         for column, fit in enumerate(fits[row]):
             if fit and column not in visited:

@@ -9,7 +9,7 @@ from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool, check_conversation
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking, ranking_tokens, ranks_of_scores
 from dist_lm.chat.template import render
-from dist_lm.document import Document, TokenizedDocument, Verdict
+from dist_lm.document import Document, RankingArrays, TokenizedDocument
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
@@ -23,7 +23,11 @@ def write_conversation(conversation: Conversation) -> str:
 
 
 def read_conversation(text: str) -> Conversation:
-    """Returns the conversation that `write_conversation` wrote."""
+    """Returns the conversation that `write_conversation` wrote. Whether it is well formed is not checked.
+
+    Raises:
+        ChatError: `text` is no JSON.
+    """
     return _conversation_of(json_text.read(text, "conversation"))
 
 
@@ -31,7 +35,7 @@ def write_ranking(ranking: Ranking) -> str:
     """Returns the text of a ranking; `read_ranking` gives it back, with ranks counted from 0 without gaps.
 
     Raises:
-        ChatError: the ranking is empty, contradicts itself, or is not well formed; the message names the place.
+        ChatError: `check_ranking` refuses the ranking, or JSON cannot hold a value; the message names the place.
     """
     check_ranking(ranking)
     # Ranks are counted from 0 without gaps, so rankings with the same order have the same text.
@@ -50,7 +54,11 @@ def write_prompt(ranking: Ranking) -> str:
 
 
 def read_ranking(text: str) -> Ranking:
-    """Returns the ranking that `write_ranking` wrote."""
+    """Returns the ranking that `write_ranking` wrote. Whether it is well formed is not checked.
+
+    Raises:
+        ChatError: `text` is no JSON.
+    """
     ranking_value = json_text.read(text, "ranking")
     return Ranking(
         prompt=_conversation_of(ranking_value["prompt"]),
@@ -68,7 +76,8 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
     through `encode_ranking`.
 
     Raises:
-        UserError: the document is no Unicode text or no well-formed conversation; names its source, or the turn.
+        UserError: the document is no Unicode text (names its source); ChatError, one of these: it is no well-formed
+            conversation, or the template of an imported model refuses it (names the turn, not the document).
     """
     if document.form == "text":
         return tokenizer.encode_document(document)
@@ -86,15 +95,16 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
 
 
 def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-    """Returns a ranking as the shards hold it: the tree of tokens, its branches, and the verdict.
+    """Returns a ranking as the shards hold it: the tree of tokens, its branches, ranks and judgements.
 
-    The loss mask is 1 in the completions. A missing margin becomes 0, which is the same to the loss.
+    The loss mask is 1 in the completions. A missing margin becomes 0, which is the same to the loss. `n_bytes` also
+    counts the text that the template adds.
 
     Args:
         document: its text is that of `write_ranking`.
 
     Raises:
-        ChatError: the prompt or a completion is not well formed.
+        ChatError: the prompt or a completion is not well formed, or the template of an imported model refuses it.
     """
     # Shards hold plain arrays, so judgements become pairs of indices and a margin each.
     ranking = read_ranking(document.text)
@@ -110,7 +120,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
         licence=document.licence,
         own_licence=document.own_licence,
         loss_mask=(tree.branch > 0).astype(np.uint8),
-        verdict=Verdict(
+        ranking=RankingArrays(
             branch=tree.branch,
             ranks=np.array(ranking.ranks, np.uint8),
             judgements=np.array(pairs, np.uint8).reshape(-1, 2),
@@ -121,6 +131,8 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
 
 def _conversation_value(conversation: Conversation) -> Json:
     """Returns the conversation as a JSON value; tools and calls are lists without keys.
+
+    Whether JSON can hold results and arguments is left to `json_text.write`.
 
     Raises:
         ChatError: the conversation is not well formed.

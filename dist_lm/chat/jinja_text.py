@@ -47,7 +47,7 @@ def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> lis
     """Returns the turns in OpenAI's format, with a message for each result of a call.
 
     The content of a result is JSON, but a text stays as it is unless `texts_as_json` is set. Ids of calls are made from
-    their place. The turns must be well formed.
+    their place. The turns must be well formed, a turn of results behind its calls; arguments are not copied.
 
     Raises:
         ChatError: JSON cannot express a result.
@@ -103,7 +103,7 @@ def tools_of(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
 
 @lru_cache(maxsize=8)
 def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
-    """Returns whether the template shows tools, calls and results, by rendering probes.
+    """Returns whether the template shows (tools, calls, results), by rendering probes. Cached.
 
     A probe that the template refuses counts as not shown.
     """
@@ -153,7 +153,8 @@ def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -
         opening: adds the beginning of the assistant's turn.
 
     Raises:
-        ChatError: the template cannot be read, refuses the conversation, or takes too many steps.
+        ChatError: the template cannot be read, refuses the conversation or fails, or takes more than `MOST_STEPS`
+            turns of loops and calls of macros.
     """
     try:
         return _compiled(template).render(
@@ -221,7 +222,10 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def counted(self, source: str) -> nodes.Template:
         """Returns the parsed template with a `_step` in each loop and macro.
 
-        The step is a filter, because the sandbox does not check filters again.
+        The step is a filter of the environment, because the sandbox does not check filters again.
+
+        Raises:
+            jinja2.TemplateError: the template is no Jinja.
         """
         self.filters[STEPS] = _step
         tree = self.parse(source)
@@ -233,7 +237,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 @lru_cache(maxsize=8)
 def _compiled(template: KeptTemplate) -> jinja2.Template:
-    """Returns the template, compiled in a sandbox with the filters and functions of transformers.
+    """Returns the template, compiled in a sandbox with the filters and functions of transformers. Cached.
 
     `strftime_now` gives the day of the import, so that the same conversation always has the same tokens.
 

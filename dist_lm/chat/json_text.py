@@ -30,7 +30,7 @@ def write(value: Json, where: str) -> str:
 def read(text: str, where: str) -> Json:
     """Returns the value of the JSON `text`, which may have any white space between its parts.
 
-    Numbers keep their type: `1` is an int, `1.0` a float.
+    Numbers keep their type: `1` is an int, `1.0` a float. The value may be of any kind, not only an object.
 
     Raises:
         ChatError: `text` is not JSON, has a key twice, or holds a value that `write` refuses; the message begins with

@@ -51,8 +51,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
         tokenizer: one with a `kept_template`.
 
     Raises:
-        ChatError: the conversation is not well formed, or the template refuses it, leaves out a text, rewrites earlier
-            turns, or ends turns without a special token; the message names the turn.
+        ChatError: the conversation is not well formed, or the template refuses it, leaves out a text, tools or calls,
+            rewrites earlier turns, or ends turns without a special token; the message names the turn or the reason.
     """
     page = _Page(conversation, tokenizer)
     text = page.text(conversation.messages)
@@ -81,7 +81,7 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Returns the token ids that a model continues. The caller makes sure that the assistant is next.
 
     Raises:
-        ChatError: the conversation is not well formed, or the template refuses it or leaves out a text.
+        ChatError: the conversation is not well formed, or the template refuses it or leaves out a text, tools or calls.
     """
     page = _Page(conversation, tokenizer)
     text = page.text(conversation.messages, opening=True)
@@ -97,8 +97,8 @@ def answer_tokens(conversation: Conversation, message: Message, tokenizer: Token
         message: the answer.
 
     Raises:
-        ChatError: the conversation is not well formed, or the template refuses it, rewrites earlier turns, or ends
-            turns without a special token.
+        ChatError: the conversation is not well formed, or the template refuses it, leaves out tools or calls, rewrites
+            earlier turns, or ends turns without a special token.
     """
     answered = replace(conversation, messages=(*conversation.messages, message))
     page = _Page(answered, tokenizer)
@@ -114,9 +114,9 @@ def answer_tokens(conversation: Conversation, message: Message, tokenizer: Token
 
 @lru_cache(maxsize=8)
 def _ends(template: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, ...]:
-    """Returns the special tokens that end a turn of the assistant: those behind two answers of a probe.
+    """Returns the ids of the special tokens that end a turn of the assistant: those behind two answers of a probe.
 
-    It is empty if no special token stands there; without doubles otherwise.
+    It is empty if no special token stands there; without doubles otherwise. Cached.
 
     Args:
         names: (name, id) of the special tokens.
@@ -149,7 +149,7 @@ def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Returns the special tokens that end a turn of the assistant.
 
     Raises:
-        ChatError: the template ends turns without a special token, or refuses a plain conversation.
+        ChatError: the template ends turns without a special token, or refuses a plain conversation; names the way out.
     """
     ends = _ends(_kept(tokenizer), _names(tokenizer))
     if not ends:
@@ -170,6 +170,9 @@ class Splitter:
     def guarded(self, text: str) -> str:
         """Returns `text` with every name of a special token split by the private character, which `encoded_text` takes
         out.
+
+        At a beginning or end that could complete a name with the text beside it, the character is added too. A text
+        without names stays as it is.
         """
         private = self._private
         text = self._spelled_name.sub(lambda match: match[0][0] + private + match[0][1:], text)
@@ -264,7 +267,7 @@ class _Page:
         """Returns a copy of a JSON value with every name of a special token in its texts split by the private
         character.
 
-        Keys of objects are split too. The values of role, type and ids stay.
+        Keys of objects are split too. The values of role, type and ids stay. Values that are no text stay as they are.
         """
         if isinstance(value, str):
             return self.splitter.guarded(value)

@@ -54,7 +54,8 @@ def check_conversation(conversation: Conversation) -> None:
     """Refuses a conversation that the template cannot lay out; returns nothing.
 
     Turns must follow one another as roles allow, and results must be as many as the calls before. Arguments of calls
-    are not compared with the tools. The last turn may be of any role but system.
+    are not compared with the tools, and whether JSON can hold results and arguments is not checked. The last turn may
+    be of any role but system.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -111,7 +112,7 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
 
 
 def check_message(message: Message, where: str) -> None:
-    """Refuses a turn whose fields do not fit its role, whatever comes before and after the turn.
+    """Refuses a turn that is empty or whose fields do not fit its role, whatever comes before and after the turn.
 
     Results, and arguments below the top, are not checked: `json_text.write` does that.
 

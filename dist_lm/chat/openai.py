@@ -31,7 +31,11 @@ def conversation_of(messages: Json, tools: Json = None) -> Conversation:
 
     Results are brought into the order of the calls by `tool_call_id`. The content of a result is JSON, or else a text.
     A call must be one that the tools allow, except that a schema with keywords that `chat.schema` refuses allows all.
-    The order of the roles is not checked: `check_conversation` does that.
+    The order of the roles and the number of results are not checked: `check_conversation` does that.
+
+    Args:
+        messages: a list of objects, or its JSON.
+        tools: as for `tools_of`; None: no tools, and then no call is allowed.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -205,7 +209,7 @@ def _require_function(value: Mapping[str, Any], where: str) -> None:
 
 
 def _content(value: Json, where: str) -> str:
-    """Returns the text of a message, which is given as a text, or as parts of type text; empty for None.
+    """Returns the text of a message, which is given as a text, or as parts of type text, joined; empty for None.
 
     Raises:
         ChatError: there is anything else; the message begins with `where`.

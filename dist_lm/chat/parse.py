@@ -81,7 +81,8 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     In the layout of a kept template, calls are read if they have our form; other forms are text.
 
     Raises:
-        ChatError: `ids` are not a turn; the message names the token (from 0) and what was expected.
+        ChatError: `ids` are not a turn (the message names the token, from 0, and what was expected), the turn is empty,
+            or the kept template ends turns without a special token.
     """
     # The marks that end a turn are the template's own, which the reader below does not know.
     if tokenizer.kept_template:
@@ -101,7 +102,7 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
 def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
     """Returns whether a kept template writes calls as Hermes does, `<tool_call>` with JSON, which `parse_turn` reads.
 
-    It renders a probe and reads it back; a template that refuses the probe gives False.
+    It renders a probe and reads it back; a template that refuses the probe gives False. Our own layout gives True.
     """
     from dist_lm.chat.jinja_text import PROBE, PROBE_CALL  # jinja2 is for imported models only
 
@@ -114,7 +115,7 @@ def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
 
 
 def require_hermes_calls(tokenizer: Tokenizer) -> None:
-    """Refuses a kept template whose calls cannot be read.
+    """Refuses a kept template whose calls cannot be read; returns nothing.
 
     Raises:
         UserError: names the way out.
@@ -242,6 +243,7 @@ def _read_tools(reader: _Reader, text: str, at: str) -> tuple[str, tuple[Tool, .
     """Reads from behind <tools> to the end of the system turn. Returns (text of the system, tools).
 
     Args:
+        reader: steps over what is read.
         text: stands before <tools>: the text of the system and the introduction of the tools.
         at: place of `text` in messages.
 

@@ -50,7 +50,8 @@ class RankingTokens:
 def check_ranking(ranking: Ranking) -> None:
     """Refuses a ranking that orders nothing or contradicts itself; returns nothing.
 
-    The number of completions and the conversation of the prompt are checked too. Judgements may form a cycle.
+    The number of completions (`FEWEST` to `MOST`, none empty) and the conversation of the prompt, which must end where
+    the assistant answers, are checked too. Judgements may form a cycle.
 
     Raises:
         ChatError: the message names the field and its value.
@@ -104,10 +105,10 @@ def ranks_of_scores(scores: Sequence[float]) -> tuple[int, ...]:
 
 
 def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
-    """Returns the tokens of the prompt once, then those of every completion as a branch.
+    """Returns the tokens of the prompt once, then those of every completion as a branch, with the end of its turn.
 
     Raises:
-        ChatError: the prompt or a completion is not well formed.
+        ChatError: the prompt or a completion is not well formed, or the template of an imported model refuses it.
     """
     # A completion is encoded as a turn of its own, so its tokens do not depend on the other ones.
     tokens = prompt(ranking.prompt, tokenizer)

@@ -43,7 +43,7 @@ REFUSED = {
 
 
 def check_tool(tool: Tool) -> None:
-    """Refuses a tool whose calls could not be checked.
+    """Refuses a tool whose calls could not be checked; returns nothing.
 
     The name must be 1 to 128 of `A-Z a-z 0-9 _ . -`; the parameters must be a valid JSON schema of an object, of at
     most `LONGEST_SCHEMA` characters and `MOST_SCHEMAS` schemas, at most `DEEPEST_SCHEMA` nested, without a keyword of
@@ -65,7 +65,8 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
     type, outside an enum or beyond a bound. 1.0 is a number, not an integer.
 
     Raises:
-        ChatError: `check_call` refuses `call`, or `check_tool` its tool.
+        ChatError: `check_call` refuses `call`, JSON cannot hold its arguments, or the schema of its tool is one that
+            `check_tool` refuses.
     """
     check_call(call, "call")
     # Refuses arguments that are no JSON; the text is not needed.
@@ -87,7 +88,8 @@ def _validator_of(tool: Tool) -> Validator:
     """Returns the validator of a tool's arguments.
 
     Raises:
-        ChatError: the schema is too long, is no JSON, or `_validator` refuses it; the message names the tool.
+        ChatError: the schema is longer than `LONGEST_SCHEMA`, is no JSON, or `_validator` refuses it; the message names
+            the tool.
     """
     where = f"tool {shown(tool.name)}, parameters"
     text = json_text.write(tool.parameters, where)
@@ -99,7 +101,7 @@ def _validator_of(tool: Tool) -> Validator:
 
 @lru_cache(CACHED)
 def _validator(text: str, where: str) -> Validator:
-    """Returns the validator of arguments for the JSON schema `text`.
+    """Returns the validator of arguments for the JSON schema `text`. Cached: `CACHED` of them.
 
     Arguments that the schema does not name are refused, unless it says otherwise or combines schemas.
 
@@ -275,7 +277,10 @@ def _place(path: Iterable[Any], word: str = "") -> str:
 
 
 def _path(steps: Iterable[Any]) -> str:
-    """Returns the path of an argument as text: `address.lines[2]`. Names that are no plain words are quoted and cut."""
+    """Returns the path of an argument as text: `address.lines[2]`; empty without steps.
+
+    Names that are no plain words are quoted and cut.
+    """
     text = ""
     for step in steps:
         if isinstance(step, int):

@@ -97,10 +97,10 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Returns the ids that a model continues: those of `conversation`, then the beginning of the assistant's turn.
 
-    The tokenizer's own first token stands in place of end-of-text.
+    The tokenizer's own first token stands in place of end-of-text; a template of an imported model writes its own.
 
     Raises:
-        ChatError: for the reasons of `render`, or it is not the assistant's turn.
+        ChatError: for the reasons of `render`, or the last turn is not of user or tool.
     """
     check_conversation(conversation)
     # After a turn of its own the assistant has nothing to answer.
@@ -122,10 +122,13 @@ def answer_tokens(message: Message, tokenizer: Tokenizer, conversation: Conversa
     """Returns the ids that the assistant writes after a `prompt`: text and calls, up to and including the turn's end.
 
     Args:
-        conversation: the conversation before `message`. Only the template of an imported model looks at it.
+        message: a turn of the assistant; the caller makes sure.
+        conversation: the conversation before `message`. Only the template of an imported model looks at it; None: a
+            question of the user.
 
     Raises:
-        ChatError: `message` is not a turn of the assistant.
+        ChatError: `message` is not well formed, JSON cannot hold the arguments of a call, or the template of an
+            imported model refuses it.
     """
     check_message(message, "the assistant's turn")
     if tokenizer.kept_template:
@@ -137,10 +140,11 @@ def answer_tokens(message: Message, tokenizer: Tokenizer, conversation: Conversa
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the token ids that end a turn of the assistant.
+    """Returns the token ids that end a turn of the assistant; at least one.
 
     Raises:
-        UserError: the tokenizer lacks the mark, or the template of an imported model ends turns without one.
+        UserError: the tokenizer lacks the mark; ChatError, one of these: the template of an imported model ends turns
+            without one, or refuses a plain conversation.
     """
     if tokenizer.kept_template:
         from dist_lm.chat import kept_template  # jinja2 is for imported models only

@@ -115,12 +115,14 @@ class NodeAgent:
         return node_facts.send(address, port, secret, n_bytes)
 
     def check_gpus(self, device: str, count: int, burn_s: float, address: str) -> Health:
-        """Returns the health of the first `count` GPUs, watched during matrix products; `end_probes` ends the
-        processes.
+        """Returns the health of the first `count` GPUs, watched during matrix products. Wrong products, and a process
+        that fails or is silent, are faults too.
+
+        It waits up to `START_S` + `burn_s` seconds. The processes stay for `sum_up`; `end_probes` ends them.
 
         Args:
             device: cuda, or cpu to try the products without GPUs.
-            burn_s: seconds of products; 0: none, only NVML is read.
+            burn_s: seconds of products; 0: no processes start, only NVML is read.
             address: this node's, by which the others reach it.
         """
         gpus: tuple[str, ...] = ()
@@ -162,9 +164,11 @@ class NodeAgent:
         return reserved.getsockname()[1]
 
     def launch(self, assignment: Assignment) -> None:
-        """Starts torchrun with the ranks of the node; only once in the life of an agent.
+        """Starts torchrun with the ranks of the node; only once in the life of an agent. It does not wait for the
+        ranks.
 
-        The node gets pipes and shared memory for reports, and torchrun writes to the node's log.
+        The node gets pipes and shared memory for reports, and torchrun writes to the node's log. The server of `listen`
+        is closed.
 
         Raises:
             OSError: torchrun or its log cannot be opened.
@@ -212,7 +216,10 @@ class NodeAgent:
         os.close(write_end)
 
     def poll(self) -> NodeReport:
-        """Returns the present state. A pending interrupt is sent to ranks that have become ready for it."""
+        """Returns the present state. A pending interrupt is sent to ranks that have become ready for it.
+
+        Heartbeats and load are there only while torchrun runs; failed ranks only in the first report after its end.
+        """
         assert self._torchrun is not None
         exit_code = self._torchrun.poll()
         if exit_code is None:
@@ -258,7 +265,8 @@ class NodeAgent:
                     subprocess.run(command, stdout=log, stderr=log, timeout=seconds_left, check=False)
 
     def stop(self, grace_s: float) -> list[int]:
-        """Ends everything that `launch` and `check_gpus` started: SIGTERM, SIGKILL after `grace_s` seconds.
+        """Ends everything that `launch` and `check_gpus` started: SIGTERM, SIGKILL after `grace_s` seconds. Frees the
+        ports of `listen` and `reserve_port`.
 
         It returns the ids of processes that remain; empty also before `launch`.
         """

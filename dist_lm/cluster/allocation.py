@@ -17,7 +17,9 @@ from dist_lm.errors import ConfigError
 def ranks_per_node_with_pool(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
     """Returns the ranks per node of a run with a pool of actors.
 
-    That is cluster.ranks_per_node, or if that is -1 as many ranks as the pool leaves resources for.
+    Without actors it is `ClusterConfig.ranks_of_node`. Else it is cluster.ranks_per_node, or if that is -1 as many
+    ranks as the pool leaves resources for, without GPUs at most `CPU_RANKS`. Actors that work in turns with the ranks
+    (placement=shared) leave all to them. With GPUs, actors take spare nodes first, if these hold all of them.
 
     Args:
         nodes: the whole cluster.
@@ -126,7 +128,8 @@ class Site:
     core_users: int = 0  # processes that share the cores of a node; 0: the pool's actors alone
 
     def nodes(self, alive: Sequence[Node], reserved: Mapping[str, Reserved]) -> list[Node]:
-        """The usable nodes, each with its usable resources.
+        """Returns the usable nodes, each with its usable resources: all of them, or with `among_others` those that are
+        not reserved.
 
         Args:
             reserved: node id -> resources that others have reserved.
@@ -191,7 +194,8 @@ def missing_places(
 ) -> list[Node]:
     """Returns a node for every actor that is missing: each time the one with the fewest actors that can hold another.
 
-    A node occurs once per new actor. Fewer are returned if no node can hold more.
+    A node occurs once per new actor. Fewer are returned if no node can hold more. Nodes that have actors are filled
+    first; others are used up to `most_nodes`.
 
     Args:
         nodes: alive.

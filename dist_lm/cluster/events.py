@@ -131,7 +131,8 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
     """Returns the earliest failure that is not the consequence of another one; None without failures.
 
     In this order: an exception that is no echo of another rank's end; a rank killed by a signal without a record
-    (except SIGTERM, which torchrun sends); a rank that left with an exit code; the earliest echo.
+    (except SIGTERM, which torchrun sends); a rank that left with an exit code; the earliest echo; a rank ended by
+    SIGTERM.
     """
     # The record of a rank says more than its exit code.
     by_time = sorted(failures, key=lambda failure: failure.time)
@@ -170,6 +171,8 @@ def explain(
     exit_codes: Sequence[int | None],
 ) -> GangFailure:
     """Returns the failure of a gang, from everything known at its end; reads the records and logs of the run.
+
+    A lost node is the cause, unless a rank failed for a reason that is no echo of that.
 
     Args:
         exits: failed ranks, as torchrun reports them.

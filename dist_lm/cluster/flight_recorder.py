@@ -54,11 +54,16 @@ def socket_of(directory: Path, local_rank: int) -> Path:
 
 
 def dump_collectives(directory: Path, files: Mapping[int, Path]) -> None:
-    """Writes the records of local ranks, all within about `ANSWER_S` for each backend.
+    """Writes the records of local ranks, all within about `ANSWER_S` for each backend. A rank that does not answer gets
+    a file that says so.
 
     Args:
         directory: holds the sockets.
-        files: local rank -> file. A file holds JSON `{backend: torch's record}`, or `{"error": why there is none}`.
+        files: local rank -> file, which is replaced. It holds JSON `{backend: torch's record}`, or `{"error": why there
+            is none}`.
+
+    Raises:
+        OSError: a file cannot be written.
     """
 
     def dump(local: int, file: Path) -> None:
@@ -104,6 +109,9 @@ def waited_for(files: Mapping[int, Path]) -> str:
 
     Args:
         files: global rank -> file of `dump_collectives`.
+
+    Raises:
+        ArtefactError: a file is damaged.
     """
     # (backend, process group) -> the last collective of each rank
     last_calls: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}

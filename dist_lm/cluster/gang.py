@@ -63,7 +63,9 @@ class _Member:
         return self._question
 
     def take(self, answered: bool) -> None:
-        """Records the answer to the question, or its absence. A node without an answer for `LOST_S` counts as lost."""
+        """Records the answer to the question, or its absence. A node without an answer for `LOST_S` counts as lost, one
+        whose agent has failed or is gone at once.
+        """
         import ray
         from ray.exceptions import ActorUnavailableError, RayError
 
@@ -132,6 +134,8 @@ class Gang:
 
         Raises:
             GangFailure: torchrun did not start on a node; the gang is stopped.
+            RuntimeError: another exception stopped the gang, and processes remain even after SIGKILL. Otherwise that
+                exception passes, such as KeyboardInterrupt, with the gang stopped.
         """
         import ray
         from ray.exceptions import RayError
@@ -179,9 +183,13 @@ class Gang:
         return gang
 
     def poll(self) -> GangStatus:
-        """Returns the present state, within about a second. The first failure stops the whole gang, which takes longer.
+        """Returns the present state, within about a second; a failure is in the status and not raised. The first one
+        stops the whole gang, which takes longer. After the end the same status is returned again.
 
         A hang counts as a failure once two polls in a row show it; then all ranks write their stacks.
+
+        Raises:
+            ArtefactError: in a hang, a file of collectives is damaged.
         """
         if self._status.state != "running":
             return self._status
@@ -214,7 +222,8 @@ class Gang:
         self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)
 
     def stop(self) -> None:
-        """Ends everything that was started and frees the nodes; a second call does nothing.
+        """Ends everything that was started and frees the nodes; a second call does nothing. A gang that was running has
+        the state `stopped` from now on.
 
         Raises:
             RuntimeError: processes remain on a node even after SIGKILL.
@@ -313,7 +322,12 @@ class Gang:
         return failure
 
     def _end_hang(self, hang: Hang) -> GangFailure:
-        """Has all ranks write their stacks and last collectives, stops the gang, and returns the failure."""
+        """Has all ranks write their stacks and last collectives, stops the gang, and returns the failure. Its message
+        says which ranks the others wait for, if the files show it. Files of an earlier hang are removed.
+
+        Raises:
+            ArtefactError: a file of collectives is damaged.
+        """
         files = {pulse.rank: self._run.collectives(pulse.rank) for pulse in self.pulses()}
         for file in files.values():
             # An earlier hang may have left it.

@@ -105,7 +105,11 @@ class HealthWatch:
         return events
 
     def _xids(self, events: Any) -> list[int]:
-        """Returns the XID errors since the last call, without those of programs; empty if the card reports none."""
+        """Returns the XID errors since the last call, without those of programs; empty if the card reports none.
+
+        Raises:
+            NVMLError: NVML cannot be asked; `_ask` catches it.
+        """
         # Events queue up at the driver; a wait of 0 ms that times out has emptied the queue.
         xids: list[int] = []
         while events is not None:
@@ -122,8 +126,9 @@ class HealthWatch:
         return int(field.value.uiVal) if field.nvmlReturn == self._nvml.NVML_SUCCESS else 0
 
     def _ask(self, gpu: str, question: Callable[[], Any]) -> Any:
-        """Returns the answer; None if card or driver have none. A lost GPU is noted as a fault, other errors as
-        unread figures of the node."""
+        """Returns the answer; None after an error of NVML. Then a lost GPU is noted as a fault, a question that card or
+        driver cannot answer not at all, and any other error as unread figures of the node.
+        """
         nvml = self._nvml
         # Cards and drivers differ in the questions that they answer.
         try:

@@ -126,7 +126,8 @@ def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
     """Returns the hang that the pulses of all ranks show; None if there is none.
 
     Ranks move in step, so one rank that stands still stops all others. Therefore the newest heartbeat of any rank
-    counts. The rank to blame is one whose process is stopped, or else the one behind all others.
+    counts. The rank to blame is one whose process is stopped, or else the one behind all others; None in the result if
+    it cannot be told.
     """
     if not pulses:
         return None
@@ -145,7 +146,9 @@ def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
 
 
 def _blamed(pulses: Sequence[Pulse]) -> Pulse | None:
-    """Returns the rank that the others wait for; None if it cannot be told."""
+    """Returns the rank that the others wait for: one whose process is stopped, else one of those that are furthest
+    behind, if they are no more than half; None if it cannot be told.
+    """
     stopped = [pulse for pulse in pulses if pulse.state == "T"]
     if stopped:
         return stopped[0]

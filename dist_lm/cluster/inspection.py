@@ -296,7 +296,8 @@ def _measure_links(
     """Returns the links between `nodes`. In a round no node sends twice or receives twice, so that links do not share a
     NIC.
 
-    It takes as many rounds as there are other nodes. After a False of `keep_going` the later links are missing.
+    It takes as many rounds as there are other nodes. After a False of `keep_going` the later links are missing, and so
+    are those of nodes that `is_hopeless` gives up. The agents listen until their `launch` or `stop`.
     """
     servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
     links: dict[tuple[int, int], float | str] = {}

@@ -151,7 +151,9 @@ class LinkServer:
             threading.Thread(target=self._receive, args=(peer,), name="link", daemon=True).start()
 
     def _receive(self, peer: socket.socket) -> None:
-        """Reads what one peer sends and confirms it; closes the connection if the secret is another one."""
+        """Reads what one peer sends and confirms it; closes the connection if the secret is another one. Errors of the
+        connection are left to the sender.
+        """
         peer.settimeout(LINK_TIMEOUT_S)
         try:
             with peer, peer.makefile("rb") as stream:

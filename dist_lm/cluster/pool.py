@@ -102,7 +102,8 @@ class Pool:
             weights: float arrays by the names of the model's parameters, or a stream of parameters; sent in spec.dtype.
             version: version of `weights`.
             actors: how many; -1: one for each spec.tp GPUs of a node, or one per node without GPUs.
-            keep_going: asked while waiting; if it returns False the pool stops without an error.
+            keep_going: asked while waiting; if it returns False the wait ends without an error; the pool may have no
+                actor yet.
             warn: receives a line for each lost actor or node.
             site: the part of the cluster that it may use.
             sender: sends later weights straight to actors; None: through Ray's object store.
@@ -127,9 +128,10 @@ class Pool:
         return [member for member in self._members.values() if member.is_up]
 
     def load_weights(self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int) -> None:
-        """Uses other weights from now on, in all present and future actors, and waits until all actors have them.
+        """Uses other weights from now on, in all present and future actors, and waits until all actors have them. A
+        stream is read to its end.
 
-        If `keep_going` returns False it returns early, without an error.
+        If `keep_going` returns False it returns early, without an error; some actors may still have other weights.
 
         Raises:
             RuntimeError: a `generate` call is under way.
@@ -147,15 +149,17 @@ class Pool:
             self._wait()
 
     def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
-        """Yields all answers to every request, or one refusal; the results of a request come together, once complete.
+        """Yields all answers to every request, or one refusal; the results of a request come together, once complete,
+        in the order of completion.
 
-        If `keep_going` returns False, or the caller leaves early, the rest is cancelled.
+        Nothing happens before the first result is asked for. If `keep_going` returns False, or the caller leaves early,
+        the rest is cancelled.
 
         Raises:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
             PoolFailure: (cluster.max_restarts + 1) deaths per actor without an answer in between.
             RuntimeError: another `generate` is under way.
-            UserError: an actor rejected the weights.
+            UserError: an actor rejected the weights. What `requests` raises passes.
         """
         if self._ledger:
             raise RuntimeError("one `generate` at a time: finish or close the other one first")
@@ -183,8 +187,11 @@ class Pool:
         """Reads weights to the end and returns them for later actors. Actors that the sender reaches have begun to load
         them.
 
+        With a sender it first waits until no actor loads an earlier version.
+
         Raises:
             UserError: the weights do not fit the model.
+            ActorsLostError, PoolFailure: see `_tend`.
         """
         if isinstance(weights, Stored):
             return weights
@@ -250,7 +257,8 @@ class Pool:
             self._wait()
 
     def _tend(self, patience_s: float | None = None) -> None:
-        """Collects reports, replaces lost actors, and starts missing ones.
+        """Collects reports, replaces lost actors, starts missing ones, and gives present weights to those that lack
+        them. Does not wait.
 
         Args:
             patience_s: longest time without any actor; None: cluster.node_wait_s.
@@ -287,8 +295,9 @@ class Pool:
             )
 
     def _look_at_nodes(self) -> None:
-        """Reserves places on new nodes, and drops those on nodes that are gone (a warning); at most once in
-        `LOOK_EVERY_S`."""
+        """Reserves places on new nodes and starts an actor on each, and drops those on nodes that are gone (a warning);
+        at most once in `LOOK_EVERY_S`. It does not wait for the actors.
+        """
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = time.monotonic()
@@ -352,7 +361,9 @@ class Pool:
             self._ledger.leave(number, blamed)
 
     def _hand_out(self, ledger: Ledger) -> None:
-        """Deals requests to actors with the present weights, and begins a slice of work on each that has some."""
+        """Deals requests to actors with the present weights, and begins a slice of work on each that has some. What the
+        iterator of requests raises passes.
+        """
         # All answers of a call must be of one version, so an actor that still loads it gets no work.
         ready = {
             number: member
@@ -410,7 +421,7 @@ class PoolRollouts:
 
 
 def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
-    """Returns the resources held by placement groups whose names do not begin with `prefix`, by node id."""
+    """Returns the CPUs and GPUs held by granted placement groups whose names do not begin with `prefix`, by node id."""
     from ray.util import placement_group_table
 
     cpus: dict[str, float] = defaultdict(float)

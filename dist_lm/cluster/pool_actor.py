@@ -97,13 +97,17 @@ class PoolActor:
         self._accepted: set[str] = set()  # ids of requests under way
 
     def load(self, chunks: Sequence[Any], version: int) -> Loaded:
-        """Uses the weights of `pool_weights.Stored` from now on; the first call builds the engine.
+        """Uses the weights of `pool_weights.Stored` from now on, and returns process and GPU; the first call builds the
+        engine.
+
+        A GPU without bf16 computes in fp32 (a warning).
 
         Args:
             chunks: Ray references, fetched one at a time.
 
         Raises:
-            UserError: the weights do not fit the model.
+            UserError: the weights do not fit the model, or the node has too few devices.
+            RankLostError: with tp > 1, another process of the engine has ended.
         """
         spec = self._spec
         weights = read(chunks, spec.dtype)
@@ -138,6 +142,9 @@ class PoolActor:
         Returns:
             What it has loaded, or a reason if the weights did not arrive completely; the engine then has none until the
                 next `load`.
+
+        Raises:
+            UserError: the weights do not fit the model.
         """
         from dist_lm.cluster.push_link import FAILURES, Receiver, unpacked
 
@@ -173,6 +180,7 @@ class PoolActor:
 
         Raises:
             ConfigError: with cache_tokens=0, free memory does not hold one context.
+            RankLostError: with tp > 1, another process of the engine has ended.
         """
         engine = self._engine
         assert engine
@@ -347,7 +355,7 @@ class Member:
     def take(self, patience_s: float) -> WorkReport | None:
         """Collects finished calls: a report if a slice of work has ended, else None. Does not wait.
 
-        Weights that did not arrive completely are only logged.
+        Weights that did not arrive completely are only logged, and `left` is set.
 
         Args:
             patience_s: longest time for a slice of work, and for new weights of an actor that is up.

@@ -107,10 +107,11 @@ class Ledger:
     def leave(self, lane: int, blamed: bool = True) -> None:
         """Removes an actor; its requests are dealt again before others, without their partial answers.
 
-        A request that has killed too many actors alone is refused.
+        A request that has been there at `SUSPECT_DEATHS` deaths is a suspect, which then runs alone; after
+        `LONELY_DEATHS` more it is refused.
 
         Args:
-            blamed: its work may have killed it.
+            blamed: its work may have killed it; False: the deaths of its requests are not counted.
         """
         tickets = self._lanes.pop(lane).tickets
         was_alone = lane == self._lonely and len(tickets) == 1 and tickets[0].is_suspect
@@ -131,9 +132,10 @@ class Ledger:
                 self._again.appendleft(ticket)
 
     def deal(self) -> None:
-        """Assigns requests to lanes, always to the one with the fewest tokens, until no lane can take more.
+        """Assigns requests to lanes, always to the one with the fewest tokens, until no lane can take more or no
+        request is left.
 
-        It reads further requests as lanes have room.
+        Suspects come first, on a lane of their own. It reads further requests as lanes have room.
         """
         self._deal_suspects()
 
@@ -161,7 +163,7 @@ class Ledger:
         return bool(self._lanes[lane].tickets)
 
     def report(self, lane: int, results: Sequence[Result], tokens: int) -> int:
-        """Records an actor's results; returns how many requests they complete.
+        """Records an actor's results; returns how many requests they complete. A refusal completes its request.
 
         Args:
             tokens: number of tokens in flight on the actor.
@@ -197,7 +199,9 @@ class Ledger:
             yield from self._over.popleft()
 
     def _deal_suspects(self) -> None:
-        """Gives the next suspect to a lane of its own once that is empty, so that it can kill no other request."""
+        """Gives the next suspect to a lane of its own once that is empty, so that it can kill no other request. The
+        lane with the fewest requests is reserved for that, until its suspect is done.
+        """
         if not self._suspects or not self._lanes:
             return
         if self._lonely is None:

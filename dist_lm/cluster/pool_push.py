@@ -100,7 +100,11 @@ class Link:
         self.group = group.result()
 
     def give(self, bucket: torch.Tensor, alive: Alive) -> None:
-        """Send a full bucket, and wait until it may change."""
+        """Send a full bucket, and wait until it may change.
+
+        Raises:
+            LinkError, RuntimeError: see `Group.broadcast`; LinkError also if an actor has given up.
+        """
         assert self.group
         if self.transport == IPC:
             flag = torch.zeros(1)
@@ -156,7 +160,7 @@ class Sender:
         return self._failures < MOST_FAILURES
 
     def hold(self, weights: WeightStream) -> Held:
-        """Keeps a version for a later `send`, from any thread.
+        """Reads a version to its end into host memory, for a later `send`; from any thread.
 
         Raises:
             ArtefactError: the weights do not fit the model.
@@ -173,17 +177,19 @@ class Sender:
         keep_going: Callable[[], bool],
         warn: Callable[[str], None],
     ) -> Held | Stored:
-        """Sends a version to the actors that a link reaches, and keeps it. Their calls may still be open at the end.
+        """Sends a version to the actors that a link reaches, and returns it for later actors: in host memory, or in
+        Ray's store if no link reaches any. The actors' calls may still be open at the end.
 
         If a link fails, all links are given up, and actors read the version through Ray's store.
 
         Args:
             members: actors that are up and have no work.
-            keep_going: called at least every `LOOK_EVERY_S` seconds.
+            keep_going: called at least every `LOOK_EVERY_S` seconds, as a sign of life; its answer is not used.
             warn: receives a line if a link fails; its actors then lack the version.
 
         Raises:
             ArtefactError: the weights do not fit the model.
+            UserError: an actor rejected the weights.
         """
         self._choose_links(members)
         if not self._links:
@@ -228,7 +234,9 @@ class Sender:
             self._bucket = None
 
     def _choose_links(self, members: Sequence[Member]) -> None:
-        """Sets the links to those for these members; links whose members are the same are kept, others are closed."""
+        """Sets the links to those for these members. Links whose members are the same are kept, unless one of them has
+        lost its last version; others are closed. There are none once pushes have failed too often.
+        """
         groups: dict[tuple[str, int], list[Member]] = {}
         for member in members:
             assert member.place
@@ -267,7 +275,9 @@ class Sender:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def _fail(self, failed: Link, version: int, error: Exception, warn: Callable[[str], None]) -> None:
-        """Gives up all links, with a warning. No actor may take what it reads from now on for a version."""
+        """Counts the failure and gives up all links, with a warning. No actor may take what it reads from now on for a
+        version.
+        """
         self._failures += 1
 
         # Actors that have read half a version would take the next bytes for its rest.
@@ -283,7 +293,9 @@ class Sender:
 
 
 def _watch(link: Link, keep_going: Callable[[], bool]) -> Alive:
-    """Returns a function that keeps this process alive, and raises LinkError if an actor of the link has given up."""
+    """Returns a function that keeps this process alive, and raises LinkError if an actor of the link has given up, or
+    the UserError by which one rejected the weights.
+    """
     looked_at = time.monotonic()
 
     def alive() -> None:

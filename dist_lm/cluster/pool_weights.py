@@ -47,6 +47,9 @@ def gpu_of(device: torch.device) -> str:
 def choose_transport(push: str, sender: Place, actor: Place, tp: int = 1) -> str:
     """Returns how new weights reach an actor: RAY, BROADCAST or IPC.
 
+    A direct way is taken if `push` asks for it, or between GPUs with auto: IPC if both are at one place, else
+    BROADCAST. It is RAY where one end is on a GPU and the other is not, or for other places with `tp` above 1.
+
     Args:
         push: rlhf.pool.push.
         tp: GPUs of the actor's engine; the first one is at `actor`.
@@ -71,7 +74,9 @@ class Stored:
 
 
 def store(weights: WeightStream, config: ModelConfig, dtype: torch.dtype) -> Stored:
-    """Reads the parameters of a model to the end and stores them in `dtype` in Ray's object store."""
+    """Reads the parameters of a model to the end and stores them in `dtype` in the object store of Ray, which is
+    connected. Returns references to the chunks.
+    """
     import ray
 
     largest = dtype.itemsize * max(math.prod(shape) for shape in parameter_shapes(config).values())

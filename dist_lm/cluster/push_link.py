@@ -98,7 +98,11 @@ def packed(
 
 
 def unpacked(buckets: Iterator[torch.Tensor], config: ModelConfig, dtype: torch.dtype) -> WeightStream:
-    """Yields the parameters that `packed` packed; each has memory of its own, on the device of the buckets."""
+    """Yields the parameters that `packed` packed; each has memory of its own, on the device of the buckets.
+
+    Raises:
+        RuntimeError: the buckets end before the last parameter.
+    """
     source = next(buckets)
     for name, shape in parameter_shapes(config).items():
         weight = torch.empty(shape, dtype=dtype, device=source.device)

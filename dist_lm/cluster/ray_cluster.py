@@ -95,8 +95,8 @@ def connect(config: ClusterConfig) -> Iterator[RayCluster]:
     A process holds one connection at a time. Leaving the block restores the environment.
 
     Raises:
-        ClusterError: no head answers at cluster.address within cluster.connect_timeout_s, the head refuses, or Ray does
-            not start.
+        ClusterError: no head answers at cluster.address within cluster.connect_timeout_s, the head refuses, Ray does
+            not start, or cluster.nodes is not 1 with `cluster=local`.
     """
     with _private(config) if config.name == "local" else _joined(config) as address:
         yield RayCluster(address, config)
@@ -113,7 +113,8 @@ class RayAccess:
 
 
 def access_variables(environ: Mapping[str, str], address: str, nodes: Sequence[str]) -> dict[str, str]:
-    """Environment variables that let a rank join. An agent sets them only if the stage drives actors from a rank.
+    """Returns the environment variable that lets a rank join. An agent sets it only if the stage drives actors from a
+    rank. It holds the path of the token's file, or without one the token itself.
 
     Args:
         environ: the agent's own.
@@ -199,6 +200,7 @@ def _private(config: ClusterConfig) -> Iterator[str]:
 
     Raises:
         ClusterError: cluster.nodes is not 1, or Ray does not start or answer.
+        subprocess.TimeoutExpired: the head has not ended `PRIVATE_END_S` after the block.
     """
     if config.nodes != 1:
         raise ClusterError(
@@ -331,7 +333,10 @@ def _import_ray() -> Any:
 
 @contextmanager
 def environment(changes: Mapping[str, str], removed: tuple[str, ...] = ()) -> Iterator[None]:
-    """Changes the environment of this process and its future children for the block, and restores it."""
+    """Changes the environment of this process and its future children for the block, and restores it.
+
+    So it does with `CHANGED_BY_RAY`.
+    """
     before = {name: os.environ.get(name) for name in (*changes, *removed, *CHANGED_BY_RAY)}
     os.environ.update(changes)
     for name in removed:

@@ -170,7 +170,8 @@ class Stop:
 
 
 def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop, stop_file: Path | None = None) -> int:
-    """Runs the head until it is stopped or Ray dies; returns the exit code (0: stopped while Ray was well; 1: it died).
+    """Runs the head until it is stopped or Ray dies; returns the exit code (0: stopped while Ray was well; 1: it died,
+    which is printed).
 
     Args:
         resources: arguments of `ray start`.
@@ -178,6 +179,7 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop, stop_fi
 
     Raises:
         ClusterError: the address cannot be listened on.
+        RuntimeError: a process of the node survives SIGKILL.
     """
     address.check_free()
     with node_directory() as directory:
@@ -197,9 +199,13 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop, stop_fi
 def run_private(host: str) -> int:
     """Runs a head that only the process which started it can use, until standard input is closed.
 
-    It chooses a free port and a token, and prints `{"address", "token_path"}` as one line of JSON. Standard input also
-    closes if the starting process is killed. Signals are ignored, so that a launch can write a checkpoint first.
-    Returns exit code 1 if Ray died, else 0.
+    It removes what killed nodes have left, chooses a free port and a token (RAY_AUTH_TOKEN_PATH of this process), and
+    prints `{"address", "token_path"}` as one line of JSON. Standard input also closes if the starting process is
+    killed. Signals are ignored, so that a launch can write a checkpoint first. Returns exit code 1 if Ray died, which
+    is printed, else 0.
+
+    Raises:
+        RuntimeError: a process of a node survives SIGKILL.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         # Not SIG_IGN, which Ray would inherit: TERM would not end it.
@@ -239,6 +245,7 @@ def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[st
     Raises:
         ClusterError: the head did not answer the first time.
         SystemExit: with a message (code 1): the head is gone, or Ray died too often.
+        RuntimeError: a process of the node survives SIGKILL.
     """
     failures = 0
     has_joined = False
@@ -271,8 +278,12 @@ def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[st
 
 
 def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: Stop) -> str | None:
-    """Joins the head and stays; returns what died (the head included), or None after a stop. Its processes have
-    ended then."""
+    """Joins the head and stays; returns what died (the head included), or None after a stop. A death of Ray is printed.
+    Its processes have ended then.
+
+    Raises:
+        RuntimeError: one of them survives SIGKILL.
+    """
     with node_directory() as directory:
         ray = RayProcesses(directory, [f"--address={head}", f"--node-ip-address={ip}", *resources])
         check_at = time.monotonic() + HEAD_CHECK_S
@@ -357,8 +368,12 @@ def run(options: argparse.Namespace) -> int:
     """Runs the node that the command line describes; returns the exit code. Leftovers of killed nodes are removed
     first.
 
+    It sets signal handlers and removes RAY_AUTH_TOKEN from the environment.
+
     Raises:
-        ClusterError: an option, the token or the address cannot be used.
+        ClusterError: an option, the token or the address cannot be used, or the head did not answer a worker.
+        SystemExit: see `run_worker`.
+        RuntimeError: a process of a node survives SIGKILL.
     """
     if options.kind == "private":
         return run_private(options.ip)

@@ -115,6 +115,9 @@ def node_directory(grace_s: float = GRACE_S) -> Iterator[Path]:
 
     Args:
         grace_s: between SIGTERM and SIGKILL.
+
+    Raises:
+        RuntimeError: a process survives SIGKILL; its files may stay.
     """
     directory, lock = _create(_short_temporary())
     try:
@@ -169,7 +172,7 @@ def _create(base: Path) -> tuple[Path, int]:
 
 
 def _lock(directory: Path) -> int | None:
-    """Returns a descriptor that holds the lock of a directory; None if it is locked or gone."""
+    """Returns a descriptor that holds the lock of a directory; None at once if it is locked or gone."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except FileNotFoundError:

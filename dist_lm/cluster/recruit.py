@@ -84,13 +84,14 @@ def recruit(
         directory: the run directory.
         avoid: addresses of nodes to use only if there are not enough others.
         keep_going: asked while waiting.
-        warn: receives a line for each node that is left out.
+        warn: receives a line for each node that is left out or is slow and kept, and for each failed start.
         note: receives what could not be inspected.
 
     Raises:
         NoNodesError: fewer free nodes within `timeout_s`.
         AgentStartError: agents did not start several times.
-        ClusterError: enough nodes, but too few that are fit.
+        ClusterError: enough nodes, but too few that are fit, or an all-reduce over all of them gives no result.
+        OSError: the run directory cannot be written.
     """
     deadline = time.monotonic() + timeout_s
     left_out: dict[str, str] = {}  # reason by Ray's node id

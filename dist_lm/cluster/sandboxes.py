@@ -207,8 +207,9 @@ class ClusterSandboxes:
         log.info("%s runs %d programs at once; %s", node.name, node.workers, fences_text)
 
     def _ended(self, node: SandboxNode, work: Work, verdict: Future[Verdict]) -> None:
-        """Passes on the verdict of a program. After an error of another node, that node is left out and the
-        program runs again."""
+        """Passes on the verdict of a program. After an error of another node, that node is left out and the program
+        runs again; an error of this node goes to the caller.
+        """
         node.running -= 1
         self._running.remove(work)
         error = verdict.exception()

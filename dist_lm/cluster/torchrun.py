@@ -142,7 +142,9 @@ def interface_towards(address: str) -> str | None:
 
 
 def main() -> None:
-    """Runs torchrun. If a rank failed, it writes the failures to the report's descriptor and exits with code 1."""
+    """Runs torchrun, and ends with the agent that started it. If a rank failed, it prints the error, writes the
+    failures to the report's descriptor and exits with code 1.
+    """
     parent, report = int(sys.argv[1]), int(sys.argv[2])
     process.die_with_parent(parent)
 

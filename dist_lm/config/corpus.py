@@ -152,7 +152,7 @@ def source_of(written: Any, key: str) -> SourceConfig:
 
 
 def check_sources(corpora: Any, key: str) -> None:
-    """Refuses `corpora` that are no mapping from names to lists of sources.
+    """Refuses `corpora` that are no mapping from names to lists of sources; null counts as an empty list.
 
     Args:
         key: the key of `corpora` for messages.

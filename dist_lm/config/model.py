@@ -108,7 +108,8 @@ class ModelConfig:
         require(base is None or not self.tie_embeddings, "model.base_width", base, untied)
 
     def _check_heads(self) -> None:
-        """Refuses heads that do not divide the model, and widths that RoPE cannot rotate in pairs.
+        """Refuses heads that do not divide the model, key/value heads that do not divide them, and widths that RoPE
+        cannot rotate in pairs.
 
         Raises:
             ConfigError: names the key and what would be accepted.
@@ -135,7 +136,8 @@ class ModelConfig:
         )
 
     def _check_rope(self) -> None:
-        """Refuses frequencies of RoPE that are not positive, and factors without a scaling.
+        """Refuses an unknown scaling of RoPE, frequencies that are not positive, a factor without a scaling or below 1,
+        and bounds in the wrong order.
 
         Raises:
             ConfigError: names the key and what would be accepted.

@@ -84,9 +84,9 @@ class Config:
         return "stage.global_batch", "stage.seq_len"
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage reads."""
-        return self.stage.streams
+        return self.stage.corpus_names
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:
@@ -123,7 +123,8 @@ class Config:
             self._check_mix(self.stage)
 
     def _check_training(self, stage: TrainingGroup) -> None:
-        """Refuses keys that all training shares: corpus, traced steps, tasks and adapters.
+        """Refuses, for all training: a corpus that is not configured, traced steps after the last one, wrong tasks, and
+        adapters that do not fit the model or have no base.
 
         Raises:
             ConfigError: names the key and what would be accepted.
@@ -143,7 +144,8 @@ class Config:
         require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
 
     def _check_mix(self, stage: StageConfig) -> None:
-        """Refuses corpora that cannot be mixed into that of the stage.
+        """Refuses corpora in `stage.mix` that are not configured, are that of the stage itself, or have none beside
+        them.
 
         Raises:
             ConfigError: names the corpus and those that could be.
@@ -156,7 +158,8 @@ class Config:
             require(name in mixable, "stage.mix", name, accepted)
 
     def _check_eval_tasks(self) -> None:
-        """Refuses tasks for a model that writes no text, and tasks without their file.
+        """Refuses tasks for a model that writes no text, tasks without their file, and keys of `eval.pool` out of
+        bounds.
 
         Raises:
             ConfigError: names the key and what would be accepted.

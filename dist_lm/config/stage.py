@@ -35,7 +35,11 @@ class OptimizerConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0: off
 
     def check_optimizer(self, group: str) -> None:
-        """Refuses values out of bounds; `group` is the group of the configuration that has these keys."""
+        """Refuses values out of bounds; `group` is the group of the configuration that has these keys.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         for key in ("lr", "adam_eps"):
             require(0 < getattr(self, key) < math.inf, f"{group}.{key}", getattr(self, key), "a positive number")
         require(0 <= self.min_lr_ratio <= 1, f"{group}.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
@@ -55,7 +59,11 @@ class SamplingConfig:
     top_p: float = 1.0  # draw only from the smallest set of tokens with this probability; 1: off
 
     def check_sampling(self, group: str) -> None:
-        """Refuses values out of bounds; `group` is the group of the configuration that has these keys."""
+        """Refuses values out of bounds; `group` is the group of the configuration that has these keys.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
         require(self.max_new_tokens > 0, f"{group}.max_new_tokens", self.max_new_tokens, "a positive integer")
         require(self.temperature >= 0, f"{group}.temperature", self.temperature, ">= 0 (0 is greedy)")
         require(self.top_k >= 0, f"{group}.top_k", self.top_k, ">= 0 (0 is off)")
@@ -63,7 +71,8 @@ class SamplingConfig:
 
 
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
-    """Refuses invalid shares of mixed corpora, and shares that leave nothing to the corpus of the stage.
+    """Refuses shares of mixed corpora that are no whole per cents between 0 and 1 (both excluded), or sum up to 1 or
+    more, so that nothing is left to the corpus of the stage.
 
     Args:
         key: the key of `shares` for messages.
@@ -176,7 +185,7 @@ class StageGroup:
         return {}
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage trains on."""
         return ()
 
@@ -215,7 +224,7 @@ class TrainingGroup(StageGroup):
             require(every >= 0, f"stage.eval_tasks.{task}", every, "0 (only at the end) or a positive number of steps")
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         return (self.corpus,) if self.corpus else ()
 
 
@@ -258,7 +267,8 @@ class TrainerGroup(OptimizerConfig, TrainingGroup):
         require(0 <= self.ema_decay < 1, "stage.ema_decay", self.ema_decay, "in [0, 1) (0 is off)")
 
     def _check_schedule(self) -> None:
-        """Refuses an unknown schedule, and a decay that is longer than the steps after the warm-up.
+        """Refuses an unknown schedule or form of decay, a share outside (0, 1], a decay that is longer than the steps
+        after the warm-up, and `decay_steps` with a schedule that does not read it.
 
         Raises:
             ConfigError: names the key and what would be accepted.
@@ -293,6 +303,6 @@ class StageConfig(TrainerGroup):
         check_shares("stage.mix", self.mix, own="stage.corpus")
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage trains on: `corpus`, then those in `mix`."""
         return tuple(name for name in (self.corpus, *sorted(self.mix or {})) if name)

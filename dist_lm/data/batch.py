@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import FirstToken
 
-WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for those that count
+SELECT_BELOW = 0.9  # if fewer targets than this share count, logits are computed for those that count
 LOGIT_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
@@ -66,6 +66,8 @@ class Batch:
     def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
         """Returns a batch with one document per sequence, in which all targets count, on the device of the tokens.
 
+        Logits are computed for all positions, `sequence_B` is 0 .. B-1, and `n_tokens` stays 0.
+
         Args:
             tokens_BT: (B, T) int64.
             targets_BT: (B, T) int64; None: the next tokens; the last target is the first token.
@@ -85,15 +87,18 @@ class Batch:
         """Returns the batch on `device`, with its boundaries. A GPU copies it from pinned memory: nobody waits."""
         # A copy from pageable memory would block the host until it is done.
         needs_pinning = device.type == "cuda" and self.tokens_BT.device.type == "cpu" and not self.tokens_BT.is_pinned()
-        host_batch = self.pin_memory() if needs_pinning else self._bounded()
+        host_batch = self.pin_memory() if needs_pinning else self._with_boundaries()
         return host_batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
         """Returns the batch in page-locked host memory, with its boundaries."""
-        return self._bounded()._each(torch.Tensor.pin_memory)
+        return self._with_boundaries()._each(torch.Tensor.pin_memory)
 
-    def _bounded(self) -> Self:
-        """Adds boundaries, if the batch is in host memory: on a GPU the host would wait to learn their number."""
+    def _with_boundaries(self) -> Self:
+        """Returns the batch with its boundaries, or itself if it has them, is on a GPU, or holds trees.
+
+        On a GPU the host would wait to learn their number.
+        """
         if self.boundary is not None or self.document_BT.device.type != "cpu":
             return self
         # The attention of trees does not use boundaries, and their number in a fake tensor is unknown.
@@ -139,7 +144,7 @@ class Documents(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SequenceContent:
     """The content of one sequence, a row of a batch."""
 
     corpus: Documents
@@ -147,7 +152,7 @@ class Row:
 
 
 def assemble(
-    rows: Sequence[Row],
+    rows: Sequence[SequenceContent],
     numbers: Sequence[int],
     *,
     seq_len: int,
@@ -158,17 +163,17 @@ def assemble(
 ) -> Batch:
     """Returns one `Batch` of `len(rows)` sequences in host memory.
 
-    Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding is a document of its own and does not count
-    in the loss. The loss mask of the corpus decides which targets count; without a mask all targets count. A longer row
-    is an error of the caller.
+    Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding does not count in the loss or in
+    `n_tokens`, and with `document_mask` it is a document of its own. The loss mask of the corpus decides which targets
+    count; without a mask all targets count. A longer row is an error of the caller (numpy's ValueError).
 
     Args:
         rows: slices of documents, `seq_len + 1` tokens with the last target.
         numbers: global sequence numbers.
         seq_len: T, in tokens.
-        document_mask: whether attention stays inside a document. False: a row is one document.
-        reset_positions: whether positions start at 0 in each document.
-        first_token: of the tokenizer; None: documents begin with end-of-text.
+        document_mask: whether attention stays inside a slice. False: a row is one document, with its padding.
+        reset_positions: whether positions start at 0 in each slice, also in one that continues a document.
+        first_token: stands in the inputs in place of the end-of-text that opens a document; None: inputs keep that.
 
     Raises:
         ArtefactError: a tar that the corpus reads from is damaged.
@@ -222,7 +227,7 @@ def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
     """Returns `Batch.logit_index_N`, the positions for which logits are computed; None (all) if that costs little more.
 
     They are (N,) int64 indices into B * T, rising; N is a multiple of `LOGIT_MULTIPLE`, filled up with positions that
-    do not count.
+    do not count. N is 0 if no target counts.
 
     Args:
         learned: (B, T); not 0 where the target counts.
@@ -230,7 +235,7 @@ def logit_indices(learned: np.ndarray) -> torch.Tensor | None:
     uncounted = np.flatnonzero(learned == 0)
     n_counted = learned.size - len(uncounted)
     size = -(-n_counted // LOGIT_MULTIPLE) * LOGIT_MULTIPLE
-    if size >= WORTH_CHOOSING * learned.size:
+    if size >= SELECT_BELOW * learned.size:
         return None
 
     # The last uncounted positions fill the number up to the multiple.

@@ -37,9 +37,11 @@ VENDORED = re.compile(
 
 
 def reason_to_drop(document: Document, source: SourceConfig, cleaning: CleaningConfig, n_bytes: int) -> str:
-    """Returns why a document is dropped, a key of the report such as `too_short`; empty if it is kept.
+    """Returns why a document is dropped, by the first rule that it breaks; empty if it is kept.
 
-    Conversations and rankings are judged by length and licence alone, because the other rules are about files of text.
+    The reasons, keys of the report: too_short, licence, undecodable, generated, minified, vendored. Rules that
+    `cleaning` turns off (false, 0, no licences) drop nothing. Conversations and rankings are judged by length and
+    licence alone, because the other rules are about files of text.
 
     Args:
         source: that of the document; folders of its own path do not count as vendored.

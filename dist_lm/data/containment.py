@@ -74,10 +74,12 @@ class HeldOutIndex:
         """Finds the windows of held-out texts that a batch of train texts in UTF-8 has, and remembers them in the
         index.
 
+        Several threads may call it at once.
+
         Returns:
             (len(texts),) bool: texts that are refused, because they contain a protected text (see the module: more than
             half of its windows, or a short text letter by letter), or more than half of their own windows are in
-            protected texts. Their windows are not remembered.
+            protected texts. Their windows are not remembered. A protected text below `CUT` words refuses none.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
@@ -109,7 +111,7 @@ class HeldOutIndex:
         return refused
 
     def contained(self) -> set[int]:
-        """Returns the indices of the held-out texts that the compared train texts contain."""
+        """Returns the indices of the held-out texts that the train texts compared so far contain."""
         contained = set(self._contained_short)
         if WINDOW in self._tables:
             table = self._tables[WINDOW]
@@ -119,6 +121,9 @@ class HeldOutIndex:
 
     def _holders(self, size: int, owners: np.ndarray, ids: np.ndarray, texts: Sequence[bytes]) -> list[int]:
         """Returns the numbers of the train texts that contain a protected text; a number may come several times.
+
+        Contained is one of which the train text has more than half of the windows, or, below `SHORT` words, one that
+        stands letter by letter in it. A text below `CUT` words never counts.
 
         Args:
             size: words of a window.
@@ -162,7 +167,13 @@ class Comparison:
         self._refused: set[bytes] = set()
 
     def add(self, name: bytes, text: str) -> None:
-        """Compares a train text, at once or with the next batch."""
+        """Compares a train text in a thread, with the batch that it fills or with a later one.
+
+        Waits while too many batches are unfinished. The text must be Unicode.
+
+        Args:
+            name: `finish` returns it if the text is refused.
+        """
         content = text.encode()
         self._names.append(name)
         self._contents.append(content)
@@ -172,7 +183,7 @@ class Comparison:
             self._collect(2 * self._threads)
 
     def finish(self) -> set[bytes]:
-        """Returns the names of the texts that are refused, once all are compared."""
+        """Waits until all texts are compared, ends the threads, and returns the names of the texts that are refused."""
         # The last batch is smaller than `BATCH_BYTES`.
         self._submit()
         self._collect(0)
@@ -290,7 +301,11 @@ class _Table:
         self._filter[self._hashes >> self._shift] = True
 
     def find(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Finds the windows that held-out texts have: their indices in `windows`, and their ids here."""
+        """Finds the windows that held-out texts have: their indices in `windows`, and their ids here, (hits,) each.
+
+        Args:
+            windows: (n,) uint64 hashes.
+        """
         # The bitmap rejects nearly all windows, so that few are searched for.
         bits = (windows >> self._shift).view(np.int64)
         indices = np.flatnonzero(self._filter.take(bits, mode="clip"))  # four times as fast as indexing

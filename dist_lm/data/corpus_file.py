@@ -73,11 +73,13 @@ def corpus_file(
 ) -> str:
     """Returns the text of the corpus file; writes nothing. The text was read back and compared.
 
+    A source without `licence_column` gets an empty `licence`, with a comment that asks the user to fill it in.
+
     Args:
-        command: the words of the command line that was typed.
-        out: the path of the file.
+        command: the words of the command line that was typed; the first comment quotes them.
+        out: the path of the file; its stem is `name` in the text.
         by_corpus: the sources of each corpus.
-        documents: number of documents by corpus and language.
+        documents: number of documents by corpus and language, for comments; every corpus must be there.
         remarks: comments on the whole file.
 
     Raises:
@@ -114,8 +116,9 @@ def corpus_file(
 def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
     """Yields the commands that train on the file: a line for each stage, in the order of the pipeline.
 
-    By default a stage starts from the model of the stage before, and stage=tools mixes in the corpora of both.
-    Overrides take out what the file lacks.
+    The stages are language, code and tools, as far as `corpora` names them; other corpora give no line. By default a
+    stage starts from the model of the stage before, and stage=tools mixes in the corpora of both. Overrides take out
+    what the file lacks.
     """
     # `corpus=NAME` names a file in the folder corpus/ of --config-dir.
     command = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
@@ -150,7 +153,7 @@ def _check(text: str, expected: Mapping[str, Any], out: Path) -> None:
     """Reads the text as the launch does and compares it; returns nothing.
 
     Raises:
-        ConfigError: it is no YAML, or holds something else than `expected`.
+        ConfigError: it is no YAML, or holds something else than `expected`, as `${...}` in a name would; names `out`.
     """
     # A name with ${...} in it would be replaced.
     try:

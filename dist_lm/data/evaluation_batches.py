@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dist_lm.data.batch import Batch, Row, assemble
+from dist_lm.data.batch import Batch, SequenceContent, assemble
 from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
 from dist_lm.data.sequences import packed
@@ -48,7 +48,10 @@ class Ring:
         self.n_rows = -(-corpus.n_tokens // seq_len)
 
     def sequence(self, row: int) -> list[DocumentSlice]:
-        """Returns the inputs of a sequence and its last target: at the corpus's end fewer than `seq_len + 1` tokens."""
+        """Returns the inputs of sequence `row` and its last target: `seq_len + 1` tokens, at the corpus's end fewer.
+
+        The very last target is the end-of-text of document 0.
+        """
         begin = row * self._seq_len
         end = begin + self._seq_len + 1
         slices = self._row.slices(begin, min(end, self._row.n_tokens))
@@ -114,9 +117,9 @@ class EvaluationBatches:
             yield self._batch(numbers)
 
     def _batch(self, numbers: list[int]) -> EvaluationBatch:
-        """Returns the micro-batch of these sequences, with the language code of every target, (B, T) int64.
+        """Returns the micro-batch of these sequences, in host memory, with the language code of every target.
 
-        The code is -1 where the target does not count.
+        Codes are (B, T) int64, of the document that the target belongs to; -1 where the target does not count.
 
         Args:
             numbers: global sequence numbers; a negative one is an empty row, which fills the batch.
@@ -126,7 +129,7 @@ class EvaluationBatches:
         """
         rows = [self._rows.sequence(number) if number >= 0 else [] for number in numbers]
         batch = assemble(
-            [Row(self.corpus, slices) for slices in rows],
+            [SequenceContent(self.corpus, slices) for slices in rows],
             numbers,
             seq_len=self.seq_len,
             document_mask=self.document_mask,
@@ -150,7 +153,7 @@ class EvaluationBatches:
 
 
 def micro_batches_of_rank(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
-    """Yields the micro-batches of a rank as lists of sequence numbers.
+    """Yields the micro-batches of a rank as lists of `micro_batch` sequence numbers, as many on every rank.
 
     A rank that runs out gets rows of padding (-1), because a forward is collective and all ranks need as many.
 
@@ -177,7 +180,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
         documents: (language, UTF-8 text) of each document.
 
     Returns:
-        The ratio of compressed bits to bytes of text, under `all` and each language.
+        The ratio of compressed bits to bytes of text, under `all` and each language; without text no entry.
     """
     # Documents are compressed one by one, because a model does not see the others either.
     sums: dict[str, tuple[int, int]] = {}

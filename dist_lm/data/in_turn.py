@@ -29,7 +29,7 @@ class _BoundedReader(SourceReader):
 
         Raises:
             _LimitReachedError: the next document would probably exceed the limit.
-            ConfigError: as `SourceReader.read`.
+            ConfigError: as `SourceReader.read`. What the reader raises passes.
         """
         for candidate in super().read(source):
             if isinstance(candidate, Document):
@@ -43,16 +43,20 @@ class _BoundedReader(SourceReader):
 
 
 def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[Document]:
-    """Yields documents of all corpora of texts that are in train whatever `val_tokens` is, cleaned.
+    """Yields documents of all corpora of texts that are in train whatever `val_tokens` is, with placeholders for
+    secrets and addresses.
 
-    The next document comes from the source of which the fewest bytes were read, so all sources give the same amount
-    until they end. Nothing is compared: a document that contains one of a source with `held_out` is among them.
+    Sources with `held_out` are not read. The next document comes from the source of which the fewest bytes were read,
+    so all sources give the same amount until they end. Nothing is compared: a document that contains one of a source
+    with `held_out` is among them. Duplicates inside a corpus are dropped.
 
     Args:
-        limit_bytes: of text in UTF-8 that is read, of all sources together, dropped documents included.
+        seed: of generated sources.
+        limit_bytes: of text in UTF-8 that is read, of all sources together, dropped documents included. Reading ends,
+            without an error, before a document as large as the largest one so far could exceed it.
 
     Raises:
-        ConfigError, ArtefactError: as `screening.screened`.
+        ConfigError, ArtefactError: as `screening.screened`; sources that the limit cuts short are not judged.
     """
     reader = _BoundedReader(seed, limit_bytes, config.max_document_bytes)
     # With the largest share, a document that is train here is train whatever `val_tokens` is.

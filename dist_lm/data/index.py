@@ -90,11 +90,12 @@ def index_path(tar: Path) -> Path:
 def open_index(tar: Path, shard: Shard) -> ShardIndex:
     """Returns the index of `tar`: read from the file beside it if the manifest names it, else rebuilt and saved.
 
-    A tar that was touched since the index was written is hashed, which reads it whole. In a folder that is not writable
-    nothing is saved, and a warning is logged.
+    A tar that was touched since the index was written is hashed, which reads it whole; so is one without a usable
+    index. In a folder that is not writable nothing is saved, and a warning is logged.
 
     Raises:
-        ArtefactError: the tar is missing or differs from its entry `shard` in the manifest.
+        ArtefactError: the tar is missing or damaged, or differs from its entry `shard` in the manifest.
+        OSError: the tar or the index cannot be read, or the index cannot be written.
     """
     # The size costs a `stat`; the hash, which reads the tar, waits until the index gives a reason.
     if (state := shard_state(tar, shard, hashes=False)) != "ok":
@@ -142,9 +143,12 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: Path) -> ShardIndex | None:
-    """Returns the index that `save_index` wrote to `path`; None if the file is missing or damaged.
+    """Returns the index that `save_index` wrote to `path`; None if the file is missing, damaged or of another version.
 
-    Whether it fits its tar is not checked.
+    Whether it fits its tar is not checked. The arrays are read-only.
+
+    Raises:
+        OSError: the file is there and cannot be read.
     """
     try:
         content = path.read_bytes()
@@ -175,7 +179,7 @@ def load_index(path: Path) -> ShardIndex | None:
 def build_index(tar: Path) -> ShardIndex:
     """Returns the index of `tar`, made from the lengths, sizes and languages of every member; tokens are not read.
 
-    Nothing is written.
+    Nothing is written. A tar without members gives an empty index.
 
     Raises:
         ArtefactError: the tar is damaged, or a member has the wrong form; the message names it.
@@ -213,7 +217,11 @@ def build_index(tar: Path) -> ShardIndex:
 
 
 def member_checksums(tar: Path, index: ShardIndex) -> list[int]:
-    """Computes the CRC-32 of all bytes of each member, headers included."""
+    """Computes the CRC-32 of all bytes of each member, headers included.
+
+    Raises:
+        OSError: the tar cannot be read.
+    """
     checksums = []
     with tar.open("rb") as file:
         for begin, end in zip(index.members["begin"].tolist(), index.members["end"].tolist(), strict=True):
@@ -278,7 +286,7 @@ def _member(
 
     Raises:
         ArtefactError: a part is missing, of another type, or of another length.
-        ValueError, KeyError: npy header or JSON of a part is damaged.
+        ValueError, KeyError, TypeError: npy header or JSON of a part is damaged.
     """
     if missing := [part for part in _PARTS if part not in parts]:
         raise ArtefactError(f"{tar}: member {key} has no {missing[0]}; it was not written by stage=shards")

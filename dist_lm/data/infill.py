@@ -23,7 +23,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from dist_lm.data.batch import Row
+from dist_lm.data.batch import SequenceContent
 from dist_lm.data.keys import Shuffle, key, splitmix64
 from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
 from dist_lm.data.token_corpus import TokenCorpus
@@ -74,8 +74,10 @@ def rearranged(
 ) -> np.ndarray:
     """Returns a slice whose tokens [begin, end) are the middle, rearranged: (n + 3,), of the same dtype.
 
+    `tokens` is not changed.
+
     Args:
-        tokens: (n,)
+        tokens: (n,) ids.
         begin: at least 1 if `opens`.
         form: PSM | SPM.
         opens: whether the slice opens its document: the first token is end-of-text and stays first.
@@ -93,7 +95,7 @@ def rearranged(
 
 
 def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
-    """Inverts `rearranged` in both forms; returns any other slice as it is."""
+    """Returns the plain slice, (n,), that `rearranged` made `tokens`, (n + 3,), of; any other slice as it is."""
     if marks.prefix not in tokens[:2]:
         return tokens
 
@@ -102,19 +104,20 @@ def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
     return np.concatenate([tokens[:prefix], tokens[prefix + 1 : suffix], tokens[mid + 1 :], tokens[suffix + 1 : mid]])
 
 
-def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
-    """Draws begin and end of the middle of a slice of `length` tokens; all pairs of different cuts are equally likely.
+def middle_of(length: int, draw_key: int, opens: bool = True) -> tuple[int, int]:
+    """Draws the middle, tokens [begin, end) of a slice of `length` tokens; all pairs of cuts are equally likely.
 
-    The middle is never empty; the text before it or behind it may be. Equal arguments give the same cuts.
+    The middle is never empty; the text before it or behind it may be. The end-of-text that opens the slice is in none
+    of the three.
 
     Args:
         length: in tokens, with the end-of-text that opens the slice; at least one other token.
-        word: the 64-bit key of the draw.
+        draw_key: of 64 bits; equal keys give equal draws.
         opens: as for `rearranged`.
     """
     head = int(opens)
     n_cuts = length - head + 1  # from before the first token to behind the last
-    draws = splitmix64(word, 2).tolist()
+    draws = splitmix64(draw_key, 2).tolist()
 
     # The second cut is drawn from one fewer and skips the first.
     first_cut = draws[0] % n_cuts
@@ -156,7 +159,7 @@ class InfillEpoch:
             most: eligible slices of a sequence; of more slices the longest are eligible.
         """
         self._corpus, self._order, self._marks = corpus, order, infill.marks
-        self._word = (Shuffle.INFILL_MIDDLES, seed, epoch)
+        self._key_prefix = (Shuffle.INFILL_MIDDLES, seed, epoch)
 
         # A slice ends where its document or its sequence ends. The tail of the epoch is in no sequence.
         end = order.n_sequences * order.seq_len
@@ -174,11 +177,11 @@ class InfillEpoch:
                 largest_hash = np.partition(hashes, count - 1)[count - 1]
                 self.form[self.eligible[hashes <= largest_hash]] = form
 
-    def row(self, i: int) -> Row:
+    def content(self, i: int) -> SequenceContent:
         """Returns the i-th sequence visited, with its last target.
 
         A rearranged slice is longer by `ADDED` tokens than the text it is made of. Behind such a slice the last target
-        is end-of-text.
+        is end-of-text. Only the slices are computed here; the tokens are read, and rearranged, when they are asked for.
         """
         begin = self._order.begin(i)
         end = begin + self._order.seq_len
@@ -202,7 +205,7 @@ class InfillEpoch:
             slices[-1] = DocumentSlice(document, start, stop + 1)
         else:
             slices.append(following)
-        return Row(_Rearranged(self._corpus, self._marks, self._word, rearranged_slices), slices)
+        return SequenceContent(_Rearranged(self._corpus, self._marks, self._key_prefix, rearranged_slices), slices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +214,7 @@ class _Rearranged:
 
     corpus: TokenCorpus
     marks: InfillMarks
-    word: tuple[int, ...]
+    key_prefix: tuple[int, ...]
     rearranged_slices: Mapping[DocumentSlice, tuple[int, int]]  # slice with marks -> form, and end in the document
     has_mask = False
 
@@ -228,7 +231,7 @@ class _Rearranged:
 
         # The key holds neither rank nor sequence number: the layout and a resume change no cut.
         opens = start == 0
-        cuts = middle_of(len(plain), key(*self.word, document, start), opens)
+        cuts = middle_of(len(plain), key(*self.key_prefix, document, start), opens)
         return rearranged(plain, *cuts, self.marks, form, opens)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -237,7 +240,7 @@ class _Rearranged:
 
 
 def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray:
-    """Selects the slices that are long enough, of each sequence at most `most`: their numbers, rising.
+    """Selects slices of at least `LEAST` tokens, of each sequence the `most` longest: their numbers, rising.
 
     Args:
         lengths: (slices,) tokens.

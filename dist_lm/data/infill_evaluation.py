@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from dist_lm.data.batch import Row, assemble
+from dist_lm.data.batch import SequenceContent, assemble
 from dist_lm.data.evaluation_batches import EvaluationBatch, evenly_spaced, micro_batches_of_rank
 from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearranged
 from dist_lm.data.keys import Shuffle, key
@@ -41,8 +41,10 @@ class HeldOutMiddles:
 
     @cached_property
     def _slices(self) -> np.ndarray:
-        """Returns the slices to evaluate, over all ranks: (slices, 3) document, begin and end of the slice in the
-        document.
+        """Returns the slices to evaluate, over all ranks: (slices, 3) integers, document, begin and end of the slice in
+        the document.
+
+        At most `limit`, evenly spread. A rest of a document below `LEAST` tokens is left out.
         """
         size = self.seq_len - ADDED
         lengths = self.corpus.lengths
@@ -62,6 +64,9 @@ class HeldOutMiddles:
 
         Args:
             document: the number of a slice, as `assemble` sees every slice as a document.
+
+        Raises:
+            ArtefactError: a tar is damaged.
         """
         number, first, last = self._slices[document].tolist()
         begin, end = self._middle(document)
@@ -82,8 +87,8 @@ class HeldOutMiddles:
             yield self._batch(numbers)
 
     def _batch(self, slice_numbers: list[int]) -> EvaluationBatch:
-        """Returns the micro-batch of these slices; the language, (B, T) int64, is -1 except for the targets of the
-        middles.
+        """Returns the micro-batch of these slices, in host memory; the language, (B, T) int64, is -1 except for the
+        targets of the middles.
 
         Args:
             slice_numbers: a negative one is an empty row, which fills the batch.
@@ -95,7 +100,7 @@ class HeldOutMiddles:
         rows = []
         for b, slice_number in enumerate(slice_numbers):
             if slice_number < 0:
-                rows.append(Row(self, []))
+                rows.append(SequenceContent(self, []))
                 continue
 
             document, first, last = self._slices[slice_number].tolist()
@@ -103,7 +108,7 @@ class HeldOutMiddles:
             length = end
             if self.marks:
                 length = last - first + ADDED
-            rows.append(Row(self, [DocumentSlice(slice_number, 0, length)]))
+            rows.append(SequenceContent(self, [DocumentSlice(slice_number, 0, length)]))
 
             # The middle is at the end of the text; a target is one position before its token.
             middle_targets = slice(length - (end - begin) - 1, length - 1)

@@ -46,7 +46,7 @@ class SplitRule:
 
     def split_of(self, corpus_name: str, record: Screened) -> str:
         """Returns the split of a document, `train` or `val`, whether it is dropped or not."""
-        if record.source.held_out:
+        if record.source_config.held_out:
             return "val"
         return split_of_group(record.group, self.held_out[corpus_name])
 
@@ -69,7 +69,7 @@ class _Val(NamedTuple):
     comparison: Comparison
 
 
-class Texts:
+class TextSplits:
     """Reads the sources of a configuration, and decides on the splits of its texts when they are first needed."""
 
     def __init__(
@@ -95,7 +95,9 @@ class Texts:
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """Yields the documents of one corpus before they are divided.
+        """Yields the documents of one corpus before they are divided, without duplicates.
+
+        With `cleaning.across_corpora`, the corpora of texts before it are read first: a text of theirs is a duplicate.
 
         Raises:
             ConfigError, ArtefactError: as `screening.screened`.
@@ -124,7 +126,9 @@ class Texts:
 
     @cached_property
     def split_rule(self) -> SplitRule:
-        """The rule for all texts. Corpora that were not compared yet are read.
+        """The rule for all texts, kept for later calls. Corpora that were not compared yet are read.
+
+        Waits for the comparison and ends its threads; nothing can be compared behind it.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -138,7 +142,9 @@ class Texts:
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Compares train of `corpora` with val, unless that was done.
+        """Reads `corpora` and compares their train texts with val, those that were not compared yet.
+
+        The first call reads all corpora of texts once more, to choose val. Threads may go on when it returns.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -152,8 +158,8 @@ class Texts:
     def comparing(self, corpus_name: str, records: Iterable[Screened]) -> Iterator[Screened]:
         """Yields the same documents, and compares the train texts among them with val, unless that was done.
 
-        The corpus counts as compared only if the iterator is read to its end. The first call reads all corpora, to
-        choose val.
+        The corpus counts as compared only if the iterator is read to its end. The first one that is read chooses val
+        before it yields, which reads all corpora. Comparing goes on in threads; `split_rule` waits for them.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -175,7 +181,7 @@ class Texts:
     def _val(self) -> _Val:
         """Returns val of all corpora of texts, at most `val_tokens` of a corpus, with an index of its texts.
 
-        Reads all corpora once.
+        Reads all corpora once, and makes the threads of the comparison. `split_rule` deletes the value.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -186,7 +192,7 @@ class Texts:
         for name in text_corpora(self.config):
             shares[name], chosen = self._choose(name)
             texts |= {record.key: record.document.text for record in chosen}
-            protected |= {record.key for record in chosen if record.source.held_out or name in self.frozen}
+            protected |= {record.key for record in chosen if record.source_config.held_out or name in self.frozen}
             del chosen  # the documents of one corpus are in memory at a time
         keys = list(texts)
         index = HeldOutIndex([*texts.values()], [key in protected for key in keys])
@@ -195,8 +201,10 @@ class Texts:
     def group_split_rule(self, corpus_name: str) -> SplitRule:
         """Returns the rule for the conversations or rankings of a corpus. Reads its sources with `held_out`.
 
+        Train documents that share a group with a document of such a source will be dropped (contains_val).
+
         Raises:
-            ConfigError, ArtefactError: as `SourceReader.read`.
+            ConfigError: there is no such corpus; or as `SourceReader.read`, whose ArtefactError passes too.
         """
         groups = {
             candidate.group
@@ -210,7 +218,8 @@ class Texts:
     def _choose(self, corpus_name: str) -> tuple[float, list[Screened]]:
         """Returns the share of groups of a corpus, in [0, 1], that is held out by hash, and all held-out documents.
 
-        Reads the corpus.
+        Reads the corpus. The share is halved until the held-out text fits `val_tokens`; it is 0 if a source has
+        `held_out`.
 
         Raises:
             ConfigError: the sources with `held_out` alone exceed `val_tokens`; or as `screened`.
@@ -221,7 +230,7 @@ class Texts:
         chosen: list[Screened] = []
         size = 0
         for record in self.screened(corpus_name):
-            if record.source.held_out or split_of_group(record.group, share) == "val":
+            if record.source_config.held_out or split_of_group(record.group, share) == "val":
                 chosen.append(record)
                 size += record.n_bytes
 
@@ -245,7 +254,7 @@ def split_documents(
     corpus_name: str,
     seed: int,
     report: IngestReport,
-    texts: Texts | None = None,
+    text_splits: TextSplits | None = None,
     rejected: TextIO | None = None,
 ) -> Iterator[tuple[str, Document, SourceConfig]]:
     """Yields `(split, document, source)` of every document of a corpus: all of train, then all of val, by source.
@@ -254,35 +263,38 @@ def split_documents(
     hash of every text that passed, to find duplicates. Before val of a text corpus is yielded, all corpora of texts
     must have been compared; those that were not are read at that point.
 
+    Secrets and addresses are replaced by placeholders, as `corpus.cleaning` says.
+
     Args:
         report: counts what is kept and dropped.
-        texts: of the same config and seed, so that the splits are decided once for several corpora; None: a new one.
+        text_splits: of the same config and seed, so that the splits are decided once for several corpora; None: a new
+            one.
         rejected: gets a line of JSON for each broken row.
 
     Raises:
-        ConfigError: the corpus or a reader does not exist, a reader yields something else than documents, or sources
-            with `held_out` exceed `val_tokens`.
-        ArtefactError: a source gives no document, too many of its rows are broken, or no document is left for
-            val or train.
+        ConfigError: the corpus or a reader does not exist, a reader yields something else than documents, sources
+            with `held_out` exceed `val_tokens`, or there are too many languages.
+        ArtefactError: a source gives no document or cannot be read, or too many of its rows are broken; after the last
+            document: none is left for val or train.
     """
-    texts = texts or Texts(config, seed)
+    text_splits = text_splits or TextSplits(config, seed)
     splits: Counter[str] = Counter()
 
     def checked(record: Screened, split: str, rule: SplitRule) -> Iterator[tuple[str, Document, SourceConfig]]:
         """Yields the document of a record, cleaned, unless the rule drops it; counts it in the report either way."""
         if reason := rule.drop_reason(split, record):
-            report.reject(record.document, record.source, reason)
+            report.reject(record.document, record.source_config, reason)
         else:
             splits[split] += 1
-            yield split, cleaned(config, record, split, report), record.source
+            yield split, cleaned(config, record, split, report), record.source_config
 
-    records = texts.screened(corpus_name, report, rejected)
+    records = text_splits.screened(corpus_name, report, rejected)
     is_text = form_of(config, corpus_name) == "text"
     if is_text:
-        rule = texts.train_rule()
-        records = texts.comparing(corpus_name, records)
+        rule = text_splits.train_rule()
+        records = text_splits.comparing(corpus_name, records)
     else:
-        rule = texts.group_split_rule(corpus_name)
+        rule = text_splits.group_split_rule(corpus_name)
 
     # Val stays in memory: only all of train tells which of its documents are dropped.
     val = []
@@ -293,7 +305,7 @@ def split_documents(
             yield from checked(record, "train", rule)
 
     if is_text:
-        rule = texts.split_rule
+        rule = text_splits.split_rule
     for record in val:
         yield from checked(record, "val", rule)
 
@@ -323,8 +335,9 @@ def largest_share(config: CorpusConfig, corpus_name: str) -> float:
 
 
 def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestReport) -> Document:
-    """Returns the document with placeholders for secrets and addresses, as `corpus.cleaning` says, and counts it as
-    kept.
+    """Returns the document with placeholders for secrets and addresses, as `corpus.cleaning` says.
+
+    Counts it in `report` as kept in `split`, with the placeholders.
     """
     document, steps = record.document, config.cleaning
     # In the JSON of a conversation, an escape before an address would count as a part of it.

@@ -87,8 +87,9 @@ def inputs_of(source: SourceConfig, *, hashes: bool = False) -> Inputs:
         hashes: read every input that is taken and add its SHA-256.
 
     Raises:
-        ConfigError: the reader does not exist or does not take a key of the source.
-        ArtefactError: there is nothing to read, or a folder or URL cannot be listed.
+        ConfigError: the reader does not exist or does not take a key of the source, or there is nothing to read.
+        ArtefactError: a folder, URL or data set cannot be listed; UnreachableError, one of these, if the hub is silent.
+        OSError: with `hashes`, an input cannot be read.
     """
     list_inputs = traits_of(reader_of(source)).inputs
     if list_inputs is None:
@@ -123,10 +124,10 @@ def hashed(listing: Inputs) -> Inputs:
 
 
 def changes(before: Inputs, now: Inputs) -> list[str]:
-    """Returns how the inputs that are taken differ, in words for people; empty if they are the same.
+    """Returns how the inputs that are taken differ, in words for people: one text for a kind of difference.
 
-    Two hashes decide where both listings have them; otherwise size, time of change and ETag do. Another order is a
-    difference, too.
+    The list is empty if they are the same. A text names at most `NAMED` files. Two hashes decide where both listings
+    have them; otherwise size, time of change and ETag do. Another order is a difference, too.
     """
     old = {file.name: file for file in before.taken}
     new = {file.name: file for file in now.taken}

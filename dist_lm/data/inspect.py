@@ -31,11 +31,12 @@ SEQ_LENS = (512, 768, 1024, 2048, 4096)  # the table shows the share of longer c
 def inspect_corpus(directory: Path) -> dict[str, Any]:
     """Returns counts, integrity and origins of a corpus for JSON. Reads and hashes every tar.
 
-    Damage is no error: it is the `state` of a shard (`ok` or what is wrong) or a line of `problems`. A missing index is
-    saved.
+    Damage of a tar or its origins is no error: it is the `state` of a shard (`ok` or what is wrong) or a line of
+    `problems`, as is a file that the manifest does not name. A missing index is saved.
 
     Raises:
-        ArtefactError: `directory` is not a corpus.
+        ArtefactError: `directory` is not a corpus, its manifest or journal is damaged, or it has another format.
+        OSError: a tar cannot be read, or an index cannot be written.
     """
     manifest = _manifest(directory)
     states = verify(directory, manifest)
@@ -95,7 +96,11 @@ def licences_of(directory: Path, manifest: Manifest) -> Counter[str]:
 
 
 def verify(directory: Path, manifest: Manifest) -> dict[str, str]:
-    """Compares every byte of every tar with the manifest: tar name -> `ok` or the difference."""
+    """Compares every byte of every tar with the manifest: tar name -> `ok` or the difference. A missing index is saved.
+
+    Raises:
+        OSError: a tar cannot be read, or an index cannot be written.
+    """
     return {
         shard.name: _state(directory, name, shard, manifest.recipe.vocab_size)
         for name, split in manifest.splits.items()
@@ -104,13 +109,16 @@ def verify(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def print_corpus(directory: Path, console: Console) -> bool:
-    """Prints `inspect_corpus` and a document of each language.
+    """Prints `inspect_corpus` and the beginning of a document of each language; without these if a tar is damaged.
+
+    Reads and hashes every tar; a missing index is saved.
 
     Returns:
         Whether every tar is intact, the origins of its documents can be read, and the folder holds nothing else.
 
     Raises:
-        ArtefactError: `directory` is not a corpus, its manifest is damaged, or its train split is empty.
+        ArtefactError: `directory` is not a corpus, its manifest or journal is damaged, or its train split is empty.
+        OSError: a tar cannot be read, or an index cannot be written.
     """
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))
@@ -164,7 +172,14 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
-    """Returns `ok`, or what is wrong with a tar. Reads it whole; a missing index is saved."""
+    """Returns `ok`, or what is wrong with a tar. Reads it whole; a missing index is saved.
+
+    Args:
+        vocab_size: of the corpus; every token id must be below.
+
+    Raises:
+        OSError: the tar cannot be read, or the index cannot be written.
+    """
     state = shard_state(directory / shard.name, shard, hashes=True)
     if state != "ok" or not shard.counts.documents:
         return state
@@ -182,7 +197,8 @@ def _count_origins(tar: Path, shard: Shard, licences: Counter[tuple[str, str]], 
     """Counts the documents of a tar by (language, licence), and by origin.
 
     Raises:
-        ArtefactError: the index is damaged.
+        ArtefactError: the tar is damaged.
+        OSError, ValueError, KeyError, ZstdError: the origins cannot be read, or are not those of the tar.
     """
     index = open_index(tar, shard)
     for code, document in zip(index.documents["language"].tolist(), list(read_origins(tar)), strict=True):
@@ -272,7 +288,8 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
     Needs the tokenizer of the corpus in the work directory, two folders above; without it, prints a line that says so.
 
     Raises:
-        ArtefactError: train is empty or damaged.
+        ArtefactError: train is empty or damaged, or the tokenizer cannot be read.
+        UserError: the package that the tokenizer needs is not installed.
     """
     model = WorkDirectory(directory.resolve().parents[1]).tokenizer_model
     if not model.is_file() or durable.sha256_of(model) != tokenizer_sha256:

@@ -48,10 +48,13 @@ class Journal:
         """Begins or continues the build of `directory`: keeps the tars that are finished, removes other files of ours.
 
         Makes the folder, hashes the finished tars, writes a new journal, and then removes the manifest, so the corpus
-        is incomplete from here on. Tars of another recipe are removed.
+        is incomplete from here on. Tars of another recipe are removed, and in each split the first tar that is not
+        intact with all behind it.
 
         Raises:
-            ArtefactError: the folder holds files that are not ours, or its manifest or journal is damaged.
+            ArtefactError: the folder holds files that are not ours, or its manifest or journal is damaged. Nothing is
+                changed then.
+            OSError: a file cannot be read, written or removed.
         """
         directory.mkdir(parents=True, exist_ok=True)
         ours = require_only_ours(directory)
@@ -113,7 +116,9 @@ def require_only_ours(directory: Path) -> set[str]:
 
     Raises:
         ArtefactError: there are foreign files or folders.
-        ManifestError, FormatError: the manifest or the journal cannot be read, so nobody knows which files are ours.
+        ManifestError, FormatError (both ArtefactError): the manifest or the journal cannot be read, so nobody knows
+            which files are ours.
+        OSError: there is no such folder.
     """
     ours, foreign = entries(directory)
     if foreign:
@@ -128,10 +133,12 @@ def require_only_ours(directory: Path) -> set[str]:
 def entries(directory: Path) -> tuple[set[str], list[str]]:
     """Returns the names of files in a corpus folder that manifest or journal name, and those of all other entries.
 
-    A foreign folder ends in a slash; temporary files of ours count as ours.
+    Manifest, journal and `rejected.jsonl` are among the first; temporary files of ours count as ours. The names of the
+    others are sorted, and a folder ends in a slash.
 
     Raises:
         ArtefactError: the manifest or the journal cannot be read.
+        OSError: there is no such folder.
     """
     named = {path.name for path in (manifest_path(directory), journal_path(directory)) if path.is_file()}
     if named:
@@ -151,7 +158,7 @@ def entries(directory: Path) -> tuple[set[str], list[str]]:
 
 
 def _named_tars(directory: Path) -> Iterator[str]:
-    """Yields the names of the tars that manifest and journal name.
+    """Yields the names of the tars that manifest and journal name, finished or begun; a name may come twice.
 
     Raises:
         ArtefactError: the manifest or the journal cannot be read.
@@ -163,7 +170,9 @@ def _named_tars(directory: Path) -> Iterator[str]:
 
 
 def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
-    """Returns the finished tars that a build of `recipe` may keep, by split.
+    """Returns the finished tars that a build of `recipe` may keep, by split; empty if all are of another recipe.
+
+    They are those of the journal, or else of the manifest. Tars are not read.
 
     Raises:
         ArtefactError: the manifest or the journal cannot be read.
@@ -198,7 +207,7 @@ def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Sha
     A last line without a line end does not count.
 
     Raises:
-        ManifestError: a line is damaged, or the journal is of another format.
+        ManifestError (an ArtefactError): a line is damaged, or the journal is of another format.
     """
     recipe, begun, finished = None, [], {split: [] for split in SPLITS}
     path = journal_path(directory)

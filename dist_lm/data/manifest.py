@@ -4,7 +4,7 @@ The manifest is written last: a folder without a manifest is not a corpus. It ho
 edited manifest is refused.
 
 Inputs and content are recorded and compared later. Inputs are the files and URLs that the sources of a corpus read.
-Content is the part of a corpus that training sees: tokens, lengths, masks and verdicts, in their order. Sources,
+Content is the part of a corpus that training sees: tokens, lengths, masks and rankings, in their order. Sources,
 licences and how documents are cut into tars do not count, so a corpus that was built again from the same text has the
 same content.
 """
@@ -104,7 +104,7 @@ class Split:
 
     @property
     def content(self) -> str:
-        """The hash of tokens, lengths, masks and verdicts, in the order of the documents."""
+        """The hash of tokens, lengths, masks and rankings, in the order of the documents."""
         return content_sum(shard.content for shard in self.shards)
 
 
@@ -138,7 +138,7 @@ class Manifest:
         return {name: split.content for name, split in self.splits.items()}
 
     def require_tokenizer(self, sha256: str, directory: Path) -> None:
-        """Refuses another tokenizer than the one that wrote the shards in `directory`.
+        """Refuses another tokenizer than the one that wrote the shards in `directory`; returns nothing.
 
         Raises:
             ArtefactError: names both tokenizers.
@@ -200,8 +200,9 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         ArtefactError: the corpus is missing or unfinished.
-        ManifestError: the manifest is damaged, or was edited.
-        FormatError: the corpus has another format.
+        ManifestError (an ArtefactError): the manifest is damaged, or was edited.
+        FormatError (an ArtefactError): the corpus has another format.
+        OSError: the file cannot be read.
     """
     path = manifest_path(directory)
     if not directory.is_dir():
@@ -299,11 +300,12 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str
     do not.
 
     The inputs are listed now, which asks servers of URLs. A data set of the hub that has a newer commit is no
-    difference: nobody here changed it. A corpus without recorded inputs has no difference.
+    difference: nobody here changed it. A corpus without recorded inputs has no difference. Sources are compared in
+    their order; one that was added or removed is no difference either.
 
     Raises:
         ConfigError: the corpus or a reader does not exist, or a source has nothing to read.
-        ArtefactError: the inputs cannot be listed, or the manifest cannot be read.
+        ArtefactError: the inputs cannot be listed, or the corpus is missing or its manifest cannot be read.
     """
     recorded = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
     if not recorded:
@@ -318,7 +320,7 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
     """Returns how settings that JSON can hold differ, in words for people: one line for each key; empty if they are
-    equal.
+    equal. A missing key counts as None.
 
     Args:
         key: the path of both values in the settings; empty at the top.
@@ -340,10 +342,11 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
-    """Records the content hashes of the corpora that `run` trains on.
+    """Writes the content hashes of the corpora that `run` trains on to its folder, in place of an earlier record.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
+        OSError: the record cannot be written.
     """
     content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
     durable.write_json(run.corpora, content)
@@ -352,11 +355,12 @@ def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
 def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
     """Refuses to continue `run` on other content than it began with; returns nothing.
 
-    Corpora that are missing, or that the run did not record, are not compared. Hashes of the manifests are compared,
-    tars are not read.
+    Corpora that are missing, or that the run did not record, are not compared, and a run without a record passes.
+    Hashes of the manifests are compared, tars are not read.
 
     Raises:
-        ArtefactError: names the corpus, the splits that differ, and the run; or a manifest cannot be read.
+        ArtefactError: names the corpus, the splits that differ, and the run; or a manifest or the run's record cannot
+            be read.
     """
     recorded = durable.read_json(run.corpora)
     for name in corpora:
@@ -378,10 +382,11 @@ def require_inputs(run: RunDirectory, config: CorpusConfig, corpora: Sequence[st
     """Refuses to continue `run` if a corpus would be built again first, because its inputs have changed; returns
     nothing.
 
-    A corpus that is missing, or whose inputs or manifest cannot be read, is not compared.
+    The inputs are listed now, as by `changed_inputs`. A corpus that is missing, or whose inputs or manifest cannot be
+    read (UserError), is not compared.
 
     Raises:
-        ArtefactError: names the corpus and its inputs.
+        ArtefactError: inputs changed; names the run, the corpus and what changed.
     """
     for name in corpora:
         if not manifest_path(run.work.corpus(name)).is_file():

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from dist_lm.config.corpus import CorpusConfig
 from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, next_commands, one_line
-from dist_lm.data.ingest import BYTES_PER_TOKEN, Texts
+from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.opening import brief
@@ -45,7 +45,7 @@ class Survey:
     is_whole: bool = True
 
     def worst_source(self) -> tuple[str, float]:
-        """Returns the source with the largest share of broken rows, and that share."""
+        """Returns the source with the largest share of broken rows, and that share in [0, 1]; ("", 0) without one."""
         reasons = {row["reason"] for row in self.broken}
         shares = [("", 0.0)]
         for name, tally in self.report.sources.items():
@@ -66,17 +66,20 @@ def new_corpus(
 ) -> None:
     """Writes the corpus file `out` for data, and prints what the data holds.
 
-    The data is read, perhaps from URLs, and counted before the file is written; nothing is built.
+    The data is read, perhaps from URLs, and counted before the file is written; nothing is built. The folder of `out`
+    is created first, and stays after an error.
 
     Args:
         paths: files, folders, globs or URLs of the data.
         sample_bytes: text that is read of each corpus, in bytes.
         force: replace an existing file.
-        taken: the corpus files of dist_lm, whose names no other file may have.
+        reserved_names: the corpus files of dist_lm, whose names no other file may have.
 
     Raises:
-        ConfigError: `out` is no path for a corpus file, there is no data, or its columns do not make documents.
-        ArtefactError: data cannot be listed or read, or too many of its rows are broken.
+        ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
+            too many languages.
+        ArtefactError: data cannot be listed or read, gives no document, or nearly all of its rows are broken. Fewer
+            broken rows are printed and noted in the file.
     """
     _check_out(out, force, reserved_names)
     for path in paths:
@@ -107,19 +110,21 @@ def new_corpus(
 
 
 def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
-    """Returns the counts of a corpus, read, cleaned and without duplicates, up to `sample_bytes` of text.
+    """Returns the counts of a corpus, read, cleaned and without duplicates.
+
+    Reading ends with the document that reaches `sample_bytes` of text in UTF-8; then `is_whole` is False.
 
     Raises:
         ConfigError, ArtefactError: as `screening.screened`.
     """
     counts = Survey()
     rejected = io.StringIO()
-    for record in Texts(config, seed=0).screened(corpus_name, counts.report, rejected):
+    for record in TextSplits(config, seed=0).screened(corpus_name, counts.report, rejected):
         document = record.document
         counts.documents[document.language] += 1
         counts.bytes[document.language] += record.n_bytes
         counts.licences[document.licence or "not given"] += 1
-        counts.sources[source_name(record.source)] += 1
+        counts.sources[source_name(record.source_config)] += 1
         if counts.bytes.total() >= sample_bytes:
             counts.is_whole = False
             break
@@ -128,7 +133,9 @@ def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
 
 
 def _too_broken(counts: Survey) -> str:
-    """Returns advice about a source that a launch would refuse for its broken rows; empty if there is none."""
+    """Returns advice about the source with the largest share of broken rows, if a launch would refuse it; else an empty
+    text.
+    """
     limit = CorpusConfig.max_bad_fraction
     name, share = counts.worst_source()
     if share <= limit:
@@ -178,7 +185,7 @@ def _absolute(path: str) -> str:
 def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
     """Groups the proposals by the corpora that the stages read: language, code and tools, in this order.
 
-    Reads up to `GLANCE_BYTES` of each source of texts. Corpora without a source are left out.
+    Reads about `GLANCE_BYTES` of each source of texts to tell prose from code. Corpora without a source are left out.
 
     Raises:
         ConfigError, ArtefactError: as `survey`.
@@ -197,7 +204,7 @@ def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
 
 
 def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Console) -> None:
-    """Prints the counts of a corpus, its sources, and what a build would drop."""
+    """Prints the counts of a corpus, its sources and licences, what a build would drop, and the size of shards."""
     part = "" if counts.is_whole else f", the first {gib(counts.bytes.total())} of text"
     table = Table("language", title=f"corpus {name}{part}", title_justify="left")
     table.add_column("documents", justify="right")

@@ -61,16 +61,16 @@ class EpochOrder:
     ) -> None:
         """`lengths`: (documents,) tokens; `continues`: see `shuffled_documents`."""
         self.seq_len = seq_len
-        word = key(Shuffle.TEXT_DOCUMENTS, seed, epoch)
-        self.concatenation = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
+        shuffle_key = key(Shuffle.TEXT_DOCUMENTS, seed, epoch)
+        self.concatenation = Concatenation(lengths, shuffled_documents(len(lengths), shuffle_key, continues))
         self.n_sequences = sequences_an_epoch(self.concatenation.n_tokens, seq_len)
 
         # A second shuffle, so that the parts of one long document do not meet in a batch.
-        self._cuts = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
+        self._cut_of_visit = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
 
     def begin(self, i: int) -> int:
         """Returns the position in the concatenated tokens where the i-th sequence visited begins."""
-        return int(self._cuts[i]) * self.seq_len
+        return int(self._cut_of_visit[i]) * self.seq_len
 
     def sequence(self, i: int) -> list[DocumentSlice]:
         """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
@@ -79,20 +79,21 @@ class EpochOrder:
         return self.concatenation.slices(begin, begin + self.seq_len + 1)
 
 
-def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -> np.ndarray:
+def shuffled_documents(n: int, shuffle_key: int, continues: np.ndarray | None = None) -> np.ndarray:
     """Returns the numbers 0 .. n-1 in the order of an epoch: (n,) int64.
 
     Args:
-        word: the 64-bit key of the shuffle; equal keys give equal orders.
-        continues: (n,) bool; a document stays directly behind the one before it. None: none does.
+        shuffle_key: of 64 bits; equal keys give equal orders.
+        continues: (n,) bool; a document stays directly behind the one before it. None: none does. That of document 0
+            does not matter.
     """
     if continues is None or not continues.any():
-        return permutation(n, word)
+        return permutation(n, shuffle_key)
 
     # Groups of documents that stay together are shuffled; a stable sort keeps their documents in order.
     group_of_document = np.cumsum(~continues) - (not continues[0])
     rank_of_group = np.empty(group_of_document[-1] + 1, np.int64)
-    rank_of_group[permutation(len(rank_of_group), word)] = np.arange(len(rank_of_group))
+    rank_of_group[permutation(len(rank_of_group), shuffle_key)] = np.arange(len(rank_of_group))
     return np.argsort(rank_of_group[group_of_document], kind="stable")
 
 

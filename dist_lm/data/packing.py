@@ -43,7 +43,7 @@ class Packing:
         return 1 - int(self.lengths[self.documents].sum()) / capacity
 
     def report(self) -> dict[str, float]:
-        """Returns `{sequences, padding, documents, left_out}` for JSON."""
+        """Returns `{sequences, padding, documents, left_out}` for JSON: numbers of an epoch, and a share in [0, 1]."""
         return {
             "sequences": self.n_rows,
             "padding": self.padding,
@@ -56,7 +56,7 @@ class Packing:
         return self.slices(self._in_rows, row)
 
     def slices(self, in_rows: np.ndarray, row: int) -> list[DocumentSlice]:
-        """Returns the documents of one row.
+        """Returns the documents of one row, whole, in the order of `in_rows`.
 
         Args:
             in_rows: (packed documents,) document numbers, row after row.

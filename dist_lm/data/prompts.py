@@ -42,7 +42,7 @@ def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
         key: the configuration key, for messages.
 
     Raises:
-        ConfigError: no file matches, or a file is neither .jsonl nor .txt.
+        ConfigError: `where` is empty, no file matches, or a file is neither .jsonl nor .txt.
     """
     path = Path(where).expanduser()
     files = [path]
@@ -58,13 +58,16 @@ def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
 
 
 def count_prompts(files: Sequence[Path], key: str = "stage.prompts") -> dict[str, Any]:
-    """Counts the prompts and hashes the files: `{prompts, files: [{name, sha256}]}`.
+    """Counts the prompts, invalid ones included, and hashes the files: `{prompts, files: [{name, sha256}]}`.
+
+    Reads every file.
 
     Args:
         key: the configuration key, for messages.
 
     Raises:
         ConfigError: there are no prompts, the first line of a file has no `prompt`, or two prompts have the same id.
+        OSError: a file cannot be read.
     """
     for file in files:
         _check_keys(file, key)
@@ -75,7 +78,11 @@ def count_prompts(files: Sequence[Path], key: str = "stage.prompts") -> dict[str
 
 
 def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
-    """Yields every prompt, invalid ones included, one at a time."""
+    """Yields every prompt, invalid ones included, one at a time.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
     number = 0
     for file in files:
         for line_number, line in _lines(file):
@@ -84,9 +91,9 @@ def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
 
 
 def _check_keys(file: Path, key: str) -> None:
-    """Refuses a file whose first line has no `prompt`: probably the field has another name in every line.
+    """Refuses a .jsonl whose first line has no `prompt`: probably the field has another name in every line.
 
-    A first line that is broken passes: `read_prompts` gives it an error.
+    A first line that is broken passes: `read_prompts` gives it an error. A .txt and an empty file pass too.
 
     Args:
         key: the configuration key, for messages.
@@ -115,7 +122,7 @@ def _count(files: Sequence[Path], key: str) -> int:
         key: the configuration key, for messages.
 
     Raises:
-        ConfigError: there are none, or two have the same id.
+        ConfigError: there are none, or two have the same id (1 and "1" are the same).
     """
     # Lines of .txt have their number as id, so no two are equal.
     if all(file.suffix == ".txt" for file in files):
@@ -150,6 +157,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(number: int, line: bytes, file: Path, line_number: int) -> Prompt:
     """Returns the prompt of a line; an invalid line gives a prompt with its `error`. Nothing is raised.
+
+    A lone surrogate in any field makes the line invalid, and so does an id that is neither a text nor an integer.
 
     Args:
         number: of the prompt, from 0 over all files; it is the id if the line has none.
@@ -197,10 +206,10 @@ def _parse(number: int, line: bytes, file: Path, line_number: int) -> Prompt:
 
 
 def _load(text: str) -> Any:
-    """Parses JSON.
+    """Parses JSON of any kind.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: it is none (NaN and Infinity are none), or nested too deeply.
     """
 
     def refuse(constant: str) -> None:  # NaN and Infinity, which Python accepts, are not JSON

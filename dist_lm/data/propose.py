@@ -72,14 +72,15 @@ class Proposal:
 
 def propose(path: str) -> list[Proposal]:
     """Returns a source for each kind of data at `path`: a file, a folder, a glob or a URL. Reads the first rows of
-    tables.
+    tables, and asks servers of URLs.
 
-    A kind that cannot be described is left out with a note, unless it is most of the data.
+    The sources are in alphabetical order of their readers. A kind with less than `LEAST` of the bytes, and one that
+    cannot be described, is left out with a note, unless it is most of the data.
 
     Raises:
-        ConfigError: there is nothing that a reader takes; the message says what there is. Or the largest kind cannot be
-            described.
-        ArtefactError: a folder or URL cannot be listed.
+        ConfigError: there is no such path, or nothing that a reader takes; the message says what there is. Or the
+            largest kind cannot be described.
+        ArtefactError: a folder or URL cannot be listed, or the first file of a kind cannot be read.
     """
     listing = list_files(SourceConfig(reader="files", path=[path]), _all_files)
     files_by_kind: dict[str, list[Input]] = {}
@@ -130,7 +131,7 @@ def is_code(texts: Iterable[str]) -> bool:
 
 
 def language_of_paths(rows: Sequence[Row]) -> str:
-    """Returns the language of most rows, by the suffixes in a column of paths; empty if there is none."""
+    """Returns the language of at least `MOSTLY` of the rows, by the suffixes in a column of paths; else empty."""
     for name in PATHS:
         paths = [str(row[name]).lower() for row in rows if row.get(name)]
         suffixes = [PurePosixPath(path).suffix.removeprefix(".") for path in paths if "://" not in path]
@@ -141,7 +142,7 @@ def language_of_paths(rows: Sequence[Row]) -> str:
 
 
 def check_text(key: str, text: str) -> None:
-    """Refuses an empty text, and one that the configuration would replace by something else.
+    """Refuses an empty text, and one that the configuration would replace by something else; returns nothing.
 
     Args:
         key: what `text` is, for the error.
@@ -162,7 +163,8 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
     """Guesses the columns of rows.
 
     `column` is that of messages (a list of mappings with `role`), else one that is usual for text, else the one with
-    the longest texts. A column for language, licence or name is guessed by its usual names.
+    the most text. Beside a column of text, those for language, licence and name are guessed by their usual names; of
+    conversations only `column` is returned. All rows are read.
 
     Returns:
         The keys of a source -> column (empty if no column holds text), and whether the rows are conversations.
@@ -205,10 +207,10 @@ def _all_files(name: str) -> str:
 
 
 def _kind(name: str, is_named: bool) -> str:
-    """Returns the name of the reader of a file, such as jsonl; empty if none takes it.
+    """Returns the name of the reader of a file by its suffix, such as jsonl; empty if none takes it.
 
     Args:
-        is_named: whether it is the only file, so that a .json file holds rows.
+        is_named: whether it is the only file: then a .json file holds rows, and any other suffix is a text.
 
     Raises:
         ConfigError: the scheme of a URL is not supported.
@@ -231,7 +233,7 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
         notes: remarks that come first.
 
     Raises:
-        ConfigError: the rows make no documents.
+        ConfigError: the rows make no documents, are several texts each, or have a column whose name cannot be written.
         ArtefactError: the first file cannot be read, or the files cannot be listed.
     """
     if kind == "files":
@@ -283,7 +285,7 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
 
 
 def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:
-    """Reads the first rows of the first file.
+    """Returns the first rows of the first file, at most `ROWS`, broken ones included.
 
     Raises:
         ArtefactError: the file cannot be read.
@@ -305,7 +307,10 @@ def _texts(rows: Iterable[Row], column: str) -> Iterable[str]:
 
 
 def _check_header(name: str, columns: Sequence[str]) -> None:
-    """Refuses a table whose columns are separated by another character, or whose first row is data.
+    """Refuses a table whose columns are separated by another character, or whose first row is data. Returns nothing.
+
+    Args:
+        columns: the names in the first row.
 
     Raises:
         ConfigError: the message begins with `name`, the file.
@@ -330,7 +335,9 @@ def _check_header(name: str, columns: Sequence[str]) -> None:
 
 
 def _check_shape(name: str, rows: Sequence[Row]) -> None:
-    """Refuses rows that are several texts, because one column alone would be read.
+    """Refuses rows that are several texts, because one column alone would be read. Returns nothing.
+
+    Rows with a column of a usual name for text, or with messages, pass.
 
     Raises:
         ConfigError: the rows are rankings, or questions with answers; the message begins with `name`, the file.

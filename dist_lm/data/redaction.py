@@ -67,7 +67,10 @@ class Redacted(NamedTuple):
 
 
 def redacted(text: str, *, secrets: bool, emails: bool) -> Redacted:
-    """Replaces the secrets and e-mail addresses of a text. The counts are those of the placeholders."""
+    """Returns the text with `<KEY>` for each secret and `<EMAIL>` for each address, and their counts.
+
+    `secrets` and `emails` choose what is replaced. The first search for secrets imports the patterns: half a second.
+    """
     # Secrets first: a password in a URL ends at an @, and would look like the name in an address.
     n_secrets = n_emails = 0
     if secrets and (spans := merged([*secret_spans(text)])):
@@ -81,12 +84,13 @@ def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
     r"""Replaces the secrets and addresses in the strings of a JSON text, the form of conversations in a corpus.
 
     The strings are searched one by one: an escape before an address would count as a part of it (`\nann@x.org`).
-    Keys of objects stay. A text without a find, or that is no JSON, is returned as it is.
+    Keys of objects stay. A text without a find, or that is no JSON, is returned as it is, byte by byte, with counts of
+    0; a text with a find is written again by `json.dumps`.
     """
     n_secrets = n_emails = 0
 
     def redact_strings(node: Any) -> Any:
-        """Returns a copy of the value with clean strings, and counts what was replaced."""
+        """Returns a copy of a JSON value with clean strings; adds what was replaced to both counts."""
         nonlocal n_secrets, n_emails
         if isinstance(node, dict):
             return {key: redact_strings(child) for key, child in node.items()}
@@ -113,7 +117,10 @@ def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
 
 
 def secret_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yields `(begin, end)` of keys and tokens, as indices of characters, in no order; they may overlap."""
+    """Yields `(begin, end)` of keys and tokens, as indices of characters, in no order; they may overlap.
+
+    Of a password in an address only the password is in the span; other secrets reach to the end of their token.
+    """
     lowered = text.lower()
     for words, plugin in _plugins():
         if words and not any(word in lowered for word in words):
@@ -151,7 +158,10 @@ def email_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the spans from first to last, with those joined that overlap; spans that touch stay apart."""
+    """Returns the spans `(begin, end)` from first to last, those that overlap joined; spans that touch stay apart.
+
+    `spans` is not changed.
+    """
     disjoint: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
         if disjoint and begin < disjoint[-1][1]:

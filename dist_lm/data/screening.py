@@ -72,7 +72,7 @@ class IngestReport:
 
     def keep(self, record: "Screened", split: str, replaced: Mapping[str, int]) -> None:
         """Counts one document that is kept; `replaced`: placeholder -> times."""
-        for tally in self._tallies(record.document, record.source):
+        for tally in self._tallies(record.document, record.source_config):
             tally.keep(split, record.n_bytes, replaced)
 
     def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
@@ -89,7 +89,7 @@ class Screened(NamedTuple):
     """A document that is no duplicate and passes all checks."""
 
     document: Document
-    source: SourceConfig
+    source_config: SourceConfig
     key: bytes  # hash of the text
     group: str  # hexadecimal hash that decides between train and val
     n_bytes: int  # UTF-8
@@ -105,13 +105,14 @@ class SourceReader:
         self.room = CACHED_CHARACTERS
 
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
-        """Yields everything that a source gives, in its order.
+        """Yields everything that a source gives, broken rows included (`Rejected`), in its order.
 
-        A source that was read to its end stays in memory while there is room; later calls do not read it again.
+        A source that was read to its end stays in memory while there is room (`CACHED_CHARACTERS` for all sources);
+        later calls do not read it again. `preloaded` sources are never read.
 
         Raises:
-            ConfigError: the reader does not exist, or yields something else than documents of its form. What the reader
-                raises passes, an ArtefactError above all.
+            ConfigError: the reader does not exist, does not take a key of the source, or yields something else than
+                documents of its form. What the reader raises passes, an ArtefactError above all.
         """
         name = repr(source)
         if name in self._cache:
@@ -148,10 +149,10 @@ class RowErrors:
         self._n_bad = self._n_rows = 0
 
     def counted(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """Yields the same candidates, and counts them. A source whose first rows are mostly broken ends early, without
-        an error.
+        """Yields the same candidates, broken ones included, and counts them.
 
-        Broken rows are written to `rejected`.
+        A broken row, `Rejected` with an error, is also written to `rejected`. A source with `HOPELESS` broken rows that
+        are most of its rows ends early, without an error: `check` raises it.
         """
         for candidate in candidates:
             self._n_rows += 1
@@ -199,14 +200,15 @@ def screened(
     A source ends after `source.limit` documents (0: all). Its broken rows are judged when it ends.
 
     Args:
-        keys: hashes of the texts that came before (16 bytes each); those of this corpus are added. A text of a
-            source with `held_out` is compared only with the texts of such sources of this corpus.
-        report: counts what is dropped.
+        keys: hashes of the texts that came before (16 bytes each); those of this corpus are added, except those of
+            sources with `held_out`. A text of such a source is compared only with other such sources of this corpus.
+        report: counts what is dropped; `IngestReport.keep` is left to the caller.
         rejected: gets a line of JSON for each broken row.
 
     Raises:
-        ConfigError: as `SourceReader.read`, there is no such corpus, or there are too many languages.
-        ArtefactError: a source gives no document, or too many of its rows are broken.
+        ConfigError: as `SourceReader.read`, there is no such corpus, or there are more than `LANGUAGES` languages.
+        ArtefactError: a source gives no document or cannot be read; or too many of its rows are broken, which is known
+            after its last document.
     """
     held_out: set[bytes] = set()
     languages: set[str] = set()
@@ -263,7 +265,8 @@ def check_candidate(candidate: object, source: SourceConfig) -> None:
     """Refuses what is neither a document of the reader's form nor `Rejected`; returns nothing.
 
     Raises:
-        ConfigError: names the reader and what it yielded.
+        ConfigError: names the reader and what it yielded: no document, text of another type, another form, or a
+            group that does not begin with 16 hexadecimal digits.
     """
     if isinstance(candidate, Rejected):
         return
@@ -300,6 +303,8 @@ def source_place(source: SourceConfig) -> str:
 
 def _screen(document: Document, source: SourceConfig, config: CorpusConfig, keys: set[bytes]) -> tuple[Screened, str]:
     """Returns the document with its hashes, and why it is dropped (empty: it is not). `keys` is not changed.
+
+    Texts that differ only in their line ends have one hash. A text that is not Unicode has empty hashes and 0 bytes.
 
     Args:
         keys: hashes of earlier texts; a document whose text has one of these hashes is a duplicate.

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dist_lm.data.batch import Row
+from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.order import EpochOrder, sequences_an_epoch
@@ -33,7 +33,10 @@ class Epochs(Generic[Order]):
         self._cache: dict[int, Order] = {}
 
     def locate(self, number: int) -> tuple[Order, int]:
-        """Returns the order of the epoch that holds sequence `number`, and its number inside the epoch."""
+        """Returns the order of the epoch that holds sequence `number`, and its number inside the epoch.
+
+        An order is computed once, and kept until `CACHED_EPOCHS` other epochs were asked for.
+        """
         epoch, i = divmod(number, self._n_sequences)
         if epoch not in self._cache:
             self._cache[epoch] = self._order(epoch)
@@ -89,14 +92,14 @@ class CorpusSequences:
             )
         self._epochs = Epochs(self.n_sequences, self._order)
 
-    def row(self, number: int) -> Row:
+    def content(self, number: int) -> SequenceContent:
         """Returns the content of sequence `number`: `seq_len + 1` tokens, perhaps fewer of conversations and with
         `infill`.
         """
         order, i = self._epochs.locate(number)
         if isinstance(order, InfillEpoch):
-            return order.row(i)
-        return Row(self.corpus, order.sequence(i))
+            return order.content(i)
+        return SequenceContent(self.corpus, order.sequence(i))
 
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
         # Conversations stay whole; text is cut, and its slices may be rearranged.
@@ -154,7 +157,7 @@ def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: 
         kind: conversations | rankings.
 
     Raises:
-        ArtefactError: no document fits into a sequence.
+        ArtefactError: no document fits into a sequence; names the corpus, the key and the length that would fit.
     """
     # `Packing` allows one token more than `seq_len`, for the last target; rankings have none.
     targets = _only_targets(kind)

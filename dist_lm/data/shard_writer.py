@@ -68,7 +68,7 @@ class CorpusWriter:
         """Begins or continues the build; the corpus is incomplete until `finish`.
 
         Raises:
-            ArtefactError: the folder holds files that are not ours.
+            ArtefactError: the folder holds files that are not ours, or its manifest or journal is damaged.
         """
         self._journal = Journal.start(self.directory, self.recipe)
         self.kept = self._journal.documents
@@ -82,11 +82,22 @@ class CorpusWriter:
             split.abandon_tar()
 
     def write(self, split: str, document: TokenizedDocument, source: int = 0) -> None:
-        """Appends one document to `train` or `val`. `source`: number of its source in the configuration."""
+        """Appends one document to `train` or `val`; full members are written, and full tars closed and recorded.
+
+        Args:
+            source: number of its source in the configuration.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         self._splits[split].write(document, source)
 
     def finish_split(self, split: str) -> None:
-        """Writes the pending documents of a split, and closes its tar: no document of it follows."""
+        """Writes the pending documents of a split, and closes its tar: no document of it follows.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         self._splits[split].finish()
 
     def finish(
@@ -98,10 +109,10 @@ class CorpusWriter:
     ) -> Manifest:
         """Writes the last tars and the manifest, which declares the corpus complete, and removes the journal.
 
-        Arguments: as of `Manifest`.
+        Arguments: as of `Manifest`; `settings` None is empty. Returns the manifest, with all kept and new tars.
 
         Raises:
-            ArtefactError: a tar on disk differs from what was written.
+            ArtefactError: a tar on disk differs from what was written; the corpus stays incomplete.
             OSError: a file cannot be written.
         """
         splits = {}
@@ -135,7 +146,11 @@ class _SplitWriter:
         """Keeps one document, and writes the kept ones when they fill a member; that may close the tar.
 
         Args:
+            document: with tokens of the corpus' dtype, at least one, and a mask of as many (asserted).
             source: number of its source in the configuration.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         # A wrong document would be found only by its readers, in a tar that is written and hashed.
         tokens, mask = document.tokens, document.loss_mask
@@ -153,7 +168,7 @@ class _SplitWriter:
         self._finish_tar()
 
     def abandon_tar(self) -> None:
-        """Removes an unfinished tar."""
+        """Closes and removes an unfinished tar, if there is one; an error of closing is not raised."""
         if self._tar is None or self._file is None:
             return
         for opened in (self._tar, self._file):
@@ -175,8 +190,12 @@ class _SplitWriter:
         return self._path.with_name(f".{self._path.name}.tmp")
 
     def _flush_member(self) -> None:
-        """Writes the pending documents as one member of the tar; closes the tar when it is full. Does nothing without
-        documents.
+        """Writes the pending documents as one member of the tar, which it begins if none is open.
+
+        Closes the tar when it has `shard_tokens` tokens. Does nothing without documents.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         documents, self._pending = self._pending, []
         if not documents:
@@ -212,9 +231,9 @@ class _SplitWriter:
             sample["mask.npy"] = np.concatenate(masks)
         if any(continues):
             sample["continues.npy"] = np.array(continues, np.uint8)
-        if verdicts := [document.verdict for document in documents if document.verdict is not None]:
-            assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
-            sample |= member_parts(verdicts)
+        if rankings := [document.ranking for document in documents if document.ranking is not None]:
+            assert len(rankings) == len(documents), "a corpus of rankings holds only rankings"
+            sample |= member_parts(rankings)
 
         tar.write(sample)
         self._tar_origins += self._origins
@@ -226,7 +245,11 @@ class _SplitWriter:
             self._finish_tar()
 
     def _start_tar(self) -> Any:
-        """Names the next tar in the journal and opens it."""
+        """Names the next tar in the journal, opens it under its temporary name, and returns its writer.
+
+        Raises:
+            OSError: journal or tar cannot be written.
+        """
         from webdataset.writer import TarWriter  # imports torch, which takes a second
 
         # The journal first: a file that no journal names would be taken for a user's.
@@ -236,8 +259,12 @@ class _SplitWriter:
         return self._tar
 
     def _finish_tar(self) -> None:
-        """Closes and flushes the tar, writes the files beside it, renames it, and records it. Does nothing without an
-        open tar.
+        """Closes and flushes the tar, writes its origins, renames it, builds its index, and records it in the journal.
+
+        Reads the tar again for its index and hashes. Does nothing without an open tar.
+
+        Raises:
+            OSError: a file cannot be written.
         """
         if self._tar is None or self._file is None:
             return
@@ -261,6 +288,9 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
 
     Args:
         content: sum of the hashes of its documents (`content_hash`); counted modulo 2**256.
+
+    Raises:
+        OSError: the tar cannot be read.
     """
     return Shard(
         name=tar.name,
@@ -276,7 +306,7 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
 def content_hash(number: int, document: TokenizedDocument, continues: bool = False) -> int:
     """Hashes the part of document `number` of its split that training sees: a 256-bit integer.
 
-    These are tokens, mask, verdict, and whether it belongs to the repository of the document before it. Equal documents
+    These are tokens, mask, ranking, and whether it belongs to the repository of the document before it. Equal documents
     with other numbers have other hashes.
     """
     # The number makes the sum over all documents depend on their order.
@@ -285,8 +315,8 @@ def content_hash(number: int, document: TokenizedDocument, continues: bool = Fal
         digest.update(b"continues")
 
     arrays = [document.tokens, document.loss_mask]
-    if document.verdict is not None:
-        arrays += [getattr(document.verdict, field.name) for field in fields(document.verdict)]
+    if document.ranking is not None:
+        arrays += [getattr(document.ranking, field.name) for field in fields(document.ranking)]
     for array in arrays:
         if array is not None:
             digest.update(array.tobytes())
@@ -301,7 +331,10 @@ def origins_path(tar: Path) -> Path:
 def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
     """Writes the origin of every document beside `tar`, in the order of the documents, as compressed lines of JSON.
 
-    An existing file is replaced.
+    An existing file is replaced, durably.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     lines = []
     for origin in origins:
@@ -314,7 +347,11 @@ def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
 
 
 def read_origins(tar: Path) -> Iterator[Origin]:
-    """Yields the origin of every document of `tar`, in the order of the documents."""
+    """Yields the origin of every document of `tar`, in the order of the documents.
+
+    Raises:
+        OSError, ZstdError, ValueError, KeyError: the file beside the tar is missing or damaged.
+    """
     with origins_path(tar).open("rb") as file:
         content = zstandard.ZstdDecompressor().stream_reader(file)
         for line in io.TextIOWrapper(content, encoding="utf-8", newline="\n"):
@@ -323,8 +360,8 @@ def read_origins(tar: Path) -> Iterator[Origin]:
 
 
 def correct_licences(directory: Path, licences: Sequence[str]) -> None:
-    """Gives the documents of each source the licence that its configuration has now. Rewrites the files of origins and
-    the manifest; no tar changes.
+    """Gives the documents of each source the licence that its configuration has now. Rewrites the files of origins,
+    then `licences` of the manifest; no tar changes.
 
     A document whose licence came from its row keeps it.
 
@@ -333,6 +370,7 @@ def correct_licences(directory: Path, licences: Sequence[str]) -> None:
 
     Raises:
         ArtefactError: `directory` is no corpus, or its manifest cannot be read.
+        OSError, ZstdError, ValueError, KeyError: origins cannot be read or written; the files before them are correct.
     """
     manifest = read_manifest(directory)
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):

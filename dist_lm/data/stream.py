@@ -14,7 +14,7 @@ from typing import Self
 
 import torch
 
-from dist_lm.data.batch import Batch, Row, assemble
+from dist_lm.data.batch import Batch, SequenceContent, assemble
 from dist_lm.data.infill import Infill
 from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
 from dist_lm.data.token_corpus import TokenCorpus
@@ -65,7 +65,7 @@ class StepStream(Iterator[StepData]):
         self.packing = packing
         self._batch_of = batch_of
         self._global_batch = global_batch
-        self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
+        self._micro_batches = rank_micro_batches(global_batch, micro_batch, dp_rank, dp_size)
         self._pin_memory = pin_memory
         self._next_position = position  # position of the next step to prepare
         self._steps: deque[Future[StepData]] = deque()
@@ -96,7 +96,7 @@ class StepStream(Iterator[StepData]):
         self.close()
 
     def close(self) -> None:
-        """Ends the thread and drops the steps that it prepared."""
+        """Drops the prepared steps and ends the thread, after the step that it is preparing. `next` then stops."""
         self._steps.clear()
         self._thread.shutdown(cancel_futures=True)
 
@@ -106,8 +106,8 @@ class StepStream(Iterator[StepData]):
 
     def _step(self, position: int) -> StepData:
         micro_batches, tokens = [], 0
-        for cut in self._cuts:
-            batch = self._batch_of([position + offset for offset in cut])
+        for places in self._micro_batches:
+            batch = self._batch_of([position + place for place in places])
             tokens += batch.n_tokens
             micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
         return StepData(position + self._global_batch, micro_batches, tokens)
@@ -178,7 +178,7 @@ class SequenceStream(StepStream):
             ArtefactError: a tar is damaged.
         """
         return assemble(
-            [self._row(number) for number in numbers],
+            [self._content(number) for number in numbers],
             numbers,
             seq_len=self._seq_len,
             document_mask=self._document_mask,
@@ -187,13 +187,13 @@ class SequenceStream(StepStream):
             first_token=self._first_token,
         )
 
-    def _row(self, number: int) -> Row:
+    def _content(self, number: int) -> SequenceContent:
         """Returns global sequence `number`."""
         corpus, number_in_corpus = self._mix.locate(number)
-        return self.corpora[corpus].row(number_in_corpus)
+        return self.corpora[corpus].content(number_in_corpus)
 
 
-def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
+def rank_micro_batches(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
     """Returns the micro-batches of one rank as ranges of places in the `global_batch` sequences of a step.
 
     All ranks have the same number of micro-batches, of the same sizes. Only the last one may be smaller than

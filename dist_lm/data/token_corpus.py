@@ -69,10 +69,12 @@ class TokenCorpus:
     def open(cls, directory: Path, split: str) -> "TokenCorpus":
         """Returns the split of a corpus, after size and index of every tar were compared with the manifest.
 
-        Members are checked later, before their first use. A missing index is built and saved.
+        Members are checked later, before their first use. A missing or old index is built and saved (`open_index`).
 
         Raises:
-            ArtefactError: the corpus or the split is missing, empty, or differs from the manifest.
+            ArtefactError: the corpus is missing, unfinished or damaged, differs from its manifest, or has no document
+                in this split.
+            OSError: a tar cannot be read, or an index cannot be written.
         """
         manifest = read_manifest(directory)
         shards = manifest.splits.get(split, Split()).shards
@@ -121,7 +123,7 @@ class TokenCorpus:
         return np.frombuffer(self._tars.read(self._tar_of.item(member), begin, stop - start), np.uint8)
 
     def check(self) -> None:
-        """Checks every member that was not read yet.
+        """Reads and checks every member that was not read yet; returns nothing.
 
         Raises:
             ArtefactError: a member is damaged.
@@ -142,10 +144,10 @@ class TokenCorpus:
         return member
 
     def _check(self, member: int) -> None:
-        """Compares a member with its checksum, and its tokens with the vocabulary, and notes that it was checked.
+        """Reads a member whole, compares it with its checksum and its tokens with the vocabulary, and notes that.
 
         Raises:
-            ArtefactError: they do not match, or the tar cannot be read.
+            ArtefactError: they do not match, or the tar cannot be read; names the tar, the bytes and the documents.
         """
         begin, end, first_token, _, documents = self._members[member].tolist()
         tar, first = self._tar_of.item(member), self._firsts.item(member)

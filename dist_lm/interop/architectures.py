@@ -44,7 +44,7 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
     """Returns the architecture that holds `model`; if there is none, the reason as a text, which begins with the
     option.
 
-    Nothing is raised. The number of ranks and the dtype do not matter.
+    Nothing is raised or written. The number of ranks and the dtype do not matter.
     """
     head = HEADS[model.head]
     if model.value_residual:
@@ -235,7 +235,9 @@ NEVER = ("quantization_config", "auto_map")  # keys that change how weights are 
 
 
 def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dict[str, Any]:
-    """Returns the content of config.json without token ids. Nothing is checked.
+    """Returns the content of config.json without token ids, ready for JSON. Nothing is checked.
+
+    `vocab_size` is that of the model, without padding.
 
     Args:
         architecture: `architecture_of(model)`.
@@ -279,7 +281,8 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
         where: path of the file, for messages.
 
     Raises:
-        ArtefactError: names a key of config.json whose value our model lacks, or that is missing.
+        ArtefactError: names a key of config.json whose value our model lacks, or that is missing; or an option of ours
+            that is out of bounds, or whose combination no architecture has.
     """
     family_names = {family.model_type: family_name for family_name, family in FAMILIES.items()}
     family_name = family_names.get(config.get("model_type", ""))

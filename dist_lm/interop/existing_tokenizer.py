@@ -15,7 +15,7 @@ def named_tokenizer_file(config: TokenizerConfig) -> bytes:
     it.
 
     With `config.add_marks`, the marks that the tokenizer lacks are appended. The content of a file at a path is checked
-    only then.
+    only then. A path may be a folder with a `tokenizer.json` or `tokenizer.model`.
 
     Raises:
         ConfigError: there is no such file.
@@ -37,7 +37,8 @@ def named_tokenizer_file(config: TokenizerConfig) -> bytes:
 def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
     """Returns the number of pieces of the tokenizer that a configuration names, with the marks that it will get.
 
-    None: the tokenizer will be trained, or is to be kept but is missing. A tokenizer of the hub is downloaded.
+    None: the tokenizer will be trained, or is to be kept but is missing. A tokenizer of the hub is downloaded. The
+    result is cached until the file changes.
 
     Args:
         work_dir: where `tokenizer=keep` looks.

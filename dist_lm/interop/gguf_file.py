@@ -83,7 +83,7 @@ def write_gguf(
 
     Raises:
         ArtefactError: llama.cpp has no tokenizer with these ids.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or the tokenizer's cannot be read.
     """
     import gguf
 
@@ -118,7 +118,7 @@ def write_gguf(
 
 
 def names_of_tensors(architecture: Architecture, n_layers: int, tensors: Sequence[Converted]) -> dict[str, Converted]:
-    """Returns the tensors by the names of llama.cpp."""
+    """Returns the tensors by the names of llama.cpp, such as `blk.0.attn_q.weight`, in their order."""
     import gguf
 
     # The package knows its architectures by numbers of its own.
@@ -159,6 +159,10 @@ def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
 
 
 def _storage_type(tensor: Converted, kind: str) -> Any:
+    """Returns the `GGMLQuantizationType` of a tensor in a file of type `kind` (F16 | Q8_0).
+
+    It is F32 for a vector, F16 for a matrix whose rows are no multiple of `BLOCK` numbers, else `kind`.
+    """
     from gguf import GGMLQuantizationType
 
     # Norms and biases are small, and their precision matters.
@@ -172,7 +176,7 @@ def _storage_type(tensor: Converted, kind: str) -> Any:
 
 
 def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Architecture) -> None:
-    """Writes the keys of the model's name, type of file and sizes to the header of `writer`."""
+    """Adds the keys of the model's name, type of file and sizes to the header of `writer`; nothing is written yet."""
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     writer.add_type("model")
@@ -200,13 +204,14 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Archite
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Writes the keys `tokenizer.ggml.*` to the header of `writer`; reads the file of the tokenizer again.
+    """Adds the keys `tokenizer.ggml.*` to the header of `writer`; reads the file of the tokenizer again.
 
     Args:
         vocab_size: rows of the embedding; ids without a token get the name `[PADn]` and type unused.
 
     Raises:
         ArtefactError: llama.cpp has no tokenizer with these ids.
+        OSError: the file of the tokenizer cannot be read.
     """
     vocabulary = gguf_vocabulary(tokenizer, Path(tokenizer.name).read_bytes())
     # llama.cpp expects a name for every row of the embedding.

@@ -49,7 +49,7 @@ class GGUFVocabulary:
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
-    """Returns the vocabulary in `content`, the file of `tokenizer`.
+    """Returns the vocabulary in `content`, the file of `tokenizer`. A `tokenizer.json` needs the package tokenizers.
 
     Raises:
         ArtefactError: llama.cpp has no tokenizer that gives its ids; names the option.
@@ -142,7 +142,7 @@ def tokenizer_file(values: Mapping[str, Any], where: str) -> tuple[bytes, str]:
         where: path of the GGUF file, for messages.
 
     Raises:
-        ArtefactError: the tokenizer is of another kind; names the key.
+        ArtefactError: the tokenizer or its pre-tokenizer is of another kind; names the key.
     """
     keys = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
     if keys.get("model") == "gpt2":

@@ -27,12 +27,16 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
     """Writes `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` into
     `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`; makes the folder and replaces existing files.
 
-    An existing SentencePiece model is written as `tokenizer.model` instead. `chat_template` is that of
-    `chat.template`; the template of an imported model must be the kept one.
+    An existing SentencePiece model is written as `tokenizer.model` instead of `tokenizer.json`.
+
+    Args:
+        chat_template: that of `chat.template`, in which the first token of the tokenizer replaces our end-of-text; for
+            a tokenizer with a kept template that one, which is written as it is.
 
     Raises:
         ArtefactError: `model_path` is missing or is no tokenizer.
         UserError: the package `tokenizers` is not installed.
+        OSError: a file cannot be written.
     """
     tokenizer = Tokenizer.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,10 @@ WEIGHTS = "*.safetensors"
 
 
 def name_of(source: str) -> str:
-    """Returns the name of the run that an import on the way writes: that of the folder, or of the model on the hub."""
+    """Returns the name of the run that an import on the way writes: that of the folder, or of the model on the hub.
+
+    Characters that a name of a run cannot have become `-`; `model` if none is left. The hub is not asked.
+    """
     text = source.removeprefix(HF)
     folder = Path(text).expanduser()
     # The name becomes that of a folder, so it must not begin with a dot or hold a separator.
@@ -49,7 +52,8 @@ def name_of(source: str) -> str:
 def folder_of(source: str, weights: bool = True) -> Path:
     """Returns the folder that `source` names; a model of the hub is fetched into huggingface_hub's cache.
 
-    A folder of this machine comes before a model of the hub with the same name, and what it holds is not checked.
+    A folder of this machine comes before a model of the hub with the same name, and what it holds is not checked. Of a
+    model of the hub the result is the folder of its commit.
 
     Args:
         source: with or without `hf:`.
@@ -93,6 +97,8 @@ def model_in(folder: Path, name: str) -> tuple[ModelConfig, Architecture]:
 def named_model(source: str) -> ModelConfig:
     """Returns the model that `source` names, with a head for tokens: stages choose the head themselves.
 
+    A model of the hub is fetched, without its weights.
+
     Raises:
         ArtefactError, UserError: as `folder_of` and `model_in`.
     """
@@ -103,8 +109,10 @@ def named_model(source: str) -> ModelConfig:
 def named_tokenizer(source: str) -> tuple[bytes, str]:
     """Returns the content of the tokenizer of the model that `source` names, as an import writes it, and its file name.
 
+    A model of the hub is fetched, without its weights. The result is cached until a file changes.
+
     Raises:
-        ArtefactError: there is no such model, or no tokenizer that fits its embedding.
+        ArtefactError: there is no such model, it has an option that ours lacks, or no tokenizer fits its embedding.
         UserError: a package that is needed is not installed.
     """
     folder = folder_of(source, weights=False)
@@ -161,7 +169,7 @@ def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary
     """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file.
 
     Args:
-        settings: tokenizer_config.json.
+        settings: tokenizer_config.json; without `add_bos_token` nothing changes.
         content: the file of `vocabulary`; returned unchanged if it already opens texts so, or cannot.
     """
     add_bos = settings.get("add_bos_token")
@@ -179,7 +187,11 @@ def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary
 
 
 def _added_tokens(folder: Path) -> dict[int, str]:
-    """Returns the tokens that transformers adds to the file of a tokenizer, by id."""
+    """Returns the tokens that transformers adds to the file of a tokenizer, by id; empty without such files.
+
+    Raises:
+        ArtefactError: added_tokens.json or tokenizer_config.json is no JSON.
+    """
     names = {token_id: name for name, token_id in durable.read_json(folder / ADDED_TOKENS).items()}
     for token_id, token in durable.read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items():
         names[int(token_id)] = token["content"]
@@ -198,11 +210,14 @@ def chat_template_of(folder: Path) -> str:
     Of several templates with names it is the one called default.
 
     Raises:
-        ArtefactError: tokenizer_config.json is no JSON.
+        ArtefactError: tokenizer_config.json is no JSON, or the file of the template is not UTF-8.
     """
     template_path = folder / TEMPLATE
     if template_path.is_file():
-        return template_path.read_text(encoding="utf-8")
+        try:
+            return template_path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ArtefactError(f"{template_path}: byte {error.start} is not UTF-8: convert the file") from error
 
     template = durable.read_json(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(template, list):  # several templates with names
@@ -250,6 +265,7 @@ def change_of(source: str, record: dict[str, Any]) -> str:
 
     Raises:
         ArtefactError, UserError: as `folder_of`.
+        OSError: a file cannot be read.
     """
     folder = folder_of(source, weights=False)
     if not _is_folder(source):
@@ -271,7 +287,7 @@ def change_of(source: str, record: dict[str, Any]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file of the snapshot.
+    """Returns the object in a JSON file of the snapshot; an empty one if it holds another JSON value.
 
     Raises:
         ArtefactError: the file is missing, or no JSON.

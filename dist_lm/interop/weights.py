@@ -87,7 +87,10 @@ class Converted:
         return self.ours[0].endswith("attention.output")
 
     def to_theirs(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Returns their tensor from our tensors, in the order of `ours`."""
+        """Returns their tensor, of shape `shape`, from our whole, unpadded tensors in the order of `ours`.
+
+        Dtype and device stay; the result may share memory with ours.
+        """
         if len(tensors) > 1:  # (H, 3, K, ...): for each head its query, key and value
             return torch.stack(tuple(tensors), dim=1).reshape(self.shape)
 
@@ -97,7 +100,10 @@ class Converted:
         return tensor.reshape(self.shape)
 
     def to_ours(self, tensor: torch.Tensor, index: int = 0) -> torch.Tensor:
-        """Returns our tensor with this index in `ours`, from their tensor."""
+        """Returns our tensor with this index in `ours`, from their whole tensor.
+
+        Dtype and device stay; the result may share memory with theirs.
+        """
         shape = self.shapes[index]
         if len(self.ours) > 1:
             return tensor.view(shape[0], len(self.ours), *shape[1:])[:, index].contiguous()
@@ -127,6 +133,11 @@ def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[C
 
 
 def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Converted:
+    """Returns the tensor called `theirs`, with its shape, that holds our tensors `ours`.
+
+    Args:
+        shapes: as of `converted`.
+    """
     our_shapes = tuple(shapes[name] for name in ours)
     name, shape = ours[0], our_shapes[0]
     # A linear layer of theirs is (output, input); of ours, only the output of attention is (input, output).

@@ -79,8 +79,10 @@ class Muster:
         """Recruits the crew of the next attempt, which the caller releases; None if the run was interrupted during the
         wait.
 
-        From the second call on it waits cluster.node_wait_s for lost nodes, and then takes fewer if the run can shrink.
-        Every shortage gives a warning.
+        It waits cluster.start_timeout_s for enough nodes; from the second call on cluster.node_wait_s, or the longer of
+        both if the run cannot shrink. Then it takes fewer if the run can shrink, with a warning. Nodes that were found
+        unfit do not count in `room_to_grow` any more; if the crew has fewer than `nodes`, the wait before the next
+        growth doubles.
 
         Args:
             avoid: addresses of nodes to use only if there are no others.
@@ -117,7 +119,8 @@ class Muster:
         self._lost.add(id_)
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:
-        """Recruits as many nodes as there are, fewer than `most`; None if the run was interrupted. See `call`.
+        """Recruits as many nodes as there are, fewer than `most`; None if the run was interrupted. Each try is preceded
+        by a warning. See `call`.
 
         Args:
             shortage: why `most` nodes are not available.
@@ -139,7 +142,8 @@ class Muster:
         raise shortage
 
     def _recruit(self, nodes: int, timeout_s: float, avoid: Collection[str]) -> Crew | None:
-        """Returns a crew of exactly `nodes` nodes after at most `timeout_s` seconds; None if the run was interrupted.
+        """Returns a crew of exactly `nodes` nodes, after waiting at most `timeout_s` seconds until they are free and
+        then for their agents and inspection; None if the run was interrupted.
 
         Raises:
             ClusterError: too few nodes are available or fit.

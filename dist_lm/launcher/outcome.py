@@ -165,7 +165,8 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
 def next_commands(
     stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yields (purpose, shell command) of possible next steps.
+    """Yields (purpose, shell command) of possible next steps: unless it is done, to go on and to see why; then to use
+    what the run has; after it, the stage that starts from it.
 
     Raises:
         ConfigError: the stage of another package cannot be imported.

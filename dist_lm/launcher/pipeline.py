@@ -120,7 +120,8 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
         tell: called when a stage begins or is done.
 
     Raises:
-        ArtefactError: the same command is already running; the message names host and process.
+        ArtefactError: the same command is already running; the message names host and process. Or the file system has
+            no locks.
     """
     config = plan.target.config
     work, name = WorkDirectory(Path(config.work_dir)), plan.target.name

@@ -47,18 +47,20 @@ def run_pool_stage(
 ) -> bool:
     """Answers all requests and writes answers, metrics and `result.json`. Returns False if `interrupt` stopped the run.
 
-    Answers that are written already are kept: only the missing ones are computed, by engines that start for them.
+    It holds the lock of the run and writes its `config.yaml`. Answers that are written already are kept: only the
+    missing ones are computed, by engines that start for them.
 
     Args:
         job: the batch job of this process.
 
     Raises:
-        ConfigError: there are no prompts; or tracking.mode=online without a login.
+        ConfigError: there are no prompts, no sandbox here for programs of models, no GPU for device=cuda, or
+            tracking.mode=online without a login.
         ArtefactError: prompts, checkpoint or tokenizer differ from those that the run began with, or another command
             works on the run.
         ActorsLostError: no node has free resources for an engine.
         PoolFailure: engines keep dying.
-        UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
+        UserError: the weights do not fit the model, no node has enough GPUs for an engine, or as `PoolStage.work`.
     """
     stage, config, run = cast(PoolStage, planned.stage), planned.config, run_of(planned.config)
     run.samples.mkdir(parents=True, exist_ok=True)
@@ -114,13 +116,14 @@ def _opened(
     console: Console,
     interrupt: Interrupt,
 ) -> Round | None:
-    """Returns the first round, ready to be answered; None if a signal stopped it.
+    """Returns the first round, ready to be answered, with weights if answers are missing; None if a signal stopped it.
 
-    The later rounds are read too, so that what refuses one of them does so before engines work for hours.
+    The later rounds are read and closed again, so that what refuses one of them does so before engines work for hours.
 
     Raises:
         ConfigError: there are no prompts.
         ArtefactError: prompts, checkpoint or tokenizer are missing or have changed.
+        UserError: as `PoolStage.work`.
     """
     opened: Round | None = None
     with left_at_once(interrupt, console):
@@ -143,6 +146,7 @@ def _read(stage: PoolStage, config: Config, run: RunDirectory, cluster: RayClust
     Raises:
         ConfigError: there are no prompts, or the cluster lacks the device.
         ArtefactError: prompts, checkpoint or tokenizer are missing or have changed.
+        UserError: as `PoolStage.work`.
     """
     tokenizer = stage.tokenizer(config)
     with console.waiting("reading prompts"):
@@ -168,13 +172,14 @@ def _answer(
     """Starts engines, answers the missing requests, and returns (engines at the end, seconds from the first request
     on).
 
-    Each answer is passed to the work of the round, which writes it. A signal ends the loop early; then its `is_done` is
-    false.
+    The engines end with the call. Each answer is passed to the work of the round, which writes it. A signal ends the
+    loop early, or the wait for the engines; then its `is_done` is false.
 
     Raises:
         ActorsLostError: no node has free resources for an engine.
         PoolFailure: engines keep dying.
         UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
+        SandboxError: a task has programs, and they cannot be run.
     """
     # Engines start only once all prompts are read: a wrong file must not cost minutes of GPUs.
     work = opened.work
@@ -278,8 +283,8 @@ class PoolWatch:
 
 @contextmanager
 def watching_pool(config: Config, run: RunDirectory, work: PoolWork, console: Console) -> Iterator[PoolWatch]:
-    """Yields the watch of a run, which writes its metrics. At the end wandb gets the first answers and how the run
-    ended.
+    """Yields the watch of a run, which writes its metrics; lines about prompts that are answered again are removed
+    first. At the end wandb gets the first answers and how the run ended.
 
     Raises:
         ConfigError: tracking.mode=online without a login.

@@ -35,8 +35,8 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         say: shows an error to the user.
 
     Raises:
-        SystemExit: with the code of the command, with 2 after a user error or a full disk, or silently with 1 (as Click
-            does) if the reader of standard output has closed it.
+        SystemExit: with the code of the command, with 2 after a user error, a full or read-only disk or a path without
+            permission, or silently with 1 (as Click does) if the reader of standard output has closed it.
     """
     try:
         open_streams()
@@ -83,7 +83,8 @@ def open_streams() -> None:
 
 
 def disk_trouble(error: BaseException, elsewhere: str = "standard output or a file") -> str | None:
-    """Returns the message for a full or read-only disk or a path without permission; None for any other error.
+    """Returns the message for a full or read-only disk or a path without permission; None for any other error, also for
+    a permission that concerns no file.
 
     Args:
         elsewhere: name of the place, if the error has none.
@@ -150,9 +151,10 @@ class Interrupt:
 
 @contextmanager
 def watch_signals(console: Console, then: str = "writing a checkpoint, then stopping") -> Iterator[Interrupt]:
-    """Yields an `Interrupt` that signals set, instead of their usual effect; the first one is reported as a warning.
+    """Yields an `Interrupt` that Ctrl-C, TERM and USR1 set, instead of their usual effect; the first one is reported as
+    a warning.
 
-    A second Ctrl-C raises KeyboardInterrupt.
+    A second Ctrl-C raises KeyboardInterrupt. The handlers before return with the end of the block.
 
     Args:
         then: the consequence of the first signal, for the warning.
@@ -175,9 +177,11 @@ def watch_signals(console: Console, then: str = "writing a checkpoint, then stop
 
 @contextmanager
 def left_at_once(interrupt: Interrupt, console: Console) -> Iterator[None]:
-    """Inside `watch_signals`: a signal leaves the block at once, because nothing in it must be finished.
+    """Inside `watch_signals`: Ctrl-C, TERM or USR1 leaves the block at once, with a warning, because nothing in it must
+    be finished.
 
-    The code after the block checks `interrupt`.
+    No exception comes out; the code after the block checks `interrupt`. The handlers before return with the end of the
+    block.
     """
 
     def leave(number: int, frame: object) -> None:

@@ -107,7 +107,7 @@ class Attempts:
             ConfigError: no layout fits the number of nodes that are left.
             ClusterError: too few nodes are available or fit.
             GangFailure: no restart helps, or none is left.
-            ArtefactError: the ranks ended without a result or a new checkpoint.
+            ArtefactError: the ranks ended without a result or a new checkpoint, or a line of metrics is damaged.
         """
         restarts = Restarts(self.config.cluster.max_restarts, checkpoint_files.newest_step(self.run.checkpoints))
         nodes_wanted = None
@@ -139,7 +139,7 @@ class Attempts:
         """Returns the counts after a failure, which is written to the journal. A lost node is left out from now on.
 
         Raises:
-            GangFailure: no restart helps, or none is left.
+            GangFailure: no restart helps; or none is left, unless a stop was requested.
         """
         address = None
         if failure.node is not None:
@@ -185,13 +185,16 @@ class Attempts:
             )
 
     def attempt(self, config: Config, crew: Crew) -> Outcome:
-        """Writes the configuration, starts a gang on `crew` and follows it to its end. Returns how it ended, failures
-        included.
+        """Writes the configuration, removes the heartbeats of the attempt before, starts a gang on `crew` and follows
+        it to its end. Returns how it ended; failures of the gang, also at its start, are in the result.
 
         The crew is released at the end.
 
         Args:
             config: with a resolved layout for the nodes of `crew`.
+
+        Raises:
+            ArtefactError: a line of metrics is damaged.
         """
         self.count += 1
         # Heartbeats of the attempt before.
@@ -246,6 +249,9 @@ class Attempts:
 
         Args:
             start: step of the checkpoint that the attempt began from.
+
+        Raises:
+            ArtefactError: a line of metrics is damaged.
         """
         stop_requested_at: float | None = None
         grow_to: int | None = None
@@ -284,15 +290,15 @@ def run_training_stage(
 ) -> bool:
     """Runs a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
 
-    It writes the configuration and the journal of the run, and holds its lock. A run that another command has finished
-    since the plan is left as it is.
+    It writes the configuration and the journal of the run, and holds its lock. It first waits for other ranks that
+    train the run. A run that another command has finished since the plan is left as it is (True).
 
     Args:
         job: batch job of this process.
 
     Raises:
-        ConfigError: the layout does not fit the ranks of the cluster, or another command has begun the run with other
-            settings.
+        ConfigError: the layout does not fit the ranks of the cluster, another command has begun the run with other
+            settings, or tracking.mode=online without a login.
         ClusterError: too few nodes are available or fit.
         GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint, or one that no restart
             mends.

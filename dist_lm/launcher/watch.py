@@ -93,7 +93,10 @@ class WandbCopy:
             self._wandb.samples(path, step)
 
     def _link_inputs(self) -> None:
-        """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over."""
+        """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over.
+
+        A manifest that holds no JSON raises ValueError.
+        """
         config, work = self._config, self._run.work
         tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
         if tokenizer:
@@ -135,6 +138,11 @@ class WandbCopy:
         return True
 
     def _outcome(self, error: BaseException | None) -> Outcome:
+        """Returns how the run ended, and alerts wandb of a finished or failed one.
+
+        Args:
+            error: the exception that ended the launcher's block; None: it was left without one.
+        """
         # An error after the result, such as a full disk of the launcher, leaves a finished run.
         if self._run.result.exists():
             self._wandb.alert(alerts.finished(self._name, last_metrics(self._run.metrics)))
@@ -202,6 +210,9 @@ class RunWatch:
 
         Args:
             usages: host -> load of the node.
+
+        Raises:
+            ArtefactError: a complete line of metrics is damaged.
         """
         for warning in self._warnings.poll():
             self._console.warning(warning.decode(errors="replace"))
@@ -238,14 +249,15 @@ def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[Ru
     """
     # Lines of earlier attempts have earlier times.
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
-        wandb = start_wandb(config, run, console, config.streams)
+        wandb = start_wandb(config, run, console, config.corpus_names)
         with wandb or nullcontext():
             yield RunWatch(run, progress, wandb, console)
 
 
 def git_commit() -> str | None:
-    """Returns the git commit of this checkout, with `-dirty` after uncommitted changes; None without git or after ten
-    seconds."""
+    """Returns the git commit of this checkout, with `-dirty` after uncommitted changes; None without git or a
+    repository, or after ten seconds.
+    """
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

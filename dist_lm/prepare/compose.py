@@ -63,11 +63,12 @@ def register_schema(schema: type[Config]) -> None:
 def compose_config(overrides: Sequence[str]) -> Config:
     """Composes the configuration of `overrides` (`group=choice`, `key=value`) and validates it; later overrides win.
 
-    Without `stage=`, the default of conf/config.yaml applies. `model.vocab_size` follows an existing tokenizer.
+    Without `stage=`, the default of conf/config.yaml applies. `model.vocab_size` follows an existing tokenizer. Nothing
+    is written; `hf:SOURCE` of a model or tokenizer may download, and Hydra's registers of the process change.
 
     Raises:
         ConfigError: unknown key, wrong type, value out of bounds, a secret, a folder of the user that cannot be used,
-            or an invalid combination.
+            a file that is no YAML, or an invalid combination. The message is one line.
         ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
     """
@@ -113,7 +114,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
     """Sets `model.vocab_size` in `composed` to that of an existing tokenizer; with tokenizer=train it changes nothing.
 
-    It also changes nothing if the size is not known yet.
+    It also changes nothing if the size is not known yet. A tokenizer of the hub is downloaded.
 
     Raises:
         ConfigError: the command gives `model.vocab_size`, and the tokenizer has another size; or there is no tokenizer
@@ -141,8 +142,9 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
     """Returns the overrides of a command line for `target` that apply to `stage`, with `stage=` in front.
 
-    Keys `stage.KEY`, `profile.KEY` and those of groups that only `target` has are left out for an earlier stage;
-    `stages.NAME.KEY` of that stage becomes `stage.KEY`.
+    Behind it come `model=` and `tokenizer=` if they follow from `init_from=hf:SOURCE`. Keys `stage.KEY`, `profile.KEY`
+    and those of groups that only `target` has are left out for an earlier stage; `stages.NAME.KEY` of that stage
+    becomes `stage.KEY`. A file of the user that the command chooses for `target` stays (`stage=my_code`).
 
     Raises:
         ConfigError: there is no stage `target`, or the entry point of another package does not name one.
@@ -196,7 +198,8 @@ def target_stage(overrides: Sequence[str]) -> str:
     """Returns the target stage of a command line; `stage=pipeline` means the last stage of the pipeline.
 
     Raises:
-        ConfigError: no stage is given, the name is unknown, or a folder of the user cannot be used.
+        ConfigError: no stage is given, the name is unknown, a folder of the user cannot be used, or the user's stage
+            file is no YAML or names no stage.
     """
     stage_choices = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
     known_choices = choices("stage", overrides)
@@ -228,13 +231,14 @@ def _parse(text: str) -> Override:
 
 
 def _check_exists(override: Override, schema: type[Config], folders: Sequence[str], stage: str) -> None:
-    """Refuse an override that is no `key=value` or `group=choice` of `schema`.
+    """Refuses an override that is no `key=value` or `group=choice` of `schema`. Values of keys are not checked.
 
     Args:
+        folders: the overrides that name folders of the user, whose files are choices too.
         stage: the stage whose program runs.
 
     Raises:
-        ConfigError: one line that says what would be accepted.
+        ConfigError: one line that says what would be accepted; or a folder of the user cannot be used.
     """
     key, override_text = override.key_or_group, _shown(override)
     if override.is_add() or override.is_delete():
@@ -300,14 +304,14 @@ def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[
 
     Keys inside mappings, which the user chooses, get `++`. `recipe=NAME` becomes the override that adds the recipe's
     file, in front of all others, or nothing if it has no file for this stage. `model=hf:SOURCE` becomes the choice of
-    that model.
+    that model, which is downloaded without weights and stored in Hydra's ConfigStore.
 
     Args:
         folders: the overrides that name folders of the user, where recipes and experiments are looked for too.
 
     Raises:
-        ConfigError: an override is not of the form key=value, no file of the recipe is named after a stage, or the
-            experiment would lose the numbers of the model's size.
+        ConfigError: an override is not of the form key=value, no file of the recipe is named after a stage, the
+            experiment would lose the numbers of the model's size, or a folder of the user cannot be used.
         ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
         UserError: a package that is needed to read the snapshot is not installed.
     """
@@ -332,7 +336,7 @@ def _is_snapshot(override: Override) -> bool:
 
 
 def _for_hydra(override: Override, schema: type[Config]) -> str:
-    """Returns one override in Hydra's syntax; see `for_hydra`.
+    """Returns one override in Hydra's syntax; see `for_hydra`. Puts the model of `hf:SOURCE` into the ConfigStore.
 
     Raises:
         ArtefactError: the snapshot of `model=hf:SOURCE` cannot be read, or our model lacks an option of it.
@@ -384,7 +388,8 @@ def _check_corpora(parsed: Sequence[Override], folders: Sequence[str]) -> None:
     """Refuses a corpus file or override with a wrong source by its place, which OmegaConf does not know.
 
     Raises:
-        ConfigError: names the file or key of the source; without a wrong source the function returns.
+        ConfigError: names the file or key of the source, or a file that is no YAML; without a wrong source the function
+            returns.
     """
     for override in parsed:
         key, value = override.key_or_group, override.value()
@@ -425,7 +430,7 @@ def _shown(override: Override) -> str:
 
 def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config], stage: str) -> str:
     """Returns the message of a Hydra or OmegaConf error in one line, with the key=value that caused it where that is
-    known.
+    known, and without secrets.
 
     Args:
         stage: the stage whose program runs.
@@ -476,7 +481,7 @@ def _type_name(node: Any) -> str:
 
 
 def _form(node: Any) -> str:
-    """The form of a dataclass, mapping or list, for messages."""
+    """Returns the form of a dataclass, mapping or list, for messages, such as `{NAME: a number}`; else its name."""
     if is_dataclass(node):
         return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
     inner = _type_name(_inner_type(node, "NAME"))

@@ -35,7 +35,7 @@ def conf_directory() -> Path:
 
 def with_config_dir(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments of a command line with all `--config-dir DIR` as one override `hydra.searchpath=[DIR]` at
-    the end.
+    the end. Whether the folders exist is not checked.
 
     Raises:
         ConfigError: the option has no value.
@@ -64,8 +64,8 @@ def own_folders(overrides: Sequence[str]) -> list[Path]:
     """Returns the user's folders that `hydra.searchpath` names, as absolute paths; other overrides are passed over.
 
     Raises:
-        ConfigError: an entry is no folder of this machine, a folder holds no group, or a file of it is not UTF-8, ends
-            in .yml, or has the name of another file.
+        ConfigError: the value is no list of texts, an entry is no folder of this machine, a folder holds no group, or a
+            file of it is not UTF-8, ends in .yml, or has the name of another file.
     """
     search_paths = [override for override in overrides if override.startswith(f"{KEY}=")]
     folders = [_folder(entry) for override in search_paths for entry in _entries(override)]
@@ -134,7 +134,8 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
         stage: the choice of `stage=`; a file of the user that has no recipe takes that of the stage it varies.
 
     Raises:
-        ConfigError: no file of the recipe is named after a stage, or a folder of the user cannot be used.
+        ConfigError: no file of the recipe is named after a stage, a folder of the user cannot be used, or the user's
+            stage file is no YAML or names no stage.
     """
     folders = (conf_directory(), *own_folders(overrides))
     stages = dict.fromkeys((stage, program_of(stage, overrides)))
@@ -160,7 +161,7 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
     An experiment without a file is not checked.
 
     Raises:
-        ConfigError: names the file that is missing, or a file that is no YAML.
+        ConfigError: names the file that is missing, or a file that is no YAML; or a folder of the user cannot be used.
     """
     folders = (conf_directory(), *own_folders(overrides))
 
@@ -204,7 +205,7 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
     A choice without a file is returned unchanged.
 
     Raises:
-        ConfigError: the file is no YAML or names no stage.
+        ConfigError: the file is no YAML or names no stage, or a folder of the user cannot be used.
     """
     if choice in stage_names():
         return choice
@@ -248,8 +249,12 @@ def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
     """Returns a hint for error messages if a stage file of the user lacks the recipe that its program has; else an
     empty string.
 
+    Args:
+        model: name of the model, the first part of the names of recipes.
+        choice: that of `stage=`.
+
     Raises:
-        ConfigError: a folder of the user cannot be used, see `own_folders`.
+        ConfigError: as `program_of`.
     """
     program = program_of(choice, overrides)
     recipe_of_program = conf_directory() / "recipe" / f"{model}_{program}.yaml"
@@ -264,6 +269,8 @@ def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
 @contextmanager
 def one_line_for_yaml() -> Iterator[None]:
     """Turns the error of a file that is no YAML into one line with the file and its line, inside the block.
+
+    Other errors pass unchanged.
 
     Raises:
         ConfigError: in place of a YAMLError.

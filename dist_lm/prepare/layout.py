@@ -28,7 +28,8 @@ def with_layout(
 ) -> Config:
     """Returns `config` with the resolved layout of its run: no axis is -1, and auto is false.
 
-    `reshard_after_forward` becomes false if the GPUs have room for all gathered parameters.
+    `reshard_after_forward` becomes false if the GPUs have room for all gathered parameters. parallel=auto also chooses
+    the keys of `AUTO_CHOOSES`. `config` is not changed, and nothing is written.
 
     Args:
         ranks_per_node: the same on each of cluster.nodes nodes.
@@ -71,7 +72,7 @@ def with_layout(
 
 
 def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int) -> ParallelConfig | None:
-    """Returns `config.parallel` with the layout that the run recorded.
+    """Returns `config.parallel` with the layout that the run recorded; no axis is -1, and auto is false.
 
     It is None for another number of ranks, or if the command asks for another layout. Keys that the command sets stay;
     `sp`, and with parallel=auto the keys in `AUTO_CHOOSES`, are those recorded.
@@ -120,7 +121,7 @@ def for_ranks(config: Config, nodes: int, ranks_per_node: int) -> Config:
 
 
 def check_hardware(config: Config) -> None:
-    """Refuse parallel=auto if the hardware group describes another kind of device than `config.device`.
+    """Refuses parallel=auto if the hardware group describes another kind of device than `config.device`.
 
     Raises:
         ConfigError: names the key.
@@ -146,10 +147,11 @@ def sizes(config: Config, ranks_per_node: int, before: ContinuedRun | None = Non
     """Returns the numbers of nodes on which a run can continue, largest first: from cluster.nodes down to
     cluster.min_nodes.
 
-    Numbers between that no layout fits are left out; cluster.nodes is always the first.
+    cluster.min_nodes=-1 stands for cluster.nodes alone. Smaller numbers that no layout or batch fits are left out;
+    cluster.nodes is always the first.
 
     Raises:
-        ConfigError: the layout does not fit cluster.nodes.
+        ConfigError: layout or batch do not fit cluster.nodes.
     """
     fewest = config.cluster.nodes if config.cluster.min_nodes == -1 else config.cluster.min_nodes
     with_layout(config, ranks_per_node, before=before)

@@ -65,6 +65,7 @@ def plan_command(overrides: Sequence[str]) -> Plan:
         ConfigError: the command line is wrong, a run exists with other settings, or a needed stage is missing with
             prerequisites=fail.
         ArtefactError: existing files were made with other settings or cannot be read.
+        UserError: a package that is needed to read a model or tokenizer is not installed.
     """
     target = target_stage(overrides)
     check_stage_prefixes(overrides, target)
@@ -76,12 +77,12 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     """Inspects the work directory and plans `target` and every stage it needs; writes nothing.
 
     Args:
-        compose: returns the configuration of a stage, or raises ConfigError.
+        compose: returns the configuration of a stage, or raises ConfigError; called once for each stage.
 
     Raises:
-        ConfigError: a configuration is invalid, a run exists with other settings, actors have no tasks, or a needed
-            stage is missing with prerequisites=fail.
-        ArtefactError: existing files were made with other settings.
+        ConfigError: a configuration is invalid (the message names an earlier stage), a run exists with other settings,
+            actors have no tasks, or a needed stage is missing with prerequisites=fail.
+        ArtefactError: existing files were made with other settings or cannot be read. Other errors of `compose` pass.
     """
     composed = {target: compose(target)}
     starts_from = stage_named(target).starts_from
@@ -136,6 +137,8 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
     """Returns `plan` with the recorded configurations of the training runs that the command continues.
 
+    Reads their config.yaml; `plan` is not changed.
+
     Raises:
         ConfigError: a recorded configuration is invalid.
     """
@@ -155,10 +158,10 @@ def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
 
 
 def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
-    """Refuses `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way.
+    """Refuses `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way. KEY is not checked.
 
     Raises:
-        ConfigError: names the override and the stages that are possible.
+        ConfigError: names the override and the stages that are possible; or there is no stage `target`.
     """
     earlier = may_need(target)
     for override in overrides:
@@ -172,7 +175,7 @@ def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
 
 
 def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
-    """Refuse actors for tasks that no stage of the plan has.
+    """Refuses actors for tasks that no stage of the plan has; returns nothing.
 
     Raises:
         ConfigError: `target` trains, so it could have some.

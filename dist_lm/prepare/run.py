@@ -35,6 +35,8 @@ class Ranks:
     def started(cls, environ: Mapping[str, str]) -> "Ranks":
         """Returns the ranks that torchrun has started, by the variables that it sets for each of them.
 
+        WORLD_SIZE must be there. Without LOCAL_WORLD_SIZE all ranks are on one node.
+
         Raises:
             ConfigError: the nodes do not have the same number of ranks.
         """
@@ -50,10 +52,10 @@ class Ranks:
 
 
 def launch_lock(run: RunDirectory, job: str | None = None) -> AbstractContextManager[None]:
-    """The lock of the process that starts a run, for a `with` block.
+    """Returns the lock of the process that starts a run, for a `with` block, which waits `LAUNCH_WAIT_S` for it.
 
     Args:
-        job: batch job of this process.
+        job: batch job of this process; an owner of the same job is waited for, `OWN_JOB_S` seconds.
 
     Raises:
         ArtefactError: another process holds it; the message names host and process.
@@ -64,9 +66,10 @@ def launch_lock(run: RunDirectory, job: str | None = None) -> AbstractContextMan
 def rank_lock(
     run: RunDirectory, tell: Callable[[str], object], stopped: Callable[[], bool]
 ) -> AbstractContextManager[None]:
-    """The lock of rank 0, for a `with` block.
+    """Returns the lock of rank 0, for a `with` block.
 
-    Ranks of a failed attempt take a moment to end, and their locks on NFS are released even later: it waits for them.
+    Ranks of a failed attempt take a moment to end, and their locks on NFS are released even later: the block waits for
+    them, at most `OWN_JOB_S` seconds.
 
     Args:
         tell: called once with a line that says which ranks it waits for.
@@ -90,6 +93,7 @@ def begin_attempt(config: Config, run: RunDirectory) -> None:
         config: with a resolved layout (`dist_lm.prepare.layout.with_layout`).
 
     Raises:
+        ArtefactError: the record of these hashes is damaged.
         OSError: a file cannot be read or written.
     """
     save_config(config, run.config)
@@ -105,7 +109,8 @@ def fit_to_ranks(run: RunDirectory, ranks: Ranks) -> None:
     filled in.
 
     Raises:
-        ConfigError: layout or batch do not fit the ranks; the file is unchanged.
+        ConfigError: layout or batch do not fit the ranks, or this version does not accept the file; it is unchanged.
+        OSError: the file cannot be read or written.
     """
     config = load_config(run.config)
     layout = started_layout(config)

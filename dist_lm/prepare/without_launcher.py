@@ -29,10 +29,10 @@ from dist_lm.training.heartbeat import StopRequest
 def prepare_stage(
     arguments: Sequence[str], ranks: Ranks, console: Console, stop: StopRequest, locks: ExitStack
 ) -> RunDirectory | None:
-    """Plans the stage of a command line and writes `config.yaml` of its run; failures and heartbeats of earlier
-    attempts go.
+    """Plans the stage of a command line and writes `config.yaml` of its run; `result.json`, failures and heartbeats of
+    earlier attempts go.
 
-    A finished run is reported on the console and left as it is.
+    Waits for the locks of the run. A finished run is reported on the console and left as it is.
 
     Args:
         arguments: `key=value` and `group=choice`, as for `dist_lm.launch`.
@@ -44,7 +44,8 @@ def prepare_stage(
 
     Raises:
         ConfigError: the command cannot run; names the key, or the command that makes what is missing.
-        ArtefactError: another process works on the run, or files belong to something else.
+        ArtefactError: another process works on the run, or files belong to something else or cannot be read.
+        UserError: a package that is needed to read a model or tokenizer is not installed.
     """
     overrides = with_config_dir(arguments)
     plan = plan_command(overrides)
@@ -130,6 +131,8 @@ def require_earlier(plan: Plan, overrides: Sequence[str], ranks: Ranks) -> None:
 
 def on_these_ranks(config: Config, ranks: Ranks, given_keys: Collection[str]) -> Config:
     """Returns `config` with the device of this machine, and the nodes and ranks that torchrun has started.
+
+    `device` is cuda if this machine has a GPU and the configuration does not say cpu, else cpu; it is never auto.
 
     Args:
         given_keys: keys that the command sets; only these must agree with torchrun.

@@ -96,7 +96,7 @@ def simpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float, gam
 
 @dataclass(frozen=True)
 class Completions:
-    """Log-probabilities of the completions of a batch, with the verdicts on them."""
+    """Log-probabilities of the completions of a batch, with the judgements on them."""
 
     logprob_C: torch.Tensor  # nats, sum over the tokens; with gradient
     reference_C: torch.Tensor  # the same under the reference; (0,) if the loss has none

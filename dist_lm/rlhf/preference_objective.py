@@ -17,7 +17,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking, lesson, ranked_positions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference import Completions, GlobalValues, PreferenceLoss, tokens_of_pairs
-from dist_lm.rlhf.reward_model import agreement_figures, with_verdicts
+from dist_lm.rlhf.reward_model import agreement_figures, scored_rankings
 from dist_lm.training.objective import LossSum, Objective, Prepare
 
 PlacedBatches = Iterable[tuple[Batch, Sequence[PlacedRanking]]]
@@ -36,7 +36,7 @@ def segment_logprobs(model: Transformer, batch: CompletionBatch) -> torch.Tensor
 
 def completions_of(model: Transformer, batch: CompletionBatch) -> Completions:
     """Returns the completions of a batch under the model."""
-    assert batch.ranked is not None, "a batch with verdicts"
+    assert batch.ranked is not None, "a batch with ranks or judgements"
     logprob_S = segment_logprobs(model, batch)
     n = len(batch.prompt_C)
     return _completions(batch, logprob_S[:n], logprob_S[n:])
@@ -204,7 +204,7 @@ def held_out_metrics(
     """
 
     def completions(numbers: Sequence[int]) -> Completions:
-        """Returns the completions of the rankings `numbers`, with the verdicts that the loss compares, on the host."""
+        """Returns the completions of the rankings `numbers`, with the judgements for the loss, on the host."""
         chosen = [logprobs_of_ranking[number] for number in numbers]
         sizes = [len(ranking.logprob_K) for ranking in chosen]
         placed = [
@@ -212,8 +212,8 @@ def held_out_metrics(
             for number, size, end in zip(numbers, sizes, np.cumsum(sizes).tolist(), strict=True)
         ]
 
-        # Held-out verdicts have no label noise: the loss is measured on what people said.
-        verdicts = [lesson(rankings.verdict(number), loss.settings.lesson, 0.0, seed, number) for number in numbers]
+        # Held-out rankings have no label noise: the loss is measured on what people said.
+        lessons = [lesson(rankings.arrays(number), loss.settings.lesson, 0.0, seed, number) for number in numbers]
         reference_parts = [np.zeros(0)]
         if reference:
             reference_parts = [reference.logprob[rankings.completion_slice(number)] for number in numbers]
@@ -225,7 +225,7 @@ def held_out_metrics(
             prompt_C=torch.repeat_interleave(torch.tensor(sizes)),
             prompt_logprob_P=torch.tensor([ranking.prompt_logprob for ranking in chosen]),
             prompt_tokens_P=torch.tensor([ranking.prompt_tokens for ranking in chosen]),
-            ranked=ranked_positions(placed, verdicts),
+            ranked=ranked_positions(placed, lessons),
         )
 
     def means(part: Completions) -> dict[str, float]:
@@ -244,4 +244,4 @@ def held_out_metrics(
     reward_C = loss.rewards(every_completion).numpy()
     ends = np.cumsum([len(ranking.logprob_K) for ranking in logprobs_of_ranking.values()])
     scores = dict(zip(logprobs_of_ranking, np.split(reward_C, ends[:-1]), strict=True))
-    return metrics | agreement_figures(with_verdicts(rankings, scores), "preference", ("accuracy", "kendall_tau"))
+    return metrics | agreement_figures(scored_rankings(rankings, scores), "preference", ("accuracy", "kendall_tau"))

@@ -166,7 +166,7 @@ def scores_of_rankings(
     return dict(sorted(scores.items()))
 
 
-def with_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
+def scored_rankings(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
     """Returns scores with their ranks or judgements; each judgement becomes a ranking of two, the better completion
     first.
 
@@ -176,12 +176,12 @@ def with_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> 
     scored = []
     better_first = np.array([0, 1], np.uint8)
     for number, score_K in scores.items():
-        source, verdict = rankings.source(number), rankings.verdict(number)
-        if len(verdict.ranks):
-            scored.append(ScoredRanking(source, score_K, verdict.ranks, None))
+        source, arrays = rankings.source(number), rankings.arrays(number)
+        if len(arrays.ranks):
+            scored.append(ScoredRanking(source, score_K, arrays.ranks, None))
             continue
         # Judgements of a prompt need not form one order, so each is a ranking of two.
-        for pair, margin in zip(verdict.judgements.astype(np.int64), verdict.margins, strict=True):
+        for pair, margin in zip(arrays.judgements.astype(np.int64), arrays.margins, strict=True):
             scored.append(ScoredRanking(source, score_K[pair], better_first, float(margin)))
     return scored
 

@@ -44,7 +44,8 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     """Writes the mean of the last checkpoints, or the exponential average of the newest, as a checkpoint; returns its
     folder.
 
-    It prints what was averaged and, with `device`, the metrics on val beside those of the newest checkpoint.
+    It prints what was averaged and, with `device`, the metrics on val beside those of the newest checkpoint, if the
+    stage of the run evaluates on val.
 
     Args:
         last: number of checkpoints; 0 with `ema`.
@@ -110,7 +111,7 @@ def exponential(checkpoint: Path) -> dict[str, ComputedTensor]:
     """Returns the exponential average of each parameter in a checkpoint, by name; read when it is written.
 
     Raises:
-        ArtefactError: it has none.
+        ArtefactError: it has none, or is missing or damaged.
     """
     suffix = f".{EMA}"
     averages = {
@@ -161,7 +162,7 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
         device: auto | cpu | cuda.
 
     Raises:
-        ArtefactError: tokenizer or corpora of the run are missing.
+        ArtefactError: tokenizer, corpora or a checkpoint are missing or damaged.
         ConfigError: this version cannot read the configuration of the run.
         UserError: as `open_data` of the stage.
     """

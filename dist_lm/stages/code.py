@@ -32,6 +32,8 @@ class Code(TextStage):
         Raises:
             RequestError: a prompt of stage.sampling does not fit the context.
             ArtefactError: the model's logits are not numbers.
+            ConfigError: bf16 is asked for on a GPU without it.
+            UserError: a prompt is not Unicode.
         """
         import torch.distributed as dist
 

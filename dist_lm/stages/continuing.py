@@ -67,6 +67,9 @@ def require_same_settings(
 ) -> None:
     """Refuses to continue a run of a training stage with other settings than it records; a run without output passes.
 
+    Keys in `free_keys` of the stage may differ, and those of the schedule if all steps so far keep their rates. Of a
+    finished run that the command builds on the way only `model` is compared.
+
     Args:
         finished: whether the run has all its steps.
         is_target: whether the command names the stage, or builds it on the way.
@@ -99,7 +102,7 @@ def has_output(run: RunDirectory) -> bool:
 
 
 def refuse_other_settings(run: RunDirectory, config: Config, conflicts: list[str]) -> None:
-    """Refuse to continue a run with other settings.
+    """Refuses to continue a run with other settings; passes without `conflicts`.
 
     Raises:
         ConfigError: names the run and each key.
@@ -139,16 +142,18 @@ def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, 
 def without_schedule(
     conflicts: list[str], keys: tuple[str, ...], run: RunDirectory, old: Config, new: Config
 ) -> list[str]:
-    """Returns `conflicts` of a begun run without those of its schedule, if all steps so far keep their learning rates.
+    """Returns `conflicts` of a begun run without those of its schedule, if all steps so far keep their learning rates
+    and momenta and there are more steps to take.
 
-    If they do not, and there are other conflicts too, all are returned.
+    If not, and there are other conflicts too, all are returned.
 
     Args:
         conflicts: `key=new (was old)`.
         keys: beginnings of the keys that belong to the schedule.
 
     Raises:
-        ConfigError: the schedule is the only conflict and changes steps so far; the message names the first one.
+        ConfigError: the schedule is the only conflict, and changes steps so far (the message names the first one) or
+            leaves no step.
     """
     schedule_conflicts = [conflict for conflict in conflicts if conflict.startswith(keys)]
     other_conflicts = [conflict for conflict in conflicts if conflict not in schedule_conflicts]
@@ -231,8 +236,8 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
 
     Raises:
         ArtefactError: there is no checkpoint, or it belongs to another model, tokenizer or content.
-        ConfigError: the run belongs to another stage, differs in more than its schedule, or has no fewer steps than
-            `config`.
+        ConfigError: the run belongs to another stage, differs in more than its schedule, has no fewer steps than
+            `config`, or a decay is longer than the steps that are left.
     """
     branch_from = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(branch_from))
@@ -270,7 +275,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     accepted = f"at most {steps_left}: the branch begins at step {state.step} of {config.stage.steps}"
     require(config.stage.decay_steps <= steps_left, "stage.decay_steps", config.stage.decay_steps, accepted)
 
-    require_same_content(start, run, config.streams)
+    require_same_content(start, run, config.corpus_names)
     return start
 
 

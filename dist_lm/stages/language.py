@@ -15,6 +15,8 @@ class Language(TextStage):
         Raises:
             RequestError: a prompt of stage.sampling does not fit the context.
             ArtefactError: the model's logits are not numbers.
+            ConfigError: bf16 is asked for on a GPU without it.
+            UserError: a prompt is not Unicode.
         """
         from dist_lm.stages.sampling import sample_prompts, write_samples
 

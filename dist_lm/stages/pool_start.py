@@ -49,7 +49,8 @@ class PoolStarter:
     ) -> Pool:
         """Starts the actors and returns their pool, which the caller closes.
 
-        It calls `keep_going` at least twice a second while it works; False ends it.
+        It calls `keep_going` at least twice a second while it works; False ends the wait, and the pool may have no
+        actor.
 
         Args:
             version: number of `weights`, which answers carry.

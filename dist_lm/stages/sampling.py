@@ -41,6 +41,7 @@ def sample_prompts(arguments: EvaluationArguments) -> list[Sample]:
         RequestError: a prompt does not fit the context.
         ArtefactError: the model's logits are not numbers.
         ConfigError: bf16 is asked for on a GPU without it.
+        UserError: a prompt is not Unicode.
     """
     stage: Any = arguments.config.stage  # callers are stages that end with samples
     config: SamplesConfig = stage.sampling
@@ -128,6 +129,9 @@ def shared_answers(
         requests: the same on every rank; their ids are numbers.
         alive: called after each step of the engine.
         finished: gets the results of this rank as soon as they are there.
+
+    Raises:
+        RequestError: a request does not fit the context; on the rank that has it in its share.
     """
     # A share of every n-th request has about as many long answers as any other share.
     for request in requests[world.rank :: world.size]:

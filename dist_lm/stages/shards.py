@@ -21,7 +21,7 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
-from dist_lm.data.ingest import Texts, split_documents
+from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import HUB
 from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
 from dist_lm.data.manifest import (
@@ -84,7 +84,7 @@ class Shards(ArtefactStage):
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Build only the corpora that later stages read."""
-        read = sorted({name for reader in readers for name in reader.streams})
+        read = sorted({name for reader in readers for name in reader.corpus_names})
         return replace(config, stage=replace(own(config), corpora=read))
 
     def inspect(self, config: Config) -> Artefact:
@@ -105,15 +105,15 @@ class Shards(ArtefactStage):
 
         # No train text may contain a held-out text of any corpus. So the other corpora of texts are compared with val
         # before the first build; the first corpus itself is compared while it is built.
-        texts = Texts(config.corpus, config.seed)
+        text_splits = TextSplits(config.corpus, config.seed)
         if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
-            texts.frozen = frozen_corpora(config, missing)
+            text_splits.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
-                texts.compare(name for name in text_corpora(config.corpus) if name != first)
-                texts.train_rule()  # reads all that it needs while the console shows this wait
+                text_splits.compare(name for name in text_corpora(config.corpus) if name != first)
+                text_splits.train_rule()  # reads all that it needs while the console shows this wait
 
         for name in missing:
-            build_corpus(config, name, texts, console)
+            build_corpus(config, name, text_splits, console)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).path / "corpora"
@@ -145,6 +145,8 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
 def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
     """Returns those of `names` whose tars must be built: missing or damaged, or their inputs changed.
 
+    A corpus whose inputs cannot be listed now counts as unchanged.
+
     Raises:
         ArtefactError: see `is_whole`.
     """
@@ -153,7 +155,8 @@ def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
 
 
 def correct_corpora(config: Config, names: Sequence[str]) -> None:
-    """Gives the documents of whole corpora the licences of the configuration.
+    """Gives the documents of whole corpora the licences of the configuration; rewrites origins and manifest of those
+    that have others.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
@@ -167,16 +170,16 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
 
 def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Counts], str]) -> Artefact:
     """Returns the state of the corpora `names`: ready only if all of them are; its text says what is missing or
-    changed.
+    changed. A corpus with other licences than the configuration is not ready either.
 
     Args:
         amount: says how much there is to train on.
 
     Raises:
-        ArtefactError: a corpus was made from another text or with another tokenizer, or its folder holds files of
-            others.
-        ConfigError: a source of a missing corpus is invalid.
-        UnreachableError: the hub cannot be asked; not in a dry run.
+        ArtefactError: a corpus was made from another text or with another tokenizer, which may be missing, or its
+            folder holds files of others.
+        ConfigError: a source is invalid.
+        UnreachableError: the hub cannot be asked for a missing corpus; not in a dry run.
     """
     work = WorkDirectory(Path(config.work_dir))
     ready: list[str] = []
@@ -247,7 +250,8 @@ def _changed(config: Config, name: str) -> tuple[list[str], str]:
 
 
 def is_whole(directory: Path) -> bool:
-    """Returns whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`.
+    """Returns whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`. Missing
+    indices of its tars are built and saved.
 
     Raises:
         FormatError: it has another format.
@@ -343,19 +347,23 @@ def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
     return frozenset(name for name in existing if is_older(name))
 
 
-def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
+def build_corpus(
+    config: Config, name: str, text_splits: TextSplits, console: "Console", encode: Encode = encode_document
+) -> None:
     """Writes the tars of one corpus. Tars that an interrupted build finished are kept; the manifest, last, completes
     it.
 
-    Dropped documents are written to a file beside the tars. If the inputs changed, the finished tars are dropped (a
-    warning).
+    Rows that cannot be read are written to a file beside the tars. If the inputs changed, the finished tars are dropped
+    (a warning, if some are on the hub).
 
     Args:
-        texts: decides the splits of the corpora of texts.
+        text_splits: decides the splits of the corpora of texts.
 
     Raises:
-        ArtefactError: the sources give fewer documents than the finished tars hold.
-        UserError: a source cannot be read.
+        ArtefactError: the sources give fewer documents than the finished tars hold or none for a split, too many rows
+            are broken, the tokenizer is missing, or the folder holds files of others.
+        ConfigError: a source is invalid.
+        UserError: a source cannot be read, or is not Unicode.
     """
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
@@ -381,7 +389,9 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
         n_finished = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
-            for split, document, source in split_documents(config.corpus, name, config.seed, report, texts, rejected):
+            for split, document, source in split_documents(
+                config.corpus, name, config.seed, report, text_splits, rejected
+            ):
                 if n_finished[split]:
                     n_finished[split] -= 1
                     count.advance()
@@ -410,6 +420,7 @@ def recipe_of(config: Config, name: str) -> Recipe:
     """Returns the settings and inputs that the tars of one corpus depend on; lists the inputs, also on the hub.
 
     Raises:
+        ArtefactError: there is no tokenizer.
         UserError: an input cannot be listed.
     """
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
@@ -495,7 +506,9 @@ def digest(value: Any) -> str:
 
 
 def in_brief(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """How the settings of a fingerprint differ from those `before`, in brackets; empty where these are not known."""
+    """Returns how the settings of a fingerprint differ from those `before`, in brackets, at most `NAMED_DIFFERENCES` of
+    them; empty without a difference, or where `before` is not known.
+    """
     if not before:
         return ""
     # Fingerprints are stored as JSON, so the present one is compared in that form: tuples are lists there.

@@ -269,6 +269,7 @@ class PoolStage(Stage):
 
         Raises:
             ConfigError, ArtefactError: the prompts are missing, or not those that the run began with.
+            UserError: a task cannot be asked, or the tokenizer lacks a mark.
         """
 
     def output(self, config: Config) -> Path:

@@ -111,7 +111,7 @@ class TextStage(TrainingStage):
 
         if arguments.world.is_first:
             # The documents are the same on every rank, so one warning is enough.
-            for name in arguments.config.stage.streams:
+            for name in arguments.config.stage.corpus_names:
                 for split in SPLITS:
                     corpus = TokenCorpus.open(arguments.run.work.corpus(name), split)
                     if note := note_of_left_out(corpus, arguments.config.stage.seq_len):
@@ -170,7 +170,7 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
     from dist_lm.data.token_corpus import TokenCorpus
 
     config, stage = arguments.config, arguments.config.stage
-    corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "train") for name in stage.streams}
+    corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "train") for name in stage.corpus_names}
     infill = None
     if fim_rate := fim_rate_of(config):
         infill = Infill(fim_rate, InfillMarks.of(arguments.tokenizer))

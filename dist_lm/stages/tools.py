@@ -105,7 +105,9 @@ class Tools(TextStage):
                     console.line(f"    {line}")
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """Yields the shares of correct calls over all kinds of conversations; nothing without questions."""
+        """Yields one line with the shares of exact parallel calls and of false refusals, over all kinds of
+        conversations; nothing without questions.
+        """
         metrics = result["metrics"]
         shares = [
             f"{name.replace('_', ' ')} {percent(metrics[f'tools/{name}'])}"
@@ -124,7 +126,8 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
 
     Raises:
         ArtefactError: the corpus is missing or damaged, or the model's logits are not numbers.
-        UserError: the tokenizer lacks the mark that ends a turn.
+        UserError: the tokenizer lacks the mark that ends a turn, or a document cannot be read back as a conversation.
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus

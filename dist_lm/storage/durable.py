@@ -26,7 +26,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     When it returns, file and folder entry are on disk. The folder must exist.
 
     Raises:
-        OSError: the content cannot be written; `path` is as it was, and the temporary file is removed.
+        OSError: the content cannot be written; `path` is as it was, unless only the folder could not be flushed. The
+            temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several nodes may write at once
     try:
@@ -73,6 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ArtefactError: the file holds no JSON, or is not UTF-8.
+        OSError: it cannot be read.
     """
     if not path.exists():
         return {}
@@ -98,6 +100,7 @@ def json_lines(path: Path) -> Iterator[Any]:
 
     Raises:
         ValueError: a line is no JSON or no UTF-8.
+        OSError: the file cannot be read.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:

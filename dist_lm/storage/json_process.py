@@ -71,7 +71,8 @@ class JsonProcess:
             interrupted: called at least every `LOOK_S` seconds; true ends the wait.
 
         Raises:
-            TimeoutError: the time limit has passed, or `interrupted` returned true; the message says which.
+            TimeoutError (an OSError): the time limit has passed, or `interrupted` returned true; the message says
+                which. What has arrived stays for the next call.
             EOFError, OSError: the process has ended, or something other than JSON was written to the socket.
         """
         deadline = time.monotonic() + seconds
@@ -126,7 +127,7 @@ def serve_requests() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[
     with socket.socket(fileno=int(sys.argv[1])) as connection:
 
         def listen() -> None:
-            """Puts each request line into the queue, and ends the process with the last one."""
+            """Puts each request line into the queue, and ends the process behind the last one; does not return."""
             code = 1
             try:
                 # A thread reads, so that the end of the parent is noticed while a function of the user runs.

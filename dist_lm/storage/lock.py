@@ -39,9 +39,9 @@ def locked(
         stopped: called while waiting; if it returns True the wait ends with the error below.
 
     Raises:
-        ArtefactError: another process holds the lock (the message names host and process), or the file system has no
-            locks.
-        OSError: the file cannot be opened.
+        ArtefactError: another process, or an earlier call in this one, holds the lock (the message names host and
+            process), or the file system has no locks.
+        OSError: the file cannot be opened or written.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -84,7 +84,9 @@ def owner_of(path: Path) -> str:
 
 
 def is_locked(path: Path) -> bool:
-    """Returns whether a process holds the lock now; False if there is no lock file. The lock stays as it is.
+    """Returns whether a process holds the lock now; False if there is no lock file. Does not wait.
+
+    A free lock is held for a moment, so that another process may find it taken.
 
     Raises:
         ArtefactError: the file system has no locks.

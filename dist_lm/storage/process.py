@@ -76,7 +76,8 @@ def state(process: psutil.Process) -> str:
 def catches(process: psutil.Process, number: signal.Signals) -> bool:
     """Returns whether a process has installed a handler for a signal (by default SIGUSR1 would end it).
 
-    False if the process has ended. On systems other than Linux, where this cannot be seen, always True.
+    False if the process has ended. On systems other than Linux, where this cannot be seen, always True. A signal that
+    the process ignores counts as not caught.
     """
     if sys.platform != "linux":
         return True
@@ -100,15 +101,19 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
-    """Ends every process that `find` returns: SIGTERM, then SIGKILL to those that still live after `grace_s` seconds.
+    """Ends every process that `find` returns: SIGTERM once to each, then SIGKILL to those that live after `grace_s`.
 
-    Returns when `find` finds no process, and at the latest after `grace_s + kill_s` seconds.
+    Times are in seconds. Returns when `find` finds no process, and at the latest after `grace_s + kill_s` seconds.
 
     Args:
         find: called every `POLL_S` seconds, so it must leave out processes that have ended.
 
     Returns:
-        Ids of the processes that still live `kill_s` seconds after the first SIGKILL (blocked in the kernel).
+        Ids of the processes that still live `kill_s` seconds after the first SIGKILL (blocked in the kernel); an empty
+        list: all have ended.
+
+    Raises:
+        psutil.AccessDenied: a process belongs to another user.
     """
     # Search again in each round: a process may have started others meanwhile.
     terminated: set[int] = set()
@@ -141,7 +146,10 @@ def reserve_port() -> socket.socket:
     them.
 
     While it is open, the kernel gives the port to no other socket that asks for any; a server that asks for this one
-    may listen there.
+    may listen there. The caller closes it.
+
+    Raises:
+        OSError: no port is free.
     """
     # A socket of IPv6 takes the port of IPv4 too, so no other server can have either.
     reserved = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)

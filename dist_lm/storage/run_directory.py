@@ -242,7 +242,12 @@ class RunDirectory:
         return self.path / "wandb"
 
     def note_files(self, files: Mapping[str, Sequence[Path]]) -> None:
-        """Adds the SHA-256 of the files of each key (`Config.noted_files`) to `noted_files.json`."""
+        """Adds the SHA-256 of the files of each key (`Config.noted_files`) to `noted_files.json`, over earlier ones.
+
+        Raises:
+            ArtefactError: `noted_files.json` is damaged.
+            OSError: a file cannot be read or written.
+        """
         if hashes := _hashes(files):
             durable.write_json(self.noted_files, self._noted() | hashes)
 
@@ -253,7 +258,8 @@ class RunDirectory:
         Scores of one name would belong to different questions otherwise, or the run would mix two sets of prompts.
 
         Raises:
-            ArtefactError: a file has changed; the message names the key and the way out.
+            ArtefactError: a file has changed (the message names the key and the way out), or `noted_files.json` is
+                damaged.
             OSError: a file cannot be read.
         """
         noted = self._noted()

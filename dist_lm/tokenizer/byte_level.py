@@ -54,7 +54,8 @@ class ByteLevelModel:
             raise ArtefactError(f"{name}: text that spells {forgeable[0]} becomes this mark: use another tokenizer")
 
     def _set_pieces(self, vocabulary: dict[str, int], added_texts: dict[int, str], name: str) -> None:
-        """Sets `_pieces` and `_bytes`, the name and the bytes of every token id; special and unused ids have no bytes.
+        """Sets `_pieces` and `_bytes`, the name and the bytes of every token id; special and unused ids have no bytes,
+        and an unused id has an empty name.
 
         Args:
             vocabulary: every piece and added token -> its id.
@@ -140,7 +141,8 @@ class ByteLevelModel:
 def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
     """Returns the `tokenizer.json` with `marks` appended as added tokens, whose ids begin at `vocab_size`.
 
-    A mark that begins with `<|` becomes a special token. The caller makes sure that the file lacks the marks.
+    The ids of the file stay. A mark that begins with `<|` becomes a special token, any other one a plain added token.
+    The caller makes sure that the file is a `tokenizer.json` and lacks the marks; nothing is checked.
     """
     tokenizer_json = json.loads(content)
     tokenizer_json["added_tokens"] += [
@@ -159,7 +161,10 @@ def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
 
 
 def with_first_token(content: bytes, mark: str) -> bytes:
-    """Returns the file with a post-processor that puts the special token `mark` before every text."""
+    """Returns the file with a post-processor, in place of its own, that puts the special token `mark` before a text.
+
+    The file must have the mark. Needs the package `tokenizers`.
+    """
     from tokenizers import Tokenizer, processors
 
     tokenizer: Any = Tokenizer.from_str(content.decode())

@@ -38,8 +38,8 @@ def encode_documents(
 
     Raises:
         ArtefactError: there is no usable tokenizer at `path`.
-        UserError: a document is not Unicode text, or a process died.
-        Exception: an error of `encode` or `documents` is raised unchanged.
+        UserError: a process died, or a package that the tokenizer needs is not installed.
+        Exception: an error of `encode` (UserError for a text that is not Unicode) or `documents` is raised unchanged.
     """
     tokenizer = Tokenizer.load(path)
     workers = workers or cores()
@@ -59,6 +59,8 @@ def _encode_in_processes(
     path: Path, chunks: Iterator[list[Document]], workers: int, encode: Encode
 ) -> Iterator[TokenizedDocument]:
     """Yields the documents of `chunks` in order, encoded by a pool of `workers` new processes, which it ends.
+
+    When it ends or is closed, chunks in work are waited for and waiting ones are dropped.
 
     Raises:
         UserError: a process died.

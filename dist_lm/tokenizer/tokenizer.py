@@ -75,7 +75,7 @@ class SentencePieceModel:
         self._literal_space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the token ids of `text`, without the first token of documents.
+        """Returns the token ids of `text`, without the first token of documents; never the id of a special token.
 
         A literal U+2581 keeps ids of its own in a tokenizer of ours; in others it passes for a space.
         """
@@ -199,7 +199,8 @@ class KeptTemplate:
         """Returns the template beside a tokenizer; None if the folder has none: conversations are laid out as ours.
 
         Raises:
-            ArtefactError: the file is no JSON or lacks a key.
+            ArtefactError: the file, `conversations.json`, is no JSON or lacks a key.
+            OSError: it cannot be read.
         """
         path = folder / CONVERSATIONS
         if not path.is_file():
@@ -228,7 +229,8 @@ class Tokenizer:
 
         Raises:
             ArtefactError: `content` is not such a file.
-            NoEndOfTextError: it has no end-of-text.
+            NoEndOfTextError (an ArtefactError): it has no end-of-text.
+            UserError: the package `tokenizers` is needed and not installed.
         """
         self.name = name
         self.kept_template = kept_template  # None: conversations are laid out as ours
@@ -261,7 +263,9 @@ class Tokenizer:
         """Reads the file at `path` and the chat template beside it.
 
         Raises:
-            ArtefactError: the file is missing, damaged, or no tokenizer.
+            ArtefactError: the file is missing, damaged, no tokenizer, or has no end-of-text (NoEndOfTextError); or the
+                chat template is damaged.
+            UserError: the package `tokenizers` is needed and not installed.
         """
         try:
             content = path.read_bytes()
@@ -368,7 +372,7 @@ class Tokenizer:
 
 
 def text_with_marks(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Returns the text of tokens for people, with the names of special tokens."""
+    """Returns the text of tokens for people, with the names of special tokens; bytes that are not UTF-8 are U+FFFD."""
     names = {token_id: name for name, token_id in tokenizer.special_ids.items()}
     parts: list[str] = []
     text_ids: list[int] = []
@@ -385,8 +389,12 @@ def text_with_marks(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
 def read_vocabulary(content: bytes, name: str) -> Vocabulary:
     """Returns the vocabulary in the content of a file; JSON is a `tokenizer.json` of Hugging Face.
 
+    Args:
+        name: the file, for messages.
+
     Raises:
         ArtefactError: `content` is neither that nor a SentencePiece model.
+        UserError: the package `tokenizers` is needed and not installed.
     """
     is_json = content.lstrip()[:1] == b"{"
     if is_json:
@@ -398,6 +406,7 @@ def special_ids(vocabulary: Vocabulary) -> dict[str, int]:
     """Returns the ids of the special tokens by name; a mark of ours that the file calls otherwise has our name.
 
     For a vocabulary that is not ours, the file's own statement of end-of-text comes before the list of names `ALIASES`.
+    The result has no mark that the vocabulary lacks; it is a copy.
     """
     ids = dict(vocabulary.special_ids)
     if vocabulary.is_trained:

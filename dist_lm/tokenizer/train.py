@@ -76,6 +76,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
         ConfigError: the vocabulary is too large for the texts, or too small for their characters.
         UserError: there is no text, or it is not Unicode. What `texts` raises passes.
         RuntimeError: SentencePiece refuses for another reason.
+        OSError: the file cannot be written.
     """
     model = io.BytesIO()
     learned_as = config.learned_as
@@ -119,7 +120,7 @@ def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dic
     """Returns figures over `documents`, ready for JSON.
 
     `format`, `vocab_size`, `sha256`, `special_tokens` (name -> id), `bytes_per_token` (UTF-8 bytes; end-of-text is not
-    counted), `languages` (the same by language, with the amount of text), `samples` (name -> pieces).
+    counted; 0 without text), `languages` (the same by language, with the amount of text), `samples` (name -> pieces).
 
     Raises:
         UserError: a document is not Unicode text.

@@ -77,13 +77,15 @@ class PipelineStatus:
 
 
 def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
-    """Returns the status of the newest command.
+    """Returns the status of the newest command; `run` is that of its last stage with a `config.yaml`, None before the
+    first. If the launcher was killed, stages that it ran have the state `lost`.
 
     Args:
         run_id: run_id of the command; None: any.
 
     Raises:
-        ArtefactError: no such command was started on this work directory.
+        ArtefactError: no such command was started on this work directory, or a file of it is damaged.
+        ConfigError: this version does not accept the configuration of the run.
     """
     work = WorkDirectory(work_dir)
 
@@ -129,7 +131,12 @@ def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
 
 
 def read_run(run: RunDirectory) -> RunStatus:
-    """Returns the status of one run, which has a `config.yaml`."""
+    """Returns the status of one run, which has a `config.yaml`; its other files may be missing.
+
+    Raises:
+        ArtefactError: a file of the run is damaged.
+        ConfigError: this version does not accept the configuration.
+    """
     # A run that never failed has an empty last error.
     attempt: dict[str, Any] = {}
     failures = [{"error": "", "time": 0.0}]
@@ -173,6 +180,8 @@ def as_json(status: PipelineStatus) -> str:
 def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
     """Returns (node, host, address, ranks, step, state, age of the heartbeat) for each node of the newest attempt.
 
+    Step, state and age are those of the rank with the oldest heartbeat; texts such as "0-3" and "1.5 s ago".
+
     Args:
         now: current time, in seconds since 1970.
     """
@@ -190,7 +199,11 @@ def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
 
 
 def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple[str, str, str]:
-    """Returns step, state and age of the oldest heartbeat of a node's ranks; empty texts if there is none."""
+    """Returns step, state and age of the oldest heartbeat of a node's ranks.
+
+    The state is its phase; "ended" if no launcher holds the run, "starting" without a heartbeat: then step and age are
+    empty.
+    """
     if not run.held:
         return "", "ended", ""
     if not ranks:
@@ -204,7 +217,7 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
 
 
 def print_status(status: PipelineStatus, console: Console) -> None:
-    """Print the stages, the run, its nodes and the last error."""
+    """Prints the command with its stages and error, the run with nodes and last error, and other commands' names."""
     now = time.time()
     facts = status.facts
     words, style = WORDS[status.state]
@@ -238,6 +251,7 @@ def print_status(status: PipelineStatus, console: Console) -> None:
 
 
 def _print_run(run: RunStatus, console: Console, now: float) -> None:
+    """Prints path and progress of a run, and if it was started the nodes of the newest attempt, and its last error."""
     console.print(Text(run.path, style="bold"), soft_wrap=True)
     console.print(Text(_progress(run)), soft_wrap=True)
 
@@ -270,6 +284,10 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
 
 
 def _progress(run: RunStatus) -> str:
+    """Returns one line: step or answered prompts, newest metrics, results and newest checkpoint.
+
+    The time left is shown only while a launcher works on the run.
+    """
     facts = [f"step {run.step:,}"]
     if run.asks:
         facts = [f"{counted(run.step, 'prompt')} answered"]

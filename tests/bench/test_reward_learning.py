@@ -19,11 +19,11 @@ from dist_lm.data.manifest import Recipe
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.shard_writer import CorpusWriter
-from dist_lm.document import TokenizedDocument, Verdict
+from dist_lm.document import RankingArrays, TokenizedDocument
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config
-from dist_lm.rlhf.reward_model import choices_of_people, reward_metrics, scores_of_rankings, with_verdicts
+from dist_lm.rlhf.reward_model import choices_of_people, reward_metrics, scored_rankings, scores_of_rankings
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dist_lm.training.step import accumulate_gradients, update
@@ -59,11 +59,11 @@ def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> l
         order = np.argsort(-(utility_K + noise_K) if noisy else -utility_K)
         tokens = np.concatenate([prompt, *completions]).astype(np.uint16)
         branch = np.repeat(np.arange(k + 1), [len(prompt), *map(len, completions)]).astype(np.uint8)
-        verdict = Verdict(
+        ranking = RankingArrays(
             branch, np.argsort(order).astype(np.uint8), np.zeros((0, 2), np.uint8), np.zeros(0, np.float32)
         )
         mask = (branch > 0).astype(np.uint8)
-        made.append(TokenizedDocument(tokens, len(tokens), "made", f"made:{number}", "none", mask, verdict))
+        made.append(TokenizedDocument(tokens, len(tokens), "made", f"made:{number}", "none", mask, ranking))
     return made
 
 
@@ -101,7 +101,7 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
             sums = accumulate_gradients(model, choices_of_people, next(stream).micro_batches)
             update(model, optimizer, sums, grad_clip=stage.grad_clip, adds_sums=True, stop=StopRequest())
     scores = scores_of_rankings(model, RankingBatches(rankings=val, **batch), torch.device("cpu"), None)
-    return reward_metrics(with_verdicts(val, scores))
+    return reward_metrics(scored_rankings(val, scores))
 
 
 def taus(directory: Path, seed: int, variants: Sequence[str], rankings: int, steps: int) -> list[float]:
@@ -116,7 +116,7 @@ def taus(directory: Path, seed: int, variants: Sequence[str], rankings: int, ste
 
 
 def utilities(document, weight_V) -> np.ndarray:
-    branch = document.verdict.branch
+    branch = document.ranking.branch
     return np.array([weight_V[document.tokens[branch == k]].sum() for k in range(1, int(branch.max()) + 1)])
 
 
@@ -126,7 +126,7 @@ def test_held_out_ranks_are_those_of_the_utilities_and_those_of_train_are_noisy(
     for noisy in (True, False):
         leads = []
         for document in made_rankings(200, 1, noisy, weight_V):
-            utility_K, ranks = utilities(document, weight_V), document.verdict.ranks
+            utility_K, ranks = utilities(document, weight_V), document.ranking.ranks
             assert FEWEST <= len(ranks) <= MOST
             assert sorted(ranks.tolist()) == list(range(len(ranks)))
             leads += np.diff(utility_K[np.argsort(ranks)]).tolist()

@@ -1,4 +1,4 @@
-"""A ranking as text and back, and as tokens with its verdict."""
+"""A ranking as text and back, and as tokens with its ranks and judgements."""
 
 import numpy as np
 import pytest
@@ -30,17 +30,17 @@ def test_what_says_nothing_is_refused() -> None:
 
 
 @pytest.mark.parametrize("ranking", [RANKED, JUDGED])
-def test_tokens_are_the_tree_with_the_verdict_on_it(ranking: Ranking, tokenizer: Tokenizer) -> None:
+def test_tokens_are_the_tree_with_its_judgements(ranking: Ranking, tokenizer: Tokenizer) -> None:
     text = write_ranking(ranking)
     found = encode_ranking(tokenizer, Document(text, "people", "here", "MIT", "0" * 64, form="ranking"))
     tree = ranking_tokens(ranking, tokenizer)
     assert np.array_equal(found.tokens, tree.tokens)
-    assert found.verdict is not None
-    assert np.array_equal(found.verdict.branch, tree.branch)
-    assert tuple(found.verdict.ranks.tolist()) == ranking.ranks
-    assert [tuple(pair) for pair in found.verdict.judgements.tolist()] == [
+    assert found.ranking is not None
+    assert np.array_equal(found.ranking.branch, tree.branch)
+    assert tuple(found.ranking.ranks.tolist()) == ranking.ranks
+    assert [tuple(pair) for pair in found.ranking.judgements.tolist()] == [
         (one.better, one.worse) for one in ranking.judgements
     ]
-    assert found.verdict.margins.tolist() == [one.margin or 0.0 for one in ranking.judgements]
+    assert found.ranking.margins.tolist() == [one.margin or 0.0 for one in ranking.judgements]
     assert found.loss_mask is not None
     assert np.array_equal(found.loss_mask == 1, tree.branch > 0)

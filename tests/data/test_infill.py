@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.data.batch import Row
+from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import (
     ADDED,
     LEAST,
@@ -97,15 +97,15 @@ def test_exactly_the_rate_is_rearranged_half_in_each_form_anew_in_every_epoch(pl
     assert epoch_of(plain, rate, 0, seed=4).form.tolist() not in forms
 
 
-def slices_of(row: Row) -> list[tuple[int, int, np.ndarray]]:
+def slices_of(row: SequenceContent) -> list[tuple[int, int, np.ndarray]]:
     """(document, start, tokens) of the slices of a sequence."""
     return [(document, start, row.corpus.tokens(document, start, stop)) for document, start, stop in row.slices]
 
 
-def rows_of(plain: TokenCorpus, rate: float) -> tuple[list[Row], int]:
+def rows_of(plain: TokenCorpus, rate: float) -> tuple[list[SequenceContent], int]:
     """The sequences of an epoch, and the tokens of text in each of them."""
     own = CorpusSequences(plain, 3, T, infill=Infill(rate, MARKS))
-    return [own.row(number) for number in range(own.n_sequences)], T - ADDED * most_slices(plain.lengths, rate, T)
+    return [own.content(number) for number in range(own.n_sequences)], T - ADDED * most_slices(plain.lengths, rate, T)
 
 
 def test_every_rearranged_slice_lies_whole_in_one_sequence_and_ends_with_end_of_text(plain: TokenCorpus) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.data import screening
-from dist_lm.data.ingest import Texts, split_of_group
+from dist_lm.data.ingest import TextSplits, split_of_group
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.reader import text_hash
 from dist_lm.errors import ArtefactError, ConfigError
@@ -125,7 +125,7 @@ def test_small_and_large_sources_give_the_same(monkeypatch):
     config = config_of(stories("a", prose(100)), own("read_numbers"))
     expected = list(read_corpus(config, "c", 0, IngestReport()))
     monkeypatch.setattr(screening, "CACHED_CHARACTERS", 3000)
-    texts = Texts(config, 0)
+    texts = TextSplits(config, 0)
     assert list(read_corpus(config, "c", 0, IngestReport(), texts)) == expected
     assert len(texts.reader._cache) == 1
 

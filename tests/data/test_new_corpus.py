@@ -15,7 +15,7 @@ from rich.console import Console
 import dist_lm
 from dist_lm.__main__ import data_new
 from dist_lm.data.corpus_file import next_commands
-from dist_lm.data.ingest import Texts
+from dist_lm.data.ingest import TextSplits
 from dist_lm.data.new import new_corpus
 from dist_lm.data.propose import columns_of, propose
 from dist_lm.errors import ConfigError, UserError
@@ -67,7 +67,7 @@ def test_a_corpus_file_is_one_that_a_launch_takes(data):
     csv_source, rows = config.corpora["language"][0], config.corpora["code"][1]
     assert (csv_source.column, csv_source.id_column) == ("body", "id")
     assert (rows.column, rows.language_column, rows.licence_column) == ("content", "lang", "license")
-    documents = [item.document for item in Texts(config, 0).screened("code")]
+    documents = [item.document for item in TextSplits(config, 0).screened("code")]
     assert {document.language for document in documents} == {"python"}
     assert len(documents) == 34
     assert "licences: MIT 30, not given 4" in text
@@ -272,7 +272,7 @@ def test_broken_rows_are_counted_and_the_file_says_what_a_launch_would_do(data):
     assert key
     out.write_text(out.read_text() + key[0] + "\n")
     config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", "corpus=ours", "stage=shards"]).corpus
-    assert len(list(Texts(config, 0).screened("language"))) == 20
+    assert len(list(TextSplits(config, 0).screened("language"))) == 20
 
 
 @pytest.mark.parametrize(
@@ -311,4 +311,4 @@ def test_commands_for_some_corpora_compose(tmp_path, corpora):
     for command in next_commands(out, corpora):
         folder, *overrides = command.split()[4:]
         config = compose_config([f"hydra.searchpath=[{folder}]", *overrides])
-        assert set(config.streams) <= {*corpora}
+        assert set(config.corpus_names) <= {*corpora}

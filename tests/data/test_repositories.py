@@ -29,7 +29,7 @@ def test_files_of_a_repository_are_read_one_after_the_other(tmp_path: Path) -> N
         numbers = range(epoch * sequences.n_sequences, (epoch + 1) * sequences.n_sequences)
         before: dict[int, int] = {}
         for number in numbers:
-            seen = [part.document for part in sequences.row(number).slices]
+            seen = [part.document for part in sequences.content(number).slices]
             before |= {after: one for one, after in pairwise(seen)}
         followed = [n for n, follow in enumerate(expected) if follow and n in before]
         assert len(followed) > 10

@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.ingest import Texts
+from dist_lm.data.ingest import TextSplits
 from dist_lm.data.inspect import print_corpus
 from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
@@ -71,7 +71,7 @@ def test_a_corpus_has_its_broken_rows_beside_it(work, tmp_path):
     source = SourceConfig("jsonl", "english", path=str(tmp_path), exclude=["work/"])
     config = compose_config(["stage=shards", *TINY_MODEL, "tokenizer.workers=1", f"work_dir={work.path}"])
     corpus = replace(config.corpus, corpora={"own": [source]}, max_bad_fraction=0.01)
-    shards.build_corpus(replace(config, corpus=corpus), "own", Texts(corpus, 0), Console())
+    shards.build_corpus(replace(config, corpus=corpus), "own", TextSplits(corpus, 0), Console())
     line = json.loads((work.corpus("own") / REJECTED).read_text())
     assert (line["place"], line["reason"]) == (f"{tmp_path}/a.jsonl:301", "no_text")
     assert read_manifest(work.corpus("own")).ingest["languages"]["english"]["dropped"] == {"no_text": 1}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dist_lm.data.batch import Batch
 from dist_lm.data.order import EpochOrder
 from dist_lm.data.packing import PackedEpoch, Packing
-from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_cuts
+from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_micro_batches
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
@@ -151,7 +151,7 @@ def test_any_cut_gives_the_same_sequences(plain: TokenCorpus, dp_size: int, micr
 
 @given(st.integers(1, 8), st.integers(1, 30), st.integers(1, 40))
 def test_cuts_partition_the_batch(dp_size: int, micro_batch: int, share: int) -> None:
-    cuts = [rank_cuts(share * dp_size, micro_batch, rank, dp_size) for rank in range(dp_size)]
+    cuts = [rank_micro_batches(share * dp_size, micro_batch, rank, dp_size) for rank in range(dp_size)]
     assert [i for rank in cuts for cut in rank for i in cut] == list(range(share * dp_size))
     assert len({tuple(len(cut) for cut in rank) for rank in cuts}) == 1
 
@@ -259,7 +259,7 @@ def test_a_batch_that_does_not_divide_names_what_would(plain: TokenCorpus) -> No
     with pytest.raises(ConfigError, match=r"stage.global_batch=10 .* 4 data-parallel .*multiple of 4, such as 8 or 12"):
         SequenceStream(plain, **{**SETTINGS, "global_batch": 10, "dp_size": 4})
     with pytest.raises(ConfigError, match=r"multiple of 4, such as 4$"):
-        rank_cuts(3, 2, 0, 4)
+        rank_micro_batches(3, 2, 0, 4)
 
 
 def test_too_little_text_gives_figures(tmp_path: Path) -> None:

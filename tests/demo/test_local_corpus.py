@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig
-from dist_lm.data.ingest import Texts
+from dist_lm.data.ingest import TextSplits
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import text_corpora
 from dist_lm.document import Document
@@ -24,7 +24,7 @@ def config() -> CorpusConfig:
 
 
 def read(config: CorpusConfig) -> Corpora:
-    texts = Texts(config, SEED)
+    texts = TextSplits(config, SEED)
     return {name: list(read_corpus(config, name, SEED, IngestReport(), texts)) for name in config.corpora}
 
 

@@ -116,7 +116,7 @@ def test_a_wrong_source_of_a_file_is_named_by_file_and_place(lab, corpora, words
 
 def test_a_share_of_zero_takes_out_what_the_varied_stage_mixes_in():
     assert set(compose_config(["stage=tools"]).stage.mix or {}) == {"code", "language"}
-    assert compose_config(["stage=tools", "stage.mix.language=0"]).streams == ("tools", "code")
+    assert compose_config(["stage=tools", "stage.mix.language=0"]).corpus_names == ("tools", "code")
 
 
 @pytest.mark.parametrize("override", ["corpus=null", "model=null", "stage=null", "experiment=null"])

@@ -47,7 +47,7 @@ def make_run(work: WorkDirectory, at=(20,), stage: str = "language", **keys) -> 
     run = run_of(config)
     run.create()
     save_config(config, run.config)
-    record_content(run, config.streams)
+    record_content(run, config.corpus_names)
     for step in at:
         directory = run.checkpoints / checkpoint_files.step_name(step)
         directory.mkdir()

@@ -1,4 +1,4 @@
-"""Batches of rankings with verdicts and a reference, for tests of the losses of stage preference."""
+"""Batches of judged rankings and a reference, for tests of the losses of stage preference."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,8 +28,8 @@ def batch_of(
     trees = Trees(reference, settings.learns_text, settings.has_reference_point)
     rows = [[DocumentSlice(number, 0, 0)] for number in numbers]
     batch, placed = trees(rankings, rows, numbers, width, 0)
-    verdicts = [lesson(rankings.verdict(number), settings.lesson, 0.0, 0, number) for number in numbers]
-    return replace(batch, ranked=ranked_positions(placed, verdicts))
+    lessons = [lesson(rankings.arrays(number), settings.lesson, 0.0, 0, number) for number in numbers]
+    return replace(batch, ranked=ranked_positions(placed, lessons))
 
 
 @torch.no_grad()

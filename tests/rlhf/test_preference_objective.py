@@ -82,7 +82,7 @@ def test_log_probabilities_are_those_of_as_many_passes(rankings: RankingCorpus, 
         found = segment_logprobs(model, batch).tolist()
         alone, prompts = [], []
         for number in numbers:
-            tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+            tokens, branch = rankings.tokens(number), rankings.arrays(number).branch
             n = int((branch == 0).sum())
             for k in range(1, int(branch.max()) + 1):
                 one = torch.from_numpy(tokens[(branch == 0) | (branch == k)].astype(np.int64))[None]

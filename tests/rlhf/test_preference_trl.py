@@ -110,7 +110,7 @@ def trl_loss(
     parts = [
         (tokens[branch == 0].tolist(), tokens[branch == k].tolist())
         for number in numbers
-        for tokens, branch in [(rankings.tokens(number), rankings.verdict(number).branch)]
+        for tokens, branch in [(rankings.tokens(number), rankings.arrays(number).branch)]
         for k in range(1, int(branch.max()) + 1)
     ]
     assert batch.ranked is not None

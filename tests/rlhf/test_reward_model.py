@@ -100,7 +100,7 @@ def stream_of(rankings: RankingCorpus, **changes: int) -> RankingStream:
 
 def separately(model: Transformer, rankings: RankingCorpus, number: int) -> torch.Tensor:
     """The scores of a ranking's completions, each behind its prompt in a forward of its own."""
-    tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+    tokens, branch = rankings.tokens(number), rankings.arrays(number).branch
     alone = [tokens[(branch == 0) | (branch == k)].tolist() for k in range(1, int(branch.max()) + 1)]
     return torch.tensor(np.concatenate([last_token_scores(model, [one]) for one in alone]))
 
@@ -112,9 +112,9 @@ def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: R
         score_PK = model.scores(batch).flatten()[batch.ranked.index_PK]
     known = {}
     for number in range(rankings.corpus.n_documents):
-        verdict = rankings.verdict(number)
-        if len(verdict.ranks):
-            known[tuple(verdict.ranks.tolist()), tuple(rankings.tokens(number)[-3:].tolist())] = number
+        arrays = rankings.arrays(number)
+        if len(arrays.ranks):
+            known[tuple(arrays.ranks.tolist()), tuple(rankings.tokens(number)[-3:].tolist())] = number
     tokens_N, checked = batch.tokens_BT.flatten(), 0
     for p, there in enumerate(batch.ranked.exists_PK):
         last = int(batch.ranked.index_PK[p][there][-1])
@@ -131,15 +131,15 @@ def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
 ) -> None:
     total, count = 0.0, 0
     for number in range(rankings.corpus.n_documents):
-        verdict, scores = rankings.verdict(number), separately(model, rankings, number)
-        if len(verdict.ranks):
+        arrays, scores = rankings.arrays(number), separately(model, rankings, number)
+        if len(arrays.ranks):
             there = torch.ones(1, len(scores), dtype=torch.bool)
-            total += float(ranking_losses(scores[None], torch.from_numpy(verdict.ranks.astype(int))[None], there).sum())
+            total += float(ranking_losses(scores[None], torch.from_numpy(arrays.ranks.astype(int))[None], there).sum())
             count += len(scores) - 1
         else:
-            better, worse = scores[torch.from_numpy(verdict.judgements.astype(int))].T
-            total += float(pair_losses(better, worse, torch.from_numpy(verdict.margins.copy())).sum())
-            count += len(verdict.judgements)
+            better, worse = scores[torch.from_numpy(arrays.judgements.astype(int))].T
+            total += float(pair_losses(better, worse, torch.from_numpy(arrays.margins.copy())).sum())
+            count += len(arrays.judgements)
     packing = stream_of(rankings).packing
     assert packing
     rows = int(packing["sequences"])

@@ -13,7 +13,7 @@ import pytest
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.root import Config, save_config
-from dist_lm.data.ingest import Texts
+from dist_lm.data.ingest import TextSplits
 from dist_lm.data.inspect import inspect_corpus
 from dist_lm.data.journal import journal_path
 from dist_lm.data.manifest import manifest_path, read_manifest, record_content
@@ -67,7 +67,7 @@ def begin(config: Config) -> None:
     run = WorkDirectory(Path(config.work_dir)).run("language", config.run_id)
     run.create()
     save_config(config, run.config)
-    record_content(run, config.streams)
+    record_content(run, config.corpus_names)
     directory = run.checkpoints / checkpoint_files.step_name(5)
     directory.mkdir()
     checkpoint_files.write_state(directory, TrainState(step=5), {})
@@ -280,7 +280,7 @@ def test_val_begins_behind_the_last_tar_of_train(
         path.unlink()
     encode = killed_after(documents["train"] + 8 + 1)  # val has a member of 8 documents then
     with pytest.raises(RuntimeError, match="killed"):
-        shards.build_corpus(config, "mine", Texts(config.corpus, config.seed), Console(), encode)
+        shards.build_corpus(config, "mine", TextSplits(config.corpus, config.seed), Console(), encode)
     assert recorded(directory, "begun") - recorded(directory, "finished") == {"val-000000.tar"}
 
 
@@ -297,7 +297,7 @@ def test_a_begun_build_that_a_newer_commit_drops_is_announced_with_the_way_out(
     def build_at(commit: str) -> str:
         monkeypatch.setattr(hub, "commit_of", lambda *_: commit)
         with pytest.raises(RuntimeError, match="killed"):
-            shards.build_corpus(config, "mine", Texts(config.corpus, config.seed), Console(), encode)
+            shards.build_corpus(config, "mine", TextSplits(config.corpus, config.seed), Console(), encode)
         return " ".join(capsys.readouterr().err.split())
 
     assert "warning" not in build_at("a" * 40)

@@ -88,7 +88,7 @@ def test_rankings(with_rankings: WorkDirectory, tokenizer: Tokenizer, monkeypatc
     with data.stream as stream:
         check(next(stream).micro_batches, tokenizer)
     found = caught(monkeypatch, reward_ranks, "scores_of_rankings", {})
-    monkeypatch.setattr(reward_ranks, "with_verdicts", lambda *_: [])
+    monkeypatch.setattr(reward_ranks, "scored_rankings", lambda *_: [])
     monkeypatch.setattr(reward_ranks, "reward_metrics", lambda *_: {})
     evaluate: Callable[..., Any] = data.evaluate
     evaluate(None, False, lambda: None)

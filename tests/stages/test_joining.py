@@ -38,7 +38,7 @@ def test_ranks_wait_for_the_first_one_longer_than_it_generates(
 
     monkeypatch.setattr(program, "process_group", joined)
     config = compose_config(["stage=language", *TINY, *overrides])
-    started = program.started(RunDirectory(tmp_path), config, Unheard())
-    with pytest.raises(JoinedError), started:
+    start = program.joined(RunDirectory(tmp_path), config, Unheard())
+    with pytest.raises(JoinedError), start:
         pass
     assert waits[0] > least_s

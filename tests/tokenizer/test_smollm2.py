@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.data.ingest import Texts, split_documents
+from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.prepare.compose import compose_config
@@ -34,7 +34,7 @@ def test_smollm2_encodes_the_local_corpus_with_the_ids_of_transformers(tmp_path:
     assert config.model.vocab_size == 49_152
     tokenizer.STAGE.build(config, Console())
     shards.STAGE.build(config, Console())
-    texts = Texts(config.corpus, config.seed)
+    texts = TextSplits(config.corpus, config.seed)
     n_documents = n_tokens = n_bytes = 0
     for name in names:
         stored = {split: TokenCorpus.open(work.corpus(name), split) for split in ("train", "val")}

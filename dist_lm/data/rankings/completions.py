@@ -78,11 +78,15 @@ class Trees:
         pad_id: int,
         first_token: FirstToken | None = None,
     ) -> tuple[CompletionBatch, list[PlacedRanking]]:
-        """Returns a batch and the rankings in it; their `places` are numbers of completions in the batch."""
+        """Returns a batch, in host memory, and the rankings in it; their `places` are numbers of completions in it.
+
+        Raises:
+            ArtefactError: a tar is damaged.
+        """
         documents_by_row = [[document for document, _, _ in row] for row in rows]
         documents = [document for row in documents_by_row for document in row]
         trees = [
-            [_opened((rankings.tokens(document), rankings.verdict(document).branch), first_token) for document in row]
+            [_opened((rankings.tokens(document), rankings.arrays(document).branch), first_token) for document in row]
             for row in documents_by_row
         ]
         batch = batch_of_trees(trees, numbers, seq_len, pad_id, self.learns_prompts)
@@ -121,16 +125,19 @@ def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.n
     """Joins the prompt of ranking `number` with the completions of the next ranking of the corpus.
 
     The next one of the last is the first, so a corpus of one ranking gives its own completions. Completions that do not
-    fit into `seq_len` are left out. If none fits, the first one is cut.
+    fit into `seq_len` are left out, with all behind them. If the first one does not fit, it is cut.
 
     Args:
         seq_len: in tokens; the prompt has at most so many.
 
     Returns:
-        (tokens, branch): (n,) each, as `RankingCorpus.tokens` and `Verdict.branch`.
+        (tokens, branch): (n,) each, as `RankingCorpus.tokens` and `RankingArrays.branch`; n is at most `seq_len + 1`.
+
+    Raises:
+        ArtefactError: a tar is damaged.
     """
     next_number = (number + 1) % rankings.corpus.n_documents
-    branch, next_branch = rankings.verdict(number).branch, rankings.verdict(next_number).branch
+    branch, next_branch = rankings.arrays(number).branch, rankings.arrays(next_number).branch
     prompt_ids = rankings.tokens(number)[branch == 0]
     completion_ids = rankings.tokens(next_number)[next_branch > 0]
     completion_branch = next_branch[next_branch > 0]
@@ -148,10 +155,13 @@ def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.n
 def packed_trees(trees: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int) -> CompletionBatch:
     """Packs trees into a batch with as few rows as best fit decreasing needs. Prompts are no targets.
 
-    `prompt_C` numbers prompts in the order of `trees`, whatever row they are in. Completions come row by row.
+    `prompt_C` numbers prompts in the order of `trees`, whatever row they are in. Completions come row by row. Without
+    trees the batch is one row of padding.
 
     Args:
         trees: (tokens, branch) of each ranking, (n,) each, at most `seq_len + 1` tokens.
+        seq_len: T, in tokens.
+        pad_id: the token that fills rows up.
     """
     lengths = np.array([len(tokens) - 1 for tokens, _ in trees], np.int64)
     order = longest_first(np.arange(len(trees)), lengths)
@@ -175,10 +185,11 @@ def batch_of_trees(
 ) -> CompletionBatch:
     """Returns one batch of `len(rows)` sequences of trees, in host memory; the rest of a row is a document of `pad_id`.
 
-    `reference_C` stays empty.
+    `reference_C` stays empty. Completions and prompts are numbered row by row.
 
     Args:
-        rows: (tokens, branch) of each ranking; the trees of a row have at most `seq_len` tokens in all.
+        rows: (tokens, branch) of each ranking. In its tree a ranking has one token fewer; the trees of a row have at
+            most `seq_len` tokens in all.
         numbers: the global sequence numbers.
         learns_prompts: whether the tokens of prompts are targets too.
     """

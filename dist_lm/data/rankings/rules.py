@@ -36,6 +36,8 @@ class Marks:
 def marks_of(prompt: str, completion: str, parses: bool) -> Marks:
     """Returns the marks of a completion, each in [0, 1]; 1 is the best.
 
+    Without a name in the prompt the mark for names is 0; a completion below three words repeats nothing: 1.
+
     Args:
         parses: the verdict of the language's parser on prompt and completion together (`dist_lm.sandbox.syntax`).
     """

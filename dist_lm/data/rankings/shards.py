@@ -20,14 +20,14 @@ from numpy.lib import format as npy
 from dist_lm.data.index import members
 from dist_lm.data.manifest import BUILD_COMMAND, read_manifest
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.document import Verdict
+from dist_lm.document import RankingArrays
 from dist_lm.errors import ArtefactError
 
 PARTS = ("branch.npy", "completions.npy", "ranks.npy", "judged.npy", "judgements.npy", "margins.npy")
 
 
 @dataclass(frozen=True)
-class VerdictArrays:
+class MemberArrays:
     """The arrays of one member, or of several members end to end. The head of this file gives their shapes."""
 
     completions: np.ndarray
@@ -47,69 +47,74 @@ class VerdictArrays:
             raise ValueError("the arrays of its rankings have different lengths")
 
 
-def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
+def member_parts(rankings: Sequence[RankingArrays]) -> dict[str, np.ndarray]:
     """Returns the arrays of a member that holds these rankings, by the names of `PARTS`, with types as the module says.
 
+    A ranking with judgements has zeros for ranks there.
+
     Args:
-        verdicts: at least one.
+        rankings: at least one.
     """
-    completions = [int(verdict.branch.max()) for verdict in verdicts]
+    completions = [int(arrays.branch.max()) for arrays in rankings]
     # A ranking with judgements has zeros for ranks, so that each completion has one rank in the file.
     ranks = [
-        verdict.ranks if len(verdict.ranks) else np.zeros(n, np.uint8)
-        for verdict, n in zip(verdicts, completions, strict=True)
+        arrays.ranks if len(arrays.ranks) else np.zeros(n, np.uint8)
+        for arrays, n in zip(rankings, completions, strict=True)
     ]
 
-    arrays = (
-        np.concatenate([verdict.branch for verdict in verdicts]),
+    parts = (
+        np.concatenate([arrays.branch for arrays in rankings]),
         np.array(completions, np.uint8),
         np.concatenate(ranks),
-        np.array([len(verdict.judgements) for verdict in verdicts], "<u2"),
-        np.concatenate([verdict.judgements for verdict in verdicts]),
-        np.concatenate([verdict.margins for verdict in verdicts]).astype("<f4", copy=False),
+        np.array([len(arrays.judgements) for arrays in rankings], "<u2"),
+        np.concatenate([arrays.judgements for arrays in rankings]),
+        np.concatenate([arrays.margins for arrays in rankings]).astype("<f4", copy=False),
     )
-    return dict(zip(PARTS, arrays, strict=True))
+    return dict(zip(PARTS, parts, strict=True))
 
 
 class RankingCorpus:
-    """The rankings of one split: tokens and a verdict on every document, numbered as in `corpus`.
+    """The rankings of one split: tokens, ranks and judgements of every document, numbered as in `corpus`.
 
-    Verdicts and branches of the whole split are in memory, mainly one byte a token.
+    Branches, ranks and judgements of the whole split are in memory, mainly one byte a token.
     """
 
-    def __init__(self, corpus: TokenCorpus, branch: np.ndarray, verdicts: VerdictArrays) -> None:
+    def __init__(self, corpus: TokenCorpus, branch: np.ndarray, arrays: MemberArrays) -> None:
         """Use `open` instead.
 
         Args:
             branch: (tokens of the split,) uint8.
-            verdicts: the arrays of all members of the split.
+            arrays: those of all members of the split.
         """
         self.corpus = corpus
-        self.completions = verdicts.completions.astype(np.int64)  # (documents,) K
+        self.completions = arrays.completions.astype(np.int64)  # (documents,) K
 
         self._branch = branch
-        self._verdicts = verdicts
+        self._arrays = arrays
         self._token_ends = np.cumsum(corpus.lengths)
         self._rank_ends = np.cumsum(self.completions)
-        self._judgement_ends = np.cumsum(verdicts.judged, dtype=np.int64)
+        self._judgement_ends = np.cumsum(arrays.judged, dtype=np.int64)
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "RankingCorpus":
-        """Returns the rankings of a corpus, after every member was read and checked; their verdicts stay in memory.
+        """Returns the rankings of a split, after every member was read and checked; their arrays stay in memory.
+
+        A missing or old index is built and saved.
 
         Raises:
-            ArtefactError: the corpus is missing or damaged, or holds no rankings.
+            ArtefactError: the corpus is missing or damaged, or the split holds no rankings.
+            OSError: a tar cannot be read, or an index cannot be written.
         """
         corpus = TokenCorpus.open(directory, split)
-        # The verdicts of every member are read now, so checksums cannot wait for the first use of a member.
+        # The arrays of every member are read now, so checksums cannot wait for the first use of a member.
         corpus.check()
 
-        branches, verdicts = [], []
+        branches, arrays_by_member = [], []
         for shard in read_manifest(directory).splits[split].shards:
             try:
-                for branch, verdict in _members(directory / shard.name):
+                for branch, arrays in _members(directory / shard.name):
                     branches.append(branch)
-                    verdicts.append(verdict)
+                    arrays_by_member.append(arrays)
             except (ValueError, tarfile.TarError) as error:
                 raise ArtefactError(
                     f"{directory / shard.name}: {error}: build the corpus again with `{BUILD_COMMAND}`"
@@ -118,16 +123,20 @@ class RankingCorpus:
         all_branches = np.concatenate(branches)
         if len(all_branches) != corpus.n_tokens:
             raise ArtefactError(f"corpus {directory}: {len(all_branches)} of {corpus.n_tokens} tokens have a branch")
-        all_verdicts = VerdictArrays(
+        all_arrays = MemberArrays(
             **{
-                name: np.concatenate([getattr(verdict, name) for verdict in verdicts])
-                for name in VerdictArrays.__dataclass_fields__
+                name: np.concatenate([getattr(arrays, name) for arrays in arrays_by_member])
+                for name in MemberArrays.__dataclass_fields__
             }
         )
-        return cls(corpus, all_branches, all_verdicts)
+        return cls(corpus, all_branches, all_arrays)
 
     def tokens(self, document: int) -> np.ndarray:
-        """Returns all tokens of a ranking: (n,) uint16 or uint32."""
+        """Returns all tokens of a ranking: (n,) uint16 or uint32.
+
+        Raises:
+            ArtefactError: the tar is damaged.
+        """
         return self.corpus.tokens(document, 0, int(self.corpus.lengths[document]))
 
     def completion_slice(self, document: int) -> slice:
@@ -139,33 +148,34 @@ class RankingCorpus:
         """Names the source of a ranking: what the manifest calls its language."""
         return self.corpus.languages[self.corpus.language_codes[document]]
 
-    def verdict(self, document: int) -> Verdict:
-        """Returns how the completions of a ranking were judged, as views of the arrays in memory.
+    def arrays(self, document: int) -> RankingArrays:
+        """Returns branch, ranks and judgements of a ranking, as views of the arrays in memory.
 
         `ranks` is empty if the ranking has judgements.
         """
         token_end = int(self._token_ends[document])
         token_begin = token_end - int(self.corpus.lengths[document])
         judgement_end = int(self._judgement_ends[document])
-        n_judgements = int(self._verdicts.judged[document])
+        n_judgements = int(self._arrays.judged[document])
         judgements = slice(judgement_end - n_judgements, judgement_end)
 
         # The zeros in the file of a ranking with judgements are no ranks.
         ranks = slice(0) if n_judgements else self.completion_slice(document)
-        return Verdict(
+        return RankingArrays(
             branch=self._branch[token_begin:token_end],
-            ranks=self._verdicts.ranks[ranks],
-            judgements=self._verdicts.judgements[judgements],
-            margins=self._verdicts.margins[judgements],
+            ranks=self._arrays.ranks[ranks],
+            judgements=self._arrays.judgements[judgements],
+            margins=self._arrays.margins[judgements],
         )
 
 
-def _members(tar: Path) -> list[tuple[np.ndarray, VerdictArrays]]:
-    """Returns (branch, verdicts) of every member of a tar, in order.
+def _members(tar: Path) -> list[tuple[np.ndarray, MemberArrays]]:
+    """Returns (branch, other arrays) of every member of a tar, in order.
 
     Raises:
         ArtefactError: a member holds no rankings.
         ValueError, tarfile.TarError: the tar is damaged.
+        OSError: it cannot be read.
     """
     arrays_by_member = []
     with tar.open("rb") as file:
@@ -173,7 +183,7 @@ def _members(tar: Path) -> list[tuple[np.ndarray, VerdictArrays]]:
             if missing := [part for part in PARTS if part not in parts]:
                 raise ArtefactError(f"{tar}: member {key} has no {missing[0]}: it holds no rankings")
             branch, *arrays = (_array(file, parts[part]) for part in PARTS)
-            arrays_by_member.append((branch, VerdictArrays(*arrays)))
+            arrays_by_member.append((branch, MemberArrays(*arrays)))
     return arrays_by_member
 
 

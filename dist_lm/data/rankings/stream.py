@@ -1,7 +1,7 @@
 """Makes batches of rankings: without end for training, in a fixed order for evaluation.
 
 Whole rankings are packed into sequences as conversations are (`data.packing`), so the content of a row and its position
-are pure functions of (seed, epoch, index), and the state of the stream is one integer. The part of a verdict that is
+are pure functions of (seed, epoch, index), and the state of the stream is one integer. The part of a ranking that is
 learned (its ranks, or pairs drawn from them, with label noise) is keyed by ranking and seed: every epoch has the same.
 
 Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N judgements.
@@ -24,7 +24,7 @@ from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.sequences import Epochs, packed
 from dist_lm.data.stream import StepStream
-from dist_lm.document import Verdict
+from dist_lm.document import RankingArrays
 from dist_lm.tokenizer.tokenizer import FirstToken
 
 ALL, PAIRS, ONE_PAIR = "rankings", "pairs", "one_pair"
@@ -109,9 +109,9 @@ class RankingStream(StepStream):
             rows.append(epoch_order.sequence(i))
 
         batch, placed = self._assemble(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._first_token)
-        verdicts = [
+        lessons = [
             lesson(
-                self._rankings.verdict(ranking.document),
+                self._rankings.arrays(ranking.document),
                 self._learn_from,
                 self._label_noise,
                 self._seed,
@@ -119,7 +119,7 @@ class RankingStream(StepStream):
             )
             for ranking in placed
         ]
-        return replace(batch, ranked=ranked_positions(placed, verdicts))
+        return replace(batch, ranked=ranked_positions(placed, lessons))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,60 +153,62 @@ class RankingBatches:
             yield assemble(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.first_token)
 
 
-def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
-    """Returns the part of a verdict that stage reward learns from. It is the same in every epoch.
+def lesson(arrays: RankingArrays, learn_from: str, label_noise: float, seed: int, number: int) -> RankingArrays:
+    """Returns the part of the judgement of a ranking that stage reward learns from. It is the same in every epoch.
 
     Args:
-        learn_from: `rankings`: the whole verdict. `pairs`: K - 1 pairs of K ranked completions, as many as a ranking
+        learn_from: `rankings`: all of it. `pairs`: K - 1 pairs of K ranked completions, as many as a ranking
             has choices. `one_pair`: one of these pairs.
-        label_noise: the probability of `noisy`, in [0, 1].
+        label_noise: the probability of `noisy`, in [0, 1).
         number: of the ranking in its corpus.
     """
-    verdict = noisy(verdict, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
+    arrays = noisy(arrays, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
     # Judgements are pairs already.
-    if learn_from == ALL or not len(verdict.ranks):
-        return verdict
-    n_pairs = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
-    return drawn_pairs(verdict, n_pairs, key(Shuffle.PAIRS, seed, number))
+    if learn_from == ALL or not len(arrays.ranks):
+        return arrays
+    n_pairs = 1 if learn_from == ONE_PAIR else len(arrays.ranks) - 1
+    return drawn_pairs(arrays, n_pairs, key(Shuffle.PAIRS, seed, number))
 
 
-def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
-    """Returns a verdict that errs: each judgement is reversed, and each two neighbouring ranks are swapped, with
-    probability `share`, from the best rank down.
+def noisy(arrays: RankingArrays, share: float, draw_key: int) -> RankingArrays:
+    """Returns the ranking as a judge who errs gives it.
+
+    Each judgement is reversed, and each two neighbouring ranks are swapped, with probability `share`, from the best
+    rank down. The new ranks count from 0 without gaps; `arrays` is not changed.
 
     Args:
-        share: in [0, 1]; 0: the same verdict.
-        word: the 64-bit key of the draws.
+        share: in [0, 1); 0: the same object is returned.
+        draw_key: of 64 bits; equal keys give equal draws.
     """
     if not share:
-        return verdict
+        return arrays
 
-    levels = np.unique(verdict.ranks)
+    levels = np.unique(arrays.ranks)
     n_swaps = max(len(levels) - 1, 0)
-    n_judgements = len(verdict.judgements)
+    n_judgements = len(arrays.judgements)
     # One draw for each judgement, or for each pair of neighbouring ranks.
-    is_wrong = splitmix64(word, max(len(levels) - 1, n_judgements)) < np.uint64(int(share * (2**64 - 1)))
-    judgements = np.where(is_wrong[:n_judgements, None], verdict.judgements[:, ::-1], verdict.judgements)
+    is_wrong = splitmix64(draw_key, max(len(levels) - 1, n_judgements)) < np.uint64(int(share * (2**64 - 1)))
+    judgements = np.where(is_wrong[:n_judgements, None], arrays.judgements[:, ::-1], arrays.judgements)
 
     swapped = levels.copy()
     for index in np.flatnonzero(is_wrong[:n_swaps]):
         swapped[[index, index + 1]] = swapped[[index + 1, index]]
-    ranks = verdict.ranks
+    ranks = arrays.ranks
     if len(levels):
         # swapped[i] is the level that is now the i-th best, so argsort gives the new rank of each level
-        ranks = np.argsort(swapped)[np.searchsorted(levels, verdict.ranks)]
-    return replace(verdict, ranks=ranks.astype(np.uint8), judgements=judgements)
+        ranks = np.argsort(swapped)[np.searchsorted(levels, arrays.ranks)]
+    return replace(arrays, ranks=ranks.astype(np.uint8), judgements=judgements)
 
 
-def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
-    """Returns `count` (at most all) of the pairs with different ranks, as judgements with margin 0, in place of the
-    ranks.
+def drawn_pairs(arrays: RankingArrays, count: int, draw_key: int) -> RankingArrays:
+    """Returns the ranking with `count` (at most all) of the pairs with different ranks, as judgements with margin 0, in
+    place of the ranks. `arrays` is not changed.
 
     Args:
-        verdict: one with ranks.
-        word: the 64-bit key of the draw.
+        arrays: of a ranking with ranks.
+        draw_key: of 64 bits; equal keys give equal draws.
     """
-    ranks = verdict.ranks.tolist()
+    ranks = arrays.ranks.tolist()
     # (better, worse) of each two completions that are no tie.
     pairs = [
         sorted(pair, key=ranks.__getitem__)
@@ -214,8 +216,8 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
         if ranks[pair[0]] != ranks[pair[1]]
     ]
     # Sorted, so that only the choice depends on the draw and not the order.
-    chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), word)[:count])]
-    return replace(verdict, ranks=np.zeros(0, np.uint8), judgements=chosen, margins=np.zeros(len(chosen), np.float32))
+    chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), draw_key)[:count])]
+    return replace(arrays, ranks=np.zeros(0, np.uint8), judgements=chosen, margins=np.zeros(len(chosen), np.float32))
 
 
 def assemble_rankings(
@@ -229,7 +231,7 @@ def assemble_rankings(
     """Returns a `Batch` of `len(rows)` sequences for a reward model, which predicts no token, and its rankings.
 
     The batch is in host memory. The rankings have the indices of their completions' last tokens in B * T;
-    `ranked_positions` adds verdicts to these.
+    `ranked_positions` adds ranks and judgements to these.
 
     Args:
         rows: whole documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
@@ -249,7 +251,7 @@ def assemble_rankings(
     for b, row in enumerate(rows):
         begin = 0
         for d, (number, _, _) in enumerate(row):
-            ranking_branch = rankings.verdict(number).branch
+            ranking_branch = rankings.arrays(number).branch
             end = begin + len(ranking_branch)
             tokens[b, begin:end] = rankings.tokens(number)
             if first_token:
@@ -280,18 +282,20 @@ def assemble_rankings(
     return batch, placed
 
 
-def ranked_positions(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPositions:
-    """Returns the verdicts of a batch as tensors: (P, K) for the rankings with ranks, (N,) for all judgements.
+def ranked_positions(placed: Sequence[PlacedRanking], lessons: Sequence[RankingArrays]) -> RankedPositions:
+    """Returns ranks and judgements of a batch as tensors: (P, K) for the rankings with ranks, (N,) for all judgements.
 
-    Indices are int64 into B * T, margins float32. P or N may be 0.
+    Indices are those of `PlacedRanking.places`, int64; margins are float32. Rankings with judgements are not among the
+    P. P or N may be 0; K is 2 if P is 0. Completions that a smaller ranking lacks have index and rank 0, and
+    `exists_PK` False.
 
     Args:
-        verdicts: one for each ranking of `placed`.
+        lessons: one for each ranking of `placed`.
     """
     ranked = [
-        (ranking.places, verdict.ranks)
-        for ranking, verdict in zip(placed, verdicts, strict=True)
-        if len(verdict.ranks)  # the others have judgements
+        (ranking.places, arrays.ranks)
+        for ranking, arrays in zip(placed, lessons, strict=True)
+        if len(arrays.ranks)  # the others have judgements
     ]
     shape = (len(ranked), max((len(ranks) for _, ranks in ranked), default=2))
     place, rank = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -303,10 +307,10 @@ def ranked_positions(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict
 
     # The empty arrays are for a batch without a ranking, which leaves nothing to concatenate.
     pairs = [
-        ranking.places[verdict.judgements.astype(np.int64)] for ranking, verdict in zip(placed, verdicts, strict=True)
+        ranking.places[arrays.judgements.astype(np.int64)] for ranking, arrays in zip(placed, lessons, strict=True)
     ]
     pairs_N2 = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
-    margins = np.concatenate([np.zeros(0, np.float32), *(verdict.margins for verdict in verdicts)])
+    margins = np.concatenate([np.zeros(0, np.float32), *(arrays.margins for arrays in lessons)])
     return RankedPositions(
         index_PK=torch.from_numpy(place),
         rank_PK=torch.from_numpy(rank),

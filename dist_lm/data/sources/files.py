@@ -134,10 +134,13 @@ def list_source_files(source: SourceConfig) -> Inputs:
     """Returns the files of a source; taken are those whose language is known, and among `only` if the source names
     some.
 
+    Files that a path names itself are taken whatever their language. Local files without a suffix are opened.
+
     Raises:
-        ConfigError, ArtefactError: as `list_files`, or a file without a suffix cannot be read.
+        ConfigError, ArtefactError: as `list_files`; or ArtefactError: a file without a suffix cannot be read.
     """
 
+    # `list_files` quotes the docstring of a rule, so it is set below.
     def rule(name: str) -> str:
         try:
             language = language_of(name)
@@ -161,8 +164,9 @@ def list_source_files(source: SourceConfig) -> Inputs:
     advice="check path, exclude and only; every file is empty, binary or repeated",
 )
 def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every file as a text, or why it is dropped. `source.language` replaces the languages of the files.
+    """Yields every file as a text, or `Rejected`: too_long, binary or invalid_utf8.
 
+    `source.language` replaces the languages of the files; a file of unknown language that a path names is `text`.
     `seed` is not used.
 
     Raises:
@@ -245,7 +249,10 @@ def _root_of(name: str, roots: set[str]) -> str:
 
 
 def _text(content: bytes) -> tuple[str, str]:
-    """Returns the text of a file and an empty reason, or an empty text and why it is dropped, such as `binary`."""
+    """Returns the text of a file and an empty reason, or an empty text and why it is dropped.
+
+    The reasons are too_long, binary (a NUL in the first 8,192 bytes) and invalid_utf8. A byte order mark is left out.
+    """
     if len(content) > LONGEST:
         return "", "too_long"
     # A NUL is in no source text, and early in nearly every binary file.

@@ -37,9 +37,10 @@ Format = Callable[[str, Sequence[str] | None], Iterator[NumberedRow]]
 
 
 def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Yields one JSON object a line; blank lines are passed over. A .json file may also be one list of objects.
+    """Yields (line number, object, its keys) of each line; blank lines are passed over, but count.
 
-    A broken line is yielded as its problem.
+    A broken line, or one that is no object, is yielded as its problem, without columns. A .json file may also be one
+    list of objects, which is read whole and numbered by its elements. Numbers are from 1.
 
     Args:
         wanted_columns: not used: a line is parsed whole.
@@ -69,10 +70,13 @@ def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numb
 
 
 def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Yields the rows of a parquet file, one batch in memory; a row with broken text is yielded as its problem.
+    """Yields (row number from 1, row, columns of the file), with one batch in memory.
+
+    A row with broken text is yielded as its problem.
 
     Args:
-        wanted_columns: only these are fetched, as far as the file has them; None: all.
+        wanted_columns: only these are fetched, as far as the file has them; None: all. If it has none of them, every
+            row is empty.
 
     Raises:
         OSError, ValueError: the file cannot be read or is damaged.
@@ -104,16 +108,18 @@ def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Nu
 
 
 def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Yields the rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line.
+    """Yields (number of the row's first line, row, columns) of a CSV file with a header; a .tsv file has tabs.
 
-    Each line of a broken row counts as broken, because a superfluous quote takes in good lines. Sets the module's limit
-    of characters in a field for the whole process.
+    Cells are texts; bytes that are not UTF-8 are lone surrogates in them. A row with another number of fields than the
+    header is yielded as its problem. Each line of a broken row counts as broken, because a superfluous quote takes in
+    good lines. Blank rows are passed over. Sets the module's limit of characters in a field for the whole process.
 
     Args:
-        wanted_columns: may not be in the header twice; None: no column may.
+        wanted_columns: may not be in the header twice; None: no column may. All columns are in a row.
 
     Raises:
-        ArtefactError: the header is broken, or a quote opens that nothing closes; the message names the line.
+        ArtefactError: the file is UTF-16, the header is broken or names a column twice, or a quote opens that nothing
+            closes; the message names the line.
         OSError: the file cannot be read or decompressed.
         ConfigError: the scheme of a URL is not supported.
     """
@@ -171,7 +177,7 @@ def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
 
 
 def _json_row(line: bytes) -> Row | BadRow:
-    """Returns the object of a line of JSON; the problem if it is another value or broken."""
+    """Returns the object of a line of JSON; a problem (invalid_utf8, broken_json) if it is another value or broken."""
     try:
         row = json.loads(line.decode())
     except UnicodeDecodeError as error:

@@ -39,10 +39,10 @@ def list_data_set(source: SourceConfig) -> Inputs:
     """Returns the commit of a data set as its only input; nothing if the source names the commit. With `path`: the
     files.
 
-    Asks the hub, several times if it does not answer.
+    Asks the hub once in a launch, and waits and asks again, at most `ATTEMPTS` times, if it does not answer.
 
     Raises:
-        UnreachableError: the hub does not answer, or HF_HUB_OFFLINE is set.
+        UnreachableError (an ArtefactError): the hub does not answer, or HF_HUB_OFFLINE is set.
         ArtefactError: it has no such data set or revision, or a file cannot be listed.
         ConfigError: the source names a local path as data set, files that do not exist, or a package is missing.
     """
@@ -68,7 +68,10 @@ def list_data_set(source: SourceConfig) -> Inputs:
 
 @lru_cache
 def commit_of(dataset: str, revision: str) -> str:
-    """Resolves a branch or a tag of a data set to its commit, once for a whole launch."""
+    """Resolves a branch or a tag of a data set to its commit, once for a whole launch. A commit is returned as it is.
+
+    Passes on what huggingface_hub raises, ImportError among it.
+    """
     if COMMIT.fullmatch(revision):
         return revision
     from huggingface_hub import HfApi
@@ -92,10 +95,12 @@ def origin_of(source: SourceConfig) -> str:
     advice="check dataset, split and column; no row has text in that column",
 )
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of `source.dataset` as a document, in the order of the data set. `seed` is not used.
+    """Yields every row of `source.dataset` as a document or `Rejected`, in the order of the data set.
+
+    `seed` is not used.
 
     Raises:
-        ConfigError: the `datasets` package or the column is missing.
+        ConfigError: as `data_set_rows` and `row_documents`, as for a column that no row has.
         ArtefactError: the data set cannot be read.
     """
     yield from row_documents(source, data_set_rows(source), TEXT)
@@ -104,8 +109,11 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
     """Yields the rows of `source.dataset`, or of the files of `source.path`; a stream that breaks is resumed.
 
+    The location of a row of a data set is `NAME@REVISION:NUMBER`, from 0. A broken row of a file is its problem.
+
     Raises:
-        ConfigError: the source names both, or a local path as data set, or the `datasets` package is missing.
+        ConfigError: the source names both, a local path as data set, or files that do not exist, or the `datasets`
+            package is missing.
         ArtefactError: the data set or a file cannot be read.
     """
     if source.path:
@@ -155,7 +163,7 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
         raise _not_installed(source, error) from error
 
     def rows_from(row: int) -> Iterable[Row]:
-        """Returns the rows from number `row` on; the stream reads them when it is iterated."""
+        """Returns the rows from number `row` on; the stream reads them when it is iterated. Asks the hub."""
         # By commit, because a branch may move between two openings of one stream.
         commit = commit_of(source.dataset, source.revision or MAIN)
         options = {"name": source.subset, "revision": commit, "split": source.split or TRAIN}
@@ -178,6 +186,8 @@ def _not_installed(source: SourceConfig, error: ImportError) -> ConfigError:
 
 def retrying(attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S) -> "Retrying":
     """Returns a caller that repeats a function, with growing pauses, while that may help; then it raises the error.
+
+    `is_transient` tells whether it may help. No call begins later than `LONGEST_TRY_S` seconds after the first.
 
     Args:
         attempts: calls in all.
@@ -204,7 +214,8 @@ def resumed(
         first_wait_s: the pause before the second opening, in seconds; later ones grow.
 
     Raises:
-        ArtefactError: no attempt is left, or another one would not help.
+        ArtefactError: no attempt is left, or another one would not help; names the row and the way out.
+        ConfigError: as `rows_from` raises it.
     """
     retry = retrying(attempts, first_wait_s)
     end: Row = {}  # compared by identity: a row may be empty

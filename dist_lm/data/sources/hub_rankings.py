@@ -38,8 +38,8 @@ def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     A row that gives no ranking is yielded as `Rejected`.
 
     Raises:
-        ConfigError: the `datasets` package is missing, the kind of rows is unknown, a column is missing, or the source
-            has a key that the kind does not take.
+        ConfigError: the `datasets` package is missing, the kind of rows is unknown, a column is missing, a message has
+            an unknown role, the source has a key that the kind does not take, or as `data_set_rows`.
         ArtefactError: the data set cannot be read.
     """
     kind = rows_of(source)
@@ -83,14 +83,15 @@ def rows_of(source: SourceConfig) -> str:
 def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[tuple[str, Ranking]]:
     """Yields (language, ranking) of `OpenAssistant/oasst1` (Koepf et al. 2023): people ranked answers to one message.
 
-    Rank 0 is the best; at most `MOST` answers stay. Answers with a missing message above them are passed over.
+    Rank 0 is the best; at most `MOST` answers stay. Deleted messages, answers without a rank, answers with a missing
+    message above them, and messages whose answers are no comparison are passed over.
 
     Args:
-        rows: messages, those of a tree one after the other.
-        languages: those to read, such as `en`; None: all.
+        rows: messages, those of a tree one after the other; a tree at a time is in memory.
+        languages: those to read, such as `en`; None: all. The language is that of the first answer.
 
     Raises:
-        KeyError: a row lacks a column.
+        KeyError: a row lacks a column, or has an unknown role.
     """
     # Every message of a tree that has ranked answers gives a ranking.
     for _, tree in groupby(rows, key=lambda row: row["message_tree_id"]):
@@ -114,7 +115,10 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
 
 
 def hh_ranking(row: Row) -> Ranking | None:
-    """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer."""
+    """Reads `Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` dialogues differ in the last answer.
+
+    None if they differ earlier, and for a ranking that `check_ranking` refuses. A missing column is a KeyError.
+    """
     # Both are whole dialogues: what they share is the prompt.
     chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
@@ -123,7 +127,10 @@ def hh_ranking(row: Row) -> Ranking | None:
 
 
 def helpsteer_ranking(row: Row) -> Ranking | None:
-    """Reads `nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is)."""
+    """Reads `nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is).
+
+    None for 0, and for a ranking that `check_ranking` refuses. A missing column and an unknown role are KeyErrors.
+    """
     preference = int(row["overall_preference"])
     if preference == 0:  # both are equally good, which is no comparison
         return None
@@ -133,7 +140,10 @@ def helpsteer_ranking(row: Row) -> Ranking | None:
 
 
 def ultrafeedback_ranking(row: Row) -> Ranking | None:
-    """Reads `openbmb/UltraFeedback` (Cui et al. 2023): a model, no person, scored up to four answers."""
+    """Reads `openbmb/UltraFeedback` (Cui et al. 2023): a model, no person, scored up to four answers.
+
+    None for a ranking that `check_ranking` refuses, as with equal scores. A missing column is a KeyError.
+    """
     scored = [completion for completion in row["completions"] if completion.get("overall_score") is not None]
     ranks = ranks_of_scores([float(completion["overall_score"]) for completion in scored])
     prompt = [Message("user", row["instruction"])]
@@ -148,7 +158,11 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 
 
 def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidate]:
-    """Yields the rankings of oasst1, by language (`oasst1_en`); then the rows that are broken."""
+    """Yields the rankings of oasst1, by language (`oasst1_en`); then the rows that are broken.
+
+    Raises:
+        KeyError: a row lacks a column, or has an unknown role.
+    """
     languages = frozenset(source.only or ()) or None
     broken: list[Rejected] = []  # reported at the end, because a ranking extends over several rows
 
@@ -167,10 +181,10 @@ def _oasst(rows: Iterable[SourceRow], source: SourceConfig) -> Iterator[Candidat
 
 
 def _candidate(ranking_of: Callable[[Row], Ranking | None], source_row: SourceRow, source: SourceConfig) -> Candidate:
-    """Returns the document of a row, or `Rejected` with the reason why it gives none.
+    """Returns the document of a row, or `Rejected` with the reason why it gives none (no_ranking, or of a broken row).
 
     Raises:
-        KeyError: the row lacks a column.
+        KeyError: the row lacks a column, or has an unknown role.
     """
     row, location = source_row.row, source_row.location
     if isinstance(row, BadRow):
@@ -200,7 +214,15 @@ def _ranking(
 
 
 def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
-    """Returns the turns from the root to a message; empty if a message in between is missing, or `message` is None."""
+    """Returns the turns from the root to a message; empty if a message in between is missing, or `message` is None.
+
+    Args:
+        message: id of the last message.
+        messages: id -> row.
+
+    Raises:
+        KeyError: a row lacks a column, or has an unknown role.
+    """
     turns = []
     while message is not None:
         row = messages.get(message)

@@ -44,7 +44,7 @@ def bare_name(name: str) -> str:
 def by_suffix(*suffixes: str) -> OwnRule:
     """Returns the rule that takes files of these suffixes, in upper or lower case, plain or compressed.
 
-    Its docstring, which errors quote, names the suffixes.
+    The rule's docstring, which errors quote, names the suffixes. It raises ConfigError for an unsupported scheme.
 
     Args:
         suffixes: in lower case, with their dots.
@@ -63,7 +63,7 @@ def by_suffix(*suffixes: str) -> OwnRule:
 def base_of(path: str) -> str:
     """Returns the base of names below a path: itself, or the last folder of a glob without magic letters.
 
-    It has no slash at its end and no `file://`.
+    It has no slash at its end and no `file://`. An existing file or folder is itself, whatever its letters.
 
     Raises:
         ConfigError: the scheme of a URL is not supported.
@@ -81,14 +81,16 @@ def base_of(path: str) -> str:
 def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = (".", "_")) -> Inputs:
     """Returns the files of `source.path`, each taken or with the reason why it is left out. Asks the servers of URLs.
 
+    Files are in the order of the paths, and in a path in the order of names. No file is read, except by `rule`.
+
     Args:
         rule: decides about files that are found in a folder; its docstring says what it takes.
         hidden: first letters of hidden names.
 
     Raises:
-        ConfigError: a path does not exist or holds nothing to read (the message says what was left out), or `exclude`
-            is no list of patterns.
-        ArtefactError: a folder or URL cannot be listed.
+        ConfigError: a path does not exist, has an unsupported scheme or holds nothing to read (the message says what
+            was left out), or `exclude` is no list of patterns. Without paths nothing is raised.
+        ArtefactError: a folder or URL cannot be listed. A UserError of `rule` passes.
     """
     import pathspec
 
@@ -146,8 +148,9 @@ class _Walk:
         """Yields the inputs of a file, a folder or a glob of this machine, in the order of names.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none, or nothing that the glob matches.
             OSError: a folder cannot be listed.
+            UserError: as `rule` raises it.
         """
         pattern = os.path.expanduser(path.removeprefix("file://"))  # noqa: PTH111  a glob is no path
         # An existing file may have the letters of a glob in its name.
@@ -189,6 +192,7 @@ class _Walk:
 
         Raises:
             OSError: a folder cannot be listed.
+            UserError: as `rule` raises it.
         """
         # Each folder once: a link to a folder above would never end.
         if self._was_listed(folder):
@@ -217,10 +221,13 @@ class _Walk:
                 yield self._file(path, self.rule)
 
     def _file(self, name: str, rule: OwnRule) -> Input:
-        """Returns the input of a file, and asks `rule` whether it is taken. A broken link is left out.
+        """Returns the input of a file, and asks `rule` whether it is taken.
+
+        A broken link, a pipe or device, and a file that was listed before are left out. A taken file is remembered.
 
         Raises:
             OSError: the file cannot be looked at.
+            UserError: as `rule` raises it.
         """
         try:
             mode = os.stat(name).st_mode  # noqa: PTH116
@@ -246,7 +253,11 @@ class _Walk:
         return "exclude" if self.excluded(name.removeprefix(base + "/")) else ""
 
     def _was_listed(self, name: str) -> bool:
-        """Tells whether a file or folder was listed before, under this or another name, and remembers it."""
+        """Tells whether a file or folder was listed before, under this or another name, and remembers it.
+
+        Raises:
+            OSError: it cannot be looked at.
+        """
         # By inode, because a link or a mount gives a file a second name.
         status = os.stat(name)  # noqa: PTH116
         identity = (status.st_dev, status.st_ino)
@@ -256,9 +267,10 @@ class _Walk:
         return False
 
     def remote(self, url: str) -> Iterator[Input]:
-        """Yields the inputs of a URL: one file of http, or a file, folder or glob of s3 and gs.
+        """Yields the inputs of a URL: one file of http, or a file, folder or glob of s3 and gs. Asks the server.
 
         Raises:
+            ConfigError: the scheme is not supported.
             FileNotFoundError: there is none, or the server answers with an error.
             OSError, ValueError: the URL cannot be listed.
         """
@@ -297,7 +309,9 @@ class _Walk:
             yield self._remote_input(name, {"size": file.size, "mtime": file.mtime_ns}, left_out)
 
     def _remote_input(self, name: str, info: dict[str, Any], left_out: str) -> Input:
-        """Returns the input of a remote file by the fields that its server tells; a size of -1 is unknown.
+        """Returns the input of a remote file by the fields that its server tells, and remembers the file as listed.
+
+        A size of -1 bytes and a time of 0 are unknown.
 
         Args:
             left_out: the reason why it is left out; empty: it is taken, unless it was listed before.
@@ -338,10 +352,10 @@ def _repositories_above(name: str, searched_folders: set[str]) -> Iterator[Input
 
 
 def _require_listable(pattern: str) -> None:
-    """Opens every folder that a glob looks into: `glob.glob` passes over those that may not be read.
+    """Opens every folder that a glob looks into: `glob.glob` passes over those that may not be read. Returns nothing.
 
     Raises:
-        OSError: names the folder.
+        OSError: a folder cannot be listed or entered; names it.
     """
     parts = pattern.split("/")
     for depth, part in enumerate(parts):

@@ -36,10 +36,10 @@ MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the la
     advice="check path and column; no row makes a conversation with an answer",
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of JSON lines, parquet or CSV as a conversation.
+    """Yields every row of JSON lines, parquet or CSV as a conversation or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
@@ -49,6 +49,8 @@ def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
     """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers.
+
+    It is also None if the column is null. A conversation that is not well formed is a problem, not an error.
 
     Args:
         column: that of the messages.

@@ -37,7 +37,8 @@ def scheme_of(name: str) -> str:
 
 
 def filesystem(name: str) -> "AbstractFileSystem":
-    """Returns the file system of a URL. For s3 the region of the bucket is asked for.
+    """Returns the file system of a URL; one of s3 unless the scheme is http, https or gs. For s3 the region of the
+    bucket is asked for.
 
     Raises:
         ConfigError: the scheme is not supported.
@@ -60,7 +61,7 @@ def filesystem(name: str) -> "AbstractFileSystem":
 
 
 def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
-    """Returns a file or URL, opened as it is stored, without decompression.
+    """Returns a file or URL, opened as it is stored, without decompression; the caller closes it.
 
     Args:
         random_access: fetch exactly the bytes that are read. Otherwise a URL is read ahead.
@@ -81,7 +82,9 @@ def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
 
 
 def open_content(name: str) -> io.BufferedReader:
-    """Returns a file or URL, opened and decompressed by suffix; reading a truncated one ends in OSError.
+    """Returns a file or URL, opened and decompressed by suffix (.gz, .tgz, .zst, .zstd); the caller closes it.
+
+    Reading a truncated or damaged one ends in OSError or ValueError.
 
     Raises:
         ConfigError: the scheme of the URL is not supported.
@@ -124,7 +127,9 @@ class Persistent(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fills `buffer` from the position, as far as the file reaches; returns the number of bytes.
+        """Fills `buffer` from the position, as far as the file reaches, and moves the position.
+
+        Returns the number of bytes; 0 is the end of the file. Waits between attempts.
 
         Raises:
             OSError: `ATTEMPTS` failed, or another attempt would not help.
@@ -160,8 +165,9 @@ class Persistent(io.RawIOBase):
 def is_transient(error: BaseException) -> bool:
     """Returns whether the same request may succeed later: broken connections, time-outs, overloaded servers.
 
-    The status of a server's answer decides, if the error has one. Without a status, every OSError is transient, except
-    missing files, folders in place of files, refused rights, and the hub's offline mode.
+    The status of a server's answer decides, if the error has one: 408, 425, 429 and 500 or more are transient. Without
+    a status, every OSError and every error of a package of `TRANSPORTS` is transient, except missing files, folders in
+    place of files, refused rights, and the hub's offline mode. Other errors are not.
     """
     # The answer of a server, if there is one, decides.
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
@@ -176,7 +182,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def unreadable(error: BaseException) -> str:
-    """Says why a file cannot be read, for people.
+    """Returns why a file cannot be read, for people: one line.
 
     The error of the system or of a request explains itself; any other one means that the content is wrong.
     """

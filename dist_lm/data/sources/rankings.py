@@ -53,9 +53,12 @@ def list_rankings(source: SourceConfig) -> Inputs:
 def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields every ranking of the files that `source.dataset` names. `seed` is not used.
 
+    A ranking is named `FILE:NUMBER`, counted from 0 in its file.
+
     Raises:
         ConfigError: there is no such file.
-        ArtefactError: a line is no ranking; the message names file and line.
+        ArtefactError: a line is no ranking, or is not UTF-8; the message names the file.
+        OSError: a file cannot be read.
     """
     for file in list_rankings(source).taken:
         try:
@@ -100,6 +103,8 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
                 yield ranking_of(json.loads(line))
             except json.JSONDecodeError as error:
                 raise ArtefactError(f"{name}, line {number}: no JSON ({error.msg} at character {error.pos})") from None
+            except RecursionError:
+                raise ArtefactError(f"{name}, line {number}: no JSON (nested too deeply)") from None
             except ValueError as error:
                 raise ArtefactError(f"{name}, line {number}: {error}") from None
 
@@ -107,8 +112,11 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
 def ranking_of(fields: Any) -> Ranking:
     """Returns the ranking of the JSON of a line, checked.
 
+    Args:
+        fields: what `json.loads` returns; any value.
+
     Raises:
-        ChatError (a ValueError): says what was expected.
+        ChatError (a UserError): says what was expected.
     """
     if type(fields) is not dict or not {"prompt", "completions"} <= fields.keys() <= KEYS:
         raise ChatError("expected an object of prompt, completions, and ranks or judgements")

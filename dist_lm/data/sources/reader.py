@@ -90,7 +90,10 @@ def reader(
     inputs: "Callable[[SourceConfig], Inputs] | None" = None,
     advice: str = Traits.advice,
 ) -> Callable[[AnyReader], AnyReader]:
-    """Declares the traits of a reader. A function without this decorator has the defaults."""
+    """Returns a decorator that declares the traits of a reader: it sets `traits` of the function, and returns it.
+
+    Arguments: as of `Traits`. A function without this decorator has the defaults.
+    """
 
     def declare(function: AnyReader) -> AnyReader:
         function.traits = Traits(  # type: ignore[attr-defined]
@@ -107,7 +110,7 @@ def traits_of(function: Reader) -> Traits:
 
 
 def reader_of(source: SourceConfig) -> Reader:
-    """Imports the function that `source.reader` names.
+    """Imports and returns the function that `source.reader` names, after the keys of the source are checked.
 
     Raises:
         ConfigError: there is no reader of this name, the import path does not lead to a function, or the source has a
@@ -131,7 +134,7 @@ def source_form(source: SourceConfig) -> Form:
     """Returns the form of the documents of a source. Only a reader that is named by its import path is imported.
 
     Raises:
-        ConfigError: there is no such reader.
+        ConfigError: there is no such reader, or it cannot be imported.
     """
     # The form of our own readers is in the table, so that a plan imports none of them.
     if ":" in source.reader:
@@ -145,7 +148,7 @@ def check_keys(source: SourceConfig, traits: Traits) -> None:
     A key with an empty value (None, "", [] or 0) counts as not set.
 
     Raises:
-        ConfigError: names the key and the keys that the reader takes.
+        ConfigError: names the key that is not taken, or those that are missing, and the keys that the reader takes.
     """
     # Keys with these values were not set.
     keys = [field.name for field in fields(source) if getattr(source, field.name) not in (None, "", [], 0)]

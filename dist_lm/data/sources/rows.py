@@ -83,30 +83,30 @@ def list_rows(source: SourceConfig) -> Inputs:
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every line of files of JSON lines as a text.
+    """Yields every line of files of JSON lines as a text or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     yield from row_documents(source, rows_of_files(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of parquet files as a text. Memory is bounded by one row group.
+    """Yields every row of parquet files as a text or `Rejected`. Memory is bounded by one row group.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     yield from row_documents(source, rows_of_files(list_parquet(source), named_columns(source, TEXT), parquet_rows))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every row of CSV files with a header as a text.
+    """Yields every row of CSV files with a header as a text or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     yield from row_documents(source, rows_of_files(list_csv(source), named_columns(source, TEXT), csv_rows))
 
@@ -123,15 +123,16 @@ def named_columns(source: SourceConfig, *defaults: str) -> Named:
 def rows_of_files(
     inputs: Inputs, columns: Named | None = None, format_of_all: Format | None = None
 ) -> Iterator[SourceRow]:
-    """Yields the rows of all files, one after the other; a broken row is yielded as its problem.
+    """Yields the rows of all files that are taken, one after the other; a broken row is yielded as its problem.
 
     Args:
         columns: those that are read of a parquet file; None: all.
-        format_of_all: of every file, whatever its suffix; None: by suffix.
+        format_of_all: of every file, whatever its suffix; None: by suffix, JSON lines for an unknown one.
 
     Raises:
-        ConfigError: a parquet or CSV file lacks the column that the licence, language or name of rows is read from.
-        ArtefactError: a file is truncated, damaged or of another format; the message names the last good row.
+        ConfigError: a parquet or CSV file lacks the column that the licence, language or name of rows is read from, or
+            the scheme of a URL is not supported.
+        ArtefactError: a file is missing, truncated, damaged or of another format; the message names the last good row.
     """
     column_names = None if columns is None else [column for _, column in columns]
 
@@ -178,13 +179,16 @@ def row_documents(
 ) -> Iterator[Candidate]:
     """Yields a candidate for each row: a document, or `Rejected`.
 
+    The first rows are read before the first candidate is yielded (`looked_ahead`).
+
     Args:
         default: column of the content, if the source names none.
         content_of: makes a document's text of a row; None: the column holds it.
         form: of the documents.
 
     Raises:
-        ConfigError: no row has a column that the source names, or there are too many languages.
+        ConfigError: none of the first rows has a column that the source names, or there are more than `MAX_LANGUAGES`
+            languages. What `rows` raises passes.
     """
     languages: set[str] = set()
     for source_row in looked_ahead(source, rows, named_columns(source, default)):
@@ -202,8 +206,11 @@ def row_documents(
 def looked_ahead(source: SourceConfig, rows: Iterable[SourceRow], columns: Named) -> Iterator[SourceRow]:
     """Yields the same rows, but reads the first ones ahead until each of `columns` has occurred.
 
+    At most `LOOK_ROWS` rows or about `LOOK_BYTES` are read ahead and held in memory.
+
     Raises:
-        ConfigError: a column is in none of the rows that were read ahead; the message names the columns of these rows.
+        ConfigError: a column is in none of the rows that were read ahead, and one of these has columns; the message
+            names them. What `rows` raises passes.
     """
     # Rows of JSON may differ in their columns, so the first row cannot tell that a column is misspelt.
     iterator = iter(rows)
@@ -258,7 +265,11 @@ def missing_column(column: str, columns: Sequence[str]) -> BadRow:
 
 
 def utf8_problem(column: str, text: str) -> BadRow | None:
-    """Says what keeps a text from being written as UTF-8; returns None if it can be written."""
+    """Returns the problem (invalid_utf8, with the place) of a text that cannot be written as UTF-8; else None.
+
+    Args:
+        column: that of the text, for the words of the problem.
+    """
     if text.isascii():
         return None
     try:
@@ -307,6 +318,9 @@ def _candidate(
     source_row: SourceRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form
 ) -> Candidate:
     """Returns the document of a row, or `Rejected` with the reason why it gives none.
+
+    Reasons with an error are those of broken rows, missing columns, other types, no_language and invalid_utf8; without
+    an error other_language (not in `source.only`, counted under the language `others`) and empty.
 
     Args:
         column: that of the content.

@@ -39,21 +39,22 @@ def list_tars(source: SourceConfig) -> Inputs:
     advice="check path and column; no sample has text in that member",
 )
 def read_tars(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every sample of webdataset tars as a text.
+    """Yields every sample of webdataset tars as a text or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files` and `rows_of_files`.
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     rows = rows_of_files(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
     yield from row_documents(source, rows, TEXT_MEMBER)
 
 
 def samples(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """Reads the samples of a tar by key: their wanted members as bytes, and the keys of the .json member.
+    """Yields (key, row, columns) of the samples of a tar: their wanted members as bytes, and keys of the .json member.
 
     Raises:
         ArtefactError: the tar is truncated, or continues after its end mark.
         ConfigError: the scheme of a URL is not supported.
+        OSError, ValueError, tarfile.TarError: the file cannot be read or is no tar.
     """
     # As a stream: a tar may be behind http or compressed, where seeking is slow.
     with open_content(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
@@ -75,12 +76,13 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]
 def _row(
     members: Iterator[tuple[str, str, tarfile.TarInfo]], tar: tarfile.TarFile, wanted_columns: set[str]
 ) -> Row | BadRow:
-    """Returns a sample as a row, or its problem.
+    """Returns a sample as a row, extension -> bytes, or its problem: broken_sample, too_long or broken_json.
 
-    A member that is not wanted has the value None, and .json is parsed only if a wanted column is no member.
+    A member that is not wanted has the value None, and .json is parsed only if a wanted column is no member; then its
+    keys are columns too. Reads the tar forward through the sample.
 
     Args:
-        members: (key, extension, member) of the sample.
+        members: (key, extension, member) of the sample; read to the end.
         wanted_columns: extensions, or keys of the .json member.
     """
     row: Row = {}
@@ -113,7 +115,7 @@ def _row(
 
 
 def _check_end(name: str, tar: tarfile.TarFile) -> None:
-    """Refuses a tar that tarfile did not read to its end.
+    """Refuses a tar that tarfile did not read to its end; returns nothing. Reads the rest of the file.
 
     tarfile takes a truncated header for the end, and stops at the first end mark.
 

@@ -25,7 +25,7 @@ COLUMNS = ("query", "tools", "answers")
 def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Yields `source.limit` generated conversations (0: `DEFAULT_DOCUMENTS`); number i depends on `(seed, i)` alone.
 
-    The language of a document is that of the source and the kind of the example: `tools_parallel`.
+    The language of a document is that of the source and the kind of the example: `tools_parallel`. Nothing is read.
     """
     for number, example in enumerate(examples(seed, source.limit or DEFAULT_DOCUMENTS)):
         yield Document(
@@ -51,8 +51,8 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     A row that is broken, or makes no conversation (`invalid_calls`), is yielded as `Rejected`.
 
     Raises:
-        ConfigError: the `datasets` package or a column is missing.
-        ArtefactError: the data set cannot be read.
+        ConfigError: a column is missing, or as `data_set_rows`.
+        ArtefactError: the data set or a file cannot be read.
     """
     for source_row in looked_ahead(source, data_set_rows(source), named_columns(source, *COLUMNS)):
         name, row = source_row.location, source_row.row

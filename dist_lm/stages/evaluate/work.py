@@ -183,7 +183,8 @@ class Evaluation(PoolWork):
         self._keep(number, [recorded(item, answer, item.judge(answer, self._sandboxes)) for answer in answers])
 
     def finish(self, keep_going: Callable[[], bool]) -> None:
-        """Waits for the last judgements, then measures bits per byte and scores of the reward model, and writes them.
+        """Waits for the last judgements and ends the sandboxes, then measures bits per byte and scores of the reward
+        model, and writes them. Once `keep_going` returns False it returns early, with the rest missing.
 
         Raises:
             ArtefactError: an input has changed since the run began, or a checkpoint, corpus or tokenizer is missing or
@@ -223,8 +224,9 @@ class Evaluation(PoolWork):
         self._keep(number, [lambda: refused(item, error)])
 
     def _keep(self, number: int, records: list[Callable[[], Record]]) -> None:
-        """Stores the records of a question, and writes earlier files that are complete; the newest one may still be
-        judged."""
+        """Stores the records of a question, and writes other files that are complete, after waiting for their
+        judgements; the newest one may still be judged.
+        """
         self._judged[number] = records
         self._prompts += 1
         part = self._part_of[number]

@@ -52,8 +52,9 @@ def write_adapters(folder: Path, checkpoint: Path, architecture: Architecture, d
 
 
 def base_name(base: Path) -> str:
-    """The folder or hub id that an imported base came from, which transformers loads; else the path of the base, which
-    has to be exported first."""
+    """Returns the folder or hub id that an imported base came from, which transformers loads; else the run of the base,
+    or without a run its checkpoint, which has to be exported first.
+    """
     run = run_of(base)
     if run is None:
         return str(base)

@@ -164,6 +164,7 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
     Raises:
         ConfigError: no architecture of transformers holds the model; names the option.
+        OSError: a file cannot be written.
     """
     architecture = architecture_of(model)
     if isinstance(architecture, str):
@@ -234,7 +235,7 @@ def _refuse_files_of_others(folder: Path) -> None:
     """Refuses a folder with files that no export wrote; a missing or empty one passes.
 
     Raises:
-        ArtefactError: names the first such file.
+        ArtefactError: names the first such file; or the folder is a file, or its record is no JSON.
     """
     if not folder.exists():
         return

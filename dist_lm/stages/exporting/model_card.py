@@ -129,7 +129,7 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
 
 
 def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[str]:
-    """Returns lines with the last value of each metric up to the step of the checkpoint.
+    """Returns lines with the last value of each figure on held-out data (`SHOWN`) up to the step of the checkpoint.
 
     Averaged weights have metrics of their own. Without metrics it is one sentence.
 

@@ -186,7 +186,9 @@ class Samples(PoolWork):
         return self.tally.prompts, self.tally.tokens
 
     def metrics(self) -> dict[str, float]:
-        """Returns the counts so far; `generate/new_tokens_mean` only after the first answer."""
+        """Returns the counts so far, `generate/prompts` (refused ones included), `answers`, `refused` and `tokens`;
+        `generate/new_tokens_mean`, per answer, only after the first answer.
+        """
         tally = self.tally
         metrics: dict[str, float] = {
             "generate/prompts": tally.prompts,
@@ -274,7 +276,8 @@ class Samples(PoolWork):
 
         Raises:
             UserError: with its suffix, or in its turn, it fills the context (cutting off the beginning would cut off a
-                mark), or the tokenizer lacks the marks.
+                mark); it has a suffix with stage.chat; it is not Unicode; or the tokenizer lacks the marks, or its
+                template refuses the turn.
         """
         if self._stage.chat:
             if prompt.suffix is not None:

@@ -183,7 +183,9 @@ def refused_text(result: Mapping[str, Any]) -> str:
 
 
 def sampling_text(stage: GenerateConfig) -> str:
-    """Returns sampling parameters as text: the usual ones, and others that differ from their default."""
+    """Returns sampling parameters as text, `KEY=VALUE` with blanks between: the usual ones, and others that differ from
+    their default.
+    """
     from dist_lm.generation.request import SamplingParams
 
     usual_keys = ("temperature", "top_k", "top_p", "max_new_tokens", "n")

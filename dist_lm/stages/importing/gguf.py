@@ -44,6 +44,7 @@ def write_snapshot(path: Path, folder: Path) -> None:
     Raises:
         ArtefactError: the file is damaged, or holds an option, a tensor or a tokenizer that ours lacks; names it.
         UserError: the package gguf is not installed.
+        OSError: a file cannot be written.
     """
     try:
         import gguf

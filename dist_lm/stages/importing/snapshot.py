@@ -121,7 +121,8 @@ def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
     """Returns the tokenizer of the folder.
 
     Raises:
-        ArtefactError: it has no end-of-text by a known name.
+        ArtefactError: it has no end-of-text by a known name, or cannot be read.
+        UserError: the package `tokenizers` is not installed.
     """
     try:
         return Tokenizer(content, file_name)
@@ -171,11 +172,11 @@ def write_checkpoint(
 
 @contextmanager
 def _snapshot(source: str) -> Iterator[Path]:
-    """Yields the folder that `source` names; for a GGUF file a temporary one.
+    """Yields the folder that `source` names; for a GGUF file a temporary one, and a model of the hub is fetched.
 
     Raises:
         ArtefactError: there is no such model, or the file is damaged.
-        UserError: the package gguf is not installed.
+        UserError: a package that is needed (gguf, huggingface_hub) is not installed.
     """
     path = Path(source).expanduser()
     if path.suffix != ".gguf":
@@ -262,7 +263,7 @@ def _ours(
 def _write_configuration(
     run: RunDirectory, model: ModelConfig, architecture: Architecture, source: str, snapshot: dict[str, Any]
 ) -> None:
-    """Writes conf/model/NAME.yaml and config.yaml.
+    """Writes conf/model/NAME.yaml and config.yaml into a new run, which has no folder conf/model.
 
     Args:
         snapshot: hashes by which a later command finds out whether `source` has changed.

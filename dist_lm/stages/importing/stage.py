@@ -61,7 +61,7 @@ class Import(ArtefactStage):
         require(config.stage.init_from.startswith(HF), "stage.init_from", config.stage.init_from, accepted)
 
     def inspect(self, config: Config) -> Artefact:
-        """Looks for the run; without one it reads the shape of the model, and may ask the hub.
+        """Looks for the run: ready if it is there. Without one it reads the shape of the model, and may ask the hub.
 
         Raises:
             ArtefactError: another snapshot was imported under this name, or the model cannot be read.

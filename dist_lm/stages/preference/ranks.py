@@ -71,10 +71,13 @@ def open_data(arguments: DataArguments) -> StageData:
 def _references(
     arguments: DataArguments, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
 ) -> dict[str, SplitReference]:
-    """Returns the log-probabilities of both splits under the reference by split, computed or read (collective).
+    """Returns the log-probabilities of both splits under the reference by split, computed or read (collective). Those
+    that are computed are written to the run's file.
 
     Raises:
-        ArtefactError: the file is missing or belongs to other data, and training has begun.
+        ArtefactError: the file is missing or belongs to other data, and training has begun; or the checkpoint that
+            training starts from is missing.
+        ConfigError: as `initial_model`.
     """
     stage, run = config.stage, arguments.run
     key: dict[str, Any] = {

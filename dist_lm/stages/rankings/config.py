@@ -38,7 +38,7 @@ class RankingsStageConfig(CorporaStageConfig):
         return {"samples": asdict(self.samples), "prompts": self.corpus}
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         """The name of the corpus whose prompts are answered, if there is one."""
         return (self.corpus,) if self.corpus else ()
 

@@ -90,7 +90,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 def beginnings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Beginning]:
     """Returns the first one to four lines (at most 200 characters) of `limit` documents at even distances.
 
-    Only languages that have a parser count. Blank beginnings are left out.
+    Only languages that have a parser count. Blank beginnings are left out, so there may be fewer.
     """
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
@@ -114,7 +114,7 @@ def sample(
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yields (number of a beginning, its samples), in the order of the beginnings; equal on all machines of a kind.
 
-    A beginning that leaves no room for a sample is left out.
+    A beginning that leaves no room for a sample is left out. All samples are generated before the first is yielded.
 
     Args:
         advance: called for each sample.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import Texts
+from dist_lm.data.ingest import TextSplits
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.stages.continuing import with_start
 from dist_lm.stages.rankings.config import RankingsConfig
@@ -55,6 +55,7 @@ class Rankings(ArtefactStage):
         model.
 
         Raises:
+            ConfigError: no corpus is configured, or a source is invalid.
             ArtefactError: there is no model or program to sample from, or a folder holds files of others.
             UserError: a source cannot be read.
         """
@@ -71,7 +72,7 @@ class Rankings(ArtefactStage):
 
                     # A list, so that the model is freed before the corpus is built.
                     samples[repr(source)] = list(ranked_samples(source, config, console))
-            build_corpus(config, name, Texts(config.corpus, config.seed, samples), console, encode_ranking)
+            build_corpus(config, name, TextSplits(config.corpus, config.seed, samples), console, encode_ranking)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).corpus("rankings")

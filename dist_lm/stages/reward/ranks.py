@@ -28,8 +28,8 @@ from dist_lm.rlhf.reward_model import (
     RewardScale,
     last_token_scores,
     reward_metrics,
+    scored_rankings,
     scores_of_rankings,
-    with_verdicts,
 )
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
@@ -51,7 +51,7 @@ def open_data(arguments: DataArguments) -> StageData:
     """Opens the rankings of the stage's corpus, and their evaluation.
 
     Raises:
-        ConfigError: a setting that rankings do not allow.
+        ConfigError: a setting that rankings do not allow, or a batch that does not divide over the ranks.
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
     """
     assert isinstance(arguments.config, RewardRunConfig)
@@ -61,16 +61,17 @@ def open_data(arguments: DataArguments) -> StageData:
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         batches = ranking_batches(arguments, val, sequence_limit(arguments.config, everything))
         scores = scores_of_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
-        return reward_metrics(with_verdicts(val, scores))
+        return reward_metrics(scored_rankings(val, scores))
 
     return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
 
 
 def open_rankings(arguments: DataArguments) -> tuple[RankingCorpus, RankingCorpus]:
-    """Opens train and val of a stage that reads only rankings.
+    """Opens train and val of a stage that reads only rankings. The first rank warns of rankings that no sequence can
+    hold.
 
     Raises:
-        ArtefactError: the corpus holds no rankings.
+        ArtefactError: the corpus is missing or damaged, or holds no rankings.
     """
     stage = arguments.config.stage
     train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
@@ -182,7 +183,8 @@ def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val:
     The answers are sampled as rollouts are: temperature 1, no filters. Every rank gets all of them (collective).
 
     Raises:
-        ArtefactError: the initial checkpoint is missing, or its logits are not numbers.
+        ArtefactError: the initial checkpoint or the tokenizer is missing, or its logits are not numbers.
+        ConfigError: bf16 is asked for on a GPU without it.
         UserError: the tokenizer lacks the mark that ends a turn.
     """
     # Sampled as rollouts are, so that the scale fits them.
@@ -216,7 +218,7 @@ def policy_samples(arguments: EvaluationArguments, config: RewardRunConfig, val:
 def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
     """Returns the prompts of `limit` rankings at even distances, as token ids."""
     return [
-        tokenizer.first_token.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
+        tokenizer.first_token.put(rankings.tokens(number)[rankings.arrays(number).branch == 0]).tolist()
         for number in evenly_spaced(rankings.corpus.n_documents, limit).tolist()
     ]
 
@@ -227,7 +229,7 @@ def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) 
     sequences = []
     for number in range(rankings.corpus.n_documents):
         # Branch 0 is the prompt, each other branch one completion.
-        tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+        tokens, branch = rankings.tokens(number), rankings.arrays(number).branch
         for k in range(1, int(branch.max()) + 1):
             sequences.append(tokenizer.first_token.put(tokens[(branch == 0) | (branch == k)]).tolist())
     return [sequence for sequence in sequences if len(sequence) <= longest]
@@ -269,7 +271,12 @@ def example_tree(config: Config) -> dict[str, Any]:
 
 
 def example_places(index_PK: torch.Tensor, as_rankings: bool = True) -> RankedPositions:
-    """Returns rankings of completions at these places, best first: whole, or as pairs of neighbours."""
+    """Returns rankings of completions at these places, best first: whole, or with `as_rankings=False` no ranking but
+    pairs of neighbours, the better one first.
+
+    Args:
+        index_PK: indices into the tokens of a batch.
+    """
     better_N = worse_N = torch.zeros(0, dtype=torch.int64)
     if not as_rankings:
         better_N, worse_N = index_PK[:, :-1].flatten(), index_PK[:, 1:].flatten()

@@ -67,7 +67,7 @@ class RlhfRunGroup(RlhfConfig):
         return any(part.kind == "reward_model" for part in self.rewards.values())
 
     @property
-    def pretrain_streams(self) -> tuple[str, ...]:
+    def pretrain_corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora of pretraining text; none if its coefficient is 0."""
         if not self.pretrain_coefficient:
             return ()
@@ -106,10 +106,10 @@ class RlhfRunConfig(Config):
         return "rlhf.pretrain_sequences", "rlhf.pretrain_seq_len"
 
     @property
-    def streams(self) -> tuple[str, ...]:
+    def corpus_names(self) -> tuple[str, ...]:
         # Files of prompts replace the corpus; pretraining text has corpora of its own.
-        prompts = () if self.rlhf.prompts_from else self.stage.streams
-        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+        prompts = () if self.rlhf.prompts_from else self.stage.corpus_names
+        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_corpus_names)))
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:
@@ -132,8 +132,8 @@ class RlhfRunConfig(Config):
         return frozenset(corpora_of_form(self.corpus, "ranking"))
 
     def check_stage(self) -> None:
-        """Refuses answers that fill the context, a cache too small for one sequence, actors of eval.pool, and wrong
-        pretraining.
+        """Refuses answers that fill the context, a cache too small for one sequence, actors of eval.pool, wrong
+        pretraining, and what `Config.check_stage` refuses.
 
         Raises:
             ConfigError: names the key.
@@ -159,8 +159,8 @@ class RlhfRunConfig(Config):
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
-        """Refuses corpora without text, and sequences longer than the model's context; without pretraining it checks
-        nothing.
+        """Refuses corpora that do not exist or hold rankings, a corpus mixed into itself, and sequences longer than the
+        model's context; without pretraining it checks nothing.
 
         Raises:
             ConfigError: names the key.

@@ -110,20 +110,20 @@ class HeldOut:
             read_to_end(weights)
 
         # Unlike in training, no answer may have a score: then there is just no win rate.
-        scored = share_usable(judged, some=False)
+        usable = share_usable(judged, some=False)
         score_P = torch.full((len(self.prompts),), torch.nan)
-        if scored.kept_D.any():
-            score_P[torch.from_numpy(scored.kept_D)] = self._total(scored, scale)
+        if usable.kept_D.any():
+            score_P[torch.from_numpy(usable.kept_D)] = self._total(usable, scale)
         return score_P
 
-    def _total(self, scored: UsableRollouts, scale: RewardScale | None) -> torch.Tensor:
+    def _total(self, usable: UsableRollouts, scale: RewardScale | None) -> torch.Tensor:
         """Returns the weighted sum of all parts, (B,)."""
-        group, score_of_part = self.config.rlhf, dict(scored.rule_score_B)
+        group, score_of_part = self.config.rlhf, dict(usable.rule_score_B)
         if self.models.reward:
-            raw_B = self._reward_model_scores(self.models.reward, scored.rollouts)
+            raw_B = self._reward_model_scores(self.models.reward, usable.rollouts)
             parts_of_model = [name for name, part in group.rewards.items() if part.kind == "reward_model"]
             score_of_part |= dict.fromkeys(parts_of_model, scale(raw_B) if scale else raw_B)
-        ended_B = torch.from_numpy(scored.rollouts.ended)
+        ended_B = torch.from_numpy(usable.rollouts.ended)
         return total_score(score_of_part, group.rewards, ended_B, group.missing_eos_penalty or 0.0)
 
     def _reward_model_scores(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
@@ -150,8 +150,10 @@ class TasksOfIterations:
     _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # by iteration, in their order
 
     def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
-        """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it writes the
-        figures too.
+        """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it waits for the
+        figures and writes them.
+
+        With staleness 0 it raises, on the first rank, what the evaluation has raised; else `before_checkpoint` does.
 
         Args:
             schedule: on the first rank.

@@ -159,7 +159,7 @@ def check_critic(resume_from: Path, base: Mapping[str, str]) -> None:
     """Refuse adapters of a critic for another base.
 
     Raises:
-        ArtefactError: names the checkpoint and both bases.
+        ArtefactError: names the checkpoint and both bases; or the checkpoint has no record of the base.
     """
     saved = json.loads(checkpoint_files.read_attached(resume_from, CRITIC))
     # Added to other weights, the adapters would be another critic.

@@ -45,9 +45,9 @@ from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
+    joined,
     metrics_of_step,
     open_metrics,
-    started,
     step_profiler,
     write_success,
 )
@@ -83,13 +83,13 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             sandbox.
         NonFiniteGradientsError, RewardError, RequestError: see `Learner.run`.
         CheckpointWriteError: a checkpoint could not be written.
-        UserError: a task of stage.eval_tasks cannot be asked.
+        UserError: a task of stage.eval_tasks cannot be asked, or as `open_supply`.
         ClusterError, PoolFailure: Ray refuses the first rank, or actors find no place or keep dying.
     """
     began = time.time()
     config = load_config(run.config)
     assert isinstance(config, RlhfRunConfig)
-    with started(run, config, heartbeat) as start, ExitStack() as stack:
+    with joined(run, config, heartbeat) as start, ExitStack() as stack:
         world, tokenizer = start.world, start.tokenizer
 
         # Models and state, from a checkpoint of this run or from stage.init_from.
@@ -221,7 +221,7 @@ def rollout_source(
     alive: Callable[[], None],
     pool: PoolStarter | None,
 ) -> Iterator[RolloutSource]:
-    """Yields the source of rollouts: actors, or a local engine.
+    """Yields the source of rollouts: actors, which end with the block, or a local engine.
 
     Args:
         weights: weights of any version of the policy; read to the end.
@@ -231,6 +231,7 @@ def rollout_source(
     Raises:
         ClusterError: Ray has no free resources for an actor.
         PoolFailure: actors die while they start.
+        UserError: as `PoolStarter.start`.
         ConfigError: bf16 is asked for on a GPU without it.
     """
 
@@ -308,7 +309,7 @@ def pretraining_text(
         yield None
         return
 
-    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_streams}
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_corpus_names}
     if start.world.is_first:
         for corpus in corpora.values():
             if note := note_of_left_out(corpus, settings.pretrain_seq_len, SEQ_LEN):
@@ -392,7 +393,9 @@ class Reporter:
         self.heartbeat.beat(phase, self.iteration)
 
     def _write_table(self, report: IterationReport) -> None:
-        """Writes `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
+        """Writes `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part
+        (first rank).
+        """
         n = len(report.score_B)
         rows = min(n, self.config.rlhf.table_rollouts)
         # Even distances show what the policy does when it fails, not only its best rollouts.

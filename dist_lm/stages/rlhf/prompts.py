@@ -105,7 +105,8 @@ def tasks_of(settings: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
     `check_prompts`, before the run started, read every test in its language.
 
     Raises:
-        ArtefactError: names the key, file and line of a prompt without tests, or with two different ones.
+        ArtefactError: names the key, file and line of a prompt that is invalid, has no tests, or has different ones in
+            two lines.
         ConfigError: there is no such file of prompts.
     """
     if not _asks_tests(settings):
@@ -215,7 +216,9 @@ def _prompts_of(pattern: str, key: str) -> Iterator[Prompt]:
 
 
 def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
-    """Returns the prompts for training and the held-out ones."""
+    """Returns the prompts for training and the held-out ones: one in `HELD_OUT_OF`, by the hash of the prompt; none
+    with `all_for_training`.
+    """
     if all_for_training:
         return prompts, []
     train: Prompts = []

@@ -59,16 +59,16 @@ class Rlhf(TrainingStage):
     def needed(self, config: Config) -> tuple[str, ...]:
         # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus.
         run_config = rlhf_config(config)
-        read = {"rankings" if name in run_config.ranked_corpora else "shards" for name in run_config.streams}
+        read = {"rankings" if name in run_config.ranked_corpora else "shards" for name in run_config.corpus_names}
         if run_config.rlhf.asks_reward_model and run_config.rlhf.reward_model == AUTO:
             read.add("reward")
         return tuple(name for name in self.needs if name in read or name == self.starts_from)
 
     def check(self, config: Config) -> None:
-        """Refuses prompts of a corpus of texts, which have no turn to answer.
+        """Refuses a corpus without prompts: one of texts, which have no turn to answer, or none at all.
 
         Raises:
-            ConfigError: stage.corpus holds texts, and rlhf.prompts_from is empty.
+            ConfigError: stage.corpus holds no conversations or rankings, and rlhf.prompts_from is empty.
         """
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
@@ -142,7 +142,8 @@ def check_inputs(config: RlhfRunConfig) -> None:
 
     Raises:
         ConfigError: a key names nothing, or a function cannot be imported.
-        ArtefactError: a prompt is invalid, or the model gives no scores or has another vocabulary.
+        ArtefactError: a prompt is invalid, or the model gives no scores, has another vocabulary, or its run is not
+            finished.
     """
     from dist_lm.stages.rlhf.prompts import check_prompts
 

@@ -80,8 +80,10 @@ class BesideTraining:
             self._open[step] = self._evaluator.submit(self._evaluate, step, due, None)
 
     def reached(self, step: int) -> None:
-        """Writes the figures that have arrived. If tasks are due, it copies the weights to the first rank and queues
-        their evaluation.
+        """Writes the figures that have arrived. If tasks are due, it copies the weights to the first rank (collective)
+        and queues their evaluation.
+
+        Training waits for the copy, and for the file of the copy before.
 
         Raises:
             UserError, PoolFailure, OSError: an earlier evaluation failed in its thread, see `_evaluate`; on the first
@@ -137,7 +139,9 @@ class BesideTraining:
                 return
 
     def close(self) -> None:
-        """Gives up the evaluations that are not done and ends the actors; a resumed run makes these evaluations."""
+        """Gives up the evaluations that are not done, waits until their threads have noticed it, and ends the actors; a
+        resumed run makes these evaluations.
+        """
         self._closing.set()
         for threads in (self._writer, self._evaluator):
             threads.shutdown(cancel_futures=True)
@@ -145,7 +149,8 @@ class BesideTraining:
             self._pool.close()
 
     def _collect(self) -> None:
-        """Writes the figures of evaluations that are done, in the order of their steps.
+        """Writes the figures of evaluations that are done, in the order of their steps up to the first that is not
+        done, and removes their weights from the disk.
 
         Raises:
             UserError, PoolFailure, OSError: such an evaluation failed, see `_evaluate`.
@@ -159,7 +164,11 @@ class BesideTraining:
             del self._open[step]
 
     def _write(self, step: int, copy: dict[str, torch.Tensor]) -> None:
-        """Writes the copy of the weights (safetensors) and flushes it to disk; runs in the writer's thread."""
+        """Writes the copy of the weights (safetensors) and flushes it to disk; runs in the writer's thread.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         # The file appears when it is complete: a resumed run takes it for whole.
         path = weights_file(self._parts.run, step)
         path.parent.mkdir(exist_ok=True)
@@ -232,6 +241,7 @@ def tasks_of_steps(
         UserError: a task cannot be asked.
         ArtefactError: the file of a task has changed since the run began.
         ClusterError: Ray refuses the first rank.
+        ConfigError: as `BetweenSteps.reached`, where the ranks answer what was left.
     """
     tasks = loop_tasks(config, run, tokenizer)
     parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)

@@ -166,7 +166,8 @@ class BetweenSteps:
         """Answers the tasks that are due, if any (collective).
 
         Raises:
-            ConfigError: this machine has no sandbox for the programs of a task.
+            ConfigError: this machine has no sandbox for the programs of a task, or bf16 is asked for on a GPU without
+                it.
         """
         due = self._parts.tasks.due(step)
         if due:

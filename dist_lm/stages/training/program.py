@@ -1,7 +1,7 @@
 """The program of a rank: joins the other ranks, builds the parts of a training run, trains, and writes the result.
 
 Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`), which uses the functions
-here that begin a run (`started`, `check_corpora`, `open_metrics`) and end it (`write_success`).
+here that begin a run (`joined`, `check_corpora`, `open_metrics`) and end it (`write_success`).
 """
 
 import logging
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0  # timeout of collectives, seconds; see `started`
+COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0  # timeout of collectives, seconds; see `joined`
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RankStart:
 
 
 @contextmanager
-def started(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[RankStart]:
+def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[RankStart]:
     """Joins the other ranks for the block, measures the links between them and loads the tokenizer (collective). The
     first rank writes the speed of the links.
 
@@ -100,7 +100,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
     Raises:
         ArtefactError: names the corpus and the way out.
     """
-    for name in config.streams:
+    for name in config.corpus_names:
         directory = run.work.corpus(name)
         # Ids of another tokenizer would be trained on without an error.
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
@@ -110,9 +110,9 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
     has_begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
     if has_begun:
-        require_content(run, config.streams)
+        require_content(run, config.corpus_names)
     elif world.is_first:
-        record_content(run, config.streams)
+        record_content(run, config.corpus_names)
     dist.barrier()
 
 
@@ -211,7 +211,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
     """
     began = time.time()
     config = load_config(run.config)
-    with started(run, config, heartbeat) as start, ExitStack() as stack:
+    with joined(run, config, heartbeat) as start, ExitStack() as stack:
         world, mesh, tokenizer = start.world, start.mesh, start.tokenizer
         check_corpora(run, config, tokenizer, world)
 
@@ -335,7 +335,7 @@ def restore(
 
     if config.stage.branch_from:
         branch_from = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
-        require_same_content(branch_from, run, config.streams)
+        require_same_content(branch_from, run, config.corpus_names)
         state = checkpoint.load(branch_from, model, optimizer, model.config)
         checkpoint_files.check_tokenizer(branch_from, state, tokenizer_sha256)
         log.info("continuing from %s as a branch", branch_from)

@@ -152,7 +152,8 @@ class TrainingStage(Stage):
                 from a stage that this command builds.
 
         Raises:
-            ConfigError: a task, a file or the schedule of a branch does not fit.
+            ConfigError: a task, a file or the schedule of a branch does not fit, or there is no sandbox for programs of
+                a task.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
             UserError: a package that is needed to read `hf:SOURCE` is not installed.
         """
@@ -163,8 +164,8 @@ class TrainingStage(Stage):
 
         if on_disk.latest:
             # A run continues only on the content that it began with.
-            require_content(on_disk.run, config.streams)
-            require_inputs(on_disk.run, config.corpus, config.streams)
+            require_content(on_disk.run, config.corpus_names)
+            require_inputs(on_disk.run, config.corpus, config.corpus_names)
             on_disk.run.require_files(config.noted_files)
             if config.stage.lora.rank:
                 from dist_lm.training.adapters import adapted_model
@@ -220,8 +221,9 @@ class TrainingStage(Stage):
         print_before_and_after(result, console)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Prints the first sample of each language of the last file of samples, at most 12 lines; nothing without
-        samples."""
+        """Prints the first sample of each language of the last file of samples, at most 12 lines of each; nothing
+        without samples.
+        """
         verdict_of = {None: "", True: ", parses", False: ", does not parse"}
         printed_languages: set[str] = set()
         for sample in last_samples(run):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.document import TokenizedDocument, Verdict
+from dist_lm.document import RankingArrays, TokenizedDocument
 from tests.data.synthetic_corpus import write
 
 NONE = np.zeros((0, 2), np.uint8)
@@ -25,7 +25,7 @@ def ranking(
         source="made",
         licence="none",
         loss_mask=(np.array(branch) > 0).astype(np.uint8),
-        verdict=Verdict(
+        ranking=RankingArrays(
             np.array(branch, np.uint8),
             np.array(ranks, np.uint8),
             np.array([pair[:2] for pair in pairs], np.uint8).reshape(-1, 2),

@@ -55,7 +55,7 @@ def test_every_branch_is_its_prompt_and_its_completion(rankings: RankingCorpus) 
         value for number in chosen for value in reference.logprob[rankings.completion_slice(number)].tolist()
     ]
     assert batch.mismatched_reference_P.tolist() == chosen
-    expected = [(rankings.tokens(number), rankings.verdict(number).branch) for number in chosen]
+    expected = [(rankings.tokens(number), rankings.arrays(number).branch) for number in chosen]
     assert seen(batch) == [alone for tokens, branch in expected for alone in separately(tokens, branch)]
     others = batch.mismatched
     by_prompt: dict[int, list] = {}

@@ -1,26 +1,28 @@
-"""What is learned from a verdict: noise and drawn pairs are a function of seed and ranking, and have their shares."""
+"""What is learned from a ranking: noise and drawn pairs are a function of seed and ranking, and have their shares."""
 
 import numpy as np
 import pytest
 
 from dist_lm.data.rankings.stream import drawn_pairs, lesson, noisy
-from dist_lm.document import Verdict
+from dist_lm.document import RankingArrays
 from tests.data.rankings.made_rankings import NONE
 
 BRANCH = np.array([0, 1, 2, 3, 4], np.uint8)
 
 
-def ranked(*ranks: int) -> Verdict:
-    return Verdict(BRANCH, np.array(ranks, np.uint8), NONE, np.zeros(0, np.float32))
+def ranked(*ranks: int) -> RankingArrays:
+    return RankingArrays(BRANCH, np.array(ranks, np.uint8), NONE, np.zeros(0, np.float32))
 
 
-def judged(*pairs: tuple[int, int]) -> Verdict:
-    return Verdict(BRANCH, np.zeros(0, np.uint8), np.array(pairs, np.uint8), np.arange(len(pairs), dtype=np.float32))
+def judged(*pairs: tuple[int, int]) -> RankingArrays:
+    return RankingArrays(
+        BRANCH, np.zeros(0, np.uint8), np.array(pairs, np.uint8), np.arange(len(pairs), dtype=np.float32)
+    )
 
 
 def test_without_noise_a_ranking_is_itself() -> None:
-    verdict = ranked(2, 0, 1, 1)
-    assert lesson(verdict, "rankings", 0.0, seed=3, number=5) is verdict
+    arrays = ranked(2, 0, 1, 1)
+    assert lesson(arrays, "rankings", 0.0, seed=3, number=5) is arrays
 
 
 def test_neighbours_change_places_with_the_given_probability() -> None:
@@ -43,27 +45,27 @@ def test_noise_swaps_whole_levels_and_invents_nothing() -> None:
 
 
 def test_pairs_are_as_many_as_choices_and_never_of_a_tie() -> None:
-    verdict = ranked(0, 1, 1, 3)
+    arrays = ranked(0, 1, 1, 3)
     seen = set()
     for number in range(200):
-        found = lesson(verdict, "pairs", 0.0, seed=1, number=number)
+        found = lesson(arrays, "pairs", 0.0, seed=1, number=number)
         assert found.judgements.shape == (3, 2)
         assert not len(found.ranks)
         for better, worse in found.judgements.tolist():
-            assert verdict.ranks[better] < verdict.ranks[worse]
+            assert arrays.ranks[better] < arrays.ranks[worse]
             seen.add((better, worse))
         assert len({tuple(pair) for pair in found.judgements.tolist()}) == 3
     assert seen == {(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)}
-    assert len(lesson(verdict, "one_pair", 0.0, seed=1, number=0).judgements) == 1
+    assert len(lesson(arrays, "one_pair", 0.0, seed=1, number=0).judgements) == 1
     assert len(drawn_pairs(ranked(0, 0, 1, 1), 9, 1).judgements) == 4
 
 
 def test_what_is_drawn_hangs_on_seed_and_ranking_alone() -> None:
-    verdict = ranked(0, 1, 2, 3)
-    pairs = [lesson(verdict, "pairs", 0.3, seed, n).judgements.tolist() for seed in (1, 1, 2) for n in range(40)]
+    arrays = ranked(0, 1, 2, 3)
+    pairs = [lesson(arrays, "pairs", 0.3, seed, n).judgements.tolist() for seed in (1, 1, 2) for n in range(40)]
     assert pairs[:40] == pairs[40:80] != pairs[80:]
 
 
 def test_judgements_stay_judgements() -> None:
-    verdict = judged((0, 1), (2, 1))
-    assert lesson(verdict, "pairs", 0.0, 1, 1) is verdict
+    arrays = judged((0, 1), (2, 1))
+    assert lesson(arrays, "pairs", 0.0, 1, 1) is arrays

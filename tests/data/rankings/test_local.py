@@ -29,6 +29,7 @@ def test_ranks_and_judgements():
     ("value", "words"),
     [
         ("[", "no JSON \\(Expecting value at character 1\\)"),
+        pytest.param("[" * 100_000, "no JSON \\(nested too deeply\\)", id="deep"),  # a RecursionError is no ValueError
         ({**GOOD, "prompt": None}, "prompt: expected a text, or a list of turns"),
         ({**GOOD, "rank": [0]}, "expected an object of prompt, completions"),
         ({**GOOD, "completions": ["a"], "ranks": [0]}, "1 completions; expected 2 to 16"),

@@ -21,12 +21,12 @@ def test_what_was_written_is_read_across_tars(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.tar"))) > 1
     assert opened.corpus.n_documents == len(made)
     for number, document in enumerate(made):
-        assert document.verdict is not None
-        found = opened.verdict(number)
+        assert document.ranking is not None
+        found = opened.arrays(number)
         assert np.array_equal(opened.tokens(number), document.tokens)
         assert opened.source(number) == document.language
         for name in FIELDS:
-            written, read = getattr(document.verdict, name), getattr(found, name)
+            written, read = getattr(document.ranking, name), getattr(found, name)
             assert read.dtype == written.dtype
             assert np.array_equal(read, written), (number, name)
 
@@ -39,10 +39,10 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
     branch = np.split(first["branch.npy"], np.cumsum(first["lengths.npy"])[:-1])
     ranks = np.split(first["ranks.npy"], np.cumsum(first["completions.npy"])[:-1])
     for document, own_branch, own_ranks, judged in zip(made, branch, ranks, first["judged.npy"], strict=False):
-        assert document.verdict is not None
-        assert np.array_equal(own_branch, document.verdict.branch)
-        assert judged == len(document.verdict.judgements)
-        assert judged or np.array_equal(own_ranks, document.verdict.ranks)
+        assert document.ranking is not None
+        assert np.array_equal(own_branch, document.ranking.branch)
+        assert judged == len(document.ranking.judgements)
+        assert judged or np.array_equal(own_ranks, document.ranking.ranks)
 
 
 def test_a_corpus_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def take(rankings: RankingCorpus, steps: int, **changes: int) -> list[StepData]:
 
 
 def lines(batch: Batch) -> list[tuple]:
-    """What each ranking of a batch is learned by: scores read at which tokens, and the verdict; in order."""
+    """What each ranking of a batch is learned by: scores read at which tokens, and its lesson; in order."""
     assert batch.ranked is not None
     tokens = batch.tokens_BT.flatten()
     r = batch.ranked
@@ -56,7 +56,7 @@ def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: RankingC
     assert batch.branch_BT is not None
     assert batch.ranked is not None
     known = {
-        (tuple(rankings.tokens(n).tolist()), tuple(rankings.verdict(n).branch.tolist()))
+        (tuple(rankings.tokens(n).tolist()), tuple(rankings.arrays(n).branch.tolist()))
         for n in range(rankings.corpus.n_documents)
     }
     ends: set[int] = set()
@@ -116,7 +116,7 @@ def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
             for one in placed:
                 ends = batch.tokens_BT.flatten()[torch.from_numpy(one.places)]
                 own = rankings.tokens(one.document)
-                assert ends.tolist() == own[branch_ends(rankings.verdict(one.document).branch)].tolist()
+                assert ends.tolist() == own[branch_ends(rankings.arrays(one.document).branch)].tolist()
                 found.append(one.document)
     assert len(counts) == 1
     assert sorted(found) == list(range(rankings.corpus.n_documents))
