@@ -41,7 +41,7 @@ def same_calls(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[
             raise ChatError(f"an expected call names {shown(expected_call.name)}: there is no such tool")
     # A call may fit several expected ones, so taking the first fit could miss a matching.
     fits = [[same_call(call, target, tool_of[target.name]) for call in calls] for target in expected]
-    return _all_matched(fits)
+    return most_matched(fits) == len(fits)
 
 
 def same_value(value: Json, expected: Json, schema: Json) -> bool:
@@ -118,8 +118,8 @@ def _is_number(schema: dict[str, Any]) -> bool:
     return any(isinstance(name, str) and name in NUMBER_TYPES for name in types)
 
 
-def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
-    """Returns whether every row can be matched to a fitting column that no other row has: augmenting paths (Kuhn 1955).
+def most_matched(fits: Sequence[Sequence[bool]]) -> int:
+    """Returns how many rows at most can each have a fitting column that no other row has: augmenting paths (Kuhn 1955).
 
     Args:
         fits: fits[row][column]; any number of rows and columns.
@@ -140,4 +140,4 @@ def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
                     return True
         return False
 
-    return all(match(row, set()) for row in range(len(fits)))
+    return sum(match(row, set()) for row in range(len(fits)))

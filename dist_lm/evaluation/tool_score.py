@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from dist_lm.chat.compare import same_call, same_calls
+from dist_lm.chat.compare import most_matched, same_call, same_calls
 from dist_lm.chat.messages import Call, ChatError, Message, Tool
 from dist_lm.chat.parse import parse_turn
 from dist_lm.chat.schema import problems
@@ -78,14 +78,19 @@ def judge(turn: Message | None, expected: Message, tools: Sequence[Tool]) -> Ver
 
 
 def calls_made(calls: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> int:
-    """Returns the number of expected calls that were made; a call matches at most one expected call."""
+    """Returns the number of expected calls that were made, the largest possible; a call matches at most one expected
+    call.
+
+    Args:
+        tools: among them those that `expected` calls.
+    """
     tool_of = {tool.name: tool for tool in tools}
-    return matched(calls, expected, lambda call, target: same_call(call, target, tool_of[target.name]))
+    return most_matched([[same_call(call, target, tool_of[target.name]) for call in calls] for target in expected])
 
 
 def matched(calls: Sequence[Call], expected: Iterable[Wanted], same: Callable[[Call, Wanted], bool]) -> int:
     """Returns how many of `expected` are the same as a call, in any order and each call once: each takes the first call
-    left that is the same."""
+    left that is the same, as on the leaderboard. `calls_made` counts the largest matching."""
     unmatched = list(calls)
     for target in expected:
         index = next((index for index, call in enumerate(unmatched) if same(call, target)), None)

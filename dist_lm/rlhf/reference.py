@@ -85,11 +85,11 @@ def reference_of(
 
 
 def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, SplitReference] | None:
-    """Returns the arrays of a file that is intact and has this key; None, with a line in the log, if it is not, or if
-    there is no file.
+    """Returns the arrays of a file that is intact and has this key, by split; None if there is no file, or, with a line
+    in the log, if it is damaged or has another key.
 
     Args:
-        has_steps: accept another checkpoint in the key.
+        has_steps: accept a key whose checkpoint alone differs.
     """
     if not path.is_file():
         return None

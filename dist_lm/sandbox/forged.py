@@ -67,7 +67,7 @@ def is_lookup(language: str, source: str, tests: Sequence[Test]) -> bool:
 
 def _pairs(language: str, test: Test) -> list[tuple[str, str]]:
     """Returns (arguments, expected value) of the comparisons of a test, as texts without blanks; of a test with an
-    expected output its input and that. None for code of SQL.
+    expected output its input and that. There are none in code of SQL.
 
     Raises:
         SyntaxError: the code is no Python.

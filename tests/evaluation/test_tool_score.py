@@ -53,6 +53,15 @@ def test_a_call_found_stands_for_one_expected():
     assert calls_made([one, one, one], [one], TOOLS) == 1
 
 
+def test_calls_that_are_all_right_are_each_right():
+    # 1 passes for 1.0 and not the reverse, so the first call fits both. Where it is given to the first expected call,
+    # the second one seems to be missing.
+    untyped = (Tool("f", "", {"type": "object", "properties": {"x": {}}, "required": ["x"]}),)
+    whole, real = Call("f", {"x": 1}), Call("f", {"x": 1.0})
+    verdict = judge(turn(whole, real), turn(real, whole), untyped)
+    assert (verdict.right, verdict.exact) == (2, True)
+
+
 def test_figures_are_shares_by_kind_and_in_all():
     verdicts = [
         ("single", judge(ONE, ONE, TOOLS)),
