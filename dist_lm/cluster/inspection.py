@@ -184,7 +184,7 @@ def slow(links: Links, ratio: float) -> dict[int, str]:
     """Returns nodes whose median rate, sending or receiving, is below `ratio` of the median of all links, with the
     reason.
 
-    Empty with fewer than three nodes, which share their links.
+    Links that do not work are passed over. Empty with fewer than three nodes, which share their links.
     """
     rates = {pair: rate for pair, rate in links.items() if not isinstance(rate, str)}
     nodes = sorted({node for pair in rates for node in pair})
@@ -196,8 +196,9 @@ def slow(links: Links, ratio: float) -> dict[int, str]:
     slow_nodes = {}
     for node in nodes:
         for end, direction in ((0, "sends"), (1, "receives")):
-            node_rate = statistics.median(rate for pair, rate in rates.items() if pair[end] == node)
-            if node_rate < ratio * median:
+            # A node that nobody reaches may send all the same: it has no links in the other direction.
+            rates_of_node = [rate for pair, rate in rates.items() if pair[end] == node]
+            if rates_of_node and (node_rate := statistics.median(rates_of_node)) < ratio * median:
                 slow_nodes[node] = f"{direction} {node_rate / 1e6:,.0f} MB/s, the median is {median / 1e6:,.0f}"
     return slow_nodes
 

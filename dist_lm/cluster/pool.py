@@ -128,14 +128,14 @@ class Pool:
         return [member for member in self._members.values() if member.is_up]
 
     def load_weights(self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int) -> None:
-        """Uses other weights from now on, in all present and future actors, and waits until all actors have them. A
-        stream is read to its end.
+        """Uses other weights from now on, in all present and future actors; a stream is read to its end. Waits until
+        every actor that is up has the weights or has begun to load them: its next work uses them.
 
-        If `keep_going` returns False it returns early, without an error; some actors may still have other weights.
+        If `keep_going` returns False it returns early, without an error; actors that have not begun do so later.
 
         Raises:
             RuntimeError: a `generate` call is under way.
-            UserError: the weights do not fit the model.
+            UserError: the weights do not fit the model. If an actor rejects them later, the next call raises it.
             ActorsLostError: no place for an actor within cluster.node_wait_s.
             PoolFailure: actors keep dying.
         """

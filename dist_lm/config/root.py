@@ -109,7 +109,8 @@ class Config:
         return 1
 
     def check_stage(self) -> None:
-        """Refuses keys of the stage that contradict other groups.
+        """Refuses keys of the stage that contradict other groups: what all training shares, sequences longer than the
+        model's context, and corpora that cannot be mixed. A stage adds its own checks.
 
         Raises:
             ConfigError: names the key and what would be accepted.
@@ -144,8 +145,8 @@ class Config:
         require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
 
     def _check_mix(self, stage: StageConfig) -> None:
-        """Refuses corpora in `stage.mix` that are not configured, are that of the stage itself, or have none beside
-        them.
+        """Refuses corpora in `stage.mix` that are not configured or are that of the stage itself, and any without
+        `stage.corpus`.
 
         Raises:
             ConfigError: names the corpus and those that could be.

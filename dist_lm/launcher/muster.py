@@ -127,7 +127,7 @@ class Muster:
 
         Raises:
             NodesLostError: no size fits, and the run has begun.
-            ClusterError: no size fits: `shortage`, or why the smallest size failed.
+            ClusterError: no size fits: `shortage`, or why the last size that was tried failed.
         """
         smaller_sizes = [size for size in self._sizes if size < most]
         while size := largest(smaller_sizes, len(able_nodes(self._cluster, self.gpus_per_node))):

@@ -52,13 +52,16 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
         device: auto | cpu | cuda; empty: do not evaluate.
 
     Raises:
-        ConfigError: not exactly one of `last` and `ema`, an unknown device, or fewer checkpoints than `last`.
+        ConfigError: not exactly one of `last` and `ema`, an unknown device or one that is not there, fewer checkpoints
+            than `last`, or a configuration that this version cannot read.
         ArtefactError: a checkpoint is missing or damaged, or has no exponential average; the folder exists or cannot be
             written; or tokenizer or corpora of the run are missing.
         UserError: as `evaluated`.
     """
     require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
     require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    has_device = device != "cuda" or torch.cuda.is_available()
+    require(has_device, "--device", device, "auto or cpu: this machine has no GPU that torch can use")
 
     newest = files.find_checkpoint(run.path)
     kind, prefix, checkpoints = "ema", "ema", [newest]
@@ -159,7 +162,7 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
     It makes a process group of one rank and destroys it.
 
     Args:
-        device: auto | cpu | cuda.
+        device: auto | cpu | cuda, which must be there.
 
     Raises:
         ArtefactError: tokenizer, corpora or a checkpoint are missing or damaged.

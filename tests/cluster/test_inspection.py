@@ -101,3 +101,12 @@ def test_a_node_with_a_slow_link_is_named_with_its_direction():
     assert slow(links, 0.25) == {2: "receives 100 MB/s, the median is 1,000"}
     assert slow(links, 0.01) == {}
     assert slow({(0, 1): 1e9, (1, 0): 1e3}, 0.25) == {}
+
+
+def test_a_node_that_only_sends_is_named_as_unreachable_and_ends_no_inspection():
+    # It would find a median over no links: a firewall on node 2 lets nothing in, and its own links work.
+    links = {(a, b): 1e9 for a in range(3) for b in range(3) if a != b} | {(n, 2): "refused" for n in (0, 1)}
+
+    assert [*unreachable(links)] == [2]
+    assert slow(links, 0.25) == {}
+    assert slow(links | {(2, 0): 1e8, (2, 1): 1e8}, 0.25) == {2: "sends 100 MB/s, the median is 550"}

@@ -1,11 +1,16 @@
-"""The averaged weights are in the model only while they are measured."""
+"""The averaged weights are in the model only while they are measured, on a device that is there."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from dist_lm.config.stage import StageConfig
+from dist_lm.errors import ConfigError
+from dist_lm.stages.averaging import average
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training import averages
 from dist_lm.training.optimizer import build_optimizer, named_state
 from tests.model.small_models import small_config, small_model
@@ -34,3 +39,13 @@ def test_the_weights_are_back_after_a_measurement_and_after_one_that_fails():
 
     assert all(torch.equal(parameter, weights[name] + 1) for name, parameter in model.named_parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in named_state(model, optimizer))
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch):
+    # It would write the average, and then end in torch's traceback.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    with pytest.raises(ConfigError, match="--device=cuda: expected auto or cpu"):
+        average(RunDirectory(tmp_path), 2, False, "cuda", Console())
+
+    assert not list(tmp_path.iterdir())

@@ -92,7 +92,9 @@ def reward_scores(
 
 
 def _laid(record: Record, question: str, tokenizer: Tokenizer, context: int) -> list[int] | str:
-    """Returns the tokens of a prompt and its answer, or a text: the outcome of an answer that has no score."""
+    """Returns the tokens of a prompt and its answer, or the outcome of an answer that has no score: refused, no turn
+    (the template does not take it) or too long for the context.
+    """
     if "error" in record:
         return "refused"
     conversation = Conversation((Message("user", question),))

@@ -93,7 +93,8 @@ class Evaluate(PoolStage):
     schema = EvaluateRunConfig
 
     def check(self, config: Config) -> None:
-        """Refuses unknown or repeated tasks, tasks without their file, and a reward model that gives no scores.
+        """Refuses unknown or repeated tasks, tasks without their file, and a reward model that gives no scores. It
+        reads the files and prompts, and tries the sandbox.
 
         Raises:
             ConfigError: names the key.
@@ -255,7 +256,8 @@ def evaluate_config(config: Config) -> EvaluateRunConfig:
 
 
 def with_reward_checkpoint(config: EvaluateRunConfig, before: str | None) -> EvaluateRunConfig:
-    """The configuration with a checkpoint in `eval.reward_model`: one for all models, even if its run goes on.
+    """Returns the configuration with a checkpoint in `eval.reward_model`: one for all models, even if its run goes on.
+    Unchanged without the task reward.
 
     Args:
         before: see `checkpoint_in`.

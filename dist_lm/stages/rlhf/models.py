@@ -200,7 +200,7 @@ def train_state(state: RlhfState, tokens: int, tokenizer_sha256: str) -> TrainSt
 
 
 def read_state(directory: Path) -> RlhfState:
-    """Reads the files of `saved_files`.
+    """Returns the state in the files of `saved_files`.
 
     Raises:
         ArtefactError: a file is missing or has another content.

@@ -183,7 +183,8 @@ class BetweenSteps:
         """Answers the tasks `due` on all ranks and writes their figures and answers on the first (collective).
 
         Raises:
-            ConfigError: this machine has no sandbox for the programs of a task.
+            ConfigError: this machine has no sandbox for the programs of a task, or bf16 is asked for on a GPU without
+                it.
         """
         began = time.perf_counter()
         parts = self._parts
