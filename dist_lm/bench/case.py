@@ -81,7 +81,8 @@ def why_absent(packages: Iterable[str], modules: Mapping[str, str] | None = None
 
 
 def _has(package: str, module: str) -> bool:
-    """Whether an installed package has a submodule. `find_spec` of the whole name would import its parents."""
+    """Returns whether an installed package has a submodule, without importing anything; `find_spec` of the whole name
+    would import its parents."""
     # Each part of the name is looked for in the folder of the part before, which imports nothing.
     spec = importlib.util.find_spec(package)
     names = module.split(".")
@@ -127,7 +128,8 @@ def benchmark_at(import_path: str) -> Benchmark:
 
 
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:
-    """Composes one configuration from the user's `overrides`; without any, one from each shape (`quick`: the first).
+    """Returns one configuration composed from the user's `overrides`; without any, one from each shape (`quick`: the
+    first). BASE comes before all of them.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -184,7 +186,7 @@ class Record:
 def records_of(
     bench: str, case: Case, seconds: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, float]]
 ) -> list[Record]:
-    """Makes the records of a case, one for each comparison.
+    """Returns the records of a case, one for each comparison, in that order; speeds are medians over the rounds.
 
     Args:
         seconds: variant -> seconds of a step, one value per round.
@@ -200,6 +202,8 @@ def _record(
     seconds: Mapping[str, Sequence[float]],
     facts: Mapping[str, Mapping[str, float]],
 ) -> Record:
+    """Returns the record of one comparison: of speed, the median over the rounds, or of a fact, which is measured once.
+    Other arguments are those of `records_of`."""
     # The last word is the unit, of a fact as of a speed.
     quantity, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
 
@@ -247,7 +251,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def table_of(title: str, records: Iterable[Record]) -> Table:
-    """Lays the records out as a table for people."""
+    """Returns the records as a table for people, a row for each; missing figures are `-`."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("case")
     for column in ("value", "peer", "ratio", "ceiling", "spread"):

@@ -46,7 +46,7 @@ SAMPLE_EVERY_S = 0.2  # between two measurements of memory
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """A case with one process that encodes, and one with a process for each core.
+    """Returns a case with one process that encodes, and one with a process for each core if there are several.
 
     `tokenizer.workers` in the overrides, or `quick`, leaves one case.
 
@@ -81,7 +81,8 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant, in one process with the processes that it starts.
+    """Builds one variant, in one process with the processes that it starts: writes its text and trains a tokenizer in a
+    temporary folder. A step is timed in CPU seconds.
 
     Raises:
         ConfigError, ArtefactError, UserError: the text for the measurement cannot be read.
@@ -145,7 +146,12 @@ class Work:
         build_corpus(self.config, CORPUS, text_splits, Console())
 
     def encode(self, documents: Sequence[Document], processes: int) -> None:
-        """Encodes the documents, a share in each process, and sends nothing: a build cannot be faster."""
+        """Encodes the documents and drops the ids, a share in each of `processes` processes, this one among them, and
+        sends nothing: a build cannot be faster. Waits for all.
+
+        Raises:
+            UserError: a text of this process' share is not valid Unicode; in another process it is an AssertionError.
+        """
         # Forked children share the documents of this process, so none are sent.
         fork = multiprocessing.get_context("fork")
         children = [fork.Process(target=self._encode, args=(documents[n::processes],)) for n in range(1, processes)]
@@ -163,7 +169,8 @@ class Work:
 
 
 def write_parquet(folder: Path, n_bytes: int) -> int:
-    """Writes parquet files of words by Zipf's law; returns the bytes of text, `n_bytes` or a little more."""
+    """Writes parquet files of words by Zipf's law, the same at every call, into the new folder `folder`; returns the
+    bytes of text, `n_bytes` or a little more."""
     import pyarrow
     from pyarrow import parquet
 
@@ -202,7 +209,13 @@ def write_parquet(folder: Path, n_bytes: int) -> int:
 
 
 def facts_of_step(step: Callable[[], object], n_bytes: int, processes: int) -> dict[str, float]:
-    """Runs one step and returns its facts: MB a wall second and process, and the largest memory of a process, MiB."""
+    """Runs one step and returns its facts: WALL, MB of text a wall second and process, and MEMORY, the largest private
+    memory that a process had at a sample during it, MiB.
+
+    Args:
+        n_bytes: text of the step.
+        processes: number by which the speed is divided.
+    """
     # Memory is sampled in a thread, since a process may be largest in the middle of the step.
     peak_bytes, ended = [0], threading.Event()
 

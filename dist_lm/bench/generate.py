@@ -97,6 +97,8 @@ class Transformers(Peer):
         return float(logits_TV.log_softmax(-1).gather(1, token_T[:, None]).mean())
 
     def _generate(self, prompt_BT: torch.Tensor, n_new: int, **options: Any) -> Any:
+        """Returns what `generate` of transformers returns for exactly `n_new` tokens and these options: token ids,
+        prompt included, if the options ask for nothing else."""
         return self._model.generate(
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
@@ -149,7 +151,8 @@ class LitGpt(Peer):
         self._generate(prompt_T, n_new, SAMPLING.temperature, SAMPLING.top_k, SAMPLING.top_p)
 
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
-        """See `Peer`."""
+        """Returns the mean log-probability, nats, of `n_new` greedy tokens after the first prompt; the cache is
+        dropped."""
         prompt_T = prompt_BT[0]
         token_T = self._generate(prompt_T, n_new, 0.0, None, 1.0)
 
@@ -162,6 +165,7 @@ class LitGpt(Peer):
     def _generate(
         self, prompt_T: torch.Tensor, n_new: int, temperature: float, top_k: int | None, top_p: float
     ) -> torch.Tensor:
+        """Returns prompt and `n_new` tokens, int64; greedy at temperature 0. The model gets a new cache."""
         generate = import_module("litgpt.generate.base").generate
         # litgpt keeps its cache between calls, and a cache has the size of one call.
         with torch.inference_mode():
@@ -180,7 +184,8 @@ PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "litgpt": LitGpt}
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Batches of 1, 8 and 32 for two model sizes, 64 requests of mixed lengths, and answers that share a prompt.
+    """Returns cases of batches of 1, 8 and 32 for two model sizes, 64 requests of mixed lengths, and answers that share
+    a prompt; `quick`: the first alone.
 
     Overrides leave one batch of stage.global_batch prompts with stage.seq_len new tokens.
 
@@ -219,7 +224,8 @@ def mixed_case(config: Config) -> Case:
 
 
 def prefill_case(config: Config) -> Case:
-    """A case of the first tokens of eight answers to one prompt, against one answer, in prompt tokens per second."""
+    """Returns a case of the first tokens of eight answers to one prompt, against one answer, in prompt tokens per
+    second."""
     size = GroupSize(1)
     return Case(
         name=f"{_shape(config.model)}, {PREFILL} of {LONG_PROMPT} tokens",
@@ -235,6 +241,7 @@ def _shape(model: ModelConfig) -> str:
 
 
 def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
+    """Returns a case of our engine against the named peers; one that cannot run is only named, with the reason."""
     absent = {peer: reason for peer in peers if (reason := _why_not(PEERS[peer], config.stage.global_batch))}
     available = [peer for peer in peers if peer not in absent]
     return Case(
@@ -259,7 +266,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant of generating, in one process.
 
     Raises:
-        ConfigError: bf16 is asked for on a GPU without it.
+        ConfigError: bf16 is asked for on a GPU without it, or a peer cannot hold the model.
     """
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = initial_model(config).requires_grad_(requires_grad=False)
@@ -293,7 +300,8 @@ def made_up_tokens(config: Config, rows: int, width: int) -> torch.Tensor:
 
 
 def new_tokens(config: Config) -> list[int]:
-    """Returns the new tokens of each request: all equal, or evenly spaced from SHORTEST to LONGEST and shuffled."""
+    """Returns the new tokens of each of stage.global_batch requests: all stage.seq_len, or, if that is the mean of
+    SHORTEST and LONGEST, evenly spaced from one to the other and shuffled, the same at every call."""
     batch, mean = config.stage.global_batch, config.stage.seq_len
     # The case of mixed lengths is known by its mean, since a configuration has one stage.seq_len.
     if mean != (SHORTEST + LONGEST) // 2:
@@ -346,7 +354,8 @@ def _first_tokens(engine: Engine, prompt: list[int], n: int) -> float:
 
 @torch.inference_mode()
 def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
-    """Runs padded batches; each goes on until its longest answer is complete."""
+    """Generates for `prompts` (B, T) in batches of at most PADDED_BATCH; each goes on until its longest answer is
+    complete. Returns 0, as there is no loss."""
     for begin in range(0, len(prompts), PADDED_BATCH):
         rows = slice(begin, begin + PADDED_BATCH)
         peer.generate(prompts[rows], max(lengths[rows]))
@@ -354,7 +363,8 @@ def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> fl
 
 
 def _linear_layers(model: Transformer, lengths: Sequence[int]) -> Callable[[], float]:
-    """Returns a step of all matrix products of the new tokens and nothing else: the lower bound for eager PyTorch."""
+    """Returns a step of all matrix products of the new tokens, with inputs of zeros, and nothing else: the lower bound
+    for eager PyTorch. `lengths`: new tokens of each request."""
     # Weights of attention have three dimensions, a product needs two; flattening leaves other matrices as they are.
     matrices = [p.flatten(0, -2) for p in model.parameters() if p.ndim > 1]
     # An embedding is looked up, not multiplied; tied to the head it is multiplied there.

@@ -47,7 +47,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """Reads a budget such as `2e6tokens`, `1e14flops` or `60s`.
+        """Returns the budget that `text` says, such as `2e6tokens`, `1e14flops` or `60s`.
 
         Raises:
             ConfigError: `text` is no number with one of these units.
@@ -116,7 +116,11 @@ class Lane:
         self.curve = Curve(recipe.name, seed, self.learner.parameters, steps)
 
     def train(self, steps: int) -> float:
-        """Takes `steps` steps; returns their seconds, without the wait for data."""
+        """Takes `steps` steps; returns their seconds, without the wait for data, and adds them to `seconds`.
+
+        Raises:
+            UserError: the learner's or the stream's; the learner's begins with the recipe.
+        """
         spent = 0.0
         for _ in range(steps):
             batches = [batch.to(self.device) for batch in next(self.stream).micro_batches]
@@ -133,7 +137,8 @@ class Lane:
         return spent
 
     def measure(self, held_out: HeldOut) -> None:
-        """Adds a point to the curve."""
+        """Adds a point to the curve, measured now on the held-out sequences; its last bits by language replace earlier
+        ones."""
         tokens = self.steps_taken * self.config.stage.global_batch * self.config.stage.seq_len
         metrics = held_out.measure(self.learner)
         loss, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
@@ -149,7 +154,8 @@ class Lane:
 def _lanes(
     recipes: Sequence[Recipe], seed: int, steps: Mapping[str, int], device: torch.device
 ) -> Iterator[list[Lane]]:
-    """Opens a lane for each recipe; their streams end with the block. `steps`: name of a recipe -> its steps.
+    """Yields a lane for each recipe, with new weights; their streams end with the block. `steps`: name of a recipe ->
+    its steps.
 
     Raises:
         ConfigError, ArtefactError, UserError: a learner or its data cannot be opened.
@@ -163,7 +169,8 @@ def _lanes(
 
 
 def steps_of(recipes: Sequence[Recipe], budget: Budget, device: torch.device) -> dict[str, int]:
-    """Returns the optimizer steps of each recipe that the budget pays for, by name.
+    """Returns the optimizer steps of each recipe that the budget pays for, by name. For a budget of seconds it trains
+    new learners for some steps and takes the median.
 
     Raises:
         ConfigError: the budget does not pay for one step of a recipe.
@@ -208,7 +215,8 @@ def curves_of_a_seed(
         at_start: whether a curve also has a point before the first step.
 
     Raises:
-        ConfigError, ArtefactError, UserError: a learner or its data cannot be opened.
+        ConfigError, ArtefactError, UserError: a learner or its data cannot be opened, or a step fails; the message
+            begins with the recipe.
     """
     with _lanes(recipes, seed, steps, device) as lanes:
         for lane in lanes:
@@ -242,6 +250,12 @@ def alone() -> Iterator[None]:
 
 
 def _write(curves: Sequence[Curve], json_file: Path | None, curves_in: Path | None) -> None:
+    """Writes all curves so far, in place of earlier files: records to `json_file`, points and drawing to the folder
+    `curves_in`; None: not asked for.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     if json_file:
         write_records(json_file, records_of(curves))
     if curves_in:
@@ -270,13 +284,16 @@ def run_learning(
         recipes, peers: see `recipes_of`.
         budget: see `Budget.parse`.
         points: measurements of a recipe in training.
-        json_file: a file for the records, as JSON lines.
+        seeds: trainings of each recipe, from the configured seed on.
+        json_file: a file for the records, as JSON lines, written anew after each seed; its folder is made.
         curves_in: a folder that gets `curves.jsonl`, one point a line, and `curves.svg`.
 
     Raises:
-        ConfigError: see `recipes_of` and `Budget.parse`; a folder of results cannot be made.
-        ArtefactError: the work directory lacks the corpus.
-        UserError: as `compose_config`, or a tokenizer lacks a mark that stage.fim_rate needs.
+        ConfigError: see `recipes_of`, `Budget` and `held_out_of`; seeds or points below 1; a folder of results cannot
+            be made.
+        ArtefactError: the work directory lacks the corpus or the tokenizer, or one is damaged.
+        UserError: as `compose_config`, a tokenizer lacks a mark that stage.fim_rate needs, or the gradients of our
+            learner are not finite.
     """
     # Mistakes of the command line are found before any model is built.
     parsed_budget = Budget.parse(budget)

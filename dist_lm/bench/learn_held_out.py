@@ -52,7 +52,8 @@ class HeldOut:
 
 
 def arguments_of(config: Config, device: torch.device) -> DataArguments:
-    """Returns the arguments with which a stage opens its data, for a single process.
+    """Returns the arguments with which a stage opens its data, from its beginning, for a single process, which must be
+    a process group (`learn.alone`).
 
     Raises:
         ArtefactError: the tokenizer is missing or damaged.
@@ -82,7 +83,8 @@ def held_out(config: Config, device: torch.device) -> HeldOut:
 
 
 def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, HeldOut]:
-    """Returns the held-out sequences of each recipe, by name: settings of the first, tokens of its own work directory.
+    """Returns the held-out sequences of each recipe, by name: settings of the first recipe, tokens of its own work
+    directory.
 
     Raises:
         ConfigError: recipes have different tokenizers, but not the whole of val or not the same documents; or a model
@@ -124,7 +126,7 @@ def _require_vocabulary(recipe: Recipe) -> None:
 
     Raises:
         ConfigError: names the recipe and the corpus.
-        ArtefactError: a corpus is missing.
+        ArtefactError: a corpus is missing, or its manifest is damaged.
     """
     config = recipe.config
     for corpus in config.stage.corpus_names:

@@ -38,7 +38,7 @@ MOMENTUM_STEPS, MOMENTA = 400, (0.85, 0.97, 0.90)
 
 
 def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
-    """Returns a peer as a recipe.
+    """Returns a peer as a recipe. For nanochat its module is imported, see `_nanochat`.
 
     Args:
         name: neox or nanochat, then more words that name its row.
@@ -73,7 +73,7 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
 
 
 def _nanochat(name: str, checkout: Path) -> Any:
-    """Imports the module nanochat.gpt of a checkout.
+    """Imports and returns the module nanochat.gpt of a checkout, whose folder becomes the first of `sys.path`.
 
     Raises:
         ConfigError: the module cannot be imported, or one of another checkout was imported before.
@@ -91,7 +91,8 @@ def _nanochat(name: str, checkout: Path) -> Any:
 
 
 def _numbers(name: str, words: Sequence[str], module: Any) -> dict[str, float]:
-    """Reads arguments of `setup_optimizer`, and `warmup_steps`, from words KEY=NUMBER.
+    """Returns arguments of `setup_optimizer`, and `warmup_steps`, by name, from words KEY=NUMBER; the last of a key
+    counts.
 
     Raises:
         ConfigError: a word is not KEY=NUMBER, or the key is unknown.

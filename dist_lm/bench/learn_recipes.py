@@ -46,8 +46,8 @@ def recipes_of(
         defaults: overrides that come before `overrides`.
 
     Raises:
-        ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed, a stage that does not
-            learn the next token, a setting that no learner has.
+        ConfigError: a recipe without a name or with that of another one, an unknown peer, overrides that cannot be
+            composed, a stage that does not learn the next token, a setting that no learner has.
         ArtefactError, UserError: as `compose_config`.
     """
     names_stage = any(override.startswith("stage=") for override in overrides)
@@ -74,7 +74,7 @@ def recipes_of(
 
 
 def _own_recipe(name: str, overrides: Sequence[str]) -> Recipe:
-    """Composes a recipe of ours.
+    """Returns a recipe of ours, of our learner with the composed configuration.
 
     Raises:
         ConfigError: the stage has no next-token loss, or as `compose_config`.
@@ -97,10 +97,11 @@ def _require_text_stage(recipe_name: str, stage_name: str) -> TextStage:
 
 
 def _check(recipe: Recipe, seed: int) -> None:
-    """Refuses settings that a learner would not follow, since a row must show what its configuration says.
+    """Refuses settings that a learner would not follow, since a row must show what its configuration says: another
+    seed, averages, adapters, a start from a checkpoint, and what the stage itself refuses.
 
     Args:
-        seed: the seed that all recipes must have.
+        seed: the seed that all recipes must have, that of the first.
 
     Raises:
         ConfigError: names the recipe and the key, or the stage does not learn the next token.
@@ -123,7 +124,7 @@ def _check(recipe: Recipe, seed: int) -> None:
 
 
 def _split_name(text: str, option: str) -> tuple[str, list[str]]:
-    """Splits `NAME: WORD WORD ...` into the name and the words, as a shell would.
+    """Returns the name and the words of `NAME: WORD WORD ...`, split as a shell would; there may be no words.
 
     Raises:
         ConfigError: names `option`; the name or the colon is missing, or a quotation does not end.
@@ -168,10 +169,10 @@ class OwnLearner:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """See `Learner`.
+        """Takes the step of this 0-based number (sums over the process group), with the rates of the schedule.
 
         Raises:
-            UserError: the gradients are not finite; names the step.
+            UserError: the gradients are not finite; names the step. The weights have not changed then.
         """
         set_learning_rate(self.optimizer, stage_rate(self.stage, number))
         set_momentum(self.optimizer, muon_momentum(self.stage, number))

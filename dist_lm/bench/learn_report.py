@@ -53,7 +53,8 @@ DRAWN = slice(1, None)  # leaves out the point before the first step, which woul
 
 
 def records_of(curves: Sequence[Curve]) -> list[Record]:
-    """Makes the records, as means over the seeds; the peer is the first recipe.
+    """Returns the records, measure by measure and recipe by recipe, as means over the seeds with their spread; the peer
+    is the first recipe, which has none itself.
 
     They hold bits per byte and loss at the end, then bits per byte and bytes a token of each language.
     """
@@ -90,9 +91,9 @@ def records_of(curves: Sequence[Curve]) -> list[Record]:
 
 
 def table_of(title: str, curves: Sequence[Curve]) -> Table:
-    """Lays out the ends of the curves for people, as means over the seeds.
+    """Returns a table of the ends of the curves, a row for each recipe with means over the seeds.
 
-    For bits per byte it adds the range over the seeds, and the ratio to the first recipe.
+    For bits per byte it adds the range over the seeds, and the ratio to the first recipe (columns `range`, `ratio`).
     """
     by_recipe = _by_recipe(curves)
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
@@ -118,7 +119,8 @@ def table_of(title: str, curves: Sequence[Curve]) -> Table:
 
 
 def languages_of(curves: Sequence[Curve]) -> Table:
-    """Lays out bytes a token of val and bits per byte at the end by language, for recipes with other tokenizers."""
+    """Returns a table of bytes a token of val and bits per byte at the end (mean over the seeds), a row for each recipe
+    and a column for each language, for recipes with other tokenizers."""
     languages = sorted(curves[0].bytes_per_token)
     table = Table(title="held-out bytes a token, bits per byte", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("recipe", overflow="fold")
@@ -144,7 +146,8 @@ def _mean(curves: Sequence[Curve], measure: Callable[[Point], float]) -> float:
 
 
 def drawing(curves: Sequence[Curve]) -> str:
-    """Draws the SVG: a row of panels for each measure, a colour for each recipe, a line for each seed."""
+    """Returns the curves as an SVG: a row of panels for each measure, against tokens and seconds, a colour for each
+    recipe, a line for each seed. The point before the first step is left out."""
     names = list(dict.fromkeys(curve.recipe for curve in curves))
     width = 2 * (PANEL[0] + MARGIN) + GAP
     height = 2 * (PANEL[1] + MARGIN) + 18 * len(names) + GAP
@@ -174,7 +177,8 @@ def _panel(
     across: tuple[str, Callable[[Point], float]],
     up: tuple[str, Callable[[Point], float]],
 ) -> str:
-    """Draws a panel at `left_top` (pixels); `across` and `up` are (title, figure of a point) of the axes."""
+    """Returns the SVG of a panel at `left_top` (x, y in pixels) with a line for each curve, coloured by the place of
+    its recipe in `names`; `across` and `up` are (title, figure of a point) of the axes."""
     # All curves share the axes of a panel.
     points = [point for curve in curves for point in curve.points[DRAWN]]
     xs, ys = [across[1](point) for point in points], [up[1](point) for point in points]

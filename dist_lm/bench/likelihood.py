@@ -34,7 +34,8 @@ SHAPE = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Compares with the hf backend at each batch size. Overrides choose another model.
+    """Returns one case: our engine against the hf backend at each batch size, if that is installed (else it is only
+    named). Overrides choose another model; `quick` changes nothing.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -78,7 +79,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant of answering the requests, in one process.
 
     Raises:
-        ConfigError: no architecture of transformers holds the model, or bf16 is asked for on a GPU without it.
+        ConfigError: no architecture of transformers holds the model (for the hf backend), or bf16 is asked for on a GPU
+            without it.
     """
     device, dtype = world.device, generation_dtype(config.parallel, world.device)
     model = initial_model(config).requires_grad_(requires_grad=False)
@@ -108,7 +110,7 @@ def _trial_of(totals: Callable[[], list[float]]) -> Trial:
 
 
 def _hf(model: Transformer, trees: Sequence[Tree], batch: int, device: torch.device, dtype: torch.dtype) -> Trial:
-    """Builds the hf backend of lm-evaluation-harness on our export, with `batch` sequences a forward pass.
+    """Builds a trial of the hf backend of lm-evaluation-harness on our export, with `batch` sequences a forward pass.
 
     Raises:
         ConfigError: no architecture of transformers holds the model.

@@ -40,7 +40,7 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of the shapes above, or of the one in `overrides`.
+    """Returns cases of SHAPES (`quick`: of the first), or the one of `overrides`.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -111,13 +111,15 @@ class MeasuredTraining:
         return result.loss
 
     def cost(self) -> float:
-        """Returns the time of measuring, in per cent of a bare step."""
+        """Returns the time of measuring, in per cent of a bare step (median of TIMED_STEPS). It takes steps and writes
+        TIMED_LINES lines, so the model and the file change."""
         step_seconds = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
         # The norms of this step are made up: `_groups_s` measures what it costs to compute them.
         norms = dict.fromkeys(gradients_by_group(self._trainer.model), 1.0)
         detailed_step = replace(self.step(), grad_norms=norms)
 
         def measure() -> None:
+            """Does all that measuring adds to a step, with the line, and no step."""
             detailed = self._trainer.is_detailed(self._state.step + 1)
             self._meter.begin(detailed)
             self._meter.data_came()
@@ -132,7 +134,8 @@ class MeasuredTraining:
         return 100 * (line_seconds + self._groups_s()) / statistics.median(step_seconds)
 
     def _groups_s(self) -> float:
-        """Returns the extra time of gradient norms by group over one global norm, seconds."""
+        """Returns the extra time of gradient norms by group over one global norm, seconds, at least 0. Gradients are
+        made up and freed afterwards."""
         model = self._trainer.model
         # Any values do: the time of a norm does not depend on them.
         for parameter in model.parameters():

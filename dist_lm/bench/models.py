@@ -39,7 +39,8 @@ def neox_of(model: ModelConfig, peer: str) -> Architecture:
 
 
 def in_transformers(model: Transformer, kind: str = "AutoModelForCausalLM", **options: Any) -> Any:
-    """Returns the model as the class `kind` of transformers, with `options` of its `from_pretrained`, on the CPU.
+    """Returns a copy of the model as the class `kind` of transformers, with `options` of its `from_pretrained`, fp32 on
+    the CPU.
 
     Raises:
         ConfigError: no architecture of transformers holds the model.
@@ -52,14 +53,16 @@ def in_transformers(model: Transformer, kind: str = "AutoModelForCausalLM", **op
 
 
 def peer_optimizer(parameters: Iterable[Any], stage: StageConfig) -> torch.optim.AdamW:
-    """Builds torch's fused AdamW of parameters or groups of them, with our settings."""
+    """Builds torch's fused AdamW of parameters or groups of them, with our settings at their peak rate; weight decay is
+    0 unless a group has its own."""
     return torch.optim.AdamW(
         parameters, lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.adam_eps, weight_decay=0.0, fused=True
     )
 
 
 def word_tokenizer(words: Sequence[str]) -> Any:
-    """Makes a tokenizer with one word per token; the first two end and pad a text. TRL needs one for padding."""
+    """Returns a tokenizer of transformers with one of `words` per token, in the order of their ids; the first two end
+    and pad a text, and the first also stands for unknown words. TRL needs one for padding."""
     transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
     end, pad, *_ = words
     vocabulary = {word: token_id for token_id, word in enumerate(words)}

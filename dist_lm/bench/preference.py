@@ -46,7 +46,8 @@ THREADS = 1
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of prompts that fill half of stage.seq_len, with two completions each.
+    """Returns cases of prompts that fill half of stage.seq_len, with two completions each, for SHAPES (`quick`: the
+    first) or for `overrides`.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -55,6 +56,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _case(config: Config) -> Case:
+    """Returns the case of one configuration; TRL is only named if its packages are not installed."""
     why_not = why_absent(PACKAGES)
     prompt, completion = tokens_of(config)
     peers = [] if why_not else [TRL, TRL_KNOWN]
@@ -76,7 +78,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
     """Builds one variant, in one process.
 
     Raises:
-        ConfigError: no architecture of transformers holds the model.
+        ConfigError: no architecture of transformers holds the model (for TRL).
     """
     model = initial_model(config).to(world.device)
     # The reference does not change, so its log-probabilities are computed once, as our stage does it.
@@ -113,7 +115,8 @@ def made_up_tokens(config: Config) -> np.ndarray:
 
 
 def batch_of(config: Config) -> CompletionBatch:
-    """Returns the pairs with a tree in each row; the first completion is the better one."""
+    """Returns the pairs with a tree in each row, on the CPU, the same at every call; the first completion of a pair is
+    the better one. It has no log-probabilities of a reference yet."""
     prompt, completion = tokens_of(config)
     branch = np.repeat([0, 1, 2], [prompt, completion, completion])
     rows = [[(tokens, branch)] for tokens in made_up_tokens(config)]

@@ -54,7 +54,8 @@ class Trial:
 
 
 def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
-    """Returns rows of a global batch of random tokens, the same at every call; all targets count."""
+    """Returns the sequences `rows` of a global batch of random tokens, on `device`, the same at every call; all targets
+    count, and each row is one document."""
     stage = config.stage
     # The seed is the same in all ranks and variants: they take their rows from one batch.
     generator = torch.Generator().manual_seed(config.seed)
@@ -99,7 +100,7 @@ class OwnTraining:
     def forward_backward(self) -> float:
         """Computes gradients of the summed loss, reduced over ranks; returns the mean loss of this rank's rows."""
         sums = accumulate_gradients(self.model, self.objective, self.batches)
-        total, count = sums.total_count.tolist()
+        total, count = sums.total_and_count.tolist()
         return total / count
 
     def bare_step(self) -> float:
@@ -111,7 +112,8 @@ class OwnTraining:
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:
-    """Returns the peak memory of the tensors that `run` allocates, beyond those that exist before, MiB."""
+    """Runs `run` once and returns the peak memory of the tensors that it allocates, beyond those that exist before,
+    MiB. On a CPU it runs under the profiler, and on a GPU the peak counter of the device is reset."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -131,7 +133,8 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
 
 @cache
 def two_cores() -> tuple[int | None, int | None]:
-    """Chooses a core for this process and one for another; None each if there is only one, or none can be chosen."""
+    """Returns (a core for this process, one for another), the first and the last that it may use; None each if there is
+    only one, or the system cannot pin a process. The first call decides for the life of the process."""
     # Not every system can pin a process.
     cores: list[int] = []
     if hasattr(os, "sched_getaffinity"):
@@ -153,7 +156,15 @@ def pin(process: int, core: int | None) -> None:
 def serve(
     requests: Iterable[str], build: Callable[[str, Config, World], Trial], world: World
 ) -> Iterable[dict[str, Any]]:
-    """Yields the answer to each request (collective: every rank gets the same requests)."""
+    """Yields the answer to each request of the module's text (collective: every rank gets the same requests).
+
+    Args:
+        requests: JSON lines.
+        build: (variant, configuration, world) -> its trial.
+
+    Raises:
+        ConfigError: a configuration cannot be read. What `build` and the trials raise passes.
+    """
     trials: dict[str, Trial] = {}
     for line in requests:
         request = json.loads(line)
@@ -173,7 +184,8 @@ def serve(
 
 
 def seconds_of(trial: Trial, steps: int, world: World) -> float:
-    """Returns the seconds of `steps` steps, from the moment when all ranks are ready, by the clock of the trial."""
+    """Takes `steps` steps and returns their seconds on this rank, from the moment when all ranks are ready
+    (collective), by the clock of the trial; a GPU's work is waited for."""
     dist.barrier()
     began = trial.clock()
     for _ in range(steps):
@@ -185,7 +197,13 @@ def seconds_of(trial: Trial, steps: int, world: World) -> float:
 
 
 def main() -> None:
-    """Serves requests until standard input ends."""
+    """Serves requests of standard input until that ends, as one rank of the group that the environment names. It dies
+    with its parent; prints of libraries go to standard error.
+
+    Raises:
+        OSError: the kernel refuses to tie this process to its parent.
+        ConfigError: this rank should have a GPU and the node has too few.
+    """
     parent, import_path, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent)
 

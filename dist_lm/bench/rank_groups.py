@@ -54,7 +54,7 @@ class RankGroup:
         self._unread = [b""] * size.ranks
 
     def ask(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Sends a request to all ranks and returns their answers, in rank order.
+        """Sends a request to all ranks, waits without limit for their answers and returns these, in rank order.
 
         Raises:
             RankFailedError: a rank exited before it answered.
@@ -71,7 +71,8 @@ class RankGroup:
         return [json.loads(answer) for answer in self._answers()]
 
     def end(self) -> None:
-        """Closes the input of the ranks, so that they exit, and waits for them."""
+        """Closes the input of the ranks, so that they exit, and waits at most GRACE_S seconds for each. One that stays
+        is not killed here."""
         for process in self.ranks:
             assert process.stdin is not None
             process.stdin.close()
@@ -91,7 +92,12 @@ class RankGroup:
         self._reserved.close()
 
     def _answers(self) -> list[bytes]:
-        """Reads a line from every rank as they arrive, so that the first rank to exit is the one reported."""
+        """Returns a line of every rank, in rank order. They are read as they arrive, so that the first rank to exit is
+        the one reported.
+
+        Raises:
+            RankFailedError: a rank exited before its line was complete.
+        """
         with selectors.DefaultSelector() as outputs:
             for rank, process in enumerate(self.ranks):
                 assert process.stdout is not None
@@ -122,7 +128,8 @@ class RankGroup:
 
 
 def environment_of(size: GroupSize, rank: int, port: str, device: str) -> dict[str, str]:
-    """Returns the environment of a rank: this one without secrets, with what torch.distributed needs."""
+    """Returns the environment of a rank: this one without secrets, with what torch.distributed needs on the loopback
+    interface, and the number of threads."""
     ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -152,7 +159,8 @@ class RankGroups(dict[GroupSize, RankGroup]):
 
 @contextmanager
 def rank_groups(benchmark: str, device: str, logs: Path) -> Iterator[RankGroups]:
-    """Gives groups whose processes have ended after the block, also after an error.
+    """Yields groups, each started on first use, whose processes have ended after the block: by themselves, or killed
+    after an error.
 
     Args:
         benchmark: module, or module:object, that has `build`.

@@ -30,7 +30,8 @@ ROUNDS = 9
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of four, eight and two completions (stage.micro_batch) of a prompt that fills half of stage.seq_len.
+    """Returns cases of four, eight and two completions (stage.micro_batch) of a prompt that fills half of
+    stage.seq_len, or the one of `overrides`; `quick`: the first.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -39,6 +40,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _case(config: Config) -> Case:
+    """Returns the case of one configuration: the tree against completions apart, all in one process."""
     prompt, k, each = tokens_of(config)
     return Case(
         name=f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {k} completions of {each}",
@@ -70,7 +72,12 @@ def tokens_of(config: Config) -> tuple[int, int, int]:
 
 
 def batch_of(variant: str, config: Config) -> Batch:
-    """Returns the same prompts and completions in the layout of `variant`; completion k of a prompt has rank k."""
+    """Returns the same prompts and completions at every call, on the CPU, in the layout of `variant`: TREE and PLAIN
+    have a row (T tokens) for each prompt, ROWS one for each completion, PACKED one for each prompt with its completions
+    apart.
+
+    Completion k of a prompt has rank k. No target counts: the loss is that of the ranks.
+    """
     n_prompts, t = config.stage.global_batch, config.stage.seq_len
     generator = torch.Generator().manual_seed(config.seed)
     tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=generator)
@@ -106,6 +113,8 @@ def _batch(
     index_PK: torch.Tensor,
     branch_BT: torch.Tensor | None,
 ) -> Batch:
+    """Returns a batch of rankings whose completions of prompt p end at `index_PK[p]` of the flattened batch, best
+    first. No target counts."""
     none = torch.zeros(0, dtype=torch.int64)
     rank_PK = torch.arange(index_PK.shape[1]).repeat(len(index_PK), 1)
     present_PK = torch.ones(index_PK.shape, dtype=torch.bool)

@@ -58,7 +58,8 @@ PUSHED = (*SHAPE, "model.d_model=768", "model.n_layers=12", "model.n_heads=12", 
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """PPO and GRPO against peers, generation during updates, a push of weights; overrides leave PPO with that model.
+    """Returns cases of PPO and GRPO against peers, generation during updates, a push of weights; overrides, or `quick`,
+    leave PPO alone, with that model.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -73,7 +74,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def peers_case(config: Config) -> Case:
-    """A case of PPO by every variant, on two threads."""
+    """Returns a case of PPO by every variant, on two threads; a peer that is not installed is only named."""
     size = GroupSize(1, THREADS)
     absent = {name: reason for name, peer in PEERS.items() if (reason := _why_not(peer))}
     model, stage = config.model, config.stage
@@ -94,7 +95,8 @@ def of_passes(variant: str, passes: int) -> str:
 
 
 def grpo_case(config: Config, passes: int) -> Case:
-    """A case of GRPO by our learner and by TRL, on two threads."""
+    """Returns a case of GRPO with `passes` passes by our learner and by TRL, on two threads; TRL is only named if it is
+    not installed."""
     size, absent = GroupSize(1, THREADS), _why_not(TrlGrpo)
     model, stage = config.model, config.stage
     ours, one_process, peer = (of_passes(variant, passes) for variant in (OURS, ONE_PROCESS, TRL_GRPO))
@@ -115,7 +117,7 @@ def grpo_case(config: Config, passes: int) -> Case:
 
 
 def staleness_case(config: Config) -> Case:
-    """A case of generation during updates, against both in turn."""
+    """Returns a case of generation during updates, against both in turn, and of the share of generation."""
     size = GroupSize(1, 1)
     return Case(
         name=f"drawing {config.stage.seq_len} new tokens beside updates, a core each",
@@ -132,7 +134,7 @@ def staleness_case(config: Config) -> Case:
 
 
 def push_case(config: Config) -> Case:
-    """A case of a push of one rank in fp32, until all weights are stored."""
+    """Returns a case of a push of one rank in fp32, until all weights are stored, in MiB a second."""
     size, model = GroupSize(1, THREADS), replace(config.model, vocab_size=VOCABULARY)
     mib = 4 * parameter_count(model) >> 20
     return Case(
@@ -159,7 +161,7 @@ class Worker:
         self._cluster: RayCluster | None = None
 
     def cluster(self) -> RayCluster:
-        """The local Ray, started on first use.
+        """Returns the local Ray, started on first use; it ends when this process exits.
 
         Raises:
             ClusterError: Ray cannot be started.
@@ -172,7 +174,8 @@ class Worker:
         return self._cluster
 
     def source(self, config: Config) -> PoolRollouts:
-        """The pool, started on first use; its actor has as many threads as this process.
+        """Returns the pool of one actor, started on first use with the model of `config` (a later `config` is ignored);
+        the actor has as many threads as this process.
 
         Raises:
             ClusterError, PoolFailure: Ray cannot be started, or has no place for an actor.
@@ -188,7 +191,12 @@ WORKER = Worker()  # one per process, because a process builds all variants of i
 
 
 def pushing(variant: str, config: Config, world: World) -> Callable[[], float]:
-    """Returns a step that stores the weights of the policy once."""
+    """Returns a step that stores the weights of the policy once in Ray's object store, which is started now: by our
+    push (PUSH), or by a copy of all and one `ray.put`.
+
+    Raises:
+        ClusterError: Ray cannot be started.
+    """
     import ray
 
     WORKER.cluster()
@@ -211,6 +219,7 @@ def build(variant: str, config: Config, world: World) -> Trial:
     Raises:
         ConfigError: the settings do not fit the ranks, no architecture of transformers holds the model, or this machine
             has no sandbox that a reward needs.
+        ClusterError, PoolFailure: Ray cannot be started, or has no place for an actor.
     """
     # `replace` would check it against a tokenizer.
     config = copy(config)

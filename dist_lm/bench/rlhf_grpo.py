@@ -26,7 +26,11 @@ def share_of_low_tokens(prompt: str, completion: str) -> float:
 
 
 def grpo_config(config: Config, epochs: int) -> RlhfConfig:
-    """Configures GRPO as TRL runs it by default: `stage.global_batch` completions of one length, `epochs` passes."""
+    """Configures GRPO as TRL runs it by default: `stage.global_batch` completions of one length, `epochs` passes.
+
+    Raises:
+        ConfigError: settings of the stage that rlhf does not accept, such as a batch below GROUP.
+    """
     return RlhfConfig(
         algorithm="grpo",
         prompts=config.stage.global_batch // GROUP,

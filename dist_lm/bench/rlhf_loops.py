@@ -95,7 +95,12 @@ class ToyRun:
         return build_model(shape, self._parallel, self._mesh, self._world.device, self._config.seed + seed)
 
     def run(self) -> float:
-        """Runs `ITERATIONS` more iterations; returns the last mean reward."""
+        """Runs `ITERATIONS` more iterations; returns the mean reward of the last one, and sets `drawing_s` and
+        `iteration_s`.
+
+        Raises:
+            ConfigError: the settings do not fit the ranks. What source, judge and updates raise passes.
+        """
         end = self._state.iteration + ITERATIONS
         reports: list[IterationReport] = []
         learner = Learner(
@@ -119,7 +124,7 @@ class ToyRun:
 
     @staticmethod
     def options(config: Config) -> EngineOptions:
-        """Sizes an engine that holds all rollouts of an iteration at once."""
+        """Returns sizes of an engine that holds all rollouts of an iteration at once."""
         batch, page = config.stage.global_batch, 32
         return EngineOptions(cache_tokens=batch * config.model.max_seq_len, page_tokens=page, max_sequences=batch)
 
@@ -131,7 +136,15 @@ class ToyRun:
 
 
 def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> RlhfConfig:
-    """Configures PPO as the peers run it: no minibatches, rewards of the reward model, completions of one length."""
+    """Configures PPO as the peers run it: no minibatches, rewards of the reward model, completions of one length.
+
+    Args:
+        staleness: age, in iterations, of the weights that draw.
+        epochs: passes of updates over the rollouts.
+
+    Raises:
+        ConfigError: settings that rlhf does not accept.
+    """
     return RlhfConfig(
         prompts=config.stage.global_batch,
         max_new_tokens=config.stage.seq_len,
@@ -173,7 +186,8 @@ class Peer(ABC):
 
 
 def trl_settings(config: Config, folder: str) -> dict[str, Any]:
-    """Returns the settings of all trainers of TRL: one batch an iteration, on the CPU, without reports or files."""
+    """Returns the settings of all trainers of TRL: one batch an iteration, on the CPU, without reports or files,
+    although `folder` is its output folder."""
     return {
         "output_dir": folder,
         "per_device_train_batch_size": config.stage.global_batch,
@@ -249,6 +263,8 @@ class BareLoop(Peer):
         return [self._iteration() for _ in range(ITERATIONS)][-1]
 
     def _iteration(self) -> float:
+        """Draws completions for all prompts, makes EPOCHS passes of updates of policy and critic over them, and returns
+        the mean over completions of their summed token rewards."""
         with torch.no_grad():
             token_BN = self._policy.generate(
                 self._prompt_BP,
@@ -303,7 +319,7 @@ class BareLoop(Peer):
 
     @staticmethod
     def _advantages(reward_BT: torch.Tensor, value_BT: torch.Tensor) -> torch.Tensor:
-        """Generalised advantages (Schulman et al. 2016), fp32 (B, T)."""
+        """Returns generalised advantages (Schulman et al. 2016), fp32 (B, T), of rewards and values of each token."""
         # The value after the last token is 0, as the answer ends there.
         advantage_B = next_value_B = torch.zeros_like(reward_BT[:, 0])
         columns = []

@@ -55,12 +55,17 @@ class NotTheSameError(UserError):
 def run_benchmark(
     name: str, overrides: Sequence[str], console: Console, *, quick: bool, json_file: Path | None
 ) -> list[Record]:
-    """Runs one benchmark, prints its table and returns its records.
+    """Runs one benchmark in processes of its own, prints its table and returns its records.
 
-    Each record goes to `json_file` as soon as its case is done, since a later case may fail.
+    Each record goes to `json_file`, which is written anew, as soon as its case is done, since a later case may fail.
+
+    Args:
+        quick: the first workload alone, with few short rounds.
 
     Raises:
         ConfigError: unknown benchmark, or overrides that cannot run.
+        ArtefactError, UserError: as `compose_config`, or a tool that the benchmark needs is missing.
+        OSError: `json_file` cannot be written.
         RankFailedError: a rank process failed.
         NotTheSameError: two variants computed different losses.
     """
@@ -92,11 +97,12 @@ def run_benchmark(
 
 
 def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device: str = "cpu") -> list[Record]:
-    """Builds every variant of a case, checks their losses, times them and frees them; returns the case's records.
+    """Builds every variant of a case, checks their losses, times them in turn and frees them; returns the case's
+    records. The seconds of a step are those of the slowest rank; losses and facts are those of rank 0.
 
     Args:
         ask: sends a request to a group of ranks.
-        work: folder that gets the configuration of the case.
+        work: folder that gets the configuration of the case, as config.yaml.
         quick: few short rounds.
 
     Raises:
@@ -133,7 +139,8 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
 
 
 def check_same(losses: Mapping[str, Sequence[float]], dtype: torch.dtype = torch.float32) -> None:
-    """Refuses variants whose first losses differ.
+    """Refuses variants whose first losses differ from those of the first variant by more than SAME_LOSS, relative to
+    these, or are NaN.
 
     Args:
         losses: variant -> losses of its first steps.

@@ -37,7 +37,7 @@ for line in sys.stdin:
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """A case of one program; no key changes anything.
+    """Returns a case of one program, run in new and warm sandboxes; no key changes anything.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -65,6 +65,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
 
 
 def _warm(program: Program) -> Callable[[], float]:
+    """Returns a step that runs `program` RUNS times in warm sandboxes of a pool, which it starts and which ends with
+    this process; a program that fails is an AssertionError."""
     # The pool ends with this process.
     pool = SandboxPool().__enter__()
 
@@ -77,6 +79,8 @@ def _warm(program: Program) -> Callable[[], float]:
 
 
 def _cold() -> Callable[[], float]:
+    """Returns a step that runs RUNS programs, each in a new sandbox, as many at a time as there are cores; a program
+    that fails is an AssertionError."""
     threads = ThreadPoolExecutor(cores())
 
     def run(_: int) -> bool:
@@ -91,6 +95,8 @@ def _cold() -> Callable[[], float]:
 
 
 def _forks() -> Callable[[], float]:
+    """Returns a step in which processes, one for each core, fork RUNS times altogether and wait for their children. The
+    processes start now and end with this one."""
     # As many processes as the pool has workers.
     forkers = [
         subprocess.Popen([sys.executable, "-I", "-S", "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -98,6 +104,7 @@ def _forks() -> Callable[[], float]:
     ]
 
     def step() -> float:
+        """Asks every process for its share of forks and waits for all; returns 0."""
         for process, count in zip(forkers, shares(RUNS, len(forkers)), strict=True):
             assert process.stdin
             process.stdin.write(f"{count}\n".encode())

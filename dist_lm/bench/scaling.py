@@ -52,7 +52,8 @@ class Rung:
 
 
 def numbers_of(option: str, text: str) -> list[int]:
-    """Reads positive whole numbers, such as `64,96,128` or `1e5,2e5,4e5`; returns them sorted, each once.
+    """Returns the positive whole numbers in `text`, such as `64,96,128` or `1e5,2e5,4e5`, sorted, each once. `option`
+    names them in the error.
 
     Raises:
         ConfigError: `text` has fewer than three different numbers, or no numbers.
@@ -71,7 +72,7 @@ def numbers_of(option: str, text: str) -> list[int]:
 
 
 def narrowed(model: ModelConfig, width: int) -> list[str]:
-    """Returns the overrides that give a model another width.
+    """Returns the overrides that give a model another width: of heads, d_ff and base_width, too.
 
     Raises:
         ConfigError: the width has no whole number of heads or groups of heads, or the embeddings are tied.
@@ -101,7 +102,7 @@ def narrowed(model: ModelConfig, width: int) -> list[str]:
 
 
 def shortened(stage: StageConfig, steps: int) -> StageConfig:
-    """Returns the stage with another number of steps, its schedule in proportion."""
+    """Returns the stage with another number of steps, warm-ups, decay and cool-down in proportion (rounded)."""
     share = steps / stage.steps
     warmup = round(share * stage.warmup_steps)
     muon = replace(
@@ -122,7 +123,8 @@ def _size_of(model: ModelConfig) -> int:
 def _climb(
     rungs: Sequence[Recipe], steps: int, seeds: int, device: torch.device, say: Callable[[str], None]
 ) -> list[Rung]:
-    """Trains every width for one number of steps, with each seed; returns a rung for each width.
+    """Trains every width for one number of steps, with `seeds` seeds from the configured one on; returns a rung for
+    each width. `say` shows a line of progress.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `held_out_of` and `curves_of_a_seed`.
@@ -152,7 +154,7 @@ def _climb(
 
 
 def steps_of(stage: StageConfig, tokens: Sequence[int]) -> list[int]:
-    """Returns the optimizer steps that numbers of tokens make, sorted, each once.
+    """Returns the optimizer steps that numbers of tokens make (rounded down), sorted, each once.
 
     Raises:
         ConfigError: there are fewer than three different numbers of steps, or a number of tokens makes no step.
@@ -195,12 +197,15 @@ def run_scaling(
     Args:
         widths, tokens: see `numbers_of`.
         seeds: runs of each rung; at least 2.
-        json_file: a file for the records, as JSON lines.
+        json_file: a file for the records, as JSON lines, written anew after each number of steps; its folder is made.
+
+    Returns:
+        The records of the rungs, then those of the expected value and its interval.
 
     Raises:
-        ConfigError: see `numbers_of`, `steps_of`, `narrowed`, and `learn_recipes.recipes_of`.
-        UserError: the rungs do not determine a law.
-        ArtefactError: the work directory lacks the corpus.
+        ConfigError: see `numbers_of`, `steps_of`, `narrowed`, and `learn_recipes.recipes_of`; fewer than two seeds.
+        UserError: the rungs do not determine a law, or the gradients of a run are not finite.
+        ArtefactError: the work directory lacks the corpus or the tokenizer, or one is damaged.
     """
     if seeds < 2:
         raise ConfigError(f"--seeds={seeds}: the interval holds the spread of seeds: expected at least 2")
@@ -263,7 +268,7 @@ def _interval(expected: Expected) -> str:
 
 
 def _note_repeats(config: Config, tokens: int, console: Console) -> None:
-    """Says which corpora the longest run reads more than once, which the law knows nothing of.
+    """Prints which corpora a run of `tokens` tokens reads more than once, which the law knows nothing of.
 
     Raises:
         ArtefactError: a corpus is missing or damaged.
@@ -278,6 +283,7 @@ def _note_repeats(config: Config, tokens: int, console: Console) -> None:
 
 
 def _table(title: str, rungs: Sequence[Rung]) -> Table:
+    """Returns a table with a row for each rung; bits per byte are the mean over the seeds, with their range."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in ("width", "M params in blocks", "M tokens", "FLOPs", "bits/byte", "range"):
         table.add_column(column, justify="right")
@@ -300,6 +306,7 @@ def _records(rungs: Sequence[Rung]) -> list[Record]:
 
 
 def _record(case: str, bits: Sequence[float]) -> Record:
+    """Returns the record of a case: the mean of its bits per byte, a value for each seed, and their spread."""
     return Record(
         bench="scaling",
         case=case,

@@ -47,7 +47,8 @@ class ScalingLaw:
     def fit(
         cls, parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[Sequence[float]]
     ) -> "ScalingLaw":
-        """Fits the law to rungs: parameters, tokens, and the losses (any unit) of the seeds of each rung.
+        """Returns the law that fits rungs best: parameters, tokens, and the losses (any unit) of the seeds of each
+        rung, as many for each.
 
         Raises:
             UserError: there are too few rungs, or their loss does not fall with size and tokens.
@@ -72,7 +73,8 @@ class ScalingLaw:
         return float(self._losses(self._best[None], parameters, tokens)[0])
 
     def expected(self, parameters: float, tokens: float) -> Expected:
-        """Predicts the loss of one more run.
+        """Returns the loss of one more run of this size and number of tokens, with its interval, the same at every
+        call.
 
         The interval has percentiles of the residual bootstrap (Efron 1979): laws of resampled rungs, the misfit of a
         rung, and the noise of a run. Seeds of a rung share its misfit, so more of them do not stand for more rungs.
@@ -112,7 +114,8 @@ class ScalingLaw:
         return irreducible_S + of_size_S * (parameters / size) ** -alpha_S + of_tokens_S * (tokens / length) ** -beta_S
 
     def _laws(self, loss_SR: Array) -> Array:
-        """Fits a law (E, A, B, alpha, beta) to each row of losses, (S, 5); NaN where none has positive terms."""
+        """Returns the law (E, A, B, alpha, beta), of exponents in EXPONENTS, that fits each row of losses best, (S, 5);
+        E may be 0. NaN where no law has terms of at least 0."""
         size, length = self._unit
         alpha_X, beta_X = (grid.ravel() for grid in np.meshgrid(EXPONENTS, EXPONENTS))
         of_size_XR = (self.parameters_R / size) ** -alpha_X[:, None]

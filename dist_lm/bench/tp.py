@@ -59,7 +59,7 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Cases of the shapes above, or of the one in `overrides`.
+    """Returns cases of SHAPES (`quick`: of the first), or the one of `overrides`.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -68,6 +68,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _case(config: Config) -> Case:
+    """Returns the case of one configuration on two ranks; the peer is only named if it cannot shard the model."""
     reason = misfit(config.model, TP)
     pair, single = GroupSize(TP), GroupSize(1, threads=TP)
     variants = {OURS: pair, ONE: single}
@@ -172,7 +173,7 @@ class PeerTransformer(nn.Module):
 
 @torch.no_grad()
 def fill(peer: PeerTransformer, seed: int) -> None:
-    """Gives an unsharded peer the initial values of our model."""
+    """Gives an unsharded peer, in place, the initial values of our model with this seed."""
     for name, shape in parameter_shapes(peer.config).items():
         value = initial_value(name, shape, peer.config, seed)
         head, _, last = name.rpartition(".")
@@ -188,7 +189,7 @@ def fill(peer: PeerTransformer, seed: int) -> None:
 
 
 def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
-    """Shards the peer over a one-dimensional mesh, in place."""
+    """Shards an unsharded peer over a one-dimensional mesh, in place (collective)."""
     widening = ("gate", "up") if peer.config.ffn == "swiglu" else ("up",)
     # x, and the rotation tables, which are plain tensors.
     replicated = (Replicate(), None)
@@ -232,7 +233,8 @@ class PeerTraining:
         self.batch = batch
 
     def bare_step(self) -> float:
-        """Runs forward, backward and AdamW, nothing else; returns the mean loss."""
+        """Runs forward, backward and AdamW, nothing else (collective); returns the mean loss, nats a token, the same on
+        every rank."""
         # The logits are sharded over the vocabulary, and `loss_parallel` lets them stay so.
         targets_N = self.batch.targets_BT.flatten()
         with loss_parallel():

@@ -31,7 +31,7 @@ SHAPES = (("model=nano", "stage.global_batch=4", "stage.seq_len=256"),)
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """A case of one model, followed by nobody, by wandb offline, and by wandb with a server in trouble.
+    """Returns a case of one model, followed by nobody, by wandb offline, and by wandb with a server in trouble.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `compose_config`.
@@ -56,7 +56,12 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(variant: str, config: Config, world: World) -> Trial:
-    """Builds one variant in one process, with its follower."""
+    """Builds one variant in one process, with its follower in another; this process is kept on a core of its own from
+    now on.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     rank_core, follower_core = two_cores()
     # Rank and follower share no core, so that the follower does not slow the step it is measured beside.
     pin(0, rank_core)
@@ -112,7 +117,8 @@ class Follower:
     def ask(self, word: str) -> dict[str, float]:
         """Sends a word and returns the answer.
 
-        `cost` gives {lines, cpu_s} so far. `finish` gives {wait_s}, the wait for the end of wandb.
+        `cost` gives {lines, cpu_s} so far. `finish` gives {wait_s}, the wait for the end of wandb, and ends the
+        process.
         """
         assert self._process.stdin
         assert self._process.stdout
@@ -131,7 +137,8 @@ class Follower:
 
 
 def facts_of_run(variant: str, core: int | None) -> dict[str, float]:
-    """Follows a run of a few seconds to its end; returns CPU time of the follower, and the wait for it."""
+    """Follows a made-up run of LINES lines (about LINES x LINE_S seconds, and the start of wandb) to its end. Returns
+    SIDE, the CPU time of the follower in per cent of a core, and WAIT, the wait for its end in seconds."""
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as directory:
         path = Path(directory)
         with MetricsWriter(path / "metrics.jsonl") as writer:
@@ -160,7 +167,8 @@ def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:
 
 
 def _settle(follower: Follower, directory: Path) -> None:
-    """Waits until wandb has its file and is idle."""
+    """Waits until wandb has its file and is idle: until it uses less than the share IDLE of a core for POLL_S
+    seconds."""
     # wandb starts a process of its own, which works on for a while after the first line.
     before = follower.ask("cost")["cpu_s"]
     while True:

@@ -33,11 +33,13 @@ ERRORS = (500, 502, 503)
 
 @contextmanager
 def troubled_server() -> Iterator[str]:
-    """Runs a server that stalls, fails or closes the connection at every request; gives its address."""
+    """Runs a server on the loopback interface that stalls, fails or closes the connection at every request, inside the
+    block; yields its address (`http://127.0.0.1:PORT`)."""
     rng = random.Random(0)  # noqa: S311 - not used for security
 
     class Trouble(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            """Stalls for STALL_S seconds, answers an error of the server, or closes the connection, by chance."""
             match rng.choice(("stall", "error", "vanish")):
                 case "stall":
                     time.sleep(STALL_S)
@@ -76,7 +78,12 @@ def cpu_s() -> float:
 
 
 def main() -> None:
-    """Follows the metrics until standard input ends."""
+    """Follows the metrics until standard input ends or says `finish`; arguments are those of the command line. It dies
+    with its parent.
+
+    Raises:
+        OSError: the kernel refuses to tie this process to its parent.
+    """
     die_with_parent(int(sys.argv[1]))
     run, variant = RunDirectory(Path(sys.argv[2])), sys.argv[3]
 
@@ -102,7 +109,9 @@ def main() -> None:
 
 
 def serve(wandb: WandbRun, run: RunDirectory) -> None:
-    """Gives lines to wandb, and answers `cost` and `finish`."""
+    """Gives lines of the run's metrics to wandb, and answers words on standard input with a JSON line on standard
+    output: `cost` with lines and CPU seconds so far, `finish` with the wait for wandb in seconds. It returns after
+    `finish`, or when the input ends, which is not answered."""
     follower = MetricsFollower(run.metrics)
     num_lines = 0
     with selectors.DefaultSelector() as requests:

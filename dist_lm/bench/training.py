@@ -90,6 +90,11 @@ FSDP = Benchmark(_fsdp_cases, _build_fsdp)
 
 
 def _checkpointing_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Returns cases of speed and peak memory of each method on two ranks, for three models or that of `overrides`.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     variants: dict[str, GroupSize] = dict.fromkeys((NONE, SELECTIVE, FULL, FAIRSCALE), PAIR)
     pairs = ((SELECTIVE, NONE), (FULL, NONE), (FULL, FAIRSCALE))
     rows = [Comparison(variant=method, peer=peer, fact=fact) for fact in (None, PEAK) for method, peer in pairs]
@@ -98,6 +103,12 @@ def _checkpointing_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _build_checkpointing(variant: str, config: Config, world: World) -> Trial:
+    """Builds a trial with the activation checkpointing `variant`, under FSDP; its fact is the peak memory of a forward
+    and backward pass.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
     method = NONE if variant == FAIRSCALE else variant
     training = _training(config, world, replace(config.parallel, activation_checkpointing=method))
     if variant == FAIRSCALE:
@@ -120,6 +131,13 @@ CHECKPOINTING = Benchmark(_checkpointing_cases, _build_checkpointing)
 
 
 def _compile_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Returns cases of torch.compile against eager on all cores, for two models or that of `overrides`; `quick`: the
+    first.
+
+    Raises:
+        UserError: there is no C++ compiler.
+        ConfigError, ArtefactError, UserError: as `compose_config`.
+    """
     compiler = os.environ.get("CXX", "g++")
     if not shutil.which(compiler):
         raise UserError(f"torch.compile needs a C++ compiler and {compiler} is not there: install g++, or set CXX")

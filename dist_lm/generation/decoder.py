@@ -153,8 +153,8 @@ class Decoder:
         return self._graph_weights[name].copy_(tensor)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Runs the model on pieces of prompts and writes their keys and values to the cache. Returns fp32 logits (P, V)
-        after the last token of each piece."""
+        """Runs the model on pieces of prompts and writes their keys and values to the cache (collective with several
+        ranks). Returns fp32 logits (P, V) after the last token of each piece, on the device."""
         plan = self.cache.plan_prefill(pieces)
         index_X = self.cache.write_index(plan.cell_N)
 
@@ -170,9 +170,8 @@ class Decoder:
         return self.logits(x_ND[end_P - 1])
 
     def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
-        """Runs the model on one token per sequence and writes its keys and values to the cache.
-
-        Returns fp32 logits (B, V), which the next step may overwrite.
+        """Runs the model on one token per sequence and writes its keys and values to the cache (collective with several
+        ranks). Returns fp32 logits (B, V), on the device; the next step may overwrite them.
         """
         # The plan is on the device already; only the tokens are new in a step.
         (token_B,) = upload(self._device, torch.tensor(tokens))
@@ -266,27 +265,27 @@ class Decoder:
         return capped(self._lm_head(self._final_norm(x_ND)).float(), self.config.logit_cap)
 
 
-def build_cache(shape: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+def build_cache(share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     """Builds the cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
-    if _takes_flash(shape, dtype, device) and page_tokens % PAGE_TOKENS == 0:
-        return FlashPages(shape, n_pages, page_tokens, dtype, device)
-    return PlainPages(shape, n_pages, page_tokens, dtype, device)
+    if _flash_kernel_fits(share, dtype, device) and page_tokens % PAGE_TOKENS == 0:
+        return FlashPages(share, n_pages, page_tokens, dtype, device)
+    return PlainPages(share, n_pages, page_tokens, dtype, device)
 
 
-def best_page_tokens(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+def best_page_tokens(share: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
     """Returns the tokens of a page: the fewest that the flash kernel accepts if it can run, otherwise fewer."""
-    return PAGE_TOKENS if _takes_flash(shape, dtype, device) else PLAIN_PAGE_TOKENS
+    return PAGE_TOKENS if _flash_kernel_fits(share, dtype, device) else PLAIN_PAGE_TOKENS
 
 
-def _takes_flash(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+def _flash_kernel_fits(share: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Returns whether the flash kernel runs: the one that training uses for packed documents, with the same limits."""
-    return packs_documents(device.type, dtype in (torch.bfloat16, torch.float16), shape.d_head)
+    return packs_documents(device.type, dtype in (torch.bfloat16, torch.float16), share.d_head)
 
 
 def check_weights(
     config: ModelConfig, found: Mapping[str, tuple[int, ...]], names: Iterable[str] | None = None
 ) -> None:
-    """Checks that weights have the names and shapes of a model.
+    """Refuses weights that lack a parameter of a model or have it in another shape; further names are accepted.
 
     Args:
         found: shapes of the weights by name.
@@ -322,7 +321,8 @@ def checked(config: ModelConfig, weights: Weights) -> Mapping[str, torch.Tensor]
 def looked_up(config: ModelConfig, weights: Weights) -> LookUp:
     """Returns a function that returns each parameter once, by its name.
 
-    A mapping is checked now. A stream is read as far as the name that is looked up, and checked there.
+    A mapping is checked now. A stream is read as far as the name that is looked up, and checked there; tensors that
+    come earlier wait in memory until they are looked up.
 
     Raises:
         ArtefactError: names the parameter that is missing or has another shape; for a stream, when it is looked up.
@@ -348,6 +348,8 @@ def _absent(*_: object) -> torch.Tensor:
 
 
 def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> Norm:
+    """Returns the norm over D of the parameters `NAME.weight` and, if the model has it, `NAME.bias`, as a function;
+    both are looked up and copied."""
     shape = (config.d_model,)
     weight = in_place(f"{name}.weight", look_up(f"{name}.weight").clone())
     if config.norm == "rmsnorm":
@@ -361,8 +363,8 @@ def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> N
 def _layer(
     config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, in_place: Place, number: int
 ) -> _Layer:
-    """Returns one block with its weights laid out for the device. The order of look-ups is part of the protocol between
-    ranks.
+    """Returns one block with its weights, this rank's share of them, laid out for the device. The scale of attention is
+    multiplied into them. The order of look-ups is part of the protocol between ranks.
 
     Args:
         number: index of the block, from 0.

@@ -38,7 +38,7 @@ from dist_lm.generation.request import (
     TextStream,
     fitted,
 )
-from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
+from dist_lm.generation.sampling import Choice, DrawGroup, adjusted, group_rows, sample, uniform
 from dist_lm.generation.shard import share_of
 from dist_lm.generation.transfer import concatenated, upload
 from dist_lm.model.size import kv_bytes_per_token
@@ -138,7 +138,7 @@ class Engine:
         # Kept from the last step, for as long as the same sequences run: (key, plan), see `_plan_for`, and (sequences,
         # their seeds, their sampling groups), see `_sample`.
         self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
-        self._sampling_groups: tuple[list[AnswerSequence], torch.Tensor, list[Group]] | None = None
+        self._sampling_groups: tuple[list[AnswerSequence], torch.Tensor, list[DrawGroup]] | None = None
 
         checked(config, weights)
         self._decoder = self._build_decoder()
@@ -170,10 +170,10 @@ class Engine:
 
     def load_weights(self, weights: Weights, version: int) -> None:
         """Replaces the weights and sets `version`. After an error in the middle the engine refuses requests until a
-        later call succeeds.
+        later call succeeds; with tp > 1 no later call can, because the other processes were ended.
 
         Raises:
-            RuntimeError: requests are under way, so that their answers would mix two versions; the old weights stay.
+            RuntimeError: the engine is `busy`, so that answers would mix two versions; the old weights stay.
             ArtefactError: the weights do not fit the model; a mapping is checked before the old weights are dropped.
             RankLostError: with tp > 1, another process of the model has ended.
         """
@@ -186,7 +186,7 @@ class Engine:
         self.version = version
 
     def sleep(self) -> None:
-        """Frees the memory of the cache until the next request; no request may be under way."""
+        """Frees the memory of the cache until the next request; the engine must not be `busy`."""
         assert not self.busy, "their pages would be lost"
         self._plan = None
         with torch.inference_mode():
@@ -205,12 +205,14 @@ class Engine:
         """Queues a request; `step` computes its answers. The cache is allocated if it is not there.
 
         Args:
-            on_text: called inside `step` for every token of its answers, with the text that became final.
+            on_text: called inside `step` for every token of its answers, with the text that became final (maybe empty);
+                it may cancel the request.
 
         Raises:
             RequestError: the request cannot be answered; the message names the field.
             ConfigError: with cache_tokens=0, free memory does not hold one context.
             RuntimeError: the weights have not arrived completely.
+            RankLostError: with tp > 1, the cache had to be allocated and another process of the model has ended.
         """
         if self.version is None:
             raise RuntimeError("weights did not arrive completely: load them again")
@@ -227,8 +229,8 @@ class Engine:
         self._waiting.append([AnswerSequence(request, index, on_text, stream) for index, stream in enumerate(streams)])
 
     def cancel(self, request: str) -> None:
-        """Ends a request now: the next `step` returns its answers so far, finished as `cancelled`. An unknown id does
-        nothing."""
+        """Ends a request now and frees its pages: the next `step` returns its unfinished answers as they are, with the
+        reason `cancelled`, also without a token. An unknown or finished id does nothing."""
         for queue in (self._waiting, self._prefilling):
             for answers in [answers for answers in queue if answers[0].request.id == request]:
                 queue.remove(answers)
@@ -241,9 +243,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Answer | Refusal]:
-        """Runs one step: one token for every running sequence. Returns the answers and refusals that it finished.
+        """Runs one step: pieces of new prompts, and one token for every running sequence. Returns the answers and
+        refusals that ended in it, or by `cancel` since the last step; empty if none did.
 
-        A request whose logits are nan is refused, and the others go on.
+        A request whose logits are nan is refused with all its unfinished answers, and the others go on. What a caller's
+        `on_text` raises passes.
 
         Raises:
             RankLostError: with tp > 1, another process of the model has ended; answers of this step are lost.
@@ -266,7 +270,8 @@ class Engine:
         return finished
 
     def run(self) -> list[Answer | Refusal]:
-        """Runs steps until all requests are finished. Returns their answers and refusals."""
+        """Runs steps until all requests are finished. Returns their answers and refusals, in the order in which they
+        end."""
         return list(self.results())
 
     def results(self) -> Iterator[Answer | Refusal]:
@@ -287,7 +292,11 @@ class Engine:
     # Scheduling: which sequences run in this step, and on which pages.
 
     def _resume(self) -> None:
-        """Moves preempted sequences back to pages, oldest first, while pages are free for them and their next token."""
+        """Moves preempted sequences back to pages, oldest first, and lets them run.
+
+        It stops when `max_sequences` run, or when the free pages do not hold the sequence with its next token and one
+        page more for each running sequence.
+        """
         while self._preempted and len(self._running) < self.options.max_sequences:
             sequence = self._preempted[0]
             n_needed = pages_for(sequence.cached + 1, self.options.page_tokens)
@@ -303,10 +312,11 @@ class Engine:
             self._running.append(sequence)
 
     def _admit(self) -> None:
-        """Moves waiting requests to prefilling, in order, while pages are free for the prompt and one page per
-        sequence.
+        """Moves waiting requests to prefilling, in order, and takes the pages of their prompts.
 
-        None is admitted while a sequence is preempted. If nothing is active, one request is always admitted.
+        It stops when more than `max_sequences` answers would be active, or when the free pages do not hold the prompt
+        and one page more for each active sequence. None is admitted while a sequence is preempted. If nothing is
+        active, one request is always admitted.
         """
         # Preempted sequences are older than any waiting request.
         while self._waiting and not self._preempted:
@@ -325,7 +335,8 @@ class Engine:
             self._prefilling.append(answers)
 
     def _prefill(self) -> _LogitRows | None:
-        """Computes and caches the next pieces of prompts, oldest first.
+        """Computes and caches the next pieces of prompts, oldest first. A request whose prompt is complete leaves the
+        prefilling ones, and all its answers hold the pages of the prompt.
 
         Returns:
             The sequences whose prompts are complete, with logits of their first tokens; None if there are none.
@@ -361,7 +372,8 @@ class Engine:
         """Returns the pieces of prompts for this step, each with the sequences of its request; empty if no prompt is
         unfinished.
 
-        They have at most `step_tokens` tokens, unless the first piece is longer.
+        Each prompt gives its next piece, of at most `piece_tokens` tokens, oldest prompt first; a piece that does not
+        fit waits. Together they have at most `step_tokens` tokens, unless the first one is longer. Nothing changes.
         """
         pieces: list[tuple[list[AnswerSequence], Piece]] = []
         tokens_left = self.options.step_tokens
@@ -380,8 +392,10 @@ class Engine:
     def _decode(self) -> _LogitRows | None:
         """Runs the model on the newest token of every running sequence, after preempting those without a page.
 
+        It adds one to `cached` of each.
+
         Returns:
-            The sequences with the logits of their next tokens; None if none runs.
+            The running sequences with the logits of their next tokens; None if none runs.
         """
         self._allocate_pages()
         if not self._running:
@@ -439,7 +453,8 @@ class Engine:
     # Sampling: one token for each sequence, and the end of answers.
 
     def _draw_tokens(self, rows: Sequence[_LogitRows]) -> None:
-        """Draws a token for each sequence, calls its `on_text`, and finishes the sequences that end.
+        """Draws a token for each sequence, adds it, calls the sequence's `on_text`, and finishes the sequences that
+        end.
 
         A request whose logits are nan is refused. Unless preempted sequences move between device and host memory, this
         is the only place in a step where the host waits for the device.
@@ -466,7 +481,8 @@ class Engine:
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 
     def _sample(self, sequences: list[AnswerSequence], logits_BV: torch.Tensor, position_B: torch.Tensor) -> Choice:
-        """Returns one token for each sequence; the groups of equal parameters are kept for the next step.
+        """Returns one token for each sequence, on the host; it changes no sequence. Seeds and sampling groups are kept
+        for the next step.
 
         Args:
             logits_BV: fp32.
@@ -489,7 +505,8 @@ class Engine:
         self._finished.append(sequence.answer(self.version))
 
     def _refuse(self, request: Request) -> None:
-        """Refuses a request whose logits are nan: ends all its answers and clears their pages."""
+        """Refuses a request whose logits are nan: ends its unfinished answers, writes zeros into their pages and frees
+        these."""
         for queue in (self._running, self._preempted):
             for sequence in [sequence for sequence in queue if sequence.request is request]:
                 queue.remove(sequence)
@@ -517,14 +534,14 @@ class Engine:
 def pages_that_fit(
     config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device, tp: int = 1
 ) -> int:
-    """Returns the number of pages of `max_sequences` full contexts, or as many as the share CACHE_SHARE of free memory
-    holds.
+    """Returns the number of pages that hold `max_sequences` full contexts, but at most as many as the share CACHE_SHARE
+    of the memory that is free now on `device` holds.
 
     Args:
         tp: ranks of the model; each holds only its part of every page.
 
     Raises:
-        ConfigError: that share of free memory does not hold one context.
+        ConfigError: that share of free memory does not hold one context (`model.max_seq_len` tokens).
     """
     # The rest of the free memory is for activations and logits, whose size depends on the requests.
     free = free_bytes(device)

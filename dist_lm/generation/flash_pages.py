@@ -69,12 +69,12 @@ class FlashDecodePlan:
 class FlashPages(PagedCache):
     """The cache for the flash kernel. Its last page is spare: no sequence holds it."""
 
-    def __init__(self, shape: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(
-            (shape.n_layers, n_pages + 1, page_tokens, shape.kv_heads, shape.d_head), page_tokens, dtype, device
+            (share.n_layers, n_pages + 1, page_tokens, share.kv_heads, share.d_head), page_tokens, dtype, device
         )
         self.spare_page = n_pages
-        self._is_grouped = shape.kv_heads != shape.n_heads
+        self._is_grouped = share.kv_heads != share.n_heads
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashDecodePlan:
         return FlashDecodePlan(*self._plan(pages, [range(position, position + 1) for position in positions]))
@@ -210,8 +210,8 @@ class DecodeGraphs:
         return graph.logits_BV[:n_rows]
 
     def _build(self, size: int) -> _Graph:
-        """Returns the graph for `size` sequences: runs the step a few times and captures it. All rows write to the
-        spare page."""
+        """Returns a new graph for `size` sequences: runs the step a few times and captures it, which takes seconds. All
+        rows write to the spare page; `_graphs` does not change."""
         device = self._cache.key.device
 
         def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -85,7 +85,7 @@ class Followers:
         """Sends a command, made of JSON values, to all followers; it does not wait for its execution.
 
         Raises:
-            RankLostError: a follower has died.
+            RankLostError: the command could not be sent, because a follower has died or the model was abandoned.
             OSError: a message could not be sent, though no follower died within NOTICE_S seconds.
         """
         # JSON and not pickle: a command cannot run code.
@@ -109,7 +109,8 @@ class Followers:
             raise RankLostError(self._failure) from error
 
     def abandon(self, reason: str) -> None:
-        """Kills the followers, because they are not at the same step any more; from now on `check` raises."""
+        """Kills the followers, because they are not at the same step any more; from now on `check` raises `reason`.
+        Does nothing after an earlier failure, or while followers are being ended."""
         with self._lock:
             if self._failure or self._ending:
                 return
@@ -118,7 +119,8 @@ class Followers:
         self._kill()
 
     def end(self) -> None:
-        """Ends the followers and waits for their exit, at most END_S seconds before it kills them."""
+        """Ends the followers and waits for their exit: closes their sockets, and kills those that run END_S seconds
+        later (all of them at once after a failure)."""
         with self._lock:
             self._ending = True
         if self._failure:
@@ -184,7 +186,10 @@ class Followers:
 
 
 def _start(rank: int) -> _Follower:
-    """Starts the process of a follower in a session of its own, with a socket to this process; does not wait for it."""
+    """Starts the process of a follower in a session of its own, with a socket to this process; does not wait for it.
+
+    It imports dist_lm from the same folder as this process and inherits the environment.
+    """
     leader_socket, follower_socket = socket.socketpair()
     output = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`
     # The follower must import the same package as this process, wherever that was found.

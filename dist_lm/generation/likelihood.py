@@ -58,7 +58,8 @@ class _PackedTree:
 
 @torch.inference_mode()
 def likelihoods(decoder: Decoder, trees: Sequence[Tree], device: torch.device) -> Iterator[list[Likelihood]]:
-    """Yields the likelihoods of each tree's continuations, in the order of the trees.
+    """Yields the likelihoods of each tree's continuations, in the order of the trees; several trees share a forward
+    pass of at most PACKED_TOKENS tokens (a larger tree has one of its own).
 
     Args:
         decoder: a complete model; its cache is not touched.
@@ -76,7 +77,8 @@ def likelihoods(decoder: Decoder, trees: Sequence[Tree], device: torch.device) -
 
 
 def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.device) -> list[list[Likelihood]]:
-    """Returns, by tree, the likelihoods of its continuations in their order, from one forward pass over all trees."""
+    """Returns, by tree, the likelihoods of its continuations in their order, from one forward pass over all trees; the
+    host waits for the device once for each block of LOGIT_ROWS rows."""
     # Concatenate the trees. The first token of each continuation is predicted by the last token of the context.
     tokens, positions, rows, targets = list[int](), list[int](), list[int](), list[int]()
     packed_trees = list[_PackedTree]()
@@ -137,7 +139,11 @@ def _bias(tree: Tree, dtype: torch.dtype, device: torch.device) -> torch.Tensor 
 
 
 def _attend(tree: _PackedTree, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
-    """Returns the attention (tokens of the tree, H, K)."""
+    """Returns the attention (tokens of the tree, H, K): the context is causal, continuations see what `bias_TS` says.
+
+    Args:
+        q_NHK, k_NGK, v_NGK: of all packed tokens; queries are scaled.
+    """
     q, k, v = (x_N[tree.begin : tree.end].transpose(0, 1)[None] for x_N in (q_NHK, k_NGK, v_NGK))
     is_grouped = k.shape[1] != q.shape[1]
 

@@ -28,7 +28,8 @@ class Linear(Protocol):
 
 
 def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, gelu: bool = False) -> Linear:
-    """Returns a layer with its weight laid out for the weight's device.
+    """Returns a layer with its weight laid out for the weight's device; a CPU gets a packed copy in fp32, else the
+    layer reads `weight_ND` itself.
 
     Args:
         gelu: whether to apply the exact GELU to the output.
@@ -54,8 +55,8 @@ def _packs(weight: torch.Tensor) -> bool:
 
 
 def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) -> Linear:
-    """Returns a layer with weights packed for oneDNN; on the first call for a shape it measures which parts round
-    alike."""
+    """Returns a layer with a packed copy of the weights, for fp32 on a CPU with oneDNN; on the first call for a shape
+    it measures which parts round alike."""
     n_outputs, width = weight_ND.shape
     n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, gelu, torch.get_num_threads())
     if n_parts:

@@ -34,14 +34,16 @@ class LoadedModel:
 
 
 def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
-    """Returns the model of a checkpoint with all its weights in host memory, and its tokenizer.
+    """Returns the model of a checkpoint with all its weights, fp32 in host memory, and its tokenizer. Adapters are
+    merged. Every file of the checkpoint is read and compared with its hash.
 
     Args:
         path: a run, a folder of checkpoints, or a checkpoint.
         tokenizer: file or folder of the tokenizer; by default that of the run's work directory.
 
     Raises:
-        ArtefactError: checkpoint or tokenizer is missing or damaged, they do not fit, or the model computes scores.
+        ArtefactError: checkpoint or tokenizer is missing or damaged, they do not fit, the base of adapters is gone or
+            has changed, or the model computes scores.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     state, config = files.read_state(checkpoint)[0], model_config_of(checkpoint)
@@ -82,7 +84,11 @@ def model_config_of(checkpoint: Path) -> ModelConfig:
 
 
 def run_of(checkpoint: Path) -> RunDirectory | None:
-    """Returns the run that contains a checkpoint; None if the checkpoint is outside a run with a configuration."""
+    """Returns the run that contains a checkpoint; None if the checkpoint is outside a run with a configuration.
+
+    A path that leads through a link and the one it resolves to are both tried; the one whose work directory has a
+    tokenizer is preferred.
+    """
     # The run or a folder above it may be a link: prefer the path that has a tokenizer.
     runs = [
         RunDirectory(path.parents[1])
@@ -171,8 +177,8 @@ class Openings:
 
 
 def read_openings(run: RunDirectory | None) -> Openings:
-    """Returns the openings in a run's configuration; without a run, none. Languages are those of its corpus, if it is
-    there.
+    """Returns the openings in a run's configuration; empty without a run. Languages are those of the train split of its
+    corpus, sorted; empty if the corpus is not there.
 
     Raises:
         ArtefactError: the run's configuration, or the manifest of its corpus, cannot be read.

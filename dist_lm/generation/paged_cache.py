@@ -7,8 +7,8 @@ dtype; `flash_pages.py` implements it for the flash kernel. A cell is the space 
 page * page_tokens + offset.
 
 Dimensions: L layers, N tokens, T tokens of a piece, B sequences, H query heads, G key/value heads, K d_head, W
-page_tokens, P pages of the longest sequence, S keys that a query may see (P * W in a decode step), n slots of a read
-or of all reads of a `PlainDecodePlan`, X the dimension that an index flattens.
+page_tokens, P pages of the longest sequence or of a piece, S keys that a query may see (P * W in a decode step), n
+slots of a read or of all reads of a `PlainDecodePlan`, X the dimension that an index flattens.
 """
 
 import heapq
@@ -195,10 +195,10 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class SharedRead:
-    """A further read of pages with several holders, each for its next holder. S are the slots of this read."""
+    """A further read of pages with several holders, each for its next holder; n are the slots of this read."""
 
-    page_S: torch.Tensor  # page of each slot
-    row_S: torch.Tensor  # sequence that reads each slot
+    page_n: torch.Tensor  # page of each slot
+    row_n: torch.Tensor  # sequence that reads each slot
     repeats: bool  # the pages are those of the previous read
 
 
@@ -233,7 +233,7 @@ class PlainPrefillPlan:
     cell_N: torch.Tensor
     in_one_call: bool
     lengths: Sequence[int]  # tokens of each piece
-    page_S: Sequence[torch.Tensor]  # here S are the pages of each piece, in order; empty if it begins a sequence
+    pages_read: Sequence[torch.Tensor]  # int64, pages of each piece, in order; empty if it begins a sequence
     bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: the piece begins a sequence
 
 
@@ -252,8 +252,8 @@ class _Slots:
         self.slot_of = [ABSENT] * n_indices
 
     def read(self, pages: list[int], holder: int) -> list[int]:
-        """Adds a slot for each page, for its holder number `holder`, from 0. Returns the page of each slot; at least
-        MIN_SLOTS."""
+        """Adds a slot for each page, at least one, for its holder number `holder`, from 0. Returns the page of each
+        slot; a single page gets a second slot that no sequence reads, since a read has at least MIN_SLOTS."""
         for page in pages:
             self._add(page, holder)
         if len(pages) < MIN_SLOTS:
@@ -262,8 +262,8 @@ class _Slots:
         return pages
 
     def _add(self, page: int, holder: int) -> None:
-        """Adds the slot of `page` for its holder number `holder`, or a slot that no sequence reads if it has fewer
-        holders."""
+        """Adds the slot of `page` for its holder number `holder`, from 0, or a slot that no sequence reads if it has
+        fewer holders."""
         holders = self._readers.get(page, ())
         row, index = 0, 0  # arbitrary if the page has fewer holders
         if holder < len(holders):
@@ -276,7 +276,10 @@ class _Slots:
 def plan_decode(
     pages: Sequence[Sequence[int]], positions: Sequence[int], page_tokens: int, device: torch.device
 ) -> PlainDecodePlan:
-    """Returns the plan of a decode step of `PlainPages`, on `device`; arguments as in `PagedCache.plan`."""
+    """Returns the plan of a decode step of `PlainPages`, on `device`, after one copy; at least one sequence.
+
+    Arguments are those of `PagedCache.plan`; `pages[b]` may have more pages than the positions need.
+    """
     n_pages = [pages_for(position + 1, page_tokens) for position in positions]
     longest = max(n_pages)
     readers: dict[int, list[tuple[int, int]]] = {}
@@ -312,8 +315,8 @@ def plan_decode(
         device, cell_B, *(torch.tensor(numbers) for numbers in host_lists)
     )
     shared = [
-        SharedRead(page_S, row_S, repeats)
-        for page_S, row_S, (_, _, repeats) in zip(uploaded[::2], uploaded[1::2], further_reads, strict=True)
+        SharedRead(read_page_n, read_row_n, repeats)
+        for read_page_n, read_row_n, (_, _, repeats) in zip(uploaded[::2], uploaded[1::2], further_reads, strict=True)
     ]
 
     slot_BP = slot_X.view(len(pages), longest)
@@ -338,20 +341,21 @@ def plan_decode(
 class PlainPages(PagedCache):
     """The cache on the CPU, and on devices or dtypes without the flash kernel."""
 
-    def __init__(self, shape: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._padding = -shape.d_head % ALIGNED
-        pages = (max(n_pages, MIN_SLOTS), shape.kv_heads, page_tokens, shape.d_head + self._padding)
-        super().__init__((shape.n_layers, *pages), page_tokens, dtype, device)
-        self._head_G = torch.arange(shape.kv_heads, device=device)
+    def __init__(self, share: Share, n_pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._padding = -share.d_head % ALIGNED
+        pages = (max(n_pages, MIN_SLOTS), share.kv_heads, page_tokens, share.d_head + self._padding)
+        super().__init__((share.n_layers, *pages), page_tokens, dtype, device)
+        self._head_G = torch.arange(share.kv_heads, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> PlainDecodePlan:
         return plan_decode(pages, positions, self.page_tokens, self.key.device)
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
-        """Returns the plan of computing pieces, on the cache's device."""
+        """Returns the plan of computing pieces, on the cache's device, after one copy; nothing is computed or
+        written."""
         positions = [piece.positions for piece in pieces]
         pages_to_read = [piece.pages if piece.start else () for piece in pieces]
-        cell_N, position_N, *page_S = upload(
+        cell_N, position_N, *pages_read = upload(
             self.key.device,
             cells_of([piece.pages for piece in pieces], positions, self.page_tokens),
             torch.tensor([*chain(*positions)]),
@@ -367,7 +371,7 @@ class PlainPages(PagedCache):
             cell_N=cell_N,
             in_one_call=len(pieces) > 1 and are_alike and not self._padding,
             lengths=lengths,
-            page_S=page_S,
+            pages_read=pages_read,
             bias_TS=[_causal_bias(piece, self.key) for piece in pieces],
         )
 
@@ -435,14 +439,14 @@ class PlainPages(PagedCache):
         copied = key[:0], value[:0]
         for shared in plan.shared:
             if not shared.repeats:
-                copied = key.index_select(0, shared.page_S), value.index_select(0, shared.page_S)
-            reads.append((copied[0], copied[1], shared.row_S))
+                copied = key.index_select(0, shared.page_n), value.index_select(0, shared.page_n)
+            reads.append((copied[0], copied[1], shared.row_n))
         return reads
 
     def prefill(
         self, layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, plan: PlainPrefillPlan
     ) -> torch.Tensor:
-        """Returns the attention (N, H, K) of concatenated pieces.
+        """Returns the attention (N, H, K) of concatenated pieces, causal inside each sequence.
 
         A piece that begins a sequence attends to `k_NGK` and `v_NGK`; any other to the cache, which holds them already.
         """
@@ -458,7 +462,7 @@ class PlainPages(PagedCache):
 
         outputs_THK = []
         begin = 0
-        for length, page_S, bias_TS in zip(plan.lengths, plan.page_S, plan.bias_TS, strict=True):
+        for length, page_P, bias_TS in zip(plan.lengths, plan.pages_read, plan.bias_TS, strict=True):
             piece = slice(begin, begin + length)
             begin = piece.stop
             if bias_TS is None:
@@ -467,7 +471,7 @@ class PlainPages(PagedCache):
             else:
                 n_keys = bias_TS.shape[1]
                 k_GSK, v_GSK = (
-                    cache[layer].index_select(0, page_S).transpose(0, 1).flatten(1, 2)[:, :n_keys, : q_NHK.shape[-1]]
+                    cache[layer].index_select(0, page_P).transpose(0, 1).flatten(1, 2)[:, :n_keys, : q_NHK.shape[-1]]
                     for cache in (self.key, self.value)
                 )
             o_1HTK = F.scaled_dot_product_attention(

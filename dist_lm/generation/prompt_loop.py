@@ -96,10 +96,11 @@ def is_command(line: str) -> bool:
 def parse_command(line: str, settings: Settings) -> Do | Change:
     """Returns the action or the new settings of a line for which `is_command` holds; nothing is executed.
 
-    A setting without a value leaves the settings as they are.
+    A setting without a value leaves the settings as they are; `/stop TEXT` adds to the stop texts, `/stop off` removes
+    all. The given `settings` do not change.
 
     Raises:
-        UserError: the command is unknown, or its value is not accepted (ConfigError).
+        UserError: the command is unknown or takes no value, or its value is not accepted (ConfigError).
     """
     word, _, rest = line[1:].partition(" ")
     name, argument = word.strip(), rest.strip()
@@ -195,7 +196,12 @@ class PromptLoop:
         self._last_prompt: str | None = None
 
     def run(self) -> None:
-        """Reads and answers lines until Ctrl-D or /quit. A `UserError` is printed as one line, and the loop goes on."""
+        """Prints a greeting, then reads and answers lines until Ctrl-D or /quit. A `UserError` is printed as one line,
+        and the loop goes on; Ctrl-C at the prompt discards the line and the opening. Empty lines are ignored.
+
+        Raises:
+            RankLostError: with several devices, another process of the model has ended.
+        """
         self._say(f"{self._session.name}; /help lists the commands, Ctrl-D leaves")
         while True:
             try:
@@ -273,7 +279,7 @@ class PromptLoop:
         self._say(f"{'model':{width}}  {self._session.name}, context of {self._session.config.max_seq_len:,} tokens")
 
     def _again(self) -> None:
-        """Answers the last prompt once more.
+        """Answers the last prompt once more; in a conversation the last request and its answer are taken back first.
 
         Raises:
             UserError: there is no prompt yet, or see `_answer`.
@@ -298,7 +304,7 @@ class PromptLoop:
 
         Raises:
             UserError: the run has no opening of that language.
-            ArtefactError: the run's configuration cannot be read.
+            ArtefactError: the run's configuration, or the manifest of its corpus, cannot be read.
         """
         openings = self._openings()
         if not language:
@@ -319,6 +325,7 @@ class PromptLoop:
 
         Raises:
             UserError: the prompt is not valid Unicode or fills the context, or the engine refused it; the seed stays.
+            RankLostError: with several devices, another process of the model has ended.
         """
         last_character = "\n"
 

@@ -92,14 +92,17 @@ class Room:
 
 
 def fitted(request: Request, room: Room, texts: bool) -> Request:
-    """Returns the request after checks; with `truncate=left`, the first tokens of a prompt that fills the context are
-    dropped.
+    """Returns the request after checks, with its prompt as a list.
+
+    With `truncate=left`, of a prompt that fills the context the last `context - max_new_tokens` tokens stay, at least
+    one.
 
     Args:
         texts: whether the engine matches texts that end an answer.
 
     Raises:
-        RequestError: the request cannot be answered; the message names the field.
+        RequestError: the prompt is empty, fills the context or names an unknown token, `n` is below 1, a stop text has
+            no vocabulary, or the cache is too small; the message names the field.
     """
 
     def refuse(message: str) -> None:
@@ -223,8 +226,8 @@ class AnswerSets:
         """Adds an answer or the refusal of a request for `n` answers.
 
         Returns:
-            All `n` answers, by index, when the last one arrives; None before. A refusal is returned at once, and the
-            request's answers so far are dropped.
+            All `n` answers, by index, when the last one arrives, which are then forgotten; None before. A refusal is
+            returned at once, and the request's answers so far are dropped.
         """
         if isinstance(result, Refusal):
             self._answers.pop(result.request, None)
@@ -270,7 +273,7 @@ class AnswerSequence:
     def add(
         self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int, token_set: bytes | None = None
     ) -> str:
-        """Appends a token, and sets `finish` if it is the last one.
+        """Appends a token with its log-probabilities, and sets `finish` if it is the last one; `cached` stays.
 
         The first reason that holds becomes `finish`: end-of-text, a stop token or text, max_new_tokens, a full context.
 
@@ -304,7 +307,7 @@ class AnswerSequence:
         return text
 
     def answer(self, version: int) -> Answer:
-        """Returns the finished answer; `version`: version of the weights."""
+        """Returns the answer, which must be finished; `version`: version of the weights."""
         assert self.finish
         return Answer(
             request=self.request.id,
@@ -339,7 +342,8 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Appends a token. Returns the text that became final: no later stop text can remove it.
+        """Appends a token. Returns the text that became final: no later stop text can remove it. It is empty without a
+        vocabulary.
 
         If a stop text is complete, `stopped` is set, and `text` ends before it; later tokens are ignored.
         """

@@ -27,7 +27,7 @@ CHUNK = 128  # tokens
 MAX_CHUNKS = 1024  # `largest` splits a row into at most this many chunks
 UNIFORM_BITS = 48
 COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
-# Special values of `Group.candidates`. ALL is more than any vocabulary has, so the whole row is sorted.
+# Special values of `DrawGroup.candidates`. ALL is more than any vocabulary has, so the whole row is sorted.
 GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
 CANDIDATES = (64, 256, 1024, 4096)  # possible numbers of candidates; a row's parameters choose one
 NUCLEUS_CANDIDATES = 256  # smallest number if no top-k bounds it
@@ -45,7 +45,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Group:
+class DrawGroup:
     """Rows drawn by the same method."""
 
     host_rows: Sequence[int]  # the rows, on the host
@@ -58,8 +58,9 @@ class Group:
     log_min_p_B1: torch.Tensor  # fp64
 
 
-def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[Group]:
-    """Returns the rows of a batch, grouped by the method of drawing; their parameters are on `device`.
+def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[DrawGroup]:
+    """Returns the rows of a batch, grouped by the method of drawing: by their number of candidates, see `DrawGroup`.
+    Their parameters are on `device`, after one copy.
 
     Args:
         params: of each row; a top-k of 0 becomes ALL, and the temperature is at least COLDEST.
@@ -86,7 +87,7 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
     for (candidates, rows), group_columns in zip(rows_by_candidates.items(), columns_of_groups, strict=True):
         row_B, top_k_B, temperature_B, top_p_B, log_min_p_B = group_columns
         groups.append(
-            Group(
+            DrawGroup(
                 host_rows=rows,
                 rows=None if len(rows) == len(params) else row_B,
                 bounded=all(0 < params[row].top_k < candidates for row in rows),
@@ -101,8 +102,8 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
 
 
 def _n_candidates(params: SamplingParams) -> int:
-    """Returns the number of candidates to begin with: GREEDY, UNFILTERED, one of CANDIDATES that exceeds top-k, or
-    ALL."""
+    """Returns the number of candidates to begin with: GREEDY at temperature 0, UNFILTERED without a filter, else the
+    smallest of CANDIDATES that exceeds top-k (ALL if none does), or NUCLEUS_CANDIDATES without a top-k."""
     if params.temperature == 0:
         return GREEDY
     if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
@@ -123,16 +124,16 @@ def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
 
 def sample(
     logits_BV: torch.Tensor,
-    groups: Sequence[Group],
+    groups: Sequence[DrawGroup],
     uniform_B: torch.Tensor,
     adjusted_BV: torch.Tensor | None = None,
     keep_sets: bool = False,
 ) -> Choice:
     """Returns one token for each row, on the host. The host waits for the device once, and once more for each draw that
-    repeats rows with more candidates.
+    repeats rows with more candidates. Nothing is changed.
 
     Args:
-        logits_BV: fp32 logits of the model.
+        logits_BV: fp32 logits of the model, of which `raw_logprob_B` is computed.
         groups: see `group_rows`.
         uniform_B: see `uniform`.
         adjusted_BV: logits to draw from instead, see `adjusted`.
@@ -195,9 +196,10 @@ def adjusted(
 ) -> torch.Tensor | None:
     """Returns new logits (B, V) after repetition penalty and logit bias; None if no row has either.
 
-    A positive logit of a seen token is divided by the penalty, a negative one multiplied.
+    A positive logit of a seen token is divided by the penalty, a negative one multiplied; then the bias is added.
 
     Args:
+        params: of each row.
         seen: for each row, tokens of the prompt and the answer so far.
     """
     if not any(row_params.adjusts_logits for row_params in params):
@@ -236,7 +238,7 @@ def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(
-    logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
+    logits_BV: torch.Tensor, group: DrawGroup, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Passed | None]:
     """Returns for each row the token (int64), its log-probability (fp32, nats) under the distribution it was drawn from
     (greedy: 0), whether the candidates did not suffice, and which tokens passed the filters (None: all).
@@ -305,9 +307,10 @@ def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_candidates(
-    logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
+    logits_BV: torch.Tensor, group: DrawGroup, uniform_B: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Passed]:
-    """Does the same as `_draw`, from the `group.candidates` largest logits of each row; they must be fewer than V."""
+    """Does the same as `_draw`, from the `group.candidates` largest logits of each row; they must be fewer than V. A
+    row is unclear if all candidates passed, or the last that passed ties with the first that failed."""
     logit_BM, id_BM = largest(logits_BV, group.candidates)
     x_BM = logit_BM / group.temperature_B1
 
@@ -352,14 +355,15 @@ def fp64_log_normaliser(logits_BV: torch.Tensor, temperature_B1: torch.Tensor) -
     return torch.cat([log_normaliser(logits_nV / temperature_n1) for logits_nV, temperature_n1 in blocks])
 
 
-def _with_more_candidates(group: Group, index_n: torch.Tensor) -> Group:
+def _with_more_candidates(group: DrawGroup, index_n: torch.Tensor) -> DrawGroup:
     """Returns some rows of a group as all rows of a batch, with the next larger number of candidates."""
     columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
     candidates = next((number for number in CANDIDATES if number > group.candidates), ALL)
-    return Group(range(len(index_n)), None, group.bounded, candidates, *(column_B1[index_n] for column_B1 in columns))
+    chosen = (column_B1[index_n] for column_B1 in columns)
+    return DrawGroup(range(len(index_n)), None, group.bounded, candidates, *chosen)
 
 
-def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:
+def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: DrawGroup) -> torch.Tensor:
     """Returns the mask (B, M) of tokens that pass top-k, top-p and min-p; the first one of each row always passes.
 
     Args:
@@ -374,7 +378,7 @@ def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, g
     return passes_BM
 
 
-def filtered(x_BV: torch.Tensor, group: Group) -> torch.Tensor:
+def filtered(x_BV: torch.Tensor, group: DrawGroup) -> torch.Tensor:
     """Returns tempered logits (B, V) with dropped tokens at -inf. It sorts all tokens and so defines what the filters
     mean."""
     descending_BV, id_BV = x_BV.sort(dim=-1, descending=True, stable=True)

@@ -72,10 +72,10 @@ def build_engine(
     tp: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Engine:
-    """Returns an engine for up to `answers` full contexts at a time.
+    """Returns an engine whose cache holds up to `answers` full contexts at a time.
 
     Args:
-        cache_tokens: upper bound of the cache, unless a single context is longer.
+        cache_tokens: upper bound of the cache in tokens, unless a single context is longer.
         tp: devices that share the model.
         dtype: None: bf16 on a GPU that has it and fp32 elsewhere, as in training.
 
@@ -83,6 +83,7 @@ def build_engine(
         ArtefactError: the weights do not fit the model.
         ConfigError: the model cannot be cut into `tp` parts, or there are fewer devices.
         RankLostError: another process of the model has ended.
+        RuntimeError: with tp > 1, this process is a rank already.
     """
     if dtype is None:
         has_bf16 = device.type == "cuda" and not lacks_bf16(device)
@@ -126,22 +127,24 @@ class Session:
         """Ends the other processes of the model, if any."""
         self._engine.close()
 
-    def tokens(self, text: str, name: str = "the prompt", after: str | None = None) -> list[int]:
-        """Returns the token ids of a text as the beginning of a document.
+    def tokens(self, text: str, name: str = "the prompt", suffix: str | None = None) -> list[int]:
+        """Returns the token ids of a text as the beginning of a document, or of a fill-in-the-middle prompt; they leave
+        at least one position of the context.
 
         Args:
             name: the name of the text in errors.
-            after: text that follows the answer (`--suffix`); the model fills in what lies between the two texts.
+            suffix: text that follows the answer (`--suffix`); the model fills in what lies between the two texts. None:
+                the answer continues `text`.
 
         Raises:
             UserError: a text is not valid Unicode, the texts fill the context, or the tokenizer lacks the marks.
         """
         utf8(text, name)
         tokens = self.tokenizer.encode_prompt(text)
-        if after is not None:
-            utf8(after, "--suffix")
+        if suffix is not None:
+            utf8(suffix, "--suffix")
             name = f"{name} with --suffix"
-            tokens = InfillMarks.of(self.tokenizer).prompt(tokens, self.tokenizer.encode(after))
+            tokens = InfillMarks.of(self.tokenizer).prompt(tokens, self.tokenizer.encode(suffix))
 
         # An answer needs at least one position behind the prompt.
         context = self.config.max_seq_len
@@ -164,12 +167,12 @@ class Session:
         """Continues `prompt` `n` times, and returns after the last answer. Seconds of the outcome are wall-clock time.
 
         Args:
-            on_text: called with (index of the answer, new text).
-            interrupted: called before every step; when it returns True, answers end as `cancelled`.
-            on_token: called with each token, before its text.
+            on_text: called with (index of the answer, new text), never with an empty text.
+            interrupted: called before every step; when it returns True, unfinished answers end as `cancelled`.
+            on_token: called with each token of any answer, before its text.
 
         Raises:
-            UserError: the engine refused the request, or the model's logits are nan.
+            UserError: the engine refused the request (RequestError), or the model's logits are nan.
             RankLostError: with several devices, another process of the model has ended.
         """
         self._n_requests += 1

@@ -69,7 +69,7 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
 
 
 def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp") -> None:
-    """Checks that a model can be cut into `tp` parts and that there are enough GPUs.
+    """Refuses a `tp` below 1, one that the model cannot be cut into, or one above the number of GPUs.
 
     Args:
         devices: GPUs of the node; None: ranks compute on the CPU, in any number.
@@ -84,7 +84,8 @@ def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp")
 
 
 def cut(name: str, parameter: torch.Tensor, share: Share) -> torch.Tensor:
-    """Returns a rank's part of the parameter `name`, as a view if possible; padding is zeros.
+    """Returns a rank's part of the unsharded parameter `name`, as a view if possible; padding is zeros. Norms are
+    returned whole.
 
     A bias that is added after the sum over ranks is all zeros on every rank but the first.
     """

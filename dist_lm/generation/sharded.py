@@ -108,8 +108,8 @@ class ShardedDecoder:
 
         Raises:
             ArtefactError: a parameter is missing or has another shape. If a stream shows it late, the model is
-                abandoned.
-            RankLostError: a follower has ended.
+                abandoned: every later step raises.
+            RankLostError: a follower has ended, or an earlier step failed.
         """
         look_up = looked_up(self._config, weights)
 
@@ -176,7 +176,8 @@ class ShardedDecoder:
         raises.
 
         Raises:
-            RankLostError: a follower has ended.
+            RankLostError: a follower has ended, or an earlier step failed. An error in the block that no death of a
+                follower explains within NOTICE_S seconds passes.
         """
         # After a loss, rank 0 would wait in a collective that nobody joins.
         self._followers.check()
@@ -298,10 +299,13 @@ COMMANDS = ("load", "resize", "prefill", "plan", "advance", "decode", "copy_page
 
 
 def main() -> None:
-    """Runs one follower until its socket closes: arguments are the socket's number, the rank and the parent's process
-    id.
+    """Runs one follower until its socket closes, which ends the process. Arguments of the command line are
+    the socket's number, the rank and the parent's process id.
 
-    An exception is printed and ends the process at once with code 1.
+    An exception after the setup is printed and ends the process at once with code 1, as does a parent that has ended.
+
+    Raises:
+        OSError: the kernel refuses to tie this process to its parent.
     """
     socket_number, rank, parent = map(int, sys.argv[1:])
     # First of all: the leader may have died while this process started.

@@ -61,7 +61,9 @@ def generate(
         suffix: the text behind the answer, which fills the middle.
 
     Raises:
-        UserError: names the option or the fault of the checkpoint.
+        UserError: names the option (ConfigError), the fault of the checkpoint or tokenizer (ArtefactError) or of the
+            file of functions, or why the prompt cannot be answered.
+        RankLostError: with tp > 1, another process of the model has ended.
     """
     model_device = option_device(device)
     require(tp > 0, "--tp", tp, "a positive integer")
@@ -105,7 +107,8 @@ def generate(
 
 
 def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suffix: str | None) -> None:
-    """Refuses options that exclude each other.
+    """Refuses options that exclude each other, a --suffix that is not UTF-8, and a conversation whose output is not a
+    terminal.
 
     Raises:
         UserError: names the option; a ConfigError, except for a --suffix that is not UTF-8.
@@ -125,6 +128,12 @@ def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suf
 def _load(
     path: Path, tokenizer: Path | None, device: torch.device, answers: int, tp: int
 ) -> tuple[Session, RunDirectory | None]:
+    """Returns a session with the model of `path`, and its run (None: outside a run). With tp > 1 it also lowers the
+    number of torch's threads.
+
+    Raises:
+        ArtefactError, ConfigError, RankLostError: as `load_model` and `build_engine`; ConfigError names `--tp`.
+    """
     loaded = load_model(path, tokenizer)
     # Check before processes start: the message names the option.
     check_tp(loaded.config, tp, torch.cuda.device_count() if device.type == "cuda" else None, "--tp")
@@ -134,9 +143,10 @@ def _load(
 
 
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:
-    """Returns sampling parameters and seed of the answer; without a seed, one is drawn below SEEDS.
+    """Returns sampling parameters, of `values` and `stop`, and seed of the answer; without a seed, one is drawn below
+    SEEDS.
 
-    Escapes in `stop` are replaced. `n` is checked only.
+    Escapes in `stop` (`unescape`) are replaced. `n` is checked only and is not part of the settings.
 
     Raises:
         ConfigError: names the option, its value and what is accepted.
@@ -162,6 +172,12 @@ def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n
 
 
 def _standard_input() -> str:
+    """Returns all of standard input, with its line ends.
+
+    Raises:
+        ConfigError: it is empty.
+        UserError: it is not UTF-8.
+    """
     content = sys.stdin.buffer.read()  # bytes, so that line ends stay as they are
     if not content:
         raise ConfigError("--prompt is missing, and standard input is empty")
@@ -192,7 +208,8 @@ def _continue_text(
     goes to `errors`. Returns the exit code: 0, or STOPPED after Ctrl-C.
 
     Raises:
-        UserError: the engine refused the request.
+        UserError: the engine refused the request, or the model's logits are nan.
+        RankLostError: with several devices, another process of the model has ended.
     """
     on_terminal = output.isatty()
     last_character = "\n"
@@ -234,7 +251,8 @@ def _answer_request(
         The exit code: 0, STOPPED after Ctrl-C, or NO_ANSWER.
 
     Raises:
-        UserError: the request is empty, is not valid Unicode or fills the context.
+        UserError: the request is empty, is not valid Unicode or fills the context, or the engine refused it.
+        RankLostError: with several devices, another process of the model has ended.
     """
 
     def note(line: str) -> None:
@@ -267,7 +285,8 @@ def read_line(before: str, typed: str) -> str:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Replaces the effect of Ctrl-C inside the block, so that work can end in good order.
+    """Replaces the effect of Ctrl-C inside the block, so that work can end in good order; afterwards it is as before.
+    Only the main thread may call it (else ValueError).
 
     Yields:
         A function that tells whether Ctrl-C was pressed.

@@ -109,13 +109,15 @@ class ToolChat:
         The conversation grows only if the exchange ends as "answered"; otherwise it stays as it was.
 
         Args:
-            on_text: called with each piece of the model's text, calls excluded.
+            on_text: called with each piece of the model's text in all its turns, nothing from a turn's first call on.
             on_note: called with one line for each call and each result.
-            interrupted: called before every step of the model; when it returns True, the exchange ends as "stopped".
+            interrupted: called before every step of the model and while a call runs; when it returns True, the exchange
+                ends as "stopped".
 
         Raises:
             UserError: the request is empty, is not valid Unicode or fills the context, or the engine refused it; the
                 conversation is unchanged.
+            RankLostError: with several devices, another process of the model has ended.
         """
         if not text.strip():
             raise UserError("the request is empty: type what the model should do")
@@ -154,13 +156,16 @@ class ToolChat:
         on_text: Callable[[str], None],
         interrupted: Callable[[], bool],
     ) -> Outcome:
-        """Returns one turn of the model: one answer that also ends at the tokens that end a turn.
+        """Returns one turn of the model: one answer that also ends at the tokens that end a turn. The conversation does
+        not change.
 
         Args:
-            on_text: called with the text before the first call.
+            on_text: called with each piece of text before the first call.
 
         Raises:
-            UserError: the conversation fills the context, or the engine refused it.
+            UserError: the conversation fills the context or is not one the template takes (ChatError), or the engine
+                refused it.
+            RankLostError: with several devices, another process of the model has ended.
         """
         session, tokenizer = self._session, self._session.tokenizer
         prompt_ids, context = prompt(conversation, tokenizer), session.config.max_seq_len

@@ -45,7 +45,8 @@ def within_documents(
     branch_BT: torch.Tensor | None = None,
     boundary: torch.Tensor | None = None,
 ) -> Visibility:
-    """Returns the visibility of causal attention inside each document.
+    """Returns the visibility of causal attention inside each document: boundaries where the flash kernel runs or, on a
+    CPU, where one call per document is faster; otherwise, and always with branches, a mask (B, 1, T, T).
 
     Args:
         document_BT: int64; equal inside a document, different between neighbouring documents.
@@ -74,7 +75,7 @@ def _favours_calls(lengths: torch.Tensor, width: int) -> bool:
     """Returns whether one call per document is faster on a CPU than a mask.
 
     Args:
-        lengths: tokens of each document.
+        lengths: int64, tokens of each document of all rows.
         width: tokens of a row.
     """
     n_tokens, n_documents = int(lengths.sum()), len(lengths)
@@ -98,7 +99,7 @@ def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
     """Returns softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H.
 
-    It computes in the dtype of the queries, but per document on a CPU in fp32.
+    It computes in the dtype of the queries, but per document on a CPU in fp32; the result has the dtype of the queries.
     """
     if visibility.boundary is not None:
         kernel = PER_DOCUMENT if q_BTHK.device.type == "cpu" else variable_length
@@ -121,7 +122,7 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
 def variable_length(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """Returns causal attention inside each document, (N, H, K), computed in one kernel, on a GPU.
+    """Returns causal attention inside each document, (N, H, K), computed in one kernel, on a GPU, in bf16 or fp16.
 
     Args:
         boundary: `document_boundaries` of the N tokens.
@@ -232,7 +233,11 @@ class Attention(nn.Module):
     def mix_first_values(
         self, v_BSGK: torch.Tensor, v1_BSGK: torch.Tensor | None, mix_2: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the values to attend to, and the values of the first layer for the next layer."""
+        """Returns the values to attend to, and the values of the first layer for the next layer.
+
+        Without `model.value_residual` these are `v_BSGK` and None; in the first layer (`v1_BSGK` None) both are
+        `v_BSGK`.
+        """
         if not self.value_residual:
             return v_BSGK, None  # later layers need no values of the first
         if v1_BSGK is None or mix_2 is None:

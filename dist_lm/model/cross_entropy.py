@@ -54,6 +54,8 @@ def logprobs_and_entropy(
     """Returns log-probability of the target and entropy, (N, 2) fp32 in nats, of the distribution at `temperature`.
 
     Args:
+        targets_N: int64, each inside `allowed_NV`.
+        temperature: above 0.
         entropy_gradient: whether the entropy has a gradient; the log-probability always has one.
         allowed_NV: bool; the tokens over which the distribution is renormalised. None: all.
     """
@@ -78,7 +80,8 @@ def tempered(logits_NV: torch.Tensor, temperature: float, allowed_NV: torch.Tens
 def losses_in_chunks(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, loss_fn: LossFn, chunk_bytes: int
 ) -> torch.Tensor:
-    """Returns `loss_fn(x @ weight^T, targets)`, fp32, with at most `chunk_bytes` of fp32 logits at once (0: no limit).
+    """Returns `loss_fn(x @ weight^T, targets)`, with a row for each row of x and with at most `chunk_bytes` of fp32
+    logits at once (0: no limit). `loss_fn` gets the logits in the dtype of the product.
 
     With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
     weight in fp32. A chunk has at least one row, even if that is larger.

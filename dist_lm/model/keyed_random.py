@@ -54,7 +54,8 @@ def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
-    """Returns the word with its 64 bits mixed: an int in [0, 2^64), or int64 tensors; both have the same bits."""
+    """Returns the word with its 64 bits mixed: for an int one in [0, 2^64), for an int64 tensor a new one; both have
+    the same bits."""
     if isinstance(x, int):
         x &= _WORD
         x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
@@ -76,7 +77,7 @@ def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> int
     Ints cost nothing if they come first. A tensor of one value gives the same bits as the int.
 
     Args:
-        state: hash of the words before these.
+        state: hash of the words before these; 0: there are none.
 
     Returns:
         int64 tensor, or an int in [0, 2^64) if all words are ints.
@@ -136,16 +137,18 @@ class SiteDropout:
     state: torch.Tensor  # int64 scalar; the hash of (seed, step, site)
     channel_D: torch.Tensor  # int64; hashes of the channels
     sequence_B: torch.Tensor
-    first_token: int
+    first_index: int  # index, in its sequence, of the first token of the input
 
 
 def dropout_sites(
-    key: DropoutKey | None, n_layers: int, d_model: int, first_token: int = 0
+    key: DropoutKey | None, n_layers: int, d_model: int, first_index: int = 0
 ) -> list[SiteDropout | None]:
-    """Returns the dropout of every site of a model: EMBEDDING_SITE, then `residual_site`s; None without dropout.
+    """Returns the dropout of every site of a model, by its number: EMBEDDING_SITE, then `residual_site`s. Every entry
+    is None without a key or with rate 0.
 
     Args:
-        first_token: index, in its sequence, of the first token of the input.
+        key: must have its sequence numbers, unless the rate is 0.
+        first_index: index, in its sequence, of the first token of the input.
     """
     n_sites = residual_site(n_layers, 0)
     if key is None or key.rate == 0:
@@ -156,14 +159,14 @@ def dropout_sites(
     device = key.sequence_B.device
     state_S = hash_words(key.seed, key.step, torch.arange(n_sites, device=device))
     channel_D = hash_words(key.seed, torch.arange(d_model, device=device))
-    return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_token) for state in state_S]
+    return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_index) for state in state_S]
 
 
 def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor:
     """Returns `x` with dropped elements 0 and the rest scaled by `1 / (1 - rate)`; `x` itself without a site."""
     if site is None:
         return x_BTD
-    token_T = torch.arange(site.first_token, site.first_token + x_BTD.shape[1], device=x_BTD.device)
+    token_T = torch.arange(site.first_index, site.first_index + x_BTD.shape[1], device=x_BTD.device)
     return x_BTD * keep_mask(site, token_T) * (1 / (1 - site.rate))
 
 
@@ -190,11 +193,11 @@ SCALAR_HEAD, TOKEN_HEAD = "scalar_head.weight", "lm_head.weight"
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """Returns the unsharded initial value of one parameter, fp32 on the CPU, of logical `shape`.
 
-    For adapters see `lora.initial_factor`. Biases are 0, norm weights 1, the scalars of `value_residual` 0.5. Other
-    parameters are normal with standard deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the
-    residual stream (or these are 0); a scalar head has 1 / sqrt(d_model + 1) (Stiennon et al. 2020). With `base_width`,
-    the deviation of matrices inside blocks falls with the root of the width, and that of the head with the width (Yang
-    & Hu 2022, table 3).
+    A function of (seed, name, shape, config) alone. For adapters see `lora.initial_factor`. Biases are 0, norm weights
+    1, the scalars of `value_residual` 0.5. Other parameters are normal with standard deviation `init_std`, divided by
+    sqrt(2 n_layers) for projections onto the residual stream (or these are 0); a scalar head has 1 / sqrt(d_model + 1)
+    (Stiennon et al. 2020). With `base_width`, the deviation of matrices inside blocks falls with the root of the width,
+    and that of the head with the width (Yang & Hu 2022, table 3).
     """
     if ADAPTERS in name:
         return initial_factor(name, shape, seed)

@@ -39,7 +39,8 @@ class HeadNorm(nn.RMSNorm):
 
 
 def normalise_heads(x_BTHK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
-    """Returns RMSNorm over the last dimension; `weight` broadcasts, so it may differ by head: (H, K)."""
+    """Returns RMSNorm over the last dimension, in the dtype of x, times `weight`, which broadcasts: (K,), or (H, K) if
+    it differs by head."""
     if x_BTHK.is_cuda:
         return F.rms_norm(x_BTHK, x_BTHK.shape[-1:], eps=eps) * weight_K
 
@@ -51,7 +52,8 @@ def normalise_heads(x_BTHK: torch.Tensor, weight_K: torch.Tensor, eps: float) ->
 
 
 def rope_tables(position_BT: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> RopeTables:
-    """Returns cos and sin of the angles `position * base^(-2i/R)`, computed in fp32, in `dtype`.
+    """Returns cos and sin of the angles `position * base^(-2i/R)`, with `model.rope_scaling`, computed in fp32, in
+    `dtype`.
 
     Rotary position embedding (Su et al. 2021, equation 34) in the half-rotation form: pairs are (i, i + R/2).
 
@@ -71,7 +73,7 @@ def rope_tables(position_BT: torch.Tensor, config: ModelConfig, dtype: torch.dty
 
 
 def scaled_frequency(frequency: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Returns the frequencies, in radians per token, that `model.rope_scaling` makes of `frequency`.
+    """Returns the frequencies, in radians per token, that `model.rope_scaling` (not none) makes of `frequency`.
 
     linear: all are divided by the factor (Chen et al. 2023). llama3: only the low ones are, with a linear transition
     (Grattafiori et al. 2024; `config.model.ModelConfig` has the details).
@@ -130,7 +132,8 @@ def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, squared: bool 
     """Returns hidden units after the activation; 0 where both tensors are 0, so padded units stay 0.
 
     Args:
-        squared: squared ReLU in place of GELU.
+        gate_BTF: SwiGLU: `silu(gate) * up`; None: the exact GELU of `up`.
+        squared: squared ReLU in place of GELU; ignored with a gate.
     """
     if gate_BTF is not None:
         return F.silu(gate_BTF) * up_BTF

@@ -51,7 +51,8 @@ class Adapter(nn.Module):
 
 
 def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict | None:
-    """Returns the adapters of one part of a block, by the name of the weight, without values; None without adapters.
+    """Returns new adapters of one part of a block, by the name of the weight, with factors that have no values yet;
+    None if the model has no adapters.
 
     Args:
         part: attention | feed_forward.
@@ -96,12 +97,12 @@ def adapter_of(weight: str) -> str:
 def change(
     weight: str, a: torch.Tensor, b: torch.Tensor, scale: float, box: Sequence[slice] | None = None
 ) -> torch.Tensor:
-    """Returns `scale * B A` with the dimensions of the weight, in fp32.
+    """Returns `scale * B A` with the dimensions of the weight, in fp32, on the device of the factors.
 
     Args:
-        weight: name of the weight.
-        a, b: unsharded factors.
-        box: the part of the weight that is computed; None: all of it.
+        weight: name of the weight; one that ends in `output` is stored as (input, output).
+        a, b: unsharded factors, with the rank as first dimension.
+        box: the part of the weight that is computed, a slice for each of its dimensions; None: all of it.
     """
     first, second = (a, b) if weight.endswith(INPUT_FIRST) else (b, a)
     if box is not None:
@@ -115,7 +116,8 @@ def change(
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Turns the adapters off inside the block, so the model computes as its base."""
+    """Turns all adapters of the model off inside the block, so it computes as its base; they are on afterwards, also
+    after an error."""
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     for adapter in adapters:
         adapter.is_on = False

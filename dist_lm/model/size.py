@@ -23,7 +23,7 @@ ADAPTERS = ".adapters."  # in the names of the parameters of adapters
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Returns the logical shape of every parameter, by name, in the order of `Transformer(config).named_parameters()`.
 
-    With adapters, their factors are included.
+    With adapters, their factors are included; `config.plain` leaves them out. A tied head has no entry.
     """
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.d_model)}
     for layer in range(config.n_layers):
@@ -54,7 +54,8 @@ def trained_count(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Returns the floating-point operations per token of a forward and backward pass over sequences of `seq_len`.
+    """Returns the floating-point operations per token of a forward and backward pass over sequences of `seq_len`
+    tokens.
 
     PaLM (Chowdhery et al. 2022), appendix B: `6 N + 12 L H Q T`, with attention counted in full although half is
     masked. N excludes an embedding that is only looked up (untied, or with a scalar head). Frozen parameters have no
@@ -136,7 +137,8 @@ def _norm_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
 
 
 def _block_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
-    """Returns the shapes of the parameters of one block by their names in it, in their order in a model."""
+    """Returns the shapes of the parameters of block `layer` (from 0) by their names in it, in their order in a model;
+    factors of adapters are included."""
     attention = _attention_shapes(config, layer)
     return (
         _norm_shapes(config, "attention_norm")
@@ -180,7 +182,13 @@ def _feed_forward_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def _adapter_shapes(config: ModelConfig, part: str, weights: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Returns the shapes A (rank, *input) and B (rank, *output) of every adapter, with the dimensions of the weight."""
+    """Returns the shapes of A (rank, *input) and B (rank, *output) of every adapter of one part of a block, by name;
+    empty without adapters.
+
+    Args:
+        part: attention | feed_forward; begins the names.
+        weights: shapes of the weights of that part, by name.
+    """
     if not isinstance(config, AdaptedModelConfig):
         return {}
 

@@ -33,10 +33,10 @@ def bytes_of_id(vocab_size: int) -> int:
 
 
 def packed(id_K: np.ndarray, vocab_size: int) -> bytes:
-    """Packs one set.
+    """Returns one set as bytes: token ids if they are shorter, else one bit for each token of the vocabulary.
 
     Args:
-        id_K: token ids, at least one, each once.
+        id_K: token ids, at least one, each once, of any integer dtype.
     """
     width = bytes_of_id(vocab_size)
     if width * len(id_K) < bytes_as_bits(vocab_size):
@@ -60,10 +60,11 @@ class TokenSets:
         return TokenSets(change(self.bytes_X), change(self.begin_N), change(self.size_N))
 
     def mask(self, index_n: torch.Tensor, vocab_size: int, columns: range) -> torch.Tensor:
-        """Returns (n, C) bool: which tokens of `columns` are in the sets at `index_n`.
+        """Returns (n, C) bool: which tokens of `columns` are in the sets at `index_n`; in a set of 0 bytes all are.
 
         Args:
-            index_n: int64.
+            index_n: int64, indices of sets.
+            vocab_size: tokens of the complete vocabulary, with which the sets were packed.
             columns: consecutive token ids.
         """
         begin_n, size_n = self.begin_N[index_n], self.size_N[index_n]

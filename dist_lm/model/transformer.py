@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             tokens_BT: int64.
             document_BT: int64; attention stays inside equal numbers; None: all earlier tokens are visible.
             position_BT: int64, for RoPE; None: 0 to T - 1.
-            dropout: None: no dropout. Independent of train() and eval().
+            dropout: None: no dropout; else a key with its sequence numbers. Independent of train() and eval().
         """
         return self.head(self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout))
 
@@ -136,7 +136,8 @@ class Transformer(nn.Module):
         dropout: DropoutKey | None = None,
         index_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the normalised residual stream (B, T, D), the input of `head`. Other arguments as in `forward`.
+        """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters. Other
+        arguments as in `forward`.
 
         Args:
             branch_BT, boundary: see `within_documents`; only with `document_BT`.
@@ -153,8 +154,8 @@ class Transformer(nn.Module):
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
 
         # Dropout is keyed by the index of a token in its sequence, also where a rank holds a part of the sequence.
-        first_token = self.first_token(tokens_BT.shape[1])
-        sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
+        first_index = self.first_held_index(tokens_BT.shape[1])
+        sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_index)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
 
         v1_BSGK = None  # values of the first layer, with `model.value_residual`
@@ -211,7 +212,7 @@ class Transformer(nn.Module):
         return Logprobs(*(_scatter(column_N, batch.logit_index_N, batch) for column_N in columns_N2.unbind(-1)))
 
     def scores(self, batch: Batch, index_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
-        """Returns a score of the text up to each token, fp32, (B, T); only with `model.head=scalar`.
+        """Returns a score of the text up to each token, fp32, (B, T); only with `model.head=scalar` (asserted).
 
         Args:
             index_N: int64; indices into the flattened batch of the tokens to score; other tokens get 0. None: all.
@@ -298,7 +299,7 @@ class Transformer(nn.Module):
         """Returns the output of `hidden`, ready for the product with `head_weight`."""
         return x_BTD
 
-    def first_token(self, n_tokens: int) -> int:
+    def first_held_index(self, n_tokens: int) -> int:
         """Index, in its sequence of `n_tokens`, of the first token that this rank holds in its residual stream."""
         return 0
 

@@ -20,7 +20,7 @@ def exchange_messages(module: FSDPModule) -> None:
 
 def gather_by_exchange(gathered: torch.Tensor, part: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Gathers `part` of every rank of `group` into `gathered`, in the order of ranks (collective); returns when it is
-    there.
+    there. `gathered` must be contiguous and has as many entries as all parts together.
 
     `part` may be the part of `gathered` that belongs to this rank: then nothing is copied. All parts have one size.
     """

@@ -126,7 +126,8 @@ def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
 
 
 def check_batch(config: Config, layout: Layout) -> None:
-    """Refuses a global batch or a sequence length that the ranks cannot share equally.
+    """Refuses a global batch or, with parallel.sp, a sequence length that the ranks cannot share equally. A stage
+    without sequences passes.
 
     Raises:
         ConfigError: names the key and the nearest values that fit.
@@ -159,8 +160,8 @@ def _splits_well(layout: Layout, model: ModelConfig) -> bool:
 
 
 def _fill_open_axes(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:
-    """Returns the layout with all -1 replaced; None if no whole number fits the ranks. The model need not fit the
-    layout.
+    """Returns the layout with all -1 replaced; None if no whole number fits the ranks, or the product is another
+    number. The model need not fit the layout.
 
     Raises:
         ConfigError: tp and another axis are -1.
@@ -273,8 +274,8 @@ def shards_key_heads(model: ModelConfig, tp: int) -> bool:
 
 
 def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[RankSlice, list[int]]:
-    """Returns the key/value heads that a rank computes with, and how many of its query heads read each (empty: equally
-    many)."""
+    """Returns the key/value heads that a rank computes with, and how many of its query heads, padding included, read
+    each (empty: equally many)."""
     if shards_key_heads(model, tp):
         return rank_slice(model.kv_heads, tp, rank), []
 
@@ -313,12 +314,14 @@ def one_block(model: ModelConfig, layout: Layout) -> tuple[list[Placement], list
 
 
 def blocks_per_unit(model: ModelConfig, layout: Layout, element_bytes: int) -> int:
-    """Returns how many consecutive blocks FSDP gathers in one message, so that messages reach UNIT_BYTES."""
+    """Returns how many consecutive blocks FSDP gathers in one message, so that messages reach UNIT_BYTES; at most all.
+    `element_bytes`: of the dtype that is gathered."""
     return min(model.n_layers, -(-UNIT_BYTES // (_gathered_block(model, layout) * element_bytes)))
 
 
 def has_units_outside(model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
-    """Returns whether FSDP gathers the embedding by itself, and the head with the final norm.
+    """Returns whether FSDP gathers the embedding by itself, and the head with the final norm: if the embedding takes
+    UNIT_BYTES or more, is not tied, and the head gives tokens.
 
     Otherwise all three are gathered in one message before the first block, and their gradients are reduced in one
     message after its backward pass. No computation hides these messages.

@@ -48,7 +48,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
         local_rank: number of the rank on its node, and of its GPU.
 
     Raises:
-        ConfigError: this rank should have a GPU and the node has too few.
+        ConfigError: this rank should have a GPU (`cuda`, or `auto` on a node with GPUs) and the node has too few.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -88,11 +88,14 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     NCCL moves tensors on CUDA, gloo moves tensors in host memory.
 
     A gloo process that ends with live collectives may abort after its work is done, so a clean exit has a last barrier.
-    After an exception there is no barrier.
+    After an exception in the block there is no barrier, and the groups stay until the process ends.
+
+    On CUDA the GPU of the rank becomes the current device. The environment variables RANK, WORLD_SIZE, LOCAL_RANK,
+    MASTER_ADDR and MASTER_PORT must be set.
 
     Args:
         device: auto | cpu | cuda.
-        timeout_s: time that a collective waits for other ranks.
+        timeout_s: seconds that a collective waits for other ranks.
 
     Raises:
         ConfigError: this rank should have a GPU and the node has too few.
@@ -136,7 +139,10 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
     Messages stay on the loopback interface. The group is the default group of this process.
 
     Args:
-        timeout_s: time to wait for other ranks, here and in each collective.
+        timeout_s: seconds to wait for other ranks, here and in each collective.
+
+    Raises:
+        RuntimeError: torch's, if other ranks do not come in time.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -154,7 +160,8 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
 
 @contextmanager
 def _interface(name: str) -> Iterator[None]:
-    """Makes gloo and NCCL connect over a network interface inside the block; they know no other way than variables."""
+    """Makes gloo and NCCL connect over a network interface inside the block, by environment variables, the only way
+    they know; afterwards these are as before."""
     variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     previous = {variable: os.environ.get(variable) for variable in variables}
     os.environ.update(dict.fromkeys(variables, name))
@@ -212,7 +219,8 @@ class LinkSpeed:
 
 
 def measure_all_reduce(world: World, size: int = LINK_BYTES) -> LinkSpeed:
-    """Times an all-reduce of `size` bytes (collective). Returns the time of the slowest rank, in its best round.
+    """Times an all-reduce of `size` bytes (collective). Returns the same on every rank: the time of the slowest rank,
+    in its best round of LINK_ROUNDS.
 
     It is the first collective of a run: it shows that all ranks reach each other over the network that training uses.
     """

@@ -84,6 +84,8 @@ STORED_OPERATORS = (
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
     """Returns the dtype of the forward and backward pass, bf16 or fp32; master weights and reductions are always fp32.
 
+    `auto` is bf16 on a GPU that has it, else fp32; `fastest` is also bf16 on a CPU that multiplies it.
+
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
     """
@@ -106,6 +108,9 @@ def generation_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dt
     """Returns the dtype of unsharded copies that generate.
 
     `fastest` means `auto` here, so fp32 on a CPU: its bf16 kernels are compiled for every new shape.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
     """
     if parallel.compute_dtype == "fastest":
         parallel = replace(parallel, compute_dtype="auto")
@@ -124,8 +129,8 @@ def build_model(
     """Returns an initialised model on `mesh`, every parameter with this rank's shard on `device` or, offloaded, on the
     host.
 
-    Gradients are summed over ranks, not averaged: the trainer divides by the global token count. The loss computes at
-    most `parallel.loss_chunk_mib` of logits at once.
+    The values do not depend on the layout. Gradients are summed over ranks, not averaged: the trainer divides by the
+    global token count. The loss computes at most `parallel.loss_chunk_mib` MiB of logits at once.
 
     Raises:
         ConfigError: bf16 is asked for on a GPU without it.
@@ -182,8 +187,9 @@ def wrap_blocks(model: Transformer, mode: str, compiled: bool, whole_graph: bool
 
     Args:
         mode: none | selective | full.
-        whole_graph: it is an error if the compiler must split a function, or compiles it RECOMPILATIONS times.
-            Otherwise the parts that it leaves out run eagerly.
+        compiled: whether the blocks are compiled, at their first call.
+        whole_graph: whether torch raises, at a call, if the compiler must split a function, or compiles it
+            RECOMPILATIONS times. Otherwise the parts that it leaves out run eagerly.
     """
 
     def compile_block(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -229,7 +235,8 @@ def layout_of(mesh: DeviceMesh) -> Layout:
 def _tensor_parallel(
     config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, layout: Layout, placement_of: dict[str, Placement]
 ) -> Transformer:
-    """Returns the tensor-parallel model, with DTensors of padded shape as parameters."""
+    """Returns the tensor-parallel model, with DTensors of padded shape as parameters, without values; call it inside
+    `torch.device("meta")`."""
     axis = TensorAxis(
         group=mesh.get_group("tp"),
         size=layout.tp,
@@ -247,7 +254,7 @@ def _tensor_parallel(
 
 
 def _empty_on_tp(placement: Placement, mesh: DeviceMesh) -> DTensor:
-    """Returns an empty DTensor of the padded shape."""
+    """Returns a DTensor of the padded shape on the tp axis `mesh`, split or replicated, without values."""
     shard_shape = list(placement.padded)
     dtensor_placement = Replicate()
     if placement.tp_dim is not None:
@@ -266,6 +273,8 @@ def _fully_shard(
     exchange: bool,
 ) -> None:
     """Applies FSDP2 to units of the model, in place: consecutive blocks, the embedding, the head, and the rest as root.
+
+    Gradients are summed over ranks, not averaged. The methods FORWARD_METHODS gather parameters as `forward` does.
 
     Args:
         dtype: of the forward and backward pass; gradients are reduced in fp32.
@@ -320,8 +329,9 @@ def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
 
 
-def accumulate(model: nn.Module, *, reduce: bool, last: bool) -> None:
-    """Prepares FSDP for the next micro-batch of a step.
+def set_reduction(model: nn.Module, *, reduce: bool, last: bool) -> None:
+    """Tells FSDP whether the next micro-batch of a step reduces gradients and frees gathered parameters; nothing is
+    sent. A model without FSDP stays as it is.
 
     Units whose parameters are not freed between forward and backward pass keep them for all micro-batches of the step,
     so they are gathered once per step.

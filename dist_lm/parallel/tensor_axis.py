@@ -36,7 +36,7 @@ class TensorAxis:
     functional: bool  # sum into a new tensor, not in place, so that selective checkpointing can keep it
 
     def check_current(self) -> None:
-        """Check that the regions of fairscale use this group.
+        """Checks that the regions of fairscale use this group.
 
         Raises:
             RuntimeError: another mesh with other tensor-parallel groups was built since.
@@ -48,13 +48,15 @@ class TensorAxis:
             )
 
     def enter(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns the residual stream of all tokens, as input of this rank's part of a layer."""
+        """Returns the residual stream of all tokens, as input of this rank's part of a layer; it is gathered with
+        sequence parallelism, and its gradient is summed over ranks (collective)."""
         if self.sp:
             return wait_tensor(all_gather_single_autograd(x_BTD, TOKEN_DIM, self.group))
         return copy_to_model_parallel_region(x_BTD)
 
     def leave(self, part_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of the parts of all ranks, as residual stream; may overwrite `part_BTD`."""
+        """Returns the sum of the parts of all ranks, as residual stream (collective): with sequence parallelism that of
+        the tokens of this rank. It may overwrite `part_BTD`."""
         if self.sp:
             return wait_tensor(reduce_scatter_single_autograd(part_BTD, "sum", TOKEN_DIM, self.group))
         if self.functional:
@@ -65,7 +67,7 @@ class TensorAxis:
         """Returns the sum of the parts of all ranks. Every rank must give the sum the same gradient."""
         return _AllReduce.apply(part, self.group)
 
-    def first_token(self, n_tokens: int) -> int:
+    def first_held_index(self, n_tokens: int) -> int:
         """Returns the index, in its sequence of `n_tokens`, of the first token that this rank holds in its stream."""
         if not self.sp:
             return 0

@@ -97,8 +97,8 @@ class TensorParallelTransformer(Transformer):
     def vocab_range(self) -> range:
         return range(self.vocab.start, self.vocab.stop)
 
-    def first_token(self, n_tokens: int) -> int:
-        return self.axis.first_token(n_tokens)
+    def first_held_index(self, n_tokens: int) -> int:
+        return self.axis.first_held_index(n_tokens)
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -173,7 +173,7 @@ class ParallelAdapter(Adapter):
 
 
 def split_adapters(adapters: nn.ModuleDict, parts: dict[str, slice]) -> None:
-    """Replaces the adapters of attention or of the feed-forward network by those of this rank.
+    """Replaces the adapters of attention or of the feed-forward network, in place, by those of this rank.
 
     Args:
         parts: `ParallelAdapter.part` by the name of the weight.
@@ -209,8 +209,11 @@ class HeadParallelAttention(Attention):
         visibility: Visibility,
         v1_BSGK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Does the same as `Attention.forward` with this rank's heads; every rank gets the sum over ranks
-        (collective)."""
+        """Does the same as `Attention.forward` with this rank's heads; every rank gets the sum over ranks (collective).
+
+        With sequence parallelism, `x_BTD` and the output hold the tokens of this rank. The values of the first layer
+        are those of this rank's key heads, at all tokens.
+        """
         x_BTD = self.axis.enter(x_BTD)
 
         q_BTHK = to_heads(x_BTD, local(self.query), bias_rows(self.query_bias, self.heads))
@@ -259,7 +262,7 @@ class WidthParallelFeedForward(FeedForward):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Does the same as `FeedForward.forward` with this rank's hidden units; every rank gets the sum over ranks
-        (collective)."""
+        (collective). With sequence parallelism, `x_BTD` and the result hold the tokens of this rank."""
         x_BTD = self.axis.enter(x_BTD)
 
         gate_BTF = None
@@ -319,6 +322,7 @@ def vocab_parallel_losses(
     Args:
         logits_NV: logits of this rank's vocabulary, without padding.
         vocab: this rank's slice of the vocabulary.
+        targets_N: int64, token ids of the complete vocabulary.
         vocab_size: size of the vocabulary of all ranks.
     """
     logits_NV = logits_NV.float()

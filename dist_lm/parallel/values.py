@@ -25,8 +25,8 @@ from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 def logical(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Returns a tensor of logical `shape` that shares memory with `tensor` (a parameter or a moment).
 
-    Scalars, plain tensors and DTensors without padding are returned unchanged. The shards of the returned tensor may be
-    uneven, empty or not contiguous.
+    Scalars and tensors that have this shape already are returned unchanged; only a DTensor may have padding. The shards
+    of the returned tensor may be uneven, empty or not contiguous.
     """
     shape = torch.Size(shape)
     if tensor.dim() == 0 or tensor.shape == shape:
@@ -64,7 +64,8 @@ def shard_box(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 @torch.no_grad()
 def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Sets every parameter to the logical value `value(name, shape)`; padding becomes zero.
+    """Sets every parameter in place to the logical value `value(name, shape)`, which is unsharded; padding becomes
+    zero.
 
     All ranks compute the same values, one unsharded value at a time, so nothing is sent.
     """
@@ -82,7 +83,7 @@ def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tupl
 def whole_weights(model: nn.Module, model_config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Returns all parameters by name, unsharded and of logical shape, on every rank (collective). Adapters are merged.
 
-    They may share memory with the parameters of the model.
+    They may share memory with the parameters of the model, and lie on their device.
     """
     shapes = parameter_shapes(model_config)
     weights = {}
@@ -98,7 +99,8 @@ def stream_weights(
     """Yields all parameters, one at a time, unsharded, of logical shape and in `dtype`, in the order of
     `parameter_shapes`. Adapters are merged.
 
-    Collective: every rank reads the stream to its end. The tensors belong to the receiver, and the stream keeps none.
+    Collective: every rank must read the stream to its end, or the others wait. The tensors belong to the receiver, and
+    the stream keeps none.
 
     Args:
         receives: whether this rank gets the parameters; on other ranks the stream is empty.
@@ -114,7 +116,8 @@ def stream_weights(
 def _unsharded_clone(
     model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Returns a parameter as a tensor with memory of its own; it is sent in `dtype` (collective)."""
+    """Returns a parameter, unsharded and of logical shape, in `dtype`, as a tensor with memory of its own (collective).
+    The adapter is merged, and messages are of `dtype`."""
     # The receiver may read the stream in inference mode, but must get ordinary tensors.
     with torch.inference_mode(mode=False), torch.no_grad():
         unsharded = _unshard(merged_weight(model, config, name, shapes).detach().to(dtype))
@@ -179,7 +182,8 @@ def _add_change(weight: torch.Tensor, name: str, a: torch.Tensor, b: torch.Tenso
 def add_changes(
     model: nn.Module, config: AdaptedModelConfig, shapes: Mapping[str, Shape], factors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Adds the changes of an adapter to the weights of a model, whatever its layout, in place.
+    """Adds the changes of an adapter to the weights of a model, whatever its layout, in place. Weights without factors
+    stay. Nothing is sent.
 
     Args:
         config: configuration of the model with the adapter.
@@ -222,7 +226,8 @@ def reduce_partial_gradients(model: nn.Module) -> None:
 def squared_norms(groups: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """Returns this rank's contribution to the squared L2 norm of each group of gradients: (len(groups),) float64.
 
-    The contributions of all ranks add up to the squared norm. At least one group has a gradient.
+    Nothing is sent: the contributions of all ranks add up to the squared norm. The result is on the device of the
+    gradients. At least one group must have a gradient.
     """
     # Ranks that hold copies of one shard must not count it twice.
     first_copies = [[shard_of(gradient) for gradient in group if is_first_copy(gradient)] for group in groups]

@@ -66,7 +66,8 @@ def curve_of(series: Series, most: int) -> Curve:
 
 
 def downsample(series: Series, most: int) -> Series:
-    """Returns at most `most` points (at least 8): the first values, the last one, minimum and maximum of each stretch.
+    """Returns at most `most` points (at least 8): the first values, the last one, minimum and maximum of each stretch
+    of steps. A series of no more values is returned itself.
 
     A stretch without a finite value keeps one point, which is drawn as a gap.
     """
@@ -96,7 +97,8 @@ def downsample(series: Series, most: int) -> Series:
 
 
 def trend_of(series: Series, points: int = TREND_POINTS) -> Series | None:
-    """Returns means over windows of `WINDOW` of all values, around evenly spread steps.
+    """Returns means of the finite values over windows of `WINDOW` of all of them, around at most `points` evenly spread
+    ones; towards the ends the windows get shorter.
 
     Returns None for short series and for smooth ones such as a learning rate, whose trend would equal the curve.
     """
@@ -188,6 +190,12 @@ def charts_of(stages: Mapping[str, Sequence[RunFacts]], runs: Sequence[RunFacts]
 
 
 def _stage(stage: str, runs: Sequence[RunFacts], index_of: Mapping[int, int], most: int) -> StageCharts:
+    """Returns the charts of a stage; metrics without a finite value have none.
+
+    Args:
+        index_of: `id` of a run -> its index in the report.
+        most: most points of a curve.
+    """
     charts = [_chart(title, names, runs, index_of, most) for title, names in _titles(runs).items()]
 
     # A constant needs no chart; it is listed with its value.
@@ -207,7 +215,8 @@ def _stage(stage: str, runs: Sequence[RunFacts], index_of: Mapping[int, int], mo
 
 
 def _titles(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
-    """Returns the metrics of each chart: a family of one run, or one metric of several runs."""
+    """Returns the names of the metrics of each chart by its title: for one run those of a family, for several runs a
+    single one."""
     names_of: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for run in runs for name in run.series):
         title = name
@@ -220,7 +229,13 @@ def _titles(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
 
 
 def _chart(title: str, names: Sequence[str], runs: Sequence[RunFacts], index_of: Mapping[int, int], most: int) -> Chart:
-    """Returns the chart of `names`. Each of several runs has one colour, the same in every chart."""
+    """Returns the chart of `names`, with a line for each of them in each run that has it. Each of several runs has one
+    colour, the same in every chart; for one run each name has one.
+
+    Args:
+        index_of: `id` of a run -> its index in the report.
+        most: most points of a curve.
+    """
     several = len(runs) > 1
     curves = [(index, run, name) for index, run in enumerate(runs) for name in names if name in run.series]
 
@@ -263,7 +278,7 @@ class Still:
 
 
 def still_values(chart: Chart) -> list[Still]:
-    """Returns the last value of each line of a chart without a curve.
+    """Returns the last finite value of each line of a chart without a curve; `not finite` if it has none.
 
     If the chart has one run and all values are equal, they become one without a label.
     """
@@ -320,6 +335,8 @@ def as_data(stages: Sequence[StageCharts], runs: Sequence[RunFacts]) -> dict[str
 
 
 def _line(line: Line, numbers: Numbers) -> dict[str, Any]:
+    """Returns a line for the page's script: run, label, colour, `x`, the index of its steps in `numbers`, which gets
+    them, `y`, its values, and `trend` with both if it has one."""
     fields = {
         "run": line.run,
         "label": line.label,

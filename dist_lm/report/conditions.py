@@ -19,13 +19,16 @@ NAMES = ("run_id", "work_dir")  # keys that always differ
 
 
 def hardware_of(runs: Sequence[RunFacts]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Returns (columns, rows) of a table with a row for each run; columns unknown for all runs are left out."""
+    """Returns (columns, rows) of a table with a row (label, texts) for each run, at least one; columns unknown for all
+    runs are left out."""
     cells = [(run.label, _cells(run)) for run in runs]
     columns = [name for name in cells[0][1] if any(row[name] != UNKNOWN for _, row in cells)]
     return columns, [(label, [row[name] for name in columns]) for label, row in cells]
 
 
 def _cells(run: RunFacts) -> dict[str, str]:
+    """Returns the row of a run as column -> text; `UNKNOWN` where a figure is not known. Speeds and MFU are medians of
+    all measured values, the memory is the largest."""
     attempt = run.attempt
     planned = run.config.get("hardware", {})
 
@@ -95,7 +98,8 @@ def as_text(value: Any) -> str:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Returns the keys whose values differ between configurations, in the order of the first one."""
+    """Returns the keys whose values differ between configurations, without run_id and work_dir, in the order of their
+    first appearance; a missing key has the value `UNKNOWN`."""
     columns = [flat(config) for config in configs]
 
     # Names differ in every run and would hide the settings that differ.
@@ -105,7 +109,12 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def from_defaults(config: Mapping[str, Any]) -> list[Row]:
-    """Returns key, default and value of the keys whose value differs from the default in the code."""
+    """Returns key, default and value of the keys whose value differs from the default in the code, without run_id and
+    work_dir; keys without a default are left out.
+
+    Raises:
+        ConfigError: the module of an installed stage cannot be loaded.
+    """
     name = str(config.get("stage", {}).get("name", ""))
 
     # A run whose stage is not installed any more is compared with the common keys.

@@ -104,7 +104,8 @@ class RunFacts:
 
     @property
     def corpora(self) -> frozenset[str]:
-        """Returns the names of the corpora that the run reads: its own, its mix, its pretraining text."""
+        """Returns the names of the corpora that the run reads: its own (not with `rlhf.prompts_from`), its mix, its
+        pretraining text (with `rlhf.pretrain_coefficient`)."""
         stage = self.config.get("stage", {})
         rlhf = self.config.get("rlhf") or {}
 

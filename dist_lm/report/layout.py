@@ -106,7 +106,8 @@ class Panel:
 
 
 def panels(runs: Sequence[RunFacts]) -> list[Panel]:
-    """Returns a panel for every known combination of model, layout and hosts, with its runs."""
+    """Returns a panel for every combination of model, layout and hosts, with its runs, in the order of the first; runs
+    whose model or layout is unknown have none."""
     members_of: dict[tuple, list[RunFacts]] = {}
     for run in runs:
         if run.model and run.layout:
@@ -116,6 +117,7 @@ def panels(runs: Sequence[RunFacts]) -> list[Panel]:
 
 
 def _panel(runs: Sequence[RunFacts]) -> Panel:
+    """Returns the panel of runs with one model and one layout, both known; hosts are those of the first."""
     model = runs[0].model
     layout = runs[0].layout
     assert model
@@ -128,6 +130,7 @@ def _panel(runs: Sequence[RunFacts]) -> Panel:
 
 
 def _sentences(model: ModelConfig, layout: Layout) -> str:
+    """Returns sentences on the layout: ranks, parameters of the rank with the most, and how to read the pictures."""
     total = parameter_count(model)
     elements_per_rank = held_elements(model, layout)
 
@@ -161,7 +164,8 @@ class Kind:
 
 
 def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
-    """Returns the matrices of a model, grouped by placement; norms and biases are small and left out."""
+    """Returns the matrices of a model, grouped by placement, those with most elements first; the same matrix of all
+    blocks is one. Norms and biases are small and left out."""
     # A matrix that all blocks have is one kind: `blocks.3.attention.query.weight` counts as `attention.query.weight`.
     placements_of: dict[str, list[Placement]] = {}
     for name, placement in placements(model, layout).items():
@@ -191,7 +195,7 @@ def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
 
 
 def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
-    """Returns a picture of the mesh with a cell for each rank.
+    """Returns a picture (SVG) of the mesh with a cell for each rank; of a large mesh a part is drawn.
 
     Columns are dp_shard, rows tp, blocks replicas, colours nodes.
     """
@@ -249,6 +253,13 @@ def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
 
 
 def _cell(rank: int, x: float, y: float, size: int, per_node: int, hosts: list[str]) -> str:
+    """Returns the SVG of a rank's cell at (x, y), `size` pixels wide and high, coloured by its node; its number is
+    written into a cell larger than CELL.
+
+    Args:
+        per_node: ranks of a node.
+        hosts: host of each node, as far as known.
+    """
     node = rank // per_node
     host = f" on {hosts[node]}" if node < len(hosts) else ""
     title = escape(f"rank {rank}, node {node}{host}")
@@ -263,7 +274,8 @@ def _cell(rank: int, x: float, y: float, size: int, per_node: int, hosts: list[s
 
 
 def parameter_picture(kind: Kind, layout: Layout) -> Markup:
-    """Draws a parameter as a rectangle divided into its shards; padding is hatched, the shard of rank 0 is filled."""
+    """Returns the picture (SVG) of a parameter as a rectangle divided into its shards; padding is hatched, the shard of
+    rank 0 is filled. Along each side at most DRAWN shards are drawn, and one area for all others."""
     placement = kind.placement
     shape, axes = _as_matrix(placement)
     height, width = _proportions(shape)
@@ -346,7 +358,11 @@ def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
 def _holders(
     layout: Layout, placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], row: int, column: int
 ) -> list[int]:
-    """Returns the ranks that hold one shard."""
+    """Returns the ranks that hold the shard at (row, column) of a parameter's picture, in all replicas.
+
+    Args:
+        axes: dimensions of the parameter behind rows and columns, see `_as_matrix`.
+    """
     position_on = {0: row, 1: column}
     axis_of = {dim: number for number, dims in enumerate(axes) for dim in dims}
     # Every tensor-parallel rank has the shard of a parameter that tp does not split.
@@ -361,6 +377,8 @@ def _holders(
 
 
 def _padding(placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], width: float, height: float) -> str:
+    """Returns the SVG of the padding in a picture of `width` x `height` pixels; empty without padding. `axes` as in
+    `_holders`."""
     if placement.tp_dim is None or placement.padded == placement.logical:
         return ""
 
@@ -394,7 +412,7 @@ def _enumeration(ranks: list[int]) -> str:
 
 
 def _ranges(ranks: list[int]) -> Iterator[str]:
-    """Yields ranges of consecutive numbers, such as `0-3`."""
+    """Yields ascending numbers as text, three and more consecutive ones as a range such as `0-3`."""
     start = 0
     for stop in range(1, len(ranks) + 1):
         if stop == len(ranks) or ranks[stop] != ranks[stop - 1] + 1:

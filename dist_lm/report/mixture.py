@@ -20,7 +20,8 @@ class Mixture:
 
 
 def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixture]:
-    """Returns a bar for each run whose corpora exist: its languages, weighted by the share of their corpus."""
+    """Returns a bar for each run whose own corpus is in `works`: its languages, weighted by the share of their corpus.
+    A corpus of its mix that is not there is one part; other runs have no bar."""
     work_of = {work.path: work for work in works}
     colours: dict[str, int] = {}  # language -> colour, the same in all bars
     bars = []
@@ -41,7 +42,8 @@ def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixtu
 
 
 def corpus_rows(work: WorkFacts) -> list[dict[str, str]]:
-    """Returns a row for each language of every corpus, the largest first, as column -> text."""
+    """Returns a row for each language of every corpus as column -> text, corpus by corpus, in each the language with
+    most train tokens first; columns of counts are of train, the last one of val."""
     rows = []
     for name, manifest in work.corpora.items():
         train = manifest.splits.get("train", Split())
@@ -75,7 +77,9 @@ def tokenizer_words(report: Mapping[str, Any]) -> str:
 
 
 def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str, float, str]]:
-    """Returns (language, share, words) for one corpus; shares are those of tokens, which are sampled evenly."""
+    """Returns (language, share, words) for one corpus, largest first; the shares add up to `share` and are those of
+    train tokens, which are sampled evenly. A corpus that is not there (None) or has no tokens is one part with its
+    name."""
     train = Split()
     if manifest:
         train = manifest.splits.get("train", train)
@@ -92,7 +96,7 @@ def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str
 
 
 def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, str]]:
-    """Adds the parts of several corpora that have the same language."""
+    """Returns one part for each language, in the order of its first part: shares are added, words joined."""
     by_label: dict[str, tuple[float, list[str]]] = {}
     # The words of all corpora stay, so that a reader sees where a language comes from.
     for label, share, words in parts:
@@ -102,7 +106,8 @@ def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, s
 
 
 def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> list[Share]:
-    """Returns the shares with colours, the same in all bars if possible; beyond `COLOURS` the smallest share one."""
+    """Returns the parts as shares of a bar, one after the other, with colours, the same in all bars if possible; beyond
+    `COLOURS` parts the smallest are one. New languages are added to `colours` (language -> colour)."""
     named, remainder = _few(parts)
 
     free = set(range(COLOURS - bool(remainder)))
@@ -130,7 +135,8 @@ def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> li
 def _few(
     parts: Sequence[tuple[str, float, str]],
 ) -> tuple[Sequence[tuple[str, float, str]], list[tuple[str, float, str]]]:
-    """Returns the parts with a colour of their own, and the remaining small ones added to one part."""
+    """Returns the parts with a colour of their own, in their order, and the remaining small ones added to one part; the
+    second list is empty if all have one."""
     if len(parts) <= COLOURS:
         return parts, []
 

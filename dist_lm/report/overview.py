@@ -47,6 +47,8 @@ def card_of(run: RunFacts) -> Card:
 
 
 def _entry(run: RunFacts, name: str) -> Entry | None:
+    """Returns the newest finite value of a metric, with the first finite one where a comparison says something; None if
+    the run has none."""
     metric = registered_metric(name)
     series = run.series.get(name, EMPTY)
     finite = np.flatnonzero(np.isfinite(series.values))
@@ -64,6 +66,7 @@ def _entry(run: RunFacts, name: str) -> Entry | None:
 
 
 def _words(run: RunFacts) -> str:
+    """Returns what is known of step or answers, size of the model, ranks and duration of a run, in one line."""
     facts = []
     if run.steps:
         facts.append(f"step {run.step:,} of {run.steps:,}")
@@ -100,7 +103,8 @@ class Sample:
 
 
 def sample_of(row: Mapping[str, Any]) -> Sample:
-    """Returns a row of a file of samples, of any stage, in the form of the page."""
+    """Returns a row of a file of samples, of any stage, in the form of the page. Missing keys give empty texts; texts
+    of more than LONGEST characters are cut, a prompt at its beginning."""
     # Stages judge their samples differently: by a right answer, by syntax, or by an error.
     judgements = [key for key in VERDICTS if isinstance(row.get(key), bool)]
     verdict = ""
@@ -129,6 +133,8 @@ def sample_of(row: Mapping[str, Any]) -> Sample:
 
 
 def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns (name, text) of the flags, numbers and texts of up to 40 characters in a row, those of nested objects
+    too; longer texts and lists are left out."""
     facts = []
     for key, field in row.items():
         if isinstance(field, Mapping):
@@ -144,7 +150,8 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cut(text: str, tail: bool = False) -> str:
-    """Returns the beginning or the end of a long text, with the number of missing characters."""
+    """Returns a text of at most LONGEST characters unchanged; of a longer one the beginning, or with `tail` the end,
+    and a line with the number of missing characters."""
     if len(text) <= LONGEST:
         return text
 

@@ -27,9 +27,10 @@ SAMPLES = 80  # most samples of all runs of a report
 
 
 def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None) -> tuple[Path, int]:
-    """Write the report of `paths`.
+    """Writes the report of `paths`; an earlier file is replaced.
 
     Args:
+        paths: as `read.read_facts` takes them, at least one.
         output: the file; None: `report.html` in the directory of `paths` if it is the only one, else in the current
             directory.
         run_id: the run_id of a command in a work directory; None: the newest command.
@@ -38,7 +39,9 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
         The file and its size in bytes.
 
     Raises:
-        ArtefactError: nothing to report on, or the directory of the output does not exist.
+        ArtefactError: nothing to report on, a file of a run is damaged, or the directory of the output does not exist.
+        ConfigError: the module of a stage cannot be loaded.
+        OSError: the file cannot be written.
     """
     # A wrong path must be refused before long files are read.
     require_paths(paths, run_id)
@@ -52,10 +55,13 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
 
 
 def render(facts: Facts, created_at: str) -> str:
-    """Returns the page as HTML.
+    """Returns the page as HTML, which loads nothing; all text of runs is escaped. It reads files of this package alone.
 
     Args:
         created_at: date and time of the report, for people.
+
+    Raises:
+        ConfigError: the module of a stage cannot be loaded.
     """
     by_stage = facts.by_stage()
     samples_per_run = max(2, SAMPLES // max(1, len(facts.runs)))
@@ -107,7 +113,8 @@ def render(facts: Facts, created_at: str) -> str:
 
 
 def notes_of(chart: Chart) -> list[str]:
-    """Returns the notes below a chart: on values that are not drawn, and on values that are not finite."""
+    """Returns the notes below a chart, none to two: on values that are not drawn (of the longest curve), and on the
+    number of values that are not finite."""
     notes = []
 
     # A reader must know that a curve does not show every measured value.
@@ -148,6 +155,8 @@ def _inline(name: str) -> Markup:
 
 
 def _sections(stages: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns (id, heading) of the sections of a page, in their order: the overview, one for each stage, those of all
+    runs."""
     return [
         ("overview", "Overview"),
         *((f"stage-{stage}", stage) for stage in stages),

@@ -66,7 +66,8 @@ class Timeline:
 
 
 def timeline_of(runs: Sequence[RunFacts]) -> Timeline | None:
-    """Returns the timeline of runs; None if no run has a time."""
+    """Returns the timeline of runs, which begins with the earliest event, checkpoint or step of any; None if no run has
+    a time. A run without one has no lane, and only the newest MOST_MARKS checkpoints of a run are drawn."""
     ranges = {run.label: _range(run) for run in runs}
     known_ranges = [times for times in ranges.values() if times]
 
@@ -112,7 +113,8 @@ def timeline_of(runs: Sequence[RunFacts]) -> Timeline | None:
 
 
 def attempts(run: RunFacts) -> list[tuple[float, float, str]]:
-    """Returns (start, end, words) of each attempt; without a journal, one for the full run, from its metrics."""
+    """Returns (start, end, words) of each attempt, in seconds since 1970; without a journal, one for the full run, from
+    its metrics and checkpoints, or none without these. An attempt without an end ends with the last sign of life."""
     time_range = _range(run)
     spans: list[tuple[float, float, str]] = []
     started: Mapping[str, Any] | None = None
@@ -162,6 +164,7 @@ def _attempt(event: Mapping[str, Any], stop: float) -> str:
 
 
 def _words(event: Mapping[str, Any]) -> str:
+    """Returns an event of a run's journal in words; an unknown kind is named."""
     match event["event"]:
         case "started":
             nodes = counted(len(event.get("nodes", [])), "node")
@@ -188,6 +191,8 @@ def _words(event: Mapping[str, Any]) -> str:
 
 
 def _events(runs: Sequence[RunFacts], start: float) -> list[Event]:
+    """Returns the events of all runs, and the checkpoints for which training waited a second or more, in order of time,
+    which counts from `start` (seconds since 1970)."""
     rows = [(event["time"], run.label, event["event"], _words(event)) for run in runs for event in run.events]
 
     for run in runs:

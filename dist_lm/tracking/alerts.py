@@ -67,7 +67,15 @@ class AlertWatch:
         self._alerted_at.pop("stalled", None)
 
     def line(self, line: Mapping[str, Any], now: float) -> list[Alert]:
-        """Returns the alerts for a line of the metrics file; a counter that decreased (a resumed run) gives none."""
+        """Returns the alerts for a line of the metrics file, and notes its time: for a counter of COUNTERS that grew
+        since the last line, and for a loss or norm that is not finite (None).
+
+        The first value of a counter, or a lower one (a resumed run), gives none. Of each kind there is at most one
+        alert in QUIET_S seconds.
+
+        Args:
+            now: seconds, as in `__init__`.
+        """
         if self._stepped:
             self._intervals.append(now - self._line_at)
         self._line_at = now
@@ -90,7 +98,11 @@ class AlertWatch:
         return alerts
 
     def tick(self, now: float) -> list[Alert]:
-        """Returns an alert if no line was written for unusually long; one for each silence."""
+        """Returns an alert if no line was written for unusually long, one for each silence; else none.
+
+        Unusually long is more than FIRST_LINE_S seconds before an attempt's first line, later more than STALLED_STEPS
+        times the median interval and more than QUIET_S seconds.
+        """
         patience_s = FIRST_LINE_S
         if self._stepped:
             usual_s = statistics.median(self._intervals or [0.0])

@@ -64,7 +64,8 @@ class Console:
             self._out.print(Text(text))
 
     def warning(self, text: str) -> None:
-        """Print `warning: text` to standard error."""
+        """Prints `warning: text` to standard error, in one line without passwords of URLs; the live view shows it,
+        too."""
         message = redact_text(" ".join(text.split()))
         with self._above(self._err):
             if self._view:
@@ -89,9 +90,10 @@ class Console:
         below: Collection[str] = (),
         under: str = "",
     ) -> None:
-        """Print a table of plain text; a table that is too wide is folded.
+        """Prints a title and a table of plain text to standard output; cells of a table that is too wide are folded.
 
         Args:
+            rows: a cell for each of `columns`.
             below: columns whose cells are printed below their row where the table does not fit the terminal.
             under: the column under which these lines start; empty: the first.
         """
@@ -118,7 +120,8 @@ class Console:
                 self._out.print(*_with_rows_below(columns, cells, below, under, width), sep="\n")
 
     def summary(self, title: str, texts: Mapping[str, str]) -> None:
-        """Print a panel of names and texts; without a frame where the frame would fold a text, such as a path."""
+        """Prints a panel of names and texts (at least one) to standard output; without a frame, and nothing folded,
+        where the frame would fold a text, such as a path."""
         grid = Table.grid(padding=(0, 2))
         for name, text in texts.items():
             grid.add_row(Text(name, style="bold"), Text(text, overflow="fold"))
@@ -136,8 +139,8 @@ class Console:
 
     @contextmanager
     def pipeline(self, title: str, stages: Iterable[tuple[str, StageState, str]]) -> Iterator[None]:
-        """Show the stages of a pipeline as (name, state, detail); work started in the block appears in the same
-        view."""
+        """Shows the stages of a pipeline as (name, state, detail) in the live view while the block runs; work started
+        in it appears in the same view. Does nothing where there is no live view."""
         if not self._live:
             yield
             return
@@ -147,7 +150,8 @@ class Console:
             yield
 
     def stage(self, name: str, state: Literal["running", "done"], detail: str = "") -> None:
-        """Mark a stage of the pipeline as running, or as done with its result."""
+        """Marks a stage of the pipeline (see `pipeline`) as running, or as done with its result `detail`; empty: that
+        of its last work. Does nothing where there is no live view."""
         if self._view:
             with self._view.lock:
                 if state == "running":
@@ -157,7 +161,8 @@ class Console:
 
     @contextmanager
     def counting(self, label: str, unit: str, total: int | None = None) -> Iterator[Count]:
-        """Show the progress of counted work; at the end one line stays."""
+        """Shows the progress of counted work while the block runs; the block tells the yielded counter. At its end one
+        line stays; after an exception none."""
         with self._progress(label, total) as display:
             counter = Count(display, unit, self._clock)
             yield counter
@@ -175,7 +180,8 @@ class Console:
 
     @contextmanager
     def training(self, label: str, steps: int, since: float = 0.0) -> Iterator[TrainingProgress]:
-        """Show a training stage of `steps` steps; feed it with lines of the metrics file.
+        """Shows a training stage of `steps` steps while the block runs; the block feeds it with lines of the metrics
+        file. At the end one line stays; after an exception none.
 
         Args:
             since: seconds since 1970; lines with an earlier time belong to an earlier attempt.
@@ -189,7 +195,11 @@ class Console:
 
     @contextmanager
     def generating(self, label: str, prompts: int) -> Iterator[GenerationProgress]:
-        """Show the number of answered prompts and the speed."""
+        """Shows the number of answered prompts and the speed while the block runs; at its end one line stays.
+
+        Args:
+            prompts: all prompts that are to be answered.
+        """
         with self._progress(label, prompts) as display:
             progress = GenerationProgress(display, prompts, self._clock)
             yield progress
@@ -197,6 +207,13 @@ class Console:
 
     @contextmanager
     def _progress(self, label: str, total: int | None, training: TrainingState | None = None) -> Iterator[Display]:
+        """Yields a display for one piece of work: plain lines, or a row of the live view, which is opened for the block
+        if there is none; then the result is printed as a line at the end.
+
+        Args:
+            total: count at which the work is done; None: unknown.
+            training: the state that the view draws, if the work is a training.
+        """
         if not self._live:
             yield PlainDisplay(self._out, label, total, self._clock)
             return

@@ -141,7 +141,8 @@ def boards(name: str | None = None) -> tuple[Board, ...]:
 
 
 def board_of(name: str) -> Board:
-    """Returns the board of a stage, or the overview."""
+    """Returns the board of a stage (a section for each group of its metrics), or the overview; a name that is neither
+    gives a board without sections."""
     if name == OVERVIEW:
         return Board(name, "dist_lm overview of the pipeline", tuple(_overview_sections()))
 
@@ -172,8 +173,8 @@ def _overview_sections() -> Iterator[Section]:
 
 
 def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
-    """Yields a panel for each metric or entry of `SHARED_PANELS`; families with one stem share a panel and a
-    pattern."""
+    """Yields the panels of a stage's metrics, in their order: one for each metric, or for each entry of `SHARED_PANELS`
+    of which the stage has several; families with one stem share a panel and a pattern."""
     by_name = {metric.name: metric for metric in metrics}
     title_of = {name: title for title, names in SHARED_PANELS.items() for name in names}
     plotted: set[str] = set()

@@ -31,7 +31,7 @@ COLUMNS, ROWS = 3, 4  # panels of a section on one page
 def push(
     boards: Sequence[Board], entity: str | None, project: str, environ: Mapping[str, str], say: Callable[[str], None]
 ) -> list[str]:
-    """Save each board as a view of a project and replace the view of an earlier push.
+    """Saves each board as a view of a project at wandb's server and replaces the view of an earlier push.
 
     Args:
         entity: user or team in wandb; None: the default of the login.
@@ -42,8 +42,9 @@ def push(
         The address of each view, in the order of `boards`.
 
     Raises:
-        ConfigError: no login, or wandb-workspaces is not installed.
-        UserError: the server is unreachable or refuses.
+        ConfigError: no login or, without `entity`, no default one; wandb-workspaces is not installed, or it is a
+            version with other fields.
+        UserError: the server is unreachable or refuses; boards before that one are saved.
     """
     if wandb_mode(TrackingConfig(name="wandb"), environ) != "online":
         raise ConfigError(
@@ -77,7 +78,7 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
     """Returns a board as a workspace that has not been sent yet.
 
     Raises:
-        ConfigError: wandb-workspaces is not installed.
+        ConfigError: wandb-workspaces is not installed, or it is a version with other fields.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -86,6 +87,7 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
         raise ConfigError(f"dashboard push needs wandb-workspaces ({missing}): {PIP}") from missing
 
     def plot(panel: Panel) -> wr.LinePlot:
+        """Returns the panel as a line plot over steps, with an id that follows from board and title."""
         line_plot = wr.LinePlot(
             title=panel.title,
             x="Step",
@@ -157,6 +159,11 @@ def replace_view(workspace: "Workspace", saved: "Workspace") -> None:
 
 
 def _require(instance: object, names: tuple[str, ...]) -> None:
+    """Refuses a version of the package whose class of `instance` lacks one of these fields.
+
+    Raises:
+        ConfigError: names the fields and the tested version.
+    """
     # Another version of the package may have renamed the fields: ids set on other names would be ignored.
     fields = getattr(instance, "__dataclass_fields__", {})
     if missing := [name for name in names if name not in fields]:
@@ -167,7 +174,11 @@ def _require(instance: object, names: tuple[str, ...]) -> None:
 
 
 def _at_server(workspace: "Workspace") -> "Workspace | None":
-    """Returns the workspace at this address; None if the server has none."""
+    """Returns the workspace that the server has at this address; None if it has none.
+
+    Raises:
+        ValueError: wandb's, for any other refusal; errors of its client pass, too.
+    """
     from wandb_workspaces.workspaces import Workspace
 
     try:
@@ -180,7 +191,11 @@ def _at_server(workspace: "Workspace") -> "Workspace | None":
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Silence wandb's client and turn its errors into one line."""
+    """Silences wandb's client inside the block, by WANDB_SILENT, and turns its errors into one line.
+
+    Raises:
+        UserError: any exception of the block; one that is a UserError already passes unchanged.
+    """
     silent = os.environ.get("WANDB_SILENT")
     os.environ["WANDB_SILENT"] = "true"
 

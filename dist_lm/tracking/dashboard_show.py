@@ -13,7 +13,8 @@ from dist_lm.tracking.readable import counted
 
 
 def print_boards(boards: Sequence[Board], console: Console) -> None:
-    """Print a table for each board: section, panel, plotted metrics, unit, axis."""
+    """Prints a table for each board to standard output, a row for each panel: section, panel, plotted metrics, unit,
+    axis. A section's name stands once, metrics only where they differ from the panel's title."""
     for board in boards:
         # A section's name is printed once, and metrics only where they differ from the title.
         rows = []
@@ -31,7 +32,7 @@ def print_boards(boards: Sequence[Board], console: Console) -> None:
 
 
 def newest_offline(run: RunDirectory) -> Path:
-    """Returns the folder of the newest offline wandb run of a run directory.
+    """Returns the folder of the newest offline wandb run of a run directory: the one whose file changed last.
 
     Raises:
         ArtefactError: the run directory has none.
@@ -51,11 +52,11 @@ def leet_command(run: RunDirectory) -> list[str]:
 
 
 def open_in_leet(run: RunDirectory) -> None:
-    """Replace this process by `wandb leet` on the newest offline run; does not return.
-
+    """Replaces this process by `wandb leet` on the newest offline run; does not return. WANDB_DIR becomes the folder of
+    `run`.
 
     Raises:
-        ArtefactError: no offline run, or no terminal.
+        ArtefactError: the run has no offline run, or standard input or output is no terminal.
     """
     command = leet_command(run)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):

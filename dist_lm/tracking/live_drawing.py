@@ -45,7 +45,8 @@ ASCII = Glyphs(
 
 
 def glyphs_for(encoding: str) -> Glyphs:
-    """Returns Unicode characters where the encoding of the terminal has them, else ASCII."""
+    """Returns the Unicode characters if the encoding of the terminal has all of them, else the ASCII ones, also for an
+    unknown encoding."""
     unicode = (UNICODE.ramp, UNICODE.spinner, *UNICODE.marks.values(), UNICODE.full, UNICODE.rest)
     try:
         "".join((*unicode, UNICODE.times, UNICODE.cut)).encode(encoding)
@@ -55,7 +56,7 @@ def glyphs_for(encoding: str) -> Glyphs:
 
 
 def fitted(text: Text, width: int, cut: str) -> Text:
-    """Returns `text` in at most `width` cells; a longer text ends with `cut`."""
+    """Returns `text` itself if it takes at most `width` cells, else a shortened copy that ends with `cut`."""
     if text.cell_len <= width:
         return text
 
@@ -70,8 +71,9 @@ def fitted(text: Text, width: int, cut: str) -> Text:
 
 
 def line(left: Text, right: Text, width: int, cut: str) -> Text:
-    """Returns a line of `width` cells with `left` and `right` at its edges; `left` is shortened first, then `right` is
-    dropped."""
+    """Returns a line of at most `width` cells with `left` and `right` at its edges; `left` is shortened first, and
+    `right` is dropped where it would leave fewer than 8 cells for `left` and a space. A line without `right` is not
+    padded. A shortened text ends with `cut`."""
     if right.cell_len and right.cell_len + 8 <= width:
         left = fitted(left, width - right.cell_len - 1, cut)
         return Text.assemble(left, " " * (width - left.cell_len - right.cell_len), right)
@@ -86,10 +88,11 @@ def bar(share: float, width: int, glyphs: Glyphs) -> Text:
 
 
 def sparkline(numbers: Sequence[float], width: int, ramp: str, floor: float | None = None) -> str:
-    """Returns a curve as at most `width` characters of `ramp`.
+    """Returns a curve as at most `width` characters of `ramp` (lowest first), each for a mean of neighbours; empty
+    without numbers or with a width below 1. A flat curve is drawn in the middle.
 
     Args:
-        floor: number that the lowest character stands for; None: the minimum.
+        floor: number that the lowest character stands for, or the minimum if that is lower; None: the minimum.
     """
     points = shrunk(numbers, max(1, width))
     if not points or width < 1:

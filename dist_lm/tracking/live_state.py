@@ -29,7 +29,7 @@ class Series:
         self.count = 0  # number of values added
 
     def add(self, value: float) -> None:
-        """Append a finite value."""
+        """Appends a finite value; at `LIMIT` points neighbours are merged, so a point is the mean of twice as many."""
         if self.first is None:
             self.first = value
         self.count += 1
@@ -145,9 +145,14 @@ class TrainingState:
     _first: tuple[int, float] | None = None  # (step, time in s) of the first line of this attempt
 
     def take(self, line: Mapping[str, Any]) -> bool:
-        """Update the state with one line of the metrics file.
+        """Updates the state with one line of the metrics file.
 
-        Returns False for a line of an earlier attempt, which does not count for the estimate of the time left.
+        A line whose step is before the last one's, as after a resumed run has cut the file, clears curves, newest
+        values and the best loss first. A late line (`is_late`) changes nothing.
+
+        Returns:
+            False for a line of an earlier attempt (before `since`), which does not count for the estimate of the time
+            left.
         """
         step = line["step"]
         at = line.get("time", self._time)
@@ -290,7 +295,8 @@ class LiveState:
         stage.detail = detail or stage.detail
 
     def close(self, work: Work) -> None:
-        """End a piece of work, with or without a result."""
+        """Removes a piece of work from those in progress. A result becomes the detail of the running stage, that of a
+        training as its headline; without one, or outside a pipeline, nothing else changes."""
         self.works.remove(work)
 
         # An interrupted work has no result to show, and work outside a pipeline has no row.

@@ -77,7 +77,11 @@ class LiveView:
                 self._region.erase(self._console.size.width)
 
     def draw(self) -> None:
-        """Draw the current state."""
+        """Draws the current state, now and in this thread; nothing after the block of the context manager has ended.
+
+        Raises:
+            OSError: the terminal is gone.
+        """
         with self.lock:
             if self._over.is_set():
                 return
@@ -89,7 +93,8 @@ class LiveView:
 
     @contextmanager
     def above(self) -> Iterator[None]:
-        """Erase the view for the block, so that complete lines printed in it appear above the view."""
+        """Erases the view for the block, so that complete lines printed in it appear above the view; then draws it
+        again. The lock is held inside the block."""
         with self.lock:
             self._region.erase(self._console.size.width)
             try:
@@ -120,7 +125,8 @@ class Above:
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Print the lines that `text` completes and buffer the rest. Returns the number of characters of `text`."""
+        """Prints the lines that `text` completes above the view, and buffers the rest until its line is complete.
+        Returns the number of characters of `text`."""
         complete, newline, self._line = (self._line + text).rpartition("\n")
         if newline:
             with self._view.above():
@@ -147,7 +153,7 @@ class Region:
         self._last: list[str] | None = None
 
     def draw(self, lines: Sequence[str], widths: Sequence[int], columns: int) -> None:
-        """Replace the drawn lines.
+        """Replaces the drawn lines; writes nothing if they and `columns` are the same as before.
 
         Args:
             lines: text of each line, with escape sequences.

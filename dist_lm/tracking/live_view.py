@@ -35,7 +35,8 @@ Row = tuple[int, Text]
 
 
 def view_lines(state: LiveState, now: float, width: int, height: int, glyphs: Glyphs = UNICODE) -> list[Text]:
-    """Returns the most important lines: at most `height` lines of at most `width` cells."""
+    """Returns the most important lines: at most `height` (at least one) lines of at most `width` cells. `now` is
+    seconds, by the clock of the state."""
     height = max(1, height)
     details = _details(state, now, width, glyphs)
     stage_rows = [_stage_row(stage, state, now, width, glyphs) for stage in state.stages]
@@ -72,6 +73,8 @@ def _header(state: LiveState, now: float, width: int, glyphs: Glyphs) -> Text:
 
 
 def _stage_row(stage: StageLine, state: LiveState, now: float, width: int, glyphs: Glyphs) -> Text:
+    """Returns the row of a stage: mark, name, and its detail with the time it took; for the running one its first work,
+    with progress, and the time since its start."""
     # All names have one width, so that details start in one column.
     name_width = max(len(line.name) for line in state.stages)
     mark = _spinner(now, glyphs) if stage.state == "running" else glyphs.marks[stage.state]
@@ -100,8 +103,13 @@ def _work_row(work: Work, now: float, width: int, glyphs: Glyphs) -> Text:
 
 
 def _work_in(left: Text, work: Work, elapsed: float, width: int, glyphs: Glyphs, with_label: bool = True) -> Text:
-    """Returns `left` with a bar if the total is known, else with the progress text; the count and time left are at the
-    right."""
+    """Returns a line of `left` with a bar if the total is known, else with the progress text; at the right the count
+    and the time left, or the time elapsed. Before the first step of a training it says what the first rank does.
+
+    Args:
+        elapsed: seconds since the work began.
+        with_label: whether the progress text follows the label of the work.
+    """
     # Nothing is counted before the first step.
     if work.training and not work.training.step:
         ranks = work.training.ranks
@@ -148,7 +156,8 @@ def _seconds_left(work: Work, elapsed: float) -> float | None:
 
 
 def _counted_stages(state: LiveState, now: float, width: int, glyphs: Glyphs) -> list[Text]:
-    """Returns one row for all finished stages, the running stage, and one row for all waiting stages."""
+    """Returns one row for all finished stages, the row of the running stage, and one row for all waiting stages, each
+    only if there are such stages."""
     rows: list[Text] = []
     done: list[str] = []
     waiting: list[str] = []
@@ -196,7 +205,8 @@ def _details(state: LiveState, now: float, width: int, glyphs: Glyphs) -> list[R
 
 
 def _training_rows(state: TrainingState, now: float, width: int, glyphs: Glyphs) -> list[Row]:
-    """Returns rows for the figures, checkpoints, ranks and nodes of a training stage."""
+    """Returns rows for the figures that have a value, the newest checkpoint, ranks and nodes of a training stage, with
+    their importance."""
     # A copy: another thread may replace it.
     series = dict(state.series)
 
@@ -252,6 +262,7 @@ def _value(figure: Figure, state: TrainingState, width: int) -> str:
 
 
 def _saved(state: TrainingState, now: float, glyphs: Glyphs) -> str:
+    """Returns step and age of the newest checkpoint, and the step of the lowest val/loss; empty if neither is known."""
     facts = []
     if state.saved:
         step, at = state.saved
@@ -265,6 +276,8 @@ def _saved(state: TrainingState, now: float, glyphs: Glyphs) -> str:
 
 
 def _ranks(state: TrainingState, now: float, glyphs: Glyphs) -> list[Text]:
+    """Returns facts on the ranks of an attempt: nodes and device, attempt (from the second on), what ranks do, memory
+    of a rank, layout. The attempt (`state.gang`) must be known."""
     gang = state.gang
     assert gang
     nodes = f"{counted(len(gang.hosts), 'node')} {glyphs.times} {gang.ranks_per_node} on {gang.device}"
@@ -281,7 +294,8 @@ def _ranks(state: TrainingState, now: float, glyphs: Glyphs) -> list[Text]:
 
 
 def _wrapped(facts: list[Text], width: int, glyphs: Glyphs) -> list[Text]:
-    """Returns facts on as many lines as they need; a fact that is wider than a line gets its own line."""
+    """Returns facts (at least one) on as many lines of `width` cells as they need, separated by dots; a fact that is
+    wider than a line gets its own line and is not cut."""
     lines = [facts[0]]
     for fact in facts[1:]:
         longer = Text(f" {glyphs.dot} ").join([lines[-1], fact])
@@ -303,8 +317,8 @@ def _doing(ranks: tuple[RankPulse, ...], since: float) -> Text:
 
 
 def _nodes(state: TrainingState, now: float, width: int, glyphs: Glyphs) -> list[Text]:
-    """Returns a row with the slowest rank for each node, if there are several; at most the `MOST_NODES` slowest
-    nodes."""
+    """Returns a row for each node, for its rank with the fewest steps, if there are several nodes and heartbeats; of
+    more than `MOST_NODES` the slowest, and a row with the number of others."""
     gang = state.gang
     if gang is None or len(gang.hosts) < 2 or not state.ranks:
         return []

@@ -34,13 +34,15 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
-        """Append one line.
+        """Appends one line; a value that is not finite becomes null. The line has reached the operating system on
+        return, not the disk (see `sync`).
 
         Args:
             at: time of the line in seconds since 1970; None: now.
 
         Raises:
-            UnknownMetricError: a name is not in the registry.
+            UnknownMetricError: a name is not in the registry; nothing is written.
+            OSError: the line cannot be written.
         """
         # An unknown name is refused before anything is written.
         for name in metrics:
@@ -59,7 +61,8 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Remove the lines after `step`, which a resumed run writes again, in one durable replacement of the file.
+        """Removes the lines whose step is after `step`, which a resumed run writes again, in one durable replacement of
+        the file; then goes on appending.
 
         Raises:
             ArtefactError: a line before the last one is damaged.
@@ -83,10 +86,11 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[MetricsLine]:
-    """Yields every complete line of a metrics file, in order.
+    """Yields every complete line of a metrics file, in order; the file is read while they are taken.
 
     Raises:
-        ArtefactError: a complete line is not a metrics line.
+        ArtefactError: a complete line is not a metrics line; the message has its number.
+        FileNotFoundError: there is no file.
     """
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -103,7 +107,10 @@ def is_late(line: Mapping[str, Any]) -> bool:
 def last_metrics(path: Path) -> MetricsLine:
     """Returns the newest value of every metric in the last 64 KiB of a metrics file; empty if there is no file.
 
-    `step` and `time` are those of the newest line that is not late.
+    `step` and `time` are those of the newest line that is not late; values that are not finite are left out.
+
+    Raises:
+        ArtefactError: a complete line is not a metrics line.
     """
     if not path.exists():
         return {}
@@ -140,7 +147,7 @@ class LineFollower:
             self.poll()
 
     def poll(self) -> list[bytes]:
-        """Returns the complete lines since the last call; none while there is no file.
+        """Returns the complete lines since the last call, without their ends; none while there is no file.
 
         A file that was replaced or became shorter is read again from its start.
         """
@@ -181,6 +188,11 @@ class MetricsFollower:
 
 
 def _parse(raw: bytes, location: str) -> MetricsLine:
+    """Returns a line of a metrics file; null is None.
+
+    Raises:
+        ArtefactError: `raw` is no JSON object with an integer `step`; the message begins with `location`.
+    """
     try:
         line = json.loads(raw)
     except ValueError:

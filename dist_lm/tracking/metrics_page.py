@@ -38,8 +38,8 @@ def page(stage: str | None = None) -> str:
 
 
 def _markdown(group: str, metrics: list[Metric]) -> str:
-    """Returns the table of a group. Families of a metric share its row; stages are in the heading if all rows have the
-    same."""
+    """Returns the heading and table of a group as Markdown. Families of a metric share its row; stages are in the
+    heading if all rows have the same. `metrics`: those of the group, at least one."""
     rows: dict[str, list[Metric]] = {}
     single = {metric.name for metric in metrics if not metric.slot}
     for metric in metrics:
@@ -66,7 +66,11 @@ def _markdown(group: str, metrics: list[Metric]) -> str:
 
 
 def _cell(metrics: list[Metric], column: str) -> str:
-    """Returns one cell in the row of a metric and its families."""
+    """Returns the text of one cell in the row of a metric (the first of `metrics`) and its families.
+
+    Args:
+        column: name | unit (with the arrow of the better direction) | stages; any other: the meaning.
+    """
     first = metrics[0]
     if column == "name":
         return ", ".join(f"`{metric.name}`" for metric in metrics)

@@ -28,6 +28,11 @@ class PlainDisplay:
         self._latest = 0
 
     def show(self, completed: int, text: Callable[[], str]) -> None:
+        """Notes the count, and prints a line if one is due: not at the first call, nor when all is completed.
+
+        Args:
+            text: returns the text of the line; called only if it is printed.
+        """
         now = self._clock()
         self._latest = completed
 
@@ -94,8 +99,8 @@ class TrainingProgress:
         self._clock = clock
 
     def update(self, line: Mapping[str, Any]) -> bool:
-        """Record one line of the metrics file. Returns False for a line of an earlier attempt, which is not
-        displayed."""
+        """Records one line of the metrics file and displays it. Returns False for a line of an earlier attempt, which
+        is recorded and not displayed."""
         # Figures of an earlier attempt would make the progress jump back.
         of_this_attempt = self.state.take(line)
         if of_this_attempt:
@@ -112,7 +117,8 @@ class TrainingProgress:
         self.state.save(step, self._clock() if just_now else None)
 
     def text(self) -> str:
-        """Returns step, figures (an older one with its step) and the time left, separated by two spaces."""
+        """Returns step, those figures that have a value (an older one with its step) and, if known, the time left,
+        separated by two spaces."""
         state = self.state
         facts = [f"step {state.step:,}/{state.steps:,}"]
         figures = [figure for figure in FIGURES if figure.plain]
@@ -145,7 +151,8 @@ class GenerationProgress:
         self._display.show(prompts, self.text)
 
     def text(self) -> str:
-        """Returns answered prompts, the speed of this command in tokens/s and the time left."""
+        """Returns answered prompts, the speed of this command in tokens/s and, once it has answered a prompt, the time
+        left."""
         elapsed = self._clock() - self._began
         prompts, tokens = self._totals
 

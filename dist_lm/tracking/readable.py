@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def gib(size: float) -> str:
-    """Formats a number of bytes: `56 B`, `2.0 KiB`, `8.8 MiB`, `2.53 GiB`."""
+    """Returns a number of bytes as text: `56 B`, `2.0 KiB`, `8.8 MiB`, `0.13 GiB` (from 128 MiB on), `2.53 GiB`."""
     # From 128 MiB on, as 0.13 GiB.
     if size >= 2**27:
         return f"{size / 2**30:.2f} GiB"

@@ -34,7 +34,8 @@ _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether the last word of a name is `token`, `key`, `password` or another word for a secret.
+    """Returns whether the last word of a name is `token`, `key`, `password` or another word for a secret. Of a dotted
+    name the last part counts.
 
     `hf_token` is a secret name; `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are
     separated by punctuation or by capitals.
@@ -72,7 +73,8 @@ def redact(tree: Any) -> Any:
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
-    """Returns a command line in which VALUE of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE` is `***`."""
+    """Returns a command line in which VALUE of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE` is `***`, as are
+    user and password of URLs. What a secret name is, `is_secret_name` says."""
     safe = []
     hide_next = False
 
@@ -93,7 +95,7 @@ def redact_command(arguments: Sequence[str]) -> list[str]:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns an environment without secrets, for processes that need none.
+    """Returns an environment without variables of secret names, for processes that need none.
 
     URLs with a password are removed as well, except those of proxies, which may be required for network access.
     """
@@ -105,7 +107,8 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-    """Refuse addresses with a password, values of keys named like secrets, and values of secret variables.
+    """Refuses addresses with a password, values of keys named like secrets, and texts that contain the value of a
+    secret variable of at least 8 characters.
 
     Args:
         config: the composed configuration with resolved interpolations.

@@ -64,7 +64,12 @@ class Metric:
 def _table(
     group: str, stages: tuple[str, ...], *rows: Row, only: str = "", parts: Sequence[tuple[str, str]] = ()
 ) -> tuple[Metric, ...]:
-    """Returns the metrics of one group that the same stages have; `parts` are their families as (suffix, words)."""
+    """Returns the metrics of one group that the same stages have: each row, and after it one for each part.
+
+    Args:
+        only: condition under which a run of these stages has them; empty: always.
+        parts: (suffix of the name, words for the meaning) of their families.
+    """
     metrics = []
 
     for name, unit, better, meaning in rows:

@@ -21,8 +21,9 @@ OURS = ("WANDB_MODE", "WANDB_RESUME", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_NAME",
 def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
     """Returns `online`, `offline` or `disabled`, from tracking.mode and the login of this machine.
 
-    `auto` follows WANDB_MODE=offline and disabled; otherwise it is online with WANDB_API_KEY or a netrc entry for
-    wandb's host, and offline without.
+    `offline` and `online` are taken as they are. `auto` follows WANDB_MODE=offline and disabled; otherwise it is online
+    with WANDB_API_KEY or a netrc entry for wandb's host, and offline without. A netrc or settings file that cannot be
+    read is logged and counts as absent.
 
     Raises:
         ConfigError: tracking.mode=online without a login (wandb would ask for a key and wait).
@@ -61,7 +62,8 @@ def base_url(environ: Mapping[str, str]) -> str:
 
 
 def _saved_base_url(environ: Mapping[str, str]) -> str:
-    """Returns the address that `wandb login --host` wrote to the user's settings file; empty if there is none."""
+    """Returns the address that `wandb login --host` wrote to the user's settings file; empty if there is none, or if
+    the file cannot be read, which is logged."""
     folder = Path(environ.get("WANDB_CONFIG_DIR") or _home(environ) / ".config" / "wandb")
     file = folder.expanduser() / "settings"
 
@@ -78,6 +80,8 @@ def _saved_base_url(environ: Mapping[str, str]) -> str:
 
 
 def _netrc_login(environ: Mapping[str, str]) -> bool:
+    """Returns whether the user's netrc file has a key for wandb's server; False if there is no file, or if it cannot be
+    read, which is logged."""
     file = Path(environ.get("NETRC") or _home(environ) / ".netrc").expanduser()
     # With the port: `wandb login` writes it so.
     host = urlparse(base_url(environ)).netloc

@@ -34,7 +34,11 @@ NUMBERS = ("tokens", "logprobs", "raw_logprobs")  # columns with a number for ea
 
 
 def main() -> None:
-    """Carry out the orders on standard input."""
+    """Carries out the orders on standard input until its end, with lower priority. It changes WANDB_DIR and related
+    variables, and waits for the process of an earlier attempt of the run.
+
+    An error ends the recording with a warning, and the orders are still read to their end.
+    """
     os.nice(NICE)
     say = _open_messages()
 
@@ -69,6 +73,12 @@ def main() -> None:
 def _record(
     run: RunDirectory, start: dict[str, Any], orders: Iterator[dict[str, Any]], say: Callable[[str, str], None]
 ) -> None:
+    """Records a run in wandb's files and, online, sends them: carries out `orders` to the order `finish`, or their end,
+    and waits at most `start["finish_s"]` seconds for the server. What was not sent or not taken is said as a warning.
+
+    Raises:
+        Exception: whatever wandb raises at its start, for an order `metrics`, or at its end.
+    """
     init = start["init"]
     recorder = Recorder(run, init)
     online = init["mode"] == "online"
@@ -103,7 +113,9 @@ def _orders(lines: TextIO) -> Iterator[dict[str, Any]]:
 
 
 def _open_messages() -> Callable[[str, str], None]:
-    """Returns a function that sends messages to the launcher; prints of libraries go to standard error, a file."""
+    """Returns a function (kind, text) that sends messages to the launcher by the present standard output, and does
+    nothing once the launcher is gone. From now on standard output is standard error, a file, so that libraries may
+    print."""
     pipe = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -125,7 +137,15 @@ def logs_of(run: RunDirectory, identity: str) -> list[Path]:
 
 
 def last_step(logs: Sequence[Path]) -> int:
-    """Returns the last step in wandb's files, which a killed writer may have left incomplete; -1 if there is none."""
+    """Returns the last step in wandb's files, which a killed writer may have left incomplete; -1 if there is none. It
+    runs `wandb leet inspect` on the newest file, and on older ones as long as there is no step.
+
+    Args:
+        logs: oldest first.
+
+    Raises:
+        RuntimeError: wandb cannot read a file.
+    """
     for log in reversed(logs):
         # wandb's own reader: the format of the file is not documented.
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
@@ -195,7 +215,11 @@ class Recorder:
             self._run.summary.update({name: last_values[name] for name in last_values if name not in ("step", "time")})
 
     def carry_out(self, order: dict[str, Any]) -> None:
-        """Carry out one order of `WandbRun`."""
+        """Carries out one order of `WandbRun`; an order that an earlier attempt carried out for good is skipped.
+
+        Raises:
+            Exception: whatever wandb raises, OSError for a file that cannot be read.
+        """
         {
             "metrics": self._metrics,
             "at_newest_step": self._log_at_newest_step,
@@ -224,7 +248,8 @@ class Recorder:
             self._run.log(order["values"], step=step)
 
     def _tasks(self, step: int, values: dict[str, float]) -> None:
-        """Record scores of tasks, which may arrive after later steps: wandb draws them over `eval/step`."""
+        """Records scores of tasks, once for each step and set of names; they may arrive after later steps: wandb draws
+        them over `eval/step`."""
         row = self._row(step)
         if self._is_new(f"tasks {step} {' '.join(sorted(values))}", row):
             self._step = row
@@ -245,6 +270,7 @@ class Recorder:
             self._run.log({order["name"]: table}, step=row)
 
     def _link(self, order: dict[str, Any]) -> None:
+        """Records files as an artifact by reference, once for each `key`."""
         if not self._is_new(f"link {order['key']}", self._row()):
             return
 
@@ -288,8 +314,8 @@ def rows_of(path: Path) -> dict[str, int]:
 def table_of(samples: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Returns (columns, rows) of a table with the first `ROWS` samples.
 
-    The columns are the keys of all samples in order of appearance, except `NUMBERS`. A missing value is None, a long
-    text is cut, and lists and objects become JSON.
+    The columns are the keys of these samples in order of appearance, except `NUMBERS`. A missing value is None, a long
+    text is cut, lists and objects become JSON, and passwords of URLs are removed.
     """
     first_samples = [sample for _, sample in zip(range(ROWS), samples, strict=False)]
     columns = [key for key in dict.fromkeys(key for sample in first_samples for key in sample) if key not in NUMBERS]

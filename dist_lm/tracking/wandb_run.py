@@ -81,7 +81,8 @@ class WandbRun:
         environ: Mapping[str, str],
         console: Console,
     ) -> "WandbRun | None":
-        """Start or continue the wandb run of a run directory; returns at once.
+        """Starts or continues the wandb run of a run directory: starts the process, with a file of its identity and a
+        log in the run's wandb folder; returns at once.
 
         Args:
             config: recorded without secrets.
@@ -145,7 +146,7 @@ class WandbRun:
         metadata: Mapping[str, Any],
         aliases: Sequence[str] = (),
     ) -> None:
-        """Record files as an artifact by reference (path and hash); they are never uploaded.
+        """Records files as an artifact by reference (path and hash), without waiting; they are never uploaded.
 
         Args:
             key: identifies the link; a key that was linked before, also by an earlier attempt, is skipped.
@@ -162,9 +163,10 @@ class WandbRun:
         self._orders.put({"order": "alert", "title": alert.title, "text": text, "level": alert.level})
 
     def finish(self, outcome: Outcome, grace_s: float = 60.0) -> None:
-        """End the recording; wait at most tracking.finish_s for a server that answers.
+        """Ends the recording and waits until the process has ended: it waits at most tracking.finish_s for a server
+        that answers.
 
-        A process that has not ended `grace_s` seconds later continues alone, with a warning.
+        A process that has not ended `grace_s` seconds later continues alone, with a warning. No more orders may follow.
         """
         # The process itself ends after `finish_s`; the grace covers a process that hangs.
         timeout_s = self._finish_s + grace_s
@@ -186,7 +188,8 @@ class WandbRun:
             thread.join(timeout_s)
 
     def _feed(self) -> None:
-        """Write the orders to the process, which may be slow or gone."""
+        """Writes the orders to the process until the order None, then closes its input. The process may be slow; if it
+        is gone, further orders are dropped, with a warning if it failed."""
         assert self._process.stdin is not None
         try:
             with self._process.stdin as pipe:

@@ -68,7 +68,8 @@ class Uploader:
         self._thread.start()
 
     def finish(self, patience_s: float) -> bool:
-        """Wait at most `patience_s` seconds while the server answers. Returns whether all files have been sent."""
+        """Waits until all files are sent, at most `patience_s` seconds, and gives up earlier if the server misses two
+        questions. Then the client is killed and the thread ends. Returns whether all files have been sent."""
         deadline = time.monotonic() + patience_s
         num_missed = 0
         while self._thread.is_alive() and time.monotonic() < deadline and num_missed < 2:
@@ -93,6 +94,14 @@ class Uploader:
         self._try_until_sent([self._growing], live=True)
 
     def _try_until_sent(self, logs: list[Path], live: bool) -> bool:
+        """Runs the client until it has sent `logs`, with longer waits in between; returns whether it has.
+
+        It gives up, False, when `finish` is called, or when the server took rows and then refused, which is said as a
+        warning.
+
+        Args:
+            live: whether the last file still grows.
+        """
         wait_s = self._retry_s
 
         while not self._over.is_set():
@@ -115,7 +124,11 @@ class Uploader:
         return False
 
     def _send(self, logs: list[Path], live: bool) -> bool:
-        """Run wandb's sync once. Returns whether the server accepted any row."""
+        """Runs wandb's sync once and waits for its end. Returns whether the server accepted any row.
+
+        The address of the run is said as a line. After an error the markers of `logs` are removed, so they count as
+        unsent.
+        """
         command = [
             sys.executable,
             "-m",
@@ -158,7 +171,7 @@ class Uploader:
 
 
 def answers(environ: Mapping[str, str]) -> bool:
-    """Returns whether wandb's server answers within `PROBE_S` seconds."""
+    """Returns whether wandb's server answers within `PROBE_S` seconds; a refusal (below 500) is an answer."""
     request = urllib.request.Request(base_url(environ), method="GET")  # noqa: S310 - the user's own address
     try:
         with urllib.request.urlopen(request, timeout=PROBE_S):  # noqa: S310

@@ -41,7 +41,8 @@ def exchange(optimizer: torch.optim.Optimizer) -> None:
 def measured(optimizer: torch.optim.Optimizer, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
     """Returns the held-out metrics of the averaged weights under the names in `MEASURED` (collective).
 
-    Other metrics are dropped. Afterwards the model has its previous bits, also if `evaluate` raises.
+    Other metrics are dropped. Afterwards the model and the average have their previous bits, also if `evaluate` raises;
+    its error passes.
 
     Args:
         evaluate: measures the model as it is, and leaves no parameter gathered.

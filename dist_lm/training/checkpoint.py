@@ -67,6 +67,7 @@ def tensors_of(
     trained tensors in a checkpoint.
 
     Args:
+        optimizer: None: parameters alone.
         prefix: begins the names; empty for the first model of a checkpoint.
     """
     # Frozen parameters are those of the base, which is a checkpoint of its own.
@@ -107,9 +108,11 @@ def write(
 ) -> Path:
     """Writes `tensors` as the checkpoint of `state.step`, moves LATEST and BEST, removes old checkpoints (collective).
 
-    A checkpoint of the same step, and those of later steps, are removed.
+    A checkpoint of the same step, and those of later steps, are removed, as are leftovers of killed saves. A BEST that
+    cannot be written is only logged.
 
     Args:
+        tensors: by name, of logical shape; each rank writes its shards.
         group: all ranks, with a CPU backend; None: the default group.
         keep: number of newest checkpoints to keep; 0: all.
         attached: files of the stage, by name; those of the first rank are written.
@@ -164,10 +167,10 @@ def write(
 def _write_shards(
     directory: Path, tensors: dict[str, torch.Tensor], rank: int, group: dist.ProcessGroup | None
 ) -> tuple[dict[str, str], str | None]:
-    """Writes this rank's shards and makes them durable (collective).
+    """Writes this rank's shards and makes them durable (collective). It raises nothing for a disk that fails.
 
     Returns:
-        SHA-256 by file name, and the error if it failed.
+        SHA-256 by file name of this rank's files, and None; or no files, and the error.
     """
     try:
         # safetensors and not torch's own format, which pickles its metadata.
@@ -206,7 +209,12 @@ def _publish(
     config: ModelConfig,
     attached: Mapping[str, bytes],
 ) -> None:
-    """Adds state and manifest to the written shards, renames the folder, and points LATEST at it."""
+    """Adds attached files, state and manifest to the written shards, renames the folder `temporary` to `target`, which
+    it replaces, and points LATEST at it. `digests` (SHA-256 by file name) gets the added files.
+
+    Raises:
+        OSError: a file or the folder cannot be written.
+    """
     digests |= files.attach(temporary, attached)
     adapters = record_of(config, target) if isinstance(config, AdaptedModelConfig) else None
     files.write_state(temporary, state, asdict(config.plain), adapters)
@@ -228,9 +236,10 @@ def load(
     model_config: ModelConfig,
     companions: Sequence[Companion] = (),
 ) -> TrainState:
-    """Fills `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective).
+    """Fills `model` (and `optimizer`, unless None) in place from a checkpoint written at any layout (collective).
 
-    In a model with adapters it fills only the trained parameters; `load_weights` fills the base.
+    Hashes are not verified here, see `find_intact`. In a model with adapters it fills only the trained parameters;
+    `load_weights` fills the base.
 
     Args:
         companions: more models to fill.
@@ -285,7 +294,7 @@ def _load_merged(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     their changes (collective).
 
     Raises:
-        ArtefactError: a checkpoint is missing, damaged, or belongs to another model.
+        ArtefactError: the base is missing or has changed, a checkpoint cannot be read, or it belongs to another model.
     """
     adapted = adapted_model(checkpoint)
     load_weights(Path(adapted.base), model, model_config)
@@ -305,10 +314,12 @@ def _load_merged(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
 def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world: World) -> AdaptedModelConfig:
     """Returns the model of a run of adapters with its base (collective).
 
-    The base is that of the newest checkpoint of the run or of stage.branch_from, else stage.init_from.
+    The base is that of the newest intact checkpoint of the run or of stage.branch_from, else stage.init_from. All files
+    of the base are verified, and read by the ranks in shares.
 
     Raises:
-        ArtefactError: the base is missing, damaged or has changed, or the run has other adapters.
+        ArtefactError: on every rank, if the base is missing, damaged or has changed, all checkpoints of the run are
+            damaged, or the run has other adapters.
     """
     assert isinstance(model, AdaptedModelConfig)
     # The base is recorded in the checkpoint, so a run continues with the base it began with.
@@ -326,7 +337,7 @@ def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world
 
 
 def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills `tensors` from the parts that any layout wrote (collective).
+    """Fills `tensors`, by their names in the checkpoint, in place from the parts that any layout wrote (collective).
 
     Raises:
         ArtefactError: a tensor is missing in the checkpoint or has another shape there.
@@ -339,7 +350,8 @@ def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:
-    """Returns the newest intact checkpoint, the same on every rank (collective).
+    """Returns the newest intact checkpoint, the same on every rank; None if there are no checkpoints (collective). The
+    damaged ones that it skips are logged.
 
     Raises:
         ArtefactError: on every rank, if all checkpoints are damaged.
@@ -349,7 +361,8 @@ def newest_intact(checkpoints: Path, world: World) -> Path | None:
 
 
 def find_intact(path: Path, world: World) -> Path:
-    """Returns the checkpoint that `path` names, after verifying it (collective).
+    """Returns the checkpoint that `path` names (see `files.find_checkpoint`), after verifying all its files, the same
+    on every rank (collective).
 
     Raises:
         ArtefactError: on every rank, if there is no checkpoint or it is damaged.
@@ -371,7 +384,7 @@ def _on_first_rank(look: Callable[[], T], world: World) -> T:
     network file system.
 
     Raises:
-        ArtefactError: on every rank, the error that `look` raised.
+        ArtefactError: on every rank, the error that `look` raised. Any other error leaves the other ranks waiting.
     """
     returned_and_error: list = [None, None]
     if world.is_first:

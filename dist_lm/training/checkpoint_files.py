@@ -55,9 +55,10 @@ def steps_in(checkpoints: Path) -> list[Path]:
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
-    """Returns the checkpoint that the pointer `name` (LATEST or BEST) names; None if it does not exist.
+    """Returns the checkpoint that the pointer `name` (LATEST or BEST) names; None if the pointer or that checkpoint
+    does not exist.
 
-    A missing LATEST means the newest complete checkpoint, from which ranks continue.
+    Such a LATEST means the newest complete checkpoint, from which ranks continue; None if there is none.
     """
     pointer = checkpoints / name
     if pointer.exists():
@@ -91,7 +92,7 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     """Returns (state, model configuration by key), as `write_state` wrote them.
 
     Raises:
-        ArtefactError: the file is missing or cannot be read, or the checkpoint has another format.
+        ArtefactError: the file is missing, cannot be read or lacks an entry, or the checkpoint has another format.
     """
     try:
         content = json.loads((directory / STATE).read_text())
@@ -115,8 +116,12 @@ def read_adapters(directory: Path) -> dict[str, Any] | None:
 
 
 def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
-    """Writes files of the stage into the folder STAGE and flushes them to disk; returns SHA-256 by name, for the
-    manifest."""
+    """Writes files of the stage into the new folder STAGE and flushes them to disk; returns SHA-256 by `STAGE/NAME`,
+    for the manifest. Without files there is no folder.
+
+    Raises:
+        OSError: the folder exists, or a file cannot be written.
+    """
     if not contents:
         return {}
     (directory / STAGE).mkdir()
@@ -172,7 +177,8 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
-    """Compares the files of a checkpoint with its manifest; yields a phrase for each missing, changed or foreign file.
+    """Compares the files of a checkpoint with its manifest; yields a phrase (`NAME is missing`) for each missing,
+    changed, unreadable or foreign file.
 
     A foreign file counts if it ends in `.safetensors`, because tensors are read from all such files.
 
@@ -208,10 +214,10 @@ def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str
 
 
 def verify(directory: Path, contents: bool = True) -> None:
-    """Refuses a damaged checkpoint.
+    """Refuses a damaged checkpoint; `contents` as in `damage`.
 
     Raises:
-        ArtefactError: names the first missing, truncated, changed or foreign file.
+        ArtefactError: names the first missing, truncated, changed or foreign file, or the manifest that cannot be read.
     """
     if problem := first_damage(directory, contents):
         raise ArtefactError(problem)
@@ -251,8 +257,12 @@ def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str |
 
 
 def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
-    """Cleans up after saving `state`: removes checkpoints of later steps, points BEST at its best step, then calls
-    `prune`."""
+    """Cleans up after saving `state`: removes checkpoints of later steps, points BEST at its best step if that
+    checkpoint exists, then calls `prune`.
+
+    Raises:
+        OSError: BEST cannot be written; `prune` is not called then.
+    """
     # Checkpoints of later steps were damaged, so the run went back and repeats their steps.
     for directory in steps_in(checkpoints):
         if directory.name > step_name(state.step):
@@ -265,7 +275,8 @@ def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Removes all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves."""
+    """Removes all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves. What
+    cannot be removed is logged."""
     # BEST may be older than the newest ones.
     best = read_pointer(checkpoints, BEST)
     if keep:
@@ -314,6 +325,11 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def _checkpoint_of_step(path: Path, run: Path, step: str) -> Path:
+    """Returns the checkpoint of `step` in the folder `run` or its `checkpoints`; `path` is what the user wrote.
+
+    Raises:
+        ArtefactError: there is none; the message lists the steps that have one.
+    """
     folders = (run, run / "checkpoints")
     for folder in folders:
         checkpoint = folder / step_name(int(step))
@@ -373,11 +389,12 @@ def check_same_model(
     way_out: str = "use the same model, or stage.init_from=none to start from new weights",
     but: Sequence[str] = (),
 ) -> None:
-    """Refuses a checkpoint whose model has other shapes or arithmetic.
+    """Refuses a checkpoint whose model has other shapes or arithmetic; name, initial values and max_seq_len may differ.
 
     Args:
-        saved: configuration of the model in the checkpoint.
-        but: keys that may differ.
+        saved: configuration of the model in the checkpoint; keys that it lacks have their defaults.
+        way_out: what the user can do, the end of the message.
+        but: further keys that may differ.
 
     Raises:
         ArtefactError: names every key that differs, with both values.

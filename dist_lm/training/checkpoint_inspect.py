@@ -18,7 +18,7 @@ def print_checkpoint(path: Path, console: Console) -> None:
     """Prints step, model, tensors and files of the checkpoint at `path`; reads headers, not tensors.
 
     Raises:
-        ArtefactError: there is no checkpoint, or a file is missing, truncated or foreign.
+        ArtefactError: there is no checkpoint, a file is missing, truncated or foreign, or one cannot be read.
     """
     directory = files.find_checkpoint(path)
     files.verify(directory, contents=False)
@@ -87,7 +87,8 @@ def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
 
 
 def _file_table(directory: Path, tensors: Iterable[StoredTensor]) -> Table:
-    """Returns the table of all files of a checkpoint, with the number of parts of tensors in each and its size."""
+    """Returns the table of all files below `directory`, by name, with the number of parts of tensors in each (empty:
+    none) and its size."""
     parts = Counter(part.file.name for tensor in tensors for part in tensor.parts)
     table = Table("file", title="Files", title_justify="left")
     table.add_column("parts of tensors", justify="right")

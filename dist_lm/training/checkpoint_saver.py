@@ -93,6 +93,9 @@ class CheckpointSaver:
     ) -> None:
         """Saves `state` and the present values of the tensors (collective), after the previous save is complete.
 
+        It returns when the copy in host memory is made and a thread writes it; if not asynchronous, when the checkpoint
+        is written. `checkpoint.write` says what else changes in the folder.
+
         Args:
             companions: more models for the same checkpoint.
             attached: files of the stage, by name; those of the first rank are written.
@@ -127,7 +130,7 @@ class CheckpointSaver:
             in_flight.result()
 
     def _write(self, tensors: dict[str, torch.Tensor], state: TrainState, attached: Mapping[str, bytes]) -> Path:
-        """Writes a checkpoint (collective, in the thread) and returns its directory.
+        """Writes a checkpoint (collective, in the thread), logs the time and returns its directory.
 
         Raises:
             CheckpointWriteError: on every rank, if any rank could not write.

@@ -83,7 +83,7 @@ def model_weights(directory: Path) -> dict[str, np.ndarray]:
     """Reads the parameters of a checkpoint, by their names in the model, fp32. Adapters are merged.
 
     Raises:
-        ArtefactError: a file cannot be read, or a part of a tensor is missing.
+        ArtefactError: a file cannot be read, a part of a tensor is missing, or the base is gone or has changed.
     """
     return {name: as_fp32(tensor) for name, tensor in model_tensors(directory).items()}
 
@@ -114,10 +114,11 @@ def own_parameters(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]:
-    """Returns the parameters of a base with the adapters of a checkpoint; each is computed when it is read.
+    """Returns the parameters of a base with the adapters of a checkpoint, in the order of the model; each is computed
+    when it is read. All files of the base are verified now.
 
     Raises:
-        ArtefactError: the base is missing, damaged or has changed.
+        ArtefactError: the base is missing, damaged or has changed, or the checkpoint cannot be read.
     """
     from dist_lm.model.lora import adapter_of  # needs torch, which reading a plain checkpoint does not
 
@@ -136,7 +137,8 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]
 def _merge(
     name: str, weight: StoredTensor | ComputedTensor, a: StoredTensor, b: StoredTensor, scale: float
 ) -> np.ndarray:
-    """Returns the fp32 weight plus the change by its adapter, as bytes (uint8)."""
+    """Returns the fp32 weight `name` plus the change by its adapter (factors `a` and `b`), as bytes (uint8),
+    row-major."""
     import torch
 
     from dist_lm.model.lora import change  # needs torch
@@ -153,7 +155,8 @@ def as_fp32(tensor: StoredTensor | ComputedTensor) -> np.ndarray:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors of a checkpoint by name, sorted by name; reads headers alone.
+    """Returns the tensors of a checkpoint by name (`model.PARAMETER`, `optimizer.PARAMETER.exp_avg`), sorted by name;
+    reads headers alone. A folder without files of tensors gives none.
 
     Raises:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
@@ -206,7 +209,7 @@ def tensors_in(file: Path) -> dict[str, StoredTensor]:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Returns (header of a safetensors file, byte offset of the numbers).
+    """Returns (header of a safetensors file, byte offset of the numbers); what the header says is not checked.
 
     Raises:
         ArtefactError: `file` is missing or is no safetensors file.
@@ -245,7 +248,12 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     """Writes the model of the checkpoint at `path` to the single file `output`; returns the number of tensors.
 
     Parameters have their names in the model, moments are `optimizer.PARAMETER.exp_avg`. One tensor is in memory at a
-    time. `output` appears when it is complete.
+    time. `output` appears when it is complete; after an error nothing is left. Every file of the checkpoint is verified
+    first. Adapters are merged.
+
+    Args:
+        path: a checkpoint, a run, or what else `find_checkpoint` takes.
+        with_optimizer: whether moments are written, too.
 
     Raises:
         ArtefactError: `output` does not end in `.safetensors`, exists, or cannot be written, or the checkpoint is

@@ -51,7 +51,8 @@ def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
 
 
 def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
-    """Iterates x <- (a + b s + c s^2) x with s = x x^T."""
+    """Returns x after ITERATIONS times x <- (a + b s + c s^2) x with s = x x^T; the Frobenius norm of x must be at most
+    1."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         square_NII = x_NIJ @ x_NIJ.mT
@@ -60,8 +61,8 @@ def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
 
 
 def newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
-    """Iterates as `newton_schulz` with a single product with x: q = a + b s + c s^2 turns s into q s q, because all of
-    these matrices commute.
+    """Returns the same as `newton_schulz` with a single product with x: q = a + b s + c s^2 turns s into q s q, because
+    all of these matrices commute.
 
     It takes half the work if J is four times I. It squares the condition number of x, which fp32 allows and bf16 does
     not.
@@ -91,7 +92,8 @@ class Variance:
     beta: float
 
     def normalise_(self, step: torch.Tensor) -> None:
-        """Adds the update to `neuron_sq`, then divides the update of each neuron, in place, by its root.
+        """Moves `neuron_sq` towards the squares of the update, then divides the update of each neuron by its root; both
+        in place.
 
         The norm of each matrix stays, as in the authors' normuon.py and in nanochat; algorithm 1 of Li et al. 2025 sets
         it to 0.2 sqrt(I J). The sum of squares, where they have the mean, cancels out.
@@ -126,7 +128,7 @@ def orthogonal_steps(
 
     Args:
         parameters: DTensors, or plain tensors if every rank holds all of them.
-        directions: this rank's shard of every direction.
+        directions: this rank's shard of every direction, with padding; not changed.
         variances: NorMuon of the parameters that have it, the same on every rank; they are updated.
     """
     # Parameters of one kind go through in stacks: few messages, few kernels.
@@ -184,7 +186,8 @@ def _uses_gloo(group: dist.ProcessGroup) -> bool:
 
 
 def _unshard(parameter: torch.Tensor, shards: torch.Tensor) -> torch.Tensor:
-    """Returns N unsharded tensors with the placement of `parameter`, of which this rank has `shards` (collective).
+    """Returns N unsharded tensors (N, ...) like `parameter`, of which this rank has `shards`, in the placement of
+    `parameter` (collective). A plain tensor's shards are returned as they are.
 
     Padding stays 0.
     """

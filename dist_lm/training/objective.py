@@ -61,11 +61,14 @@ def summed_losses(
 ) -> torch.Tensor:
     """Returns the loss on held-out documents, summed over all ranks of `group` (collective).
 
+    Tokens of language -1 do not count. No gradient is computed, and FSDP may leave parameters gathered.
+
     Args:
+        group: None: all ranks.
         alive: called after every batch.
 
     Returns:
-        (n_languages, 2) float64: nats and predicted tokens of each language.
+        (n_languages, 2) float64 on `device`: nats and predicted tokens of each language.
     """
     # Tokens that do not count have language -1; they are added to one more row, which is cut off.
     sums_L2 = torch.zeros(n_languages + 1, 2, dtype=torch.float64, device=device)
@@ -87,7 +90,8 @@ def loss_metrics(
 ) -> dict[str, float]:
     """Returns `val/loss` (nats per token) and `val/bits_per_byte`, in total and by language.
 
-    Bits per byte = nats / ln 2 / UTF-8 bytes of the text. The nats include the end-of-text tokens.
+    Bits per byte = nats / ln 2 / UTF-8 bytes of the text. The nats include the end-of-text tokens. A language without
+    predicted tokens has no metrics of its own.
 
     Args:
         sums: (nats, predicted tokens) of each language, as `summed_losses` returns them.
@@ -103,7 +107,8 @@ def loss_metrics(
 
 
 def mixed_metrics(sums: Sequence[tuple[float, float]], corpus: str, n_bytes: Mapping[str, float]) -> dict[str, float]:
-    """Returns `val/loss_CORPUS` and `val/bits_per_byte_CORPUS` of a corpus that is mixed into the data of a stage."""
+    """Returns `val/loss_CORPUS` (nats per token) and `val/bits_per_byte_CORPUS` of a corpus that is mixed into the data
+    of a stage, over all its languages. Arguments are those of `loss_metrics`."""
     nats, tokens = (sum(column) for column in zip(*sums, strict=True))
     return {
         f"val/loss_{corpus}": nats / tokens,

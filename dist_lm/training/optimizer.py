@@ -61,8 +61,8 @@ class ShardedAdamW(torch.optim.AdamW):
                 self._step_adamw(group)
 
     def _step_adamw(self, group: Mapping[str, Any]) -> None:
-        """Steps the parameters of a group that have a gradient by AdamW, in place, with one fused kernel over their
-        shards."""
+        """Steps the parameters of a group that have a gradient by AdamW, in place, with their moments and step
+        counters, by one fused kernel over their shards."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         states = [self.state[parameter] for parameter in parameters]
         beta1, beta2 = group["betas"]
@@ -86,7 +86,8 @@ class ShardedAdamW(torch.optim.AdamW):
         )
 
     def _step_muon(self, group: Mapping[str, Any]) -> None:
-        """Steps the matrices of a group that have a gradient by Muon, in place (collective)."""
+        """Steps the matrices of a group that have a gradient by Muon, in place, with momentum, step counters and
+        variances (collective). The gradients stay."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         momentum = group["momentum"]
 
@@ -107,7 +108,7 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonConfig | None = None) -> ShardedAdamW:
-    """Builds AdamW (Loshchilov & Hutter 2019), with Muon for some groups, for the parameters that have gradients.
+    """Builds AdamW (Loshchilov & Hutter 2019), with Muon for some groups, for the parameters with `requires_grad`.
 
     Moments exist from the start, so that every checkpoint has the same keys.
 
@@ -152,8 +153,8 @@ def _groups(
     settings: OptimizerConfig,
     muon: MuonConfig | None,
 ) -> list[dict[str, Any]]:
-    """Returns groups of parameters with one rate, one decay and one optimizer, as torch takes them; those of Muon come
-    last.
+    """Returns groups of parameters with one rate, one decay and one optimizer, as torch takes them, at the peak rates;
+    those of Muon come last.
 
     Args:
         muon: None: AdamW for all parameters.
@@ -210,7 +211,7 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
     Loshchilov & Hutter 2017, equation 5.
 
     Args:
-        step: 0-based optimizer step; the rate of step 0 is above zero.
+        step: 0-based optimizer step; the rate of step 0 is above zero, and after the last step the rate stays.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -219,7 +220,8 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
 
 
 def stage_rate(stage: TrainerGroup, step: int) -> float:
-    """Returns the learning rate of a 0-based step of a stage.
+    """Returns the learning rate, for `stage.lr`, of a 0-based step of a stage; groups have multiples of it
+    (`rate_ratio`).
 
     Schedule `wsd`: linear warm-up, constant (Hu et al. 2024, eq. 1), then a decay over the last `decay_steps`, linear
     or 1-sqrt (Haegele et al. 2024, eq. 1). Schedule `linear` is the same with a linear decay over the last
@@ -249,7 +251,8 @@ def stage_rate(stage: TrainerGroup, step: int) -> float:
 
 
 def rate_group(name: str) -> str | None:
-    """Returns the key of `stage.rates` for a parameter; None for an adapter, which has the rate `stage.lr`."""
+    """Returns the key of `stage.rates` for a parameter: head, embedding, matrices (inside blocks) or vectors (all
+    others); None for an adapter, which has the rate `stage.lr`."""
     if ADAPTERS in name:
         return None
     if name.startswith(("lm_head.", "scalar_head.")):

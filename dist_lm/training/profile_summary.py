@@ -52,7 +52,7 @@ class RankProfile:
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """Returns the same points as sorted intervals that do not touch."""
+    """Returns the same points as sorted intervals that do not touch; intervals without length are dropped."""
     merged: list[Interval] = []
     for begin, end in sorted(intervals):
         if merged and begin <= merged[-1][1]:
@@ -74,11 +74,12 @@ def clipped(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
 
 
 def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
-    """Returns the profile of a rank, in seconds per step, from the events of its trace (Chrome's format, in
+    """Returns the profile of a rank, means in seconds per step, from the events of its trace (Chrome's format, in
     microseconds).
 
     Raises:
         ValueError: no step is annotated.
+        KeyError, TypeError, AttributeError: an event has another form.
     """
     spans = [event for event in events if event.get("ph") == "X"]
     marks = [event for event in spans if _is_annotation(event) and event["name"].startswith(STEP)]
@@ -126,8 +127,8 @@ def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
 
 
 def _gpu_work(spans: Sequence[Mapping[str, Any]], device: Sequence[Mapping[str, Any]]) -> tuple[list[Work], list[Work]]:
-    """Returns computation and communication of a GPU, in microseconds. A kernel has the name of the operator that
-    launched it, if the trace has it."""
+    """Returns computation and communication of a GPU, in microseconds, from its kernels and copies; NCCL's kernels are
+    the communication. A kernel has the name of the operator that launched it, if the trace has it."""
     operators = {
         event["args"].get("External id"): event["name"]
         for event in spans
@@ -178,7 +179,8 @@ def _exclusive_times(calls: Iterable[tuple[str, Interval]]) -> list[Work]:
 
 
 def _parts(spans: Sequence[Mapping[str, Any]], steps: Sequence[Interval]) -> dict[str, float]:
-    """Returns microseconds of the host by part of a step; empty without marks of laps."""
+    """Returns microseconds of the host by part, summed over the steps: `data`, the names of laps, and `rest` after the
+    last lap; empty without marks of laps."""
     marks = sorted(
         (_interval(event)[1], {START: "data"}.get(event["name"], event["name"].removeprefix(LAP)))
         for event in spans
@@ -223,7 +225,8 @@ def read_profile(path: Path) -> RankProfile:
 
 
 def summarize(run: RunDirectory, console: Console) -> None:
-    """Prints where the time of the profiled steps of a run went, by rank and over all ranks.
+    """Prints where the time of the profiled steps of a run went, by rank and as means over all ranks: tables of times
+    (ms a step), of parts and of operators. It also says if the traces are older than the newest attempt.
 
     Raises:
         ArtefactError: there is no such run, it has no traces, or one is damaged.

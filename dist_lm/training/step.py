@@ -15,7 +15,7 @@ from torch import nn
 from dist_lm.data.batch import Batch
 from dist_lm.model.size import group_of
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.sharding import accumulate
+from dist_lm.parallel.sharding import set_reduction
 from dist_lm.parallel.values import reduce_partial_gradients, shard_of, squared_norms
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import Objective
@@ -26,7 +26,7 @@ from dist_lm.training.step_meter import Laps
 class Sums:
     """Sums over this rank's micro-batches; their gradients are in the model, reduced over ranks but not divided."""
 
-    total_count: torch.Tensor  # (2,) float64: loss total, count
+    total_and_count: torch.Tensor  # (2,) float64: loss total, count
     metrics: dict[str, torch.Tensor]  # sums of `LossSum.metrics`
     metric_counts: dict[str, torch.Tensor]  # sums of `LossSum.metric_counts`
 
@@ -54,28 +54,31 @@ def accumulate_gradients(
 ) -> Sums:
     """Runs the forward and backward pass of every micro-batch; the last one reduces gradients over ranks (collective).
 
+    Gradients are added to those that the model has. Sums stay on the device: nothing waits for a GPU.
+
     Args:
+        micro_batches: at least one, on the device of the model; as many on every rank.
         reduce_every_micro_batch: reduce in every micro-batch, which sends more and holds less.
         laps: gets `forward`, `backward` and `communication`, the all-reduces of this file. What FSDP sends during a
             pass counts as `forward` or `backward`.
     """
     if laps:
         laps.start()
-    total_count = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
+    total_and_count = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
     metrics: dict[str, torch.Tensor] = {}
     metric_counts: dict[str, torch.Tensor] = {}
 
     for index, micro_batch in enumerate(micro_batches):
         is_last = index == len(micro_batches) - 1
         # FSDP sends gradients with the last micro-batch only, unless memory is short.
-        accumulate(model, reduce=reduce_every_micro_batch or is_last, last=is_last)
+        set_reduction(model, reduce=reduce_every_micro_batch or is_last, last=is_last)
 
         loss = objective(model, micro_batch)
         _lap(laps, "forward")
         loss.total.backward()
 
         # Sums stay on the device: reading them here would make a GPU wait in every micro-batch.
-        total_count += torch.stack([loss.total.detach(), loss.count]).double()
+        total_and_count += torch.stack([loss.total.detach(), loss.count]).double()
         _add_to(metrics, loss.metrics)
         _add_to(metric_counts, loss.metric_counts)
         _lap(laps, "backward")
@@ -83,7 +86,7 @@ def accumulate_gradients(
     # With tensor parallelism, each rank has only a part of the gradients of replicated parameters: add the parts up.
     reduce_partial_gradients(model)
     _lap(laps, "communication")
-    return Sums(total_count, metrics, metric_counts)
+    return Sums(total_and_count, metrics, metric_counts)
 
 
 def _add_to(sums: dict[str, torch.Tensor], terms: Mapping[str, torch.Tensor]) -> None:
@@ -102,11 +105,15 @@ def update(
     tokens: int = 0,
     laps: Laps | None = None,
 ) -> StepResult:
-    """Divides the accumulated gradients, clips them, and steps the optimizer (collective).
+    """Divides the accumulated gradients by the global count (at least 1), clips them, and steps the optimizer
+    (collective).
 
-    Gradients that are not finite leave parameters and moments unchanged.
+    Gradients that are not finite leave parameters and moments unchanged. In any case the gradients are freed. The host
+    waits for the device once.
 
     Args:
+        sums: of `accumulate_gradients`, on every rank with the same names of metrics.
+        grad_clip: largest L2 norm of all gradients after division; 0: no clipping.
         adds_sums: whether this rank adds its sums: True on exactly one of the ranks that see the same data.
         stop: read after the backward pass, so that a request made during the step still ends the run with it (the first
             step may compile for minutes).
@@ -121,12 +128,12 @@ def update(
 
     # Everything that ranks must agree on goes into one message. `torch.full` fills it on the device: a copy from the
     # host would wait for the GPU.
-    device = sums.total_count.device
+    device = sums.total_and_count.device
     stop_1 = torch.full((1,), float(stop.requested), dtype=torch.float64, device=device)
     tokens_1 = torch.full((1,), tokens, dtype=torch.float64, device=device)
     metric_names, count_names = sorted(sums.metrics), sorted(sums.metric_counts)
     metric_sums = [sums.metrics[name] for name in metric_names] + [sums.metric_counts[name] for name in count_names]
-    batch_sums = torch.cat([tokens_1, sums.total_count, *(metric.double().reshape(1) for metric in metric_sums)])
+    batch_sums = torch.cat([tokens_1, sums.total_and_count, *(metric.double().reshape(1) for metric in metric_sums)])
     if not adds_sums:
         batch_sums = torch.zeros_like(batch_sums)
     message = torch.cat([stop_1, squared_norms(list(groups.values())).to(device), batch_sums])
@@ -174,7 +181,8 @@ def update(
 
 
 def gradients_by_group(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Returns gradients by group of parameters; every rank has the same groups: each step uses all parameters."""
+    """Returns the gradients of this rank by group of parameters (`group_of`), those themselves and not copies; every
+    rank has the same groups: each step uses all parameters."""
     groups: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -72,8 +72,8 @@ class StepMeter:
             self._work_began_s = working_s()
 
     def end(self, step: int, tokens: int) -> None:
-        """Notes that `step` is complete, and adds its times to those of the line; `tokens`: of all ranks, padding
-        excluded."""
+        """Notes that `step` (counted from 1) is complete, and adds its times to those of the line; nothing waits for a
+        GPU. `tokens`: of all ranks, padding excluded."""
         data_wait_s = self._data_arrived - self._began
         self._steps += 1
         self._tokens += tokens
@@ -93,8 +93,10 @@ class StepMeter:
 
     def line(self) -> dict[str, float]:
         """Returns means over the steps since the last line and the seconds left, by name, and begins a new line.
+        Nothing is sent: times are those of this rank.
 
-        At least one step must be complete.
+        At least one step must be complete. The seconds left are missing until the second step of an attempt is
+        complete.
         """
         metrics = {
             "perf/tokens_per_s": self._tokens / self._elapsed_s,
@@ -109,8 +111,9 @@ class StepMeter:
         return metrics
 
     def details(self) -> dict[str, float]:
-        """Returns the relative size of the last update, the slowest rank since the last details, and its work time /
-        the median (collective). The work times begin again at 0."""
+        """Returns, by name, the size of the last update relative to the parameters (0 if the step was skipped or
+        `begin` was not told), the slowest rank since the last details, and its work time / the median (collective). The
+        work times begin again at 0."""
         world = self._world
         # One all-reduce: two sums, and one entry per rank that the rank alone fills.
         message = torch.zeros(2 + world.size, dtype=torch.float64, device=world.device)
@@ -294,7 +297,8 @@ class UpdateSize:
     def squares(self) -> torch.Tensor:
         """Returns this rank's part of the squared L2 norms of the update and of the parameters after it: (2,) float64.
 
-        The parts of all ranks add up. Zeros if the step was skipped.
+        The parts of all ranks add up. Zeros if the step was skipped or not watched. The copy is freed, and the next
+        step is not measured unless `watch` is called again.
         """
         if self._hook:
             self._hook.remove()
@@ -361,8 +365,8 @@ def slowest_of(work_s_R: Sequence[float]) -> tuple[int, float]:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareConfig) -> float:
-    """Returns the peak FLOP/s of one device: from `hardware` if it describes this GPU, else from the fastest of some
-    products of two square matrices.
+    """Returns the peak FLOP/s of one device in `dtype`: from `hardware` if it describes this GPU, else from the fastest
+    of some products of two square matrices, which it runs here.
 
     CPUs are timed in seconds that the threads ran on a core, so other processes on the machine do not count.
     """

@@ -55,7 +55,8 @@ class StepProfiler:
     def reached(self, completed: int) -> None:
         """Notes that step `completed` is complete and the next one begins: starts, goes on or ends recording.
 
-        After the last step of the window it writes the trace, which may take minutes.
+        One step before the window it prepares the profiler, which takes seconds. After the last step of the window it
+        writes the trace, which may take minutes. At other steps it does nothing.
         """
         step = completed + 1
         if self._step and step > self._last:
@@ -92,7 +93,8 @@ class StepProfiler:
         return self._profile
 
     def _write_trace(self) -> None:
-        """Ends the recording and writes the trace, on a GPU also a snapshot of its memory."""
+        """Ends the recording, writes the trace, on a GPU also a snapshot of its memory, and logs where. The folder of
+        the trace is made; its parent must exist."""
         recording = self._stop()
         self._profile = None
         self._trace.parent.mkdir(exist_ok=True)

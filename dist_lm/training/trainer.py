@@ -84,7 +84,8 @@ class Trainer:
     def run(self, state: TrainState) -> TrainState:
         """Trains from `state` to the last step, or to the step at which all ranks agreed to stop (collective).
 
-        Model and optimizer change in place; metrics and checkpoints are written.
+        Model and optimizer change in place; metrics, checkpoints and, if asked for, a profile are written. What
+        `stream`, `prepare`, `evaluate` and `tasks` raise passes, without a new checkpoint.
 
         Returns:
             The state after the last step taken, which the last checkpoint also holds.
@@ -140,8 +141,12 @@ class Trainer:
     def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
         """Takes one optimizer step at learning rate `rate` and returns its outcome (collective).
 
+        Model and optimizer change in place, unless the gradients are not finite (`StepResult.applied`). What `prepare`
+        raises passes.
+
         Args:
-            state: counters before the step.
+            state: counters before the step; a caller makes those after it with `advance`.
+            rate: the rate of `stage.lr`; groups follow in proportion.
             data: this rank's micro-batches, in host memory.
             laps: measures the parts of the step; given on every rank or on none.
         """
@@ -176,7 +181,8 @@ class Trainer:
         )
 
     def _report(self, state: TrainState, outcome: StepResult, rate: float, meter: StepMeter) -> float | None:
-        """Measures and writes the metrics of a step if they are due (collective).
+        """Measures and writes the metrics of a step if they are due (collective); after the last step they are due,
+        with the loss on all held-out data.
 
         Returns:
             The held-out loss by which this checkpoint competes for BEST, in nats per token; None if nothing was
@@ -206,8 +212,14 @@ class Trainer:
         return val_loss
 
     def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
-        """Returns the metrics of a step by their names, without held-out metrics (collective). Resets the meter for the
-        next line."""
+        """Returns the metrics of a step by their names, without held-out metrics; nothing is written. Collective if
+        `is_detailed`.
+
+        It resets the meter for the next line. Norms by group are there if `result` has them, MFU if the peak is known.
+
+        Args:
+            state: counters after the step.
+        """
         stage = self.config.stage
         line = {
             "train/loss": result.loss,
@@ -260,7 +272,8 @@ class Trainer:
             self.profiler.reached(step)
 
     def _check_finite(self, state: TrainState, saver: CheckpointSaver) -> None:
-        """Refuses to go on after too many skipped steps; it first waits for the checkpoint that is being written.
+        """Refuses to go on after too many skipped steps; then it first waits for the checkpoint that is being written
+        (collective).
 
         Raises:
             NonFiniteGradientsError: stage.max_nonfinite_steps steps in a row were skipped.
@@ -279,7 +292,7 @@ class Trainer:
         )
 
     def _saver(self) -> CheckpointSaver:
-        """Returns the saver of this run's checkpoints."""
+        """Returns a new saver of this run's checkpoints, with a thread and a process group of its own (collective)."""
         stage = self.config.stage
         return CheckpointSaver(
             self.checkpoints,
@@ -290,7 +303,8 @@ class Trainer:
         )
 
     def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, is_final: bool) -> TrainState:
-        """Saves a checkpoint and the time that it held up training (collective).
+        """Saves a checkpoint, after all metrics are on disk, and writes the seconds that it held up training as a
+        metric (collective).
 
         Args:
             val_loss: held-out loss of the checkpoint; None: it was not evaluated and cannot become the best one.
@@ -300,7 +314,8 @@ class Trainer:
             The saved state, which names the best checkpoint so far.
 
         Raises:
-            CheckpointWriteError: the previous checkpoint could not be written, or this one if `is_final`.
+            CheckpointWriteError: the previous checkpoint could not be written, or this one if `is_final` or not
+                asynchronous. What `tasks.before_checkpoint` raises passes.
         """
         if val_loss is not None and is_better(val_loss, state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
@@ -322,7 +337,8 @@ class Trainer:
 
 
 def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
-    """Returns the state after a step; a skipped step also consumes its data.
+    """Returns the state after a step; a skipped step also counts as a step and consumes its data. Best loss and
+    tokenizer stay.
 
     Args:
         position: sequences of the stream consumed so far, this step included.

@@ -206,7 +206,7 @@ def test_a_suffix_asks_for_the_middle(small_run, session, monkeypatch, capsys):
     marks = InfillMarks.of(session.tokenizer)
     before, after = session.tokenizer.encode("def a("), session.tokenizer.encode("return b")
     tokens = [session.tokenizer.eot_id, marks.prefix, *before, marks.suffix, *after, marks.middle]
-    assert session.tokens("def a(", after="return b") == tokens
+    assert session.tokens("def a(", suffix="return b") == tokens
     parts = []
     params = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.95)
     session.answer(tokens, Settings(params, 11), 1, lambda index, text: parts.append(text))

@@ -128,7 +128,7 @@ def test_nothing_to_drop_returns_the_input() -> None:
 def test_a_part_of_the_tokens_draws_its_part_of_the_mask() -> None:
     x = torch.ones(4, 8, 16)
     whole = apply_dropout(x, at(KEY, 1, channels=16))
-    half = apply_dropout(x[:, 4:], dropout_sites(KEY, n_layers=3, d_model=16, first_token=4)[1])
+    half = apply_dropout(x[:, 4:], dropout_sites(KEY, n_layers=3, d_model=16, first_index=4)[1])
     assert torch.equal(half, whole[:, 4:])
 
 
