@@ -35,7 +35,8 @@ STALL = "checkpoint/stall_s"
 
 
 def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
-    """Read the runs that `paths` name.
+    """Returns what a report shows of the runs that `paths` name, each once: of a run, of all runs of a stage, or of the
+    newest command in a work directory. Secrets are removed.
 
     Args:
         run_id: the run_id of a command in a work directory; None: the newest command.
@@ -66,7 +67,7 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
 
 
 def require_paths(paths: Sequence[Path], run_id: str | None) -> None:
-    """Check the arguments before any file is read.
+    """Checks the arguments before any file is read.
 
     Raises:
         ArtefactError: a path is not a directory, or `run_id` was given without a work directory.
@@ -82,7 +83,8 @@ def require_paths(paths: Sequence[Path], run_id: str | None) -> None:
 
 
 def labels(runs: Sequence[RunDirectory]) -> list[str]:
-    """Returns the shortest unique names of runs: `second`, `code`, `code/second` or `work/code/second`."""
+    """Returns the shortest names of runs that differ, all of one form: RUN_ID, STAGE, `STAGE/RUN_ID`,
+    `WORK/STAGE/RUN_ID`, or else their paths. One run has its RUN_ID."""
     forms = (
         [run.path.name for run in runs],
         [run.path.parent.name for run in runs],
@@ -106,6 +108,11 @@ def _work_of(path: Path) -> WorkDirectory | None:
 
 
 def _named(path: Path) -> list[RunDirectory]:
+    """Returns the run `path`, or the runs of the stage folder `path`, sorted by name.
+
+    Raises:
+        ArtefactError: it is neither.
+    """
     if RunDirectory(path).config.is_file():
         return [RunDirectory(path)]
 
@@ -117,8 +124,19 @@ def _named(path: Path) -> list[RunDirectory]:
 
 
 def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
-    """Returns the record of the newest command, of any stage, with `run_id`."""
-    commands = [durable.read_json(path) for path in work.pipelines()]
+    """Returns the record of the newest command in a work directory, with `run_id` unless that is None. Secrets are
+    removed.
+
+    Raises:
+        ArtefactError: there is no such command (the message lists the run ids), or a record is damaged.
+    """
+    commands = []
+    for path in work.pipelines():
+        command = durable.read_json(path)
+        if not {"run_id", "stages"} <= command.keys():
+            raise ArtefactError(f"{path}: not the record of a command; move it away to continue without it")
+        commands.append(command)
+
     matching = [command for command in commands if run_id in (None, command["run_id"])]
 
     if not matching:
@@ -142,6 +160,8 @@ def _runs_of(work: WorkDirectory, pipeline: dict[str, Any]) -> list[RunDirectory
 
 
 def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) -> str:
+    """Returns the title of a report: `WORK / RUN_ID` for one command, `STAGE / RUN_ID` for one run, else their
+    number."""
     if len(pipelines) == 1 and all(run.work.path in pipelines for run in runs):
         return f"{next(iter(pipelines)).name} / {next(iter(pipelines.values()))['run_id']}"
 
@@ -162,7 +182,10 @@ def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[Run
 
 
 def read_run(run: RunDirectory, label: str) -> RunFacts:
-    """Read one run.
+    """Returns the facts of one run, without secrets; missing files but config.yaml count as empty.
+
+    Args:
+        label: its name in the report.
 
     Raises:
         ArtefactError: not a run, or one of its files is damaged.
@@ -194,7 +217,8 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
 
 
 def read_series(path: Path) -> tuple[dict[str, Series], Series]:
-    """Returns every metric of a metrics file by name, and the time of every step; takes 16 bytes for each value.
+    """Returns every metric of a metrics file by name, and the time of every step; empty without a file. It takes 16
+    bytes for each value. Of several values of a step the last one counts.
 
     A line that is added to a step later, such as scores of tasks, does not change the time of the step.
 
@@ -224,7 +248,8 @@ def read_series(path: Path) -> tuple[dict[str, Series], Series]:
 
 
 def _by_step(steps: np.ndarray, values: np.ndarray, first: bool) -> Series:
-    """Returns values in order of steps; if a step has several, the first or the last one written."""
+    """Returns values in order of steps, each step once; of several the one written first (`first`) or last. Neither
+    array may be empty."""
     # A stable sort keeps the order of writing among equal steps.
     order = np.argsort(steps, kind="stable")
     steps = steps[order]
@@ -236,6 +261,11 @@ def _by_step(steps: np.ndarray, values: np.ndarray, first: bool) -> Series:
 
 
 def _config(path: Path) -> dict[str, Any]:
+    """Returns the configuration of a run without secrets; interpolations are not resolved.
+
+    Raises:
+        ArtefactError: the file cannot be read, or is no configuration.
+    """
     try:
         config = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
@@ -256,7 +286,8 @@ def _model(config: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
-    """Returns the layout of the newest attempt; it differs from the configured one after a node was lost or added."""
+    """Returns the layout of the newest attempt, None if it is unknown; it differs from the configured one after a node
+    was lost or added."""
     text = str(newest_attempt(events).get("layout", ""))
     pairs = dict(part.split("=", 1) for part in text.split())
     if set(AXES) <= pairs.keys():
@@ -273,7 +304,8 @@ def _state(run: RunDirectory) -> State:
 def _checkpoints(
     run: RunDirectory, stall_of: Mapping[int, float], time_of: Mapping[int, float]
 ) -> Iterator[Checkpoint]:
-    """Yields the existing checkpoints, and the deleted ones that the metrics mention.
+    """Yields the existing checkpoints, and the deleted ones that the metrics mention, by step; a deleted one without a
+    time is left out.
 
     Args:
         stall_of: step -> seconds that training waited for its checkpoint.
@@ -296,6 +328,12 @@ def _checkpoints(
 
 
 def _samples(run: RunDirectory) -> Samples:
+    """Returns a selection of the rows in a run's newest file of samples (of stage generate: its first part); empty
+    without a file.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
     # Files of steps belong to different weights, so the newest counts; all parts belong to one model.
     files = sorted(run.samples.glob("step_*.jsonl"), reverse=True) or sorted(run.samples.glob("part-*.jsonl"))
     if not files:
@@ -310,7 +348,7 @@ def _samples(run: RunDirectory) -> Samples:
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a selection of rows, some of each kind or language, in their order."""
+    """Returns at most MOST_SAMPLES of the rows, the first few of each kind or language, in their order."""
     indices_of: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         indices_of.setdefault(str(row.get("kind") or row.get("language") or ""), []).append(index)

@@ -31,16 +31,18 @@ def record_of(config: AdaptedModelConfig, directory: Path) -> dict[str, Any]:
 
 
 def adapted_model(directory: Path) -> AdaptedModelConfig:
-    """Returns the model of a checkpoint of adapters, with the directory where its base is now.
+    """Returns the model of a checkpoint of adapters, with the directory where its base is now: beside the checkpoint,
+    else at the recorded path. No file of tensors is read.
 
     Raises:
         ArtefactError: the base is gone or has changed, or the checkpoint cannot be read or does not describe adapters.
     """
     model, record = files.read_state(directory)[1], files.read_adapters(directory)
+    assert record is not None
+    lora = _lora_of(directory, record)
     try:
-        assert record is not None
         base_sha256 = str(record["base_sha256"])
-        config = AdaptedModelConfig.of(ModelConfig(**model), LoraConfig(**record["lora"]), base_sha256=base_sha256)
+        config = AdaptedModelConfig.of(ModelConfig(**model), lora, base_sha256=base_sha256)
         recorded_path = Path(str(record["base"]))
         moved_path = Path(os.path.normpath(directory.resolve() / str(record["base_from_here"])))
     except (KeyError, TypeError, UserError) as error:
@@ -69,10 +71,22 @@ def check_same_adapters(directory: Path, model: ModelConfig) -> None:
     """Refuses a checkpoint whose adapters have other settings than `model`.
 
     Raises:
-        ArtefactError: names the checkpoint and both settings.
+        ArtefactError: names the checkpoint and both settings, or the checkpoint does not describe adapters.
     """
     record = files.read_adapters(directory)
-    saved = None if record is None else LoraConfig(**record["lora"])
+    saved = None if record is None else _lora_of(directory, record)
     if saved != model.lora:
         was, now = (f"stage.lora={vars(lora) if lora else 'off'}" for lora in (saved, model.lora))
         raise ArtefactError(f"checkpoint {directory} has {was}, not {now}: give the same, or choose another run_id")
+
+
+def _lora_of(directory: Path, record: dict[str, Any]) -> LoraConfig:
+    """Returns the settings of adapters in the entry `adapters` of a checkpoint.
+
+    Raises:
+        ArtefactError: they are missing, or adapters cannot have them.
+    """
+    try:
+        return LoraConfig(**record["lora"])
+    except (KeyError, TypeError, UserError) as error:
+        raise ArtefactError(f"checkpoint {directory}: {files.STATE} does not describe adapters ({error})") from error

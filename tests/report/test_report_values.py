@@ -167,6 +167,16 @@ def test_a_damaged_file_is_refused_by_its_path(tmp_path):
         path.unlink() if kept is None else path.write_bytes(kept)
 
 
+@pytest.mark.parametrize("record", ["{}", "[1]", '{"run_id": "default"}', '{"stages": []}'])
+def test_a_record_of_a_command_without_its_keys_is_refused_by_its_path(tmp_path, record):
+    """Finds a KeyError in place of the file and the way out."""
+    path = WorkDirectory(tmp_path).pipeline("rlhf", "default")
+    path.parent.mkdir()
+    path.write_text(record)
+    with pytest.raises(ArtefactError, match=re.escape(f"{path}: not the record of a command; move it away")):
+        read_facts([tmp_path])
+
+
 @pytest.mark.parametrize("line", ['{"time": 1.0, "step": 3}', '{"event": "stopped"}', "[1]", "7"])
 def test_a_line_that_is_no_event_is_refused_by_its_number_and_half_a_line_is_not(tmp_path, line):
     run = make_run(WorkDirectory(tmp_path), "code", steps=10)

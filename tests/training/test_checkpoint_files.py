@@ -13,6 +13,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
+from dist_lm.training.adapters import adapted_model, check_same_adapters
 from dist_lm.training.state import TrainState
 
 MODEL = {"d_model": 8}
@@ -49,6 +50,16 @@ def test_without_the_checkpoint_that_it_names_latest_is_the_one_from_which_ranks
     (tmp_path / files.LATEST).unlink()
     assert files.find_checkpoint(tmp_path) == before
     assert files.read_pointer(tmp_path, files.BEST) is None
+
+
+@pytest.mark.parametrize("adapters", [{}, {"lora": 7}, {"lora": {"ranks": 1}}, {"lora": {"rank": -1}}])
+def test_a_damaged_record_of_adapters_names_its_checkpoint(tmp_path, adapters):
+    """Finds a KeyError, a TypeError or an error that names no file in place of the checkpoint."""
+    model = compose_config(["stage=language", "model=nano"]).model
+    files.write_state(tmp_path, TrainState(), asdict(model), adapters)
+    for read in (adapted_model, lambda directory: check_same_adapters(directory, model)):
+        with pytest.raises(ArtefactError, match=f"checkpoint {tmp_path}: state.json does not describe adapters"):
+            read(tmp_path)
 
 
 def flip_a_byte(path):
