@@ -283,7 +283,8 @@ def _note_repeats(config: Config, tokens: int, console: Console) -> None:
 
 
 def _table(title: str, rungs: Sequence[Rung]) -> Table:
-    """Returns a table with a row for each rung; bits per byte are the mean over the seeds, with their range."""
+    """Returns a table with a row for each rung: width, parameters, tokens, FLOPs, bits per byte as the mean over the
+    seeds, and largest minus smallest of them."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for column in ("width", "M params in blocks", "M tokens", "FLOPs", "bits/byte", "range"):
         table.add_column(column, justify="right")

@@ -115,10 +115,13 @@ class Follower:
         pin(self._process.pid, core)
 
     def ask(self, word: str) -> dict[str, float]:
-        """Sends a word and returns the answer.
+        """Sends a word and waits, without a limit, for the answer.
 
-        `cost` gives {lines, cpu_s} so far. `finish` gives {wait_s}, the wait for the end of wandb, and ends the
-        process.
+        `cost` gives {lines, cpu_s} so far: lines of metrics that wandb got, and CPU seconds of the process and its
+        descendants. `finish` gives {wait_s}, the wait for the end of wandb in seconds, and ends the process.
+
+        Raises:
+            BrokenPipeError, ValueError: the process has ended.
         """
         assert self._process.stdin
         assert self._process.stdout

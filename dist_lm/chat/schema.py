@@ -247,12 +247,14 @@ def _lines(error: ValidationError) -> Iterator[str]:
 
 
 def _expectation(keyword: Any, expected: Any, instance: Json) -> str | None:
-    """Returns what a keyword expects, in our words; None: the words of jsonschema are good enough.
+    """Returns a message `expected ..., found ...` about a value that a keyword refuses.
+
+    It is None for keywords other than type, enum, anyOf and oneOf: the words of jsonschema are good enough.
 
     Args:
         keyword: of the schema, such as enum.
         expected: its value there.
-        instance: the value of the argument.
+        instance: the value of the argument; a long one is cut.
     """
     contrast = f"found {_short(json.dumps(instance, ensure_ascii=False))}"
     if keyword == "type":

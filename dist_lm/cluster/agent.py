@@ -304,7 +304,8 @@ class NodeAgent:
         return pulses
 
     def _ranks(self) -> dict[int, psutil.Process]:
-        """Returns the living processes of the ranks, by local rank; empty after the end of torchrun."""
+        """Returns the living processes of the ranks, by local rank; empty after the end of torchrun. Only after
+        `launch` (asserted)."""
         assert self._torchrun is not None
         ranks = {}
         try:

@@ -45,7 +45,8 @@ class Survey:
     is_whole: bool = True
 
     def worst_source(self) -> tuple[str, float]:
-        """Returns the source with the largest share of broken rows, and that share in [0, 1]; ("", 0) without one."""
+        """Returns the source with the largest share of broken rows among those read, and that share in [0, 1]; ("", 0)
+        if no row is broken. The first of equal ones."""
         reasons = {row["reason"] for row in self.broken}
         shares = [("", 0.0)]
         for name, tally in self.report.sources.items():

@@ -147,7 +147,12 @@ def part_of(prompt: str) -> Part:
 
 
 def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b: int) -> TinyTask:
-    """Returns the task of a rung with the numbers a and b: two tests, and its solution."""
+    """Returns the task of a rung with the numbers a and b: two tests, whose arguments `rng` draws, and its solution.
+
+    Args:
+        language: python, bash or sql, whichever the rung is written in.
+        prompt: the request, with its numbers.
+    """
     solution = rung.solution.format(a=a, b=b)
     tests_arguments = _arguments(rung, rng, a, b)
     cases = [[(argument, rung.value(argument, a, b)) for argument in arguments] for arguments in tests_arguments]

@@ -188,7 +188,11 @@ class Followers:
 def _start(rank: int) -> _Follower:
     """Starts the process of a follower in a session of its own, with a socket to this process; does not wait for it.
 
-    It imports dist_lm from the same folder as this process and inherits the environment.
+    It imports dist_lm from the same folder as this process and inherits the environment. Its output goes to a file
+    without a name (`_Follower.output`). The kernel kills it when the calling thread ends.
+
+    Raises:
+        OSError: the kernel refuses a socket, a file or a process.
     """
     leader_socket, follower_socket = socket.socketpair()
     output = tempfile.TemporaryFile()  # noqa: SIM115  closed in `end`

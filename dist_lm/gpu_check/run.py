@@ -196,7 +196,13 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list[str]:
-    """Returns the command line of a check: its program, under torchrun with a rank for each GPU if it runs on all."""
+    """Returns the command line of a check: its program, under torchrun with a rank for each GPU if it runs on all.
+
+    Args:
+        gpus: number of ranks, or of GPUs that the program may use.
+        folder: the program writes its results there.
+        rehearse: run on the CPU, at tiny sizes.
+    """
     mode = probe.REHEARSAL if rehearse else probe.CARD
     program = [probe.__name__, check.name, str(folder), str(gpus), mode]
 

@@ -165,8 +165,15 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
 def next_commands(
     stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """Yields (purpose, shell command) of possible next steps: unless it is done, to go on and to see why; then to use
-    what the run has; after it, the stage that starts from it.
+    """Yields (purpose, shell command) of possible next steps, perhaps none; nothing is run.
+
+    Unless the stage is done: to go on, and to see what happened. For a stage that runs in ranks and has metrics: to use
+    what its run has. Only if such a stage is done: the first stage that starts from it, with the overrides of the
+    command that both share.
+
+    Args:
+        stage: the last stage of the command; its run directory is read.
+        command: program, then overrides.
 
     Raises:
         ConfigError: the stage of another package cannot be imported.

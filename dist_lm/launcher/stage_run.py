@@ -291,19 +291,23 @@ def run_training_stage(
     """Runs a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
 
     It writes the configuration and the journal of the run, and holds its lock. It first waits for other ranks that
-    train the run. A run that another command has finished since the plan is left as it is (True).
+    train the run. A run that another command has finished since the plan is left as it is (True). Otherwise it removes
+    `result.json`, which a finished run that goes on with more steps has.
 
     Args:
         job: batch job of this process.
 
     Raises:
-        ConfigError: the layout does not fit the ranks of the cluster, another command has begun the run with other
-            settings, or tracking.mode=online without a login.
+        ConfigError: layout, batch, device or hardware group do not fit the cluster, another command has begun the run
+            with other settings, or tracking.mode=online without a login.
         ClusterError: too few nodes are available or fit.
         GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint, or one that no restart
             mends.
         ArtefactError: another process works on the run; the ranks ended without a result, and nobody asked them to
-            stop; or what the run began with has changed since the plan.
+            stop; what the run began with has changed since the plan; or a file of the run is damaged, such as a line of
+            its metrics.
+        OSError: a file of the run cannot be read or written.
+        RuntimeError: ranks that did not stop in time remain even after SIGKILL.
     """
     config, ranks = fitted(stage, cluster)
     run = run_of(config)

@@ -271,13 +271,15 @@ def _check_exists(override: Override, schema: type[Config], folders: Sequence[st
 
 
 def _no_such_key(override_text: str, parts: Sequence[str], node: Any, stage: str) -> str:
-    """Returns the message for a key that the stage does not have: the new name of a renamed key, or a similar key and
-    all keys.
+    """Returns the message for a key that the stage does not have.
+
+    It names the new name of a renamed key, or says to leave a removed one out. For any other key it names a similar key
+    of `node`, if there is one, and all keys of `node`.
 
     Args:
         override_text: the override, without secrets.
-        parts: the key up to its first unknown part.
-        node: the dataclass that lacks this part.
+        parts: the key up to its first unknown part, at least one.
+        node: the dataclass (class or instance) that lacks this part.
         stage: the stage whose program runs.
     """
     present = present_key(".".join(parts), stage)

@@ -74,8 +74,12 @@ def with_layout(
 def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int) -> ParallelConfig | None:
     """Returns `config.parallel` with the layout that the run recorded; no axis is -1, and auto is false.
 
-    It is None for another number of ranks, or if the command asks for another layout. Keys that the command sets stay;
-    `sp`, and with parallel=auto the keys in `AUTO_CHOOSES`, are those recorded.
+    It is None for another number of ranks, or if the command asks for another layout. `sp`, and with parallel=auto the
+    keys in `AUTO_CHOOSES`, are those recorded, unless the command sets them. All other keys are those of `config`.
+
+    Args:
+        before: the recorded run.
+        ranks_per_node: the same on each of cluster.nodes nodes.
 
     Raises:
         ConfigError: the recorded layout does not fit the ranks.

@@ -210,7 +210,14 @@ def tokens_of_pairs(completions: Completions) -> torch.Tensor:
 
 def _chosen_and_rejected(value_C: torch.Tensor, ranked: RankedPositions) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns two scalars: the values of the chosen completions summed over all choices, and the means of those that
-    remain after each, summed too."""
+    remain after each, summed too.
+
+    A ranking of K completions has K - 1 choices: of each but the last, before the worse ones and tied ones at later
+    places. Each pair of `better_N` and `worse_N` is one more choice.
+
+    Args:
+        value_C: by the indices in `ranked`.
+    """
     value_PK = value_C[ranked.index_PK]
     remaining_PKK = remaining(ranked.rank_PK, ranked.exists_PK).to(value_C.dtype)
     n_remaining_PK = remaining_PKK.sum(-1)

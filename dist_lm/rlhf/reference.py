@@ -54,14 +54,14 @@ def reference_of(
     Args:
         key: `checkpoint` and all else that the numbers depend on.
         initial: opens the reference model.
-        data_ranks: the ranks that read different data.
+        data_ranks: the ranks that read different data; None: all.
         has_steps: whether the run has taken steps. Then the file belongs to the reference that it began with, even if
             the checkpoint at that path has changed since.
         alive: called after every batch.
 
     Raises:
         ArtefactError: no ranking of a split fits into a sequence, or a tar is damaged; or of `initial`.
-        OSError: the file cannot be written.
+        OSError: the file cannot be read or written; on the first rank alone, while the others wait for it.
     """
     stored: list[dict[str, SplitReference] | None] = [None]
     if world.is_first:

@@ -65,8 +65,11 @@ class RlhfState:
         return values | {"kl": asdict(self.kl), "reward_scale": scale}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores,
-        `ITERATION.mark.NAME` -> marks; empty if there are none."""
+        """Returns the pending rollouts, for `from_dict`; empty if there are none.
+
+        `ITERATION.NAME` -> field NAME of `Rollouts`, `ITERATION.left_out` -> int64 (1,), prompts that were replaced,
+        `ITERATION.score.PART` -> scores, `ITERATION.mark.NAME` -> marks. Arrays are not copied.
+        """
         arrays = {}
         for iteration, scored in self.pending.items():
             for name, array in vars(scored.rollouts).items():

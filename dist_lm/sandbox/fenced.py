@@ -59,7 +59,8 @@ class Fenced:
         return os.fork()
 
     def begin(self) -> None:
-        """Begins the first process of new namespaces, which ends with its parent.
+        """Prepares this process, the child of `fork`: the kernel kills it when its parent ends. With namespaces it also
+        mounts a /proc of its own.
 
         Raises:
             OSError: the kernel refuses.

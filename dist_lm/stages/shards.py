@@ -94,10 +94,16 @@ class Shards(ArtefactStage):
         """Tokenizes every corpus that is missing, damaged or older than its inputs; corrects the licences of the
         others.
 
+        These are the corpora in `stage.corpora` (null: all), except those of rankings. An interrupted build goes on
+        after its finished tars; if the inputs have changed, these are dropped.
+
         Raises:
             ConfigError: there is no corpus, or a source is invalid.
-            ArtefactError: a folder holds files of others, or sources have changed under finished tars.
+            ArtefactError: a folder holds files of others, sources have changed under finished tars or give no document
+                for a split, too many rows are broken, a manifest is damaged, or the tokenizer is missing.
             UserError: a source cannot be read or reached.
+            OSError: a file cannot be read or written.
+            ZstdError, ValueError, KeyError: a file of origins, whose licences it corrects, is damaged.
         """
         wanted = wanted_corpora(config)
         missing = missing_corpora(config, wanted)

@@ -125,8 +125,12 @@ class Above:
         self._line = ""
 
     def write(self, text: str) -> int:
-        """Prints the lines that `text` completes above the view, and buffers the rest until its line is complete.
-        Returns the number of characters of `text`."""
+        """Prints the lines that `text` completes above the view, and buffers the rest until its line is complete, or
+        until `finish`. Returns the number of characters of `text`.
+
+        Raises:
+            OSError: the terminal is gone.
+        """
         complete, newline, self._line = (self._line + text).rpartition("\n")
         if newline:
             with self._view.above():

@@ -262,7 +262,11 @@ def _value(figure: Figure, state: TrainingState, width: int) -> str:
 
 
 def _saved(state: TrainingState, now: float, glyphs: Glyphs) -> str:
-    """Returns step and age of the newest checkpoint, and the step of the lowest val/loss; empty if neither is known."""
+    """Returns step and age of the newest checkpoint, and the step of the lowest val/loss; empty if neither is known.
+
+    Args:
+        now: seconds, by the clock of `state`.
+    """
     facts = []
     if state.saved:
         step, at = state.saved

@@ -61,8 +61,13 @@ def example(seed: int, number: int) -> Example:
 def _draft(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """Returns an example, or None if it would be too long or two tools have the same name.
 
-    The length counts characters of tools and turns, at most one of LONGEST (a session: LONGEST_SESSION). Draws from
-    `rng`, so a second call returns another draft.
+    The length counts characters of tools and turns. Its limit is drawn from LONGEST; that of a session is
+    LONGEST_SESSION. Rounds and tools that the example does not need are dropped before it counts as too long. Draws
+    from `rng`, so a second call returns another draft.
+
+    Args:
+        kind: a key of KINDS.
+        shelf: number of the tools to choose from, below SHELVES; it is the group of the example.
     """
     topics = shelf_topics(shelf)
     if kind in INVENTED and rng.random() < INVENTED[kind]:
