@@ -1,5 +1,7 @@
 """Answers that look forged, or like a table of their tests, are recognised; answers that solve tasks are not."""
 
+import time
+
 import pytest
 
 from dist_lm.evaluation.problems import own_problems
@@ -9,7 +11,18 @@ from tests.forgery.bash_answers import BASH
 from tests.forgery.kinds import KINDS
 from tests.forgery.python_answers import PYTHON
 from tests.forgery.sql_answers import SQL
+from tests.patience import patient
 
+HOSTILE = [
+    ("python", "def __eq__ " * 4_000),
+    ("python", "import " * 6_000),
+    ("python", "\n" * 40_000 + "x"),
+    ("python", "class " + "Error" * 8_000),
+    ("bash", "ln" + " " * 40_000 + "x"),
+    ("bash", "trap " * 8_000),
+    ("bash", ">&" + "n" * 40_000),
+    ("sql", "TEMP" + " " * 40_000),
+]
 TABLE = (Test(code="assert f(12) == 144"), Test(code="assert f(25) == 625"))
 
 
@@ -54,6 +67,14 @@ def test_tables_in_bash_and_of_outputs_are_lookups():
     outputs = (Test(stdin="10 20", stdout="30"), Test(stdin="11 22", stdout="33"))
     assert is_lookup("python", 'print({"10 20": 30, "11 22": 33}[input()])', outputs)
     assert not is_lookup("python", "print(sum(map(int, input().split())))", outputs)
+
+
+@pytest.mark.parametrize(("language", "source"), HOSTILE, ids=range(len(HOSTILE)))
+def test_no_text_keeps_the_patterns_busy(language: str, source: str):
+    """Answers are matched in rank 0: 40,000 empty lines took 20 s of it, 400 times `def __eq__` 2 s."""
+    begin = time.process_time()
+    is_forged(language, source)
+    assert time.process_time() - begin < patient(1)
 
 
 def test_short_values_say_nothing():
