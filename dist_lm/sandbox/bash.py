@@ -13,6 +13,8 @@ none is named and there is no input); after it, what the program changed is copi
 folders, with their rights and times. Links, pipes and sockets of a program are not copied, so a file of the test is
 never another one than it seems. A program cannot read or change what it was not given.
 
+Where a test lets its shell read a text of the program as code (`dist_lm.sandbox.expansions`), only plain texts pass.
+
 This module runs inside the sandbox. Only the standard library is imported, and little of it. What comes from the
 program is hostile.
 """
@@ -23,6 +25,7 @@ import os
 import select
 
 from dist_lm.sandbox.environment import ENVIRONMENT, PATH
+from dist_lm.sandbox.expansions import Places, harm, places_of
 from dist_lm.sandbox.shared_files import FailedError, Folder, checked
 from dist_lm.sandbox.values import Decoder, Encoder, MalformedError, NotCarriedError
 
@@ -44,17 +47,19 @@ STANDARD = frozenset(
     dirs disown do done echo elif else enable esac eval exec exit export false fc fg fi for function getopts
     hash help history if in jobs kill let local logout mapfile popd printf pushd pwd read readarray readonly
     return select set shift shopt source suspend test then time times trap true type typeset ulimit umask
-    unalias unset until wait while { } ! ar awk b2sum base32 base64 basename bash bc bunzip2 busybox bzip2 cal
-    cat chgrp chmod chown chroot chrt cksum clear cmp col colrm column comm cp cpio csplit curl cut date dc dd
-    df diff diff3 dir dircolors dirname dos2unix du ed egrep env ex expand expr factor fgrep file find flock fmt
-    fold free gawk getconf getopt git grep groups gunzip gzip head hexdump hostid hostname iconv id infocmp
-    install ionice join jq killall last less link ln locale logname look ls lscpu lsof lzma m4 make mawk mcookie
-    md5 md5sum mkdir mkfifo mknod mktemp more mv namei nice nl node nohup nproc numfmt od openssl paste patch
-    pathchk perl pgrep pidof pinky pkill pr printenv ps pstree ptx python python3 readlink realpath renice reset
-    rev rm rmdir ruby script sed seq setsid sh sha1sum sha256sum sha512sum shred shuf sleep sort split sqlite3
-    ssh stat stdbuf strace strings stty sum sync tabs tac tail tar taskset tee timeout top touch tput tr
-    truncate tsort tty ul uname unexpand uniq unlink unzip uptime users uuidgen vdir vi vim vmstat watch wc wget
-    whereis which who whoami xargs xxd xz yes zcat zdiff zgrep zip zstd
+    unalias unset until wait while { } ! ar arch awk b2sum base32 base64 basename basenc bash bc bunzip2 busybox
+    bzcat bzcmp bzdiff bzgrep bzip2 cal cat chgrp chmod chown chroot chrt cksum clear cmp col colrm column comm
+    cp cpio csplit curl cut dash date dc dd df diff diff3 dir dircolors dirname dos2unix du ed egrep env
+    envsubst ex expand expr factor fgrep file find flock fmt fold free gawk getconf getent getopt git grep
+    groups gunzip gzip hd head hexdump hostid hostname iconv id infocmp install ionice join jq killall last less
+    link ln locale logname look ls lscpu lsof lzcat lzma m4 make mawk mcookie md5 md5sum mkdir mkfifo mknod
+    mktemp more mv namei nawk nice nl nm node nohup nproc numfmt objdump od openssl paste patch pathchk perl
+    pgrep pidof pinky pkill pr printenv ps pstree ptx python python3 readlink realpath renice reset rev rgrep rm
+    rmdir ruby script sdiff sed seq setsid sh sha1sum sha224sum sha256sum sha384sum sha512sum shasum shred shuf
+    sleep sort split sqlite3 ssh stat stdbuf strace strings stty sum sync tabs tac tail tar taskset tee tempfile
+    timeout top touch tput tr truncate tsort tty ul uname unexpand uniq unlink unzip uptime users uuidgen vdir
+    vi vim vmstat watch wc wget whereis which who whoami xargs xxd xz xzcat xzcmp xzdiff xzgrep yes zcat zcmp
+    zdiff zegrep zfgrep zgrep zip zstd zstdcat
     """.split()
 )
 _NAME = rb"[A-Za-z_][A-Za-z0-9_.-]*"
@@ -458,6 +463,8 @@ def _judge(test: dict[str, str], channel: int) -> None:
 
     fields = _Fields(requests, os.pidfd_open(shell))
     targets = _targets(code)
+    places = places_of(code, stubs)
+    _refuse_code(places, variables, state)
     has_passed = False
     while request := fields.next():
         if request == b"passed":
@@ -468,7 +475,7 @@ def _judge(test: dict[str, str], channel: int) -> None:
             folder.apply(changes)
             _write(answers, state, len(variables))
         else:
-            _answer(fields, channel, folder, answers, output, len(variables), targets)
+            _answer(fields, channel, folder, answers, output, variables, targets, places)
     _, wait_status = os.waitpid(shell, 0)
     if not has_passed or wait_status != 0:
         raise FailedError("the code of the test does not return 0")
@@ -525,6 +532,8 @@ def _targets(code: bytes) -> set[bytes]:
     import re
 
     text = code.translate(None, b"'\"")
+    values = dict(re.findall(rb"\b(\w+)=([^\s;&|()<>]+)", text))
+    text = re.sub(rb"\$\{?(\w+)\}?", lambda found: values.get(found[1], found[0]), text)
     written = re.findall(rb">[>|&]?[ \t]*([^\s;&|<>()]+)", text)
     for arguments in re.findall(rb"\b(?:tee|cp|mv|touch|mkdir|ln|install|dd|truncate)\b([^;&|\n]*)", text):
         written += arguments.split()
@@ -544,8 +553,29 @@ def _refuse_targets(new_paths: list[bytes], targets: set[bytes], named: list[byt
             raise FailedError(f"the program makes {os.fsdecode(path)}, which is the test's to make")
 
 
+def _refuse_code(places: Places, variables: list[bytes], state: list[Any]) -> None:
+    """Refuses values of variables that the shell of the test would read as code.
+
+    Args:
+        state: folder, then whether each variable is set, and its value.
+
+    Raises:
+        FailedError: names the variable.
+    """
+    for name, is_set, value in zip(variables, state[1::2], state[2::2], strict=False):
+        if is_set and type(value) is bytes and (read_as := harm(places, (b"$", name), value)):
+            raise FailedError(f"the test reads ${os.fsdecode(name)} as {read_as}; its value is {value!r:.100}")
+
+
 def _answer(
-    fields: _Fields, channel: int, folder: Folder, answers: int, output: int, num_variables: int, targets: set[bytes]
+    fields: _Fields,
+    channel: int,
+    folder: Folder,
+    answers: int,
+    output: int,
+    variables: list[bytes],
+    targets: set[bytes],
+    places: Places,
 ) -> None:
     """Passes a call of the test to the program, and the program's answer to the test; waits for it. Files that either
     side changed are changed on the other one.
@@ -571,6 +601,9 @@ def _answer(
     status, printed, errors, state, changes = checked(_receive(channel), int, bytes, bytes, list, list)
     if status < 0:
         raise FailedError("a call ended the shell")
+    if is_subshell and (read_as := harm(places, words, printed)):
+        raise FailedError(f"the test reads the output of {os.fsdecode(words[0])} as {read_as}; it is {printed!r:.100}")
+    _refuse_code(places, variables, state)
     _refuse_targets(folder.new_paths(changes), targets, _paths(folder.root, place, words[1:]))
     folder.apply(changes)
 
@@ -578,7 +611,7 @@ def _answer(
     os.pwrite(output, printed, 0)
     os.lseek(output, 0, os.SEEK_SET)
     _write(answers, [b"%d" % (status & 0xFF), errors.replace(b"\0", b"")[-2_000:]], -1)
-    _write(answers, state, num_variables)
+    _write(answers, state, len(variables))
 
 
 def _write(answers: int, state: list[Any], num_variables: int) -> None:

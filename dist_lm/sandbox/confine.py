@@ -14,7 +14,16 @@ import resource
 import stat
 import struct
 
-from dist_lm.sandbox.system_calls import LAST_KNOWN, NUMBERS, REFUSED, REFUSED_COMMANDS, UNKNOWN, WITHOUT_EFFECT
+from dist_lm.sandbox.system_calls import (
+    LAST_KNOWN,
+    NUMBERS,
+    ONLY_FOR_ITSELF,
+    REFUSED,
+    REFUSED_COMMANDS,
+    SENDING_FILES,
+    UNKNOWN,
+    WITHOUT_EFFECT,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +39,7 @@ CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 NAMESPACES = CLONE_NEWPID | CLONE_NEWNS
 NAMESPACES_OF_CALLS = CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS  # of what the filter of system calls refuses anyway
 _NEW_ANYTHING = NAMESPACES | NAMESPACES_OF_CALLS | CLONE_NEWUSER | 0x02000000  # also CLONE_NEWCGROUP
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT = 1, 2, 4, 8, 32
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_REMOUNT, _MS_BIND = 1, 2, 4, 8, 32, 4096
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
 _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 36, 47, 4
 _SIGKILL, _SIGCHLD = 9, 17
@@ -244,6 +253,12 @@ def mount_proc(options: str = "subset=pid") -> None:
     _checked(_libc.mount(b"proc", b"/proc", b"proc", flags, options.encode()), "mount /proc")
 
 
+def close_proc() -> None:
+    """Makes /proc of this mount namespace read-only: no process writes the memory of another one by /proc/PID/mem."""
+    flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC | _MS_RDONLY | _MS_REMOUNT | _MS_BIND
+    _checked(_libc.mount(None, b"/proc", None, ctypes.c_ulong(flags), None), "mount /proc")
+
+
 def mount_tmp(size: int) -> None:
     """Mounts a new, empty /tmp for at most `size` bytes."""
     options = f"size={size},nr_inodes={max(64, size // 4096)},mode=0777".encode()
@@ -382,22 +397,27 @@ _EPERM, _ENOSYS = 1, 38
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = 0, 4, 16, 24  # offsets in struct seccomp_data
 
 
-def system_call_filter(machine: str, own_files: bool = True) -> bytes | None:
+def system_call_filter(machine: str, own_files: bool = True, sends_files: bool = False) -> bytes | None:
     """Returns the BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
 
     Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist. A process
-    sets no limits but its own: for those of the first process of a run the kernel checks the user only, and a program
-    has the same user.
+    sets limits and priority of no other one: the kernel checks the user only, and the first process of a run has the
+    same user.
 
     Args:
         machine: as `os.uname` names it: x86_64 or aarch64.
         own_files: False refuses locks of whole files (`flock`), by which sandboxes could signal each other.
+        sends_files: whether the process may send files over sockets.
     """
     if machine not in NUMBERS:
         return None
 
     numbers = NUMBERS[machine]
-    refused = REFUSED if own_files else (*REFUSED, "flock")
+    refused = [*REFUSED]
+    if not own_files:
+        refused.append("flock")
+    if not sends_files:
+        refused += SENDING_FILES
     answers = {
         numbers[name]: [_step(_RETURN, _ERRNO | error)]
         for names, error in ((refused, _EPERM), (UNKNOWN, _ENOSYS), (WITHOUT_EFFECT, 0))
@@ -413,12 +433,15 @@ def system_call_filter(machine: str, own_files: bool = True) -> bytes | None:
         ),
         _step(_RETURN, _ALLOW),
     ]
-    answers[numbers["prlimit64"]] = [  # for the own process
-        _step(_LOAD, _FIRST_ARGUMENT),
-        _step(_EQUAL, 0, 1, 0),
-        _step(_RETURN, _ERRNO | _EPERM),
-        _step(_RETURN, _ALLOW),
-    ]
+    for name, arguments in ONLY_FOR_ITSELF.items():
+        answers[numbers[name]] = [
+            *(
+                step
+                for place, argument in zip((_FIRST_ARGUMENT, _SECOND_ARGUMENT), arguments, strict=False)
+                for step in (_step(_LOAD, place), _step(_EQUAL, argument, 1, 0), _step(_RETURN, _ERRNO | _EPERM))
+            ),
+            _step(_RETURN, _ALLOW),
+        ]
     answers[numbers["clone"]] = [  # without namespaces
         _step(_LOAD, _FIRST_ARGUMENT),
         _step(_ANY_BIT, _NEW_ANYTHING, 0, 1),

@@ -40,14 +40,16 @@ class Fenced:
         namespaces: whether every run gets new namespaces; else only limits and system calls are fenced.
         landlock: version of Landlock; 0: none.
         readable: trees that processes may read.
-        system_calls: filter of system calls; None: none.
+        system_calls: filters of system calls for programs and for judges; None: none.
     """
 
-    def __init__(self, namespaces: bool, landlock: int, readable: Sequence[str], system_calls: bytes | None) -> None:
+    def __init__(
+        self, namespaces: bool, landlock: int, readable: Sequence[str], system_calls: tuple[bytes | None, bytes | None]
+    ) -> None:
         self.namespaces = namespaces
         self._landlock = landlock
         self._readable = readable
-        self._system_calls = system_calls
+        self._system_calls, self._system_calls_of_judges = system_calls
         self._rules: confine.FileRules | None = None
         self._num_runs = 0
         self._hard = {name: resource.getrlimit(name)[1] for name in _resource_limits(_ANY, namespaces)}
@@ -97,7 +99,9 @@ class Fenced:
         hard = self._hard[resource.RLIMIT_AS]
         resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
-    def confine(self, folder: str, limits: dict[str, Any] | None = None, badness: int = 1000) -> None:
+    def confine(
+        self, folder: str, limits: dict[str, Any] | None = None, badness: int = 1000, is_judge: bool = False
+    ) -> None:
         """Confines this process for good, and those that it starts: working directory, limits, capabilities, files,
         system calls. `prepare` must come before.
 
@@ -105,20 +109,25 @@ class Fenced:
             limits: those of the request (`program.Limits`); None: none, so far.
             folder: working directory, the only tree that may be written.
             badness: the process with the highest number ends first when memory is short.
+            is_judge: whether this process judges: it sends files to the first process of a run, and its tests may run
+                files of a program.
 
         Raises:
             OSError: the kernel refuses.
         """
         confine.write("/proc/self/oom_score_adj", str(badness))
         os.chdir(folder)
+        if is_judge and self.namespaces:
+            confine.close_proc()
         if limits:
             self.limit(limits)
         confine.drop_capabilities()
         if self._rules:
             self._rules.add(("/proc",), (folder,))  # those that are mounted here now
             self._rules.restrict()
-        if self._system_calls:
-            confine.filter_system_calls(self._system_calls)
+        call_filter = self._system_calls_of_judges if is_judge else self._system_calls
+        if call_filter:
+            confine.filter_system_calls(call_filter)
 
 
 def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]:

@@ -20,7 +20,7 @@ import select
 import struct
 import sys
 
-from dist_lm.sandbox import confine, judge, languages
+from dist_lm.sandbox import confine, expansions, judge, languages
 from dist_lm.sandbox.fenced import Fenced, leave_after
 from dist_lm.sandbox.frames import JUDGED, read_exactly, receive_files, socketpair, write_frame
 from dist_lm.sandbox.judging import Judges, Judging
@@ -72,8 +72,12 @@ def main() -> None:
         os.dup2(null, descriptor)
 
     readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", sys.base_prefix)
-    call_filter = confine.system_call_filter(os.uname().machine, has_own_files) if seccomp else None
-    fenced = Fenced(bool(namespaces), landlock, readable, call_filter)
+    call_filters: tuple[bytes | None, bytes | None] = (None, None)
+    if seccomp:
+        machine = os.uname().machine
+        of_program = confine.system_call_filter(machine, has_own_files)
+        call_filters = of_program, confine.system_call_filter(machine, has_own_files, sends_files=True)
+    fenced = Fenced(bool(namespaces), landlock, readable, call_filters)
     write_frame(channel, b"ready")
     unloaded = [*PRELOADED]
     judges = None
@@ -138,6 +142,7 @@ def _wait_for(channel: int, unloaded: list[str], is_first: bool) -> bool:
         # A garbage collection after a fork would touch, and so copy, all objects of the server.
         if not unloaded:
             compile("0", "", "exec")  # makes the types of syntax trees
+            expansions.prepare()
             gc.collect()
             gc.freeze()
     return not any(event & (select.POLLHUP | select.POLLERR) for _, event in poller.poll())

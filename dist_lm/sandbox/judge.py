@@ -10,7 +10,8 @@ For Python, the globals of the test are the judge's own. `before` and `given`, t
 are executed in them first, so no answer can redefine what the test relies on. Any other name is asked from the program.
 Values arrive as copies. For another object there is a proxy, which forwards calls, attributes, items, iteration,
 length, text and `with`, and which cannot be compared, hashed, tested for truth or for its type: a test that does so
-fails, whatever it catches.
+fails, whatever it catches. Nothing of a program may catch or hide an assertion of the test: neither its exception
+classes nor its context managers.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Judge(Peer):
     Attributes:
         failure: why the test fails, whatever it goes on to do; empty: nothing so far.
         has_run: whether the code of the test came to its end.
+        texts: name of a part of the test in tracebacks -> its code.
         names: the globals of the test.
     """
 
@@ -50,6 +52,7 @@ class Judge(Peer):
         super().__init__(channel, {name: self._only_for_own(operations[name]) for name in ("call", "next")})
         self.failure = ""
         self.has_run = False
+        self.texts: dict[str, str] = {}
         self._has_begun = False
         self.names = Names(self, entry)
 
@@ -62,7 +65,7 @@ class Judge(Peer):
         """
         self.begin()
         try:
-            return super().ask(operation, *operands)
+            value = super().ask(operation, *operands)
         except (StopIteration, StopAsyncIteration):
             if operation == "next one":
                 raise
@@ -74,6 +77,9 @@ class Judge(Peer):
             self.refuse(f"the program returned {error}, which does not reach the test")
         except GoneError as error:
             self.refuse(str(error))
+        if _catches_assertions(value):
+            self.refuse("a class of the program is Exception or AssertionError: it would catch what the test asserts")
+        return value
 
     def _only_for_own(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         """Returns an operation that takes only functions and iterators which the test gave to the program; any other
@@ -104,7 +110,8 @@ class Judge(Peer):
         except GoneError as error:
             self.refuse(str(error))
         for name, value in names.items():
-            if type(name) is str and _is_shared(value) and self.names.is_asked(name):
+            is_usable = type(name) is str and _is_shared(value) and not _catches_assertions(value)
+            if is_usable and self.names.is_asked(name):
                 self.names.setdefault(name, value)
 
     def refuse(self, reason: str) -> NoReturn:
@@ -210,6 +217,13 @@ def _is_shared(value: Any) -> bool:
     return type(value) in (Proxy, CallableProxy) or issubclass(type(value), type)
 
 
+def _catches_assertions(value: Any) -> bool:
+    """Whether `except value` catches a failed assertion."""
+    if type(value) is tuple:
+        return any(map(_catches_assertions, value))
+    return value is Exception or value is AssertionError
+
+
 def _judge_of(proxy: Any) -> Judge:
     return object.__getattribute__(proxy, "_dist_lm_judge")
 
@@ -239,8 +253,12 @@ class Proxy:
     def __contains__(self, item: object) -> bool:
         return any(item == other for other in self)
 
-    def __exit__(self, _: object, error: object, __: object) -> bool:
-        return _judge_of(self).ask("exit", self, error) is True
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        judge = _judge_of(self)
+        is_hidden = judge.ask("exit", self, error) is True
+        if is_hidden and error is not None and _skips_a_check(error, judge.texts):
+            judge.refuse("a context manager of the program hides a failed assertion, or skips one")
+        return is_hidden
 
     __setattr__, __delattr__ = _forwarded("setattr"), _forwarded("delattr")
     __getitem__, __setitem__, __delitem__ = _forwarded("getitem"), _forwarded("setitem"), _forwarded("delitem")
@@ -264,6 +282,92 @@ class CallableProxy(Proxy):
             raise RuntimeError("the program raised StopIteration") from error
 
 
+def _skips_a_check(error: BaseException, texts: dict[str, str]) -> bool:
+    """Whether an error that a context manager hides failed a check of the test, or kept one from being reached.
+
+    A test of such a context manager raises on purpose: by `raise`, or in its last statement.
+
+    Args:
+        texts: name of a part of the test in tracebacks -> its code.
+    """
+    if issubclass(type(error), AssertionError):
+        return True
+    import ast
+
+    trace = error.__traceback__
+    scopes: Any = (ast.With, ast.AsyncWith)
+    while trace:
+        text = texts.get(trace.tb_frame.f_code.co_filename)
+        if text and _leaves_a_check(ast.parse(text), trace.tb_lineno, scopes):
+            return True
+        trace = trace.tb_next
+        # What the `with` statement called; or a `with` around it, if the manager is used by one of the test.
+        scopes = (ast.FunctionDef, ast.AsyncFunctionDef, ast.With, ast.AsyncWith)
+    return False
+
+
+def _leaves_a_check(tree: Any, line: int, scopes: Any) -> bool:
+    """Whether an error in a line leaves an assertion, or a call that may be a check, unreached in the same scope."""
+    import ast
+
+    nodes: list[Any] = [node for node in ast.walk(tree) if hasattr(node, "lineno")]
+    around = [node for node in nodes if node.lineno <= line <= node.end_lineno]
+    if any(isinstance(node, ast.Raise) for node in around):
+        return False
+    if any(isinstance(node, ast.Assert) for node in around):
+        return True
+
+    scope = next((node for node in around if isinstance(node, scopes)), None)
+    if scope is None:
+        return False
+    # In a loop, what stands before the line is left out the next time.
+    loops = [node.lineno for node in around if isinstance(node, (ast.For, ast.While)) and node.lineno > scope.lineno]
+    first = min(loops, default=line + 1)
+    checks = [node for node in nodes if isinstance(node, (ast.Assert, ast.Call)) and node not in around]
+    return any(first <= node.lineno <= scope.end_lineno for node in checks)
+
+
+class _TestModule(type(sys)):
+    """`__main__` of a test, where unittest looks for test cases. It shows what the test defines itself."""
+
+    def __init__(self, names: Names) -> None:
+        super().__init__("__main__")
+        self._names = names
+
+    def __dir__(self) -> list[str]:
+        return [name for name, value in self._names.items() if type(value) not in (Proxy, CallableProxy)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._names:
+            raise AttributeError(name)
+        return self._names[name]
+
+
+def _heed_unittest(judge: Judge) -> None:
+    """Lets test cases that fail under unittest fail the test: unittest itself may only print that they did."""
+    import unittest
+    from functools import partial
+
+    result: Any = unittest.TestResult
+
+    def heed(name: str, fails: Callable[..., bool]) -> None:
+        original = getattr(result, name)
+
+        def noted(self: Any, *details: Any) -> Any:
+            if fails(self, *details):
+                judge.failure = judge.failure or "a test case of unittest failed, or none ran"
+            return original(self, *details)
+
+        setattr(result, name, noted)
+
+    for name in ("addError", "addFailure", "addUnexpectedSuccess"):
+        heed(name, lambda *_: True)
+    heed("addSubTest", lambda *details: details[-1] is not None)
+    heed("stopTestRun", lambda self: self.testsRun == 0)
+    sys.modules["__main__"] = _TestModule(judge.names)
+    unittest.main = partial(unittest.main, exit=False)  # the end of the code is the end of the test
+
+
 def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
     """Judges a test of Python, which passes if its code comes to its end and raises nothing; returns the exit code of
     the judge.
@@ -283,7 +387,10 @@ def judge_python(test: dict[str, str], channel: int, verdict: int) -> int:
     def run() -> None:
         parts = ((test["before"], "before"), (test["given"], "given"), (test["code"], "test"))
         compiled = [compile(text, name, "exec", dont_inherit=True) for text, name in parts if text]
+        judge.texts = {name: text for text, name in parts if text}
         *setup, code = compiled
+        if _UNITTEST in test["code"]:
+            _heed_unittest(judge)
         if setup:
             stdout = sys.stdout
             sys.stdout = io.StringIO()  # the program prints the same
@@ -313,6 +420,7 @@ def _python(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
     os._exit(judge_python(test, channel, verdict))
 
 
+_UNITTEST = "unittest"
 _ONLY_AST = 0x400  # PyCF_ONLY_AST; the module `ast` takes long to import
 _REACHING = frozenset(
     ("exec", "eval", "compile", "setattr", "delattr", "globals", "vars", "open", "input", "breakpoint", "exit", "quit")
@@ -325,7 +433,7 @@ def leaves_nothing(language: str, test: dict[str, str]) -> bool:
     Such code is of Python, consists of plain statements, stores nothing but names, and uses no module; the test has no
     other code (`before`, `given`). False if the code cannot be compiled.
     """
-    if language != "python" or test["before"] or test["given"]:
+    if language != "python" or test["before"] or test["given"] or _UNITTEST in test["code"]:
         return False
     try:
         statements = compile(test["code"], "test", "exec", _ONLY_AST, dont_inherit=True).body  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ This module runs inside the sandbox. Only the standard library is imported, and 
 
 from __future__ import annotations
 
+import _signal  # pyright: ignore[reportMissingImports]
 import marshal
 import os
 import struct
@@ -74,14 +75,20 @@ def _serve(channel: int, fenced: Fenced) -> None:
     Raises:
         OSError: the kernel refuses a fence, or the other side has gone.
     """
+    # Files of a program that a test runs could interrupt this process, as the first one of a run (`inside`).
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
     fenced.begin()
     os.dup2(channel, _CHANNEL)
     if fenced.namespaces:
         confine.mount_tmp(_TMP_BYTES)
     else:
         confine.adopt_orphans()
-    fenced.confine("/tmp", badness=500)  # the program goes first if memory is short, but the first processes last
+    fenced.confine(
+        "/tmp", badness=500, is_judge=True
+    )  # the program goes first if memory is short, but the first processes last
     os.closerange(_CHANNEL + 1, 1 << 20)
+    if fenced.namespaces:
+        confine.dumpable(False)  # a test may run files of a program, and this memory holds all tests
 
     clocks = _clocks()
     while True:
@@ -153,8 +160,9 @@ def _judge_apart(request: dict[str, Any], test: dict[str, str], files: list[int]
     if child == 0:
         try:
             confine.end_with_parent()
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+            _announce(_clocks())  # before the limits: files on their way are limited by the number of open ones
             fenced.limit(request["limits"])
-            _announce(_clocks())
             os.closerange(_CONTROL, files[0])
             judge.JUDGES[request["language"]](test, languages.CHANNEL, _take(files))
         except BaseException as error:
@@ -168,7 +176,10 @@ def _judge_apart(request: dict[str, Any], test: dict[str, str], files: list[int]
     kill_all(fenced.namespaces)
     _wait_for_children()
     if fenced.namespaces:
-        _empty("/tmp")
+        try:
+            _empty("/tmp")
+        except OSError as error:  # another judge takes the place of this one
+            raise RuntimeError(f"a test left files that cannot be removed: {error}") from error
 
 
 def _wait_for_children() -> None:
@@ -180,13 +191,22 @@ def _wait_for_children() -> None:
 
 
 def _empty(folder: str) -> None:
-    """Removes what a test left in a folder, links not followed.
+    """Removes what a test left in a folder, links not followed, and the folder's own rights and attributes.
 
     Raises:
         OSError: something cannot be removed.
     """
+    os.chmod(folder, 0o777)  # noqa: S103 as `confine.mount_tmp` made it
+    for name in os.listxattr(folder):
+        os.removexattr(folder, name)
     if not os.listdir(folder):
         return
+
+    # A folder without rights keeps its files, and a program can send one.
+    for path, folders, _ in os.walk(folder):
+        for name in folders:
+            if not os.path.islink(f"{path}/{name}"):
+                os.chmod(f"{path}/{name}", 0o700)
     for path, folders, files in os.walk(folder, topdown=False):
         for name in files:
             os.remove(f"{path}/{name}")
@@ -228,6 +248,7 @@ class Judging:
         self._clocks: list[int] = []
         self._ended_cpu_seconds = 0.0  # of processes that judged before the present one
         self._earlier_cpu_seconds = 0.0  # of the present one, before it judged
+        self._earlier_waited_seconds = 0.0  # of the present one, before the test
         self.last_cpu_seconds = 0.0
 
     def wait(self) -> None:
@@ -244,12 +265,14 @@ class Judging:
         self._clocks = clocks
         self._ended_cpu_seconds = self.last_cpu_seconds
         [self._earlier_cpu_seconds] = _CLOCK.unpack(content)
+        self._earlier_waited_seconds = self._waited_seconds()
 
     def judge(self, index: int, files: list[int]) -> None:
         """Hands a test to the judge: the socket to the program, stdout, stderr and the pipe for the verdict.
 
         A judge that an earlier test ended writes no verdict.
         """
+        self._earlier_waited_seconds = self._waited_seconds()
         try:
             send_files(self._control, index.to_bytes(4, "big"), files)
         except OSError:
@@ -273,7 +296,12 @@ class Judging:
         return self.last_cpu_seconds
 
     def waited_seconds(self) -> float:
-        """Returns how long the judge was ready to run but had no core; 0 if unknown."""
+        """Returns how long the judge was ready to run but had no core, in this test; 0 if unknown."""
+        return self._waited_seconds() - self._earlier_waited_seconds
+
+    def _waited_seconds(self) -> float:
+        """Returns how long the process that judges was ready to run but had no core, from its start on: in earlier runs
+        too."""
         fields = self._read(1).split()
         return int(fields[1]) / 1e9 if len(fields) > 1 else 0.0
 

@@ -6,6 +6,7 @@ no run meets another one. The kernel's Landlock and seccomp are a second fence w
 """
 
 import contextlib
+import itertools
 import logging
 import marshal
 import os
@@ -49,18 +50,8 @@ _CONTROL = "import time\nwhile time.process_time() < 0.1:\n    pass"  # source o
 _MOST_SHARE = 0.5  # of a core that the control needs, whatever the limits of the program
 # The server's; imported ones come first.
 _MODULES = (
-    *(
-        "system_calls",
-        "confine",
-        "fenced",
-        "frames",
-        "watched",
-        "values",
-        "calls",
-        "sql",
-        "shared_files",
-        "environment",
-    ),
+    *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "sql", "shared_files"),
+    *("environment", "expansions"),
     *("bash", "languages", "judge", "judging", "inside"),
 )
 _SERVER = """
@@ -82,6 +73,7 @@ module.main()
 """Program of the server: it reads its modules from the channel, so that no file of ours is in the sandbox."""
 _MOST_ANSWER = 64 << 20
 _FIRST_UNUSED = 2_000_000_000  # no distribution gives out such user ids
+_USERS = 400  # of a process; the kernel has 4 million process ids, and 4 billion user ids
 _HOW = (
     "install bubblewrap (`apt-get install bubblewrap`) and allow user namespaces (sysctl "
     "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container also its "
@@ -126,7 +118,7 @@ def fences(trust_me: bool = False) -> Fences:
     Raises:
         SandboxError: a program could not be shut in, and `trust_me` is False; or this machine is too busy to tell.
     """
-    own_user = os.geteuid() == 0 and _unused_user() != 0
+    own_user = os.geteuid() == 0 and _unused_user(0) != 0
     seccomp = confine.has_seccomp()
     available = Fences(True, own_user, confine.landlock_version(), seccomp, MemoryGroup.possible())
 
@@ -428,7 +420,7 @@ def _command(fences: Fences, entrance: int) -> list[str]:
     Args:
         entrance: descriptor to join the memory group with; -1: none.
     """
-    identity = _unused_user() if fences.own_user else 0
+    identity = _unused_user(next(_number)) if fences.own_user else 0
     arguments = (entrance, identity, fences.landlock, int(fences.seccomp), int(fences.namespaces))
     interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER, *map(str, arguments)]
     if not fences.namespaces:
@@ -507,12 +499,17 @@ def _folders(path: Path) -> list[str]:
     return [option for parent in parents for option in ("--perms", "0755", "--dir", parent)]
 
 
-@cache
-def _unused_user() -> int:
-    """Returns a user id that no account and no process uses; 0 if this namespace has none. It stays the same in a
-    process and differs between processes, except in a small namespace, where it is the highest one."""
+_number = itertools.count()
+
+
+def _unused_user(number: int) -> int:
+    """Returns a user id that no account and no process uses; 0 if this namespace has none. It differs between processes
+    and between the numbers of sandboxes, except in a small namespace, where it is the highest one.
+
+    The kernel counts pipes, and files on their way in sockets, by user.
+    """
     ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
     highest = max(first + count - 1 for first, _, count in ranges)
     if highest > 2 * _FIRST_UNUSED:
-        return _FIRST_UNUSED + os.getpid()
+        return _FIRST_UNUSED + os.getpid() * _USERS + number % _USERS
     return highest

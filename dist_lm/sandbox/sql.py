@@ -4,7 +4,7 @@ The database is the judge's. It executes the code before the program, sends the 
 the one that comes back: an answer of SQL has no process of its own, only statements, and those are limited by an
 authorizer. What would hide a table from the test is refused: temporary objects, further databases, pragmas that change
 the schema. Tables that were there before stay as they were, except those that the test says the program writes
-(`writes`), or that its query reads without reading anything new: then what else could the program have done?
+(`writes`), or the only one that its query reads: then what else could the program have done?
 
 This module runs inside the sandbox. Only the standard library is imported, and little of it.
 """
@@ -148,10 +148,11 @@ def judge(test: dict[str, str], channel: int, verdict: int) -> NoReturn:
         if not (row and row[0]):
             raise RefusedError(f"the test returned {row!r:.500}")
 
-        names = {*_names(database)}
+        names, tables = ({*_names(database, *kinds)} for kinds in ((), ("table",)))
         protected = names - _words(test["writes"])
-        if read <= names:
-            protected -= read
+        # Of two tables, a program could make the one that a test compares with equal to the other one.
+        if read <= names and len(read & tables) == 1:
+            protected -= read & tables
         _refuse_changes(database, answer, protected)
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError, OSError, RefusedError) as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode(errors="replace"))

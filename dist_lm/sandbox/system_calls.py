@@ -12,16 +12,30 @@ reboot swapon swapoff acct quotactl quotactl_fd name_to_handle_at open_by_handle
 msgsnd msgrcv msgctl semget semop semctl mq_open mq_unlink socket bind connect listen accept accept4 personality
 syslog clock_settime settimeofday iopl ioperm modify_ldt vhangup lookup_dcookie fanotify_init fanotify_mark
 sethostname setdomainname uselib sysfs move_pages mbind migrate_pages set_mempolicy setuid setgid setreuid setregid
-setresuid setresgid setfsuid setfsgid setgroups mknod mknodat cachestat
+setresuid setresgid setfsuid setfsgid setgroups mknod mknodat cachestat io_setup
 """.split()
-"""Calls answered with EPERM: memory of other processes, mounts, namespaces, keys, kernel, sockets, System V, users, and
-which pages of shared files are in memory."""
+"""Calls answered with EPERM: memory of other processes, mounts, namespaces, keys, kernel, sockets, System V, users,
+which pages of shared files are in memory, and requests of which the machine has a fixed number (`io_setup`)."""
+SENDING_FILES = ["sendmsg", "sendmmsg"]
+"""Calls answered with EPERM to all but judges. Files on their way in sockets count for all processes of a user, which
+then cannot send any."""
 UNKNOWN = """
 clone3 io_uring_setup io_uring_enter io_uring_register memfd_create memfd_secret inotify_init inotify_init1
 inotify_add_watch
 """.split()
 """Calls answered with ENOSYS, so that libraries use others: a filter sees the flags of `clone`, not of `clone3`.
 `tail -f` polls without inotify, which would show what the host opens in shared folders."""
+ONLY_FOR_ITSELF = {
+    "prlimit64": (0,),
+    "sched_setscheduler": (0,),
+    "sched_setparam": (0,),
+    "sched_setattr": (0,),
+    "sched_setaffinity": (0,),
+    "setpriority": (0, 0),
+    "ioprio_set": (1, 0),
+}
+"""Calls answered with EPERM unless their first arguments are these: those of the process that calls. Limits and
+priority of the first process of a run, or of a judge, are of the same user."""
 WITHOUT_EFFECT = """
 sync syncfs fsync fdatasync sync_file_range msync fadvise64 readahead
 """.split()
@@ -49,10 +63,19 @@ NUMBERS = {
         "readahead": 187,
         "cachestat": 451,
         "prlimit64": 302,
+        "sched_setscheduler": 144,
+        "sched_setparam": 142,
+        "sched_setattr": 314,
+        "sched_setaffinity": 203,
+        "setpriority": 141,
+        "ioprio_set": 251,
         "clone3": 435,
         "io_uring_setup": 425,
         "io_uring_enter": 426,
         "io_uring_register": 427,
+        "io_setup": 206,
+        "sendmsg": 46,
+        "sendmmsg": 307,
         "memfd_create": 319,
         "memfd_secret": 447,
         "ptrace": 101,
@@ -161,10 +184,19 @@ NUMBERS = {
         "readahead": 213,
         "cachestat": 451,
         "prlimit64": 261,
+        "sched_setscheduler": 119,
+        "sched_setparam": 118,
+        "sched_setattr": 274,
+        "sched_setaffinity": 122,
+        "setpriority": 140,
+        "ioprio_set": 30,
         "clone3": 435,
         "io_uring_setup": 425,
         "io_uring_enter": 426,
         "io_uring_register": 427,
+        "io_setup": 0,
+        "sendmsg": 211,
+        "sendmmsg": 269,
         "memfd_create": 279,
         "memfd_secret": 447,
         "ptrace": 117,

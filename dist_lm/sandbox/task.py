@@ -12,6 +12,7 @@ from typing import Any
 from dist_lm.errors import UserError
 from dist_lm.sandbox.program import LANGUAGES, NAMES, Program, Test
 from dist_lm.sandbox.syntax import BEFORE_ERRORS, TEST_ERRORS
+from dist_lm.sandbox.weak_tests import only_defines
 
 # CommonMark 0.31, section 4.5: the closing fence is indented like the opening one, or by at most three spaces
 _FENCED = re.compile(r"^([ \t]*)(`{3,})[^\n`]*\n(.*?)(?:^(?:\1| {0,3})\2|\Z)", re.DOTALL | re.MULTILINE)
@@ -37,8 +38,10 @@ def code_of(answer: str) -> str:
     A block that is not closed reaches to the end. A fence that is indented by more than three spaces counts only in
     a list; elsewhere it is text, as in a docstring.
     """
+    first_item = _ITEM.search(answer)
     for block in _FENCED.finditer(answer):
-        if len(block[1].expandtabs(4)) <= 3 or _ITEM.search(answer, 0, block.start()):
+        is_in_list = first_item is not None and first_item.end() <= block.start()
+        if len(block[1].expandtabs(4)) <= 3 or is_in_list:
             return re.sub(rf"^[ \t]{{0,{len(block[1])}}}", "", block[3], flags=re.MULTILINE)
     return answer
 
@@ -67,7 +70,8 @@ def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
 
 
 def refuse_broken(language: str, tests: Sequence[Test]) -> None:
-    """Refuses tests that cannot be read in their language: no program could pass them. Nothing is executed.
+    """Refuses tests that cannot be read in their language, which no program could pass, and those that check nothing,
+    which every program passes. Nothing is executed.
 
     Tests of a language on which this machine gives no verdict are accepted.
 
@@ -78,6 +82,10 @@ def refuse_broken(language: str, tests: Sequence[Test]) -> None:
         for part, error_of in ((test.before, BEFORE_ERRORS[language]), (test.code, TEST_ERRORS[language])):
             if part and (reason := _error(error_of, part)):
                 raise UserError(f"test {part!r:.100} is no {NAMES[language]}, so no program passes it: {reason}")
+        if language == "python" and test.code and test.stdout is None and only_defines(test.code):
+            raise UserError(
+                f"test {test.code!r:.100} defines functions and calls none, so every program passes it: call them"
+            )
 
 
 @lru_cache(10_000)

@@ -46,6 +46,18 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + rest
 
 
+def only_defines(code: str) -> bool:
+    """Whether code of Python defines and imports, and does nothing else, as functions for pytest do."""
+    return all(isinstance(node, _DEFINITIONS) or _is_text(node) for node in ast.parse(code).body)
+
+
+_DEFINITIONS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom | ast.Pass
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
 def compares_itself(tests: Iterable[Test]) -> bool:
     """Returns whether an assertion of some test of Python compares two values of functions that the test does not
     define itself, and nothing else."""

@@ -106,6 +106,41 @@ SHELL = [
     Forgery("positional", "arguments and $? of the script are set", "<stub>\nset -- 6 6 6\n(exit 0)", CALLED),
 ]
 
+# --- output that the shell of a test reads as code ---
+
+OUTPUTS = [
+    Forgery("comma", "the last number of a list counts", "<name>() { echo '0, 1 || 1'; }", ("bash_number",)),
+    Forgery("names", "the output is the name of a variable of the test", "<name>() { echo want; }", ("bash_number",)),
+    Forgery(
+        "subscript",
+        "the subscript of an array reads the expected value from the text of the test",
+        """<name>() {
+  echo 'a[b=$(set -- $BASH_EXECUTION_STRING; while [[ $1 != -[egl]* ]]; do shift; done; echo $2)]*0+b'
+}""",
+        ("bash_number",),
+    ),
+    Forgery(
+        "subscript_that_leaves",
+        "the subscript of an array ends the shell",
+        "<name>() { echo 'a[$(printf \"passed\\0\" >&50; kill -TERM $$)]'; }",
+        ("bash_number",),
+    ),
+    Forgery("more_words", "words of the output are operators", "<name>() { echo 'x = x -o x'; }", ("bash_words",)),
+    Forgery("more_numbers", "words of the output are operators", "<name>() { echo '1 -eq 1 -o 1'; }", ("bash_words",)),
+    Forgery("lines", "lines of the output are operators", "<name>() { printf 'x\\n=\\nx\\n-o\\nx'; }", ("bash_words",)),
+    Forgery(
+        "names_of_files",
+        "names of files become words",
+        "cd /tmp; touch 1 = 2; <name>() { touch a b; echo '*'; }",
+        ("bash_words",),
+    ),
+    Forgery("pattern", "the output matches every text", "<name>() { echo '*'; }", ("bash_pattern",)),
+    Forgery("class_of_characters", "a pattern of characters", "<name>() { echo '[A-Z]*'; }", ("bash_pattern",)),
+    Forgery("extended_pattern", "an extended pattern", "<name>() { echo '!(x)'; }", ("bash_pattern",)),
+    Forgery("regular_expression", "an expression that matches every text", "<name>() { echo '.'; }", ("bash_pattern",)),
+    Forgery("alternatives", "an expression with an empty part", "<name>() { echo 'x|'; }", ("bash_pattern",)),
+]
+
 # --- leaving, other processes, descriptors ---
 
 PROCESSES = [
@@ -204,6 +239,12 @@ FILES_FORGED = [
         ("bash_files",),
     ),
     Forgery(
+        "folder_that_stays",
+        "a folder whose files cannot be removed stays for the next test",
+        '<name>() { : > "$2"; mkdir d; : > d/want; : > d/x; chmod 500 d; }',
+        ("bash_files",),
+    ),
+    Forgery(
         "full_folder",
         "the test has no room to write what it compares with",
         '<name>() { : > "$2"; local n; for n in {1..15}; do head -c 2000000 /dev/zero > big$n; done; }',
@@ -287,4 +328,4 @@ PROGRAMS = [
     ),
 ]
 
-BASH = [*COMMANDS, *SHELL, *PROCESSES, *FILES_FORGED, *PROGRAMS]
+BASH = [*COMMANDS, *SHELL, *OUTPUTS, *PROCESSES, *FILES_FORGED, *PROGRAMS]

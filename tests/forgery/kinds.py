@@ -144,6 +144,55 @@ PROGRAM = asked(
      "    except EOFError:\n        break\nprint(total)\n"),
     [{"stdin": "3\n4\n", "stdout": "7"}, {"stdin": "10\n-4\n1\n", "stdout": "7"}, {"stdin": "", "stdout": "0"}],
 )  # fmt: skip
+CONTEXT = asked(
+    "python",
+    "Log",
+    "class Log:\n    def __enter__(self): return self\n    def __exit__(self, *a): pass\n"
+    "    def add(self, text): pass\n    def all(self): pass\n",
+    (
+        "class Log:\n    def __init__(self): self._lines = []\n    def __enter__(self): return self\n"
+        "    def __exit__(self, kind, error, trace): return kind is KeyError\n"
+        "    def add(self, text): self._lines.append(text)\n    def all(self): return self._lines\n",
+    ),
+    [
+        "with Log() as log:\n    log.add('a')\n    assert log.all() == ['a']",
+        "def check(log):\n    lines = log.all()\n    assert lines == ['b'], lines\n"
+        "with Log() as log:\n    log.add('b')\n    check(log)",
+        "with Log() as log:\n    log.add('c')\n    lines = log.all()\n    raise KeyError(lines)\nassert lines == ['c']",
+    ],
+)
+OWN_EXCEPTION = asked(
+    "python",
+    "withdraw",
+    "class Overdrawn(Exception):\n    pass\ndef withdraw(balance, amount):\n    return None\n",
+    (
+        "class Overdrawn(ValueError):\n    pass\ndef withdraw(balance, amount):\n    if amount > balance:\n"
+        "        raise Overdrawn\n    return balance - amount\n",
+        "Overdrawn = ValueError\ndef withdraw(balance, amount):\n    if amount > balance:\n"
+        "        raise ValueError('too much')\n    return balance - amount\n",
+    ),
+    [
+        "try:\n    withdraw(1, 2)\n    assert False, 'overdrawn'\nexcept Overdrawn:\n    pass",
+        "for amount in (4, 5):\n    try:\n        withdraw(3, amount)\n        raise AssertionError(amount)\n"
+        "    except Overdrawn:\n        continue\nassert withdraw(3, 1) == 2",
+    ],
+)
+UNITTEST = asked(
+    "python",
+    "double",
+    "def double(x):\n    return None\n",
+    ("def double(x):\n    return 2 * x\n",),
+    [
+        "import unittest\nclass TestDouble(unittest.TestCase):\n    def test_numbers(self):\n"
+        "        self.assertEqual(double(4), 8)\nunittest.main(argv=['test'], exit=False)",
+        "from unittest import TestCase, main\nclass TestDouble(TestCase):\n    def test_texts(self):\n"
+        "        for text in ('a', 'bc'):\n            with self.subTest(text=text):\n"
+        "                self.assertEqual(double(text), text + text)\nif __name__ == '__main__':\n    main()",
+        "import unittest\nclass TestDouble(unittest.TestCase):\n    def test_lists(self):\n"
+        "        self.assertEqual(double([1]), [1, 1])\n"
+        "unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(TestDouble))",
+    ],
+)
 HUMANEVAL = published(
     humaneval,
     "side_of",
@@ -277,6 +326,42 @@ BASH_FUNCTION = asked(
         'total 4 5 | grep -qx 9 && [ "$(total 20 1)" = 21 ]',
     ],
 )
+# The shell of these tests reads what the function prints: as arithmetic, as words, as a pattern.
+BASH_NUMBER = asked(
+    "bash",
+    "total",
+    "total() { echo; }",
+    (
+        "total() {\n  local sum=0 n\n  for n; do sum=$((sum + n)); done\n  printf ' %d\\n' $sum\n}",
+        "total() { local IFS=+; echo $(($*)); }",
+    ),
+    [
+        "(( $(total 1 2 3) == 6 ))",
+        "[[ $(total 10 -4) -eq 6 ]]",
+        'want=15 && sum="$(total 7 8)" && (( sum == want ))',
+        '[[ "$(total 4 5)" -ge 9 && $(total 4 5) -lt 10 ]]',
+        'candidate() { total "$@"; }\n[[ $(candidate 20 1) -eq 21 ]]',
+    ],
+)
+BASH_WORDS = asked(
+    "bash",
+    "first_word",
+    "first_word() { echo no; }",
+    ("first_word() { echo ${1%% *}; }", "first_word() { set -- $1; printf %s $1; }"),
+    [
+        "[ $(first_word 'a b') = a ]",
+        "test $(first_word 'cd e f') = cd",
+        "got=$(first_word '6 7')\n[ $got -eq 6 ]",
+        "if [ `first_word x` = x ]; then true; else false; fi",
+    ],
+)
+BASH_PATTERN = asked(
+    "bash",
+    "upper",
+    "upper() { echo; }",
+    ('upper() { echo "${1^^}"; }', 'upper() { printf %s "$1" | tr a-z A-Z; }'),
+    ["[[ ABC == $(upper abc) ]]", "want=X && got=$(upper x) && [[ $want = $got ]]", "[[ QR =~ $(upper qr) ]]"],
+)
 BASH_FILES = asked(
     "bash",
     "sort_file",
@@ -288,6 +373,7 @@ BASH_FILES = asked(
         "printf '1\\n2\\n3\\n' > want && cmp -s out want && [ \"$(wc -l < in)\" -eq 3 ]",
         "cd /tmp\nprintf '9\\n8\\n' > in\nsort_file in out\nprintf '8\\n9\\n' > want\ndiff out want",
         "cd /tmp && printf 'd\\nc\\n' > in && printf 'c\\nd\\n' > want && sort_file in out && diff out want",
+        "cd /tmp\nfile=/tmp/want\nprintf '5\\n4\\n' > in\nsort_file in out\nprintf '4\\n5\\n' > $file\ncmp out $file",
     ],
 )
 BASH_RUN = asked(
@@ -389,6 +475,20 @@ SQL_TABLE = asked(
         },
     ],
 )
+SQL_COPY = asked(
+    "sql",
+    "",
+    "SELECT 1",
+    ("INSERT INTO archive SELECT * FROM orders", "INSERT INTO archive (id, person, amount) SELECT * FROM orders;"),
+    [
+        {
+            "before": f"CREATE TABLE archive (id, person, amount);\n{_ORDERS}(1, 'Ann', 3), (2, 'Bo', 4)",
+            "code": "SELECT count(*) = (SELECT count(*) FROM orders) FROM archive",
+            "writes": writes,
+        }
+        for writes in ("archive", "archive, other")
+    ],
+)
 OWN_SQL = own("sql/no_city", "SELECT NULL")
 
 KINDS = {
@@ -397,6 +497,9 @@ KINDS = {
     "in_place": IN_PLACE,
     "exceptions": EXCEPTIONS,
     "checked": CHECKED,
+    "context": CONTEXT,
+    "own_exception": OWN_EXCEPTION,
+    "unittest": UNITTEST,
     "program": PROGRAM,
     "humaneval": HUMANEVAL,
     "humaneval_plain": HUMANEVAL_PLAIN,
@@ -406,6 +509,9 @@ KINDS = {
     "multipl_e_python": MULTIPL_E_PYTHON,
     "own_python": OWN_PYTHON,
     "bash_function": BASH_FUNCTION,
+    "bash_number": BASH_NUMBER,
+    "bash_words": BASH_WORDS,
+    "bash_pattern": BASH_PATTERN,
     "bash_files": BASH_FILES,
     "bash_run": BASH_RUN,
     "bash_before": BASH_BEFORE,
@@ -416,5 +522,6 @@ KINDS = {
     "sql_query": SQL_QUERY,
     "sql_writes": SQL_WRITES,
     "sql_table": SQL_TABLE,
+    "sql_copy": SQL_COPY,
     "own_sql": OWN_SQL,
 }

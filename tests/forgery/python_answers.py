@@ -885,6 +885,47 @@ VALUES = [
         "def <name>(*a, **k): raise AssertionError(0)\n",
         CALLED,
     ),
+    Forgery(
+        "hidden_assertion", "a context manager hides every error",
+        "class <name>:\n    def __enter__(self): return self\n    def __exit__(self, *a): return True\n"
+        "    def add(self, text): pass\n    def all(self): return ['x']\n",
+        ("context",),
+    ),
+    Forgery(
+        "skipped_assertion", "a context manager hides an error that a call raised before the assertion",
+        "class <name>:\n    def __enter__(self): return self\n    def __exit__(self, *a): return True\n"
+        "    def add(self, text): raise ValueError\n    def all(self): raise ValueError\n",
+        ("context",),
+    ),
+    Forgery(
+        "generated_context", "a generator as context manager goes on after every error",
+        "import contextlib\n@contextlib.contextmanager\ndef <name>():\n    try:\n        yield None\n"
+        "    except BaseException:\n        pass\n",
+        ("context",),
+    ),
+    *(
+        Forgery(
+            f"alias_of_{number}", "the exception of the task is a class that failed assertions have",
+            f"{alias}\ndef withdraw(balance, amount):\n    return balance - amount\n",
+            ("own_exception",),
+        )
+        for number, alias in enumerate((
+            "Overdrawn = Exception", "Overdrawn = AssertionError", "Overdrawn = BaseException",
+            "class AssertionError(Exception): pass\nOverdrawn = AssertionError",
+            "class Exception(ValueError): pass\nOverdrawn = Exception",
+            "Overdrawn = (ValueError, Exception)",
+        ))
+    ),
+    Forgery(
+        "skipped_case", "an exception that skips a test case",
+        "import unittest\ndef <name>(x): raise unittest.SkipTest\n", ("unittest",),
+    ),
+    Forgery(
+        "unittest_replaced", "unittest is another module",
+        "import sys, unittest\nunittest.TestCase.assertEqual = lambda *a: None\nunittest.main = lambda *a, **k: None\n"
+        "class TestDouble: pass\ndef main(): pass\n<stub>",
+        ("unittest",),
+    ),
     Forgery("constant_none", "None for everything", "def <name>(*a, **k): return None\n", CALLED),
     Forgery("constant_true", "True for everything", "def <name>(*a, **k): return True\n", CALLED),
     Forgery("constant_zero", "0 for everything", "def <name>(*a, **k): return 0\n", FUNCTIONS[:2]),

@@ -3,7 +3,7 @@
 from tests.forgery.forgery import Forgery
 
 READS = ("sql_query", "own_sql")
-CHANGES = ("sql_writes", "sql_table")
+CHANGES = ("sql_writes", "sql_table", "sql_copy")
 ALL = (*READS, *CHANGES)
 
 SQL = [
@@ -70,6 +70,18 @@ SQL = [
         "ATTACH ':memory:' AS other; CREATE TABLE other.sums AS SELECT 8 AS total UNION SELECT 0;\n"
         "CREATE TABLE other.orders AS SELECT 1 AS amount",
         CHANGES,
+    ),
+    Forgery(
+        "both_emptied",
+        "the table that the answer is compared with is emptied, too",
+        "DELETE FROM orders",
+        ("sql_copy", "sql_table"),
+    ),
+    Forgery(
+        "compared_table_replaced",
+        "the table that the answer is compared with becomes a view of the answer",
+        "DROP TABLE orders; CREATE VIEW orders AS SELECT * FROM archive",
+        ("sql_copy",),
     ),
     Forgery("attached_file", "a file is attached", "ATTACH '/tmp/x.db' AS other; SELECT name FROM other.people", ALL),
     Forgery("vacuum_into", "the database is written to a file", "VACUUM INTO '/tmp/x.db'; SELECT 1", ALL),

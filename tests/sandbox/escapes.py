@@ -203,6 +203,11 @@ assert found != [0, 1, 2], "only the three"
     Escape(
         "sends_to_the_kernel", "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", only_seccomp=True
     ),
+    Escape(
+        "keeps_files_on_their_way",
+        refused("__import__('socket').socketpair()[0].sendmsg([b'x'])", "call(307, 0, bytes(64), 1, 0)"),
+        only_seccomp=True,
+    ),
     Escape("sends_raw_packets", "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)"),
     Escape(
         "talks_to_the_host_of_a_machine",
@@ -300,7 +305,9 @@ raise OSError("Operation not permitted, in effect")
             "call(169, 0xfee1dead, 672274793, 0, 0)",
         ),
     ),
-    Escape("asks_the_kernel_to_work", refused("call(425, 1, bytes(120))"), only_seccomp=True),
+    Escape(
+        "asks_the_kernel_to_work", refused("call(425, 1, bytes(120))", "call(206, 9_000, bytes(8))"), only_seccomp=True
+    ),
     Escape("handles_page_faults", refused("call(323, 0)"), only_seccomp=True),
     Escape(
         "watches_what_the_host_opens",

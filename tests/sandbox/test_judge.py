@@ -35,9 +35,17 @@ class TooLow(ValueError):
     def __init__(self, value, least):
         super().__init__(f"{value} is below {least}")
 
+Anything = Exception
+
+class Hides:
+    """Hides every error."""
+    def __enter__(self): return self
+    def __exit__(self, *_): return True
+
 class Stack:
     """Last in, first out."""
     made = 0
+    error = Exception
     def __init__(self, *items):
         self.items = list(items)
         Stack.made += 1
@@ -130,6 +138,11 @@ HOLDS = {
     "threads": "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
     "    assert [*pool.map(add, range(50))] == [*range(2, 52)]",
     "data": "assert data == {'a': [1]}",
+    "context that hides": "with Hides():\n    raise ValueError\n    assert False\nwith Hides():\n    1 / 0\n"
+    "reached = False\nwith Hides():\n    {}['a']\n    reached = True\nassert not reached\n"
+    "def leave(): raise KeyError\nwith Hides():\n    leave()",
+    "unittest": "import unittest\nclass TestAdd(unittest.TestCase):\n    def test_add(self):\n"
+    "        self.assertEqual(add(1), 3)\n        with self.assertRaises(Empty): Stack().pop()\nunittest.main()",
 }
 FAILS = {
     "comparison": ("Stack() == Stack()", "a Stack of the program cannot be compared"),
@@ -140,12 +153,39 @@ FAILS = {
     "caught": ("try:\n    Stack() == 1\nexcept BaseException:\n    pass", "cannot be compared"),
     "object of the test": ("class A: pass\nadd(A())", "a A of the test cannot be given to the program"),
     "deep": ("x = []\nfor _ in range(70): x = [x]\nsame(x)", "nested more than 64 deep"),
-    "long": ("apply(lambda x: 'a' * 5_000_000, 1)", "5"),
+    "long": ("apply(lambda x: 'a' * 5_000_000, 1)", "more than 4194304 bytes"),
     "module": ("collections", "module collections, which the test itself does not import"),
     "wrong": ("assert add(1) == 4", "AssertionError"),
     "exit": ("leave()", ""),
     "comparison in a container": ("assert [Stack()] == [1]", "cannot be compared"),
     "arithmetic": ("assert abs(Stack() - 1) < 2", "TypeError"),
+    "hidden assertion": ("with Hides():\n    assert add(1) == 4", "hides a failed assertion, or skips one"),
+    "skipped assertion": ("with Hides():\n    divide(1, 0)\n    assert add(1) == 3", "or skips one"),
+    "skipped in a loop": (
+        "with Hides():\n    for n in (1, 0):\n        assert add(n)\n        divide(n, 0)",
+        "skips one",
+    ),
+    "skipped below": ("def check():\n    n = divide(1, 0)\n    assert n\nwith Hides():\n    check()", "skips one"),
+    "skipped check": ("def check(): assert 0\nwith Hides():\n    divide(1, 0)\n    check()", "skips one"),
+    "skipped with other contexts": ("with Hides(), Hides():\n    divide(1, 0)\n    assert 0", "skips one"),
+    "skipped by a context of the test": (
+        "import contextlib\n@contextlib.contextmanager\ndef use():\n    with Hides():\n        yield\n"
+        "with use():\n    divide(1, 0)\n    assert 0",
+        "skips one",
+    ),
+    "skipped in a stack": (
+        "import contextlib\nwith contextlib.ExitStack() as stack:\n    stack.enter_context(Hides())\n"
+        "    divide(1, 0)\n    assert 0",
+        "skips one",
+    ),
+    "alias": ("try:\n    add(1)\n    assert False\nexcept Anything:\n    pass", "is Exception or AssertionError"),
+    "attribute": ("try:\n    assert False\nexcept Stack.error:\n    pass", "is Exception or AssertionError"),
+    "unittest": (
+        "import unittest\nclass TestAdd(unittest.TestCase):\n    def test_add(self): self.assertEqual(add(1), 4)\n"
+        "unittest.main(exit=False)",
+        "a test case of unittest failed, or none ran",
+    ),
+    "unittest without a case": ("import unittest\nunittest.main(exit=False)", "or none ran"),
 }
 
 

@@ -4,12 +4,15 @@ import os
 import select
 import shutil
 import signal
+import struct
 import time
 from dataclasses import replace
 
 import pytest
 
 from dist_lm.sandbox import watched
+from dist_lm.sandbox.frames import send_files, socketpair
+from dist_lm.sandbox.judging import Judging
 from dist_lm.sandbox.program import Limits, Program, Test
 from dist_lm.sandbox.sandbox import Sandbox, fences
 from dist_lm.sandbox.watched import Watched
@@ -100,3 +103,25 @@ def test_a_program_can_be_interrupted_as_usual():
         for language, source in (("python", python), ("bash", bash)):
             verdict = sandbox.run(Program(language, source, (Test(stdout="yes"),)), Limits(wall_s=patient(4)))
             assert verdict.outcome == "passed", verdict
+
+
+def test_only_what_a_judge_waited_in_this_test_counts(tmp_path):
+    """One process judges many runs. On a busy machine it had soon waited so long in sum that every program that sleeps
+    had no verdict."""
+    stat, waited = tmp_path / "stat", tmp_path / "schedstat"
+    stat.write_text(" ".join(["1 (judge) S", *["0"] * 48]))
+    waited.write_text("0 90000000000 1")
+    files = [os.open(path, os.O_RDONLY) for path in (stat, waited)]
+    here, there = socketpair()
+    judge = Judging(here, {"limits": {}, "folder": "", "language": "", "judged": []}, files[0])
+    send_files(there, struct.pack("d", 0.0), files)
+    judge.wait()
+    assert judge.waited_seconds() == 0.0
+
+    waited.write_text("0 95000000000 1")
+    judge.judge(0, files)
+    assert judge.waited_seconds() == 0.0
+    waited.write_text("0 97000000000 1")
+    assert judge.waited_seconds() == 2.0
+    for file in (*files, here, there):
+        os.close(file)
