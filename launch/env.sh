@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the checkout once, installs dist_lm into it, and activates it. The other scripts source it, which sets
 # `set -euo pipefail` and the directory; to prepare a checkout by hand, run it: bash launch/env.sh
-#   DIST_LM_EXTRAS   extras to install ("" for running, "dev" for tests); set by the caller
+#   DIST_LM_EXTRAS   extras to install ("" for running, "tests", "dev" for tests, lint and types); set by the caller
 #   DIST_LM_VENV     an environment of your own, used as it is: nothing is made, installed or removed there
 #   PYTHON           interpreter to make .venv with (default: python3.11, else python3)
 set -euo pipefail
@@ -43,7 +43,9 @@ install() {
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing dist_lm${extras:+ with extra $extras} into $venv (a minute or two, once)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/launch/constraints.txt" \
-      --editable "$root${extras:+[$extras]}" || return
+      --no-compile --editable "$root${extras:+[$extras]}" || return
+    # pip would compile on one core. Files that cannot be compiled are for other Pythons: pip passes over them, too.
+    "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true
     echo "$wanted" >"$stamp"
   fi
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests, in the environment of the quick start plus the `dev` extra. Arguments go to pytest.
+# The tests, in the environment of the quick start plus the extra `tests`, or `dev` where a browser takes part.
+# Arguments go to pytest.
 #   bash launch/test.sh                    the small size: minutes on two cores
 #   bash launch/test.sh --all              everything but `bars`: heavy tests, Slurm and CUDA code on fake tensors too
 #   bash launch/test.sh tests/model -x     a part
@@ -8,9 +9,10 @@
 #   bash launch/test.sh tests/cuda         CUDA code on fake tensors, without a GPU; needs g++, installs triton
 #   bash launch/test.sh -m bars            what some of them assert, at length: many seeds, kills, schedules (an hour)
 set -euo pipefail
-DIST_LM_EXTRAS=dev
 case " $* " in
 *tests/cuda* | *" --all "*) DIST_LM_EXTRAS=dev,cuda-tests ;; # triton, whose compiler needs no GPU
+*heavy* | *tests/report*) DIST_LM_EXTRAS=dev ;;
+*) DIST_LM_EXTRAS=tests ;;
 esac
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -89,9 +91,12 @@ end_lanes() { # of a suite that was interrupted or failed
   rm -rf "$logs"
 }
 
-# These mostly wait for processes to start, so two of them run side by side; a file keeps its runs and its Ray.
-lane "tests of several processes" python -m pytest -n 2 --dist loadfile -m "cluster and not heavy and not bars"
-python -m pytest -n 2 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
+# These mostly wait for processes to start, so two of them run side by side, beside three of the others; a file keeps
+# its runs and its Ray. Each worker imports what it collects: files without such tests are left out.
+mapfile -t of_several_processes < <(grep -rl --include='test_*.py' 'mark\.cluster' tests | sort -r) # the dearest comes first
+lane "tests of several processes" \
+  python -m pytest -n 2 --dist loadfile "${of_several_processes[@]}" -m "cluster and not heavy and not bars"
+python -m pytest -n 3 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
 wait_for_lanes
 if [ "$*" = --all ]; then
   lane "Slurm, which mostly waits" python -m pytest -s -m "slurm and not bars"

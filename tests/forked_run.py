@@ -1,9 +1,11 @@
 """Whole runs in processes that need not import torch again: they are forked from one that has."""
 
+import gc
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 
@@ -16,23 +18,34 @@ from tests.patience import patient
 DEADLINE_S = patient(480)
 
 
-def run_forked(run: RunDirectory, ranks: int) -> int:
+def run_forked(run: RunDirectory, ranks: int, *, without: Sequence[str] = ()) -> int:
     """What `torchrun --nproc-per-node RANKS -m dist_lm.train RUN_DIR` does; 0, or the exit code of a rank that failed.
 
     As with torchrun, the others end with it.
 
+    Args:
+        without: packages that ranks cannot import.
+
     Raises:
         TimeoutError: they are not done in time.
     """
+    with forked_ranks(run, ranks, without) as processes:
+        return _first_failure(processes)
+
+
+@contextmanager
+def forked_ranks(run: RunDirectory, ranks: int, without: Sequence[str] = ()) -> Iterator[list[ForkServerProcess]]:
+    """The ranks of `run_forked`, which train during the block; those that are left at its end are killed."""
     with reserve_port() as reserved:
         port = reserved.getsockname()[1]
-        made = [CONTEXT.Process(target=_rank, args=(r, ranks, port, str(run.path)), daemon=True) for r in range(ranks)]
+        places = [(rank, ranks, port, str(run.path), without) for rank in range(ranks)]
+        processes = [CONTEXT.Process(target=_rank, args=place, daemon=True) for place in places]
         try:
-            for process in made:
+            for process in processes:
                 process.start()
-            return _first_failure(made)
+            yield processes
         finally:
-            for process in made:
+            for process in processes:
                 process.kill()
                 process.join()
 
@@ -47,7 +60,11 @@ def _first_failure(processes: Sequence[ForkServerProcess]) -> int:
     return next((process.exitcode for process in processes if process.exitcode), 0)
 
 
-def _rank(number: int, size: int, port: int, path: str) -> None:
+def _rank(number: int, size: int, port: int, path: str, without: Sequence[str]) -> None:
+    gc.freeze()  # what the server has imported stays: the collector passes it over
+    for package in without:
+        assert package not in sys.modules, f"programs of ranks import {package}"
+        sys.modules[package] = None  # type: ignore[assignment]  # an import of it raises
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     os.environ[MARK] = "forked"  # the environment is complete

@@ -125,10 +125,9 @@ def finish(process: subprocess.Popen) -> int:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def train(run: RunDirectory, ranks: int, *, torchrun: bool = False) -> dict:
-    """The whole run in forked ranks, or as a user starts it, which costs seconds of imports for each of them."""
-    code = finish(start(run, ranks)) if torchrun else run_forked(run, ranks)
-    assert code == 0, run.rank_log(0).read_text()
+def train(run: RunDirectory, ranks: int) -> dict:
+    """The whole run, in forked ranks: as a user starts it, each of them costs seconds of imports."""
+    assert run_forked(run, ranks) == 0, run.rank_log(0).read_text()
     return json.loads(run.result.read_text())
 
 

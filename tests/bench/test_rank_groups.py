@@ -75,6 +75,7 @@ raise RuntimeError("the reason")
 """
 
 
+@pytest.mark.heavy
 def test_the_last_line_of_a_failed_rank_is_its_reason_when_ray_was_open():
     failed = subprocess.run([sys.executable, "-c", FAILS_WITH_RAY_OPEN], capture_output=True, text=True, check=False)
     assert failed.stdout == "closed\n"

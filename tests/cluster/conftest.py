@@ -9,7 +9,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.launcher import pool_run
 from dist_lm.storage.run_directory import WorkDirectory
-from tests.cluster.launched import CODE_STEPS, finish, start
+from tests.cluster.launched import CODE_STEPS, finish, start, train_language
 from tests.cluster.loopback_ray import LoopbackRay, loopback_ray
 from tests.cluster.pool_of_one import Alone
 from tests.patience import patient
@@ -29,8 +29,10 @@ def patience() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def undisturbed(tiny_work, tmp_path_factory) -> WorkDirectory:
     work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
-    code, _, err = finish(start(work, CODE_STEPS))
+    train_language(work)
+    code, out, err = finish(start(work, CODE_STEPS))
     assert code == 0, err
+    assert "language there" in " ".join(out.split()), "it was built again"
     return work
 
 

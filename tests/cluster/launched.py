@@ -13,21 +13,24 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_lm.config.root import save_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.process import is_alive
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
 from tests.patience import patient
-from tests.training_run import linked
+from tests.training_run import linked, train
 
 DEADLINE_S = patient(480)
 CODE_STEPS = "stage.steps=60"  # of runs that are disturbed on the way
+OF_BOTH = ("seq_len=32", "global_batch=4", "micro_batch=2", "warmup_steps=2")
+OF_LANGUAGE = (*OF_BOTH, "steps=4")
 SETTINGS = (
     *TINY,
     "stage=code",
-    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("seq_len=32", "global_batch=4")),
-    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("micro_batch=2", "warmup_steps=2")),
-    "stages.language.steps=4",
+    *(f"stage.{key}" for key in OF_BOTH),
+    *(f"stages.language.{key}" for key in OF_LANGUAGE),
     "stage.steps=6",
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
@@ -48,6 +51,15 @@ def code_metrics(work: Path, run_id: str, *words: str) -> dict[str, float]:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads(RunDirectory(work / "runs" / "code" / run_id).result.read_text())["metrics"]
+
+
+def train_language(work: WorkDirectory) -> None:
+    """The run that stage code starts from by SETTINGS, as the launcher would build it, in forked ranks."""
+    run = work.run("language", "default")
+    run.create()
+    settings = ("stage=language", *TINY, *(f"stage.{key}" for key in OF_LANGUAGE), f"work_dir={work.path}")
+    save_config(compose_config(settings), run.config)
+    train(run, 2)
 
 
 def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:

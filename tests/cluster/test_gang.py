@@ -134,6 +134,7 @@ with connect(ClusterConfig(name="local")) as cluster:
 """
 
 
+@pytest.mark.heavy
 def test_a_killed_driver_leaves_nothing_running(run: RunDirectory, tmp_path: Path) -> None:
     environ = os.environ | {"TMPDIR": str(tmp_path)}  # too long for Ray's sockets: /tmp is used instead
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(run.path), PYTHONPATH["PYTHONPATH"]], env=environ)

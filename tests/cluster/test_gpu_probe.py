@@ -85,6 +85,7 @@ def test_processes_answer_and_those_that_hang_or_end_are_told_apart(probes):
 
 
 @pytest.mark.cluster
+@pytest.mark.heavy
 def test_agents_try_their_node_before_ranks_start(tmp_path):
     run = RunDirectory(tmp_path / "runs" / "code" / "test")
     run.create()

@@ -17,6 +17,7 @@ from tests.cluster.launched import (
     ranks_on,
     start,
     steps_of,
+    train_language,
     wait_until,
 )
 from tests.training_run import linked, numbers
@@ -141,8 +142,10 @@ def test_a_run_that_fails_for_good_shows_why(undisturbed, shared_ray, tmp_path):
     assert str(run.logs) in last
 
 
-def test_a_failing_rank_shows_its_own_words(undisturbed, tmp_path):
-    work = follow_on(undisturbed, tmp_path)
+@pytest.mark.heavy
+def test_a_failing_rank_shows_its_own_words(tiny_work, tmp_path):
+    work = linked(tiny_work, tmp_path)
+    train_language(work)
     code, _, err = finish(start(work, "stage.lr=1e30", "stage.grad_clip=0", "stage.max_nonfinite_steps=2"))
     assert code == 2
     assert "gradients were NaN or infinite in 2 steps in a row" in err

@@ -1,7 +1,7 @@
 """Training as its users meet it: the same numbers on any number of ranks, and after any kill.
 
-The runs that others are compared with and those that are disturbed are `torchrun -m dist_lm.train RUN_DIR`, the others
-do the same in forked ranks; the tiny model, with dropout, gradient accumulation, evaluation and checkpoints on.
+Runs to which signals are sent, or whose disk is full, are `torchrun -m dist_lm.train RUN_DIR`, the others do the same
+in forked ranks; the tiny model, with dropout, gradient accumulation, evaluation and checkpoints on.
 """
 
 import io
@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
 from dist_lm.training.profile_summary import read_profile, summarize
 from tests.conftest import VOCAB_SIZE, texts
-from tests.forked_run import run_forked
+from tests.forked_run import forked_ranks, run_forked
 from tests.training_run import (
     DEADLINE_S,
     STEPS,
@@ -49,12 +50,12 @@ COMPARED = (
 )
 
 
-def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(run: RunDirectory, step: int, ended: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
         if run.metrics.exists() and any(line["step"] >= step for line in read_metrics(run.metrics)):
             return
-        assert process.poll() is None, run.rank_log(0).read_text()
+        assert not ended(), run.rank_log(0).read_text()
         time.sleep(0.02)
     pytest.fail(f"step {step} was not reached in {DEADLINE_S} s")
 
@@ -68,7 +69,7 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     """Two ranks, never disturbed."""
     work = linked(tiny_work, tmp_path_factory.mktemp("reference"))
     run = prepare(work, "two", "stage.keep_checkpoints=9")
-    train(run, ranks=2, torchrun=True)
+    train(run, ranks=2)
     return run
 
 
@@ -102,10 +103,8 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(reference, tiny_work, 
     step = random.randrange(6, 9) if after_a_checkpoint else random.randrange(1, 5)
     print(f"killed after step {step}")
     run = prepare(linked(tiny_work, tmp_path), "two")
-    process = start(run, ranks=2)
-    wait_for_step(run, step, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
+    with forked_ranks(run, ranks=2) as processes:
+        wait_for_step(run, step, lambda: any(process.exitcode is not None for process in processes))
     assert not run.result.exists()
     train(run, ranks=2)
     assert numbers(run) == numbers(reference)
@@ -142,7 +141,7 @@ def samples(run: RunDirectory) -> dict[str, str]:
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(reference, tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "two", "stage.checkpoint_every=0")
     process = start(run, ranks=2)
-    wait_for_step(run, 2, process)
+    wait_for_step(run, 2, lambda: process.poll() is not None)
     os.kill(rank_pids(process)[1], signal.SIGUSR1)
     assert finish(process) == 0
     assert not run.result.exists()

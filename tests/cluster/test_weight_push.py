@@ -48,6 +48,7 @@ def test_parameters_come_out_of_chunks_as_they_went_in(dtype):
 
 
 @pytest.mark.cluster
+@pytest.mark.heavy
 def test_actors_that_die_amid_a_push_get_all_of_it_and_nobody_draws_before(tmp_path: Path):
     import ray
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -24,9 +24,11 @@ from dist_lm.training.checkpoint_tensors import stored_tensors
 from tests.cluster import launched
 from tests.cluster.launched import CODE_STEPS, DEADLINE_S, SETTINGS, finish, follow_on, ranks_on, steps_of, wait_until
 from tests.cluster.loopback_ray import loopback_ray
+from tests.cluster.test_rlhf_run import prepare as prepare_rlhf
 from tests.cluster.test_rlhf_run import settings as rlhf_settings
 from tests.cluster.test_rlhf_run import work_of
-from tests.training_run import linked, numbers, prepare, write_untrained
+from tests.forked_run import run_forked
+from tests.training_run import linked, numbers, prepare, train, write_untrained
 
 pytestmark = pytest.mark.cluster
 WITHOUT_RAY = Path(__file__).parent / "without_ray"
@@ -98,14 +100,38 @@ def kill(process: subprocess.Popen, run: RunDirectory) -> None:
     launched.assert_gone(ranks)
 
 
-def test_with_and_without_the_launcher_the_run_has_the_same_bits(undisturbed, tmp_path):
-    work = follow_on(undisturbed, tmp_path / "without launcher")
-    expected, run = undisturbed.run("code", "default"), work.run("code", "default")
-    code, out, err = finish(on_one_node(work, CODE_STEPS))
+@dataclass(frozen=True)
+class WithoutLauncher:
+    """A whole run without the launcher, during which a second command for the same run was given."""
+
+    run: RunDirectory
+    out: str
+    second: tuple[int, str, str]  # exit code and output of the second command
+
+
+@pytest.fixture(scope="module")
+def without_launcher(undisturbed: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WithoutLauncher:
+    work = follow_on(undisturbed, tmp_path_factory.mktemp("without_launcher") / "work")
+    run = work.run("code", "default")
+    process = on_one_node(work, CODE_STEPS)
+    with launched.ending(process):
+        wait_until(lambda: bool(steps_of(run)), process, "the first step")
+        ranks = launched.family(process)
+        for rank in ranks:
+            rank.suspend()
+        second = finish(launched.start(work, CODE_STEPS))
+        for rank in ranks:
+            rank.resume()
+        code, out, err = finish(process)
     assert code == 0, err
+    return WithoutLauncher(run, out, second)
+
+
+def test_with_and_without_the_launcher_the_run_has_the_same_bits(undisturbed, without_launcher):
+    expected, run = undisturbed.run("code", "default"), without_launcher.run
     assert_same(run, expected)
-    assert "code: step " in out, "no line of progress"
-    assert "stage=code is done" in out
+    assert "code: step " in without_launcher.out, "no line of progress"
+    assert "stage=code is done" in without_launcher.out
     # everything that only the launcher writes is named in docs/cluster.md
     assert not run.events.exists()
     assert not run.live.exists()
@@ -113,6 +139,13 @@ def test_with_and_without_the_launcher_the_run_has_the_same_bits(undisturbed, tm
     assert settings_of(run) == settings_of(expected)
 
 
+def test_a_second_command_for_the_same_run_is_refused(without_launcher):
+    code, _, err = without_launcher.second
+    assert code == 2
+    assert "is in use by process" in err
+
+
+@pytest.mark.heavy
 def test_a_run_killed_with_the_launcher_is_finished_without_it_and_the_reverse(undisturbed, tmp_path):
     expected = undisturbed.run("code", "default")
     every = ("stage.checkpoint_every=5", CODE_STEPS)
@@ -172,39 +205,37 @@ def test_a_refusal_of_rank_0_ends_all_ranks_with_one_line(undisturbed, tmp_path)
     assert not work.run("code", "default").config.exists()
 
 
-def test_a_second_command_for_the_same_run_is_refused(undisturbed, tmp_path):
-    work = follow_on(undisturbed, tmp_path / "work")
-    run = work.run("code", "default")
-    with launched.ending(on_one_node(work, CODE_STEPS)) as process:
-        wait_until(lambda: bool(steps_of(run)), process, "the first step")
-        for rank in ranks_on(run) or launched.family(process):
-            rank.suspend()
-        code, _, err = finish(launched.start(work, CODE_STEPS))
-    assert code == 2
-    assert "is in use by process" in err
+FEW_ITERATIONS = ("stage.steps=2", "rlhf.held_out_prompts=0", "rlhf.pool.actors=0")
 
 
-def test_rlhf_generates_in_rank_0(tiny_work, tmp_path):
-    """Neither the engine nor the functions of a reward need Ray."""
+@pytest.fixture
+def rlhf_work(tiny_work, tmp_path) -> WorkDirectory:
     started = linked(tiny_work, tmp_path / "started")
     write_untrained(started, "tools", 0)
-    work = work_of(started, tmp_path / "work")
-    few = ("stage.steps=2", "rlhf.held_out_prompts=0", "rlhf.pool.actors=0")
-    code, out, err = finish(torchrun(ONE_NODE, *rlhf_settings(work, *few)))
+    return work_of(started, tmp_path / "work")
+
+
+def test_rlhf_generates_in_rank_0_without_ray(rlhf_work):
+    """Neither the engine nor the functions of a reward need Ray."""
+    run = prepare_rlhf(rlhf_work, *FEW_ITERATIONS)
+    assert run_forked(run, 2, without=("ray",)) == 0, run.rank_log(0).read_text()
+    assert json.loads(run.result.read_text())["steps"] == 2
+
+
+@pytest.mark.heavy
+def test_rlhf_is_started_without_the_launcher(rlhf_work):
+    code, out, err = finish(torchrun(ONE_NODE, *rlhf_settings(rlhf_work, *FEW_ITERATIONS)))
     assert code == 0, err
-    assert json.loads(work.run("rlhf", "default").result.read_text())["steps"] == 2
+    assert json.loads(rlhf_work.run("rlhf", "default").result.read_text())["steps"] == 2
     assert "2 iterations on" in out
 
 
 def test_a_run_directory_is_laid_out_again_for_another_number_of_ranks(tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path / "work"), "default", "stage.steps=2")
-    for ranks, steps in (("2", 2), ("1", 3)):
-        if steps == 3:
-            text = run.config.read_text()
-            assert "dp_shard: 2" in text
-            run.result.unlink()
-            run.config.write_text(text.replace("  steps: 2\n", "  steps: 3\n"))
-        code, _, err = finish(torchrun(("--standalone", "--nproc-per-node", ranks), str(run.path)))
-        assert code == 0, err
+    train(run, 2)
+    text = run.config.read_text()
+    assert "dp_shard: 2" in text
+    run.result.unlink()
+    run.config.write_text(text.replace("  steps: 2\n", "  steps: 3\n"))
+    assert train(run, 1)["steps"] == 3
     assert "dp_shard: 1" in run.config.read_text()
-    assert json.loads(run.result.read_text())["steps"] == 3

@@ -53,7 +53,7 @@ def test_a_layout_that_is_given_stays_as_it_is():
     assert resolve_layout(with_layout(config, 8).parallel, config.model, 16) == given
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, 2, 8])
+@pytest.mark.parametrize("ranks_per_node", [1, 2, pytest.param(8, marks=pytest.mark.heavy)])
 def test_no_tensor_parallelism_between_nodes(ranks_per_node):
     config = auto("cluster.nodes=4", "cluster=ray", "cluster.address=h:1")
     found = candidates(on_nodes_of(config, ranks_per_node), 4 * ranks_per_node)

@@ -63,6 +63,7 @@ def test_the_answer_alone_goes_to_standard_output(small_run, expected):
     assert line.endswith("max_new_tokens reached, seed 11")
 
 
+@pytest.mark.heavy
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(small_run):
     reader, writer = os.pipe()
     os.close(reader)

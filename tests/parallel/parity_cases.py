@@ -133,6 +133,28 @@ def cases() -> list[Case]:
     return sorted(found, key=lambda case: case.world_size)
 
 
+def small_cases() -> list[Case]:
+    """The fewest rows, found greedily, in which every layout of up to four ranks occurs, every number of heads meets
+    every width of tensor parallelism, and any two values of any two other choices meet. The rest is heavy."""
+    left = [case for case in cases() if case.world_size <= 4]
+    missing = set().union(*(_facts(case) for case in left))
+    found = []
+    while missing:
+        best = max(left, key=lambda case: len(_facts(case) & missing))
+        missing -= _facts(best)
+        found.append(best)
+    return found
+
+
+def _facts(case: Case) -> set[tuple]:
+    """What a row shows of what `small_cases` has to show."""
+    facts: set[tuple] = {("layout", case.layout), *combinations(case.choices.items(), 2)}
+    tp = layout_of(case.layout).tp
+    if tp > 1:
+        facts.add((tp, case.heads))
+    return facts
+
+
 def _meetings(met: Counter, row: dict[str, Any], key: str, value: Any) -> tuple[int, int]:
     """How often `value` has met what is already in the row: (never met pairs first, then how often in all)."""
     counts = [met[(item, (key, value))] for item in row.items()]

@@ -91,7 +91,10 @@ def merged_values(model: AdaptedModelConfig) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
-@pytest.mark.parametrize(("layout", "heads"), [("1x1x1", (5, 5)), ("1x4x1", (6, 3)), ("1x2x2", (5, 1))])
+@pytest.mark.parametrize(
+    ("layout", "heads"),
+    [("1x1x1", (5, 5)), pytest.param("1x4x1", (6, 3), marks=pytest.mark.heavy), ("1x2x2", (5, 1))],
+)
 def test_adapters_are_merged_into_the_weights_that_leave(
     ranks: RankGroups, layout: str, heads: tuple[int, int], offload: bool
 ):

@@ -17,6 +17,7 @@ from tests.parallel.parity_cases import (
     DATA_LAYOUTS,
     HEADS,
     MIXED_LAYOUTS,
+    SMALL,
     TENSOR_LAYOUTS,
     VOCAB_SIZE,
     Case,
@@ -25,6 +26,7 @@ from tests.parallel.parity_cases import (
     layouts,
     model_of,
     parallel_of,
+    small_cases,
 )
 from tests.parallel.ranks import RankGroups
 
@@ -34,6 +36,7 @@ ENTRY = 5e-6  # of a tensor's gradient, relative to its largest entry
 UPDATED_ENTRY = 1e-5  # the same after a step, where second moments are squares of gradients
 ORTHOGONAL_ENTRY = 1e-3  # after two steps of Muon, which takes small singular values, rounding with them, to 1
 CASES = cases()
+SMALL_CASES = small_cases()
 
 
 def assert_is_that_of_one_process(found: MeshTrajectory, model: ModelConfig) -> None:
@@ -48,7 +51,7 @@ def assert_is_that_of_one_process(found: MeshTrajectory, model: ModelConfig) -> 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=str(case), marks=pytest.mark.heavy if case.world_size > 4 else ()) for case in CASES],
+    [pytest.param(case, id=str(case), marks=() if case in SMALL_CASES else pytest.mark.heavy) for case in CASES],
 )
 def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
     found: MeshTrajectory = ranks.run(
@@ -65,7 +68,9 @@ def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layou
 
 
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
-@pytest.mark.parametrize("heads", [(5, 5), (6, 3)], ids=["padded heads", "groups"])
+@pytest.mark.parametrize(
+    "heads", [pytest.param((5, 5), id="padded heads", marks=pytest.mark.heavy), pytest.param((6, 3), id="groups")]
+)
 def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
     ranks: RankGroups, layout: str, heads: tuple[int, int]
 ):
@@ -92,7 +97,10 @@ VALUE_RESIDUALS = [
 ]
 
 
-@pytest.mark.parametrize(("heads", "layout", "checkpointing"), VALUE_RESIDUALS)
+@pytest.mark.parametrize(
+    ("heads", "layout", "checkpointing"),
+    [pytest.param(*row, marks=() if row[1] in SMALL else pytest.mark.heavy) for row in VALUE_RESIDUALS],
+)
 def test_a_step_with_value_residuals_is_that_of_one_process(
     ranks: RankGroups, heads: tuple[int, int], layout: str, checkpointing: str
 ):
@@ -115,7 +123,10 @@ def assert_orthogonal_steps_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("layout", layouts("1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"))
-@pytest.mark.parametrize("heads", [(5, 5), (4, 4)], ids=["padded heads", "whole heads"])
+@pytest.mark.parametrize(
+    "heads",
+    [pytest.param((5, 5), id="padded heads"), pytest.param((4, 4), id="whole heads", marks=pytest.mark.heavy)],
+)
 def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model_of(heads), MuonConfig(lr=0.02), 2)
 
@@ -126,6 +137,17 @@ def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_proce
     model = model_of((5, 5), **options, base_width=20)
     muon = MuonConfig(lr=None, scale="adamw", variance_beta=0.9, weight_decay=0.2)
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2)
+
+
+def test_any_two_values_of_two_choices_meet_in_the_small_size():
+    met = set()
+    for case in SMALL_CASES:
+        met.update(combinations(case.choices.items(), 2))
+    for first, second in combinations(CHOICES, 2):
+        for pair in product(CHOICES[first], CHOICES[second]):
+            assert ((first, pair[0]), (second, pair[1])) in met, (first, second, pair)
+    assert {case.layout for case in SMALL_CASES} == {*DATA_LAYOUTS, *TENSOR_LAYOUTS, *MIXED_LAYOUTS}
+    assert {case.heads for case in SMALL_CASES} == set(HEADS)
 
 
 def test_any_two_values_of_two_choices_meet_in_the_matrix():

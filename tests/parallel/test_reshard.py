@@ -1,6 +1,7 @@
 """What one layout saved, another continues: the same bits after loading, the same steps after that, and no padding."""
 
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +27,28 @@ MODELS = {
         (6, 3), norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True, qk_norm=True, value_residual=True
     ),
 }
-MOVES = [
+SMALL_MOVES = [  # between them every axis is joined, cut and exchanged for another one
     ("25 heads", "1x2x2", "1x1x1"),
+    ("25 heads", "1x4x1", "1x1x2+sp"),
+    ("6 heads, 3 key heads", "1x1x4+sp", "2x2x1"),
+]
+MOVES = [
+    *SMALL_MOVES,
     ("25 heads", "1x2x2", "1x4x1"),
     ("25 heads", "1x2x2", "1x1x4"),
-    ("25 heads", "1x4x1", "1x1x2+sp"),
     ("25 heads", "1x1x1", "1x1x8"),
     ("25 heads", "1x1x8", "2x1x2"),
-    ("6 heads, 3 key heads", "1x1x4+sp", "2x2x1"),
     ("6 heads, 3 key heads", "1x2x2", "1x1x4"),
 ]
 TENSOR_PARALLEL = sorted({(model, layout) for model, layout, _ in MOVES if layout_of(layout).tp > 1})
+
+
+SMALL_TENSOR_PARALLEL = {(model, layout) for model, layout, _ in SMALL_MOVES}
+
+
+def marked(rows: Iterable[tuple[str, ...]], small: Collection[tuple[str, ...]]) -> list:
+    """Parameters for tests: those not in `small` are heavy."""
+    return [pytest.param(*row, marks=() if row in small else pytest.mark.heavy) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ def saved(ranks: RankGroups, tmp_path_factory: pytest.TempPathFactory):
     return at
 
 
-@pytest.mark.parametrize(("model", "source", "target"), MOVES)
+@pytest.mark.parametrize(("model", "source", "target"), marked(MOVES, SMALL_MOVES))
 def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved, model, source, target):
     before: Saved = saved(model, source)
     after: MeshTrajectory = ranks.run(
@@ -81,7 +93,9 @@ def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved
     assert after.torn == after.dirty == set()
 
 
-@pytest.mark.parametrize(("source", "target"), [("1x1x2", "1x4x1"), ("1x2x2", "1x1x4")])
+@pytest.mark.parametrize(
+    ("source", "target"), [("1x1x2", "1x4x1"), pytest.param("1x2x2", "1x1x4", marks=pytest.mark.heavy)]
+)
 def test_another_layout_continues_with_normalised_orthogonal_steps(ranks, tmp_path, source, target):
     model, muon = MODELS["6 heads, 3 key heads"], MuonConfig(lr=0.02, variance_beta=0.9)
     before: MeshTrajectory = ranks.run(
@@ -98,7 +112,7 @@ def test_another_layout_continues_with_normalised_orthogonal_steps(ranks, tmp_pa
     assert after.losses == pytest.approx(expected_of(model, 3, muon).losses[2:], rel=LOSS)
 
 
-@pytest.mark.parametrize(("model", "layout"), TENSOR_PARALLEL)
+@pytest.mark.parametrize(("model", "layout"), marked(TENSOR_PARALLEL, SMALL_TENSOR_PARALLEL))
 def test_padding_is_still_zero_after_several_steps(saved, model, layout):
     trajectory: MeshTrajectory = saved(model, layout).trajectory
     where = placements(MODELS[model], layout_of(layout))
@@ -109,7 +123,7 @@ def test_padding_is_still_zero_after_several_steps(saved, model, layout):
     assert trajectory.dirty == set()
 
 
-@pytest.mark.parametrize(("model", "layout"), TENSOR_PARALLEL)
+@pytest.mark.parametrize(("model", "layout"), marked(TENSOR_PARALLEL, SMALL_TENSOR_PARALLEL))
 def test_no_file_of_a_checkpoint_holds_padding(saved, model, layout):
     logical = {name: place.logical for name, place in placements(MODELS[model], layout_of("1x1x1")).items()}
     entries = dict.fromkeys(logical, 0)

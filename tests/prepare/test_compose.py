@@ -12,8 +12,14 @@ from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 
 
-@pytest.mark.parametrize("model", choices("model"))
-@pytest.mark.parametrize("stage", choices("stage"))
+@pytest.mark.parametrize(
+    ("model", "stage"),
+    [  # files of both, as recipes, are composed in test_recipes.py
+        pytest.param(model, stage, marks=() if model == "nano" or stage == "rlhf" else pytest.mark.heavy)
+        for model in choices("model")
+        for stage in choices("stage")
+    ],
+)
 def test_every_model_composes_with_every_stage(model, stage):
     config = compose_config([f"stage={stage}", f"model={model}"])
     assert (config.model.name, config.stage.name) == (model, stage)

@@ -46,8 +46,14 @@ def layout_of(config, before: ContinuedRun | None = None, ranks: int = GPUS) -> 
 # --- open axes ---
 
 
-@pytest.mark.parametrize("parallel", ["parallel=fsdp", "parallel=auto"])
-@pytest.mark.parametrize(("nodes", "expected"), [(1, "1x8x1"), (2, "2x8x1"), (8, "8x8x1"), (64, "64x8x1")])
+@pytest.mark.parametrize(
+    ("parallel", "nodes", "expected"),
+    [
+        *(("parallel=fsdp", nodes, f"{nodes}x8x1") for nodes in (1, 2, 8, 64)),
+        *(("parallel=auto", nodes, f"{nodes}x8x1") for nodes in (1, 8)),
+        *(pytest.param("parallel=auto", nodes, f"{nodes}x8x1", marks=pytest.mark.heavy) for nodes in (2, 64)),
+    ],
+)
 def test_a_model_that_a_node_holds_is_sharded_inside_it(parallel, nodes, expected):
     assert layout_of(config(parallel, nodes=nodes)) == expected
 

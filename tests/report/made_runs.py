@@ -10,9 +10,9 @@ import numpy as np
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import save_config
 from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, shard_name, write_manifest
-from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from tests.conftest import composed
 
 BEGAN = 1_700_000_000.0
 NODES = [{"host": "alpha", "address": "10.0.0.1"}, {"host": "beta", "address": "10.0.0.2"}]
@@ -37,7 +37,7 @@ def make_run(
     run = work.run(stage, run_id)
     run.create()
     save_config(
-        compose_config(
+        composed(
             [f"stage={stage}", *MODEL, f"stage.steps={steps}", f"work_dir={work.path}", f"run_id={run_id}", *overrides]
         ),
         run.config,

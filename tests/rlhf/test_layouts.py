@@ -31,7 +31,7 @@ CONFIG = replace(
     pretrain_coefficient=0.5,
     rewards={"length": RewardPartConfig(kind="length", target=4), "model": RewardPartConfig(kind="reward_model")},
 )
-ITERATIONS = 3
+ITERATIONS = 2
 SEQUENCES = 6  # of text an update
 NEAR = 1e-5
 LAYOUTS = {

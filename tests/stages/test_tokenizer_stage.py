@@ -160,6 +160,7 @@ def test_a_trained_tokenizer_is_kept_while_the_corpora_change(work: WorkDirector
     assert work.tokenizer_model.read_bytes() == before
 
 
+@pytest.mark.heavy
 def test_a_vocabulary_past_65536_goes_through_the_shards(tmp_path: Path) -> None:
     path = tmp_path / "large.json"
     path.write_bytes(large_json(66_000))
