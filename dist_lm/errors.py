@@ -33,6 +33,14 @@ def require_folder_name(key: str, name: str) -> None:
     require(bool(FOLDER_NAME.fullmatch(name)), key, repr(name), "up to 100 letters, digits, _ . and - (a folder)")
 
 
+def shown_value(value: Any) -> str:
+    """Returns a value from a file of somebody else for a message: on one line, printable, at most 80 characters."""
+    text = str(value)[:81] if isinstance(value, str) else repr(value)[:81]
+    if not text.isprintable():
+        text = ascii(text)[1:-1]
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def utf8(text: str, name: str) -> bytes:
     """Returns `text` in UTF-8.
 

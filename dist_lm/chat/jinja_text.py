@@ -1,4 +1,8 @@
-"""Renders a conversation by a Jinja chat template, in a sandbox, to the text that transformers would make of it."""
+"""Renders a conversation by a Jinja chat template to the text that transformers would make of it.
+
+A template is a program of somebody else. Jinja's sandbox keeps it from Python; a process with limits of time and memory
+(`dist_lm.sandbox.limited`) keeps it from this process, whose answers it waits for.
+"""
 
 import json
 import re
@@ -16,22 +20,28 @@ from jinja2.utils import Namespace
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, turn_name
+from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 
 # transformers has this tag around what the assistant writes.
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 WAY_OUT = "tokenizer.chat_template=ours lays conversations out as dist_lm does"
+MOST_TURNS = 4096  # of the beginnings in one request: its time limit must not depend on the length of a conversation
 MOST_STEPS = 1_000_000  # steps of a rendering; 1,000 turns that each look at all turns take as many
 LONGEST, LARGEST = 10_000_000, 10**30  # bounds of a repeated text or list, and of a product
 MOST_DIGITS = 10_000  # bound of base x exponent of a power, which is more than its digits
 STEPS = "steps taken"  # variable of a rendering that no template can name, as it has a space
 ERRORS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
-    *(ArithmeticError, RecursionError, MemoryError),
+    *(ArithmeticError, RecursionError),
 )
 """Exceptions that a rendering raises."""
 PROBE = Tool("probe_tool", "probe_text", {"type": "object", "properties": {"x": {"type": "integer"}}})
 PROBE_CALL = Call(PROBE.name, {"x": 7})
+
+
+class TemplateLimitError(ChatError):
+    """Raised for a template that takes more time or memory than the process with limits has, or ends it."""
 
 
 def text_of(conversation: Conversation, template: KeptTemplate, texts_as_json: bool = False) -> str:
@@ -106,6 +116,9 @@ def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
     """Returns whether the template shows (tools, calls, results), by rendering probes. Cached.
 
     A probe that the template refuses counts as not shown.
+
+    Raises:
+        TemplateLimitError: the template exceeds a limit.
     """
     turns = (
         Message("user", "probe"),
@@ -119,6 +132,8 @@ def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
         probe_turns = turns[:1] if tools else turns
         try:
             return probe in rendered(template, messages_of(probe_turns), tools_of(tools), False)
+        except TemplateLimitError:
+            raise  # the other probes would take as long
         except ChatError:
             return False
 
@@ -154,8 +169,65 @@ def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -
 
     Raises:
         ChatError: the template cannot be read, refuses the conversation or fails, or takes more than `MOST_STEPS`
-            turns of loops and calls of macros.
+            turns of loops and calls of macros, or more time or memory than the process with limits has.
     """
+    return rendered_page(template, messages, tools, opening, ())[0]
+
+
+def rendered_page(
+    template: KeptTemplate, messages: Any, tools: Any, opening: bool, beginnings: Sequence[int]
+) -> tuple[str, list[int | None]]:
+    """Returns the text of `rendered`, and for each of `beginnings` the length of the text of so many first messages
+    with the opening of the assistant's turn; None where that is no beginning of the whole text.
+
+    The process with limits (`dist_lm.sandbox.limited`) renders, a conversation of up to 60 turns in one request.
+
+    Raises:
+        ChatError: as `rendered`.
+    """
+    text = ""
+    lengths: list[int | None] = []
+    step = max(1, MOST_TURNS // max(1, len(messages)))
+    for first in range(0, max(1, len(beginnings)), step):
+        part = list(beginnings[first : first + step])
+        special_tokens = dict(template.special_tokens)
+        try:
+            text, part_lengths = limited.call(
+                *(render_page, template.text, special_tokens, template.day, MOST_STEPS),
+                *(messages, tools, opening, part),
+            )
+        except limited.LimitError as error:
+            raise TemplateLimitError(f"the chat template of the model {error}: {WAY_OUT}") from error
+        lengths += part_lengths
+    return text, lengths
+
+
+def render_page(
+    text: str,
+    special_tokens: dict[str, str],
+    day: str,
+    most_steps: int,
+    messages: Any,
+    tools: Any,
+    opening: bool,
+    beginnings: Sequence[int],
+) -> tuple[str, list[int | None]]:
+    """Does what `rendered_page` says, in the process with limits. `text`, `special_tokens` and `day` are the template.
+
+    Raises:
+        ChatError: as `rendered`.
+    """
+    template = KeptTemplate(text, tuple(sorted(special_tokens.items())), day)
+    page = _rendered(template, messages, tools, opening, most_steps)
+    lengths: list[int | None] = []
+    for count in beginnings:
+        beginning = _rendered(template, messages[:count], tools, True, most_steps)
+        lengths.append(len(beginning) if page.startswith(beginning) else None)
+    return page, lengths
+
+
+def _rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool, most_steps: int) -> str:
+    """Does what `rendered` says, in this process."""
     try:
         return _compiled(template).render(
             messages=messages,
@@ -163,8 +235,12 @@ def rendered(template: KeptTemplate, messages: Any, tools: Any, opening: bool) -
             documents=None,
             add_generation_prompt=opening,
             **dict(template.special_tokens),
-            **{STEPS: [0]},
+            **{STEPS: [0, most_steps]},
         )
+    except ChatError:
+        raise  # the template cannot be read
+    except MemoryError as error:
+        raise TemplateLimitError(f"the chat template of the model takes too much memory: {WAY_OUT}") from error
     except ERRORS as error:
         reason = " ".join(str(error).split())
         raise ChatError(f"the chat template of the model refuses the conversation ({reason}): {WAY_OUT}") from error
@@ -188,10 +264,10 @@ class _Namespace(Namespace):
 @jinja2.pass_context
 def _step(context: Context, _: None) -> None:
     """Counts a turn of a loop or a call of a macro."""
-    step_count = context.parent[STEPS]  # a list of one number, which a filter can change
-    step_count[0] += 1
-    if step_count[0] > MOST_STEPS:
-        raise jinja2.exceptions.SecurityError(f"it takes more than {MOST_STEPS:,} turns of loops and calls")
+    steps = context.parent[STEPS]  # a list, which a filter can change: steps taken, and the most
+    steps[0] += 1
+    if steps[0] > steps[1]:
+        raise jinja2.exceptions.SecurityError(f"it takes more than {steps[1]:,} turns of loops and calls")
 
 
 def _size(value: Any) -> float:
@@ -205,7 +281,8 @@ def _size(value: Any) -> float:
 
 class _Bounded(ImmutableSandboxedEnvironment):
     """A sandbox whose renderings end: it counts the turns of loops and the calls of macros, so that the same template
-    is refused on every machine, however busy that is. Memory is bounded for products and powers only."""
+    is refused on every machine, however busy that is. Memory is bounded for products and powers only: the process
+    with limits bounds the rest."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -260,6 +337,7 @@ def _compiled(template: KeptTemplate) -> jinja2.Template:
 
     environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = tojson
+    del environment.globals["lipsum"]  # random words without end, which no layout can have
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": date.fromisoformat(template.day).strftime,

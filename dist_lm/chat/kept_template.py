@@ -1,7 +1,7 @@
 """Lays conversations out by the chat template of an imported model, where it differs from ours (`chat.template`).
 
-The template is Jinja in a sandbox, with the functions that transformers gives it. Special tokens are those that the
-template itself writes. A text of the conversation that spells one is split by a private character before it is
+The template is Jinja in a process with limits, with the functions that transformers gives it. Special tokens are those
+that the template itself writes. A text of the conversation that spells one is split by a private character before it is
 rendered, and joined again after the special tokens are found, so no text becomes a mark. The text between two special
 tokens is encoded as one segment, as transformers does.
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_lm.chat.jinja_text import WAY_OUT, check_probes, messages_of, rendered, tools_of
+from dist_lm.chat.jinja_text import WAY_OUT, check_probes, messages_of, rendered, rendered_page, tools_of
 from dist_lm.chat.messages import ChatError, Conversation, Message, check_conversation, turn_name
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
@@ -55,7 +55,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
             rewrites earlier turns, or ends turns without a special token; the message names the turn or the reason.
     """
     page = _Page(conversation, tokenizer)
-    text = page.text(conversation.messages)
+    answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+    text, starts = page.text_and_starts(answers)
     page.check_shows_texts(text)
 
     # Parts are encoded one by one, so that the first token of each is known.
@@ -67,13 +68,11 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
         tokens += page.splitter.encoded([part])
 
     loss_mask = np.zeros(len(tokens), np.uint8)
-    for number, message in enumerate(conversation.messages):
-        if message.role == "assistant":
-            start = len(page.beginning(text, number))
-            if start == len(text):
-                raise _not_shown(number, message)
-            first, end = _answer_tokens(page, parts, begins, start)
-            loss_mask[first:end] = 1
+    for number, start in zip(answers, starts, strict=True):
+        if start == len(text):
+            raise _not_shown(number, conversation.messages[number])
+        first, end = _answer_tokens(page, parts, begins, start)
+        loss_mask[first:end] = 1
     return np.array(tokens, tokenizer.dtype), loss_mask
 
 
@@ -84,7 +83,7 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         ChatError: the conversation is not well formed, or the template refuses it or leaves out a text, tools or calls.
     """
     page = _Page(conversation, tokenizer)
-    text = page.text(conversation.messages, opening=True)
+    text = page.text_with_opening()
     page.check_shows_texts(text)
     return page.splitter.tokens(text)
 
@@ -102,8 +101,7 @@ def answer_tokens(conversation: Conversation, message: Message, tokenizer: Token
     """
     answered = replace(conversation, messages=(*conversation.messages, message))
     page = _Page(answered, tokenizer)
-    text = page.text(answered.messages)
-    start = len(page.beginning(text, len(conversation.messages)))
+    text, (start,) = page.text_and_starts([len(conversation.messages)])
 
     # Behind the special token that ends the turn, a template may write more, such as a line break.
     parts = page.splitter.parts(text[start:])
@@ -225,32 +223,35 @@ class _Page:
         private = next(chr(code) for code in range(FIRST_PRIVATE, LAST_PRIVATE) if chr(code) not in characters)
         self.splitter = Splitter(tokenizer, private)
 
-    def text(self, messages: Sequence[Message], opening: bool = False) -> str:
-        """Returns the rendered text of the first turns, with guarded texts.
+    def text_with_opening(self) -> str:
+        """Returns the rendered text of all turns, with guarded texts, and the opening that a model continues."""
+        messages = self._guarded(messages_of(self._conversation.messages))
+        return rendered(self._kept, messages, self._guarded(tools_of(self._conversation.tools)), True)
 
-        `opening` adds the beginning of the assistant's turn.
-        """
-        tools = self._guarded(tools_of(self._conversation.tools))
-        return rendered(self._kept, self._guarded(messages_of(messages)), tools, opening)
-
-    def beginning(self, text: str, number: int) -> str:
-        """Returns the text before answer `number`, with the opening that a model continues.
+    def text_and_starts(self, answers: Sequence[int]) -> tuple[str, list[int]]:
+        """Returns the rendered text of all turns, with guarded texts, and the character at which each answer starts:
+        behind the text of the turns before, with the opening that a model continues.
 
         Args:
-            text: the whole rendered conversation.
-            number: index of the turn of the assistant in the conversation.
+            answers: indices of turns of the assistant.
 
         Raises:
-            ChatError: `text` does not begin with it, or the template refuses the turns before.
+            ChatError: the text does not begin with that of the turns before an answer, or the template refuses them.
         """
-        messages = self._conversation.messages
-        before = self.text(messages[:number], opening=True)
-        if not text.startswith(before):
-            raise ChatError(
-                f"{turn_name(number, messages[number])}: the chat template of the model writes the turns before it "
-                f"otherwise when others follow, so its loss cannot be told apart: {WAY_OUT}"
-            )
-        return before
+        turns = self._conversation.messages
+        # A turn of results becomes several messages.
+        counts = [len(messages_of(turns[:number])) for number in answers]
+        text, starts = rendered_page(
+            *(self._kept, self._guarded(messages_of(turns)), self._guarded(tools_of(self._conversation.tools))),
+            *(False, counts),
+        )
+        for number, start in zip(answers, starts, strict=True):
+            if start is None:
+                raise ChatError(
+                    f"{turn_name(number, turns[number])}: the chat template of the model writes the turns before it "
+                    f"otherwise when others follow, so its loss cannot be told apart: {WAY_OUT}"
+                )
+        return text, [start for start in starts if start is not None]
 
     def check_shows_texts(self, text: str) -> None:
         """Refuses a template that leaves out the text of a turn of the system or the user.

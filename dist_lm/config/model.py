@@ -1,5 +1,6 @@
 """The conf group `model`: the shape of the transformer."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -116,15 +117,15 @@ class ModelConfig:
         """
         width = self.head_width
         require(width is None or (width > 0 and width % 2 == 0), "model.head_width", width, "null or an even number")
-        divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0 and self.d_model // n % 2 == 0]
-        nearest = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
-        require(
-            self.n_heads in divisors or width is not None,
-            "model.n_heads",
-            self.n_heads,
-            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(nearest)} (or set "
-            "model.head_width)",
-        )
+        if width is None and (self.d_model % self.n_heads or self.d_model // self.n_heads % 2):
+            divisors = [n for n in range(1, math.isqrt(self.d_model) + 1) if self.d_model % n == 0]
+            divisors = {n for divisor in divisors for n in (divisor, self.d_model // divisor)}
+            divisors = {n for n in divisors if self.d_model // n % 2 == 0}
+            nearest = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
+            accepted = f"a divisor of model.d_model={self.d_model} with an even head width"
+            if nearest:
+                accepted += f", such as {sorted(nearest)}"
+            require(False, "model.n_heads", self.n_heads, f"{accepted} (or set model.head_width)")
         divides = self.kv_heads > 0 and self.n_heads % self.kv_heads == 0
         require(divides, "model.n_kv_heads", self.n_kv_heads, f"a divisor of model.n_heads={self.n_heads}")
 

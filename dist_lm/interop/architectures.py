@@ -16,12 +16,12 @@ GPTNeoX.
 from the model's by a constant, so comparisons of scores stay the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ConfigError, shown_value
 
 HEADS = {"tokens": "ForCausalLM", "scalar": "ForSequenceClassification"}
 
@@ -231,6 +231,20 @@ SCALINGS = {
     "llama3": {**_FACTORS, "rope_original_len": _ORIGINAL},
 }
 """model.rope_scaling -> (keys of `model` -> their names in config.json) of the numbers that it has."""
+LARGEST = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": 2**31,
+}
+"""Sizes in config.json -> the largest one that is believed: far above every model, and small enough to count to."""
+_FLAGS = (*_BIASES, "tie_word_embeddings", "use_bias", "use_parallel_residual", "use_sliding_window")
+_NUMBERS = ("initializer_range", "rms_norm_eps", "norm_epsilon", "layer_norm_eps")
+_ROPE_NUMBERS = ("rope_theta", "rotary_emb_base", "partial_rotary_factor", "rotary_pct", _ORIGINAL)
 NEVER = ("quantization_config", "auto_map")  # keys that change how weights are read, or name code
 
 
@@ -285,11 +299,13 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
             that is out of bounds, or whose combination no architecture has.
     """
     family_names = {family.model_type: family_name for family_name, family in FAMILIES.items()}
-    family_name = family_names.get(config.get("model_type", ""))
+    family_name = family_names.get(str(config.get("model_type")))
     if family_name is None:
         _refuse(where, "model_type", config.get("model_type"), f"one of {', '.join(sorted(family_names))}")
     family = FAMILIES[family_name]
     settings = {**family.defaults, **{key: setting for key, setting in config.items() if setting is not None}}
+
+    _check_types(settings, where)
 
     # The class says what the head computes; a file without one could be of either kind.
     heads = {family_name + theirs: ours for ours, theirs in HEADS.items()}
@@ -305,8 +321,9 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
     for key, accepted in family.fixed.items():
         if settings.get(key) != accepted:
             _refuse(where, key, settings.get(key), str(accepted))
-    if windows := {*settings.get("layer_types", ())} - {"full_attention"}:
-        _refuse(where, "layer_types", windows.pop(), "full_attention")
+    for layer_type in settings.get("layer_types", ()):
+        if layer_type != "full_attention":
+            _refuse(where, "layer_types", layer_type, "full_attention")
     for key in family.biases:
         if settings[key] != settings[family.biases[0]]:
             _refuse(where, key, settings[key], f"{family.biases[0]}={settings[family.biases[0]]} too")
@@ -365,9 +382,13 @@ def _rope(settings: Mapping[str, Any], family: Family, where: str) -> dict[str, 
     # Version 5 of transformers nests all keys of rotary positions, version 4 only those of the scaling.
     name = "rope_parameters" if settings.get("rope_parameters") else "rope_scaling"
     nested: Mapping[str, Any] = settings.get(name) or {}
+    if not isinstance(nested, dict):
+        _refuse(where, name, nested, "an object with rope_type")
+    nested = {key: setting for key, setting in nested.items() if setting is not None}
+    _check_numbers(nested, (*_ROPE_NUMBERS, *_FACTORS.values()), where, f"{name}.")
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     scaling = "none" if rope_type == "default" else rope_type
-    if scaling not in SCALINGS or rope_type == "none":
+    if not isinstance(scaling, str) or scaling not in SCALINGS or rope_type == "none":
         _refuse(where, f"{name}.rope_type", rope_type, "default, linear or llama3")
 
     options: dict[str, Any] = {"rope_scaling": scaling}
@@ -388,6 +409,41 @@ def _rope(settings: Mapping[str, Any], family: Family, where: str) -> dict[str, 
     return options
 
 
+def _check_types(settings: Mapping[str, Any], where: str) -> None:
+    """Refuses values of keys that `model_of` reads if they have another type than transformers gives them, or are sizes
+    of no model.
+
+    Raises:
+        ArtefactError: names the key.
+    """
+    for key, largest in LARGEST.items():
+        size = settings.get(key, 1)
+        if type(size) is not int or not 1 <= size <= largest:
+            _refuse(where, key, size, f"an integer from 1 to {largest}")
+    for key in _FLAGS:
+        if key in settings and type(settings[key]) is not bool:
+            _refuse(where, key, settings[key], "true or false")
+    _check_numbers(settings, (*_NUMBERS, *_ROPE_NUMBERS), where)
+    for key in ("architectures", "layer_types"):
+        if not isinstance(settings.get(key, []), list):
+            _refuse(where, key, settings[key], "a list of names")
+    if not isinstance(settings.get("hidden_act", ""), str):
+        _refuse(where, "hidden_act", settings["hidden_act"], "a name")
+
+
+def _check_numbers(settings: Mapping[str, Any], keys: Sequence[str], where: str, prefix: str = "") -> None:
+    """Refuses values of keys that are there and no finite positive numbers of fp64.
+
+    Raises:
+        ArtefactError: names the key, with `prefix` before it.
+    """
+    for key in keys:
+        number = settings.get(key, 1)
+        is_number = type(number) in (int, float) and 0 < number <= 1e30
+        if not is_number:
+            _refuse(where, prefix + key, number, "a positive number")
+
+
 def _refuse(where: str, key: str, setting: Any, accepted: str) -> NoReturn:
     """Raises ArtefactError for `key=setting` in the file `where`; the message says what would be accepted."""
-    raise ArtefactError(f"{where}: {key}={setting}: expected {accepted}")
+    raise ArtefactError(f"{where}: {key}={shown_value(setting)}: expected {accepted}")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from dist_lm.config.corpus import HF, KEEP, TRAIN, TokenizerConfig
 from dist_lm.errors import ConfigError
+from dist_lm.interop.foreign_files import pieces_in
 from dist_lm.interop.snapshot import named_tokenizer
+from dist_lm.interop.snapshot_files import parsed
 from dist_lm.storage.run_directory import WorkDirectory, tokenizer_in
 from dist_lm.tokenizer.tokenizer import read_vocabulary, with_marks
 
@@ -30,7 +32,7 @@ def named_tokenizer_file(config: TokenizerConfig) -> bytes:
         name, content = str(path), path.read_bytes()
 
     if config.add_marks:
-        return with_marks(content, name)
+        return parsed(name, with_marks, content, name)
     return content
 
 
@@ -53,13 +55,15 @@ def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
     if config.source.startswith(HF):
         return _vocab_size_of(named_tokenizer_file(config), config.source)
 
-    # A tokenizer to keep may be missing: then the stage that needs it says so.
+    # A tokenizer to keep may be missing: then the stage that needs it says so. The work directory holds none that the
+    # process with limits has not read.
     if config.source == KEEP:
         path = WorkDirectory(Path(work_dir)).tokenizer_model
         if not path.is_file():
             return None
-    else:
-        path = _path_of(config)
+        return _kept_vocab_size(path, config.add_marks, path.stat().st_mtime_ns)
+
+    path = _path_of(config)
     return _vocab_size_at(path, config.add_marks, path.stat().st_mtime_ns)
 
 
@@ -83,17 +87,25 @@ def _path_of(config: TokenizerConfig) -> Path:
     )
 
 
-# Both results are cached: a command composes several configurations, and a large vocabulary takes a second to read.
+# The results are cached: a command composes several configurations, and a large vocabulary takes a second to read.
 
 
 @lru_cache(maxsize=8)
-def _vocab_size_at(path: Path, add_marks: bool, _changed_ns: int) -> int:
+def _kept_vocab_size(path: Path, add_marks: bool, _changed_ns: int) -> int:
     content = path.read_bytes()
     if add_marks:
         content = with_marks(content, str(path))
     return read_vocabulary(content, str(path)).vocab_size
 
 
+@lru_cache(maxsize=8)
+def _vocab_size_at(path: Path, add_marks: bool, _changed_ns: int) -> int:
+    content = path.read_bytes()
+    if add_marks:
+        content = parsed(str(path), with_marks, content, str(path))
+    return parsed(str(path), pieces_in, content, str(path))
+
+
 @lru_cache(maxsize=2)
 def _vocab_size_of(content: bytes, name: str) -> int:
-    return read_vocabulary(content, name).vocab_size
+    return parsed(name, pieces_in, content, name)

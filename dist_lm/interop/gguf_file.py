@@ -19,6 +19,7 @@ import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.gguf_header import NAMES
 from dist_lm.interop.gguf_tokenizer import UNUSED, gguf_vocabulary
 from dist_lm.interop.weights import FUSED, Converted
 from dist_lm.tokenizer.symbols import END
@@ -26,13 +27,6 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TYPES = ("F16", "Q8_0")
 BLOCK = 32  # numbers with one scale in Q8_0
-NAMES = {  # families of transformers -> architectures of llama.cpp
-    "Llama": "llama",
-    "Qwen2": "qwen2",
-    "Qwen3": "qwen3",
-    "Starcoder2": "starcoder2",
-    "GPTNeoX": "gptneox",
-}
 Read = Callable[[str], torch.Tensor]  # returns a parameter of ours by its name
 
 

@@ -13,13 +13,13 @@ llama.cpp gives the ids of our tokenizer, with these exceptions:
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, shown_value
 from dist_lm.tokenizer.symbols import SPACE
-from dist_lm.tokenizer.tokenizer import NO_PIECE, Tokenizer, sentencepiece_proto
+from dist_lm.tokenizer.tokenizer import NO_PIECE, Tokenizer, read_vocabulary, sentencepiece_proto
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # token types of GGUF; SentencePiece has the same
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types of GGUF; SentencePiece has the same
 BPE = 2  # TrainerSpec.ModelType
 
 _WORDS = (
@@ -144,12 +144,64 @@ def tokenizer_file(values: Mapping[str, Any], where: str) -> tuple[bytes, str]:
     Raises:
         ArtefactError: the tokenizer or its pre-tokenizer is of another kind; names the key.
     """
-    keys = {key.removeprefix("tokenizer.ggml."): value for key, value in values.items()}
+    prefix = "tokenizer.ggml."
+    keys = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     if keys.get("model") == "gpt2":
-        return _tokenizer_json(keys, where), "tokenizer.json"
-    if keys.get("model") == "llama":
-        return _tokenizer_model(keys), "tokenizer.model"
-    raise ArtefactError(f"{where}: tokenizer.ggml.model={keys.get('model')}: expected gpt2 or llama")
+        _check_keys(keys, ("merges",), where)
+        content, name = _tokenizer_json(keys, where), "tokenizer.json"
+    elif keys.get("model") == "llama":
+        _check_keys(keys, ("scores",), where)
+        content, name = _tokenizer_model(keys), "tokenizer.model"
+    else:
+        model = shown_value(keys.get("model"))
+        raise ArtefactError(f"{where}: {prefix}model={model}: expected gpt2 or llama")
+
+    # The caller reads the result outside of the process with limits, so it must be read here once.
+    read_vocabulary(content, f"{where}: {prefix}tokens")
+    return content, name
+
+
+def _check_keys(keys: Mapping[str, Any], lists: Sequence[str], where: str) -> None:
+    """Refuses keys of a tokenizer that are missing, or have other types or lengths than llama.cpp writes.
+
+    Args:
+        keys: values of the keys `tokenizer.ggml.*`, by their last part.
+        lists: further lists that the kind of the tokenizer needs: merges or scores.
+        where: the GGUF file, for messages.
+
+    Raises:
+        ArtefactError: names the key.
+    """
+
+    def refuse(key: str, accepted: str) -> NoReturn:
+        value = shown_value(keys.get(key))
+        raise ArtefactError(f"{where}: tokenizer.ggml.{key}={value}: expected {accepted}")
+
+    element_types = {"tokens": (str,), "token_type": (int,), "merges": (str,), "scores": (float,)}
+    for key in ("tokens", "token_type", *lists):
+        value = keys.get(key)
+        if not isinstance(value, list) or any(type(element) not in element_types[key] for element in value):
+            refuse(key, "a list of texts" if str in element_types[key] else "a list of numbers")
+
+    size = len(keys["tokens"])
+    if not size or len(set(keys["tokens"])) < size:
+        refuse("tokens", "different texts")
+    for key in ("token_type", *(key for key in lists if key == "scores")):
+        if len(keys[key]) != size:
+            refuse(key, f"as many numbers as tokens, {size}")
+    if not all(NORMAL <= token_type <= BYTE for token_type in keys["token_type"]):
+        refuse("token_type", f"numbers from {NORMAL} to {BYTE}")
+    for key in ("bos_token_id", "eos_token_id", "padding_token_id"):
+        token_id = keys.get(key, 0)
+        if type(token_id) is not int or not 0 <= token_id < size:
+            refuse(key, f"an id below {size}")
+    for key in ("add_bos_token", "add_space_prefix"):
+        if type(keys.get(key, True)) is not bool:
+            refuse(key, "true or false")
+    if "merges" in lists and any(merge.count(" ") != 1 for merge in keys["merges"]):
+        refuse("merges", "pairs of pieces with a space between them")
+    if "merges" in lists and keys.get("add_bos_token") and "bos_token_id" not in keys:
+        refuse("bos_token_id", "an id, since add_bos_token is true")
 
 
 def _tokenizer_json(keys: Mapping[str, Any], where: str) -> bytes:
@@ -165,14 +217,18 @@ def _tokenizer_json(keys: Mapping[str, Any], where: str) -> bytes:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     steps_of = {pre: (steps, ignores_merges) for steps, (pre, ignores_merges) in PRE_TOKENIZERS.items()}
-    if keys.get("pre") not in steps_of:
-        raise ArtefactError(f"{where}: tokenizer.ggml.pre={keys.get('pre')}: expected one of {', '.join(steps_of)}")
+    if not isinstance(keys.get("pre"), str) or keys["pre"] not in steps_of:
+        pre = shown_value(keys.get("pre"))
+        raise ArtefactError(f"{where}: tokenizer.ggml.pre={pre}: expected one of {', '.join(steps_of)}")
     steps, ignores_merges = steps_of[keys["pre"]]
 
     texts, types = keys["tokens"], keys["token_type"]
     vocabulary = {text: token_id for token_id, text in enumerate(texts) if types[token_id] != UNUSED}
     merges = [tuple(merge.split(" ")) for merge in keys["merges"]]
-    tokenizer: Any = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignores_merges))
+    try:
+        tokenizer: Any = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignores_merges))
+    except Exception as error:  # the package raises plain Exception
+        raise ArtefactError(f"{where}: tokenizer.ggml.merges: {shown_value(str(error))}") from None
 
     def pre_tokenizer(step: str) -> Any:
         if step == "Digits":

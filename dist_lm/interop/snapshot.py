@@ -5,7 +5,6 @@ weights.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,17 +13,10 @@ from typing import Any
 from dist_lm.config.corpus import HF
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.interop.architectures import Architecture, model_of
+from dist_lm.interop import foreign_files
+from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.snapshot_files import content_in, file_in, parsed
 from dist_lm.storage import durable
-from dist_lm.tokenizer import byte_level
-from dist_lm.tokenizer.tokenizer import (
-    SentencePieceModel,
-    Vocabulary,
-    read_vocabulary,
-    sentencepiece_proto,
-    sentencepiece_with_marks,
-    sentencepiece_without_first_token,
-)
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -91,7 +83,12 @@ def model_in(folder: Path, name: str) -> tuple[ModelConfig, Architecture]:
     Raises:
         ArtefactError: the file is missing or no JSON, or names an option that our model lacks.
     """
-    return model_of(read_json(folder / CONFIG), name, str(folder / CONFIG))
+    where = str(folder / CONFIG)
+    content = content_in(folder, CONFIG)
+    if content is None:
+        raise ArtefactError(f"{where} is missing: expected a folder of a model as transformers saves it")
+    options, architecture = parsed(where, foreign_files.described_model, content, name, where)
+    return ModelConfig(**options), Architecture(**architecture)
 
 
 def named_model(source: str) -> ModelConfig:
@@ -133,69 +130,20 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
             JSON, or it has more pieces than the embedding has rows (one of ours: another number).
         UserError: the package `tokenizers` is needed and not installed.
     """
-    paths = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
-    if not paths:
+    contents = {name: content for name in TOKENIZERS if (content := content_in(folder, name)) is not None}
+    if not contents:
         raise ArtefactError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZERS)}")
-    # transformers writes a tokenizer.json of a SentencePiece model, too, which is no byte-level BPE.
-    for path in paths:
-        try:
-            content = path.read_bytes()
-            vocabulary = read_vocabulary(content, str(path))
-            break
-        except ArtefactError:
-            if path == paths[-1]:
-                raise
-
-    content = _with_first_token_of(durable.read_json(folder / TOKENIZER_CONFIG), content, vocabulary)
-    pieces = vocabulary.vocab_size
-    if pieces > rows or (vocabulary.is_trained and pieces < rows):
-        raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {rows} rows: not its tokenizer")
-
-    # Embeddings are often larger than their tokenizer, and every id that a model can draw must have a name.
-    unused = {token_id: f"<|unused_{token_id}|>" for token_id in range(pieces, rows)}
-    if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
-        content = byte_level.with_marks(content, [*unused.values()], pieces)
-    elif unused:
-        names = {piece.piece for piece in sentencepiece_proto(content).pieces}
-        for token_id, name in _added_tokens(folder).items():
-            if token_id in unused and name not in names:
-                unused[token_id] = name
-                names.add(name)
-        content = sentencepiece_with_marks(content, [*unused.values()])
-    return content, vocabulary.file_name
-
-
-def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:
-    """Returns the tokenizer, opening texts as transformers does: by `add_bos_token` of `settings`, else as the file.
-
-    Args:
-        settings: tokenizer_config.json; without `add_bos_token` nothing changes.
-        content: the file of `vocabulary`; returned unchanged if it already opens texts so, or cannot.
-    """
-    add_bos = settings.get("add_bos_token")
-    if isinstance(vocabulary, SentencePieceModel):
-        if add_bos is False and vocabulary.first_id is not None:
-            return sentencepiece_without_first_token(content)
-        return content
-
-    mark = settings.get("bos_token")
-    if isinstance(mark, dict):
-        mark = mark.get("content")
-    if add_bos is True and vocabulary.first_id is None and isinstance(mark, str) and mark in vocabulary.special_ids:
-        return byte_level.with_first_token(content, mark)
-    return content
-
-
-def _added_tokens(folder: Path) -> dict[int, str]:
-    """Returns the tokens that transformers adds to the file of a tokenizer, by id; empty without such files.
-
-    Raises:
-        ArtefactError: added_tokens.json or tokenizer_config.json is no JSON.
-    """
-    names = {token_id: name for name, token_id in durable.read_json(folder / ADDED_TOKENS).items()}
-    for token_id, token in durable.read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items():
-        names[int(token_id)] = token["content"]
-    return {token_id: name for token_id, name in names.items() if name}
+    content, file_name = parsed(
+        str(folder / next(iter(contents))),
+        foreign_files.fitted_tokenizer,
+        str(folder),
+        rows,
+        [*contents],
+        content_in(folder, TOKENIZER_CONFIG),
+        content_in(folder, ADDED_TOKENS),
+        *contents.values(),
+    )
+    return content, file_name
 
 
 @lru_cache(maxsize=4)
@@ -212,19 +160,8 @@ def chat_template_of(folder: Path) -> str:
     Raises:
         ArtefactError: tokenizer_config.json is no JSON, or the file of the template is not UTF-8.
     """
-    template_path = folder / TEMPLATE
-    if template_path.is_file():
-        try:
-            return template_path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ArtefactError(f"{template_path}: byte {error.start} is not UTF-8: convert the file") from error
-
-    template = durable.read_json(folder / TOKENIZER_CONFIG).get("chat_template")
-    if isinstance(template, list):  # several templates with names
-        template = next((named.get("template") for named in template if named.get("name") == "default"), None)
-    if isinstance(template, str):
-        return template
-    return ""
+    contents = content_in(folder, TEMPLATE), content_in(folder, TOKENIZER_CONFIG)
+    return parsed(str(folder / TEMPLATE), foreign_files.template_in, *contents, str(folder))
 
 
 def special_tokens_of(folder: Path) -> dict[str, str]:
@@ -235,18 +172,17 @@ def special_tokens_of(folder: Path) -> dict[str, str]:
     Raises:
         ArtefactError: one of the files is no JSON.
     """
-    special_tokens = {}
-    settings = durable.read_json(folder / SPECIAL_TOKENS) | durable.read_json(folder / TOKENIZER_CONFIG)
-    for name, text in settings.items():
-        if isinstance(text, dict):  # older files have objects
-            text = text.get("content")
-        if name.endswith("_token") and isinstance(text, str):
-            special_tokens[name] = text
-    return special_tokens
+    contents = content_in(folder, TOKENIZER_CONFIG), content_in(folder, SPECIAL_TOKENS)
+    return parsed(str(folder / TOKENIZER_CONFIG), foreign_files.special_tokens_in, *contents, str(folder))
 
 
 def snapshot_record(source: str, folder: Path) -> dict[str, Any]:
-    """Returns what an import records of its snapshot: the commit of a model of the hub, or the files of a folder."""
+    """Returns what an import records of its snapshot: the commit of a model of the hub, or the files of a folder.
+
+    Raises:
+        ArtefactError: a file is a link that leaves the folder, or no regular file.
+        OSError: a file cannot be read.
+    """
     if Path(source).expanduser().is_file():
         return {}
     if not _is_folder(source):
@@ -264,7 +200,7 @@ def change_of(source: str, record: dict[str, Any]) -> str:
         record: what `snapshot_record` returned at the import.
 
     Raises:
-        ArtefactError, UserError: as `folder_of`.
+        ArtefactError, UserError: as `folder_of`; or a file is a link that leaves the folder.
         OSError: a file cannot be read.
     """
     folder = folder_of(source, weights=False)
@@ -286,24 +222,19 @@ def change_of(source: str, record: dict[str, Any]) -> str:
     return ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file of the snapshot; an empty one if it holds another JSON value.
-
-    Raises:
-        ArtefactError: the file is missing, or no JSON.
-    """
-    if not path.is_file():
-        raise ArtefactError(f"{path} is missing: expected a folder of a model as transformers saves it")
-    return durable.read_json(path)
-
-
 def _is_folder(source: str) -> bool:
     return Path(source.removeprefix(HF)).expanduser().is_dir()
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
-    """Returns (name, path) of the files that an import reads, sorted."""
-    return sorted((path.name, path) for pattern in (*SMALL, WEIGHTS) for path in folder.glob(pattern))
+    """Returns (name, path) of the files that an import reads, sorted by name.
+
+    Raises:
+        ArtefactError: one is a link that leaves the folder, or no regular file.
+    """
+    names = sorted({path.name for pattern in (*SMALL, WEIGHTS) for path in folder.glob(pattern)})
+    paths = ((name, file_in(folder, name)) for name in names)
+    return [(name, path) for name, path in paths if path]
 
 
 def _stamp(path: Path) -> dict[str, int]:

@@ -10,10 +10,11 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from dist_lm.chat.jinja_text import text_of
+from dist_lm.chat.jinja_text import TemplateLimitError, text_of
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import layout
 from dist_lm.config.corpus import HF, TokenizerConfig
+from dist_lm.errors import ArtefactError
 from dist_lm.interop.existing_tokenizer import named_tokenizer_file
 from dist_lm.interop.snapshot import chat_template_of, folder_of, special_tokens_of
 from dist_lm.tokenizer.symbols import END_OF_TEXT
@@ -33,7 +34,7 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
         tokenizer: the model's own.
 
     Raises:
-        ArtefactError: a file of the folder cannot be read.
+        ArtefactError: a file of the folder cannot be read, or the template exceeds a limit of time or memory.
     """
     text = chat_template_of(folder)
     if not text:
@@ -42,8 +43,11 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
     today = datetime.now().astimezone().date().isoformat()
     template = KeptTemplate(text, tuple(sorted(special_tokens_of(folder).items())), today)
     (first_token,) = tokenizer.pieces([tokenizer.first_token.id])
-    if is_ours(template, first_token):
-        return None
+    try:
+        if is_ours(template, first_token):
+            return None
+    except TemplateLimitError as error:
+        raise ArtefactError(f"{folder}: {error}; or remove the template from the folder") from error
     return template
 
 
@@ -74,6 +78,9 @@ def is_ours(template: KeptTemplate, first_token: str) -> bool:
 
     Args:
         first_token: the name of the token that opens documents.
+
+    Raises:
+        TemplateLimitError: the template exceeds a limit of time or memory.
     """
     # Templates are programs: only their output tells whether two are the same.
     for conversation in islice(conversations(), CONVERSATIONS):
@@ -81,6 +88,8 @@ def is_ours(template: KeptTemplate, first_token: str) -> bool:
         try:
             if text_of(conversation, template, texts_as_json=True) != ours:
                 return False
+        except TemplateLimitError:
+            raise
         except ChatError:
             return False
     return True

@@ -190,6 +190,8 @@ def _read(content: bytes, name: str) -> dict[str, Any]:
         is_bpe = model.get("type", "BPE") == "BPE" and not model.get("byte_fallback")
         is_byte_level = is_bpe and any(step.get("type") == "ByteLevel" for step in decoders)
         tokenizer_json.setdefault("added_tokens", [])
+    except RecursionError as error:
+        raise ArtefactError(f"{name}: not a tokenizer.json of Hugging Face (it is nested too deeply)") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         reasons = {KeyError: f"it has no key {error}", json.JSONDecodeError: f"it is no JSON: {error}"}
         reason = reasons.get(type(error), "its values have other types")

@@ -28,7 +28,8 @@ import torch
 from omegaconf import OmegaConf
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import ArtefactError, require
+from dist_lm.errors import ArtefactError, require, shown_value
+from dist_lm.interop import foreign_files
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.snapshot import (
     CONFIG,
@@ -37,11 +38,11 @@ from dist_lm.interop.snapshot import (
     chat_template_of,
     folder_of,
     model_in,
-    read_json,
     snapshot_record,
     special_tokens_of,
     tokenizer_of,
 )
+from dist_lm.interop.snapshot_files import content_in, file_in, parsed
 from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.stages.chat_layout import kept_template
@@ -89,6 +90,11 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
     # All checks come before anything is written.
     model, architecture = model_in(folder, name)
     theirs = _weights(folder)
+    # A configuration may claim any depth; each layer has several tensors.
+    if model.n_layers > len(theirs):
+        raise ArtefactError(
+            f"{folder / CONFIG}: num_hidden_layers={model.n_layers}: the weights have {len(theirs)} tensors"
+        )
     conversions = converted(architecture, parameter_shapes(model))
     _check_tensors(folder, theirs, conversions, model)
     content, file_name = tokenizer_of(folder, model.vocab_size)
@@ -193,20 +199,28 @@ def _weights(folder: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of all files that the index names, or of model.safetensors, by name; no weight is read yet.
 
     Raises:
-        ArtefactError: a file is missing or damaged.
+        ArtefactError: a file is missing, damaged, or a link that leaves the folder; or two files have the same tensor.
     """
     names = [WHOLE]
-    if (folder / INDEX).is_file():
-        file_of = read_json(folder / INDEX).get("weight_map")
-        names = sorted({str(name) for name in file_of.values()}) if isinstance(file_of, dict) else []
+    if (index := content_in(folder, INDEX)) is not None:
+        where = str(folder / INDEX)
+        names = parsed(where, foreign_files.weight_files, index, where)
+
+    paths: list[Path] = []
     for name in names:
-        # The index comes from outside: a name may not lead out of the folder.
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
+        path = file_in(folder, name)
+        if path is None:
+            raise ArtefactError(
+                f"{folder}: {shown_value(name)} is missing: weights are read from safetensors files only"
+            )
+        paths.append(path)
 
     tensors: dict[str, StoredTensor] = {}
-    for name in names:
-        tensors |= tensors_in(folder / name)
+    for path in paths:
+        file_tensors = tensors_in(path)
+        if doubles := sorted(file_tensors.keys() & tensors.keys()):
+            raise ArtefactError(f"{path}: tensor {shown_value(doubles[0])} is in another file of the model, too")
+        tensors |= file_tensors
     # Other families use some of these names for tensors of their own.
     is_gpt_neox = any(name.startswith("gpt_neox.") for name in tensors)
     if not is_gpt_neox:
@@ -237,7 +251,7 @@ def _check_tensors(
             continue
         is_head = model.tie_embeddings and name in (*ALIASES, *ALIASES.values())
         if not is_head or not np.array_equal(stored.read(), theirs[conversions[0].name].read()):
-            raise ArtefactError(f"{folder}: {name}: the model has no place for this tensor")
+            raise ArtefactError(f"{folder}: {shown_value(name)}: the model has no place for this tensor")
 
 
 def _ours(

@@ -1,0 +1,166 @@
+"""The process that reads content from outside: `python -m dist_lm.sandbox.limited_program SOCKET`.
+
+`dist_lm.sandbox.limited` starts it and asks. A message is a list of values: a frame of JSON, and one more for each
+value that is bytes. A request is [MODULE:NAME, CPU seconds, arguments ...], an answer [kind, ends, values ...]: kind is
+`result`, the class of a UserError, or `failed`; `ends` says that the process ends after it.
+
+Only the standard library is imported before a request names a module.
+"""
+
+import importlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from dist_lm.errors import UserError
+from dist_lm.sandbox import confine
+
+MEMORY_BYTES = 1 << 30  # address space of the process, with its libraries
+FRESH_BYTES = 256 << 20  # a process that a call has grown by more is replaced: memory stays in pieces
+ANSWER_BYTES = 256 << 20  # of an answer; more would move the memory into the process that asks
+LENGTH_BYTES = 4
+
+
+def main() -> None:
+    """Confines this process, answers [] and then requests, until the parent closes the socket.
+
+    A call that exceeds its CPU seconds, in which imports do not count, ends it by SIGPROF.
+
+    Raises:
+        OSError: the kernel refuses a limit, or the parent has gone.
+    """
+    with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
+        connection.set_inheritable(False)
+        status, nowhere = os.open("/proc/self/status", os.O_RDONLY), os.open(os.devnull, os.O_WRONLY)
+        confine_process()
+        connection.sendall(frames_of([]))
+        os.dup2(nowhere, 2)  # warnings of libraries have no reader
+
+        def read(length: int) -> bytes:
+            data = requests.read(length)
+            if len(data) < length:
+                raise EOFError
+            return data
+
+        memory_before = 0  # measured behind the first imports
+        while True:
+            try:
+                name, cpu_s, *arguments = values_of(read)
+            except EOFError:
+                return
+            function = _function(name)
+            memory_before = memory_before or _most_memory(status)
+
+            # The kernel ends the process then, whatever it does: a parser cannot be interrupted.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
+            kind, values = _called(function, arguments)
+            ends = _most_memory(status) > memory_before + FRESH_BYTES
+            answer = _answer(kind, ends, values)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.sendall(answer)
+            if ends:
+                return
+
+
+def frames_of(values: Sequence[Any]) -> bytes:
+    """Returns a message. Values are JSON or bytes; a text may hold lone surrogates.
+
+    Raises:
+        TypeError, ValueError: JSON cannot express a value.
+    """
+    places = [number for number, value in enumerate(values) if isinstance(value, bytes)]
+    json_values = [None if isinstance(value, bytes) else value for value in values]
+    text = json.dumps([json_values, places], separators=(",", ":"))
+    frames = [text.encode(), *(values[number] for number in places)]
+    return b"".join(part for frame in frames for part in (len(frame).to_bytes(LENGTH_BYTES, "big"), frame))
+
+
+def values_of(read: Callable[[int], bytes], most_bytes: int = 1 << 32) -> list[Any]:
+    """Returns the values of the next message.
+
+    Args:
+        read: returns that many of the next bytes.
+        most_bytes: of a frame.
+
+    Raises:
+        ValueError: it is no message, or a frame is too large.
+    """
+
+    def frame() -> bytes:
+        length = int.from_bytes(read(LENGTH_BYTES), "big")
+        if length > most_bytes:
+            raise ValueError(f"a frame of {length} bytes")
+        return read(length)
+
+    values, places = json.loads(frame())
+    return [frame() if number in places else value for number, value in enumerate(values)]
+
+
+def confine_process() -> None:
+    """Limits this process for good, as far as the kernel can: memory, no capabilities, only files of the system, of the
+    interpreter and of this package to read (Landlock), and a filter of system calls, without sockets.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    confine.limit({resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0})
+    if sys.platform != "linux":
+        return
+    confine.gain_no_capabilities()
+    confine.drop_capabilities()
+    if version := confine.landlock_version():
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        trees = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix, package)
+        confine.FileRules(version, [tree for tree in trees if os.path.exists(tree)]).restrict()
+    if confine.has_seccomp() and (call_filter := confine.system_call_filter(os.uname().machine)):
+        confine.filter_system_calls(call_filter)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """Imports and returns the function MODULE:NAME."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _called(function: Callable[..., Any], arguments: list[Any]) -> tuple[str, Sequence[Any]]:
+    """Calls a function and returns the kind and the values of the answer."""
+    try:
+        result = function(*arguments)
+    except UserError as error:
+        return type(error).__name__, [str(error)]
+    except MemoryError:
+        return "failed", [f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"]
+    except BaseException as error:
+        # Whatever the content makes a parser do must become an answer; some libraries raise classes of their own.
+        return "failed", [f"{type(error).__name__}: {str(error)[:200]}"]
+    return "result", result if isinstance(result, tuple) else (result,)
+
+
+def _answer(kind: str, ends: bool, values: Sequence[Any]) -> bytes:
+    """Returns the message of an answer; instead of one that is too large, or that JSON cannot express, a failure."""
+    try:
+        answer = frames_of([kind, ends, *values])
+    except (TypeError, ValueError, RecursionError, MemoryError) as error:
+        return frames_of(["failed", True, f"its content is no JSON: {type(error).__name__}"])
+    if len(answer) > ANSWER_BYTES:
+        return frames_of(["failed", True, f"it has more than {ANSWER_BYTES >> 20} MiB"])
+    return answer
+
+
+def _most_memory(status: int) -> int:
+    """Returns the largest resident memory of this process so far, in bytes.
+
+    Args:
+        status: descriptor of /proc/self/status. `getrusage` starts from the process that started this one.
+    """
+    _, _, rest = os.pread(status, 8_192, 0).partition(b"VmHWM:")
+    return int(rest.split(maxsplit=1)[0]) << 10
+
+
+if __name__ == "__main__":
+    main()
