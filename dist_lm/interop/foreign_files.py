@@ -21,6 +21,7 @@ from dist_lm.tokenizer.tokenizer import (
     sentencepiece_without_first_token,
 )
 
+MOST_TENSORS = 1 << 17  # of a file; more would be work for the process that asks
 ITEM_BYTES = {  # https://github.com/huggingface/safetensors/blob/main/README.md
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
@@ -85,9 +86,12 @@ def tensors_of_header(header: bytes, data_bytes: int, where: str) -> list[tuple[
         ArtefactError: names the tensor that has no known dtype, no shape, or other bytes than these say; or whose
             bytes are those of another tensor, or lie behind the end of the file.
     """
+    entries = _without_doubles(header, where)
+    if len(entries) > MOST_TENSORS:
+        raise ArtefactError(f"{where}: the header has {len(entries)} tensors: expected at most {MOST_TENSORS}")
     tensors: list[tuple[str, str, list[int], int]] = []
     spans: list[tuple[int, int, str]] = []
-    for name, entry in _without_doubles(header, where).items():
+    for name, entry in entries.items():
         if name == "__metadata__":
             continue
 

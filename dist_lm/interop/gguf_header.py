@@ -18,6 +18,7 @@ import numpy as np
 
 from dist_lm.errors import ArtefactError, shown_value
 from dist_lm.interop.architectures import FAMILIES, LARGEST, model_of
+from dist_lm.interop.foreign_files import MOST_TENSORS
 from dist_lm.interop.gguf_tokenizer import tokenizer_file
 
 NAMES = {  # families of transformers -> architectures of llama.cpp
@@ -167,6 +168,8 @@ def _header(source: _Bytes) -> tuple[dict[str, Any], list[list[Any]]]:
         raise source.damaged(f"version {version}: expected 2 or 3, little-endian")
     tensor_count = source.count(24, "tensors")
     key_count = source.count(13, "keys")
+    if tensor_count > MOST_TENSORS:
+        raise ArtefactError(f"{source.where}: the header has {tensor_count} tensors: expected at most {MOST_TENSORS}")
 
     fields: dict[str, Any] = {}
     for _ in range(key_count):

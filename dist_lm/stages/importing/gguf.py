@@ -59,7 +59,7 @@ def write_snapshot(path: Path, folder: Path) -> None:
     def read(name: str) -> Any:
         type_number, sizes, offset, n_bytes = stored[name]
         rows = math.prod(sizes[:-1])
-        data = np.memmap(path, np.uint8, "r", offset, (rows, n_bytes // rows))
+        data = np.memmap(path, np.uint8, "r", offset, (*sizes[:-1], n_bytes // rows))
         try:
             weights = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type_number))
         except NotImplementedError as error:

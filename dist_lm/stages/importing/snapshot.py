@@ -98,20 +98,23 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
     conversions = converted(architecture, parameter_shapes(model))
     _check_tensors(folder, theirs, conversions, model)
     content, file_name = tokenizer_of(folder, model.vocab_size)
+    tokenizer = _tokenizer(folder, content, file_name)
+    template = chat_template_of(folder)
+    layout = kept_template(folder, tokenizer)
+    record = snapshot_record(source, folder)
 
     temporary = RunDirectory(run.path.with_name(f".{name}.{secrets.token_hex(8)}.tmp"))
     try:
         (temporary.path / "tokenizer").mkdir(parents=True)
         durable.write_bytes(temporary.path / "tokenizer" / file_name, content)
-        if template := chat_template_of(folder):
+        if template:
             durable.write_text(temporary.chat_template, template)
-        tokenizer = _tokenizer(folder, content, file_name)
-        if layout := kept_template(folder, tokenizer):
+        if layout:
             layout.write(temporary.path / "tokenizer")
 
         state = TrainState(tokenizer=tokenizer.sha256)
         write_checkpoint(temporary.checkpoints, _ours(theirs, conversions, model), model, state)
-        _write_configuration(temporary, model, architecture, source, snapshot_record(source, folder))
+        _write_configuration(temporary, model, architecture, source, record)
 
         # The run appears only when it is complete.
         temporary.path.rename(run.path)
