@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dist_lm.interop.gguf_file import write_gguf
+from dist_lm.interop.gguf_tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, tokenizer_file
 from dist_lm.interop.weights import converted
 from dist_lm.model.size import parameter_shapes
 from dist_lm.stages.exporting.files import write_model
@@ -60,6 +61,24 @@ def write_folder(folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
+
+
+def sentencepiece_model() -> bytes:
+    """A tokenizer.model of SentencePiece's BPE with bytes, as of Llama 2."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "ab", "\u2581", "\u2581ab"]
+    pieces = len(tokens) - 259
+    types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * pieces]
+    scores = [0.0] * 259 + [-float(place) for place in range(pieces)]
+    keys = {
+        "model": "llama",
+        "tokens": tokens,
+        "token_type": types,
+        "scores": scores,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    content, _ = tokenizer_file({f"tokenizer.ggml.{key}": value for key, value in keys.items()}, "seed")
+    return content
 
 
 def write_gguf_file(path: Path) -> Path:

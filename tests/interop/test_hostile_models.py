@@ -240,6 +240,17 @@ def test_a_damaged_tokenizer_is_one_or_refused(folder: Path, count: int) -> None
 
 
 @counts
+def test_a_damaged_sentencepiece_model_is_a_tokenizer_or_refused(tmp_path: Path, count: int) -> None:
+    """The parser is C++, which may end its process."""
+    random, content = Random(6), hostile.sentencepiece_model()
+    accepted = 0
+    for _ in range(count):
+        (tmp_path / "tokenizer.model").write_bytes(hostile.flipped(content, random))
+        accepted += outcome(tokenizer_of, tmp_path, tmp_path, hostile.VOCAB_SIZE) is not None
+    assert 0 < accepted < count
+
+
+@counts
 def test_a_damaged_gguf_file_is_what_gguf_reads_or_refused(gguf_content: bytes, tmp_path: Path, count: int) -> None:
     gguf = pytest.importorskip("gguf")
     random, path = Random(4), tmp_path / "model.gguf"

@@ -101,7 +101,10 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
     tokenizer = _tokenizer(folder, content, file_name)
     template = chat_template_of(folder)
     layout = kept_template(folder, tokenizer)
-    record = snapshot_record(source, folder)
+    try:
+        record = snapshot_record(source, folder)
+    except OSError as error:
+        raise ArtefactError(f"{error.filename} cannot be read ({error.strerror})") from error
 
     temporary = RunDirectory(run.path.with_name(f".{name}.{secrets.token_hex(8)}.tmp"))
     try:
