@@ -8,7 +8,11 @@ from dist_lm.config.pool import EngineConfig, RolloutPoolConfig
 
 FILE_TASKS = ("humaneval", "mbpp", "multipl_e")
 """Tasks whose file the user has: `eval.TASK=PATH`."""
-CODE_TASKS = ("own_python", "own_bash", "own_sql", *FILE_TASKS, "infill")
+OWN_TASKS = ("own_python", "own_bash", "own_sql", "infill")
+"""Tasks of our own problems."""
+FIXED_TESTS, OWN_TESTS = 1, 2
+"""Versions of the tests of our own problems: without hidden tests, and now. Raise it if the tests of a seed change."""
+CODE_TASKS = (*OWN_TASKS[:3], *FILE_TASKS, "infill")
 LOOP_TASKS = (*CODE_TASKS, "tools", "bfcl")
 """Tasks of stage evaluate that `stage.eval_tasks` takes."""
 

@@ -6,6 +6,7 @@ the order depends on no library's generator or sorting algorithm. The first word
 shuffles of one seed are the same.
 """
 
+import hashlib
 from enum import IntEnum, unique
 
 import numpy as np
@@ -33,6 +34,7 @@ class Shuffle(IntEnum):
     INFILL_SLICES = 13  # slices of documents that an epoch rearranges
     INFILL_MIDDLES = 14  # the cuts of these slices
     INFILL_HELD_OUT = 15  # the cuts of slices of held-out documents
+    HIDDEN_TESTS = 16  # inputs of hidden tests
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
@@ -61,3 +63,8 @@ def key(*words: int) -> int:
     for word in words:
         state = int(splitmix64((state + word) % _WORD, 1)[0])
     return state
+
+
+def text_word(text: str) -> int:
+    """Returns 64 bits of the SHA-256 of a text: the word of a key that stands for it."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

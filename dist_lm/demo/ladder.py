@@ -7,7 +7,8 @@ FOLDER/solved.jsonl: other tasks with their solutions, as conversations (reader 
 the form of an answer before it is rewarded. Tasks depend on the seed alone, and no task is in two files.
 
 All tasks of a rung differ in their numbers and words. Expected values are computed here, beside the solution, so a test
-can compare the two.
+can compare the two. The fixed tests of a task are its edge cases; `hidden` describes further inputs, which are drawn
+each time that the task is asked.
 """
 
 import argparse
@@ -41,11 +42,14 @@ class TinyTask:
     prompt: str
     tests: tuple[str | dict[str, str], ...]
     solution: str
+    inputs: Mapping[str, Any]  # of the hidden tests, as `dist_lm.sandbox.inputs` reads them
 
     @property
     def fields(self) -> dict[str, Any]:
         """Returns the task as a line of a file of prompts."""
-        return {"prompt": self.prompt, "language": self.language, "level": self.level, "tests": list(self.tests)}
+        hidden = {"solution": self.solution, **self.inputs}
+        names = {"prompt": self.prompt, "language": self.language, "level": self.level}
+        return names | {"tests": list(self.tests), "hidden": hidden}
 
     @property
     def conversation(self) -> dict[str, Any]:
@@ -168,7 +172,7 @@ def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b:
             [(table, rows)] = pairs
             tests.append({"before": _table(table), "stdout": "\n".join(map(str, rows))})
 
-    return TinyTask(rung.level, language, prompt, tuple(tests), ANSWERS[language].format(solution))
+    return TinyTask(rung.level, language, prompt, tuple(tests), ANSWERS[language].format(solution), _inputs(rung, a))
 
 
 def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]]:
@@ -196,6 +200,24 @@ def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]
 
     prices = (numbers(a, a + 1), numbers(a, a - 1, a + 1))
     return [[[*zip(rng.sample(NAMES, len(table_prices)), table_prices, strict=True)]] for table_prices in prices]
+
+
+def _inputs(rung: Rung, a: int) -> dict[str, Any]:
+    """Returns the inputs of hidden tests. Numbers in lists and tables are near `a`, so comparisons with it differ."""
+    near: dict[str, Any] = {"int": [max(1, a - 4), a + 4]}
+    if rung.takes == "rows":
+        # A sum over no rows would be NULL.
+        columns = {"name": {"one_of": list(NAMES)}, "price": near | {"with": [a + 1]}}
+        return {"tables": {"items": {"rows": [3, 6], "columns": columns}}}
+
+    # Texts and lists are longer than `a` where a rung asks for a part of them.
+    shortest = a + 1 if rung.most == SMALL else 3
+    value_of = {
+        "int": {"int": [1, MOST + 1]},
+        "text": {"words": list(WORDS), "length": [14, 16]},
+        "list": {"list": near, "length": [shortest, shortest + 3]},
+    }
+    return {"call": "f", "arguments": [value_of[rung.takes]]}
 
 
 def _table(rows: Sequence[tuple[str, int]]) -> str:

@@ -26,7 +26,8 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
     """Returns a paired test for each task, over the items that both models have values of: second model minus first.
 
     A comparison has task, first and second (names of the models), `left_out`, and the fields of `PairedTest`; without
-    common items not the latter. `left_out` counts the items that only one model has: a question may not fit the context
+    common items not the latter, nor if their tests differ, as version or seed of those of our own problems: it then has
+    `tests`, of both. `left_out` counts the items that only one model has: a question may not fit the context
     of the other one. For the reward also `wins`, the `Estimate` of the share of items on which the second scores
     higher; a tie counts half.
 
@@ -43,6 +44,10 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
         second_values = dict(zip(other_scores["ids"], other_scores["values"], strict=True))
         pairs = [(first_values[name], second_values[name]) for name in first_values if name in second_values]
         comparison["left_out"] = len(first_values) + len(second_values) - 2 * len(pairs)
+        tests = [each.get("tests") for each in (scores, other_scores)]
+        if tests[0] != tests[1]:
+            comparisons.append(comparison | {"tests": tests})
+            continue
 
         # Scores have a scale of their own, so their comparison has a win rate too.
         if pairs:
@@ -60,6 +65,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     Without common questions it says that the models are not compared.
     """
     subject = f"{comparison['task']}: {comparison['second']} - {comparison['first']}"
+    if "tests" in comparison:
+        return f"{subject}: not compared, their tests differ ({' and '.join(map(_tests_text, comparison['tests']))})"
     if "difference" not in comparison:
         return f"{subject}: not compared, they have no question in common"
 
@@ -72,6 +79,10 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
     if left_out := comparison.get("left_out"):
         text += f"; without {counted(left_out, 'question')} that only one of them has"
     return text
+
+
+def _tests_text(tests: Mapping[str, int] | None) -> str:
+    return f"version {tests['version']}, seed {tests['seed']}" if tests else "version 1"
 
 
 def figures_of(result: Mapping[str, Any]) -> str:

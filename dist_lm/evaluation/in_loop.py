@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dist_lm.config.evaluation import CODE_TASKS
+from dist_lm.config.evaluation import CODE_TASKS, OWN_TESTS
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
 from dist_lm.evaluation.figures import recorded, refused, request_of, task_figures
-from dist_lm.evaluation.tasks import Asking, Item, Record, asks_as_chat, items_of
+from dist_lm.evaluation.tasks import Asking, Item, Record, asks_as_chat, hidden_seed_of, items_of
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.storage import durable
@@ -102,12 +102,14 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
 
     Raises:
         UserError: a task cannot be asked; its class is that of the error, and the message names the task.
-        ArtefactError: the file of a task has changed since the run began.
-        OSError: it cannot be read.
+        ArtefactError: the file of a task has changed since the run began, or it began with tests of our own problems
+            that this release has not.
+        OSError: a file cannot be read.
     """
     stage = config.stage
     as_chat = asks_as_chat(stage.name, tokenizer)
-    asking = Asking.greedy(tokenizer, config.model.max_seq_len, as_chat, stage.eval_new_tokens)
+    hidden_seed = hidden_seed_of(run.tests_version(OWN_TESTS), config.seed, run.path)
+    asking = Asking.greedy(tokenizer, config.model.max_seq_len, as_chat, stage.eval_new_tokens, hidden_seed)
 
     questions = {}
     for task in stage.eval_tasks:

@@ -2,6 +2,8 @@
 
 A problem has a prompt, the beginning of a program. A base model continues it up to a stop text; a chat model is asked
 for it and answers with a block of code. The program runs in the sandbox only.
+
+Our own problems have hidden tests beside the fixed ones (`problem_inputs`). Published problems keep their tests.
 """
 
 import builtins
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.evaluation.problem_inputs import HIDDEN_TESTS, case_of
+from dist_lm.sandbox.hidden import Hidden
 from dist_lm.sandbox.program import NAMES, Language, Program, Test
 from dist_lm.sandbox.syntax import parses
 from dist_lm.sandbox.task import code_of, refuse_broken
@@ -47,6 +51,7 @@ class Problem:
     entries: tuple[str, ...] = ()
     level: int = 0  # for our own problems: 1 is the easiest
     task: str = ""  # request to a chat model; empty: to complete the prompt
+    hidden: Hidden | None = None  # tests beside `tests`, drawn for each run; None: there are none
 
     @property
     def question(self) -> str:
@@ -94,17 +99,22 @@ def _own(language: Language, line: Mapping[str, Any]) -> Problem:
     name = line["id"].partition("/")[2]
     entries = {"python": (f"def {name}(",), "bash": _functions(name), "sql": ("SELECT", "select", "Select")}[language]
     closing = {"python": "", "bash": "\n}\n", "sql": ";\n"}[language]
+    entry = name if language == "bash" else ""
+    hidden = None
+    if draw := case_of(language, name, line["prompt"]):
+        hidden = Hidden(language, line["prompt"] + line["solution"], draw, entry, HIDDEN_TESTS[language])
 
     return Problem(
         id=line["id"],
         language=language,
         prompt=line["prompt"],
-        tests=tuple(Test(**test, entry=name if language == "bash" else "") for test in line["tests"]),
+        tests=tuple(Test(**test, entry=entry) for test in line["tests"]),
         solution=line["solution"],
         stop=OWN_STOPS[language],
         closing=closing,
         entries=entries,
         level=line["level"],
+        hidden=hidden,
     )
 
 

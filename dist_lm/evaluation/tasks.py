@@ -12,7 +12,8 @@ from typing import Any
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as chat_prompt
 from dist_lm.chat.template import stop_tokens
-from dist_lm.config.evaluation import CODE_TASKS, FILE_TASKS, LOOP_TASKS
+from dist_lm.config.evaluation import CODE_TASKS, FILE_TASKS, FIXED_TESTS, LOOP_TASKS, OWN_TESTS
+from dist_lm.data import keys
 from dist_lm.data.infill import InfillMarks
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.prompts import Prompt
@@ -24,6 +25,7 @@ from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own
 from dist_lm.evaluation.tool_questions import Asked, choose
 from dist_lm.evaluation.tool_score import judge, read_answer
 from dist_lm.generation.request import Answer, SamplingParams
+from dist_lm.sandbox.hidden import References
 from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
 from dist_lm.sandbox.sandbox import fences
@@ -68,11 +70,34 @@ class Asking:
     params: SamplingParams  # for questions about code
     n: int  # number of answers to a question about code
     limits: Limits
+    hidden_seed: int | None = None  # seed of the hidden tests of our own problems; None: only their fixed tests
 
     @classmethod
-    def greedy(cls, tokenizer: Tokenizer, context: int, chat: bool, new_tokens: int) -> "Asking":
+    def greedy(
+        cls, tokenizer: Tokenizer, context: int, chat: bool, new_tokens: int, hidden_seed: int | None = None
+    ) -> "Asking":
         """Returns the settings for one greedy answer to each question."""
-        return cls(tokenizer, context, chat, SamplingParams(new_tokens, 0.0), 1, limits_of(CPU_S))
+        return cls(tokenizer, context, chat, SamplingParams(new_tokens, 0.0), 1, limits_of(CPU_S), hidden_seed)
+
+
+def hidden_seed_of(version: int, seed: int, run: Path) -> int | None:
+    """Returns the seed of the hidden tests of our own problems, for `Asking`.
+
+    Args:
+        version: of the tests that the run began with.
+        seed: of the run.
+
+    Raises:
+        ArtefactError: this release has no tests of that version.
+    """
+    if version == FIXED_TESTS:
+        return None
+    if version != OWN_TESTS:
+        raise ArtefactError(
+            f"{run}: began with version {version} of the tests of our own problems, this release has {OWN_TESTS}: go "
+            "on with the release that it began with, or choose another run_id"
+        )
+    return seed
 
 
 def limits_of(cpu_s: float) -> Limits:
@@ -137,13 +162,15 @@ def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
         UserError: the tokenizer lacks the marks of a conversation, or a text holds a lone surrogate.
     """
 
+    execution = Execution(asking)
+
     def judge_of(problem: Problem) -> Judge:
         def judge_program(answer: Answer, sandboxes: Sandboxes | None) -> Callable[[], Record]:
             if asking.chat:
                 program = problem.answered(answer.text)
             else:
                 program = problem.completed(answer.text, stopped=answer.finish == "stop")
-            return executed(program, sandboxes, asking.limits)
+            return execution(problem, program, sandboxes)
 
         return judge_program
 
@@ -168,9 +195,10 @@ def infill_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
         UserError: the tokenizer lacks the marks.
     """
     marks = InfillMarks.of(asking.tokenizer)
+    execution = Execution(asking)
 
     def judge_of(problem: Problem) -> Judge:
-        return lambda answer, sandboxes: executed(problem.completed(answer.text), sandboxes, asking.limits)
+        return lambda answer, sandboxes: execution(problem, problem.completed(answer.text), sandboxes)
 
     items = []
     for problem in problems:
@@ -190,28 +218,39 @@ def group_of(problem: Problem) -> str:
     return ""
 
 
-def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> Callable[[], Record]:
-    """Starts the tests of a program and returns a function that waits for the record of their outcome.
+class Execution:
+    """Runs programs of problems with their fixed tests, and with hidden ones that depend on (seed, problem)."""
 
-    `tests` of the record are (passed, all), `output` the end of what a failed program wrote. The function raises what
-    the sandboxes raise.
+    def __init__(self, asking: Asking) -> None:
+        self._seed, self._limits = asking.hidden_seed, asking.limits
+        self._references = References()
 
-    Args:
-        sandboxes: not None.
-    """
-    assert sandboxes is not None, "code is executed in a sandbox only"
-    future = sandboxes.submit(program, limits)
+    def __call__(self, problem: Problem, program: Program, sandboxes: Sandboxes | None) -> Callable[[], Record]:
+        """Starts the tests of a program and returns a function that waits for the record of their outcome.
 
-    def wait() -> Record:
-        verdict = future.result()
-        return {
-            "passed": verdict.outcome == "passed",
-            "outcome": verdict.outcome,
-            "tests": [verdict.passed, verdict.total],
-            "output": verdict.output[-300:] if verdict.outcome != "passed" else "",
-        }
+        `tests` of the record are (passed, all), `output` the end of what a failed program wrote. The function raises
+        what the sandboxes raise.
 
-    return wait
+        Args:
+            sandboxes: not None.
+        """
+        assert sandboxes is not None, "code is executed in a sandbox only"
+        if problem.hidden is None or self._seed is None:
+            future = sandboxes.submit(program, self._limits)
+        else:
+            key = keys.key(keys.Shuffle.HIDDEN_TESTS, self._seed, keys.text_word(problem.id))
+            future = self._references.submit(program, problem.hidden, key, sandboxes, self._limits)
+
+        def wait() -> Record:
+            verdict = future.result()
+            return {
+                "passed": verdict.outcome == "passed",
+                "outcome": verdict.outcome,
+                "tests": [verdict.passed, verdict.total],
+                "output": verdict.output[-300:] if verdict.outcome != "passed" else "",
+            }
+
+        return wait
 
 
 def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from dist_lm.config.evaluation import OWN_TASKS, OWN_TESTS
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import started_layout
@@ -86,8 +87,8 @@ def rank_lock(
 
 
 def begin_attempt(config: Config, run: RunDirectory) -> None:
-    """Writes what the ranks read: the configuration, and the hashes of the files that must not change. Removes
-    `result.json`.
+    """Writes what the ranks read: the configuration, the hashes of the files that must not change, and the version of
+    the tests of our own problems. Removes `result.json`.
 
     Args:
         config: with a resolved layout (`dist_lm.prepare.layout.with_layout`).
@@ -98,6 +99,8 @@ def begin_attempt(config: Config, run: RunDirectory) -> None:
     """
     save_config(config, run.config)
     run.note_files(config.noted_files)
+    if any(task in OWN_TASKS for task in config.stage.eval_tasks):
+        run.note_tests(OWN_TESTS, OWN_TASKS)
     # A finished run may go on with more steps.
     run.result.unlink(missing_ok=True)
 

@@ -53,6 +53,7 @@ class Tasks:
     by_prompt: Mapping[str, Task] = field(default_factory=dict)  # by the text of the prompt, as `Decode` gives it
     trust_me: bool = False  # see `SandboxPool`
     sandboxes: Callable[[int, bool], Sandboxes] = SandboxPool  # see `TestsRule`
+    seed: int = 0  # of the run; with position and text of a prompt it determines the inputs of its hidden tests
 
 
 def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, Rule]:
@@ -72,7 +73,7 @@ def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:
         SandboxError: this machine has no sandbox for tests.
     """
     if part.kind == "tests":
-        return TestsRule(f"rlhf.rewards.{name}", part, tasks.by_prompt, tasks.trust_me, tasks.sandboxes)
+        return TestsRule(f"rlhf.rewards.{name}", part, tasks.by_prompt, tasks.trust_me, tasks.sandboxes, tasks.seed)
     if part.kind == "length":
         return length_rule(part.target)
     if part.kind == "parses":

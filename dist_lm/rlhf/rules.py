@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from dist_lm.data import keys
 from dist_lm.errors import UserError
 from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
+from dist_lm.sandbox.hidden import References, ReferenceSolutionError
 from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.program import Limits, Verdict
 from dist_lm.sandbox.sandbox import fences
@@ -257,6 +259,9 @@ class TestsRule:
     Programs run beside generation, with actors on cores of all nodes: each starts as soon as its completion is there
     (`begin`), and its verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes
     too much has a score; an error of the sandbox gives none, so that completion leaves the iteration.
+
+    Hidden tests of a task depend on (seed, position of the prompt, its text): all completions of a prompt have the
+    same ones, and the next time that it is drawn they are others.
     """
 
     __test__ = False  # pytest would take the class for tests
@@ -268,6 +273,7 @@ class TestsRule:
         tasks: Mapping[str, Task],
         trust_me: bool,
         sandboxes: Callable[[int, bool], Sandboxes] = SandboxPool,
+        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -275,11 +281,13 @@ class TestsRule:
             tasks: by the text of the prompt.
             trust_me: run programs without isolation where this machine has none.
             sandboxes: opens the sandboxes from (programs at a time on a node, trust_me); called at the first program.
+            seed: of the run.
 
         Raises:
             SandboxError: this machine has no sandbox.
         """
-        self._key, self._tasks = key, tasks
+        self._key, self._tasks, self._seed = key, tasks, seed
+        self._references = References()
         self._needs_all = part.score == ALL_TESTS
         self._limits = Limits(cpu_s=part.cpu_s, wall_s=part.wall_s)
         self._open_sandboxes = partial(sandboxes, part.workers, trust_me)
@@ -300,11 +308,14 @@ class TestsRule:
         """Yields the share of tests passed, or 1 only if all are.
 
         Raises:
-            RewardError: a prompt has no tests.
+            RewardError: a prompt has no tests, or its own solution fails on inputs that were drawn.
         """
         verdicts = [self._running.pop(rollout, None) or self._submit(rollout) for rollout in judged]
-        for verdict in verdicts:
-            yield self._score(_waited(verdict, alive))
+        for rollout, verdict in zip(judged, verdicts, strict=True):
+            try:
+                yield self._score(_waited(verdict, alive))
+            except ReferenceSolutionError as error:
+                raise RewardError(f"{self._key}: `hidden` of the prompt {rollout.prompt!r:.200}: {error}") from error
 
     def close(self) -> None:
         """End the sandboxes."""
@@ -319,7 +330,12 @@ class TestsRule:
             raise RewardError(f"{self._key}: no tests for the prompt {judged.prompt!r:.200}")
         if self._sandboxes is None:
             self._sandboxes = self._open_sandboxes().__enter__()
-        return self._sandboxes.submit(task.program(judged.completion), self._limits)
+
+        program = task.program(judged.completion)
+        if task.hidden is None:
+            return self._sandboxes.submit(program, self._limits)
+        key = keys.key(keys.Shuffle.HIDDEN_TESTS, self._seed, judged.position, keys.text_word(judged.prompt))
+        return self._references.submit(program, task.hidden, key, self._sandboxes, self._limits)
 
     def _score(self, verdict: Verdict) -> Score:
         if not verdict.judged:

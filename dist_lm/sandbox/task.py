@@ -1,6 +1,8 @@
 """Reads tasks: a request for code in words, and the tests that its answer must pass. As fields of a JSON line:
 
 {"prompt": "Write add(a, b).", "language": "python", "tests": ["assert add(1, 2) == 3", {"stdin": "4", "stdout": "8"}]}
+
+The field `hidden` adds tests with drawn inputs (`dist_lm.sandbox.inputs`).
 """
 
 import re
@@ -10,6 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from dist_lm.errors import UserError
+from dist_lm.sandbox.hidden import Hidden
+from dist_lm.sandbox.inputs import hidden_of
 from dist_lm.sandbox.program import LANGUAGES, NAMES, Program, Test
 from dist_lm.sandbox.syntax import BEFORE_ERRORS, TEST_ERRORS
 from dist_lm.sandbox.weak_tests import only_defines
@@ -26,9 +30,10 @@ class Task:
 
     language: str
     tests: tuple[Test, ...]
+    hidden: Hidden | None = None  # tests beside `tests`, drawn for each sampling of the prompt; None: there are none
 
     def program(self, answer: str) -> Program:
-        """Returns the code of an answer with the tests."""
+        """Returns the code of an answer with the fixed tests."""
         return Program(self.language, code_of(answer), self.tests)
 
 
@@ -47,7 +52,8 @@ def code_of(answer: str) -> str:
 
 
 def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
-    """Returns the task in the fields `language`, `tests` and optionally `before` (code before every test's own).
+    """Returns the task in the fields `language`, `tests` and optionally `before` (code before every test's own) and
+    `hidden`.
 
     Args:
         readable: whether the tests were checked in their language earlier; this saves a process for each test of Bash.
@@ -66,7 +72,8 @@ def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:
     tests = tuple(_test(value, before) for value in test_values)
     if not readable:
         refuse_broken(language, tests)
-    return Task(language, tests)
+    hidden = hidden_of(language, values["hidden"]) if "hidden" in values else None
+    return Task(language, tests, hidden)
 
 
 def refuse_broken(language: str, tests: Sequence[Test]) -> None:

@@ -25,6 +25,8 @@ from pathlib import Path
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
+_TESTS = "eval.tests"  # in noted_files.json
+
 
 def tokenizer_in(folder: Path) -> Path:
     """Returns the path of the tokenizer in a folder: `tokenizer.json` if it exists, else `tokenizer.model`."""
@@ -217,7 +219,8 @@ class RunDirectory:
 
     @property
     def noted_files(self) -> Path:
-        """JSON with the hashes of the files of `stage.eval_tasks` and of the prompts of stage rlhf."""
+        """JSON with the hashes of the files of `stage.eval_tasks` and of the prompts of stage rlhf, and the version of
+        the tests of our own problems."""
         return self.path / "noted_files.json"
 
     @property
@@ -250,6 +253,23 @@ class RunDirectory:
         """
         if hashes := _hashes(files):
             durable.write_json(self.noted_files, self._noted() | hashes)
+
+    def note_tests(self, version: int, tasks: Sequence[str]) -> None:
+        """Notes the version of the tests of our own problems, unless one is noted: all evaluations of a run use it.
+
+        A run with figures of an earlier release, which noted none, keeps version 1.
+
+        Args:
+            tasks: names of the tasks of our own problems.
+        """
+        noted = self._noted()
+        if _TESTS not in noted:
+            has_figures = any((self.samples / "eval" / task).exists() for task in tasks)
+            durable.write_json(self.noted_files, noted | {_TESTS: str(1 if has_figures else version)})
+
+    def tests_version(self, default: int) -> int:
+        """Returns the version that `note_tests` has noted; `default` if it has noted none."""
+        return int(self._noted().get(_TESTS, default))
 
     def require_files(self, files: Mapping[str, Sequence[Path]]) -> None:
         """Refuses files that have changed since the run began. A key that was not noted then passes; all files are

@@ -9,6 +9,7 @@ from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.run import begin_attempt
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY, TINY_MODEL
@@ -48,6 +49,33 @@ def test_a_run_without_files_of_tasks_writes_nothing(tmp_path):
     run.create()
     run.note_files(config_with(tmp_path / "none.jsonl", "own_sql").noted_files)
     assert not run.noted_files.exists()
+
+
+@pytest.mark.parametrize(
+    ("has_figures", "version", "hidden_seed"), [(False, "2", 0), (True, "1", None)], ids=["new run", "earlier release"]
+)
+def test_a_run_keeps_the_tests_of_our_problems_that_it_began_with(
+    tiny_work, tmp_path, monkeypatch, has_figures: bool, version: str, hidden_seed: int | None
+):
+    """Found: a curve of eval/own_sql/pass@1 that falls where a new release went on, because its tests are harder."""
+    run = WorkDirectory(tmp_path / "work").run("code", "default")
+    run.create()
+    if has_figures:
+        run.task_samples("own_sql", 4).parent.mkdir(parents=True)
+    config = config_with(tmp_path / "none.jsonl", "own_sql")
+    for _ in range(2):
+        begin_attempt(config, run)
+        assert json.loads(run.noted_files.read_text()) == {"eval.tests": version}
+        run.task_samples("own_sql", 8).parent.mkdir(parents=True, exist_ok=True)
+
+    asked = []
+    monkeypatch.setattr("dist_lm.evaluation.in_loop.items_of", lambda task, asking, *rest: asked.append(asking) or [])
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    loop_tasks(config, run, tokenizer)
+    assert [asking.hidden_seed for asking in asked] == [hidden_seed]
+    run.noted_files.write_text('{"eval.tests": "3"}')
+    with pytest.raises(ArtefactError, match=r"code/default: began with version 3 of the tests .*this release has 2"):
+        loop_tasks(config, run, tokenizer)
 
 
 def test_prompts_of_a_run_keep_their_content_and_their_number_of_files(tmp_path):

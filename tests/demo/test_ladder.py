@@ -1,5 +1,6 @@
 """The ladder: solutions pass, solutions of other tasks do not, and no task is in two parts."""
 
+import ast
 import json
 import re
 import shutil
@@ -7,10 +8,12 @@ import shutil
 import pytest
 
 from dist_lm.data.prompts import find_prompts, read_prompts
-from dist_lm.demo.ladder import RUNGS, SIZES, TinyTask, part_of, tasks, write
+from dist_lm.demo.ladder import PYTHON, RUNGS, SIZES, Rung, TinyTask, part_of, tasks, write
+from dist_lm.sandbox.hidden import References
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits
 from dist_lm.sandbox.task import task_of
+from tests.patience import patient
 
 LIMITS = Limits(cpu_s=5, wall_s=60)
 
@@ -33,6 +36,50 @@ def test_solutions_pass_and_those_of_other_numbers_fail():
     assert [
         (task.prompt, sibling(task)) for task, one in zip(made, wrong, strict=True) if one.outcome != "failed"
     ] == []
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+def test_solutions_pass_their_drawn_tests():
+    """Found: inputs for which the solution of a rung fails, or gives a value that it does not give again."""
+    references = References()
+    with SandboxPool(workers=2) as pool:
+        verdicts = []
+        for solved in tasks(7, "solved", len(RUNGS)):
+            task = task_of(solved.fields)
+            assert task.hidden
+            verdicts.append(references.submit(task.program(solved.solution), task.hidden, 5, pool, LIMITS))
+        results = [verdict.result(patient(120)) for verdict in verdicts]
+    assert [verdict.output for verdict in results if verdict.outcome != "passed"] == []
+    assert {verdict.total for verdict in results} == {5}
+
+
+def test_no_task_draws_only_inputs_that_it_has_drawn_before():
+    for task in tasks(7, "solved", len(RUNGS)):
+        hidden = task_of(task.fields).hidden
+        assert hidden
+        assert not {*hidden.cases(1)} <= {*hidden.cases(0)}, task.prompt
+
+
+@pytest.mark.parametrize("key", range(5))
+def test_drawn_values_of_python_are_those_computed_beside_the_solution(key: int):
+    """Found: a solution and a value of a rung that differ where the fixed tests have no input."""
+    for index, task in enumerate(tasks(7, "solved", len(PYTHON))):
+        hidden, rung = task_of(task.fields).hidden, PYTHON[index]
+        assert hidden
+        a, b = numbers_of(task, rung)
+        for case in hidden.cases(key):
+            argument = ast.literal_eval(case.shown.removeprefix("f(").removesuffix(")"))
+            names: dict = {"x": argument}
+            assert eval(rung.solution.format(a=a, b=b), names) == rung.value(argument, a, b), task.prompt
+
+
+def numbers_of(task: TinyTask, rung: Rung) -> tuple[int, int]:
+    """The numbers that a rung had for a task; any where it has only one."""
+    for a in range(2, rung.most + 1):
+        for b in range(2, rung.most + 1):
+            if task.prompt.endswith(": " + rung.asks.format(a=a, b=b)):
+                return a, b
+    raise AssertionError(task.prompt)
 
 
 def test_parts_share_no_task_and_climb_from_level_1_to_5():

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_problems
+from dist_lm.sandbox.hidden import Hidden
 from dist_lm.sandbox.program import Program
 from dist_lm.sandbox.task import Task, task_of
 
@@ -24,6 +25,11 @@ class Kind:
     function: str  # name that the tests call; empty: they call none
     stub: str  # fails every test
     honest: tuple[str, ...]  # each passes all tests
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """Draws its hidden tests; None: it has none."""
+        return self.task.hidden
 
     def program(self, answer: str) -> Program:
         """Returns the program of an answer, as a reward or an evaluation makes it."""

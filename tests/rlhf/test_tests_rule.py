@@ -14,7 +14,7 @@ from dist_lm.rlhf.rewards import Judge, RewardError, Tasks
 from dist_lm.rlhf.rules import Failure, RuleInput, TestsRule
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Test, Verdict, infrastructure_error
-from dist_lm.sandbox.task import Task
+from dist_lm.sandbox.task import Task, task_of
 from tests.rlhf.toy import PROMPTS, TOKENS, EngineRollouts, Toy, engine_of, rollouts_with, toy
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
@@ -126,6 +126,97 @@ def test_a_judge_begins_with_the_texts_that_it_judges_later():
             "lookups": [False, False],
         }
         assert not begun
+
+
+# --- hidden tests ---
+
+SUM_OF_LIST = task_of(
+    {
+        "language": "python",
+        "tests": ["assert f([1, 2]) == 3"],
+        "hidden": {
+            "solution": "def f(x): return sum(x)",
+            "call": "f",
+            "arguments": [{"list": {"int": [1, 99]}, "length": [2, 5]}],
+        },
+    }
+)
+
+
+class Noted:
+    """The programs that a rule has submitted, by their source."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.programs: list[Program] = []
+        submit = SandboxPool.submit
+
+        def noted(pool: SandboxPool, program: Program, limits: Limits):
+            self.programs.append(program)
+            return submit(pool, program, limits)
+
+        monkeypatch.setattr(SandboxPool, "submit", noted)
+
+    def tests_of(self, source: str) -> list[tuple[str, ...]]:
+        return [tuple(test.code for test in each.tests) for each in self.programs if each.source == source]
+
+
+def hidden_rule(seed: int) -> TestsRule:
+    return TestsRule("rlhf.rewards.mine", PATIENT, {"sum": SUM_OF_LIST}, trust_me=False, seed=seed)
+
+
+def test_hidden_tests_depend_on_seed_and_position_and_not_on_order(monkeypatch):
+    """Found: other tests for the second sample of a group, or after a resumption, which judges without `begin`."""
+    noted = Noted(monkeypatch)
+    samples = [
+        RuleInput("sum", f"def f(x): return sum(x) + {place} - {place}", 1, True, place // 2, place % 2)
+        for place in range(4)
+    ]
+    rule = hidden_rule(seed=3)
+    for rollout in samples:
+        rule.begin(rollout)
+    assert list(rule(samples, lambda: None)) == [1.0] * 4
+    rule.close()
+    first = {rollout.completion: noted.tests_of(rollout.completion) for rollout in samples}
+    a, b, c, d = (tests for [tests] in first.values())
+    assert len(a) == 4
+    assert a == b
+    assert c == d
+    assert a[0] == c[0]  # the fixed one
+    assert not {*a[1:]} & {*c[1:]}
+    assert len([each for each in noted.programs if "sum(x)" in each.source]) == 4 + 2  # one reference a position
+
+    again = hidden_rule(seed=3)
+    assert list(again(samples[::-1], lambda: None)) == [1.0] * 4
+    again.close()
+    assert {name: [tests] * 2 for name, [tests] in first.items()} == {
+        rollout.completion: noted.tests_of(rollout.completion) for rollout in samples
+    }
+
+    other = hidden_rule(seed=4)
+    other.begin(samples[0])
+    assert list(other(samples[:1], lambda: None)) == [1.0]
+    other.close()
+    assert noted.tests_of(samples[0].completion)[-1] != a
+
+
+def test_a_table_learned_at_one_position_fails_at_another(monkeypatch):
+    noted = Noted(monkeypatch)
+    rule = hidden_rule(seed=0)
+    assert list(rule([RuleInput("sum", "def f(x): return sum(x)", 1, True, 0)], lambda: None)) == [1.0]
+    [tests] = noted.tests_of("def f(x): return sum(x)")
+    pairs = [test.removeprefix("assert f(").split(") == ") for test in tests]
+    table = f"def f(x): return {{{', '.join(f'repr({given}): {value}' for given, value in pairs)}}}[repr(x)]"
+    assert list(rule([RuleInput("sum", table, 1, True, 0)], lambda: None)) == [1.0]
+    assert list(rule([RuleInput("sum", table, 1, True, 1)], lambda: None)) == [0.25]
+    rule.close()
+
+
+def test_a_solution_that_fails_is_refused_by_its_prompt():
+    broken = replace(SUM_OF_LIST, hidden=replace(SUM_OF_LIST.hidden, solution="def f(x): return x.sum()"))
+    rule = TestsRule("rlhf.rewards.mine", PATIENT, {"sum": broken}, trust_me=False)
+    with pytest.raises(RewardError, match=r"rlhf\.rewards\.mine: `hidden` of the prompt 'sum': the solution fails"):
+        list(rule([RuleInput("sum", "def f(x): return sum(x)", 1, True)], lambda: None))
+    rule.close()
 
 
 # --- a whole run ---

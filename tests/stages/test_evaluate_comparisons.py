@@ -3,10 +3,14 @@
 import pytest
 
 from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.config.evaluation import FIXED_TESTS, OWN_TESTS
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.comparison import compared_tasks, comparison_text
 from dist_lm.evaluation.figures import bits_figures
-from dist_lm.evaluation.tasks import Asking, tool_items
+from dist_lm.evaluation.tasks import Asking, hidden_seed_of, tool_items
+from dist_lm.stages.evaluate.inputs import version_of_tests
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.conftest import texts
@@ -55,6 +59,39 @@ def test_models_with_other_questions_are_compared_on_those_in_common():
     assert comparison_text(one).endswith("(McNemar); without 2 questions that only one of them has")
     (none,) = compared_tasks(first, result("c", {"9": 1.0}))
     assert comparison_text(none) == "tools: c - a: not compared, they have no question in common"
+
+
+@pytest.mark.parametrize("tests", [None, {"version": 2, "seed": 1}, {"version": 3, "seed": 0}])
+def test_figures_of_other_tests_are_not_compared(tests):
+    """Found: an interval of the difference of two models, of which one had easier tests."""
+    first, second = result("a", {"1": 1.0, "2": 0.0}), result("b", {"1": 1.0, "2": 1.0})
+    first["tasks"]["tools"]["tests"] = {"version": 2, "seed": 0}
+    (same,) = compared_tasks(first, {"model": "c", "tasks": first["tasks"]})
+    assert same["difference"] == 0
+    if tests:
+        second["tasks"]["tools"]["tests"] = tests
+    (other,) = compared_tasks(first, second)
+    assert "difference" not in other
+    named = "version 1" if tests is None else f"version {tests['version']}, seed {tests['seed']}"
+    text = f"tools: b - a: not compared, their tests differ (version 2, seed 0 and {named})"
+    assert comparison_text(other) == text
+
+
+def test_an_evaluation_goes_on_with_the_tests_that_it_began_with(tmp_path):
+    run = WorkDirectory(tmp_path).run("evaluate", "default")
+    run.create()
+    assert version_of_tests(run) == OWN_TESTS
+    for recorded, version in (
+        ({"stage.models=x": "0"}, FIXED_TESTS),
+        ({"eval.tests": "2"}, 2),
+        ({"eval.tests": "3"}, 3),
+    ):
+        durable.write_json(run.inputs, recorded)
+        assert version_of_tests(run) == version
+    assert hidden_seed_of(FIXED_TESTS, 5, run.path) is None
+    assert hidden_seed_of(OWN_TESTS, 5, run.path) == 5
+    with pytest.raises(ArtefactError, match="began with version 3 of the tests of our own problems"):
+        hidden_seed_of(3, 5, run.path)
 
 
 def test_the_difference_of_bits_per_byte_is_that_of_the_table():

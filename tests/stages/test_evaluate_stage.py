@@ -115,6 +115,9 @@ def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_pat
     assert [one["model"] for one in result["models"]] == [f"{s}/default/step_00000005" for s in ("code", "language")]
     first = result["models"][0]["tasks"]
     assert first["own_sql"]["figures"].keys() == {"pass@1", "pass@2"}
+    assert first["own_sql"]["tests"] == first["infill"]["tests"] == {"version": 2, "seed": 0}
+    assert "tests" not in first["tools"]
+    assert json.loads(run.inputs.read_text())["eval.tests"] == "2"
     assert len(first["own_sql"]["ids"]) == 5
     assert sum(first["own_sql"]["outcomes"].values()) == 10
     assert 0 < first["bits_per_byte"]["figures"]["bits_per_byte"]["value"] < 30

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_lm.config.evaluation import FIXED_TESTS, OWN_TESTS
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dist_lm.stages.evaluate.stage import EvaluateRunConfig
 
 PROMPTS, CORPUS = "eval.prompts=", "corpus "  # beginnings of names of inputs
+TESTS = "eval.tests"  # name of the version of the tests of our own problems
 
 
 def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
@@ -58,6 +60,14 @@ def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
 def begun_with(run: RunDirectory) -> dict[str, str]:
     """The recorded inputs of a run, in the form of `inputs_of`; nothing for a new run."""
     return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
+
+
+def version_of_tests(run: RunDirectory) -> int:
+    """Returns the version of the tests of our own problems that the run began with; that of this release for a new
+    run."""
+    if not run.inputs.exists():
+        return OWN_TESTS
+    return int(begun_with(run).get(TESTS, FIXED_TESTS))
 
 
 def refuse_other_inputs(run: RunDirectory, config: "EvaluateRunConfig") -> None:

@@ -24,7 +24,15 @@ from dist_lm.config.stage import SamplingConfig, StageGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of
 from dist_lm.stages.continuing import EVALUATION_FREE_KEYS, EVALUATION_KEYS, differing_keys, refuse_other_settings
-from dist_lm.stages.evaluate.inputs import begun_with, inputs_of, labels_of, refuse_other_inputs, table_of
+from dist_lm.stages.evaluate.inputs import (
+    TESTS,
+    begun_with,
+    inputs_of,
+    labels_of,
+    refuse_other_inputs,
+    table_of,
+    version_of_tests,
+)
 from dist_lm.stages.generate.stage import newest_run
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of
@@ -202,10 +210,11 @@ class Evaluate(PoolStage):
     def work(
         self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
     ) -> PoolWork:
-        """Opens the work of one model and records the hashes of its inputs in `prompts.json`.
+        """Opens the work of one model and records the hashes of its inputs in `prompts.json`, with the version of the
+        tests of our own problems.
 
         Raises:
-            ArtefactError: a file has changed since the run began.
+            ArtefactError: a file has changed since the run began, or it began with tests that this release has not.
             UserError: a task cannot be asked.
         """
         from dist_lm.stages.evaluate.work import Evaluation
@@ -213,7 +222,7 @@ class Evaluate(PoolStage):
         config = evaluate_config(config)
         # They may have changed while another model was asked.
         refuse_other_inputs(run, config)
-        inputs = begun_with(run) | inputs_of(config)
+        inputs = begun_with(run) | inputs_of(config) | {TESTS: str(version_of_tests(run))}
         work = Evaluation(config, run, tokenizer, sandboxes)
         durable.write_json(run.inputs, inputs)
         # They may have changed between hashing and reading.

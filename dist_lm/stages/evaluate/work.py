@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_lm.config.evaluation import OWN_TASKS, OWN_TESTS
 from dist_lm.errors import UserError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of, text_corpora
 from dist_lm.evaluation.figures import bits_figures, recorded, refused, request_of, reward_figures, task_figures
@@ -22,12 +23,13 @@ from dist_lm.evaluation.tasks import (
     Item,
     Record,
     asks_as_chat,
+    hidden_seed_of,
     items_of,
     limits_of,
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.stages.evaluate.inputs import labels_of, refuse_other_inputs, table_of
+from dist_lm.stages.evaluate.inputs import labels_of, refuse_other_inputs, table_of, version_of_tests
 from dist_lm.stages.evaluate.reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
@@ -64,6 +66,7 @@ class Evaluation(PoolWork):
 
         Raises:
             UserError: a task cannot be asked; names it.
+            ArtefactError: the run began with tests of our own problems that this release has not.
         """
         stage, checkpoint = config.stage, Path(config.stage.models[0])
         self._config = config
@@ -87,7 +90,9 @@ class Evaluation(PoolWork):
             top_k=stage.top_k,
             top_p=stage.top_p,
         )
-        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits_of(stage.cpu_s))
+        limits = limits_of(stage.cpu_s)
+        self._hidden_seed = hidden_seed_of(version_of_tests(run), config.seed, run.path)
+        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits, self._hidden_seed)
         if BITS in self._unmeasured:
             has_default_corpora = stage.corpora == type(stage)().corpora
             corpora = [self._work.corpus(name) for name in stage.corpora]
@@ -269,7 +274,11 @@ class Evaluation(PoolWork):
             return bits_figures(list(json_lines(self._measured(BITS))))
         if task == REWARD:
             return reward_figures(list(json_lines(self._measured(REWARD))))
-        return task_figures(self._records(task), self._config.stage.k if task in CODE_TASKS else [1])
+        figures = task_figures(self._records(task), self._config.stage.k if task in CODE_TASKS else [1])
+        # Results of the fixed tests alone have no note: releases before wrote none.
+        if task in OWN_TASKS and self._hidden_seed is not None:
+            figures["tests"] = {"version": OWN_TESTS, "seed": self._hidden_seed}
+        return figures
 
 
 def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:

@@ -203,7 +203,7 @@ def open_supply(
     generating = partial(reporter.alive, Phase.GENERATING)
     # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
     on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
-    tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes)
+    tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes, config.seed)
     judge = Judge(
         settings.rewards, tokenizer.decode, settings.max_failed_fraction, generating, tasks, request_reader(tokenizer)
     )
