@@ -3,14 +3,16 @@
 import gzip
 import json
 import re
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 
 from dist_lm.errors import ConfigError
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
+from dist_lm.sandbox.hidden import References
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.sandbox.program import LANGUAGES, Limits
+from dist_lm.sandbox.program import LANGUAGES, Limits, Verdict
 from tests.evaluation.same_programs import SAME_PROGRAMS
 
 LIMITS = Limits(cpu_s=10, wall_s=120)
@@ -48,13 +50,25 @@ def mutants(problem: Problem) -> list[str]:
     return [*dict.fromkeys(found), nothing]
 
 
-def check(problems: list[Problem], most_mutants: int) -> set[tuple[str, str]]:
-    """References must pass. Returns the mutants that pass: (problem, change as `change_of` names it)."""
-    plain = {problem.id: replace(problem, closing="") for problem in problems}
+def check(problems: list[Problem], most_mutants: int, key: int | None = None) -> set[tuple[str, str]]:
+    """References must pass. Returns the mutants that pass: (problem, change as `change_of` names it).
+
+    Args:
+        key: of hidden tests, which then run too.
+    """
     tried = [(problem, mutant) for problem in problems for mutant in mutants(problem)[-most_mutants:]]
+    references = References()
+
+    def submitted(pool: SandboxPool, problem: Problem, code: str) -> Future[Verdict]:
+        program = replace(problem, closing="").completed(code)
+        if key is None or problem.hidden is None:
+            return pool.submit(program, LIMITS)
+        return references.submit(program, problem.hidden, key, pool, LIMITS)
+
     with SandboxPool(workers=2) as pool:
-        right = pool.run([plain[problem.id].completed(problem.solution) for problem in problems], LIMITS)
-        wrong = pool.run([plain[problem.id].completed(mutant) for problem, mutant in tried], LIMITS)
+        right = [submitted(pool, problem, problem.solution) for problem in problems]
+        wrong = [submitted(pool, problem, mutant) for problem, mutant in tried]
+        right, wrong = ([verdict.result() for verdict in verdicts] for verdicts in (right, wrong))
     assert [one.id for one, verdict in zip(problems, right, strict=True) if verdict.outcome != "passed"] == []
     passed = [one for one, verdict in zip(tried, wrong, strict=True) if verdict.outcome == "passed"]
     print(f"{len(tried) - len(passed)} of {len(tried)} mutants fail")
@@ -78,7 +92,9 @@ def test_references_pass_and_programs_that_do_nothing_fail(language):
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_mutants_of_references_fail(language):
     known = {(name, line) for name, line in SAME_PROGRAMS if name.startswith(f"{language}/")}
-    assert check(own_problems(language), most_mutants=100) == known
+    # With hidden tests, the programs that do the same must pass still: these allow every right answer.
+    for key in (None, 11):
+        assert check(own_problems(language), 100, key) == known
 
 
 def test_lines_to_fill_in_make_the_reference():

@@ -212,6 +212,7 @@ def test_a_table_learned_at_one_position_fails_at_another(monkeypatch):
 
 
 def test_a_solution_that_fails_is_refused_by_its_prompt():
+    assert SUM_OF_LIST.hidden
     broken = replace(SUM_OF_LIST, hidden=replace(SUM_OF_LIST.hidden, solution="def f(x): return x.sum()"))
     rule = TestsRule("rlhf.rewards.mine", PATIENT, {"sum": broken}, trust_me=False)
     with pytest.raises(RewardError, match=r"rlhf\.rewards\.mine: `hidden` of the prompt 'sum': the solution fails"):

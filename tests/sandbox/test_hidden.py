@@ -148,11 +148,11 @@ def test_a_sandbox_that_failed_on_the_reference_says_nothing_and_is_asked_again(
         (lambda pool: pool.end(0, "failed"), ReferenceSolutionError, r"fails \(failed\) on .*f\(\[.*its output"),
         (lambda pool: pool.end(0, stdout="<object f>"), ReferenceSolutionError, "expected numbers, texts, None"),
         (lambda pool: pool.programs[0][1].set_exception(OSError("node lost")), OSError, "node lost"),
-        (lambda pool: pool.programs[0][1].cancel(), CancelledError, ""),
+        (lambda pool: pool.programs[0][1].cancel(), CancelledError, None),
     ],
 )
 def test_an_error_of_the_reference_is_that_of_the_answer(
-    end: Callable[[Pool], object], error: type[Exception], named: str
+    end: Callable[[Pool], object], error: type[Exception], named: str | None
 ):
     """Found: an answer whose verdict never comes, because the error was raised in a thread that nobody reads."""
     references, pool = References(), Pool()
