@@ -26,10 +26,10 @@ def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[
     """Returns a paired test for each task, over the items that both models have values of: second model minus first.
 
     A comparison has task, first and second (names of the models), `left_out`, and the fields of `PairedTest`; without
-    common items not the latter, nor if their tests differ, as version or seed of those of our own problems: it then has
-    `tests`, of both. `left_out` counts the items that only one model has: a question may not fit the context
+    common items not the latter. `left_out` counts the items that only one model has: a question may not fit the context
     of the other one. For the reward also `wins`, the `Estimate` of the share of items on which the second scores
-    higher; a tie counts half.
+    higher; a tie counts half. Figures of different tests of our own problems, by version or seed, are not compared: the
+    comparison then has `tests`, those of both.
 
     Args:
         first: figures of a model as in `result.json` of stage evaluate, as is `second`, which has the same tasks.
