@@ -26,6 +26,7 @@ import select
 
 from dist_lm.sandbox.environment import ENVIRONMENT, PATH
 from dist_lm.sandbox.expansions import Places, harm, places_of
+from dist_lm.sandbox.frames import read_exactly, write_frame
 from dist_lm.sandbox.shared_files import FailedError, Folder, checked
 from dist_lm.sandbox.values import Decoder, Encoder, MalformedError, NotCarriedError
 
@@ -77,10 +78,7 @@ def _send(channel: int, *values: Any) -> None:
     """
     encoder = Encoder()
     encoder.put(values)
-    content = encoder.finished()
-    data = memoryview(len(content).to_bytes(4, "big") + content)
-    while data:
-        data = data[os.write(channel, data) :]
+    write_frame(channel, encoder.finished())
 
 
 def _receive(channel: int) -> Any:
@@ -90,20 +88,10 @@ def _receive(channel: int) -> Any:
         OSError: the other side has ended.
         MalformedError: the other side says what no side says.
     """
-
-    def exactly(length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            piece = os.read(channel, min(length - len(data), 1 << 20))
-            if not piece:
-                raise OSError("the program ended")
-            data += piece
-        return bytes(data)
-
-    length = int.from_bytes(exactly(4), "big")
+    length = int.from_bytes(read_exactly(channel, 4), "big")
     if length > MAX_FRAME + 64:
         raise MalformedError(f"a message of {length} bytes")
-    decoder = Decoder(exactly(length))
+    decoder = Decoder(read_exactly(channel, length))
     values = decoder.take()
     decoder.end()
     return values
@@ -321,12 +309,14 @@ class _Agent:
         poller = select.poll()
         for file in (self.reports, self.pidfd, *pipes):
             poller.register(file, select.POLLIN)
+
         open_pipes = {*pipes}
         report: list[bytes] | None = None
         while report is None or open_pipes:
             ready = [file for file, _ in poller.poll(0 if report is not None and not waits else None)]
             if report is not None and not waits and not ready:
                 break
+
             for file in ready:
                 if file in open_pipes:
                     piece = os.read(file, 1 << 16)
@@ -336,6 +326,8 @@ class _Agent:
                         open_pipes.remove(file)
                     if len(self._texts[file]) > MAX_OUTPUT:
                         raise FailedError(f"a call prints more than {MAX_OUTPUT} bytes")
+
+            # The report may come in pieces, and the next one right behind it.
             if report is None and self.reports in ready:
                 piece = os.read(self.reports, 1 << 16)
                 self.buffer += piece
@@ -345,6 +337,7 @@ class _Agent:
                     report = []
             elif report is None and self.pidfd in ready:
                 report = []
+
             if report is not None and write_ends:
                 for file in (self.reports, self.pidfd):
                     poller.unregister(file)

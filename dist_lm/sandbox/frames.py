@@ -6,7 +6,6 @@ This module runs inside the sandbox. Only the standard library is imported, and 
 from __future__ import annotations
 
 import _socket  # `socket` itself takes long to import
-import errno
 import os
 import select
 import sys
@@ -35,14 +34,14 @@ def read_exactly(channel: int, length: int) -> bytes:
     while len(data) < length:
         piece = os.read(channel, min(length - len(data), 1 << 20))
         if not piece:
-            raise OSError(errno.EPIPE, "the other side has gone")
+            raise OSError("the other side has ended")
         data += piece
     return bytes(data)
 
 
 def write_frame(channel: int, content: bytes) -> None:
     """Writes the length of `content` in four bytes, then `content`."""
-    data = len(content).to_bytes(4, "big") + content
+    data = memoryview(len(content).to_bytes(4, "big") + content)
     while data:
         data = data[os.write(channel, data) :]
 
@@ -82,6 +81,6 @@ def receive_files(channel: int, length: int) -> tuple[bytes, list[int]]:
     finally:
         end.detach()
     if len(content) < length:
-        raise OSError(errno.EPIPE, "the other side has gone")
+        raise OSError("the other side has ended")
     numbers = b"".join(data for _, _, data in messages)
     return content, [int.from_bytes(numbers[i : i + 4], sys.byteorder) for i in range(0, len(numbers), 4)]

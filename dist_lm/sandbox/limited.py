@@ -74,10 +74,12 @@ class _Caller:
             request = frames_of([function, CPU_S, *arguments])
         except (TypeError, ValueError, RecursionError) as error:
             raise LimitError(f"fails (JSON cannot express its arguments: {error})") from error
+
         with self._lock:
             for _ in range(TRIES):
                 if self._process is None:
                     self._start()
+
                 try:
                     kind, ends, *values = self._ask(request)
                 except TimeoutError:
@@ -89,9 +91,11 @@ class _Caller:
                     if code == -signal.SIGPROF:
                         raise LimitError(f"takes more than {CPU_S:g} s of CPU time") from None
                     continue
+
                 if ends:
                     self.end()
                 return _outcome(kind, values)
+
         raise LimitError(f"takes more than {MEMORY_BYTES >> 20} MiB of memory, or ends the process ({code})")
 
     def _start(self) -> None:
@@ -113,6 +117,7 @@ class _Caller:
                 start_new_session=True,  # Ctrl-C is for the parent, which ends this process
                 env=environment,
             )
+
         try:
             self._receive(time.monotonic() + START_S)
         except (EOFError, OSError) as error:
@@ -121,6 +126,7 @@ class _Caller:
             self.end()
             last_line = message.decode(errors="replace").strip().rpartition("\n")[2]
             raise UserError(f"no process with limits starts: {last_line or error or 'it ended'}") from error
+
         assert self._process.stderr is not None  # the process has given it up
         self._process.stderr.close()
 

@@ -37,7 +37,8 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
         status, nowhere = os.open("/proc/self/status", os.O_RDONLY), os.open(os.devnull, os.O_WRONLY)
-        confine_process()
+        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        confine_process(MEMORY_BYTES, (sys.prefix, package))
         connection.sendall(frames_of([]))
         os.dup2(nowhere, 2)  # warnings of libraries have no reader
 
@@ -54,12 +55,12 @@ def main() -> None:
             except EOFError:
                 return
             function = _function(name)
-            memory_before = memory_before or _most_memory(status)
+            memory_before = memory_before or most_memory(status)
 
             # The kernel ends the process then, whatever it does: a parser cannot be interrupted.
             signal.setitimer(signal.ITIMER_PROF, cpu_s)
             kind, values = _called(function, arguments)
-            ends = _most_memory(status) > memory_before + FRESH_BYTES
+            ends = most_memory(status) > memory_before + FRESH_BYTES
             answer = _answer(kind, ends, values)
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.sendall(answer)
@@ -101,21 +102,25 @@ def values_of(read: Callable[[int], bytes], most_bytes: int = 1 << 32) -> list[A
     return [frame() if number in places else value for number, value in enumerate(values)]
 
 
-def confine_process() -> None:
-    """Limits this process for good, as far as the kernel can: memory, no capabilities, only files of the system, of the
-    interpreter and of this package to read (Landlock), and a filter of system calls, without sockets.
+def confine_process(memory_bytes: int, readable_trees: Sequence[str], file_bytes: int = 0) -> None:
+    """Limits this process and those below it for good, as far as the kernel can: memory, size of files, no
+    capabilities, only files of the system to read (Landlock), and a filter of system calls, without sockets.
+
+    Args:
+        memory_bytes: address space of each process.
+        readable_trees: folders beside those of the system and of the interpreter.
+        file_bytes: largest file that it may write, as one in memory.
 
     Raises:
         OSError: the kernel refuses.
     """
-    confine.limit({resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0})
+    confine.limit({resource.RLIMIT_AS: memory_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: file_bytes})
     if sys.platform != "linux":
         return
     confine.gain_no_capabilities()
     confine.drop_capabilities()
     if version := confine.landlock_version():
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        trees = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix, package)
+        trees = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, *readable_trees)
         confine.FileRules(version, [tree for tree in trees if os.path.exists(tree)]).restrict()
     if confine.has_seccomp() and (call_filter := confine.system_call_filter(os.uname().machine)):
         confine.filter_system_calls(call_filter)
@@ -152,7 +157,7 @@ def _answer(kind: str, ends: bool, values: Sequence[Any]) -> bytes:
     return answer
 
 
-def _most_memory(status: int) -> int:
+def most_memory(status: int) -> int:
     """Returns the largest resident memory of this process so far, in bytes.
 
     Args:

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from contextlib import closing
 from functools import cache
 
-from dist_lm.sandbox import confine
 from dist_lm.sandbox.environment import PATH
+from dist_lm.sandbox.limited_program import confine_process, most_memory
 from dist_lm.sandbox.sql import split_statements
 
 CPU_S = 0.5  # of a text, and for each of its characters:
@@ -48,7 +48,8 @@ def main() -> None:
     """
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
-        at_start = _most_memory()
+        status = os.open("/proc/self/status", os.O_RDONLY)
+        at_start = most_memory(status)
         _files_of_bash()  # before the filter, which knows no files in memory
         _confine()
         warnings.simplefilter("ignore", SyntaxWarning)
@@ -61,23 +62,10 @@ def main() -> None:
             error = CHECKS[request["check"]](request["text"])
             signal.setitimer(signal.ITIMER_PROF, 0)
 
-            ends = _most_memory() > at_start + FRESH_BYTES
+            ends = most_memory(status) > at_start + FRESH_BYTES
             connection.sendall(json.dumps({"error": error, "ends": ends}).encode() + b"\n")
             if ends:
                 return
-
-
-@cache
-def _status() -> int:
-    """Returns a descriptor of what the kernel says of this process."""
-    return os.open("/proc/self/status", os.O_RDONLY)
-
-
-def _most_memory() -> int:
-    """Returns the largest resident memory of this process so far, in bytes."""
-    # `getrusage` starts from that of the process which started this one.
-    _, _, rest = os.pread(_status(), 8_192, 0).partition(b"VmHWM:")
-    return int(rest.split(maxsplit=1)[0]) << 10
 
 
 def cpu_limit_s(text: str) -> float:
@@ -86,23 +74,15 @@ def cpu_limit_s(text: str) -> float:
 
 
 def _confine() -> None:
-    """Limits this process and those below it for good, as far as the kernel can: memory, file size and CPU time of
-    bash, no capabilities, only the system's files (Landlock) to read, and a filter of system calls.
+    """Limits this process and those below it for good (`confine_process`), and the CPU time of bash.
 
     Raises:
         OSError: the kernel refuses.
     """
-    confine.limit({resource.RLIMIT_AS: MEMORY_BYTES, resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: LARGEST_FILE})
     # Bash inherits this limit and ends by it, but not that this process ignores the signal.
     resource.setrlimit(resource.RLIMIT_CPU, (BASH_CPU_S, resource.RLIM_INFINITY))
     signal.signal(signal.SIGXCPU, signal.SIG_IGN)
-    confine.gain_no_capabilities()
-    confine.drop_capabilities()
-    if version := confine.landlock_version():
-        trees = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix)
-        confine.FileRules(version, [tree for tree in trees if os.path.exists(tree)]).restrict()
-    if confine.has_seccomp() and (call_filter := confine.system_call_filter(os.uname().machine)):
-        confine.filter_system_calls(call_filter)
+    confine_process(MEMORY_BYTES, (sys.prefix,), LARGEST_FILE)
 
 
 # --- Python ---

@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 import sys
 
+from dist_lm.sandbox.frames import read_exactly, write_frame
+
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
     import sqlite3
@@ -242,9 +244,7 @@ def _send(channel: int, content: bytes) -> None:
     """
     if len(content) > MAX_DATABASE:
         raise ValueError(f"a database of more than {MAX_DATABASE} bytes")
-    data = memoryview(len(content).to_bytes(4, "big") + content)
-    while data:
-        data = data[os.write(channel, data) :]
+    write_frame(channel, content)
 
 
 def _receive(channel: int) -> bytes:
@@ -254,20 +254,10 @@ def _receive(channel: int) -> bytes:
         OSError: the other side has ended.
         ValueError: the database is too large.
     """
-
-    def exactly(length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            piece = os.read(channel, min(length - len(data), 1 << 20))
-            if not piece:
-                raise OSError("the program ended")
-            data += piece
-        return bytes(data)
-
-    length = int.from_bytes(exactly(4), "big")
+    length = int.from_bytes(read_exactly(channel, 4), "big")
     if length > MAX_DATABASE:
         raise ValueError(f"a database of more than {MAX_DATABASE} bytes")
-    return exactly(length)
+    return read_exactly(channel, length)
 
 
 # --- statements and values ---

@@ -40,6 +40,7 @@ class _Parser:
                 if self._process is None and not self._start():
                     return None
                 assert self._process is not None
+
                 try:
                     self._process.send({"check": check, "text": text}, ANSWER_S)
                     answer = self._process.receive(ANSWER_S)
@@ -53,9 +54,11 @@ class _Parser:
                     if code == -signal.SIGPROF:
                         return f"parsing it needs more than {cpu_limit_s(text):.2g} s of CPU time"
                     continue
+
                 if answer["ends"]:
                     self._end()
                 return answer["error"]
+
         return f"parsing it ends the parser (exit code {code})"
 
     def _start(self) -> bool:
