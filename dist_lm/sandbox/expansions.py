@@ -122,6 +122,8 @@ class _Reader:
             is_first = not command and word in ("", *_RESERVED)
             if char == end and depth == 0:
                 break
+
+            # What is no word: comments, marks of here-documents, and the two commands with a grammar of their own.
             if char == "#" and not word:
                 self._skip_to("\n")
                 continue
@@ -153,6 +155,8 @@ class _Reader:
                 if char == "\n":
                     self._skip_documents(documents)
                 continue
+
+            # A piece of a word: plain characters at once, quotes and expansions one at a time.
             if plain := _patterns["plain"].match(self._text, self._at):
                 word += plain[0]
                 self._at = plain.end()
@@ -162,6 +166,7 @@ class _Reader:
             if assigned := _patterns["assignment"].match(word):
                 self.fills.setdefault(assigned[1], set()).update(sources)
             word += piece
+
         self._at += len(end)
         command, first = _with_word(command, first, word)
         return (command, first) if command else last
@@ -179,34 +184,25 @@ class _Reader:
         if char == "\\":
             self._at += 2
             return self._text[self._at - 1 : self._at], set()
-        if char == "'" or self._starts("$'"):
-            begin = self._at
-            self._at += 1 if char == "'" else 2
-            while self._at < len(self._text) and self._text[self._at] != "'":
-                self._at += 2 if char == "$" and self._text[self._at] == "\\" else 1
-            text = self._text[begin + 1 : self._at]
-            self._at += 1
-            return text if char == "'" and text else ANY, set()
+        if char == "'":
+            return self._read_single_quotes(), set()
+        if self._starts("$'"):
+            self._skip_escaped_quotes()
+            return ANY, set()
         if char == '"':
-            self._at += 1
-            text = ""
-            sources: set[Source] = set()
-            while self._at < len(self._text) and self._text[self._at] != '"':
-                if self._text[self._at] == "'" or self._starts("$'"):
-                    self._at += 1
-                    continue
-                piece, more = self._read_piece(quoted, quoted)
-                text += piece
-                sources |= more
-            self._at += 1
-            return text or ANY, sources
+            return self._read_double_quotes(quoted)
+
+        # Expansions. Their text is not known before the test runs.
         if self._starts("$(("):
             self._at += 1
             self._read_arithmetic("))")
             return ANY, set()
-        if self._starts("$(") or char == "`":
-            self._at += 1 if char == "`" else 2
-            return ANY, self._used(self.read_code("`" if char == "`" else ")"), unquoted)
+        if char == "`":
+            self._at += 1
+            return ANY, self._used(self.read_code("`"), unquoted)
+        if self._starts("$("):
+            self._at += 2
+            return ANY, self._used(self.read_code(")"), unquoted)
         if self._starts("${"):
             begin = self._at + 2
             self._skip_braces()
@@ -218,7 +214,39 @@ class _Reader:
         self._at += 1
         return ANY if char in "*?~<>$" else char, set()
 
+    def _read_single_quotes(self) -> str:
+        """Passes `'...'` and returns the text in it; ANY if it is empty."""
+        begin = self._at + 1
+        self._at = begin
+        self._skip_to("'")
+        text = self._text[begin : self._at]
+        self._at += 1
+        return text or ANY
+
+    def _skip_escaped_quotes(self) -> None:
+        """Passes `$'...'`, in which a backslash escapes the quote."""
+        self._at += 2
+        while self._at < len(self._text) and self._text[self._at] != "'":
+            self._at += 2 if self._text[self._at] == "\\" else 1
+        self._at += 1
+
+    def _read_double_quotes(self, place: str) -> tuple[str, set[Source]]:
+        """Passes `"..."` and returns what `_read_piece` returns; single quotes are characters there."""
+        self._at += 1
+        text = ""
+        sources: set[Source] = set()
+        while self._at < len(self._text) and self._text[self._at] != '"':
+            if self._text[self._at] == "'" or self._starts("$'"):
+                self._at += 1
+                continue
+            piece, more = self._read_piece(place, place)
+            text += piece
+            sources |= more
+        self._at += 1
+        return text or ANY, sources
+
     def _used(self, source: Source, place: str) -> set[Source]:
+        """Notes a use of a source as code, if there is a place; returns the source as a set."""
         if place:
             self.uses.append((source, place))
         return {source}
@@ -227,6 +255,7 @@ class _Reader:
         """Reads from `((` up to its end; names are variables."""
         self._at += 2
         depth = 0
+
         while self._at < len(self._text) and not (depth == 0 and self._starts(end)):
             depth += {"(": 1, ")": -1}.get(self._text[self._at], 0)
             if name := _patterns["name"].match(self._text, self._at):
@@ -245,10 +274,11 @@ class _Reader:
         word, num_words = "", 0
         is_quoted = False
         sources: set[Source] = set()
+
         while self._at < len(self._text):
             ends = self._text[self._at] in " \t\n;()" or self._starts("&&") or self._starts("||")
             if ends:
-                if word == "!" and num_words == 0:
+                if word == "!" and num_words == 0:  # it negates, and is no operand
                     word = ""
                 if word or sources:
                     operands.append((len(operators) - 1, num_words, sources, is_quoted))
@@ -257,12 +287,14 @@ class _Reader:
                     num_words += 1
                 if word == "]]":
                     break
+
                 word, sources, is_quoted = "", set(), False
                 if self._text[self._at] in "&|()":
                     operators.append("")
                     num_words = 0
                 self._at += 2 if self._text[self._at] in "&|" else 1
                 continue
+
             if not word and self._starts("=~"):
                 word = "=~"
                 self._at += 2
