@@ -28,6 +28,7 @@ from dist_lm.bench.learn_recipes import OwnLearner, recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.bench.learner import Recipe
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import choose_device, leave_groups
 from dist_lm.stages.text import open_stream
 
@@ -242,7 +243,8 @@ def curves_of_a_seed(
 @contextmanager
 def alone() -> Iterator[None]:
     """Makes a process group of this process alone inside the block; an optimizer step sums over it."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with guarded():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from typing import IO
 
 import psutil
 
-from dist_lm.cluster.ray_cluster import RAY_ENVIRONMENT
+from dist_lm.cluster.ray_cluster import RAY_ENVIRONMENT, keep_loopback
 from dist_lm.cluster.torchrun import OPENMP_SPIN
 from dist_lm.storage import process
 
@@ -214,6 +214,7 @@ def main() -> None:
 
     from ray.scripts.scripts import main as ray
 
+    keep_loopback()
     sys.argv[:] = ["ray", "start", *sys.argv[2:]]
     ray()
 
