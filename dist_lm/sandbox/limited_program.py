@@ -8,6 +8,7 @@ Only the standard library is imported before a request names a module.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -24,6 +25,7 @@ MEMORY_BYTES = 1 << 30  # address space of the process, with its libraries
 FRESH_BYTES = 256 << 20  # a process that a call has grown by more is replaced: memory stays in pieces
 ANSWER_BYTES = 256 << 20  # of an answer; more would move the memory into the process that asks
 LENGTH_BYTES = 4
+LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "jinja2", "gguf")
 
 
 def main() -> None:
@@ -53,7 +55,11 @@ def main() -> None:
                 name, cpu_s, *arguments = values_of(read)
             except EOFError:
                 return
-            function = _function(name)
+            try:
+                function = _function(name)
+            except ImportError as error:
+                connection.sendall(frames_of(["UserError", False, f"{name} cannot be imported here: {error}"]))
+                continue
             memory_before = memory_before or _most_memory(status)
 
             # The kernel ends the process then, whatever it does: a parser cannot be interrupted.
@@ -103,7 +109,8 @@ def values_of(read: Callable[[int], bytes], most_bytes: int = 1 << 32) -> list[A
 
 def confine_process() -> None:
     """Limits this process for good, as far as the kernel can: memory, no capabilities, only files of the system, of the
-    interpreter and of this package to read (Landlock), and a filter of system calls, without sockets.
+    interpreter, of this package and of installed ones to read (Landlock), and a filter of system calls, without
+    sockets.
 
     Raises:
         OSError: the kernel refuses.
@@ -115,7 +122,12 @@ def confine_process() -> None:
     confine.drop_capabilities()
     if version := confine.landlock_version():
         package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        trees = ("/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix, package)
+        trees = {"/usr", "/bin", "/lib", "/lib64", "/etc", sys.base_prefix, sys.prefix, package}
+        # Packages may be installed elsewhere, such as in the folder of a user.
+        for library in LIBRARIES:
+            spec = importlib.util.find_spec(library)
+            if spec and spec.origin:
+                trees.add(os.path.dirname(os.path.dirname(os.path.realpath(spec.origin))))
         confine.FileRules(version, [tree for tree in trees if os.path.exists(tree)]).restrict()
     if confine.has_seccomp() and (call_filter := confine.system_call_filter(os.uname().machine)):
         confine.filter_system_calls(call_filter)
