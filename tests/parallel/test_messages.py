@@ -74,7 +74,7 @@ VALUES = [
     (True, bool),
     (2**70, int),
     (float("nan"), float),
-    (Path("/work/step_00000001"), Path),
+    (Path("/runs/step_00000001"), Path),
     ([Path("a"), Path("b")], list[Path]),
     (({"shard": "ab12"}, None), tuple[dict[str, str], str | None]),
     ({5: ("humaneval", "mbpp"), 10: ()}, dict[int, tuple[str, ...]]),
