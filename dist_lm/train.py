@@ -28,7 +28,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
@@ -40,6 +39,7 @@ from dist_lm.cluster.node_facts import host_name
 from dist_lm.cluster.torchrun import complete_environment
 from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.parallel.rendezvous import store_of_ranks
 from dist_lm.prepare.run import Ranks, fit_to_ranks, rank_lock
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.training.stage import TrainingStage, training_stage
@@ -102,7 +102,7 @@ def train_run(run: RunDirectory) -> None:
     terminal = Terminal.redirect(run.rank_log(rank))
 
     with ExitStack() as locks, recorded_failure(run, rank, terminal):
-        store = connect()
+        store = store_of_ranks(PREPARED_WAIT_S)
 
         def prepare() -> RunDirectory:
             locks.enter_context(rank_lock(run, log.warning, stopped=lambda: stop.requested))
@@ -124,7 +124,7 @@ def train_stage(arguments: Sequence[str]) -> None:
     """
     rank, stop = int(os.environ["RANK"]), StopRequest()
     with ExitStack() as locks:
-        store = connect()
+        store = store_of_ranks(PREPARED_WAIT_S)
 
         def prepare() -> RunDirectory | None:
             from dist_lm.prepare.without_launcher import prepare_stage  # only rank 0 needs Hydra
@@ -193,14 +193,6 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
 
 class RefusedError(Exception):
     """Rank 0 has refused the command line, and tells the other ranks so."""
-
-
-def connect() -> "Store":
-    """The key-value store of torchrun, by which ranks find each other before they have a process group."""
-    from torch.distributed import rendezvous
-
-    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=PREPARED_WAIT_S))))
-    return store
 
 
 def prepared_by_first_rank(

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 
 from dist_lm import train as rank
-from dist_lm.storage.process import MARK, reserve_port
+from dist_lm.parallel.rendezvous import VARIABLE
+from dist_lm.storage.process import MARK
 from dist_lm.storage.run_directory import RunDirectory
 from tests.parallel.ranks import CONTEXT
 from tests.patience import patient
@@ -36,9 +38,8 @@ def run_forked(run: RunDirectory, ranks: int, *, without: Sequence[str] = ()) ->
 @contextmanager
 def forked_ranks(run: RunDirectory, ranks: int, without: Sequence[str] = ()) -> Iterator[list[ForkServerProcess]]:
     """The ranks of `run_forked`, which train during the block; those that are left at its end are killed."""
-    with reserve_port() as reserved:
-        port = reserved.getsockname()[1]
-        places = [(rank, ranks, port, str(run.path), without) for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        places = [(rank, ranks, f"{folder}/store", str(run.path), without) for rank in range(ranks)]
         processes = [CONTEXT.Process(target=_rank, args=place, daemon=True) for place in places]
         try:
             for process in processes:
@@ -60,13 +61,13 @@ def _first_failure(processes: Sequence[ForkServerProcess]) -> int:
     return next((process.exitcode for process in processes if process.exitcode), 0)
 
 
-def _rank(number: int, size: int, port: int, path: str, without: Sequence[str]) -> None:
+def _rank(number: int, size: int, store: str, path: str, without: Sequence[str]) -> None:
     gc.freeze()  # what the server has imported stays: the collector passes it over
     for package in without:
         assert package not in sys.modules, f"programs of ranks import {package}"
         sys.modules[package] = None  # type: ignore[assignment]  # an import of it raises
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {VARIABLE: store, "OMP_NUM_THREADS": "1"}
     os.environ[MARK] = "forked"  # the environment is complete
     sys.argv = ["dist_lm.train", path]
     rank.main()

@@ -393,6 +393,7 @@ WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 5_6
 WORDS_OF_A_PAGE["architecture.md"] = 2_500  # the map of the code: packages, nouns, what runs when
 WORDS_OF_A_PAGE["sandbox.md"] = 1_700  # what a test has of a program, and which answers win nothing
 WORDS_OF_A_PAGE["algorithms.md"] = 1_500
+WORDS_OF_A_PAGE["security.md"] = 600  # what another user can do, and the ports of a run
 WORDS_OF_A_PAGE["metrics.md"] = 2_450  # generated: it grows with the metrics
 WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 850, "eval_tasks.md": 500, "hidden_tests.md": 450}
 

@@ -8,6 +8,7 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -16,10 +17,9 @@ from typing import Any
 from dist_lm.bench.case import GroupSize
 from dist_lm.cluster.torchrun import CPU_ALLOCATOR, OPENMP_SPIN
 from dist_lm.errors import UserError
-from dist_lm.storage.process import reserve_port
+from dist_lm.parallel.rendezvous import VARIABLE
 from dist_lm.tracking.redact import without_secrets
 
-LOOPBACK = "127.0.0.1"
 GRACE_S = 10.0  # for ranks to exit after their input has ended
 SHOWN_LINES = 15  # last lines of the log of a failed rank that the error shows
 
@@ -32,9 +32,8 @@ class RankGroup:
     """The rank processes of one size, in one process group."""
 
     def __init__(self, size: GroupSize, benchmark: str, device: str, logs: Path) -> None:
-        # The port stays reserved until the ranks end, so that no other process is given it meanwhile.
-        self._reserved = reserve_port()
-        port = str(self._reserved.getsockname()[1])
+        self._folder = tempfile.TemporaryDirectory(prefix="dlm-store-")  # mode 0700, as `store_of_ranks` expects
+        store = Path(self._folder.name) / "store"
 
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.logs = [logs / f"{size.ranks}x{size.threads}_rank_{rank}.log" for rank in range(size.ranks)]
@@ -46,7 +45,7 @@ class RankGroup:
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=log,
-                        env=environment_of(size, rank, port, device),
+                        env=environment_of(size, rank, store, device),
                         # A Ctrl-C goes to the parent, which ends them.
                         start_new_session=True,
                     )
@@ -80,7 +79,7 @@ class RankGroup:
             # A rank that stays is killed by `kill`.
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
-        self._reserved.close()
+        self._folder.cleanup()
 
     def kill(self) -> None:
         """Ends the ranks at once, after a failure of one of them or Ctrl-C."""
@@ -89,7 +88,7 @@ class RankGroup:
             process.kill()
         for process in self.ranks:
             process.wait()
-        self._reserved.close()
+        self._folder.cleanup()
 
     def _answers(self) -> list[bytes]:
         """Returns a line of every rank, in rank order. They are read as they arrive, so that the first rank to exit is
@@ -127,15 +126,18 @@ class RankGroup:
         return RankFailedError("\n".join([f"rank {rank} of the benchmark ended (exit code {code}):", *last_lines]))
 
 
-def environment_of(size: GroupSize, rank: int, port: str, device: str) -> dict[str, str]:
+def environment_of(size: GroupSize, rank: int, store: Path, device: str) -> dict[str, str]:
     """Returns the environment of a rank: this one without secrets, with what torch.distributed needs on the loopback
-    interface, and the number of threads."""
+    interface, and the number of threads.
+
+    Args:
+        store: file in which the ranks meet, see `dist_lm.parallel.rendezvous`.
+    """
     ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size.ranks),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": port,
+        VARIABLE: str(store),
         "OMP_NUM_THREADS": str(size.threads),
     }
     if sys.platform == "linux":

@@ -39,6 +39,7 @@ from dist_lm.model.attention import CAUSAL, attend
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.layers import FeedForward, RopeTables, build_norm, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
+from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
@@ -90,7 +91,8 @@ def build(variant: str, config: Config, world: World) -> Trial:
         ConfigError: bf16 is asked for on a GPU without it.
     """
     if variant == TORCH:
-        mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tp",))
+        with guarded():
+            mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("tp",))
         batch = made_up_batch(config, slice(None), world.device)
         return Trial(PeerTraining(config, mesh, batch).bare_step)
 

@@ -5,6 +5,7 @@ object a line, from standard input and writes one answer for each:
 
     {"do": "burn", "seconds": S}                                             -> {"fault": TEXT, empty if it is fine}
     {"do": "all_reduce", "rank": R, "world": W, "address": A, "port": P}     -> {"wrong": [rank, ...]}
+    {"do": "all_reduce", "rank": R, "world": W, "store": FILE}               -> the same, inside one node
 
 `Probes` is the side of the agent, which kills a process that does not answer. On a CPU the same functions run small.
 """
@@ -46,6 +47,8 @@ class Probes:
             address: this node's, by which the others reach it.
         """
         self.count = count
+        self._stores = tempfile.TemporaryDirectory(prefix="dlm-store-")  # mode 0700
+        self._n_stores = 0
 
         # The same environment as that of ranks, so that a trial shows what ranks will meet.
         environment = rank_environment(
@@ -108,6 +111,11 @@ class Probes:
                 meanwhile()
         return [answers.get(local, f"no answer within {timeout_s:g} s") for local in range(len(requests))]
 
+    def new_store(self) -> str:
+        """Returns the path of a file that is not there yet, in which these processes alone can meet."""
+        self._n_stores += 1
+        return str(Path(self._stores.name) / f"store_{self._n_stores}")
+
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
@@ -117,6 +125,7 @@ class Probes:
             for pipe in (process.stdin, process.stdout, errors):
                 with suppress(BrokenPipeError):
                     pipe.close()  # type: ignore[union-attr]
+        self._stores.cleanup()
 
     def _end_of(self, local: int) -> str:
         """Why a process has ended: the last line of its standard error."""
@@ -220,6 +229,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
+    from dist_lm.parallel.guarded_gloo import guarded
+
     kind = sys.argv[2]
     device, backend = torch.device(kind), "gloo"
     if kind == "cuda":
@@ -236,12 +247,11 @@ def main() -> None:
             # Not before all ranks of that group have answered.
             if dist.is_initialized():
                 dist.destroy_process_group()
-            dist.init_process_group(
-                backend,
-                init_method=f"tcp://{request['address']}:{request['port']}",
-                rank=rank,
-                world_size=world,
-            )
+            meeting: dict[str, Any] = {"init_method": f"tcp://{request.get('address')}:{request.get('port')}"}
+            if "store" in request:
+                meeting = {"store": dist.FileStore(request["store"])}
+            with guarded():
+                dist.init_process_group(backend, rank=rank, world_size=world, **meeting)
             answer = {"wrong": all_reduce(device, rank, world, SUMMED[kind])}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -5,7 +5,8 @@ ipc: sender and actor share a GPU, which NCCL refuses. The actor reads the sende
 handle; without GPUs the bucket is an anonymous file. A gloo group of the two says that the bucket is full, and taken.
 
 The ends of a group find each other through Ray's key-value store, which demands Ray's token, so no store opens a port.
-As between ranks, gloo listens on the node's address (for ipc on the loopback interface) and NCCL where it is told to.
+As between ranks, gloo listens on the node's address (for ipc on the loopback interface), guarded, and NCCL where it is
+told to.
 """
 
 import os
@@ -27,6 +28,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import parameter_count, parameter_shapes
+from dist_lm.parallel.guarded_gloo import GuardedGloo
 
 POLL_S = 0.0005
 NAMESPACE = "dist_lm_push"  # for keys in Ray's store
@@ -268,7 +270,7 @@ class Group:
         else:
             network = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
             with environment(network if interface == LOOPBACK else _unset(network), ()):
-                self._backend = dist.ProcessGroupGloo(self._store, rank, size, timeout)
+                self._backend = GuardedGloo(self._store, rank, size, timeout)
 
     def broadcast(self, tensor: torch.Tensor, root: int, alive: Alive = lambda: None) -> None:
         """Sends or receives a tensor, and waits until this end is done with it.

@@ -33,8 +33,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES of a process that reserves no GPU
 }
 CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
-# Ray replaces 127.0.0.1 by the host's own address and keeps other loopback addresses, which exist on Linux only
-LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+LOOPBACK = "127.0.0.1"  # the one address on which Ray's processes listen and nowhere else, see `keep_loopback`
 LONGEST_REASON = 300  # characters of a Ray error in a message; some fill a screen
 PRIVATE_END_S = 30.0
 PRIVATE_PATIENCE = 3  # times the usual timeout: our own head has answered, so only a busy machine delays it
@@ -256,7 +255,8 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
         def init() -> None:
             # Ray assigns a driver to the node of its address, which is ambiguous on loopback addresses
             node_address = {"_node_ip_address": host} if host.startswith("127.") else {}
-            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **node_address)
+            with _loopback_kept(host, config.address):
+                ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **node_address)
 
         try:
             in_thread(init, "ray-init").result(config.connect_timeout_s)
@@ -274,6 +274,38 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
             yield config.address
         finally:
             ray.shutdown()
+
+
+def keep_loopback() -> Callable[[str], str]:
+    """Lets Ray of this process use 127.0.0.1, which it would replace by the host's own address: a node of that address
+    listens on it alone, one of any other address on all of them. Returns what it has replaced."""
+    services: Any = importlib.import_module("ray._private.services")
+    replaced = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    return replaced
+
+
+@contextmanager
+def _loopback_kept(host: str, address: str | None) -> Iterator[None]:
+    """Keeps 127.0.0.1 for the block if the head at `address` listens there alone, as a private one does."""
+    services: Any = importlib.import_module("ray._private.services")
+    if host != LOOPBACK or _answers(services.get_node_ip_address(), int(str(address).rpartition(":")[2])):
+        yield
+        return
+
+    replaced = keep_loopback()
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = replaced
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
 
 
 def _wait_for_port(address: str, timeout_s: float) -> str:

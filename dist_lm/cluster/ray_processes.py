@@ -23,9 +23,10 @@ from typing import IO
 
 import psutil
 
-from dist_lm.cluster.ray_cluster import RAY_ENVIRONMENT
+from dist_lm.cluster.ray_cluster import RAY_ENVIRONMENT, keep_loopback
 from dist_lm.cluster.torchrun import OPENMP_SPIN
 from dist_lm.storage import process
+from dist_lm.tracking import output
 
 MARK = "DIST_LM_NODE"  # environment variable
 PREFIX = "dln-"
@@ -205,7 +206,7 @@ def _remove(directory: Path, grace_s: float) -> None:
 
 def say(*lines: str) -> None:
     """Print lines with the time to standard error."""
-    print(time.strftime("%H:%M:%S ray_node:"), "\n  ".join(lines), file=sys.stderr, flush=True)
+    output.say(time.strftime("%H:%M:%S ray_node: ") + "\n  ".join(lines), sys.stderr)
 
 
 def main() -> None:
@@ -214,6 +215,7 @@ def main() -> None:
 
     from ray.scripts.scripts import main as ray
 
+    keep_loopback()
     sys.argv[:] = ["ray", "start", *sys.argv[2:]]
     ray()
 

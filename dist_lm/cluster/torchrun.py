@@ -1,8 +1,9 @@
 """torchrun on one node: the environment of torchrun and its ranks, and the program that an agent starts.
 
-`python -m dist_lm.cluster.torchrun PARENT REPORT_FD ARGUMENTS...` is torchrun with two additions: it dies with the
-process PARENT, and if ranks fail it writes a JSON list of `{rank, exit_code, time}` to the file descriptor REPORT_FD
-(a negative exit code is a signal number; time in seconds since 1970).
+`python -m dist_lm.cluster.torchrun PARENT REPORT_FD ARGUMENTS...` is torchrun with three additions: it dies with the
+process PARENT; if ranks fail it writes a JSON list of `{rank, exit_code, time}` to the file descriptor REPORT_FD
+(a negative exit code is a signal number; time in seconds since 1970); and it knows the rendezvous of
+`dist_lm.parallel.rendezvous`, also where dist_lm is not installed.
 """
 
 import ipaddress
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from dist_lm.cluster.node_facts import local_gpus
+from dist_lm.parallel.rendezvous import BACKEND, NODES_BACKEND, address_handler, private_handler
 from dist_lm.storage import process
 from dist_lm.tracking.redact import without_secrets
 
@@ -150,7 +152,12 @@ def main() -> None:
 
     # imported here because it takes more than a second and only this process needs it
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.run import main as torchrun
+
+    # Where dist_lm is installed, torchrun has registered the same class by its entry point.
+    rendezvous_handler_registry.register(BACKEND, private_handler())
+    rendezvous_handler_registry.register(NODES_BACKEND, address_handler())
 
     try:
         # torchrun leaves its log folder behind

@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.interop.foreign_files import pieces_in
+from dist_lm.interop.snapshot_files import content_in, parsed
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory, tokenizer_in
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
@@ -103,7 +105,7 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
     """Returns the tokenizer at `named` (a file, or a folder with it), else that of the run.
 
     Raises:
-        ArtefactError: it is missing or damaged, or there is neither.
+        ArtefactError: it is missing, damaged, or takes too much time or memory to read; or there is neither.
     """
     if named is not None:
         file = tokenizer_in(named) if named.is_dir() else named
@@ -112,6 +114,9 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
                 f"--tokenizer={named}: no tokenizer there; expected work/tokenizer, or its tokenizer.model or "
                 "tokenizer.json"
             )
+        # The file may be somebody else's.
+        target = file.resolve()
+        parsed(str(file), pieces_in, content_in(target.parent, target.name), str(file))
         return Tokenizer.load(file)
 
     if run is None:

@@ -4,6 +4,7 @@
 """
 
 import re
+import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.load import Openings
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.tool_chat import ToolChat
+from dist_lm.tracking.output import visible
 
 HELP = r"""Type the beginning of a text and press Enter; the model continues it.
   \ at the end of a line        continue the prompt on the next line (\\: a single \ and no new line)
@@ -58,11 +60,6 @@ NUMBERS: dict[str, Callable[[str], float]] = {
 }
 KEYS = (*NUMBERS, "stop", "seed")
 FIRST, MORE = "> ", ". "  # before the first line of a prompt, and before further lines
-SYMBOLS = {  # visible symbols of control characters
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    **{0x7F: "\u2421"},
-    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
-}
 
 ReadLine = Callable[[str, str], str]
 """Reads a line: (text before the cursor, text already typed) -> line. Raises EOFError at Ctrl-D, KeyboardInterrupt at
@@ -146,6 +143,23 @@ def check_whole(key: str, value: int) -> None:
 def unescape(text: str) -> str:
     r"""Replaces `\n`, `\t` and `\\` by the characters they stand for; any further backslash stays."""
     return re.sub(r"\\([nt\\])", lambda escape: {"n": "\n", "t": "\t", "\\": "\\"}[escape[1]], text)
+
+
+def help_text(width: int) -> str:
+    """Returns `HELP` in lines of at most `width` columns, at least 40, that break between words."""
+    lines = []
+    for line in HELP.splitlines():
+        # The explanation of a command stays in its column where there is room for it.
+        explanation = re.search(r"(?<=\S) {2,}(?=\S)|^ {20,}", line)
+        indent = explanation.end() if explanation and width >= 2 * explanation.end() else 4
+        lines += textwrap.wrap(
+            line,
+            max(width, 40),
+            subsequent_indent=" " * indent,
+            replace_whitespace=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(lines)
 
 
 def value_of(settings: Settings, key: str) -> str:
@@ -265,7 +279,7 @@ class PromptLoop:
             case Do("new"):
                 self._new()
             case Do("help"):
-                self._say(HELP)
+                self._say(help_text(self._console.width))
             case Do("lang", language):
                 self._begin_with(language)
             case Change(key, settings):
@@ -367,8 +381,3 @@ class PromptLoop:
 
     def _say(self, line: str, style: str = "dim") -> None:
         self._console.print(Text(line, style=style), soft_wrap=True, highlight=False)
-
-
-def visible(text: str) -> str:
-    """Replaces control characters, except newline and tab, by visible symbols: a terminal must not obey them."""
-    return text.translate(SYMBOLS)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -23,6 +24,7 @@ from dist_lm.gpu_check import probe, results
 from dist_lm.gpu_check.checks import CHECKS, REHEARSAL_S, Check, chosen
 from dist_lm.gpu_check.results import Machine, Result, Results
 from dist_lm.launcher.process import Stopped, stopped_by_signals
+from dist_lm.parallel.rendezvous import BACKEND
 from dist_lm.storage import durable, process
 from dist_lm.tracking.readable import duration
 from dist_lm.tracking.redact import without_secrets
@@ -156,14 +158,14 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
     started = time.monotonic()
     code = None
 
-    with log.open("wb") as output, process.reserve_port() as reserved:
-        port = str(reserved.getsockname()[1])
+    with log.open("wb") as output, tempfile.TemporaryDirectory(prefix="dlm-store-") as private:
+        store = Path(private) / "store"
         child = subprocess.Popen(
             command_of(check, gpus, folder, rehearse=rehearse),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(check, gpus, port, rehearse=rehearse) | {probe.MARK: mark},
+            env=_environment(check, gpus, store, rehearse=rehearse) | {probe.MARK: mark},
             # A Ctrl-C goes to this process, which ends it.
             start_new_session=True,
         )
@@ -211,10 +213,10 @@ def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list
 
     # torchrun reports failed ranks to a file descriptor; here it is that of the log.
     torchrun = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), "2"]
-    return [*torchrun, "--standalone", "--nproc-per-node", str(gpus), "-m", *program]
+    return [*torchrun, "--rdzv-backend", BACKEND, "--nproc-per-node", str(gpus), "-m", *program]
 
 
-def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[str, str]:
+def _environment(check: Check, gpus: int, store: Path, *, rehearse: bool) -> dict[str, str]:
     """Returns the environment of a check: that of a rank; for one that starts the launcher, this one without
     secrets."""
     if check.runs == "launcher":
@@ -227,8 +229,8 @@ def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[
 
     size = GroupSize(1, threads)
     if rehearse:
-        return environment_of(size, 0, port, "cpu")
-    return CUDA | environment_of(size, 0, port, "cuda")
+        return environment_of(size, 0, store, "cpu")
+    return CUDA | environment_of(size, 0, store, "cuda")
 
 
 def _failure(folder: Path, code: int) -> str:

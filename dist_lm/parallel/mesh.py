@@ -16,7 +16,9 @@ from fairscale.nn.model_parallel import initialize
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_lm.errors import ConfigError, require
+from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.rendezvous import store_of_ranks
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 DATA_AXES = ("dp_replicate", "dp_shard")
@@ -104,7 +106,13 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     rank_device = choose_device(device, local_rank)
     if rank_device.type == "cuda":
         torch.cuda.set_device(rank_device)
-    dist.init_process_group(**_group_options(rank_device, timeout_s))
+    with guarded():
+        dist.init_process_group(
+            store=dist.PrefixStore("default_pg", store_of_ranks(timeout_s)),
+            rank=rank,
+            world_size=world_size,
+            **_group_options(rank_device, timeout_s),
+        )
 
     yield World(rank, world_size, local_rank, rank_device)
 
@@ -148,7 +156,7 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
         torch.cuda.set_device(device)
 
     # All ranks are on this machine; another interface may be slower, or filtered.
-    with _interface(LOOPBACK):
+    with _interface(LOOPBACK), guarded():
         dist.init_process_group(store=store, rank=rank, world_size=size, **_group_options(device, timeout_s))
     dist.barrier()  # all ranks have found each other, so none needs the store any more
 
@@ -191,11 +199,12 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
 
     A second mesh in a process makes tensor-parallel models on the first one unusable, see `TensorAxis.check_current`.
     """
-    mesh = init_device_mesh(
-        device.type,
-        (layout.dp_replicate, layout.dp_shard, layout.tp),
-        mesh_dim_names=(*DATA_AXES, "tp"),
-    )
+    with guarded():
+        mesh = init_device_mesh(
+            device.type,
+            (layout.dp_replicate, layout.dp_shard, layout.tp),
+            mesh_dim_names=(*DATA_AXES, "tp"),
+        )
 
     # fairscale has one group per process (`TensorAxis.check_current`). Its `initialize_model_parallel` would create a
     # second communicator for every group of the mesh.
@@ -205,7 +214,8 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """Returns both dp axes as one axis: the ranks that see different data and share gradients."""
-    return mesh[DATA_AXES]._flatten("dp")
+    with guarded():
+        return mesh[DATA_AXES]._flatten("dp")
 
 
 @dataclass(frozen=True)

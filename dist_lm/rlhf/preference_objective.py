@@ -16,6 +16,7 @@ from dist_lm.data.rankings.completions import CompletionBatch, SplitReference
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking, lesson, ranked_positions
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.messages import all_gather
 from dist_lm.rlhf.preference import Completions, GlobalValues, PreferenceLoss, tokens_of_pairs
 from dist_lm.rlhf.reward_model import agreement_figures, scored_rankings
 from dist_lm.training.objective import LossSum, Objective, Prepare
@@ -175,8 +176,7 @@ def seen_rankings(
             sums += kl_sums(model, batch)
         alive()
 
-    gathered: list[dict[int, RankingLogprobs]] = [{}] * dist.get_world_size(data_ranks)
-    dist.all_gather_object(gathered, own_rankings, group=data_ranks)
+    gathered = all_gather(own_rankings, dict[int, RankingLogprobs], data_ranks)
     logprobs_of_ranking = dict(sorted((number, ranking) for part in gathered for number, ranking in part.items()))
     if not has_mismatches:
         return logprobs_of_ranking, None

@@ -24,6 +24,7 @@ from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, T
 from dist_lm.data.rankings.stream import RankingBatches
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.messages import broadcast
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.preference_objective import segment_logprobs
 from dist_lm.storage import durable
@@ -63,12 +64,10 @@ def reference_of(
         ArtefactError: no ranking of a split fits into a sequence, or a tar is damaged; or of `initial`.
         OSError: the file cannot be read or written; on the first rank alone, while the others wait for it.
     """
-    stored: list[dict[str, SplitReference] | None] = [None]
-    if world.is_first:
-        stored[0] = _stored(path, key, has_steps)
-    dist.broadcast_object_list(stored, 0, device=world.device)
-    if stored[0] is not None:
-        return stored[0]
+    stored = _stored(path, key, has_steps) if world.is_first else None
+    stored = broadcast(stored, dict[str, SplitReference] | None)
+    if stored is not None:
+        return stored
 
     if has_steps and world.is_first:
         log.warning("%s is missing or does not fit: computed again from %s", path, key[CHECKPOINT])

@@ -22,6 +22,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.messages import all_gather
 from dist_lm.rlhf.rankings import agreement, calibration_error, choices, pair_losses, ranking_losses, right_choices
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training.objective import LossSum
@@ -160,8 +161,7 @@ def scores_of_rankings(
         scores_of_rank |= {ranking.document: score_N[ranking.places] for ranking in placed}
         alive()
 
-    gathered: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size(data_ranks)
-    dist.all_gather_object(gathered, scores_of_rank, group=data_ranks)
+    gathered = all_gather(scores_of_rank, dict[int, np.ndarray], data_ranks)
     scores = {number: score_K for part in gathered for number, score_K in part.items()}
     return dict(sorted(scores.items()))
 

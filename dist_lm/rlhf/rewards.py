@@ -11,14 +11,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
+from dist_lm.parallel.messages import broadcast
 from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
 from dist_lm.rlhf.rollouts import ENDED, Rollouts, ScoredRollouts
 from dist_lm.rlhf.rules import (
@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 Decode = Callable[[Sequence[int]], str]
 """Turns token ids into text; special tokens give no text."""
 REWARD_MODEL = "reward_model"  # the kind of part that is no rule
-_FIRST = 0  # the rank that holds the rollouts
 
 
 @dataclass(frozen=True)
@@ -305,9 +304,8 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRoll
     Raises:
         RewardError: on every rank, if `some` and no rollout has a score.
     """
-    shared: list = [judged]
-    dist.broadcast_object_list(shared, _FIRST)
-    drawn, scores = shared[0].rollouts, shared[0].scores
+    shared = broadcast(cast(ScoredRollouts, judged), ScoredRollouts)
+    drawn, scores = shared.rollouts, shared.scores
 
     # A rollout needs the score of every rule: a sum without one part would compare unequal things.
     kept_D = np.ones(len(drawn), bool)
@@ -319,7 +317,7 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRoll
         rollouts=drawn if kept_D.all() else drawn.chosen(kept_D),
         rule_score_B={name: torch.from_numpy(score_D[kept_D]).float() for name, score_D in scores.items()},
         kept_D=kept_D,
-        prompts=shared[0].prompts,
+        prompts=shared.prompts,
         failed={name: int((~(np.abs(score_D) <= LARGEST_REWARD)).sum()) for name, score_D in scores.items()},
-        marked={name: int(mark_D.sum()) for name, mark_D in shared[0].marks.items()},
+        marked={name: int(mark_D.sum()) for name, mark_D in shared.marks.items()},
     )

@@ -85,12 +85,15 @@ class _Caller:
                 except TimeoutError:
                     self.end()
                     raise LimitError(f"takes more than {ANSWER_S:g} s") from None
-                except (EOFError, OSError):
+                except (EOFError, OSError, ValueError):
                     code = self._code()
                     self.end()
                     if code == -signal.SIGPROF:
                         raise LimitError(f"takes more than {CPU_S:g} s of CPU time") from None
                     continue
+                except BaseException:
+                    self.end()  # after Ctrl-C the next call would get the answer of this one
+                    raise
 
                 if ends:
                     self.end()
@@ -105,7 +108,11 @@ class _Caller:
             UserError: it does not start, or the kernel refuses a limit; the message has the end of its error.
         """
         environment = ENVIRONMENT | ONE_THREAD
-        environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+        # Packages are found where this process finds them; the folder of a script or of the user is not among these.
+        paths = [str(Path(__file__).parents[2]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        paths += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        paths = [path for path in dict.fromkeys(paths) if os.path.isabs(path)]
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
         self._connection, child_socket = socket.socketpair()
         with child_socket:
             self._process = subprocess.Popen(

@@ -8,13 +8,14 @@ Only the standard library is imported before a request names a module.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dist_lm.errors import UserError
@@ -24,6 +25,7 @@ MEMORY_BYTES = 1 << 30  # address space of the process, with its libraries
 FRESH_BYTES = 256 << 20  # a process that a call has grown by more is replaced: memory stays in pieces
 ANSWER_BYTES = 256 << 20  # of an answer; more would move the memory into the process that asks
 LENGTH_BYTES = 4
+LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "jinja2", "gguf")
 
 
 def main() -> None:
@@ -37,8 +39,7 @@ def main() -> None:
     with socket.socket(fileno=int(sys.argv[1])) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
         status, nowhere = os.open("/proc/self/status", os.O_RDONLY), os.open(os.devnull, os.O_WRONLY)
-        package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        confine_process(MEMORY_BYTES, (sys.prefix, package))
+        confine_process(MEMORY_BYTES, _readable_trees())
         connection.sendall(frames_of([]))
         os.dup2(nowhere, 2)  # warnings of libraries have no reader
 
@@ -54,7 +55,11 @@ def main() -> None:
                 name, cpu_s, *arguments = values_of(read)
             except EOFError:
                 return
-            function = _function(name)
+            try:
+                function = _function(name)
+            except ImportError as error:
+                connection.sendall(frames_of(["UserError", False, f"{name} cannot be imported here: {error}"]))
+                continue
             memory_before = memory_before or most_memory(status)
 
             # The kernel ends the process then, whatever it does: a parser cannot be interrupted.
@@ -102,7 +107,7 @@ def values_of(read: Callable[[int], bytes], most_bytes: int = 1 << 32) -> list[A
     return [frame() if number in places else value for number, value in enumerate(values)]
 
 
-def confine_process(memory_bytes: int, readable_trees: Sequence[str], file_bytes: int = 0) -> None:
+def confine_process(memory_bytes: int, readable_trees: Iterable[str], file_bytes: int = 0) -> None:
     """Limits this process and those below it for good, as far as the kernel can: memory, size of files, no
     capabilities, only files of the system to read (Landlock), and a filter of system calls, without sockets.
 
@@ -124,6 +129,18 @@ def confine_process(memory_bytes: int, readable_trees: Sequence[str], file_bytes
         confine.FileRules(version, [tree for tree in trees if os.path.exists(tree)]).restrict()
     if confine.has_seccomp() and (call_filter := confine.system_call_filter(os.uname().machine)):
         confine.filter_system_calls(call_filter)
+
+
+def _readable_trees() -> set[str]:
+    """Returns the folders of this package and of the libraries that requests use."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    trees = {sys.prefix, package}
+    # Packages may be installed elsewhere, such as in the folder of a user.
+    for library in LIBRARIES:
+        spec = importlib.util.find_spec(library)
+        if spec and spec.origin:
+            trees.add(os.path.dirname(os.path.dirname(os.path.realpath(spec.origin))))
+    return trees
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, require
 from dist_lm.generation.load import model_config_of
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.importing.snapshot import write_checkpoint
 from dist_lm.stages.registry import load_config
@@ -173,7 +174,8 @@ def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     world = World(0, 1, 0, torch.device("cuda" if on_gpu else "cpu"))
     # Evaluators of stages sum over ranks: here there is one.
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with guarded():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = dist.group.WORLD
         assert group is not None

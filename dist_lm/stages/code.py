@@ -35,8 +35,7 @@ class Code(TextStage):
             ConfigError: bf16 is asked for on a GPU without it.
             UserError: a prompt is not Unicode.
         """
-        import torch.distributed as dist
-
+        from dist_lm.parallel.messages import broadcast
         from dist_lm.sandbox.syntax import parses_continued
         from dist_lm.stages.sampling import sample_prompts, write_samples
 
@@ -46,7 +45,7 @@ class Code(TextStage):
             return {}
 
         # The first rank judges for all: programs of models run in one sandbox, not in one per rank.
-        verdicts: list[dict[str, Any]] = [{}] * len(samples)
+        verdicts: list[dict[str, bool | None]] = [{}] * len(samples)
         if arguments.world.is_first:
             parsed = [
                 parses_continued(sample.language, sample.prompt, sample.completion, sample.finished)
@@ -54,7 +53,7 @@ class Code(TextStage):
             ]
             passed = runs(samples, parsed, trust_me=arguments.config.sandbox == TRUST_ME)
             verdicts = [{"parses": parses, "runs": ran} for parses, ran in zip(parsed, passed, strict=True)]
-        dist.broadcast_object_list(verdicts)
+        verdicts = broadcast(verdicts, list[dict[str, bool | None]])
         write_samples(arguments, [asdict(sample) | verdict for sample, verdict in zip(samples, verdicts, strict=True)])
 
         # A sample without a verdict (None) counts neither as right nor as wrong.

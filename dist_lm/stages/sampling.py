@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams, only_answers
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.messages import all_gather
 from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.stages.training.arguments import EvaluationArguments
 from dist_lm.storage import durable
@@ -146,8 +145,7 @@ def shared_answers(
         alive()
 
     # All ranks need all answers, to compute the same figures.
-    gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, answers_of_rank)
+    gathered = all_gather(answers_of_rank, list[Answer | Refusal])
     return sorted((answer for answers in gathered for answer in answers), key=lambda answer: int(answer.request))
 
 

@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # nested too deeply
         raise ArtefactError(f"{path}: no JSON ({error}); move it away to continue without it") from error
     return content if isinstance(content, dict) else {}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from dist_lm.config.stage import TrainingGroup
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.size import ADAPTERS, is_trained, parameter_shapes
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.messages import all_gather, broadcast
 from dist_lm.parallel.values import add_changes, logical, shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
@@ -131,8 +132,7 @@ def write(
     dist.barrier(group)
 
     # Every rank writes its files and learns whether all ranks could.
-    written: list = [None] * world.size
-    dist.all_gather_object(written, _write_shards(temporary, tensors, world.rank, group), group)
+    written = all_gather(_write_shards(temporary, tensors, world.rank, group), tuple[dict[str, str], str | None], group)
     failure = next((error for _, error in written if error), None)
 
     # The first rank adds state and manifest, and makes the checkpoint visible.
@@ -142,9 +142,7 @@ def write(
             _publish(temporary, target, digests, state, model_config, attached)
         except OSError as error:
             failure = str(error)
-    broadcast = [failure]
-    dist.broadcast_object_list(broadcast, group=group)
-    failure = broadcast[0]
+    failure = broadcast(failure, str | None, group)
 
     if failure:
         if world.is_first:
@@ -356,7 +354,7 @@ def newest_intact(checkpoints: Path, world: World) -> Path | None:
     Raises:
         ArtefactError: on every rank, if all checkpoints are damaged.
     """
-    paths = _on_first_rank(lambda: files.steps_in(checkpoints), world)
+    paths = _on_first_rank(lambda: files.steps_in(checkpoints), list[Path], world)
     return files.newest_intact(paths, lambda checkpoint: _first_damage(checkpoint, world))
 
 
@@ -367,34 +365,35 @@ def find_intact(path: Path, world: World) -> Path:
     Raises:
         ArtefactError: on every rank, if there is no checkpoint or it is damaged.
     """
-    checkpoint = _on_first_rank(lambda: files.find_checkpoint(path), world)
+    checkpoint = _on_first_rank(lambda: files.find_checkpoint(path), Path, world)
     return files.require_intact(checkpoint, lambda checkpoint: _first_damage(checkpoint, world))
 
 
 def _first_damage(checkpoint: Path, world: World) -> str | None:
     """Returns the first damage that any rank finds; each rank reads a share of the files (collective)."""
     # Every file is read completely, so the ranks divide them.
-    damage_of_rank: list[str | None] = [None] * world.size
-    dist.all_gather_object(damage_of_rank, files.first_damage(checkpoint, share=(world.rank, world.size)))
+    damage_of_rank = all_gather(files.first_damage(checkpoint, share=(world.rank, world.size)), str | None)
     return next((damage for damage in damage_of_rank if damage), None)
 
 
-def _on_first_rank(look: Callable[[], T], world: World) -> T:
+def _on_first_rank(look: Callable[[], T], expected: type[T], world: World) -> T:
     """Returns on every rank what `look` returns on the first (collective): other ranks may see an older state of a
     network file system.
+
+    Args:
+        expected: type of what `look` returns.
 
     Raises:
         ArtefactError: on every rank, the error that `look` raised. Any other error leaves the other ranks waiting.
     """
-    returned_and_error: list = [None, None]
+    returned, failure = None, None
     if world.is_first:
         try:
-            returned_and_error[0] = look()
+            returned = look()
         except ArtefactError as error:
-            returned_and_error[1] = str(error)
-    dist.broadcast_object_list(returned_and_error)
+            failure = str(error)
 
-    returned, error = returned_and_error
-    if error:
-        raise ArtefactError(error)
-    return returned
+    failure = broadcast(failure, str | None)
+    if failure:
+        raise ArtefactError(failure)
+    return broadcast(cast(T, returned), expected)

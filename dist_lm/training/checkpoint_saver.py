@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import World
 from dist_lm.training import checkpoint
 from dist_lm.training.checkpoint import Companion
@@ -47,7 +48,8 @@ class CheckpointSaver:
         self.asynchronous = asynchronous
 
         # The thread has its own process group: its messages must not mix with those of training.
-        group = dist.new_group(backend="gloo")
+        with guarded():
+            group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
 

@@ -73,9 +73,11 @@ def test_processes_answer_and_those_that_hang_or_end_are_told_apart(probes):
     looks = []
     assert probes.ask([BURN] * 2, patient(120), lambda: looks.append(1)) == [{"fault": ""}] * 2
     assert looks
-    for _ in range(2):  # first inside the node, then over all nodes
-        with reserve_port() as reserved:
-            request = {"do": "all_reduce", "world": 2, "address": LOOPBACK, "port": reserved.getsockname()[1]}
+    with reserve_port() as reserved:
+        inside_the_node = {"store": probes.new_store()}
+        over_all_nodes = {"address": LOOPBACK, "port": reserved.getsockname()[1]}
+        for meeting in inside_the_node, over_all_nodes:
+            request = {"do": "all_reduce", "world": 2} | meeting
             assert probes.ask([request | {"rank": rank} for rank in range(2)], patient(60)) == [{"wrong": []}] * 2
     os.kill(probes.pids[1], signal.SIGSTOP)
     soon = round(patient(3))  # the other process must answer in this time

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.cluster
 
 STRANGER = """
 import sys, ray
-ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False)
+from dist_lm.cluster.ray_cluster import keep_loopback
+keep_loopback()
+ray.init(address=sys.argv[1], _node_ip_address="127.0.0.1", log_to_driver=False)
 print("was let in")
 """
 JOINER = """

@@ -9,7 +9,9 @@ import torch
 
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.load import Openings, load_model, read_openings
+from dist_lm.sandbox import limited
 from dist_lm.training import checkpoint_files
+from tests.tokenizer.made_json import large_json
 
 
 def step(run):
@@ -44,6 +46,14 @@ def test_a_checkpoint_outside_a_run_needs_a_tokenizer(small_run, tmp_path):
         loaded = load_model(tmp_path / "alone", named)
         assert (loaded.run, loaded.name) == (None, str(tmp_path / "alone"))
     assert read_openings(loaded.run) == Openings()
+
+
+def test_a_named_tokenizer_is_read_within_limits(small_run, tmp_path, monkeypatch):
+    """It may come from somebody else: a vocabulary without end held the command until it was killed."""
+    (tmp_path / "tokenizer.json").write_bytes(large_json(150_000))
+    monkeypatch.setattr(limited, "CPU_S", 0.05)
+    with pytest.raises(ArtefactError, match=r"tokenizer\.json: reading it takes more than 0\.05 s of CPU time"):
+        load_model(step(small_run), tmp_path)
 
 
 def flip_a_byte(run):

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +56,23 @@ def test_what_exceeds_a_limit_or_ends_the_process_does_not_hurt_the_next_call(
         call(bytes, 2 << 30)
     with pytest.raises(LimitError, match="ends the process"):
         call(os.abort)
+    assert call(math.gcd, 12, 18) == 6
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next_one() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    call(math.gcd, 12, 18)
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call(time.sleep, patient(30))
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
     assert call(math.gcd, 12, 18) == 6
 
 

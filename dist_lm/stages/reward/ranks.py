@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.corpus import SPLITS
@@ -24,6 +23,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.messages import all_gather
 from dist_lm.rlhf.reward_model import (
     RewardScale,
     last_token_scores,
@@ -153,8 +153,7 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
     # Each rank scores its share of the sequences; all ranks compute the same statistics.
     model = arguments.model()
     share = slice(arguments.world.rank, None, arguments.world.size)
-    gathered: list = [None] * arguments.world.size
-    dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
+    gathered = all_gather(last_token_scores(model, sequences[share]), np.ndarray)
     arguments.alive()
     scores = np.zeros(len(sequences), np.float32)
     for rank, scores_of_rank in enumerate(gathered):

@@ -17,7 +17,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 
 from dist_lm.cluster.pool import Pool
@@ -27,6 +26,7 @@ from dist_lm.evaluation.tasks import Record
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.messages import broadcast
 from dist_lm.rlhf.rollouts import read_to_end
 from dist_lm.stages.pool_start import engine_spec, pool_starter
 from dist_lm.stages.training.eval_tasks import (
@@ -133,9 +133,7 @@ class BesideTraining:
             parts.heartbeat.beat(Phase.CLOSING, parts.tasks.steps)
 
             # Only the first rank knows how many evaluations are open.
-            n_open = [len(self._open)]
-            dist.broadcast_object_list(n_open)
-            if not n_open[0]:
+            if not broadcast(len(self._open), int):
                 return
 
     def close(self) -> None:
@@ -248,9 +246,8 @@ def tasks_of_steps(
     pool = config.pool
     with pool_starter(config, world.device) if world.is_first else nullcontext() as starter:
         # Only the first rank knows whether it could join Ray.
-        by_actors = [starter is not None]
-        dist.broadcast_object_list(by_actors)
-        if not by_actors[0] or pool is None:
+        by_actors = broadcast(starter is not None, bool)
+        if not by_actors or pool is None:
             yield BetweenSteps(parts, steps_done)
             return
 

@@ -27,6 +27,7 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.messages import broadcast
 from dist_lm.parallel.sharding import generation_dtype, reshard
 from dist_lm.parallel.values import stream_weights
 from dist_lm.sandbox.pool import Sandboxes
@@ -154,9 +155,8 @@ class BetweenSteps:
         """
         self._parts = parts
         # The first rank has read the metrics file; all must evaluate the same tasks.
-        pending_tasks: list[dict[int, tuple[str, ...]]] = [pending(parts, steps_done) if parts.world.is_first else {}]
-        dist.broadcast_object_list(pending_tasks)
-        for step, due in pending_tasks[0].items():
+        pending_tasks = pending(parts, steps_done) if parts.world.is_first else {}
+        for step, due in broadcast(pending_tasks, dict[int, tuple[str, ...]]).items():
             self._evaluate(step, due, stored(parts, step))
             dist.barrier()
             if parts.world.is_first:
