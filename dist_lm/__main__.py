@@ -4,7 +4,6 @@ This module and `verbs` only declare the commands. Each verb imports its package
 quick.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,8 @@ import typer
 from dist_lm.bench.command import bench
 from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.process import run_program
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.output import OutputConsole, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
 from dist_lm.verbs.generate import generate
@@ -47,11 +48,9 @@ def data_inspect(
     corpus: Annotated[Path, typer.Argument(help="A corpus folder, such as work/corpora/code.")],
 ) -> None:
     """Print counts by language and split, shards, sources, licences, and a document of each language."""
-    from rich.console import Console
-
     from dist_lm.data.inspect import print_corpus
 
-    if not print_corpus(corpus, Console()):
+    if not print_corpus(corpus, OutputConsole()):
         raise ArtefactError(
             f"{corpus} differs from its manifest: remove damaged tars and run stage=shards, which builds them again; "
             "move files of others away"
@@ -66,12 +65,10 @@ def data_new(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped."""
-    from rich.console import Console
-
     from dist_lm.data.new import new_corpus
     from dist_lm.prepare.conf_folders import choices
 
-    new_corpus(inputs, out, Console(), sample_bytes=sample << 20, force=force, reserved_names=choices("corpus"))
+    new_corpus(inputs, out, OutputConsole(), sample_bytes=sample << 20, force=force, reserved_names=choices("corpus"))
 
 
 @app.command("metrics")
@@ -81,7 +78,7 @@ def metrics(
     """Print every metric: name, unit, better direction, stages, meaning. docs/metrics.md is this output."""
     from dist_lm.tracking.metrics_page import page
 
-    print(page(stage), end="")
+    say(page(stage).removesuffix("\n"))
 
 
 @gpu.command("check")
@@ -101,7 +98,7 @@ def gpu_check(
     """Run all checks that one GPU can, within ten minutes. Exit code 1 if one failed, 2 without a GPU (docs/gpu.md)."""
     from dist_lm.gpu_check.run import check_gpus
 
-    if not check_gpus(only or [], gpus, output, table, rehearse=rehearse, say=print):
+    if not check_gpus(only or [], gpus, output, table, rehearse=rehearse, say=say):
         raise typer.Exit(1)
 
 
@@ -124,10 +121,10 @@ def export(
 
     if push:
         check_repository("--push", push)
-    print(f"{folder}: {export(path, folder, dtype, tokenizer, gguf, merge, base)}")
+    say(f"{folder}: {export(path, folder, dtype, tokenizer, gguf, merge, base)}")
     if push:
         push_folder(folder, push)
-        print(f"{folder}: uploaded to {push}")
+        say(f"{folder}: uploaded to {push}")
 
 
 @app.command("import")
@@ -143,7 +140,7 @@ def import_model(
     from dist_lm.storage.run_directory import WorkDirectory
 
     run = import_model(source, name, WorkDirectory(work_dir)).path
-    print(f"{run}: train with --config-dir {run}/conf model={name} tokenizer={run}/tokenizer stage.init_from={run}")
+    say(f"{run}: train with --config-dir {run}/conf model={name} tokenizer={run}/tokenizer stage.init_from={run}")
 
 
 @app.command("report")
@@ -167,7 +164,7 @@ def report(
     from dist_lm.tracking.readable import gib
 
     path, size = write_report(runs, output, run_id)
-    print(f"{path} ({gib(size)})")
+    say(f"{path} ({gib(size)})")
 
 
 @cluster.command("status")
@@ -185,11 +182,9 @@ def cluster_status(
     if json:
         print(as_json(status))
         return
-    from rich.console import Console
-
     from dist_lm.verbs.cluster_status import print_status
 
-    print_status(status, Console())
+    print_status(status, OutputConsole())
 
 
 @tools.command("bfcl")
@@ -226,7 +221,7 @@ def dashboard_push(
     from dist_lm.tracking.dashboard import boards
     from dist_lm.tracking.dashboard_push import push
 
-    push(boards(board), entity, project, os.environ, print)
+    push(boards(board), entity, project, os.environ, say)
 
 
 @dashboard.command("show")
@@ -238,7 +233,6 @@ def dashboard_show(
 ) -> None:
     """Print the panels of the views as a table, or with --offline show the curves of a run in the terminal."""
     from dist_lm.storage.run_directory import RunDirectory
-    from dist_lm.tracking.console import Console
     from dist_lm.tracking.dashboard import boards
     from dist_lm.tracking.dashboard_show import open_in_leet, print_boards
 
@@ -254,7 +248,6 @@ def profile_summarize(
 ) -> None:
     """Print where a step went: computation, messages hidden and exposed, idle time, host waits, operators."""
     from dist_lm.storage.run_directory import RunDirectory
-    from dist_lm.tracking.console import Console
     from dist_lm.training.profile_summary import summarize
 
     summarize(RunDirectory(run), Console())
@@ -262,7 +255,7 @@ def profile_summarize(
 
 def main() -> None:
     """Run a verb. A user error prints one line to standard error; the exit code is 2."""
-    run_program(app, lambda text: print(f"error: {text}", file=sys.stderr))
+    run_program(app, lambda text: Console().error(text))
 
 
 if __name__ == "__main__":

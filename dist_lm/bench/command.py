@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ConfigError
+from dist_lm.tracking.output import OutputConsole
 
 LEARN = ("recipe", "peer", "budget", "seeds", "curves", "points")
 SCALING = ("widths", "tokens", "seeds")
@@ -48,8 +49,6 @@ def bench(
 ) -> None:
     """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine; with `learn`, what
     recipes learn within one budget; with `scaling`, what a configuration will learn, from runs of narrow models."""
-    from rich.console import Console
-
     from dist_lm.prepare.conf_folders import with_config_dir
 
     # An option that the benchmark ignores would let a user believe in a setting that had no effect.
@@ -70,7 +69,7 @@ def bench(
 
         run_learning(
             settings,
-            Console(),
+            OutputConsole(),
             recipes=recipe or [],
             peers=peer or [],
             budget=budget,
@@ -84,9 +83,9 @@ def bench(
     if name == "scaling":
         from dist_lm.bench.scaling import run_scaling
 
-        run_scaling(settings, Console(), widths=widths, tokens=tokens, seeds=seeds, json_file=json)
+        run_scaling(settings, OutputConsole(), widths=widths, tokens=tokens, seeds=seeds, json_file=json)
         return
 
     from dist_lm.bench.run import run_benchmark
 
-    run_benchmark(name, settings, Console(), quick=quick, json_file=json)
+    run_benchmark(name, settings, OutputConsole(), quick=quick, json_file=json)

@@ -22,6 +22,7 @@ from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import text_with_marks
+from dist_lm.tracking.output import OutputConsole
 
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
 CACHE_TOKENS = 65536
@@ -63,8 +64,8 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
     questions = read_questions(find_data(), limit=limit)
     loaded = load_model(path, tokenizer)
 
-    outcomes = answer(questions, loaded, torch_device, Console(stderr=True))
-    print_table(loaded.name, outcomes, Console(highlight=False))
+    outcomes = answer(questions, loaded, torch_device, OutputConsole(stderr=True))
+    print_table(loaded.name, outcomes, OutputConsole())
     if json_file:
         lines = [json.dumps(_record(outcome), ensure_ascii=False) + "\n" for outcome in outcomes]
         durable.write_text(json_file, "".join(lines))

@@ -30,6 +30,7 @@ from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 from dist_lm.tokenizer.symbols import END, END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import KeptTemplate
+from dist_lm.tracking.output import say
 
 try:
     from lm_eval import utils
@@ -423,10 +424,10 @@ def evaluate(
     results = run_harness(model, replace(options, tasks=names))
     samples_of = results.pop("samples", {})
 
-    print(model.name)
-    print(utils.make_table(results))
+    say(model.name)
+    say(utils.make_table(results))
     if results.get("groups"):
-        print(utils.make_table(results, "groups"))
+        say(utils.make_table(results, "groups"))
     if output:
         durable.write_text(output, _json(results, indent=2) + "\n")
     if samples:

@@ -16,6 +16,7 @@ from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.load import Openings
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.tool_chat import ToolChat
+from dist_lm.tracking.output import visible
 
 HELP = r"""Type the beginning of a text and press Enter; the model continues it.
   \ at the end of a line        continue the prompt on the next line (\\: a single \ and no new line)
@@ -58,11 +59,6 @@ NUMBERS: dict[str, Callable[[str], float]] = {
 }
 KEYS = (*NUMBERS, "stop", "seed")
 FIRST, MORE = "> ", ". "  # before the first line of a prompt, and before further lines
-SYMBOLS = {  # visible symbols of control characters
-    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
-    **{0x7F: "\u2421"},
-    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
-}
 
 ReadLine = Callable[[str, str], str]
 """Reads a line: (text before the cursor, text already typed) -> line. Raises EOFError at Ctrl-D, KeyboardInterrupt at
@@ -367,8 +363,3 @@ class PromptLoop:
 
     def _say(self, line: str, style: str = "dim") -> None:
         self._console.print(Text(line, style=style), soft_wrap=True, highlight=False)
-
-
-def visible(text: str) -> str:
-    """Replaces control characters, except newline and tab, by visible symbols: a terminal must not obey them."""
-    return text.translate(SYMBOLS)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.load import load_model, read_openings
-from dist_lm.generation.prompt_loop import PromptLoop, check_whole, unescape, visible
+from dist_lm.generation.prompt_loop import PromptLoop, check_whole, unescape
 from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.shard import check_tp
@@ -26,6 +26,7 @@ from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tools.use.toolbox import Toolbox
+from dist_lm.tracking.output import OutputConsole, visible
 
 NO_ANSWER = 1  # exit code if a model with tools gives no answer
 STOPPED = 130  # exit code after Ctrl-C
@@ -79,7 +80,7 @@ def generate(
 
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for terminals with a small character set
-    errors = Console(stderr=True, highlight=False)
+    errors = OutputConsole(stderr=True)
     with ExitStack() as stack:
         # A faulty file of functions is refused before the model is loaded.
         toolbox = chat = None
@@ -101,7 +102,7 @@ def generate(
 
         # Bracketed paste makes pasted lines one prompt.
         readline.parse_and_bind("set enable-bracketed-paste on")
-        console = Console(highlight=False)
+        console = OutputConsole()
         PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts, chat).run()
     return 0
 

@@ -1,5 +1,7 @@
 """Output for people: tables, progress, and warnings and errors as single lines.
 
+Control characters are visible (`tracking/output.py`).
+
 On a terminal one live view shows the progress, below everything else that is printed. Elsewhere (a file, a batch job,
 TERM=dumb) progress is a plain line about every ten seconds. Results go to standard output, warnings and errors to
 standard error. Colour follows the terminal and NO_COLOR.
@@ -21,6 +23,7 @@ from rich.text import Text
 
 from dist_lm.tracking.live_state import LiveState, StageLine, StageState, TrainingState, Work
 from dist_lm.tracking.live_terminal import LiveView
+from dist_lm.tracking.output import OutputConsole, visible
 from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress
 from dist_lm.tracking.redact import redact_text
 
@@ -61,12 +64,12 @@ class Console:
     def line(self, text: str) -> None:
         """Print one line of text."""
         with self._above(self._out):
-            self._out.print(Text(text))
+            self._out.print(Text(visible(text)))
 
     def warning(self, text: str) -> None:
         """Prints `warning: text` to standard error, in one line without passwords of URLs; the live view shows it,
         too."""
-        message = redact_text(" ".join(text.split()))
+        message = visible(redact_text(" ".join(text.split())))
         with self._above(self._err):
             if self._view:
                 self._view.state.warn(message, self._clock())
@@ -75,12 +78,13 @@ class Console:
     def error(self, text: str) -> None:
         """Print `error: text` to standard error, in one line."""
         with self._above(self._err):
-            self._err.print(Text.assemble(("error: ", "bold red"), redact_text(" ".join(text.split()))))
+            message = visible(redact_text(" ".join(text.split())))
+            self._err.print(Text.assemble(("error: ", "bold red"), message))
 
     def details(self, text: str) -> None:
         """Print text of several lines, such as a traceback, to standard error."""
         with self._above(self._err):
-            self._err.print(Text(redact_text(text.rstrip("\n"))))
+            self._err.print(Text(visible(redact_text(text.rstrip("\n")))))
 
     def table(
         self,
@@ -97,7 +101,7 @@ class Console:
             below: columns whose cells are printed below their row where the table does not fit the terminal.
             under: the column under which these lines start; empty: the first.
         """
-        cells = [tuple(row) for row in rows]
+        cells = [tuple(map(visible, row)) for row in rows]
 
         width = self._out.width
         widths = _widths(columns, cells, width)
@@ -122,6 +126,7 @@ class Console:
     def summary(self, title: str, texts: Mapping[str, str]) -> None:
         """Prints a panel of names and texts (at least one) to standard output; without a frame, and nothing folded,
         where the frame would fold a text, such as a path."""
+        texts = {name: visible(text) for name, text in texts.items()}
         grid = Table.grid(padding=(0, 2))
         for name, text in texts.items():
             grid.add_row(Text(name, style="bold"), Text(text, overflow="fold"))
@@ -256,7 +261,7 @@ class Console:
 
 
 def _printer(file: TextIO) -> RichConsole:
-    printer = RichConsole(file=file, highlight=False, soft_wrap=True)
+    printer = OutputConsole(file=file, soft_wrap=True)
     # rich would assume 80 columns and fold every longer line.
     if not printer.file.isatty():
         printer.width = FILE_WIDTH

@@ -19,8 +19,19 @@ _SECRET_WORDS = {
     "credentials",
     "pat",
     "jwt",
-    "pgpassword",
+    "dsn",
+    "webhook",
 }
+_SECRET_PAIRS = [["key", "id"], ["webhook", "url"], ["connection", "string"]]  # last two words: AWS_ACCESS_KEY_ID
+
+# Words written together: HFTOKEN, GITHUBTOKEN, DBPASS. The short endings also end words of English, so they count only
+# in capitals, as in names of variables, and not behind the beginning of such a word.
+_JOINED = re.compile(r"(?i)(?:token|secret|password|passwd|passphrase|credentials?|api_?key)$")
+_JOINED_CAPITALS = re.compile(
+    r"[A-Z0-9]{2,}(?<!BY)(?<!COM)(?<!TRES)(?<!SUR)(?<!OVER)(?<!UNDER)(?<!LOW)(?<!HIGH)(?<!BAND)(?<!DOWN)PASS$"
+    r"|[A-Z0-9]{2,}(?<!OLD)PWD$"
+    r"|[A-Z0-9]{2,}(?<!MON)(?<!DON)(?<!TUR)(?<!HOT)(?<!WHIS)(?<!TURN)KEY(?:ID)?$"
+)
 
 # Words with other meanings (pass@1, the folder PWD), so they count only as the end of an option or a variable.
 _SECRET_ENDINGS = re.compile(r"(?i)(?:^|[_-])(?:auth|bearer)$|[a-z0-9][_-](?:pass|pwd)$")
@@ -34,19 +45,19 @@ _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s
 
 
 def is_secret_name(name: str) -> bool:
-    """Returns whether the last word of a name is `token`, `key`, `password` or another word for a secret. Of a dotted
-    name the last part counts.
+    """Returns whether a name ends with `token`, `key`, `password` or another word for a secret. Of a dotted name the
+    last part counts.
 
-    `hf_token` is a secret name; `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are
-    separated by punctuation or by capitals.
+    `hf_token`, `HFTOKEN`, `DBPASS` and `SLACK_WEBHOOK_URL` are secret names; `max_new_tokens`, `key_size`, `token_path`
+    and `bytes_per_token` are not. Words are separated by punctuation, by capitals, or not at all.
     """
     last_part = name.rpartition(".")[2]
     words = [word for word in _WORD.findall(last_part) if not word.isdigit()]
     last_words = [word.lower() for word in words[-2:]]
 
-    if last_words == ["key", "id"]:  # AWS_ACCESS_KEY_ID
+    if last_words in _SECRET_PAIRS or _SECRET_ENDINGS.search(last_part):
         return True
-    if _SECRET_ENDINGS.search(last_part):
+    if words and (_JOINED.search(words[-1]) or _JOINED_CAPITALS.search(words[-1])) and last_words[:-1] != ["per"]:
         return True
 
     # A rate such as bytes_per_token is not a secret.

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ArtefactError
+from dist_lm.tracking.output import OutputConsole, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName
 
 checkpoint = typer.Typer(help="Inspect, verify, average and consolidate checkpoints.", no_args_is_help=True)
@@ -14,11 +15,9 @@ checkpoint = typer.Typer(help="Inspect, verify, average and consolidate checkpoi
 @checkpoint.command("inspect")
 def checkpoint_inspect(path: CheckpointPath) -> None:
     """Print step, model, tensors by kind, files and pointers. Reads no tensors."""
-    from rich.console import Console
-
     from dist_lm.training.checkpoint_inspect import print_checkpoint
 
-    print_checkpoint(path, Console())
+    print_checkpoint(path, OutputConsole())
 
 
 @checkpoint.command("verify")
@@ -31,11 +30,11 @@ def checkpoint_verify(path: CheckpointPath) -> None:
 
     damage = list(checkpoint_files.damage(directory))
     for line in damage:
-        print(line)
+        say(line)
     if damage:
         raise ArtefactError(f"checkpoint {directory}: damaged files: {len(damage)}")
 
-    print(f"{directory}: {len(checkpoint_files.read_manifest(directory))} files, all intact")
+    say(f"{directory}: {len(checkpoint_files.read_manifest(directory))} files, all intact")
 
 
 @checkpoint.command("consolidate")
@@ -48,7 +47,7 @@ def checkpoint_consolidate(
     from dist_lm.training.checkpoint_tensors import consolidate
 
     count = consolidate(path, output, with_optimizer=optimizer)
-    print(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")
+    say(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")
 
 
 @checkpoint.command("average")
@@ -60,9 +59,7 @@ def checkpoint_average(
     device: DeviceName = "auto",
 ) -> None:
     """Write averaged weights as a checkpoint, RUN/averages/..., for export, generate and stage.init_from."""
-    from rich.console import Console
-
     from dist_lm.stages.averaging import average
     from dist_lm.storage.run_directory import RunDirectory
 
-    average(RunDirectory(run), last, ema, device if evaluate else "", Console())
+    average(RunDirectory(run), last, ema, device if evaluate else "", OutputConsole())

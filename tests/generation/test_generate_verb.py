@@ -13,10 +13,10 @@ from dist_lm import __main__ as program
 from dist_lm.data.infill import InfillMarks
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.load import load_model
-from dist_lm.generation.prompt_loop import visible
 from dist_lm.generation.request import Answer, Refusal, SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.terminal import STOPPED
+from dist_lm.tracking.output import visible
 from tests.patience import patient
 
 PROMPT = "def value_3(name):\n"

@@ -25,11 +25,11 @@ from dist_lm.generation.prompt_loop import (
     parse_command,
     unescape,
     value_of,
-    visible,
 )
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import interrupts
+from dist_lm.tracking.output import visible
 
 OPENINGS = Openings({"sql": ["CREATE TABLE t;\n\nSELECT", "DELETE\n"]}, "code", ["bash", "sql"])
 SETTINGS = Settings(SamplingParams(max_new_tokens=12), seed=5)

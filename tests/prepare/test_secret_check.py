@@ -42,6 +42,12 @@ def test_names_of_the_users_own_are_looked_at_too():
         check_no_secrets({"mix": {f"https://me:{SESAME}@host": 0.1}}, {})
 
 
+@pytest.mark.parametrize("name", ["HFTOKEN", "GITHUBTOKEN", "DBPASS", "DATABASE_DSN", "SLACK_WEBHOOK_URL"])
+def test_secrets_of_variables_with_other_names(name):
+    with pytest.raises(ConfigError, match=name):
+        check_no_secrets({"tracking": {"entity": f"team-{SESAME}"}}, {name: SESAME})
+
+
 def test_where_a_secret_is_kept_is_none():
     place = "/home/me/.ray/auth_token"
     check_no_secrets({"cluster": {"token_path": place}}, {"RAY_AUTH_TOKEN_PATH": place, "API_KEY_FILE": place})

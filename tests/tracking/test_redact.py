@@ -8,7 +8,9 @@ from dist_lm.tracking.redact import is_secret_name, redact, redact_command, reda
 @pytest.mark.parametrize(
     "name",
     ["token", "hf_token", "HF_TOKEN", "WANDB_API_KEY", "apiKey", "corpus.api-key", "password", "AWS_SECRET_ACCESS_KEY",
-     "RAY_AUTH_TOKEN_PATH", "AWS_ACCESS_KEY_ID", "DB_PASS", "DB_PWD", "db-pass", "AUTH", "BEARER", "hub.auth"],
+     "RAY_AUTH_TOKEN_PATH", "AWS_ACCESS_KEY_ID", "DB_PASS", "DB_PWD", "db-pass", "AUTH", "BEARER", "hub.auth",
+     "HFTOKEN", "hftoken", "GITHUBTOKEN", "DBPASS", "DBPWD", "DBPASSWORD", "CLIENTSECRET", "OPENAIKEY", "SSHKEYID",
+     "DATABASE_DSN", "dsn", "SLACK_WEBHOOK", "SLACK_WEBHOOK_URL", "slackWebhookUrl", "AZURE_CONNECTION_STRING"],
 )  # fmt: skip
 def test_secret_names(name: str) -> None:
     assert is_secret_name(name)
@@ -30,6 +32,13 @@ def test_secret_names(name: str) -> None:
         "SSH_AUTH_SOCK",
         "author",
         "compass",
+        "BYPASS",
+        "DOWNPASS",
+        "OLD_MONKEY",
+        "HOTKEY",
+        "KEYS_URL",
+        "base_url",
+        "APPTAINER_CWD",
         "code/pass@1",
         "code_pass_1",
         "forward_passes",
