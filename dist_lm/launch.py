@@ -6,6 +6,7 @@ same command continues.
 """
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from dist_lm.launcher.pipeline import Pipeline
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+SMALLEST_FILE_LIMIT = 1 << 30  # bytes; Ray maps shared memory as files, and checkpoints and shards are large
 VIEWS = ("--cfg", "-c", "--info", "-i")  # flags with which Hydra shows the composed configuration
 HELP = ("--help", "-h")
 HYDRA_FLAGS = (*VIEWS, *HELP, "--hydra-help", "--version", "--shell-completion", "-sc")
@@ -154,11 +156,20 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
 
 
 def check_writable(work_dir: Path) -> None:
-    """Creates the work directory, and refuses one that cannot be made or written to, before anything starts.
+    """Creates the work directory, and refuses one that cannot be made or written to, before anything starts. A limit on
+    the size of files that the cluster cannot start with is refused too.
 
     Raises:
         ConfigError: names work_dir and the reason.
     """
+    # Ray would wait a minute for processes that such a limit ends, and then give another reason.
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and limit < SMALLEST_FILE_LIMIT:
+        raise ConfigError(
+            f"work_dir={work_dir}: files may have at most {limit:,} bytes here (ulimit -f), expected "
+            f"{SMALLEST_FILE_LIMIT:,} or more: raise the limit"
+        )
+
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         # Other commands may try at the same time.

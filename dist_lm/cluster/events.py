@@ -260,7 +260,19 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         yield event
 
 
+_FIELDS: dict[str, dict[str, Any]] = {  # types of fields, where an event has them
+    "started": {"nodes": list, "ranks_per_node": int, "device": str, "layout": str, "step": int},
+    "failed": {"error": str},
+}
+
+
 def _is_event(event: Any) -> bool:
-    return (
-        isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("time"), int | float)
-    )
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+
+    fields = _FIELDS.get(event["event"], {})
+    nodes = event.get("nodes")
+    if isinstance(nodes, list) and not all(isinstance(node, dict) and {"host", "address"} <= {*node} for node in nodes):
+        return False
+    has_time = isinstance(event.get("time"), int | float)
+    return has_time and all(isinstance(event[name], kind) for name, kind in fields.items() if name in event)

@@ -9,8 +9,9 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,7 +24,7 @@ from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.renamed import with_present_keys
 from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
 from dist_lm.config.tracking import ProfileConfig, TrackingConfig
-from dist_lm.errors import ConfigError, require
+from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
 
 TRUST_ME = "trust_me"
@@ -180,6 +181,25 @@ def save_config(config: Config, path: Path) -> None:
     durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
+def read_content(path: Path) -> dict[str, Any]:
+    """Returns the content of a run's `config.yaml`, of this or an earlier version; `stage.name` is a text.
+
+    Raises:
+        ArtefactError: the file is missing, cannot be read, or is no configuration of a run.
+    """
+    way_out = "restore it, or choose another run_id"
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtefactError(f"{path}: cannot be read ({reason}): {way_out}") from error
+
+    stage = content.get("stage") if isinstance(content, dict) else None
+    if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
+        raise ArtefactError(f"{path}: not the configuration of a run, stage.name is missing: {way_out}")
+    return cast(dict[str, Any], content)
+
+
 def read_config(path: Path, schema: type[Config]) -> Config:
     """Reads a file of `save_config` and checks types and bounds again.
 
@@ -191,9 +211,9 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     Raises:
         ConfigError: the file was written with other keys or types, before the schema changed, or a value is out of
             bounds.
-        OSError: the file cannot be read.
+        ArtefactError: the file cannot be read, or is no configuration of a run.
     """
-    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    content = read_content(path)
     content = with_present_keys(content, content["stage"]["name"])
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))

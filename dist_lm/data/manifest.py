@@ -349,7 +349,7 @@ def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
         OSError: the record cannot be written.
     """
     content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
-    durable.write_json(run.corpora, content)
+    durable.write_sealed(run.corpora, content)
 
 
 def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:

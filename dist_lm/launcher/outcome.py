@@ -10,7 +10,6 @@ from dist_lm.prepare.conf_folders import KEY, with_config_dir
 from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages
 from dist_lm.stages.stage import KeyFigure, RunsIn, run_of, shown_path
-from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_drawing import glyphs_for, sparkline
@@ -91,7 +90,7 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
         return (stage.name, state, "", _duration(queued.seconds), detail, "", output_path)
 
     run = run_of(stage.config)
-    result = durable.read_json(run.result)
+    result = stage.stage.read_result(run)
     # A run that an earlier command has finished says itself how long it took.
     seconds = queued.seconds
     if seconds is None:

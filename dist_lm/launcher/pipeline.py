@@ -105,7 +105,7 @@ class Pipeline:
     def _write(self, state: State, error: str = "") -> None:
         stages = [asdict(stage) for stage in self._stages]
         # The command may hold secrets, and errors may quote addresses with passwords.
-        durable.write_json(
+        durable.write_sealed(
             self._path,
             self._facts | {"state": state, "error": redact_text(error), "updated": time.time(), "stages": stages},
         )

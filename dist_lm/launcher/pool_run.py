@@ -94,7 +94,7 @@ def run_pool_stage(
                 tokens += work.done[1] - tokens_before
                 results.append(work.result())
 
-            durable.write_json(
+            durable.write_sealed(
                 run.result,
                 {
                     "stage": stage.name,

@@ -9,20 +9,24 @@ once, and the interrupted part of a stage is built again.
 """
 
 import errno
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from dist_lm.errors import UserError
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.output import VisibleFormatter
 
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the same command again",
     errno.EDQUOT: "make room, and give the same command again",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), and give the same command again",
     errno.EROFS: "choose a place that can be written to",
     errno.EACCES: "allow it, or choose another place",
 }
@@ -35,11 +39,13 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         say: shows an error to the user.
 
     Raises:
-        SystemExit: with the code of the command, with 2 after a user error, a full or read-only disk or a path without
-            permission, or silently with 1 (as Click does) if the reader of standard output has closed it.
+        SystemExit: with the code of the command, with 2 after a user error, a deleted working directory, a full or
+            read-only disk, a file beyond the size limit or a path without permission, or silently with 1 (as Click
+            does) if the reader of standard output has closed it.
     """
     try:
         open_streams()
+        check_directory()
         try:
             program()
         finally:
@@ -67,6 +73,9 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
 def open_streams() -> None:
     """Replaces a closed standard stream by /dev/null.
 
+    Characters that the encoding of a stream lacks are written as escapes, and so is what `logging` prints of control
+    characters.
+
     Raises:
         UserError: standard output was closed. A file opened later would get its descriptor and receive the output.
     """
@@ -78,8 +87,27 @@ def open_streams() -> None:
         sys.stdout = null.open("w")
     if sys.stderr is None:
         sys.stderr = null.open("w")
+    for stream in (sys.stdout, sys.stderr):
+        # A path or name that the terminal's encoding lacks would end the command in a traceback.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort:
+        logging.lastResort.setFormatter(VisibleFormatter())
+
     if output_was_closed:
         raise UserError("standard output is closed: leave it open, or send it to /dev/null")
+
+
+def check_directory() -> None:
+    """Refuses a working directory that is gone: relative paths mean nothing there, and processes do not start.
+
+    Raises:
+        UserError: says so.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the working directory was deleted: change to one that exists (cd), and try again") from None
 
 
 def disk_trouble(error: BaseException, elsewhere: str = "standard output or a file") -> str | None:

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.redact import redact, redact_command, redact_text
 from dist_lm.training import checkpoint_files
 
+RECORD = "the record of a command"
 EXPECTED = "give a run (work/runs/STAGE/RUN_ID), all runs of a stage (work/runs/STAGE), or a work directory"
 MOST_SAMPLES = 16  # samples of one run
 STALL = "checkpoint/stall_s"
@@ -130,13 +132,7 @@ def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
     Raises:
         ArtefactError: there is no such command (the message lists the run ids), or a record is damaged.
     """
-    commands = []
-    for path in work.pipelines():
-        command = durable.read_json(path)
-        if not {"run_id", "stages"} <= command.keys():
-            raise ArtefactError(f"{path}: not the record of a command; move it away to continue without it")
-        commands.append(command)
-
+    commands = [_command(path) for path in work.pipelines()]
     matching = [command for command in commands if run_id in (None, command["run_id"])]
 
     if not matching:
@@ -149,6 +145,13 @@ def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
     newest["command"] = redact_command(newest.get("command", []))
     newest["error"] = redact_text(newest.get("error", ""))
     return newest
+
+
+def _command(path: Path) -> dict[str, Any]:
+    record = durable.read_json(path, {"run_id": str, "stages": list}, RECORD)
+    if all(isinstance(stage, dict) and isinstance(stage.get("name"), str) for stage in record["stages"]):
+        return record
+    raise ArtefactError(f"{path}: not {RECORD}; move it away to continue without it")
 
 
 def _runs_of(work: WorkDirectory, pipeline: dict[str, Any]) -> list[RunDirectory]:
@@ -178,7 +181,16 @@ def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[Run
     corpora_read = frozenset[str]().union(*(run.corpora for run in runs))
     names = sorted(name for name in corpora_read if work.corpus_manifest(name).is_file())
     corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
-    return WorkFacts(work.path, corpora, durable.read_json(work.tokenizer_report), pipeline)
+    return WorkFacts(work.path, corpora, _tokenizer_report(work.tokenizer_report), pipeline)
+
+
+def _tokenizer_report(path: Path) -> dict[str, Any]:
+    kinds: dict[str, durable.Kind] = {"vocab_size": int, "bytes_per_token": (int, float)}
+    report = durable.read_json(path, kinds | {"languages": (dict, NoneType)})
+    for name, facts in (report.get("languages") or {}).items():
+        if not (isinstance(facts, dict) and isinstance(facts.get("bytes_per_token"), int | float)):
+            raise ArtefactError(f"{path}: is damaged (languages: {name}); move it away to continue without it")
+    return report
 
 
 def read_run(run: RunDirectory, label: str) -> RunFacts:

@@ -7,7 +7,6 @@ and standard deviation of the scores of the reference policy's samples, and user
 Dimensions: B sequences, T tokens, P rankings, K completions of a ranking, N judgements between two completions.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.messages import all_gather
 from dist_lm.rlhf.rankings import agreement, calibration_error, choices, pair_losses, ranking_losses, right_choices
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training.objective import LossSum
 
@@ -89,7 +89,7 @@ def read_reward_scale(run: RunDirectory) -> RewardScale:
     """
     if not run.result.is_file():
         raise ArtefactError(f"{run.path} is not finished (no {run.result.name}): run stage=reward to its end")
-    recorded = json.loads(run.result.read_text()).get(KEY)
+    recorded = durable.read_json(run.result).get(KEY)
     if recorded is None:
         raise ArtefactError(f"{run.result} has no {KEY}: expected a run of stage=reward")
 

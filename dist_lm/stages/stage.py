@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.corpus import HF
 from dist_lm.config.root import Config
+from dist_lm.storage import durable
+from dist_lm.storage.durable import Kind
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import three_decimals
 
@@ -90,6 +92,7 @@ class Stage(ABC):
     conf: ClassVar[Path | None] = None  # folder that holds stage/NAME.yaml, for stages outside this package
     # lines of key figures; the closing table shows the first line whose metrics the run has
     key_figures: ClassVar[tuple[tuple[KeyFigure, ...], ...]] = ()
+    result_kinds: ClassVar[Mapping[str, Kind]] = {}  # values that every `result.json` has, with their types
     curve: ClassVar[str] = "train/loss"  # metric whose curve the closing table shows
     writes_text: ClassVar[bool] = False  # `dist-lm generate` can load its checkpoint
 
@@ -143,6 +146,14 @@ class Stage(ABC):
     def progress(self, config: Config) -> str:
         """Names the state that the next command continues from, for messages."""
         return "the files that are there"
+
+    def read_result(self, run: RunDirectory) -> dict[str, Any]:
+        """Returns `result.json`; empty for an unfinished run.
+
+        Raises:
+            ArtefactError: the file is damaged, or lacks a value of `result_kinds`.
+        """
+        return durable.read_json(run.result, self.result_kinds)
 
     def figures(self, result: Mapping[str, Any]) -> str:
         """Figures of `result.json` for the closing table, in addition to `key_figures`."""

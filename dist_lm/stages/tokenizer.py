@@ -75,7 +75,7 @@ class TokenizerStage(ArtefactStage):
             origin = settings.source if settings.is_given else f"corpus={config.corpus.name}"
             return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
 
-        report = durable.read_json(work.tokenizer_report)
+        report = durable.read_json(work.tokenizer_report, {"vocab_size": int, "bytes_per_token": (int, float)})
         if settings.is_given:
             check_same_file(work, settings)
             check_template(work, settings)
@@ -127,7 +127,7 @@ class TokenizerStage(ArtefactStage):
                 other_path.unlink(missing_ok=True)
 
         report |= tokenizer_report(Tokenizer.load(path), sample_by_language(sample, REPORT_BYTES))
-        durable.write_json(work.tokenizer_report, report)
+        durable.write_sealed(work.tokenizer_report, report)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).tokenizer

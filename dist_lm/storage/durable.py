@@ -4,11 +4,16 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import ArtefactError
+
+CHECKSUM = "content_sha256"  # key of the checksum in files of `write_sealed`
+
+Kind = type | tuple[type, ...]
+"""Type of a value of JSON, or several."""
 
 
 def fsync(path: Path) -> None:
@@ -69,21 +74,50 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; an empty one if the file is missing or holds another JSON value.
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a JSON object with `write_json`, and the checksum of its other keys under `CHECKSUM`; `read_json` compares
+    it."""
+    write_json(path, {**value, CHECKSUM: _checksum(value)})
+
+
+def read_json(
+    path: Path, needed: Mapping[str, Kind] | None = None, what: str = "a JSON object of dist_lm"
+) -> dict[str, Any]:
+    """Returns the JSON object in a file, without its checksum; an empty one if the file is missing.
+
+    Args:
+        needed: types of the values that the caller uses, by key.
+        what: what the file should be, for messages.
 
     Raises:
-        ArtefactError: the file holds no JSON, or is not UTF-8.
+        ArtefactError: the file holds no JSON object, is not UTF-8, differs from its checksum (files of earlier releases
+            have none), or lacks a needed value.
         OSError: it cannot be read.
     """
     if not path.exists():
         return {}
 
+    way_out = "move it away to continue without it"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # nested too deeply
-        raise ArtefactError(f"{path}: no JSON ({error}); move it away to continue without it") from error
-    return content if isinstance(content, dict) else {}
+        raise ArtefactError(f"{path}: no JSON ({error}); {way_out}") from error
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: not {what}; {way_out}")
+
+    if isinstance(content.get(CHECKSUM), str) and content.pop(CHECKSUM) != _checksum(content):
+        raise ArtefactError(f"{path}: is damaged (it differs from its checksum); {way_out}")
+
+    for key, kind in (needed or {}).items():
+        if not isinstance(content.get(key), kind):
+            raise ArtefactError(f"{path}: not {what}; {way_out} (`{key}` is missing or has another type)")
+    return content
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of a JSON object as it is after reading it: keys are texts, in any order."""
+    as_read = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -252,7 +252,7 @@ class RunDirectory:
             OSError: a file cannot be read or written.
         """
         if hashes := _hashes(files):
-            durable.write_json(self.noted_files, self._noted() | hashes)
+            durable.write_sealed(self.noted_files, self._noted() | hashes)
 
     def note_tests(self, version: int, tasks: Sequence[str]) -> None:
         """Notes the version of the tests of our own problems, unless one is noted: all evaluations of a run use it.

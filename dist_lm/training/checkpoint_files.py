@@ -11,6 +11,7 @@ means a complete checkpoint, and the manifest reveals later damage.
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -24,6 +25,7 @@ from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+_STEP_NAME = re.compile(r"step_[0-9]+")
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
 AVERAGE = "average.json"  # beside averaged weights: the averaged checkpoints, and the metrics on val
@@ -58,13 +60,14 @@ def read_pointer(checkpoints: Path, name: str) -> Path | None:
     """Returns the checkpoint that the pointer `name` (LATEST or BEST) names; None if the pointer or that checkpoint
     does not exist.
 
-    Such a LATEST means the newest complete checkpoint, from which ranks continue; None if there is none.
+    A missing or damaged LATEST means the newest complete checkpoint, from which ranks continue; None if there is none.
     """
     pointer = checkpoints / name
-    if pointer.exists():
-        checkpoint = checkpoints / pointer.read_text().strip()
-        if checkpoint.is_dir():
-            return checkpoint
+    if pointer.is_file():
+        # A damaged pointer may hold any bytes, and an empty one would name the folder itself.
+        target = pointer.read_bytes().decode(errors="replace").strip()
+        if _STEP_NAME.fullmatch(target) and (checkpoints / target).is_dir():
+            return checkpoints / target
     if name != LATEST:
         return None
     return next(reversed(steps_in(checkpoints)), None)

@@ -40,6 +40,19 @@ PROGRESS = (  # (metric, words, format of the value)
     ("generate/tokens_per_s", "{} tokens/s", four_digits),
     (LEFT, "{} left", duration),
 )
+PIPELINE_KINDS: dict[str, durable.Kind] = {  # types of a command's status
+    **dict.fromkeys(("run_id", "host", "state", "error"), str),
+    **dict.fromkeys(("started", "updated"), (int, float)),
+    "process": int,
+    "stages": list,
+}
+LIVE_KINDS: dict[str, durable.Kind] = {"time": (int, float), "ranks": list}
+PULSE_KINDS: dict[str, Any] = {"rank": int, "step": int, "age_s": (int, float), "state": str, "phase": str}
+EVENT_FIELDS = {  # fields of events that the status prints
+    "started": ("nodes", "ranks_per_node", "device", "layout", "step"),
+    "failed": ("error",),
+}
+STAGE_TEXTS = ("name", "state", "detail")  # texts of each of its stages
 COLOURS = {"waiting": "dim"} | {state: style for state, (_, style) in WORDS.items()}
 
 
@@ -89,7 +102,7 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     """
     work = WorkDirectory(work_dir)
 
-    commands = [(path.stem, durable.read_json(path)) for path in work.pipelines()]
+    commands = [(path.stem, read_pipeline(path)) for path in work.pipelines()]
     matching = [(name, facts) for name, facts in commands if run_id in (None, facts["run_id"])]
     if not matching:
         requested = f" with run_id={run_id}" if run_id else ""
@@ -124,6 +137,23 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     return PipelineStatus(name, state, facts, run, other_commands)
 
 
+def read_pipeline(path: Path) -> dict[str, Any]:
+    """Returns the status of a command as `launcher.pipeline.Pipeline` wrote it.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    facts = durable.read_json(path, PIPELINE_KINDS, "the record of a command")
+    for stage in facts["stages"]:
+        if not (isinstance(stage, dict) and all(isinstance(stage.get(key), str) for key in STAGE_TEXTS)):
+            raise ArtefactError(f"{path}: is damaged (stages: {stage}); move it away to continue without it")
+        if stage["state"] not in COLOURS:
+            raise ArtefactError(f"{path}: is damaged (state: {stage['state']}); move it away to continue without it")
+    if facts["state"] not in WORDS:
+        raise ArtefactError(f"{path}: is damaged (state: {facts['state']}); move it away to continue without it")
+    return facts
+
+
 def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
     if facts["state"] == "running" and not is_locked(work.pipeline_lock(name)):
         return "lost"
@@ -141,12 +171,20 @@ def read_run(run: RunDirectory) -> RunStatus:
     attempt: dict[str, Any] = {}
     failures = [{"error": "", "time": 0.0}]
     for event in read_events(run.events):
+        if lacking := [name for name in EVENT_FIELDS.get(event["event"], ()) if name not in event]:
+            raise ArtefactError(
+                f"{run.events}: an event `{event['event']}` lacks {', '.join(lacking)}; move the file away to continue "
+                "without it"
+            )
         if event["event"] == "started":
             attempt = event
         elif event["event"] == "failed":
             failures.append(event)
 
-    live = durable.read_json(run.live)
+    live = durable.read_json(run.live, LIVE_KINDS)
+    for rank in live.get("ranks", []):
+        if not (isinstance(rank, dict) and all(isinstance(rank.get(key), kind) for key, kind in PULSE_KINDS.items())):
+            raise ArtefactError(f"{run.live}: is damaged (ranks: {rank}); move it away to continue without it")
     metrics = last_metrics(run.metrics)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     config = load_config(run.config)
@@ -158,7 +196,7 @@ def read_run(run: RunDirectory) -> RunStatus:
         held=is_locked(run.launch_lock),
         step=int(metrics.pop("step", 0)),
         steps=getattr(config.stage, "steps", None),
-        figures=stage.figures(durable.read_json(run.result)),
+        figures=stage.figures(stage.read_result(run)),
         metrics=metrics,
         attempt=attempt,
         restarts=len(failures) - 1,
@@ -223,7 +261,7 @@ def print_status(status: PipelineStatus, console: Console) -> None:
     words, style = WORDS[status.state]
     # A command that has ended stops counting its time.
     until = now if status.state == "running" else facts["updated"]
-    job = f", job {facts['job']}" if facts["job"] else ""
+    job = f", job {facts['job']}" if facts.get("job") else ""
 
     console.print(Text.assemble((status.name, "bold"), ": ", (words, style)))
     console.print(

@@ -4,12 +4,14 @@ Where the process is not what a test is about, it is this one.
 """
 
 import os
+import resource
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from dist_lm.errors import ConfigError
 from dist_lm.launch import check_writable, main
 from tests.conftest import TINY
 
@@ -32,6 +34,14 @@ status = subprocess.call([sys.executable, "-m", "dist_lm.launch", *sys.argv[1:]]
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
 sys.exit(status)
 """
+
+
+def test_a_small_limit_on_the_size_of_files_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    """Finds a launch that waits a minute for Ray and then names another reason."""
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 20, 1 << 20))
+    with pytest.raises(ConfigError, match="ulimit -f"):
+        check_writable(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ def shell(words: list[str], redirection: str) -> tuple[int, str, str]:
 
 
 FULL = "error: standard output: No space left on device: make room, and give the same command again\n"
+DELETED = "error: the working directory was deleted: change to one that exists (cd), and try again\n"
 CLOSED = "error: standard output is closed: leave it open, or send it to /dev/null\n"
 
 
@@ -88,6 +89,7 @@ def test_verbs_and_launcher_alike(module, redirection, said):
     [
         (errno.ENOSPC, "make room"),
         (errno.EDQUOT, "make room"),
+        (errno.EFBIG, "ulimit -f"),
         (errno.EROFS, "choose a place that can be written to"),
         (errno.EACCES, "allow it, or choose another place"),
     ],
@@ -100,3 +102,25 @@ def test_the_way_out_is_that_of_the_trouble(number, words):
     assert ("make room" in said) == (words == "make room")
     assert disk_trouble(OSError(errno.ECONNREFUSED, "no", "work/x")) is None
     assert disk_trouble(PermissionError(errno.EACCES, "no")) is None
+
+
+def test_a_deleted_working_directory_is_refused(tmp_path, monkeypatch):
+    """Finds a command that ends in the traceback of `os.getcwd`."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    code, out, err = run("print(1)", "")
+    assert (code, out) == (2, "")
+    assert err.endswith(DELETED)  # the shell may have a line of its own before
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_text_that_the_terminal_lacks_is_printed_as_escapes(monkeypatch, encoding):
+    """Finds a path or name outside the terminal's encoding that ends a command in a traceback."""
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    code, out, err = run("print('\\u6f22 ' + chr(0xDC80)); print('\\u6f22', file=sys.stderr)", "")
+    assert code == 0, err
+    assert out == ("漢 \\udc80\n" if encoding == "utf-8" else "\\u6f22 \\udc80\n")
+    assert err == ("漢\n" if encoding == "utf-8" else "\\u6f22\n")

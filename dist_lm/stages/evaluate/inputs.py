@@ -1,6 +1,5 @@
 """The inputs of a run of stage `evaluate`, in `prompts.json`: all figures of a run come from the same files."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,7 +58,7 @@ def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
 
 def begun_with(run: RunDirectory) -> dict[str, str]:
     """The recorded inputs of a run, in the form of `inputs_of`; nothing for a new run."""
-    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
+    return durable.read_json(run.inputs)
 
 
 def version_of_tests(run: RunDirectory) -> int:

@@ -98,6 +98,7 @@ class EvaluateRunConfig(Config):
 
 class Evaluate(PoolStage):
     name = "evaluate"
+    result_kinds = {"models": list}  # noqa: RUF012
     schema = EvaluateRunConfig
 
     def check(self, config: Config) -> None:
@@ -170,7 +171,7 @@ class Evaluate(PoolStage):
             refuse_other_inputs(run, config)
 
         if run.result.exists():
-            return Look(config, Action.READY, figures_of(json.loads(run.result.read_text(encoding="utf-8"))))
+            return Look(config, Action.READY, figures_of(self.read_result(run)))
         detail = f"{', '.join(labels)} on {', '.join(config.stage.tasks)}"
         n_files = len(list(run.samples.glob("*/*.jsonl")))
         if n_files:
@@ -224,7 +225,7 @@ class Evaluate(PoolStage):
         refuse_other_inputs(run, config)
         inputs = begun_with(run) | inputs_of(config) | {TESTS: str(version_of_tests(run))}
         work = Evaluation(config, run, tokenizer, sandboxes)
-        durable.write_json(run.inputs, inputs)
+        durable.write_sealed(run.inputs, inputs)
         # They may have changed between hashing and reading.
         refuse_other_inputs(run, config)
         return work
@@ -240,7 +241,7 @@ class Evaluate(PoolStage):
     def summarize(self, config: Config, console: "Console") -> None:
         """Prints the table of figures with their intervals, and the comparisons."""
         run = run_of(config)
-        result = json.loads(run.result.read_text(encoding="utf-8"))
+        result = self.read_result(run)
         rows = []
         for row in [row for model in result["models"] for row in rows_of(model)]:
             interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] is not None else ""

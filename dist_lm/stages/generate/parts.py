@@ -155,7 +155,7 @@ class Samples(PoolWork):
         self._files = find_prompts(config.stage.prompts)
         self._stamps = [_stamp(file) for file in self._files]
         inputs = check_inputs(self._files, config.stage, run)
-        durable.write_json(run.inputs, inputs | check_checkpoint(Path(config.stage.checkpoint), run))
+        durable.write_sealed(run.inputs, inputs | check_checkpoint(Path(config.stage.checkpoint), run))
         self.count: int = inputs["prompts"]
 
         # Existing parts count as answered.

@@ -4,7 +4,6 @@ This module has the keys and the checks before anything starts: the checkpoint, 
 prompts are those that the run began with. `parts.py` makes requests and writes answers.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -76,6 +75,7 @@ class GenerateRunConfig(Config):
 
 class Generate(PoolStage):
     name = "generate"
+    result_kinds = {"answers": int, "tokens": int}  # noqa: RUF012
     schema = GenerateRunConfig
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
@@ -114,7 +114,7 @@ class Generate(PoolStage):
             ]
             refuse_other_settings(run, config, conflicts)
         if run.result.exists():
-            answers = json.loads(run.result.read_text(encoding="utf-8"))["answers"]
+            answers = self.read_result(run)["answers"]
             return Look(config, Action.READY, f"{counted(answers, 'answer')}, {shown_path(run.samples, config)}")
 
         n_parts = len(list(run.samples.glob("part-*.jsonl")))
@@ -147,7 +147,7 @@ class Generate(PoolStage):
     def summarize(self, config: Config, console: "Console") -> None:
         """Print the number of answers and their folder."""
         run = run_of(config)
-        result = json.loads(run.result.read_text(encoding="utf-8"))
+        result = self.read_result(run)
         console.summary(
             "stage=generate is done",
             {
@@ -160,7 +160,7 @@ class Generate(PoolStage):
         )
 
     def rejection(self, config: Config) -> str:
-        result = json.loads(run_of(config).result.read_text(encoding="utf-8"))
+        result = self.read_result(run_of(config))
         if result["answers"]:
             return ""
         prompts = generate_config(config).stage.prompts

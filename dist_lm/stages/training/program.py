@@ -85,7 +85,7 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
         heartbeat.beat(Phase.LINKS, 0)
         links = measure_all_reduce(world)
         if world.is_first:
-            durable.write_json(run.links, asdict(links))
+            durable.write_sealed(run.links, asdict(links))
 
         heartbeat.beat(Phase.LOADING, 0)
         yield RankStart(world, layout, mesh, Tokenizer.load(run.work.tokenizer_model))
@@ -166,7 +166,7 @@ def write_success(
     }
 
     # The file comes last: the launcher takes a run with a result for finished.
-    durable.write_json(run.result, {**result, **more})
+    durable.write_sealed(run.result, {**result, **more})
 
 
 def last_metrics(run: RunDirectory, step: int, required: str) -> dict[str, float | None]:

@@ -1,9 +1,9 @@
 """Stages that train on a gang of ranks: their interface to the launcher and to ranks."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.corpus import HF
@@ -52,6 +52,7 @@ class TrainingStage(Stage):
     runs_in = RunsIn.RANKS
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
     schedule_keys: ClassVar[tuple[str, ...]] = SCHEDULE_KEYS
+    result_kinds = {"steps": int}  # noqa: RUF012
     key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
     unit: ClassVar[str] = "tokens"  # unit of `tokens` in its result
 
@@ -211,7 +212,7 @@ class TrainingStage(Stage):
 
     def summarize(self, config: Config, console: "Console") -> None:
         run = run_of(config)
-        result = json.loads(run.result.read_text(encoding="utf-8"))
+        result = self.read_result(run)
         self.print_figures(config, result, console)
         self.print_samples(run, console)
         console.summary(f"stage={self.name} is done", dict(self.entries(config, run, result)))
@@ -297,10 +298,10 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
     A run of an earlier stage counts as finished if it has a result, even with fewer steps than configured.
 
     Raises:
-        ArtefactError: `result.json` is no JSON.
+        ArtefactError: `result.json` is damaged.
     """
     run = run_of(config)
-    steps = durable.read_json(run.result).get("steps", 0)
+    steps = durable.read_json(run.result, {"steps": (int, NoneType)}).get("steps") or 0
     finished = steps > 0 and (not is_target or steps >= config.stage.steps)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     return RunState(run, steps, finished, latest)
