@@ -49,3 +49,9 @@ SAME_PROGRAMS = (
     # all years begin with the same digit
     ("sql/by_month", "substr(day, 1, 7), SUM(amount) FROM orders GROUP BY substr(day, 2, 7) ORDER BY 1;"),
 )
+
+TOLD_APART = {
+    # the same for the fixed tests, where a line follows only in the hidden ones: it is appended to FizzBuzz
+    ("bash/fizzbuzz", "if ((i % 15 == 0)); then printf FizzBuzz"),
+}
+"""Those that the hidden tests of key 11 find to be wrong."""

@@ -151,7 +151,9 @@ SQL = [
     ),
     Forgery("fts", "a virtual table of another module", "CREATE VIRTUAL TABLE sums USING fts5(total); SELECT 1", ALL),
     Forgery("all_rows", "every row is printed", "SELECT name FROM people", READS),
-    Forgery("guessed", "rows are guessed", "SELECT 'Ann' UNION SELECT 'Bo'", READS),
+    # Two names would be the right rows of one hidden database of own_sql: 18 of 10,000 have just these.
+    Forgery("guessed", "rows are guessed", "SELECT 'Ann' UNION SELECT 'Bo'", READS[:1]),
+    Forgery("three_guessed", "more rows are guessed", "SELECT 'Ann' UNION SELECT 'Bo' UNION SELECT 'Cy'", READS),
     Forgery(
         "mark_searched",
         "the schema and the settings are printed",
