@@ -4,7 +4,9 @@ Every entry point prints a `UserError` as one line and exits 2; anything else is
 traceback.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")  # excludes separators, hidden names and options of a command
@@ -26,6 +28,18 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     """Raise ConfigError for `key=value` unless `condition` holds; the message says what would be accepted."""
     if not condition:
         raise ConfigError(f"{key}={value}: expected {accepted}")
+
+
+def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """Returns a hint for an error message, such as 'did you mean stage=code? ', with a space at its end.
+
+    Empty if none of `names` is similar to `word`.
+
+    Args:
+        prefix: stands before the name, such as 'stage='.
+    """
+    similar = difflib.get_close_matches(word, names, n=1)
+    return f"did you mean {prefix}{similar[0]}? " if similar else ""
 
 
 def require_folder_name(key: str, name: str) -> None:

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 VIEWS = ("--cfg", "-c", "--info", "-i")  # flags with which Hydra shows the composed configuration
-HYDRA_FLAGS = (*VIEWS, "--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc")
+HELP = ("--help", "-h")
+HYDRA_FLAGS = (*VIEWS, *HELP, "--hydra-help", "--version", "--shell-completion", "-sc")
 
 
 def main() -> None:
@@ -67,7 +68,8 @@ def launch() -> None:
 
 
 def show_configuration(arguments: list[str]) -> None:
-    """Prints Hydra's own views of the configuration: --help, --cfg job, --info, shell completion. Changes sys.argv.
+    """Prints the help, or Hydra's own views of the configuration: --cfg job, --info, shell completion, for which it
+    changes sys.argv.
 
     Raises:
         ConfigError: the configuration cannot be composed.
@@ -75,6 +77,11 @@ def show_configuration(arguments: list[str]) -> None:
         UserError: a package that is needed to read a model or tokenizer is not installed.
         SystemExit: Hydra refuses an argument, and has printed why.
     """
+    if any(argument in HELP for argument in arguments):
+        from dist_lm.prepare.usage import usage
+
+        print(usage(arguments))
+        return
     import hydra
 
     arguments_of_hydra, target = list(arguments), default_stage()

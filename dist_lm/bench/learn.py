@@ -27,6 +27,7 @@ from dist_lm.bench.learn_held_out import HeldOut, arguments_of, held_out_of
 from dist_lm.bench.learn_recipes import OwnLearner, recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.bench.learner import Recipe
+from dist_lm.bench.progress import progress
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import choose_device, leave_groups
@@ -316,12 +317,13 @@ def run_learning(
 
     device = choose_device(compared[0].config.device, 0)
     curves: list[Curve] = []
-    with alone(), console.status("the speed of each recipe") as status:
+    with alone(), progress(console) as say:
+        say("the speed of each recipe")
         measured_on = held_out_of(compared, device)
         steps = steps_of(compared, parsed_budget, device)
         first_seed = compared[0].config.seed
         for seed in range(first_seed, first_seed + seeds):
-            curves += curves_of_a_seed(compared, seed, steps, measured_on, device, status.update, points)
+            curves += curves_of_a_seed(compared, seed, steps, measured_on, device, say, points)
             # After each seed, since a later one may fail.
             _write(curves, json_file, curves_in)
 

@@ -8,6 +8,7 @@ import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from dist_lm.bench.case import Case, GroupSize, Record, benchmark_at, records_of, table_of
+from dist_lm.bench.progress import progress
 from dist_lm.bench.rank_groups import rank_groups
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.config.root import save_config
@@ -80,11 +82,16 @@ def run_benchmark(
         file = stack.enter_context(json_file.open("w")) if json_file else None
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dlm-bench-")))
         running = stack.enter_context(rank_groups(BENCHMARKS[name], device, work))
-        status = stack.enter_context(console.status(""))
-        for case in planned:
-            status.update(f"{name}: {case.name}")
+        say = stack.enter_context(progress(console))
+        for number, case in enumerate(planned, start=1):
             case_records = run_case(
-                name, case, lambda size, request: running[size].ask(request), work, quick=quick, device=device
+                name,
+                case,
+                lambda size, request: running[size].ask(request),
+                work,
+                quick=quick,
+                device=device,
+                say=partial(_say_of_case, say, f"{name}, case {number} of {len(planned)}, {case.name}"),
             )
             if file:
                 file.writelines(record.to_json() + "\n" for record in case_records)
@@ -96,7 +103,20 @@ def run_benchmark(
     return records
 
 
-def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device: str = "cpu") -> list[Record]:
+def _say_of_case(say: Callable[[str], None], case: str, text: str) -> None:
+    say(f"{case}: {text}")
+
+
+def run_case(
+    name: str,
+    case: Case,
+    ask: Ask,
+    work: Path,
+    *,
+    quick: bool,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Record]:
     """Builds every variant of a case, checks their losses, times them in turn and frees them; returns the case's
     records. The seconds of a step are those of the slowest rank; losses and facts are those of rank 0.
 
@@ -104,6 +124,7 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
         ask: sends a request to a group of ranks.
         work: folder that gets the configuration of the case, as config.yaml.
         quick: few short rounds.
+        say: gets what is being done, before each variant is built and each round.
 
     Raises:
         NotTheSameError: two variants of `case.same_losses` computed different losses.
@@ -114,10 +135,10 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
     save_config(case.config, path)
 
     # Variants that compute something else must not be compared by speed.
-    built = {
-        variant: ask(size, {"do": "build", "variant": variant, "config": str(path)})[0]
-        for variant, size in case.variants.items()
-    }
+    built = {}
+    for variant, size in case.variants.items():
+        say(f"builds {variant}")
+        built[variant] = ask(size, {"do": "build", "variant": variant, "config": str(path)})[0]
     if case.same_losses:
         losses = {variant: built[variant]["losses"] for variant in case.variants if variant in case.same_losses}
         check_same(losses, compute_dtype(case.config.parallel, torch.device(device)))
@@ -128,9 +149,9 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device
         return max(answer["seconds"] for answer in ask(case.variants[variant], request))
 
     if quick:
-        seconds = seconds_per_step(list(case.variants), QUICK_ROUNDS, time_steps, QUICK_ROUND_S)
+        seconds = seconds_per_step(list(case.variants), QUICK_ROUNDS, time_steps, QUICK_ROUND_S, say)
     else:
-        seconds = seconds_per_step(list(case.variants), case.rounds, time_steps)
+        seconds = seconds_per_step(list(case.variants), case.rounds, time_steps, say=say)
 
     # The ranks go on to the next case, which needs the memory of this one.
     for size in sorted(set(case.variants.values()), key=repr):
@@ -167,19 +188,25 @@ def order_of_round(variants: Sequence[str], index: int) -> list[str]:
 
 
 def seconds_per_step(
-    variants: Sequence[str], rounds: int, time_steps: Callable[[str, int], float], round_s: float = ROUND_S
+    variants: Sequence[str],
+    rounds: int,
+    time_steps: Callable[[str, int], float],
+    round_s: float = ROUND_S,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[float]]:
     """Returns the seconds of a step of each variant, one value per round.
 
     Args:
         time_steps: function of (variant, steps) that returns the seconds of those steps.
         round_s: seconds that a variant should take in a round; they set its number of steps.
+        say: gets the number of each round when it begins.
     """
     # One timed step of each variant gives the number that fills a round.
     steps = {variant: min(LONGEST_ROUND, max(1, math.ceil(round_s / time_steps(variant, 1)))) for variant in variants}
 
     seconds: dict[str, list[float]] = {variant: [] for variant in variants}
     for index in range(rounds):
+        say(f"round {index + 1} of {rounds}")
         for variant in order_of_round(variants, index):
             seconds[variant].append(time_steps(variant, steps[variant]) / steps[variant])
     return seconds

@@ -25,6 +25,7 @@ from dist_lm.bench.learn import alone, curves_of_a_seed, prepare
 from dist_lm.bench.learn_held_out import corpus_of, held_out_of
 from dist_lm.bench.learn_recipes import ALONE, recipes_of
 from dist_lm.bench.learner import Recipe
+from dist_lm.bench.progress import progress
 from dist_lm.bench.scaling_law import Expected, ScalingLaw
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
@@ -224,9 +225,9 @@ def run_scaling(
 
     device = choose_device(target.device, 0)
     rungs: list[Rung] = []
-    with alone(), console.status("") as status:
+    with alone(), progress(console) as say:
         for steps in step_counts:
-            rungs += _climb(recipes, steps, seeds, device, status.update)
+            rungs += _climb(recipes, steps, seeds, device, say)
             if json_file:
                 # A later rung may fail.
                 write_records(json_file, _records(rungs))

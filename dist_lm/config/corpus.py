@@ -1,6 +1,5 @@
 """The conf groups `corpus` and `tokenizer`: which documents are read and kept, how a tokenizer is trained on them."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from dist_lm.errors import ConfigError, require, require_folder_name
+from dist_lm.errors import ConfigError, did_you_mean, require, require_folder_name
 
 
 @dataclass
@@ -134,8 +133,7 @@ def source_of(written: Any, key: str) -> SourceConfig:
         source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), values))
     except ConfigKeyError as error:
         names = [field.name for field in fields(SourceConfig)]
-        close = difflib.get_close_matches(str(error.key), names, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = did_you_mean(str(error.key), names)
         raise ConfigError(
             f"{key}.{error.key}: no such key; {hint}keys of a source (each reader takes some): {', '.join(names)}"
         ) from error

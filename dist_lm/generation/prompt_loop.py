@@ -4,6 +4,7 @@
 """
 
 import re
+import textwrap
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -148,6 +149,23 @@ def unescape(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda escape: {"n": "\n", "t": "\t", "\\": "\\"}[escape[1]], text)
 
 
+def help_text(width: int) -> str:
+    """Returns `HELP` in lines of at most `width` columns, at least 40, that break between words."""
+    lines = []
+    for line in HELP.splitlines():
+        # The explanation of a command stays in its column where there is room for it.
+        explanation = re.search(r"(?<=\S) {2,}(?=\S)|^ {20,}", line)
+        indent = explanation.end() if explanation and width >= 2 * explanation.end() else 4
+        lines += textwrap.wrap(
+            line,
+            max(width, 40),
+            subsequent_indent=" " * indent,
+            replace_whitespace=False,
+            break_on_hyphens=False,
+        ) or [""]
+    return "\n".join(lines)
+
+
 def value_of(settings: Settings, key: str) -> str:
     """Returns the value of a setting as text."""
     if key == "seed":
@@ -265,7 +283,7 @@ class PromptLoop:
             case Do("new"):
                 self._new()
             case Do("help"):
-                self._say(HELP)
+                self._say(help_text(self._console.width))
             case Do("lang", language):
                 self._begin_with(language)
             case Change(key, settings):

@@ -107,12 +107,15 @@ def build_engine(
 class Session:
     """An engine with its tokenizer."""
 
-    def __init__(self, loaded: LoadedModel, device: torch.device, answers: int = 1, tp: int = 1) -> None:
+    def __init__(
+        self, loaded: LoadedModel, device: torch.device, answers: int = 1, tp: int = 1, opening: bool = True
+    ) -> None:
         """Builds an engine for the model, see `build_engine`.
 
         Args:
             answers: maximum number of answers to one request.
             tp: devices that share the model.
+            opening: whether texts begin with the token that opens a document.
 
         Raises:
             ConfigError, ArtefactError: as `build_engine`.
@@ -120,6 +123,7 @@ class Session:
         self.name = loaded.name
         self.tokenizer = loaded.tokenizer
         self.config = loaded.config
+        self._opening = opening
         self._engine = build_engine(loaded, device, answers, tp=tp)
         self._n_requests = 0
 
@@ -128,8 +132,8 @@ class Session:
         self._engine.close()
 
     def tokens(self, text: str, name: str = "the prompt", suffix: str | None = None) -> list[int]:
-        """Returns the token ids of a text as the beginning of a document, or of a fill-in-the-middle prompt; they leave
-        at least one position of the context.
+        """Returns the token ids of a text as the beginning of a document (without `opening` of the text alone), or of a
+        fill-in-the-middle prompt; they leave at least one position of the context.
 
         Args:
             name: the name of the text in errors.
@@ -137,10 +141,15 @@ class Session:
                 the answer continues `text`.
 
         Raises:
-            UserError: a text is not valid Unicode, the texts fill the context, or the tokenizer lacks the marks.
+            UserError: a text is not valid Unicode, the texts fill the context, the tokenizer lacks the marks, or there
+                is no token.
         """
         utf8(text, name)
         tokens = self.tokenizer.encode_prompt(text)
+        if not self._opening:
+            tokens = self.tokenizer.encode(text)
+            if not tokens:
+                raise UserError(f"{name} is empty: with --no-opening it needs a token that the model continues")
         if suffix is not None:
             utf8(suffix, "--suffix")
             name = f"{name} with --suffix"

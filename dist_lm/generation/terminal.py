@@ -24,6 +24,7 @@ from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.shard import check_tp
 from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
 from dist_lm.parallel.mesh import option_device
+from dist_lm.storage.process import CpuUsage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tools.use.toolbox import Toolbox
 
@@ -44,6 +45,7 @@ def generate(
     tp: int = 1,
     tools: ToolOptions | None = None,
     suffix: str | None = None,
+    opening: bool = True,
 ) -> int:
     """Writes answers to standard output, or holds a conversation until the user leaves. Returns the exit code.
 
@@ -59,6 +61,7 @@ def generate(
         tp: devices that share the model.
         tools: the functions the model may call; with them the prompt is a request and not the beginning of a text.
         suffix: the text behind the answer, which fills the middle.
+        opening: whether a prompt begins with the token that opens a document.
 
     Raises:
         UserError: names the option (ConfigError), the fault of the checkpoint or tokenizer (ArtefactError) or of the
@@ -69,7 +72,7 @@ def generate(
     require(tp > 0, "--tp", tp, "a positive integer")
     settings = _settings(values, stop, seed, n)
     is_conversation = prompt is None and sys.stdin.isatty()
-    _check_options(is_conversation, n, tools, suffix)
+    _check_options(is_conversation, n, tools, suffix, opening)
 
     prompt_name = "--prompt"
     if prompt is not None:
@@ -86,7 +89,7 @@ def generate(
         if tools and tools.file:
             toolbox = stack.enter_context(Toolbox(tools.file, tools.limits))
         with errors.status("loading ...") if errors.is_terminal else nullcontext():
-            session, run = _load(path, tokenizer, model_device, n, tp)
+            session, run = _load(path, tokenizer, model_device, n, tp, opening, errors)
             stack.enter_context(closing(session))
         if tools:
             chat = ToolChat(session, toolbox, tools.max_rounds)
@@ -106,7 +109,7 @@ def generate(
     return 0
 
 
-def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suffix: str | None) -> None:
+def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suffix: str | None, opening: bool) -> None:
     """Refuses options that exclude each other, a --suffix that is not UTF-8, and a conversation whose output is not a
     terminal.
 
@@ -117,6 +120,8 @@ def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suf
         raise ConfigError(f"--n={n}: several answers need --prompt; in a conversation use /again")
     if tools and n != 1:
         raise ConfigError(f"--n={n}: {'--tools' if tools.file else '--chat'} gives one answer")
+    if not opening and (tools or suffix is not None):
+        raise ConfigError("--no-opening: expected a plain prompt, without --tools, --chat and --suffix")
     if suffix is not None:
         _check_argument("--suffix", suffix)
         if is_conversation or tools:
@@ -126,20 +131,35 @@ def _check_options(is_conversation: bool, n: int, tools: ToolOptions | None, suf
 
 
 def _load(
-    path: Path, tokenizer: Path | None, device: torch.device, answers: int, tp: int
+    path: Path, tokenizer: Path | None, device: torch.device, answers: int, tp: int, opening: bool, errors: Console
 ) -> tuple[Session, RunDirectory | None]:
-    """Returns a session with the model of `path`, and its run (None: outside a run). With tp > 1 it also lowers the
-    number of torch's threads.
+    """Returns a session with the model of `path`, and its run (None: outside a run).
+
+    On a CPU it sets the number of torch's threads to that of the cores that other programs leave free, and says so
+    where these are fewer, if `errors` is a terminal. OMP_NUM_THREADS keeps it. With tp > 1, devices share the threads.
+
+    Args:
+        opening: as of `Session`.
+        errors: gets the line about threads.
 
     Raises:
         ArtefactError, ConfigError, RankLostError: as `load_model` and `build_engine`; ConfigError names `--tp`.
     """
+    usage = CpuUsage()
     loaded = load_model(path, tokenizer)
     # Check before processes start: the message names the option.
     check_tp(loaded.config, tp, torch.cuda.device_count() if device.type == "cuda" else None, "--tp")
+    # Threads wait for each other in every layer: one that gets no core stops all of them.
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        n_free = max(1, min(torch.get_num_threads(), usage.free_cores()))
+        if n_free < torch.get_num_threads():
+            if errors.is_terminal:
+                line = f"{n_free} of {torch.get_num_threads()} threads: others use the cores (OMP_NUM_THREADS sets it)"
+                errors.print(Text(line, style="dim"), soft_wrap=True)
+            torch.set_num_threads(n_free)
     if tp > 1:  # the processes share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // tp))
-    return Session(loaded, device, answers, tp), loaded.run
+    return Session(loaded, device, answers, tp, opening), loaded.run
 
 
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:

@@ -4,7 +4,6 @@ The configurations of earlier stages are composed from the same command line: `s
 the target stage, `stages.NAME.KEY` to stage NAME.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from dist_lm.config.corpus import HF, TRAIN, check_sources
 from dist_lm.config.renamed import present_key
 from dist_lm.config.root import Config
-from dist_lm.errors import ConfigError, require
+from dist_lm.errors import ConfigError, did_you_mean, require
 from dist_lm.prepare.conf_folders import (
     GROUPS,
     KEY,
@@ -211,7 +210,8 @@ def target_stage(overrides: Sequence[str]) -> str:
     if choice == PIPELINE:
         return [stage.name for stage in all_stages() if stage.in_pipeline][-1]
     if choice not in known_choices:
-        raise ConfigError(f"stage={choice}: expected one of {accepted}")
+        hint = did_you_mean(choice, [*known_choices, PIPELINE], "stage=")
+        raise ConfigError(f"stage={choice}: {hint}expected one of {accepted}")
     return program_of(choice, overrides)
 
 
@@ -248,7 +248,8 @@ def _check_exists(override: Override, schema: type[Config], folders: Sequence[st
     if key in GROUPS:
         accepted = choices(key, folders)
         if override.value() not in accepted and not _is_snapshot(override):
-            raise ConfigError(f"{override_text}: expected one of {', '.join(accepted)}")
+            hint = did_you_mean(str(override.value()), accepted, f"{key}=")
+            raise ConfigError(f"{override_text}: {hint}expected one of {', '.join(accepted)}")
         return
 
     # Follow the key through dataclasses, mappings and lists.
@@ -289,8 +290,7 @@ def _no_such_key(override_text: str, parts: Sequence[str], node: Any, stage: str
 
     *outer_parts, unknown = parts
     names = [f.name for f in fields(node)]
-    similar = difflib.get_close_matches(unknown, names, n=1)
-    hint = f"did you mean {'.'.join([*outer_parts, similar[0]])}? " if similar else ""
+    hint = did_you_mean(unknown, names, "".join(f"{part}." for part in outer_parts))
 
     # Other groups than `stage` have the same keys in every stage.
     owner = group = ""

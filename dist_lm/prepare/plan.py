@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_lm.config.root import Config
-from dist_lm.errors import ConfigError, require
+from dist_lm.errors import ConfigError, did_you_mean, require
 from dist_lm.parallel.layout import AXES
 from dist_lm.prepare.compose import compose_config, overrides_of, target_stage
 from dist_lm.stages.registry import load_config, stage_named
@@ -168,9 +168,10 @@ def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
         if override.startswith("stages."):
             name = override.split(".")[1].split("=")[0]
             if name not in earlier or override.partition("=")[0].count(".") < 2:
+                hint = "" if name in earlier else did_you_mean(name, earlier, "stages.")
                 raise ConfigError(
-                    f"{override}: expected stages.NAME.KEY=value with NAME one of {', '.join(earlier) or '(none)'}; "
-                    f"keys of {target} itself are stage.KEY=value"
+                    f"{override}: {hint}expected stages.NAME.KEY=value with NAME one of "
+                    f"{', '.join(earlier) or '(none)'}; keys of {target} itself are stage.KEY=value"
                 )
 
 

@@ -41,7 +41,13 @@ HEADLINES = (  # most important first; cards and visible charts show the first `
     "perf/tokens_per_s",
     "perf/memory_gib",
 )
-COLOURS = 8  # number of colours in the style sheet
+COLOURS = 8  # number of colours in the style sheet, and most lines of a chart
+WORDS = {  # words of names of metrics that are written out in titles; "": the unit beside the title says it
+    **{"lr": "learning rate", "kl": "KL divergence", "mfu": "MFU", "eta": "time left", "std": "standard deviation"},
+    **{"grad": "gradient", "logprob": "log-probability", "args": "arguments", "frac": "fraction", "var": "variance"},
+    **{"approx": "approximate", "ema": "averaged weights:", "gib": "", "cpu": "CPU", "gpu": "GPU"},
+}
+KINDS = {"train": ", training", "val": ", validation", "perf": "", "timing": "", "system": ""}
 NUM_VISIBLE = 4
 
 
@@ -135,11 +141,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on the same axes."""
+    """Curves on the same axes, at most `COLOURS` of them."""
 
     name: str
     metric: Metric
     lines: tuple[Line, ...]
+    part: str = ""  # such as "2 of 3", if the lines of a metric need several charts
+
+    @property
+    def title(self) -> str:
+        """Returns the name for people, such as "Bits per byte, validation"."""
+        return readable_title(self.name) + (f" ({self.part})" if self.part else "")
 
     @property
     def positive(self) -> bool:
@@ -172,6 +184,19 @@ class StageCharts:
         return [*self.first, *(chart for group in self.groups.values() for chart in group)]
 
 
+def readable_title(name: str) -> str:
+    """Returns the name of a metric in words: `train/grad_norm` is "Gradient norm, training"."""
+    kind, slash, rest = name.partition("/")
+    if not slash:
+        return name
+    words = [WORDS.get(word, word) for word in rest.replace("/", "_").split("_")]
+    # The unit beside the title says seconds.
+    if words[-1] == "s":
+        words[-1] = "second" if "per" in words else ""
+    title = " ".join(word for word in words if word)
+    return title[:1].upper() + title[1:] + KINDS.get(kind, f" ({kind})")
+
+
 def registered_metric(name: str) -> Metric:
     """Returns the registry's metric of a name; a metric of another version has only a name."""
     try:
@@ -196,7 +221,7 @@ def _stage(stage: str, runs: Sequence[RunFacts], index_of: Mapping[int, int], mo
         index_of: `id` of a run -> its index in the report.
         most: most points of a curve.
     """
-    charts = [_chart(title, names, runs, index_of, most) for title, names in _titles(runs).items()]
+    charts = [chart for title, names in _titles(runs).items() for chart in _charts(title, names, runs, index_of, most)]
 
     # A constant needs no chart; it is listed with its value.
     still = tuple(chart for chart in charts if chart.drawable and not chart.moves)
@@ -228,9 +253,12 @@ def _titles(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
     return {title: sorted(names, key=lambda name: (name != title, name)) for title, names in names_of.items()}
 
 
-def _chart(title: str, names: Sequence[str], runs: Sequence[RunFacts], index_of: Mapping[int, int], most: int) -> Chart:
-    """Returns the chart of `names`, with a line for each of them in each run that has it. Each of several runs has one
-    colour, the same in every chart; for one run each name has one.
+def _charts(
+    title: str, names: Sequence[str], runs: Sequence[RunFacts], index_of: Mapping[int, int], most: int
+) -> list[Chart]:
+    """Returns the charts of `names`, with a line for each of them in each run that has it; more than `COLOURS` lines
+    are divided among several. Each of several runs has one colour, the same in every chart; for one run each name has
+    one.
 
     Args:
         index_of: `id` of a run -> its index in the report.
@@ -250,7 +278,14 @@ def _chart(title: str, names: Sequence[str], runs: Sequence[RunFacts], index_of:
     # A family with one part that equals the total, such as one language, needs one curve.
     if not several and len(lines) == 2 and equal_curves(lines[0].curve, lines[1].curve):
         lines = lines[:1]
-    return Chart(title, registered_metric(names[0]), tuple(lines))
+
+    metric = registered_metric(names[0])
+    if not any(line.curve.points.values.size and len(np.unique(line.curve.points.values)) > 1 for line in lines):
+        return [Chart(title, metric, tuple(lines))]  # a list of values, which has room for all
+    parts = [tuple(lines[begin : begin + COLOURS]) for begin in range(0, len(lines), COLOURS)]
+    if len(parts) == 1:
+        return [Chart(title, metric, parts[0])]
+    return [Chart(title, metric, part, f"{number} of {len(parts)}") for number, part in enumerate(parts, start=1)]
 
 
 def equal_curves(first: Curve, second: Curve) -> bool:

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dist_lm.errors import ArtefactError
-from dist_lm.report.charts import Chart, as_data, charts_of, still_values
+from dist_lm.report.charts import Chart, as_data, charts_of, readable_title, still_values
 from dist_lm.report.conditions import differences, flat, from_defaults, hardware_of
 from dist_lm.report.facts import Facts
 from dist_lm.report.layout import panels
@@ -107,28 +107,30 @@ def render(facts: Facts, created_at: str) -> str:
         differences=differences([run.config for run in facts.runs]),
         configurations=[(run, from_defaults(run.config), flat(run.config)) for run in facts.runs],
         notes=notes_of,
+        readable_title=readable_title,
         still_values=still_values,
         counted=counted,
     )
 
 
-def notes_of(chart: Chart) -> list[str]:
-    """Returns the notes below a chart, none to two: on values that are not drawn (of the longest curve), and on the
-    number of values that are not finite."""
+def notes_of(chart: Chart) -> list[tuple[str, str]]:
+    """Returns the notes below a chart as (class in the style sheet, text), none to two: on values that are not drawn
+    (of the longest curve), and, as a warning, on the number of values that are not finite."""
     notes = []
 
     # A reader must know that a curve does not show every measured value.
     thinned = [line.curve for line in chart.lines if len(line.curve.points.steps) < line.curve.measured]
     if thinned:
         longest = max(thinned, key=lambda curve: curve.measured)
-        notes.append(
+        text = (
             f"{longest.measured:,} measured values, {len(longest.points.steps):,} drawn: "
             "smallest and largest of each stretch of steps"
         )
+        notes.append(("note", text))
 
     not_finite = sum(line.curve.not_finite for line in chart.lines)
     if not_finite:
-        notes.append(f"{counted(not_finite, 'value')} not finite: gaps in the curve")
+        notes.append(("note warning", f"{counted(not_finite, 'value')} not finite: gaps in the curve"))
 
     return notes
 

@@ -18,6 +18,13 @@ def generate(
         str | None,
         typer.Option(help="The text behind the answer: the model fills the middle (trained with stage.fim_rate)."),
     ] = None,
+    opening: Annotated[
+        bool,
+        typer.Option(
+            help="Put the token that opens a document (mostly end-of-text) before the text. --no-opening: the text "
+            "alone, as transformers does for tokenizers that add no token."
+        ),
+    ] = True,
     tokenizer: TokenizerPath = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: the likeliest token.")] = 0.7,
@@ -71,4 +78,6 @@ def generate(
     options = None
     if tools or chat:
         options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters))
-    raise typer.Exit(generate(path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix))
+    raise typer.Exit(
+        generate(path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix, opening)
+    )

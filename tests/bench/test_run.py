@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, records_of, spread, table_of, why_absent
+from dist_lm.bench.progress import progress
 from dist_lm.bench.run import LONGEST_ROUND, order_of_round, run_benchmark, seconds_per_step
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
@@ -23,6 +24,22 @@ def test_every_way_takes_every_place_equally_often():
     assert all(sorted(order) == WAYS for order in rounds)
     for place in range(len(WAYS)):
         assert Counter(order[place] for order in rounds) == dict.fromkeys(WAYS, 2)
+
+
+def test_a_benchmark_without_a_terminal_says_what_it_does_every_ten_seconds():
+    """It printed nothing for ten minutes."""
+    errors = io.StringIO()
+    times = iter([0.0, *range(0, 65, 5)])
+    with progress(Console(file=io.StringIO()), errors, lambda: next(times)) as say:
+        for number in range(13):
+            say(f"round {number}")
+    assert errors.getvalue().splitlines() == [f"{10 * n:4} s  round {2 * n}" for n in range(7)]
+
+
+def test_each_round_is_said():
+    said: list[str] = []
+    seconds_per_step(WAYS, 3, lambda variant, steps: 1.0, say=said.append)
+    assert said == ["round 1 of 3", "round 2 of 3", "round 3 of 3"]
 
 
 def test_ways_are_interleaved_and_a_figure_is_a_step():

@@ -11,12 +11,14 @@ import torch
 
 from dist_lm import __main__ as program
 from dist_lm.data.infill import InfillMarks
+from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.load import load_model
 from dist_lm.generation.prompt_loop import visible
 from dist_lm.generation.request import Answer, Refusal, SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.terminal import STOPPED
+from dist_lm.storage.process import CpuUsage
 from tests.patience import patient
 
 PROMPT = "def value_3(name):\n"
@@ -61,6 +63,44 @@ def test_the_answer_alone_goes_to_standard_output(small_run, expected):
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("code/small/step_00000020: 20 tokens, ")
     assert line.endswith("max_new_tokens reached, seed 11")
+
+
+@pytest.mark.parametrize(("free", "threads"), [(0, 1), (9, 3)])
+def test_as_many_threads_compute_as_others_leave_cores_free(small_run, monkeypatch, capsys, free, threads):
+    """On a machine with other work, threads that wait for each other took 25 times as long as one."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(CpuUsage, "free_cores", lambda usage: free)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS)[0] == 0
+        assert torch.get_num_threads() == threads
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        torch.set_num_threads(3)
+        assert call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS)[0] == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_the_opening_the_prompt_is_its_own_tokens(small_run, monkeypatch, capsys):
+    loaded = load_model(small_run.path)
+    plain = Session(loaded, torch.device("cpu"), opening=False)
+    assert plain.tokens(PROMPT) == loaded.tokenizer.encode(PROMPT)
+    assert Session(loaded, torch.device("cpu")).tokens(PROMPT) == loaded.tokenizer.encode_prompt(PROMPT)
+    with pytest.raises(UserError, match="no-opening"):
+        plain.tokens("")
+    code, out, _ = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS, "--no-opening")
+    texts = [""]
+
+    def show(index: int, text: str) -> None:
+        texts[index] += text
+
+    params = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.95)
+    plain.answer(plain.tokens(PROMPT), Settings(params, 11), 1, show)
+    assert (code, out) == (0, texts[0])
+    refused = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS, "--no-opening", "--chat")
+    assert refused[0] == 2
 
 
 @pytest.mark.heavy

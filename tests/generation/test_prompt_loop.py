@@ -21,6 +21,7 @@ from dist_lm.generation.prompt_loop import (
     Do,
     PromptLoop,
     carries_on,
+    help_text,
     is_command,
     parse_command,
     unescape,
@@ -176,6 +177,13 @@ def test_a_language_without_an_opening_is_refused_with_the_way_out():
         OPENINGS.of("cobol")
     with pytest.raises(UserError, match=r"that language; type a beginning yourself$"):
         Openings().of("cobol")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_help_breaks_between_words(width):
+    lines = help_text(width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert " ".join(lines).split() == HELP.split()
 
 
 def test_a_terminal_is_told_nothing_but_text():

@@ -38,7 +38,10 @@ sys.exit(status)
     ("arguments", "words"),
     [
         (("stage=code", "stage.stepz=1"), "did you mean stage.steps?"),
-        (("stage=cod",), "stage=cod: expected one of code"),
+        (("stage=cod",), "stage=cod: did you mean stage=code? expected one of code"),
+        (("stage=code", "model=lage"), "model=lage: did you mean model=large? expected one of"),
+        (("stage=code", "stages.langage.steps=1"), "did you mean stages.language? "),
+        (("stage=qqq",), "stage=qqq: expected one of code"),
         ((), "stage is not given"),
         (("stage=code", "stages.languge.steps=1"), "stages.languge.steps=1"),
         (("stage=code", "stages.code.steps=5"), "keys of code itself"),
@@ -123,8 +126,12 @@ def test_a_thousand_ranks_are_played_in_little_memory():
 def test_help_and_the_resolved_configuration_are_shown():
     shown = launch("--help")
     assert shown.returncode == 0
-    for words in ("stage=code", "model:", "large", "stages.NAME.KEY"):
+    groups_of_keys = ("rlhf.*", "eval.*", "profile.*", "stages.NAME.KEY")
+    for words in ("stage=code", "model:", "large", "recipe: tuned\n", *groups_of_keys):
         assert words in shown.stdout
+    # Files of conf/recipe that a size or an experiment takes by itself are no choices.
+    assert "nano_code" not in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 120
     resolved = launch("stage=language", "model=large", "--cfg", "job")
     assert resolved.returncode == 0
     assert "d_model: 1600" in resolved.stdout

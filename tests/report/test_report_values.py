@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import Layout, placements
-from dist_lm.report.charts import charts_of, downsample, still_values, trend_of
+from dist_lm.report.charts import charts_of, downsample, family, readable_title, still_values, trend_of
 from dist_lm.report.conditions import differences, from_defaults
 from dist_lm.report.facts import Series
 from dist_lm.report.layout import kinds, mesh_picture, parameter_picture, rank_memory
@@ -22,6 +22,7 @@ from dist_lm.report.page import write_report
 from dist_lm.report.read import read_facts, read_run, read_series
 from dist_lm.report.timeline import timeline_of
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tracking.registry import METRICS
 from tests.report.made_runs import HOSTILE, STAGES, make_corpora, make_pipeline, make_run, write_lines
 
 MODEL = ModelConfig("small", d_model=64, n_layers=2, n_heads=4, d_ff=96, max_seq_len=64, vocab_size=512)
@@ -219,6 +220,52 @@ def test_a_family_of_metrics_is_one_chart_and_runs_that_are_compared_share_one(w
     loss = next(c for c in charts if c.name == "val/bits_per_byte_python")
     assert [line.label for line in loss.lines] == ["first", "second"]
     assert [line.colour for line in loss.lines] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("val/bits_per_byte", "Bits per byte, validation"),
+        ("train/grad_norm", "Gradient norm, training"),
+        ("perf/tokens_per_s", "Tokens per second"),
+        ("perf/memory_gib", "Memory"),
+        ("rlhf/kl", "KL divergence (rlhf)"),
+        ("unknown", "unknown"),
+    ],
+)
+def test_titles_are_words(name, title):
+    assert readable_title(name) == title
+
+
+def test_titles_of_all_metrics_differ_within_a_stage():
+    for stage in ("code", "tools", "reward", "rlhf", "preference", "generate"):
+        names = {family(metric) for metric in METRICS if stage in metric.stages}
+        assert len({readable_title(name) for name in names}) == len(names)
+
+
+def test_a_chart_has_at_most_eight_lines_and_no_line_is_lost(tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
+    parts = [f"val/bits_per_byte_language{part:02}" for part in range(13)]
+    lines = []
+    for n in range(1, 9):
+        values = {part: 9.0 + index - n for index, part in enumerate(parts)}
+        lines.append({"step": n, "time": n, "val/bits_per_byte": 9 - n, **values})
+    write_lines(run.metrics, lines)
+    facts = read_run(run, "default")
+    charts = [chart for chart in charts_of({"code": [facts]}, [facts])[0].charts if chart.name == "val/bits_per_byte"]
+    assert [len(chart.lines) for chart in charts] == [8, 6]
+    assert [chart.title for chart in charts] == [f"Bits per byte, validation ({n} of 2)" for n in (1, 2)]
+    assert len({line.label for chart in charts for line in chart.lines}) == 14
+
+
+def test_only_what_is_wrong_has_the_colour_of_a_warning(tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
+    lines = [{"step": n, "time": n, "train/loss": 1 / n, "train/skipped_steps": 0} for n in range(1, 5001)]
+    write_lines(run.metrics, lines)
+    page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
+    assert '<p class="note">5,000 measured values' in page
+    assert 'class="note warning"' not in page
+    assert '<details class="group still">' in page
 
 
 def test_nothing_of_a_run_becomes_markup_or_loads_anything(page):
