@@ -47,7 +47,7 @@ WORDS = {  # words of names of metrics that are written out in titles; "": the u
     **{"grad": "gradient", "logprob": "log-probability", "args": "arguments", "frac": "fraction", "var": "variance"},
     **{"approx": "approximate", "ema": "averaged weights:", "gib": "", "cpu": "CPU", "gpu": "GPU"},
 }
-KINDS = {"train": ", training", "val": ", validation", "perf": "", "timing": "", "system": ""}
+KINDS = {"train": ", training", "val": ", validation", "perf": "", "system": ", node"}
 NUM_VISIBLE = 4
 
 
