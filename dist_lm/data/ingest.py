@@ -90,6 +90,8 @@ class TextSplits:
         self.config = config
         self.frozen = frozen
         self.reader = SourceReader(seed, preloaded)
+        # corpus of texts -> bytes of the least part that hashes could hold out, if that exceeds `val_tokens`; 0: none
+        self.least_val_bytes: dict[str, int] = {}
         self._compared_corpora: set[str] = set()
 
     def screened(
@@ -219,7 +221,7 @@ class TextSplits:
         """Returns the share of groups of a corpus, in [0, 1], that is held out by hash, and all held-out documents.
 
         Reads the corpus. The share is halved until the held-out text fits `val_tokens`; it is 0 if a source has
-        `held_out`.
+        `held_out`. Notes in `least_val_bytes` a corpus of which nothing fits.
 
         Raises:
             ConfigError: the sources with `held_out` alone exceed `val_tokens`; or as `screened`.
@@ -229,7 +231,17 @@ class TextSplits:
         share = largest_share(self.config, corpus_name)
         chosen: list[Screened] = []
         size = 0
+        # What the smallest share holds that holds anything: group -> bytes.
+        least: dict[str, int] = {}
+        least_share = share
         for record in self.screened(corpus_name):
+            position = _position(record.group)
+            if position < least_share:
+                least[record.group] = least.get(record.group, 0) + record.n_bytes
+            while position < least_share / 2:
+                least_share /= 2
+                least = {group: n_bytes for group, n_bytes in least.items() if _position(group) < least_share}
+
             if record.source_config.held_out or split_of_group(record.group, share) == "val":
                 chosen.append(record)
                 size += record.n_bytes
@@ -246,6 +258,8 @@ class TextSplits:
                 share /= 2
                 chosen = [record for record in chosen if split_of_group(record.group, share) == "val"]
                 size = sum(record.n_bytes for record in chosen)
+        if not chosen:
+            self.least_val_bytes[corpus_name] = sum(least.values())
         return share, chosen
 
 
@@ -298,7 +312,9 @@ def split_documents(
 
     # Val stays in memory: only all of train tells which of its documents are dropped.
     val = []
+    groups = _Groups()
     for record in records:
+        groups.add(record.group)
         if rule.split_of(corpus_name, record) == "val":
             val.append(record)
         else:
@@ -310,16 +326,64 @@ def split_documents(
         yield from checked(record, "val", rule)
 
     if not splits["val"]:
-        raise ArtefactError(
-            f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
-            f"corpus.val_fraction={config.val_fraction} and corpus.val_tokens={config.val_tokens}: raise them, or the "
-            "limit of the sources"
+        cause = _why_nothing_is_held_out(
+            config, corpus_name, groups, len(val), text_splits.least_val_bytes.get(corpus_name, 0)
         )
+        raise ArtefactError(f"corpus {corpus_name}: none of its {splits.total()} documents is held out: {cause}")
     if not splits["train"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is left for train: val holds all of them, "
             "or train documents contain val (contains_val): give a source of train documents"
         )
+
+
+@dataclass
+class _Groups:
+    """What an error about held-out documents says of the groups of a corpus, without holding all of them."""
+
+    first: str = ""
+    several: bool = False  # whether there is more than one
+    smallest: float = 1.0  # smallest hash in [0, 1)
+
+    def add(self, group: str) -> None:
+        """Counts the group of a document."""
+        self.first = self.first or group
+        self.several = self.several or group != self.first
+        self.smallest = min(self.smallest, _position(group))
+
+
+def _why_nothing_is_held_out(
+    config: CorpusConfig, corpus_name: str, groups: _Groups, n_dropped: int, least_val_bytes: int
+) -> str:
+    """Returns why a corpus has no val document, and the way out.
+
+    Args:
+        n_dropped: held-out documents that were dropped.
+        least_val_bytes: as in `TextSplits.least_val_bytes`; 0: `val_tokens` is not the cause.
+    """
+    own_source = "give a source of its own for val (held_out: true)"
+    words_of_form = {
+        "text": "are one text or of one repository",
+        "conversation": "begin with the same user turn or have the same tools",
+        "ranking": "have the same prompt",
+    }
+    if n_dropped:
+        return (
+            f"train documents contain each of the {n_dropped} that were chosen (overlapping): remove copies from the "
+            f"data, or {own_source}, whose copies in train are dropped instead"
+        )
+    if not groups.several:
+        words = words_of_form[form_of(config, corpus_name)]
+        return f"they {words}, which is not divided: add other documents, or {own_source}"
+    if least_val_bytes:
+        return (
+            f"the least part that could be has {least_val_bytes:,} bytes, and corpus.val_tokens={config.val_tokens} "
+            f"is less ({BYTES_PER_TOKEN} bytes a token): expected at least {-(-least_val_bytes // BYTES_PER_TOKEN)}"
+        )
+    return (
+        f"there are too few for corpus.val_fraction={config.val_fraction}: expected above {groups.smallest:.4f}, or "
+        "more documents (limit of the sources)"
+    )
 
 
 def largest_share(config: CorpusConfig, corpus_name: str) -> float:
@@ -355,4 +419,9 @@ def split_of_group(group: str, val_fraction: float) -> str:
     Args:
         group: hexadecimal; the first 16 digits count.
     """
-    return "val" if int(group[:16], 16) / HASH_RANGE < val_fraction else "train"
+    return "val" if _position(group) < val_fraction else "train"
+
+
+def _position(group: str) -> float:
+    """Returns the hash of a group as a number in [0, 1)."""
+    return int(group[:16], 16) / HASH_RANGE

@@ -25,6 +25,13 @@ HOPELESS = 1000  # broken rows after which a source that is mostly broken ends
 LANGUAGES = 256  # most of a corpus: a document has a byte for its language
 CACHED_CHARACTERS = 64_000_000  # sum of small sources, which stay in memory and are read once
 
+# Why documents were dropped -> what to do if a source has no other
+WAYS_OUT = {
+    "too_long": "divide the documents, or raise corpus.max_document_bytes",
+    "compressed": "zip, bz2, xz and 7z files are not read: unpack them, or compress each file with gzip or zstd",
+    "duplicate": "equal texts came earlier in the corpus: remove the source",
+}
+
 
 @dataclass
 class Tally:
@@ -255,9 +262,16 @@ def screened(
                 only = f" (only={source.only})" if "other_language" in dropped else ""
                 listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
                 reasons = f"dropped were {listing}{only}; "
+            # The reason that most documents were dropped for tells more than the reader can.
+            advice = source_traits(source).advice
+            if dropped:
+                main_reason = dropped.most_common(1)[0][0]
+                advice = WAYS_OUT.get(main_reason, advice)
+                if main_reason == "too_long":
+                    advice += f" (now {config.max_document_bytes:,})"
             raise ArtefactError(
                 f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {reasons}"
-                f"{source_traits(source).advice} (corpus={config.name})"
+                f"{advice} (corpus={config.name})"
             )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from dist_lm.evaluation.statistics import estimate, paired_test
 from dist_lm.tracking.readable import counted
 
+SHOWN_MODELS = 3  # most models whose values stand in the closing table
+
 
 def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the figures of a model as rows: model, task, figure, value, low, high, items. Groups have no
@@ -86,18 +88,26 @@ def _tests_text(tests: Mapping[str, int] | None) -> str:
 
 
 def figures_of(result: Mapping[str, Any]) -> str:
-    """Returns the first figure of each task and model as text, for the closing table.
+    """Returns the first figure of the first task of each model as text, for the closing table, which is narrow.
 
     Args:
         result: `result.json` of stage evaluate.
     """
-    texts = []
-    for model_result in result["models"]:
-        figures = []
-        for task, scores in model_result["tasks"].items():
-            if scores["figures"]:
-                name, interval = next(iter(scores["figures"].items()))
-                figures.append(f"{task} {name} {interval['value']:.3f}")
-        text = ", ".join(figures)
-        texts.append(f"{model_result['model']}: {text}" if len(result["models"]) > 1 else text)
-    return "; ".join(texts)
+    models = result["models"]
+    task, scores = next(iter(models[0]["tasks"].items()))
+    name = next(iter(scores["figures"]), "")
+    figures = [model["tasks"][task]["figures"].get(name) for model in models]
+    values = [f"{interval['value']:.3f}" for interval in figures if interval]
+
+    text = f"{counted(len(models), 'model')}, {counted(len(models[0]['tasks']), 'task')}"
+    if not values or len(values) > SHOWN_MODELS:
+        return text
+    return f"{text}; {task} {name} {', '.join(values)}"
+
+
+def shortened(text: str, width: int) -> str:
+    """Returns a text of at most `width` characters: of a longer one the beginning and, for paths, more of the end."""
+    if len(text) <= width:
+        return text
+    n_first = width // 3
+    return f"{text[:n_first]}...{text[n_first + 3 - width :]}"

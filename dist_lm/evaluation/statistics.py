@@ -6,6 +6,7 @@ Everything is a function of its inputs: the bootstrap draws from a generator wit
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -113,24 +114,66 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -
 def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
     """Compares two models by one value for each task, in the same order; at least one task.
 
-    The interval of the difference is resampled, at `LEVEL`. The p value comes from McNemar's exact test (binomial) if
-    all values are 0 or 1. Otherwise a permutation test that flips the signs of the tasks' differences.
+    If all values are 0 or 1, the interval of the difference is `paired_interval`, and the p value comes from McNemar's
+    exact test (binomial). Otherwise the interval is resampled, at `LEVEL`, and a permutation test flips the signs of
+    the tasks' differences.
     """
     assert len(first) == len(second) > 0
     difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
-    low, high = np.quantile(_resampled_means(difference), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
 
     if {*first, *second} <= {0.0, 1.0}:
         method = "McNemar"
+        low, high = paired_interval(first, second)
         p = mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
     else:
         method = "permutation"
+        low, high = np.quantile(_resampled_means(difference), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         generator = np.random.default_rng(SEED)
         signs = (generator.choice([-1.0, 1.0], size=shape) for shape in _blocks(len(difference)))
         means = np.abs(np.concatenate([(block * difference).mean(axis=1) for block in signs]))
         # The observed assignment counts as one, so p is never 0 (Phipson and Smyth 2010).
         p = (1 + int((means >= abs(difference.mean()) - 1e-12).sum())) / (1 + RESAMPLES)
     return PairedTest(float(difference.mean()), float(low), float(high), p, method)
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
+    """Returns the interval of the difference of two shares of the same tasks, second minus first, at `LEVEL`.
+
+    Values are 0 or 1. Unlike a bootstrap it has a width where the models agree on all tasks: two models that pass 0 of
+    50 may differ by 0.07. Source: Newcombe 1998, Statistics in Medicine 17:2635, method 10, from the score intervals of
+    both shares and the correlation of the models, with a continuity correction.
+    """
+    n_tasks = len(first)
+    both = sum(1 for x, y in zip(first, second, strict=True) if x and y)
+    passed_first, passed_second = round(sum(first)), round(sum(second))
+    only_first, only_second = passed_first - both, passed_second - both
+    neither = n_tasks - both - only_first - only_second
+
+    spread = passed_first * (n_tasks - passed_first) * passed_second * (n_tasks - passed_second)
+    association = both * neither - only_first * only_second
+    if association > 0:
+        association = max(association - n_tasks / 2, 0)
+    correlation = association / math.sqrt(spread) if spread else 0.0
+
+    share_first, share_second = passed_first / n_tasks, passed_second / n_tasks
+    low_first, high_first = _score_interval(passed_first, n_tasks)
+    low_second, high_second = _score_interval(passed_second, n_tasks)
+
+    def distance(x: float, y: float) -> float:
+        return math.sqrt(max(x * x - 2 * correlation * x * y + y * y, 0.0))
+
+    difference = share_second - share_first
+    below = distance(share_second - low_second, high_first - share_first)
+    above = distance(high_second - share_second, share_first - low_first)
+    return difference - below, difference + above
+
+
+def _score_interval(passed: int, tasks: int) -> tuple[float, float]:
+    """Returns the interval of a share at `LEVEL`: Wilson 1927."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle = passed + z * z / 2
+    width = z * math.sqrt(passed * (tasks - passed) / tasks + z * z / 4)
+    return (middle - width) / (tasks + z * z), (middle + width) / (tasks + z * z)
 
 
 def mcnemar(gained: int, lost: int) -> float:

@@ -5,9 +5,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from dist_lm.errors import UserError
 from dist_lm.launcher.pipeline import QueuedStage
-from dist_lm.prepare.conf_folders import KEY, with_config_dir
-from dist_lm.prepare.plan import Plan, PlannedStage
+from dist_lm.prepare.compose import own_groups
+from dist_lm.prepare.conf_folders import with_config_dir
+from dist_lm.prepare.plan import Plan, PlannedStage, plan_command
 from dist_lm.stages.registry import all_stages
 from dist_lm.stages.stage import KeyFigure, RunsIn, run_of, shown_path
 from dist_lm.storage.run_directory import RunDirectory
@@ -167,8 +169,8 @@ def next_commands(
     """Yields (purpose, shell command) of possible next steps, perhaps none; nothing is run.
 
     Unless the stage is done: to go on, and to see what happened. For a stage that runs in ranks and has metrics: to use
-    what its run has. Only if such a stage is done: the first stage that starts from it, with the overrides of the
-    command that both share.
+    what its run has. Only if such a stage is done: the first stage that starts from it and that a launch would not
+    refuse, with the overrides of the command that both share.
 
     Args:
         stage: the last stage of the command; its run directory is read.
@@ -193,12 +195,42 @@ def next_commands(
         if list(run.wandb.glob("offline-run-*")):
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
 
-    follower = next((later.name for later in all_stages() if later.starts_from == stage.name), None)
-    if state == "done" and follower and trains:
-        # Other keys belong to this stage, such as stage.lr.
-        shared_keys = ("run_id=", "work_dir=", "model=", "corpus=", f"{KEY}=")
-        overrides = [override for override in with_config_dir(command[1:]) if override.startswith(shared_keys)]
-        yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *overrides])
+    if state == "done" and trains:
+        followers = [later for later in all_stages() if later.starts_from == stage.name]
+        launches = (_launch_of_follower(stage, follower.name, command[1:]) for follower in followers)
+        for overrides in filter(can_be_launched, launches):
+            yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", *overrides])
+            break
+
+
+def _launch_of_follower(stage: PlannedStage, follower: str, arguments: Sequence[str]) -> list[str]:
+    """Returns the overrides of a launch of `follower` that starts from the run of `stage`.
+
+    Args:
+        arguments: of the command that trained `stage`, its target.
+    """
+    # Keys of this stage, such as stage.lr, would be those of the other one.
+    own_keys = ("stage=", "stage.", "profile.", *(f"{group}." for group in own_groups(stage.stage.schema)))
+    overrides = with_config_dir(arguments)
+    shared = [override for override in overrides if not override.startswith(own_keys)]
+
+    # Behind a run that did not start from the stage before it, the stages in between would be trained again.
+    start = []
+    if any(override.startswith(("stage.init_from=", "stage.branch_from=")) for override in overrides):
+        start = [f"stage.init_from={run_of(stage.config).path}"]
+    return [f"stage={follower}", *shared, *start]
+
+
+def can_be_launched(overrides: Sequence[str]) -> bool:
+    """Returns whether a launch is planned without an error of the user, such as a corpus that is not configured.
+
+    Reads the work directory and writes nothing.
+    """
+    try:
+        plan_command(overrides)
+    except UserError:
+        return False
+    return True
 
 
 def _duration(seconds: float | None) -> str:

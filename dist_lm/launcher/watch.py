@@ -24,13 +24,16 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_state import GangFacts, RankPulse
 from dist_lm.tracking.metrics import LineFollower, MetricsFollower, last_metrics
 from dist_lm.tracking.progress import TrainingProgress
+from dist_lm.tracking.readable import duration
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
+from dist_lm.training.heartbeat import Phase
 
 RANKS_EVERY_S = 0.5
 CHECKPOINT_EVERY_S = 2.0  # the file system may be slow
 USAGE_EVERY_S = 15.0
 FILES_EVERY_S = 5.0
+SLOW_START_S = 60.0  # without a step after so long, and again as often, a line says what the ranks do
 
 
 class WandbCopy:
@@ -192,11 +195,17 @@ class RunWatch:
         self._warnings = LineFollower(run.warnings, from_end=True)
         self._metrics = MetricsFollower(run.metrics)
         self._ranks_at = self._checkpoint_at = 0.0
+        self._pulses: Sequence[Pulse] = ()
+        self._began = self._told_at = time.monotonic()  # of this attempt, and of the last line about its start
+        self._has_begun = False  # whether this attempt has written a line of metrics
         progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
 
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
         self._progress.state.start(gang, time.time())
+        self._pulses = ()
+        self._began = self._told_at = time.monotonic()
+        self._has_begun = False
         if self._wandb:
             self._wandb.attempt()
 
@@ -207,6 +216,7 @@ class RunWatch:
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
         """Passes on every warning and line of metrics that was written since the last call, and the newest checkpoint.
+        Says every minute what the ranks do until the first line of an attempt is written.
 
         Args:
             usages: host -> load of the node.
@@ -219,24 +229,48 @@ class RunWatch:
         # A new attempt writes the steps after its checkpoint again.
         for line in self._metrics.poll():
             of_this_attempt = self._progress.update(line)
+            self._has_begun = self._has_begun or of_this_attempt
             if self._wandb:
                 self._wandb.line(line, of_this_attempt)
         if self._wandb:
             self._wandb.look(usages)
 
         now = time.monotonic()
+        if not self._has_begun and now - self._told_at >= SLOW_START_S:
+            self._told_at = now
+            self._console.line(f"no step after {duration(now - self._began)}: {doings(self._pulses)}")
         if now - self._checkpoint_at >= CHECKPOINT_EVERY_S:
             self._checkpoint_at = now
             self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
 
     def heard(self, pulses: Sequence[Pulse]) -> None:
         """Show the last heartbeats of the ranks."""
+        self._pulses = pulses
         now = time.monotonic()
         if now - self._ranks_at >= RANKS_EVERY_S:
             self._ranks_at = now
             self._progress.heard(
                 [RankPulse(pulse.rank, pulse.step, pulse.phase.words, pulse.age_s) for pulse in pulses]
             )
+
+
+def doings(pulses: Sequence[Pulse]) -> str:
+    """Returns what the ranks do, those that do the same together, with the time since their last heartbeat:
+    `2 ranks loading for 65 s, rank 1 starting for 70 s`."""
+    if not pulses:
+        return "no rank has reported yet: agents start their processes, which import packages"
+    ranks_of: dict[Phase, list[Pulse]] = {}
+    for pulse in pulses:
+        ranks_of.setdefault(pulse.phase, []).append(pulse)
+
+    texts = []
+    for phase, ranks in ranks_of.items():
+        names = f"rank {ranks[0].rank}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
+        words = phase.words
+        if phase is Phase.STARTING:
+            words += " (imports packages, reads the configuration, joins the process group)"
+        texts.append(f"{names} {words} for {duration(min(pulse.age_s for pulse in ranks))}")
+    return ", ".join(texts)
 
 
 @contextmanager

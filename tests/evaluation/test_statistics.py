@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from dist_lm.evaluation import statistics
-from dist_lm.evaluation.statistics import estimate, mcnemar, paired_test, pass_at_k, ratio_estimate
+from dist_lm.evaluation.statistics import (
+    estimate,
+    mcnemar,
+    paired_interval,
+    paired_test,
+    pass_at_k,
+    ratio_estimate,
+)
 
 
 @pytest.mark.parametrize(("samples", "passed"), [(5, 0), (5, 1), (5, 3), (5, 5), (8, 2)])
@@ -75,6 +82,35 @@ def test_models_that_differ_on_the_same_tasks_are_told_apart():
     assert (same.difference, same.p) == (0, 1)
     back = paired_test(second, first)
     assert (back.difference, back.p) == (-found.difference, found.p)
+
+
+def test_the_interval_of_two_shares_is_that_of_newcombe():
+    """36 tasks that both pass, 12 only the first, 2 only the second: row (a) of table III there."""
+    first, second = [1.0] * 48 + [0.0] * 2, [1.0] * 36 + [0.0] * 12 + [1.0] * 2
+    assert paired_interval(second, first) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+
+
+def test_models_that_agree_on_every_task_may_still_differ():
+    nothing = paired_test([0.0] * 50, [0.0] * 50)
+    assert (nothing.difference, nothing.p) == (0, 1)
+    assert (nothing.low, nothing.high) == pytest.approx((-0.0714, 0.0714), abs=1e-3)
+    everything = paired_test([1.0] * 50, [1.0] * 50)
+    assert (everything.low, everything.high) == pytest.approx((nothing.low, nothing.high))
+    opposite = paired_test([0.0] * 50, [1.0] * 50)
+    assert 0.8 < opposite.low < opposite.high <= 1 + 1e-12
+
+
+def test_the_interval_of_two_shares_holds_the_difference_as_often_as_it_says():
+    chance = np.random.default_rng(3)
+    for share_first, share_second, n_tasks in ((0.02, 0.05, 50), (0.5, 0.6, 40), (0.9, 0.95, 100)):
+        held = 0
+        for _ in range(400):
+            # One draw for both models, so that they tend to pass the same tasks.
+            draws = chance.uniform(0, 1, n_tasks)
+            first, second = (draws < share_first).astype(float), (draws < share_second).astype(float)
+            low, high = paired_interval(first.tolist(), second.tolist())
+            held += low <= share_second - share_first <= high
+        assert held / 400 > 0.92
 
 
 def test_values_between_0_and_1_are_permuted():

@@ -5,16 +5,19 @@ import json
 
 import pytest
 
+from dist_lm.launcher import outcome
 from dist_lm.launcher.outcome import key_figures, next_commands, print_outcome
 from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.prepare.compose import compose_config
-from dist_lm.prepare.plan import Plan, PlannedStage
+from dist_lm.prepare.plan import Plan, PlannedStage, plan_command
 from dist_lm.stages.registry import all_stages, stage_named
 from dist_lm.stages.stage import Action, run_of
-from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.tracking.registry import metric_of
+from tests.conftest import tiny
+from tests.prepare.planned import make_run, plan_of
 
 COMMAND = ["launch.py", "stage=code", "work_dir=my work"]
 
@@ -63,15 +66,45 @@ def test_a_command_that_did_not_end_well_says_how_to_go_on(plan: Plan) -> None:
     assert "generate" not in text
 
 
-def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan) -> None:
+def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan, monkeypatch) -> None:
     stage = plan.stages[0]
     run = run_of(stage.config)
     names = [name for name, _ in next_commands(stage, "done", COMMAND)]
     assert names == ["talk to it", "report", "next stage"]
+    monkeypatch.setattr(outcome, "can_be_launched", lambda overrides: False)
+    assert [name for name, _ in next_commands(stage, "done", COMMAND)] == names[:-1]
+    monkeypatch.undo()
     (run.wandb / "offline-run-1").mkdir(parents=True)
     commands = dict(next_commands(stage, "done", COMMAND))
     assert commands["curves"] == f"python -m dist_lm dashboard show --offline '{run.path}'"
     assert commands["next stage"] == "python -m dist_lm.launch stage=code 'work_dir=my work'"
+
+
+def test_the_next_stage_goes_on_from_a_run_with_a_start_of_its_own(tmp_path) -> None:
+    """Without the start, the stages before an adapted run were planned again, and the run itself was refused."""
+    work = WorkDirectory(tmp_path)
+    base = make_run(work, "code", done=True)
+    adapted = ["run_id=adapted", f"stage.init_from={base.path}", "stage.lora.rank=4", "stage.lr=1e-4"]
+    run = make_run(work, "code", *adapted, done=True)
+    target = plan_of(work, *adapted).stages[-1]
+    command = ["launch.py", "stage=code", *tiny("tools"), f"work_dir={work.path}", *adapted]
+    (overrides,) = [text.split()[3:] for name, text in next_commands(target, "done", command) if name == "next stage"]
+    assert overrides[0] == "stage=tools"
+    assert f"stage.init_from={run.path}" in overrides
+    assert not {"stage.lora.rank=4", "stage.lr=1e-4"} & {*overrides}
+    assert [stage.name for stage in plan_command(overrides).stages] == ["tokenizer", "shards", "tools"]
+
+
+def test_a_stage_whose_corpus_is_not_configured_is_no_next_stage(tmp_path) -> None:
+    work = WorkDirectory(tmp_path / "work")
+    (tmp_path / "lab" / "corpus").mkdir(parents=True)
+    source = {"reader": "files", "path": str(tmp_path), "licence": "MIT"}
+    (tmp_path / "lab" / "corpus" / "ours.yaml").write_text(json.dumps({"corpora": {"code": [source]}}))
+    own = [f"hydra.searchpath=['{tmp_path}/lab']", "corpus=ours", "stage.init_from=none"]
+    make_run(work, "code", *own, done=True)
+    target = plan_of(work, *own).stages[-1]
+    command = ["launch.py", "stage=code", *tiny("tools"), f"work_dir={work.path}", *own]
+    assert "next stage" not in dict(next_commands(target, "done", command))
 
 
 def test_a_command_that_began_nothing_has_no_table(plan: Plan) -> None:

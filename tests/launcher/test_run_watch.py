@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dist_lm.cluster.events import GangFailure
+from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.launcher import watch
 from dist_lm.launcher.watch import RunWatch, watching
@@ -21,6 +22,7 @@ from dist_lm.tracking.alerts import QUIET_S, Alert
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_state import GangFacts
 from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.training.heartbeat import Phase
 
 USAGE = {"n1": NodeUsage(50.0, 25.0, 4.0)}
 
@@ -116,6 +118,30 @@ def test_a_failure_is_one(run: RunDirectory, told: Told) -> None:
     with pytest.raises(RuntimeError), show(run):
         raise RuntimeError("boom")
     assert (told.outcome, told.alerts) == ("failed", ["code/first failed"])
+
+
+def test_a_start_of_more_than_a_minute_says_what_each_rank_does(
+    run: RunDirectory, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch stood 402 s in 'starting' with both ranks busy, and said no more."""
+    now = [0.0]
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    output = io.StringIO()
+    config = compose_config(["stage=code", "stage.corpus=code", "run_id=first", f"work_dir={run.work.path}"])
+    with watching(config, run, Console(output=output, errors=io.StringIO())) as shown:
+        shown.attempt(GangFacts(("n1",), 3, "cpu", "dp=3"))
+        for second in range(200):
+            now[0] = float(second)
+            if second == 100:
+                pulses = [(0, Phase.LOADING, 30.0), (1, Phase.STARTING, 95.0), (2, Phase.LOADING, 31.0)]
+                shown.heard([Pulse(rank, phase, 0, age_s, 0.0) for rank, phase, age_s in pulses])
+            shown.look({})
+            if second == 150:
+                write(run, {"step": 1, "train/skipped_steps": 0})
+    first, second_line = [line for line in output.getvalue().splitlines() if line.startswith("no step after")]
+    assert first.startswith("no step after 1:00 min: no rank has reported yet")
+    assert "2 ranks loading for 30 s, rank 1 starting (" in second_line
+    assert second_line.endswith(") for 1:35 min")
 
 
 def skipped(*counts: int) -> list[dict[str, Any]]:

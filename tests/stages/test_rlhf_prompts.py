@@ -114,6 +114,15 @@ def test_tests_of_a_prompt_are_found_by_what_the_model_sees(tiny_work, tmp_path)
         check_prompts(config.rlhf)
 
 
+def test_an_empty_prompt_is_refused_before_ranks_start(tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("Say it", "")))
+    config = compose_config([*RLHF, f"rlhf.prompts_from={file}"])
+    assert isinstance(config, RlhfRunConfig)
+    with pytest.raises(ArtefactError, match="line 2: the prompt is empty"):
+        check_prompts(config.rlhf)
+
+
 def test_tests_as_a_reward_need_a_file_of_prompts():
     with pytest.raises(ConfigError, match=r"rlhf\.prompts_from='': expected a file of prompts with tests"):
         compose_config(["stage=rlhf", *TINY_MODEL, TESTED])

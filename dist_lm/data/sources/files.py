@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.listing import bare_name, base_of, list_files
-from dist_lm.data.sources.opening import brief, open_content, scheme_of, unreadable
+from dist_lm.data.sources.opening import OTHER_COMPRESSIONS, brief, open_content, scheme_of, unreadable
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
@@ -161,10 +161,10 @@ def list_source_files(source: SourceConfig) -> Inputs:
     keys=("language", "licence", "path", "exclude", "only"),
     needs=("path",),
     inputs=list_source_files,
-    advice="check path, exclude and only; every file is empty, binary or repeated",
+    advice="check path, exclude and only; no file has text of its own",
 )
 def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Yields every file as a text, or `Rejected`: too_long, binary or invalid_utf8.
+    """Yields every file as a text, or `Rejected`: too_long, compressed, binary or invalid_utf8.
 
     `source.language` replaces the languages of the files; a file of unknown language that a path names is `text`.
     `seed` is not used.
@@ -251,10 +251,13 @@ def _root_of(name: str, roots: set[str]) -> str:
 def _text(content: bytes) -> tuple[str, str]:
     """Returns the text of a file and an empty reason, or an empty text and why it is dropped.
 
-    The reasons are too_long, binary (a NUL in the first 8,192 bytes) and invalid_utf8. A byte order mark is left out.
+    The reasons are too_long, compressed (by a program whose files are not read), binary (a NUL in the first 8,192
+    bytes) and invalid_utf8. A byte order mark is left out.
     """
     if len(content) > LONGEST:
         return "", "too_long"
+    if OTHER_COMPRESSIONS.match(content):
+        return "", "compressed"
     # A NUL is in no source text, and early in nearly every binary file.
     if b"\0" in content[:8192]:
         return "", "binary"

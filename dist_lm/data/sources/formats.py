@@ -10,10 +10,11 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from dist_lm.data.sources.listing import bare_name
-from dist_lm.data.sources.opening import open_content, open_raw
+from dist_lm.data.sources.opening import OTHER_COMPRESSIONS, open_content, open_raw
 from dist_lm.errors import ArtefactError
 
 LONGEST = 512 << 20  # bytes of a line, characters of a CSV field
@@ -46,13 +47,13 @@ def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numb
         wanted_columns: not used: a line is parsed whole.
 
     Raises:
-        ArtefactError: the file is UTF-16, or a list that is broken.
+        ArtefactError: the file is UTF-16 or of another compression, or a list that is broken.
         OSError: the file cannot be read or decompressed.
         ConfigError: the scheme of a URL is not supported.
     """
     with open_content(name) as file:
         first_bytes = file.peek(4)
-        _refuse_utf16(name, first_bytes)
+        _refuse_foreign(name, file.peek(16))
         if first_bytes.startswith(BOM):
             file.read(len(BOM))
 
@@ -79,11 +80,13 @@ def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Nu
             row is empty.
 
     Raises:
-        OSError, ValueError: the file cannot be read or is damaged.
+        ArtefactError: the file is compressed as a whole.
+        OSError, ValueError: the file cannot be read, is damaged or encrypted.
         ConfigError: the scheme of a URL is not supported.
     """
     import pyarrow.parquet
 
+    _refuse_outer_compression(name)
     # Nothing is fetched ahead: memory stays below a row group, and other columns cost no request.
     with open_raw(name, random_access=True) as raw:
         file = pyarrow.parquet.ParquetFile(
@@ -118,14 +121,14 @@ def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Number
         wanted_columns: may not be in the header twice; None: no column may. All columns are in a row.
 
     Raises:
-        ArtefactError: the file is UTF-16, the header is broken or names a column twice, or a quote opens that nothing
-            closes; the message names the line.
+        ArtefactError: the file is UTF-16 or of another compression, the header is broken or names a column twice, or
+            a quote opens that nothing closes; the message names the line.
         OSError: the file cannot be read or decompressed.
         ConfigError: the scheme of a URL is not supported.
     """
     csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
     with open_content(name) as file:
-        _refuse_utf16(name, file.peek(4))
+        _refuse_foreign(name, file.peek(16))
         # Bytes of another encoding become lone surrogates, so that only their own row is broken.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter="\t" if bare_name(name).endswith(".tsv") else ",", strict=True)
@@ -234,8 +237,21 @@ def _decoded(batch: Any) -> Iterator[Row | BadRow]:
                 yield BadRow("invalid_utf8", f"byte {error.start} of a text is not UTF-8")
 
 
-def _refuse_utf16(name: str, first_bytes: bytes) -> None:
-    """Raises ArtefactError if a file begins with the byte order mark of UTF-16."""
+def _refuse_outer_compression(name: str) -> None:
+    """Raises ArtefactError for .parquet.gz and .parquet.zst: the footer of a parquet file is read before its rows."""
+    if not bare_name(name).endswith(PurePosixPath(name.partition("?")[0]).suffix.lower()):
+        raise ArtefactError(
+            f"{name}: a parquet file cannot be read through another compression (its columns are compressed "
+            "already): unpack it, as with gunzip or zstd -d"
+        )
+
+
+def _refuse_foreign(name: str, first_bytes: bytes) -> None:
+    """Raises ArtefactError if a file begins with the byte order mark of UTF-16, or as zip, bz2, xz and 7z files do."""
+    if OTHER_COMPRESSIONS.match(first_bytes):
+        raise ArtefactError(
+            f"{name}: zip, bz2, xz and 7z files are not read: unpack it, or compress it with gzip or zstd"
+        )
     if first_bytes.startswith(UTF16):
         raise ArtefactError(f"{name}: the text is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
 

@@ -4,6 +4,7 @@ Credentials and the endpoint of s3 and gs come from the environment (AWS_ACCESS_
 """
 
 import io
+import re
 from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+OTHER_COMPRESSIONS = re.compile(rb"PK\x03\x04|BZh[1-9]1AY&SY|\xfd7zXZ\x00|7z\xbc\xaf\x27\x1c")  # zip, bz2, xz, 7z
 REMOTE = ("http", "https", "s3", "gs")
 BUFFER = 1 << 20  # bytes
 HTTP_BLOCK = 5 << 20  # bytes of a request when a file is read from begin to end
@@ -188,6 +190,8 @@ def unreadable(error: BaseException) -> str:
     """
     if "requires too much memory" in str(error):  # words of zstd
         return "its zstd window is over 128 MiB: compress it again without --long"
+    if "decrypt" in str(error).lower():  # words of pyarrow for parquet
+        return "the file is encrypted: decrypt it"
     if isinstance(error, OSError) and (error.errno or error.__cause__):
         return brief(error)
     return f"{brief(error)}: the file is truncated, damaged or of another format"

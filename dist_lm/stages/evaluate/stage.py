@@ -22,7 +22,7 @@ from dist_lm.config.pool import EngineConfig
 from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.config.stage import SamplingConfig, StageGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
-from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of
+from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of, shortened
 from dist_lm.stages.continuing import EVALUATION_FREE_KEYS, EVALUATION_KEYS, differing_keys, refuse_other_settings
 from dist_lm.stages.evaluate.inputs import (
     TESTS,
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 AUTO = "auto"
+FIGURE_WIDTH = 44  # columns of a figure's name, so that a table has at most 100
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
@@ -239,18 +240,17 @@ class Evaluate(PoolStage):
         return {"models": list(results), "comparisons": comparisons}
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Prints the table of figures with their intervals, and the comparisons."""
+        """Prints a table of each model's figures with their intervals, within 100 columns, and the comparisons."""
         run = run_of(config)
         result = self.read_result(run)
-        rows = []
-        for row in [row for model in result["models"] for row in rows_of(model)]:
-            interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] is not None else ""
-            rows.append(
-                (row["model"], row["task"], row["figure"], f"{row['value']:.3f}", interval, f"{row['items']:,}")
-            )
-        console.table(
-            "figures, with intervals of 95 %", ("model", "task", "figure", "value", "interval", "items"), rows
-        )
+        for model in result["models"]:
+            rows = []
+            for row in rows_of(model):
+                interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] is not None else ""
+                figure = shortened(row["figure"], FIGURE_WIDTH)
+                rows.append((row["task"], figure, f"{row['value']:.3f}", interval, f"{row['items']:,}"))
+            title = f"{model['model']}, with intervals of 95 %"
+            console.table(title, ("task", "figure", "value", "interval", "items"), rows)
         for comparison in result["comparisons"]:
             console.line(comparison_text(comparison))
         console.line(f"answers: {run.samples}")

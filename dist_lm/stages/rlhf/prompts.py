@@ -209,6 +209,9 @@ def _prompts_of(pattern: str, key: str) -> Iterator[Prompt]:
             raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
         if prompt.suffix is not None:
             raise ArtefactError(f"{key}: {prompt.place}: has a `suffix`, which no turn of a chat has: remove it")
+        # The rank that renders it would refuse it too, but only once all of them have started.
+        if not prompt.text:
+            raise ArtefactError(f"{key}: {prompt.place}: the prompt is empty: write a request, or remove the line")
         yield prompt
 
     if prompt is None:
