@@ -72,3 +72,14 @@ def utf8(text: str, name: str) -> bytes:
 
 class UnreachableError(ArtefactError):
     """The hub did not answer, although it was asked several times."""
+
+
+class ChangedInputError(ArtefactError):
+    """A file that a source reads is not as it was when it was listed or first read."""
+
+    def __init__(self, name: str, words: str) -> None:
+        """`words`: how it changed."""
+        super().__init__(
+            f"{name}: changed while it was read ({words}), so documents held out before could be train now: run the "
+            "command again when nothing writes to it (lines may be added to plain text)"
+        )

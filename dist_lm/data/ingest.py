@@ -30,7 +30,7 @@ from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
 
 HASH_RANGE = 2**64  # hashes of groups are below
 
@@ -315,6 +315,9 @@ def split_documents(
     groups = _Groups()
     for record in records:
         groups.add(record.group)
+        # The rule knows the groups that a first reading of sources with `held_out` gave.
+        if not is_text and record.source_config.held_out and record.document.group not in rule.groups:
+            raise ChangedInputError(record.document.source, "it was not there before")
         if rule.split_of(corpus_name, record) == "val":
             val.append(record)
         else:

@@ -140,7 +140,7 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
             changes_in_words.append(f"{counted(len(names), 'file')} {kind}: {listed(names, NAMED)}")
 
     common = [name for name in old if name in new]
-    changed = [f"{name}: {words}" for name in common if (words := _difference(old[name], new[name]))]
+    changed = [f"{name}: {words}" for name in common if (words := difference(old[name], new[name]))]
     if changed:
         changes_in_words.append(listed(changed, NAMED))
 
@@ -150,7 +150,7 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
     return changes_in_words
 
 
-def _difference(old: Input, new: Input) -> str:
+def difference(old: Input, new: Input) -> str:
     """Returns how one input changed, in words; empty if it did not."""
     if old.sha256 and new.sha256:
         return "" if old.sha256 == new.sha256 else "other contents (sha256)"

@@ -61,7 +61,8 @@ class Journal:
         journal = cls(directory, recipe)
         for split, shards in _reusable_shards(directory, recipe).items():
             for shard in shards:
-                if not _is_intact(directory, shard):
+                # Without the hash of its texts, nobody can tell whether the sources still give them.
+                if not shard.texts or not _is_intact(directory, shard):
                     break  # tars after it are built again too: a build continues at one position in the documents
                 journal.finished[split].append(shard)
                 journal.begun.append(shard.name)

@@ -12,7 +12,7 @@ same content.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from dist_lm.config.corpus import CorpusConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.inputs import HUB, Inputs, changes, inputs_of
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.errors import ArtefactError, UserError
@@ -30,6 +30,7 @@ from dist_lm.storage.run_directory import RunDirectory
 BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
 FORMAT = 3  # version of manifest.json and its tars; format 2 had no checksum of a member
 _HASH = r"[0-9a-f]{64}"
+ListInputs = Callable[[SourceConfig], Inputs]
 
 
 class FormatError(ArtefactError):
@@ -63,6 +64,7 @@ class Shard:
     content: str  # sum of the hashes of its documents (`data.shard_writer.content_hash`), hexadecimal
     members: str  # CRC-32 of each member, eight hexadecimal digits each
     counts: Counts
+    texts: str = ""  # hash of the texts of its documents, in their order; empty: not known
 
     def checksums(self) -> list[int]:
         """Returns the CRC-32 of each member."""
@@ -131,6 +133,8 @@ class Manifest:
     licences: Sequence[str] = ()  # `licence` of each source, which the files beside the tars hold
     inputs: Sequence[Sequence[Mapping[str, Any]]] = ()  # files that each source read or left out (`data.inputs`)
     settings: Mapping[str, Any] = field(default_factory=dict)  # `recipe.corpus_fingerprint` is their hash
+    # corpus -> hash of its documents when val was chosen; empty: not known. Val was compared with these.
+    documents: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def content(self) -> dict[str, str]:
@@ -191,6 +195,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "licences": list(manifest.licences),
         "inputs": [list(listing) for listing in manifest.inputs],
         "settings": dict(manifest.settings),
+        "documents": dict(manifest.documents),
     }
     durable.write_json(manifest_path(directory), {**content, "checksum": _checksum(content)})
 
@@ -229,6 +234,7 @@ def read_manifest(directory: Path) -> Manifest:
             licences=content["licences"],
             inputs=content["inputs"],
             settings=content.get("settings", {}),
+            documents=content.get("documents", {}),
         )
     except FormatError:
         raise
@@ -280,13 +286,16 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def listed_inputs(config: CorpusConfig, name: str) -> list[Inputs]:
+def listed_inputs(config: CorpusConfig, name: str, list_inputs: ListInputs = inputs_of) -> list[Inputs]:
     """Lists the inputs of each source of a corpus, as they are now.
+
+    Args:
+        list_inputs: of a source; that of a build gives what the build reads.
 
     Raises:
         ConfigError, ArtefactError: they cannot be listed.
     """
-    return [inputs_of(source) for source in corpus_sources(config, name)]
+    return [list_inputs(source) for source in corpus_sources(config, name)]
 
 
 def inputs_hash(listings: Iterable[Inputs]) -> str:
@@ -295,13 +304,16 @@ def inputs_hash(listings: Iterable[Inputs]) -> str:
     return hashlib.sha256(json.dumps(taken, sort_keys=True).encode()).hexdigest()
 
 
-def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str]:
+def changed_inputs(config: CorpusConfig, name: str, directory: Path, list_inputs: ListInputs = inputs_of) -> list[str]:
     """Returns how the inputs of a corpus differ from those that it was built from, in words for people; empty if they
     do not.
 
     The inputs are listed now, which asks servers of URLs. A data set of the hub that has a newer commit is no
     difference: nobody here changed it. A corpus without recorded inputs has no difference. Sources are compared in
     their order; one that was added or removed is no difference either.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
 
     Raises:
         ConfigError: the corpus or a reader does not exist, or a source has nothing to read.
@@ -314,7 +326,7 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str
     words = []
     for old, source in zip(recorded, corpus_sources(config, name), strict=False):
         if old.files and not old.files[0].name.startswith(HUB):
-            words += changes(old, inputs_of(source))
+            words += changes(old, list_inputs(source))
     return words
 
 

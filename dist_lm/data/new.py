@@ -17,7 +17,7 @@ from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, nex
 from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
-from dist_lm.data.sources.opening import brief
+from dist_lm.data.sources.failures import brief
 from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import gib

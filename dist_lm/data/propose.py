@@ -17,6 +17,7 @@ from dist_lm.data.sources.messages import MESSAGES, TOOLS
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
 from dist_lm.data.sources.rows import SourceRow, rows_of_files
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.data.sources.tars import TEXT_MEMBER, samples
 from dist_lm.errors import ConfigError
 
@@ -290,7 +291,7 @@ def _first_rows(kind: str, files: Sequence[Input]) -> list[SourceRow]:
     Raises:
         ArtefactError: the file cannot be read.
     """
-    first = Inputs((files[0],))
+    first = Snapshot(lambda: Inputs((files[0],)))
     if kind == "tars":
         # A member is decoded only if it is asked for.
         return list(islice(rows_of_files(first, [("", name) for name in (*TEXTS, "json")], samples), ROWS))

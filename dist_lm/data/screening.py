@@ -1,7 +1,7 @@
 """Checks, cleans and counts the documents of a corpus, without duplicates, before they are divided into train and val.
 
 The stream depends on the configuration, the seed and the inputs alone. It is read several times (`data.ingest`), and
-each time gives the same documents in the same order.
+each time gives the same documents in the same order: inputs that change in between are an error.
 """
 
 import hashlib
@@ -14,9 +14,11 @@ from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.cleaning import reason_to_drop
+from dist_lm.data.inputs import Inputs, changes
 from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_form, source_traits
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
 
 GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the split
 EXAMPLES = 20  # sources named in a report
@@ -109,15 +111,19 @@ class SourceReader:
         """`preloaded`: `repr` of a source -> its candidates, for sources that are not read."""
         self._seed = seed
         self._cache = dict(preloaded or {})
+        self._snapshots: dict[str, Snapshot] = {}  # `repr` of a source -> its files
+        self._documents: dict[tuple[str, int], bytes] = {}  # (corpus, number of a source) -> hash of its documents
         self.room = CACHED_CHARACTERS
 
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
         """Yields everything that a source gives, broken rows included (`Rejected`), in its order.
 
         A source that was read to its end stays in memory while there is room (`CACHED_CHARACTERS` for all sources);
-        later calls do not read it again. `preloaded` sources are never read.
+        later calls do not read it again. If it is read again, its files must be as they were listed. Sources in
+        `preloaded` are never read.
 
         Raises:
+            ChangedInputError: they are not; the message names the file.
             ConfigError: the reader does not exist, does not take a key of the source, or yields something else than
                 documents of its form. What the reader raises passes, an ArtefactError above all.
         """
@@ -128,7 +134,7 @@ class SourceReader:
 
         candidates: list[Candidate] = []
         size = 0
-        for candidate in reader_of(source)(source, self._seed):
+        for candidate in self._candidates(source):
             check_candidate(candidate, source)
             if isinstance(candidate, Document):
                 size += len(candidate.text)
@@ -142,6 +148,57 @@ class SourceReader:
         if size <= self.room:
             self._cache[name] = candidates
             self.room -= size
+
+    def files(self, source: SourceConfig) -> Inputs:
+        """Lists the files of a source; later calls return the same listing.
+
+        Raises:
+            ConfigError, ArtefactError: as `inputs_of`.
+        """
+        return self._snapshot(source).listing
+
+    def require_same(self, corpus_name: str, number: int, source: SourceConfig, documents: bytes) -> None:
+        """Refuses a source that gave other documents than when it was first read to its end; returns nothing.
+
+        Args:
+            number: position of the source in its corpus.
+            documents: a hash of all its documents that passed, in their order.
+
+        Raises:
+            ChangedInputError: names the source.
+        """
+        if documents != self._documents.setdefault((corpus_name, number), documents):
+            raise ChangedInputError(
+                f"corpus {corpus_name}, source {source_name(source)}", "it gave other documents than before"
+            )
+
+    def documents(self, corpus_name: str) -> str:
+        """Returns a hexadecimal hash of the documents of a corpus; equal ones are hashes of the same documents.
+
+        Only sources that were read to their end count.
+        """
+        hashes = [content for (name, _), content in sorted(self._documents.items()) if name == corpus_name]
+        return hashlib.sha256(b"".join(hashes)).hexdigest()
+
+    def _snapshot(self, source: SourceConfig) -> Snapshot:
+        return self._snapshots.setdefault(repr(source), Snapshot.of(source))
+
+    def _candidates(self, source: SourceConfig) -> Iterator[Candidate]:
+        """Calls the reader of a source.
+
+        Raises:
+            ChangedInputError: a file is not as it was listed.
+        """
+        read, traits, snapshot = reader_of(source), source_traits(source), self._snapshot(source)
+        if traits.takes_files:
+            yield from read(source, self._seed, snapshot)
+            return
+
+        # What such a reader opens is not known here, so its files are listed before and after.
+        listing = snapshot.listing
+        yield from read(source, self._seed)
+        if traits.inputs and (words := changes(listing, traits.inputs(source))):
+            raise ChangedInputError(f"corpus source reader={source.reader}", "; ".join(words))
 
 
 class RowErrors:
@@ -216,14 +273,16 @@ def screened(
         ConfigError: as `SourceReader.read`, there is no such corpus, or there are more than `LANGUAGES` languages.
         ArtefactError: a source gives no document or cannot be read; or too many of its rows are broken, which is known
             after its last document.
+        ChangedInputError: a source gives other documents than when it was read before; or as `SourceReader.read`.
     """
     held_out: set[bytes] = set()
     languages: set[str] = set()
-    for source in corpus_sources(config, corpus_name):
+    for number, source in enumerate(corpus_sources(config, corpus_name)):
         # A text that a user holds out must not be dropped because a train source before it has it.
         earlier_keys = held_out if source.held_out else keys
         n_source = 0  # documents
         dropped: Counter[str] = Counter()
+        documents = hashlib.blake2b(digest_size=16)  # of those that passed
         errors = RowErrors(source, config.max_bad_fraction, rejected)
         for candidate in errors.counted(reader.read(source)):
             if isinstance(candidate, Rejected):
@@ -245,12 +304,15 @@ def screened(
                     f"some with only, or give a source one language (corpus={config.name})"
                 )
 
+            documents.update(record.key)
+            documents.update(candidate.group.encode())
             yield record
             n_source += 1
             # A limit of 0 is never reached: it stands for all.
             if n_source == source.limit:
                 break
 
+        reader.require_same(corpus_name, number, source, documents.digest())
         # Broken rows are the better explanation for a source without documents, so they are checked first.
         errors.check()
         if n_source == 0:

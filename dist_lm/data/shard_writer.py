@@ -37,6 +37,7 @@ from dist_lm.data.journal import Journal
 from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, read_manifest, token_dtype, write_manifest
 from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
+from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
 _OWNER = "dist_lm"
@@ -81,16 +82,28 @@ class CorpusWriter:
         for split in self._splits.values():
             split.abandon_tar()
 
-    def write(self, split: str, document: TokenizedDocument, source: int = 0) -> None:
+    def pass_over(self, split: str, text: bytes) -> None:
+        """Compares a document of the sources with the one that a kept tar holds in its place.
+
+        Args:
+            text: a hash of its text, as of `write`.
+
+        Raises:
+            ArtefactError: the tar was made of other documents, which is known at its last one.
+        """
+        self._splits[split].pass_over(text)
+
+    def write(self, split: str, document: TokenizedDocument, source: int = 0, text: bytes = b"") -> None:
         """Appends one document to `train` or `val`; full members are written, and full tars closed and recorded.
 
         Args:
             source: number of its source in the configuration.
+            text: a hash of its text, with which a later build compares what it would write.
 
         Raises:
             OSError: a file cannot be written.
         """
-        self._splits[split].write(document, source)
+        self._splits[split].write(document, source, text)
 
     def finish_split(self, split: str) -> None:
         """Writes the pending documents of a split, and closes its tar: no document of it follows.
@@ -106,10 +119,11 @@ class CorpusWriter:
         licences: Sequence[str] = (),
         inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
         settings: Mapping[str, Any] | None = None,
+        documents: Mapping[str, str] | None = None,
     ) -> Manifest:
         """Writes the last tars and the manifest, which declares the corpus complete, and removes the journal.
 
-        Arguments: as of `Manifest`; `settings` None is empty. Returns the manifest, with all kept and new tars.
+        Arguments: as of `Manifest`; None is empty. Returns the manifest, with all kept and new tars.
 
         Raises:
             ArtefactError: a tar on disk differs from what was written; the corpus stays incomplete.
@@ -122,7 +136,7 @@ class CorpusWriter:
             # Opening an index compares the tar on disk with its entry once more.
             indices = (open_index(self.directory / shard.name, shard) for shard in shards)
             splits[name] = Split(tuple(shards), _by_language(indices))
-        manifest = Manifest(self.recipe, splits, dict(ingest), licences, inputs, settings or {})
+        manifest = Manifest(self.recipe, splits, dict(ingest), licences, inputs, settings or {}, documents or {})
         write_manifest(self.directory, manifest)
         self._journal.close()
         return manifest
@@ -138,16 +152,40 @@ class _SplitWriter:
         self._dtype = token_dtype(journal.recipe.vocab_size)
         self._pending: list[TokenizedDocument] = []
         self._origins: list[Origin] = []  # one for each document of `_pending`
+        self._texts = hashlib.sha256()  # of the texts that `_pending` and the open tar hold, or that are passed over
+        self._passed = 0  # documents of a kept tar
+        self._to_pass = list(journal.finished[split])  # kept tars whose documents are not all passed over
         self._tar: Any = None
         self._file: IO[bytes] | None = None
         self._clear()
 
-    def write(self, document: TokenizedDocument, source: int) -> None:
+    def pass_over(self, text: bytes) -> None:
+        """As `CorpusWriter.pass_over`.
+
+        Raises:
+            ArtefactError: the tar was made of other documents.
+        """
+        shard = self._to_pass[0]
+        self._texts.update(text)
+        self._passed += 1
+        if self._passed < shard.counts.documents:
+            return
+
+        if self._texts.hexdigest() != shard.texts:
+            directory = self._journal.directory
+            raise ArtefactError(
+                f"{directory / shard.name} was made of other documents than its sources give now: they have changed, "
+                f"although their sizes and times are the same; remove {directory} to build it again"
+            )
+        self._texts, self._passed = hashlib.sha256(), 0
+        del self._to_pass[0]
+
+    def write(self, document: TokenizedDocument, source: int, text: bytes) -> None:
         """Keeps one document, and writes the kept ones when they fill a member; that may close the tar.
 
         Args:
             document: with tokens of the corpus' dtype, at least one, and a mask of as many (asserted).
-            source: number of its source in the configuration.
+            source, text: as of `CorpusWriter.write`.
 
         Raises:
             OSError: a file cannot be written.
@@ -158,6 +196,7 @@ class _SplitWriter:
         assert len(tokens) > 0, "a document begins with end-of-text"
         assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "one uint8 per token"
         self._pending.append(document)
+        self._texts.update(text)
         self._origins.append(Origin(document.source, document.licence, source, document.own_licence))
         if len(self._pending) == self._recipe.documents_per_member:
             self._flush_member()
@@ -279,7 +318,9 @@ class _SplitWriter:
 
         index = build_index(self._path)
         save_index(index, index_path(self._path))
-        self._journal.finish(self._split, shard_of(self._path, index, self._content_hash))
+        shard = shard_of(self._path, index, self._content_hash)
+        self._journal.finish(self._split, replace(shard, texts=self._texts.hexdigest()))
+        self._texts = hashlib.sha256()
         self._clear()
 
 

@@ -22,11 +22,12 @@ from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.ingest import TextSplits, split_documents
-from dist_lm.data.inputs import HUB
+from dist_lm.data.inputs import HUB, inputs_of
 from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
 from dist_lm.data.manifest import (
     Counts,
     FormatError,
+    ListInputs,
     ManifestError,
     Recipe,
     changed_inputs,
@@ -106,17 +107,19 @@ class Shards(ArtefactStage):
             ZstdError, ValueError, KeyError: a file of origins, whose licences it corrects, is damaged.
         """
         wanted = wanted_corpora(config)
-        missing = missing_corpora(config, wanted)
+        # Files are listed once for the whole build: what is compared with val is what is tokenized.
+        text_splits = TextSplits(config.corpus, config.seed)
+        missing = missing_corpora(config, wanted, text_splits.reader.files)
         correct_corpora(config, [name for name in wanted if name not in missing])
 
         # No train text may contain a held-out text of any corpus. So the other corpora of texts are compared with val
         # before the first build; the first corpus itself is compared while it is built.
-        text_splits = TextSplits(config.corpus, config.seed)
         if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
-            text_splits.frozen = frozen_corpora(config, missing)
+            text_splits.frozen = frozen_corpora(config, missing, text_splits.reader.files)
             with console.waiting("comparing val with train"):
                 text_splits.compare(name for name in text_corpora(config.corpus) if name != first)
                 text_splits.train_rule()  # reads all that it needs while the console shows this wait
+            require_compared(config, missing, text_splits)
 
         for name in missing:
             build_corpus(config, name, text_splits, console)
@@ -148,16 +151,19 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
     return [name for name in names if (form_of(config.corpus, name) == "ranking") == rankings]
 
 
-def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
+def missing_corpora(config: Config, names: Sequence[str], list_inputs: ListInputs = inputs_of) -> list[str]:
     """Returns those of `names` whose tars must be built: missing or damaged, or their inputs changed.
 
     A corpus whose inputs cannot be listed now counts as unchanged.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
 
     Raises:
         ArtefactError: see `is_whole`.
     """
     work = WorkDirectory(Path(config.work_dir))
-    return [name for name in names if not is_whole(work.corpus(name)) or _changed(config, name)[0]]
+    return [name for name in names if not is_whole(work.corpus(name)) or _changed(config, name, list_inputs)[0]]
 
 
 def correct_corpora(config: Config, names: Sequence[str]) -> None:
@@ -247,10 +253,11 @@ def _licences(config: Config, name: str) -> list[str]:
     return [source.licence for source in corpus_sources(config.corpus, name)]
 
 
-def _changed(config: Config, name: str) -> tuple[list[str], str]:
+def _changed(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> tuple[list[str], str]:
     """(how the inputs of a whole corpus changed since it was built, why they are not known)."""
     try:
-        return changed_inputs(config.corpus, name, WorkDirectory(Path(config.work_dir)).corpus(name)), ""
+        directory = WorkDirectory(Path(config.work_dir)).corpus(name)
+        return changed_inputs(config.corpus, name, directory, list_inputs), ""
     except UserError as error:
         return [], str(error)
 
@@ -324,11 +331,14 @@ def is_frozen(config: Config, name: str) -> bool:
     return recipe.own_fingerprint == digest(_fingerprint(config, [name]))
 
 
-def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
+def frozen_corpora(config: Config, missing: Sequence[str], list_inputs: ListInputs = inputs_of) -> frozenset[str]:
     """Returns the corpora of texts that stay as they are while `missing` are built, although other corpora have changed
     since.
 
     They keep their held-out split, so new train text must not contain it.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
 
     Raises:
         ArtefactError: a manifest is damaged.
@@ -342,7 +352,7 @@ def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
     if not existing:
         return frozenset()
     # Fingerprint and inputs are those of all corpora of texts.
-    current = recipe_of(config, existing[0])
+    current = recipe_of(config, existing[0], list_inputs)
 
     def is_older(name: str) -> bool:
         recipe = read_manifest(work.corpus(name)).recipe
@@ -351,6 +361,30 @@ def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
         return recipe.inputs_sha256 != current.inputs_sha256
 
     return frozenset(name for name in existing if is_older(name))
+
+
+def require_compared(config: Config, missing: Sequence[str], text_splits: TextSplits) -> None:
+    """Refuses a corpus that stays, but was compared with other documents than are there now; returns nothing.
+
+    The files of another corpus may have changed although their sizes and times are the same. Then val of the corpus
+    that stays may stand in what is built now.
+
+    Args:
+        text_splits: has read all corpora of texts.
+
+    Raises:
+        ArtefactError: names both corpora, or a manifest is damaged.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    for name in text_corpora(config.corpus):
+        if name in missing or name in text_splits.frozen or not work.corpus_manifest(name).is_file():
+            continue
+        for other, documents in read_manifest(work.corpus(name)).documents.items():
+            if text_splits.reader.documents(other) != documents:
+                raise ArtefactError(
+                    f"{work.corpus(name)} was built when corpus {other} had other documents, although sizes and times "
+                    f"of its inputs are the same: remove {work.corpus(name)} to build both again"
+                )
 
 
 def build_corpus(
@@ -366,15 +400,17 @@ def build_corpus(
         text_splits: decides the splits of the corpora of texts.
 
     Raises:
-        ArtefactError: the sources give fewer documents than the finished tars hold or none for a split, too many rows
-            are broken, the tokenizer is missing, or the folder holds files of others.
+        ArtefactError: the sources give other or fewer documents than the finished tars hold or none for a split, too
+            many rows are broken, the tokenizer is missing, or the folder holds files of others.
+        ChangedInputError: a file changed since it was listed; no manifest is written.
         ConfigError: a source is invalid.
         UserError: a source cannot be read, or is not Unicode.
     """
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
     sources = corpus_sources(config.corpus, name)
-    inputs, recipe = listed_inputs(config.corpus, name), recipe_of(config, name)
+    inputs = listed_inputs(config.corpus, name, text_splits.reader.files)
+    recipe = recipe_of(config, name, text_splits.reader.files)
 
     # A branch of the hub may have moved on since an earlier build, whose tars are then dropped.
     heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
@@ -384,8 +420,8 @@ def build_corpus(
             f"source keeps it at one commit; those read now: {', '.join(heads)}"
         )
 
-    # (split, source) of each document that the encoder has not returned yet; it returns them in order
-    origins: deque[tuple[str, int]] = deque()
+    # (split, source, hash of the text) of each document that the encoder has not returned yet; it returns them in order
+    origins: deque[tuple[str, int, bytes]] = deque()
     with (
         CorpusWriter(work.corpus(name), recipe) as writer,
         (work.corpus(name) / REJECTED).open("w", encoding="utf-8") as rejected,
@@ -398,19 +434,21 @@ def build_corpus(
             for split, document, source in split_documents(
                 config.corpus, name, config.seed, report, text_splits, rejected
             ):
+                content = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
                 if n_finished[split]:
                     n_finished[split] -= 1
+                    writer.pass_over(split, content)
                     count.advance()
                 else:
-                    origins.append((split, sources.index(source)))
+                    origins.append((split, sources.index(source), content))
                     yield document
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
-            split, source = origins.popleft()
+            split, source, content = origins.popleft()
             # Documents of train come first, so the first of val completes the tars of train.
             if split == "val":
                 writer.finish_split("train")
-            writer.write(split, document, source)
+            writer.write(split, document, source, content)
             count.advance()
 
         if any(n_finished.values()):
@@ -419,11 +457,17 @@ def build_corpus(
                 "they have changed; remove that folder to build it again"
             )
         listed = [listing.to_json() for listing in inputs]
-        writer.finish(asdict(report), _licences(config, name), listed, corpus_fingerprint(config, name))
+        is_text = form_of(config.corpus, name) == "text"
+        corpora_read = text_corpora(config.corpus) if is_text else [name]
+        read = {corpus: text_splits.reader.documents(corpus) for corpus in corpora_read}
+        writer.finish(asdict(report), _licences(config, name), listed, corpus_fingerprint(config, name), read)
 
 
-def recipe_of(config: Config, name: str) -> Recipe:
+def recipe_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> Recipe:
     """Returns the settings and inputs that the tars of one corpus depend on; lists the inputs, also on the hub.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
 
     Raises:
         ArtefactError: there is no tokenizer.
@@ -439,7 +483,7 @@ def recipe_of(config: Config, name: str) -> Recipe:
         documents_per_member=config.corpus.documents_per_member,
         shard_tokens=config.corpus.shard_tokens,
         inputs_sha256=inputs_hash(
-            listing for corpus in corpora_read for listing in listed_inputs(config.corpus, corpus)
+            listing for corpus in corpora_read for listing in listed_inputs(config.corpus, corpus, list_inputs)
         ),
         own_fingerprint=digest(_fingerprint(config, [name])),
     )

@@ -225,10 +225,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
-    def refuse(name: str):
+    def refuse(name: str, random_access: bool = False):
         raise PermissionError(13, "Permission denied", name)
 
     write(tmp_path, {"a.py": "a"})
-    monkeypatch.setattr("dist_lm.data.sources.files.open_content", refuse)
+    monkeypatch.setattr("dist_lm.data.sources.snapshot.open_raw", refuse)
     with pytest.raises(ArtefactError, match=r"a\.py: cannot be read: PermissionError: .*denied: '.*a\.py'$"):
         documents(files(tmp_path))

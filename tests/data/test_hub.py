@@ -16,8 +16,8 @@ from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.inputs import Input, Inputs, inputs_of
 from dist_lm.data.manifest import changed_inputs, inputs_hash
 from dist_lm.data.screening import IngestReport
+from dist_lm.data.sources.failures import is_transient
 from dist_lm.data.sources.hub import commit_of, read_hub, resumed
-from dist_lm.data.sources.opening import is_transient
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError

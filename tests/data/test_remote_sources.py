@@ -3,11 +3,7 @@
 import gzip
 import json
 import re
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,85 +15,13 @@ from pyarrow import fs
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import changes, inputs_of
+from dist_lm.data.sources import http_file
 from dist_lm.data.sources import listing as file_listing
-from dist_lm.data.sources import opening
 from dist_lm.data.sources.reader import Candidate, reader_of
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
 from tests.data.test_files import write
-
-
-@dataclass
-class Served:
-    """A folder behind a server on loopback, and the bytes of bodies that went out."""
-
-    folder: Path
-    url: str = ""
-    sent: list[int] = field(default_factory=list)
-    break_after: int = -1  # bytes of a body after which the next connection breaks; -1: none does
-    always_break: bool = False
-    ranges: bool = True
-    fails: int = 0  # status of every answer; 0: none fails
-
-
-class Handler(BaseHTTPRequestHandler):
-    """GET and HEAD with ranges and ETags, as object stores and CDNs answer."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, served: Served, *args, **options) -> None:
-        self.served = served
-        super().__init__(*args, **options)
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        path = self.served.folder / self.path.lstrip("/").partition("?")[0]
-        if self.served.fails or not path.is_file():
-            self.send_response(self.served.fails or 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        content = path.read_bytes()
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.served.ranges else None
-        first, last = (int(part[1]), int(part[2] or len(content) - 1)) if part else (0, len(content) - 1)
-        last = min(last, len(content) - 1)
-        self.send_response(206 if part else 200)
-        self.send_header("Accept-Ranges", "bytes" if self.served.ranges else "none")
-        self.send_header("ETag", f'"{hash(content):x}"')
-        self.send_header("Content-Length", str(last - first + 1))
-        if part:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-        self.end_headers()
-        if body:
-            sent = content[first : last + 1]
-            if 0 <= self.served.break_after < len(sent) or self.served.always_break:
-                self.wfile.write(sent[: max(0, self.served.break_after)])
-                self.served.break_after = -1
-                self.close_connection = True
-                return
-            self.served.sent.append(len(sent))
-            self.wfile.write(sent)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    found = Served(tmp_path)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, found))
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    found.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield found
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
 
 
 def candidates(reader: str, path: str | list[str], **keys) -> list[Candidate]:
@@ -152,7 +76,7 @@ def test_a_remote_parquet_costs_its_named_columns(served):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
 def test_a_request_that_breaks_is_sent_again(served, monkeypatch, name):
-    monkeypatch.setattr(opening, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(http_file, "FIRST_WAIT_S", 0.001)
     content = {".parquet": parquet_bytes(ROWS), ".gz": gzip.compress(LINES), ".jsonl": LINES}
     (served.folder / name).write_bytes(content[Path(name).suffix])
     source = SourceConfig(Path(name.removesuffix(".gz")).suffix[1:], "english", path=f"{served.url}/{name}")
@@ -168,7 +92,8 @@ def test_a_request_that_breaks_is_sent_again(served, monkeypatch, name):
     assert "damaged" not in str(refused.value)
 
 
-def test_a_server_without_ranges_is_read_from_begin_to_end(served):
+def test_a_server_without_ranges_is_read_from_begin_to_end(served, monkeypatch):
+    monkeypatch.setattr(http_file, "FIRST_WAIT_S", 0.001)
     served.ranges = False
     (served.folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
     assert texts("jsonl", f"{served.url}/a.jsonl.gz") == [row["text"] for row in ROWS]
@@ -247,6 +172,22 @@ def test_files_of_s3_with_the_endpoint_of_the_environment(bucket):
     for place in ("s3://mine/none", "s3://other/x", "s3://mine/d/*.none"):
         with pytest.raises(ConfigError, match=re.escape(place)):
             texts("parquet", place)
+
+
+@pytest.mark.parametrize("place", ["s3://mine/moving", "s3://mine/moving/a.jsonl"])
+def test_a_file_of_s3_that_changes_between_readings_is_named(bucket, place):
+    """Finds a pass that reads another object than the pass before."""
+    upload(bucket, {"moving/a.jsonl": LINES, "moving/b.parquet": b""})
+    source = SourceConfig("jsonl", "english", path=place)
+    files = Snapshot.of(source)
+    first = list(reader_of(source)(source, 0, files))
+    assert list(reader_of(source)(source, 0, files)) == first
+    upload(bucket, {"moving/a.jsonl": LINES + LINES})  # lines were added
+    assert list(reader_of(source)(source, 0, files)) == first
+    for content in (LINES.replace(b"row", b"wor"), LINES[:500]):
+        upload(bucket, {"moving/a.jsonl": content})
+        with pytest.raises(ChangedInputError, match=r"s3://mine/moving/a.jsonl: changed while it was read"):
+            list(reader_of(source)(source, 0, files))
 
 
 def test_files_of_gs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

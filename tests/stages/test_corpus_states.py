@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.root import Config, save_config
+from dist_lm.data import screening
 from dist_lm.data.ingest import TextSplits
 from dist_lm.data.inspect import inspect_corpus
 from dist_lm.data.journal import journal_path
@@ -20,12 +22,13 @@ from dist_lm.data.manifest import manifest_path, read_manifest, record_content
 from dist_lm.data.sources import hub
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document, TokenizedDocument
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.encode import encode_documents
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
@@ -243,6 +246,116 @@ def test_a_file_in_the_place_of_a_corpus_is_refused(work: WorkDirectory, tmp_pat
     work.corpus("mine").write_text("mine")
     with pytest.raises(ArtefactError, match=r"corpora/mine is a file, but a corpus is a folder: move it away"):
         shards.STAGE.inspect(config_of(work, source_of(rows)))
+
+
+@pytest.fixture
+def uncached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sources are read in every pass, as large ones are."""
+    monkeypatch.setattr(screening, "CACHED_CHARACTERS", -1)
+
+
+def edited_while_tokenized(monkeypatch: pytest.MonkeyPatch, edit: Callable[[], object]) -> None:
+    def encoded(*arguments):
+        edit()
+        yield from encode_documents(*arguments)
+
+    monkeypatch.setattr(shards, "encode_documents", encoded)
+
+
+def again(rows: Path) -> str:
+    """Rows that contain the texts of other rows."""
+    return rows.read_text().replace('{"text": "row ', '{"text": "again: row ')
+
+
+@pytest.mark.usefixtures("uncached")
+def test_a_file_that_grows_while_it_is_tokenized_is_read_up_to_its_old_end(
+    work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finds val that stands in train: a pass that reads lines which the choice of val did not know."""
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 200)
+    size = rows.stat().st_size
+
+    def grow() -> None:
+        more = again(rows)
+        with rows.open("a") as file:
+            file.write(more)
+
+    edited_while_tokenized(monkeypatch, grow)
+    shards.STAGE.build(config_of(work, source_of(rows)), Console())
+    manifest = read_manifest(work.corpus("mine"))
+    assert manifest.inputs[0][0]["size"] == size, "the next plan sees that the file has grown"
+    train, val = texts_of(work, "mine", "train"), texts_of(work, "mine", "val")
+    assert len(train) + len(val) == 200
+    assert not [text for text in val if any(text in other for other in train)]
+
+
+@pytest.mark.usefixtures("uncached")
+@pytest.mark.parametrize("kind", ["replaced", "shrunk", "deleted"])
+def test_a_file_that_changes_while_it_is_tokenized_ends_the_build_without_a_corpus(
+    work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rows, other = tmp_path / "rows.jsonl", tmp_path / "other"
+    write_rows(rows, 200)
+    other.write_text(again(rows))
+    edits = {"replaced": lambda: other.rename(rows), "shrunk": lambda: os.truncate(rows, 900), "deleted": rows.unlink}
+    edited_while_tokenized(monkeypatch, edits[kind])
+    config = config_of(work, source_of(rows))
+    with pytest.raises(ChangedInputError, match=rf"{rows}: changed while it was read"):
+        shards.STAGE.build(config, Console())
+    assert not manifest_path(work.corpus("mine")).exists()
+
+    monkeypatch.setattr(shards, "encode_documents", encode_documents)
+    write_rows(rows, 100)
+    shards.STAGE.build(config, Console())
+    assert read_manifest(work.corpus("mine")).ingest["languages"]["english"]["seen"] == 100
+
+
+@pytest.mark.usefixtures("uncached")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_build_does_not_go_on_behind_tars_of_other_documents(
+    work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Finds finished tars with text that val holds out now: the file changed without a trace in size and time."""
+    monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 300)
+    config = config_of(work, source_of(rows))
+    with pytest.raises(RuntimeError, match="killed"):
+        shards.build_corpus(config, "mine", TextSplits(config.corpus, config.seed), Console(), killed_after(150))
+    assert recorded(work.corpus("mine"), "finished")
+
+    status = rows.stat()
+    rows.write_text(rows.read_text().replace("value", "eulav"))
+    os.utime(rows, ns=(status.st_atime_ns, status.st_mtime_ns))
+    config = replace(config, tokenizer=replace(config.tokenizer, workers=workers))
+    with pytest.raises(ArtefactError, match=r"train-000000.tar was made of other documents .*remove .*mine to build"):
+        shards.STAGE.build(config, Console())
+    assert not manifest_path(work.corpus("mine")).exists()
+
+
+@pytest.mark.usefixtures("uncached")
+def test_a_corpus_that_stays_was_compared_with_the_documents_of_now(work: WorkDirectory, tmp_path: Path) -> None:
+    """Finds val of one corpus in train of another one, whose file changed without a trace before it was built."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, 100)
+    write_rows(second, 100)
+    config = config_of(work, source_of(first))
+    corpora = {"mine": [source_of(first)], "others": [source_of(second)]}
+    config = replace(config, corpus=replace(config.corpus, corpora=corpora))
+    shards.STAGE.build(config, Console())
+    shutil.rmtree(work.corpus("others"))
+    shards.STAGE.build(config, Console())
+
+    shutil.rmtree(work.corpus("others"))
+    status = second.stat()
+    content = first.read_text().replace("row ", "wor ")
+    second.write_text((content + content)[: status.st_size - 1] + "\n")
+    os.utime(second, ns=(status.st_atime_ns, status.st_mtime_ns))
+    config = replace(config, corpus=replace(config.corpus, max_bad_fraction=0.1))
+    with pytest.raises(ArtefactError, match=r"mine was built when corpus others had other documents"):
+        shards.STAGE.build(config, Console())
+    assert not manifest_path(work.corpus("others")).exists()
 
 
 def recorded(directory: Path, event: str) -> set[str]:

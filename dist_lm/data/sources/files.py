@@ -10,13 +10,16 @@ from pathlib import PurePosixPath
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
+from dist_lm.data.sources.failures import brief, unreadable
 from dist_lm.data.sources.listing import bare_name, base_of, list_files
-from dist_lm.data.sources.opening import OTHER_COMPRESSIONS, brief, open_content, scheme_of, unreadable
+from dist_lm.data.sources.opening import OTHER_COMPRESSIONS, open_content, scheme_of
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, UserError
 
 LONGEST = 64 << 20  # bytes of a file, decompressed
+FIRST_LINE = 256  # bytes of a file in which a shebang is looked for
 SUFFIXES = {
     suffix: language
     for language, suffixes in {
@@ -103,15 +106,22 @@ def language_of(name: str) -> str:
         OSError: the first line cannot be read.
         ConfigError: the scheme of a URL is not supported.
     """
-    bare = bare_name(name)
-    suffix = PurePosixPath(bare).suffix.removeprefix(".")
-    if language := NAMES.get(bare) or SUFFIXES.get(suffix):
+    if language := _language_by_name(name):
         return language
-    # A shebang is read only of local files without a suffix: a request for every remote file would be too slow.
-    if suffix or scheme_of(name):
+    if not _may_have_shebang(name):
         return ""
     with open_content(name) as file:
-        return shebang_language(file.readline(256))
+        return shebang_language(file.readline(FIRST_LINE))
+
+
+def _may_have_shebang(name: str) -> bool:
+    # Only of local files without a suffix: a request for every remote file would be too slow.
+    return not PurePosixPath(bare_name(name)).suffix and not scheme_of(name)
+
+
+def _language_by_name(name: str) -> str:
+    bare = bare_name(name)
+    return NAMES.get(bare) or SUFFIXES.get(PurePosixPath(bare).suffix.removeprefix("."), "")
 
 
 def shebang_language(line: bytes) -> str:
@@ -161,9 +171,10 @@ def list_source_files(source: SourceConfig) -> Inputs:
     keys=("language", "licence", "path", "exclude", "only"),
     needs=("path",),
     inputs=list_source_files,
+    takes_files=True,
     advice="check path, exclude and only; no file has text of its own",
 )
-def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_files(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every file as a text, or `Rejected`: too_long, compressed, binary or invalid_utf8.
 
     `source.language` replaces the languages of the files; a file of unknown language that a path names is `text`.
@@ -173,16 +184,21 @@ def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ConfigError: as `list_source_files`.
         ArtefactError: a file cannot be listed or read.
     """
-    listing = list_source_files(source)
-    for file, repository in by_repository(listing, source.path or []):
-        # A file that the source names is read even if its language is unknown.
-        language = source.language or language_of(file.name) or TEXT
+    files = files or Snapshot.of(source)
+    for file, repository in by_repository(files.listing, source.path or []):
         try:
-            with open_content(file.name) as opened:
+            with files.reading(file) as reading, reading.open_content(may_grow=True) as opened:
                 content = opened.read(LONGEST + 1)  # one byte more tells a file that is too long
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise ArtefactError(f"{file.name}: cannot be read: {unreadable(error)}") from error
 
+        # A file that the source names is read even if its language is unknown.
+        language = source.language or _language_by_name(file.name)
+        if not language and _may_have_shebang(file.name):
+            language = shebang_language(content[:FIRST_LINE].partition(b"\n")[0])
+        language = language or TEXT
         text, problem = _text(content)
         if problem:
             yield Rejected(language, file.name, problem)

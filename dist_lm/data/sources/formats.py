@@ -1,7 +1,7 @@
 """Reads files of rows, JSON lines, parquet and CSV, each as a stream with the number of every row.
 
-A format is a function from the name of a file to `(number, row, columns)`: the line or row counted from 1, or the key
-of a sample; the row as a mapping, or its problem; and the columns that the file or the row has. Reading continues
+A format is a function from the reading of a file to `(number, row, columns)`: the line or row counted from 1, or the
+key of a sample; the row as a mapping, or its problem; and the columns that the file or the row has. Reading continues
 behind a broken row.
 """
 
@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dist_lm.data.sources.listing import bare_name
-from dist_lm.data.sources.opening import OTHER_COMPRESSIONS, open_content, open_raw
+from dist_lm.data.sources.opening import OTHER_COMPRESSIONS
+from dist_lm.data.sources.snapshot import FileReading
 from dist_lm.errors import ArtefactError
 
 LONGEST = 512 << 20  # bytes of a line, characters of a CSV field
@@ -29,35 +30,38 @@ class BadRow:
     """A row that cannot be read."""
 
     reason: str  # one word
-    words: str  # the problem, for people
+    words: str  # the problem, for people; empty: the row is no error
 
 
 Row = dict[str, Any]  # column -> cell
 NumberedRow = tuple[int | str, Row | BadRow, Sequence[str]]
-Format = Callable[[str, Sequence[str] | None], Iterator[NumberedRow]]
+Format = Callable[[FileReading, Sequence[str] | None], Iterator[NumberedRow]]
 
 
-def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+def jsonl_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
     """Yields (line number, object, its keys) of each line; blank lines are passed over, but count.
 
     A broken line, or one that is no object, is yielded as its problem, without columns. A .json file may also be one
-    list of objects, which is read whole and numbered by its elements. Numbers are from 1.
+    list of objects, which is read whole and numbered by its elements. Numbers are from 1. Lines that were added since
+    the file was listed are not read; what was listed of a line that was being written then is no error.
 
     Args:
         wanted_columns: not used: a line is parsed whole.
 
     Raises:
         ArtefactError: the file is UTF-16 or of another compression, or a list that is broken.
-        OSError: the file cannot be read or decompressed.
+        ChangedInputError, OSError: as `FileReading.open_content`.
         ConfigError: the scheme of a URL is not supported.
     """
-    with open_content(name) as file:
+    name = reading.name
+    is_json = bare_name(name).endswith(".json")  # may be one list, which ends at its end
+    with reading.open_content(may_grow=not is_json) as file:
         first_bytes = file.peek(4)
         _refuse_foreign(name, file.peek(16))
         if first_bytes.startswith(BOM):
             file.read(len(BOM))
 
-        if bare_name(name).endswith(".json") and file.peek(1024).lstrip()[:1] == b"[":
+        if is_json and file.peek(1024).lstrip()[:1] == b"[":
             yield from _listed(name, file.read())
             return
 
@@ -67,10 +71,12 @@ def jsonl_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Numb
                 yield number, line, ()
             elif line.strip():
                 row = _json_row(line)
+                if isinstance(row, BadRow) and not line.endswith(b"\n") and reading.has_grown():
+                    row = BadRow("unfinished", "")
                 yield number, row, columns_in_row(row)
 
 
-def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+def parquet_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
     """Yields (row number from 1, row, columns of the file), with one batch in memory.
 
     A row with broken text is yielded as its problem.
@@ -81,14 +87,15 @@ def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Nu
 
     Raises:
         ArtefactError: the file is compressed as a whole.
+        ChangedInputError: as `FileReading.open_raw`.
         OSError, ValueError: the file cannot be read, is damaged or encrypted.
         ConfigError: the scheme of a URL is not supported.
     """
     import pyarrow.parquet
 
-    _refuse_outer_compression(name)
+    _refuse_outer_compression(reading.name)
     # Nothing is fetched ahead: memory stays below a row group, and other columns cost no request.
-    with open_raw(name, random_access=True) as raw:
+    with reading.open_raw(random_access=True) as raw:
         file = pyarrow.parquet.ParquetFile(
             raw, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True, memory_map=False
         )
@@ -110,7 +117,7 @@ def parquet_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Nu
                 yield number, row, columns
 
 
-def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+def csv_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
     """Yields (number of the row's first line, row, columns) of a CSV file with a header; a .tsv file has tabs.
 
     Cells are texts; bytes that are not UTF-8 are lone surrogates in them. A row with another number of fields than the
@@ -123,11 +130,12 @@ def csv_rows(name: str, wanted_columns: Sequence[str] | None) -> Iterator[Number
     Raises:
         ArtefactError: the file is UTF-16 or of another compression, the header is broken or names a column twice, or
             a quote opens that nothing closes; the message names the line.
-        OSError: the file cannot be read or decompressed.
+        ChangedInputError, OSError: as `FileReading.open_content`.
         ConfigError: the scheme of a URL is not supported.
     """
     csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
-    with open_content(name) as file:
+    name = reading.name
+    with reading.open_content() as file:
         _refuse_foreign(name, file.peek(16))
         # Bytes of another encoding become lone surrogates, so that only their own row is broken.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")

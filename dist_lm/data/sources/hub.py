@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import HUB, Input, Inputs
+from dist_lm.data.sources.failures import brief, is_transient
 from dist_lm.data.sources.formats import Row
-from dist_lm.data.sources.opening import brief, is_transient
 from dist_lm.data.sources.reader import Candidate, reader
 from dist_lm.data.sources.rows import TEXT, SourceRow, list_rows, row_documents, rows_of_files
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def origin_of(source: SourceConfig) -> str:
     keys=("language", "licence", *HUB_KEYS, "column", "licence_column", "language_column", "id_column", "only"),
     needs=("language|language_column", "dataset"),
     inputs=list_data_set,
+    takes_files=True,
     advice="check dataset, split and column; no row has text in that column",
 )
-def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_hub(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of `source.dataset` as a document or `Rejected`, in the order of the data set.
 
     `seed` is not used.
@@ -103,10 +105,10 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ConfigError: as `data_set_rows` and `row_documents`, as for a column that no row has.
         ArtefactError: the data set cannot be read.
     """
-    yield from row_documents(source, data_set_rows(source), TEXT)
+    yield from row_documents(source, data_set_rows(source, files), TEXT)
 
 
-def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
+def data_set_rows(source: SourceConfig, files: Snapshot | None = None) -> Iterator[SourceRow]:
     """Yields the rows of `source.dataset`, or of the files of `source.path`; a stream that breaks is resumed.
 
     The location of a row of a data set is `NAME@REVISION:NUMBER`, from 0. A broken row of a file is its problem.
@@ -123,7 +125,7 @@ def data_set_rows(source: SourceConfig) -> Iterator[SourceRow]:
                 raise ConfigError(
                     f"corpus source reader={source.reader}: {key}={getattr(source, key)}: not together with path"
                 )
-        yield from rows_of_files(list_rows(source))
+        yield from rows_of_files(files or Snapshot.of(source))
         return
 
     check_is_data_set(source)

@@ -17,6 +17,7 @@ from dist_lm.data.sources.listing import bare_name
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.data.sources.rows import SourceRow, licence_of, looked_ahead, named_columns, own_licence
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import ConfigError
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
@@ -30,9 +31,10 @@ OASST = "oasst1"  # its rankings extend over several rows
     keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column", "rows", "only"),
     needs=("language", "dataset|path"),
     inputs=list_data_set,
+    takes_files=True,
     advice="check dataset, split and rows; no row makes a ranking",
 )
-def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_hub_rankings(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every ranking of a data set, or of files with its columns, in its order. `seed` is not used.
 
     A row that gives no ranking is yielded as `Rejected`.
@@ -50,7 +52,7 @@ def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             f"corpus source reader={source.reader}: {ignored}={getattr(source, ignored)}: rows={kind} does not take it"
         )
 
-    rows = looked_ahead(source, data_set_rows(source), named_columns(source))
+    rows = looked_ahead(source, data_set_rows(source, files), named_columns(source))
     try:
         if kind == OASST:
             yield from _oasst(rows, source)

@@ -12,7 +12,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -21,7 +21,9 @@ from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
-from dist_lm.data.sources.opening import COMPRESSIONS, brief, filesystem, scheme_of
+from dist_lm.data.sources.failures import brief
+from dist_lm.data.sources.http_file import http_info
+from dist_lm.data.sources.opening import COMPRESSIONS, filesystem, scheme_of
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 AGAIN = "read already (linked or named twice)"
@@ -278,11 +280,11 @@ class _Walk:
         from pyarrow import fs
 
         scheme = scheme_of(url)
-        file_system: Any = filesystem(url)
         if scheme in ("http", "https"):
-            yield self._remote_input(url, file_system.info(url), self._excluded_file(url))
+            yield self._remote_input(url, http_info(url), self._excluded_file(url))
             return
 
+        file_system: Any = filesystem(url)
         bucket_and_key = url.partition("://")[2].rstrip("/")
         folder = base_of(url).partition("://")[2]
         info = file_system.info(folder)
@@ -309,9 +311,7 @@ class _Walk:
             yield self._remote_input(name, {"size": file.size, "mtime": file.mtime_ns}, left_out)
 
     def _remote_input(self, name: str, info: dict[str, Any], left_out: str) -> Input:
-        """Returns the input of a remote file by the fields that its server tells, and remembers the file as listed.
-
-        A size of -1 bytes and a time of 0 are unknown.
+        """Returns the input of a remote file, as `remote_input`, and remembers the file as listed.
 
         Args:
             left_out: the reason why it is left out; empty: it is taken, unless it was listed before.
@@ -319,15 +319,23 @@ class _Walk:
         if not left_out and name in self.listed:
             left_out = AGAIN
         self.listed.add(name)
+        return remote_input(name, info, left_out)
 
-        etag = str(info.get("ETag") or info.get("Last-Modified") or "")
-        mtime_ns = info.get("mtime") or 0
-        if isinstance(mtime_ns, datetime):
-            mtime_ns = int(mtime_ns.timestamp() * 1e9)
-        size = info.get("size")
-        if size is None:
-            size = -1
-        return Input(name, size, mtime_ns, etag, left_out=left_out)
+
+def remote_input(name: str, info: Mapping[str, Any], left_out: str = "") -> Input:
+    """Returns the input of a remote file by the fields that its server tells; a size of -1 is unknown.
+
+    Args:
+        left_out: the reason why it is left out; empty: it is taken.
+    """
+    etag = str(info.get("ETag") or info.get("Last-Modified") or "")
+    mtime_ns = info.get("mtime") or 0
+    if isinstance(mtime_ns, datetime):
+        mtime_ns = int(mtime_ns.timestamp() * 1e9)
+    size = info.get("size")
+    if size is None:
+        size = -1
+    return Input(name, size, mtime_ns, etag, left_out=left_out)
 
 
 def is_utf8(name: str) -> bool:

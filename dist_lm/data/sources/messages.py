@@ -23,6 +23,7 @@ from dist_lm.data.sources.rows import (
     row_documents,
     rows_of_files,
 )
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import UserError
 
 MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the last one is the older name of tools
@@ -33,9 +34,10 @@ MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the la
     keys=KEYS,
     needs=NEEDS,
     inputs=list_rows,
+    takes_files=True,
     advice="check path and column; no row makes a conversation with an answer",
 )
-def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of JSON lines, parquet or CSV as a conversation or `Rejected`. `seed` is not used.
 
     Raises:
@@ -43,7 +45,7 @@ def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
-    rows = rows_of_files(list_rows(source), columns)
+    rows = rows_of_files(files or Snapshot.of(source), columns)
     yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
 
 

@@ -10,6 +10,7 @@ group of a ranking is the hash of its prompt, so all rankings of one prompt are 
 """
 
 import glob
+import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from dist_lm.chat.ranking import Judgement, Ranking, check_ranking
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
@@ -48,9 +50,10 @@ def list_rankings(source: SourceConfig) -> Inputs:
     keys=("language", "licence", "dataset"),
     needs=("language", "dataset"),
     inputs=list_rankings,
+    takes_files=True,
     advice="check dataset; no line makes a ranking",
 )
-def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_local_rankings(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every ranking of the files that `source.dataset` names. `seed` is not used.
 
     A ranking is named `FILE:NUMBER`, counted from 0 in its file.
@@ -60,9 +63,11 @@ def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ArtefactError: a line is no ranking, or is not UTF-8; the message names the file.
         OSError: a file cannot be read.
     """
-    for file in list_rankings(source).taken:
+    files = files or Snapshot.of(source)
+    for file in files.listing.taken:
         try:
-            with Path(file.name).open(encoding="utf-8") as lines:
+            with files.reading(file) as reading:
+                lines = io.TextIOWrapper(reading.open_content(may_grow=True), encoding="utf-8")
                 for number, ranking in enumerate(read_rankings(lines, file.name)):
                     yield ranking_document(ranking, source.language, f"{file.name}:{number}", source.licence)
         except UnicodeDecodeError as error:

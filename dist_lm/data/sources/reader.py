@@ -18,6 +18,10 @@ and its source in `conf/corpus/NAME.yaml`:
 The same source and seed must give the same documents in the same order. `Document.group` decides between train and
 val: documents that share text get one group; an empty group is the hash of the text alone. A reader declares the keys
 of a source that it takes: any other key is refused, so no key is ignored.
+
+A build reads a source several times. A reader that declares `inputs` and `takes_files=True` gets the `Snapshot` of its
+files, and what changes in between is told by file (`dist_lm.data.sources.snapshot`). Of any other reader the documents
+of every reading are compared.
 """
 
 import hashlib
@@ -62,7 +66,7 @@ class Rejected:
 
 
 Candidate = Document | Rejected
-Reader = Callable[[SourceConfig, int], Iterator[Candidate]]
+Reader = Callable[..., Iterator[Candidate]]  # takes a source and a seed, and files if its traits say so
 AnyReader = TypeVar("AnyReader", bound=Reader)
 
 
@@ -76,6 +80,8 @@ class Traits:
     keys: tuple[str, ...] = ("language", "licence")  # keys of a source that the reader takes, beside `COMMON`
     needs: tuple[str, ...] = ("language",)  # keys that must be given; `a|b`: one of them
     inputs: "Callable[[SourceConfig], Inputs] | None" = None  # lists the files that it reads; None: it reads no files
+    # It takes a third argument, the `Snapshot` of its files, and reads them through it.
+    takes_files: bool = False
     # the way out in the error for a source without documents
     advice: str = "remove the source from the corpus file, or take the data sets of corpus=hub"
 
@@ -88,6 +94,7 @@ def reader(
     keys: tuple[str, ...] = Traits.keys,
     needs: tuple[str, ...] = Traits.needs,
     inputs: "Callable[[SourceConfig], Inputs] | None" = None,
+    takes_files: bool = False,
     advice: str = Traits.advice,
 ) -> Callable[[AnyReader], AnyReader]:
     """Returns a decorator that declares the traits of a reader: it sets `traits` of the function, and returns it.
@@ -97,7 +104,7 @@ def reader(
 
     def declare(function: AnyReader) -> AnyReader:
         function.traits = Traits(  # type: ignore[attr-defined]
-            form, seeded, revision, keys, needs, inputs, advice
+            form, seeded, revision, keys, needs, inputs, takes_files, advice
         )
         return function
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
+from dist_lm.data.sources.failures import unreadable
 from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
 from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
-from dist_lm.data.sources.opening import unreadable
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
@@ -81,34 +82,37 @@ def list_rows(source: SourceConfig) -> Inputs:
     return list_files(source, by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv"))
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
-def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+@reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, takes_files=True, advice=ADVICE)
+def read_jsonl(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every line of files of JSON lines as a text or `Rejected`. `seed` is not used.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
-    yield from row_documents(source, rows_of_files(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
+    rows = rows_of_files(files or Snapshot.of(source), named_columns(source, TEXT), jsonl_rows)
+    yield from row_documents(source, rows)
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
-def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+@reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, takes_files=True, advice=ADVICE)
+def read_parquet(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of parquet files as a text or `Rejected`. Memory is bounded by one row group.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
-    yield from row_documents(source, rows_of_files(list_parquet(source), named_columns(source, TEXT), parquet_rows))
+    rows = rows_of_files(files or Snapshot.of(source), named_columns(source, TEXT), parquet_rows)
+    yield from row_documents(source, rows)
 
 
-@reader(keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
-def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+@reader(keys=KEYS, needs=NEEDS, inputs=list_csv, takes_files=True, advice=ADVICE)
+def read_csv(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of CSV files with a header as a text or `Rejected`. `seed` is not used.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
-    yield from row_documents(source, rows_of_files(list_csv(source), named_columns(source, TEXT), csv_rows))
+    rows = rows_of_files(files or Snapshot.of(source), named_columns(source, TEXT), csv_rows)
+    yield from row_documents(source, rows)
 
 
 def named_columns(source: SourceConfig, *defaults: str) -> Named:
@@ -121,7 +125,7 @@ def named_columns(source: SourceConfig, *defaults: str) -> Named:
 
 
 def rows_of_files(
-    inputs: Inputs, columns: Named | None = None, format_of_all: Format | None = None
+    files: Snapshot, columns: Named | None = None, format_of_all: Format | None = None
 ) -> Iterator[SourceRow]:
     """Yields the rows of all files that are taken, one after the other; a broken row is yielded as its problem.
 
@@ -133,19 +137,21 @@ def rows_of_files(
         ConfigError: a parquet or CSV file lacks the column that the licence, language or name of rows is read from, or
             the scheme of a URL is not supported.
         ArtefactError: a file is missing, truncated, damaged or of another format; the message names the last good row.
+        ChangedInputError: a file is not as it was listed or first read.
     """
     column_names = None if columns is None else [column for _, column in columns]
 
-    for file in inputs.taken:
+    for file in files.listing.taken:
         read_rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(file.name)).suffix, jsonl_rows)
         number, is_checked = 0, False
         try:
-            for number, row, row_columns in read_rows(file.name, column_names):
-                # All rows of a table have its columns, so the first one tells.
-                if not is_checked and read_rows in TABLES:
-                    _check_columns(file.name, columns or [], row_columns)
-                is_checked = True
-                yield SourceRow(f"{file.name}:{number}", row, row_columns)
+            with files.reading(file) as reading:
+                for number, row, row_columns in read_rows(reading, column_names):
+                    # All rows of a table have its columns, so the first one tells.
+                    if not is_checked and read_rows in TABLES:
+                        _check_columns(file.name, columns or [], row_columns)
+                    is_checked = True
+                    yield SourceRow(f"{file.name}:{number}", row, row_columns)
         except UserError:
             raise
         except (OSError, ValueError, TarError) as error:  # pyarrow's own errors are among them

@@ -14,9 +14,9 @@ from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row, columns_in_row
 from dist_lm.data.sources.listing import by_suffix, list_files
-from dist_lm.data.sources.opening import open_content
 from dist_lm.data.sources.reader import Candidate, reader
 from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, row_documents, rows_of_files
+from dist_lm.data.sources.snapshot import FileReading, Snapshot
 from dist_lm.errors import ArtefactError
 
 TEXT_MEMBER = "txt"  # extension
@@ -36,33 +36,34 @@ def list_tars(source: SourceConfig) -> Inputs:
     keys=KEYS,
     needs=NEEDS,
     inputs=list_tars,
+    takes_files=True,
     advice="check path and column; no sample has text in that member",
 )
-def read_tars(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_tars(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every sample of webdataset tars as a text or `Rejected`. `seed` is not used.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
-    rows = rows_of_files(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
+    rows = rows_of_files(files or Snapshot.of(source), named_columns(source, TEXT_MEMBER), samples)
     yield from row_documents(source, rows, TEXT_MEMBER)
 
 
-def samples(name: str, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
+def samples(reading: FileReading, wanted_columns: Sequence[str] | None) -> Iterator[NumberedRow]:
     """Yields (key, row, columns) of the samples of a tar: their wanted members as bytes, and keys of the .json member.
 
     Raises:
         ArtefactError: the tar is truncated, or continues after its end mark.
-        ConfigError: the scheme of a URL is not supported.
+        ChangedInputError: as `FileReading.open_content`.
         OSError, ValueError, tarfile.TarError: the file cannot be read or is no tar.
     """
     # As a stream: a tar may be behind http or compressed, where seeking is slow.
-    with open_content(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    with reading.open_content() as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for key, members in groupby(_members(tar), key=lambda member: member[0]):
             row = _row(members, tar, {*(wanted_columns or ())})
             printable_key = key.encode(errors="backslashreplace").decode()  # names in tars may have any encoding
             yield printable_key, row, columns_in_row(row)
-        _check_end(name, tar)
+        _check_end(reading.name, tar)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:

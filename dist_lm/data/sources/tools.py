@@ -12,6 +12,7 @@ from dist_lm.data.sources.formats import BadRow
 from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.data.sources.rows import licence_of, looked_ahead, named_columns, own_licence
+from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
 from dist_lm.errors import UserError
 from dist_lm.tools.data.examples import REVISION, examples
@@ -43,9 +44,10 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column"),
     needs=("language", "dataset|path"),
     inputs=list_data_set,
+    takes_files=True,
     advice="check dataset and split; no row makes a conversation",
 )
-def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+def read_hub_tools(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
     """Yields every row of a data set, or of files with its columns, as a conversation. `seed` is not used.
 
     A row that is broken, or makes no conversation (`invalid_calls`), is yielded as `Rejected`.
@@ -54,7 +56,7 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ConfigError: a column is missing, or as `data_set_rows`.
         ArtefactError: the data set or a file cannot be read.
     """
-    for source_row in looked_ahead(source, data_set_rows(source), named_columns(source, *COLUMNS)):
+    for source_row in looked_ahead(source, data_set_rows(source, files), named_columns(source, *COLUMNS)):
         name, row = source_row.location, source_row.row
         if isinstance(row, BadRow):
             yield Rejected(source.language, name, row.reason, row.words)
