@@ -275,7 +275,7 @@ def read_listed(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 def test_documents_of_a_users_reader_are_compared(tmp_path: Path, function: str, words: str, reading: int) -> None:
     path = tmp_path / "texts"
     path.write_text("\n".join(texts_of(1)))
-    source = SourceConfig(f"tests.data.test_snapshot:{function}", "english", dataset=str(path))
+    source = SourceConfig(f"tests.data.test_input_snapshot:{function}", "english", dataset=str(path))
     with pytest.raises(ChangedInputError, match=rf"{re.escape(str(path))}|{function}") as refused:
         divided(source, lambda: path.write_text("\n".join(leaking(texts_of(1)))), reading, 0)
     assert words in str(refused.value)
