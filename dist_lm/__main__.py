@@ -64,11 +64,23 @@ def data_new(
     sample: Annotated[int, typer.Option(help="MiB of text that are read of each corpus.", min=1)] = 256,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped."""
+    """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped.
+
+    The first command of the file is tried: its plan, and its corpora on 200 rows, in a temporary folder.
+    """
     from dist_lm.data.new import new_corpus
     from dist_lm.prepare.conf_folders import choices
+    from dist_lm.verbs.data_trial import try_command
 
-    new_corpus(inputs, out, OutputConsole(), sample_bytes=sample << 20, force=force, reserved_names=choices("corpus"))
+    new_corpus(
+        inputs,
+        out,
+        OutputConsole(),
+        sample_bytes=sample << 20,
+        force=force,
+        reserved_names=choices("corpus"),
+        trial=try_command,
+    )
 
 
 @app.command("metrics")

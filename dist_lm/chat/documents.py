@@ -3,6 +3,8 @@
 The text is JSON, and the same value always has the same text: two documents are equal if their values are.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from dist_lm.chat import json_text
@@ -29,6 +31,47 @@ def read_conversation(text: str) -> Conversation:
         ChatError: `text` is no JSON.
     """
     return _conversation_of(json_text.read(text, "conversation"))
+
+
+def samples(conversation: Conversation, tokenizer: Tokenizer) -> list[Conversation]:
+    """Returns the conversations that are laid out for one: itself, or one for each learned answer.
+
+    The latter if the template of an imported model leaves out the thinking of earlier answers when others follow, as
+    that of Qwen3 does: each answer is then the last of a conversation of its own, where its thinking is shown, and the
+    answers before it are not learned again.
+
+    Raises:
+        ChatError: the template exceeds a limit.
+    """
+    messages = conversation.messages
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    if not tokenizer.kept_template or not any(messages[number].thinking for number in answers[:-1]):
+        return [conversation]
+    from dist_lm.chat import kept_template  # jinja2 is for imported models only
+
+    # A template that shows no thinking at all refuses the conversation by name.
+    if kept_template.keeps_thinking(tokenizer):
+        return [conversation]
+    parts = []
+    for last in (number for number in answers if messages[number].learn):
+        before = [replace(message, learn=message.role != "assistant") for message in messages[:last]]
+        parts.append(replace(conversation, messages=(*before, messages[last])))
+    return parts
+
+
+def sample_documents(document: Document, tokenizer: Tokenizer) -> list[Document]:
+    """Returns the documents that are encoded for one: that of each of its `samples`.
+
+    Raises:
+        ChatError: as `samples`.
+    """
+    # The text of a conversation with thinking has the key, so most documents need no parsing.
+    if document.form != "conversation" or not tokenizer.kept_template or '"thinking"' not in document.text:
+        return [document]
+    conversations = samples(read_conversation(document.text), tokenizer)
+    if len(conversations) == 1:
+        return [document]
+    return [replace(document, text=write_conversation(conversation)) for conversation in conversations]
 
 
 def write_ranking(ranking: Ranking) -> str:
@@ -140,16 +183,26 @@ def _conversation_value(conversation: Conversation) -> Json:
     check_conversation(conversation)
     return {
         "tools": [[tool.name, tool.description, tool.parameters] for tool in conversation.tools],
-        "messages": [
-            {
-                "role": message.role,
-                "content": message.content,
-                "calls": [[call.name, call.arguments] for call in message.calls],
-                "results": list(message.results),
-            }
-            for message in conversation.messages
-        ],
+        "messages": [_message_value(message) for message in conversation.messages],
     }
+
+
+def _message_value(message: Message) -> dict[str, Json]:
+    """Returns a turn as a JSON value; thinking and loss switches are in it only where they are not the default."""
+    value = {
+        "role": message.role,
+        "content": message.content,
+        "calls": [[call.name, call.arguments] for call in message.calls],
+        "results": list(message.results),
+    }
+    # Conversations without these have the text that they always had, so that equal ones stay equal.
+    if message.thinking:
+        value["thinking"] = message.thinking
+    if not message.learn:
+        value["learn"] = False
+    if not message.learn_thinking:
+        value["learn_thinking"] = False
+    return value
 
 
 def _conversation_of(value: Json) -> Conversation:
@@ -161,6 +214,9 @@ def _conversation_of(value: Json) -> Conversation:
                 content=turn["content"],
                 calls=tuple(Call(*call) for call in turn["calls"]),
                 results=tuple(turn["results"]),
+                thinking=turn.get("thinking", ""),
+                learn=turn.get("learn", True),
+                learn_thinking=turn.get("learn_thinking", True),
             )
             for turn in value["messages"]
         ),

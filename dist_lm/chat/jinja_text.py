@@ -19,7 +19,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from dist_lm.chat import json_text
-from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, turn_name
+from dist_lm.chat.messages import END_THINKING, Call, ChatError, Conversation, Json, Message, Tool, turn_name
+from dist_lm.chat.template import BEGIN_THINKING
 from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 
@@ -54,7 +55,7 @@ def text_of(conversation: Conversation, template: KeptTemplate, texts_as_json: b
 
 
 def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> list[dict[str, Any]]:
-    """Returns the turns in OpenAI's format, with a message for each result of a call.
+    """Returns the turns in OpenAI's format, with a message for each result of a call; thinking is `reasoning_content`.
 
     The content of a result is JSON, but a text stays as it is unless `texts_as_json` is set. Ids of calls are made from
     their place. The turns must be well formed, a turn of results behind its calls; arguments are not copied.
@@ -82,6 +83,8 @@ def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> lis
             continue
 
         openai_message: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.thinking:
+            openai_message["reasoning_content"] = message.thinking
         if message.calls:
             openai_message["tool_calls"] = [
                 {
@@ -93,6 +96,18 @@ def messages_of(messages: Sequence[Message], texts_as_json: bool = False) -> lis
             ]
         openai_messages.append(openai_message)
     return openai_messages
+
+
+def with_thinking_in_text(openai_messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages with their thinking as a block before the text, for templates without a key for it."""
+    messages = []
+    for message in openai_messages:
+        thinking = message.get("reasoning_content")
+        if thinking:
+            message = {key: value for key, value in message.items() if key != "reasoning_content"}
+            message["content"] = f"{BEGIN_THINKING}\n{thinking}\n{END_THINKING}\n\n{message['content']}"
+        messages.append(message)
+    return messages
 
 
 def _call_id(turn: int, call: int) -> str:
@@ -140,13 +155,50 @@ def _shows(template: KeptTemplate) -> tuple[bool, bool, bool]:
     return is_shown(PROBE.name, (PROBE,)), is_shown(PROBE.name, ()), is_shown("probe_result", ())
 
 
+@lru_cache(maxsize=8)
+def shown_thinking(template: KeptTemplate) -> tuple[bool, bool, bool]:
+    """Returns (whether the template shows thinking, whether in the text of the answer only, whether it still shows that
+    of earlier answers when others follow), by rendering probes. Cached.
+
+    Raises:
+        TemplateLimitError: the template exceeds a limit.
+    """
+    turns = (
+        Message("user", "probe"),
+        Message("assistant", "probe_end", thinking="probe_thought"),
+        Message("user", "probe_next"),
+        Message("assistant", "probe_last"),
+    )
+
+    def is_shown(count: int, in_text: bool) -> bool:
+        messages = messages_of(turns[:count])
+        if in_text:
+            messages = with_thinking_in_text(messages)
+        try:
+            return "probe_thought" in rendered(template, messages, None, False)
+        except TemplateLimitError:
+            raise  # the other probes would take as long
+        except ChatError:
+            return False
+
+    for in_text in (False, True):
+        if is_shown(2, in_text):
+            return True, in_text, is_shown(4, in_text)
+    return False, False, False
+
+
 def check_probes(template: KeptTemplate, conversation: Conversation) -> None:
-    """Refuses a conversation with tools, calls or results that the template leaves out; returns nothing.
+    """Refuses a conversation with tools, calls, results or thinking that the template leaves out; returns nothing.
 
     Raises:
         ChatError: names what the template leaves out.
     """
     # Without this a model would be trained and asked on conversations of which a part is missing.
+    if any(message.thinking for message in conversation.messages) and not shown_thinking(template)[0]:
+        raise ChatError(
+            "the conversation has thinking, which the chat template of the model does not show: `thinking: drop` in "
+            f"the source reads it without, or {WAY_OUT}"
+        )
     shows_tools, shows_calls, shows_results = _shows(template)
     for is_there, is_shown, parts in (
         (bool(conversation.tools), shows_tools, "tools"),

@@ -6,7 +6,8 @@ rendered, and joined again after the special tokens are found, so no text become
 tokens is encoded as one segment, as transformers does.
 
 Answers are found by rendering beginnings: the conversation up to a turn of the assistant, with the opening of that
-turn, must be the beginning of the whole text. A template that rewrites earlier turns is refused.
+turn, must be the beginning of the whole text. A template that rewrites earlier turns is refused. One that drops the
+thinking of earlier answers gets a sample for each answer (`chat.documents.samples`).
 """
 
 import json
@@ -18,12 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from dist_lm.chat.jinja_text import WAY_OUT, check_probes, messages_of, rendered, rendered_page, tools_of
-from dist_lm.chat.messages import ChatError, Conversation, Message, check_conversation, turn_name
+from dist_lm.chat.jinja_text import (
+    WAY_OUT,
+    check_probes,
+    messages_of,
+    rendered,
+    rendered_page,
+    shown_thinking,
+    tools_of,
+    with_thinking_in_text,
+)
+from dist_lm.chat.messages import END_THINKING, ChatError, Conversation, Message, check_conversation, turn_name
+from dist_lm.chat.template import common_length
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF  # Unicode's private use area
 NONCHARACTER = "\ufdd0"  # a noncharacter of Unicode: never in texts that programs exchange
+CLOSING = re.compile(rf"\s*{re.escape(END_THINKING)}\s*")
 PROBE = Conversation((Message("user", "probe"),))
 
 
@@ -43,9 +55,9 @@ class _Part:
 def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, loss mask) of `conversation`, with every turn closed.
 
-    Tokens are (n,) of the tokenizer's dtype. The loss mask, (n,) uint8, is 1 from the beginning of an answer to the
-    special token that ends it, that token included. The turns before each answer are rendered again, so the time grows
-    with the square of their number.
+    Tokens are (n,) of the tokenizer's dtype. The loss mask, (n,) uint8, is 1 from the beginning of a learned answer to
+    the special token that ends it, that token included; 0 in thinking that is not learned. The turns before each answer
+    are rendered again, so the time grows with the square of their number.
 
     Args:
         tokenizer: one with a `kept_template`.
@@ -55,7 +67,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
             rewrites earlier turns, or ends turns without a special token; the message names the turn or the reason.
     """
     page = _Page(conversation, tokenizer)
-    answers = [number for number, message in enumerate(conversation.messages) if message.role == "assistant"]
+    messages = conversation.messages
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant" and message.learn]
     text, starts = page.text_and_starts(answers)
     page.check_shows_texts(text)
 
@@ -70,8 +83,14 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
     loss_mask = np.zeros(len(tokens), np.uint8)
     for number, start in zip(answers, starts, strict=True):
         if start == len(text):
-            raise _not_shown(number, conversation.messages[number])
-        first, end = _answer_tokens(page, parts, begins, start)
+            raise _not_shown(number, messages[number])
+        last_part = _last_part(page, parts, start)
+        first, end = _first_token(page, parts, begins, start), begins[last_part] + 1
+        # An answer without its thinking would teach the model to answer at once.
+        if messages[number].thinking:
+            end_of_thinking = page.end_of_thinking(text, number, start, parts[last_part].end)
+            if not messages[number].learn_thinking:
+                first = min(end, _first_token(page, parts, begins, end_of_thinking))
         loss_mask[first:end] = 1
     return np.array(tokens, tokenizer.dtype), loss_mask
 
@@ -133,6 +152,15 @@ def _ends(template: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[i
         if is_shown:
             ends += [part.token for part in _split(after, names) if part.token is not None][:1]
     return tuple(dict.fromkeys(ends))
+
+
+def keeps_thinking(tokenizer: Tokenizer) -> bool:
+    """Returns whether the template shows the thinking of earlier answers when others follow; the tokenizer has one.
+
+    Raises:
+        ChatError: the template exceeds a limit.
+    """
+    return shown_thinking(_kept(tokenizer))[2]
 
 
 def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -216,6 +244,8 @@ class _Page:
         self._tokenizer = tokenizer
         self._conversation = conversation
         check_probes(self._kept, conversation)
+        has_thinking = any(message.thinking for message in conversation.messages)
+        self._thinks_in_text = has_thinking and shown_thinking(self._kept)[1]
 
         # The private character is removed again before encoding, so no text may hold it.
         all_texts = json.dumps([messages_of(conversation.messages), tools_of(conversation.tools)], ensure_ascii=False)
@@ -225,8 +255,7 @@ class _Page:
 
     def text_with_opening(self) -> str:
         """Returns the rendered text of all turns, with guarded texts, and the opening that a model continues."""
-        messages = self._guarded(messages_of(self._conversation.messages))
-        return rendered(self._kept, messages, self._guarded(tools_of(self._conversation.tools)), True)
+        return rendered(self._kept, self._guarded_messages(), self._guarded(tools_of(self._conversation.tools)), True)
 
     def text_and_starts(self, answers: Sequence[int]) -> tuple[str, list[int]]:
         """Returns the rendered text of all turns, with guarded texts, and the character at which each answer starts:
@@ -242,7 +271,7 @@ class _Page:
         # A turn of results becomes several messages.
         counts = [len(messages_of(turns[:number])) for number in answers]
         text, starts = rendered_page(
-            *(self._kept, self._guarded(messages_of(turns)), self._guarded(tools_of(self._conversation.tools))),
+            *(self._kept, self._guarded_messages(), self._guarded(tools_of(self._conversation.tools))),
             *(False, counts),
         )
         for number, start in zip(answers, starts, strict=True):
@@ -263,6 +292,37 @@ class _Page:
             guarded = self._guarded(message.content)
             if message.role in ("system", "user") and guarded.strip() not in text:
                 raise _not_shown(number, message)
+
+    def end_of_thinking(self, text: str, number: int, start: int, stop: int) -> int:
+        """Returns the character behind the thinking of an answer and its closing mark.
+
+        Args:
+            text: the rendered text of all turns.
+            number: the index of the answer, which has thinking.
+            start, stop: the first character of the answer, and that behind its end.
+
+        Raises:
+            ChatError: the template does not show the thinking there.
+        """
+        message = self._conversation.messages[number]
+        thinking = self._guarded(message.thinking).strip()
+        begin = text.find(thinking, start, stop)
+        if begin < 0:
+            raise ChatError(
+                f"{turn_name(number, message)}: the chat template of the model does not show its thinking: "
+                f"`thinking: drop` in the source reads it without, or {WAY_OUT}"
+            )
+        end = begin + len(thinking)
+        closing = CLOSING.match(text, end)
+        return closing.end() if closing else end
+
+    def _guarded_messages(self) -> Any:
+        """Returns the turns as the template takes them, with guarded texts."""
+        messages = self._guarded(messages_of(self._conversation.messages))
+        # The marks of thinking are the template's here, not those of a text, so they are added behind the guard.
+        if self._thinks_in_text:
+            return with_thinking_in_text(messages)
+        return messages
 
     def _guarded(self, value: Any) -> Any:
         """Returns a copy of a JSON value with every name of a special token in its texts split by the private
@@ -292,33 +352,38 @@ def _not_shown(number: int, message: Message) -> ChatError:
     return ChatError(f"{where}: the chat template of the model does not show its text: {WAY_OUT}")
 
 
-def _answer_tokens(page: _Page, parts: Sequence[_Part], begins: Sequence[int], start: int) -> tuple[int, int]:
-    """Returns (first, last + 1) of the tokens of the answer at character `start`, with the special token that ends it.
-
-    A token that reaches over `start` belongs to the answer: the tokens before it are those that the opening has alone.
-    If no special token that ends turns follows, the answer reaches to the end.
+def _last_part(page: _Page, parts: Sequence[_Part], start: int) -> int:
+    """Returns the index of the special token that ends the answer at character `start`; that of the last part if none
+    follows that ends turns.
 
     Args:
         parts: those of the whole text.
-        begins: index of the first token of each part.
 
     Raises:
         ChatError: the template ends turns without a special token.
     """
-    first_part = next(index for index, part in enumerate(parts) if part.end > start)
-    part, first = parts[first_part], begins[first_part]
+    ends = stop_tokens(page._tokenizer)
+    rest = (index for index, part in enumerate(parts) if part.end > start)
+    return next((index for index in rest if parts[index].token in ends), len(parts) - 1)
+
+
+def _first_token(page: _Page, parts: Sequence[_Part], begins: Sequence[int], start: int) -> int:
+    """Returns the index of the first token of what begins at character `start`, which is before the end of the text.
+
+    A token that reaches over `start` belongs to it: the tokens before it are those that the text before has alone.
+
+    Args:
+        parts: those of the whole text.
+        begins: index of the first token of each part.
+    """
+    index = next(index for index, part in enumerate(parts) if part.end > start)
+    part, first = parts[index], begins[index]
 
     # The opening may end inside a text, as `assistant\n` does; the answer begins where the tokens differ from its own.
     if part.begin < start:
         part_ids = page.splitter.encoded_text(part.text)
-        opening_ids = page.splitter.encoded_text(part.text[: start - part.begin])
-        pairs = zip(part_ids, opening_ids, strict=False)
-        first += next((index for index, (a, b) in enumerate(pairs) if a != b), len(opening_ids))
-
-    ends = stop_tokens(page._tokenizer)
-    rest = range(first_part, len(parts))
-    last_part = next((index for index in rest if parts[index].token in ends), len(parts) - 1)
-    return first, begins[last_part] + 1
+        first += common_length(part_ids, page.splitter.encoded_text(part.text[: start - part.begin]))
+    return first
 
 
 def _names(tokenizer: Tokenizer) -> tuple[tuple[str, int], ...]:

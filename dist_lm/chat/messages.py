@@ -7,6 +7,7 @@ from dist_lm.errors import UserError, utf8
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
+END_THINKING = "</think>"  # stands behind the thinking of a turn, in our layout and in those of most models
 Json = Any
 """A value that `json.loads` returns: None, bool, int, float, str, list, or dict with str keys."""
 
@@ -40,6 +41,9 @@ class Message:
     content: str = ""
     calls: tuple[Call, ...] = ()  # for role assistant: calls follow the text, and no result comes between them
     results: tuple[Json, ...] = ()  # for role tool: one result for each call of the previous turn, in the same order
+    thinking: str = ""  # for role assistant: reasoning, which comes before the text
+    learn: bool = True  # for role assistant: whether the loss counts the turn
+    learn_thinking: bool = True  # whether the loss counts `thinking` where it counts the turn
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,10 @@ class Conversation:
 def check_conversation(conversation: Conversation) -> None:
     """Refuses a conversation that the template cannot lay out; returns nothing.
 
-    Turns must follow one another as roles allow, and results must be as many as the calls before. Arguments of calls
-    are not compared with the tools, and whether JSON can hold results and arguments is not checked. The last turn may
-    be of any role but system.
+    Turns must follow one another as roles allow, and results must be as many as the calls before. A system turn may
+    stand anywhere but between calls and their results, and changes nothing in the order of the others. Arguments of
+    calls are not compared with the tools, and whether JSON can hold results and arguments is not checked. The last turn
+    may be of any role but system.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -64,10 +69,12 @@ def check_conversation(conversation: Conversation) -> None:
     if type(conversation.messages) is not tuple:
         raise ChatError(f"messages: a {type(conversation.messages).__name__}; expected a tuple")
 
-    previous: Message | None = None
+    previous: Message | None = None  # the last turn that is none of the system
     for number, message in enumerate(conversation.messages):
         where = turn_name(number, message)
         check_message(message, where)
+        if message.role == "system" and not (previous and previous.calls):
+            continue
 
         roles = _next_roles(previous)
         if message.role not in roles:
@@ -80,8 +87,8 @@ def check_conversation(conversation: Conversation) -> None:
             raise ChatError(f"{where}: {num_results} results of {num_calls} calls; expected as many")
         previous = message
 
-    # A conversation of the system alone asks nothing.
-    if previous is None or previous.role == "system":
+    # A turn of the system at the end asks nothing.
+    if previous is None or conversation.messages[-1].role == "system":
         raise ChatError(f"turn {len(conversation.messages)}: missing; expected a turn of the user")
 
 
@@ -124,6 +131,9 @@ def check_message(message: Message, where: str) -> None:
     if type(message.content) is not str:
         raise ChatError(f"{where}: content is a {type(message.content).__name__}; expected text")
     check_text(message.content, where)
+    if type(message.thinking) is not str:
+        raise ChatError(f"{where}: thinking is a {type(message.thinking).__name__}; expected text")
+    check_text(message.thinking, where)
     for name in ("calls", "results"):
         if type(getattr(message, name)) is not tuple:
             raise ChatError(f"{where}: {name} is a {type(getattr(message, name)).__name__}; expected a tuple")
@@ -131,6 +141,10 @@ def check_message(message: Message, where: str) -> None:
     # Each role has fields of its own: only the assistant calls, and only tools return.
     if message.calls and message.role != "assistant":
         raise ChatError(f"{where}: has calls; only the assistant calls tools")
+    if message.thinking and message.role != "assistant":
+        raise ChatError(f"{where}: has thinking; only the assistant thinks")
+    if END_THINKING in message.thinking:
+        raise ChatError(f"{where}: thinking has {END_THINKING} in it, which would end it early")
     if message.results and message.role != "tool":
         raise ChatError(f"{where}: has results; only the role tool has results")
     if message.role == "tool" and message.content:
@@ -173,13 +187,14 @@ def shown(value: Json) -> str:
 
 
 def _next_roles(previous: Message | None) -> tuple[str, ...]:
-    """Returns the roles that may follow the turn `previous`; None: those of the first turn."""
+    """Returns the roles that may follow `previous`, a turn not of the system; None: those of the first turn."""
     if previous is None:
         return ("system", "user")
     if previous.role == "assistant":
         if previous.calls:
             return ("tool",)
         return ("user",)
-    if previous.role == "system":
-        return ("user",)
+    # A user may go on at once after results, as some clients send both in one message.
+    if previous.role == "tool":
+        return ("assistant", "user")
     return ("assistant",)

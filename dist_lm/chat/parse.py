@@ -1,5 +1,8 @@
 """Reads a conversation back from tokens: `parse(render(x).tokens)` is x. `dist_lm.chat.template` describes the layout.
 
+Loss switches are in no token, so every turn that is read back is learned. A text that begins with a whole block of
+thinking comes back as thinking; `parse_turn` leaves it in the text, as the model wrote it.
+
 White space around the JSON of calls and results, and between calls, is free; everything else must be as rendered.
 A space that the tokenizer puts before every text (`Tokenizer.adds_space`) is no part of the conversation.
 """
@@ -7,11 +10,22 @@ A space that the tokenizer puts before every text (`Tokenizer.adds_space`) is no
 import operator
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from dist_lm.chat import json_text
-from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, check_conversation, check_message
-from dist_lm.chat.template import INSTRUCTION, INTRODUCTION, answer_tokens, stop_tokens
+from dist_lm.chat.messages import (
+    END_THINKING,
+    Call,
+    ChatError,
+    Conversation,
+    Json,
+    Message,
+    Tool,
+    check_conversation,
+    check_message,
+)
+from dist_lm.chat.template import BEGIN_THINKING, INSTRUCTION, INTRODUCTION, answer_tokens, stop_tokens
 from dist_lm.errors import UserError
 from dist_lm.tokenizer.symbols import (
     CALL,
@@ -25,6 +39,10 @@ from dist_lm.tokenizer.symbols import (
     TOOLS,
 )
 from dist_lm.tokenizer.tokenizer import Tokenizer
+
+THINKING = re.compile(
+    f"{re.escape(BEGIN_THINKING)}\n((?:(?!{re.escape(END_THINKING)}).)+)\n{re.escape(END_THINKING)}\n\n", re.DOTALL
+)
 
 
 def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
@@ -50,15 +68,17 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
 
         # A system turn of tools alone is the template's: the conversation has no such turn.
         if role == "system":
-            if messages or tools:
-                raise ChatError(f"{at}: expected user or assistant; the system turn comes first")
-            if reader.take(TOOLS):
+            has_tools = reader.next_is(TOOLS)
+            if has_tools and (messages or tools):
+                raise ChatError(f"{at}: expected no tools; the system turn with the tools comes first")
+            if has_tools:
+                reader.expect(TOOLS)
                 text, tools = _read_tools(reader, text, at)
-            if text or not tools:
+            if text or not has_tools:
                 messages.append(Message("system", text))
         elif role == "assistant":
             # The text behind the line break is encoded on its own, so it may have a space of its own.
-            messages.append(_read_answer(reader, _without_added_space(text, tokenizer)))
+            messages.append(_with_thinking(_read_answer(reader, _without_added_space(text, tokenizer))))
         elif reader.next_is(RESPONSE):
             # Results have the role of the user in this layout, as in Qwen2.5.
             if text:
@@ -294,6 +314,18 @@ def _read_answer(reader: _Reader, text: str) -> Message:
     if calls:
         text = text.removesuffix("\n")
     return Message("assistant", text, tuple(calls))
+
+
+def _with_thinking(message: Message) -> Message:
+    """Returns a turn of the assistant with the block of thinking taken out of the beginning of its text."""
+    # The second line break of a block before calls was taken for the one before a call.
+    text = message.content
+    if message.calls and text.endswith(f"{END_THINKING}\n"):
+        text += "\n"
+    match = THINKING.match(text)
+    if not match:
+        return message
+    return replace(message, thinking=match[1], content=text[match.end() :])
 
 
 def _read_results(reader: _Reader) -> Message:

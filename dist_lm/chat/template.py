@@ -5,12 +5,12 @@ r"""Lays a conversation out, in tokens and as a chat template: ChatML turns with
     <|im_start|>user\nTEXT<|im_end|>\n
     <|im_start|>assistant\nTEXT\n<tool_call>\nCALL\n</tool_call>\n<tool_call>\nCALL\n</tool_call><|im_end|>\n
     <|im_start|>user\n<tool_response>\nRESULT\n</tool_response><|im_end|>\n
-    <|im_start|>assistant\nTEXT<|im_end|>\n
+    <|im_start|>assistant\n<think>\nTHINKING\n</think>\n\nTEXT<|im_end|>\n
 
 Marks are added by their ids. All other text goes through `Tokenizer.encode`, which never returns the id of a mark, so
-no text can forge one. A mark that an existing tokenizer lacks is plain text (`tokenizer.add_marks`). In JSON, a `<`
-that begins a mark is written `\u003c`, because parsers that read text, such as vLLM's, end a call at the first
-`</tool_call>`. `dist_lm.chat.parse` reads the layout back.
+no text can forge one. A mark that an existing tokenizer lacks is plain text (`tokenizer.add_marks`), and so are
+`<think>` and `</think>`. In JSON, a `<` that begins a mark is written `\u003c`, because parsers that read text, such as
+vLLM's, end a call at the first `</tool_call>`. `dist_lm.chat.parse` reads the layout back.
 
 An imported model may have another layout: `dist_lm.chat.kept_template`. The functions here that take a tokenizer use
 it then.
@@ -24,6 +24,7 @@ import numpy as np
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import (
+    END_THINKING,
     ChatError,
     Conversation,
     Json,
@@ -52,6 +53,7 @@ FORMAT = 5  # counts changes of the layout in tokens: corpora of another format 
 # These texts stand around the tools. They explain the marks without spelling one, so that no mark is there in vain.
 INTRODUCTION = "# Tools\n\nYou may call these functions. Each line describes one as JSON:\n"
 INSTRUCTION = '\n\nFor each call, write a JSON object with the keys "name" and "arguments" between the marks of a call.'
+BEGIN_THINKING = "<think>"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Part:
     text: str
     is_mark: bool = False
     is_answer: bool = False  # the assistant writes it, and the loss counts it
+    context: int = 0  # characters at the beginning of an answer that the loss does not count
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Rendered:
 def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
     """Returns the tokens of `conversation`, with every turn closed, and their loss mask.
 
-    Tokens are (n,) of the tokenizer's dtype, end-of-text first. The mask is (n,) uint8, 1 in answers and the marks that
-    end them.
+    Tokens are (n,) of the tokenizer's dtype, end-of-text first. The mask is (n,) uint8, 1 in learned answers and the
+    marks that end them; 0 in their thinking if that is not learned.
 
     Raises:
         ChatError: the conversation is not well formed, JSON cannot hold a value, or the template of an imported model
@@ -89,8 +92,11 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
     tokens: list[int] = []
     loss_mask: list[int] = []
     for part in layout(conversation):
-        tokens += _encoded([part], tokenizer)
-        loss_mask += [int(part.is_answer)] * (len(tokens) - len(loss_mask))
+        part_ids = _encoded([part], tokenizer)
+        # The whole part is encoded at once, so that the loss changes no token.
+        num_context = common_length(part_ids, tokenizer.encode(part.text[: part.context])) if part.context else 0
+        tokens += part_ids
+        loss_mask += [0] * num_context + [int(part.is_answer)] * (len(part_ids) - num_context)
     return Rendered(np.array(tokens, tokenizer.dtype), np.array(loss_mask, np.uint8))
 
 
@@ -173,6 +179,8 @@ def layout(conversation: Conversation) -> list[Part]:
         where = turn_name(number, message)
         if message.role == "user":
             parts += [_mark(START), Part(f"user\n{message.content}"), _mark(END), Part("\n")]
+        elif message.role == "system" and number > 0:
+            parts += _system_turn(message.content, ())
         elif message.role == "assistant":
             parts += [*_opening("assistant"), *_answer(message, where), Part("\n")]
         elif message.role == "tool":
@@ -225,21 +233,40 @@ def _tool_value(tool: Tool) -> Json:
 
 
 def _answer(message: Message, where: str) -> list[Part]:
-    """Returns the parts that the assistant writes, marked as answer: text, calls, and the mark that ends the turn.
+    """Returns the parts that the assistant writes: thinking, text, calls, and the mark that ends the turn. They are
+    marked as answer where the loss counts them.
 
     Raises:
         ChatError: JSON cannot hold the arguments of a call; the message begins with `where`.
     """
+    learn = message.learn
     parts: list[Part] = []
-    text = message.content
+    thinking = thinking_block(message)
+    text = thinking + message.content
+    context = 0 if message.learn_thinking else len(thinking)
     for number, call in enumerate(message.calls):
-        # The model itself writes the line break before a call.
-        if number or text:
-            parts.append(Part(f"{text}\n", is_answer=True))
+        # The model itself writes the line break before a call; thinking ends with one.
+        if number or message.content:
+            parts.append(Part(f"{text}\n", is_answer=learn, context=context))
+        elif thinking:
+            parts.append(Part(thinking, is_answer=learn, context=context))
         call_json = _json({"name": call.name, "arguments": call.arguments}, f"{where}, call {number}")
-        parts += [_mark(CALL, True), Part(f"\n{call_json}\n", is_answer=True), _mark(END_CALL, True)]
-        text = ""
-    return [*parts, Part(text, is_answer=True), _mark(END, True)]
+        parts += [_mark(CALL, learn), Part(f"\n{call_json}\n", is_answer=learn), _mark(END_CALL, learn)]
+        text, context = "", 0
+    return [*parts, Part(text, is_answer=learn, context=context), _mark(END, learn)]
+
+
+def thinking_block(message: Message) -> str:
+    """Returns the thinking of a turn as the text before its content; empty if it has none."""
+    if not message.thinking:
+        return ""
+    return f"{BEGIN_THINKING}\n{message.thinking}\n{END_THINKING}\n\n"
+
+
+def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """Returns how many first ids both have in common."""
+    pairs = zip(ids, others, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 
 
 def _results(results: Sequence[Json], where: str) -> list[Part]:
@@ -305,7 +332,11 @@ TEMPLATE = r"""
 {%- endif %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
-        {{- '<|im_start|>assistant\n' + (message.content or '') }}
+        {%- set thinking = '' %}
+        {%- if message.reasoning_content %}
+            {%- set thinking = '<think>\n' + message.reasoning_content + '\n</think>\n\n' %}
+        {%- endif %}
+        {{- '<|im_start|>assistant\n' + thinking + (message.content or '') }}
         {%- for call in message.tool_calls or [] %}
             {%- set call = call.function if call.function is defined else call %}
             {{- '' if loop.first and not message.content else '\n' }}

@@ -77,6 +77,8 @@ class SourceConfig:
     id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
     rows: str = ""  # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set
     only: list[str] = field(default_factory=list)  # languages that are kept; none: all
+    # messages: the thinking of answers is learn (with the loss; the default) | context (without loss) | drop (left out)
+    thinking: str = ""
 
     def __post_init__(self) -> None:
         paths = []
@@ -103,6 +105,12 @@ class SourceConfig:
                 "an address without one (credentials come from the environment); the configuration is written to disk",
             )
 
+        require(
+            self.thinking in ("", "learn", "context", "drop"),
+            f"corpus source {self.reader}: thinking",
+            self.thinking,
+            "learn, context or drop",
+        )
         require(
             self.limit >= 0,
             f"corpus source {self.reader}: limit",

@@ -293,11 +293,17 @@ class StageConfig(TrainerGroup):
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
     document_mask: bool = True  # attention stays inside a document
     reset_positions: bool = True  # positions start at 0 in each document
+    # conversations longer than seq_len: drop (left out) | truncate (their beginning) | split (pieces, which do not see
+    # one another)
+    too_long: str = "drop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
         require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
+        require(
+            self.too_long in ("drop", "truncate", "split"), "stage.too_long", self.too_long, "drop, truncate or split"
+        )
         # a file of one's own can take out what the file that it varies mixes in
         self.mix = {name: share for name, share in (self.mix or {}).items() if share}
         check_shares("stage.mix", self.mix, own="stage.corpus")

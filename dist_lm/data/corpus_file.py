@@ -70,6 +70,8 @@ def corpus_file(
     by_corpus: Mapping[str, Sequence[Proposal]],
     documents: Mapping[str, Mapping[str, int]],
     remarks: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
 ) -> str:
     """Returns the text of the corpus file; writes nothing. The text was read back and compared.
 
@@ -81,14 +83,17 @@ def corpus_file(
         by_corpus: the sources of each corpus.
         documents: number of documents by corpus and language, for comments; every corpus must be there.
         remarks: comments on the whole file.
+        settings: keys of the group `corpus` beside the corpora, such as `val_fraction`.
+        overrides: further words of the commands.
 
     Raises:
         ConfigError: a launch would not read the text as it is meant.
     """
     comments = [f"Written by: {shlex.join(command)}"]
-    comments += [f"  {line}" for line in next_commands(out, [*by_corpus])]
+    comments += [f"  {line}" for line in next_commands(out, [*by_corpus], overrides)]
     lines = [f"# {one_line(comment)}" for comment in (*comments, *remarks)]
-    lines += [*_yaml({"name": out.stem}), "corpora:"]
+    settings = dict(settings or {})
+    lines += [*_yaml({"name": out.stem} | settings), "corpora:"]
 
     corpora: dict[str, list[dict[str, Any]]] = {}
     for name, proposals in by_corpus.items():
@@ -109,19 +114,25 @@ def corpus_file(
         lines += [f"    # documents: {one_line(languages)}"]
 
     text = "\n".join([*lines, ""])
-    _check(text, {"name": out.stem, "corpora": corpora}, out)
+    _check(text, {"name": out.stem} | settings | {"corpora": corpora}, out)
     return text
 
 
-def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
+def next_commands(out: Path, corpora: Sequence[str], further: Sequence[str] = ()) -> Iterator[str]:
     """Yields the commands that train on the file: a line for each stage, in the order of the pipeline.
 
     The stages are language, code and tools, as far as `corpora` names them; other corpora give no line. By default a
     stage starts from the model of the stage before, and stage=tools mixes in the corpora of both. Overrides take out
-    what the file lacks.
+    what the file lacks. `further` overrides end every command.
     """
     # `corpus=NAME` names a file in the folder corpus/ of --config-dir.
-    command = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
+    command = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent)]
+    for overrides in stage_overrides(out.stem, corpora):
+        yield shlex.join([*command, *overrides, *further])
+
+
+def stage_overrides(name: str, corpora: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the overrides of each command of `next_commands` for the corpus file `name`, without further ones."""
     previous_stage = ""
     for stage in ("language", "code", CONVERSATIONS):
         if stage not in corpora:
@@ -140,7 +151,7 @@ def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
                 overrides += ["stage.mix=null"]
             else:
                 overrides += [f"stage.mix.{name}=0" for name in missing]
-        yield shlex.join([*command, f"stage={stage}", *overrides])
+        yield [f"corpus={name}", f"stage={stage}", *overrides]
         previous_stage = stage
 
 

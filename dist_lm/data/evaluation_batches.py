@@ -17,7 +17,7 @@ import torch
 
 from dist_lm.data.batch import Batch, SequenceContent, assemble
 from dist_lm.data.order import Concatenation, DocumentSlice
-from dist_lm.data.packing import Packing
+from dist_lm.data.packing import DROP, Packing
 from dist_lm.data.sequences import packed
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.tokenizer import FirstToken
@@ -64,7 +64,7 @@ class Ring:
 class EvaluationBatches:
     """Every token of a split as a target once, in the batches of one rank; can be iterated again and again.
 
-    Of conversations, every learned token is a target once; conversations longer than a sequence are left out.
+    Of conversations, every learned token is a target once; `too_long` decides about those longer than a sequence.
     A sequence has the same number and content in every evaluation.
     """
 
@@ -78,11 +78,12 @@ class EvaluationBatches:
     reset_positions: bool = True
     pad_id: int = 0
     first_token: FirstToken | None = None
+    too_long: str = DROP  # one of `packing.TOO_LONG`
 
     @cached_property
     def _rows(self) -> Ring | Packing:
         if self.corpus.has_mask:
-            return packed(self.corpus, self.seq_len)
+            return packed(self.corpus, self.seq_len, too_long=self.too_long)
         return Ring(self.corpus, self.seq_len)
 
     @cached_property

@@ -7,7 +7,7 @@ from dataclasses import replace
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.ingest import SplitRule, cleaned, largest_share
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
-from dist_lm.data.sources.reader import Candidate, corpus_sources, text_corpora
+from dist_lm.data.sources.reader import Candidate, corpus_sources, tokenizer_corpora
 from dist_lm.document import Document
 
 
@@ -43,8 +43,8 @@ class _BoundedReader(SourceReader):
 
 
 def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[Document]:
-    """Yields documents of all corpora of texts that are in train whatever `val_tokens` is, with placeholders for
-    secrets and addresses.
+    """Yields documents of all `tokenizer_corpora` that are in train whatever `val_tokens` is, with placeholders for
+    secrets and addresses. Those of conversations are their JSON.
 
     Sources with `held_out` are not read. The next document comes from the source of which the fewest bytes were read,
     so all sources give the same amount until they end. Nothing is compared: a document that contains one of a source
@@ -60,7 +60,7 @@ def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[
     """
     reader = _BoundedReader(seed, limit_bytes, config.max_document_bytes)
     # With the largest share, a document that is train here is train whatever `val_tokens` is.
-    rule = SplitRule({name: largest_share(config, name) for name in text_corpora(config)})
+    rule = SplitRule({name: largest_share(config, name) for name in tokenizer_corpora(config)})
     sources: list[tuple[str, Iterator[Screened]]] = []
     for name in rule.held_out:
         keys: set[bytes] = set()  # all sources of a corpus share it, so that duplicates across sources are dropped

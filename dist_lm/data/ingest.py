@@ -329,15 +329,27 @@ def split_documents(
         yield from checked(record, "val", rule)
 
     if not splits["val"]:
-        cause = _why_nothing_is_held_out(
-            config, corpus_name, groups, len(val), text_splits.least_val_bytes.get(corpus_name, 0)
+        least_val_bytes = text_splits.least_val_bytes.get(corpus_name, 0)
+        cause = _why_nothing_is_held_out(config, corpus_name, groups, len(val), least_val_bytes)
+        # Only where there are too few documents does a larger share hold some out.
+        share = groups.smallest if groups.several and not val and not least_val_bytes else None
+        raise NothingHeldOutError(
+            f"corpus {corpus_name}: none of its {splits.total()} documents is held out: {cause}", share
         )
-        raise ArtefactError(f"corpus {corpus_name}: none of its {splits.total()} documents is held out: {cause}")
     if not splits["train"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is left for train: val holds all of them, "
             "or train documents contain val (contains_val): give a source of train documents"
         )
+
+
+class NothingHeldOutError(ArtefactError):
+    """A corpus has no document in val."""
+
+    def __init__(self, words: str, share: float | None) -> None:
+        """`share`: a `corpus.val_fraction` above it holds some out; None: none does."""
+        super().__init__(words)
+        self.share = share
 
 
 @dataclass

@@ -4,16 +4,17 @@ import io
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dist_lm.config.corpus import CorpusConfig
-from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, next_commands, one_line
+from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, next_commands, one_line, stage_overrides
 from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
@@ -26,9 +27,10 @@ GLANCE_BYTES = 16 << 20  # text that is read to tell prose from code
 SHARD_BYTES = 2  # a token, for vocabularies up to 65,536
 LISTED = 8  # licences and dropped items of a corpus that are printed
 NO_TEXT = (
-    "conversations train no tokenizer: add a place with text, or tokenizer=PATH to the command (tokenizer=keep: that "
-    "of the work directory)"
+    "conversations alone: the tokenizer learns from them, and the model begins from nothing. With an open model, add "
+    "stage.init_from=hf:FOLDER to the command"
 )
+MOST_REMEDIES = 4  # settings that are tried before a file is refused
 READABLE = 0.99  # share of broken rows up to which they are counted; a launch refuses fewer
 
 
@@ -56,6 +58,18 @@ class Survey:
         return max(shares, key=lambda name_and_share: name_and_share[1])
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """What makes the first command of a corpus file run."""
+
+    reason: str  # a line for people
+    settings: Mapping[str, Any] = field(default_factory=dict)  # keys of the group `corpus`, for the file
+    overrides: Sequence[str] = ()  # words for the commands
+
+
+Trial = Callable[[Path, Sequence[str]], Remedy | None]  # takes a configuration folder and overrides; raises UserError
+
+
 def new_corpus(
     paths: Sequence[str],
     out: Path,
@@ -64,23 +78,27 @@ def new_corpus(
     sample_bytes: int,
     force: bool = False,
     reserved_names: Sequence[str] = (),
+    trial: Trial | None = None,
 ) -> None:
     """Writes the corpus file `out` for data, and prints what the data holds.
 
-    The data is read, perhaps from URLs, and counted before the file is written; nothing is built. The folder of `out`
-    is created first, and stays after an error.
+    The data is read, perhaps from URLs, and counted before the file is written. The folder of `out` is created first,
+    and stays after an error.
 
     Args:
         paths: files, folders, globs or URLs of the data.
         sample_bytes: text that is read of each corpus, in bytes.
         force: replace an existing file.
         reserved_names: the corpus files of dist_lm, whose names no other file may have.
+        trial: tries the first command of the file on a copy elsewhere, and returns what would make it run; None: the
+            command is not tried.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
             too many languages.
         ArtefactError: data cannot be listed or read, gives no document, or nearly all of its rows are broken. Fewer
             broken rows are printed and noted in the file.
+        UserError: the first command of the file must fail; the file is not written.
     """
     _check_out(out, force, reserved_names)
     for path in paths:
@@ -96,17 +114,29 @@ def new_corpus(
     )
     surveys = {name: survey(config, name, sample_bytes) for name in by_corpus}
     remarks = [line for corpus_survey in surveys.values() if (line := _too_broken(corpus_survey))]
+    settings: dict[str, Any] = {}
+    if remarks:
+        settings["max_bad_fraction"] = max(_accepted_fraction(corpus_survey) for corpus_survey in surveys.values())
     if list(by_corpus) == [CONVERSATIONS]:
         remarks.append(NO_TEXT)
 
     documents = {name: dict(corpus_survey.documents.most_common()) for name, corpus_survey in surveys.items()}
     command = ["dist-lm", "data", "new", *paths, "--out", str(out)]
-    durable.write_text(out, corpus_file(command, out, by_corpus, documents, remarks))
+    overrides: list[str] = []
+    for _ in range(MOST_REMEDIES):
+        text = corpus_file(command, out, by_corpus, documents, remarks, settings, overrides)
+        remedy = trial and _tried(trial, text, out.stem, [*next(stage_overrides(out.stem, [*by_corpus])), *overrides])
+        if not remedy:
+            break
+        remarks.append(remedy.reason)
+        settings |= remedy.settings
+        overrides += remedy.overrides
+    durable.write_text(out, text)
 
     for name, corpus_survey in surveys.items():
         _print(name, corpus_survey, by_corpus[name], console)
     console.print(Text(one_line(f"written: {out}"), style="bold"))
-    for line in (*remarks, *next_commands(out, list(by_corpus))):
+    for line in (*remarks, *next_commands(out, list(by_corpus), overrides)):
         console.print(Text(one_line(line)), soft_wrap=True)
 
 
@@ -133,6 +163,29 @@ def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
     return counts
 
 
+def _tried(trial: Trial, text: str, name: str, overrides: Sequence[str]) -> Remedy | None:
+    """Returns what `trial` returns for a corpus file in a temporary folder.
+
+    Args:
+        text: that of the file.
+        name: that of the file, without its suffix.
+        overrides: those of its first command.
+
+    Raises:
+        UserError: the command must fail; OSError: the folder cannot be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="dist_lm_new_") as folder:
+        path = Path(folder) / "corpus" / f"{name}.yaml"
+        path.parent.mkdir()
+        path.write_text(text, encoding="utf-8")
+        return trial(Path(folder), overrides)
+
+
+def _accepted_fraction(counts: Survey) -> float:
+    """Returns a value of `corpus.max_bad_fraction` that accepts the broken rows of a corpus."""
+    return max(CorpusConfig.max_bad_fraction, float(f"{min(0.99, 1.5 * counts.worst_source()[1]):.2g}"))
+
+
 def _too_broken(counts: Survey) -> str:
     """Returns advice about the source with the largest share of broken rows, if a launch would refuse it; else an empty
     text.
@@ -143,8 +196,8 @@ def _too_broken(counts: Survey) -> str:
         return ""
     first = counts.broken[0]
     return (
-        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so a launch refuses them: "
-        f"mend them, or add a line `max_bad_fraction: {min(0.99, 1.5 * share):.2g}` to this file. "
+        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so this file raises it, and "
+        f"a launch skips them: mend them, or keep `max_bad_fraction: {_accepted_fraction(counts):g}`. "
         f"The first: {first['place']}: {first['error']}"
     )
 

@@ -4,7 +4,7 @@ to document slices.
 Best fit decreasing assigns lengths to rows: the longest remaining document goes into the row with the least free space
 that still holds it. The assignment depends on the lengths alone, so every epoch has the same number of rows, and a
 global sequence number gives a position in an epoch. Every epoch shuffles documents of equal length, the order inside a
-row, and the order of the rows.
+row, and the order of the rows. Documents that no row holds are left out, truncated or split.
 """
 
 import numpy as np
@@ -12,27 +12,33 @@ import numpy as np
 from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
 from dist_lm.data.order import DocumentSlice
 
+DROP, TRUNCATE, SPLIT = TOO_LONG = ("drop", "truncate", "split")  # what becomes of a document longer than a row
+
 
 class Packing:
     """Rows of at most `seq_len + 1` tokens: the inputs of a sequence and its last target.
 
-    The last token of a row is only a target. Documents longer than a row are left out.
+    The last token of a row is only a target. What is packed are pieces of documents: each document that fits, whole;
+    and of a longer one nothing, its beginning, or all of it in pieces that each fill a row but the last.
     """
 
-    def __init__(self, lengths: np.ndarray, seq_len: int) -> None:
-        """`lengths`: (documents,) tokens."""
+    def __init__(self, lengths: np.ndarray, seq_len: int, too_long: str = DROP) -> None:
+        """`lengths`: (documents,) tokens; `too_long`: one of `TOO_LONG`."""
         self.seq_len = seq_len
-        self.lengths = lengths
-        fitting = np.flatnonzero(lengths <= seq_len + 1)
-        self.n_left_out = len(lengths) - len(fitting)  # documents
-        self.documents = longest_first(fitting, lengths)  # (packed documents,) numbers
+        self.n_documents = len(lengths)
+        self.n_too_long = int((lengths > seq_len + 1).sum())  # documents
+        self.n_left_out = self.n_too_long if too_long == DROP else 0  # documents
+        self.too_long = too_long
+        self._piece_documents, self._piece_starts, piece_stops = _pieces(lengths, seq_len, too_long)
+        self.lengths = piece_stops - self._piece_starts  # (pieces,) tokens
+        self.pieces = longest_first(np.arange(len(self.lengths)), self.lengths)  # (pieces,) numbers
 
-        # (packed documents,) the row of each of `documents`
-        self.row_of_document = best_fit_decreasing(lengths[self.documents], seq_len + 1)
-        self.n_rows = int(self.row_of_document.max(initial=-1)) + 1
-        self.ends = np.cumsum(np.bincount(self.row_of_document, minlength=self.n_rows))  # (rows,) end in `in_rows`
-        # A stable sort: the documents of a row stay in the order of `documents`, the longest first.
-        self._in_rows = self.documents[np.argsort(self.row_of_document, kind="stable")]
+        # (pieces,) the row of each of `pieces`
+        self.row_of_piece = best_fit_decreasing(self.lengths[self.pieces], seq_len + 1)
+        self.n_rows = int(self.row_of_piece.max(initial=-1)) + 1
+        self.ends = np.cumsum(np.bincount(self.row_of_piece, minlength=self.n_rows))  # (rows,) end in `in_rows`
+        # A stable sort: the pieces of a row stay in the order of `pieces`, the longest first.
+        self._in_rows = self.pieces[np.argsort(self.row_of_piece, kind="stable")]
 
     @property
     def padding(self) -> float:
@@ -40,62 +46,89 @@ class Packing:
         if self.n_rows == 0:
             return 0.0
         capacity = self.n_rows * (self.seq_len + 1)
-        return 1 - int(self.lengths[self.documents].sum()) / capacity
+        return 1 - int(self.lengths.sum()) / capacity
 
     def report(self) -> dict[str, float]:
-        """Returns `{sequences, padding, documents, left_out}` for JSON: numbers of an epoch, and a share in [0, 1]."""
-        return {
+        """Returns `{sequences, padding, documents, left_out}` for JSON: numbers of an epoch, and a share in [0, 1].
+
+        The number of documents that are too long and not left out is added as `truncated` or `split`.
+        """
+        figures = {
             "sequences": self.n_rows,
             "padding": self.padding,
-            "documents": len(self.documents),
+            "documents": self.n_documents - self.n_left_out,
             "left_out": self.n_left_out,
         }
+        if self.n_too_long and not self.n_left_out:
+            figures["truncated" if self.too_long == TRUNCATE else "split"] = self.n_too_long
+        return figures
 
     def sequence(self, row: int) -> list[DocumentSlice]:
         """Returns row `row` without shuffling, for evaluation: rows with the longest documents come first."""
         return self.slices(self._in_rows, row)
 
     def slices(self, in_rows: np.ndarray, row: int) -> list[DocumentSlice]:
-        """Returns the documents of one row, whole, in the order of `in_rows`.
+        """Returns the pieces of one row, in the order of `in_rows`.
 
         Args:
-            in_rows: (packed documents,) document numbers, row after row.
+            in_rows: (pieces,) numbers of pieces, row after row.
         """
         begin = int(self.ends[row - 1]) if row else 0
-        documents = in_rows[begin : int(self.ends[row])].tolist()
-        return [DocumentSlice(document, 0, int(self.lengths[document])) for document in documents]
+        slices = []
+        for piece in in_rows[begin : int(self.ends[row])].tolist():
+            start = int(self._piece_starts[piece])
+            slices.append(DocumentSlice(int(self._piece_documents[piece]), start, start + int(self.lengths[piece])))
+        return slices
 
 
 class PackedEpoch:
-    """The sequences of one epoch: every document that fits, once and whole."""
+    """The sequences of one epoch: every piece of `Packing` once."""
 
     def __init__(self, packing: Packing, seed: int, epoch: int) -> None:
         self._packing = packing
         self.n_sequences = packing.n_rows
 
-        # A stable sort after the shuffle exchanges only documents of equal length, so every row still fits.
-        n = len(packing.documents)
-        shuffled = packing.documents[permutation(n, key(Shuffle.PACKED_DOCUMENTS, seed, epoch))]
-        documents = longest_first(shuffled, packing.lengths)
+        # A stable sort after the shuffle exchanges only pieces of equal length, so every row still fits.
+        n = len(packing.pieces)
+        shuffled = packing.pieces[permutation(n, key(Shuffle.PACKED_DOCUMENTS, seed, epoch))]
+        pieces = longest_first(shuffled, packing.lengths)
 
         # Sorted by row, and inside a row by a hash.
-        order_in_rows = np.lexsort((splitmix64(key(Shuffle.PACKED_INSIDE, seed, epoch), n), packing.row_of_document))
-        self._in_rows = documents[order_in_rows]
+        order_in_rows = np.lexsort((splitmix64(key(Shuffle.PACKED_INSIDE, seed, epoch), n), packing.row_of_piece))
+        self._in_rows = pieces[order_in_rows]
         self._rows = permutation(packing.n_rows, key(Shuffle.PACKED_ROWS, seed, epoch))
 
     def sequence(self, i: int) -> list[DocumentSlice]:
-        """Returns the i-th row of the epoch: whole documents with at most `seq_len + 1` tokens in total."""
+        """Returns the i-th row of the epoch: documents or pieces of long ones, at most `seq_len + 1` tokens in all."""
         return self._packing.slices(self._in_rows, int(self._rows[i]))
 
 
-def longest_first(documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Sorts `documents` by descending length; a stable sort.
+def _pieces(lengths: np.ndarray, seq_len: int, too_long: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (document, start, stop) of each piece, in the order of the documents: three arrays (pieces,) of int64.
+
+    Pieces of a split document overlap by one token, the last target of one and the first input of the next, so each
+    token but the first is a target once.
+    """
+    fits = lengths <= seq_len + 1
+    counts = np.where(fits, 1, 0)
+    if too_long == TRUNCATE:
+        counts = np.ones(len(lengths), np.int64)
+    elif too_long == SPLIT:
+        counts = np.where(fits, 1, -(-(lengths.astype(np.int64) - 1) // seq_len))
+    documents = np.repeat(np.arange(len(lengths)), counts)
+    number_in_document = np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = number_in_document * seq_len
+    return documents, starts, np.minimum(lengths[documents], starts + seq_len + 1)
+
+
+def longest_first(pieces: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sorts `pieces` by descending length; a stable sort.
 
     Args:
-        documents: (n,) numbers.
-        lengths: tokens by document number.
+        pieces: (n,) numbers.
+        lengths: tokens by number of a piece.
     """
-    return documents[np.argsort(-lengths[documents], kind="stable")]
+    return pieces[np.argsort(-lengths[pieces], kind="stable")]
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:

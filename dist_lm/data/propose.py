@@ -8,12 +8,12 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
+from dist_lm.chat.layouts.registry import COLUMNS, MEDIA, common_layout, expected_columns, turns_in
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.listing import bare_name, list_files
-from dist_lm.data.sources.messages import MESSAGES, TOOLS
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
 from dist_lm.data.sources.rows import SourceRow, rows_of_files
@@ -38,12 +38,18 @@ PATHS = (
     "repo_path",
 )  # columns of paths of source files
 NAMES = ("id", *PATHS, "url", "title", "_id")
-# Columns that are a document only together: the question, and the answer.
+# Columns that are a document only together: the question, and the answer. Usual pairs are read as conversations.
 QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
 ANSWERS = ("completion", "response", "output", "answer", "solution")
 # Columns that are rankings together.
 RANKED = (("chosen", "rejected"), ("completions", "ranks"), ("completions", "judgements"))
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
+NUMBER = re.compile(
+    r"\s*([-+]?[\d.,]+([eE][-+]?\d+)?|nan|inf|true|false|none|null)?\s*", re.IGNORECASE
+)  # of a CSV cell
+# How the bytes of images and audio begin: PNG, JPEG, GIF, TIFF; WAVE or WebP, FLAC, Ogg, MP3.
+IMAGE_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
+AUDIO_BYTES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb")
 CODE = "code"  # language of code whose language is not known
 NATURAL = re.compile(r"[a-z]{2}([-_].+)?")  # ISO 639-1, where it is no suffix of source files
 MOSTLY = 0.9  # share of rows whose paths must agree on a language
@@ -163,30 +169,38 @@ def check_text(key: str, text: str) -> None:
 def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
     """Guesses the columns of rows.
 
-    `column` is that of messages (a list of mappings with `role`), else one that is usual for text, else the one with
-    the most text. Beside a column of text, those for language, licence and name are guessed by their usual names; of
-    conversations only `column` is returned. All rows are read.
+    Rows of a layout in `chat.layouts.registry` are conversations, of which only the column of turns is returned, if
+    they have one. Else `column` is one that is usual for text, or the one with the most text; beside it, those for
+    language, licence and name are guessed by their usual names. All rows are read.
 
     Returns:
-        The keys of a source -> column (empty if no column holds text), and whether the rows are conversations.
+        The keys of a source -> column (empty if no column holds text or turns), and whether the rows are conversations.
     """
+    rows = list(rows)
     # All rows vote, because the first one may have nulls.
     lengths: Counter[str] = Counter()  # characters or bytes of texts, by column; the rest counts rows
     texts: Counter[str] = Counter()
-    messages: Counter[str] = Counter()
+    turns: Counter[str] = Counter()
     lists: Counter[str] = Counter()  # lists of texts, such as licences
     for row in rows:
         for name, cell in row.items():
             if isinstance(cell, str | bytes):
                 texts[name] += 1
                 lengths[name] += len(cell)
-            elif isinstance(cell, list) and cell and isinstance(cell[0], dict) and "role" in cell[0]:
-                messages[name] += 1
+            if turns_in(cell) is not None:
+                turns[name] += 1
             elif isinstance(cell, list) and cell and isinstance(cell[0], str):
                 lists[name] += 1
 
-    if messages:
-        return {"column": messages.most_common(1)[0][0]}, True
+    recognised = common_layout(rows)
+    if recognised and recognised[1]:
+        return {"column": recognised[1]}, True
+    # The turns of a prompt are not the whole conversation, so a layout goes before an unusual column of turns.
+    if recognised and not (recognised[0].name == "completion" and any(texts[name] for name in TEXTS)):
+        return {}, True
+    # Any list of turns counts, but a text may look like one by chance.
+    if name := next((name for name, count in turns.most_common() if 2 * count >= texts[name]), ""):
+        return {"column": name}, True
 
     candidates = [name for name in TEXTS if texts[name]] or [name for name, _ in lengths.most_common(1)]
     if not candidates or not candidates[0]:
@@ -248,24 +262,30 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
         _check_header(files[0].name, names)
     _check_shape(files[0].name, rows)
     columns, conversations = columns_of(rows)
-    if not columns:
+    _check_media(files[0].name, rows, conversations)
+    if not columns and not conversations:
         raise ConfigError(f"{files[0].name}: {_without_text(first_rows, rows)}")
     for key, column in columns.items():
         check_text(f"{files[0].name}: {key}", column)
 
     read_columns = [*columns.values()]
-    if conversations:
-        read_columns.append(TOOLS)
-    unread = [name for name in names if name not in read_columns]
     named = ", ".join(f"{key}={column}" for key, column in columns.items())
+    if conversations:
+        read_columns += COLUMNS
+        layout = common_layout(rows, columns.get("column", ""))
+        assert layout is not None
+        named = f"conversations as {layout[0].name} ({layout[0].description})"
+    unread = [name for name in names if name not in read_columns]
     dots = " ..." if len(unread) > LISTED else ""
     notes = (*notes, f"columns: {named}; not read: {', '.join(unread[:LISTED]) or 'none'}{dots}")
 
-    # The file names no column that the reader takes by default.
-    content, reader = columns["column"], kind
+    # The file names no column that the reader finds by itself.
+    content, reader = columns.get("column", ""), kind
     if conversations:
         reader = "messages"
-    if content == {"messages": MESSAGES, "tars": TEXT_MEMBER}.get(reader, TEXT_COLUMN):
+        if common_layout(rows) == layout:
+            columns.pop("column", None)
+    elif content == {"tars": TEXT_MEMBER}.get(reader, TEXT_COLUMN):
         del columns["column"]
 
     language_by_path = language_of_paths(rows)
@@ -328,7 +348,7 @@ def _check_header(name: str, columns: Sequence[str]) -> None:
         for column in columns
         if re.fullmatch(r"\s*|[-+]?[\d.,]+", column) or "://" in column or len(column.split()) > 4
     ]
-    if cells and not {*TEXTS, MESSAGES} & {*columns}:
+    if cells and not {*TEXTS, *COLUMNS} & {*columns}:
         raise ConfigError(
             f"{name}: the first row must name the columns, but {cells[0]!r} looks like data: add a row of names, such "
             "as id,text"
@@ -355,10 +375,64 @@ def _check_shape(name: str, rows: Sequence[Row]) -> None:
     answers = [column for column in ANSWERS if column in columns]
     if questions and answers:
         raise ConfigError(
-            f"{name}: columns {', '.join([*questions, *answers])}: only one of them would be read. Write a column "
+            f"{name}: columns {', '.join([*questions, *answers])}: only one of them would be read. Name two of them "
+            "prompt and completion, or write a column "
             '`messages` for `stage=tools`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], '
             "or a column `text` with all of them"
         )
+
+
+def _check_media(name: str, rows: Sequence[Row], conversations: bool) -> None:
+    """Refuses rows with images, audio or videos, and tables of numbers, which no reader takes. Returns nothing.
+
+    Args:
+        conversations: the rows are; then a path of an image is one too.
+
+    Raises:
+        ConfigError: names the column and what it holds; the message begins with `name`, the file.
+    """
+    for row in rows:
+        for column, cell in row.items():
+            kind = MEDIA.get(column, "") if cell and (conversations or not isinstance(cell, str)) else ""
+            if kind := _media_in(cell) or kind:
+                raise ConfigError(
+                    f"{name}: column {column} holds {kind}, which cannot be read: only text can. Remove the column if "
+                    "the text is whole without it"
+                )
+
+    # Cells of CSV are texts, and a number would be trained as one.
+    cells = [cell for row in rows for cell in row.values()]
+    if cells and not conversations and all(_is_number(cell) for cell in cells):
+        types = {column: type(cell).__name__ for row in reversed(rows) for column, cell in row.items()}
+        columns = ", ".join(f"{column} ({type_name})" for column, type_name in [*types.items()][:LISTED])
+        raise ConfigError(
+            f"{name}: a table of numbers, which cannot be read: only text can. The columns there are {columns}"
+        )
+
+
+def _media_in(cell: Any) -> str:
+    """Returns what the bytes of a cell are by their beginning, images or audio; empty for other values."""
+    content = cell
+    # datasets keeps a file as a mapping of its bytes and path, and decoded audio as an array with its rate.
+    if isinstance(cell, Mapping):
+        if "sampling_rate" in cell:
+            return "audio"
+        content = cell.get("bytes")
+    if isinstance(content, bytes):
+        if content.startswith(IMAGE_BYTES) or content[8:12] == b"WEBP":
+            return "images"
+        if content.startswith(AUDIO_BYTES):
+            return "audio"
+    return ""
+
+
+def _is_number(cell: Any) -> bool:
+    """Whether a cell is empty, a number or the text of one, or a list of these."""
+    if isinstance(cell, list):
+        return all(_is_number(element) for element in cell)
+    if isinstance(cell, str):
+        return bool(NUMBER.fullmatch(cell))
+    return cell is None or isinstance(cell, int | float)
 
 
 def _without_text(first_rows: Sequence[SourceRow], rows: Sequence[Row]) -> str:
@@ -377,8 +451,8 @@ def _without_text(first_rows: Sequence[SourceRow], rows: Sequence[Row]) -> str:
     types = {column: type(cell).__name__ for row in reversed(rows) for column, cell in row.items()}
     columns = ", ".join(f"{column} ({name})" for column, name in [*types.items()][:LISTED])
     return (
-        f"none of its first rows has a column of text or messages; the columns there are {columns or 'none'}. Messages "
-        "are lists of {role, content}; rankings have another reader (docs/reward.md)"
+        f"none of its first rows has a column of text or a layout of conversations; the columns there are "
+        f"{columns or 'none'}. Expected text, or {expected_columns()}; rankings have another reader (docs/reward.md)"
     )
 
 

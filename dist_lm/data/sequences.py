@@ -13,7 +13,7 @@ from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.order import EpochOrder, sequences_an_epoch
-from dist_lm.data.packing import PackedEpoch, Packing
+from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 
@@ -49,7 +49,8 @@ class Epochs(Generic[Order]):
 class CorpusSequences:
     """The sequences of one corpus, numbered 0, 1, 2, ... over all epochs.
 
-    Text is laid end to end and cut, and no token is lost. Conversations (a corpus with a loss mask) stay whole.
+    Text is laid end to end and cut, and no token is lost. Conversations (a corpus with a loss mask) stay whole, as long
+    as they fit into a sequence.
     """
 
     def __init__(
@@ -59,12 +60,14 @@ class CorpusSequences:
         seq_len: int,
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
+        too_long: str = DROP,
     ) -> None:
         """Opens the sequences of a corpus.
 
         Args:
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             infill: rearranges slices of documents of text; all epochs still have `n_sequences`.
+            too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
@@ -81,7 +84,7 @@ class CorpusSequences:
 
         self.packing: Packing | None = None
         if corpus.has_mask:
-            self.packing = packed(corpus, seq_len, seq_len_key)
+            self.packing = packed(corpus, seq_len, seq_len_key, too_long=too_long)
             self.n_sequences = self.packing.n_rows  # in every epoch
         else:
             self.n_sequences = sequences_an_epoch(corpus.n_tokens, self._text_len)
@@ -147,21 +150,27 @@ class Mix:
         self._block = block
 
 
-def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> Packing:
-    """Returns the rows into which a corpus whose documents stay whole is packed. Documents that are too long are left
-    out.
+def packed(
+    corpus: TokenCorpus,
+    seq_len: int,
+    seq_len_key: str = SEQ_LEN,
+    kind: str = "conversations",
+    too_long: str = DROP,
+) -> Packing:
+    """Returns the rows into which a corpus whose documents stay whole is packed.
 
     Args:
         seq_len: in tokens.
         seq_len_key: the configuration key, for the message.
         kind: conversations | rankings.
+        too_long: what becomes of documents that no row holds (`packing.TOO_LONG`).
 
     Raises:
         ArtefactError: no document fits into a sequence; names the corpus, the key and the length that would fit.
     """
     # `Packing` allows one token more than `seq_len`, for the last target; rankings have none.
     targets = _only_targets(kind)
-    packing = Packing(corpus.lengths, seq_len + targets - 1)
+    packing = Packing(corpus.lengths, seq_len + targets - 1, too_long)
     if packing.n_rows == 0:
         raise ArtefactError(
             f"corpus {corpus.directory}: all {corpus.n_documents:,} {corpus.split} {kind} are longer than "
@@ -170,13 +179,20 @@ def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: 
     return packing
 
 
-def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> str:
+def note_of_left_out(
+    corpus: TokenCorpus,
+    seq_len: int,
+    seq_len_key: str = SEQ_LEN,
+    kind: str = "conversations",
+    too_long: str = DROP,
+) -> str:
     """Returns a line about the documents that no sequence holds; empty if there are none, or for a corpus of texts.
 
     Args:
         seq_len: in tokens.
         seq_len_key: the configuration key, for the line.
         kind: conversations | rankings.
+        too_long: what becomes of them (`packing.TOO_LONG`).
     """
     if not corpus.has_mask:
         return ""
@@ -184,9 +200,10 @@ def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_L
     left_out = int((corpus.lengths > seq_len + targets).sum())
     if not left_out:
         return ""
+    fate = {DROP: "left out", TRUNCATE: "truncated", SPLIT: "split"}[too_long]
     return (
         f"corpus {corpus.directory}: {left_out:,} of {corpus.n_documents:,} {corpus.split} {kind} "
-        f"({left_out / corpus.n_documents:.1%}) are longer than {seq_len_key}={seq_len} and are left out; "
+        f"({left_out / corpus.n_documents:.1%}) are longer than {seq_len_key}={seq_len} and are {fate}; "
         f"{int(corpus.lengths.max()) - targets} would take all"
     )
 

@@ -16,6 +16,7 @@ import torch
 
 from dist_lm.data.batch import Batch, SequenceContent, assemble
 from dist_lm.data.infill import Infill
+from dist_lm.data.packing import DROP
 from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
@@ -135,6 +136,7 @@ class SequenceStream(StepStream):
         pin_memory: bool = False,
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
+        too_long: str = DROP,
     ) -> None:
         """Opens the stream. Arguments that are not listed are those of `StepStream` and `assemble`.
 
@@ -144,6 +146,7 @@ class SequenceStream(StepStream):
             pad_id: the token that fills rows up.
             first_token: of the tokenizer; None: documents begin with end-of-text.
             infill: rearranges slices of documents of `corpus`; the corpora of `mix` stay as they are.
+            too_long: what becomes of conversations that are longer than a sequence (`packing.TOO_LONG`).
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
@@ -151,8 +154,10 @@ class SequenceStream(StepStream):
         """
         # The stage's own corpus is number 0, as in `Mix`.
         shares = mix or {}
-        self.corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill)]
-        self.corpora += [CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key) for mixed_corpus in shares]
+        self.corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill, too_long)]
+        self.corpora += [
+            CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key, too_long=too_long) for mixed_corpus in shares
+        ]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed)
 

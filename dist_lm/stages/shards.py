@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from dist_lm.chat.documents import encode_document
+from dist_lm.chat.documents import encode_document, sample_documents
 from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
@@ -39,7 +39,7 @@ from dist_lm.data.manifest import (
 )
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
-from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
+from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora, tokenizer_corpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
@@ -430,18 +430,22 @@ def build_corpus(
         # Documents in finished tars that are still to be skipped, by split.
         n_finished = dict(writer.kept)
 
+        # A template may ask for several samples of a conversation; each is a document of the tars.
+        tokenizer = Tokenizer.load(work.tokenizer_model)
+
         def documents() -> Iterator[Document]:
-            for split, document, source in split_documents(
+            for split, whole_document, source in split_documents(
                 config.corpus, name, config.seed, report, text_splits, rejected
             ):
-                content = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-                if n_finished[split]:
-                    n_finished[split] -= 1
-                    writer.pass_over(split, content)
-                    count.advance()
-                else:
-                    origins.append((split, sources.index(source), content))
-                    yield document
+                for document in sample_documents(whole_document, tokenizer):
+                    content = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+                    if n_finished[split]:
+                        n_finished[split] -= 1
+                        writer.pass_over(split, content)
+                        count.advance()
+                    else:
+                        origins.append((split, sources.index(source), content))
+                        yield document
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
             split, source, content = origins.popleft()
@@ -501,6 +505,15 @@ def text_fingerprint(config: Config) -> dict[str, Any]:
     return _fingerprint(config, text_corpora(config.corpus))
 
 
+def tokenizer_fingerprint(config: Config) -> dict[str, Any]:
+    """Returns the settings that the text of a trained tokenizer depends on: those of the corpora that it learns from.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    return _fingerprint(config, tokenizer_corpora(config.corpus))
+
+
 def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """Returns the settings that the documents of one corpus and their tokens depend on, as JSON values.
 
@@ -532,6 +545,10 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     corpus = asdict(selected)
     for key in ("name", "documents_per_member", "shard_tokens", "max_bad_fraction"):  # none changes a document
         corpus.pop(key)
+    # Corpora from before the key have no such setting, and read their rows as without it.
+    for source in chain.from_iterable(corpus["corpora"].values()):
+        if not source["thinking"]:
+            source.pop("thinking")
     # No document is chosen by its licence.
     if not config.corpus.cleaning.licences:
         for source in chain.from_iterable(corpus["corpora"].values()):

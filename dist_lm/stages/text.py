@@ -114,7 +114,8 @@ class TextStage(TrainingStage):
             for name in arguments.config.stage.corpus_names:
                 for split in SPLITS:
                     corpus = TokenCorpus.open(arguments.run.work.corpus(name), split)
-                    if note := note_of_left_out(corpus, arguments.config.stage.seq_len):
+                    stage = arguments.config.stage
+                    if note := note_of_left_out(corpus, stage.seq_len, too_long=stage.too_long):
                         log.warning("%s", note)
         return StageData(open_stream(arguments), evaluator(arguments), bytes_per_token(arguments.run, arguments.config))
 
@@ -184,6 +185,7 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
         pin_memory=arguments.world.device.type == "cuda",
         infill=infill,
+        too_long=stage.too_long,
         **batch_options(arguments),
     )
 
@@ -199,6 +201,7 @@ def held_out_batches(arguments: DataArguments, corpus: "TokenCorpus", everything
         limit_sequences=sequence_limit(arguments.config, everything),
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
+        too_long=stage.too_long,
         **batch_options(arguments),
     )
 

@@ -1,23 +1,28 @@
 """Stage `tokenizer`: trains work/tokenizer/tokenizer.model on the train split of all texts, or takes an existing one.
 
+Without a corpus of texts it learns from the conversations.
+
 An existing tokenizer is copied as it is (`tokenizer.json` keeps its name); `report.json` beside it has the figures.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from dist_lm.chat.documents import read_conversation
+from dist_lm.chat.template import layout
 from dist_lm.config.corpus import KEEP, TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.in_turn import read_in_turn
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.existing_tokenizer import named_tokenizer_file
-from dist_lm.stages.shards import digest, in_brief, text_fingerprint
+from dist_lm.stages.shards import digest, in_brief, tokenizer_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -59,7 +64,7 @@ class TokenizerStage(ArtefactStage):
             ArtefactError: it has another format, was trained on another text, has another vocabulary, or is another one
                 than `tokenizer=PATH`; or there is none with tokenizer=keep.
             ConfigError, UserError: the given tokenizer or a source of text cannot be found, see `check_same_file` and
-                `text_fingerprint`.
+                `tokenizer_fingerprint`.
         """
         work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         exists = work.tokenizer_model.exists()
@@ -100,7 +105,8 @@ class TokenizerStage(ArtefactStage):
         with console.counting("reading documents", unit="documents") as count:
             # Corpora are read in turn, so that a large one does not fill the whole sample.
             documents = read_in_turn(config.corpus, config.seed, READ * sample_bytes)
-            sample = list(sample_by_language((count.each(document) for document in documents), sample_bytes))
+            texts = (with_plain_text(count.each(document)) for document in documents)
+            sample = list(sample_by_language(texts, sample_bytes))
 
         report: dict[str, Any] = {"config": asdict(settings)}
         template = None
@@ -114,7 +120,7 @@ class TokenizerStage(ArtefactStage):
             with console.waiting(f"training {settings.vocab_size:,} pieces"):
                 train_tokenizer((document.text for document in sample), path, settings)
             report["config"] |= settings.learned_as
-            report["text_settings"] = text_fingerprint(config)
+            report["text_settings"] = tokenizer_fingerprint(config)
             report["text"] = digest(report["text_settings"])
 
         # Files of an earlier tokenizer of another kind would be taken for parts of this one.
@@ -131,6 +137,15 @@ class TokenizerStage(ArtefactStage):
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).tokenizer
+
+
+def with_plain_text(document: Document) -> Document:
+    """Returns a document with the text that a tokenizer learns from: of a conversation what its layout has between the
+    marks."""
+    if document.form != "conversation":
+        return document
+    parts = layout(read_conversation(document.text))
+    return replace(document, text="".join(part.text for part in parts if not part.is_mark), form="text")
 
 
 def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
@@ -173,7 +188,7 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
         )
     check_pieces(work, report, config.tokenizer)
 
-    text_settings = text_fingerprint(config)
+    text_settings = tokenizer_fingerprint(config)
     if report.get("text") != digest(text_settings):
         raise ArtefactError(
             f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"

@@ -67,13 +67,22 @@ def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Itera
     yield from (document for _, _, _, document in sorted(sample, key=lambda candidate: candidate[1]))
 
 
+class VocabularyError(ConfigError):
+    """The vocabulary has more pieces than the text can fill, or fewer than its characters take."""
+
+    def __init__(self, words: str, most: int | None = None) -> None:
+        """`most`: the largest vocabulary that the text fills; None: the vocabulary is too small."""
+        super().__init__(words)
+        self.most = most
+
+
 def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -> None:
     """Trains a BPE of `config.vocab_size` pieces and writes it to `path`; the same texts give the same bytes.
 
     An existing file is replaced, and only after success.
 
     Raises:
-        ConfigError: the vocabulary is too large for the texts, or too small for their characters.
+        VocabularyError (ConfigError): the vocabulary is too large for the texts, or too small for their characters.
         UserError: there is no text, or it is not Unicode. What `texts` raises passes.
         RuntimeError: SentencePiece refuses for another reason.
         OSError: the file cannot be written.
@@ -188,13 +197,13 @@ def _recording(errors: list[BaseException], chunks: Iterator[str]) -> Iterator[s
 def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
     """Returns, and does not raise, the refusal of SentencePiece in the words of our configuration.
 
-    It is a UserError without text, a ConfigError for a vocabulary of the wrong size, else `error` itself.
+    It is a UserError without text, a VocabularyError for one of the wrong size, else `error` itself.
     """
     message = str(error)
     if "sentences_.empty()" in message:
         return UserError(
-            "the tokenizer has no text to train on: no corpus of text has a train split, and conversations and "
-            "rankings do not count: add text, or take a tokenizer that is there (tokenizer=PATH, tokenizer=keep)"
+            "the tokenizer has no text to train on: no corpus of text or conversations has a train split, and rankings "
+            "do not count: add text, or take a tokenizer that is there (tokenizer=PATH, tokenizer=keep)"
         )
 
     if most := re.search(r"too high .*<= (\d+)", message):
@@ -203,7 +212,8 @@ def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
         accepted = f"more than {least[1]}, which bytes, special tokens, symbols and characters of this text take"
     else:
         return error
-    return ConfigError(f"tokenizer.vocab_size={config.vocab_size}: expected {accepted}")
+    words = f"tokenizer.vocab_size={config.vocab_size}: expected {accepted}"
+    return VocabularyError(words, int(most[1]) if most else None)
 
 
 def _ratio(n_bytes: int, tokens: int) -> float:

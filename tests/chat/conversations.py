@@ -6,11 +6,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
+from dist_lm.chat.messages import END_THINKING, Call, Conversation, Json, Message, Tool
 from tests.chat.hostile import hostile_text
 from tests.tokenizer.hard_texts import hard_text
 
 some_text = hard_text.filter(bool)
+thoughts = some_text.filter(lambda text: END_THINKING not in text)
 numbers = st.one_of(
     st.integers(), st.integers(-(10**300), 10**300), st.floats(allow_nan=False, allow_infinity=False), st.booleans()
 )
@@ -31,6 +32,9 @@ def conversations(draw: Any) -> Conversation:
     messages.append(Message("user", draw(some_text)))
     for _ in range(draw(st.integers(0, 5))):
         before = messages[-1]
+        # A turn of the system may stand between any two turns but calls and their results.
+        if not before.calls and draw(st.integers(0, 9)) == 0:
+            messages.append(Message("system", draw(some_text)))
         if before.calls:
             count = len(before.calls)
             results = draw(st.lists(json_values, min_size=count, max_size=count))
@@ -39,7 +43,8 @@ def conversations(draw: Any) -> Conversation:
             messages.append(Message("user", draw(some_text)))
         else:
             asked = tuple(draw(st.lists(calls, max_size=3)))
-            messages.append(Message("assistant", draw(hard_text if asked else some_text), asked))
+            thinking = draw(thoughts) if draw(st.booleans()) else ""
+            messages.append(Message("assistant", draw(hard_text if asked else some_text), asked, thinking=thinking))
     return Conversation(tuple(messages), tuple(draw(tools)))
 
 
@@ -49,6 +54,8 @@ def hostile_conversation(random: Random) -> Conversation:
     messages.append(Message("user", hostile_text(random)))
     for _ in range(random.randrange(6)):
         before = messages[-1]
+        if not before.calls and random.random() < 0.1:
+            messages.append(Message("system", hostile_text(random)))
         if before.calls:
             messages.append(Message("tool", results=tuple(hostile_value(random) for _ in before.calls)))
         elif before.role == "assistant":
@@ -56,7 +63,8 @@ def hostile_conversation(random: Random) -> Conversation:
         else:
             asked = tuple(Call(hostile_text(random), hostile_object(random)) for _ in range(random.randrange(4)))
             text = "" if asked and random.random() < 0.5 else hostile_text(random)
-            messages.append(Message("assistant", text, asked))
+            thinking = hostile_text(random) if random.random() < 0.3 else ""
+            messages.append(Message("assistant", text, asked, thinking=thinking))
     names = {hostile_text(random) for _ in range(random.randrange(3))}
     offered = (Tool(name, hostile_text(random), hostile_object(random)) for name in sorted(names))
     return Conversation(tuple(messages), tuple(offered))
@@ -92,6 +100,8 @@ def for_openai(conversation: Conversation) -> tuple[list[dict[str, Any]], list[d
             ]
         else:
             messages.append({"role": message.role, "content": message.content})
+        if message.thinking:
+            messages[-1]["reasoning_content"] = message.thinking
         if message.calls:
             made = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
             messages[-1]["tool_calls"] = [{"type": "function", "function": call} for call in made]

@@ -102,7 +102,7 @@ def answers(random: Random) -> list[Message]:
     return [
         message
         for message in hostile_conversation(random).messages
-        if message.role == "assistant" and CALL not in message.content
+        if message.role == "assistant" and CALL not in message.thinking + message.content
     ]
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
 from dist_lm.chat.parse import parse, parse_turn
-from dist_lm.chat.template import INSTRUCTION, INTRODUCTION, answer_tokens, prompt, render
+from dist_lm.chat.template import INSTRUCTION, INTRODUCTION, answer_tokens, prompt, render, thinking_block
 from dist_lm.tokenizer.symbols import END, SPECIAL_TOKENS, START
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.chat.conversations import conversations, spelled
@@ -48,8 +48,19 @@ def test_a_turn_of_the_assistant_is_what_the_mask_shows_and_parses_alone(
         assert rendered.tokens[begin - len(opening) : begin].tolist() == opening
         assert ids[-1] == tokenizer.special_ids[END]
         assert ids.tolist() == answer_tokens(message, tokenizer)
-        assert spelled(parse_turn(ids, tokenizer)) == spelled(message)
-        assert spelled(parse_turn(ids[:-1].tolist(), tokenizer)) == spelled(message)
+        alone = parse_turn(ids, tokenizer)
+        assert spelled(parse_turn(ids[:-1].tolist(), tokenizer)) == spelled(alone)
+        # A turn alone keeps its thinking in the text, as the model wrote it.
+        assert spelled(with_thinking_in_text(message)) == spelled(alone)
+        assert answer_tokens(alone, tokenizer) == ids.tolist()
+
+
+def with_thinking_in_text(message: Message) -> Message:
+    """The turn with its thinking as text; without other text, the last line break is the one before a call."""
+    text = thinking_block(message) + message.content
+    if message.thinking and message.calls and not message.content:
+        text = text.removesuffix("\n")
+    return replace(message, content=text, thinking="")
 
 
 @many
@@ -192,8 +203,8 @@ def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
         ("<|endoftext|><|im_start|>user\n<|reserved_3|><|im_end|>\n", "found <|reserved_3|>"),
         ("<|endoftext|><|im_start|>user\n<|fim_prefix|><|im_end|>\n", "found <|fim_prefix|>"),
         (
-            "<|endoftext|><|im_start|>user\n1<|im_end|>\n<|im_start|>system\nx<|im_end|>\n",
-            "the system turn comes first",
+            f"<|endoftext|><|im_start|>user\n1<|im_end|>\n<|im_start|>system\n{INTRODUCTION}<tools>\n1\n</tools>",
+            "expected no tools; the system turn with the tools comes first",
         ),
         ("<|endoftext|><|im_start|>user\n1<|im_end|>\n<|endoftext|>", "found <|endoftext|>"),
         (

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_lm.chat.documents import read_conversation
+from dist_lm.chat.layouts.turns import conversation_of
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
-from dist_lm.chat.openai import conversation_of
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.messages import read_messages
@@ -58,8 +58,8 @@ def test_a_conversation_with_tools(messages, tools):
         ({}, "messages: a dict; expected a list"),
         (["x"], "turn 0: 'x'; expected an object with role and content"),
         ([{"role": "human", "content": "x"}], "turn 0: role 'human'; expected one of system"),
-        ([USER, {"role": "assistant", "content": "x", "reasoning_content": "y"}], "turn 1: reasoning_content is not s"),
-        ([USER, {"role": "assistant", "content": "x", "weight": 0}], "turn 1: weight 0 is not supported"),
+        ([USER, {"role": "assistant", "content": "x", "reasoning_details": "y"}], "turn 1: reasoning_details is not s"),
+        ([USER, {"role": "assistant", "content": "x", "weight": 0.5}], "turn 1: weight 0.5 is not supported"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 0: content: expected text, or parts"),
         ([USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}], "turn 1, call 0: expected an object with fun"),
         ([USER, CALLS, RESULTS[0], {**RESULTS[0], "tool_call_id": "3"}], "results of the calls 2, 3; expected those"),
@@ -67,7 +67,7 @@ def test_a_conversation_with_tools(messages, tools):
         ([{"role": ["user"], "content": "x"}], "turn 0: role a list; expected one of"),
         ([{"role": "user", "content": 5}], "turn 0: content: expected text, or parts of type text"),
         ([USER | {"name": "Ann"}], "turn 0: name is not supported and would be lost: move it into content"),
-        ([USER | {"train": False}], "turn 0: train is not supported and would be lost"),
+        ([USER | {"train": True}], "turn 0: train of role user would be lost"),
         ([USER, {"role": "assistant", "function_call": {"name": "x"}}], "turn 1: function_call .*: write it as tool_c"),
         ([USER, CALLS | {"tool_calls": [call("Oslo", "1"), call("Bergen", "1")]}, RESULTS[1]], "have the ids 1, 1"),
         ([USER, CALLS, RESULTS[0] | {"name": "tides"}], "turn 2: name 'tides'; its call is one of 'weather'"),

@@ -76,3 +76,31 @@ def test_documents_longer_than_a_row_are_counted():
     assert packing.n_left_out == 1
     assert packing.n_rows == 2
     assert Packing(np.array([11]), 9).n_rows == 0
+
+
+@given(LENGTHS, st.integers(0, 2**32), st.integers(1, 80))
+def test_long_documents_are_split_so_that_every_token_is_a_target_once(lengths, seed, seq_len):
+    packing = Packing(np.array(lengths), seq_len, "split")
+    rows = rows_of(PackedEpoch(packing, seed, 0))
+    assert all(sum(stop - start for _, start, stop in row) <= seq_len + 1 for row in rows)
+    targets = sorted((document, token) for row in rows for document, start, stop in row for token in range(start, stop))
+    starts = [(document, start) for row in rows for document, start, _ in row if start]
+    # The first token of a piece is an input only, as end-of-text is that of a document.
+    for place in starts:
+        targets.remove(place)
+    assert targets == [(document, token) for document, length in enumerate(lengths) for token in range(length)]
+
+
+@given(LENGTHS, st.integers(1, 80))
+def test_long_documents_are_truncated_to_a_row(lengths, seq_len):
+    packing = Packing(np.array(lengths), seq_len, "truncate")
+    parts = sorted(part for row in rows_of(PackedEpoch(packing, 0, 0)) for part in row)
+    assert parts == [(document, 0, min(length, seq_len + 1)) for document, length in enumerate(lengths)]
+
+
+def test_the_report_says_what_became_of_long_documents():
+    lengths = np.array([9, 10, 11, 30])
+    reports = {fate: Packing(lengths, 9, fate).report() for fate in ("drop", "truncate", "split")}
+    assert (reports["drop"]["documents"], reports["drop"]["left_out"]) == (2, 2)
+    assert (reports["truncate"]["documents"], reports["truncate"]["truncated"]) == (4, 2)
+    assert (reports["split"]["documents"], reports["split"]["split"], reports["split"]["left_out"]) == (4, 2, 0)

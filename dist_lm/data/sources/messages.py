@@ -1,15 +1,21 @@
-"""Reads conversations in OpenAI's chat format: rows with a column of messages and perhaps one of tools.
+"""Reads conversations: rows of any layout in `dist_lm.chat.layouts.registry`, found by their columns.
 
     {"messages": [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "tool_calls": [...]}, ...],
      "tools": [{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]}
+    {"conversations": [{"from": "human", "value": "Is it raining?"}, {"from": "gpt", "value": "No."}], "system": "..."}
+    {"instruction": "Name a river.", "input": "", "output": "The Glomma."}
+    {"prompt": "Name a river.", "completion": "The Glomma."}
 
 The group of a conversation is the hash of the user's text before the first answer.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from dist_lm.chat.documents import write_conversation
-from dist_lm.chat.openai import conversation_of
+from dist_lm.chat.layouts.registry import COLUMNS, read_row
+from dist_lm.chat.messages import Conversation
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
 from dist_lm.data.sources.reader import Candidate, reader, text_hash
@@ -26,12 +32,10 @@ from dist_lm.data.sources.rows import (
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import UserError
 
-MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the last one is the older name of tools
-
 
 @reader(
     form="conversation",
-    keys=KEYS,
+    keys=(*KEYS, "thinking"),
     needs=NEEDS,
     inputs=list_rows,
     takes_files=True,
@@ -44,30 +48,30 @@ def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None
         ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
     """
     # These columns have no key of the source, so a file may lack them.
-    columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
+    columns = [*named_columns(source), *(("", name) for name in COLUMNS)]
     rows = rows_of_files(files or Snapshot.of(source), columns)
-    yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
+    content_of = partial(_content_of, thinking=source.thinking)
+    yield from row_documents(source, rows, "", content_of, "conversation")
 
 
-def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
+def _content_of(row: Row, column: str, columns: Sequence[str], thinking: str) -> Content | BadRow | None:
     """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers.
 
-    It is also None if the column is null. A conversation that is not well formed is a problem, not an error.
+    It is also None if the column of turns is null. A conversation that is not well formed is a problem, not an error.
 
     Args:
-        column: that of the messages.
+        column: that of the turns; empty: by the usual names.
         columns: those of the file, for the message.
+        thinking: that of the source.
     """
-    if column not in row:
+    if column and column not in row:
         return missing_column(column, columns)
-    if row[column] is None:
-        return None
-    # The tools of one of the two columns would be lost.
-    if row.get(TOOLS) and row.get(FUNCTIONS):
-        return BadRow("no_conversation", f"the row has {TOOLS} and {FUNCTIONS}: expected one of them")
 
     try:
-        conversation = conversation_of(row[column], row.get(TOOLS) or row.get(FUNCTIONS))
+        conversation = read_row(row, column)
+        if conversation is None:
+            return None
+        conversation = with_thinking(conversation, thinking)
         text = write_conversation(conversation)
     except UserError as error:
         return BadRow("no_conversation", str(error))
@@ -75,6 +79,24 @@ def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadR
     roles = [message.role for message in conversation.messages]
     if "assistant" not in roles:
         return None
+    # Such a row is as it was meant, but would be a document without a loss.
+    if not any(message.learn for message in conversation.messages if message.role == "assistant"):
+        return BadRow("nothing_learned", "")
     # Conversations that begin alike are in one split, however they continue.
     opening_messages = conversation.messages[: roles.index("assistant")]
     return text, text_hash("\n".join(message.content for message in opening_messages if message.role == "user"))
+
+
+def with_thinking(conversation: Conversation, thinking: str) -> Conversation:
+    """Returns the conversation with its thinking learned (`learn` or empty), without loss (`context`), or taken out
+    (`drop`)."""
+    if thinking in ("", "learn"):
+        return conversation
+    messages = []
+    for message in conversation.messages:
+        if message.thinking and thinking == "drop":
+            message = replace(message, thinking="")
+        elif message.thinking:
+            message = replace(message, learn_thinking=False)
+        messages.append(message)
+    return replace(conversation, messages=tuple(messages))

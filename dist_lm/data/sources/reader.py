@@ -247,8 +247,17 @@ def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
     return [name for name in config.corpora if form_of(config, name) == form]
 
 
+def tokenizer_corpora(config: CorpusConfig) -> list[str]:
+    """Lists the corpora that the tokenizer is trained on: those of texts, or of conversations if there is no text.
+
+    Raises:
+        ConfigError: as `corpus_sources`.
+    """
+    return text_corpora(config) or corpora_of_form(config, "conversation")
+
+
 def text_corpora(config: CorpusConfig) -> list[str]:
-    """Lists the corpora of texts, on which the tokenizer is trained.
+    """Lists the corpora of texts.
 
     Raises:
         ConfigError: as `corpus_sources`.

@@ -188,7 +188,7 @@ def row_documents(
     The first rows are read before the first candidate is yielded (`looked_ahead`).
 
     Args:
-        default: column of the content, if the source names none.
+        default: column of the content, if the source names none; empty: `content_of` finds it.
         content_of: makes a document's text of a row; None: the column holds it.
         form: of the documents.
 
@@ -197,7 +197,8 @@ def row_documents(
             languages. What `rows` raises passes.
     """
     languages: set[str] = set()
-    for source_row in looked_ahead(source, rows, named_columns(source, default)):
+    columns = named_columns(source, default) if default else named_columns(source)
+    for source_row in looked_ahead(source, rows, columns):
         candidate = _candidate(source_row, source, source.column or default, content_of or text_of, form)
         # Counted here too, because the row can be named; `screening` counts those of the whole corpus.
         languages.add(candidate.language)

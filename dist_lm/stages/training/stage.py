@@ -273,9 +273,12 @@ class TrainingStage(Stage):
     def packing_text(self, packing: Mapping[str, Any]) -> str:
         """Returns a sentence on how documents that are packed whole fill their sequences."""
         left_out = ""
+        n_documents = packing["documents"] + packing["left_out"]
         if packing["left_out"]:
-            n_documents = packing["documents"] + packing["left_out"]
             left_out = f", {packing['left_out']:,} of {n_documents:,} too long for one"
+        for fate in ("truncated", "split"):
+            if n_too_long := packing.get(fate):
+                left_out = f", {n_too_long:,} of {n_documents:,} too long for one and {fate}"
         return (
             f"{packing['documents']:,} {self.packed} into {packing['sequences']:,} sequences, "
             f"{percent(packing['padding'])} padding{left_out}"

@@ -1,0 +1,175 @@
+"""The layouts of rows that hold conversations: by which columns and shapes each is recognised, and what reads it."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from dist_lm.chat import json_text
+from dist_lm.chat.layouts import alpaca, completion
+from dist_lm.chat.layouts.turns import conversation_of, style_of
+from dist_lm.chat.messages import ChatError, Conversation, Json
+
+Row = Mapping[str, Any]
+# Usual names of the column of turns, the likeliest first.
+TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+TOOLS = ("tools", "functions", "available_tools")  # columns of tools; the second is OpenAI's older name
+SYSTEMS = ("system", "system_prompt", "system_message")  # columns of the text of the system
+# Columns that hold something else than text, and what it is.
+MEDIA = {
+    **dict.fromkeys(("image", "images", "img", "picture", "pixel_values"), "images"),
+    **dict.fromkeys(("audio", "audios", "speech", "waveform"), "audio"),
+    **dict.fromkeys(("video", "videos"), "videos"),
+}
+JSON_TURNS = re.compile(r"\s*\[\s*\{")  # how a list of turns begins as JSON text
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of rows."""
+
+    name: str
+    description: str  # the columns that it reads, for people
+    read: Callable[[Row, str], Conversation]  # takes a row and the column of turns; raises ChatError
+
+
+def _read_turns(row: Row, column: str, style: str) -> Conversation:
+    return conversation_of(row[column], _tools(row), _one_of(row, SYSTEMS), style=style, name=column)
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout("openai", "messages of role and content, with tools", partial(_read_turns, style="openai")),
+        Layout(
+            "sharegpt", "conversations of from and value, with system and tools", partial(_read_turns, style="sharegpt")
+        ),
+        Layout(
+            "anthropic", "messages of content blocks, with system and tools", partial(_read_turns, style="anthropic")
+        ),
+        Layout("completion", "prompt and completion, texts or turns", lambda row, _: completion.read(row)),
+        Layout("alpaca", "instruction, input, output, with system and history", lambda row, _: alpaca.read(row)),
+    )
+}
+
+# All columns that a layout reads, so that a table is asked for no other.
+COLUMNS = tuple(
+    dict.fromkeys(
+        [*TURNS, *TOOLS, *SYSTEMS, *MEDIA, *completion.LABELS]
+        + [name for pair in completion.PAIRS for name in pair]
+        + [alpaca.INSTRUCTION, alpaca.HISTORY, *alpaca.INPUTS, *alpaca.OUTPUTS]
+    )
+)
+
+
+def layout_of(row: Row, column: str = "") -> tuple[Layout, str] | None:
+    """Returns the layout of a row, and its column of turns (empty where the layout has none); None: no conversation.
+
+    Turns are recognised by a list of objects with `role` or `from`, or the JSON of one, in a column of a usual name;
+    the other layouts by their columns.
+
+    Args:
+        column: that of the turns, whatever it holds; empty: by the usual names.
+    """
+    for name in (column,) if column else TURNS:
+        if name in row and (turns := turns_in(row[name])) is not None:
+            return LAYOUTS[style_of(turns)], name
+    if column:
+        # What is no list of turns is an error of the row, which the layout names.
+        return (LAYOUTS["openai"], column) if column in row else None
+    if completion.pair_of(row):
+        return LAYOUTS["completion"], ""
+    if alpaca.fits(row):
+        return LAYOUTS["alpaca"], ""
+    return None
+
+
+def read_row(row: Row, column: str = "") -> Conversation | None:
+    """Returns the conversation of a row; None if its column of turns is null.
+
+    Args:
+        column: as of `layout_of`.
+
+    Raises:
+        ChatError: the row has no layout of a conversation, is one of preferences, or holds images, audio or videos; or
+            the layout refuses it.
+    """
+    for name, kind in MEDIA.items():
+        if name != column and not _is_empty(row.get(name)):
+            raise ChatError(f"column {name}: {kind} cannot be read: remove the column, or these rows")
+
+    # Learning an answer that the row calls bad would be worse than not reading it.
+    for name in completion.LABELS:
+        if isinstance(row.get(name), bool):
+            raise ChatError(f"column {name} says whether the answer is good: rows of preferences have another reader")
+
+    recognised = layout_of(row, column)
+    if recognised is None:
+        names = [column] if column else [name for name in TURNS if name in row]
+        if names and all(row.get(name) is None for name in names):
+            return None
+        if names:
+            recognised = LAYOUTS["openai"], names[0]
+        else:
+            raise ChatError(f"no layout of conversations: expected {expected_columns()}")
+    layout, turns_column = recognised
+    if turns_column and row[turns_column] is None:
+        return None
+    return layout.read(row, turns_column)
+
+
+def expected_columns() -> str:
+    """Returns what a row must have, in words for people."""
+    return "; or ".join(layout.description for layout in LAYOUTS.values())
+
+
+def common_layout(rows: Iterable[Row], column: str = "") -> tuple[Layout, str] | None:
+    """Returns the layout and the column of turns that most of `rows` have; None if no row is a conversation."""
+    votes: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if recognised := layout_of(row, column):
+            key = recognised[0].name, recognised[1]
+            votes[key] = votes.get(key, 0) + 1
+    if not votes:
+        return None
+    name, turns_column = max(votes, key=lambda key: votes[key])
+    return LAYOUTS[name], turns_column
+
+
+def turns_in(value: Json) -> list | None:
+    """Returns a list of turns, or that of its JSON text; None if the value is no such list."""
+    if isinstance(value, str):
+        if not JSON_TURNS.match(value):
+            return None
+        try:
+            value = json_text.read(value, "turns")
+        except ChatError:
+            return None
+    if not isinstance(value, list) or not value:
+        return None
+    first = value[0]
+    if isinstance(first, Mapping) and ("role" in first or "from" in first):
+        return value
+    return None
+
+
+def _tools(row: Row) -> Json:
+    """Returns the value of the column of tools.
+
+    Raises:
+        ChatError: two columns have tools, and those of one would be lost.
+    """
+    return _one_of(row, TOOLS)
+
+
+def _one_of(row: Row, names: tuple[str, ...]) -> Json:
+    present = [name for name in names if not _is_empty(row.get(name))]
+    if len(present) > 1:
+        raise ChatError(f"the row has {' and '.join(present)}: expected one of them")
+    return row[present[0]] if present else None
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing; JSON of an empty list is nothing too."""
+    return value is None or (isinstance(value, str | bytes | list | dict) and (not value or value in ("[]", "null")))

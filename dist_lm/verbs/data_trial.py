@@ -1,0 +1,118 @@
+"""Tries the first command of a new corpus file in a temporary folder: makes its plan, and builds what it needs from the
+first rows of the data."""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dist_lm.config.corpus import SPLITS, CorpusConfig
+from dist_lm.config.root import Config
+from dist_lm.data.ingest import NothingHeldOutError
+from dist_lm.data.new import Remedy
+from dist_lm.data.sequences import packed
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.prepare.plan import Plan, plan_command
+from dist_lm.stages.stage import ArtefactStage
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.train import VocabularyError
+from dist_lm.tracking.console import Console
+
+ROWS = 200  # documents of each source that are built first
+MORE_ROWS = (2_000, 20_000, 0)  # where none of the first ones is held out; 0: all
+TRAIN_BYTES = 4_000_000  # text that the tokenizer learns from here
+LARGEST_SHARE = 0.3  # of a corpus that is held out without asking
+
+
+def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
+    """Tries a command; nothing outside a temporary folder is written. Returns None if it runs, or what would make it.
+
+    The tokenizer learns from at most `TRAIN_BYTES`, and the corpora are built from the first `ROWS` documents of each
+    source: from more, if none of these is held out. No model is trained.
+
+    Args:
+        config_dir: a configuration folder, which holds the corpus file.
+        overrides: those of the command.
+
+    Raises:
+        UserError: the command must fail; the message says why.
+    """
+    with tempfile.TemporaryDirectory(prefix="dist_lm_trial_") as folder:
+        plan = plan_command([f"hydra.searchpath=[{config_dir}]", *overrides, f"work_dir={folder}/work"])
+        try:
+            _build(plan)
+        except VocabularyError as error:
+            if not error.most:
+                raise
+            return Remedy(
+                f"the text gives {error.most:,} pieces of a tokenizer, fewer than the model has: the commands lower "
+                "model.vocab_size",
+                overrides=(f"model.vocab_size={error.most}",),
+            )
+        except NothingHeldOutError as error:
+            if error.share is None or error.share >= LARGEST_SHARE:
+                raise
+            share = float(f"{1.01 * error.share + 0.005:.2f}")
+            return Remedy(
+                f"few documents: this file raises val_fraction to {share:g}, so that some are held out",
+                settings={"val_fraction": share},
+            )
+    return None
+
+
+def _build(plan: Plan) -> None:
+    """Builds the tokenizer and the first rows of the corpora of a plan, and packs them as its last stage does.
+
+    Raises:
+        UserError: as the stages raise it.
+    """
+    console = Console(io.StringIO(), io.StringIO(), live=False)
+    stages = [stage for stage in plan.stages if isinstance(stage.stage, ArtefactStage)]
+    for planned in stages:
+        assert isinstance(planned.stage, ArtefactStage)
+        tokenizer = replace(planned.config.tokenizer, workers=1)
+        if planned.name == "tokenizer":
+            config = replace(planned.config, tokenizer=replace(tokenizer, train_bytes=TRAIN_BYTES))
+            planned.stage.build(config, console)
+            continue
+
+        config = replace(planned.config, tokenizer=tokenizer)
+        for rows in (ROWS, *MORE_ROWS):
+            try:
+                planned.stage.build(limited(config, rows), console)
+                break
+            except NothingHeldOutError:
+                # Of few rows none may be held out by chance, and all are no chance.
+                if rows == 0:
+                    raise
+    _check_lengths(plan.target.config)
+
+
+def limited(config: Config, rows: int) -> Config:
+    """Returns the configuration with at most `rows` documents of each source; 0: with all of them."""
+    if not rows:
+        return config
+    corpora = {
+        name: [replace(source, limit=min(rows, source.limit or rows)) for source in sources or []]
+        for name, sources in (config.corpus.corpora or {}).items()
+    }
+    corpus: CorpusConfig = replace(config.corpus, corpora=corpora)
+    return replace(config, corpus=corpus)
+
+
+def _check_lengths(config: Config) -> None:
+    """Refuses corpora of conversations of which none fits into a sequence of the stage.
+
+    Raises:
+        ArtefactError: names the key and the length that would fit.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    for name in config.corpus_names:
+        corpora = [TokenCorpus.open(work.corpus(name), split) for split in SPLITS]
+        # The few documents of val may be long by chance, unless they are all that there are.
+        if sum(corpus.n_documents for corpus in corpora) >= ROWS:
+            corpora = corpora[:1]
+        for corpus in corpora:
+            if corpus.has_mask:
+                packed(corpus, config.stage.seq_len, too_long=config.stage.too_long)
