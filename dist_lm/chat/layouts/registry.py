@@ -22,6 +22,7 @@ MEDIA = {
     **dict.fromkeys(("audio", "audios", "speech", "waveform"), "audio"),
     **dict.fromkeys(("video", "videos"), "videos"),
 }
+CHOSEN = "chosen"  # column of the better answer in rows of preferences
 JSON_TURNS = re.compile(r"\s*\[\s*\{")  # how a list of turns begins as JSON text
 
 
@@ -56,7 +57,7 @@ LAYOUTS: dict[str, Layout] = {
 # All columns that a layout reads, so that a table is asked for no other.
 COLUMNS = tuple(
     dict.fromkeys(
-        [*TURNS, *TOOLS, *SYSTEMS, *MEDIA, *completion.LABELS]
+        [*TURNS, *TOOLS, *SYSTEMS, *MEDIA, *completion.LABELS, CHOSEN]
         + [name for pair in completion.PAIRS for name in pair]
         + [alpaca.INSTRUCTION, alpaca.HISTORY, *alpaca.INPUTS, *alpaca.OUTPUTS]
     )
@@ -116,7 +117,11 @@ def read_row(row: Row, column: str = "") -> Conversation | None:
     layout, turns_column = recognised
     if turns_column and row[turns_column] is None:
         return None
-    return layout.read(row, turns_column)
+    conversation = layout.read(row, turns_column)
+    # Such a row asks in its turns, and has its answers elsewhere.
+    if not _is_empty(row.get(CHOSEN)) and conversation.messages and conversation.messages[-1].role != "assistant":
+        raise ChatError(f"column {CHOSEN} holds the answer: rows of preferences have another reader")
+    return conversation
 
 
 def expected_columns() -> str:
