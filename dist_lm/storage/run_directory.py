@@ -265,7 +265,7 @@ class RunDirectory:
         noted = self._noted()
         if _TESTS not in noted:
             has_figures = any((self.samples / "eval" / task).exists() for task in tasks)
-            durable.write_json(self.noted_files, noted | {_TESTS: str(1 if has_figures else version)})
+            durable.write_sealed(self.noted_files, noted | {_TESTS: str(1 if has_figures else version)})
 
     def tests_version(self, default: int) -> int:
         """Returns the version that `note_tests` has noted; `default` if it has noted none."""
