@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.interop.gguf_header import described_gguf
@@ -127,6 +127,32 @@ def test_tensors_that_share_bytes_are_refused(folder: Path) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     with pytest.raises(ArtefactError, match=rf"{path}: tensor {second}: .*are those of another tensor"):
+        tensors_in(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "is_read"),
+    [
+        ('"__metadata__": null', True),
+        ('"__metadata__": {"format": "\\ud83d\\ude00"}', True),
+        ('"__metadata__": []', False),
+        ('"__metadata__": {"format": 1}', False),
+        ('"__metadata__": {"format": "\\ud800"}', False),
+        ('"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0], "scale": NaN}', False),
+    ],
+)
+def test_a_header_is_read_if_safetensors_reads_it(tmp_path: Path, entries: str, is_read: bool) -> None:
+    """The last four were accepted."""
+    header = f'{{{entries}, "b": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}}}'.encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    if is_read:
+        assert {*tensors_in(path)} == {*safe_open(path, "pt").keys()}
+        return
+
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
+    with pytest.raises(ArtefactError, match=str(path)):
         tensors_in(path)
 
 
