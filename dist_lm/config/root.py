@@ -181,23 +181,40 @@ def save_config(config: Config, path: Path) -> None:
     durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    """Returns the content of a run's `config.yaml`, of this or an earlier version; `stage.name` is a text.
+WAY_OUT = "restore it, or choose another run_id"  # of a damaged `config.yaml`
+
+
+def read_groups(path: Path) -> dict[str, Any]:
+    """Returns the content of a run's `config.yaml`, of this or an earlier version, of a trained or an imported run;
+    interpolations are not resolved. The groups `stage` and `imported` are objects, where it has them.
 
     Raises:
         ArtefactError: the file is missing, cannot be read, or is no configuration of a run.
     """
-    way_out = "restore it, or choose another run_id"
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ArtefactError(f"{path}: cannot be read ({reason}): {way_out}") from error
+        raise ArtefactError(f"{path}: cannot be read ({reason}): {WAY_OUT}") from error
 
-    stage = content.get("stage") if isinstance(content, dict) else None
-    if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
-        raise ArtefactError(f"{path}: not the configuration of a run, stage.name is missing: {way_out}")
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: not the configuration of a run: {WAY_OUT}")
+    for group in ("stage", "imported"):
+        if not isinstance(content.get(group, {}), dict):
+            raise ArtefactError(f"{path}: not the configuration of a run ({group}={content[group]!r}): {WAY_OUT}")
     return cast(dict[str, Any], content)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Returns the content of the `config.yaml` of a stage's run, of this or an earlier version; `stage.name` is a text.
+
+    Raises:
+        ArtefactError: as `read_groups`, or `stage.name` is missing.
+    """
+    content = read_groups(path)
+    if not isinstance(content.get("stage", {}).get("name"), str):
+        raise ArtefactError(f"{path}: not the configuration of a run, stage.name is missing: {WAY_OUT}")
+    return content
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
@@ -217,6 +234,8 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     content = with_present_keys(content, content["stage"]["name"])
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{path.parent} exists with other settings: {error.full_key or 'a key'} is not one of this version "

@@ -196,6 +196,7 @@ class RunWatch:
         self._metrics = MetricsFollower(run.metrics)
         self._ranks_at = self._checkpoint_at = 0.0
         self._pulses: Sequence[Pulse] = ()
+        self._phases: dict[int, tuple[Phase, float]] = {}  # phase of each rank, and when it was first seen in it
         self._began = self._told_at = time.monotonic()  # of this attempt, and of the last line about its start
         self._has_begun = False  # whether this attempt has written a line of metrics
         progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
@@ -203,7 +204,7 @@ class RunWatch:
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
         self._progress.state.start(gang, time.time())
-        self._pulses = ()
+        self._pulses, self._phases = (), {}
         self._began = self._told_at = time.monotonic()
         self._has_begun = False
         if self._wandb:
@@ -238,7 +239,9 @@ class RunWatch:
         now = time.monotonic()
         if not self._has_begun and now - self._told_at >= SLOW_START_S:
             self._told_at = now
-            self._console.line(f"no step after {duration(now - self._began)}: {doings(self._pulses)}")
+            since = {rank: now - seen_at for rank, (_, seen_at) in self._phases.items()}
+            doing = f"no step after {duration(now - self._began)}: {doings(self._pulses, since)}"
+            self._console.line(f"{doing}; logs: {self._run.logs}")
         if now - self._checkpoint_at >= CHECKPOINT_EVERY_S:
             self._checkpoint_at = now
             self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
@@ -247,6 +250,10 @@ class RunWatch:
         """Show the last heartbeats of the ranks."""
         self._pulses = pulses
         now = time.monotonic()
+        # A rank that evaluates beats again and again: its phase is older than its last heartbeat.
+        for pulse in pulses:
+            if pulse.rank not in self._phases or self._phases[pulse.rank][0] is not pulse.phase:
+                self._phases[pulse.rank] = (pulse.phase, now - pulse.age_s)
         if now - self._ranks_at >= RANKS_EVERY_S:
             self._ranks_at = now
             self._progress.heard(
@@ -254,22 +261,26 @@ class RunWatch:
             )
 
 
-def doings(pulses: Sequence[Pulse]) -> str:
-    """Returns what the ranks do, those that do the same together, with the time since their last heartbeat:
-    `2 ranks loading for 65 s, rank 1 starting for 70 s`."""
+def doings(pulses: Sequence[Pulse], since: Mapping[int, float]) -> str:
+    """Returns what the ranks do, those that do the same together, with the shortest time that one has done it:
+    `2 ranks loading the model for 65 s, rank 1 starting for 70 s`.
+
+    Args:
+        since: seconds since a rank began its phase, by rank.
+    """
     if not pulses:
         return "no rank has reported yet: agents start their processes, which import packages"
-    ranks_of: dict[Phase, list[Pulse]] = {}
+    ranks_of: dict[Phase, list[int]] = {}
     for pulse in pulses:
-        ranks_of.setdefault(pulse.phase, []).append(pulse)
+        ranks_of.setdefault(pulse.phase, []).append(pulse.rank)
 
     texts = []
     for phase, ranks in ranks_of.items():
-        names = f"rank {ranks[0].rank}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
         words = phase.words
         if phase is Phase.STARTING:
-            words += " (imports packages, reads the configuration, joins the process group)"
-        texts.append(f"{names} {words} for {duration(min(pulse.age_s for pulse in ranks))}")
+            words += " (importing packages)"
+        texts.append(f"{names} {words} for {duration(min(since[rank] for rank in ranks))}")
     return ", ".join(texts)
 
 
