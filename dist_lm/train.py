@@ -49,7 +49,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import LineFollower, MetricsFollower, write_warnings
 from dist_lm.tracking.redact import redact_text, without_secrets
-from dist_lm.training.heartbeat import Phase, StopRequest
+from dist_lm.training.heartbeat import SLOW_START_S, Phase, StopRequest
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -101,6 +101,8 @@ def train_run(run: RunDirectory) -> None:
         sys.exit(2)
     terminal = Terminal.redirect(run.rank_log(rank))
     own_heartbeat(os.environ).beat(Phase.JOINING, 0)
+    # Into the log, until the ranks have met (`joined`): a start that stands says where.
+    faulthandler.dump_traceback_later(SLOW_START_S, repeat=True)
 
     with ExitStack() as locks, recorded_failure(run, rank, terminal):
         store = store_of_ranks(PREPARED_WAIT_S)

@@ -27,13 +27,12 @@ from dist_lm.tracking.progress import TrainingProgress
 from dist_lm.tracking.readable import duration
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
-from dist_lm.training.heartbeat import Phase
+from dist_lm.training.heartbeat import SLOW_START_S, Phase
 
 RANKS_EVERY_S = 0.5
 CHECKPOINT_EVERY_S = 2.0  # the file system may be slow
 USAGE_EVERY_S = 15.0
 FILES_EVERY_S = 5.0
-SLOW_START_S = 60.0  # without a step after so long, and again as often, a line says what the ranks do
 
 
 class WandbCopy:

@@ -4,6 +4,7 @@ Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rl
 here that begin a run (`joined`, `check_corpora`, `open_metrics`) and end it (`write_success`).
 """
 
+import faulthandler
 import logging
 import math
 import os
@@ -87,6 +88,7 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
         if world.is_first:
             durable.write_sealed(run.links, asdict(links))
 
+        faulthandler.cancel_dump_traceback_later()
         heartbeat.beat(Phase.CORPORA, 0)
         yield RankStart(world, layout, mesh, Tokenizer.load(run.work.tokenizer_model))
 
