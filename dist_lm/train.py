@@ -327,7 +327,7 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    durable.write_json(
+    durable.write_sealed(
         run.rank_failure(rank),
         {
             "rank": rank,

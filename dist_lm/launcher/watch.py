@@ -3,7 +3,6 @@
 Only the launcher uses wandb, and it never waits for it (`tracking/wandb_run.py`).
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_facts import NodeUsage, usage_metrics
 from dist_lm.config.root import Config
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import alerts
 from dist_lm.tracking.console import Console
@@ -97,7 +97,8 @@ class WandbCopy:
     def _link_inputs(self) -> None:
         """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over.
 
-        A manifest that holds no JSON raises ValueError.
+        Raises:
+            ArtefactError: a manifest holds no JSON object.
         """
         config, work = self._config, self._run.work
         tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
@@ -107,7 +108,7 @@ class WandbCopy:
         for name in self._corpora:
             manifest = work.corpus_manifest(name)
             if manifest.exists():
-                fields = json.loads(manifest.read_text())
+                fields = durable.read_json(manifest)
                 metadata = {key: fields.get(key) for key in ("tokenizer_sha256", "corpus_fingerprint")}
                 self._wandb.link(f"corpus {name}", f"corpus-{name}", "dataset", [manifest], metadata)
 
