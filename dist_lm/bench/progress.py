@@ -9,7 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from dist_lm.tracking.output import say
+from dist_lm.tracking.readable import say
 
 SAY_EVERY_S = 10.0  # seconds between lines where the output is no terminal
 

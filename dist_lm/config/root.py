@@ -15,19 +15,45 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm.config.cluster import ClusterConfig, HardwareConfig
+from dist_lm.config.cluster import ClusterConfig, HardwareConfig, ParallelConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.renamed import with_present_keys
 from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
-from dist_lm.config.tracking import ProfileConfig, TrackingConfig
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
 
 TRUST_ME = "trust_me"
+
+
+@dataclass
+class TrackingConfig:
+    """Targets of metrics besides metrics.jsonl."""
+
+    name: str = MISSING  # wandb | none
+    project: str = "dist_lm"
+    entity: str | None = None
+    mode: str = "auto"  # auto (online with a login, else offline) | online | offline
+    tags: list[str] = field(default_factory=list)
+    finish_s: float = 30.0  # online: longest wait, s, at the end of a run for a server that answers
+
+    def __post_init__(self) -> None:
+        require(self.finish_s >= 0, "tracking.finish_s", self.finish_s, ">= 0 seconds")
+        require(self.name in ("wandb", "none"), "tracking.name", self.name, "wandb or none")
+        require(self.mode in ("auto", "online", "offline"), "tracking.mode", self.mode, "auto, online or offline")
+
+
+@dataclass
+class ProfileConfig:
+    """Traces of some steps, written by every rank to `profile/` in the run directory."""
+
+    steps: list[int] = field(default_factory=list)  # [first, last], both included, first >= 1; []: no profile
+
+    def __post_init__(self) -> None:
+        valid = not self.steps or (len(self.steps) == 2 and 0 < self.steps[0] < self.steps[1])
+        require(valid, "profile.steps", self.steps, "[first, last] with 0 < first < last, or []")
 
 
 @dataclass

@@ -9,8 +9,7 @@ row, and the order of the rows.
 
 import numpy as np
 
-from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
-from dist_lm.data.order import DocumentSlice
+from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, splitmix64
 
 
 class Packing:

@@ -11,6 +11,7 @@ once, and the interrupted part of a stage is built again.
 import errno
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
@@ -25,7 +26,7 @@ from typing import Any
 
 from dist_lm.errors import UserError
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.output import VisibleFormatter, visible
+from dist_lm.tracking.readable import VisibleFormatter, visible
 
 _FORMAT_WARNING = warnings.formatwarning  # of Python
 WAYS_OUT = {
@@ -61,7 +62,7 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         say(str(error))
     except BrokenPipeError:
         # Other pipes than standard output break too; that is a defect of ours.
-        if not _output_is_stuck():
+        if not _output_has_no_reader():
             raise
         drop_output()
         sys.exit(1)
@@ -167,6 +168,14 @@ def _output_is_stuck() -> bool:
     except OSError:
         return True
     return False
+
+
+def _output_has_no_reader() -> bool:
+    """Whether standard output is a pipe or a socket whose reader has closed it."""
+    # Text longer than the buffer is lost by the failed write, so nothing is stuck then.
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -19,7 +19,7 @@ from dist_lm.stages.stage import Action
 from dist_lm.stages.training.stage import find_run
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tracking.output import OutputConsole
+from dist_lm.tracking.readable import OutputConsole
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_inspect import print_checkpoint
 from dist_lm.training.state import TrainState

@@ -64,7 +64,7 @@ def test_a_program_ends_in_good_order(body, redirection, expected):
         assert (code, out, err) == expected
 
 
-@pytest.mark.parametrize("printing", ["print(1)", "print(1, flush=True)"])
+@pytest.mark.parametrize("printing", ["print(1)", "print(1, flush=True)", "print('1' * 100_000)"])
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(printing):
     gone = "import os; reader, writer = os.pipe(); os.close(reader)"
     assert run(f"{gone}; os.dup2(writer, 1); {printing}", "") == (1, "", "")

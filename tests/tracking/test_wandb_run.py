@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.errors import ConfigError
 from dist_lm.storage.process import is_alive
 from dist_lm.storage.run_directory import RunDirectory
