@@ -6,6 +6,7 @@ must be what safetensors and gguf read, too.
 
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -114,6 +115,17 @@ def test_json_that_is_nested_deeply_is_refused_by_its_file(folder: Path, file: s
     (folder / file).write_text('{"model_type": ' + "[" * 100_000 + "]" * 100_000 + "}")
     with pytest.raises(ArtefactError, match=rf"{folder}/{file}: "):
         import_model(str(folder), "one", WorkDirectory(folder.parent / "work"))
+
+
+def test_a_message_of_a_library_is_printable(folder: Path) -> None:
+    """The error quoted a merge of tokenizer.json with the escapes of a terminal in it."""
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    change(folder, "tokenizer.json", model=model | {"merges": [["a", "\x1b]0;title\x07\u202e"]]})
+    with pytest.raises(ArtefactError, match=re.escape(rf"{path}: ")) as refused:
+        tokenizer_of(folder, hostile.VOCAB_SIZE)
+    assert r"\x1b]0;title\x07\u202e" in str(refused.value)
+    assert str(refused.value).isprintable()
 
 
 def test_tensors_that_share_bytes_are_refused(folder: Path) -> None:
