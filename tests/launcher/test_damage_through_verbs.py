@@ -10,6 +10,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,23 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from tests.conftest import texts
-from tests.evaluation.test_harness import CHOICES
 from tests.launcher.test_damaged_files import damages
 from tests.tracking.test_output import ATTACKS, harmful
 from tests.training.test_profile_summary import CPU_STEPS
 from tests.training_run import SAMPLED, SETTINGS, prepare, train
 
 AT_LENGTH, SHORTLY = 1000, 100
+TASK = """\
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: context
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
 STEPS = 4
 SHORT = (f"stage.steps={STEPS}", "stage.checkpoint_every=2", "stage.eval_every=2")
 FROM_NOTHING = "stage.init_from=none"
@@ -229,7 +240,7 @@ def write_tasks(folder: Path) -> None:
     """Writes a task of lm-evaluation-harness with one question."""
     folder.mkdir()
     (folder / "choices.jsonl").write_text(json.dumps({"context": "def", "choices": [" a", " b"], "label": 0}) + "\n")
-    (folder / "choices.yaml").write_text(CHOICES.format(folder=folder))
+    (folder / "choices.yaml").write_text(TASK.format(folder=folder))
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +369,20 @@ def test_no_damage_ends_a_verb_in_a_traceback(
     monkeypatch.setattr(gpu_check, "machine_of", lambda gpus, rehearse: machine)
     monkeypatch.setattr(gpu_check, "run_check", lambda *_, **__: Result("passed", 1.0, "2026-11-30"))
     monkeypatch.setenv("COLUMNS", "500")
+
+    if verb == "lm-eval":
+        # The tasks take a second, and meet the same model each time: one that is damaged is not loaded.
+        pytest.importorskip("lm_eval")
+        from dist_lm.evaluation import harness
+
+        run_harness, results = harness.run_harness, []
+
+        def run_harness_once(*arguments: Any) -> dict[str, Any]:
+            if not results:
+                results.append(run_harness(*arguments))
+            return deepcopy(results[0])
+
+        monkeypatch.setattr(harness, "run_harness", run_harness_once)
 
     faults, endings = Counter[str](), Counter[str]()
     cases = CASES[verb]
