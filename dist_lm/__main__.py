@@ -13,7 +13,7 @@ from dist_lm.bench.command import bench
 from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.process import run_program
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.output import OutputConsole, say
+from dist_lm.tracking.readable import OutputConsole, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
 from dist_lm.verbs.generate import generate

@@ -55,6 +55,14 @@ def shown_value(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def one_line(message: str) -> str:
+    """Returns a message on one line, printable: other people's libraries put content of files into theirs."""
+    line = " ".join(message.split())
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
 def utf8(text: str, name: str) -> bytes:
     """Returns `text` in UTF-8.
 

@@ -34,6 +34,7 @@ from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import RunsIn
 from dist_lm.storage.process import cores
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import readable_count, say
 
 if TYPE_CHECKING:
     from dist_lm.launcher.pipeline import Pipeline
@@ -82,7 +83,7 @@ def show_configuration(arguments: list[str]) -> None:
     if any(argument in HELP for argument in arguments):
         from dist_lm.prepare.usage import usage
 
-        print(usage(arguments))
+        say(usage(arguments))
         return
     import hydra
 
@@ -182,7 +183,6 @@ def check_writable(work_dir: Path) -> None:
 def show_plan(plan: Plan, console: Console) -> None:
     """Prints the model and its size, and for each stage what is there and what will be built."""
     from dist_lm.model.size import parameter_count
-    from dist_lm.tracking.readable import readable_count
 
     config = plan.target.config
     count = parameter_count(config.model)

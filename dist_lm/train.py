@@ -49,7 +49,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import LineFollower, MetricsFollower, write_warnings
 from dist_lm.tracking.redact import redact_text, without_secrets
-from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.heartbeat import SLOW_START_S, Phase, StopRequest
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -100,6 +100,9 @@ def train_run(run: RunDirectory) -> None:
         Console().error(f"{run.config}: there is no such file; expected the folder of a run, or stage=S [key=value]")
         sys.exit(2)
     terminal = Terminal.redirect(run.rank_log(rank))
+    own_heartbeat(os.environ).beat(Phase.JOINING, 0)
+    # Into the log, until the ranks have met (`joined`): a start that stands says where.
+    faulthandler.dump_traceback_later(SLOW_START_S, repeat=True)
 
     with ExitStack() as locks, recorded_failure(run, rank, terminal):
         store = store_of_ranks(PREPARED_WAIT_S)
@@ -324,7 +327,7 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    durable.write_json(
+    durable.write_sealed(
         run.rank_failure(rank),
         {
             "rank": rank,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ConfigError
-from dist_lm.tracking.output import OutputConsole
+from dist_lm.tracking.readable import OutputConsole
 
 LEARN = ("recipe", "peer", "budget", "seeds", "curves", "points")
 SCALING = ("widths", "tokens", "seeds")

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from rich.console import Console
 
+from dist_lm.tracking.readable import say
+
 SAY_EVERY_S = 10.0  # seconds between lines where the output is no terminal
 
 
@@ -31,11 +33,11 @@ def progress(
     began = clock()
     last_line = -math.inf
 
-    def say(text: str) -> None:
+    def tell(text: str) -> None:
         nonlocal last_line
         now = clock()
         if now - last_line >= SAY_EVERY_S:
             last_line = now
-            print(f"{now - began:4.0f} s  {text}", file=errors or sys.stderr, flush=True)
+            say(f"{now - began:4.0f} s  {text}", errors or sys.stderr)
 
-    yield say
+    yield tell

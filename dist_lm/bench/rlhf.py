@@ -31,8 +31,7 @@ from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.pool_weights import store
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ClusterConfig, ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.model.size import parameter_count
 from dist_lm.parallel.mesh import World

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from dist_lm.bench.models import in_transformers, initial_model, neox_of, word_tokenizer
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.keyed_random import initial_value

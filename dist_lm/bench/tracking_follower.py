@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console

@@ -22,7 +22,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 from dist_lm.bench.case import AS_USED, Benchmark, Case, Comparison, GroupSize, configurations, describe
 from dist_lm.bench.models import initial_model
 from dist_lm.bench.rank import OwnTraining, Trial, own_rows, peak_mib
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
 from dist_lm.parallel.layout import Layout

@@ -110,14 +110,27 @@ class RankFailure:
         return not self.user_error and bool(_ECHO.search(f"{self.type}: {self.message}"))
 
 
+FAILURE_KINDS: dict[str, durable.Kind] = {  # types of the record's values
+    "rank": int,
+    "time": (int, float),
+    **dict.fromkeys(("type", "message", "traceback"), str),
+    "user_error": bool,
+}
+
+
 def read_failures(run: RunDirectory, world_size: int) -> list[RankFailure]:
-    """Returns the records of failed ranks in a run directory, by rank; ranks without a record are left out."""
+    """Returns the records of failed ranks in a run directory, by rank; ranks without a record are left out, and so are
+    damaged records, with a warning: how the process ended is known without them."""
     failures = []
     for rank in range(world_size):
         path = run.rank_failure(rank)
         if path.exists():
-            record = json.loads(path.read_text())
-            failures.append(RankFailure(**{name: record[name] for name in RankFailure.__dataclass_fields__}))
+            try:
+                record = durable.read_json(path, FAILURE_KINDS, "the record of a failed rank")
+            except (ArtefactError, OSError) as error:
+                log.warning("%s", error)
+                continue
+            failures.append(RankFailure(**{name: record[name] for name in FAILURE_KINDS}))
     return failures
 
 

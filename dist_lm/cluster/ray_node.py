@@ -32,7 +32,7 @@ from dist_lm.cluster.ray_cluster import PATH, TOKEN, ClusterError, check_token_f
 from dist_lm.cluster.ray_processes import RayProcesses, head_arguments, node_directory, say, sweep
 from dist_lm.errors import UserError
 from dist_lm.storage import process
-from dist_lm.tracking import output
+from dist_lm.tracking import readable
 
 POLL_S = 0.2
 WAIT_S = 300.0  # for the head
@@ -402,7 +402,7 @@ def main() -> None:
     try:
         sys.exit(run(arguments()))
     except UserError as error:
-        output.say(f"error: {error}", sys.stderr)
+        readable.say(f"error: {error}", sys.stderr)
         sys.exit(2)
 
 

@@ -26,7 +26,7 @@ import psutil
 from dist_lm.cluster.ray_cluster import RAY_ENVIRONMENT, keep_loopback
 from dist_lm.cluster.torchrun import OPENMP_SPIN
 from dist_lm.storage import process
-from dist_lm.tracking import output
+from dist_lm.tracking import readable
 
 MARK = "DIST_LM_NODE"  # environment variable
 PREFIX = "dln-"
@@ -206,7 +206,7 @@ def _remove(directory: Path, grace_s: float) -> None:
 
 def say(*lines: str) -> None:
     """Print lines with the time to standard error."""
-    output.say(time.strftime("%H:%M:%S ray_node: ") + "\n  ".join(lines), sys.stderr)
+    readable.say(time.strftime("%H:%M:%S ray_node: ") + "\n  ".join(lines), sys.stderr)
 
 
 def main() -> None:

@@ -15,19 +15,45 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm.config.cluster import ClusterConfig, HardwareConfig
+from dist_lm.config.cluster import ClusterConfig, HardwareConfig, ParallelConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.renamed import with_present_keys
 from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
-from dist_lm.config.tracking import ProfileConfig, TrackingConfig
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
 
 TRUST_ME = "trust_me"
+
+
+@dataclass
+class TrackingConfig:
+    """Targets of metrics besides metrics.jsonl."""
+
+    name: str = MISSING  # wandb | none
+    project: str = "dist_lm"
+    entity: str | None = None
+    mode: str = "auto"  # auto (online with a login, else offline) | online | offline
+    tags: list[str] = field(default_factory=list)
+    finish_s: float = 30.0  # online: longest wait, s, at the end of a run for a server that answers
+
+    def __post_init__(self) -> None:
+        require(self.finish_s >= 0, "tracking.finish_s", self.finish_s, ">= 0 seconds")
+        require(self.name in ("wandb", "none"), "tracking.name", self.name, "wandb or none")
+        require(self.mode in ("auto", "online", "offline"), "tracking.mode", self.mode, "auto, online or offline")
+
+
+@dataclass
+class ProfileConfig:
+    """Traces of some steps, written by every rank to `profile/` in the run directory."""
+
+    steps: list[int] = field(default_factory=list)  # [first, last], both included, first >= 1; []: no profile
+
+    def __post_init__(self) -> None:
+        valid = not self.steps or (len(self.steps) == 2 and 0 < self.steps[0] < self.steps[1])
+        require(valid, "profile.steps", self.steps, "[first, last] with 0 < first < last, or []")
 
 
 @dataclass
@@ -181,23 +207,40 @@ def save_config(config: Config, path: Path) -> None:
     durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def read_content(path: Path) -> dict[str, Any]:
-    """Returns the content of a run's `config.yaml`, of this or an earlier version; `stage.name` is a text.
+WAY_OUT = "restore it, or choose another run_id"  # of a damaged `config.yaml`
+
+
+def read_groups(path: Path) -> dict[str, Any]:
+    """Returns the content of a run's `config.yaml`, of this or an earlier version, of a trained or an imported run;
+    interpolations are not resolved. The groups `stage` and `imported` are objects, where it has them.
 
     Raises:
         ArtefactError: the file is missing, cannot be read, or is no configuration of a run.
     """
-    way_out = "restore it, or choose another run_id"
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, OmegaConfBaseException, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise ArtefactError(f"{path}: cannot be read ({reason}): {way_out}") from error
+        raise ArtefactError(f"{path}: cannot be read ({reason}): {WAY_OUT}") from error
 
-    stage = content.get("stage") if isinstance(content, dict) else None
-    if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
-        raise ArtefactError(f"{path}: not the configuration of a run, stage.name is missing: {way_out}")
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path}: not the configuration of a run: {WAY_OUT}")
+    for group in ("stage", "imported"):
+        if not isinstance(content.get(group, {}), dict):
+            raise ArtefactError(f"{path}: not the configuration of a run ({group}={content[group]!r}): {WAY_OUT}")
     return cast(dict[str, Any], content)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Returns the content of the `config.yaml` of a stage's run, of this or an earlier version; `stage.name` is a text.
+
+    Raises:
+        ArtefactError: as `read_groups`, or `stage.name` is missing.
+    """
+    content = read_groups(path)
+    if not isinstance(content.get("stage", {}).get("name"), str):
+        raise ArtefactError(f"{path}: not the configuration of a run, stage.name is missing: {WAY_OUT}")
+    return content
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
@@ -217,6 +260,8 @@ def read_config(path: Path, schema: type[Config]) -> Config:
     content = with_present_keys(content, content["stage"]["name"])
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), content))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{path.parent} exists with other settings: {error.full_key or 'a key'} is not one of this version "

@@ -41,6 +41,9 @@ class _BoundedReader(SourceReader):
             if self._bytes_left < self._largest:
                 raise _LimitReachedError
 
+    def require_same(self, corpus_name: str, number: int, source: SourceConfig, documents: bytes) -> None:
+        """Refuses nothing: each source is read once, so there is no earlier reading to compare with."""
+
 
 def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[Document]:
     """Yields documents of all `tokenizer_corpora` that are in train whatever `val_tokens` is, with placeholders for

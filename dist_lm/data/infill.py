@@ -24,8 +24,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from dist_lm.data.batch import SequenceContent
-from dist_lm.data.keys import Shuffle, key, splitmix64
-from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
+from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, sequences_an_epoch, splitmix64
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer

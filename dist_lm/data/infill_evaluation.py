@@ -13,8 +13,7 @@ import torch
 from dist_lm.data.batch import SequenceContent, assemble
 from dist_lm.data.evaluation_batches import EvaluationBatch, evenly_spaced, micro_batches_of_rank
 from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearranged
-from dist_lm.data.keys import Shuffle, key
-from dist_lm.data.order import DocumentSlice
+from dist_lm.data.order import DocumentSlice, Shuffle, key
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.tokenizer import FirstToken
 

@@ -9,8 +9,7 @@ row, and the order of the rows. Documents that no row holds are left out, trunca
 
 import numpy as np
 
-from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
-from dist_lm.data.order import DocumentSlice
+from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, splitmix64
 
 DROP, TRUNCATE, SPLIT = TOO_LONG = ("drop", "truncate", "split")  # what becomes of a document longer than a row
 

@@ -11,8 +11,7 @@ import numpy as np
 
 from dist_lm.data.batch import SequenceContent
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_slices
-from dist_lm.data.keys import Shuffle, key, permutation
-from dist_lm.data.order import EpochOrder, sequences_an_epoch
+from dist_lm.data.order import EpochOrder, Shuffle, key, permutation, sequences_an_epoch
 from dist_lm.data.packing import DROP, SPLIT, TRUNCATE, PackedEpoch, Packing
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError

@@ -6,7 +6,7 @@ from itertools import product
 from operator import attrgetter
 from typing import TypeVar
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, offloads
 from dist_lm.dry_run.work import step_seconds

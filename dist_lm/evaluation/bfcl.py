@@ -22,7 +22,7 @@ from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 from dist_lm.tokenizer.tokenizer import text_with_marks
-from dist_lm.tracking.output import OutputConsole
+from dist_lm.tracking.readable import OutputConsole
 
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
 CACHE_TOKENS = 65536

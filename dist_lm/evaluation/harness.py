@@ -30,7 +30,7 @@ from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 from dist_lm.tokenizer.symbols import END, END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import KeptTemplate
-from dist_lm.tracking.output import say
+from dist_lm.tracking.readable import say
 
 try:
     from lm_eval import utils

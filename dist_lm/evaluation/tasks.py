@@ -13,7 +13,7 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as chat_prompt
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.evaluation import CODE_TASKS, FILE_TASKS, FIXED_TESTS, LOOP_TASKS, OWN_TESTS
-from dist_lm.data import keys
+from dist_lm.data import order
 from dist_lm.data.infill import InfillMarks
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.prompts import Prompt
@@ -238,7 +238,7 @@ class Execution:
         if problem.hidden is None or self._seed is None:
             future = sandboxes.submit(program, self._limits)
         else:
-            key = keys.key(keys.Shuffle.HIDDEN_TESTS, self._seed, keys.text_word(problem.id))
+            key = order.key(order.Shuffle.HIDDEN_TESTS, self._seed, order.text_word(problem.id))
             future = self._references.submit(program, problem.hidden, key, sandboxes, self._limits)
 
         def wait() -> Record:

@@ -17,7 +17,7 @@ from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.load import Openings
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.tool_chat import ToolChat
-from dist_lm.tracking.output import visible
+from dist_lm.tracking.readable import visible
 
 HELP = r"""Type the beginning of a text and press Enter; the model continues it.
   \ at the end of a line        continue the prompt on the next line (\\: a single \ and no new line)

@@ -27,7 +27,7 @@ from dist_lm.parallel.mesh import option_device
 from dist_lm.storage.process import CpuUsage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tools.use.toolbox import Toolbox
-from dist_lm.tracking.output import OutputConsole, visible
+from dist_lm.tracking.readable import OutputConsole, visible
 
 NO_ANSWER = 1  # exit code if a model with tools gives no answer
 STOPPED = 130  # exit code after Ctrl-C

@@ -93,6 +93,8 @@ def tensors_of_header(header: bytes, data_bytes: int, where: str) -> list[tuple[
     spans: list[tuple[int, int, str]] = []
     for name, entry in entries.items():
         if name == "__metadata__":
+            if not _are_texts(entry):
+                raise ArtefactError(f"{where}: __metadata__={shown_value(entry)}: expected an object with texts")
             continue
 
         field = f"{where}: tensor {shown_value(name)}"
@@ -150,8 +152,14 @@ def _without_doubles(header: bytes, where: str) -> dict[str, Any]:
             raise ArtefactError(f"{where}: the header has {shown_value(double)} twice")
         return entries
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number")
+
     try:
-        value = json.loads(header.decode(), object_pairs_hook=to_object)
+        value = json.loads(header.decode(), object_pairs_hook=to_object, parse_constant=refuse)
+        # Python reads half of a surrogate pair, which safetensors refuses.
+        if b"\\u" in header:
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ArtefactError(f"{where}: not a safetensors file (its header is nested too deeply)") from error
     except ArtefactError:
@@ -161,6 +169,13 @@ def _without_doubles(header: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArtefactError(f"{where}: not a safetensors file (its header is no object)")
     return value
+
+
+def _are_texts(metadata: Any) -> bool:
+    """Returns whether safetensors reads this as the metadata of a file, which it may leave out."""
+    if metadata is None:
+        return True
+    return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -197,22 +197,30 @@ def next_commands(
 
     if state == "done" and trains:
         followers = [later for later in all_stages() if later.starts_from == stage.name]
-        launches = (_launch_of_follower(stage, follower.name, command[1:]) for follower in followers)
+        # The follower's own length of sequences comes first; a model with a short context needs that of this command.
+        launches = (
+            _launch_of_follower(stage, follower.name, command[1:], kept_keys)
+            for follower in followers
+            for kept_keys in ((), ("stage.seq_len=",))
+        )
         for overrides in filter(can_be_launched, launches):
             yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", *overrides])
             break
 
 
-def _launch_of_follower(stage: PlannedStage, follower: str, arguments: Sequence[str]) -> list[str]:
+def _launch_of_follower(
+    stage: PlannedStage, follower: str, arguments: Sequence[str], kept_keys: tuple[str, ...] = ()
+) -> list[str]:
     """Returns the overrides of a launch of `follower` that starts from the run of `stage`.
 
     Args:
         arguments: of the command that trained `stage`, its target.
+        kept_keys: beginnings of overrides of `stage` itself that `follower` gets, too.
     """
     # Keys of this stage, such as stage.lr, would be those of the other one.
     own_keys = ("stage=", "stage.", "profile.", *(f"{group}." for group in own_groups(stage.stage.schema)))
     overrides = with_config_dir(arguments)
-    shared = [override for override in overrides if not override.startswith(own_keys)]
+    shared = [override for override in overrides if override.startswith(kept_keys) or not override.startswith(own_keys)]
 
     # Behind a run that did not start from the stage before it, the stages in between would be trained again.
     start = []

@@ -11,18 +11,24 @@ once, and the interrupted part of a stage is built again.
 import errno
 import logging
 import os
+import select
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 from dist_lm.errors import UserError
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.output import VisibleFormatter
+from dist_lm.tracking.readable import VisibleFormatter, visible
 
+_FORMAT_WARNING = warnings.formatwarning  # of Python
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the same command again",
     errno.EDQUOT: "make room, and give the same command again",
@@ -56,15 +62,19 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         say(str(error))
     except BrokenPipeError:
         # Other pipes than standard output break too; that is a defect of ours.
-        if not _output_is_stuck():
+        if not _output_has_no_reader():
             raise
         drop_output()
         sys.exit(1)
     except OSError as error:
         reason = disk_trouble(error)
         if reason is None:
+            show_tracebacks_visibly()
             raise
         say(reason)
+    except Exception:
+        show_tracebacks_visibly()
+        raise
 
     drop_output()
     sys.exit(2)
@@ -73,8 +83,8 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
 def open_streams() -> None:
     """Replaces a closed standard stream by /dev/null.
 
-    Characters that the encoding of a stream lacks are written as escapes, and so is what `logging` prints of control
-    characters.
+    Characters that the encoding of a stream lacks are written as escapes, and control characters in what `logging` and
+    `warnings` print as symbols.
 
     Raises:
         UserError: standard output was closed. A file opened later would get its descriptor and receive the output.
@@ -93,9 +103,25 @@ def open_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     if logging.lastResort:
         logging.lastResort.setFormatter(VisibleFormatter())
+    warnings.formatwarning = format_warning_visibly
 
     if output_was_closed:
         raise UserError("standard output is closed: leave it open, or send it to /dev/null")
+
+
+def format_warning_visibly(*values: Any, **options: Any) -> str:
+    """`warnings.formatwarning` whose result is text for people: a warning of a package may quote a file."""
+    return visible(_FORMAT_WARNING(*values, **options))
+
+
+def show_tracebacks_visibly() -> None:
+    """Lets the interpreter print the traceback that ends this process as text for people: a message may quote a file,
+    whose control characters a terminal would obey."""
+
+    def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
+
+    sys.excepthook = show
 
 
 def check_directory() -> None:
@@ -142,6 +168,14 @@ def _output_is_stuck() -> bool:
     except OSError:
         return True
     return False
+
+
+def _output_has_no_reader() -> bool:
+    """Whether standard output is a pipe or a socket whose reader has closed it."""
+    # Text longer than the buffer is lost by the failed write, so nothing is stuck then.
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -3,7 +3,6 @@
 Only the launcher uses wandb, and it never waits for it (`tracking/wandb_run.py`).
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_facts import NodeUsage, usage_metrics
 from dist_lm.config.root import Config
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import alerts
 from dist_lm.tracking.console import Console
@@ -27,13 +27,12 @@ from dist_lm.tracking.progress import TrainingProgress
 from dist_lm.tracking.readable import duration
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
-from dist_lm.training.heartbeat import Phase
+from dist_lm.training.heartbeat import SLOW_START_S, Phase
 
 RANKS_EVERY_S = 0.5
 CHECKPOINT_EVERY_S = 2.0  # the file system may be slow
 USAGE_EVERY_S = 15.0
 FILES_EVERY_S = 5.0
-SLOW_START_S = 60.0  # without a step after so long, and again as often, a line says what the ranks do
 
 
 class WandbCopy:
@@ -98,7 +97,8 @@ class WandbCopy:
     def _link_inputs(self) -> None:
         """Logs the tokenizer and the manifests of the corpora that the stage reads; missing files are passed over.
 
-        A manifest that holds no JSON raises ValueError.
+        Raises:
+            ArtefactError: a manifest holds no JSON object.
         """
         config, work = self._config, self._run.work
         tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
@@ -108,7 +108,7 @@ class WandbCopy:
         for name in self._corpora:
             manifest = work.corpus_manifest(name)
             if manifest.exists():
-                fields = json.loads(manifest.read_text())
+                fields = durable.read_json(manifest)
                 metadata = {key: fields.get(key) for key in ("tokenizer_sha256", "corpus_fingerprint")}
                 self._wandb.link(f"corpus {name}", f"corpus-{name}", "dataset", [manifest], metadata)
 
@@ -196,6 +196,7 @@ class RunWatch:
         self._metrics = MetricsFollower(run.metrics)
         self._ranks_at = self._checkpoint_at = 0.0
         self._pulses: Sequence[Pulse] = ()
+        self._phases: dict[int, tuple[Phase, float]] = {}  # phase of each rank, and when it was first seen in it
         self._began = self._told_at = time.monotonic()  # of this attempt, and of the last line about its start
         self._has_begun = False  # whether this attempt has written a line of metrics
         progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
@@ -203,7 +204,7 @@ class RunWatch:
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
         self._progress.state.start(gang, time.time())
-        self._pulses = ()
+        self._pulses, self._phases = (), {}
         self._began = self._told_at = time.monotonic()
         self._has_begun = False
         if self._wandb:
@@ -238,7 +239,9 @@ class RunWatch:
         now = time.monotonic()
         if not self._has_begun and now - self._told_at >= SLOW_START_S:
             self._told_at = now
-            self._console.line(f"no step after {duration(now - self._began)}: {doings(self._pulses)}")
+            since = {rank: now - seen_at for rank, (_, seen_at) in self._phases.items()}
+            doing = f"no step after {duration(now - self._began)}: {doings(self._pulses, since)}"
+            self._console.line(f"{doing}; logs: {self._run.logs}")
         if now - self._checkpoint_at >= CHECKPOINT_EVERY_S:
             self._checkpoint_at = now
             self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
@@ -247,6 +250,10 @@ class RunWatch:
         """Show the last heartbeats of the ranks."""
         self._pulses = pulses
         now = time.monotonic()
+        # A rank that evaluates beats again and again: its phase is older than its last heartbeat.
+        for pulse in pulses:
+            if pulse.rank not in self._phases or self._phases[pulse.rank][0] is not pulse.phase:
+                self._phases[pulse.rank] = (pulse.phase, now - pulse.age_s)
         if now - self._ranks_at >= RANKS_EVERY_S:
             self._ranks_at = now
             self._progress.heard(
@@ -254,22 +261,26 @@ class RunWatch:
             )
 
 
-def doings(pulses: Sequence[Pulse]) -> str:
-    """Returns what the ranks do, those that do the same together, with the time since their last heartbeat:
-    `2 ranks loading for 65 s, rank 1 starting for 70 s`."""
+def doings(pulses: Sequence[Pulse], since: Mapping[int, float]) -> str:
+    """Returns what the ranks do, those that do the same together, with the shortest time that one has done it:
+    `2 ranks loading the model for 65 s, rank 1 starting for 70 s`.
+
+    Args:
+        since: seconds since a rank began its phase, by rank.
+    """
     if not pulses:
         return "no rank has reported yet: agents start their processes, which import packages"
-    ranks_of: dict[Phase, list[Pulse]] = {}
+    ranks_of: dict[Phase, list[int]] = {}
     for pulse in pulses:
-        ranks_of.setdefault(pulse.phase, []).append(pulse)
+        ranks_of.setdefault(pulse.phase, []).append(pulse.rank)
 
     texts = []
     for phase, ranks in ranks_of.items():
-        names = f"rank {ranks[0].rank}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
         words = phase.words
         if phase is Phase.STARTING:
-            words += " (imports packages, reads the configuration, joins the process group)"
-        texts.append(f"{names} {words} for {duration(min(pulse.age_s for pulse in ranks))}")
+            words += " (importing packages)"
+        texts.append(f"{names} {words} for {duration(min(since[rank] for rank in ranks))}")
     return ", ".join(texts)
 
 

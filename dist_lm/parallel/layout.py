@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.model.size import ADAPTERS, Shape, is_trained, parameter_shapes

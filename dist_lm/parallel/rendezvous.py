@@ -129,7 +129,10 @@ def private_handler() -> "type[RendezvousHandler]":
 @cache
 def address_handler() -> "Callable[[RendezvousParameters], RendezvousHandler]":
     """Returns the handler of `torchrun --rdzv-backend address --rdzv-endpoint IP:PORT --rdzv-conf rank=NODE`: torch's
-    static rendezvous, but its store listens on that IP address of the first node and on no other."""
+    static rendezvous, but its store listens on that IP address of the first node and on no other.
+
+    It is an entry point, too (`private_handler`).
+    """
     from torch.distributed import TCPStore
     from torch.distributed.elastic.rendezvous import RendezvousInfo
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous, create_rdzv_handler

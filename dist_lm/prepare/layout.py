@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, table
 from dist_lm.errors import ConfigError, require

@@ -12,12 +12,10 @@ from types import NoneType
 from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from dist_lm.cluster.events import read_events
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.root import read_groups
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import AXES, Layout
@@ -278,15 +276,7 @@ def _config(path: Path) -> dict[str, Any]:
     Raises:
         ArtefactError: the file cannot be read, or is no configuration.
     """
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
-        raise ArtefactError(f"{path}: cannot be read ({error})") from error
-
-    if not isinstance(config, dict):
-        raise ArtefactError(f"{path}: not the configuration of a run")
-
-    return redact(config)
+    return redact(read_groups(path))
 
 
 def _model(config: Mapping[str, Any]) -> ModelConfig | None:

@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import ADAPTERS

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.keys import Shuffle, key, permutation
+from dist_lm.data.order import Shuffle, key, permutation
 from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.model.token_sets import TokenSets
 from dist_lm.rlhf.rollouts import Rollouts

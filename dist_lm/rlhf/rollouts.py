@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from dist_lm.data.keys import Shuffle, key, permutation
+from dist_lm.data.order import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import Weights, WeightStream
 from dist_lm.generation.engine import Engine

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from dist_lm.data import keys
+from dist_lm.data import order
 from dist_lm.errors import UserError
 from dist_lm.rlhf.config import LARGEST_REWARD, RewardPartConfig
 from dist_lm.sandbox.hidden import References, ReferenceSolutionError
@@ -334,7 +334,7 @@ class TestsRule:
         program = task.program(judged.completion)
         if task.hidden is None:
             return self._sandboxes.submit(program, self._limits)
-        key = keys.key(keys.Shuffle.HIDDEN_TESTS, self._seed, judged.position, keys.text_word(judged.prompt))
+        key = order.key(order.Shuffle.HIDDEN_TESTS, self._seed, judged.position, order.text_word(judged.prompt))
         return self._references.submit(program, task.hidden, key, self._sandboxes, self._limits)
 
     def _score(self, verdict: Verdict) -> Score:

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from dist_lm.errors import UserError
+from dist_lm.errors import UserError, one_line
 from dist_lm.sandbox.environment import ENVIRONMENT
 from dist_lm.sandbox.limited_program import ANSWER_BYTES, MEMORY_BYTES, frames_of, values_of
 
@@ -195,7 +195,7 @@ def _outcome(kind: str, values: list[Any]) -> Any:
     """
     if kind == "result":
         return values[0] if len(values) == 1 else values
-    message = " ".join(str(values[0]).split())
+    message = one_line(str(values[0]))
     if kind == "failed":
         raise LimitError(f"fails ({message})")
     raise _user_errors().get(kind, UserError)(message)

@@ -81,12 +81,12 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     tensors = exponential(newest) if ema else mean_of(checkpoints)
     write_average(folder, tensors, newest, model_config_of(newest))
     record = {"of": [checkpoint.name for checkpoint in checkpoints], "kind": kind, "metrics": {}}
-    durable.write_json(folder / files.AVERAGE, record)
+    durable.write_sealed(folder / files.AVERAGE, record)
     console.print(f"{folder}: {kind} of {', '.join(record['of'])}", soft_wrap=True)
 
     if device and can_be_measured(run):
         metrics = evaluated(run, {PLAIN: newest, folder.name: folder}, device)
-        durable.write_json(folder / files.AVERAGE, record | {"metrics": metrics[folder.name]})
+        durable.write_sealed(folder / files.AVERAGE, record | {"metrics": metrics[folder.name]})
         print_metrics(metrics, console)
     return folder
 

@@ -265,11 +265,18 @@ class RunDirectory:
         noted = self._noted()
         if _TESTS not in noted:
             has_figures = any((self.samples / "eval" / task).exists() for task in tasks)
-            durable.write_json(self.noted_files, noted | {_TESTS: str(1 if has_figures else version)})
+            durable.write_sealed(self.noted_files, noted | {_TESTS: str(1 if has_figures else version)})
 
     def tests_version(self, default: int) -> int:
-        """Returns the version that `note_tests` has noted; `default` if it has noted none."""
-        return int(self._noted().get(_TESTS, default))
+        """Returns the version that `note_tests` has noted; `default` if it has noted none.
+
+        Raises:
+            ArtefactError: `noted_files.json` is damaged.
+        """
+        version = str(self._noted().get(_TESTS, default))
+        if not version.isdecimal():
+            raise ArtefactError(f"{self.noted_files}: not a version of tests ({version!r}): choose another run_id")
+        return int(version)
 
     def require_files(self, files: Mapping[str, Sequence[Path]]) -> None:
         """Refuses files that have changed since the run began. A key that was not noted then passes; all files are

@@ -41,13 +41,14 @@ class SentencePieceModel:
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
+            vocab_size: int = processor.get_piece_size()
+            pieces: list[str] = [processor.id_to_piece(token_id) for token_id in range(vocab_size)]
+        except (RuntimeError, ValueError) as error:  # ValueError: a piece, or the error's own text, is not UTF-8
             raise ArtefactError(
                 f"{name} is damaged (SentencePiece cannot read it): train it again with stage=tokenizer, or give "
                 "another file"
             ) from error
-        self.vocab_size: int = processor.get_piece_size()
-        pieces = [processor.id_to_piece(token_id) for token_id in range(self.vocab_size)]
+        self.vocab_size = vocab_size
         self.is_trained = pieces[: len(SPECIAL_TOKENS)] == list(SPECIAL_TOKENS)
 
         # SentencePiece finds user-defined symbols in text, so a mark must not be one.

@@ -1,6 +1,6 @@
 """Output for people: tables, progress, and warnings and errors as single lines.
 
-Control characters are visible (`tracking/output.py`).
+Control characters are visible (`tracking/readable.py`).
 
 On a terminal one live view shows the progress, below everything else that is printed. Elsewhere (a file, a batch job,
 TERM=dumb) progress is a plain line about every ten seconds. Results go to standard output, warnings and errors to
@@ -23,8 +23,8 @@ from rich.text import Text
 
 from dist_lm.tracking.live_state import LiveState, StageLine, StageState, TrainingState, Work
 from dist_lm.tracking.live_terminal import LiveView
-from dist_lm.tracking.output import OutputConsole, visible
 from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress
+from dist_lm.tracking.readable import OutputConsole, visible
 from dist_lm.tracking.redact import redact_text
 
 FILE_WIDTH = 160  # columns of output that is not a terminal

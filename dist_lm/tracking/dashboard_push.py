@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.tracking.dashboard import Board, Panel
 from dist_lm.tracking.wandb_login import wandb_mode

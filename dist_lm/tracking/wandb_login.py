@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.errors import ConfigError
 from dist_lm.tracking.redact import without_secrets
 

@@ -303,12 +303,18 @@ class Recorder:
 def rows_of(path: Path) -> dict[str, int]:
     """Returns the orders of earlier attempts and their rows.
 
-    Runs of earlier versions have a list of the orders that survived instead.
+    Runs of earlier versions have a list of the orders that survived instead. A damaged file has none: what its orders
+    recorded is recorded again.
     """
-    recorded = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        recorded = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        recorded = {}
     if isinstance(recorded, list):
-        return dict.fromkeys(recorded, ENDED)
-    return recorded
+        return {str(order): ENDED for order in recorded}
+    if not isinstance(recorded, dict):
+        return {}
+    return {order: row for order, row in recorded.items() if isinstance(row, int)}
 
 
 def table_of(samples: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

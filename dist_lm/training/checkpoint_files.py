@@ -62,15 +62,29 @@ def read_pointer(checkpoints: Path, name: str) -> Path | None:
 
     A missing or damaged LATEST means the newest complete checkpoint, from which ranks continue; None if there is none.
     """
-    pointer = checkpoints / name
-    if pointer.is_file():
-        # A damaged pointer may hold any bytes, and an empty one would name the folder itself.
-        target = pointer.read_bytes().decode(errors="replace").strip()
-        if _STEP_NAME.fullmatch(target) and (checkpoints / target).is_dir():
-            return checkpoints / target
+    target = _target(checkpoints / name)
+    if target is not None:
+        return target
     if name != LATEST:
         return None
     return next(reversed(steps_in(checkpoints)), None)
+
+
+def names_nothing(checkpoints: Path, name: str) -> bool:
+    """Returns whether the pointer `name` exists and names no checkpoint that is there: it is damaged, or the checkpoint
+    is gone."""
+    return (checkpoints / name).is_file() and _target(checkpoints / name) is None
+
+
+def _target(pointer: Path) -> Path | None:
+    """Returns the checkpoint that a pointer names; None without the pointer or the checkpoint."""
+    if not pointer.is_file():
+        return None
+    # A damaged pointer may hold any bytes, and an empty one would name the folder itself.
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if _STEP_NAME.fullmatch(name) and (pointer.parent / name).is_dir():
+        return pointer.parent / name
+    return None
 
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
@@ -224,6 +238,17 @@ def verify(directory: Path, contents: bool = True) -> None:
     """
     if problem := first_damage(directory, contents):
         raise ArtefactError(problem)
+
+
+def verify_state(directory: Path) -> None:
+    """Refuses a checkpoint whose STATE differs from the manifest.
+
+    Raises:
+        ArtefactError: it does, or the manifest cannot be read.
+    """
+    expected = read_manifest(directory).get(STATE)
+    if expected and (reason := _damage_of_file(directory / STATE, expected, contents=True)):
+        raise ArtefactError(f"checkpoint {directory}: {STATE} {reason}")
 
 
 def first_damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:

@@ -18,10 +18,12 @@ def print_checkpoint(path: Path, console: Console) -> None:
     """Prints step, model, tensors and files of the checkpoint at `path`; reads headers, not tensors.
 
     Raises:
-        ArtefactError: there is no checkpoint, a file is missing, truncated or foreign, or one cannot be read.
+        ArtefactError: there is no checkpoint, a file is missing, truncated or foreign, or one cannot be read; or the
+            state has changed.
     """
     directory = files.find_checkpoint(path)
     files.verify(directory, contents=False)
+    files.verify_state(directory)
     state, model = files.read_state(directory)
     tensors = stored_tensors(directory)
 
@@ -32,6 +34,9 @@ def print_checkpoint(path: Path, console: Console) -> None:
     if state.best_val_loss is not None:
         facts.add_row("best val/loss", f"{three_decimals(state.best_val_loss)}, step {state.best_step:,}")
     facts.add_row("pointed at by", ", ".join(pointers(directory)) or "nothing")
+    for name in (files.LATEST, files.BEST):
+        if files.names_nothing(directory.parent, name):
+            facts.add_row(name, "is damaged: it names no checkpoint that is there")
     facts.add_row("model", ", ".join(f"{key}={setting}" for key, setting in model.items()))
     n_parameters = sum(tensor.elements for tensor in tensors.values() if tensor.name.startswith(files.MODEL))
     facts.add_row("parameters", f"{n_parameters:,}")

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+SLOW_START_S = 60.0  # after so long, and again as often, the launcher says what ranks without a step do, and a rank
+# that has not met the others writes its stacks to its log
+
 
 @dataclass
 class StopRequest:
@@ -15,24 +18,30 @@ class StopRequest:
 class Phase(IntEnum):
     """Phase of a rank, in the order of a step."""
 
-    STARTING = 0  # reads the configuration, joins the process group
-    LINKS = 1  # first collectives
-    LOADING = 2  # builds the model, reads a checkpoint
-    DATA = 3  # waits for the batch of a step
-    GENERATING = 4  # the pool generates the rollouts of a step
-    STEP = 5  # forward, backward, update
-    EVALUATING = 6
-    SAVING = 7
-    CLOSING = 8  # work at the end of a stage
-    TRACING = 9  # starts the profiler, or writes its trace
+    STARTING = 0  # imports packages
+    JOINING = 1  # reads the configuration, waits for the other ranks
+    LINKS = 2  # first collectives
+    CORPORA = 3  # compares the corpora with those that the run began with
+    LOADING = 4  # builds the model, reads a checkpoint
+    PREPARING = 5  # packs documents, computes what a stage needs before its first step
+    DATA = 6  # waits for the batch of a step
+    GENERATING = 7  # the pool generates the rollouts of a step
+    STEP = 8  # forward, backward, update
+    EVALUATING = 9
+    SAVING = 10
+    CLOSING = 11  # work at the end of a stage
+    TRACING = 12  # starts the profiler, or writes its trace
 
     @property
     def words(self) -> str:
         """The phase in words that continue 'rank N is'."""
         return {
             Phase.STARTING: "starting",
+            Phase.JOINING: "joining the other ranks",
             Phase.LINKS: "in its first collective",
-            Phase.LOADING: "loading",
+            Phase.CORPORA: "opening corpora",
+            Phase.LOADING: "loading the model",
+            Phase.PREPARING: "preparing data",
             Phase.DATA: "waiting for data",
             Phase.GENERATING: "generating",
             Phase.STEP: "in a step",

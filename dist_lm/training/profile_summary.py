@@ -7,6 +7,7 @@ late or waited, on a CPU Python ran or the process waited.
 
 import gzip
 import json
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -220,7 +221,7 @@ def read_profile(path: Path) -> RankProfile:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return profile_of(json.load(file)["traceEvents"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError, zlib.error) as error:
         raise ArtefactError(f"{path}: not a trace of profile.steps ({error}); profile the run again") from error
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ArtefactError
-from dist_lm.tracking.output import OutputConsole, say
+from dist_lm.tracking.readable import OutputConsole, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName
 
 checkpoint = typer.Typer(help="Inspect, verify, average and consolidate checkpoints.", no_args_is_help=True)

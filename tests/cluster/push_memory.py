@@ -14,8 +14,7 @@ import torch
 
 from dist_lm.cluster.pool_weights import store
 from dist_lm.cluster.ray_cluster import connect
-from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ClusterConfig, ParallelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer

@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 import torch
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh

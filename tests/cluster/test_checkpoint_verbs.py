@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from dist_lm.__main__ import main
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import parameter_count

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.storage.run_directory import RunDirectory

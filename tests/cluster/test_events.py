@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.cluster.agent import RankExit
-from dist_lm.cluster.events import NODE_LOST, SILENT, Crowd, GangFailure, explain
+from dist_lm.cluster.events import NODE_LOST, SILENT, Crowd, GangFailure, explain, read_failures
 from dist_lm.storage.run_directory import RunDirectory
 
 CROWD = Crowd(hosts=("n1", "n2", "n3"), ranks_per_node=2, device="cuda")
@@ -66,6 +66,16 @@ def test_where_nothing_else_is_known_torchrun_itself_is_named(run):
     found = explain(run, CROWD, (), {}, [None, 1, None])
     assert (found.node, found.rank) == (1, None)
     assert "address already in use" in found.traceback
+
+
+@pytest.mark.parametrize("damaged", [b"", b"null", b"\xff", b'{"rank": 1}', b"{" * 9999])
+def test_a_damaged_record_of_a_failed_rank_is_none(run, damaged, caplog):
+    """Finds a launcher that ends in a traceback where a rank has ended."""
+    leave(run, 0, 1.0, "ValueError", "boom")
+    run.rank_failure(1).write_bytes(damaged)
+    (failure,) = read_failures(run, 2)
+    assert (failure.rank, failure.type) == (0, "ValueError")
+    assert str(run.rank_failure(1)) in caplog.text
 
 
 def test_a_failure_that_nobody_is_to_blame_for_names_nobody(run):

@@ -10,6 +10,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.run import begin_attempt
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY, TINY_MODEL
@@ -41,7 +42,7 @@ def test_a_file_that_changed_is_refused_on_the_ranks_too(tiny_work, tmp_path):
     other = file.rename(tmp_path / "more_problems.jsonl")
     run.require_files(config_with(other).noted_files)
     run.note_files(config_with(other).noted_files)
-    assert len(json.loads(run.noted_files.read_text())) == 2
+    assert len(durable.read_json(run.noted_files)) == 2
 
 
 def test_a_run_without_files_of_tasks_writes_nothing(tmp_path):
@@ -65,7 +66,8 @@ def test_a_run_keeps_the_tests_of_our_problems_that_it_began_with(
     config = config_with(tmp_path / "none.jsonl", "own_sql")
     for _ in range(2):
         begin_attempt(config, run)
-        assert json.loads(run.noted_files.read_text()) == {"eval.tests": version}
+        assert durable.read_json(run.noted_files) == {"eval.tests": version}
+        assert durable.CHECKSUM in run.noted_files.read_text()
         run.task_samples("own_sql", 8).parent.mkdir(parents=True, exist_ok=True)
 
     asked = []

@@ -72,6 +72,33 @@ def test_one_group_cannot_be_divided_by_any_share(tmp_path: Path) -> None:
     assert splits_of([same_turn, own_val]) == {"train", "val"}
 
 
+def test_one_text_file_cannot_be_divided_by_any_share(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(text(1, 400))
+    book = SourceConfig("files", language="english", path=str(tmp_path / "book.txt"), licence="MIT")
+    message = refusal([book], val_fraction=0.02)
+    assert (
+        "none of its 1 documents is held out: they are one text or of one repository, which is not divided" in message
+    )
+    assert "val_fraction" not in message
+
+    (tmp_path / "val.txt").write_text(text(2))
+    own_val = SourceConfig("files", language="english", path=str(tmp_path / "val.txt"), licence="MIT", held_out=True)
+    assert splits_of([book, own_val]) == {"train", "val"}
+
+
+def test_few_repositories_are_told_a_share_that_holds_one_out(tmp_path: Path) -> None:
+    """No share below the smallest hash of a repository helps: the message names it."""
+    for number in range(3):
+        (tmp_path / f"repository_{number}" / ".git").mkdir(parents=True)
+        for file in range(5):
+            (tmp_path / f"repository_{number}" / f"{file}.py").write_text(text(10 * number + file))
+    repositories = SourceConfig("files", path=str(tmp_path), licence="MIT")
+    message = refusal([repositories], val_fraction=1e-6)
+    assert "val_tokens" not in message
+    share = float(re.findall(r"expected above (0\.\d+)", message)[0])
+    assert splits_of([repositories], val_fraction=share + 0.001) == {"train", "val"}
+
+
 def test_copies_of_val_in_train_are_named_as_the_cause(tmp_path: Path) -> None:
     # Each text comes once more inside a longer one: whichever is held out, train has it.
     texts = [text(number) for number in range(30)]

@@ -5,8 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
-from dist_lm.data.order import Concatenation, DocumentSlice, EpochOrder, shuffled_documents
+from dist_lm.data.order import (
+    Concatenation,
+    DocumentSlice,
+    EpochOrder,
+    Shuffle,
+    key,
+    permutation,
+    shuffled_documents,
+    splitmix64,
+)
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 

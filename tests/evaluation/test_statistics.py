@@ -84,10 +84,18 @@ def test_models_that_differ_on_the_same_tasks_are_told_apart():
     assert (back.difference, back.p) == (-found.difference, found.p)
 
 
-def test_the_interval_of_two_shares_is_that_of_newcombe():
-    """36 tasks that both pass, 12 only the first, 2 only the second: row (a) of table III there."""
-    first, second = [1.0] * 48 + [0.0] * 2, [1.0] * 36 + [0.0] * 12 + [1.0] * 2
-    assert paired_interval(second, first) == pytest.approx((0.0569, 0.3404), abs=5e-5)
+@pytest.mark.parametrize(("gained", "lost", "tasks"), [(2, 12, 50), (0, 0, 50), (0, 7, 40), (30, 1, 164)])
+def test_the_ends_of_the_interval_of_two_shares_are_refuted_by_their_likelihood(gained, lost, tasks):
+    """Tango's statistic, with the likeliest shares found by search, is 1.96 at both ends."""
+    first = [1.0] * lost + [0.0] * (tasks - lost)
+    second = [0.0] * lost + [1.0] * gained + [0.0] * (tasks - lost - gained)
+    for end in paired_interval(first, second):
+        shares = np.linspace(max(0.0, -end), (1 - end) / 2, 2_000_001)[1:-1]  # of lost tasks; gained ones: + end
+        likelihood = gained * np.log(shares + end) + lost * np.log(shares)
+        likelihood += (tasks - gained - lost) * np.log1p(-2 * shares - end)
+        share = shares[likelihood.argmax()]
+        score = (gained - lost - tasks * end) / (tasks * (2 * share + end - end**2)) ** 0.5
+        assert abs(score) == pytest.approx(1.96, abs=2e-3)
 
 
 def test_models_that_agree_on_every_task_may_still_differ():

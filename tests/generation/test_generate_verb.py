@@ -18,7 +18,7 @@ from dist_lm.generation.request import Answer, Refusal, SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.terminal import STOPPED
 from dist_lm.storage.process import CpuUsage
-from dist_lm.tracking.output import visible
+from dist_lm.tracking.readable import visible
 from tests.patience import patient
 
 PROMPT = "def value_3(name):\n"

@@ -30,7 +30,7 @@ from dist_lm.generation.prompt_loop import (
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import interrupts
-from dist_lm.tracking.output import visible
+from dist_lm.tracking.readable import visible
 
 OPENINGS = Openings({"sql": ["CREATE TABLE t;\n\nSELECT", "DELETE\n"]}, "code", ["bash", "sql"])
 SETTINGS = Settings(SamplingParams(max_new_tokens=12), seed=5)

@@ -96,6 +96,8 @@ def flipped(content: bytes, random: Random) -> bytes:
     """A few bits flipped, or bytes left out, doubled or cut off."""
     changed = bytearray(content)
     for _ in range(random.choice((1, 1, 2, 8))):
+        if not changed:
+            break
         place = random.randrange(len(changed))
         action = random.randrange(8)
         if action < 5:

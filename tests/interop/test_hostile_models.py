@@ -6,6 +6,7 @@ must be what safetensors and gguf read, too.
 
 import json
 import os
+import re
 import struct
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.interop.gguf_header import described_gguf
@@ -116,6 +117,17 @@ def test_json_that_is_nested_deeply_is_refused_by_its_file(folder: Path, file: s
         import_model(str(folder), "one", WorkDirectory(folder.parent / "work"))
 
 
+def test_a_message_of_a_library_is_printable(folder: Path) -> None:
+    """The error quoted a merge of tokenizer.json with the escapes of a terminal in it."""
+    path = folder / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    change(folder, "tokenizer.json", model=model | {"merges": [["a", "\x1b]0;title\x07\u202e"]]})
+    with pytest.raises(ArtefactError, match=re.escape(rf"{path}: ")) as refused:
+        tokenizer_of(folder, hostile.VOCAB_SIZE)
+    assert r"\x1b]0;title\x07\u202e" in str(refused.value)
+    assert str(refused.value).isprintable()
+
+
 def test_tensors_that_share_bytes_are_refused(folder: Path) -> None:
     """They were accepted: two tensors of a model that the file holds once."""
     path = folder / "model.safetensors"
@@ -127,6 +139,32 @@ def test_tensors_that_share_bytes_are_refused(folder: Path) -> None:
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     with pytest.raises(ArtefactError, match=rf"{path}: tensor {second}: .*are those of another tensor"):
+        tensors_in(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "is_read"),
+    [
+        ('"__metadata__": null', True),
+        ('"__metadata__": {"format": "\\ud83d\\ude00"}', True),
+        ('"__metadata__": []', False),
+        ('"__metadata__": {"format": 1}', False),
+        ('"__metadata__": {"format": "\\ud800"}', False),
+        ('"a": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0], "scale": NaN}', False),
+    ],
+)
+def test_a_header_is_read_if_safetensors_reads_it(tmp_path: Path, entries: str, is_read: bool) -> None:
+    """The last four were accepted."""
+    header = f'{{{entries}, "b": {{"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}}}'.encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    if is_read:
+        assert {*tensors_in(path)} == {*safe_open(path, "pt").keys()}
+        return
+
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
+    with pytest.raises(ArtefactError, match=str(path)):
         tensors_in(path)
 
 

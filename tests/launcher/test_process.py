@@ -9,6 +9,7 @@ import pytest
 
 from dist_lm.launcher.process import disk_trouble
 from tests.patience import patient
+from tests.tracking.test_output import harmful
 
 PROGRAM = """
 import sys
@@ -63,7 +64,7 @@ def test_a_program_ends_in_good_order(body, redirection, expected):
         assert (code, out, err) == expected
 
 
-@pytest.mark.parametrize("printing", ["print(1)", "print(1, flush=True)"])
+@pytest.mark.parametrize("printing", ["print(1)", "print(1, flush=True)", "print('1' * 100_000)"])
 def test_a_reader_that_has_seen_enough_ends_it_without_a_word(printing):
     gone = "import os; reader, writer = os.pipe(); os.close(reader)"
     assert run(f"{gone}; os.dup2(writer, 1); {printing}", "") == (1, "", "")
@@ -102,6 +103,22 @@ def test_the_way_out_is_that_of_the_trouble(number, words):
     assert ("make room" in said) == (words == "make room")
     assert disk_trouble(OSError(errno.ECONNREFUSED, "no", "work/x")) is None
     assert disk_trouble(PermissionError(errno.EACCES, "no")) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise ValueError(ATTACK)",
+        "raise OSError(ATTACK)",
+        "import warnings; warnings.warn(ATTACK)",
+        "import logging; logging.getLogger('x').warning(ATTACK)",
+    ],
+)
+def test_what_python_prints_by_itself_steers_no_terminal(body):
+    """Finds a traceback, a warning or a log line that hands a terminal the sequences of a file that it quotes."""
+    _, out, err = run(body.replace("ATTACK", repr("\x1b]52;c;cm0=\x07\u202e\x9b2J")), "")
+    assert "]52;c;cm0=" in err
+    assert not harmful(out + err)
 
 
 def test_a_deleted_working_directory_is_refused(tmp_path, monkeypatch):

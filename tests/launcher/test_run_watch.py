@@ -132,16 +132,22 @@ def test_a_start_of_more_than_a_minute_says_what_each_rank_does(
         shown.attempt(GangFacts(("n1",), 3, "cpu", "dp=3"))
         for second in range(200):
             now[0] = float(second)
-            if second == 100:
-                pulses = [(0, Phase.LOADING, 30.0), (1, Phase.STARTING, 95.0), (2, Phase.LOADING, 31.0)]
+            if second >= 70:
+                # Rank 0 beats again and again in its evaluation.
+                pulses = [
+                    (0, Phase.EVALUATING, 0.5),
+                    (1, Phase.STARTING, float(second)),
+                    (2, Phase.LOADING, second - 65),
+                ]
                 shown.heard([Pulse(rank, phase, 0, age_s, 0.0) for rank, phase, age_s in pulses])
             shown.look({})
             if second == 150:
                 write(run, {"step": 1, "train/skipped_steps": 0})
     first, second_line = [line for line in output.getvalue().splitlines() if line.startswith("no step after")]
     assert first.startswith("no step after 1:00 min: no rank has reported yet")
-    assert "2 ranks loading for 30 s, rank 1 starting (" in second_line
-    assert second_line.endswith(") for 1:35 min")
+    rank_1 = "rank 1 starting (importing packages) for 2:00 min"
+    doing = f"rank 0 evaluating for 50 s, {rank_1}, rank 2 loading the model for 55 s"
+    assert second_line == f"no step after 2:00 min: {doing}; logs: {run.logs}"
 
 
 def skipped(*counts: int) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.stage import MuonConfig
 from dist_lm.model.size import Shape, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.parallel.layout import Layout
 
 D_FF, VOCAB_SIZE, N_LAYERS = 90, 515, 2  # neither width divides by 4, nor the vocabulary by 2

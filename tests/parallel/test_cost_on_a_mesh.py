@@ -4,9 +4,8 @@ import math
 
 import pytest
 
-from dist_lm.config.cluster import HardwareConfig
+from dist_lm.config.cluster import HardwareConfig, ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.dry_run.watch import LiveMemory, Watch, WorkCounter
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import resolve_layout

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.parallel import sharding
 from dist_lm.parallel.layout import Layout, check_batch, layouts_of, misfit, placements, resolve_layout

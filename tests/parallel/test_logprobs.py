@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.token_sets import TokenSets, packed

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import AdaptedModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.stage import LoraConfig
 from dist_lm.model.lora import adapter_of, change
 from dist_lm.model.size import is_trained, parameter_shapes

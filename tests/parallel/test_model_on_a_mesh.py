@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel import layout as layout_module

@@ -11,7 +11,15 @@ import pytest
 
 from dist_lm.errors import ConfigError
 from dist_lm.parallel import rendezvous
-from dist_lm.parallel.rendezvous import BACKEND, ERROR_FILE, NODES_BACKEND, VARIABLE, private_handler, store_file
+from dist_lm.parallel.rendezvous import (
+    BACKEND,
+    ERROR_FILE,
+    NODES_BACKEND,
+    VARIABLE,
+    address_handler,
+    private_handler,
+    store_file,
+)
 from dist_lm.storage.process import reserve_port
 from tests.patience import patient
 
@@ -133,11 +141,13 @@ def test_a_folder_that_others_enter_is_refused_by_name(tmp_path):
         store_file(ranks | {"LOCAL_WORLD_SIZE": "2"})
 
 
-def test_torchrun_finds_the_private_rendezvous_by_its_entry_point():
+def test_torchrun_finds_our_rendezvous_by_their_entry_points():
     import tomllib
 
     project = tomllib.loads(Path(rendezvous.__file__).parents[2].joinpath("pyproject.toml").read_text())["project"]
-    [(name, value)] = project["entry-points"]["torchrun.handlers"].items()
-    assert name == BACKEND
-    # torchrun calls what the entry point names, and registers the result
-    assert EntryPoint(name, value, "torchrun.handlers").load()() is private_handler()
+    handlers = {
+        name: EntryPoint(name, value, "torchrun.handlers").load()()
+        for name, value in project["entry-points"]["torchrun.handlers"].items()
+    }
+    # torchrun calls what the entry point names, and registers the result, which must be that of our own torchrun
+    assert handlers == {BACKEND: private_handler(), NODES_BACKEND: address_handler()}

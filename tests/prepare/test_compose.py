@@ -153,7 +153,7 @@ def test_a_part_of_the_reward_can_be_given_key_by_key():
 def test_a_command_without_a_stage_lists_the_stages():
     with pytest.raises(ConfigError, match=r"stage is not given.*code.*language"):
         target_stage(["model=nano"])
-    with pytest.raises(ConfigError, match=r"stage=cod: expected one of.*code"):
+    with pytest.raises(ConfigError, match=r"stage=cod: did you mean stage=code\? expected one of code,"):
         target_stage(["stage=cod"])
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.demo.ladder import RUNGS, Part, TinyTask, tasks
 from dist_lm.generation.engine import Engine, EngineOptions

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.parallel.layout import resolve_layout

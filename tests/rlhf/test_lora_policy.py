@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import AdaptedModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.stage import LoraConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.algorithms.registry import ALGORITHMS
 from dist_lm.rlhf.config import RewardPartConfig, RlhfConfig

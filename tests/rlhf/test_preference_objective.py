@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.preference import PreferenceConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch

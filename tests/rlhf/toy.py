@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.parallel import ParallelConfig
 from dist_lm.document import TokenizedDocument
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer

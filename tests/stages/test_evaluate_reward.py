@@ -34,7 +34,7 @@ def test_answers_that_no_score_belongs_to_are_counted(tiny_work, tmp_path):
     none = reward_figures(found[:1])
     assert none["figures"] == {}
     model_of = {"model": "a", "tasks": {"reward": none}}
-    assert figures_of({"models": [model_of]}) == ""
+    assert figures_of({"models": [model_of]}) == "1 model, 1 task"
     assert compared_tasks(model_of, {"model": "b", "tasks": {"reward": figures}})[0]["left_out"] == 3
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 import dist_lm
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.output import OutputConsole, VisibleFormatter, say, visible
+from dist_lm.tracking.readable import OutputConsole, VisibleFormatter, say, visible
 
 ATTACKS = {
     "title": "\x1b]0;owned\x07",
@@ -96,7 +96,7 @@ FOR_PROGRAMS = {
     "dry_run/rehearsal.py": 1,
     "gpu_check/probe.py": 1,
     "sandbox/languages.py": 1,
-    "tracking/output.py": 1,
+    "tracking/readable.py": 1,
 }
 
 

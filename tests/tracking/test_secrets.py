@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import failed
 from dist_lm.tracking.console import Console

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.root import TrackingConfig
 from dist_lm.errors import ConfigError
 from dist_lm.storage.process import is_alive
 from dist_lm.storage.run_directory import RunDirectory
@@ -262,6 +262,9 @@ def test_a_run_of_an_earlier_version_keeps_what_it_has_recorded(tmp_path: Path) 
     assert rows_of(path) == {"link tokenizer": ENDED}
     path.write_text('{"link tokenizer": 7}')
     assert rows_of(path) == {"link tokenizer": 7}
+    for damaged in (b"", b"7", b"\xff", b'{"link tokenizer"', b'{"link tokenizer": "7"}'):
+        path.write_bytes(damaged)
+        assert rows_of(path) == {}
 
 
 @pytest.mark.heavy

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 import dist_lm
-from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.cluster import ParallelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData
 from dist_lm.parallel.layout import Layout

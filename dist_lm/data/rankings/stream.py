@@ -18,8 +18,7 @@ import torch
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch, RankedPositions
 from dist_lm.data.evaluation_batches import evenly_spaced, micro_batches_of_rank
-from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
-from dist_lm.data.order import DocumentSlice
+from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, splitmix64
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.sequences import Epochs, packed

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from dist_lm.config.model import AdaptedModelConfig
+from dist_lm.config.root import read_groups
 from dist_lm.generation.load import run_of
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.weights import Converted, converted
@@ -58,7 +58,7 @@ def base_name(base: Path) -> str:
     run = run_of(base)
     if run is None:
         return str(base)
-    source = OmegaConf.select(OmegaConf.load(run.config), "imported.source")
+    source = read_groups(run.config).get("imported", {}).get("source")
     if source is None:
         return str(run.path)
     source = str(source).removeprefix("hf:")

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.root import WAY_OUT, read_groups
 from dist_lm.data.inspect import licences_of
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError
@@ -39,7 +38,7 @@ def model_card(
         adapters: the folder holds adapters for peft, not a whole model.
 
     Raises:
-        ArtefactError: the state of the checkpoint or the metrics of the run are damaged.
+        ArtefactError: the state of the checkpoint, or the configuration or the metrics of the run, are damaged.
     """
     state, _ = files.read_state(checkpoint)
     config = _config(run)
@@ -73,7 +72,7 @@ def model_card(
     if stage.get("branch_from"):
         lines.append(f"- Continues: {'/'.join(Path(stage['branch_from']).parts[-3:])}")
     if imported := config.get("imported"):
-        lines.append(f"- Imported from: {imported['source']}; not trained further")
+        lines.append(f"- Imported from: {imported.get('source', NOT_GIVEN)}; not trained further")
 
     evaluation = _evaluation(run, state.step, checkpoint)
     lines += ["", "## Data", "", *data, "", "## Evaluation", "", *evaluation, "", "## Limits", ""]
@@ -87,10 +86,25 @@ def model_card(
 
 
 def _config(run: RunDirectory | None) -> Mapping[str, Any]:
+    """Returns the configuration of a run; empty without one.
+
+    Raises:
+        ArtefactError: it cannot be read, or a value that the card shows has another type.
+    """
     if run is None:
         return {}
-    config = OmegaConf.to_container(OmegaConf.load(run.config))
-    return {str(key): group for key, group in config.items()} if isinstance(config, dict) else {}
+    config = read_groups(run.config)
+    stage, imported = config.get("stage", {}), config.get("imported", {})
+
+    # The card takes a run of any version, so its values are not checked as those of a schema.
+    texts = {f"stage.{key}": stage.get(key) or "" for key in ("init_from", "branch_from", "corpus")}
+    texts["imported.source"] = imported.get("source", "") if imported else ""
+    wrong = [key for key, value in texts.items() if not isinstance(value, str)]
+    if not isinstance(stage.get("mix") or {}, dict):
+        wrong.append("stage.mix")
+    if wrong:
+        raise ArtefactError(f"{run.config}: not the configuration of a run ({wrong[0]}): {WAY_OUT}")
+    return config
 
 
 def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str], list[str]]:
@@ -138,7 +152,7 @@ def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[s
     """
     metrics: dict[str, Any] = {}
     if (checkpoint / files.AVERAGE).is_file():
-        metrics = durable.read_json(checkpoint / files.AVERAGE)["metrics"]
+        metrics = durable.read_json(checkpoint / files.AVERAGE, {"metrics": dict})["metrics"]
     elif run is None or not run.metrics.is_file():
         return ["The run has no metrics."]
     else:

@@ -6,12 +6,12 @@ A stage that starts from `hf:SOURCE` needs it. `snapshot.py` is the program, whi
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from dist_lm.config.corpus import HF
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, read_groups
 from dist_lm.config.stage import StageGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of
@@ -76,9 +76,11 @@ class Import(ArtefactStage):
             return Artefact(False, f"{architecture.name}, {size} parameters from {source}")
 
         # A model on the hub, or a folder, may have changed under the same name.
-        node: Any = OmegaConf.select(OmegaConf.load(run.config), "imported")
-        imported = OmegaConf.to_container(node)
-        assert isinstance(imported, dict)
+        imported = read_groups(run.config).get("imported", {})
+        if lacking := [key for key in ("source", "architecture") if not isinstance(imported.get(key), str)]:
+            raise ArtefactError(
+                f"{run.config}: imported.{lacking[0]} is missing: remove this run, which imports it again"
+            )
         if change := change_of(source, imported.get("snapshot") or {}):
             raise ArtefactError(
                 f"{run.path} was imported from {imported['source']}, and {source} differs from that ({change}): remove "

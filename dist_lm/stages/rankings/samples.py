@@ -16,7 +16,7 @@ from dist_lm.chat.ranking import Ranking, ranks_of_scores
 from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.evaluation_batches import evenly_spaced
-from dist_lm.data.keys import Shuffle, key
+from dist_lm.data.order import Shuffle, key
 from dist_lm.data.rankings.rules import marks_of
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected

@@ -92,6 +92,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
     with joined(run, config, heartbeat) as start, ExitStack() as stack:
         world, tokenizer = start.world, start.tokenizer
 
+        heartbeat.beat(Phase.LOADING, 0)
         # Models and state, from a checkpoint of this run or from stage.init_from.
         algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
         loaded = load_run(run, config, start, algorithm)
@@ -101,6 +102,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         profiler = step_profiler(run, config, world)
         reporter = Reporter(config, run, world, tokenizer, metrics, heartbeat, loaded.tokens, state.iteration, profiler)
 
+        heartbeat.beat(Phase.PREPARING, state.iteration)
         # Prompts, rules and engines, on the first rank.
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on

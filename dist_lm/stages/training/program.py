@@ -4,6 +4,7 @@ Read `run_rank` first. Stage `rlhf` has a program of its own (`dist_lm.stages.rl
 here that begin a run (`joined`, `check_corpora`, `open_metrics`) and end it (`write_success`).
 """
 
+import faulthandler
 import logging
 import math
 import os
@@ -87,7 +88,8 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
         if world.is_first:
             durable.write_sealed(run.links, asdict(links))
 
-        heartbeat.beat(Phase.LOADING, 0)
+        faulthandler.cancel_dump_traceback_later()
+        heartbeat.beat(Phase.CORPORA, 0)
         yield RankStart(world, layout, mesh, Tokenizer.load(run.work.tokenizer_model))
 
 
@@ -215,6 +217,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         world, mesh, tokenizer = start.world, start.mesh, start.tokenizer
         check_corpora(run, config, tokenizer, world)
 
+        heartbeat.beat(Phase.LOADING, 0)
         # Model and optimizer, as the newest checkpoint or the start of the run has them.
         shape = config.trained_shape
         if shape.lora is not None:
@@ -224,6 +227,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
 
+        heartbeat.beat(Phase.PREPARING, state.step)
         # The stream continues at the position of the checkpoint.
         data_axis = data_mesh(mesh)
         data_arguments = DataArguments(
@@ -278,7 +282,9 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
         whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
         evaluation_arguments = partial(EvaluationArguments, config, run, world, tokenizer, whole_copy)
         if config.stage.eval_at_start and state.step == 0:
-            figures = stage.before_training(evaluation_arguments(0, partial(heartbeat.beat, Phase.EVALUATING, 0)))
+            alive = partial(heartbeat.beat, Phase.EVALUATING, 0)
+            alive()
+            figures = stage.before_training(evaluation_arguments(0, alive))
             if metrics and figures:
                 metrics.write(0, figures)
 
