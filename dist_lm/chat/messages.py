@@ -58,9 +58,9 @@ def check_conversation(conversation: Conversation) -> None:
     """Refuses a conversation that the template cannot lay out; returns nothing.
 
     Turns must follow one another as roles allow, and results must be as many as the calls before. A system turn may
-    stand anywhere but between calls and their results, and changes nothing in the order of the others. Arguments of
-    calls are not compared with the tools, and whether JSON can hold results and arguments is not checked. The last turn
-    may be of any role but system.
+    stand anywhere but between calls and their results, and behind the last answer; it changes nothing in the order of
+    the others. Arguments of calls are not compared with the tools, and whether JSON can hold results and arguments is
+    not checked.
 
     Raises:
         ChatError: the message names the turn (from 0) and what was expected there.
@@ -87,8 +87,8 @@ def check_conversation(conversation: Conversation) -> None:
             raise ChatError(f"{where}: {num_results} results of {num_calls} calls; expected as many")
         previous = message
 
-    # A turn of the system at the end asks nothing.
-    if previous is None or conversation.messages[-1].role == "system":
+    # A turn of the system alone, or behind the last answer, asks nothing.
+    if previous is None or (conversation.messages[-1].role == "system" and previous.role == "assistant"):
         raise ChatError(f"turn {len(conversation.messages)}: missing; expected a turn of the user")
 
 

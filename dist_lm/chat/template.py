@@ -109,10 +109,10 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         ChatError: for the reasons of `render`, or the last turn is not of user or tool.
     """
     check_conversation(conversation)
-    # After a turn of its own the assistant has nothing to answer.
-    last = conversation.messages[-1]
+    # After a turn of its own the assistant has nothing to answer; a turn of the system may follow the question.
+    number, last = next(turn for turn in reversed([*enumerate(conversation.messages)]) if turn[1].role != "system")
     if last.role not in ("user", "tool"):
-        where = turn_name(len(conversation.messages) - 1, last)
+        where = turn_name(number, last)
         raise ChatError(f"{where}: is last; expected a last turn of user or tool, which the assistant answers")
     if tokenizer.kept_template:
         from dist_lm.chat import kept_template  # jinja2 is for imported models only

@@ -134,7 +134,7 @@ def turns(*messages: Any) -> Conversation:
         (turns(Message("system", ""), USER), r"turn 0 \(system\): is empty"),
         (turns(USER, USER), r"turn 1 \(user\): expected assistant"),
         (turns(ANSWER), r"turn 0 \(assistant\)"),
-        (turns(USER, Message("system", "x")), r"turn 1 \(system\)"),
+        (turns(USER, ANSWER, Message("system", "x")), "turn 3: missing"),
         (turns(USER, ASKS, ANSWER), r"turn 2 \(assistant\): expected tool"),
         (turns(USER, ANSWER, RESULTS), r"turn 2 \(tool\): expected user"),
         (turns(USER, ASKS, Message("tool", results=(1,))), "1 results of 2 calls"),

@@ -10,7 +10,7 @@ from dist_lm.chat.documents import encode_document, read_conversation, sample_do
 from dist_lm.chat.jinja_text import messages_of
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message
 from dist_lm.chat.parse import parse
-from dist_lm.chat.template import render
+from dist_lm.chat.template import prompt, render
 from dist_lm.document import Document
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.chat.layouts.read_rows import byte_tokenizer
@@ -172,5 +172,6 @@ def test_turns_of_the_system_stand_in_the_middle_but_not_between_calls_and_resul
     calls = Message("assistant", calls=(Call("f"),))
     with pytest.raises(ChatError, match=r"turn 2 \(system\): expected tool"):
         render(Conversation((turns[0], calls, turns[1], Message("tool", results=(1,)))), tokenizer)
-    with pytest.raises(ChatError, match="turn 2: missing"):
-        render(Conversation(turns[:2]), tokenizer)
+    with pytest.raises(ChatError, match="turn 3: missing"):
+        render(Conversation((turns[0], turns[2], turns[1])), tokenizer)
+    assert prompt(Conversation(turns[:2]), tokenizer) == render(Conversation(turns), tokenizer).tokens[:-3].tolist()
