@@ -45,8 +45,8 @@ def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
-    rows = rows_of_files(files or Snapshot.of(source), columns)
-    yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
+    rows = rows_of_files(files or Snapshot.of(source), columns, whole_rows=True)
+    yield from row_documents(source, rows, MESSAGES, _content_of, "conversation", (TOOLS, FUNCTIONS))
 
 
 def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
