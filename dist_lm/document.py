@@ -24,6 +24,8 @@ class Document:
     form: Form = "text"
     repository: str = ""  # files of one repository stay next to each other in every epoch; empty: no repository
     own_licence: bool = False  # its row gave the licence: a corrected licence of the source does not replace it
+    # JSON of the columns of its row that are no part of the text, for reward functions; empty: nothing is kept of a row
+    row: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,9 @@ class RankingArrays:
     """The K completions of a tokenized ranking: which tokens they are, and how they were judged."""
 
     branch: np.ndarray  # (n,) uint8, for each token: 0 in the prompt, 1 to K in the completions
-    ranks: np.ndarray  # (K,) uint8; the smallest is the best, equal ones are ties. shape (0,): see `judgements`
+    # (K,) uint8; the smallest is the best, equal ones are ties; of one completion 0: it is wanted, 1: it is not.
+    # shape (0,): see `judgements`
+    ranks: np.ndarray
     judgements: np.ndarray  # (J, 2) uint8: indices, from 0, of the better and the worse completion
     margins: np.ndarray  # (J,) float32: by how much it is better, 0 where the data do not say
 
@@ -49,3 +53,4 @@ class TokenizedDocument:
     ranking: RankingArrays | None = None  # only for rankings
     repository: str = ""  # as in `Document`
     own_licence: bool = False  # as in `Document`
+    row: str = ""  # JSON of `{"document": the text of `Document`, "columns": its row}`; empty: nothing is kept

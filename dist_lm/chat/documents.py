@@ -88,6 +88,8 @@ def write_ranking(ranking: Ranking) -> str:
         "ranks": list(ranks_of_scores([-rank for rank in ranking.ranks])),
         "judgements": [[judgement.better, judgement.worse, judgement.margin] for judgement in ranking.judgements],
     }
+    if ranking.label is not None:
+        ranking_value["label"] = ranking.label
     return json_text.write(ranking_value, "ranking")
 
 
@@ -108,7 +110,41 @@ def read_ranking(text: str) -> Ranking:
         completions=tuple(ranking_value["completions"]),
         ranks=tuple(ranking_value["ranks"]),
         judgements=tuple(Judgement(*fields) for fields in ranking_value["judgements"]),
+        label=ranking_value.get("label"),
     )
+
+
+def row_of(document: Document) -> str:
+    """Returns what a corpus keeps of the row of a conversation or ranking: JSON of the document and of its other
+    columns; empty if its reader gives no row."""
+    if not document.row:
+        return ""
+    return f'{{"document": {document.text}, "columns": {document.row}}}'
+
+
+def read_row(line: str) -> tuple[Conversation, dict[str, Json]]:
+    """Returns (prompt, columns) of a row that `row_of` wrote. The prompt ends before the first answer that is learned.
+
+    Columns also have the whole conversation as `messages`, or `completions` and `ranks` of a ranking, unless the row
+    has columns of these names.
+
+    Raises:
+        ChatError: the line is no such JSON.
+    """
+    from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which only this function needs
+
+    row = json_text.read(line, "row")
+    document, columns = row["document"], row["columns"]
+    if "completions" in document:
+        own_columns = {name: document[name] for name in ("completions", "ranks", "judgements")}
+        return _conversation_of(document["prompt"]), own_columns | columns
+
+    conversation = _conversation_of(document)
+    messages = conversation.messages
+    learned = [n for n, message in enumerate(messages) if message.role == "assistant" and message.learn]
+    end = learned[0] if learned else len(messages)
+    prompt = Conversation(messages[:end], conversation.tools)
+    return prompt, {"messages": messages_of(messages)} | columns
 
 
 def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
@@ -134,13 +170,15 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
         licence=document.licence,
         own_licence=document.own_licence,
         loss_mask=rendered.loss_mask,
+        row=row_of(document),
     )
 
 
 def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
     """Returns a ranking as the shards hold it: the tree of tokens, its branches, ranks and judgements.
 
-    The loss mask is 1 in the completions. A missing margin becomes 0, which is the same to the loss. `n_bytes` also
+    The loss mask is 1 in the completions. A label is the rank of its only completion: 0 if it is wanted, else 1. A
+    missing margin becomes 0, which is the same to the loss. `n_bytes` also
     counts the text that the template adds.
 
     Args:
@@ -154,6 +192,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
     tree = ranking_tokens(ranking, tokenizer)
     pairs = [(judgement.better, judgement.worse) for judgement in ranking.judgements]
     margins = [judgement.margin or 0.0 for judgement in ranking.judgements]
+    ranks = ranking.ranks if ranking.label is None else (int(not ranking.label),)
 
     return TokenizedDocument(
         tokens=tree.tokens,
@@ -163,9 +202,10 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
         licence=document.licence,
         own_licence=document.own_licence,
         loss_mask=(tree.branch > 0).astype(np.uint8),
+        row=row_of(document),
         ranking=RankingArrays(
             branch=tree.branch,
-            ranks=np.array(ranking.ranks, np.uint8),
+            ranks=np.array(ranks, np.uint8),
             judgements=np.array(pairs, np.uint8).reshape(-1, 2),
             margins=np.array(margins, np.float32),
         ),

@@ -1,4 +1,5 @@
-"""Defines a ranking, a prompt with judged completions, checks it, and lays it out as a tree of tokens.
+"""Defines a ranking, a prompt with judged completions, checks it, and lays it out as a tree of tokens. One completion
+with a label, wanted or not, is a ranking too, from which only KTO learns.
 
     <|endoftext|> ... prompt ... assistant  completion 1 <|im_end|>  completion 2 <|im_end|>  ...
     branch: 0 ................. 0  1 ................ 1  2 ................ 2
@@ -31,12 +32,13 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Completions of a prompt, with a rank for each or with judgements of pairs."""
+    """Completions of a prompt, with a rank for each or with judgements of pairs; or one with a label."""
 
     prompt: Conversation  # ends where the assistant answers
     completions: tuple[str, ...]
     ranks: tuple[int, ...] = ()  # one for each completion; the smallest is the best, equal ranks are ties
     judgements: tuple[Judgement, ...] = ()  # instead of ranks
+    label: bool | None = None  # instead of ranks, for one completion: whether it is wanted
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ def check_ranking(ranking: Ranking) -> None:
         ChatError: the message names the field and its value.
     """
     num_completions = len(ranking.completions)
-    if not FEWEST <= num_completions <= MOST:
+    if ranking.label is not None:
+        if num_completions != 1 or ranking.ranks or ranking.judgements:
+            raise ChatError(f"label: {num_completions} completions; expected one, without ranks or judgements")
+    elif not FEWEST <= num_completions <= MOST:
         raise ChatError(f"{num_completions} completions; expected {FEWEST} to {MOST}")
     if not ranking.prompt.messages or ranking.prompt.messages[-1].role not in ("user", "tool"):
         raise ChatError("prompt: expected a last turn of user or tool, which the assistant answers")
@@ -70,7 +75,7 @@ def check_ranking(ranking: Ranking) -> None:
 
     if ranking.ranks and ranking.judgements:
         raise ChatError("ranks and judgements: expected one of the two, found both: remove one")
-    if not ranking.ranks and not ranking.judgements:
+    if not ranking.ranks and not ranking.judgements and ranking.label is None:
         raise ChatError("ranks and judgements: expected one of the two, found none")
 
     # Ranks order all completions, judgements some pairs; both must leave something to learn.

@@ -55,8 +55,8 @@ class SourceConfig:
     """
 
     # files | jsonl | parquet | csv | messages | tars | hub | hub_tools | hub_rankings | rankings (files of your own) |
-    # tools (generated) | synthetic_rankings (samples of the model, ranked by rules) | the import path of a function:
-    # my_package.my_module:read_notes
+    # preferences | tools (generated) | synthetic_rankings (samples of the model, ranked by rules) | the import path of
+    # a function: my_package.my_module:read_notes
     reader: str = MISSING
     language: str = ""  # the name that metrics have; english, python, bash and sql have rules of their own
     licence: str = ""
@@ -75,7 +75,9 @@ class SourceConfig:
     licence_column: str = ""  # the column that holds the licence of each row; none: `licence` for all
     language_column: str = ""  # the column that holds the language of each row; none: `language` for all
     id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
-    rows: str = ""  # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set
+    # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set. preferences:
+    # pairs | ranked | labelled, or one of the last three; none: by the columns of each row
+    rows: str = ""
     only: list[str] = field(default_factory=list)  # languages that are kept; none: all
     # messages: the thinking of answers is learn (with the loss; the default) | context (without loss) | drop (left out)
     thinking: str = ""

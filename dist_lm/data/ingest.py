@@ -425,7 +425,11 @@ def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestRe
 
     replaced = {KEY: clean.secrets, EMAIL: clean.emails}
     report.keep(record, split, {placeholder: times for placeholder, times in replaced.items() if times})
-    return replace(document, text=clean.text)
+    # What a corpus keeps of a row is as clean as its text.
+    row = document.row
+    if row:
+        row = redacted_json(row, secrets=steps.secrets, emails=steps.emails).text
+    return replace(document, text=clean.text, row=row)
 
 
 def split_of_group(group: str, val_fraction: float) -> str:

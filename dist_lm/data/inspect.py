@@ -14,7 +14,7 @@ from zstandard import ZstdError
 
 from dist_lm.data.index import open_index
 from dist_lm.data.inputs import Inputs
-from dist_lm.data.journal import entries
+from dist_lm.data.journal import entries, rows_state
 from dist_lm.data.manifest import Manifest, Shard, manifest_path, read_manifest, shard_state
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.token_corpus import TokenCorpus
@@ -47,6 +47,8 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
     origins: Counter[str] = Counter()
     # A damaged tar cannot be trusted about its documents.
     for shard in (shard for split in manifest.splits.values() for shard in split.shards if states[shard.name] == "ok"):
+        if (state := rows_state(directory / shard.name, shard)) != "ok":
+            problems.append(f"rows of {shard.name}: {state}")
         try:
             _count_origins(directory / shard.name, shard, licences, origins)
         except (OSError, ValueError, KeyError, ZstdError) as error:

@@ -29,7 +29,8 @@ from dist_lm.storage import durable
 from dist_lm.tracking.readable import listed
 
 REJECTED = "rejected.jsonl"  # a line for every broken row: its file and line, the reason and the error
-SUFFIXES = (".tar", ".index", ".origins.jsonl.zst")  # the files of a tar
+ROWS = ".rows.jsonl.zst"  # ends the name of the file of rows of a tar
+SUFFIXES = (".tar", ".index", ".origins.jsonl.zst", ROWS)  # the files of a tar
 _NAMES_SHOWN = 3
 _OF_DURABLE = re.compile(r"\A\.(.+)\.[0-9a-f]{16}\.tmp\Z")  # temporary files of `storage.durable`
 
@@ -73,7 +74,7 @@ class Journal:
             (directory / name).unlink()
 
         # The new journal names the tars before the manifest that named them goes.
-        finished = [{"finished": asdict(shard)} for shards in journal.finished.values() for shard in shards]
+        finished = [{"finished": shard.to_json()} for shards in journal.finished.values() for shard in shards]
         durable.write_text(path, "".join(map(_line, [{"format": FORMAT, **asdict(recipe)}, *finished])))
         manifest.unlink(missing_ok=True)
         durable.fsync(directory)
@@ -92,7 +93,7 @@ class Journal:
 
     def finish(self, split: str, shard: Shard) -> None:
         """Records a tar whose files are on disk."""
-        self._append({"finished": asdict(shard)})
+        self._append({"finished": shard.to_json()})
         self.finished[split].append(shard)
 
     def close(self) -> None:
@@ -244,9 +245,32 @@ def _files_of(tar: str) -> set[str]:
 
 
 def _is_intact(directory: Path, shard: Shard) -> bool:
-    """Tells whether the files of a tar exist and the tar has its hash. The index is a cache and may be missing."""
-    exist = all((directory / name).is_file() for name in _files_of(shard.name) if not name.endswith(".index"))
-    return exist and shard_state(directory / shard.name, shard, hashes=True) == "ok"
+    """Tells whether the files of a tar exist, and tar and rows have their hashes. The index is a cache and may be
+    missing."""
+    needed = [name for name in _files_of(shard.name) if not name.endswith((".index", ROWS))]
+    exist = all((directory / name).is_file() for name in needed)
+    if not exist or rows_state(directory / shard.name, shard) != "ok":
+        return False
+    return shard_state(directory / shard.name, shard, hashes=True) == "ok"
+
+
+def rows_path(tar: Path) -> Path:
+    """Returns the path of the file of rows beside `tar`, which only some corpora have."""
+    return tar.with_suffix(ROWS)
+
+
+def rows_state(tar: Path, shard: Shard) -> str:
+    """Returns how the rows beside a tar differ from its entry in the manifest, in words; `ok` if they do not.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    path = rows_path(tar)
+    if not shard.rows:
+        return "not in the manifest" if path.exists() else "ok"
+    if not path.is_file():
+        return "missing"
+    return "ok" if durable.sha256_of(path) == shard.rows else "other contents than the manifest says (sha256)"
 
 
 def _line(event: Mapping[str, Any]) -> str:

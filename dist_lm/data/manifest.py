@@ -65,14 +65,19 @@ class Shard:
     members: str  # CRC-32 of each member, eight hexadecimal digits each
     counts: Counts
     texts: str = ""  # hash of the texts of its documents, in their order; empty: not known
+    rows: str = ""  # SHA-256 of the file of rows beside it; empty: there is none
 
     def checksums(self) -> list[int]:
         """Returns the CRC-32 of each member."""
         return [int(self.members[i : i + 8], 16) for i in range(0, len(self.members), 8)]
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields, `rows` only if there are some."""
+        return {name: value for name, value in asdict(self).items() if name != "rows" or value}
+
     @classmethod
     def parse(cls, shard_fields: Mapping[str, Any], name: str) -> Self:
-        """Returns the tar that `asdict` wrote as `shard_fields`; it must be named `name`.
+        """Returns the tar that `to_json` wrote as `shard_fields`; it must be named `name`.
 
         Raises:
             KeyError, TypeError: a field is missing, or there is an unknown one.
@@ -82,7 +87,7 @@ class Shard:
         shard = cls(**{**shard_fields, "counts": counts})
 
         # Files of these names may be removed, so a name must be one that we give.
-        hashes = (shard.sha256, shard.index_sha256, shard.content)
+        hashes = (shard.sha256, shard.index_sha256, shard.content, *filter(None, [shard.rows]))
         if shard.name != name:
             raise ValueError(f"a tar is named {shard.name!r}, expected {name}")
         if type(shard.size) is not int or not all(re.fullmatch(_HASH, text) for text in hashes):
@@ -182,7 +187,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     splits = {}
     for name, split in manifest.splits.items():
         splits[name] = {
-            "shards": [asdict(shard) for shard in split.shards],
+            "shards": [shard.to_json() for shard in split.shards],
             "languages": {language: asdict(amounts) for language, amounts in split.languages.items()},
         }
 

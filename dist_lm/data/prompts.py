@@ -34,26 +34,30 @@ class Prompt:
     suffix: str | None = None  # the text behind the answer: the prompt asks for the middle
 
 
-def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
+def find_prompts(where: str, key: str = "stage.prompts", kinds: Sequence[str] = KINDS) -> list[Path]:
     """Returns the files that a key names, in alphabetical order. They are not read.
 
     Args:
         where: file or glob; `~` is the home folder, `**` any number of folders.
         key: the configuration key, for messages.
+        kinds: the suffixes that are accepted, in lower case.
 
     Raises:
-        ConfigError: `where` is empty, no file matches, or a file is neither .jsonl nor .txt.
+        ConfigError: `where` is empty, no file matches, or a file has another suffix.
     """
+    *first, last = kinds
+    accepted = f"{', '.join(first)} or {last}"
     path = Path(where).expanduser()
     files = [path]
     if not path.is_file():  # a file may have the letters of a glob in its name
         files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
     files = [file for file in files if file.is_file()]
     if not where or not files:
-        raise ConfigError(f"{key}={where}: no such file; expected a file or glob of .jsonl or .txt")
+        raise ConfigError(f"{key}={where}: no such file; expected a file or glob of {accepted}")
     for file in files:
-        if file.suffix not in KINDS:
-            raise ConfigError(f"{key}={where}: {file.name} is neither .jsonl nor .txt")
+        if not file.name.lower().endswith(tuple(kinds)):
+            problem = f"neither {' nor '.join(kinds)}" if len(kinds) == 2 else f"none of {', '.join(kinds)}"
+            raise ConfigError(f"{key}={where}: {file.name} is {problem}")
     return files
 
 

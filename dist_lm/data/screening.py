@@ -137,7 +137,7 @@ class SourceReader:
         for candidate in self._candidates(source):
             check_candidate(candidate, source)
             if isinstance(candidate, Document):
-                size += len(candidate.text)
+                size += len(candidate.text) + len(candidate.row)
             if size <= self.room:
                 candidates.append(candidate)
             else:

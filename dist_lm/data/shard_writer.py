@@ -15,6 +15,8 @@ A member of a tar groups many documents (one document a member costs 3.6 times t
 Sources and licences lie beside the tar, in `.origins.jsonl.zst`, one object per document: {"source", "licence",
 "from": number of the source in the configuration, "own": true if its row gave the licence}. So a corrected licence
 changes no tar.
+What is kept of the rows of conversations and rankings lies in `.rows.jsonl.zst`, a line for each document: JSON of
+`{"document", "columns"}` (`chat.documents.row_of`), or an empty line. There is no such file if no document has a row.
 Equal documents give equal bytes.
 """
 
@@ -24,6 +26,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple, Self
@@ -33,7 +36,7 @@ import zstandard
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.index import ShardIndex, build_index, index_path, member_checksums, open_index, save_index
-from dist_lm.data.journal import Journal
+from dist_lm.data.journal import Journal, rows_path, rows_state
 from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, read_manifest, token_dtype, write_manifest
 from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
@@ -223,6 +226,10 @@ class _SplitWriter:
         self._languages: dict[str, int] = {}
         self._repository = ""  # that of the last document
         self._tar_origins: list[Origin] = []
+        self._tar_rows: list[bytes] = []  # compressed lines
+        self._has_rows = False
+        # Frames of members, one behind the other, so that the rows of a tar are never in memory at once.
+        self._compressor = zstandard.ZstdCompressor(write_checksum=True)
 
     @property
     def _temporary(self) -> Path:
@@ -275,6 +282,10 @@ class _SplitWriter:
             sample |= member_parts(rankings)
 
         tar.write(sample)
+        self._has_rows = self._has_rows or any(document.row for document in documents)
+        self._tar_rows.append(
+            self._compressor.compress("".join(f"{document.row}\n" for document in documents).encode())
+        )
         self._tar_origins += self._origins
         self._origins.clear()
         self._members += 1
@@ -313,13 +324,18 @@ class _SplitWriter:
         # A kill at any line leaves either no tar of this name, or a whole one with its origins.
         durable.fsync(self._temporary)
         write_origins(self._path, self._tar_origins)
+        rows_sha256 = ""
+        if self._has_rows:
+            rows = b"".join(self._tar_rows)
+            durable.write_bytes(rows_path(self._path), rows)
+            rows_sha256 = hashlib.sha256(rows).hexdigest()
         self._temporary.replace(self._path)
         durable.fsync(self._path.parent)
 
         index = build_index(self._path)
         save_index(index, index_path(self._path))
         shard = shard_of(self._path, index, self._content_hash)
-        self._journal.finish(self._split, replace(shard, texts=self._texts.hexdigest()))
+        self._journal.finish(self._split, replace(shard, texts=self._texts.hexdigest(), rows=rows_sha256))
         self._texts = hashlib.sha256()
         self._clear()
 
@@ -398,6 +414,27 @@ def read_origins(tar: Path) -> Iterator[Origin]:
         for line in io.TextIOWrapper(content, encoding="utf-8", newline="\n"):
             origin = json.loads(line)
             yield Origin(origin["source"], origin["licence"], origin["from"], origin.get("own", False))
+
+
+def read_kept_rows(directory: Path, split: str) -> Iterator[str]:
+    """Yields what a corpus keeps of the row of every document of a split, in their order; empty where that is nothing.
+
+    Raises:
+        ArtefactError: the corpus is missing, or the rows are missing, damaged or not those of the manifest.
+        OSError: a file cannot be read.
+    """
+    for shard in read_manifest(directory).splits[split].shards:
+        tar = directory / shard.name
+        if not shard.rows:
+            yield from repeat("", shard.counts.documents)
+            continue
+
+        if (state := rows_state(tar, shard)) != "ok":
+            raise ArtefactError(f"{rows_path(tar)}: {state}: restore it, or remove {directory} to build it again")
+        with rows_path(tar).open("rb") as file:
+            content = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            for line in io.TextIOWrapper(content, encoding="utf-8", newline="\n"):
+                yield line.removesuffix("\n")
 
 
 def correct_licences(directory: Path, licences: Sequence[str]) -> None:

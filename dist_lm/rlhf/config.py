@@ -31,8 +31,10 @@ class RewardPartConfig:
     target: int = 0  # length: tokens with reward 1; it falls linearly to 0 at no tokens and at twice as many
     language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
     of: str = "document"  # parses: document (request and completion as one text) | completion
-    function: str = ""  # function: 'package.module:name', called as name(request, completion) -> float
-    timeout_s: float = 10.0  # function: limit of a call in seconds
+    # function: 'package.module:name' of name(request, completion) -> float, or of a form of TRL or verl
+    # (`reward_forms.py`)
+    function: str = ""
+    timeout_s: float = 10.0  # function: limit of a call in seconds; of a call with n completions n times as much
     score: str = "share"  # tests: share of the tests passed | all: 1 if all passed, else 0
     cpu_s: float = 0.5  # tests: CPU seconds of a completion's tests, all together
     wall_s: float = 4.0  # tests: the same limit by the clock

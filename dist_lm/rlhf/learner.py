@@ -74,6 +74,8 @@ class IterationReport:
     rollouts: Rollouts  # those with a score
     part_B: Mapping[str, torch.Tensor]  # scores of the reward parts
     score_B: torch.Tensor  # their weighted sum, penalty included
+    # bool, by part: where it does not apply; parts that apply to all are left out
+    skipped_B: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ class Learner:
 
         # Sample and score: rules have judged on the first rank; all ranks go on with the same rollouts.
         drawn = schedule.take(state.iteration) if schedule else None
-        usable = share_usable(drawn.scored if drawn else None)
+        usable = share_usable(drawn.scored if drawn else None, has_reward_model=self.models.reward is not None)
         rollouts = usable.rollouts
         clock.lap("rollout")
 
@@ -301,7 +303,10 @@ class Learner:
         laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
         metrics |= laps | {"timing/iteration_s": sum(laps.values())}
         score_B = collected.experience.score_B
-        self.report(IterationReport(state.iteration, metrics, updates.metrics, rollouts, collected.part_B, score_B))
+        report = IterationReport(
+            state.iteration, metrics, updates.metrics, rollouts, collected.part_B, score_B, usable.skipped_B
+        )
+        self.report(report)
         return state, updates.stop_requested
 
     def _weights(self) -> WeightStream:
@@ -595,7 +600,7 @@ def iteration_metrics(
         metrics["timing/judging_s"] = drawn.judging_s
 
     metrics |= usable.metrics
-    metrics |= {f"rlhf/part_{name}": float(score_B.double().mean()) for name, score_B in collected.part_B.items()}
+    metrics |= {f"rlhf/part_{name}": mean for name, mean in usable.means(collected.part_B).items()}
     metrics |= {f"rlhf/{name}": number for name, number in prepared.metrics.items()}
     for name in updates.metrics[0]:
         metrics[f"rlhf/{name}"] = sum(means[name] for means in updates.metrics) / len(updates.metrics)

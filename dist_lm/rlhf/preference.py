@@ -72,6 +72,26 @@ def kto_losses(
     return (desirable_weight * desirable_N + undesirable_weight * undesirable_N) / 2
 
 
+def kto_label_losses(
+    ratio_L: torch.Tensor,
+    wanted_L: torch.Tensor,
+    point: torch.Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> torch.Tensor:
+    """Returns the losses of KTO of completions with labels, equation 8 without its constant, (L,).
+
+    Args:
+        ratio_L: log-ratios.
+        wanted_L: bool.
+        point: as of `kto_losses`.
+    """
+    lead_L = beta * (ratio_L - point)
+    weight_L = torch.where(wanted_L, desirable_weight, undesirable_weight)
+    return weight_L * (1 - torch.where(wanted_L, lead_L, -lead_L).sigmoid())
+
+
 def orpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
     """Returns the part of ORPO that compares odds, equations 4 and 7 with beta for lambda, (N,).
 
@@ -134,17 +154,62 @@ class PreferenceLoss:
     def __call__(self, completions: Completions, batch_values: GlobalValues) -> LossSum:
         """Returns the summed losses of all choices, and their number.
 
-        A ranking has K - 1 choices (Plackett and Luce), a pair has 1. Metrics are sums over choices. The chosen
-        completion is the better one; the rejected one stands for the mean of the completions that a choice leaves.
+        A ranking has K - 1 choices (Plackett and Luce), a pair has 1, a completion with a label half a one. Metrics are
+        sums over choices. The chosen completion is the better one; the rejected one stands for the mean of the
+        completions that a choice leaves.
         """
         ranked, settings = completions.ranked, self.settings
         count = choices(ranked.exists_PK).sum() + len(ranked.margin_N)
         total = self._pair_losses(completions, batch_values).sum()
+        if settings.algorithm == KTO:
+            return self._with_labels(completions, batch_values, total)
         if len(ranked.index_PK):
             assert settings.algorithm == DPO, "only DPO learns from whole rankings"
             ratio_PK = self._log_ratios(completions)[ranked.index_PK]
             total = total + plackett_luce_losses(ratio_PK, ranked.rank_PK, ranked.exists_PK, settings.strength).sum()
         return LossSum(total=total, count=count.float(), metrics=self._metrics(completions, batch_values, count))
+
+    def _with_labels(
+        self, completions: Completions, batch_values: GlobalValues, total_of_pairs: torch.Tensor
+    ) -> LossSum:
+        """Returns the sums of KTO: pairs, and completions with a label. The loss of a pair is a mean over two
+        completions, so a label counts as half a pair, and the loss is a mean over completions.
+
+        A label is right if the log-ratio is above the reference point just when the completion is wanted.
+        """
+        ranked, settings, point = completions.ranked, self.settings, batch_values.reference_point
+        assert point is not None
+        place_L, wanted_L = ranked.index_PK[:, 0], ranked.rank_PK[:, 0] == 0
+        ratio_L = self._log_ratios(completions)[place_L]
+        weights = (_or(settings.desirable_weight, 1.0), _or(settings.undesirable_weight, 1.0))
+        losses_L = kto_label_losses(ratio_L, wanted_L, point, settings.strength, *weights)
+
+        pairs, n_wanted, n_labels = len(ranked.margin_N), wanted_L.sum(), len(place_L)
+        count = ranked.margin_N.new_tensor(pairs + n_labels / 2)
+        metrics = self._metrics(completions, batch_values, count)
+        with torch.no_grad():
+            reward_L = self.rewards(completions)[place_L]
+            logprob_L = completions.logprob_C[place_L]
+            sign_L = torch.where(wanted_L, 1.0, -1.0)
+            metrics["accuracy"] = metrics["accuracy"] + (sign_L * (ratio_L - point) > 0).sum()
+            metrics["margin"] = metrics["margin"] + (sign_L * reward_L).sum()
+            for name, is_part_L in (("chosen", wanted_L), ("rejected", ~wanted_L)):
+                metrics[f"{name}_reward"] = metrics[f"{name}_reward"] + (reward_L * is_part_L).sum()
+                metrics[f"{name}_logprob"] = metrics[f"{name}_logprob"] + (logprob_L * is_part_L).sum()
+
+        n_chosen, n_rejected = (pairs + n_wanted).float(), (pairs + n_labels - n_wanted).float()
+        return LossSum(
+            total=total_of_pairs + losses_L.sum() / 2,
+            count=count,
+            metrics=metrics,
+            metric_counts={
+                "accuracy": ranked.margin_N.new_tensor(float(pairs + n_labels)),
+                "chosen_reward": n_chosen,
+                "chosen_logprob": n_chosen,
+                "rejected_reward": n_rejected,
+                "rejected_logprob": n_rejected,
+            },
+        )
 
     def _log_ratios(self, completions: Completions) -> torch.Tensor:
         """Returns log-ratios, (C,); log-probabilities if the loss reads no reference."""

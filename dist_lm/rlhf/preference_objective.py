@@ -72,7 +72,11 @@ def preference_objective(loss: PreferenceLoss) -> Objective:
         assert isinstance(batch, CompletionBatch)
         batch_values = GlobalValues(batch.reference_point, batch.tokens_per_pair)
         sums = loss(completions_of(model, batch), batch_values)
-        return replace(sums, metrics={f"train/{name}": metric for name, metric in sums.metrics.items()})
+        return replace(
+            sums,
+            metrics={f"train/{name}": metric for name, metric in sums.metrics.items()},
+            metric_counts={f"train/{name}": count for name, count in sums.metric_counts.items()},
+        )
 
     return objective
 
@@ -232,7 +236,8 @@ def held_out_metrics(
         tokens_per_pair = tokens_of_pairs(part) / max(len(part.ranked.margin_N), 1)
         sums = loss(part, GlobalValues(point, tokens_per_pair))
         named = {"loss": sums.total, **sums.metrics}
-        return {name: float(total) / float(sums.count) for name, total in named.items()}
+        counts = {name: float(sums.metric_counts.get(name, sums.count)) for name in named}
+        return {name: float(total) / counts[name] for name, total in named.items() if counts[name]}
 
     every_completion = completions(list(logprobs_of_ranking))
     figures = means(every_completion)

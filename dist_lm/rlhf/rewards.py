@@ -7,6 +7,7 @@ every rank the remaining rollouts with their scores.
 Dimensions: D rollouts drawn, B of these that have a score.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from dist_lm.rlhf.rules import (
     Alive,
     Failure,
     FunctionRule,
+    PromptRow,
     RewardError,
     Rule,
     RuleInput,
@@ -42,6 +44,8 @@ log = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[int]], str]
 """Turns token ids into text; special tokens give no text."""
+RowOf = Callable[[int], PromptRow]
+"""position of a prompt in its order -> what the data say about it."""
 REWARD_MODEL = "reward_model"  # the kind of part that is no rule
 
 
@@ -101,6 +105,7 @@ class Judge:
         alive: Alive = lambda: None,
         tasks: Tasks = Tasks(),
         request_of: Decode | None = None,
+        row_of: RowOf = lambda position: PromptRow(),
     ) -> None:
         """
         Args:
@@ -108,17 +113,24 @@ class Judge:
             alive: called while rules work, from any thread.
             tasks: for parts of kind `tests`.
             request_of: reads the text of the user's last turn in a prompt; None: the prompt has no turns.
+            row_of: for parts of kind `function`.
 
         Raises:
             ConfigError: this machine has no parser for a language, or no sandbox for tests.
         """
-        self._parts, self._decode, self._request_of = parts, decode, request_of
+        self._parts, self._decode, self._request_of, self._row_of = parts, decode, request_of, row_of
         self._max_failed_fraction = max_failed_fraction
         self._alive = alive
         self._tasks = tasks
         self._rules = rules_of(parts, tasks)
         # programs run beside generation, so that their time is hidden
         self._beside_generation = [rule for rule in self._rules.values() if isinstance(rule, TestsRule)]
+
+    def for_prompts(self, row_of: RowOf) -> "Judge":
+        """Returns the same judge for another order of prompts. Both share their processes: close one of them."""
+        other = copy.copy(self)
+        other._row_of = row_of
+        return other
 
     def begin(self, request: Request, answer: Answer) -> None:
         """Starts the tests of an answer while other answers are still generated; `__call__` reads the scores later.
@@ -128,18 +140,12 @@ class Judge:
             SandboxError: this machine has no sandbox.
         """
         for rule in self._beside_generation:
-            rule.begin(
-                RuleInput(
-                    **self._texts(list(request.prompt), list(answer.tokens)),
-                    new_tokens=len(answer.tokens),
-                    ended=answer.finish in ENDED,
-                    position=int(request.id),
-                    sample=answer.index,
-                )
-            )
+            is_ended = answer.finish in ENDED
+            rule.begin(self._judged(list(request.prompt), list(answer.tokens), is_ended, int(request.id), answer.index))
 
     def __call__(self, rollouts: Rollouts, expected: int = 0) -> ScoredRollouts:
-        """Returns the rollouts with their score under every rule; NaN where the rule failed.
+        """Returns the rollouts with their score under every rule; NaN where the rule failed, 0 and a mark in `skipped`
+        where it does not apply.
 
         Args:
             expected: rollouts of the iteration, if these are only some of them.
@@ -150,22 +156,28 @@ class Judge:
         if not self._rules:
             return ScoredRollouts(rollouts, {})
 
+        # Completions of a prompt share its row.
+        rows = {position: self._row_of(position) for position in dict.fromkeys(rollouts.position_B.tolist())}
         judged = [
-            RuleInput(
-                **self._texts(rollout.prompt.tolist(), rollout.completion.tolist()),
-                new_tokens=len(rollout.completion),
-                ended=rollout.ended,
-                position=rollout.position,
-                sample=rollout.sample,
+            self._judged(
+                rollout.prompt.tolist(),
+                rollout.completion.tolist(),
+                rollout.ended,
+                rollout.position,
+                rollout.sample,
+                rows[rollout.position],
             )
             for rollout in rollouts
         ]
         expected = max(expected, len(judged))
         failed: set[int] = set()  # numbers of the rollouts on which some rule failed
-        score_of_rule = {}
+        score_of_rule, skipped = {}, {}
         for name, rule in self._rules.items():
-            score_of_rule[name] = np.full(len(judged), np.nan)
+            score_of_rule[name], skipped[name] = np.full(len(judged), np.nan), np.zeros(len(judged), bool)
             for b, score in enumerate(rule(judged, self._alive)):
+                if score is None:
+                    score_of_rule[name][b], skipped[name][b] = 0.0, True
+                    continue
                 if not isinstance(score, Failure):
                     score = self._weighable(name, score)
                 if not isinstance(score, Failure):
@@ -182,7 +194,9 @@ class Judge:
                         f"no score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise "
                         "that"
                     )
-        return ScoredRollouts(rollouts, score_of_rule, marks=self._marks(judged))
+        # Most functions apply to all completions; then nothing more is kept with the scores.
+        skipped = {name: skipped_B for name, skipped_B in skipped.items() if skipped_B.any()}
+        return ScoredRollouts(rollouts, score_of_rule, marks=self._marks(judged), skipped=skipped)
 
     def _marks(self, judged: Sequence[RuleInput]) -> dict[str, np.ndarray]:
         """Returns which answers to tasks look forged (`forged`), and which look like a table of the tests (`lookups`).
@@ -198,10 +212,28 @@ class Judge:
             "lookups": np.array([is_lookup(task.language, source, task.tests) for task, source in found], bool),
         }
 
-    def _texts(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, str]:
+    def _judged(
+        self,
+        prompt: Sequence[int],
+        completion: Sequence[int],
+        ended: bool,
+        position: int,
+        sample: int,
+        row: PromptRow | None = None,
+    ) -> RuleInput:
+        """Returns what rules may use of a completion. `row`: of its prompt; None: nothing is known, or no rule asks."""
         text = self._decode(prompt)
-        request = self._request_of(prompt) if self._request_of else text  # without turns the prompt is the request
-        return {"prompt": text, "completion": self._decode(completion), "request": request}
+        return RuleInput(
+            prompt=text,
+            completion=self._decode(completion),
+            new_tokens=len(completion),
+            ended=ended,
+            position=position,
+            sample=sample,
+            request=self._request_of(prompt) if self._request_of else text,  # without turns the prompt is the request
+            tokens=completion,
+            row=row or PromptRow(),
+        )
 
     def _weighable(self, name: str, score: float) -> Score:
         """Returns `score`, or a failure if the sum of all parts could leave the range of fp32 with it."""
@@ -282,24 +314,41 @@ class UsableRollouts:
     prompts: int  # number of prompts drawn, including prompts that have no scored rollout
     failed: Mapping[str, int]  # number of rollouts drawn without a score, by part
     marked: Mapping[str, int] = field(default_factory=dict)  # number of rollouts drawn with each mark
+    # bool (B,), by part: where the rule does not apply and adds 0; parts that apply to all are left out
+    skipped_B: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Share of the rollouts drawn that were left out, the number that each part failed on, and that of each
-        mark."""
+        """Share of the rollouts drawn that were left out, the number that each part failed on or does not apply to,
+        and that of each mark."""
         failed = {f"rlhf/failed_{name}": float(count) for name, count in self.failed.items()}
         marked = {f"reward/{name}": float(count) for name, count in self.marked.items()}
-        return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed, **marked} if failed else {}
+        skipped = {f"rlhf/skipped_{name}": float(skip_B.sum()) for name, skip_B in self.skipped_B.items()}
+        if not failed:
+            return {}
+        return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed, **skipped, **marked}
+
+    def means(self, part_B: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Returns the mean score of each part over the rollouts that it applies to; parts without one are left out."""
+        means = {}
+        for name, score_B in part_B.items():
+            if name in self.skipped_B:
+                score_B = score_B[~self.skipped_B[name].to(score_B.device)]
+            if len(score_B):
+                means[name] = float(score_B.double().mean())
+        return means
 
 
-def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRollouts:
+def share_usable(judged: ScoredRollouts | None, some: bool = True, has_reward_model: bool = False) -> UsableRollouts:
     """Returns the first rank's rollouts with a score under every rule, on every rank, in host memory (collective).
 
-    A score that is NaN or out of the range of fp32 counts as none.
+    A score that is NaN or out of the range of fp32 counts as none. A rollout to which no part applies has no score
+    either.
 
     Args:
         judged: None on all other ranks.
         some: whether to raise an error if no rollout has a score.
+        has_reward_model: whether a part of the reward is a reward model, which applies to all rollouts.
 
     Raises:
         RewardError: on every rank, if `some` and no rollout has a score.
@@ -311,6 +360,8 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRoll
     kept_D = np.ones(len(drawn), bool)
     for score_D in scores.values():
         kept_D &= np.abs(score_D) <= LARGEST_REWARD  # rollouts of older releases are pending with larger ones
+    if not has_reward_model:
+        kept_D &= shared.applicable
     if some and not kept_D.any():
         raise RewardError(f"none of the {len(drawn)} completions of an iteration has a score (rlhf.rewards)")
     return UsableRollouts(
@@ -320,4 +371,5 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True) -> UsableRoll
         prompts=shared.prompts,
         failed={name: int((~(np.abs(score_D) <= LARGEST_REWARD)).sum()) for name, score_D in scores.items()},
         marked={name: int(mark_D.sum()) for name, mark_D in shared.marks.items()},
+        skipped_B={name: torch.from_numpy(skipped_D[kept_D]) for name, skipped_D in shared.skipped.items()},
     )

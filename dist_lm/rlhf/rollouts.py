@@ -6,6 +6,7 @@ X bytes of their sets.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,12 +54,17 @@ class ShuffledPrompts:
 
     def __call__(self, position: int, count: int) -> list[Sequence[int]]:
         """Returns `count` prompts from `position` on, over the border of an epoch if need be."""
-        prompts: list[Sequence[int]] = []
-        while len(prompts) < count:
-            epoch, begin = divmod(position + len(prompts), len(self.prompts))
-            order = permutation(len(self.prompts), key(Shuffle.PROMPTS, self.seed, epoch))
-            prompts += [self.prompts[int(i)] for i in order[begin : begin + count - len(prompts)]]
-        return prompts
+        return [self.prompts[self.index(position + i)] for i in range(count)]
+
+    def index(self, position: int) -> int:
+        """Returns which of `prompts` stands at a position."""
+        epoch, place = divmod(position, len(self.prompts))
+        return int(_epoch_order(len(self.prompts), self.seed, epoch)[place])
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(count, key(Shuffle.PROMPTS, seed, epoch))
 
 
 class RolloutSource(Protocol):
@@ -245,6 +251,16 @@ class ScoredRollouts:
     replaced: int = 0  # prompts that were drawn and replaced by others (`schedule.SamplingAgain`)
     # Whether answers look forged or looked up, bool (B,), by name; empty without a reward of kind `tests`.
     marks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    # Where a rule does not apply, bool (B,), by part; its score is 0 there. Parts that apply to all are left out.
+    skipped: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def applicable(self) -> np.ndarray:
+        """Whether some rule applies, bool (B,); true without rules."""
+        applicable_B = np.ones(len(self.rollouts), bool)
+        if self.scores and len(self.skipped) == len(self.scores):
+            applicable_B = ~np.all([*self.skipped.values()], axis=0)
+        return applicable_B
 
     @property
     def prompts(self) -> int:
@@ -256,7 +272,8 @@ class ScoredRollouts:
         chosen_B = np.isin(self.rollouts.position_B, position_P)
         scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
         marks = {name: mark_B[chosen_B] for name, mark_B in self.marks.items()}
-        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, replaced, marks)
+        skipped = {name: skipped_B[chosen_B] for name, skipped_B in self.skipped.items()}
+        return ScoredRollouts(self.rollouts.chosen(chosen_B), scores, replaced, marks, skipped)
 
 
 def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
@@ -266,7 +283,12 @@ def concatenated(parts: Sequence[ScoredRollouts]) -> ScoredRollouts:
     arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
     scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
     marks = {name: np.concatenate([part.marks[name] for part in parts]) for name in parts[0].marks}
-    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.replaced for part in parts), marks)
+
+    # A part that applies to all rollouts of a draw has no array there.
+    skipped = {}
+    for name in dict.fromkeys(name for part in parts for name in part.skipped):
+        skipped[name] = np.concatenate([part.skipped.get(name, np.zeros(len(part.rollouts), bool)) for part in parts])
+    return ScoredRollouts(Rollouts(**arrays), scores, sum(part.replaced for part in parts), marks, skipped)
 
 
 def requests_of(

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | length | closeness to a number of tokens | here |
 | parses | whether the text parses; it is not executed | here |
-| function | a user's function of request and completion | in a process of its own (`reward_function.py`) |
+| function | a user's function of completion and row | in a process of its own (`reward_function.py`) |
 | tests | share of the task's tests that the completion passes | in sandboxes, beside generation |
 """
 
@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from typing import Any, Protocol
 
 from dist_lm.data import order
@@ -38,10 +39,19 @@ LOADING_S = 300.0  # seconds within which a user's function and its imports must
 LONGEST_REASON = 300  # characters of an unexpected answer in a message
 ALL_TESTS = "all"
 ALIVE_S = 1.0  # seconds between two signs of life while a program runs
+BATCH = 64  # completions in a call of a function that takes many; more if one prompt has more
 
 
 class RewardError(UserError):
     """The reward of an iteration cannot be computed."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """What the data say about a prompt; JSON values."""
+
+    messages: Sequence[Mapping[str, Any]] = ()  # its turns in OpenAI's format
+    columns: Mapping[str, Any] = field(default_factory=dict)  # all columns of its row, as the file has them
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ class RuleInput:
     position: int = 0  # position of its prompt in the order of prompts
     sample: int = 0  # number among the completions of its prompt
     request: str = ""  # text of the user's last turn in the prompt
+    tokens: Sequence[int] = field(default=(), compare=False)  # ids of the completion
+    row: PromptRow = field(default=PromptRow(), compare=False)  # of the prompt
 
 
 @dataclass(frozen=True)
@@ -64,14 +76,15 @@ class Failure:
     reason: str
 
 
-Score = float | Failure
+Score = float | Failure | None
+"""A number, or why there is none. None: the rule does not apply to this completion, which is no failure."""
 
 
 class Rule(Protocol):
     """One part of the reward. It may keep processes between calls, which `close` ends."""
 
     def __call__(self, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
-        """Yields a finite number or a failure for each completion, in order.
+        """Yields a finite number, a failure or None for each completion, in order.
 
         Raises:
             UserError: the rule can judge nothing, whatever the completion.
@@ -135,33 +148,42 @@ def parses_rule(language: str, of: str) -> TextRule:
 class FunctionRule:
     """A `Rule` that calls a user's function in its own process.
 
-    The process gets all texts of a batch at once, and answers one by one. A completion on which the function raises,
-    hangs, ends its process or returns no finite number of fp32 is a `Failure`. After a hang or an exit the process is
-    started again, for the completions that are left.
+    The process gets many completions at once, and answers one by one. A completion on which the function raises, hangs,
+    ends its process or returns no finite number of fp32 is a `Failure`. After a hang or an exit the process is started
+    again, for the completions that are left.
+
+    A function that takes many completions (`reward_forms`) gets all those of several prompts in one call, `BATCH` or
+    fewer. If the call fails, each of these prompts gets a call of its own, so a failure costs one prompt.
     """
 
     def __init__(self, path: str, key: str, timeout_s: float) -> None:
         """Start the process.
 
         Args:
-            path: 'package.module:name' of a function of the text of the user's last turn and the completion's.
+            path: 'package.module:name' of a function that has one of the forms in `reward_forms`.
             key: the config key, for messages.
-            timeout_s: limit of a call in seconds.
+            timeout_s: limit in seconds for each completion of a call.
         """
         self._path, self._key, self._timeout_s = path, key, timeout_s
         self._process: JsonProcess | None = None
-        self._loaded = False
+        self._loaded: Mapping[str, Any] = {}  # the first message of the process
         self._start()
 
     def __call__(self, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
         """Yields the scores.
 
         Raises:
-            RewardError: the function cannot be imported in its process.
+            RewardError: the function cannot be imported in its process, or has none of the forms.
         """
+        if judged and self._ready(alive) and self._loaded["batched"]:
+            for batch in whole_prompts(judged, BATCH):
+                yield from self._batch_scores(batch, alive)
+            return
+
         n_scored = 0
         while n_scored < len(judged):
-            for score in self._scores(self._ready(alive), judged[n_scored:], alive):
+            process = self._ready(alive)
+            for score, _ in self._scores(process, judged[n_scored:], self._timeout_s, alive):
                 n_scored += 1
                 yield score
 
@@ -169,7 +191,7 @@ class FunctionRule:
         """End the process."""
         if self._process:
             self._process.end()
-        self._process, self._loaded = None, False
+        self._process, self._loaded = None, {}
 
     @property
     def pid(self) -> int | None:
@@ -195,7 +217,8 @@ class FunctionRule:
             return process
 
         try:
-            reason = process.receive(LOADING_S, _calling(alive)).get("refused")
+            self._loaded = process.receive(LOADING_S, _calling(alive))
+            reason = self._loaded.get("refused")
         except TimeoutError:
             reason = f"importing it takes longer than {LOADING_S:.0f} s"
         except (EOFError, OSError, ValueError):
@@ -203,22 +226,47 @@ class FunctionRule:
         if reason:
             self.close()
             raise RewardError(f"{self._key}={self._path}: {reason}")
-        self._loaded = True
         return process
 
-    def _scores(self, process: JsonProcess, judged: Sequence[RuleInput], alive: Alive) -> Iterator[Score]:
-        """Yields the scores up to the first completion that costs the process, which is a `Failure`; then the process
-        is ended.
+    def _batch_scores(self, batch: Sequence[RuleInput], alive: Alive) -> list[Score]:
+        """Returns the scores of the completions of several prompts, of one call or of one for each prompt.
 
-        It is ended, too, if the caller stops early. A call has `timeout_s` seconds.
+        Raises:
+            RewardError: as `__call__`.
+        """
+        limit_s = self._timeout_s * len(batch)
+        scored = list(self._scores(self._ready(alive), batch, limit_s, alive))
+        failed = next((score.reason for score, of_call in scored if of_call and isinstance(score, Failure)), "")
+        prompts = whole_prompts(batch, 1)
+        if not failed:
+            return [score for score, _ in scored]
+        if len(prompts) == 1:
+            return [Failure(failed)] * len(batch)
+
+        log.info(
+            "%s=%s: a call with %d completions failed (%s); each of its %d prompts gets a call",
+            *(self._key, self._path, len(batch), failed, len(prompts)),
+        )
+        return [score for prompt in prompts for score in self._batch_scores(prompt, alive)]
+
+    def _scores(
+        self, process: JsonProcess, judged: Sequence[RuleInput], limit_s: float, alive: Alive
+    ) -> Iterator[tuple[Score, bool]]:
+        """Yields the scores up to the first completion that costs the process, which is a `Failure`; then the process
+        is ended. With each it yields whether a failure is that of the call, not of the completion alone.
+
+        The process is ended, too, if the caller stops early.
+
+        Args:
+            limit_s: seconds until the first answer, and between two answers.
         """
         answered = 0
         try:
-            process.send({"judged": [[rollout.request, rollout.completion] for rollout in judged]}, self._timeout_s)
+            process.send(_request(judged, self._loaded["rows"]), limit_s)
             while answered < len(judged):
-                score = _score_of_answer(process.receive(self._timeout_s, _calling(alive)))
+                answer = process.receive(limit_s, _calling(alive))
                 answered += 1
-                yield score
+                yield _score_of_answer(answer), bool(answer.get("call"))
             return
         except TimeoutError as error:
             reason = str(error)
@@ -228,7 +276,32 @@ class FunctionRule:
             # End the process: nobody needs the scores that it still computes.
             if answered < len(judged):
                 self.close()
-        yield Failure(reason)
+        yield Failure(reason), True
+
+
+def whole_prompts(judged: Sequence[RuleInput], most: int) -> list[list[RuleInput]]:
+    """Returns the completions in batches of at most `most`, in their order. The completions of a prompt, which follow
+    one another, stay together, in a larger batch if need be: functions may compare them."""
+    batches: list[list[RuleInput]] = []
+    for _, group in groupby(judged, key=lambda rollout: rollout.position):
+        rollouts = list(group)
+        if not batches or len(batches[-1]) + len(rollouts) > most:
+            batches.append([])
+        batches[-1] += rollouts
+    return batches
+
+
+def _request(judged: Sequence[RuleInput], with_rows: bool) -> dict[str, Any]:
+    """Returns the message that `reward_function.judged_of` reads; a row that several completions share is sent once."""
+    rows: list[tuple[Any, Any]] = []
+    number_of: dict[int, int] = {}  # id of a row -> its number in the message
+    listed = []
+    for rollout in judged:
+        number = number_of.setdefault(id(rollout.row), len(number_of))
+        if with_rows and number == len(rows):
+            rows.append((list(rollout.row.messages), dict(rollout.row.columns)))
+        listed.append((number, rollout.request, rollout.completion, list(rollout.tokens) if with_rows else []))
+    return {"judged": listed, "rows": rows}
 
 
 def _calling(alive: Alive) -> Callable[[], bool]:
@@ -242,6 +315,8 @@ def _calling(alive: Alive) -> Callable[[], bool]:
 
 
 def _score_of_answer(answer: dict[str, Any]) -> Score:
+    if answer.get("none"):
+        return None
     value = answer.get("value")
     if isinstance(value, float):
         if abs(value) <= LARGEST_REWARD:

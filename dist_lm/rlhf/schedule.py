@@ -298,7 +298,8 @@ def positions_with_signal(scored: ScoredRollouts, parts: Mapping[str, RewardPart
     """Returns the positions of the prompts whose rollouts do not all have the same weighted sum of rule scores,
     ascending.
 
-    Rollouts on which a rule failed do not count. With a reward model among the parts, it returns all prompts.
+    Rollouts on which a rule failed, or to which none applies, do not count. With a reward model among the parts, it
+    returns all prompts.
     """
     position_B = scored.rollouts.position_B
     has_reward_model = bool(set(parts) - set(scored.scores))
@@ -308,7 +309,7 @@ def positions_with_signal(scored: ScoredRollouts, parts: Mapping[str, RewardPart
     score_B = sum((part.weight * scored.scores[name] for name, part in parts.items()), np.zeros(len(position_B)))
     positions = []
     for prompt in np.unique(position_B):
-        group_scores = score_B[(position_B == prompt) & np.isfinite(score_B)]
+        group_scores = score_B[(position_B == prompt) & np.isfinite(score_B) & scored.applicable]
         if len(group_scores) and group_scores.min() < group_scores.max():
             positions.append(int(prompt))
     return positions

@@ -13,6 +13,7 @@ from dist_lm.rlhf.rollouts import Rollouts, ScoredRollouts
 
 SCORE = "score."  # prefix of the names of scores
 MARK = "mark."  # prefix of the names of marks
+SKIPPED = "skipped."  # prefix of the names of parts that do not apply to all
 REPLACED = "left_out"  # the name in checkpoints
 
 
@@ -68,7 +69,8 @@ class RlhfState:
         """Returns the pending rollouts, for `from_dict`; empty if there are none.
 
         `ITERATION.NAME` -> field NAME of `Rollouts`, `ITERATION.left_out` -> int64 (1,), prompts that were replaced,
-        `ITERATION.score.PART` -> scores, `ITERATION.mark.NAME` -> marks. Arrays are not copied.
+        `ITERATION.score.PART` -> scores, `ITERATION.mark.NAME` -> marks, `ITERATION.skipped.PART` -> where the part
+        does not apply. Arrays are not copied.
         """
         arrays = {}
         for iteration, scored in self.pending.items():
@@ -79,6 +81,8 @@ class RlhfState:
                 arrays[f"{iteration}.{SCORE}{part}"] = score_B
             for name, mark_B in scored.marks.items():
                 arrays[f"{iteration}.{MARK}{name}"] = mark_B
+            for part, skipped_B in scored.skipped.items():
+                arrays[f"{iteration}.{SKIPPED}{part}"] = skipped_B
         return arrays
 
     @classmethod
@@ -94,12 +98,14 @@ class RlhfState:
 
         pending = {}
         for iteration, named in sorted(arrays_of_iteration.items()):
-            scores = {name.removeprefix(SCORE): score_B for name, score_B in named.items() if name.startswith(SCORE)}
-            marks = {name.removeprefix(MARK): mark_B for name, mark_B in named.items() if name.startswith(MARK)}
-            columns = {name: array for name, array in named.items() if not name.startswith((SCORE, MARK))}
+            scores, marks, skipped = (
+                {name.removeprefix(prefix): array for name, array in named.items() if name.startswith(prefix)}
+                for prefix in (SCORE, MARK, SKIPPED)
+            )
+            columns = {name: array for name, array in named.items() if not name.startswith((SCORE, MARK, SKIPPED))}
             # Checkpoints of old releases have no such array.
             replaced = columns.pop(REPLACED, np.zeros(1, np.int64))
-            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(replaced[0]), marks)
+            pending[iteration] = ScoredRollouts(Rollouts(**columns), scores, int(replaced[0]), marks, skipped)
 
         scale = values["reward_scale"]
         reward_scale = RewardScale(**scale) if scale else None

@@ -32,7 +32,7 @@ def rule_of() -> Iterator[Callable[..., FunctionRule]]:
         rule.close()
 
 
-def asked(rule: FunctionRule, *orders: str) -> list[float | str]:
+def asked(rule: FunctionRule, *orders: str) -> list[float | str | None]:
     """The scores, and the reasons where there is none."""
     judged = [RuleInput("", order, 1, True) for order in orders]
     scores = list(rule(judged, lambda: None))
@@ -41,7 +41,7 @@ def asked(rule: FunctionRule, *orders: str) -> list[float | str]:
 
 def test_all_that_a_function_can_do_wrong_costs_one_completion_and_is_named(rule_of):
     rule = rule_of()
-    wrong = ["raise", "exit", "nothing", "text", "nan", "die"]
+    wrong = ["raise", "exit", "text", "nan", "die"]
     found = asked(rule, "number 1.5", *(order for one in wrong for order in (one, "print 2")))
     assert found[0] == 1.5
     assert found[2::2] == [2.0] * len(wrong)
@@ -50,11 +50,14 @@ def test_all_that_a_function_can_do_wrong_costs_one_completion_and_is_named(rule
     assert found[1::2] == [
         f"ZeroDivisionError: division by zero (toy_rewards.py line {raises})",
         f"SystemExit: no more (toy_rewards.py line {exits})",
-        "returned None; expected a finite number",
         "returned '1.0'; expected a finite number",
         "returned nan; expected a finite number",
         "ended its process (exit code 3)",
     ]
+
+
+def test_none_says_that_the_function_does_not_apply(rule_of):
+    assert asked(rule_of(), "number 1", "nothing", "number 2") == [1.0, None, 2.0]
 
 
 def test_a_number_that_fp32_does_not_hold_is_no_score(rule_of):

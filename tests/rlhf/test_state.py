@@ -45,7 +45,10 @@ def test_pending_rollouts_come_back_to_the_bit():
     drawn = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
     scores = {4: {"mine": np.array([0.1, np.nan]), "a.b": np.array([1.0, 2.0])}, 11: {}}
     marks = {4: {"forged": np.array([True, False])}, 11: {}}
-    pending = {n: ScoredRollouts(rollouts, scores[n], marks=marks[n]) for n, rollouts in drawn.items()}
+    skipped = {4: {"a.b": np.array([False, True])}, 11: {}}
+    pending = {
+        n: ScoredRollouts(rollouts, scores[n], marks=marks[n], skipped=skipped[n]) for n, rollouts in drawn.items()
+    }
     found = through_json(replace(STATE, pending=pending)).pending
     assert list(found) == [4, 11]
     for iteration, judged in pending.items():
@@ -57,6 +60,9 @@ def test_pending_rollouts_come_back_to_the_bit():
         assert found[iteration].marks.keys() == judged.marks.keys()
         for name, value in judged.marks.items():
             assert np.array_equal(found[iteration].marks[name], value), name
+        assert found[iteration].skipped.keys() == judged.skipped.keys()
+        for name, value in judged.skipped.items():
+            assert np.array_equal(found[iteration].skipped[name], value), name
 
 
 def test_an_adaptive_coefficient_goes_after_its_target_and_a_fixed_one_stays():

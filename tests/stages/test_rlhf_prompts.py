@@ -1,12 +1,17 @@
 """Prompts of stage rlhf: where the assistant is to write, each once, and none held out among those of training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from dist_lm.chat.documents import encode_document, write_conversation
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as rendered
+from dist_lm.data.manifest import read_manifest
+from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
@@ -128,3 +133,106 @@ def test_tests_as_a_reward_need_a_file_of_prompts():
         compose_config(["stage=rlhf", *TINY_MODEL, TESTED])
     with pytest.raises(ConfigError, match=r"rlhf\.rewards\.mine\.score=some: expected share, all"):
         compose_config([*RLHF, "rlhf.prompts_from=x", "rlhf.rewards={mine: {kind: tests, score: some}}"])
+
+
+# --- rows ---
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+FUNCTION = "rlhf.rewards={{mine: {{kind: function, function: 'tests.rlhf.toy_rewards:{}'}}}}"
+
+
+def settings_of(*overrides: str) -> RlhfRunConfig:
+    config = compose_config([*RLHF, "rlhf.reward_model=none", *overrides])
+    assert isinstance(config, RlhfRunConfig)
+    return config
+
+
+def test_each_prompt_of_a_file_keeps_its_row_and_turns_on_both_sides(tiny_work, tmp_path):
+    """Equal prompts too: their rows may differ."""
+    rows = [{"prompt": [SYSTEM, {"role": "user", "content": f"Say {i // 2}"}], "answer": str(i)} for i in range(80)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, held_out, tokenizer = read(
+        tiny_work, f"rlhf.prompts_from={file}", FUNCTION.format("matches_row"), "rlhf.reward_model=none"
+    )
+    assert len(train.rows) == len(train)
+    assert len(held_out.rows) == len(held_out) > 0
+    found = [row for side in (train, held_out) for row in side.rows]
+    assert sorted(int(row.columns["answer"]) for row in found) == [*range(80)]
+    for side in (train, held_out):
+        for prompt, row in zip(side, side.rows, strict=True):
+            assert row.columns == rows[int(row.columns["answer"])]
+            assert list(row.messages) == row.columns["prompt"]
+            turns = Conversation(tuple(Message(turn["role"], turn["content"]) for turn in row.messages))
+            assert list(prompt) == rendered(turns, tokenizer)
+    assert not read(tiny_work, f"rlhf.prompts_from={file}")[0].rows  # no function asks for them
+
+
+def test_a_corpus_without_rows_gives_the_turns_that_its_tokens_hold(tiny_work):
+    """Those of earlier releases, and generated ones."""
+    overrides = ("stage.corpus=tools", FUNCTION.format("counts_turns"), "rlhf.reward_model=none")
+    train, _, tokenizer = read(tiny_work, *overrides)
+    for prompt, row in zip(train, train.rows, strict=True):
+        assert row.messages[-1]["role"] == "user"
+        assert row.messages[-1]["content"] == request_reader(tokenizer)(prompt)
+
+
+@pytest.mark.parametrize(
+    ("function", "row", "words"),
+    [
+        (
+            "trl_matches",
+            {"answer": "4"},
+            "needs solution, which no row of the prompts has: the columns there are prompt",
+        ),
+        ("verl_score", {"reward_model": {"style": "rule"}}, r"line 1: no ground truth, which rlhf\.rewards\.mine"),
+        ("openrlhf_reward", {}, r"rlhf\.rewards\.mine\.function=.*missing a required argument: 'labels'"),
+        ("trl_matches", {"prompt": [{"role": "assistant", "content": "x"}]}, "line 1: turn 0"),
+    ],
+)
+def test_a_function_that_cannot_work_with_the_rows_is_refused_at_the_plan(tmp_path, function, row, words):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "2 + 2?"} | row) + "\n")
+    with pytest.raises((ConfigError, ArtefactError), match=words):
+        check_prompts(settings_of(f"rlhf.prompts_from={file}", FUNCTION.format(function)).rlhf)
+
+
+def test_a_column_that_only_some_rows_have_is_enough(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "solution": "c"}\n')
+    check_prompts(settings_of(f"rlhf.prompts_from={file}", FUNCTION.format("trl_matches")).rlhf)
+
+
+def test_prompts_of_a_corpus_have_the_rows_that_it_keeps(work):
+    """Of documents with the same prompt the first one's; the run notes the hash of the rows."""
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    directory = work.corpus("tools")
+    recipe = read_manifest(directory).recipe
+    shutil.rmtree(directory)
+    with CorpusWriter(directory, recipe) as writer:
+        for number in range(40):
+            turns = (Message("system", "Be brief."), Message("user", f"Say {number // 2}"), Message("assistant", "x"))
+            text = write_conversation(Conversation(turns))
+            row = json.dumps({"answer": number}) if number % 8 < 6 else ""
+            document = Document(text, "chat", "s", "own", "", "conversation", row=row)
+            writer.write("val" if number >= 32 else "train", encode_document(tokenizer, document))
+        writer.finish({})
+
+    overrides = ("stage.corpus=tools", FUNCTION.format("matches_row"), "rlhf.reward_model=none")
+    train, held_out, _ = read(work, *overrides)
+    assert (len(train), len(held_out)) == (16, 4)
+    answers = [row.columns.get("answer") for side in (train, held_out) for row in side.rows]
+    assert answers == [None if number % 8 >= 6 else number for number in range(0, 40, 2)]
+    for side in (train, held_out):
+        for prompt, row in zip(side, side.rows, strict=True):
+            assert [turn["role"] for turn in row.messages] == ["system", "user"]
+            assert request_reader(tokenizer)(prompt) == row.messages[-1]["content"]
+            if "answer" in row.columns:
+                assert [turn["role"] for turn in row.columns["messages"]] == ["system", "user", "assistant"]
+
+    noted = settings_of(f"work_dir={work.path}", *overrides).noted_files
+    assert [path.name for path in noted["rows of stage.corpus=tools"]] == [
+        "train-000000.rows.jsonl.zst",
+        "val-000000.rows.jsonl.zst",
+    ]
+    assert not settings_of(f"work_dir={work.path}", "stage.corpus=tools", TESTED.replace("tests", "parses")).noted_files

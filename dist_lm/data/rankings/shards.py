@@ -2,7 +2,8 @@
 
 KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the completions
 KEY.completions.npy  (documents,) uint8      K
-KEY.ranks.npy        (sum of K,) uint8       the smallest is the best; zeros for a ranking with judgements
+KEY.ranks.npy        (sum of K,) uint8       the smallest is the best; zeros for a ranking with judgements. Of one
+                                             completion 0: it is wanted, 1: it is not
 KEY.judged.npy       (documents,) uint16     judgements; 0: the ranking has ranks
 KEY.judgements.npy   (judgements, 2) uint8   numbers of the better and the worse completion, from 0
 KEY.margins.npy      (judgements,) float32   0: no margin was given

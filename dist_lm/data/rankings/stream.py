@@ -161,6 +161,9 @@ def lesson(arrays: RankingArrays, learn_from: str, label_noise: float, seed: int
         label_noise: the probability of `noisy`, in [0, 1).
         number: of the ranking in its corpus.
     """
+    # A label compares nothing: it has no pairs, and no neighbour to swap ranks with.
+    if len(arrays.ranks) == 1:
+        return arrays
     arrays = noisy(arrays, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
     # Judgements are pairs already.
     if learn_from == ALL or not len(arrays.ranks):

@@ -16,13 +16,21 @@ from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set, ori
 from dist_lm.data.sources.listing import bare_name
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
-from dist_lm.data.sources.rows import SourceRow, licence_of, looked_ahead, named_columns, own_licence
+from dist_lm.data.sources.rows import (
+    SourceRow,
+    kept_columns,
+    licence_of,
+    looked_ahead,
+    named_columns,
+    own_licence,
+)
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import ConfigError
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+PARTS_OF_TEXT = ("chosen", "rejected", "context", "response1", "response2", "instruction", "completions")
 OASST = "oasst1"  # its rankings extend over several rows
 
 
@@ -122,7 +130,7 @@ def hh_ranking(row: Row) -> Ranking | None:
     None if they differ earlier, and for a ranking that `check_ranking` refuses. A missing column is a KeyError.
     """
     # Both are whole dialogues: what they share is the prompt.
-    chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
+    chosen, rejected = hh_turns(row["chosen"]), hh_turns(row["rejected"])
     if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
         return None  # they differ earlier: no two answers to one prompt
     return _ranking(chosen[:-1], [chosen[-1].content, rejected[-1].content], ranks=[0, 1])
@@ -197,7 +205,8 @@ def _candidate(ranking_of: Callable[[Row], Ranking | None], source_row: SourceRo
         return Rejected(source.language, location, "no_ranking", f"a column holds another kind of value ({error})")
     if ranking is None:
         return Rejected(source.language, location, "no_ranking")
-    return ranking_document(ranking, source.language, location, licence_of(row, source), bool(own_licence(row, source)))
+    licence, own = licence_of(row, source), bool(own_licence(row, source))
+    return ranking_document(ranking, source.language, location, licence, own, kept_columns(row, PARTS_OF_TEXT))
 
 
 def _ranking(
@@ -235,7 +244,7 @@ def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
     return turns[::-1]
 
 
-def _hh_turns(dialogue: str) -> list[Message]:
+def hh_turns(dialogue: str) -> list[Message]:
     """Splits `\\n\\nHuman: ...\\n\\nAssistant: ...` into turns; returns none for a dialogue that does not begin so."""
     preamble, *parts = HH_TURN.split(dialogue)
     if preamble.strip() or not parts:

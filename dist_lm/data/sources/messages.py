@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 
 from dist_lm.chat.documents import write_conversation
-from dist_lm.chat.layouts.registry import COLUMNS, read_row
+from dist_lm.chat.layouts.registry import COLUMNS, SYSTEMS, TOOLS, TURNS, read_row
 from dist_lm.chat.messages import Conversation
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
@@ -49,9 +49,9 @@ def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source), *(("", name) for name in COLUMNS)]
-    rows = rows_of_files(files or Snapshot.of(source), columns)
+    rows = rows_of_files(files or Snapshot.of(source), columns, whole_rows=True)
     content_of = partial(_content_of, thinking=source.thinking)
-    yield from row_documents(source, rows, "", content_of, "conversation")
+    yield from row_documents(source, rows, "", content_of, "conversation", (*TURNS, *TOOLS, *SYSTEMS))
 
 
 def _content_of(row: Row, column: str, columns: Sequence[str], thinking: str) -> Content | BadRow | None:

@@ -86,13 +86,19 @@ def read_synthetic_rankings(source: SourceConfig, seed: int) -> Iterator[Candida
     )
 
 
-def ranking_document(ranking: Ranking, language: str, name: str, licence: str, own_licence: bool = False) -> Candidate:
-    """Turns a ranking into a document; rejects one that cannot be written, such as one with a lone surrogate."""
+def ranking_document(
+    ranking: Ranking, language: str, name: str, licence: str, own_licence: bool = False, row: str = ""
+) -> Candidate:
+    """Turns a ranking into a document; rejects one that cannot be written, such as one with a lone surrogate.
+
+    Args:
+        row: as of `Document`.
+    """
     try:
         text, group = write_ranking(ranking), text_hash(write_prompt(ranking))
     except UserError:
         return Rejected(language, name, "no_ranking")
-    return Document(text, language, name, licence, group, form="ranking", own_licence=own_licence)
+    return Document(text, language, name, licence, group, form="ranking", own_licence=own_licence, row=row)
 
 
 def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:

@@ -48,6 +48,7 @@ READERS: dict[str, tuple[Form, str]] = {
     "hub": ("text", "dist_lm.data.sources.hub:read_hub"),
     "tools": ("conversation", "dist_lm.data.sources.tools:read_tools"),
     "hub_tools": ("conversation", "dist_lm.data.sources.tools:read_hub_tools"),
+    "preferences": ("ranking", "dist_lm.data.sources.preferences:read_preferences"),
     "rankings": ("ranking", "dist_lm.data.sources.rankings:read_local_rankings"),
     "hub_rankings": ("ranking", "dist_lm.data.sources.hub_rankings:read_hub_rankings"),
     "synthetic_rankings": ("ranking", "dist_lm.data.sources.rankings:read_synthetic_rankings"),

@@ -4,8 +4,9 @@ A row that gives no document is rejected with its place, FILE:LINE; one that is 
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from tarfile import TarError
 from typing import Any
@@ -125,12 +126,13 @@ def named_columns(source: SourceConfig, *defaults: str) -> Named:
 
 
 def rows_of_files(
-    files: Snapshot, columns: Named | None = None, format_of_all: Format | None = None
+    files: Snapshot, columns: Named | None = None, format_of_all: Format | None = None, whole_rows: bool = False
 ) -> Iterator[SourceRow]:
     """Yields the rows of all files that are taken, one after the other; a broken row is yielded as its problem.
 
     Args:
         columns: those that are read of a parquet file; None: all.
+        whole_rows: read all columns of a parquet file.
         format_of_all: of every file, whatever its suffix; None: by suffix, JSON lines for an unknown one.
 
     Raises:
@@ -146,7 +148,8 @@ def rows_of_files(
         number, is_checked = 0, False
         try:
             with files.reading(file) as reading:
-                for number, row, row_columns in read_rows(reading, column_names):
+                wanted = None if whole_rows and read_rows is parquet_rows else column_names
+                for number, row, row_columns in read_rows(reading, wanted):
                     # All rows of a table have its columns, so the first one tells.
                     if not is_checked and read_rows in TABLES:
                         _check_columns(file.name, columns or [], row_columns)
@@ -182,8 +185,9 @@ def row_documents(
     default: str = TEXT,
     content_of: ContentOf | None = None,
     form: Form = "text",
+    parts_of_text: Collection[str] = (),
 ) -> Iterator[Candidate]:
-    """Yields a candidate for each row: a document, or `Rejected`.
+    """Yields a candidate for each row: a document, or `Rejected`. Documents other than texts keep their row.
 
     The first rows are read before the first candidate is yielded (`looked_ahead`).
 
@@ -191,6 +195,7 @@ def row_documents(
         default: column of the content, if the source names none; empty: `content_of` finds it.
         content_of: makes a document's text of a row; None: the column holds it.
         form: of the documents.
+        parts_of_text: columns that a document other than a text need not keep.
 
     Raises:
         ConfigError: none of the first rows has a column that the source names, or there are more than `MAX_LANGUAGES`
@@ -199,7 +204,10 @@ def row_documents(
     languages: set[str] = set()
     columns = named_columns(source, default) if default else named_columns(source)
     for source_row in looked_ahead(source, rows, columns):
-        candidate = _candidate(source_row, source, source.column or default, content_of or text_of, form)
+        column = source.column or default
+        candidate = _candidate(source_row, source, column, content_of or text_of, form)
+        if form != "text" and isinstance(candidate, Document) and isinstance(source_row.row, dict):
+            candidate = replace(candidate, row=kept_columns(source_row.row, {column, *parts_of_text}))
         # Counted here too, because the row can be named; `screening` counts those of the whole corpus.
         languages.add(candidate.language)
         if len(languages) > MAX_LANGUAGES:
@@ -208,6 +216,38 @@ def row_documents(
                 f"{MAX_LANGUAGES} languages, the last at {source_row.location}: choose some with only, or give language"
             )
         yield candidate
+
+
+def kept_columns(row: Row, without: Collection[str] = ()) -> str:
+    """Returns the columns of a row as JSON, for reward functions: without those named, and without columns that hold
+    bytes or text that is not UTF-8. What JSON has no form for, such as a date, becomes text."""
+    columns: dict[str, Any] = {}
+    for name, cell in row.items():
+        if name in without:
+            continue
+        try:
+            columns[name] = json_value(cell)
+            json.dumps([name, columns[name]], ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            columns.pop(name, None)
+    return json.dumps(columns, ensure_ascii=False)
+
+
+def json_value(cell: Any) -> Any:
+    """Returns a cell with JSON values only: tuples become lists, and dates and other values texts.
+
+    Raises:
+        TypeError: it holds bytes.
+    """
+    if cell is None or isinstance(cell, str | bool | int | float):
+        return cell
+    if isinstance(cell, Mapping):
+        return {str(key): json_value(value) for key, value in cell.items()}
+    if isinstance(cell, list | tuple):
+        return [json_value(value) for value in cell]
+    if isinstance(cell, bytes | bytearray):
+        raise TypeError("bytes")
+    return str(cell)
 
 
 def looked_ahead(source: SourceConfig, rows: Iterable[SourceRow], columns: Named) -> Iterator[SourceRow]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dist_lm.config.corpus import SPLITS
+from dist_lm.config.preference import KTO
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, Trees
 from dist_lm.data.rankings.shards import RankingCorpus
@@ -46,7 +47,7 @@ def open_data(arguments: DataArguments) -> StageData:
     config = arguments.config
     assert isinstance(config, PreferenceRunConfig)
     settings = config.stage.preference
-    train, val = open_rankings(arguments)
+    train, val = open_rankings(arguments, takes_labels=settings.algorithm == KTO)
 
     # The trees of the reference itself have no reference yet.
     plain_trees = Trees(None, settings.learns_text, settings.has_reference_point)

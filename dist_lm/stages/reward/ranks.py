@@ -66,15 +66,25 @@ def open_data(arguments: DataArguments) -> StageData:
     return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
 
 
-def open_rankings(arguments: DataArguments) -> tuple[RankingCorpus, RankingCorpus]:
+def open_rankings(arguments: DataArguments, takes_labels: bool = False) -> tuple[RankingCorpus, RankingCorpus]:
     """Opens train and val of a stage that reads only rankings. The first rank warns of rankings that no sequence can
     hold.
 
+    Args:
+        takes_labels: whether the stage learns from one completion with a label.
+
     Raises:
-        ArtefactError: the corpus is missing or damaged, or holds no rankings.
+        ArtefactError: the corpus is missing or damaged, holds no rankings, or labels that the stage does not learn
+            from.
     """
     stage = arguments.config.stage
     train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    n_labels = sum(int((rankings.completions == 1).sum()) for rankings in (train, val))
+    if n_labels and not takes_labels:
+        raise ArtefactError(
+            f"stage.corpus={stage.corpus}: {n_labels:,} of its documents are one completion with a label, which "
+            "compares nothing: only stage=preference stage.preference.algorithm=kto learns from these"
+        )
     if arguments.world.is_first:
         # The rankings are the same on every rank, so one warning is enough.
         for rankings in (train, val):

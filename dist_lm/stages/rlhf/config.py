@@ -9,10 +9,12 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainingGroup, check_shares
-from dist_lm.data.prompts import find_prompts
+from dist_lm.data.journal import ROWS
+from dist_lm.data.prompt_rows import find_rows
 from dist_lm.data.sources.reader import corpora_of_form
 from dist_lm.errors import ArtefactError, require
 from dist_lm.rlhf.config import RlhfConfig
+from dist_lm.storage.run_directory import WorkDirectory
 
 AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
 
@@ -21,8 +23,8 @@ AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
 class RlhfRunGroup(RlhfConfig):
     """An iteration (`RlhfConfig`), and the keys of a whole run."""
 
-    # file or glob of prompts (.jsonl or .txt, one request per line); empty: the documents of stage.corpus up to the
-    # assistant's turn
+    # file or glob of prompts (.txt: one request per line; .jsonl, .json, .parquet: rows, whose other columns the
+    # functions of rlhf.rewards see); empty: the documents of stage.corpus up to the assistant's turn
     prompts_from: str = ""
     held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
     # run of stage reward; auto: the run with the same run_id; none: without the parts of kind reward_model
@@ -115,8 +117,15 @@ class RlhfRunConfig(Config):
     def noted_files(self) -> dict[str, list[Path]]:
         # The hashes of these files are recorded, because other prompts would give other rollouts.
         patterns = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
-        prompts = {f"{key}={pattern}": find_prompts(pattern, key) for key, pattern in patterns.items() if pattern}
-        return super().noted_files | prompts
+        prompts = {f"{key}={pattern}": find_rows(pattern, key) for key, pattern in patterns.items() if pattern}
+        noted = super().noted_files | prompts
+
+        # Reward functions see the rows of a corpus, which its tokens do not tell.
+        if not self.rlhf.prompts_from and any(part.kind == "function" for part in self.rlhf.rewards.values()):
+            corpus = WorkDirectory(Path(self.work_dir)).corpus(self.stage.corpus)
+            if rows := sorted(corpus.glob(f"*{ROWS}")):
+                noted[f"rows of stage.corpus={self.stage.corpus}"] = rows
+        return noted
 
     @property
     def trained_models(self) -> int:

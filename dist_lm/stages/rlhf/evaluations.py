@@ -110,7 +110,7 @@ class HeldOut:
             read_to_end(weights)
 
         # Unlike in training, no answer may have a score: then there is just no win rate.
-        usable = share_usable(judged, some=False)
+        usable = share_usable(judged, some=False, has_reward_model=self.models.reward is not None)
         score_P = torch.full((len(self.prompts),), torch.nan)
         if usable.kept_D.any():
             score_P[torch.from_numpy(usable.kept_D)] = self._total(usable, scale)

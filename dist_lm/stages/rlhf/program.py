@@ -7,9 +7,9 @@ source of rollouts: a pool of actors on the gang's Ray cluster, or an engine in 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf.config import RlhfRunConfig
 from dist_lm.stages.rlhf.evaluations import HeldOut, tasks_of_iterations
 from dist_lm.stages.rlhf.models import LoadedRun, load_run, saved_files, train_state
-from dist_lm.stages.rlhf.prompts import read_all, request_reader, tasks_of
+from dist_lm.stages.rlhf.prompts import Prompts, check_columns, forms_of, read_all, request_reader, tasks_of
 from dist_lm.stages.training.program import (
     RankStart,
     check_corpora,
@@ -106,7 +106,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         # Prompts, rules and engines, on the first rank.
         check_corpora(run, config, tokenizer, world)
         run.require_files(config.noted_files)  # prompts must not change while the run goes on
-        train_prompts, held_out_prompts = read_all(config, run, tokenizer)
+        train_prompts, held_out_prompts = read_all(config, run, tokenizer, judges=world.is_first)
         pool = stack.enter_context(pool_starter(config, world.device)) if world.is_first else None
         supply = open_supply(config, start, loaded, train_prompts, reporter, stack, pool)
 
@@ -119,7 +119,10 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             )
         # Before the first iteration policy and reference are equal, so this win rate measures only noise.
         evaluating = partial(reporter.alive, Phase.EVALUATING)
-        held_out = HeldOut(config, start, loaded.models, supply, held_out_prompts, evaluating)
+        compared = supply
+        if supply:
+            compared = replace(supply, judge=supply.judge.for_prompts(held_out_prompts.row_of))
+        held_out = HeldOut(config, start, loaded.models, compared, held_out_prompts, evaluating)
         if state.iteration == 0:
             comparison = held_out.compare(state.reward_scale)
             if metrics and comparison:
@@ -176,7 +179,7 @@ def open_supply(
     config: RlhfRunConfig,
     start: RankStart,
     loaded: LoadedRun,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     reporter: "Reporter",
     stack: ExitStack,
     pool: PoolStarter | None,
@@ -206,12 +209,23 @@ def open_supply(
     # Programs of a reward of kind tests run on the cores of all nodes of the pool's cluster.
     on_nodes = partial(sandboxes_of, pool.cluster if pool else None)
     tasks = Tasks(tasks_of(settings, tokenizer), config.sandbox == TRUST_ME, on_nodes, config.seed)
+    order = ShuffledPrompts(prompts, config.seed)
     judge = Judge(
-        settings.rewards, tokenizer.decode, settings.max_failed_fraction, generating, tasks, request_reader(tokenizer)
+        settings.rewards,
+        tokenizer.decode,
+        settings.max_failed_fraction,
+        generating,
+        tasks,
+        request_reader(tokenizer),
+        lambda position: prompts.row_of(order.index(position)),
     )
     stack.enter_context(judge)
+    # The columns of files were compared with the functions before the run started.
+    if prompts.rows and not settings.prompts_from:
+        place = f"stage.corpus={config.stage.corpus}"
+        check_columns(forms_of(settings), [(place, row.columns) for row in prompts.rows])
     source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
-    return RolloutSupply(source, ShuffledPrompts(prompts, config.seed), judge, stop_tokens=stop_tokens(tokenizer))
+    return RolloutSupply(source, order, judge, stop_tokens=stop_tokens(tokenizer))
 
 
 @contextmanager
@@ -414,7 +428,7 @@ class Reporter:
                 "prompt": text_with_marks(rollout.prompt.tolist(), self.tokenizer),
                 "completion": text_with_marks(rollout.completion.tolist(), self.tokenizer),
                 "reward": float(report.score_B[b]),
-                "parts": {name: float(score_B[b]) for name, score_B in report.part_B.items()},
+                "parts": parts_of(report, b),
                 "tokens": len(rollout.completion),
                 "finish": rollout.finish,
                 "version": rollout.version,
@@ -423,6 +437,16 @@ class Reporter:
         lines.sort(key=lambda line: line[:2])
         path = self.run.samples / f"step_{report.iteration:08d}.jsonl"
         durable.write_text(path, "".join(f"{text}\n" for _, _, text in lines))
+
+
+def parts_of(report: IterationReport, rollout: int) -> dict[str, float | None]:
+    """Returns the score of each part for one rollout; None where the part does not apply."""
+    parts: dict[str, float | None] = {}
+    for name, score_B in report.part_B.items():
+        skipped_B = report.skipped_B.get(name)
+        is_skipped = skipped_B is not None and bool(skipped_B[rollout])
+        parts[name] = None if is_skipped else float(score_B[rollout])
+    return parts
 
 
 @dataclass(frozen=True)

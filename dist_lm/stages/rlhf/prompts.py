@@ -1,20 +1,28 @@
-"""The prompts of stage `rlhf`: beginnings of the conversations or rankings of a corpus, or requests from files.
+"""The prompts of stage `rlhf`: beginnings of the conversations or rankings of a corpus, or rows of files.
 
 A prompt ends where the assistant's turn begins. The prompts of val (of a file: one in `HELD_OUT_OF` by hash) are held
-out for the win rate.
+out for the win rate. Reward functions see the row of a prompt: all its columns, and its turns.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
+from typing import overload
 
+from dist_lm.chat.documents import read_row
 from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.parse import parse
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.config.root import imported_function
-from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
+from dist_lm.data.prompt_rows import PROMPT, FileRow, find_rows, prompt_of, read_rows
+from dist_lm.data.shard_writer import read_kept_rows
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.errors import ArtefactError, UserError
+from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.rlhf.reward_forms import Form, Judged, form_of
+from dist_lm.rlhf.rules import PromptRow
 from dist_lm.sandbox.program import Test
 from dist_lm.sandbox.task import Task, task_of
 from dist_lm.sandbox.weak_tests import note_of_weak
@@ -28,31 +36,63 @@ log = logging.getLogger(__name__)
 HELD_OUT_OF = 16
 PROMPTS_FROM, HELD_OUT_FROM = "rlhf.prompts_from", "rlhf.held_out_from"
 
-Prompts = list[Sequence[int]]
+
+@dataclass(frozen=True)
+class Prompts(Sequence[Sequence[int]]):
+    """Token ids of prompts, each with its row."""
+
+    tokens: list[Sequence[int]] = field(default_factory=list)
+    rows: list[PromptRow] = field(default_factory=list)  # of each; empty if no reward function reads rows
+
+    def row_of(self, index: int) -> PromptRow:
+        """Returns what the data say about a prompt; nothing if no reward function reads it."""
+        return self.rows[index] if self.rows else PromptRow()
+
+    def chosen(self, indices: Iterable[int]) -> "Prompts":
+        """Returns the prompts at these places, with their rows."""
+        places = list(indices)
+        return Prompts([self.tokens[i] for i in places], [self.rows[i] for i in places] if self.rows else [])
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Sequence[int]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[int] | list[Sequence[int]]:
+        return self.tokens[index]
 
 
-def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
-    """Returns (prompts, held-out prompts) as token ids. Prompts too long for an answer are left out with a warning.
+def read_all(
+    config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer, judges: bool = True
+) -> tuple[Prompts, Prompts]:
+    """Returns (prompts, held-out prompts) as token ids, with their rows if a reward function may read them. Prompts
+    too long for an answer are left out with a warning.
 
     Of the held-out ones the first `held_out_prompts` that fit are returned.
+
+    Args:
+        judges: whether this rank calls the functions; others need no rows.
 
     Raises:
         ArtefactError: no prompt is left, a prompt is invalid, or the corpus holds texts.
         ConfigError: there is no such file of prompts.
     """
     settings = config.rlhf
+    with_rows = judges and any(part.kind == "function" for part in settings.rewards.values())
     if settings.prompts_from:
-        prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer)
+        prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer, with_rows)
         train, held_out = _split(prompts, all_for_training=bool(settings.held_out_from))
     else:
         corpus = run.work.corpus(config.stage.corpus)
-        train, held_out = (_of_corpus(corpus, split, tokenizer) for split in ("train", "val"))
+        train, held_out = (_of_corpus(corpus, split, tokenizer, with_rows) for split in ("train", "val"))
     if settings.held_out_from:
-        held_out = _of_files(settings.held_out_from, HELD_OUT_FROM, tokenizer)
+        held_out = _of_files(settings.held_out_from, HELD_OUT_FROM, tokenizer, with_rows)
 
     # A prompt must leave room for the longest completion.
     room = config.model.max_seq_len - settings.max_new_tokens
-    short = [prompt for prompt in train if len(prompt) <= room]
+    short = train.chosen(i for i, prompt in enumerate(train) if len(prompt) <= room)
     if len(short) < len(train):
         log.warning(
             "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
@@ -66,7 +106,8 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
     if not short:
         raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
 
-    compared = [prompt for prompt in held_out if len(prompt) <= room][: settings.held_out_prompts]
+    fitting = [i for i, prompt in enumerate(held_out) if len(prompt) <= room]
+    compared = held_out.chosen(fitting[: settings.held_out_prompts])
     if len(compared) < settings.held_out_prompts:
         log.info(
             "held-out prompts: %d, fewer than rlhf.held_out_prompts=%d; the win rate uses these",
@@ -81,22 +122,68 @@ def check_prompts(settings: RlhfRunGroup) -> None:
     Warns of tasks whose tests say little about an answer.
 
     Raises:
-        ConfigError: a function cannot be imported, or there is no file of .jsonl or .txt; names the key.
-        ArtefactError: a prompt is invalid or lacks the tests that a reward asks for, which names the key, file and
-            line; or the files of a key have no prompts, which names the key.
+        ConfigError: a function cannot be imported, has an unknown form or needs a column that no row has; or there is
+            no file of rows. Names the key.
+        ArtefactError: a prompt is invalid or lacks the tests or the ground truth that a reward asks for, which names
+            the key, file and line; or the files of a key have no prompts, which names the key.
     """
+    forms = forms_of(settings)
     for key, pattern in _files(settings):
         tasks: dict[str, tuple[str, Sequence[Test]]] = {}
-        for prompt in _prompts_of(pattern, key):
+        rows: list[tuple[str, Mapping[str, object]]] = []
+        for row, _ in _prompts_of(pattern, key):
             if _asks_tests(settings):
-                task = _task(prompt, key, readable=False)
-                tasks[prompt.place] = task.language, task.tests
+                task = _task(row, key, readable=False)
+                tasks[row.place] = task.language, task.tests
+            rows.append((f"{key}: {row.place}", row.columns))
         if tasks and (note := note_of_weak(tasks)):
             log.warning("%s: %s", key, note)
+        check_columns(forms, rows)
 
+
+def forms_of(settings: RlhfRunGroup) -> dict[str, Form]:
+    """Imports the reward functions and returns the form of each, by the key that names it.
+
+    Raises:
+        ConfigError: one cannot be imported, or has an unknown form; names the key.
+    """
+    forms = {}
     for name, part in settings.rewards.items():
         if part.kind == "function":
-            imported_function(part.function, f"rlhf.rewards.{name}.function")
+            key = f"rlhf.rewards.{name}.function"
+            function = imported_function(part.function, key)
+            try:
+                forms[f"{key}={part.function}"] = form_of(function)
+            except ValueError as error:
+                raise ConfigError(f"{key}={part.function}: {error}") from None
+    return forms
+
+
+def check_columns(forms: Mapping[str, Form], rows: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    """Refuses functions whose columns are not there; returns nothing.
+
+    Args:
+        forms: by the key of the function.
+        rows: (place, columns) of each prompt.
+
+    Raises:
+        ConfigError: no row has a column that a function of TRL's form cannot do without.
+        ArtefactError: a row has no ground truth, which a function of verl's form reads.
+    """
+    names = dict.fromkeys(name for _, columns in rows for name in columns)
+    for key, form in forms.items():
+        if missing := sorted(form.columns - {*names}):
+            raise ConfigError(
+                f"{key}: needs {', '.join(missing)}, which no row of the prompts has: the columns there are "
+                f"{', '.join(names) or 'none'}"
+            )
+        if form.needs_ground_truth:
+            for place, columns in rows:
+                if Judged("", "", columns=columns).ground_truth is None:
+                    raise ArtefactError(
+                        f"{place}: no ground truth, which {key} reads: expected reward_model.ground_truth or a column "
+                        f"ground_truth; the columns there are {', '.join(columns)}"
+                    )
 
 
 def tasks_of(settings: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
@@ -114,11 +201,11 @@ def tasks_of(settings: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
 
     tasks: dict[str, Task] = {}
     for key, pattern in _files(settings):
-        for prompt in _prompts_of(pattern, key):
-            text = tokenizer.decode(_rendered(prompt, key, tokenizer))
-            task = _task(prompt, key, readable=True)
+        for row, conversation in _prompts_of(pattern, key):
+            text = tokenizer.decode(_rendered(conversation, row, key, tokenizer))
+            task = _task(row, key, readable=True)
             if tasks.setdefault(text, task) != task:
-                raise ArtefactError(f"{key}: {prompt.place}: the same prompt has other tests in a line before")
+                raise ArtefactError(f"{key}: {row.place}: the same prompt has other tests in a line before")
     return tasks
 
 
@@ -154,17 +241,20 @@ def _asks_tests(settings: RlhfRunGroup) -> bool:
     return any(part.kind == "tests" for part in settings.rewards.values())
 
 
-def _task(prompt: Prompt, key: str, readable: bool) -> Task:
+def _task(row: FileRow, key: str, readable: bool) -> Task:
     try:
-        return task_of(prompt.extra, readable)
+        return task_of(row.columns, readable)
     except UserError as error:
-        raise ArtefactError(f"{key}: {prompt.place}: {error} (a reward of kind tests needs them)") from None
+        raise ArtefactError(f"{key}: {row.place}: {error} (a reward of kind tests needs them)") from None
 
 
-def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
+def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer, with_rows: bool) -> Prompts:
     """Returns the tokens of each document before the first learned one: before the assistant's turn or the completions.
 
     Each prompt occurs once, though several rankings may have the same one. Empty prompts are left out.
+
+    Args:
+        with_rows: also return the rows.
 
     Raises:
         ArtefactError: the corpus is missing, or holds texts.
@@ -176,46 +266,83 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
             "stage.corpus, or give rlhf.prompts_from=FILE"
         )
     # A dict keeps the order of the corpus and each prompt once.
-    prompts: dict[tuple[int, ...], None] = {}
-    for document in range(corpus.n_documents):
+    prompts: dict[tuple[int, ...], PromptRow] = {}
+    kept_rows = read_kept_rows(directory, split) if with_rows else repeat("")
+    for document, kept_row in zip(range(corpus.n_documents), kept_rows, strict=with_rows):
         length = int(corpus.lengths[document])
         first_learned = int(corpus.mask(document, 0, length).argmax())
-        token_ids = tokenizer.first_token.put(corpus.tokens(document, 0, first_learned).copy())
-        prompts[tuple(token_ids.tolist())] = None
-    return [list(prompt) for prompt in prompts if prompt]
+        stored_ids = corpus.tokens(document, 0, first_learned).copy()
+        token_ids = tuple(tokenizer.first_token.put(stored_ids).tolist())
+        if token_ids and token_ids not in prompts:
+            row = PromptRow()
+            if with_rows:
+                row = _row_of(kept_row, stored_ids.tolist(), tokenizer)
+            prompts[token_ids] = row
+    return Prompts([list(prompt) for prompt in prompts], list(prompts.values()) if with_rows else [])
 
 
-def _of_files(pattern: str, key: str, tokenizer: Tokenizer) -> Prompts:
-    return [_rendered(prompt, key, tokenizer) for prompt in _prompts_of(pattern, key)]
+def _row_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> PromptRow:
+    """Returns what a corpus knows about a prompt: its row; or the turns alone, read from the tokens. The layout of an
+    imported model cannot be read back; of that it is the user's last turn.
+
+    Args:
+        kept_row: empty: a corpus of an older release, or of generated conversations.
+    """
+    from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which the launcher does without
+
+    if kept_row:
+        conversation, columns = read_row(kept_row)
+        return PromptRow(messages_of(conversation.messages), columns)
+    if tokenizer.kept_template:
+        return PromptRow([{"role": "user", "content": request_reader(tokenizer)(token_ids)}])
+    opening = len(tokenizer.mark(START)) + len(tokenizer.encode("assistant\n"))
+    return PromptRow(messages_of(parse(token_ids[:-opening], tokenizer).messages))
 
 
-def _rendered(prompt: Prompt, key: str, tokenizer: Tokenizer) -> Sequence[int]:
+def _of_files(pattern: str, key: str, tokenizer: Tokenizer, with_rows: bool) -> Prompts:
+    from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which the launcher does without
+
+    prompts = Prompts()
+    for row, conversation in _prompts_of(pattern, key):
+        prompts.tokens.append(_rendered(conversation, row, key, tokenizer))
+        if with_rows:
+            messages, columns = messages_of(conversation.messages), row.columns
+            # Turns that a table holds as JSON text are turns for functions too.
+            if isinstance(columns.get(PROMPT), str) and conversation.messages[0].content != columns[PROMPT]:
+                columns = {**columns, PROMPT: messages}
+            prompts.rows.append(PromptRow(messages, columns))
+    return prompts
+
+
+def _rendered(conversation: Conversation, row: FileRow, key: str, tokenizer: Tokenizer) -> Sequence[int]:
     try:
-        return rendered(Conversation((Message("user", prompt.text),)), tokenizer)
+        return rendered(conversation, tokenizer)
     except ChatError as error:
-        raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
+        raise ArtefactError(f"{key}: {row.place}: {error}") from error
 
 
-def _prompts_of(pattern: str, key: str) -> Iterator[Prompt]:
-    """Yields the prompts of the files that `key` names.
+def _prompts_of(pattern: str, key: str) -> Iterator[tuple[FileRow, Conversation]]:
+    """Yields the rows of the files that `key` names, each with its prompt.
 
     Raises:
         ConfigError: there is no such file.
-        ArtefactError: a prompt is invalid, or there is none.
+        ArtefactError: a row is broken, its prompt is invalid, or there is none.
     """
-    prompt = None
-    for prompt in read_prompts(find_prompts(pattern, key=key)):
-        if prompt.error:
-            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
-        if prompt.suffix is not None:
-            raise ArtefactError(f"{key}: {prompt.place}: has a `suffix`, which no turn of a chat has: remove it")
+    row = None
+    for row in read_rows(find_rows(pattern, key)):
+        if row.error:
+            raise ArtefactError(f"{key}: {row.place}: {row.error}")
+        if row.columns.get("suffix") is not None:
+            raise ArtefactError(f"{key}: {row.place}: has a `suffix`, which no turn of a chat has: remove it")
         # The rank that renders it would refuse it too, but only once all of them have started.
-        if not prompt.text:
-            raise ArtefactError(f"{key}: {prompt.place}: the prompt is empty: write a request, or remove the line")
-        yield prompt
+        try:
+            conversation = prompt_of(row.columns)
+        except ChatError as error:
+            raise ArtefactError(f"{key}: {row.place}: {error}") from error
+        yield row, conversation
 
-    if prompt is None:
-        raise ArtefactError(f"{key}={pattern}: no prompts there; expected a file or glob of .jsonl or .txt with some")
+    if row is None:
+        raise ArtefactError(f"{key}={pattern}: no prompts there; expected a file or glob with some")
 
 
 def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
@@ -223,15 +350,10 @@ def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
     with `all_for_training`.
     """
     if all_for_training:
-        return prompts, []
-    train: Prompts = []
-    held_out: Prompts = []
-    for prompt in prompts:
-        if _is_held_out(prompt):
-            held_out.append(prompt)
-        else:
-            train.append(prompt)
-    return train, held_out
+        return prompts, Prompts()
+    is_held_out = [_is_held_out(prompt) for prompt in prompts]
+    train = prompts.chosen(i for i, held_out in enumerate(is_held_out) if not held_out)
+    return train, prompts.chosen(i for i, held_out in enumerate(is_held_out) if held_out)
 
 
 def _is_held_out(prompt: Sequence[int]) -> bool:
