@@ -21,6 +21,7 @@ class Served:
     break_after: int = -1  # bytes of a body after which the next connection breaks; -1: none does
     always_break: bool = False
     ranges: bool = True
+    etags: bool = True
     stall_after: int = -1  # bytes of a body after which the next answers stand still; -1: none does
     stalls: int = 0  # answers that do
     pause_s: float = 0.0  # before each of ten parts of a body
@@ -33,6 +34,7 @@ class Handler(BaseHTTPRequestHandler):
     """GET and HEAD with ranges and ETags, as object stores and CDNs answer."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # an answer is several writes, and each would wait 40 ms for the one before
 
     def __init__(self, served: Served, *args, **options) -> None:
         self.served = served
@@ -57,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         last = min(last, len(content) - 1)
         self.send_response(206 if part else 200)
         self.send_header("Accept-Ranges", "bytes" if self.served.ranges else "none")
-        self.send_header("ETag", f'"{hash(content):x}"')
+        if self.served.etags:
+            self.send_header("ETag", f'"{hash(content):x}"')
         self.send_header("Content-Length", str(last - first + 1))
         if part:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")

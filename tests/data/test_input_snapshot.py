@@ -18,6 +18,7 @@ from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.screening import IngestReport, SourceReader
+from dist_lm.data.sources import http_file
 from dist_lm.data.sources.reader import Candidate, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ChangedInputError
@@ -165,12 +166,27 @@ def add(folder: Path, suffix: str, texts: list[str], path: Path) -> None:
 EDITS = (grow, shrink, replace, overwrite, delete, rename, add)
 
 
-def edited_build(folder: Path, suffix: str, edit: Callable, reading: int, place: int, draw: random.Random) -> str:
-    """Builds a corpus whose files are edited; returns the stop, or nothing. Fails if val stands in train."""
-    texts = texts_of(1)
+def edited_build(
+    folder: Path,
+    suffix: str,
+    edit: Callable,
+    reading: int,
+    place: int,
+    draw: random.Random,
+    url: str = "",
+    count: int = N,
+) -> str:
+    """Builds a corpus whose files are edited; returns the stop, or nothing. Fails if val stands in train.
+
+    Args:
+        url: of the folder behind a server; empty: it is read as a folder.
+        count: texts of the corpus.
+    """
+    texts = texts_of(1, count)
     write(folder, suffix, texts)
     files = sorted(folder.iterdir())
-    source = SourceConfig(CONTENT[suffix][0], "english", path=str(folder))
+    path = [f"{url}/{file.name}" for file in files] if url else str(folder)
+    source = SourceConfig(CONTENT[suffix][0], "english", path=path)
     try:
         found = divided(source, lambda: edit(folder, suffix, texts, draw.choice(files)), reading, place)
     except ArtefactError as error:
@@ -221,6 +237,28 @@ def test_random_edits_while_sources_are_read_are_harmless_or_a_named_stop(tmp_pa
                 assert_named(
                     edited_build(folder, suffix, draw.choice(EDITS), reading, draw.randrange(N + 2), draw), folder
                 )
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("seed", range(20))
+def test_random_edits_behind_a_server_are_harmless_or_a_named_stop(
+    served: Served, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """The server sends parts of files or whole ones, with ETags or without; a file takes several requests."""
+    monkeypatch.setattr(http_file, "BLOCK", 4000)
+    monkeypatch.setattr(http_file, "FIRST_WAIT_S", 0.001)
+    draw = random.Random(seed)
+    for suffix in CONTENT:
+        count = N // 5 if suffix == ".txt" else N  # each of these is a file
+        for reading in range(1, PASSES + 1):
+            for number in range(10):
+                served.ranges = suffix == ".parquet" or draw.random() < 0.5
+                served.etags = draw.random() < 0.5
+                folder = served.folder / f"{suffix[1:]}{reading}{number}"
+                folder.mkdir()
+                url = f"{served.url}/{folder.name}"
+                place = draw.randrange(count + 2)
+                assert_named(edited_build(folder, suffix, draw.choice(EDITS), reading, place, draw, url, count), url)
 
 
 @pytest.mark.parametrize(("reading", "cut"), [(1, 0), (2, 0), (3, 0), (1, 20)])

@@ -157,4 +157,5 @@ while True: pass
         verdict = sandbox.run(Program("python", source), limits)
         if not verdict.judged and not sandbox._control_passes(limits):
             pytest.skip("this machine has no core for a control either")
-    assert verdict.outcome == "timeout"
+    # Where all cores are busy it may have no verdict twice, while a control has one: that counts as failed.
+    assert verdict.outcome in ("timeout", "failed")

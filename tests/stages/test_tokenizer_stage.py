@@ -124,7 +124,7 @@ def test_other_pieces_are_another_tokenizer(tmp_path: Path) -> None:
             STAGE.inspect(config)
     # a report of a version without these keys
     report = tmp_path / "work/tokenizer/report.json"
-    value = json.loads(report.read_text())
+    value = durable.read_json(report)  # without its checksum, as that version wrote it
     value["config"] = {key: one for key, one in value["config"].items() if key not in OLD_SETTINGS}
     report.write_text(json.dumps(value))
     assert STAGE.inspect(with_pieces(max_piece_length=16)).ready
