@@ -191,13 +191,13 @@ def test_marks_that_never_close_cost_no_more_than_their_length(text: str, tmp_pa
 
 def mutated(content: bytes, random: Random) -> bytes:
     """A file with a part damaged, repeated, left out, or of another file's kind."""
-    content = bytearray(content)
+    damaged = bytearray(content)
     for _ in range(random.randint(1, 4)):
-        begin = random.randrange(len(content))
-        end = min(len(content), begin + random.choice((1, 1, 2, 8, 60)))
+        begin = random.randrange(len(damaged))
+        end = min(len(damaged), begin + random.choice((1, 1, 2, 8, 60)))
         hostile = (b"", b"\xff\xfe", b"null", b"[" * 5000, b'{"role":', b'"', b"\n", b"\\ud800", b"1e999", b'"from"')
-        content[begin:end] = random.choice((*hostile, bytes(content[end:begin:-1]), bytes(content[begin:end]) * 3))
-    return bytes(content)
+        damaged[begin:end] = random.choice((*hostile, bytes(damaged[end:begin:-1]), bytes(damaged[begin:end]) * 3))
+    return bytes(damaged)
 
 
 @pytest.mark.parametrize("count", [40, the_bar])
