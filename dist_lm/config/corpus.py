@@ -54,9 +54,9 @@ class SourceConfig:
     docs/data.md says which reader takes which key.
     """
 
-    # files | jsonl | parquet | csv | messages | tars | hub | hub_tools | hub_rankings | rankings (files of your own) |
-    # preferences | tools (generated) | synthetic_rankings (samples of the model, ranked by rules) | the import path of
-    # a function: my_package.my_module:read_notes
+    # files | jsonl | parquet | csv | arrow | messages | tars | hub | hub_tools | hub_rankings | rankings (files of your
+    # own) | preferences | tools (generated) | synthetic_rankings (samples of the model, ranked by rules) | the import
+    # path of a function: my_package.my_module:read_notes
     reader: str = MISSING
     language: str = ""  # the name that metrics have; english, python, bash and sql have rules of their own
     licence: str = ""
@@ -70,7 +70,9 @@ class SourceConfig:
     revision: str | None = None  # hub; none: main
     subset: str | None = None  # hub: configuration name of the data set
     data_dir: str | None = None  # hub: folder inside the data set
-    split: str | None = None  # hub: split of the data set; none: train (train/val is ours, by document hash)
+    # hub and files of rows: split of the data set, of files by their names; none: train (train/val is ours, by document
+    # hash)
+    split: str | None = None
     column: str = ""  # the column that holds the document; none: the default of the reader
     licence_column: str = ""  # the column that holds the licence of each row; none: `licence` for all
     language_column: str = ""  # the column that holds the language of each row; none: `language` for all

@@ -126,11 +126,15 @@ def hashed(listing: Inputs) -> Inputs:
 def changes(before: Inputs, now: Inputs) -> list[str]:
     """Returns how the inputs that are taken differ, in words for people: one text for a kind of difference.
 
-    The list is empty if they are the same. A text names at most `NAMED` files. Two hashes decide where both listings
+    The list is empty if they are the same. A text names at most `NAMED` files. A file that was left out for its suffix
+    alone is no new one, and one that is left out now for its split is not gone. Two hashes decide where both listings
     have them; otherwise size, time of change and ETag do. Another order is a difference, too.
     """
-    old = {file.name: file for file in before.taken}
-    new = {file.name: file for file in now.taken}
+    # Later releases read more suffixes, and leave out other splits than train. What was built stays as it is.
+    of_other_splits = {file.name for file in now.left_out if file.left_out.startswith("split ")}
+    passed_over = {file.name for file in before.left_out if file.left_out.startswith("suffix ")}
+    old = {file.name: file for file in before.taken if file.name not in of_other_splits}
+    new = {file.name: file for file in now.taken if file.name in old or not _was_passed_over(file.name, passed_over)}
     changes_in_words = []
     for kind, names in (
         ("new", [name for name in new if name not in old]),
@@ -148,6 +152,13 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
     if not changes_in_words and common != [name for name in new if name in old]:
         changes_in_words.append("the same files in another order")
     return changes_in_words
+
+
+def _was_passed_over(name: str, passed_over: set[str]) -> bool:
+    """Tells whether a file, or the zip that it is in, is among `passed_over`."""
+    while name and name not in passed_over:
+        name = name.rpartition("/")[0]
+    return bool(name)
 
 
 def difference(old: Input, new: Input) -> str:

@@ -13,17 +13,19 @@ from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
 from dist_lm.data.sources.formats import Row
-from dist_lm.data.sources.listing import bare_name, list_files
+from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
 from dist_lm.data.sources.rows import SourceRow, rows_of_files
 from dist_lm.data.sources.snapshot import Snapshot
+from dist_lm.data.sources.splits import LEFT_OUT
 from dist_lm.data.sources.tars import TEXT_MEMBER, samples
 from dist_lm.errors import ConfigError
 
 ROWS = 200  # read to guess columns
 LEAST = 0.01  # share of the bytes at a path below which files of a kind are left out
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+KINDS |= {".arrow": "arrow", ".feather": "arrow"}
 KINDS |= {".tar": "tars", ".tgz": "tars"}
 # Usual names of columns, the likeliest first.
 TEXTS = ("text", "content", "code", "txt", "body", "document", "article", "sql")
@@ -89,10 +91,24 @@ def propose(path: str) -> list[Proposal]:
             largest kind cannot be described.
         ArtefactError: a folder or URL cannot be listed, or the first file of a kind cannot be read.
     """
-    listing = list_files(SourceConfig(reader="files", path=[path]), _all_files)
+    # Source files of any name are read, but of tables only one split (`test.py`, `test.jsonl`).
+    listing = list_files(SourceConfig(reader="files", path=[path], held_out=True), _all_files)
+    of_other_splits: dict[str, str] = {}  # name -> split
+    if any(PurePosixPath(bare_name(file.name)).suffix in KINDS for file in listing.taken):
+        # Beside source files, tables of other splits alone are no reason for an error.
+        has_source_files = any(_kind(file.name, is_named=False) == "files" for file in listing.taken)
+        rule = _all_files if has_source_files else by_suffix(*KINDS)
+        tables = list_files(SourceConfig(reader="files", path=[path]), rule)
+        of_other_splits = {
+            file.name: file.left_out.removeprefix(LEFT_OUT)
+            for file in tables.left_out
+            if file.left_out.startswith(LEFT_OUT) and PurePosixPath(bare_name(file.name)).suffix in KINDS
+        }
     files_by_kind: dict[str, list[Input]] = {}
     for file in listing.taken:
-        files_by_kind.setdefault(_kind(file.name, len(listing.taken) == 1), []).append(file)
+        kind = _kind(file.name, len(listing.taken) == 1)
+        if kind == "files" or file.name not in of_other_splits:
+            files_by_kind.setdefault(kind, []).append(file)
     unreadable = files_by_kind.pop("", [])
     if not files_by_kind:
         raise ConfigError(f"{path}: nothing that a reader takes: {listing.summary()}, {_suffixes(unreadable)}")
@@ -103,6 +119,10 @@ def propose(path: str) -> list[Proposal]:
     notes: tuple[str, ...] = ()
     if left_out and "files" not in kinds:  # the reader `files` lists by itself the files that it leaves out
         notes = (f"not read: {_suffixes(left_out)}",)
+    if of_other_splits:
+        splits = Counter(of_other_splits.values())
+        counts = ", ".join(f"{split}: {count}" for split, count in splits.most_common(8))
+        notes = (*notes, f"not read: files of other splits than train ({counts}); a source with `split` reads them")
 
     proposals, refusals = [], []
     for kind in sorted(kinds):

@@ -30,7 +30,7 @@ CACHED_CHARACTERS = 64_000_000  # sum of small sources, which stay in memory and
 # Why documents were dropped -> what to do if a source has no other
 WAYS_OUT = {
     "too_long": "divide the documents, or raise corpus.max_document_bytes",
-    "compressed": "zip, bz2, xz and 7z files are not read: unpack them, or compress each file with gzip or zstd",
+    "compressed": "7z files are not read, and .zip, .xz and .bz2 only with their suffix: unpack or rename them",
     "duplicate": "equal texts came earlier in the corpus: remove the source",
 }
 

@@ -4,6 +4,10 @@
 TRANSPORTS = {"aiohttp", "fsspec", "http", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
 
 
+class RefusedContentError(OSError):
+    """Raised for content that is not read although it is no damage; the message is the end of a sentence about it."""
+
+
 def is_transient(error: BaseException) -> bool:
     """Returns whether the same request may succeed later: broken connections, time-outs, overloaded servers.
 
@@ -28,6 +32,8 @@ def unreadable(error: BaseException) -> str:
 
     The error of the system or of a request explains itself; any other one means that the content is wrong.
     """
+    if isinstance(error, RefusedContentError):
+        return str(error)
     if "requires too much memory" in str(error):  # words of zstd
         return "its zstd window is over 128 MiB: compress it again without --long"
     if "decrypt" in str(error).lower():  # words of pyarrow for parquet

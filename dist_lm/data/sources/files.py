@@ -1,4 +1,5 @@
-"""Reads source files and texts: each file is a document, and its suffix or shebang gives the language.
+"""Reads source files and texts: each file is a document, and its suffix or shebang gives the language. A notebook is a
+text in the language of its kernel.
 
 A folder with `.git` is a repository. If a source has several, the files of each stay next to each other and share a
 group, so a repository is held out as a whole.
@@ -10,13 +11,15 @@ from pathlib import PurePosixPath
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
+from dist_lm.data.sources import notebook
 from dist_lm.data.sources.failures import brief, unreadable
 from dist_lm.data.sources.listing import bare_name, base_of, list_files
-from dist_lm.data.sources.opening import OTHER_COMPRESSIONS, open_content, scheme_of
+from dist_lm.data.sources.opening import compressed_without_suffix, open_content, scheme_of
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.sandbox import limited
 
 LONGEST = 64 << 20  # bytes of a file, decompressed
 FIRST_LINE = 256  # bytes of a file in which a shebang is looked for
@@ -67,7 +70,7 @@ SUFFIXES = {
         "powershell": "ps1 psm1",
         "prolog": "pro",
         "protobuf": "proto",
-        "python": "py pyi pyw",
+        "python": "py pyi pyw ipynb",
         "r": "r",
         "restructuredtext": "rst",
         "ruby": "rb rake",
@@ -94,6 +97,7 @@ NAMES = {"dockerfile": "dockerfile", "makefile": "makefile", "gnumakefile": "mak
 INTERPRETERS = {"sh": "bash", "bash": "bash", "dash": "bash", "ksh": "bash", "zsh": "bash", "node": "javascript"}
 INTERPRETERS |= {name: name for name in ("python", "perl", "ruby", "lua", "php", "awk", "tcl", "julia", "groovy")}
 INTERPRETERS |= {"rscript": "r", "tclsh": "tcl", "gawk": "awk", "pwsh": "powershell"}
+KERNELS = {"c++": "cpp", "c#": "csharp", "f#": "fsharp", "octave": "matlab", "scheme": "lisp", "racket": "lisp"}
 TEXT = "text"  # language of a file that a source names although its language is unknown
 
 
@@ -144,7 +148,8 @@ def list_source_files(source: SourceConfig) -> Inputs:
     """Returns the files of a source; taken are those whose language is known, and among `only` if the source names
     some.
 
-    Files that a path names itself are taken whatever their language. Local files without a suffix are opened.
+    Files that a path names itself are taken whatever their language. Local files without a suffix are opened. A zip is
+    read if a path names or matches it; in a folder it is left out, because repositories have zips for their tests.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`; or ArtefactError: a file without a suffix cannot be read.
@@ -163,8 +168,8 @@ def list_source_files(source: SourceConfig) -> Inputs:
             return f"language {language}"
         return ""
 
-    rule.__doc__ = "source files, .txt or .md (plain, .gz or .zst)"
-    return list_files(source, rule, hidden=(".",))
+    rule.__doc__ = "source files, .txt or .md (plain, .gz, .zst, .xz or .bz2)"
+    return list_files(source, rule, hidden=(".",), of_rows=False)
 
 
 @reader(
@@ -175,7 +180,8 @@ def list_source_files(source: SourceConfig) -> Inputs:
     advice="check path, exclude and only; no file has text of its own",
 )
 def read_files(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
-    """Yields every file as a text, or `Rejected`: too_long, compressed, binary or invalid_utf8.
+    """Yields every file as a text, or `Rejected`: too_long, compressed, binary, invalid_utf8, broken_notebook, or
+    other_language for a notebook that is in none of `source.only`.
 
     `source.language` replaces the languages of the files; a file of unknown language that a path names is `text`.
     `seed` is not used.
@@ -200,6 +206,12 @@ def read_files(source: SourceConfig, seed: int, files: Snapshot | None = None) -
             language = shebang_language(content[:FIRST_LINE].partition(b"\n")[0])
         language = language or TEXT
         text, problem = _text(content)
+        if is_notebook(file.name) and not problem:
+            text, notebook_language, problem = _notebook(content)
+            language = source.language or notebook_language
+            if not problem and source.only and language not in map(str.lower, source.only):
+                yield Rejected("others", file.name, "other_language")
+                continue
         if problem:
             yield Rejected(language, file.name, problem)
             continue
@@ -264,15 +276,35 @@ def _root_of(name: str, roots: set[str]) -> str:
     return ""
 
 
+def is_notebook(name: str) -> bool:
+    """Tells whether a name is that of a Jupyter notebook, plain or compressed."""
+    return bare_name(name).endswith(notebook.SUFFIX)
+
+
+def _notebook(content: bytes) -> tuple[str, str, str]:
+    """Returns the text of a notebook, its language and an empty reason, or broken_notebook as the reason."""
+    # JSON takes many times its size in memory, so it is parsed with limits.
+    try:
+        text, kernel = limited.call(notebook.notebook_text, content)
+        text.encode()  # JSON can spell lone surrogates, which are no text
+    except (limited.LimitError, notebook.NotebookError, UnicodeEncodeError):
+        return "", notebook.DEFAULT, "broken_notebook"
+    if kernel in notebook.IPYTHON:
+        return text, "python", ""
+    languages = {*SUFFIXES.values()}
+    language = KERNELS.get(kernel, kernel)
+    return text, language if language in languages else TEXT, ""
+
+
 def _text(content: bytes) -> tuple[str, str]:
     """Returns the text of a file and an empty reason, or an empty text and why it is dropped.
 
-    The reasons are too_long, compressed (by a program whose files are not read), binary (a NUL in the first 8,192
+    The reasons are too_long, compressed (without the suffix of its compression), binary (a NUL in the first 8,192
     bytes) and invalid_utf8. A byte order mark is left out.
     """
     if len(content) > LONGEST:
         return "", "too_long"
-    if OTHER_COMPRESSIONS.match(content):
+    if compressed_without_suffix(content):
         return "", "compressed"
     # A NUL is in no source text, and early in nearly every binary file.
     if b"\0" in content[:8192]:

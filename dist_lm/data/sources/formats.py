@@ -1,4 +1,4 @@
-"""Reads files of rows, JSON lines, parquet and CSV, each as a stream with the number of every row.
+"""Reads files of rows, JSON lines, parquet and CSV (`arrow.py`: Arrow), each as a stream with the number of every row.
 
 A format is a function from the reading of a file to `(number, row, columns)`: the line or row counted from 1, or the
 key of a sample; the row as a mapping, or its problem; and the columns that the file or the row has. Reading continues
@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dist_lm.data.sources.listing import bare_name
-from dist_lm.data.sources.opening import OTHER_COMPRESSIONS
+from dist_lm.data.sources.opening import compressed_without_suffix
 from dist_lm.data.sources.snapshot import FileReading
 from dist_lm.errors import ArtefactError
 
@@ -95,7 +95,7 @@ def parquet_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> 
 
     _refuse_outer_compression(reading.name)
     # Nothing is fetched ahead: memory stays below a row group, and other columns cost no request.
-    with reading.open_raw(random_access=True) as raw:
+    with reading.open_seekable() as raw:
         file = pyarrow.parquet.ParquetFile(
             raw, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True, memory_map=False
         )
@@ -112,7 +112,7 @@ def parquet_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> 
             return
 
         for batch in file.iter_batches(batch_size=BATCH, columns=fetched, use_threads=False):
-            for row in _decoded(batch):
+            for row in decoded_rows(batch):
                 number += 1
                 yield number, row, columns
 
@@ -230,7 +230,7 @@ def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
         yield number, row, columns_in_row(row)
 
 
-def _decoded(batch: Any) -> Iterator[Row | BadRow]:
+def decoded_rows(batch: Any) -> Iterator[Row | BadRow]:
     """Yields the rows of a pyarrow batch; of a batch with a broken text row by row, and the problem of each broken
     row.
     """
@@ -255,20 +255,10 @@ def _refuse_outer_compression(name: str) -> None:
 
 
 def _refuse_foreign(name: str, first_bytes: bytes) -> None:
-    """Raises ArtefactError if a file begins with the byte order mark of UTF-16, or as zip, bz2, xz and 7z files do."""
-    if OTHER_COMPRESSIONS.match(first_bytes):
-        raise ArtefactError(
-            f"{name}: zip, bz2, xz and 7z files are not read: unpack it, or compress it with gzip or zstd"
-        )
+    """Raises ArtefactError if content begins with the byte order mark of UTF-16, or is compressed and its suffix does
+    not tell.
+    """
+    if words := compressed_without_suffix(first_bytes):
+        raise ArtefactError(f"{name}: {words}")
     if first_bytes.startswith(UTF16):
         raise ArtefactError(f"{name}: the text is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
-
-
-FORMATS: dict[str, Format] = {
-    ".jsonl": jsonl_rows,
-    ".ndjson": jsonl_rows,
-    ".json": jsonl_rows,
-    ".parquet": parquet_rows,
-    ".csv": csv_rows,
-    ".tsv": csv_rows,
-}

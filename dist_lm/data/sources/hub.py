@@ -121,7 +121,7 @@ def data_set_rows(source: SourceConfig, files: Snapshot | None = None) -> Iterat
     if source.path:
         # Keys of the hub would be ignored, and no key may be.
         for key in HUB_KEYS:
-            if getattr(source, key):
+            if key != "split" and getattr(source, key):
                 raise ConfigError(
                     f"corpus source reader={source.reader}: {key}={getattr(source, key)}: not together with path"
                 )

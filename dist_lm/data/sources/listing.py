@@ -5,6 +5,7 @@ or matched by a glob, is taken whatever its suffix. A folder is read to the bott
 files and folders, files of other suffixes, and files that `exclude` names are left out, and linked folders are read
 once. Patterns of `exclude` see names relative to the folder that is read. If a glob matched the file or folder itself,
 they see its name relative to the glob's last folder without magic letters; of a file that is named, its last part.
+A zip is a folder of its members. Readers of rows leave out files of other splits than train (`splits.py`).
 """
 
 import errno
@@ -12,7 +13,7 @@ import glob
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -21,9 +22,12 @@ from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
-from dist_lm.data.sources.failures import brief
+from dist_lm.data.sources.archive import is_zip, members_of
+from dist_lm.data.sources.failures import brief, unreadable
 from dist_lm.data.sources.http_file import http_info
 from dist_lm.data.sources.opening import COMPRESSIONS, filesystem, scheme_of
+from dist_lm.data.sources.saved import ARROW, STATE, saved_data_set
+from dist_lm.data.sources.splits import LEFT_OUT, SHARD, TRAIN, SplitRule, kind_of, split_of, split_rule
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 AGAIN = "read already (linked or named twice)"
@@ -58,7 +62,7 @@ def by_suffix(*suffixes: str) -> OwnRule:
             return ""
         return f"suffix {suffix}" if suffix else "no suffix"
 
-    rule.__doc__ = f"{', '.join(suffixes)} (plain, .gz or .zst)"
+    rule.__doc__ = f"{', '.join(suffixes)} (plain, .gz, .zst, .xz or .bz2)"
     return rule
 
 
@@ -80,19 +84,25 @@ def base_of(path: str) -> str:
     return base
 
 
-def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = (".", "_")) -> Inputs:
+def list_files(
+    source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = (".", "_"), *, of_rows: bool = True
+) -> Inputs:
     """Returns the files of `source.path`, each taken or with the reason why it is left out. Asks the servers of URLs.
 
-    Files are in the order of the paths, and in a path in the order of names. No file is read, except by `rule`.
+    Files are in the order of the paths, and in a path in the order of names. No file is read, except by `rule`, the
+    directories of zips, and `state.json` of data sets that `datasets` saved.
 
     Args:
         rule: decides about files that are found in a folder; its docstring says what it takes.
         hidden: first letters of hidden names.
+        of_rows: files are tables or lists: of a folder or glob the split is read that the source names, and zips in a
+            folder are folders. Otherwise only zips that are named, or matched by a glob, are.
 
     Raises:
         ConfigError: a path does not exist, has an unsupported scheme or holds nothing to read (the message says what
-            was left out), or `exclude` is no list of patterns. Without paths nothing is raised.
-        ArtefactError: a folder or URL cannot be listed. A UserError of `rule` passes.
+            was left out), or shards of several splits of train, or `exclude` is no list of patterns. Without paths
+            nothing is raised.
+        ArtefactError: a folder, URL or zip cannot be listed. A UserError of `rule` passes.
     """
     import pathspec
 
@@ -104,9 +114,12 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
             f".gitignore ({error})"
         ) from error
 
-    walk = _Walk(rule, hidden, exclude.match_file)
+    walk = _Walk(rule, hidden, exclude.match_file, of_rows)
     all_inputs: list[Input] = []
     for path in source.path or []:
+        if of_rows:
+            magic = path.removeprefix(base_of(path)) if glob.has_magic(path) else ""
+            walk.split_rule = split_rule(source.split, magic, source.held_out)
         try:
             inputs = list(walk.remote(path) if scheme_of(path) else walk.local(path))
         except FileNotFoundError as error:
@@ -131,8 +144,10 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
             raise ConfigError(
                 f"corpus source reader={source.reader}: path={path}: nothing to read there: expected {rule.__doc__}; "
                 f"{Inputs(tuple(inputs)).summary()}. A file that is named or matched by a glob is read whatever its "
-                "suffix"
+                f"suffix{_name_a_split(inputs)}"
             )
+        if of_rows and not source.split and not source.held_out:
+            _require_one_split(source, path, inputs)
         all_inputs += inputs
     return Inputs(tuple(all_inputs))
 
@@ -144,6 +159,9 @@ class _Walk:
     rule: OwnRule
     hidden: tuple[str, ...]
     excluded: Callable[[str], bool]  # relative name -> whether `exclude` names it; folders end in /
+    of_rows: bool  # as of `list_files`
+    split_rule: SplitRule = lambda name: ""  # decides on files of folders and globs by their relative names
+    matched: str = ""  # what a glob matched of the folder that is listed, with a slash at its end: part of these names
     listed: set[Any] = field(default_factory=set)  # (device, inode) of local files and folders, names of remote ones
 
     def local(self, path: str) -> Iterator[Input]:
@@ -178,7 +196,12 @@ class _Walk:
                 continue
             if is_glob:
                 yield from _repositories_above(name, searched_folders)
-            if not Path(name).is_dir():
+            self.matched = ""
+            if is_glob:
+                self.matched = name.removeprefix(base + "/") + "/"
+            if is_zip(name) and Path(name).is_file() and not rule(name):
+                yield from self._zip(name, "", is_named=True)
+            elif not Path(name).is_dir():
                 yield self._file(name, rule)
             elif is_glob and rule(name + "/"):
                 yield _local_input(name, "exclude")
@@ -203,6 +226,7 @@ class _Walk:
 
         with os.scandir(folder) as children:
             names = sorted(child.name for child in children)
+        saved = saved_data_set(folder) if STATE in names else None
         for name in names:
             path, relative = os.path.join(folder, name), below + name  # noqa: PTH118
             if not is_utf8(path):
@@ -219,8 +243,59 @@ class _Walk:
                 yield _local_input(path, "exclude")
             elif is_folder:
                 yield from self._folder(path, relative)
+            elif saved and name.endswith(ARROW) and name not in saved.files:
+                yield _local_input(path, "not of the saved data set")
+            elif self.of_rows and is_zip(name) and Path(path).is_file():
+                yield from self._zip(path, relative + "/")
             else:
-                yield self._file(path, self.rule)
+                # A saved data set knows its split, which its folder need not name.
+                below_split = f"{saved.split}/{relative}" if saved else relative
+                yield self._file(path, partial(self._found, below_split))
+
+    def _zip(self, path: str, below: str, *, is_named: bool = False) -> Iterator[Input]:
+        """Yields the inputs of the members of a zip, as of a folder; one that was listed before is left out.
+
+        Args:
+            below: the zip's name relative to the path of the source, with a slash at its end unless it is empty.
+            is_named: the source names the zip: a single member is taken whatever its suffix.
+
+        Raises:
+            ArtefactError: the zip cannot be read; names it.
+            UserError: as `rule` raises it.
+        """
+        if self._was_listed(path):
+            yield _local_input(path, AGAIN)
+            return
+        try:
+            members = members_of(path)
+            mtime_ns = os.stat(path).st_mtime_ns  # noqa: PTH116
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read: {unreadable(error)}") from error
+
+        hidden_parts: dict[str, None] = {}  # an ordered set
+        visible = {}
+        for member, entry in members.items():
+            parts = member.split("/")
+            depth = next((depth for depth, part in enumerate(parts) if self._is_hidden(part)), None)
+            if depth is None:
+                visible[member] = entry
+            else:
+                hidden_parts[f"{path}/{'/'.join(parts[: depth + 1])}{'/' if depth + 1 < len(parts) else ''}"] = None
+        yield from (Input(name, left_out="hidden") for name in hidden_parts)
+
+        for member, entry in visible.items():
+            name = f"{path}/{member}"
+            left_out = "exclude" if self.excluded(below + member) else ""
+            if not left_out and not (is_named and len(visible) == 1):
+                left_out = self._found(below + member, name)
+            yield Input(name, entry.compress_size, mtime_ns, f"crc32 {entry.CRC:08x}", left_out=left_out)
+
+    def _is_hidden(self, part: str) -> bool:
+        return part.startswith(self.hidden) and part not in (".", "..")
+
+    def _found(self, relative: str, name: str) -> str:
+        """Decides on a file that was found in a folder, by its relative and its whole name."""
+        return self.rule(name) or self.split_rule(self.matched + relative)
 
     def _file(self, name: str, rule: OwnRule) -> Input:
         """Returns the input of a file, and asks `rule` whether it is taken.
@@ -252,7 +327,10 @@ class _Walk:
 
     def _excluded_below(self, base: str, name: str) -> str:
         """Decides on a file or folder that a glob matched: patterns see its name below `base`."""
-        return "exclude" if self.excluded(name.removeprefix(base + "/")) else ""
+        relative = name.removeprefix(base + "/")
+        if self.excluded(relative):
+            return "exclude"
+        return "" if name.endswith("/") else self.split_rule(relative)
 
     def _was_listed(self, name: str) -> bool:
         """Tells whether a file or folder was listed before, under this or another name, and remembers it.
@@ -280,6 +358,8 @@ class _Walk:
         from pyarrow import fs
 
         scheme = scheme_of(url)
+        if is_zip(url.partition("?")[0]):
+            raise ConfigError(f"{url}: a zip behind a URL is not read: download it, and name the copy with path")
         if scheme in ("http", "https"):
             yield self._remote_input(url, http_info(url), self._excluded_file(url))
             return
@@ -303,11 +383,11 @@ class _Walk:
             if self.excluded(relative):
                 left_out = "exclude"
             elif is_glob:
-                left_out = ""
+                left_out = self.split_rule(relative)
             elif any(part.startswith(self.hidden) for part in relative.split("/")):
                 left_out = "hidden"
             else:
-                left_out = self.rule(name)
+                left_out = self._found(relative, name)
             yield self._remote_input(name, {"size": file.size, "mtime": file.mtime_ns}, left_out)
 
     def _remote_input(self, name: str, info: dict[str, Any], left_out: str) -> Input:
@@ -336,6 +416,30 @@ def remote_input(name: str, info: Mapping[str, Any], left_out: str = "") -> Inpu
     if size is None:
         size = -1
     return Input(name, size, mtime_ns, etag, left_out=left_out)
+
+
+def _name_a_split(inputs: Sequence[Input]) -> str:
+    """Returns advice if files of other splits were left out: the end of a sentence, else an empty text."""
+    splits = sorted({file.left_out.removeprefix(LEFT_OUT) for file in inputs if file.left_out.startswith(LEFT_OUT)})
+    return (
+        f"; files of {', '.join(splits)} are read if the source names the split: split: {splits[0]}" if splits else ""
+    )
+
+
+def _require_one_split(source: SourceConfig, path: str, inputs: Sequence[Input]) -> None:
+    """Refuses shards of several splits of train (`train_sft`, `train_gen`), which hold other things; returns nothing.
+
+    Raises:
+        ConfigError: names the splits.
+    """
+    files = [file for file in inputs if not file.left_out and SHARD.fullmatch(PurePosixPath(file.name).name)]
+    splits = sorted({split_of(PurePosixPath(file.name).name) for file in files})
+    of_train = [split for split in splits if kind_of(split) == TRAIN]
+    if len(of_train) > 1:
+        raise ConfigError(
+            f"corpus source reader={source.reader}: path={path}: it holds the splits {', '.join(of_train)}: name one, "
+            f"as split: {of_train[0]}"
+        )
 
 
 def is_utf8(name: str) -> bool:

@@ -43,6 +43,7 @@ READERS: dict[str, tuple[Form, str]] = {
     "jsonl": ("text", "dist_lm.data.sources.rows:read_jsonl"),
     "parquet": ("text", "dist_lm.data.sources.rows:read_parquet"),
     "csv": ("text", "dist_lm.data.sources.rows:read_csv"),
+    "arrow": ("text", "dist_lm.data.sources.rows:read_arrow"),
     "messages": ("conversation", "dist_lm.data.sources.messages:read_messages"),
     "tars": ("text", "dist_lm.data.sources.tars:read_tars"),
     "hub": ("text", "dist_lm.data.sources.hub:read_hub"),

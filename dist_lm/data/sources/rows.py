@@ -1,20 +1,24 @@
-"""Reads rows of jsonl, parquet and csv. Columns of a row give the text, language, licence and name of a document.
+"""Reads rows of jsonl, parquet, csv and arrow. Columns of a row give the text, language, licence and name of a
+document. Folders named `COLUMN=VALUE`, as of Hive, are columns of the rows in them.
 
 A row that gives no document is rejected with its place, FILE:LINE; one that is broken counts for
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from tarfile import TarError
 from typing import Any
+from urllib.parse import unquote
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
+from dist_lm.data.sources.arrow import arrow_rows
 from dist_lm.data.sources.failures import unreadable
-from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
+from dist_lm.data.sources.formats import BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
 from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.data.sources.snapshot import Snapshot
@@ -25,8 +29,21 @@ TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
 MAX_LANGUAGES = 200  # of a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
 WITH_DEFAULT = ("licence_column", "language_column", "id_column")
-TABLES = (parquet_rows, csv_rows)  # all rows of a file have its columns
-KEYS = ("language", "licence", "path", "exclude", "column", "licence_column", "language_column", "id_column", "only")
+FORMATS: dict[str, Format] = {
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".json": jsonl_rows,
+    ".parquet": parquet_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".arrow": arrow_rows,
+    ".feather": arrow_rows,
+}
+TABLES = (parquet_rows, csv_rows, arrow_rows)  # all rows of a file have its columns
+FOLDER_COLUMN = re.compile(r"([^=]+)=(.*)", re.DOTALL)
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+KEYS = ("language", "licence", "path", "exclude", "split", "column", "licence_column", "language_column", "id_column")
+KEYS += ("only",)
 NEEDS = ("language|language_column", "path")
 ADVICE = "check path and column; every row is empty, repeated, too long or left out"
 
@@ -74,13 +91,22 @@ def list_csv(source: SourceConfig) -> Inputs:
     return list_files(source, by_suffix(".csv", ".tsv"))
 
 
+def list_arrow(source: SourceConfig) -> Inputs:
+    """Lists .arrow and .feather files.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`.
+    """
+    return list_files(source, by_suffix(".arrow", ".feather"))
+
+
 def list_rows(source: SourceConfig) -> Inputs:
     """Lists files of any format that has rows.
 
     Raises:
         ConfigError, ArtefactError: as `list_files`.
     """
-    return list_files(source, by_suffix(".jsonl", ".ndjson", ".parquet", ".csv", ".tsv"))
+    return list_files(source, by_suffix(*(suffix for suffix in FORMATS if suffix != ".json")))
 
 
 @reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, takes_files=True, advice=ADVICE)
@@ -116,6 +142,17 @@ def read_csv(source: SourceConfig, seed: int, files: Snapshot | None = None) -> 
     yield from row_documents(source, rows)
 
 
+@reader(keys=KEYS, needs=NEEDS, inputs=list_arrow, takes_files=True, advice=ADVICE)
+def read_arrow(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
+    """Yields every row of Arrow files, as of `save_to_disk`, as a text or `Rejected`. `seed` is not used.
+
+    Raises:
+        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
+    """
+    rows = rows_of_files(files or Snapshot.of(source), named_columns(source, TEXT), arrow_rows)
+    yield from row_documents(source, rows)
+
+
 def named_columns(source: SourceConfig, *defaults: str) -> Named:
     """Returns the columns that a source names. `defaults`: for `column`, if the source names none."""
     keys = ("column", "licence_column", "language_column", "id_column")
@@ -131,13 +168,13 @@ def rows_of_files(
     """Yields the rows of all files that are taken, one after the other; a broken row is yielded as its problem.
 
     Args:
-        columns: those that are read of a parquet file; None: all.
-        whole_rows: read all columns of a parquet file.
+        columns: those that are read of a parquet or Arrow file; None: all.
+        whole_rows: read all columns of such a file.
         format_of_all: of every file, whatever its suffix; None: by suffix, JSON lines for an unknown one.
 
     Raises:
-        ConfigError: a parquet or CSV file lacks the column that the licence, language or name of rows is read from, or
-            the scheme of a URL is not supported.
+        ConfigError: a parquet, Arrow or CSV file lacks the column that the licence, language or name of rows is read
+            from, or the scheme of a URL is not supported.
         ArtefactError: a file is missing, truncated, damaged or of another format; the message names the last good row.
         ChangedInputError: a file is not as it was listed or first read.
     """
@@ -146,10 +183,13 @@ def rows_of_files(
     for file in files.listing.taken:
         read_rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(file.name)).suffix, jsonl_rows)
         number, is_checked = 0, False
+        of_folders = folder_columns(file.name)
         try:
             with files.reading(file) as reading:
-                wanted = None if whole_rows and read_rows is parquet_rows else column_names
+                wanted = None if whole_rows and read_rows in (parquet_rows, arrow_rows) else column_names
                 for number, row, row_columns in read_rows(reading, wanted):
+                    if of_folders and isinstance(row, dict):
+                        row, row_columns = {**of_folders, **row}, (*dict.fromkeys((*row_columns, *of_folders)),)
                     # All rows of a table have its columns, so the first one tells.
                     if not is_checked and read_rows in TABLES:
                         _check_columns(file.name, columns or [], row_columns)
@@ -161,6 +201,17 @@ def rows_of_files(
             raise ArtefactError(
                 f"{file.name}: cannot be read after row or line {number}: {unreadable(error)}"
             ) from error
+
+
+def folder_columns(name: str) -> dict[str, str | None]:
+    """Returns the columns that the folders of a file give its rows: `{"lang": "java"}` for `/data/lang=java/a.parquet`.
+
+    Names and values are decoded as in URLs. A value that Hive does not know is None.
+    """
+    folders = name.partition("?")[0].split("/")[:-1]
+    matches = [FOLDER_COLUMN.fullmatch(folder) for folder in folders]
+    columns = {unquote(match[1]): unquote(match[2]) for match in matches if match}
+    return {column: None if value == NO_VALUE else value for column, value in columns.items()}
 
 
 def _check_columns(name: str, columns: Named, file_columns: Sequence[str]) -> None:

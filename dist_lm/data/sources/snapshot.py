@@ -9,6 +9,8 @@ other change is an error that names the file.
 import hashlib
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +19,7 @@ from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs, difference, inputs_of
+from dist_lm.data.sources.archive import StoredMember
 from dist_lm.data.sources.listing import remote_input
 from dist_lm.data.sources.opening import (
     BUFFER,
@@ -26,6 +29,7 @@ from dist_lm.data.sources.opening import (
     filesystem,
     open_raw,
     scheme_of,
+    unpacked,
 )
 from dist_lm.errors import ChangedInputError
 
@@ -108,7 +112,7 @@ class FileReading:
             raise ChangedInputError(self.name, "it is missing") from error
         if isinstance(raw, HttpFile):
             raw.may_grow = may_grow
-        self._file = _ListedFile(raw, self._listed, may_grow)
+        self._file = _ListedFile(raw, self._listed, may_grow and not isinstance(raw, StoredMember))
         self._file.check(self._file.as_opened())
         return self._file
 
@@ -123,7 +127,22 @@ class FileReading:
         """
         compression = compression_of(self.name)
         raw = self.open_raw(may_grow=may_grow and not compression)
-        return io.BufferedReader(decompressed(raw, compression), BUFFER)
+        return io.BufferedReader(decompressed(unpacked(raw, self.name), compression), BUFFER)
+
+    def open_seekable(self) -> Any:
+        """Returns the file as it is stored, for random access; of a member of a zip its content, in a temporary file.
+
+        Raises:
+            ChangedInputError, OSError: as `open_raw`; or OSError: the member is damaged, or the disk is full.
+        """
+        raw = self.open_raw(random_access=True)
+        content = unpacked(raw, self.name)
+        if content is raw:
+            return raw
+        copy = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+        shutil.copyfileobj(content, copy, BUFFER)
+        copy.seek(0)
+        return copy
 
     def has_grown(self) -> bool:
         """Tells whether the file is larger now than it was listed, so that its last line may be unfinished."""
@@ -240,6 +259,8 @@ class _ListedFile(io.RawIOBase):
         if not scheme_of(name):
             # By descriptor, because another file may have its name by now.
             status = os.fstat(self._raw.fileno())
+            if isinstance(self._raw, StoredMember):  # the zip has another size than its member
+                return replace(self._listed, mtime_ns=status.st_mtime_ns)
             return Input(name, status.st_size, status.st_mtime_ns)
 
         # Before the first answer over http, nothing is known.
