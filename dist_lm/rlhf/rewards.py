@@ -314,6 +314,7 @@ class UsableRollouts:
     prompts: int  # number of prompts drawn, including prompts that have no scored rollout
     failed: Mapping[str, int]  # number of rollouts drawn without a score, by part
     marked: Mapping[str, int] = field(default_factory=dict)  # number of rollouts drawn with each mark
+    skipped: Mapping[str, int] = field(default_factory=dict)  # number of rollouts drawn that a part does not apply to
     # bool (B,), by part: where the rule does not apply and adds 0; parts that apply to all are left out
     skipped_B: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -323,7 +324,7 @@ class UsableRollouts:
         and that of each mark."""
         failed = {f"rlhf/failed_{name}": float(count) for name, count in self.failed.items()}
         marked = {f"reward/{name}": float(count) for name, count in self.marked.items()}
-        skipped = {f"rlhf/skipped_{name}": float(skip_B.sum()) for name, skip_B in self.skipped_B.items()}
+        skipped = {f"rlhf/skipped_{name}": float(count) for name, count in self.skipped.items()}
         if not failed:
             return {}
         return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed, **skipped, **marked}
@@ -371,5 +372,6 @@ def share_usable(judged: ScoredRollouts | None, some: bool = True, has_reward_mo
         prompts=shared.prompts,
         failed={name: int((~(np.abs(score_D) <= LARGEST_REWARD)).sum()) for name, score_D in scores.items()},
         marked={name: int(mark_D.sum()) for name, mark_D in shared.marks.items()},
+        skipped={name: int(skipped_D.sum()) for name, skipped_D in shared.skipped.items()},
         skipped_B={name: torch.from_numpy(skipped_D[kept_D]) for name, skipped_D in shared.skipped.items()},
     )

@@ -182,7 +182,7 @@ def test_a_completion_that_no_part_applies_to_is_left_out_without_a_failure():
     """As in TRL, where its advantage is 0. A reward model scores it, so then it stays."""
     scored = judge_of("matches_row", ["4", "4"], [{"answer": "4"}, {"answer": None}])
     assert share_usable(scored).kept_D.tolist() == [True, False]
-    assert share_usable(scored).metrics["rlhf/failed_mine"] == 0
+    assert share_usable(scored).metrics == {"rlhf/left_out": 0.5, "rlhf/failed_mine": 0, "rlhf/skipped_mine": 1}
     assert share_usable(scored, has_reward_model=True).kept_D.all()
     pair = concatenated([scored, ScoredRollouts(scored.rollouts, {"mine": np.array([0.0, 1.0])})])
     assert pair.skipped["mine"].tolist() == [False, True, False, False]
