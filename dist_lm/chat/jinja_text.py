@@ -19,8 +19,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from dist_lm.chat import json_text
-from dist_lm.chat.messages import END_THINKING, Call, ChatError, Conversation, Json, Message, Tool, turn_name
-from dist_lm.chat.template import BEGIN_THINKING
+from dist_lm.chat.messages import (
+    BEGIN_THINKING,
+    END_THINKING,
+    Call,
+    ChatError,
+    Conversation,
+    Json,
+    Message,
+    Tool,
+    turn_name,
+)
 from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 

@@ -30,7 +30,6 @@ from dist_lm.chat.jinja_text import (
     with_thinking_in_text,
 )
 from dist_lm.chat.messages import END_THINKING, ChatError, Conversation, Message, check_conversation, turn_name
-from dist_lm.chat.template import common_length
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF  # Unicode's private use area
@@ -382,7 +381,9 @@ def _first_token(page: _Page, parts: Sequence[_Part], begins: Sequence[int], sta
     # The opening may end inside a text, as `assistant\n` does; the answer begins where the tokens differ from its own.
     if part.begin < start:
         part_ids = page.splitter.encoded_text(part.text)
-        first += common_length(part_ids, page.splitter.encoded_text(part.text[: start - part.begin]))
+        opening_ids = page.splitter.encoded_text(part.text[: start - part.begin])
+        pairs = zip(part_ids, opening_ids, strict=False)
+        first += next((index for index, (a, b) in enumerate(pairs) if a != b), len(opening_ids))
     return first
 
 

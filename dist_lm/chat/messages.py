@@ -7,7 +7,8 @@ from dist_lm.errors import UserError, utf8
 
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES = ("system", "user", "assistant", "tool")
-END_THINKING = "</think>"  # stands behind the thinking of a turn, in our layout and in those of most models
+# These stand around the thinking of a turn, in our layout and in those of most models.
+BEGIN_THINKING, END_THINKING = "<think>", "</think>"
 Json = Any
 """A value that `json.loads` returns: None, bool, int, float, str, list, or dict with str keys."""
 

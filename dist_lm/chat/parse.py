@@ -15,6 +15,7 @@ from typing import Any
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import (
+    BEGIN_THINKING,
     END_THINKING,
     Call,
     ChatError,
@@ -25,7 +26,7 @@ from dist_lm.chat.messages import (
     check_conversation,
     check_message,
 )
-from dist_lm.chat.template import BEGIN_THINKING, INSTRUCTION, INTRODUCTION, answer_tokens, stop_tokens
+from dist_lm.chat.template import INSTRUCTION, INTRODUCTION, answer_tokens, stop_tokens
 from dist_lm.errors import UserError
 from dist_lm.tokenizer.symbols import (
     CALL,

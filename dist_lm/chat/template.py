@@ -24,6 +24,7 @@ import numpy as np
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import (
+    BEGIN_THINKING,
     END_THINKING,
     ChatError,
     Conversation,
@@ -53,7 +54,6 @@ FORMAT = 5  # counts changes of the layout in tokens: corpora of another format 
 # These texts stand around the tools. They explain the marks without spelling one, so that no mark is there in vain.
 INTRODUCTION = "# Tools\n\nYou may call these functions. Each line describes one as JSON:\n"
 INSTRUCTION = '\n\nFor each call, write a JSON object with the keys "name" and "arguments" between the marks of a call.'
-BEGIN_THINKING = "<think>"
 
 
 @dataclass(frozen=True)
