@@ -127,6 +127,8 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
     # A plan is shown only if nothing in it is refused.
     no_profile = untraced(plan.target)
     show_plan(plan, console)
+    if config.dry_run:
+        warn_of_repetition(plan, console)
     if no_profile:
         console.warning(no_profile)
     if config.dry_run:
@@ -192,6 +194,16 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("stage", "plan", ""),
         [(stage.name, stage.action.value, stage.detail) for stage in plan.stages],
     )
+
+
+def warn_of_repetition(plan: Plan, console: Console) -> None:
+    """Warns of corpora that a stage of the plan reads many times, as far as they are there. A stage that starts warns
+    of its own."""
+    from dist_lm.stages.training.stage import TrainingStage
+
+    for planned in plan.missing:
+        if isinstance(planned.stage, TrainingStage) and (warning := planned.stage.repetition(planned.config)):
+            console.warning(warning)
 
 
 def describe_steps(plan: Plan, console: Console) -> None:

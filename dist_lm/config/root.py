@@ -163,7 +163,8 @@ class Config:
 
         traced = self.profile.steps
         accepted = f"steps up to stage.steps={stage.steps}"
-        require(not traced or traced[1] <= stage.steps, "profile.steps", traced, accepted)
+        is_known = bool(stage.steps) or not stage.epochs
+        require(not is_known or not traced or traced[1] <= stage.steps, "profile.steps", traced, accepted)
         self._check_eval_tasks()
 
         # Building the shape refuses ranks and targets of adapters that do not fit the model.

@@ -212,10 +212,14 @@ class TrainingGroup(StageGroup):
     eval_new_tokens: int = 512  # longest answer to their questions about code
     log_every: int = 1  # steps
 
+    epochs: ClassVar[float] = 0.0
     ema_decay: ClassVar[float] = 0.0
 
     def __post_init__(self) -> None:
         for key in ("steps", "keep_checkpoints", "eval_new_tokens", "log_every"):
+            # Steps that follow from epochs are not known before the corpus is there.
+            if key == "steps" and self.epochs and self.steps == 0:
+                continue
             require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
         for key in ("checkpoint_every", "eval_every"):
             require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
@@ -234,6 +238,8 @@ class TrainerGroup(OptimizerConfig, TrainingGroup):
 
     # RUN@STEP of this stage that the run continues under another schedule: weights, optimizer, step, place in the data
     branch_from: str = ""  # pyright: ignore[reportIncompatibleVariableOverride]
+    # passes over `corpus`, in place of steps, which follow before the first one (rounded up); 0: steps count
+    epochs: float = 0.0  # pyright: ignore[reportIncompatibleVariableOverride]
     seq_len: int = 256  # tokens
     global_batch: int = 16  # sequences per step over all ranks
     micro_batch: int = 8  # sequences per forward pass of a rank
@@ -262,6 +268,8 @@ class TrainerGroup(OptimizerConfig, TrainingGroup):
             require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
         for key in ("warmup_steps", "eval_sequences"):
             require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
+        require(0 <= self.epochs < math.inf, "stage.epochs", self.epochs, "a positive number of passes, or 0 (off)")
+        require(not self.epochs or bool(self.corpus), "stage.epochs", self.epochs, "0 without stage.corpus")
         self._check_schedule()
         require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
         require(0 <= self.ema_decay < 1, "stage.ema_decay", self.ema_decay, "in [0, 1) (0 is off)")
@@ -278,6 +286,8 @@ class TrainerGroup(OptimizerConfig, TrainingGroup):
         require(0 < self.decay_share <= 1, "stage.decay_share", self.decay_share, "in (0, 1]")
         require(self.decay in DECAYS, "stage.decay", self.decay, " or ".join(DECAYS))
 
+        if self.epochs and not self.steps:  # compared when the steps are known
+            return
         # Other schedules do not read decay_steps, so they take 0 alone.
         longest = max(0, self.steps - self.warmup_steps) if self.schedule == WSD else 0
         accepted = f"at most {longest}, the steps after the warm-up (0 unless stage.schedule={WSD})"

@@ -133,6 +133,8 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
             f"{span(seconds)} a step, {four_digits(tokens / seconds)} tokens/s, MFU {percent(mfu)}, "
             f"{stage.steps:,} steps in {duration(seconds * stage.steps)}"
         )
+        if not stage.steps:
+            estimate = estimate.rpartition(", ")[0] + f"; the steps of {stage.epochs:g} epochs follow from the corpus"
 
     dtype = "bf16" if is_half(config) else "fp32"
     batch = f"{stage.global_batch} sequences of {stage.seq_len} tokens; a rank takes {micro_batches} x {sequences}"

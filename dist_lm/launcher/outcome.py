@@ -10,7 +10,7 @@ from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.prepare.compose import own_groups
 from dist_lm.prepare.conf_folders import with_config_dir
 from dist_lm.prepare.plan import Plan, PlannedStage, plan_command
-from dist_lm.stages.registry import all_stages
+from dist_lm.stages.registry import all_stages, load_config
 from dist_lm.stages.stage import KeyFigure, RunsIn, run_of, shown_path
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -78,7 +78,7 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     if queued.state == "waiting":
         steps = ""
         if stage.stage.runs_in is RunsIn.RANKS:
-            steps = f"0/{stage.config.stage.steps:,}"
+            steps = f"0/{stage.config.stage.steps:,}" if stage.config.stage.steps else ""
         return (stage.name, state, steps, "", "", "", "")
 
     if queued.state == "done" and queued.seconds is None:
@@ -104,7 +104,11 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     if result:
         steps = f"{result['steps']:,}"
     else:
-        steps = f"{int(last_metrics(run.metrics).get('step', 0)):,}/{stage.config.stage.steps:,}"
+        # The plan does not know steps that follow from stage.epochs if the corpus was built after it.
+        planned_steps = stage.config.stage.steps
+        if not planned_steps and run.config.exists():
+            planned_steps = load_config(run.config).stage.steps
+        steps = f"{int(last_metrics(run.metrics).get('step', 0)):,}/{planned_steps:,}"
     figures = "; ".join(key_figures(run, result, stage.stage.key_figures))
     curve = sparkline([*measured(run, stage.stage.curve).values()], CURVE_WIDTH, ramp)
     return (stage.name, state, steps, duration, figures, curve, output_path)

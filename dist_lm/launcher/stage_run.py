@@ -26,6 +26,7 @@ from dist_lm.prepare.layout import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.prepare.plan import PlannedStage
 from dist_lm.prepare.run import begin_attempt, launch_lock, rank_lock
 from dist_lm.stages.stage import Action, run_of
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_state import GangFacts
@@ -290,9 +291,9 @@ def run_training_stage(
 ) -> bool:
     """Runs a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
 
-    It writes the configuration and the journal of the run, and holds its lock. It first waits for other ranks that
-    train the run. A run that another command has finished since the plan is left as it is (True). Otherwise it removes
-    `result.json`, which a finished run that goes on with more steps has.
+    It writes the configuration and the journal of the run, and holds its lock. It warns of corpora that are read many
+    times, and first waits for other ranks that train the run. A run that another command has finished since the plan
+    is left as it is (True). Otherwise it removes `result.json`, which a finished run that goes on with more steps has.
 
     Args:
         job: batch job of this process.
@@ -309,6 +310,11 @@ def run_training_stage(
         OSError: a file of the run cannot be read or written.
         RuntimeError: ranks that did not stop in time remain even after SIGKILL.
     """
+    # The corpora are there now, so the steps that follow from stage.epochs are known.
+    training = training_stage(stage.name)
+    stage = replace(stage, config=training.with_steps(stage.config))
+    if warning := training.repetition(stage.config):
+        console.warning(warning)
     config, ranks = fitted(stage, cluster)
     run = run_of(config)
     possible_nodes = sizes(config, ranks, stage.continued)

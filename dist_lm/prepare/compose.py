@@ -49,6 +49,7 @@ PIPELINE = "pipeline"
 CORPORA = "corpus.corpora"
 NAMED = ("model", "corpus", "stage")  # groups whose files may leave out `name`
 VOCAB_SIZE = "model.vocab_size"
+STEPS = "stage.steps"
 
 
 def register_schema(schema: type[Config]) -> None:
@@ -95,6 +96,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
             if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
                 composed[override.key_or_group].name = override.value()
         _follow_tokenizer(composed, parsed)
+        _follow_epochs(composed, parsed)
         try:
             config = OmegaConf.to_object(composed)
         except ConfigError as error:
@@ -136,6 +138,20 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
             f"{VOCAB_SIZE}={vocab_size}, or leave it out"
         )
     OmegaConf.update(composed, VOCAB_SIZE, vocab_size)
+
+
+def _follow_epochs(composed: Any, overrides: Sequence[Override]) -> None:
+    """Sets `stage.steps` in `composed` to 0 if it follows from `stage.epochs`, which needs the corpus.
+
+    Raises:
+        ConfigError: the command sets both.
+    """
+    epochs = composed.stage.get("epochs")
+    if not epochs:
+        return
+    given_steps = [override.value() for override in overrides if override.key_or_group == STEPS]
+    require(not given_steps, STEPS, given_steps[-1:], f"not together with stage.epochs={epochs}: leave one of them out")
+    OmegaConf.update(composed, STEPS, 0)
 
 
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:

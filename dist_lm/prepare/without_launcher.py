@@ -21,6 +21,7 @@ from dist_lm.prepare.layout import check_hardware, on_nodes, with_layout
 from dist_lm.prepare.plan import Plan, PlannedStage, may_need, plan_command, untraced
 from dist_lm.prepare.run import Ranks, begin_attempt, launch_lock, rank_lock
 from dist_lm.stages.stage import Action, RunsIn, run_of
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.training.heartbeat import StopRequest
@@ -57,6 +58,8 @@ def prepare_stage(
     require_earlier(plan, overrides, ranks)
     if no_profile := untraced(planned):
         console.warning(no_profile)
+    if warning := training_stage(planned.name).repetition(planned.config):
+        console.warning(warning)
 
     given_keys = {override.partition("=")[0] for override in overrides}
     config = with_layout(on_these_ranks(planned.config, ranks, given_keys), ranks.per_node, console, planned.continued)

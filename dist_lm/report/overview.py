@@ -9,9 +9,11 @@ import numpy as np
 from dist_lm.evaluation.comparison import comparison_text, rows_of
 from dist_lm.report.charts import HEADLINES, NUM_VISIBLE, registered_metric
 from dist_lm.report.facts import EMPTY, RunFacts
-from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
+from dist_lm.tracking.readable import counted, duration, four_digits, passes_in_words, readable_count
 
 LONGEST = 1600  # most characters of a text
+EPOCHS = "train/epochs"
+NUM_MIXED = 3  # corpora of a mix that a card names
 # A key of a sample that holds a judgement -> the words for true and for false.
 VERDICTS = {"right": ("right", "wrong"), "parses": ("parses", "does not parse")}
 ANSWERS = ("completion", "found", "text")
@@ -73,6 +75,9 @@ def _words(run: RunFacts) -> str:
     elif "answers" in run.result:
         facts.append(f"{run.result['answers']:,} answers")
 
+    if epochs := _epochs(run):
+        facts.append(epochs)
+
     if parameters := run.result.get("parameters"):
         facts.append(f"{readable_count(parameters)} parameters")
     elif run.config.get("model", {}).get("name"):
@@ -87,6 +92,21 @@ def _words(run: RunFacts) -> str:
         facts.append(duration(float(run.clock.values.max() - run.clock.values.min())))
 
     return " · ".join(fact.replace(" ", "\u00a0") for fact in facts)
+
+
+def _epochs(run: RunFacts) -> str:
+    """Returns the passes over the corpora, that of the stage first: `3.0 epochs, 0.20 of language`; empty if they are
+    not known."""
+    newest = {
+        name.removeprefix(EPOCHS): float(series.values[-1])
+        for name, series in sorted(run.series.items())
+        if name.startswith(EPOCHS) and len(series.values)
+    }
+    if "" not in newest:
+        return ""
+    own = newest.pop("")
+    others = [f"{passes_in_words(number)} of {suffix.removeprefix('_')}" for suffix, number in newest.items()]
+    return ", ".join([f"{passes_in_words(own)} epochs", *others[:NUM_MIXED]])
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ EVALUATION_FREE_KEYS = (
     *("stage.cache_tokens", "eval.pool."),
 )
 # A change of the schedule is refused only if it changes the learning rate of a step that was taken.
-SCHEDULE_KEYS = ("stage.steps", "stage.schedule", "stage.decay", "stage.min_lr_ratio")
+SCHEDULE_KEYS = ("stage.steps", "stage.epochs", "stage.schedule", "stage.decay", "stage.min_lr_ratio")
 # Besides the schedule, a branch has its own name and its own measurements.
 BRANCH_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
 
@@ -268,6 +268,10 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
             "weights alone"
         )
 
+    # Steps that follow from epochs are compared when the corpus is there.
+    if config.stage.epochs and not config.stage.steps:
+        require_same_content(start, run, config.corpus_names)
+        return start
     # A branch continues at the step of its start, with at least one step to take.
     accepted = f"more than {state.step}, the steps of {branch_from}"
     require(config.stage.steps > state.step, "stage.steps", config.stage.steps, accepted)

@@ -10,8 +10,11 @@ from omegaconf import MISSING
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
+from dist_lm.data.epochs import CorpusPass, shares_of, text_sequences
 from dist_lm.data.sources.reader import form_of
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
+from dist_lm.stages.stage import run_of
 from dist_lm.stages.training.arguments import DataArguments, StageData
 from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
 from dist_lm.storage.run_directory import RunDirectory
@@ -20,7 +23,6 @@ from dist_lm.tracking.readable import change
 if TYPE_CHECKING:
     from dist_lm.data.evaluation_batches import EvaluationBatches
     from dist_lm.data.stream import SequenceStream
-    from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.model.transformer import Transformer
     from dist_lm.tracking.console import Console
     from dist_lm.training.objective import Objective
@@ -107,7 +109,6 @@ class TextStage(TrainingStage):
             ConfigError: the batch does not divide over the ranks.
         """
         from dist_lm.data.sequences import note_of_left_out
-        from dist_lm.data.token_corpus import TokenCorpus
 
         if arguments.world.is_first:
             # The documents are the same on every rank, so one warning is enough.
@@ -117,7 +118,23 @@ class TextStage(TrainingStage):
                     stage = arguments.config.stage
                     if note := note_of_left_out(corpus, stage.seq_len, too_long=stage.too_long):
                         log.warning("%s", note)
-        return StageData(open_stream(arguments), evaluator(arguments), bytes_per_token(arguments.run, arguments.config))
+        stream = open_stream(arguments)
+        shares = shares_of(arguments.config.stage.corpus, arguments.config.stage.mix)
+        passes = tuple(
+            CorpusPass(name, sequences.n_sequences, share)
+            for (name, share), sequences in zip(shares.items(), stream.corpora, strict=True)
+        )
+        text_bytes = bytes_per_token(arguments.run, arguments.config)
+        return StageData(stream, evaluator(arguments), text_bytes, passes)
+
+    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+        stage, work = config.stage, run_of(config).work
+        passes = []
+        for name, share in shares_of(stage.corpus, stage.mix).items():
+            fim_rate = fim_rate_of(config) if name == stage.corpus else 0.0
+            corpus = TokenCorpus.open(work.corpus(name), "train")
+            passes.append(CorpusPass(name, text_sequences(corpus, stage.seq_len, fim_rate), share))
+        return tuple(passes)
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Returns `gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone, by language and for
@@ -129,7 +146,6 @@ class TextStage(TrainingStage):
             ArtefactError: the corpus or the tokenizer is missing or damaged.
         """
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
-        from dist_lm.data.token_corpus import TokenCorpus
         from dist_lm.tokenizer.tokenizer import Tokenizer
 
         corpus = TokenCorpus.open(run.work.corpus(config.stage.corpus), "val")
@@ -168,7 +184,6 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
     """
     from dist_lm.data.infill import Infill, InfillMarks
     from dist_lm.data.stream import SequenceStream
-    from dist_lm.data.token_corpus import TokenCorpus
 
     config, stage = arguments.config, arguments.config.stage
     corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "train") for name in stage.corpus_names}
@@ -218,7 +233,6 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
     """
     from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles
-    from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
     stage, device = arguments.config.stage, arguments.world.device

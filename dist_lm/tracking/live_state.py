@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from dist_lm.tracking.metrics import is_late
-from dist_lm.tracking.readable import four_digits, percent, three_decimals
+from dist_lm.tracking.readable import four_digits, listed, passes_in_words, percent, three_decimals
 
 LIMIT = 256  # most points of a series: more than a terminal has columns
 StageState = Literal["waiting", "running", "done"]
@@ -92,6 +92,9 @@ FIGURES = (
     Figure("train/lr", "lr", four_digits, floor=0.0, importance=9),
 )
 """Rows of a training stage, in this order; a metric that the stage does not have gets no row."""
+
+EPOCHS = "train/epochs"
+NAMED_CORPORA = 3  # of a mix, in a line
 
 HEADLINES = (
     ("rlhf/win_rate", "wins {}", percent),
@@ -203,6 +206,16 @@ class TrainingState:
         if step != self.step:
             text += f" @ {step:,}"
         return text
+
+    @property
+    def epochs(self) -> str:
+        """The passes over the corpora so far: `1.2`, or `1.2 (language 0.30)` with a mix; empty if not known."""
+        if EPOCHS not in self.newest:
+            return ""
+        mixed = sorted(name for name in self.newest if name.startswith(EPOCHS + "_"))
+        others = [f"{name.removeprefix(EPOCHS + '_')} {passes_in_words(self.newest[name][0])}" for name in mixed]
+        text = passes_in_words(self.newest[EPOCHS][0])
+        return f"{text} ({listed(others, NAMED_CORPORA)})" if others else text
 
     def hear(self, ranks: Sequence[RankPulse], now: float) -> None:
         """Record the heartbeats of all ranks."""

@@ -121,6 +121,8 @@ class TrainingProgress:
         separated by two spaces."""
         state = self.state
         facts = [f"step {state.step:,}/{state.steps:,}"]
+        if epochs := state.epochs:
+            facts.append(f"epoch {epochs}")
         figures = [figure for figure in FIGURES if figure.plain]
         facts += filter(None, (state.shown(figure.metric, figure.plain, figure.form) for figure in figures))
 

@@ -98,6 +98,13 @@ def listed(names: Sequence[str], most: int) -> str:
     return text
 
 
+def passes_in_words(number: float) -> str:
+    """Returns a number of passes with two significant digits or more: `80`, `3.2`, `0.012`."""
+    if number >= 9.95:
+        return f"{number:,.0f}"
+    return f"{number:.1f}" if number >= 0.95 else f"{number:.2g}"
+
+
 def span(seconds: float) -> str:
     """Formats a time in seconds to three digits: `0.288 ms`, `46.2 ms`, `1.63 s`, `29:50 min`, `1:24:03 h`."""
     if seconds < 1:

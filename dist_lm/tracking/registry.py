@@ -120,6 +120,17 @@ LEARNING = (
         ("train/tokens", "tokens", "", "Tokens trained on so far (preference, reward: choices)."),
     ),
     *_table(
+        "loss",
+        LOOP_STAGES,
+        ("train/epochs", "", "", "Passes over stage.corpus so far."),
+    ),
+    *_table(
+        "loss",
+        TEXT_STAGES,
+        ("train/epochs_{corpus}", "", "", "Passes over a mixed corpus so far."),
+        only="with stage.mix",
+    ),
+    *_table(
         "optimizer",
         LOOP_STAGES,
         ("train/grad_norm", "", "", "L2 norm of the gradient before clipping."),

@@ -15,6 +15,7 @@ import torch
 
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
+from dist_lm.data.epochs import CorpusPass, epochs_of
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.errors import UserError
 from dist_lm.model.keyed_random import DropoutKey
@@ -74,6 +75,7 @@ class Trainer:
     flops_per_token: int
     peak_flops: float  # FLOP/s, sum over ranks; 0: unknown
     bytes_per_token: float = 0.0  # UTF-8 bytes of the training text per token; 0: unknown
+    passes: Sequence[CorpusPass] = ()  # corpora of `stream`, that of the stage first
     profiler: StepProfiler | None = None
     prepare: Prepare | None = None  # called on the micro-batches before the passes of a step
     tasks: StepTasks | None = None
@@ -230,6 +232,7 @@ class Trainer:
             "train/loss_spikes": state.loss_spikes,
             "perf/memory_gib": peak_memory_gib(self.world.device),
         }
+        line |= epochs_of(self.passes, state.position)
         line |= {f"train/grad_norm_{group}": norm for group, norm in result.grad_norms.items()}
         line |= result.metrics | meter.line()
 

@@ -84,6 +84,7 @@ class RankingStream(StepStream):
 
         # Rows depend on lengths alone, so all epochs share one packing.
         packing = packed(rankings.corpus, seq_len, kind=ALL)
+        self.n_sequences = packing.n_rows  # an epoch
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
             self.batch,

@@ -27,6 +27,7 @@ from dist_lm.stages.reward.ranks import (
     example_places,
     example_tree,
     open_rankings,
+    passes_over,
     ranking_batches,
     ranking_stream,
 )
@@ -66,7 +67,7 @@ def open_data(arguments: DataArguments) -> StageData:
         logprobs, point = seen_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
         return held_out_metrics(loss, val, val_reference, logprobs, point, config.seed)
 
-    return StageData(stream, evaluate)
+    return StageData(stream, evaluate, passes=passes_over(arguments, stream))
 
 
 def _references(

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.root import Config
+from dist_lm.data.epochs import CorpusPass, ranking_sequences
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import require
 from dist_lm.stages.preference.config import PreferenceRunConfig, settings_of
-from dist_lm.stages.stage import VAL_LOSS, KeyFigure
+from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
 from dist_lm.stages.training.stage import DataArguments, StageData, TrainingStage, before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent, three_decimals
@@ -57,6 +59,10 @@ class Preference(TrainingStage):
         from dist_lm.rlhf.preference_objective import preparation
 
         return preparation(PreferenceLoss(settings_of(config)))
+
+    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+        corpus = TokenCorpus.open(run_of(config).work.corpus(config.stage.corpus), "train")
+        return (CorpusPass(config.stage.corpus, ranking_sequences(corpus, config.stage.seq_len)),)
 
     def open_data(self, arguments: DataArguments) -> StageData:
         from dist_lm.stages.preference import ranks as preference_ranks

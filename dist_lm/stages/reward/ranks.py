@@ -15,6 +15,7 @@ from dist_lm.chat.template import stop_tokens
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPositions
+from dist_lm.data.epochs import CorpusPass
 from dist_lm.data.evaluation_batches import evenly_spaced
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
@@ -63,7 +64,8 @@ def open_data(arguments: DataArguments) -> StageData:
         scores = scores_of_rankings(model, batches, arguments.world.device, arguments.data_ranks, alive)
         return reward_metrics(scored_rankings(val, scores))
 
-    return StageData(ranking_stream(arguments, train, settings.learn_from, settings.label_noise), evaluate)
+    stream = ranking_stream(arguments, train, settings.learn_from, settings.label_noise)
+    return StageData(stream, evaluate, passes=passes_over(arguments, stream))
 
 
 def open_rankings(arguments: DataArguments, takes_labels: bool = False) -> tuple[RankingCorpus, RankingCorpus]:
@@ -91,6 +93,11 @@ def open_rankings(arguments: DataArguments, takes_labels: bool = False) -> tuple
             if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
                 log.warning("%s", note)
     return train, val
+
+
+def passes_over(arguments: DataArguments, stream: RankingStream) -> tuple[CorpusPass, ...]:
+    """Returns the one corpus that a stream of rankings reads."""
+    return (CorpusPass(arguments.config.stage.corpus, stream.n_sequences),)
 
 
 def ranking_stream(

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.root import Config
+from dist_lm.data.epochs import CorpusPass, ranking_sequences
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import require
 from dist_lm.stages.reward.config import RewardRunConfig
-from dist_lm.stages.stage import VAL_LOSS, KeyFigure
+from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
 from dist_lm.stages.training.stage import (
     DataArguments,
     EvaluationArguments,
@@ -63,6 +65,10 @@ class Reward(TrainingStage):
         from dist_lm.rlhf.reward_model import choices_of_people
 
         return choices_of_people
+
+    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+        corpus = TokenCorpus.open(run_of(config).work.corpus(config.stage.corpus), "train")
+        return (CorpusPass(config.stage.corpus, ranking_sequences(corpus, config.stage.seq_len)),)
 
     def open_data(self, arguments: DataArguments) -> StageData:
         from dist_lm.stages.reward import ranks as reward_ranks

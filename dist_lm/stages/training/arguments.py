@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
+    from dist_lm.data.epochs import CorpusPass
     from dist_lm.data.stream import StepStream
     from dist_lm.model.transformer import Transformer
     from dist_lm.parallel.mesh import World
@@ -42,6 +43,7 @@ class StageData:
     stream: "StepStream"
     evaluate: "Evaluate"
     bytes_per_token: float = 0.0  # mean of the training text; 0: the data is not text
+    passes: "tuple[CorpusPass, ...]" = ()  # corpora of the stream, that of the stage first
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             flops_per_token=flops_per_token(shape, config.stage.seq_len),
             peak_flops=world.size * flops_per_rank,
             bytes_per_token=data.bytes_per_token,
+            passes=data.passes,
             profiler=step_profiler(run, config, world),
             prepare=stage.prepare(config),
             tasks=tasks,
@@ -301,7 +302,8 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             if metrics:
                 metrics.write(state.step, figures)
                 last = last_metrics(run, state.step, "val/loss")
-                more = {"skipped_steps": state.skipped_steps, "packing": stream.packing}
+                epochs = {one.corpus: one.epochs(state.position) for one in data.passes}
+                more = {"skipped_steps": state.skipped_steps, "packing": stream.packing, "epochs": epochs}
                 more |= stage.result(config, run, last)
                 write_success(run, config, state, time.time() - began, last, more)
         del evaluation_arguments, whole_copy, model

@@ -1,23 +1,28 @@
 """Stages that train on a gang of ranks: their interface to the launcher and to ranks."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.corpus import HF
 from dist_lm.config.root import TRUST_ME, Config
+from dist_lm.data.epochs import NAMED as MOST_CORPORA
+from dist_lm.data.epochs import CorpusPass, in_words, repetition_warning
 from dist_lm.data.manifest import require_content, require_inputs
+from dist_lm.errors import ArtefactError, UserError
 from dist_lm.stages.continuing import (
     FREE_KEYS,
     SCHEDULE_KEYS,
     check_branch,
     check_init,
+    has_output,
     require_same_settings,
     with_start,
 )
-from dist_lm.stages.registry import stage_named
+from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import (
     BITS_PER_BYTE,
     IMPORT,
@@ -33,7 +38,7 @@ from dist_lm.stages.stage import (
 from dist_lm.stages.training.arguments import DataArguments, EvaluationArguments, StageData
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.readable import change, counted, percent, three_decimals
+from dist_lm.tracking.readable import change, counted, listed, passes_in_words, percent, three_decimals
 from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
     from dist_lm.training.heartbeat import Heartbeat, StopRequest
     from dist_lm.training.objective import Objective, Prepare
 
+
+log = logging.getLogger(__name__)
 
 SAMPLE_LINES = 12
 
@@ -103,6 +110,15 @@ class TrainingStage(Stage):
         """
         return {}
 
+    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+        """Returns the corpora of the training stream with the sequences of an epoch, that of the stage first; none for
+        a stage that reads no corpus.
+
+        Raises:
+            ArtefactError: a corpus is missing or damaged.
+        """
+        return ()
+
     def example_batch(self, config: Config) -> "Batch | None":
         """A micro-batch for the dry run; None: random tokens for next-token prediction."""
         return None
@@ -130,6 +146,7 @@ class TrainingStage(Stage):
             UserError: a package that is needed to read `hf:SOURCE` is not installed.
         """
         init_from = config.stage.init_from
+        config = self.with_steps(config, rebuilt)
         on_disk = find_run(config, is_target=is_target)
         # Settings are compared with paths in place of `auto`, which may mean another run by now.
         config = self.resolved(with_start(self, config), on_disk.finished)
@@ -138,6 +155,76 @@ class TrainingStage(Stage):
         if not on_disk.finished:
             start = self.verify(on_disk, config, init_from, rebuilt)
         return self.describe(on_disk, config, start, init_from, rebuilt)
+
+    def with_steps(self, config: Config, rebuilt: Collection[str] = ()) -> Config:
+        """Returns `config` with the steps that follow from stage.epochs: those that the run has recorded, else those of
+        the corpus; unchanged without stage.epochs.
+
+        The steps stay 0 if the corpus is not there yet, or if this command builds it first.
+
+        Args:
+            rebuilt: earlier stages that this command builds.
+
+        Raises:
+            ConfigError: another key does not fit the steps, or this version cannot read the configuration of the run.
+            ArtefactError: a corpus is damaged, or fills no sequence.
+        """
+        stage = config.stage
+        if not stage.epochs:
+            return config
+
+        run, steps = run_of(config), 0
+        recorded = load_config(run.config).stage if run.config.exists() and has_output(run) else None
+        # A corpus that was built again may have grown; the run goes on to the step that it set out for.
+        if recorded is not None and recorded.epochs == stage.epochs:
+            steps = recorded.steps
+        elif passes := self.known_passes(config, rebuilt):
+            steps = passes[0].steps(stage.epochs, stage.global_batch)
+        return replace(config, stage=replace(stage, steps=steps))
+
+    def known_passes(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[CorpusPass, ...]:
+        """Returns what `passes` does; nothing if a corpus is not there yet, or if this command builds it first.
+
+        Raises:
+            ArtefactError: a corpus is damaged, or fills no sequence.
+        """
+        work = run_of(config).work
+        if not config.corpus_names:
+            return ()
+        if set(rebuilt) & set(self.needs) or not all(work.corpus_manifest(n).is_file() for n in config.corpus_names):
+            return ()
+        passes = self.passes(config)
+        for one in passes:
+            if not one.n_sequences:
+                raise ArtefactError(
+                    f"corpus {work.corpus(one.corpus)} fills no sequence of stage.seq_len={config.stage.seq_len}: "
+                    "shorten stage.seq_len or add text"
+                )
+        return passes
+
+    def epochs_in_words(self, config: Config, rebuilt: Collection[str] = ()) -> str:
+        """Returns the passes over the corpora for the plan: `, 3.0 epochs of code, 0.2 of language`; empty if they are
+        not known yet."""
+        stage = config.stage
+        passes = self._passes_for_people(config, rebuilt)
+        if not passes or not stage.steps:
+            return ""
+        return f", {in_words(passes, stage.steps * stage.global_batch)}"
+
+    def repetition(self, config: Config) -> str:
+        """Returns a warning about corpora that the run reads many times; empty if there are none, or none is known."""
+        passes = self._passes_for_people(config)
+        if not passes or not config.stage.steps:
+            return ""
+        return repetition_warning(self.name, passes, config.stage.steps, config.stage.global_batch)
+
+    def _passes_for_people(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[CorpusPass, ...]:
+        """As `known_passes`; none for a corpus that cannot be read, which others refuse with the way out."""
+        try:
+            return self.known_passes(config, rebuilt)
+        except UserError as error:
+            log.info("no epochs are counted: %s", error)
+            return ()
 
     def verify(self, on_disk: "RunState", config: Config, init_from: str, rebuilt: Collection[str]) -> Path | None:
         """Checks everything that the ranks will read, so that they do not fail on it later. Returns the start of a new
@@ -186,13 +273,13 @@ class TrainingStage(Stage):
         Args:
             start: as `verify` returns it.
         """
-        steps = config.stage.steps
         if on_disk.finished:
             return Look(config, Action.READY, f"{on_disk.steps:,} steps, {shown_path(on_disk.run.path, config)}")
+        steps, epochs = config.stage.steps, self.epochs_in_words(config, rebuilt)
         if on_disk.latest:
-            return Look(config, Action.RESUME, f"from {on_disk.latest.name} to step {steps:,}")
+            return Look(config, Action.RESUME, f"from {on_disk.latest.name} to step {steps:,}{epochs}")
         if start and config.stage.branch_from:
-            return Look(config, Action.BUILD, f"to step {steps:,}, from {shown_path(start, config)}")
+            return Look(config, Action.BUILD, f"to step {steps:,}{epochs}, from {shown_path(start, config)}")
 
         origin = ""
         if start:
@@ -201,7 +288,9 @@ class TrainingStage(Stage):
             origin = f" from {init_from}"
         elif self.starts_from in rebuilt:
             origin = f" from the {self.starts_from} checkpoint"
-        return Look(config, Action.BUILD, f"{steps:,} steps{origin}")
+        # Without the corpus, the steps that follow from epochs are not known.
+        amount = f"{steps:,} steps{epochs}" if steps else f"{config.stage.epochs:g} epochs of {config.stage.corpus}"
+        return Look(config, Action.BUILD, f"{amount}{origin}")
 
     def output(self, config: Config) -> Path:
         return run_of(config).path
@@ -247,6 +336,11 @@ class TrainingStage(Stage):
 
         steps, amount = f"{result['steps']:,} steps", f"{result['tokens']:,} {self.unit}"
         yield "trained", f"{steps}, {amount} on {counted(result['ranks'], 'rank')}"
+        if epochs := result.get("epochs"):
+            own, *mixed = epochs.items()
+            words = [f"{passes_in_words(own[1])} of {own[0]}"]
+            words += [f"{passes_in_words(number)} of {corpus}" for corpus, number in mixed]
+            yield "epochs", listed(words, MOST_CORPORA)
         if "val/loss" in metrics:
             bits = f", {metrics['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in metrics else ""
             yield "val", f"loss {three_decimals(metrics['val/loss'])}{bits}"
@@ -305,7 +399,9 @@ def find_run(config: Config, *, is_target: bool) -> RunState:
     """
     run = run_of(config)
     steps = durable.read_json(run.result, {"steps": (int, NoneType)}).get("steps") or 0
-    finished = steps > 0 and (not is_target or steps >= config.stage.steps)
+    # Steps that follow from epochs may not be known yet.
+    has_all = 0 < config.stage.steps <= steps
+    finished = steps > 0 and (not is_target or has_all)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     return RunState(run, steps, finished, latest)
 

@@ -1,0 +1,98 @@
+"""Passes over corpora: how often a run reads each one, and how many steps a number of passes takes.
+
+An epoch of a corpus is all its sequences, once. A step takes `stage.global_batch` sequences; with a mix, each corpus
+gives its share of them. Nothing here needs torch, because the plan of a command counts epochs too.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dist_lm.data.order import sequences_an_epoch
+from dist_lm.data.packing import Packing
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.tracking.readable import counted, listed, passes_in_words
+
+MANY = 10  # passes over a corpus, beyond which a launch warns: by then training loss no longer tells of other text
+NAMED = 4  # corpora that a line names
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusPass:
+    """One corpus of a training stream."""
+
+    corpus: str
+    n_sequences: int  # of an epoch
+    share: float = 1.0  # of the sequences of a step
+
+    def epochs(self, sequences: int) -> float:
+        """Returns the passes over the corpus in the first `sequences` sequences of the stream."""
+        return sequences * self.share / self.n_sequences
+
+    def steps(self, epochs: float, global_batch: int) -> int:
+        """Returns the steps of `global_batch` sequences that read the corpus `epochs` times, rounded up."""
+        # A share such as 1 - 0.1 - 0.2 is not exact, and must not cost a step.
+        return max(1, math.ceil(round(epochs * self.n_sequences / (self.share * global_batch), 6)))
+
+
+def text_sequences(corpus: TokenCorpus, seq_len: int, fim_rate: float = 0.0) -> int:
+    """Returns the sequences of an epoch of texts or conversations, as `CorpusSequences` has them; perhaps 0.
+
+    Args:
+        seq_len: in tokens.
+        fim_rate: share of the slices of texts that are rearranged for fill-in-the-middle.
+    """
+    if corpus.has_mask:
+        return Packing(corpus.lengths, seq_len).n_rows
+    if fim_rate:
+        from dist_lm.data.infill import ADDED, most_slices  # imports torch
+
+        seq_len -= ADDED * most_slices(corpus.lengths, fim_rate, seq_len)
+    return sequences_an_epoch(corpus.n_tokens, seq_len)
+
+
+def ranking_sequences(corpus: TokenCorpus, seq_len: int) -> int:
+    """Returns the sequences of an epoch of rankings, as `RankingStream` has them; perhaps 0."""
+    return Packing(corpus.lengths, seq_len - 1).n_rows
+
+
+def shares_of(corpus: str, mix: Mapping[str, float] | None) -> dict[str, float]:
+    """Returns the share of the sequences that each corpus gives: `corpus` first, then those of `mix` by name."""
+    mixed = dict(sorted((mix or {}).items()))
+    return {corpus: 1 - sum(mixed.values()), **mixed}
+
+
+def epochs_of(passes: Sequence[CorpusPass], sequences: int) -> dict[str, float]:
+    """Returns the metrics of the first `sequences` sequences: `train/epochs` of the stage's own corpus, and
+    `train/epochs_NAME` of the others.
+    """
+    names = ["train/epochs", *(f"train/epochs_{one.corpus}" for one in passes[1:])]
+    return {name: one.epochs(sequences) for name, one in zip(names, passes, strict=False)}
+
+
+def in_words(passes: Iterable[CorpusPass], sequences: int) -> str:
+    """Returns how often a stream of `sequences` sequences reads each corpus: `3.0 epochs of code, 0.2 of language`."""
+    numbers = [(one.epochs(sequences), one.corpus) for one in passes]
+    words = [f"{passes_in_words(number)} of {corpus}" for number, corpus in numbers]
+    if words:
+        words[0] = f"{passes_in_words(numbers[0][0])} epochs of {numbers[0][1]}"
+    return listed(words, NAMED)
+
+
+def repetition_warning(stage: str, passes: Sequence[CorpusPass], steps: int, global_batch: int) -> str:
+    """Returns a warning about corpora that are read more than `MANY` times; empty if there are none.
+
+    Args:
+        stage: its name, for the command that it names.
+    """
+    repeated = [one for one in passes if one.epochs(steps * global_batch) > MANY]
+    if not repeated:
+        return ""
+    counts = listed(
+        [f"{one.corpus} {passes_in_words(one.epochs(steps * global_batch))} times" for one in repeated], NAMED
+    )
+    words = f"stage={stage}: {steps:,} steps read {counts}: a model learns such text by heart"
+    if repeated[0] is passes[0]:
+        fewer = passes[0].steps(3, global_batch)
+        words += f"; stage.epochs=3 takes {counted(fewer, 'step')}"
+    return words
