@@ -18,6 +18,7 @@ from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.failures import brief
+from dist_lm.data.sources.rows import MISSING_COLUMN
 from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import gib
@@ -141,10 +142,22 @@ def _too_broken(counts: Survey) -> str:
     name, share = counts.worst_source()
     if share <= limit:
         return ""
+
+    # Most of the rows are not damaged but described by another file's columns: to skip them would lose data.
+    too_many = f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so a launch refuses"
+    without_column = [row for row in counts.broken if row["reason"] == MISSING_COLUMN]
+    if 2 * len(without_column) > len(counts.broken):
+        files = list(dict.fromkeys(row["place"].rpartition(":")[0] for row in without_column))
+        others = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+        return (
+            f"{too_many} them: {len(without_column):,} have other columns, in {', '.join(files[:LISTED])}{others}. "
+            "Give each kind of file separately, as in `dist-lm data new FILE FILE`: each gets a source of its own. "
+            f"The first: {without_column[0]['place']}: {without_column[0]['error']}"
+        )
+
     first = counts.broken[0]
     return (
-        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so a launch refuses them: "
-        f"mend them, or add a line `max_bad_fraction: {min(0.99, 1.5 * share):.2g}` to this file. "
+        f"{too_many} them: mend them, or add a line `max_bad_fraction: {min(0.99, 1.5 * share):.2g}` to this file. "
         f"The first: {first['place']}: {first['error']}"
     )
 

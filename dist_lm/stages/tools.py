@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
+from dist_lm.stages.corpus_forms import OneFormConfig, require_form
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training.arguments import EvaluationArguments
@@ -66,8 +67,10 @@ class ToolsStageConfig(StageConfig):
 
 
 @dataclass
-class ToolsConfig(Config):
+class ToolsConfig(OneFormConfig):
     """The configuration of stage tools."""
+
+    corpus_forms = ("conversation",)
 
     stage: ToolsStageConfig = MISSING
 
@@ -77,6 +80,16 @@ class Tools(TextStage):
     schema = ToolsConfig
     starts_from = "code"
     key_figures = ((KeyFigure("tools/call_exact", percent, "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
+
+    def check(self, config: Config) -> None:
+        """Refuses a corpus without conversations, whose turns the stage learns and asks about, and what text stages
+        refuse.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        require_form(config)
+        super().check(config)
 
     def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         return examine(arguments)
