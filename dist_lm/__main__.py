@@ -171,7 +171,7 @@ def report(
 def cluster_status(
     work_dir: Annotated[Path, typer.Argument(help="The work_dir of a launch.")],
     run_id: Annotated[
-        str | None, typer.Option("--run-id", help="run_id of the command. Default: the newest command with runs.")
+        str | None, typer.Option("--run-id", help="run_id of the command. Default: the newest command.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
