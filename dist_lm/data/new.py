@@ -218,7 +218,8 @@ def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
 
 
 def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Console) -> None:
-    """Prints the counts of a corpus, its sources and licences, what a build would drop, and the size of shards."""
+    """Prints the counts of a corpus, its sources and licences, what a build would drop and hold out, and the size of
+    shards."""
     part = "" if counts.is_whole else f", the first {gib(counts.bytes.total())} of text"
     table = Table("language", title=f"corpus {name}{part}", title_justify="left")
     table.add_column("documents", justify="right")
@@ -242,5 +243,8 @@ def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Co
     for example in counts.report.rejected[:LISTED]:
         console.print(Text(one_line(f"  {example}")), soft_wrap=True)
 
+    fraction, n_documents = CorpusConfig.val_fraction, counts.documents.total()
+    val = f"about {round(fraction * n_documents):,} of {n_documents:,} documents"
+    console.print(Text(f"val: {val} (corpus.val_fraction={fraction})"), soft_wrap=True)
     size = counts.bytes.total() * SHARD_BYTES / BYTES_PER_TOKEN
     console.print(Text(f"shards: about {gib(int(size))} for what was read ({BYTES_PER_TOKEN} bytes a token)"))

@@ -135,7 +135,8 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
     """Asks questions about val, writes the answers to `samples/`, and returns `tools/*`, the same on every rank
     (collective).
 
-    Answers are greedy. Figures are fractions; empty without questions, or (with a warning) with a kept chat template.
+    Answers are greedy. Figures are fractions; empty, with a warning, if val has no question or the chat template is
+    kept; empty if none is wanted.
 
     Raises:
         ArtefactError: the corpus is missing or damaged, or the model's logits are not numbers.
@@ -144,7 +145,7 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
     """
     from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus
-    from dist_lm.evaluation.tool_questions import choose
+    from dist_lm.evaluation.tool_questions import choose, no_questions
     from dist_lm.evaluation.tool_score import figures, judge, read_answer
     from dist_lm.stages.sampling import answer_all, write_samples
 
@@ -161,6 +162,12 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
 
     corpus = TokenCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
+    if not questions:
+        if arguments.world.is_first:
+            reason = no_questions(corpus, tokenizer, config.model.max_seq_len)
+            log.warning("stage.questions.per_kind=%d: %s", settings.per_kind, reason)
+        return {}
+
     requests = requests_of(questions, stop_tokens(tokenizer), settings.max_new_tokens)
     answers = answer_all(arguments, requests, "stage.questions")
 

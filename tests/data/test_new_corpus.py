@@ -71,6 +71,7 @@ def test_a_corpus_file_is_one_that_a_launch_takes(data):
     assert {document.language for document in documents} == {"python"}
     assert len(documents) == 34
     assert "licences: MIT 30, not given 4" in text
+    assert "val: about 1 of 34 documents (corpus.val_fraction=0.02)" in text
     assert "suffix .png" in text
     assert "suffix .png" in out.read_text()
 
