@@ -14,14 +14,15 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import UserError
+from dist_lm.tracking import readable
 
 RANK_ACCESS = "DIST_LM_RAY"  # environment variable of a rank that may join Ray
 PATH, TOKEN = "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"  # Ray's own names
@@ -36,6 +37,7 @@ CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connecte
 LOOPBACK = "127.0.0.1"  # the one address on which Ray's processes listen and nowhere else, see `keep_loopback`
 LONGEST_REASON = 300  # characters of a Ray error in a message; some fill a screen
 PRIVATE_END_S = 30.0
+DEATH_NOTICED_S = 2.0  # longest time from the end of a process of Ray to the line of its node
 PRIVATE_PATIENCE = 3  # times the usual timeout: our own head has answered, so only a busy machine delays it
 
 Outcome = TypeVar("Outcome")
@@ -220,25 +222,74 @@ def _private(config: ClusterConfig) -> Iterator[str]:
         answer = node.stdout.readline()
         if not answer:
             raise ClusterError("cluster=local: Ray did not start on this machine; the lines above give the reason")
+        death = in_thread(node.stdout.readline, "ray-death")
         timeout_s = PRIVATE_PATIENCE * config.connect_timeout_s
-        with _joined(replace(config, name="ray", connect_timeout_s=timeout_s, **json.loads(answer))) as address:
+        private = replace(config, name="ray", connect_timeout_s=timeout_s, **json.loads(answer))
+        with ExitStack() as connection:
+            try:
+                address = connection.enter_context(_joined(private, death))
+            except ClusterError as error:
+                # Its words name keys of cluster=ray, which nobody has set here.
+                raise ClusterError(_failed_start(config, error, death)) from error
+
+            death.add_done_callback(_say_death)
             yield address
     finally:
         node.stdin.close()
         node.wait(timeout=PRIVATE_END_S)
 
 
+def _failed_start(config: ClusterConfig, error: ClusterError, death: "Future[bytes]") -> str:
+    """Returns why the private Ray could not be joined, and the ways out.
+
+    Args:
+        error: that of joining.
+        death: the line that the node prints when Ray dies; empty if the node itself has ended.
+    """
+    without_ray = "train without Ray: `torchrun -m dist_lm.train` with the same settings"
+    # A refused connection may be the first sign of a death that the node notices a moment later.
+    wait([death], DEATH_NOTICED_S)
+    if not death.done():
+        reason = f"it accepted no connection within {PRIVATE_PATIENCE * config.connect_timeout_s:.0f} s"
+        if error.__cause__:
+            reason = _refusal(error.__cause__)
+        return (
+            f"cluster=local: the Ray of this machine cannot be used: {reason}. A busy machine may need longer: try "
+            f"again with cluster.connect_timeout_s={3 * config.connect_timeout_s:.0f}, or {without_ray}"
+        )
+
+    reason, logs = "its node has ended", ""
+    if line := death.result():
+        fields = json.loads(line)
+        reason, logs = fields["death"], f" (Ray's own words: {fields['log']})"
+    return (
+        f"cluster=local: the Ray of this machine died while it started, as on a busy machine: {reason}{logs}: "
+        f"try again, or {without_ray}"
+    )
+
+
+def _say_death(death: "Future[bytes]") -> None:
+    """Prints that the private Ray has died during the block, and where its logs are; nothing when its node has ended
+    with the block."""
+    if line := death.result():
+        fields = json.loads(line)
+        readable.say(f"cluster=local: {fields['death']}; Ray's own words: {fields['log']}", sys.stderr)
+
+
 @contextmanager
-def _joined(config: ClusterConfig) -> Iterator[str]:
+def _joined(config: ClusterConfig, death: "Future[bytes] | None" = None) -> Iterator[str]:
     """Joins the Ray cluster at cluster.address as a driver for the block; yields its address, host:port.
 
     The environment is changed inside the block.
+
+    Args:
+        death: done once the head has died; then joining ends early.
 
     Raises:
         ClusterError: no head answers in time, the token is missing or wrong, or Ray refuses.
     """
     assert config.address is not None  # ClusterConfig refuses it
-    host = _wait_for_port(config.address, config.connect_timeout_s)
+    host = _wait_for_port(config.address, config.connect_timeout_s, death)
 
     # Ray's default retries a refused token 20 times.
     changes = RAY_ENVIRONMENT | {"RAY_NUM_REDIS_GET_RETRIES": "2"}
@@ -259,7 +310,10 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
                 ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **node_address)
 
         try:
-            in_thread(init, "ray-init").result(config.connect_timeout_s)
+            joining = in_thread(init, "ray-init")
+            pending: list[Future[Any]] = [joining, death] if death else [joining]
+            wait(pending, config.connect_timeout_s, FIRST_COMPLETED)
+            joining.result(timeout=0)
         except TimeoutError:
             raise ClusterError(
                 f"cluster.address={config.address}: the port answers, but the connection was not accepted within "
@@ -308,8 +362,11 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def _wait_for_port(address: str, timeout_s: float) -> str:
+def _wait_for_port(address: str, timeout_s: float, death: "Future[bytes] | None" = None) -> str:
     """Waits until host:port accepts a connection; returns the host.
+
+    Args:
+        death: as of `_joined`.
 
     Raises:
         ClusterError: the address has another form, or nothing answers within `timeout_s` seconds.
@@ -325,7 +382,7 @@ def _wait_for_port(address: str, timeout_s: float) -> str:
             socket.create_connection((host.strip("[]"), int(port)), timeout=min(2.0, timeout_s)).close()
             return host
         except OSError as error:
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or (death and death.done()):
                 raise ClusterError(
                     f"cluster.address={address}: no Ray head answers there (waited {timeout_s:.0f} s: "
                     f"{error.strerror or error}); start one there, or use cluster=local"

@@ -90,12 +90,26 @@ class RayProcesses:
         if death is None:
             return 0
         say(f"{death}; ending every process of this node")
+        for name, lines in self.ends_of_logs():
+            say(f"the end of {name}:", *lines)
+        return 1
+
+    def keep_logs(self) -> Path:
+        """Writes the end of Ray's logs to a new file in $TMPDIR that only this user can read and that stays; returns
+        its path."""
+        descriptor, path = tempfile.mkstemp(".log", "dist_lm-ray-")
+        with os.fdopen(descriptor, "w", encoding="utf-8") as kept:
+            for name, lines in self.ends_of_logs():
+                kept.write("\n".join([f"the end of {name}:", *lines, ""]))
+        return Path(path)
+
+    def ends_of_logs(self) -> Iterator[tuple[str, list[str]]]:
+        """Yields name and last lines of each log of Ray that there is."""
         for name in ("gcs_server.out", "raylet.out", "raylet.err"):
             log = self._temporary / "session_latest" / "logs" / name
             if log.exists():
                 with log.open(errors="replace") as lines:
-                    say(f"the end of {name}:", *deque((line.rstrip() for line in lines), LOG_TAIL))
-        return 1
+                    yield name, list(deque((line.rstrip() for line in lines), LOG_TAIL))
 
 
 def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:

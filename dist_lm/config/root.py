@@ -157,9 +157,7 @@ class Config:
         Raises:
             ConfigError: names the key and what would be accepted.
         """
-        corpora = self.corpus.corpora
-        accepted = f"one of the corpora of corpus={self.corpus.name}: {', '.join(corpora) or 'none'}"
-        require(stage.corpus in ("", *corpora), "stage.corpus", stage.corpus, accepted)
+        self.check_corpus(stage.corpus)
 
         traced = self.profile.steps
         accepted = f"steps up to stage.steps={stage.steps}"
@@ -172,6 +170,20 @@ class Config:
         accepted = f"a checkpoint: stage.lora.rank={stage.lora.rank} trains adapters of its model"
         require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
 
+    def check_corpus(self, name: str) -> None:
+        """Refuses a stage.corpus that is not configured.
+
+        Raises:
+            ConfigError: names the corpora that there are.
+        """
+        if name not in ("", *self.corpus.corpora):
+            raise ConfigError(self.corpus_refusal(name))
+
+    def corpus_refusal(self, name: str) -> str:
+        """Returns the message that refuses stage.corpus=`name`: what there is, and the way out."""
+        listed = ", ".join(self.corpus.corpora) or "none"
+        return f"stage.corpus={name}: expected one of the corpora of corpus={self.corpus.name}: {listed}"
+
     def _check_mix(self, stage: StageConfig) -> None:
         """Refuses corpora in `stage.mix` that are not configured or are that of the stage itself, and any without
         `stage.corpus`.
@@ -180,10 +192,14 @@ class Config:
             ConfigError: names the corpus and those that could be.
         """
         mixable = [name for name in self.corpus.corpora if stage.corpus and name != stage.corpus]
-        accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={stage.corpus}: {', '.join(mixable)}"
+        listed = ", ".join(mixable) or "none, so give stage.mix=null"
+        accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={stage.corpus}: {listed}"
         for name, share in (stage.mix or {}).items():
             if name not in self.corpus.corpora:
-                raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
+                raise ConfigError(
+                    f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}"
+                    f"{f' (stage.mix.{name}=0 leaves it out)' if mixable else ''}"
+                )
             require(name in mixable, "stage.mix", name, accepted)
 
     def _check_eval_tasks(self) -> None:

@@ -19,6 +19,7 @@ from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.failures import brief
+from dist_lm.data.sources.rows import MISSING_COLUMN
 from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import gib
@@ -194,10 +195,25 @@ def _too_broken(counts: Survey) -> str:
     name, share = counts.worst_source()
     if share <= limit:
         return ""
+
+    # Most of the rows are not damaged but described by another file's columns: to skip them would lose data.
+    too_many = (
+        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so this file raises it, and "
+        "a launch skips them"
+    )
+    without_column = [row for row in counts.broken if row["reason"] == MISSING_COLUMN]
+    if 2 * len(without_column) > len(counts.broken):
+        files = list(dict.fromkeys(row["place"].rpartition(":")[0] for row in without_column))
+        others = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+        return (
+            f"{too_many}: {len(without_column):,} have other columns, in {', '.join(files[:LISTED])}{others}. "
+            "Give each kind of file separately, as in `dist-lm data new FILE FILE`: each gets a source of its own. "
+            f"The first: {without_column[0]['place']}: {without_column[0]['error']}"
+        )
+
     first = counts.broken[0]
     return (
-        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so this file raises it, and "
-        f"a launch skips them: mend them, or keep `max_bad_fraction: {_accepted_fraction(counts):g}`. "
+        f"{too_many}: mend them, or keep `max_bad_fraction: {_accepted_fraction(counts):g}`. "
         f"The first: {first['place']}: {first['error']}"
     )
 
@@ -258,7 +274,8 @@ def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
 
 
 def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Console) -> None:
-    """Prints the counts of a corpus, its sources and licences, what a build would drop, and the size of shards."""
+    """Prints the counts of a corpus, its sources and licences, what a build would drop and hold out, and the size of
+    shards."""
     part = "" if counts.is_whole else f", the first {gib(counts.bytes.total())} of text"
     table = Table("language", title=f"corpus {name}{part}", title_justify="left")
     table.add_column("documents", justify="right")
@@ -282,5 +299,8 @@ def _print(name: str, counts: Survey, proposals: Sequence[Proposal], console: Co
     for example in counts.report.rejected[:LISTED]:
         console.print(Text(one_line(f"  {example}")), soft_wrap=True)
 
+    fraction, n_documents = CorpusConfig.val_fraction, counts.documents.total()
+    val = f"about {round(fraction * n_documents):,} of {n_documents:,} documents"
+    console.print(Text(f"val: {val} (corpus.val_fraction={fraction})"), soft_wrap=True)
     size = counts.bytes.total() * SHARD_BYTES / BYTES_PER_TOKEN
     console.print(Text(f"shards: about {gib(int(size))} for what was read ({BYTES_PER_TOKEN} bytes a token)"))

@@ -22,7 +22,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.evaluation.bfcl_questions import BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.bfcl_score import is_right
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
-from dist_lm.evaluation.tool_questions import Asked, choose
+from dist_lm.evaluation.tool_questions import Asked, choose, no_questions
 from dist_lm.evaluation.tool_score import judge, read_answer
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.hidden import References
@@ -136,7 +136,7 @@ def items_of(
 
     Raises:
         ConfigError: a file is missing or invalid.
-        ArtefactError: a corpus or a package is missing.
+        ArtefactError: a corpus or a package is missing, or a corpus gives no question.
         UserError: the tokenizer lacks a mark, or a text holds a lone surrogate.
     """
     if task in OWN_TASKS:
@@ -281,7 +281,8 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
         folder: the corpus `tools` of the work directory.
 
     Raises:
-        ArtefactError: there are no conversations, they were written with an unknown tokenizer, or they are damaged.
+        ArtefactError: there are no conversations, none of them gives a question, they were written with an unknown
+            tokenizer, or they are damaged.
         UserError: the tokenizer lacks the marks of a conversation (ChatError: a document is no conversation).
     """
     if not manifest_path(folder).is_file():
@@ -306,8 +307,12 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
 
         return judge_turn
 
+    questions = choose(corpus, asking.tokenizer, QUESTIONS, asking.context, corpus_tokenizer)
+    if not questions:
+        raise ArtefactError(no_questions(corpus, asking.tokenizer, asking.context, corpus_tokenizer))
+
     items = []
-    for asked in choose(corpus, asking.tokenizer, QUESTIONS, asking.context, corpus_tokenizer):
+    for asked in questions:
         name = f"tools/{asked.document}.{asked.place}"
         item = Item(name, asked.question.kind, asked.prompt, params, 1, judge_of(asked))
         items.append(_fitting(item, asking))

@@ -4,6 +4,7 @@ A turn is asked if it contains calls or answers the user. A turn that puts tool 
 many wordings are correct.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from dist_lm.chat.schema import check_tool
 from dist_lm.chat.template import answer_tokens, prompt
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.readable import counted
 
 # Conversations of these kinds give one question; all others give one for every decision.
 FIRST = ("single", "parallel", "hub")  # first decision: no earlier call shows how to use the tool
@@ -101,6 +103,23 @@ def choose(
             if len(question.prompt) + len(question.expected) <= context:
                 questions.append(question)
     return [question for _, questions in sorted(questions_by_kind.items()) for question in questions[:per_kind]]
+
+
+def no_questions(corpus: TokenCorpus, tokenizer: Tokenizer, context: int, written: Tokenizer | None = None) -> str:
+    """Returns why `choose` finds no question in a corpus, with the way out; the arguments and errors are its own.
+
+    Reads the whole split.
+    """
+    size = counted(corpus.n_documents, "conversation")
+    if choose(corpus, tokenizer, per_kind=1, context=sys.maxsize, written=written):
+        return (
+            f"{corpus.directory}: {corpus.split} has no question that fits the model's context of {context} tokens "
+            f"({size}): raise model.max_seq_len, or give shorter conversations"
+        )
+    return (
+        f"{corpus.directory}: {corpus.split} has no question ({size}, none with tools): raise corpus.val_fraction, or "
+        "give conversations with tools"
+    )
 
 
 def asked(questions: Iterable[Question], tokenizer: Tokenizer, document: int = 0) -> list[Asked]:

@@ -268,7 +268,8 @@ def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
 
 @contextmanager
 def one_line_for_yaml() -> Iterator[None]:
-    """Turns the error of a file that is no YAML into one line with the file and its line, inside the block.
+    """Turns the error of a file that is no YAML, or has a key twice, into one line with the file and its line, inside
+    the block.
 
     Other errors pass unchanged.
 
@@ -281,8 +282,12 @@ def one_line_for_yaml() -> Iterator[None]:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.name}:{mark.line + 1}" if mark else "a configuration file"
         problem = " ".join(f"{error.context or ''} {error.problem or ''}".split())
+        # OmegaConf's reader refuses what YAML allows.
+        _, _, key = problem.partition("found duplicate key ")
+        if key:
+            raise ConfigError(f"{where}: the key {key} is given twice: expected each key once") from error
         raise ConfigError(
-            f"{where}: no YAML: {problem}: expected spaces for indentation, closed brackets and quotes, each key once"
+            f"{where}: no YAML: {problem}: expected spaces for indentation, closed brackets and quotes"
         ) from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise ConfigError(f"{' '.join(str(error).split())}: expected a YAML file in UTF-8") from error

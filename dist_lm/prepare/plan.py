@@ -111,16 +111,19 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         configs[name] = stage_named(name).for_readers(configs[name], readers)
     check_eval_pool(configs, target)
 
-    rebuilt: set[str] = set()
-    planned = []
+    # What cannot run is refused before any stage looks at its files and sources.
     for name, config in configs.items():
-        stage = stage_named(name)
         try:
-            stage.check(config)
+            stage_named(name).check(config)
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError(f"stage={name}: {error}") from error
+
+    rebuilt: set[str] = set()
+    planned = []
+    for name, config in configs.items():
+        stage = stage_named(name)
         is_target = name == target
         look = stage.look(config, is_target=is_target, rebuilt=rebuilt)
         if look.action is not Action.READY:

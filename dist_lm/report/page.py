@@ -33,7 +33,7 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
         paths: as `read.read_facts` takes them, at least one.
         output: the file; None: `report.html` in the directory of `paths` if it is the only one, else in the current
             directory.
-        run_id: the run_id of a command in a work directory; None: the newest command.
+        run_id: the run_id of a command in a work directory; None: the newest command that has runs.
 
     Returns:
         The file and its size in bytes.

@@ -1,4 +1,4 @@
-"""Reads the facts of a report: one run, all runs of a stage, or a work directory with its newest command.
+"""Reads the facts of a report: one run, all runs of a stage, or a work directory (its newest command with runs).
 
 Missing files are no error, so that a run that failed early has a report, too.
 """
@@ -36,10 +36,10 @@ STALL = "checkpoint/stall_s"
 
 def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
     """Returns what a report shows of the runs that `paths` name, each once: of a run, of all runs of a stage, or of the
-    newest command in a work directory. Secrets are removed.
+    newest command in a work directory that has runs. Secrets are removed.
 
     Args:
-        run_id: the run_id of a command in a work directory; None: the newest command.
+        run_id: the run_id of a command in a work directory; None: of any.
 
     Raises:
         ArtefactError: a path cannot be reported on, or one of its files is damaged.
@@ -51,7 +51,7 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
         work = _work_of(path)
         if work:
             pipelines[work.path] = _pipeline(work, run_id)
-            runs += _runs_of(work, pipelines[work.path])
+            runs += _existing_runs(work, pipelines[work.path])
         else:
             runs += _named(path)
 
@@ -124,8 +124,8 @@ def _named(path: Path) -> list[RunDirectory]:
 
 
 def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
-    """Returns the record of the newest command in a work directory, with `run_id` unless that is None. Secrets are
-    removed.
+    """Returns the record of the newest command in a work directory that has runs, with `run_id` unless that is None.
+    Secrets are removed.
 
     Raises:
         ArtefactError: there is no such command (the message lists the run ids), or a record is damaged.
@@ -138,8 +138,15 @@ def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
         requested = f" with run_id={run_id}" if run_id else ""
         raise ArtefactError(f"{work.path}: no command was given here{requested}; run ids: {run_ids}")
 
+    # A launch that failed early has left a record and no run: the commands before it have something to show.
+    with_runs = [command for command in matching if _existing_runs(work, command)]
+    if not with_runs:
+        reported = {command["run_id"] for command in commands if _existing_runs(work, command)}
+        hint = f"; --run-id {' or '.join(sorted(reported))} has" if reported else ""
+        raise ArtefactError(f"{work.path}: run_id={matching[-1]['run_id']} has no run of a stage yet{hint}")
+
     # The record is printed on the page.
-    newest = dict(matching[-1])
+    newest = dict(with_runs[-1])
     newest["command"] = redact_command(newest.get("command", []))
     newest["error"] = redact_text(newest.get("error", ""))
     return newest
@@ -152,12 +159,9 @@ def _command(path: Path) -> dict[str, Any]:
     raise ArtefactError(f"{path}: not {RECORD}; move it away to continue without it")
 
 
-def _runs_of(work: WorkDirectory, pipeline: dict[str, Any]) -> list[RunDirectory]:
+def _existing_runs(work: WorkDirectory, pipeline: dict[str, Any]) -> list[RunDirectory]:
     runs = [work.run(stage["name"], pipeline["run_id"]) for stage in pipeline["stages"]]
-    existing = [run for run in runs if run.config.is_file()]
-    if not existing:
-        raise ArtefactError(f"{work.path}: run_id={pipeline['run_id']} has no run of a stage yet")
-    return existing
+    return [run for run in runs if run.config.is_file()]
 
 
 def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) -> str:

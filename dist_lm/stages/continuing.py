@@ -172,9 +172,10 @@ def without_schedule(
             f"stage.schedule={new.stage.schedule}"
         )
     raise ConfigError(
-        f"{run.path} exists with other settings: {'; '.join(schedule_conflicts)}: {reason}. Give the same values; or "
-        f"branch from one of its checkpoints: stage={new.stage.name} stage.branch_from={run.path}@STEP and another "
-        f"run_id. A run of stage.schedule={WSD} can go on with more steps until its decay begins"
+        f"{run.path} exists with other settings: {'; '.join(schedule_conflicts)}: {reason}. Give the same values, "
+        f"choose another run_id than {new.run_id}, or branch from one of its checkpoints: stage={new.stage.name} "
+        f"stage.branch_from={run.path}@STEP and another run_id. A run of stage.schedule={WSD} can go on with more "
+        "steps until its decay begins"
     )
 
 

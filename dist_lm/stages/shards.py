@@ -193,6 +193,9 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
         ConfigError: a source is invalid.
         UnreachableError: the hub cannot be asked for a missing corpus; not in a dry run.
     """
+    if not names:
+        return Artefact(True, "no corpus to build")
+
     work = WorkDirectory(Path(config.work_dir))
     ready: list[str] = []
     missing: list[str] = []
@@ -228,7 +231,7 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
         return Artefact(False, detail)
 
     counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
-    return Artefact(True, "; ".join([f"corpora {', '.join(names) or '(none)'}: {amount(counts)}", *notes]))
+    return Artefact(True, "; ".join([f"corpora {', '.join(names)}: {amount(counts)}", *notes]))
 
 
 def _unlisted(config: Config, name: str) -> list[str]:

@@ -86,7 +86,11 @@ class TokenizerStage(ArtefactStage):
             check_template(work, settings)
         else:
             check_trained(work, report, config)
-        return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
+        detail = f"{report['vocab_size']:,} pieces"
+        # No figure of a given tokenizer without text.
+        if report["bytes_per_token"]:
+            detail += f", {report['bytes_per_token']:.2f} bytes/token"
+        return Artefact(True, detail)
 
     def build(self, config: Config, console: "Console") -> None:
         """Trains the tokenizer, or copies the given one, and writes a report on it. Files of an earlier tokenizer are

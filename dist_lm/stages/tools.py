@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
+from dist_lm.stages.corpus_forms import OneFormConfig, require_form
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training.arguments import EvaluationArguments
@@ -66,8 +67,10 @@ class ToolsStageConfig(StageConfig):
 
 
 @dataclass
-class ToolsConfig(Config):
+class ToolsConfig(OneFormConfig):
     """The configuration of stage tools."""
+
+    corpus_forms = ("conversation",)
 
     stage: ToolsStageConfig = MISSING
 
@@ -77,6 +80,16 @@ class Tools(TextStage):
     schema = ToolsConfig
     starts_from = "code"
     key_figures = ((KeyFigure("tools/call_exact", percent, "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
+
+    def check(self, config: Config) -> None:
+        """Refuses a corpus without conversations, whose turns the stage learns and asks about, and what text stages
+        refuse.
+
+        Raises:
+            ConfigError: names the key.
+        """
+        require_form(config)
+        super().check(config)
 
     def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         return examine(arguments)
@@ -122,7 +135,8 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
     """Asks questions about val, writes the answers to `samples/`, and returns `tools/*`, the same on every rank
     (collective).
 
-    Answers are greedy. Figures are fractions; empty without questions, or (with a warning) with a kept chat template.
+    Answers are greedy. Figures are fractions; empty, with a warning, if val has no question or the chat template is
+    kept; empty if none is wanted.
 
     Raises:
         ArtefactError: the corpus is missing or damaged, or the model's logits are not numbers.
@@ -131,7 +145,7 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
     """
     from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus
-    from dist_lm.evaluation.tool_questions import choose
+    from dist_lm.evaluation.tool_questions import choose, no_questions
     from dist_lm.evaluation.tool_score import figures, judge, read_answer
     from dist_lm.stages.sampling import answer_all, write_samples
 
@@ -148,6 +162,12 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
 
     corpus = TokenCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
+    if not questions:
+        if arguments.world.is_first:
+            reason = no_questions(corpus, tokenizer, config.model.max_seq_len)
+            log.warning("stage.questions.per_kind=%d: %s", settings.per_kind, reason)
+        return {}
+
     requests = requests_of(questions, stop_tokens(tokenizer), settings.max_new_tokens)
     answers = answer_all(arguments, requests, "stage.questions")
 

@@ -71,6 +71,7 @@ def test_a_corpus_file_is_one_that_a_launch_takes(data):
     assert {document.language for document in documents} == {"python"}
     assert len(documents) == 34
     assert "licences: MIT 30, not given 4" in text
+    assert "val: about 1 of 34 documents (corpus.val_fraction=0.02)" in text
     assert "suffix .png" in text
     assert "suffix .png" in out.read_text()
 
@@ -271,6 +272,21 @@ def test_broken_rows_are_counted_and_the_file_accepts_them(data):
     assert re.search(r"^max_bad_fraction: [\d.]+", out.read_text(), re.MULTILINE)
     config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", "corpus=ours", "stage=shards"]).corpus
     assert len(list(TextSplits(config, 0).screened("language"))) == 20
+
+
+def test_files_of_several_kinds_of_columns_are_to_be_given_separately(data):
+    """Their rows were called broken, and the advice was to skip four of five of them."""
+    kinds = data / "kinds"
+    kinds.mkdir()
+    (kinds / "a.jsonl").write_text("".join(json.dumps({"text": f"{i} {PROSE}"}) + "\n" for i in range(5)))
+    (kinds / "b.jsonl").write_text("".join(json.dumps({"story": f"{i} {PROSE}"}) + "\n" for i in range(20)))
+    out, text = written(data, "kinds")
+    assert "max_bad_fraction:" not in out.read_text()
+    assert "20 have other columns, in " in text
+    assert "b.jsonl. Give each kind of file separately" in text
+
+    out, text = written(data, "kinds/a.jsonl", "kinds/b.jsonl", force=True)
+    assert "broken rows" not in text
 
 
 @pytest.mark.parametrize(

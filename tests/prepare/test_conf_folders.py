@@ -136,18 +136,18 @@ def test_nothing_of_the_package_is_among_the_folders_of_a_user(lab):
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "problem"),
     [
-        ("corpora:\n  code:\n  - {reader: jsonl, path: /a\n", 4),
-        ("name: bad\ncorpora:\n\tcode: []\n", 3),
-        ("corpora:\n  code: []\n  code: []\n", 3),
-        ("name: 'bad\n", 2),
+        ("corpora:\n  code:\n  - {reader: jsonl, path: /a\n", "4: no YAML: "),
+        ("name: bad\ncorpora:\n\tcode: []\n", "3: no YAML: "),
+        ("corpora:\n  code: []\n  code: []\n", "3: the key code is given twice: expected each key once$"),
+        ("name: 'bad\n", "2: no YAML: "),
     ],
 )
 @pytest.mark.parametrize("group", ["corpus", "stage"])
-def test_a_file_that_is_no_yaml_is_one_line_with_its_place(lab, group, text, line):
+def test_a_file_that_is_no_yaml_is_one_line_with_its_place(lab, group, text, problem):
     (lab / group / "bad.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=rf"{group}/bad\.yaml:{line}: no YAML: ") as refused:
+    with pytest.raises(ConfigError, match=rf"{group}/bad\.yaml:{problem}") as refused:
         compose_config([f"hydra.searchpath=['{lab}']", f"{group}=bad"])
     assert "\n" not in str(refused.value)
 

@@ -87,6 +87,7 @@ def test_what_would_be_another_curve_is_refused_with_the_ways_out(work, of_run, 
     with pytest.raises(ConfigError, match=said) as refused:
         look(config_of(work, **given))
     assert "stage.branch_from=" in str(refused.value)
+    assert "choose another run_id than default, or branch" in str(refused.value)
     assert "stage.schedule=wsd can go on" in str(refused.value)
 
 

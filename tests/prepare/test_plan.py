@@ -54,6 +54,18 @@ def test_shards_are_those_that_the_stages_read(work):
     assert actions(mixed)["shards"] is Action.BUILD
 
 
+def test_a_corpus_file_of_rankings_alone_needs_no_prompts_of_code(work, tmp_path):
+    """Finds a refusal of the corpus `code`, whose prompts only samples of a model would need."""
+    (tmp_path / "r.jsonl").write_text('{"prompt": "A?", "completions": ["B", "C"], "ranks": [0, 1]}\n')
+    source = f"{{reader: %s, dataset: {tmp_path / 'r.jsonl'}, language: own, licence: own}}"
+    corpora, start = f"corpus.corpora={{rankings: [{source}]}}", ("stage.init_from=none", "tokenizer=keep")
+    plan = plan_of(work, corpora % "rankings", *start, target="reward")
+    assert {stage.name: stage.detail for stage in plan.stages}["shards"] == "no corpus to build"
+    assert actions(plan)["rankings"] is Action.BUILD
+    with pytest.raises(ConfigError, match=r"stage\.corpus=code: expected one of"):
+        plan_of(work, corpora % "synthetic_rankings", *start, target="reward")
+
+
 def test_a_run_with_a_checkpoint_is_continued(work):
     make_run(work, "language", checkpoint=True)
     same = [f"stages.language.{one}" for one in ("seq_len=32", "rates.embedding=1", "muon.variance_beta=0")]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -155,6 +156,18 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
         write_report([work.run("code", "default").config], None, None)
     with pytest.raises(ArtefactError, match="--run-id other: selects a command of a work directory"):
         write_report([work.run("code", "default").path], tmp_path / "report.html", "other")
+
+
+def test_a_command_without_a_run_does_not_hide_those_before_it(tmp_path):
+    """A launch that failed before its first stage was the newest command: `report work` had nothing to report on."""
+    work = make_pipeline(tmp_path, steps=10)
+    failed = json.loads(work.pipeline("rlhf", "default").read_text()) | {"run_id": "lab", "state": "failed"}
+    path = work.pipeline("rlhf", "lab")
+    path.write_text(json.dumps(failed))
+    os.utime(path, (4e9, 4e9))  # the newest
+    assert {run.run_id for run in read_facts([work.path]).runs} == {"default"}
+    with pytest.raises(ArtefactError, match=r"run_id=lab has no run of a stage yet; --run-id default has$"):
+        read_facts([work.path], "lab")
 
 
 def test_a_damaged_file_is_refused_by_its_path(tmp_path):

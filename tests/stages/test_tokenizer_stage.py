@@ -71,6 +71,13 @@ def test_a_given_tokenizer_is_copied_as_it_is_and_the_vocabulary_follows_it(tmp_
     assert STAGE.inspect(kept).detail == "320 pieces, kept"
 
 
+def test_a_given_tokenizer_without_text_has_no_figures(tmp_path: Path, given_json: Path) -> None:
+    """Finds `0.00 bytes/token` in the plan."""
+    config = config_for(tmp_path / "work", f"tokenizer={given_json}", sources={})
+    STAGE.build(config, Console())
+    assert STAGE.inspect(config).detail == "320 pieces"
+
+
 def test_another_tokenizer_than_the_one_that_is_there_is_refused_with_the_ways_out(
     tmp_path: Path, given_json: Path
 ) -> None:

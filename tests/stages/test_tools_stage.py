@@ -1,6 +1,8 @@
 """The table that stage tools ends with."""
 
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.tools import STAGE, kind_of, print_calls
+from dist_lm.storage.run_directory import RunDirectory
 
 METRICS = {
     "val/loss": 1.0,
@@ -47,3 +49,13 @@ def test_other_stages_have_no_such_table():
 def test_names_of_kinds():
     assert [kind_of(name) for name in ("tools/parses", "tools/parses_single", "code/parses_bash")] == ["", "single", ""]
     assert kind_of("tools/parallel_exact") == ""
+
+
+def test_the_summary_names_the_samples_only_if_there_are_some(tmp_path):
+    """Finds a summary that sends the reader to an empty folder, where nothing was asked."""
+    run, config = RunDirectory(tmp_path), compose_config(["stage=tools", "tracking=none"])
+    result = {"parameters": 9, "steps": 1, "tokens": 1, "ranks": 1, "checkpoint": "step_1", "metrics": {}}
+    run.samples.mkdir()
+    assert "samples" not in dict(STAGE.entries(config, run, result))
+    (run.samples / "step_00000001.jsonl").write_text("{}\n")
+    assert dict(STAGE.entries(config, run, result))["samples"] == str(run.samples)

@@ -44,9 +44,10 @@ def test_text_full_of_special_names_and_odd_characters_still_trains(tmp_path: Pa
 
 
 def test_a_vocabulary_larger_than_the_text_says_what_fits(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^tokenizer\.vocab_size=32000: expected at most \d+, ") as refusal:
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size=32000: expected at most \d+, ") as refusal:
         train_tokenizer(small_texts(), tmp_path / "t.model", TokenizerConfig(vocab_size=32000))
     assert "\n" not in str(refusal.value)
+    assert "tokenizer=PATH, tokenizer=keep" in str(refusal.value)
     assert not list(tmp_path.iterdir())
     fits = int(re.findall(r"at most (\d+)", str(refusal.value))[0])
     train_tokenizer(small_texts(), tmp_path / "t.model", TokenizerConfig(vocab_size=fits))
@@ -55,7 +56,7 @@ def test_a_vocabulary_larger_than_the_text_says_what_fits(tmp_path: Path) -> Non
 
 def test_a_vocabulary_too_small_for_the_characters_says_so(tmp_path: Path) -> None:
     texts = ["".join(chr(0x4E00 + n) for n in range(1000)) * 3]
-    with pytest.raises(ConfigError, match=r"^tokenizer\.vocab_size=512: expected more than \d{4}, "):
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size=512: expected more than \d{4}, "):
         train_tokenizer(texts, tmp_path / "t.model", TokenizerConfig(vocab_size=512))
 
 

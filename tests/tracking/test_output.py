@@ -91,7 +91,7 @@ FOR_PROGRAMS = {
     "bench/rank.py": 1,
     "bench/tracking_follower.py": 2,
     "cluster/gpu_probe.py": 1,
-    "cluster/ray_node.py": 1,
+    "cluster/ray_node.py": 2,
     "cluster/torchrun.py": 1,
     "dry_run/rehearsal.py": 1,
     "gpu_check/probe.py": 1,

@@ -25,6 +25,7 @@ from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
+MISSING_COLUMN = "missing_column"  # reason of a row without the column of the document
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
 MAX_LANGUAGES = 200  # of a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
@@ -359,7 +360,7 @@ def text_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow |
 
 def missing_column(column: str, columns: Sequence[str]) -> BadRow:
     """Returns the problem of a row that lacks `column`. `columns`: those that it has."""
-    return BadRow("missing_column", f"no column {column}; the columns there are {', '.join(columns) or 'none'}")
+    return BadRow(MISSING_COLUMN, f"no column {column}; the columns there are {', '.join(columns) or 'none'}")
 
 
 def utf8_problem(column: str, text: str) -> BadRow | None:

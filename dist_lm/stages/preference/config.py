@@ -7,6 +7,7 @@ from omegaconf import MISSING
 from dist_lm.config.preference import PreferenceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainerGroup
+from dist_lm.stages.corpus_forms import OneFormConfig
 
 
 @dataclass
@@ -17,8 +18,10 @@ class PreferenceStageConfig(TrainerGroup):
 
 
 @dataclass
-class PreferenceRunConfig(Config):
+class PreferenceRunConfig(OneFormConfig):
     """The configuration of stage preference."""
+
+    corpus_forms = ("ranking",)
 
     stage: PreferenceStageConfig = MISSING
 

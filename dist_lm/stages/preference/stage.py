@@ -11,6 +11,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.epochs import CorpusPass, ranking_sequences
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import require
+from dist_lm.stages.corpus_forms import require_form
 from dist_lm.stages.preference.config import PreferenceRunConfig, settings_of
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
 from dist_lm.stages.training.stage import DataArguments, StageData, TrainingStage, before_and_after
@@ -46,6 +47,7 @@ class Preference(TrainingStage):
     packed = "rankings"
 
     def check(self, config: Config) -> None:
+        require_form(config)
         require(config.model.head == "tokens", "model.head", config.model.head, "tokens: the policy writes text")
 
     def objective(self, config: Config) -> "Objective":

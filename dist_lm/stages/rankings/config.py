@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from dist_lm.errors import require
-from dist_lm.stages.shards import CorporaConfig, CorporaStageConfig
+from dist_lm.stages.shards import SAMPLED, CorporaConfig, CorporaStageConfig
 
 
 @dataclass
@@ -49,7 +49,20 @@ class RankingsConfig(CorporaConfig):
 
     stage: RankingsStageConfig = MISSING
 
+    @property
+    def samples_a_model(self) -> bool:
+        """Whether a source of rankings needs a model's answers to prompts."""
+        return any(source.reader == SAMPLED for sources in self.corpus.corpora.values() for source in sources)
+
+    @property
+    def corpus_names(self) -> tuple[str, ...]:
+        """The name of the corpus whose prompts are answered; none if it is not configured, because nothing needs it."""
+        return tuple(name for name in super().corpus_names if name in self.corpus.corpora)
+
     def check_stage(self) -> None:
         super().check_stage()
+        # The key has a default, which a corpus file of ready rankings need not have.
+        if not self.samples_a_model:
+            return
         accepted = f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}"
         require(self.stage.corpus in ("", *self.corpus.corpora), "stage.corpus", self.stage.corpus, accepted)

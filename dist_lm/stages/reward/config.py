@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainerGroup
 from dist_lm.errors import require
+from dist_lm.stages.corpus_forms import OneFormConfig
 
 
 @dataclass
@@ -35,7 +35,9 @@ class RewardStageConfig(TrainerGroup):
 
 
 @dataclass
-class RewardRunConfig(Config):
+class RewardRunConfig(OneFormConfig):
     """The configuration of stage reward."""
+
+    corpus_forms = ("ranking",)
 
     stage: RewardStageConfig = MISSING

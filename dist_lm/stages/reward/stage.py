@@ -12,6 +12,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.epochs import CorpusPass, ranking_sequences
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import require
+from dist_lm.stages.corpus_forms import require_form
 from dist_lm.stages.reward.config import RewardRunConfig
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure, run_of
 from dist_lm.stages.training.stage import (
@@ -48,11 +49,12 @@ class Reward(TrainingStage):
     packed = "rankings"
 
     def check(self, config: Config) -> None:
-        """Refuses answers that would fill the context where the start generates some.
+        """Refuses a corpus without rankings, and answers that would fill the context where the start generates some.
 
         Raises:
-            ConfigError: stage.reward.normaliser_new_tokens is too large.
+            ConfigError: names stage.corpus, or stage.reward.normaliser_new_tokens that is too large.
         """
+        require_form(config)
         assert isinstance(config, RewardRunConfig)
         settings, longest = config.stage.reward, config.model.max_seq_len
         # Without an initial model, completions of val are scored and nothing is generated.

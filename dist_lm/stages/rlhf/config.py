@@ -14,6 +14,7 @@ from dist_lm.data.prompt_rows import find_rows
 from dist_lm.data.sources.reader import corpora_of_form
 from dist_lm.errors import ArtefactError, require
 from dist_lm.rlhf.config import RlhfConfig
+from dist_lm.stages.corpus_forms import OneFormConfig
 from dist_lm.storage.run_directory import WorkDirectory
 
 AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
@@ -77,8 +78,11 @@ class RlhfRunGroup(RlhfConfig):
 
 
 @dataclass
-class RlhfRunConfig(Config):
+class RlhfRunConfig(OneFormConfig):
     """The whole configuration of stage `rlhf`."""
+
+    corpus_forms = ("conversation", "ranking")
+    without_corpus = ", or prompts from a file: rlhf.prompts_from=FILE"
 
     stage: TrainingGroup = MISSING
     rlhf: RlhfRunGroup = MISSING
@@ -139,6 +143,11 @@ class RlhfRunConfig(Config):
             ConfigError: a source is invalid.
         """
         return frozenset(corpora_of_form(self.corpus, "ranking"))
+
+    def check_corpus(self, name: str) -> None:
+        # Files of prompts replace the corpus, whose name the stage file gives also where there is none.
+        if not self.rlhf.prompts_from:
+            super().check_corpus(name)
 
     def check_stage(self) -> None:
         """Refuses answers that fill the context, a cache too small for one sequence, actors of eval.pool, wrong

@@ -350,7 +350,9 @@ class TrainingStage(Stage):
         yield from self.own_entries(result)
 
         yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
-        yield "samples", str(run.samples)
+        # Not every stage writes samples, or asks questions.
+        if any(run.samples.rglob("*.jsonl")):
+            yield "samples", str(run.samples)
         yield "metrics", str(run.metrics)
         yield "rank logs", str(run.logs)
         if config.tracking.name == "wandb":
