@@ -143,8 +143,8 @@ def _too_broken(counts: Survey) -> str:
     if share <= limit:
         return ""
 
-    # Most of the rows are not damaged but described by another file's columns: to skip them would lose data.
     too_many = f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so a launch refuses"
+    # Rows of files with other columns are not damaged: a higher max_bad_fraction would lose them.
     without_column = [row for row in counts.broken if row["reason"] == MISSING_COLUMN]
     if 2 * len(without_column) > len(counts.broken):
         files = list(dict.fromkeys(row["place"].rpartition(":")[0] for row in without_column))

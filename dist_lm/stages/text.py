@@ -12,7 +12,7 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.corpus_forms import OneFormConfig
+from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.stages.training.arguments import DataArguments, StageData
 from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
 from dist_lm.storage.run_directory import RunDirectory
@@ -62,7 +62,7 @@ class SampledStageConfig(StageConfig):
 
 
 @dataclass
-class SampledConfig(OneFormConfig):
+class SampledConfig(CorpusFormsConfig):
     """The configuration of a stage that ends with samples."""
 
     stage: SampledStageConfig = MISSING

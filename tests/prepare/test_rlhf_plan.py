@@ -153,8 +153,8 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
 def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,
-        match=r"^stage\.corpus=code: expected conversations or rankings, .* "
-        r"\(tools, rankings\); or give rlhf",
+        match=r"^stage\.corpus=code: stage rlhf needs conversations or rankings; corpus=local has them in "
+        r"tools, rankings: give stage\.corpus=tools, or prompts from a file: rlhf\.prompts_from=FILE$",
     ):
         plan_of(work, *IN_256, "stage.corpus=code", target="rlhf")
     prompts = work.path / "prompts.txt"
