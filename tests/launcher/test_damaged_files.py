@@ -180,6 +180,28 @@ def test_a_status_file_with_other_content_is_refused_by_its_path(tmp_path: Path,
             verb(work)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("command", 7),
+        ("command", [7]),
+        ("error", None),
+        ("state", "odd"),
+        ("state", "waiting"),
+        ("stages", [{"name": "code"}]),
+        ("stages", [{"name": "code", "state": "odd", "detail": ""}]),
+    ],
+)
+def test_a_damaged_record_of_an_earlier_release_is_refused_by_its_path(tmp_path: Path, key: str, value: object) -> None:
+    """It has no checksum. Finds a verb that checks less of the record than it uses: `report` ended in a traceback."""
+    work = make_work(tmp_path)
+    path = work.pipeline("code", "default")
+    path.write_text(json.dumps(durable.read_json(path) | {key: value}))
+    for verb in (status, report):
+        with pytest.raises(ArtefactError, match=rf"^{re.escape(str(path))}: "):
+            verb(work)
+
+
 @pytest.mark.parametrize("damaged", [b"step_00000010\x80", b"\xff\xfe", b"", b"..", b"step_0000\x000010\n", b"/tmp"])
 def test_a_damaged_pointer_means_the_newest_checkpoint(tmp_path: Path, damaged: bytes) -> None:
     """Finds a pointer whose bytes are trusted: an empty one named the folder itself."""
