@@ -199,10 +199,8 @@ def show_plan(plan: Plan, console: Console) -> None:
 def warn_of_repetition(plan: Plan, console: Console) -> None:
     """Warns of corpora that a stage of the plan reads many times, as far as they are there. A stage that starts warns
     of its own."""
-    from dist_lm.stages.training.stage import TrainingStage
-
     for planned in plan.missing:
-        if isinstance(planned.stage, TrainingStage) and (warning := planned.stage.repetition(planned.config)):
+        if warning := planned.stage.repetition(planned.config):
             console.warning(warning)
 
 

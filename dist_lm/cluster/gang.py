@@ -149,9 +149,10 @@ class Gang:
         addresses = [node.address for node in crew.placement.nodes]
         gang = cls(run, Crowd(crew.hosts, ranks_per_node, device), crew, patience)
         try:
-            # The first node keeps the port of the rendezvous free until its torchrun listens there.
+            # Ranks of one node need no port.
             port = 0
             if len(agents) > 1:
+                # The first node keeps the port of the rendezvous free until its torchrun listens there.
                 port = cast(int, ray.get(agents[0].reserve_port.remote(), timeout=START_S))
             mark = secrets.token_hex(8)
             launched = [

@@ -112,7 +112,8 @@ class Probes:
         return [answers.get(local, f"no answer within {timeout_s:g} s") for local in range(len(requests))]
 
     def new_store(self) -> str:
-        """Returns the path of a file that is not there yet, in which these processes alone can meet."""
+        """Returns the path of a file that is not there yet, in which the processes meet and which only this user can
+        reach."""
         self._n_stores += 1
         return str(Path(self._stores.name) / f"store_{self._n_stores}")
 
@@ -247,9 +248,10 @@ def main() -> None:
             # Not before all ranks of that group have answered.
             if dist.is_initialized():
                 dist.destroy_process_group()
-            meeting: dict[str, Any] = {"init_method": f"tcp://{request.get('address')}:{request.get('port')}"}
             if "store" in request:
-                meeting = {"store": dist.FileStore(request["store"])}
+                meeting: dict[str, Any] = {"store": dist.FileStore(request["store"])}
+            else:
+                meeting = {"init_method": f"tcp://{request['address']}:{request['port']}"}
             with guarded():
                 dist.init_process_group(backend, rank=rank, world_size=world, **meeting)
             answer = {"wrong": all_reduce(device, rank, world, SUMMED[kind])}

@@ -34,7 +34,7 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES of a process that reserves no GPU
 }
 CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
-LOOPBACK = "127.0.0.1"  # the one address on which Ray's processes listen and nowhere else, see `keep_loopback`
+LOOPBACK = "127.0.0.1"  # Ray's processes of a node with this address listen there alone, see `keep_loopback`
 LONGEST_REASON = 300  # characters of a Ray error in a message; some fill a screen
 PRIVATE_END_S = 30.0
 DEATH_NOTICED_S = 2.0  # longest time from the end of a process of Ray to the line of its node

@@ -202,9 +202,9 @@ def run_private(host: str) -> int:
     """Runs a head that only the process which started it can use, until standard input is closed.
 
     It removes what killed nodes have left, chooses a free port and a token (RAY_AUTH_TOKEN_PATH of this process), and
-    prints `{"address", "token_path"}` as one line of JSON; if Ray dies, a second line, `{"death", "log"}`. Standard
-    input also closes if the starting process is killed. Signals are ignored, so that a launch can write a checkpoint
-    first. Returns exit code 1 if Ray died, else 0.
+    prints `{"address", "token_path"}` as one line of JSON; if Ray dies, a second line, `{"death", "log"}`: what died,
+    and the file with the end of Ray's logs or why there is none. Standard input also closes if the starting process is
+    killed. Signals are ignored, so that a launch can write a checkpoint first. Returns exit code 1 if Ray died, else 0.
 
     Raises:
         RuntimeError: a process of a node survives SIGKILL.
@@ -233,9 +233,15 @@ def run_private(host: str) -> int:
         while not closed.is_set() and ray.death() is None:
             time.sleep(POLL_S)
         if death := ray.death():
+            try:
+                log = str(ray.keep_logs())
+            except OSError as error:
+                # A full disk may be what Ray died of.
+                log = f"not kept: {error.strerror or error}"
+
             # The launch has the words for people; it may have been killed together with Ray.
             with suppress(BrokenPipeError):
-                print(json.dumps({"death": death, "log": str(ray.keep_logs())}), flush=True)
+                print(json.dumps({"death": death, "log": log}), flush=True)
         # Keep the logs until the launch, whose calls to Ray fail, has left.
         closed.wait()
     return 1 if death else 0

@@ -96,11 +96,15 @@ class RayProcesses:
 
     def keep_logs(self) -> Path:
         """Writes the end of Ray's logs to a new file in $TMPDIR that only this user can read and that stays; returns
-        its path."""
+        its path.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         descriptor, path = tempfile.mkstemp(".log", "dist_lm-ray-")
-        with os.fdopen(descriptor, "w", encoding="utf-8") as kept:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             for name, lines in self.ends_of_logs():
-                kept.write("\n".join([f"the end of {name}:", *lines, ""]))
+                file.write("\n".join([f"the end of {name}:", *lines, ""]))
         return Path(path)
 
     def ends_of_logs(self) -> Iterator[tuple[str, list[str]]]:

@@ -196,10 +196,10 @@ class Config:
         accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={stage.corpus}: {listed}"
         for name, share in (stage.mix or {}).items():
             if name not in self.corpus.corpora:
-                raise ConfigError(
-                    f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}"
-                    f"{f' (stage.mix.{name}=0 leaves it out)' if mixable else ''}"
-                )
+                refusal = f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}"
+                if mixable:
+                    refusal += f" (stage.mix.{name}=0 leaves it out)"
+                raise ConfigError(refusal)
             require(name in mixable, "stage.mix", name, accepted)
 
     def _check_eval_tasks(self) -> None:

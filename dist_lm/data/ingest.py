@@ -231,13 +231,14 @@ class TextSplits:
         share = largest_share(self.config, corpus_name)
         chosen: list[Screened] = []
         size = 0
-        # What the smallest share holds that holds anything: group -> bytes.
+        # Group -> bytes, of the groups below the smallest halving of the share that holds any group: about one group.
         least: dict[str, int] = {}
         least_share = share
         for record in self.screened(corpus_name):
             position = _position(record.group)
             if position < least_share:
                 least[record.group] = least.get(record.group, 0) + record.n_bytes
+            # Each halving drops the groups above it, so that few are in memory.
             while position < least_share / 2:
                 least_share /= 2
                 least = {group: n_bytes for group, n_bytes in least.items() if _position(group) < least_share}
@@ -315,7 +316,7 @@ def split_documents(
     groups = _Groups()
     for record in records:
         groups.add(record.group)
-        # The rule knows the groups that a first reading of sources with `held_out` gave.
+        # The rule was made from an earlier reading of the sources with `held_out`, and has all of their groups.
         if not is_text and record.source_config.held_out and record.document.group not in rule.groups:
             raise ChangedInputError(record.document.source, "it was not there before")
         if rule.split_of(corpus_name, record) == "val":
@@ -354,7 +355,7 @@ class NothingHeldOutError(ArtefactError):
 
 @dataclass
 class _Groups:
-    """What an error about held-out documents says of the groups of a corpus, without holding all of them."""
+    """Facts about the groups of a corpus for an error about held-out documents, in constant memory."""
 
     first: str = ""
     several: bool = False  # whether there is more than one
@@ -382,19 +383,24 @@ def _why_nothing_is_held_out(
         "conversation": "begin with the same user turn or have the same tools",
         "ranking": "have the same prompt",
     }
+
     if n_dropped:
         return (
             f"train documents contain each of the {n_dropped} that were chosen (overlapping): remove copies from the "
             f"data, or {own_source}, whose copies in train are dropped instead"
         )
+
+    # No share helps, because a group is never divided.
     if not groups.several:
         words = words_of_form[form_of(config, corpus_name)]
         return f"they {words}, which is not divided: add other documents, or {own_source}"
+
     if least_val_bytes:
         return (
             f"the least part that could be has {least_val_bytes:,} bytes, and corpus.val_tokens={config.val_tokens} "
             f"is less ({BYTES_PER_TOKEN} bytes a token): expected at least {-(-least_val_bytes // BYTES_PER_TOKEN)}"
         )
+
     return (
         f"there are too few for corpus.val_fraction={config.val_fraction}: expected above {groups.smallest:.4f}, or "
         "more documents (limit of the sources)"

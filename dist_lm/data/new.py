@@ -114,6 +114,8 @@ def new_corpus(
         max_bad_fraction=READABLE,
     )
     surveys = {name: survey(config, name, sample_bytes) for name in by_corpus}
+    for name, corpus_survey in surveys.items():
+        _refuse_other_columns(corpus_survey, [path for source in config.corpora[name] for path in source.path or []])
     remarks = [line for corpus_survey in surveys.values() if (line := _too_broken(corpus_survey))]
     settings: dict[str, Any] = {}
     if remarks:
@@ -187,6 +189,31 @@ def _accepted_fraction(counts: Survey) -> float:
     return max(CorpusConfig.max_bad_fraction, float(f"{min(0.99, 1.5 * counts.worst_source()[1]):.2g}"))
 
 
+def _refuse_other_columns(counts: Survey, paths: Sequence[str]) -> None:
+    """Refuses files of several kinds as one source. Their rows are not damaged: to skip them would lose data.
+
+    Args:
+        paths: those of the sources; a file among them has no others beside it.
+
+    Raises:
+        ConfigError: most rows that a launch would refuse lack a column that other files of their source have.
+    """
+    name, share = counts.worst_source()
+    without_column = [row for row in counts.broken if row["reason"] == MISSING_COLUMN]
+    files = list(dict.fromkeys(row["place"].rpartition(":")[0] for row in without_column))
+    if share <= CorpusConfig.max_bad_fraction or 2 * len(without_column) <= len(counts.broken):
+        return
+    if not set(files).isdisjoint(paths):
+        return
+
+    others = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    raise ConfigError(
+        f"{share:.1%} of the rows of {name} have other columns, in {', '.join(files[:LISTED])}{others}. "
+        "Give each kind of file separately, as in `dist-lm data new FILE FILE`: each gets a source of its own. "
+        f"The first: {without_column[0]['place']}: {without_column[0]['error']}"
+    )
+
+
 def _too_broken(counts: Survey) -> str:
     """Returns advice about the source with the largest share of broken rows, if a launch would refuse it; else an empty
     text.
@@ -196,21 +223,10 @@ def _too_broken(counts: Survey) -> str:
     if share <= limit:
         return ""
 
-    # Most of the rows are not damaged but described by another file's columns: to skip them would lose data.
     too_many = (
         f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so this file raises it, and "
         "a launch skips them"
     )
-    without_column = [row for row in counts.broken if row["reason"] == MISSING_COLUMN]
-    if 2 * len(without_column) > len(counts.broken):
-        files = list(dict.fromkeys(row["place"].rpartition(":")[0] for row in without_column))
-        others = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
-        return (
-            f"{too_many}: {len(without_column):,} have other columns, in {', '.join(files[:LISTED])}{others}. "
-            "Give each kind of file separately, as in `dist-lm data new FILE FILE`: each gets a source of its own. "
-            f"The first: {without_column[0]['place']}: {without_column[0]['error']}"
-        )
-
     first = counts.broken[0]
     return (
         f"{too_many}: mend them, or keep `max_bad_fraction: {_accepted_fraction(counts):g}`. "

@@ -106,7 +106,10 @@ def figures_of(result: Mapping[str, Any]) -> str:
 
 
 def shortened(text: str, width: int) -> str:
-    """Returns a text of at most `width` characters: of a longer one the beginning and, for paths, more of the end."""
+    """Returns a text of at most `width` characters: the middle of a longer one becomes `...`.
+
+    The end keeps twice as much as the beginning, as a path says most at its end.
+    """
     if len(text) <= width:
         return text
     n_first = width // 3

@@ -18,12 +18,11 @@ from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.stage import Action, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.lock import locked
-from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import CommandState, StageState, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact_command, redact_text
 
 LOOK_S = 1.0  # a test of the lock holds it briefly: wait this long before calling it taken
-State = Literal["running", "done", "failed", "stopped"]
 Tell = Callable[[str, Literal["running", "done"], str], None]
 """Called with name, new state and detail of a stage; an empty detail means no change."""
 
@@ -33,7 +32,7 @@ class QueuedStage:
     """One stage in the queue."""
 
     name: str
-    state: Literal["done", "waiting", "running", "failed", "stopped"]
+    state: StageState
     detail: str
     seconds: float | None = None  # duration in this command, once the stage has ended
 
@@ -72,7 +71,7 @@ class Pipeline:
         """Stage `name` is done."""
         self._set(name, "done", detail, time.monotonic() - self._began)
 
-    def end(self, state: State, error: str = "") -> None:
+    def end(self, state: CommandState, error: str = "") -> None:
         """Writes how the command ended. A stage that was running gets the state `failed` or `stopped` too, with its
         seconds.
 
@@ -102,7 +101,7 @@ class Pipeline:
         """The stages with their current states."""
         return tuple(self._stages)
 
-    def _write(self, state: State, error: str = "") -> None:
+    def _write(self, state: CommandState, error: str = "") -> None:
         stages = [asdict(stage) for stage in self._stages]
         # The command may hold secrets, and errors may quote addresses with passwords.
         durable.write_sealed(

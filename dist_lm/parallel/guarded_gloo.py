@@ -24,8 +24,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +41,7 @@ N_PORTS = 20  # that a stranger may reach before their filter is there
 LONGEST_FILTER = 64  # instructions
 ACCEPTED_S = 0.005  # for gloo's thread to accept a connection
 DESCRIPTORS = Path("/proc/self/fd")
+TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 # Classic BPF (linux/filter.h) as (code, jump if true, jump if false, k): what it returns is how much of a packet stays.
 DROP_ALL = ((0x06, 0, 0, 0),)
 DROP_DATA = (
@@ -72,13 +73,8 @@ def guarded() -> Iterator[None]:
         yield
         return
 
-    ungated = distributed_c10d.ProcessGroupGloo
-    distributed_c10d.ProcessGroupGloo = GuardedGloo  # type: ignore[misc]
-    try:
-        with _GUARD.watching():
-            yield
-    finally:
-        distributed_c10d.ProcessGroupGloo = ungated  # type: ignore[misc]
+    with _GUARD.watching():
+        yield
 
 
 class GuardedGloo(dist.ProcessGroupGloo):
@@ -115,7 +111,7 @@ class _Connections:
     lock: threading.RLock = field(default_factory=threading.RLock)
     addresses: dict[int, tuple] = field(default_factory=dict)  # inode of a listening socket -> its address
     judged: set[int] = field(default_factory=set)  # inodes of connections
-    strangers: list[str] = field(default_factory=list)  # that had no filter, in words
+    strangers: dict[tuple, str] = field(default_factory=dict)  # address -> who came before its filter, in words
     refused: set[int | None] = field(default_factory=set)  # users whose connections were closed
     n_blocks: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
@@ -132,6 +128,7 @@ class _Connections:
             self.n_blocks += 1
             if self.n_blocks == 1:
                 self._open()
+
         try:
             yield
         finally:
@@ -139,11 +136,12 @@ class _Connections:
                 self.n_blocks -= 1
                 if self.n_blocks == 0:
                     self._close()
+
         with self.lock:
             if self.strangers and self.n_blocks == 0:
-                strangers, self.strangers = self.strangers, []
+                strangers, self.strangers = self.strangers, {}
                 raise StrangerError(
-                    f"{'; '.join(strangers)}: another user of this machine tries to take part in this run; "
+                    f"{'; '.join(strangers.values())}: another user of this machine tries to take part in this run; "
                     "start it again, and ask him to stop"
                 )
 
@@ -163,21 +161,21 @@ class _Connections:
                     device = dist.ProcessGroupGloo.create_device(interface=interface)
                 else:
                     device = dist.ProcessGroupGloo.create_default_device()
-                self._adopt(before)
+                new_addresses = self._adopt(before)
 
                 # Nobody knows the port yet: who has connected before the filter was there is no rank. gloo takes such a
                 # connection at once.
                 time.sleep(ACCEPTED_S)
                 self._look()
-                if not self.strangers:
+                strangers = [self.strangers.pop(address) for address in new_addresses if address in self.strangers]
+                if not strangers:
                     return device
-                log.warning("%s: this rank takes another port", "; ".join(self.strangers))
-                self.strangers.clear()
+                log.warning("%s: this rank takes another port", "; ".join(strangers))
         raise StrangerError(f"another user of this machine has connected to {N_PORTS} ports of this rank at once")
 
-    def _adopt(self, before: set[int]) -> None:
+    def _adopt(self, before: set[int]) -> Collection[tuple]:
         """Puts the filter on the sockets that listen now, and whose descriptors are not in `before`; at once, as others
-        see their ports already."""
+        see their ports already. Returns their addresses."""
         new_addresses = {}
         for inode, found in _tcp_sockets(before):
             with found:
@@ -186,8 +184,10 @@ class _Connections:
                     new_addresses[inode] = found.getsockname()
         assert new_addresses, "gloo listens on another kind of socket than TCP"
         self.addresses |= new_addresses
+        return new_addresses.values()
 
     def _open(self) -> None:
+        distributed_c10d.ProcessGroupGloo = GuardedGloo  # type: ignore[misc]
         # Groups that are split from earlier ones connect through the ports of those.
         self._filter(DROP_DATA)
         self.ended.clear()
@@ -195,6 +195,7 @@ class _Connections:
         self.thread.start()
 
     def _close(self) -> None:
+        distributed_c10d.ProcessGroupGloo = dist.ProcessGroupGloo  # type: ignore[misc]
         self.ended.set()
         self._filter(DROP_ALL)
         self._look()
@@ -219,19 +220,32 @@ class _Connections:
             pause_s = min(1.05 * pause_s, LONGEST_LOOK_S)
 
     def _look(self) -> None:
-        """Judges the connections that have come since the last look."""
+        """Judges the connections that have come since the last look. Reads the kernel's table once, as on many ranks it
+        has thousands of lines."""
         ports = set(self.addresses.values())
-        for inode, found in _tcp_sockets():
-            with found:
+        with ExitStack() as copies:
+            new_connections = {}
+            for inode, found in _tcp_sockets():
+                copies.enter_context(found)
                 if inode in self.judged or inode in self.addresses:
                     continue
                 # A connection that ends meanwhile needs no judgement.
                 with suppress(OSError):
-                    if found.getsockname() in ports and not _is_listening(found) and self._judge(found):
+                    if found.getsockname() in ports and not _is_listening(found):
+                        new_connections[inode] = found
+
+            # Not before: a connection that is younger than the table would have no owner.
+            owners = _owners() if new_connections else {}
+            for inode, connection in new_connections.items():
+                with suppress(OSError):
+                    if self._judge(connection, owners):
                         self.judged.add(inode)
 
-    def _judge(self, connection: socket.socket) -> bool:
+    def _judge(self, connection: socket.socket, owners: Mapping[tuple[str, str], int]) -> bool:
         """Takes the filter from a connection of this user or of another machine, and closes one of another user.
+
+        Args:
+            owners: what `_owners` has returned since the connection was there.
 
         Returns:
             False if the kernel does not name the owner now: it skips entries of its table that move while it is read,
@@ -239,7 +253,7 @@ class _Connections:
         """
         here, there = connection.getsockname(), connection.getpeername()
         has_filter = bool(connection.getsockopt(socket.SOL_SOCKET, GET_FILTER, LONGEST_FILTER))
-        uid = _owner(there, here)
+        uid = owners.get((_in_table(there), _in_table(here)))
         if uid == os.geteuid() or (uid is None and not _is_of_this_machine(there)):
             if has_filter:
                 connection.setsockopt(socket.SOL_SOCKET, DETACH_FILTER, 0)
@@ -249,7 +263,7 @@ class _Connections:
 
         who = f"user {uid}" if uid is not None else "a process that has left"
         if not has_filter:
-            self.strangers.append(f"{who} has connected to {here[0]}:{here[1]} before it was guarded")
+            self.strangers[here] = f"{who} has connected to {here[0]}:{here[1]} before it was guarded"
         elif uid not in self.refused:
             # Once for each user, as one who connects again and again must not fill the log.
             self.refused.add(uid)
@@ -324,16 +338,20 @@ def _attach(found: socket.socket, program: tuple[tuple[int, int, int, int], ...]
     found.setsockopt(socket.SOL_SOCKET, ATTACH_FILTER, bytes(_Program(len(program), instructions)))
 
 
-def _owner(local: tuple, remote: tuple) -> int | None:
-    """Returns the user whose socket has these two addresses; None if no living process of this machine has one."""
-    table = "/proc/net/tcp6" if ":" in local[0] else "/proc/net/tcp"
-    wanted = [_in_table(local), _in_table(remote)]
-    for line in Path(table).read_text().splitlines()[1:]:
-        words = line.split()
-        # A socket that its process has closed has no inode, and is listed as one of user 0.
-        if words[1:3] == wanted and words[9] != "0":
-            return int(words[7])
-    return None
+def _owners() -> dict[tuple[str, str], int]:
+    """Returns the user of each TCP socket of a living process of this machine, by its own address and that of its other
+    end, as `_in_table` writes them."""
+    owners = {}
+    for table in TABLES:
+        # A kernel without IPv6 has one table.
+        if not table.exists():
+            continue
+        for line in table.read_text().splitlines()[1:]:
+            words = line.split()
+            # A socket that its process has closed has no inode, and is listed as one of user 0.
+            if words[9] != "0":
+                owners[words[1], words[2]] = int(words[7])
+    return owners
 
 
 def _in_table(address: tuple) -> str:

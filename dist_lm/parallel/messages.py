@@ -120,21 +120,27 @@ def decode(content: bytes, expected: Any) -> Any:
 
 def _plain(value: Any, numbers: bytearray) -> Any:
     """Returns a value as JSON has it. The content of an array is appended to `numbers`; its type, shape and place there
-    stand for it."""
+    stand for it.
+
+    Raises:
+        TypeError: as `encode`.
+    """
     if isinstance(value, Enum):
         return _plain(value.value, numbers)
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, Path):
+        return str(value)
+
+    if isinstance(value, bytes):
+        return _plain(np.frombuffer(value, np.uint8), numbers)
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in NUMBERS:
             raise TypeError(f"an array of {value.dtype}: expected numbers")
         place = len(numbers)
         numbers += value.tobytes()
         return [value.dtype.str, list(value.shape), place]
-    if isinstance(value, bytes):
-        return _plain(np.frombuffer(value, np.uint8), numbers)
-    if isinstance(value, Path):
-        return str(value)
+
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # The name tells apart the members of a union.
         fields = {field.name: _plain(getattr(value, field.name), numbers) for field in dataclasses.fields(value)}

@@ -42,12 +42,29 @@ HEADLINES = (  # most important first; cards and visible charts show the first `
     "perf/memory_gib",
 )
 COLOURS = 8  # number of colours in the style sheet, and most lines of a chart
-WORDS = {  # words of names of metrics that are written out in titles; "": the unit beside the title says it
-    **{"lr": "learning rate", "kl": "KL divergence", "mfu": "MFU", "eta": "time left", "std": "standard deviation"},
-    **{"grad": "gradient", "logprob": "log-probability", "args": "arguments", "frac": "fraction", "var": "variance"},
-    **{"approx": "approximate", "ema": "averaged weights:", "gib": "", "cpu": "CPU", "gpu": "GPU"},
+WORDS = {  # words of metric names that titles write out; "": the unit beside the title says it
+    "approx": "approximate",
+    "args": "arguments",
+    "cpu": "CPU",
+    "ema": "averaged weights:",
+    "eta": "time left",
+    "frac": "fraction",
+    "gib": "",
+    "gpu": "GPU",
+    "grad": "gradient",
+    "kl": "KL divergence",
+    "logprob": "log-probability",
+    "lr": "learning rate",
+    "mfu": "MFU",
+    "std": "standard deviation",
+    "var": "variance",
 }
-KINDS = {"train": ", training", "val": ", validation", "perf": "", "system": ", node"}
+KINDS = {  # prefix of a metric name: how titles end
+    "train": ", training",
+    "val": ", validation",
+    "perf": "",
+    "system": ", node",
+}
 NUM_VISIBLE = 4
 
 
@@ -141,7 +158,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves on the same axes, at most `COLOURS` of them."""
+    """Curves on the same axes: at most `COLOURS`, unless all are constant."""
 
     name: str
     metric: Metric
@@ -279,13 +296,13 @@ def _charts(
     if not several and len(lines) == 2 and equal_curves(lines[0].curve, lines[1].curve):
         lines = lines[:1]
 
-    metric = registered_metric(names[0])
-    if not any(line.curve.points.values.size and len(np.unique(line.curve.points.values)) > 1 for line in lines):
-        return [Chart(title, metric, tuple(lines))]  # a list of values, which has room for all
-    parts = [tuple(lines[begin : begin + COLOURS]) for begin in range(0, len(lines), COLOURS)]
-    if len(parts) == 1:
-        return [Chart(title, metric, parts[0])]
-    return [Chart(title, metric, part, f"{number} of {len(parts)}") for number, part in enumerate(parts, start=1)]
+    chart = Chart(title, registered_metric(names[0]), tuple(lines))
+    # Constants become a list of values, which has room for all.
+    if len(lines) <= COLOURS or not chart.moves:
+        return [chart]
+
+    parts = [chart.lines[begin : begin + COLOURS] for begin in range(0, len(lines), COLOURS)]
+    return [replace(chart, lines=part, part=f"{number} of {len(parts)}") for number, part in enumerate(parts, start=1)]
 
 
 def equal_curves(first: Curve, second: Curve) -> bool:

@@ -28,7 +28,6 @@ from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.redact import redact, redact_command, redact_text
 from dist_lm.training import checkpoint_files
 
-RECORD = "the record of a command"
 EXPECTED = "give a run (work/runs/STAGE/RUN_ID), all runs of a stage (work/runs/STAGE), or a work directory"
 MOST_SAMPLES = 16  # samples of one run
 STALL = "checkpoint/stall_s"
@@ -130,7 +129,7 @@ def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
     Raises:
         ArtefactError: there is no such command (the message lists the run ids), or a record is damaged.
     """
-    commands = [_command(path) for path in work.pipelines()]
+    commands = list(work.commands().values())
     matching = [command for command in commands if run_id in (None, command["run_id"])]
 
     if not matching:
@@ -147,16 +146,9 @@ def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
 
     # The record is printed on the page.
     newest = dict(with_runs[-1])
-    newest["command"] = redact_command(newest.get("command", []))
-    newest["error"] = redact_text(newest.get("error", ""))
+    newest["command"] = redact_command(newest["command"])
+    newest["error"] = redact_text(newest["error"])
     return newest
-
-
-def _command(path: Path) -> dict[str, Any]:
-    record = durable.read_json(path, {"run_id": str, "stages": list}, RECORD)
-    if all(isinstance(stage, dict) and isinstance(stage.get("name"), str) for stage in record["stages"]):
-        return record
-    raise ArtefactError(f"{path}: not {RECORD}; move it away to continue without it")
 
 
 def _existing_runs(work: WorkDirectory, pipeline: dict[str, Any]) -> list[RunDirectory]:
@@ -191,7 +183,7 @@ def _tokenizer_report(path: Path) -> dict[str, Any]:
     report = durable.read_json(path, kinds | {"languages": (dict, NoneType)})
     for name, facts in (report.get("languages") or {}).items():
         if not (isinstance(facts, dict) and isinstance(facts.get("bytes_per_token"), int | float)):
-            raise ArtefactError(f"{path}: is damaged (languages: {name}); move it away to continue without it")
+            raise durable.damaged(path, f"languages: {name}")
     return report
 
 

@@ -12,11 +12,11 @@ READER_OF: dict[Form, str] = {"text": "files", "conversation": "messages", "rank
 
 
 @dataclass
-class OneFormConfig(Config):
+class CorpusFormsConfig(Config):
     """The configuration of a stage that trains on documents of `corpus_forms`."""
 
     corpus_forms: ClassVar[tuple[Form, ...]] = ("text", "conversation")
-    without_corpus: ClassVar[str] = ""  # another way out, where the stage can do without its corpus
+    without_corpus: ClassVar[str] = ""  # end of the message of a stage that can do without its corpus: how
 
     def corpus_refusal(self, name: str) -> str:
         """Returns the message that refuses stage.corpus=`name`: what the stage needs, what there is, and the way out.
@@ -32,14 +32,17 @@ class OneFormConfig(Config):
         # A stage file names the corpus, so the user may never have heard of it.
         problem = f"stage.corpus={name}: stage {self.stage.name} needs {needed}; corpus={self.corpus.name}"
         if suitable:
-            is_absent = "" if name in forms else f" has no corpus {name}, but"
-            way_out = f"{is_absent} has them in {', '.join(suitable)}: give stage.corpus={suitable[0]}"
+            if name not in forms:
+                problem += f" has no corpus {name}, but"
+            way_out = f"has them in {', '.join(suitable)}: give stage.corpus={suitable[0]}"
         else:
-            present = " and ".join(f"{form}s" for form in dict.fromkeys(forms.values()))
-            way_out = f" has {f'only {present}' if present else 'no corpus'}: add a source with reader {readers}"
+            present = "no corpus"
+            if forms:
+                present = "only " + " and ".join(f"{form}s" for form in dict.fromkeys(forms.values()))
+            way_out = f"has {present}: add a source with reader {readers}"
             if name not in forms:
                 way_out += f" to corpora.{name or 'NAME'}"
-        return f"{problem}{way_out}{self.without_corpus}"
+        return f"{problem} {way_out}{self.without_corpus}"
 
 
 def require_form(config: Config) -> None:
@@ -48,7 +51,7 @@ def require_form(config: Config) -> None:
     Raises:
         ConfigError: the message says which corpora would do, or which reader gives such documents.
     """
-    assert isinstance(config, OneFormConfig)
+    assert isinstance(config, CorpusFormsConfig)
     name = config.stage.corpus
     if name not in config.corpus.corpora or form_of(config.corpus, name) not in config.corpus_forms:
         raise ConfigError(config.corpus_refusal(name))

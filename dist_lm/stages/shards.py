@@ -367,10 +367,10 @@ def frozen_corpora(config: Config, missing: Sequence[str], list_inputs: ListInpu
 
 
 def require_compared(config: Config, missing: Sequence[str], text_splits: TextSplits) -> None:
-    """Refuses a corpus that stays, but was compared with other documents than are there now; returns nothing.
+    """Refuses a corpus that is not built again although the sources have other documents now; returns nothing.
 
-    The files of another corpus may have changed although their sizes and times are the same. Then val of the corpus
-    that stays may stand in what is built now.
+    The files of a corpus may have changed although their sizes and times are the same. The val of a corpus that is
+    not built again was never compared with these documents, so train text that is built now may contain it.
 
     Args:
         text_splits: has read all corpora of texts.
@@ -380,8 +380,10 @@ def require_compared(config: Config, missing: Sequence[str], text_splits: TextSp
     """
     work = WorkDirectory(Path(config.work_dir))
     for name in text_corpora(config.corpus):
+        # Train text that contains val of a frozen corpus is dropped, so those need no refusal.
         if name in missing or name in text_splits.frozen or not work.corpus_manifest(name).is_file():
             continue
+
         for other, documents in read_manifest(work.corpus(name)).documents.items():
             if text_splits.reader.documents(other) != documents:
                 raise ArtefactError(

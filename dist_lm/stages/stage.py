@@ -155,6 +155,10 @@ class Stage(ABC):
         """
         return durable.read_json(run.result, self.result_kinds)
 
+    def repetition(self, config: Config) -> str:
+        """Returns a warning about corpora that the run reads many times; empty if there are none, or none is known."""
+        return ""
+
     def figures(self, result: Mapping[str, Any]) -> str:
         """Figures of `result.json` for the closing table, in addition to `key_figures`."""
         return ""

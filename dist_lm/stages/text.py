@@ -14,7 +14,7 @@ from dist_lm.data.epochs import CorpusPass, shares_of, text_sequences
 from dist_lm.data.sources.reader import form_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.corpus_forms import OneFormConfig
+from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.stages.stage import run_of
 from dist_lm.stages.training.arguments import DataArguments, StageData
 from dist_lm.stages.training.stage import TrainingStage, batch_options, print_before_and_after, sequence_limit
@@ -64,7 +64,7 @@ class SampledStageConfig(StageConfig):
 
 
 @dataclass
-class SampledConfig(OneFormConfig):
+class SampledConfig(CorpusFormsConfig):
     """The configuration of a stage that ends with samples."""
 
     stage: SampledStageConfig = MISSING

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
-from dist_lm.stages.corpus_forms import OneFormConfig, require_form
+from dist_lm.stages.corpus_forms import CorpusFormsConfig, require_form
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training.arguments import EvaluationArguments
@@ -67,7 +67,7 @@ class ToolsStageConfig(StageConfig):
 
 
 @dataclass
-class ToolsConfig(OneFormConfig):
+class ToolsConfig(CorpusFormsConfig):
     """The configuration of stage tools."""
 
     corpus_forms = ("conversation",)

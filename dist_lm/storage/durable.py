@@ -15,6 +15,8 @@ CHECKSUM = "content_sha256"  # key of the checksum in files of `write_sealed`
 Kind = type | tuple[type, ...]
 """Type of a value of JSON, or several."""
 
+_WAY_OUT = "move it away to continue without it"
+
 
 def fsync(path: Path) -> None:
     """Flushes the contents of a file, or the entries of a directory, to disk."""
@@ -97,21 +99,29 @@ def read_json(
     if not path.exists():
         return {}
 
-    way_out = "move it away to continue without it"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # nested too deeply
-        raise ArtefactError(f"{path}: no JSON ({error}); {way_out}") from error
+        raise ArtefactError(f"{path}: no JSON ({error}); {_WAY_OUT}") from error
     if not isinstance(content, dict):
-        raise ArtefactError(f"{path}: not {what}; {way_out}")
+        raise ArtefactError(f"{path}: not {what}; {_WAY_OUT}")
 
     if isinstance(content.get(CHECKSUM), str) and content.pop(CHECKSUM) != _checksum(content):
-        raise ArtefactError(f"{path}: is damaged (it differs from its checksum); {way_out}")
+        raise damaged(path, "it differs from its checksum")
 
     for key, kind in (needed or {}).items():
         if not isinstance(content.get(key), kind):
-            raise ArtefactError(f"{path}: not {what}; {way_out} (`{key}` is missing or has another type)")
+            raise ArtefactError(f"{path}: not {what}; {_WAY_OUT} (`{key}` is missing or has another type)")
     return content
+
+
+def damaged(path: Path, what: str) -> ArtefactError:
+    """Returns the error for a small file whose content cannot be used.
+
+    Args:
+        what: what is wrong with it, such as a key and its value.
+    """
+    return ArtefactError(f"{path}: is damaged ({what}); {_WAY_OUT}")
 
 
 def _checksum(value: Mapping[str, Any]) -> str:

@@ -21,11 +21,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
 _TESTS = "eval.tests"  # in noted_files.json
+
+CommandState = Literal["running", "done", "failed", "stopped"]
+StageState = Literal["waiting", CommandState]
+"""State of a stage in the record of a command."""
+
+_COMMAND_KINDS: dict[str, durable.Kind] = {  # types in the record of a command
+    **dict.fromkeys(("run_id", "host", "state", "error"), str),
+    **dict.fromkeys(("started", "updated"), (int, float)),
+    **dict.fromkeys(("command", "stages"), list),
+    "process": int,
+}
+_STAGE_TEXTS = ("name", "state", "detail")  # texts of each stage of that record
 
 
 def tokenizer_in(folder: Path) -> Path:
@@ -72,9 +85,14 @@ class WorkDirectory:
         """Lock held by the command whose `pipeline` file has this name."""
         return self.path / "pipelines" / f".{name}.lock"
 
-    def pipelines(self) -> list[Path]:
-        """Returns the existing pipeline files, newest last."""
-        return sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    def commands(self) -> dict[str, dict[str, Any]]:
+        """Returns the records of the commands on this directory by the names of their `pipeline` files, newest last.
+
+        Raises:
+            ArtefactError: a record is damaged.
+        """
+        paths = sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)
+        return {path.stem: _command(path) for path in paths}
 
     def runs(self, stage: str) -> list["RunDirectory"]:
         """Returns the existing runs of a stage, ordered by name."""
@@ -303,6 +321,27 @@ class RunDirectory:
         """Creates the directories of the run that do not exist."""
         for directory in (self.path, self.checkpoints, self.logs, self.samples):
             directory.mkdir(parents=True, exist_ok=True)
+
+
+def _command(path: Path) -> dict[str, Any]:
+    """Returns the record of a command as `launcher.pipeline.Pipeline` wrote it.
+
+    Raises:
+        ArtefactError: the file is damaged.
+    """
+    record = durable.read_json(path, _COMMAND_KINDS, "the record of a command")
+
+    for stage in record["stages"]:
+        if not (isinstance(stage, dict) and all(isinstance(stage.get(key), str) for key in _STAGE_TEXTS)):
+            raise durable.damaged(path, f"stages: {stage}")
+        if stage["state"] not in get_args(StageState):
+            raise durable.damaged(path, f"state: {stage['state']}")
+
+    if record["state"] not in get_args(CommandState):
+        raise durable.damaged(path, f"state: {record['state']}")
+    if not all(isinstance(argument, str) for argument in record["command"]):
+        raise durable.damaged(path, f"command: {record['command']}")
+    return record
 
 
 def _hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:

@@ -207,13 +207,16 @@ def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
         )
 
     if most := re.search(r"too high .*<= (\d+)", message):
-        accepted = f"at most {most[1]}, which is all this text has: a tokenizer that is there (tokenizer=PATH, "
-        accepted += "tokenizer=keep) serves a small corpus better; or add text"
+        accepted = (
+            f"at most {most[1]}, which is all this text has: a tokenizer that is there (tokenizer=PATH, "
+            "tokenizer=keep) serves a small corpus better; or add text"
+        )
     elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         accepted = f"more than {least[1]}, which bytes, special tokens, symbols and characters of this text take"
     else:
         return error
-    # tokenizer.vocab_size follows this key, and is refused alone.
+
+    # The user sets model.vocab_size, which tokenizer.vocab_size follows; another tokenizer.vocab_size is refused.
     words = f"model.vocab_size={config.vocab_size}: expected {accepted}"
     return VocabularyError(words, int(most[1]) if most else None)
 

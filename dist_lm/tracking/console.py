@@ -69,7 +69,7 @@ class Console:
     def warning(self, text: str) -> None:
         """Prints `warning: text` to standard error, in one line without passwords of URLs; the live view shows it,
         too."""
-        message = visible(redact_text(" ".join(text.split())))
+        message = _one_line(text)
         with self._above(self._err):
             if self._view:
                 self._view.state.warn(message, self._clock())
@@ -78,8 +78,7 @@ class Console:
     def error(self, text: str) -> None:
         """Print `error: text` to standard error, in one line."""
         with self._above(self._err):
-            message = visible(redact_text(" ".join(text.split())))
-            self._err.print(Text.assemble(("error: ", "bold red"), message))
+            self._err.print(Text.assemble(("error: ", "bold red"), _one_line(text)))
 
     def details(self, text: str) -> None:
         """Print text of several lines, such as a traceback, to standard error."""
@@ -258,6 +257,11 @@ class Console:
         if self._view and (shares_terminal or stream is self._out):
             return self._view.above()
         return nullcontext()
+
+
+def _one_line(text: str) -> str:
+    """Returns a message in one line, without passwords of URLs, with visible control characters."""
+    return visible(redact_text(" ".join(text.split())))
 
 
 def _printer(file: TextIO) -> RichConsole:

@@ -25,12 +25,13 @@ _SECRET_WORDS = {
 _SECRET_PAIRS = [["key", "id"], ["webhook", "url"], ["connection", "string"]]  # last two words: AWS_ACCESS_KEY_ID
 
 # Words written together: HFTOKEN, GITHUBTOKEN, DBPASS. The short endings also end words of English, so they count only
-# in capitals, as in names of variables, and not behind the beginning of such a word.
+# in capitals, as in names of variables, and not behind the beginning of such a word. What precedes them is looked at
+# backwards, so that a name takes time that grows with its length alone.
 _JOINED = re.compile(r"(?i)(?:token|secret|password|passwd|passphrase|credentials?|api_?key)$")
 _JOINED_CAPITALS = re.compile(
-    r"[A-Z0-9]{2,}(?<!BY)(?<!COM)(?<!TRES)(?<!SUR)(?<!OVER)(?<!UNDER)(?<!LOW)(?<!HIGH)(?<!BAND)(?<!DOWN)PASS$"
-    r"|[A-Z0-9]{2,}(?<!OLD)PWD$"
-    r"|[A-Z0-9]{2,}(?<!MON)(?<!DON)(?<!TUR)(?<!HOT)(?<!WHIS)(?<!TURN)KEY(?:ID)?$"
+    r"(?<=[A-Z0-9]{2})(?<!BY)(?<!COM)(?<!TRES)(?<!SUR)(?<!OVER)(?<!UNDER)(?<!LOW)(?<!HIGH)(?<!BAND)(?<!DOWN)PASS$"
+    r"|(?<=[A-Z0-9]{2})(?<!OLD)PWD$"
+    r"|(?<=[A-Z0-9]{2})(?<!MON)(?<!DON)(?<!TUR)(?<!HOT)(?<!WHIS)(?<!TURN)KEY(?:ID)?$"
 )
 
 # Words with other meanings (pass@1, the folder PWD), so they count only as the end of an option or a variable.

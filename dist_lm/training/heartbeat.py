@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-SLOW_START_S = 60.0  # after so long, and again as often, the launcher says what ranks without a step do, and a rank
-# that has not met the others writes its stacks to its log
+# Each time so many seconds have passed, the launcher says what ranks without a step do, and a rank that has not met the
+# others writes its stacks to its log.
+SLOW_START_S = 60.0
 
 
 @dataclass

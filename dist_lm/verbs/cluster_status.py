@@ -40,19 +40,12 @@ PROGRESS = (  # (metric, words, format of the value)
     ("generate/tokens_per_s", "{} tokens/s", four_digits),
     (LEFT, "{} left", duration),
 )
-PIPELINE_KINDS: dict[str, durable.Kind] = {  # types of a command's status
-    **dict.fromkeys(("run_id", "host", "state", "error"), str),
-    **dict.fromkeys(("started", "updated"), (int, float)),
-    "process": int,
-    "stages": list,
-}
 LIVE_KINDS: dict[str, durable.Kind] = {"time": (int, float), "ranks": list}
 PULSE_KINDS: dict[str, Any] = {"rank": int, "step": int, "age_s": (int, float), "state": str, "phase": str}
 EVENT_FIELDS = {  # fields of events that the status prints
     "started": ("nodes", "ranks_per_node", "device", "layout", "step"),
     "failed": ("error",),
 }
-STAGE_TEXTS = ("name", "state", "detail")  # texts of each of its stages
 COLOURS = {"waiting": "dim"} | {state: style for state, (_, style) in WORDS.items()}
 
 
@@ -102,8 +95,8 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     """
     work = WorkDirectory(work_dir)
 
-    commands = [(path.stem, read_pipeline(path)) for path in work.pipelines()]
-    matching = [(name, facts) for name, facts in commands if run_id in (None, facts["run_id"])]
+    commands = work.commands()
+    matching = [(name, facts) for name, facts in commands.items() if run_id in (None, facts["run_id"])]
     if not matching:
         requested = f" with run_id={run_id}" if run_id else ""
         raise ArtefactError(f"{work_dir}: no command was started here{requested}; give the work_dir of a launch")
@@ -131,27 +124,10 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
 
     other_commands = [
         f"{another_name} ({_state(work, another_name, another_facts)})"
-        for another_name, another_facts in commands
+        for another_name, another_facts in commands.items()
         if another_name != name
     ]
     return PipelineStatus(name, state, facts, run, other_commands)
-
-
-def read_pipeline(path: Path) -> dict[str, Any]:
-    """Returns the status of a command as `launcher.pipeline.Pipeline` wrote it.
-
-    Raises:
-        ArtefactError: the file is damaged.
-    """
-    facts = durable.read_json(path, PIPELINE_KINDS, "the record of a command")
-    for stage in facts["stages"]:
-        if not (isinstance(stage, dict) and all(isinstance(stage.get(key), str) for key in STAGE_TEXTS)):
-            raise ArtefactError(f"{path}: is damaged (stages: {stage}); move it away to continue without it")
-        if stage["state"] not in COLOURS:
-            raise ArtefactError(f"{path}: is damaged (state: {stage['state']}); move it away to continue without it")
-    if facts["state"] not in WORDS:
-        raise ArtefactError(f"{path}: is damaged (state: {facts['state']}); move it away to continue without it")
-    return facts
 
 
 def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
@@ -184,7 +160,7 @@ def read_run(run: RunDirectory) -> RunStatus:
     live = durable.read_json(run.live, LIVE_KINDS)
     for rank in live.get("ranks", []):
         if not (isinstance(rank, dict) and all(isinstance(rank.get(key), kind) for key, kind in PULSE_KINDS.items())):
-            raise ArtefactError(f"{run.live}: is damaged (ranks: {rank}); move it away to continue without it")
+            raise durable.damaged(run.live, f"ranks: {rank}")
     metrics = last_metrics(run.metrics)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     config = load_config(run.config)

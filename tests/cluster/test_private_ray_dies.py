@@ -29,9 +29,9 @@ if dies == "dies":
     print(json.dumps({"death": "raylet died", "log": "/tmp/ray.log"}), flush=True)
 sys.stdin.read()
 """
-# The node of `cluster=local` itself, with a Ray that is none.
+# The node of `cluster=local` itself, with a Ray that is none; with an argument, no log can be kept.
 WITHOUT_RAY = """
-import pathlib, sys
+import errno, sys
 from dist_lm.cluster import ray_node
 from dist_lm.cluster.ray_processes import RayProcesses
 
@@ -44,6 +44,11 @@ class Dying(RayProcesses):
 
     def death(self):
         return "raylet died"
+
+    def keep_logs(self):
+        if sys.argv[1:]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().keep_logs()
 
 ray_node.RayProcesses, ray_node.sweep = Dying, lambda: []
 sys.exit(ray_node.run_private("127.0.0.1"))
@@ -124,22 +129,35 @@ def test_a_death_later_is_one_line(monkeypatch, slow_ray, capsys):
     assert "".join(told) == "cluster=local: gcs_server died; Ray's own words: /tmp/ray.log\n"
 
 
-def test_the_node_tells_its_launch_of_a_death_and_keeps_what_ray_wrote_in_a_file(tmp_path: Path):
-    """Its standard error is the user's terminal, which 50 lines of statistics would fill."""
+def told_of_a_death(temporary: Path, *arguments: str) -> dict[str, str]:
+    """What the node tells its launch when Ray has died. Nothing else is printed: its standard error is the user's
+    terminal."""
     node = subprocess.Popen(
-        [sys.executable, "-c", WITHOUT_RAY],
-        env={"TMPDIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        [sys.executable, "-c", WITHOUT_RAY, *arguments],
+        env={"TMPDIR": str(temporary), "PYTHONPATH": ":".join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert node.stdout is not None
-    assert list(json.loads(node.stdout.readline())) == ["address", "token_path"]
-    death = json.loads(node.stdout.readline())
-    _, errors = node.communicate(timeout=patient(60))
+    lines, errors = node.communicate(timeout=patient(60))
     assert (node.returncode, errors) == (1, b"")
+    began, death = map(json.loads, lines.splitlines())
+    assert list(began) == ["address", "token_path"]
     assert death["death"] == "raylet died"
+    return death
+
+
+def test_the_node_tells_its_launch_of_a_death_and_keeps_what_ray_wrote_in_a_file(tmp_path: Path):
+    """Finds 50 lines of statistics in a terminal."""
+    death = told_of_a_death(tmp_path)
     log = Path(death["log"])
     assert log.stat().st_mode & 0o777 == 0o600
     assert log.read_text() == "the end of raylet.err:\nC++ statistics\n"
     assert [*tmp_path.iterdir()] == [log]
+
+
+def test_the_node_tells_of_a_death_where_no_log_can_be_kept(tmp_path: Path):
+    """Ray dies of a full disk, too: finds a node that then ends in a traceback, and a launch that hears of no death."""
+    death = told_of_a_death(tmp_path, "disk is full")
+    assert death["log"] == "not kept: No space left on device"
+    assert not [*tmp_path.iterdir()]

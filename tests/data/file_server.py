@@ -28,6 +28,7 @@ class Served:
     before_body: Callable[[int], None] = lambda size: None  # called before each body that is sent, with its size
     released: threading.Event = field(default_factory=threading.Event)  # ends what stands still
     fails: int = 0  # status of every answer; 0: none fails
+    empty_parts: int = 0  # next answers to requests of a part that have no byte of it
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -61,11 +62,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Accept-Ranges", "bytes" if self.served.ranges else "none")
         if self.served.etags:
             self.send_header("ETag", f'"{hash(content):x}"')
-        self.send_header("Content-Length", str(last - first + 1))
+        is_empty = bool(part) and self.served.empty_parts > 0
+        self.served.empty_parts -= is_empty
+        self.send_header("Content-Length", "0" if is_empty else str(last - first + 1))
         if part:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()
-        if body:
+        if body and not is_empty:
             sent = content[first : last + 1]
             if 0 <= self.served.break_after < len(sent) or self.served.always_break:
                 self.wfile.write(sent[: max(0, self.served.break_after)])
@@ -92,14 +95,14 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(folder: Path) -> Iterator[Served]:
     """Serves a folder while the block runs."""
-    found = Served(folder)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, found))
+    served = Served(folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, served))
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  a reader may leave early
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    found.url = f"http://127.0.0.1:{server.server_address[1]}"
-    yield found
-    found.released.set()
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield served
+    served.released.set()
     server.shutdown()
     server.server_close()
     thread.join(10)

@@ -68,7 +68,7 @@ def test_a_path_that_is_none_is_refused():
             config_of(SourceConfig("perl", "x")),
             "c",
             ConfigError,
-            "reader=perl: expected one of csv, files, .*import path",
+            "reader=perl: expected one of arrow, csv, files, .*import path",
         ),
         (config_of(own("read_nothing")), "c", ConfigError, "own_readers:read_nothing: cannot be imported"),
         (config_of(own("TEXTS")), "c", ConfigError, "own_readers:TEXTS: expected a function"),

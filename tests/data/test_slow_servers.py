@@ -124,8 +124,21 @@ def test_a_file_that_grows_between_two_parts_is_read_up_to_its_old_end(
     assert path.stat().st_size > 4 * len(CONTENT)
 
 
+def test_a_server_whose_parts_are_empty_is_given_up(served: Served) -> None:
+    """Finds requests without an end: an empty part was taken for the end of a block, and the next one requested."""
+    served.empty_parts = 100
+    (served.folder / "a.jsonl").write_bytes(CONTENT)
+    with (
+        HttpFile(f"{served.url}/a.jsonl") as file,
+        pytest.raises(OSError, match="byte 0: OSError: the server sent a part without a byte: run the command again"),
+    ):
+        file.read(10)
+    assert served.empty_parts == 100 - http_file.ATTEMPTS
+
+
 def test_a_format_that_needs_parts_says_that_the_server_sends_whole_files(served: Served) -> None:
     served.ranges = False
     (served.folder / "a.parquet").write_bytes(CONTENT)
-    with pytest.raises(ArtefactError, match=r"a.parquet: .*sends no parts of files.*download the file"):
+    with pytest.raises(ArtefactError, match=r"a.parquet: .*sends no parts of files.*download the file") as refused:
         texts("parquet", f"{served.url}/a.parquet")
+    assert str(refused.value).count("download the file") == 1

@@ -15,22 +15,12 @@ from dist_lm.generation.request import Answer
 from dist_lm.stages.exporting.files import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY, composed, texts
+from tests.evaluation.choice_task import CHOICES
 from tests.training_run import linked, write_untrained
 
 harness = pytest.importorskip("dist_lm.evaluation.harness", reason="lm_eval is not installed", exc_type=UserError)
 
 CPU = torch.device("cpu")
-CHOICES = """\
-task: choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
 ANSWERS = """\
 task: answers
 dataset_path: json

@@ -18,6 +18,7 @@ from dist_lm.generation.request import Answer
 from dist_lm.generation.session import build_engine
 from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.storage.run_directory import WorkDirectory
+from tests.evaluation.choice_task import CHOICES
 
 transformers = pytest.importorskip("transformers")
 SNAPSHOT, HUMANEVAL = os.environ.get("SMOLLM2_SNAPSHOT", ""), os.environ.get("HUMANEVAL", "")
@@ -30,19 +31,7 @@ NEW_TOKENS = 64
 EVERY = 10  # of the own problems; of HumanEval every EVERY * 2
 CHOSEN = 4  # of the functions of HumanEval every CHOSEN, for lm_eval
 CLOSE = 1e-3  # between the two largest logits: rounding may choose either
-CHOICES = 4
-CHOICE = """\
-task: humaneval_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: prompt
-doc_to_choice: bodies
-doc_to_target: label
-target_delimiter: ""
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
+BODIES = 4  # of functions, one of which belongs to the prompt
 
 
 @pytest.fixture(scope="module")
@@ -107,18 +96,18 @@ def test_a_task_of_lm_eval_has_the_figures_of_the_hf_backend(loaded: LoadedModel
         problems = [json.loads(line) for line in file]
     lines = []
     for number, problem in list(enumerate(problems))[::CHOSEN]:
-        others = [problems[(number + 41 * place) % len(problems)]["canonical_solution"] for place in range(CHOICES)]
-        label = number // CHOSEN % CHOICES
+        others = [problems[(number + 41 * place) % len(problems)]["canonical_solution"] for place in range(BODIES)]
+        label = number // CHOSEN % BODIES
         bodies = others[1:]
         bodies.insert(label, others[0])
-        lines.append(json.dumps({"prompt": problem["prompt"], "bodies": bodies, "label": label}))
+        lines.append(json.dumps({"context": problem["prompt"], "choices": bodies, "label": label}))
     (tmp_path / "choices.jsonl").write_text("\n".join(lines) + "\n")
-    (tmp_path / "humaneval_choice.yaml").write_text(CHOICE.format(folder=tmp_path))
-    options = harness.HarnessOptions(("humaneval_choice",), include_path=tmp_path, defaults=False)
+    (tmp_path / "choices.yaml").write_text(CHOICES.format(folder=tmp_path) + 'target_delimiter: ""\n')
+    options = harness.HarnessOptions(("choices",), include_path=tmp_path, defaults=False)
     ours = harness.run_harness(harness.EngineModel(loaded, torch.device("cpu"), torch.float32), options)
     theirs = harness.run_harness(HFLM(SNAPSHOT, device="cpu", dtype="float32", batch_size=1), options)
-    found, expected = (one["results"]["humaneval_choice"] for one in (ours, theirs))
+    found, expected = (one["results"]["choices"] for one in (ours, theirs))
     for metric in ("acc", "acc_norm"):
         assert found[f"{metric},none"] == expected[f"{metric},none"]
-        values = [sample[metric] for sample in ours["samples"]["humaneval_choice"]]
+        values = [sample[metric] for sample in ours["samples"]["choices"]]
         print(f"\n{metric}: {estimate(values)} of {len(values)}")

@@ -35,23 +35,13 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from tests.conftest import texts
-from tests.launcher.test_damaged_files import damages
+from tests.evaluation.choice_task import CHOICES
+from tests.launcher.test_damaged_files import damages, write_status_files
 from tests.tracking.test_output import ATTACKS, harmful
 from tests.training.test_profile_summary import CPU_STEPS
 from tests.training_run import SAMPLED, SETTINGS, prepare, train
 
 AT_LENGTH, SHORTLY = 1000, 100
-TASK = """\
-task: choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: context
-doc_to_choice: choices
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-"""
 STEPS = 4
 SHORT = (f"stage.steps={STEPS}", "stage.checkpoint_every=2", "stage.eval_every=2")
 FROM_NOTHING = "stage.init_from=none"
@@ -240,7 +230,7 @@ def write_tasks(folder: Path) -> None:
     """Writes a task of lm-evaluation-harness with one question."""
     folder.mkdir()
     (folder / "choices.jsonl").write_text(json.dumps({"context": "def", "choices": [" a", " b"], "label": 0}) + "\n")
-    (folder / "choices.yaml").write_text(TASK.format(folder=folder))
+    (folder / "choices.yaml").write_text(CHOICES.format(folder=folder))
 
 
 @pytest.fixture(scope="module")
@@ -257,18 +247,9 @@ def world(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) ->
     failed = {"time": began + 1, "event": "failed", "error": "killed", "type": "Killed", "rank": 0, "restarts_left": 2}
     events = [{"time": began, "event": "started"} | attempt, failed, {"time": began + 2, "event": "started"} | attempt]
     run.events.write_text("".join(json.dumps(event) + "\n" for event in events))
-    heartbeat = {"rank": 0, "step": 3, "age_s": 0.5, "state": "S", "phase": "in a step"}
-    run.live.write_text(json.dumps({"time": began + 3, "ranks": [heartbeat]}) + "\n")
-    durable.write_sealed(run.links, {"ranks": 2, "bytes": 1 << 20, "seconds": 0.1, "bus_gb_per_s": 1.5})
+    write_status_files(run, began, ranks=1, steps=STEPS)
     run.profile.mkdir()
     run.trace(0).write_bytes(gzip.compress(json.dumps({"traceEvents": CPU_STEPS}).encode()))
-
-    stages = [{"name": "code", "state": "done", "detail": f"{STEPS} steps", "seconds": 5.0}]
-    facts = {"run_id": "default", "command": ["dist_lm.launch", "stage=code"], "host": "alpha", "process": 7}
-    times = {"started": began, "updated": began + 9}
-    pipeline = world.work.pipeline("code", "default")
-    pipeline.parent.mkdir()
-    durable.write_sealed(pipeline, facts | times | {"job": None, "state": "done", "error": "", "stages": stages})
 
     world.outside.mkdir()
     export(run.path, world.outside / "snapshot", "fp32")

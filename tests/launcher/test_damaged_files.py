@@ -45,17 +45,26 @@ def make_work(path: Path) -> WorkDirectory:
         checkpoint_files.write_manifest(directory, {state_file.name: durable.sha256_of(state_file)})
 
     durable.write_sealed(run.result, durable.read_json(run.result) | {"metrics": {"val/loss": 2.5}})
-    durable.write_sealed(run.links, {"ranks": 4, "bytes": 1 << 20, "seconds": 0.1, "bus_gb_per_s": 1.5})
-    heartbeats = [{"rank": rank, "step": 3, "age_s": 0.5, "state": "S", "phase": "in a step"} for rank in range(4)]
-    run.live.write_text(json.dumps({"time": BEGAN, "ranks": heartbeats}) + "\n")
+    write_status_files(run, BEGAN, ranks=4, steps=STEPS)
+    return work
 
-    stages = [{"name": "code", "state": "done", "detail": "10 steps", "seconds": 5.0}]
+
+def write_status_files(run: RunDirectory, began: float, ranks: int, steps: int) -> None:
+    """Writes what a launch of this one run has left: heartbeats, links and its pipeline.
+
+    Args:
+        began: seconds since 1970.
+    """
+    heartbeats = [{"rank": rank, "step": 3, "age_s": 0.5, "state": "S", "phase": "in a step"} for rank in range(ranks)]
+    run.live.write_text(json.dumps({"time": began + 3, "ranks": heartbeats}) + "\n")
+    durable.write_sealed(run.links, {"ranks": ranks, "bytes": 1 << 20, "seconds": 0.1, "bus_gb_per_s": 1.5})
+
+    stages = [{"name": "code", "state": "done", "detail": f"{steps} steps", "seconds": 5.0}]
     facts = {"run_id": "default", "command": ["dist_lm.launch", "stage=code"], "host": "alpha", "process": 7}
-    times = {"started": BEGAN, "updated": BEGAN + 9}
-    pipeline = work.pipeline("code", "default")
+    times = {"started": began, "updated": began + 9}
+    pipeline = run.work.pipeline("code", "default")
     pipeline.parent.mkdir()
     durable.write_sealed(pipeline, facts | times | {"job": None, "state": "done", "error": "", "stages": stages})
-    return work
 
 
 def status(work: WorkDirectory) -> None:
@@ -166,6 +175,28 @@ def test_a_status_file_with_other_content_is_refused_by_its_path(tmp_path: Path,
     work = make_work(tmp_path)
     path = work.pipeline("code", "default")
     path.write_text(content)
+    for verb in (status, report):
+        with pytest.raises(ArtefactError, match=rf"^{re.escape(str(path))}: "):
+            verb(work)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("command", 7),
+        ("command", [7]),
+        ("error", None),
+        ("state", "odd"),
+        ("state", "waiting"),
+        ("stages", [{"name": "code"}]),
+        ("stages", [{"name": "code", "state": "odd", "detail": ""}]),
+    ],
+)
+def test_a_damaged_record_of_an_earlier_release_is_refused_by_its_path(tmp_path: Path, key: str, value: object) -> None:
+    """It has no checksum. Finds a verb that checks less of the record than it uses: `report` ended in a traceback."""
+    work = make_work(tmp_path)
+    path = work.pipeline("code", "default")
+    path.write_text(json.dumps(durable.read_json(path) | {key: value}))
     for verb in (status, report):
         with pytest.raises(ArtefactError, match=rf"^{re.escape(str(path))}: "):
             verb(work)

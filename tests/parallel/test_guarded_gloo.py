@@ -6,10 +6,12 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from dist_lm.parallel import guarded_gloo
 from dist_lm.parallel.guarded_gloo import StrangerError
@@ -83,12 +85,58 @@ def test_owners_of_connections_are_read_from_the_kernels_table():
             with socket.create_connection(server.getsockname()[:2]) as client:
                 connection, there = server.accept()
                 with connection:
-                    assert guarded_gloo._owner(there, connection.getsockname()) == os.geteuid()
+                    ends = (guarded_gloo._in_table(there), guarded_gloo._in_table(connection.getsockname()))
+                    assert guarded_gloo._owners()[ends] == os.geteuid()
                     assert guarded_gloo._is_of_this_machine(there)
                     client.send(b"unread")
                     client.close()
-                    assert guarded_gloo._owner(there, connection.getsockname()) is None
+                    assert ends not in guarded_gloo._owners()
     assert not guarded_gloo._is_of_this_machine(("192.0.2.1", 1))
+
+
+def test_a_look_at_many_connections_reads_the_kernels_table_once(monkeypatch):
+    """It would find a start that grows with the square of the ranks: the table has a line for each connection."""
+    read_owners, n_reads = guarded_gloo._owners, 0
+
+    def counted() -> dict:
+        nonlocal n_reads
+        n_reads += 1
+        return read_owners()
+
+    monkeypatch.setattr(guarded_gloo, "_owners", counted)
+    with ExitStack() as sockets:
+        server = sockets.enter_context(socket.create_server(("127.0.0.1", 0)))
+        guard = guarded_gloo._Connections(addresses={os.fstat(server.fileno()).st_ino: server.getsockname()})
+        guard._filter(guarded_gloo.DROP_DATA)
+        for _ in range(20):
+            sockets.enter_context(socket.create_connection(server.getsockname()))
+            sockets.enter_context(server.accept()[0])
+        guard._look()
+    assert len(guard.judged) == 20
+    assert n_reads == 1
+
+
+def test_blocks_of_two_threads_may_overlap():
+    """It would find a block that is no longer guarded once another thread's has ended, and one that leaves its guard
+    behind."""
+    plain = distributed_c10d.ProcessGroupGloo
+    first, second = guarded_gloo.guarded(), guarded_gloo.guarded()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert distributed_c10d.ProcessGroupGloo is guarded_gloo.GuardedGloo
+    second.__exit__(None, None, None)
+    assert distributed_c10d.ProcessGroupGloo is plain
+
+
+def test_a_stranger_at_another_port_is_not_forgotten_with_a_port_that_is_left(monkeypatch, tmp_path):
+    """It would find a rank that tries another port, and with it drops what is known of the ports of other groups."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    strangers = guarded_gloo._GUARD.strangers
+    strangers["127.0.0.1", 1] = "user 65534 has connected"
+    with pytest.raises(StrangerError, match="user 65534 has connected"):
+        guarded_gloo.GuardedGloo(dist.FileStore(str(tmp_path / "store")), 0, 1, guarded_gloo.timedelta(seconds=5))
+    assert not guarded_gloo._GUARD.strangers
 
 
 def test_a_stranger_who_was_faster_than_the_guard_is_refused_and_the_port_left(monkeypatch, tmp_path):

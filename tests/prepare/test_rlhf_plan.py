@@ -50,7 +50,7 @@ RULES_ONLY = (
     "rlhf.rewards={size: {kind: length, target: 9}}",
 )
 
-FUNCTION_ONLY = ("rlhf.reward_model=none", "rlhf.rewards={mine: {kind: function, function: os.path:commonprefix}}")
+FUNCTION_ONLY = ("rlhf.reward_model=none", "rlhf.rewards={mine: {kind: function, function: operator:contains}}")
 
 
 IN_256 = ("stages.tools.seq_len=200", "stages.reward.seq_len=200")  # the context of the small model
@@ -84,7 +84,7 @@ def test_prompts_and_functions_that_rlhf_would_stop_at_are_refused_before_anythi
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
     for key in ("prompts_from", "held_out_from"):
-        with pytest.raises(ArtefactError, match=rf"^rlhf\.{key}: prompts\.jsonl line 3: expected an object"):
+        with pytest.raises(ArtefactError, match=rf"^rlhf\.{key}: prompts\.jsonl line 3: no column prompt "):
             plan_of(work, *IN_256, f"rlhf.{key}={file}", target="rlhf")
     file.write_text("\n")
     with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.jsonl: no prompts"):
@@ -153,8 +153,8 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
 def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,
-        match=r"^stage\.corpus=code: expected conversations or rankings, .* "
-        r"\(tools, rankings\); or give rlhf",
+        match=r"^stage\.corpus=code: stage rlhf needs conversations or rankings; corpus=local has them in "
+        r"tools, rankings: give stage\.corpus=tools, or prompts from a file: rlhf\.prompts_from=FILE$",
     ):
         plan_of(work, *IN_256, "stage.corpus=code", target="rlhf")
     prompts = work.path / "prompts.txt"

@@ -70,6 +70,10 @@ def make_pipeline(directory: Any, run_id: str = "default", steps: int = 200) -> 
         {
             "run_id": run_id,
             "command": ["dist_lm.launch", "stage=rlhf"],
+            "host": "alpha",
+            "process": 7,
+            "started": BEGAN,
+            "updated": BEGAN + 9,
             "state": "done",
             "error": "",
             "stages": [{"name": name, "state": "done", "detail": ""} for name in names],

@@ -10,11 +10,10 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from dist_lm.data.sources.listing import bare_name
-from dist_lm.data.sources.opening import compressed_without_suffix
+from dist_lm.data.sources.opening import compressed_without_suffix, compression_of
 from dist_lm.data.sources.snapshot import FileReading
 from dist_lm.errors import ArtefactError
 
@@ -247,7 +246,7 @@ def decoded_rows(batch: Any) -> Iterator[Row | BadRow]:
 
 def _refuse_outer_compression(name: str) -> None:
     """Raises ArtefactError for .parquet.gz and .parquet.zst: the footer of a parquet file is read before its rows."""
-    if not bare_name(name).endswith(PurePosixPath(name.partition("?")[0]).suffix.lower()):
+    if compression_of(name):
         raise ArtefactError(
             f"{name}: a parquet file cannot be read through another compression (its columns are compressed "
             "already): unpack it, as with gunzip or zstd -d"

@@ -149,18 +149,23 @@ class HttpFile(io.RawIOBase):
     def _attempt(self, most: int) -> bytes:
         """Reads from the open answer, or requests one at the position first; a failed answer is closed."""
         try:
-            while True:
-                if self._answer is None or self._answer_position != self._position:
-                    self._drop_answer()
-                    if self._is_at_end():
-                        return b""
-                    self._request(most)
-                if self._answer is None:
-                    return b""
+            if self._answer is not None and self._answer_position == self._position:
                 content = self._read_answer(most)
                 if content or not self._sends_parts:
                     return content
-                self._drop_answer()  # the end of a block
+
+            # Before the first request, at the end of a block, or after a seek.
+            self._drop_answer()
+            if self._is_at_end():
+                return b""
+            self._request(most)
+            if self._answer is None:
+                return b""
+            content = self._read_answer(most)
+            # It counts as an attempt: requests that bring nothing must end.
+            if not content and self._sends_parts:
+                raise OSError("the server sent a part without a byte")
+            return content
         except BaseException:
             self._drop_answer()
             raise
@@ -231,13 +236,13 @@ class HttpFile(io.RawIOBase):
         """
         self._answer_position = 0
         if self._random_access:
-            raise _WholeFilesError(f"the server sends no parts of files, which this format needs: {CURE}")
+            raise WholeFilesError("the server sends no parts of files, which this format needs")
         if self._sends_parts and self._position:
-            raise _WholeFilesError(f"the server sent a part of the file before, and now all of it: {CURE}")
+            raise WholeFilesError("the server sent a part of the file before, and now all of it")
         self._sends_parts = False
         self._attempts += 1
         if self._attempts > ATTEMPTS:
-            raise _WholeFilesError(f"the server sends only whole files, and {ATTEMPTS} of them broke off: {CURE}")
+            raise WholeFilesError(f"the server sends only whole files, and {ATTEMPTS} of them broke off")
 
         skipped = hashlib.sha256()
         while self._answer_position < self._position:
@@ -261,8 +266,8 @@ class HttpFile(io.RawIOBase):
             http_filesystem().loop.call_soon_threadsafe(answer.close)
 
 
-class _WholeFilesError(OSError):
-    """A server that sends only whole files, where that does not do. Another request would not help."""
+class WholeFilesError(OSError):
+    """A server sends only whole files where parts are needed. Another request would not help."""
 
     status = 200  # as of the answer; `is_transient` takes it for final
 

@@ -98,7 +98,7 @@ def _config(run: RunDirectory | None) -> Mapping[str, Any]:
 
     # The card takes a run of any version, so its values are not checked as those of a schema.
     texts = {f"stage.{key}": stage.get(key) or "" for key in ("init_from", "branch_from", "corpus")}
-    texts["imported.source"] = imported.get("source", "") if imported else ""
+    texts["imported.source"] = imported.get("source", "")
     wrong = [key for key, value in texts.items() if not isinstance(value, str)]
     if not isinstance(stage.get("mix") or {}, dict):
         wrong.append("stage.mix")

@@ -7,7 +7,7 @@ from omegaconf import MISSING
 from dist_lm.config.preference import PreferenceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainerGroup
-from dist_lm.stages.corpus_forms import OneFormConfig
+from dist_lm.stages.corpus_forms import CorpusFormsConfig
 
 
 @dataclass
@@ -18,7 +18,7 @@ class PreferenceStageConfig(TrainerGroup):
 
 
 @dataclass
-class PreferenceRunConfig(OneFormConfig):
+class PreferenceRunConfig(CorpusFormsConfig):
     """The configuration of stage preference."""
 
     corpus_forms = ("ranking",)

@@ -6,7 +6,7 @@ from omegaconf import MISSING
 
 from dist_lm.config.stage import TrainerGroup
 from dist_lm.errors import require
-from dist_lm.stages.corpus_forms import OneFormConfig
+from dist_lm.stages.corpus_forms import CorpusFormsConfig
 
 
 @dataclass
@@ -35,7 +35,7 @@ class RewardStageConfig(TrainerGroup):
 
 
 @dataclass
-class RewardRunConfig(OneFormConfig):
+class RewardRunConfig(CorpusFormsConfig):
     """The configuration of stage reward."""
 
     corpus_forms = ("ranking",)

@@ -14,7 +14,7 @@ from dist_lm.data.prompt_rows import find_rows
 from dist_lm.data.sources.reader import corpora_of_form
 from dist_lm.errors import ArtefactError, require
 from dist_lm.rlhf.config import RlhfConfig
-from dist_lm.stages.corpus_forms import OneFormConfig
+from dist_lm.stages.corpus_forms import CorpusFormsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 
 AUTO, NO_MODEL = "auto", "none"  # values of rlhf.reward_model that name no run
@@ -78,7 +78,7 @@ class RlhfRunGroup(RlhfConfig):
 
 
 @dataclass
-class RlhfRunConfig(OneFormConfig):
+class RlhfRunConfig(CorpusFormsConfig):
     """The whole configuration of stage `rlhf`."""
 
     corpus_forms = ("conversation", "ranking")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
-from dist_lm.data.sources.reader import form_of
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError
 from dist_lm.stages.continuing import FREE_KEYS, RLHF_FREE_KEYS
+from dist_lm.stages.corpus_forms import require_form
 from dist_lm.stages.rlhf.config import AUTO, NO_MODEL, RlhfRunConfig, check_reward_model, rlhf_config
 from dist_lm.stages.stage import KeyFigure
 from dist_lm.stages.training.stage import TrainingStage, before_and_after, last_samples, task_entries
@@ -70,12 +70,8 @@ class Rlhf(TrainingStage):
         Raises:
             ConfigError: stage.corpus holds no conversations or rankings, and rlhf.prompts_from is empty.
         """
-        prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
-        if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
-            raise ConfigError(
-                f"stage.corpus={config.stage.corpus}: expected conversations or rankings, whose prompts are answered "
-                f"({', '.join(prompted)}); or give rlhf.prompts_from=FILE"
-            )
+        if not rlhf_config(config).rlhf.prompts_from:
+            require_form(config)
 
     def resolved(self, config: Config, finished: bool) -> Config:
         run_config = rlhf_config(config)

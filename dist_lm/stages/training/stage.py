@@ -212,7 +212,6 @@ class TrainingStage(Stage):
         return f", {in_words(passes, stage.steps * stage.global_batch)}"
 
     def repetition(self, config: Config) -> str:
-        """Returns a warning about corpora that the run reads many times; empty if there are none, or none is known."""
         passes = self._passes_for_people(config)
         if not passes or not config.stage.steps:
             return ""
