@@ -104,7 +104,7 @@ def test_only_what_is_missing_is_built(work, few):
     ("keys", "words"),
     [
         ({"path": "/nowhere/a.jsonl"}, "path=/nowhere/a.jsonl: no such file"),
-        ({"path": "conftest.py", "subset": "python"}, "reader=jsonl: subset=python: this reader does not take config"),
+        ({"path": "conftest.py", "subset": "python"}, "reader=jsonl: subset=python: this reader does not take subset"),
     ],
 )
 def test_sources_are_checked_before_anything_is_built(work, keys, words):
