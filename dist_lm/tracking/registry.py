@@ -361,10 +361,15 @@ REINFORCEMENT = (
         ("rlhf/part_{part}", "", "higher", "Mean score of one reward part."),
         ("rlhf/left_out", "", "lower", "Share of rollouts dropped because a rule gave no score."),
         ("rlhf/failed_{part}", "rollouts", "lower", "Rollouts without a score from this rule."),
-        ("rlhf/skipped_{part}", "rollouts", "", "Rollouts that this part does not apply to (it returned None)."),
         ("rlhf/score_p10", "", "higher", "10th percentile of the scores."),
         ("rlhf/score_p50", "", "higher", "Median of the scores."),
         ("rlhf/score_p90", "", "higher", "90th percentile of the scores."),
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
+        ("rlhf/skipped_{part}", "rollouts", "", "Rollouts that this part does not apply to (it returned None)."),
+        only="where a reward function returned None",
     ),
     *_table(
         "rlhf",

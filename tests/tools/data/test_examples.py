@@ -130,9 +130,9 @@ def test_what_a_call_takes_is_said_before_it(many):
 def test_conversations_are_short(many):
     lengths = {one.kind: 0 for one in many}
     for one in many:
-        lengths[one.kind] = max(lengths[one.kind], len(repr(one.conversation)))
-    assert lengths.pop("session") < 2.5 * LONGEST_SESSION
-    assert max(lengths.values()) < 2.5 * max(LONGEST)
+        lengths[one.kind] = max(lengths[one.kind], len(write_conversation(one.conversation)))
+    assert lengths.pop("session") < 2 * LONGEST_SESSION
+    assert max(lengths.values()) < 2 * max(LONGEST)
 
 
 def test_a_session_asks_for_tools_that_are_offered_again_and_again(many):
