@@ -25,6 +25,7 @@ from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.training.heartbeat import PHASE_WORDS
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +246,7 @@ class Journal:
         if time.monotonic() - self._live_at < LIVE_EVERY_S:
             return
         self._live_at = time.monotonic()
-        ranks = [asdict(pulse) | {"phase": pulse.phase.words} for pulse in pulses]
+        ranks = [asdict(pulse) | {"phase": PHASE_WORDS[pulse.phase]} for pulse in pulses]
         try:
             durable.replace_text(self._run.live, json.dumps({"time": time.time(), "ranks": ranks}) + "\n")
         except OSError as error:  # only people read it: no reason to end training

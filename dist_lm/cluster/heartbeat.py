@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lm.training.heartbeat import Heartbeat, Phase, Unheard
+from dist_lm.training.heartbeat import PHASE_WORDS, Heartbeat, Phase, Unheard
 
 VARIABLE = "DIST_LM_HEARTBEAT"  # environment variable of a rank: path of the shared memory
 _SLOT = struct.Struct("@qqdd")  # phase, completed steps, time of the beat, median step time (s, monotonic clock)
@@ -140,9 +140,10 @@ def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
 
     blamed = _blamed(pulses)
     if blamed is None:
-        return Hang(None, f"{text}; all ranks are {last.phase.words} at step {last.step}")
+        return Hang(None, f"{text}; all ranks are {PHASE_WORDS[last.phase]} at step {last.step}")
     how = " and its process is stopped" if blamed.state == "T" else ""
-    return Hang(blamed.rank, f"{text}; it is {blamed.phase.words} at step {blamed.step}{how}, the others wait for it")
+    phase = PHASE_WORDS[blamed.phase]
+    return Hang(blamed.rank, f"{text}; it is {phase} at step {blamed.step}{how}, the others wait for it")
 
 
 def _blamed(pulses: Sequence[Pulse]) -> Pulse | None:

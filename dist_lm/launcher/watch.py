@@ -27,7 +27,7 @@ from dist_lm.tracking.progress import TrainingProgress
 from dist_lm.tracking.readable import duration
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
-from dist_lm.training.heartbeat import SLOW_START_S, Phase
+from dist_lm.training.heartbeat import PHASE_WORDS, SLOW_START_S, Phase
 
 RANKS_EVERY_S = 0.5
 CHECKPOINT_EVERY_S = 2.0  # the file system may be slow
@@ -257,7 +257,7 @@ class RunWatch:
         if now - self._ranks_at >= RANKS_EVERY_S:
             self._ranks_at = now
             self._progress.heard(
-                [RankPulse(pulse.rank, pulse.step, pulse.phase.words, pulse.age_s) for pulse in pulses]
+                [RankPulse(pulse.rank, pulse.step, PHASE_WORDS[pulse.phase], pulse.age_s) for pulse in pulses]
             )
 
 
@@ -277,7 +277,7 @@ def doings(pulses: Sequence[Pulse], since: Mapping[int, float]) -> str:
     texts = []
     for phase, ranks in ranks_of.items():
         names = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
-        words = phase.words
+        words = PHASE_WORDS[phase]
         if phase is Phase.STARTING:
             words += " (importing packages)"
         texts.append(f"{names} {words} for {duration(min(since[rank] for rank in ranks))}")

@@ -33,24 +33,22 @@ class Phase(IntEnum):
     CLOSING = 11  # work at the end of a stage
     TRACING = 12  # starts the profiler, or writes its trace
 
-    @property
-    def words(self) -> str:
-        """The phase in words that continue 'rank N is'."""
-        return {
-            Phase.STARTING: "starting",
-            Phase.JOINING: "joining the other ranks",
-            Phase.LINKS: "in its first collective",
-            Phase.CORPORA: "opening corpora",
-            Phase.LOADING: "loading the model",
-            Phase.PREPARING: "preparing data",
-            Phase.DATA: "waiting for data",
-            Phase.GENERATING: "generating",
-            Phase.STEP: "in a step",
-            Phase.EVALUATING: "evaluating",
-            Phase.SAVING: "saving",
-            Phase.CLOSING: "closing the stage",
-            Phase.TRACING: "profiling",
-        }[self]
+
+PHASE_WORDS = {  # the phase in words that continue 'rank N is'
+    Phase.STARTING: "starting",
+    Phase.JOINING: "joining the other ranks",
+    Phase.LINKS: "in its first collective",
+    Phase.CORPORA: "opening corpora",
+    Phase.LOADING: "loading the model",
+    Phase.PREPARING: "preparing data",
+    Phase.DATA: "waiting for data",
+    Phase.GENERATING: "generating",
+    Phase.STEP: "in a step",
+    Phase.EVALUATING: "evaluating",
+    Phase.SAVING: "saving",
+    Phase.CLOSING: "closing the stage",
+    Phase.TRACING: "profiling",
+}
 
 
 class Heartbeat(Protocol):

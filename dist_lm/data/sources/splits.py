@@ -10,9 +10,18 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-KINDS = {word: TRAIN for word in ("train", "training")}
-KINDS |= {word: VALIDATION for word in ("validation", "valid", "val", "dev")}
-KINDS |= {word: TEST for word in ("test", "testing", "eval", "evaluation")}
+KINDS = {  # word in a name -> split
+    "train": TRAIN,
+    "training": TRAIN,
+    "validation": VALIDATION,
+    "valid": VALIDATION,
+    "val": VALIDATION,
+    "dev": VALIDATION,
+    "test": TEST,
+    "testing": TEST,
+    "eval": TEST,
+    "evaluation": TEST,
+}
 WORD = re.compile(rf"(?<![a-z])(?:{'|'.join(KINDS)})(?![a-z])")
 SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}.*", re.DOTALL)
 LEFT_OUT = "split "  # begins the reason for a file of another split
