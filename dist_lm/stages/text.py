@@ -11,6 +11,8 @@ from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.epochs import CorpusPass, shares_of, text_sequences
+from dist_lm.data.manifest import Split, read_manifest
+from dist_lm.data.order import sequences_an_epoch
 from dist_lm.data.sources.reader import form_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
@@ -128,13 +130,19 @@ class TextStage(TrainingStage):
         text_bytes = bytes_per_token(arguments.run, arguments.config)
         return StageData(stream, evaluator(arguments), text_bytes, passes)
 
-    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+    def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         stage, work = config.stage, run_of(config).work
         passes = []
         for name, share in shares_of(stage.corpus, stage.mix).items():
+            directory = work.corpus(name)
             fim_rate = fim_rate_of(config) if name == stage.corpus else 0.0
-            corpus = TokenCorpus.open(work.corpus(name), "train")
-            passes.append(CorpusPass(name, text_sequences(corpus, stage.seq_len, fim_rate), share))
+            if form_of(config.corpus, name) == "text" and not (exact and fim_rate):
+                # To open a corpus of 200 million documents takes minutes, and the manifest knows the tokens.
+                train = read_manifest(directory).splits.get("train", Split())
+                n_sequences = sequences_an_epoch(train.counts.tokens, stage.seq_len)
+            else:
+                n_sequences = text_sequences(TokenCorpus.open(directory, "train"), stage.seq_len, fim_rate)
+            passes.append(CorpusPass(name, n_sequences, share))
         return tuple(passes)
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:

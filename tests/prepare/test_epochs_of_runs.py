@@ -10,6 +10,7 @@ import pytest
 from dist_lm.config.root import Config, save_config
 from dist_lm.data.epochs import MANY
 from dist_lm.data.manifest import record_content
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.registry import load_config
@@ -38,8 +39,6 @@ def look(config: Config, rebuilt: tuple[str, ...] = ()) -> Look:
 
 def sequences(config: Config, name: str) -> int:
     """Sequences of an epoch of the tiny corpus, counted from its tokens."""
-    from dist_lm.data.token_corpus import TokenCorpus
-
     corpus = TokenCorpus.open(run_of(config).work.corpus(name), "train")
     return (corpus.n_tokens - 1) // config.stage.seq_len
 
@@ -67,6 +66,22 @@ def test_epochs_become_steps_in_the_plan_and_in_the_record(work):
     assert planned.detail == f"{steps:,} steps, 3.0 epochs of code"
     run = begun(config)
     assert (load_config(run.config).stage.steps, load_config(run.config).stage.epochs) == (steps, 3.0)
+
+
+def test_the_plan_of_a_run_on_texts_opens_no_corpus(work, monkeypatch):
+    """Finds a launcher that reads the length of each document, which takes minutes and 10 GB for 200 million."""
+    exact = look(config_of(work, "stage.epochs=3", "stage.mix={language: 0.2}"))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a corpus is opened")
+
+    monkeypatch.setattr(TokenCorpus, "open", refuse)
+    steps = exact.config.stage.steps
+    assert look(config_of(work, "stage.epochs=3", "stage.mix={language: 0.2}")).detail == exact.detail
+    assert look(config_of(work, f"stage.steps={steps}", "stage.mix={language: 0.2}")).detail == exact.detail
+
+    with_middles = config_of(work, f"stage.steps={steps}", "stage.mix={language: 0.2}", "stage.fim_rate=0.5")
+    assert look(with_middles).detail == exact.detail
 
 
 def test_with_a_mix_epochs_count_the_own_corpus_and_the_others_print_theirs(work):

@@ -62,7 +62,7 @@ class Preference(TrainingStage):
 
         return preparation(PreferenceLoss(settings_of(config)))
 
-    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+    def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         corpus = TokenCorpus.open(run_of(config).work.corpus(config.stage.corpus), "train")
         return (CorpusPass(config.stage.corpus, ranking_sequences(corpus, config.stage.seq_len)),)
 

@@ -68,7 +68,7 @@ class Reward(TrainingStage):
 
         return choices_of_people
 
-    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+    def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         corpus = TokenCorpus.open(run_of(config).work.corpus(config.stage.corpus), "train")
         return (CorpusPass(config.stage.corpus, ranking_sequences(corpus, config.stage.seq_len)),)
 

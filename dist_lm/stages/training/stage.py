@@ -110,9 +110,12 @@ class TrainingStage(Stage):
         """
         return {}
 
-    def passes(self, config: Config) -> tuple[CorpusPass, ...]:
+    def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
         """Returns the corpora of the training stream with the sequences of an epoch, that of the stage first; none for
         a stage that reads no corpus.
+
+        Args:
+            exact: whether tokens count that fill-in-the-middle adds, for which the length of each document is read.
 
         Raises:
             ArtefactError: a corpus is missing or damaged.
@@ -178,11 +181,11 @@ class TrainingStage(Stage):
         # A corpus that was built again may have grown; the run goes on to the step that it set out for.
         if recorded is not None and recorded.epochs == stage.epochs:
             steps = recorded.steps
-        elif passes := self.known_passes(config, rebuilt):
+        elif passes := self.known_passes(config, rebuilt, exact=True):
             steps = passes[0].steps(stage.epochs, stage.global_batch)
         return replace(config, stage=replace(stage, steps=steps))
 
-    def known_passes(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[CorpusPass, ...]:
+    def known_passes(self, config: Config, rebuilt: Collection[str], exact: bool) -> tuple[CorpusPass, ...]:
         """Returns what `passes` does; nothing if a corpus is not there yet, or if this command builds it first.
 
         Raises:
@@ -193,7 +196,7 @@ class TrainingStage(Stage):
             return ()
         if set(rebuilt) & set(self.needs) or not all(work.corpus_manifest(n).is_file() for n in config.corpus_names):
             return ()
-        passes = self.passes(config)
+        passes = self.passes(config, exact)
         for one in passes:
             if not one.n_sequences:
                 raise ArtefactError(
@@ -220,7 +223,7 @@ class TrainingStage(Stage):
     def _passes_for_people(self, config: Config, rebuilt: Collection[str] = ()) -> tuple[CorpusPass, ...]:
         """As `known_passes`; none for a corpus that cannot be read, which others refuse with the way out."""
         try:
-            return self.known_passes(config, rebuilt)
+            return self.known_passes(config, rebuilt, exact=False)
         except UserError as error:
             log.info("no epochs are counted: %s", error)
             return ()
