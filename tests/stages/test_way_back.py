@@ -108,11 +108,9 @@ def test_what_transformers_saves_of_an_export_comes_back(
         assert back.sha256 == before.sha256  # its corpora and runs serve as before
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("rate", [0.0, 1e-2])
-def test_what_trl_saves_comes_back(rate: float, work: WorkDirectory, tmp_path: Path):
+def trained_by_trl(folder: Path, again: Path, rate: float, **options: Any) -> None:
+    """One step of SFTTrainer on an export; `again` is what it saves."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    folder, again = exported(work, tmp_path, tie_embeddings=True), tmp_path / "again"
     settings = trl.SFTConfig(
         output_dir=str(again),
         learning_rate=rate,
@@ -120,13 +118,41 @@ def test_what_trl_saves_comes_back(rate: float, work: WorkDirectory, tmp_path: P
         **{"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True},
     )
     rows = datasets.Dataset.from_list([{"messages": HELLO}] * 4)
-    trainer = trl.SFTTrainer(model=str(folder), args=settings, train_dataset=rows)
+    trainer = trl.SFTTrainer(model=str(folder), args=settings, train_dataset=rows, **options)
     trainer.train()
     trainer.save_model(str(again))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rate", [0.0, 1e-2])
+def test_what_trl_saves_comes_back(rate: float, work: WorkDirectory, tmp_path: Path):
+    folder, again = exported(work, tmp_path, tie_embeddings=True), tmp_path / "again"
+    trained_by_trl(folder, again, rate)
     assert_same(work, again)
     before, after = (load_model(work.run("import", name).path).weights for name in ("first", "back"))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert bool(changed) == bool(rate)
+
+
+@pytest.mark.heavy
+def test_adapters_that_trl_saves_come_back(work: WorkDirectory, tmp_path: Path):
+    """Their folder has a tokenizer of its own, and names the export as base. Merged by peft it is a whole model."""
+    peft = pytest.importorskip("peft")
+    folder, again = exported(work, tmp_path), tmp_path / "again"
+    lora = peft.LoraConfig(r=2, use_rslora=True, target_modules="all-linear", lora_dropout=0.1)
+    trained_by_trl(folder, again, 1e-1, peft_config=lora)
+    back = assert_same(work, again)
+    assert back.sha256 == load_model(work.run("import", "first").path).tokenizer.sha256
+
+    merged = peft.AutoPeftModelForCausalLM.from_pretrained(again, dtype="float32").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    transformers.AutoTokenizer.from_pretrained(again).save_pretrained(tmp_path / "merged")
+    assert_same(work, tmp_path / "merged", "merged")
+    one, other = (load_model(work.run("import", name).path).weights for name in ("back", "merged"))
+    first = load_model(work.run("import", "first").path).weights
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=0, atol=1e-6)
+    assert any(not torch.equal(first[name], value) for name, value in one.items())
 
 
 def test_tokens_that_were_added_come_back_behind_ours(work: WorkDirectory, tmp_path: Path):
