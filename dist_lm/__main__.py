@@ -142,16 +142,20 @@ def export(
 @app.command("import")
 def import_model(
     source: Annotated[
-        str, typer.Argument(help="A folder that transformers saved, a GGUF file, or the id of a model on the hub.")
+        str,
+        typer.Argument(help="A folder that transformers or peft saved, a GGUF file, or the id of a model on the hub."),
     ],
     name: Annotated[str, typer.Argument(help="The run to write: WORK_DIR/runs/import/NAME.")],
     work_dir: Annotated[Path, typer.Option(help="The work_dir of the launches that start from it.")] = Path("work"),
+    base: Annotated[
+        str, typer.Option(help="Base of adapters: a folder, hub id, or run. Default: what the adapters name.")
+    ] = "",
 ) -> None:
     """Write a model of transformers or llama.cpp as a run that stages start from (docs/in_and_out.md)."""
     from dist_lm.stages.importing.snapshot import import_model
     from dist_lm.storage.run_directory import WorkDirectory
 
-    run = import_model(source, name, WorkDirectory(work_dir)).path
+    run = import_model(source, name, WorkDirectory(work_dir), base).path
     say(f"{run}: train with --config-dir {run}/conf model={name} tokenizer={run}/tokenizer stage.init_from={run}")
 
 

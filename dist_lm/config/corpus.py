@@ -83,6 +83,8 @@ class SourceConfig:
     only: list[str] = field(default_factory=list)  # languages that are kept; none: all
     # messages: the thinking of answers is learn (with the loss; the default) | context (without loss) | drop (left out)
     thinking: str = ""
+    # messages: turns before the first question are refuse (the row is counted as broken; the default) | drop (left out)
+    opening_answers: str = ""
 
     def __post_init__(self) -> None:
         paths = []
@@ -114,6 +116,12 @@ class SourceConfig:
             f"corpus source {self.reader}: thinking",
             self.thinking,
             "learn, context or drop",
+        )
+        require(
+            self.opening_answers in ("", "refuse", "drop"),
+            f"corpus source {self.reader}: opening_answers",
+            self.opening_answers,
+            "refuse or drop",
         )
         require(
             self.limit >= 0,

@@ -41,8 +41,8 @@ PATHS = (
 )  # columns of paths of source files
 NAMES = ("id", *PATHS, "url", "title", "_id")
 # Columns that are a document only together: the question, and the answer. Usual pairs are read as conversations.
-QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
-ANSWERS = ("completion", "response", "output", "answer", "solution")
+QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "problem")
+ANSWERS = ("completion", "response", "output", "answer", "solution", "generation", "target", "targets", "summary")
 # Columns that are rankings together.
 RANKED = (("chosen", "rejected"), ("completions", "ranks"), ("completions", "judgements"))
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")

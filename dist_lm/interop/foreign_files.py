@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, TypeGuard
 
 from dist_lm.errors import ArtefactError, shown_value
+from dist_lm.interop import sentencepiece_json
 from dist_lm.interop.architectures import model_of
 from dist_lm.tokenizer import byte_level
 from dist_lm.tokenizer.tokenizer import (
@@ -213,19 +214,9 @@ def fitted_tokenizer(
             pieces than the embedding has rows (one of ours: another number).
         UserError: the package `tokenizers` is needed and not installed.
     """
-    # transformers writes a tokenizer.json of a SentencePiece model, too, which is no byte-level BPE.
-    last = len(tokenizers) - 1
-    for number, (name, content) in enumerate(zip(tokenizers, contents, strict=True)):
-        path = f"{folder}/{name}"
-        try:
-            vocabulary = read_vocabulary(content, path)
-            break
-        except ArtefactError:
-            if number == last:
-                raise
-
     settings_path = f"{folder}/tokenizer_config.json"
     options = json_object(settings, settings_path)
+    content, vocabulary, path = _readable_tokenizer(folder, dict(zip(tokenizers, contents, strict=True)), options)
     content = _with_first_token_of(options, content, vocabulary)
     pieces = vocabulary.vocab_size
     if pieces > rows or (vocabulary.is_trained and pieces < rows):
@@ -248,6 +239,34 @@ def fitted_tokenizer(
     if unused:
         read_vocabulary(content, path)
     return content, vocabulary.file_name
+
+
+def _readable_tokenizer(
+    folder: str, contents: Mapping[str, bytes], settings: Mapping[str, Any]
+) -> tuple[bytes, Vocabulary, str]:
+    """Returns the content of the first tokenizer that is readable, its vocabulary, and the path of its file.
+
+    Args:
+        folder: path, for messages.
+        contents: by the names of the files.
+        settings: tokenizer_config.json.
+
+    Raises:
+        ArtefactError: none is readable.
+        UserError: the package `tokenizers` is needed and not installed.
+    """
+    # transformers writes a tokenizer.json of a SentencePiece model, too. If the model itself is there, it is taken.
+    last = len(contents) - 1
+    for number, (name, content) in enumerate(contents.items()):
+        path = f"{folder}/{name}"
+        try:
+            return content, read_vocabulary(content, path), path
+        except ArtefactError:
+            if number == last and not sentencepiece_json.is_of_sentencepiece(content):
+                raise
+
+    content = sentencepiece_json.sentencepiece_of(content, settings, path)
+    return content, read_vocabulary(content, path), path
 
 
 def _with_first_token_of(settings: Mapping[str, Any], content: bytes, vocabulary: Vocabulary) -> bytes:

@@ -14,13 +14,14 @@ in `dist_lm.tokenizer`. What a user of the folder should know:
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from dist_lm.errors import UserError
 from dist_lm.storage import durable
 from dist_lm.tokenizer.symbols import END_OF_TEXT, SPACE, UNKNOWN
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import USER_DEFINED, Tokenizer, sentencepiece_proto
 
 
 def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> None:
@@ -47,8 +48,8 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
 
     content = model_path.read_bytes()
     if tokenizer.is_trained:
-        content = fast_tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=content)).encode()
-        durable.write_bytes(folder / "tokenizer.json", content)
+        fast_tokenizer = fast_tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=content))
+        durable.write_bytes(folder / "tokenizer.json", fast_tokenizer.encode())
     else:
         durable.write_bytes(folder / model_path.name, content)
 
@@ -59,12 +60,28 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
         chat_template = chat_template.replace(END_OF_TEXT, special_tokens["bos_token"])
     durable.write_text(folder / "chat_template.jinja", chat_template)
     durable.write_json(folder / "special_tokens_map.json", special_tokens)
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if model_path.suffix == ".model":
+        settings |= _sentencepiece_settings(tokenizer, content)
     durable.write_json(folder / "tokenizer_config.json", special_tokens | settings)
+
+
+def _sentencepiece_settings(tokenizer: Tokenizer, content: bytes) -> dict[str, Any]:
+    """Returns the keys of tokenizer_config.json that a SentencePiece model needs besides its pieces.
+
+    transformers keeps keys that it does not know, so `learned_as` is in a folder that it saves, and the import of that
+    folder writes the same `tokenizer.model` (`sentencepiece_json`).
+    """
+    if not tokenizer.is_trained:
+        # transformers does not look into the model for this.
+        return {"add_bos_token": bool(tokenizer.first_ids)}
+    trainer = sentencepiece_proto(content).trainer_spec
+    longest, across = trainer.max_sentencepiece_length, trainer.split_by_unicode_script
+    return {"learned_as": {"max_piece_length": longest, "split_by_unicode_script": across}}
 
 
 def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
@@ -111,15 +128,20 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def _ids_by_kind(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[int], range, range]:
+def _ids_by_kind(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[int], list[int], list[int]]:
     """Returns the ids of special tokens, of user-defined symbols, and of learned pieces.
 
-    SentencePiece orders a vocabulary as special tokens, symbols, 256 bytes, learned pieces (best first).
+    SentencePiece orders a vocabulary as special tokens, symbols, 256 bytes, learned pieces (best first). Tokens that
+    were added later follow.
     """
     ids = range(processor.get_piece_size())
     special_ids = [token_id for token_id in ids if processor.is_control(token_id) or processor.is_unknown(token_id)]
     first_byte = next(token_id for token_id in ids if processor.is_byte(token_id))
-    return special_ids, range(len(special_ids), first_byte), range(first_byte + 256, len(ids))
+    model = sentencepiece_proto(processor.serialized_model_proto())
+    symbol_ids = [token_id for token_id in ids if model.pieces[token_id].type == USER_DEFINED]
+    added_ids = {*special_ids, *symbol_ids}
+    learned_ids = [token_id for token_id in range(first_byte + 256, len(ids)) if token_id not in added_ids]
+    return special_ids, symbol_ids, learned_ids
 
 
 def _merges(learned: list[str]) -> Iterator[tuple[str, str]]:

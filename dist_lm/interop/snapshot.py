@@ -1,7 +1,7 @@
 """Reads a model of transformers before it is imported: a folder that transformers saved, or a model of the hub.
 
-`hf:FOLDER`, `hf:ORGANISATION/NAME` and `hf:ORGANISATION/NAME@REVISION` name one on the command line. Nothing here reads
-weights.
+`hf:FOLDER`, `hf:ORGANISATION/NAME` and `hf:ORGANISATION/NAME@REVISION` name one on the command line. A folder of
+adapters names its base, whose shape and tokenizer it has. Nothing here reads weights.
 """
 
 import re
@@ -12,8 +12,8 @@ from typing import Any
 
 from dist_lm.config.corpus import HF
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import ArtefactError, UserError
-from dist_lm.interop import foreign_files
+from dist_lm.errors import ArtefactError, UserError, shown_value
+from dist_lm.interop import adapter_folder, foreign_files
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.snapshot_files import content_in, file_in, parsed
 from dist_lm.storage import durable
@@ -69,7 +69,7 @@ def folder_of(source: str, weights: bool = True) -> Path:
     except ImportError as error:
         raise UserError(f"{source}: the hub needs huggingface_hub: pip install huggingface_hub") from error
     # A repository may hold the weights in several formats; only safetensors are fetched.
-    patterns = [*SMALL, WEIGHTS] if weights else [*SMALL]
+    patterns = [*SMALL, WEIGHTS] if weights else [*SMALL, adapter_folder.WEIGHTS]
     try:
         return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -77,12 +77,58 @@ def folder_of(source: str, weights: bool = True) -> Path:
         raise ArtefactError(f"{source}: no such folder, and the hub gave no model ({reason})") from error
 
 
+def base_of(folder: Path) -> Path | None:
+    """Returns the folder of the base of adapters, without weights if it is of the hub; None: the folder holds a model.
+
+    Raises:
+        ArtefactError: the adapters have an option that ours lack, or their base is no model of transformers.
+        UserError: as `folder_of`.
+    """
+    if not adapter_folder.holds_adapters(folder):
+        return None
+    base = adapter_folder.adapters_in(folder).base
+    where = f"{folder / adapter_folder.CONFIG}: base_model_name_or_path={shown_value(base)}"
+    try:
+        base_folder = folder_of(base, weights=False)
+    except ArtefactError as error:
+        raise ArtefactError(f"{where}: {error}: name the base by dist-lm import ADAPTERS NAME --base BASE") from error
+    if not (base_folder / CONFIG).exists():
+        raise ArtefactError(
+            f"{where}: no folder that transformers saved: name the base, or a run of ours, by dist-lm import ADAPTERS "
+            "NAME --base BASE, and start from that run"
+        )
+    return base_folder
+
+
+def tokenizer_folder_of(folder: Path) -> Path:
+    """Returns the folder with tokenizer and chat template: `folder`, or for adapters without a tokenizer their base.
+
+    Raises:
+        ArtefactError, UserError: as `base_of`.
+    """
+    if holds_tokenizer(folder):
+        return folder
+    return base_of(folder) or folder
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder has a file of a tokenizer."""
+    return any((folder / name).exists() for name in TOKENIZERS)
+
+
 def model_in(folder: Path, name: str) -> tuple[ModelConfig, Architecture]:
     """Returns the model that the config.json of a folder describes, called `name`, and its architecture.
 
+    Of a folder of adapters it is the model of their base, with the rows of an embedding and the head that they hold.
+
     Raises:
-        ArtefactError: the file is missing or no JSON, or names an option that our model lacks.
+        ArtefactError: the file is missing or no JSON, or names an option that our model lacks; or as `base_of`.
+        UserError: as `base_of`.
     """
+    if base := base_of(folder):
+        model, architecture = model_in(base, name)
+        return adapter_folder.with_whole_weights(model, adapter_folder.adapters_in(folder)), architecture
+
     where = str(folder / CONFIG)
     content = content_in(folder, CONFIG)
     if content is None:
@@ -114,6 +160,7 @@ def named_tokenizer(source: str) -> tuple[bytes, str]:
     """
     folder = folder_of(source, weights=False)
     rows = model_in(folder, name_of(source))[0].vocab_size
+    folder = tokenizer_folder_of(folder)
     paths = [folder / name for name in TOKENIZERS]
     return _tokenizer(folder, rows, tuple(path.stat().st_mtime_ns for path in paths if path.is_file()))
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import ArtefactError, shown_value
+from dist_lm.interop.foreign_files import tensors_of_header
 from dist_lm.sandbox import limited
 
+LENGTH_BYTES = 8  # size of the field with the length of a header of safetensors, little-endian
+HEADER_BYTES = 100_000_000  # the longest header that safetensors itself reads
 MOST_BYTES = 256 << 20  # of a file that is read whole; the largest tokenizers have 40 MB
 
 
@@ -70,6 +73,31 @@ def content_in(folder: Path, name: str) -> bytes | None:
             return file.read(MOST_BYTES)
     except OSError as error:
         raise ArtefactError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def tensor_entries(file: Path) -> list[tuple[str, str, list[int], int]]:
+    """Returns (name, dtype, shape, byte offset in the file) of the tensors in a safetensors file of somebody else.
+
+    Only the header is read, by a process with limits.
+
+    Raises:
+        ArtefactError: the file cannot be read, is no safetensors file, or is cut short; or tensors overlap. The message
+            names the tensor.
+    """
+    try:
+        with file.open("rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+            # Any file has eight first bytes; the format has no longer header.
+            if size < LENGTH_BYTES or length > min(HEADER_BYTES, size - LENGTH_BYTES):
+                raise ArtefactError(f"{file}: not a safetensors file (a header of {length} bytes, a file of {size})")
+            header = opened.read(length)
+    except OSError as error:
+        raise ArtefactError(f"{file}: not a safetensors file ({error})") from error
+
+    start = LENGTH_BYTES + length
+    entries = parsed(str(file), tensors_of_header, header, size - start, str(file))
+    return [(name, dtype, shape, start + offset) for name, dtype, shape, offset in entries]
 
 
 def parsed(where: str, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -27,7 +27,7 @@ from dist_lm.generation.load import model_config_of
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import World
-from dist_lm.stages.importing.snapshot import write_checkpoint
+from dist_lm.stages.importing.whole_model import write_checkpoint
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.training.arguments import DataArguments
 from dist_lm.stages.training.stage import training_stage

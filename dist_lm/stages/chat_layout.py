@@ -16,7 +16,7 @@ from dist_lm.chat.template import layout
 from dist_lm.config.corpus import HF, TokenizerConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.existing_tokenizer import named_tokenizer_file
-from dist_lm.interop.snapshot import chat_template_of, folder_of, special_tokens_of
+from dist_lm.interop.snapshot import chat_template_of, folder_of, special_tokens_of, tokenizer_folder_of
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 from dist_lm.tools.data.examples import examples
@@ -70,7 +70,7 @@ def given_template(config: TokenizerConfig) -> KeptTemplate | None:
 # A command asks several times, and the answer takes a download and hundreds of renderings.
 @lru_cache(maxsize=2)
 def _of_snapshot(source: str, content: bytes) -> KeptTemplate | None:
-    return kept_template(folder_of(source, weights=False), Tokenizer(content, source))
+    return kept_template(tokenizer_folder_of(folder_of(source, weights=False)), Tokenizer(content, source))
 
 
 def is_ours(template: KeptTemplate, first_token: str) -> bool:

@@ -550,10 +550,11 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     corpus = asdict(selected)
     for key in ("name", "documents_per_member", "shard_tokens", "max_bad_fraction"):  # none changes a document
         corpus.pop(key)
-    # Corpora from before the key have no such setting, and read their rows as without it.
+    # Corpora from before these keys have no such setting, and read their rows as without it.
     for source in chain.from_iterable(corpus["corpora"].values()):
-        if not source["thinking"]:
-            source.pop("thinking")
+        for key in ("thinking", "opening_answers"):
+            if not source[key]:
+                source.pop(key)
     # No document is chosen by its licence.
     if not config.corpus.cleaning.licences:
         for source in chain.from_iterable(corpus["corpora"].values()):

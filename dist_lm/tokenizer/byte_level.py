@@ -36,7 +36,7 @@ class ByteLevelModel:
 
         # Truncation and padding of the file would change the ids of long and of short texts.
         unbounded = tokenizer_json | {"truncation": None, "padding": None}
-        self._tokenizer: Any = _tokenizer(json.dumps(unbounded), name)
+        self._tokenizer: Any = json_tokenizer(json.dumps(unbounded), name)
         self._tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
 
         self.special_ids: dict[str, int] = {t["content"]: t["id"] for t in added_tokens if t["special"]}
@@ -205,7 +205,7 @@ def _read(content: bytes, name: str) -> dict[str, Any]:
     return tokenizer_json
 
 
-def _tokenizer(text: str, name: str) -> Any:
+def json_tokenizer(text: str, name: str) -> Any:
     """Returns the `tokenizers.Tokenizer` of the JSON `text`; messages call the file `name`.
 
     Raises:

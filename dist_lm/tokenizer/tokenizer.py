@@ -60,7 +60,7 @@ class SentencePieceModel:
 
         # SentencePiece has a type of its own for the unknown token, which is one of our special tokens.
         if self.is_trained:
-            control_ids = list(range(len(SPECIAL_TOKENS)))
+            control_ids = sorted([*control_ids, processor.unk_id()])
 
         self._processor = processor
         self.special_ids = {pieces[token_id]: token_id for token_id in control_ids}

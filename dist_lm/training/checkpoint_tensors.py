@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 
 from dist_lm.errors import ArtefactError
-from dist_lm.interop.foreign_files import ITEM_BYTES, tensors_of_header
-from dist_lm.interop.snapshot_files import parsed
+from dist_lm.interop.foreign_files import ITEM_BYTES
+from dist_lm.interop.snapshot_files import LENGTH_BYTES, tensor_entries
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 
-LENGTH_BYTES = 8  # size of the field with the length of the header, little-endian
-HEADER_BYTES = 100_000_000  # the longest header that safetensors itself reads
 ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that they can be mapped
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
@@ -196,21 +194,9 @@ def tensors_in(file: Path) -> dict[str, StoredTensor]:
         ArtefactError: the file cannot be read, is no safetensors file, or is cut short; or tensors overlap. The message
             names the tensor.
     """
-    try:
-        with file.open("rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
-            # Any file has eight first bytes; the format has no longer header.
-            if size < LENGTH_BYTES or length > min(HEADER_BYTES, size - LENGTH_BYTES):
-                raise ArtefactError(f"{file}: not a safetensors file (a header of {length} bytes, a file of {size})")
-            header = opened.read(length)
-    except OSError as error:
-        raise ArtefactError(f"{file}: not a safetensors file ({error})") from error
-
-    start = LENGTH_BYTES + length
     tensors = {}
-    for name, dtype, shape, offset in parsed(str(file), tensors_of_header, header, size - start, str(file)):
-        part = Part(file, start + offset, ITEM_BYTES[dtype], (0,) * len(shape), tuple(shape))
+    for name, dtype, shape, start in tensor_entries(file):
+        part = Part(file, start, ITEM_BYTES[dtype], (0,) * len(shape), tuple(shape))
         tensors[name] = StoredTensor(name, dtype, tuple(shape), (part,))
     return tensors
 

@@ -20,6 +20,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.averaging import average
 from dist_lm.stages.exporting.files import export
+from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint
 from dist_lm.training import checkpoint_files as files
@@ -123,3 +124,20 @@ def test_what_has_no_base_or_no_merged_model_is_refused(base: RunDirectory, adap
     files.find_checkpoint(base.path).rename(tmp_path / "moved")
     with pytest.raises(ArtefactError, match=r"step_00000005, which is gone"):
         load_model(adapted.path)
+
+
+def test_our_own_export_of_adapters_comes_back(base: RunDirectory, adapted: RunDirectory, tmp_path: Path):
+    """Over the run that it names, which peft could not load, and over its export."""
+    work, expected = base.work, model_weights(files.find_checkpoint(adapted.path))
+    export(adapted.path, tmp_path / "over_run", "fp32")
+    export(base.path, tmp_path / "base", "fp32")
+    export(adapted.path, tmp_path / "over_export", "fp32", base=str(tmp_path / "base"))
+    for source, name in (("over_run", "one"), ("over_export", "two")):
+        run = import_model(str(tmp_path / source), name, work)
+        found = model_weights(files.find_checkpoint(run.path))
+        for parameter, value in expected.items():
+            assert np.allclose(found[parameter], value, rtol=0, atol=1e-6), parameter
+        record = files.read_adapters(files.find_checkpoint(run.path))
+        assert record is not None
+        assert record["lora"]["rank"] == 3  # of each of the queries, keys and values of a fused weight
+        assert load_model(run.path).tokenizer.sha256 == load_model(adapted.path).tokenizer.sha256

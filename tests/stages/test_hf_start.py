@@ -71,6 +71,28 @@ def test_the_plan_imports_once_and_the_model_follows(work: WorkDirectory, snapsh
         planned(work, "code", f"stage.init_from=hf:{snapshot}")
 
 
+def test_the_plan_imports_adapters_over_their_base(work: WorkDirectory, snapshot: Path, tmp_path: Path):
+    """Shape and tokenizer are those of the base, which has a run of its own."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(snapshot)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapted")
+    source = f"stage.init_from=hf:{tmp_path / 'adapted'}"
+    plan = planned(work, "code", source)
+    assert actions(plan) == {"import": "build", "tokenizer": "there", "shards": "there", "code": "build"}
+    assert plan.target.config.model.rope_base == 500.0
+    assert plan.target.config.stage.init_from == str(work.run("import", "adapted").path.resolve())
+    IMPORT.build(plan.stages[0].config, Console())
+    assert actions(planned(work, "code", source))["import"] == "there"
+    assert (work.path / "runs" / "import" / "Llama-tiny").is_dir()
+
+    moved = snapshot.rename(tmp_path / "moved")
+    (work.path / "runs" / "import" / "adapted").rename(tmp_path / "old")
+    with pytest.raises(ArtefactError, match=r"base_model_name_or_path=.*Llama-tiny.* dist-lm import .*--base"):
+        planned(work, "code", source)
+    assert moved.is_dir()
+
+
 def test_a_stage_on_the_way_may_start_from_a_snapshot(work: WorkDirectory, snapshot: Path):
     plan = planned(work, "export", f"stages.code.init_from=hf:{snapshot}", "stages.code.seq_len=32")
     assert list(actions(plan)) == ["import", "tokenizer", "shards", "code", "export"]  # no language

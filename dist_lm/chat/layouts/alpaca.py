@@ -23,13 +23,16 @@ def fits(row: Mapping[str, Json]) -> bool:
     return INSTRUCTION in row and any(name in row for name in OUTPUTS)
 
 
-def read(row: Mapping[str, Json]) -> Conversation:
+def read(row: Mapping[str, Json], tools: Json = None, system: Json = None) -> Conversation:
     """Returns the conversation of a row: turns of `history`, instruction and input, answer. All answers are learned.
+
+    Args:
+        tools, system: the values of the columns of tools and of the text of the system.
 
     Raises:
         ChatError: a column holds something else than text, or two columns would be the same part.
     """
-    transcript = Transcript(tools_of(row.get("tools")))
+    transcript = Transcript(tools_of(tools))
     for number, pair in enumerate(list_of(value_of(row.get(HISTORY), HISTORY) or [], HISTORY)):
         where = f"{HISTORY}[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
@@ -40,7 +43,7 @@ def read(row: Mapping[str, Json]) -> Conversation:
     parts = [_text(row[INSTRUCTION], INSTRUCTION), _one_of(row, INPUTS)]
     transcript.say("user", "\n".join(part for part in parts if part), INSTRUCTION)
     transcript.say("assistant", _one_of(row, OUTPUTS), "the answer")
-    return with_system(transcript.conversation(), text_of(row.get("system"), "system"))
+    return with_system(transcript.conversation(), text_of(system, "system"))
 
 
 def _one_of(row: Mapping[str, Json], names: tuple[str, ...]) -> str:

@@ -23,6 +23,9 @@ PAIRS = (
     ("question", "response"),
     ("query", "response"),
     ("query", "answer"),
+    ("prompt", "generation"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
 )
 LABELS = ("label", "labels", "kto_tag")  # say whether a completion is good: rows of preferences
 
@@ -34,8 +37,11 @@ def pair_of(row: Mapping[str, Any]) -> tuple[str, str] | None:
     return next((pair for pair in PAIRS if pair[0] in row and pair[1] in row), None)
 
 
-def read(row: Mapping[str, Json]) -> Conversation:
+def read(row: Mapping[str, Json], tools: Json = None, system: Json = None) -> Conversation:
     """Returns the conversation of a row for which `pair_of` gives columns.
+
+    Args:
+        tools, system: the values of the columns of tools and of the text of the system.
 
     Raises:
         ChatError: a column holds neither text nor turns, or the completion does not begin with the assistant; the
@@ -47,8 +53,8 @@ def read(row: Mapping[str, Json]) -> Conversation:
 
     # One transcript for both: the completion may call tools, and ids of calls go through.
     turns = [*prompt, *completion]
-    conversation = conversation_of(turns, row.get("tools"), row.get("system"), style=style_of(turns))
-    num_prompt_turns = len(conversation_of(prompt, row.get("tools"), row.get("system"), style=style_of(turns)).messages)
+    conversation = conversation_of(turns, tools, system, style=style_of(turns))
+    num_prompt_turns = len(conversation_of(prompt, tools, system, style=style_of(turns)).messages)
     messages = conversation.messages
     if num_prompt_turns == len(messages) or messages[num_prompt_turns].role != "assistant":
         raise ChatError(f"{pair[1]}: expected a first turn of the assistant")

@@ -39,6 +39,11 @@ def _read_turns(row: Row, column: str, style: str) -> Conversation:
     return conversation_of(row[column], _tools(row), _one_of(row, SYSTEMS), style=style, name=column)
 
 
+def _read_columns(read: Callable[[Row, Json, Json], Conversation]) -> Callable[[Row, str], Conversation]:
+    """Returns the reader of a layout without a column of turns; `read` gets a row, its tools and its system text."""
+    return lambda row, _: read(row, _tools(row), _one_of(row, SYSTEMS))
+
+
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
@@ -49,8 +54,8 @@ LAYOUTS: dict[str, Layout] = {
         Layout(
             "anthropic", "messages of content blocks, with system and tools", partial(_read_turns, style="anthropic")
         ),
-        Layout("completion", "prompt and completion, texts or turns", lambda row, _: completion.read(row)),
-        Layout("alpaca", "instruction, input, output, with system and history", lambda row, _: alpaca.read(row)),
+        Layout("completion", "prompt and completion, texts or turns", _read_columns(completion.read)),
+        Layout("alpaca", "instruction, input, output, with system and history", _read_columns(alpaca.read)),
     )
 }
 

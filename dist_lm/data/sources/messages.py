@@ -15,7 +15,7 @@ from functools import partial
 
 from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.layouts.registry import COLUMNS, SYSTEMS, TOOLS, TURNS, read_row
-from dist_lm.chat.messages import Conversation
+from dist_lm.chat.messages import ChatError, Conversation
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
 from dist_lm.data.sources.reader import Candidate, reader, text_hash
@@ -35,7 +35,7 @@ from dist_lm.errors import UserError
 
 @reader(
     form="conversation",
-    keys=(*KEYS, "thinking"),
+    keys=(*KEYS, "thinking", "opening_answers"),
     needs=NEEDS,
     inputs=list_rows,
     takes_files=True,
@@ -50,11 +50,13 @@ def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source), *(("", name) for name in COLUMNS)]
     rows = rows_of_files(files or Snapshot.of(source), columns, whole_rows=True)
-    content_of = partial(_content_of, thinking=source.thinking)
+    content_of = partial(_content_of, thinking=source.thinking, drops_opening_answers=source.opening_answers == "drop")
     yield from row_documents(source, rows, "", content_of, "conversation", (*TURNS, *TOOLS, *SYSTEMS))
 
 
-def _content_of(row: Row, column: str, columns: Sequence[str], thinking: str) -> Content | BadRow | None:
+def _content_of(
+    row: Row, column: str, columns: Sequence[str], thinking: str, drops_opening_answers: bool
+) -> Content | BadRow | None:
     """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers.
 
     It is also None if the column of turns is null. A conversation that is not well formed is a problem, not an error.
@@ -63,6 +65,7 @@ def _content_of(row: Row, column: str, columns: Sequence[str], thinking: str) ->
         column: that of the turns; empty: by the usual names.
         columns: those of the file, for the message.
         thinking: that of the source.
+        drops_opening_answers: whether turns before the first question are left out; else the row is a problem.
     """
     if column and column not in row:
         return missing_column(column, columns)
@@ -71,7 +74,7 @@ def _content_of(row: Row, column: str, columns: Sequence[str], thinking: str) ->
         conversation = read_row(row, column)
         if conversation is None:
             return None
-        conversation = with_thinking(conversation, thinking)
+        conversation = from_first_question(with_thinking(conversation, thinking), drops_opening_answers)
         text = write_conversation(conversation)
     except UserError as error:
         return BadRow("no_conversation", str(error))
@@ -85,6 +88,27 @@ def _content_of(row: Row, column: str, columns: Sequence[str], thinking: str) ->
     # Conversations that begin alike are in one split, however they continue.
     opening_messages = conversation.messages[: roles.index("assistant")]
     return text, text_hash("\n".join(message.content for message in opening_messages if message.role == "user"))
+
+
+def from_first_question(conversation: Conversation, drops: bool) -> Conversation:
+    """Returns the conversation without the answers before the first turn of the user; turns of the system stay.
+
+    Raises:
+        ChatError: there are such answers, and `drops` is False.
+    """
+    messages = conversation.messages
+    roles = [message.role for message in messages]
+    if "user" not in roles or not {*roles[: roles.index("user")]} - {"system"}:
+        return conversation
+    begin = roles.index("user")
+    if not drops:
+        number = next(number for number, role in enumerate(roles) if role != "system")
+        raise ChatError(
+            f"turn {number} ({roles[number]}): expected a question first; `opening_answers: drop` of the source leaves "
+            "out what stands before it"
+        )
+    system = tuple(message for message in messages[:begin] if message.role == "system")
+    return replace(conversation, messages=(*system, *messages[begin:]))
 
 
 def with_thinking(conversation: Conversation, thinking: str) -> Conversation:

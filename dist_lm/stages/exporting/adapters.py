@@ -16,6 +16,7 @@ import torch
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import read_groups
 from dist_lm.generation.load import run_of
+from dist_lm.interop.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.lora import adapter_of
@@ -26,8 +27,6 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 from dist_lm.training.checkpoint_tensors import stored_tensors, write_tensors
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # begins the names in the file of weights
 # head -> peft's name of the task, and the modules that it stores whole, beside the adapters
 TASKS = {"tokens": ("CAUSAL_LM", None), "scalar": ("SEQ_CLS", ["score"])}
 
@@ -58,8 +57,10 @@ def base_name(base: Path) -> str:
     run = run_of(base)
     if run is None:
         return str(base)
-    source = read_groups(run.config).get("imported", {}).get("source")
-    if source is None:
+    imported = read_groups(run.config).get("imported", {})
+    source = imported.get("source")
+    # Adapters that replace weights of their base have a base of their own, which no folder of transformers holds.
+    if source is None or "changed_by" in imported:
         return str(run.path)
     source = str(source).removeprefix("hf:")
     folder = Path(source).expanduser()

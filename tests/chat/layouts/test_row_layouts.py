@@ -163,6 +163,17 @@ def test_thinking_is_learned_or_context_or_dropped(tokenizer: Tokenizer) -> None
         messages_source(path, thinking="keep")
 
 
+def test_answers_before_the_first_question_are_left_out_by_a_key(tokenizer: Tokenizer) -> None:
+    path = ROWS / "refused_answers_first.jsonl"
+    rows = list(outcomes(messages_source(path, opening_answers="drop"), tokenizer))
+    assert [row["roles"] for row in rows] == [["user", "assistant"]] * 2
+    assert rows[0]["text"].startswith("<|endoftext|><|im_start|>user\nDepth?<|im_end|>")
+    plain = ROWS / "openai_system_middle.jsonl"
+    assert list(outcomes(source_of(plain, opening_answers="drop"), tokenizer)) == EXPECTED[plain.name]
+    with pytest.raises(ConfigError, match="opening_answers=keep: expected refuse or drop"):
+        messages_source(path, opening_answers="keep")
+
+
 def test_a_row_without_a_layout_says_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "a", "body": "b"}\n')
     (row,) = read_messages(messages_source(tmp_path / "a.jsonl"), 0)
