@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_lm.chat.documents import samples
-from dist_lm.chat.jinja_text import messages_of
+from dist_lm.chat.jinja_text import messages_of, tools_of
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
 from dist_lm.chat.template import render
 from dist_lm.data.batch import Batch
