@@ -55,7 +55,7 @@ TINY = (*TINY_MODEL, "stage.rates.embedding=1", "stage.muon.variance_beta=0", "s
 
 def tiny(stage: str) -> tuple[str, ...]:
     """The overrides above that a stage of this package reads."""
-    return TINY if stage in ("language", "code", "tools", "preference", "reward") else TINY_MODEL
+    return TINY if stage in ("language", "code", "sft", "tools", "preference", "reward") else TINY_MODEL
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -43,6 +43,7 @@ SECRET = re.compile(
     r"|(\b|_)(auth|authorization|bearer|jwt|pass|pwd))="
 )
 TRAIN, KEEP = "train", "keep"  # values of `tokenizer.source` that are no path
+STAGE_RUN = "stage:"  # begins a start that names a stage: its run with the run_id of the command
 HF = "hf:"  # begins the name of a model of transformers, where a key takes one (`interop/snapshot.py`)
 
 

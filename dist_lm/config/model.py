@@ -177,6 +177,8 @@ class AdaptedModelConfig(ModelConfig):
     @property
     def scale(self) -> float:
         """Factor of the product B A."""
+        if self.lora.rslora:
+            return self.lora.alpha / math.sqrt(self.lora.rank)
         return self.lora.alpha / self.lora.rank
 
     def adapted(self, part: str) -> tuple[str, ...]:

@@ -156,10 +156,19 @@ class LoraConfig:
     alpha: float = 16.0
     # attention | feed_forward | query | key | value | output | gate | up | down
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    rslora: bool = False  # the scale is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)
+    dropout: float = 0.0  # share of the entries of an adapter's input that are dropped in training
+    # names of special tokens whose rows of the embedding (and of an untied head) are trained too: those that the base
+    # has never seen, such as <|im_start|> of a model without conversations
+    tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "stage.lora.rank", self.rank, "0 (off) or a positive integer")
         require(0 < self.alpha < math.inf, "stage.lora.alpha", self.alpha, "a positive number")
+        require(0 <= self.dropout < 1, "stage.lora.dropout", self.dropout, "in [0, 1)")
+        for key in ("dropout", "tokens"):
+            accepted = f"{'0' if key == 'dropout' else 'none'} without stage.lora.rank"
+            require(self.rank > 0 or not getattr(self, key), f"stage.lora.{key}", getattr(self, key), accepted)
         weights = [weight for part in LORA_TARGETS.values() for weight in part]
         choices = ", ".join([*LORA_TARGETS, *weights])
         for target in self.targets:
@@ -196,6 +205,7 @@ class TrainingGroup(StageGroup):
 
     corpus: str = ""  # name of a corpus in work/corpora
     # origin of the weights: auto (the previous stage) | none | a run directory, a checkpoint, or RUN@STEP |
+    # stage:NAME: the run of an earlier stage with the same run_id, built if it is missing |
     # hf:FOLDER or hf:ID: a model of transformers, imported first, whose model and tokenizer the stage then has
     init_from: str = "auto"  # pyright: ignore[reportIncompatibleVariableOverride]
     steps: int = 1000  # optimizer steps; of a branch: with those of the run that it continues

@@ -36,7 +36,7 @@ OWN_TASKS: dict[str, Language] = {f"own_{language}": language for language in LA
 READERS = dict(zip(FILE_TASKS, (humaneval, mbpp, multipl_e), strict=True))
 INFILL, TOOLS, BFCL, BITS, REWARD = "infill", "tools", "bfcl", "bits_per_byte", "reward"
 TASKS = (*LOOP_TASKS, BITS, REWARD)
-CHATS = ("tools", "rlhf", "preference")  # stages whose models answer requests
+CHATS = ("sft", "tools", "rlhf", "preference")  # stages whose models answer requests
 TURN_TOKENS = 512  # most tokens of an answer with calls
 QUESTIONS = 100  # questions of each kind of conversation
 CPU_S = 3.0  # CPU seconds of a program with its tests

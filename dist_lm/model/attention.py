@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
 from dist_lm.model.layers import HeadNorm, RopeTables, mix_values, rotate
-from dist_lm.model.lora import adapted, build_adapters
+from dist_lm.model.lora import AdapterDropout, adapted, build_adapters
 from dist_lm.model.size import packs_documents
 
 
@@ -210,16 +210,18 @@ class Attention(nn.Module):
         rope: RopeTables,
         visibility: Visibility,
         v1_BSGK: torch.Tensor | None = None,
+        dropout: AdapterDropout = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the attention output (B, T, D), and the values of the first layer with `model.value_residual` (else
         None), which every later layer mixes into its own.
 
         Args:
             v1_BSGK: values of the first layer; None: this is the first layer.
+            dropout: of the inputs of adapters.
         """
-        q_BTHK = adapted(to_heads(x_BTD, self.query, self.query_bias), x_BTD, self.adapters, "query")
-        k_BSGK = adapted(to_heads(x_BTD, self.key, self.key_bias), x_BTD, self.adapters, "key")
-        v_BSGK = adapted(to_heads(x_BTD, self.value, self.value_bias), x_BTD, self.adapters, "value")
+        q_BTHK = adapted(to_heads(x_BTD, self.query, self.query_bias), x_BTD, self.adapters, "query", dropout)
+        k_BSGK = adapted(to_heads(x_BTD, self.key, self.key_bias), x_BTD, self.adapters, "key", dropout)
+        v_BSGK = adapted(to_heads(x_BTD, self.value, self.value_bias), x_BTD, self.adapters, "value", dropout)
 
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, self.value_mix)
 
@@ -227,7 +229,7 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
-        o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output")
+        o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output", dropout)
         return o_BTD, v1_BSGK
 
     def mix_first_values(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.lora import initial_factor
+from dist_lm.config.stage import LORA_TARGETS
 from dist_lm.model.size import ADAPTERS, VALUE_MIX, is_matrix
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class DropoutKey:
     rate: float  # probability that an element is dropped, in [0, 1)
     seed: int
     step: int  # optimizer step
+    adapter_rate: float = 0.0  # the same for the inputs of adapters
     sequence_B: torch.Tensor | None = None  # int64; global sequence numbers; None until the batch is known
 
 
@@ -162,6 +163,34 @@ def dropout_sites(
     return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_index) for state in state_S]
 
 
+def adapter_sites(key: DropoutKey | None, n_layers: int, width: int) -> list[dict[str, SiteDropout] | None]:
+    """Returns the dropout of the inputs of a layer's adapters, by the name of the weight, for every layer. Every entry
+    is None without a key or with rate 0.
+
+    The sites follow those of `dropout_sites`. An input has all tokens of its sequence on every rank.
+
+    Args:
+        width: channels of the widest input of an adapter.
+    """
+    if key is None or key.adapter_rate == 0:
+        return [None] * n_layers
+    assert key.sequence_B is not None
+
+    device = key.sequence_B.device
+    weights = [weight for part in LORA_TARGETS.values() for weight in part]
+    first_site = residual_site(n_layers, 0)
+    site_LW = torch.arange(first_site, first_site + n_layers * len(weights), device=device).view(n_layers, -1)
+    state_LW = hash_words(key.seed, key.step, site_LW)
+    channel_C = hash_words(key.seed, torch.arange(width, device=device))
+    return [
+        {
+            weight: SiteDropout(key.adapter_rate, state, channel_C, key.sequence_B, first_index=0)
+            for weight, state in zip(weights, state_W, strict=True)
+        }
+        for state_W in state_LW
+    ]
+
+
 def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor:
     """Returns `x` with dropped elements 0 and the rest scaled by `1 / (1 - rate)`; `x` itself without a site."""
     if site is None:
@@ -193,7 +222,7 @@ SCALAR_HEAD, TOKEN_HEAD = "scalar_head.weight", "lm_head.weight"
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """Returns the unsharded initial value of one parameter, fp32 on the CPU, of logical `shape`.
 
-    A function of (seed, name, shape, config) alone. For adapters see `lora.initial_factor`. Biases are 0, norm weights
+    A function of (seed, name, shape, config) alone. For adapters see `initial_factor`. Biases are 0, norm weights
     1, the scalars of `value_residual` 0.5. Other parameters are normal with standard deviation `init_std`, divided by
     sqrt(2 n_layers) for projections onto the residual stream (or these are 0); a scalar head has 1 / sqrt(d_model + 1)
     (Stiennon et al. 2020). With `base_width`, the deviation of matrices inside blocks falls with the root of the width,
@@ -224,6 +253,17 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def initial_factor(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Returns the unsharded initial A or B, fp32 on the CPU: B is 0, A uniform within 1 / sqrt(input), as in peft."""
+    if name.endswith(".b"):
+        return torch.zeros(shape)
+
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()

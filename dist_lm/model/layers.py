@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.lora import adapted, build_adapters
+from dist_lm.model.lora import AdapterDropout, adapted, build_adapters
 
 RopeTables = tuple[torch.Tensor, torch.Tensor]
 """(cos, sin), each (B or 1, T, 1, R); the first half of sin is negated."""
@@ -119,13 +119,14 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
         self.adapters = build_adapters(config, "feed_forward")
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, dropout: AdapterDropout = None) -> torch.Tensor:
+        """Returns the output, (B, T, D). `dropout`: of the inputs of adapters."""
         gate_BTF = None
         if self.gate is not None:
-            gate_BTF = adapted(self.gate(x_BTD), x_BTD, self.adapters, "gate")
-        up_BTF = adapted(self.up(x_BTD), x_BTD, self.adapters, "up")
+            gate_BTF = adapted(self.gate(x_BTD), x_BTD, self.adapters, "gate", dropout)
+        up_BTF = adapted(self.up(x_BTD), x_BTD, self.adapters, "up", dropout)
         h_BTF = activate(up_BTF, gate_BTF, self.squared)
-        return adapted(self.down(h_BTF), h_BTF, self.adapters, "down")
+        return adapted(self.down(h_BTF), h_BTF, self.adapters, "down", dropout)
 
 
 def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, squared: bool = False) -> torch.Tensor:

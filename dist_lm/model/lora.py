@@ -1,6 +1,6 @@
 """Adapters: low-rank changes of frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685, equation 3).
 
-    y = W x + s B A x,   s = alpha / rank
+    y = W x + s B A x,   s = alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)
 
 The product is never formed in training. Both factors have the rank as their first dimension and then the dimensions of
 the weight, so a slice of heads or hidden units is a slice of dimension 1. With the initial B = 0 the model is its base.
@@ -8,18 +8,19 @@ the weight, so a slice of heads or hidden units is a slice of dimension 1. With 
 Dimensions: B sequences, T tokens, R rank, I input (D, H K or F), O output (H K, D or F).
 """
 
-import hashlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.model.keyed_random import SiteDropout, apply_dropout
 from dist_lm.model.size import ADAPTERS, Shape, parameter_shapes
 
+AdapterDropout = Mapping[str, SiteDropout] | None
 INPUT_FIRST = "output"  # the weight that is stored as (input, output), the others are (output, input)
 
 
@@ -38,12 +39,27 @@ class Adapter(nn.Module):
         self.scale = scale
         self.is_on = True  # False inside `without_adapters`
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the change of the output, (B, T, *output), for an input (B, T, *input)."""
+    def forward(self, x: torch.Tensor, dropout: SiteDropout | None = None) -> torch.Tensor:
+        """Returns the change of the output, (B, T, *output), for an input (B, T, *input).
+
+        Args:
+            dropout: of the input; its channels are those of the unsplit input.
+        """
+        x_BTI = x.flatten(2)
+        if dropout is not None:
+            first = self.first_channel
+            channel_I = dropout.channel_D[first : first + x_BTI.shape[-1]]
+            x_BTI = apply_dropout(x_BTI, replace(dropout, channel_D=channel_I))
+
         # Two products through the small rank cost less than forming B A and multiplying once.
         a, b = self.factors()
-        z_BTR = F.linear(x.flatten(2), a.flatten(1)) * self.scale
+        z_BTR = F.linear(x_BTI, a.flatten(1)) * self.scale
         return (z_BTR @ b.flatten(1)).unflatten(-1, b.shape[1:])
+
+    @property
+    def first_channel(self) -> int:
+        """The channel of the unsplit input that the input of this rank begins with."""
+        return 0
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the parts of A and B that this rank computes with; all of them in a model that is not split."""
@@ -69,22 +85,21 @@ def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict | None:
     )
 
 
-def adapted(y: torch.Tensor, x: torch.Tensor, adapters: nn.ModuleDict | None, name: str) -> torch.Tensor:
-    """Returns `y`, the product of weight `name` with x, plus the change of it by the adapter of the weight."""
+def adapted(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    adapters: nn.ModuleDict | None,
+    name: str,
+    dropout: AdapterDropout = None,
+) -> torch.Tensor:
+    """Returns `y`, the product of weight `name` with x, plus the change of it by the adapter of the weight.
+
+    Args:
+        dropout: of the inputs of adapters, by the name of the weight.
+    """
     if adapters is None or name not in adapters or not adapters[name].is_on:
         return y
-    return y + adapters[name](x)
-
-
-def initial_factor(name: str, shape: Shape, seed: int) -> torch.Tensor:
-    """Returns the unsharded initial A or B, fp32 on the CPU: B is 0, A uniform within 1 / sqrt(input), as in peft."""
-    if name.endswith(".b"):
-        return torch.zeros(shape)
-
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return y + adapters[name](x, dropout and dropout[name])
 
 
 def adapter_of(weight: str) -> str:

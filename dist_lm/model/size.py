@@ -18,6 +18,7 @@ MATRICES = (
 GROUPS = ("embedding", "attention", "feed_forward", "norm", "head")
 VALUE_MIX = "attention.value_mix"
 ADAPTERS = ".adapters."  # in the names of the parameters of adapters
+TOKEN_WEIGHTS = ("embedding.weight", "lm_head.weight")  # they have a row for each token
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -43,9 +44,11 @@ def parameter_count(config: ModelConfig) -> int:
 
 
 def is_trained(name: str, config: ModelConfig) -> bool:
-    """Returns whether training changes the parameter: with adapters, only these and a scalar head change (the base may
-    have no scalar head)."""
-    return config.lora is None or ADAPTERS in name or name.startswith("scalar_head.")
+    """Returns whether training changes the parameter: with adapters, only these, a scalar head (the base may have
+    none) and, with stage.lora.tokens, rows of the embedding and the head change."""
+    if config.lora is None or ADAPTERS in name or name.startswith("scalar_head."):
+        return True
+    return bool(config.lora.tokens) and name in TOKEN_WEIGHTS
 
 
 def trained_count(config: ModelConfig) -> int:

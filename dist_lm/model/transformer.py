@@ -25,11 +25,13 @@ from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
     DropoutKey,
     SiteDropout,
+    adapter_sites,
     apply_dropout,
     dropout_sites,
     residual_site,
 )
 from dist_lm.model.layers import FeedForward, RopeTables, build_norm, capped, rope_tables
+from dist_lm.model.lora import AdapterDropout
 from dist_lm.model.token_sets import TokenSets
 
 
@@ -54,21 +56,23 @@ class Block(nn.Module):
         dropout: tuple[SiteDropout | None, SiteDropout | None] = (None, None),
         index_N: torch.Tensor | None = None,
         v1_BSGK: torch.Tensor | None = None,
+        adapter_dropout: AdapterDropout = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the residual stream after the layer, (B, T, D), and `v1_BSGK` as returned by `Attention.forward`.
 
         Args:
             dropout: after attention, and after the feed-forward network.
+            adapter_dropout: of the inputs of adapters.
             index_N: int64; indices into the flattened batch of the tokens whose output is needed. The output is then
                 (1, N, D): the other tokens are only attended to, the feed-forward network skips them. None: all tokens.
         """
         input_BTD = x_BTD
-        a_BTD, v1_BSGK = self.attention(self.attention_norm(x_BTD), rope, visibility, v1_BSGK)
+        a_BTD, v1_BSGK = self.attention(self.attention_norm(x_BTD), rope, visibility, v1_BSGK, adapter_dropout)
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
 
         # Attention was the last use of the tokens that are not selected.
         if index_N is not None:
-            assert dropout[1] is None, "dropout depends on the place of a token"
+            assert dropout[1] is adapter_dropout is None, "dropout depends on the place of a token"
             x_BTD = x_BTD.flatten(0, 1).index_select(0, index_N)[None]
             if self.parallel_residual:
                 input_BTD = input_BTD.flatten(0, 1).index_select(0, index_N)[None]
@@ -77,7 +81,7 @@ class Block(nn.Module):
         # residual stream with the output of attention added.
         if not self.parallel_residual:
             input_BTD = x_BTD
-        f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD))
+        f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD), adapter_dropout)
         return x_BTD + apply_dropout(f_BTD, dropout[1]), v1_BSGK
 
 
@@ -95,6 +99,8 @@ class Transformer(nn.Module):
         self.document_mask = True  # attention over a batch stays inside documents
         self.chunk_bytes = 0  # largest block of fp32 logits; 0: no limit
         self.dropout: DropoutKey | None = None  # dropout over a batch, with the sequence numbers of the batch
+        # ids of the tokens whose rows of the embedding and the head are trained, (N,); None: those of all tokens
+        self.trained_tokens: torch.Tensor | None = None
 
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -157,12 +163,22 @@ class Transformer(nn.Module):
         first_index = self.first_held_index(tokens_BT.shape[1])
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_index)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
+        widest = max(self.config.d_model, self.config.n_heads * self.config.d_head, self.config.d_ff)
+        sites_of_adapters = adapter_sites(dropout, self.config.n_layers, widest)
 
         v1_BSGK = None  # values of the first layer, with `model.value_residual`
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             residual_dropout = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
-            x_BTD, v1_BSGK = block(x_BTD, rope, visibility, residual_dropout, index_N if is_last else None, v1_BSGK)
+            x_BTD, v1_BSGK = block(
+                x_BTD,
+                rope,
+                visibility,
+                residual_dropout,
+                index_N if is_last else None,
+                v1_BSGK,
+                sites_of_adapters[layer],
+            )
         return self.final_norm(x_BTD)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@ Dimensions: B sequences, T tokens, S keys, N = B * T, D d_model, V vocabulary, H
 d_head, F d_ff (V, H, G and F count what this rank has), R ranks of the axis.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
@@ -19,7 +21,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.cross_entropy import tempered
 from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
-from dist_lm.model.lora import Adapter, adapted
+from dist_lm.model.lora import Adapter, AdapterDropout, adapted
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import RankSlice, keys_of, rank_slice, shards_key_heads
 from dist_lm.parallel.tensor_axis import TensorAxis, local
@@ -154,16 +156,24 @@ class ParallelAdapter(Adapter):
     and up, A of the outputs. The other factor is the same on all ranks, and each rank computes a part of its gradient.
     """
 
-    def __init__(self, adapter: Adapter, split_factor: str, part: slice) -> None:
+    def __init__(self, adapter: Adapter, split_factor: str, part: slice, first: int) -> None:
         """
         Args:
             adapter: the unsplit adapter.
             split_factor: a | b.
             part: entries, along the split dimension of this rank's factor, that the rank computes with.
+            first: the head or hidden unit of the unsplit input that the input of this rank begins with; 0: its input is
+                not split.
         """
         super().__init__(tuple(adapter.a.shape), tuple(adapter.b.shape), adapter.scale)
         self.split_factor = split_factor
         self.part = part
+        # An input has a channel for each hidden unit, or d_head channels for each head.
+        self._first_channel = first * math.prod(adapter.a.shape[2:])
+
+    @property
+    def first_channel(self) -> int:
+        return self._first_channel
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = local(self.a), local(self.b)
@@ -172,16 +182,18 @@ class ParallelAdapter(Adapter):
         return a, b[:, self.part]
 
 
-def split_adapters(adapters: nn.ModuleDict, parts: dict[str, slice]) -> None:
+def split_adapters(adapters: nn.ModuleDict, parts: dict[str, slice], first: int) -> None:
     """Replaces the adapters of attention or of the feed-forward network, in place, by those of this rank.
 
     Args:
         parts: `ParallelAdapter.part` by the name of the weight.
+        first: the first head or hidden unit of this rank.
     """
     for name, adapter in list(adapters.items()):
         assert isinstance(adapter, Adapter)
-        split_factor = "a" if name in ("output", "down") else "b"
-        adapters[name] = ParallelAdapter(adapter, split_factor, parts[name])
+        reads_split = name in ("output", "down")
+        split_factor = "a" if reads_split else "b"
+        adapters[name] = ParallelAdapter(adapter, split_factor, parts[name], first if reads_split else 0)
 
 
 class HeadParallelAttention(Attention):
@@ -200,7 +212,8 @@ class HeadParallelAttention(Attention):
             if shards_key_heads(config, axis.size):
                 keys = slice(None)  # the factor of this rank has its key heads only
             heads = slice(self.heads.real)
-            split_adapters(self.adapters, {"query": slice(None), "key": keys, "value": keys, "output": heads})
+            parts = {"query": slice(None), "key": keys, "value": keys, "output": heads}
+            split_adapters(self.adapters, parts, self.heads.start)
 
     def forward(
         self,
@@ -208,6 +221,7 @@ class HeadParallelAttention(Attention):
         rope: RopeTables,
         visibility: Visibility,
         v1_BSGK: torch.Tensor | None = None,
+        dropout: AdapterDropout = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Does the same as `Attention.forward` with this rank's heads; every rank gets the sum over ranks (collective).
 
@@ -217,11 +231,11 @@ class HeadParallelAttention(Attention):
         x_BTD = self.axis.enter(x_BTD)
 
         q_BTHK = to_heads(x_BTD, local(self.query), bias_rows(self.query_bias, self.heads))
-        q_BTHK = adapted(q_BTHK, x_BTD, self.adapters, "query")
+        q_BTHK = adapted(q_BTHK, x_BTD, self.adapters, "query", dropout)
         k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_rows(self.key_bias, self.keys))
-        k_BSGK = adapted(k_BSGK, x_BTD, self.adapters, "key")
+        k_BSGK = adapted(k_BSGK, x_BTD, self.adapters, "key", dropout)
         v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_rows(self.value_bias, self.keys))
-        v_BSGK = adapted(v_BSGK, x_BTD, self.adapters, "value")
+        v_BSGK = adapted(v_BSGK, x_BTD, self.adapters, "value", dropout)
 
         mix_2 = None if self.value_mix is None else local(self.value_mix)
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, mix_2)
@@ -238,7 +252,7 @@ class HeadParallelAttention(Attention):
         o_BTHK = attend(rotate(q_BTHK, rope), k_BSGK, v_BSGK, visibility)
         o_BTHK = o_BTHK[:, :, : self.heads.real]
         part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
-        part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output")
+        part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output", dropout)
         return add_bias(self.axis.leave(part_BTD), self.output_bias), v1_BSGK
 
     def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
@@ -258,22 +272,23 @@ class WidthParallelFeedForward(FeedForward):
         self.axis = axis
         self.units = rank_slice(config.d_ff, axis.size, axis.rank)
         if self.adapters is not None:
-            split_adapters(self.adapters, dict.fromkeys(("gate", "up", "down"), slice(self.units.real)))
+            parts: dict[str, slice] = dict.fromkeys(("gate", "up", "down"), slice(self.units.real))
+            split_adapters(self.adapters, parts, self.units.start)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, dropout: AdapterDropout = None) -> torch.Tensor:
         """Does the same as `FeedForward.forward` with this rank's hidden units; every rank gets the sum over ranks
         (collective). With sequence parallelism, `x_BTD` and the result hold the tokens of this rank."""
         x_BTD = self.axis.enter(x_BTD)
 
         gate_BTF = None
         if self.gate is not None:
-            gate_BTF = adapted(self._project(x_BTD, self.gate), x_BTD, self.adapters, "gate")
-        up_BTF = adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up")
+            gate_BTF = adapted(self._project(x_BTD, self.gate), x_BTD, self.adapters, "gate", dropout)
+        up_BTF = adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up", dropout)
         h_BTF = activate(up_BTF, gate_BTF, self.squared)
 
         # Padded hidden units were never computed, so the weights that read them are cut off, too.
         part_BTD = F.linear(h_BTF, local(self.down.weight)[:, : self.units.real])
-        part_BTD = adapted(part_BTD, h_BTF, self.adapters, "down")
+        part_BTD = adapted(part_BTD, h_BTF, self.adapters, "down", dropout)
         return add_bias(self.axis.leave(part_BTD), self.down.bias)
 
     def _project(self, x_BTD: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

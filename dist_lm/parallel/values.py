@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.model.lora import Adapter, adapter_of, change
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import TOKEN_WEIGHTS, Shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 
@@ -195,6 +195,27 @@ def add_changes(
         if f"{prefix}a" in factors:
             weight = logical(parameter.detach(), shapes[name])
             _add_change(weight, name, factors[f"{prefix}a"], factors[f"{prefix}b"], config.scale)
+
+
+@torch.no_grad()
+def keep_trained_rows(model: Transformer) -> None:
+    """Sets the gradients of the embedding and the head to 0, in place, but for the rows of `model.trained_tokens`;
+    without these it does nothing.
+
+    Their optimizer decays nothing, so a row without a gradient keeps its bits.
+    """
+    if model.trained_tokens is None:
+        return
+    for name, parameter in model.named_parameters():
+        if name not in TOKEN_WEIGHTS or parameter.grad is None:
+            continue
+        shard = shard_of(parameter.grad)
+        first_row = shard_box(parameter.grad)[0].start or 0
+        # Token ids are row numbers also under tensor parallelism: its padding stands behind the last token.
+        row_N = model.trained_tokens.to(shard.device) - first_row
+        is_frozen_V = torch.ones(len(shard), dtype=torch.bool, device=shard.device)
+        is_frozen_V[row_N[(row_N >= 0) & (row_N < len(shard))]] = False
+        shard.masked_fill_(is_frozen_V[:, None], 0)
 
 
 @torch.no_grad()

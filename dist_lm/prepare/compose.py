@@ -49,7 +49,7 @@ PIPELINE = "pipeline"
 CORPORA = "corpus.corpora"
 NAMED = ("model", "corpus", "stage")  # groups whose files may leave out `name`
 VOCAB_SIZE = "model.vocab_size"
-STEPS = "stage.steps"
+STEPS, EPOCHS = "stage.steps", "stage.epochs"
 
 
 def register_schema(schema: type[Config]) -> None:
@@ -141,7 +141,8 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
 
 
 def _follow_epochs(composed: Any, overrides: Sequence[Override]) -> None:
-    """Sets `stage.steps` in `composed` to 0 if it follows from `stage.epochs`, which needs the corpus.
+    """Sets `stage.steps` in `composed` to 0 if it follows from `stage.epochs`, which needs the corpus. Steps of the
+    command replace epochs of a file.
 
     Raises:
         ConfigError: the command sets both.
@@ -150,6 +151,9 @@ def _follow_epochs(composed: Any, overrides: Sequence[Override]) -> None:
     if not epochs:
         return
     given_steps = [override.value() for override in overrides if override.key_or_group == STEPS]
+    if given_steps and not any(override.key_or_group == EPOCHS for override in overrides):
+        OmegaConf.update(composed, EPOCHS, 0.0)
+        return
     require(not given_steps, STEPS, given_steps[-1:], f"not together with stage.epochs={epochs}: leave one of them out")
     OmegaConf.update(composed, STEPS, 0)
 

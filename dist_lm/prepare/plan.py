@@ -1,15 +1,19 @@
 """The plan of a command: the stages that run, and where they start from. It is made before anything starts."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dist_lm.config.corpus import STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, did_you_mean, require
 from dist_lm.parallel.layout import AXES
 from dist_lm.prepare.compose import compose_config, overrides_of, target_stage
-from dist_lm.stages.registry import load_config, stage_named
+from dist_lm.stages.registry import load_config, stage_named, stage_names
 from dist_lm.stages.stage import Action, RunsIn, Stage, run_of
 from dist_lm.training import checkpoint_files
+
+NAMED_START = re.compile(rf"(?:stage|stages\.\w+)\.init_from={STAGE_RUN}(\w+)$")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     # If init_from or branch_from names another start, the preceding stage is left out, also for the stages in between.
     settings = composed[target].stage
     unneeded = None
-    if starts_from and (settings.init_from != "auto" or settings.branch_from):
+    other_start = settings.branch_from or stage_named(target).start_of(composed[target]) != starts_from
+    if starts_from and other_start:
         unneeded = starts_from
 
     def needs_of(name: str) -> Sequence[str]:
@@ -100,6 +105,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
             except ConfigError as error:
                 without = "; stage.init_from=none begins without it" if name == starts_from else ""
                 raise ConfigError(f"stage {name}, which stage={target} needs: {error}{without}") from error
+        check_start(name, composed[name])
         return [need for need in stage_named(name).reads(composed[name]) if need != unneeded]
 
     order = in_order(target, needs_of)
@@ -161,12 +167,15 @@ def with_continued_runs(plan: Plan, overrides: Sequence[str]) -> Plan:
 
 
 def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
-    """Refuses `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way. KEY is not checked.
+    """Refuses `stages.NAME.KEY=value` unless NAME is a stage that the command may build on the way. KEY is not checked.
 
     Raises:
         ConfigError: names the override and the stages that are possible; or there is no stage `target`.
     """
-    earlier = may_need(target)
+    # A start by the name of a stage adds that stage, and those that it needs.
+    named_starts = [match[1] for override in overrides if (match := NAMED_START.match(override))]
+    starts = [name for name in named_starts if name in stage_names()]
+    earlier = list(dict.fromkeys([*may_need(target), *(need for name in starts for need in (*may_need(name), name))]))
     for override in overrides:
         if override.startswith("stages."):
             name = override.split(".")[1].split("=")[0]
@@ -190,6 +199,23 @@ def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
     trains = stage_named(target).runs_in is RunsIn.RANKS
     accepted = "0 without stage.eval_tasks: these actors answer its tasks and nothing else"
     require(has_tasks or not trains or actors == 0, "eval.pool.actors", actors, accepted)
+
+
+def check_start(name: str, config: Config) -> None:
+    """Refuses `stage.init_from=stage:NAME` unless NAME is a stage that trains and stands before this one in the order
+    of the pipeline; returns nothing.
+
+    Raises:
+        ConfigError: names the stages that could be.
+    """
+    init_from = getattr(config.stage, "init_from", "")
+    if not init_from.startswith(STAGE_RUN):
+        return
+    # Two stages that start from one another would have no order.
+    names = stage_names()
+    earlier = [other for other in names[: names.index(name)] if stage_named(other).runs_in is RunsIn.RANKS]
+    accepted = f"{STAGE_RUN}NAME with NAME a training stage before {name}: {', '.join(earlier) or 'none'}"
+    require(init_from.removeprefix(STAGE_RUN) in earlier, "stage.init_from", init_from, accepted)
 
 
 def untraced(stage: PlannedStage) -> str:

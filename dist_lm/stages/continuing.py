@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.config.corpus import HF
+from dist_lm.config.corpus import HF, STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.config.stage import WSD, StageConfig
 from dist_lm.data.manifest import manifest_path, read_manifest
@@ -199,8 +199,8 @@ def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int
 def with_start(stage: Stage, config: Config) -> Config:
     """Returns `config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
 
-    `auto` becomes the run of the previous stage with the same run_id, `hf:SOURCE` the run of its import. A branch has
-    the start of the run that it continues. Nothing is checked to exist.
+    `auto` becomes the run of the previous stage with the same run_id, `stage:NAME` that of stage NAME, `hf:SOURCE` the
+    run of its import. A branch has the start of the run that it continues. Nothing is checked to exist.
 
     Raises:
         ConfigError: this version cannot read the configuration of the run of stage.branch_from.
@@ -213,10 +213,10 @@ def with_start(stage: Stage, config: Config) -> Config:
         from dist_lm.stages.importing.stage import imported_run
 
         init_from = str(imported_run(config).path.resolve())
-    if init_from == "auto":
+    elif init_from == "auto" or init_from.startswith(STAGE_RUN):
         init_from = "none"
-        if stage.starts_from:
-            init_from = str(WorkDirectory(Path(config.work_dir).resolve()).run(stage.starts_from, config.run_id).path)
+        if name := stage.start_of(config):
+            init_from = str(WorkDirectory(Path(config.work_dir).resolve()).run(name, config.run_id).path)
     return replace(config, stage=replace(config.stage, init_from=init_from))
 
 
@@ -302,7 +302,7 @@ def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection
 
         checkpoint_files.check_start(Path(init_from), asdict(named_model(init_from)), config.model)
         return None
-    if config.stage.init_from == "none" or stage.starts_from in rebuilt:
+    if config.stage.init_from == "none" or started_stage(stage, init_from) in rebuilt:
         return None
 
     start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
@@ -312,6 +312,17 @@ def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection
     if tokenizer_model.exists():
         checkpoint_files.check_tokenizer(start, state, durable.sha256_of(tokenizer_model))
     return start
+
+
+def started_stage(stage: Stage, init_from: str) -> str | None:
+    """Returns the stage that a stage starts from in a plan, unless stage.init_from names a run by its path.
+
+    Args:
+        init_from: stage.init_from before it was resolved.
+    """
+    if init_from.startswith(STAGE_RUN):
+        return init_from.removeprefix(STAGE_RUN)
+    return stage.starts_from
 
 
 def require_same_content(start: Path, run: RunDirectory, corpora: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ OWN = {
     "shards": "shards",
     "language": "language",
     "code": "code",
+    "sft": "sft",
     "tools": "tools",
     "rankings": "rankings.stage",
     "preference": "preference.stage",

@@ -14,7 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dist_lm.config.corpus import HF
+from dist_lm.config.corpus import HF, STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.storage import durable
 from dist_lm.storage.durable import Kind
@@ -100,13 +100,30 @@ class Stage(ABC):
         """The stages of `needs` whose output this configuration reads."""
         return self.needs
 
+    def start_of(self, config: Config) -> str | None:
+        """Returns the stage whose run `stage.init_from` names by a stage: `starts_from` for `auto`, NAME for
+        `stage:NAME`; None for a path, `hf:SOURCE` or no start. The plan refuses names that cannot be."""
+        init_from = getattr(config.stage, "init_from", "")
+        if init_from == "auto":
+            return self.starts_from
+        if init_from.startswith(STAGE_RUN):
+            return init_from.removeprefix(STAGE_RUN)
+        return None
+
     def reads(self, config: Config) -> tuple[str, ...]:
-        """Returns `needed`; with stage.init_from=hf:..., stage `import` replaces `starts_from`."""
+        """Returns `needed`; the stage of `stage.init_from=stage:NAME`, or stage `import` for `hf:...`, replaces
+        `starts_from`."""
         needed = self.needed(config)
-        if getattr(config.stage, "init_from", "").startswith(HF):
+        init_from = getattr(config.stage, "init_from", "")
+        start = None
+        if init_from.startswith(HF):
             # The imported weights stand in for those of the stage before.
-            return (IMPORT, *(stage for stage in needed if stage != self.starts_from))
-        return needed
+            start = IMPORT
+        elif init_from.startswith(STAGE_RUN):
+            start = self.start_of(config)
+        if start is None:
+            return needed
+        return (start, *(stage for stage in needed if stage not in (self.starts_from, start)))
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """`config` narrowed to what the later stages of a plan read."""

@@ -1,4 +1,4 @@
-"""Stage `tools`: next-token prediction on what the assistant writes in conversations, with a share of text.
+"""Stage `tools`: stage sft from the checkpoint of stage code, with a share of text, and other questions.
 
 Before the first step and after the last it answers questions about conversations of val, all with tools that are not
 in the training data.
@@ -14,9 +14,9 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
-from dist_lm.stages.corpus_forms import CorpusFormsConfig, require_form
+from dist_lm.stages.corpus_forms import CorpusFormsConfig
+from dist_lm.stages.sft import Sft
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
-from dist_lm.stages.text import TextStage
 from dist_lm.stages.training.arguments import EvaluationArguments
 from dist_lm.stages.training.stage import before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory
@@ -75,21 +75,12 @@ class ToolsConfig(CorpusFormsConfig):
     stage: ToolsStageConfig = MISSING
 
 
-class Tools(TextStage):
+class Tools(Sft):
     name = "tools"
     schema = ToolsConfig
     starts_from = "code"
+    in_pipeline = True
     key_figures = ((KeyFigure("tools/call_exact", percent, "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
-
-    def check(self, config: Config) -> None:
-        """Refuses a corpus without conversations, whose turns the stage learns and asks about, and what text stages
-        refuse.
-
-        Raises:
-            ConfigError: names the key.
-        """
-        require_form(config)
-        super().check(config)
 
     def before_training(self, arguments: EvaluationArguments) -> dict[str, float]:
         return examine(arguments)

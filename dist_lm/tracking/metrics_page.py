@@ -11,7 +11,7 @@ Generated from `dist_lm/tracking/registry.py` by `python -m dist_lm metrics > do
 name. A line is written every `stage.log_every` steps (stage generate: about every ten seconds; a step is a prompt).
 Losses and norms belong to the last step; times and speeds are means since the line before.
 `train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are on every tenth step and the last line.
-↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
+↓ and ↑ mark the better direction. "text" stands for the stages language, code, sft and tools.
 Headings name the stages of tables without that column.
 """
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}

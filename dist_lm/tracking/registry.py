@@ -18,7 +18,7 @@ Better = Literal["lower", "higher", ""]
 Row = tuple[str, str, Better, str]
 """(name, unit, better direction, meaning)."""
 
-TEXT_STAGES = ("language", "code", "tools")
+TEXT_STAGES = ("language", "code", "sft", "tools")
 """Stages that predict tokens of text."""
 LOOP_STAGES = (*TEXT_STAGES, "preference", "reward")
 """Stages that run the trainer's loop."""

@@ -303,10 +303,14 @@ def _load_merged(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     }
     add_changes(model, adapted, parameter_shapes(model_config), factors)
 
-    # A scalar head is trained beside the adapters, so it is in their checkpoint and not in the base.
-    if model_config.head == adapted.head == "scalar":
-        tensors = weights_of(model, model_config)
-        read(checkpoint, {name: tensor for name, tensor in tensors.items() if name.startswith(SCALAR_HEAD)})
+    # What is trained beside the adapters, a scalar head or rows of the embedding, is in their checkpoint.
+    trained = {
+        f"{files.MODEL}{name}"
+        for name in parameter_shapes(adapted)
+        if ADAPTERS not in name and is_trained(name, adapted)
+    }
+    if tensors := {name: tensor for name, tensor in weights_of(model, model_config).items() if name in trained}:
+        read(checkpoint, tensors)
 
 
 def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world: World) -> AdaptedModelConfig:

@@ -27,7 +27,7 @@ from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerConfig, TrainerGroup
-from dist_lm.model.size import ADAPTERS, is_matrix, neuron_shape, parameter_shapes
+from dist_lm.model.size import ADAPTERS, TOKEN_WEIGHTS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import Variance, device_of_whole, orthogonal_steps
@@ -166,7 +166,9 @@ def _groups(
         if isinstance(settings, TrainerGroup):
             ratio = rate_ratio(name, settings, muon, model.config)
 
-        key = (steps_with_muon, is_decayed(name), ratio)
+        # Of a head, adapters train some rows: decay would change all of them.
+        decays = is_decayed(name) and not (model.config.lora is not None and name in TOKEN_WEIGHTS)
+        key = (steps_with_muon, decays, ratio)
         if key not in groups:
             group: dict[str, Any] = {"params": [], "lr": settings.lr * ratio, "lr_ratio": ratio, "weight_decay": 0.0}
             if muon is not None and steps_with_muon:
@@ -174,7 +176,7 @@ def _groups(
                 group["weight_decay"] = muon.weight_decay
                 if muon.weight_decay is None:
                     group["weight_decay"] = settings.weight_decay
-            elif is_decayed(name):
+            elif decays:
                 # AdamW multiplies the decay by the rate of the group; it must follow `stage.lr`.
                 group["weight_decay"] = settings.weight_decay / ratio
             groups[key] = group

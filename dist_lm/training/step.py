@@ -16,7 +16,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.model.size import group_of
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import set_reduction
-from dist_lm.parallel.values import reduce_partial_gradients, shard_of, squared_norms
+from dist_lm.parallel.values import keep_trained_rows, reduce_partial_gradients, shard_of, squared_norms
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import Objective
 from dist_lm.training.step_meter import Laps
@@ -85,6 +85,7 @@ def accumulate_gradients(
 
     # With tensor parallelism, each rank has only a part of the gradients of replicated parameters: add the parts up.
     reduce_partial_gradients(model)
+    keep_trained_rows(model)
     _lap(laps, "communication")
     return Sums(total_and_count, metrics, metric_counts)
 

@@ -1,13 +1,14 @@
 """Adapters in one process: gradients, initial values, and what a model without them is."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.stage import LoraConfig, StageConfig
-from dist_lm.model.keyed_random import initialise
+from dist_lm.model.keyed_random import DropoutKey, adapter_sites, initialise, keep_mask
 from dist_lm.model.lora import adapter_of, change, without_adapters
 from dist_lm.model.size import ADAPTERS, flops_per_token, is_trained, parameter_count, parameter_shapes, trained_count
 from dist_lm.model.transformer import Transformer
@@ -133,6 +134,33 @@ def test_initial_values_are_those_of_peft_and_depend_on_seed_and_name_alone():
     assert a.abs().max() > 0.99 * bound
     assert a.std() == pytest.approx(bound / math.sqrt(3), rel=0.05)
     assert first.get_parameter("blocks.1.attention.adapters.output.b").count_nonzero() == 0
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    """Finds a scale that falls with the rank, which makes adapters of a large rank learn nothing."""
+    plain, stable = adapted(rank=16), AdaptedModelConfig.of(small_config(), LoraConfig(16, 6.0, rslora=True))
+    assert (plain.scale, stable.scale) == (6 / 16, 6 / 4)
+
+
+def test_dropout_drops_inputs_of_adapters_alone_and_is_a_function_of_its_key():
+    """Finds dropout of the frozen path, masks that adapters share, and masks that change within a step."""
+    config = AdaptedModelConfig.of(small_config(), LoraConfig(3, 6.0, dropout=0.5))
+    base, model = base_and_adapted(config)
+    tokens = small_tokens(config, 2, 16)
+    key = DropoutKey(0.0, seed=1, step=2, adapter_rate=0.5, sequence_B=torch.arange(2))
+    # B is 0, so that what is dropped in front of it cannot be seen.
+    assert torch.equal(model(tokens, dropout=key), base(tokens))
+    move(model)
+    first, again = model(tokens, dropout=key), model(tokens, dropout=key)
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, model(tokens))
+    assert not torch.allclose(first, model(tokens, dropout=replace(key, step=3)))
+    (sites,) = set(map(len, [site for site in adapter_sites(key, 1, 8) if site]))
+    assert sites == 7
+    site_of = adapter_sites(key, config.n_layers, 200)
+    masks = [keep_mask(site, torch.arange(16)) for layer in site_of if layer for site in layer.values()]
+    assert all(mask.float().mean() == pytest.approx(0.5, abs=0.03) for mask in masks)
+    assert not any(torch.equal(masks[0], mask) for mask in masks[1:])
 
 
 @pytest.mark.parametrize("targets", [["attention"], ["query", "down"], ["feed_forward"], None])

@@ -33,6 +33,7 @@ from tests.parallel.training_task import (
     parameter_value,
     parameters_and_moments,
     rows,
+    trained_tokens_of,
 )
 
 
@@ -70,6 +71,7 @@ def rank_steps(
     ranks, shapes = data_mesh(mesh), parameter_shapes(model_config)
     model = build_model(model_config, parallel, mesh, world.device, SEED)
     model.chunk_bytes = chunk_bytes
+    model.trained_tokens = trained_tokens_of(model_config)
     optimizer = build_optimizer(model, STAGE, muon)
     outcome = MeshTrajectory()
     if load is None:
@@ -83,7 +85,7 @@ def rank_steps(
     for step in steps:
         own = rows(batch_of(model_config, step), slice(ranks.get_local_rank(), None, ranks.size()))
         half = len(own.sequence_B) // 2
-        model.dropout = dropout_key(step)
+        model.dropout = dropout_key(step, model_config)
         micro_batches = [rows(own, slice(half)), rows(own, slice(half, None))]
         sums = accumulate_gradients(model, objective_of(model_config), micro_batches, parallel.reduce_every_micro_batch)
         adds_sums = mesh.get_local_rank("tp") == 0

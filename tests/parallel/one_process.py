@@ -27,6 +27,7 @@ from tests.parallel.training_task import (
     gradients,
     parameter_value,
     parameters_and_moments,
+    trained_tokens_of,
 )
 
 
@@ -63,12 +64,17 @@ def _expected_of(pickled: bytes, steps: int) -> Trajectory:
             batch.tokens_BT,
             document_BT=batch.document_BT,
             position_BT=batch.position_BT,
-            dropout=dropout_key(step, batch.sequence_B),
+            dropout=dropout_key(step, model_config, batch.sequence_B),
         ).flatten(0, 1)
         loss_N = _losses(model, x_ND, batch.targets_BT.flatten())
         mask_N = batch.loss_mask_BT.flatten()
         loss = (loss_N * mask_N).sum() / mask_N.sum()
         loss.backward()
+        if (ids := trained_tokens_of(model_config)) is not None:
+            frozen = [token for token in range(model_config.vocab_size) if token not in ids.tolist()]
+            for name, parameter in model.named_parameters():
+                if name in ("embedding.weight", "lm_head.weight") and parameter.grad is not None:
+                    parameter.grad[frozen] = 0
         norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]).item()
         for parameter in learning:
             assert parameter.grad is not None

@@ -21,7 +21,7 @@ from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import layout_of, model_of, parallel_of
 from tests.parallel.ranks import RankGroups
 from tests.parallel.test_parity import ENTRY, GRADIENT, LOSS, UPDATED_ENTRY
-from tests.parallel.training_task import SEED, parameter_value
+from tests.parallel.training_task import BATCH, SEED, SEQ_LEN, batch_of, parameter_value
 
 LORA = LoraConfig(rank=3, alpha=5.0)  # the rank divides by no number of ranks
 STEPS = 3
@@ -56,6 +56,31 @@ def test_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: t
     assert error(once.gradients, expected.gradients) < GRADIENT
     assert entries_off(once.end, expected.end, UPDATED_ENTRY) == {}
     assert all(is_trained(name, model) for name in once.gradients)
+
+
+HEAVY = [
+    pytest.param(layout, tied, marks=pytest.mark.heavy) for layout in ("1x4x1", "1x2x2", "1x1x4") for tied in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("layout", "tied"), [("1x2x1", 0), ("1x1x2+sp", 0), ("1x1x2", 1), *HEAVY])
+def test_dropout_and_rows_of_tokens_do_not_depend_on_the_layout(ranks: RankGroups, layout: str, tied: bool):
+    """Finds masks that follow the shard in place of the channel, and rows of tokens that are another rank's."""
+    plain = model_of((5, 5), ffn="swiglu", tie_embeddings=bool(tied))
+    ids = sorted(batch_of(plain, 0).tokens_BT.flatten().tolist())[:: BATCH * SEQ_LEN // 3][
+        :3
+    ]  # all over the vocabulary
+    lora = LoraConfig(rank=3, alpha=5.0, rslora=True, dropout=0.2, tokens=list(map(str, ids)))
+    model = AdaptedModelConfig.of(plain, lora)
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
+    expected = expected_of(model)
+    assert entries_off(found.gradients, expected.gradients, ENTRY) == {}
+    assert entries_off(found.end, expected.end, UPDATED_ENTRY) == {}
+    assert found.torn == found.dirty == set()
+    for name in {"embedding.weight", "lm_head.weight"} & found.end.keys():
+        shape = parameter_shapes(model)[name]
+        changed = (found.end[name] != parameter_value(name, shape, model).numpy()).any(1).nonzero()[0]
+        assert changed.tolist() == ids
 
 
 @pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", "1x1x2+sp"])

@@ -94,8 +94,16 @@ def objective_of(model: ModelConfig) -> Objective:
     return squares
 
 
-def dropout_key(step: int, sequence_B: torch.Tensor | None = None) -> DropoutKey:
-    return DropoutKey(rate=STAGE.dropout, seed=SEED, step=step, sequence_B=sequence_B)
+def dropout_key(step: int, model: ModelConfig, sequence_B: torch.Tensor | None = None) -> DropoutKey:
+    adapter_rate = model.lora.dropout if model.lora else 0.0
+    return DropoutKey(STAGE.dropout, SEED, step, adapter_rate, sequence_B)
+
+
+def trained_tokens_of(model: ModelConfig) -> torch.Tensor | None:
+    """The ids that stage.lora.tokens stands for here: the names are numbers."""
+    if model.lora is None or not model.lora.tokens:
+        return None
+    return torch.tensor([int(name) for name in model.lora.tokens])
 
 
 def gradients(model: nn.Module) -> Tensors:

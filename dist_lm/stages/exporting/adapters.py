@@ -1,11 +1,14 @@
 """The part of `dist-lm export` for a checkpoint of adapters: a folder that peft loads over the base.
 
-peft adds `lora_alpha / r * lora_B lora_A` to a weight (out, in) of transformers: lora_A is (r, in), lora_B (out, r). In
-GPT-NeoX queries, keys and values are one weight. Their adapters become one of the summed rank, with alpha in
-proportion: each takes its own rows of lora_A, and its own columns and rows of lora_B; the rest of lora_B is 0.
+peft adds `lora_alpha / r * lora_B lora_A` (with `use_rslora` `lora_alpha / sqrt(r)`) to a weight (out, in) of
+transformers: lora_A is (r, in), lora_B (out, r). In GPT-NeoX queries, keys and values are one weight. Their adapters
+become one of the summed rank, with an alpha that keeps the scale: each takes its own rows of lora_A, and its own
+columns and rows of lora_B; the rest of lora_B is 0.
+
+Rows of stage.lora.tokens replace those of the embedding and the head (`trainable_token_indices`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +23,7 @@ from dist_lm.interop.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.lora import adapter_of
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import TOKEN_WEIGHTS, Shape, parameter_shapes
 from dist_lm.stages.exporting.tensors import DTYPES, Read, as_torch, made
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
@@ -31,23 +34,33 @@ from dist_lm.training.checkpoint_tensors import stored_tensors, write_tensors
 TASKS = {"tokens": ("CAUSAL_LM", None), "scalar": ("SEQ_CLS", ["score"])}
 
 
-def write_adapters(folder: Path, checkpoint: Path, architecture: Architecture, dtype: str, base: str) -> None:
+def write_adapters(
+    folder: Path,
+    checkpoint: Path,
+    architecture: Architecture,
+    dtype: str,
+    base: str,
+    special_ids: Mapping[str, int],
+) -> None:
     """Writes adapter_model.safetensors and adapter_config.json into `folder`; one tensor is in memory at a time.
 
     Args:
         architecture: the one of transformers that holds the model.
         dtype: bf16 | fp32.
         base: folder or hub id of the base in transformers' form; empty: see `base_name`.
+        special_ids: ids of special tokens by name.
 
     Raises:
         ArtefactError: the base is gone or has changed.
     """
     model, stored = adapted_model(checkpoint), stored_tensors(checkpoint)
-    tensors = peft_tensors(architecture, model, lambda name: as_torch(stored[files.MODEL + name], name))
+    token_ids = [special_ids[name] for name in model.lora.tokens]
+    tensors = peft_tensors(architecture, model, lambda name: as_torch(stored[files.MODEL + name], name), token_ids)
     stored_dtype = DTYPES[dtype][0]
     parts = {name: made(stored_dtype, tensor.shape, tensor.make) for name, tensor in tensors.items()}
     write_tensors(folder / WEIGHTS, parts, {"format": "pt"})
-    durable.write_json(folder / CONFIG, peft_config(architecture, model, base or base_name(Path(model.base))))
+    config = peft_config(architecture, model, base or base_name(Path(model.base)), token_ids)
+    durable.write_json(folder / CONFIG, config)
 
 
 def base_name(base: Path) -> str:
@@ -87,11 +100,14 @@ class _Target:
         return self.theirs.name.removesuffix(".weight")
 
 
-def peft_tensors(architecture: Architecture, model: AdaptedModelConfig, read: Read) -> dict[str, PeftTensor]:
+def peft_tensors(
+    architecture: Architecture, model: AdaptedModelConfig, read: Read, token_ids: Sequence[int] = ()
+) -> dict[str, PeftTensor]:
     """Returns the tensors of adapter_model.safetensors by name, with shapes; they are computed when they are written.
 
     Args:
-        read: gives the factors and the scalar head, whole and unpadded.
+        read: gives the trained parameters, whole and unpadded.
+        token_ids: those of stage.lora.tokens.
     """
     tensors: dict[str, PeftTensor] = {}
     for target in _targets(architecture, model):
@@ -99,22 +115,30 @@ def peft_tensors(architecture: Architecture, model: AdaptedModelConfig, read: Re
         name = f"{PREFIX}{target.module}"
         tensors[f"{name}.lora_A.weight"] = PeftTensor((rank, into), partial(_lora_a, target, read))
         tensors[f"{name}.lora_B.weight"] = PeftTensor((out, rank), partial(_lora_b, target, model.lora.rank, read))
+    for ours, module in _token_modules(architecture, model).items():
+        rows = PeftTensor((len(token_ids), model.d_model), partial(_rows, ours, read, token_ids))
+        tensors[f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"] = rows
     if model.head == "scalar":
         tensors[f"{PREFIX}score.weight"] = PeftTensor((1, model.d_model), partial(read, "scalar_head.weight"))
     return tensors
 
 
-def peft_config(architecture: Architecture, model: AdaptedModelConfig, base: str) -> dict[str, Any]:
+def peft_config(
+    architecture: Architecture, model: AdaptedModelConfig, base: str, token_ids: Sequence[int] = ()
+) -> dict[str, Any]:
     """Returns the content of adapter_config.json.
 
     Args:
         base: folder or hub id of the base in transformers' form.
+        token_ids: those of stage.lora.tokens.
     """
     targets = _targets(architecture, model)
-    # A fused weight of theirs gets the sum of the ranks of ours, and alpha grows with it, so the scale stays.
+    # A fused weight of theirs gets the sum of the ranks of ours, and alpha grows so that the scale stays.
     fused = {target.module.rpartition(".")[2]: len(target.adapters) for target in targets if len(target.adapters) > 1}
     rank, alpha = model.lora.rank, model.lora.alpha
     task, whole_modules = TASKS[model.head]
+    growth_of_alpha = 0.5 if model.lora.rslora else 1.0
+    token_modules = [module.rpartition(".")[2] for module in _token_modules(architecture, model).values()]
 
     return {
         "peft_type": "LORA",
@@ -123,14 +147,33 @@ def peft_config(architecture: Architecture, model: AdaptedModelConfig, base: str
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: rank * count for name, count in fused.items()},
-        "alpha_pattern": {name: alpha * count for name, count in fused.items()},
+        "alpha_pattern": {name: alpha * count**growth_of_alpha for name, count in fused.items()},
+        "use_rslora": model.lora.rslora,
         "target_modules": sorted({target.module.rpartition(".")[2] for target in targets}),
         "modules_to_save": whole_modules,
-        "lora_dropout": 0.0,
+        "trainable_token_indices": {module: list(token_ids) for module in token_modules} or None,
+        "lora_dropout": model.lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def _token_modules(architecture: Architecture, model: AdaptedModelConfig) -> dict[str, str]:
+    """Returns the modules of transformers whose rows are trained, by our parameter: the embedding, and a head that is
+    not tied to it; empty without stage.lora.tokens."""
+    if not model.lora.tokens:
+        return {}
+    conversions = converted(architecture, parameter_shapes(model.plain))
+    return {
+        conversion.ours[0]: conversion.name.removesuffix(".weight")
+        for conversion in conversions
+        if conversion.ours[0] in TOKEN_WEIGHTS
+    }
+
+
+def _rows(name: str, read: Read, token_ids: Sequence[int]) -> torch.Tensor:
+    return read(name)[list(token_ids)]
 
 
 def _targets(architecture: Architecture, model: AdaptedModelConfig) -> list[_Target]:

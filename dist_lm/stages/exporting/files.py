@@ -92,7 +92,7 @@ def export(
         if as_adapters:
             from dist_lm.stages.exporting.adapters import write_adapters
 
-            write_adapters(temporary, checkpoint, architecture, dtype, base)
+            write_adapters(temporary, checkpoint, architecture, dtype, base, vocabulary.special_ids)
         else:
             stored = model_tensors(checkpoint)
 

@@ -68,7 +68,8 @@ def model_card(
     if record := files.read_adapters(checkpoint):
         base, lora = "/".join(Path(record["base"]).parts[-4:]), record["lora"]
         where = "these adapters change that model" if adapters else "merged into the weights"
-        lines.append(f"- LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, over {base}: {where}")
+        kind = "rsLoRA" if lora.get("rslora") else "LoRA"
+        lines.append(f"- {kind} of rank {lora['rank']}, alpha {lora['alpha']:g}, over {base}: {where}")
     if stage.get("branch_from"):
         lines.append(f"- Continues: {'/'.join(Path(stage['branch_from']).parts[-3:])}")
     if imported := config.get("imported"):

@@ -61,7 +61,7 @@ class ExportConfig(Config):
 class Export(ArtefactStage):
     name = "export"
     schema = ExportConfig
-    needs = ("language", "code", "tools", "preference", "reward", "rlhf")
+    needs = ("language", "code", "sft", "tools", "preference", "reward", "rlhf")
 
     def needed(self, config: Config) -> tuple[str, ...]:
         stage = group_of(config)

@@ -157,6 +157,10 @@ class RlhfRunConfig(CorpusFormsConfig):
             ConfigError: names the key.
         """
         super().check_stage()
+        # Rollouts are drawn without dropout, and the base inside the policy, embedding included, is the reference.
+        for key, off in (("dropout", "0"), ("tokens", "none")):
+            value = getattr(self.stage.lora, key)
+            require(not value, f"stage.lora.{key}", value, f"{off} in stage rlhf")
         longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
         require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
 

@@ -23,9 +23,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import Config
+from dist_lm.config.stage import LoraConfig
 from dist_lm.data.manifest import read_manifest, record_content, require_content
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, require
 from dist_lm.model.lora import without_adapters
 from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
@@ -224,6 +225,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             # A run keeps the base that it began with, even if stage.init_from names another one now.
             shape = checkpoint.with_base(shape, run.checkpoints, config.stage, world)
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
+        model.trained_tokens = trained_tokens(config.stage.lora, tokenizer)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
 
@@ -364,8 +366,8 @@ def restore(
 def initial_model(config: Config, start: RankStart, model: Transformer, *, begun: bool) -> Iterator[Transformer]:
     """Yields the model with the weights that training started from (collective).
 
-    With adapters it is the model without them; before step 1 the model itself; else a second model, loaded from
-    init_from, which lives inside the block.
+    With adapters it is the model without them, unless rows of the embedding have changed; before step 1 the model
+    itself; else a second model, loaded from init_from, which lives inside the block.
 
     Args:
         begun: whether the run has taken a step.
@@ -374,7 +376,7 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
         ArtefactError: the checkpoint of init_from is gone.
         ConfigError: bf16 is asked for on a GPU without it.
     """
-    if model.config.lora is not None:
+    if model.config.lora is not None and not (begun and model.config.lora.tokens):
         with without_adapters(model):
             yield model
     elif not begun:
@@ -382,7 +384,23 @@ def initial_model(config: Config, start: RankStart, model: Transformer, *, begun
     else:
         # The weights have changed since, so a second model takes those of the start.
         copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
-        if config.stage.init_from != "none":
-            init_from = checkpoint.find_intact(Path(config.stage.init_from), start.world)
-            checkpoint.load_weights(init_from, copy, copy.config)
+        path = config.stage.init_from
+        if isinstance(copy.config, AdaptedModelConfig):
+            path = copy.config.base
+        if path != "none":
+            checkpoint.load_weights(checkpoint.find_intact(Path(path), start.world), copy, copy.config)
         yield copy
+
+
+def trained_tokens(lora: LoraConfig, tokenizer: Tokenizer) -> torch.Tensor | None:
+    """Returns the ids of stage.lora.tokens; None without such tokens.
+
+    Raises:
+        ConfigError: the tokenizer has no special token of that name.
+    """
+    if not lora.tokens:
+        return None
+    for name in lora.tokens:
+        accepted = f"special tokens of {tokenizer.name}, such as {', '.join(list(tokenizer.special_ids)[:8])}"
+        require(name in tokenizer.special_ids, "stage.lora.tokens", name, accepted)
+    return torch.tensor([tokenizer.special_ids[name] for name in lora.tokens])

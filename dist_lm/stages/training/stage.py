@@ -20,6 +20,7 @@ from dist_lm.stages.continuing import (
     check_init,
     has_output,
     require_same_settings,
+    started_stage,
     with_start,
 )
 from dist_lm.stages.registry import load_config, stage_named
@@ -288,8 +289,8 @@ class TrainingStage(Stage):
             origin = f" from {shown_path(start, config)}"
         elif init_from.startswith(HF) and IMPORT in rebuilt:
             origin = f" from {init_from}"
-        elif self.starts_from in rebuilt:
-            origin = f" from the {self.starts_from} checkpoint"
+        elif (name := started_stage(self, init_from)) in rebuilt:
+            origin = f" from the {name} checkpoint"
         # Without the corpus, the steps that follow from epochs are not known.
         amount = f"{steps:,} steps{epochs}" if steps else f"{config.stage.epochs:g} epochs of {config.stage.corpus}"
         return Look(config, Action.BUILD, f"{amount}{origin}")
