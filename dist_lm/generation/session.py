@@ -11,6 +11,7 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, utf8
 from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
@@ -101,6 +102,7 @@ def build_engine(
         dtype=dtype,
         device=device,
         tp=tp,
+        grammars=Grammars(loaded.tokenizer),
     )
 
 
