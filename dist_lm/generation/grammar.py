@@ -15,7 +15,7 @@ import numpy as np
 
 from dist_lm.errors import UserError
 from dist_lm.generation.constraint import Constraint
-from dist_lm.generation.schema_keywords import check_schema
+from dist_lm.generation.schema_keywords import bounded, check_schema
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 KEPT = 64  # grammars that an engine keeps for the next request
@@ -124,7 +124,7 @@ class Grammars:
             schema = json.loads(constraint.text)
             check_schema(schema)
             # A schema may have options of the library in it.
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=cast(Any, JSON_OPTIONS))
+            grammar = LLMatcher.grammar_from_json_schema(bounded(schema), overrides=cast(Any, JSON_OPTIONS))
         elif constraint.kind == "regex":
             grammar = LLMatcher.grammar_from_regex(constraint.text)
         elif constraint.kind == "choice":

@@ -27,6 +27,11 @@ KNOWN = NOTES | OF_SCHEMA | OF_SCHEMAS | OF_NAMED_SCHEMAS | PLAIN
 # Formats whose texts jsonschema accepts, too.
 FORMATS = {"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
 DEEPEST = 64  # schemas inside each other
+# A schema may leave numbers without bounds, but Python reads 1e999 as infinity, which is no JSON. 64 bits hold these.
+LARGEST = 9 * 10**18
+BOUNDS = {"minimum": -LARGEST, "maximum": LARGEST}
+LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+ANYTHING = "any JSON value"  # name of the definition that stands for a schema without keywords
 
 
 class SchemaError(UserError):
@@ -58,6 +63,43 @@ def check_schema(schema: Any) -> None:
                 f"{place}/oneOf: more than one branch may fit: give each another type, or a required property with "
                 "another const; or use anyOf"
             )
+
+
+def bounded(schema: Any) -> Any:
+    """Returns a copy of a schema that `check_schema` accepts, which allows no number beyond `LARGEST` where it has no
+    bounds of its own."""
+    uses_anything = False
+
+    def part(value: Any) -> Any:
+        nonlocal uses_anything
+        if value is True or (isinstance(value, Mapping) and not value.keys() - NOTES):
+            uses_anything = True
+            return {"$ref": f"#/$defs/{ANYTHING}"}
+        if not isinstance(value, Mapping):
+            return value
+
+        copied = dict(value)
+        for keyword in value:
+            if keyword in OF_SCHEMA:
+                copied[keyword] = part(value[keyword])
+            elif keyword in OF_SCHEMAS:
+                copied[keyword] = [part(each) for each in value[keyword]]
+            elif keyword in OF_NAMED_SCHEMAS:
+                copied[keyword] = {name: part(each) for name, each in value[keyword].items()}
+        if "number" in _types(value):
+            for keyword, others in (("minimum", LOWER), ("maximum", UPPER)):
+                if not any(other in value for other in others):
+                    copied[keyword] = BOUNDS[keyword]
+        return copied
+
+    copied = part(schema)
+    if uses_anything and isinstance(copied, dict):
+        anything = {"$ref": f"#/$defs/{ANYTHING}"}
+        numbers = {"type": "number"} | BOUNDS
+        values = [{"type": ["null", "boolean", "string"]}, numbers, {"type": "array", "items": anything}]
+        values.append({"type": "object", "additionalProperties": anything})
+        copied["$defs"] = {**copied.get("$defs", {}), ANYTHING: {"anyOf": values}}
+    return copied
 
 
 def _parts(schema: Any, place: str, depth: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
