@@ -8,7 +8,7 @@ Dimensions: U bytes with one bit for each token of the vocabulary.
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -81,9 +81,14 @@ class Matcher:
 class Grammars:
     """Makes matchers for the answers of one tokenizer. Grammars that were used last are kept."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._library_tokenizer: Any = None  # built for the first constraint
+    def __init__(self, load: Callable[[], Tokenizer]) -> None:
+        """
+        Args:
+            load: returns the tokenizer; called once, for the first constraint.
+        """
+        self._load = load
+        self._tokenizer: Tokenizer | None = None
+        self._library_tokenizer: Any = None
         self._kept: OrderedDict[Constraint, Any] = OrderedDict()
 
     def matcher(self, constraint: Constraint, ends: Sequence[int]) -> Matcher:
@@ -103,6 +108,7 @@ class Grammars:
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         state = self._kept[constraint].deep_copy()
+        assert self._tokenizer, "loaded for the first grammar"
         return Matcher(state, self._tokenizer.eot_id, ends, self._tokenizer.vocab_size)
 
     def _compiled(self, constraint: Constraint) -> Any:
@@ -118,7 +124,8 @@ class Grammars:
                 "constraints need the package llguidance: pip install llguidance, or install dist_lm again"
             ) from error
 
-        if self._library_tokenizer is None:
+        if self._tokenizer is None:
+            self._tokenizer = self._load()
             self._library_tokenizer = LLTokenizer(TokenizerWrapper(_Wrapped(self._tokenizer)))
         if constraint.kind == "json_schema":
             schema = json.loads(constraint.text)
@@ -180,5 +187,5 @@ class _Wrapped:
 
 
 def _line(text: str) -> str:
-    """Returns the first line of a message of the library."""
-    return text.strip().partition("\n")[0][:300]
+    """Returns a message of the library in one line, of at most 300 characters."""
+    return " ".join(text.split())[:300]

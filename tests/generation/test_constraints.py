@@ -46,7 +46,7 @@ def tokenizer(tiny_work: WorkDirectory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def grammars(tokenizer: Tokenizer) -> Grammars:
-    return Grammars(tokenizer)
+    return Grammars(lambda: tokenizer)
 
 
 def engine_of(model: Transformer, tokenizer: Tokenizer, grammars: Grammars | None, cache_tokens: int = 2048) -> Engine:
