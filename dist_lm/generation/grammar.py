@@ -118,7 +118,7 @@ class Grammars:
             GrammarError, SchemaError, UserError: as `matcher`.
         """
         try:
-            from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+            from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
         except ImportError as error:
             raise UserError(
                 "constraints need the package llguidance: pip install llguidance, or install dist_lm again"
@@ -131,7 +131,10 @@ class Grammars:
             schema = json.loads(constraint.text)
             check_schema(schema)
             # A schema may have options of the library in it.
-            grammar = LLMatcher.grammar_from_json_schema(bounded(schema), overrides=cast(Any, JSON_OPTIONS))
+            try:
+                grammar = LLMatcher.grammar_from_json_schema(bounded(schema), overrides=cast(Any, JSON_OPTIONS))
+            except ValueError as error:  # such as an integer of more than 64 bits
+                raise GrammarError(f"constraint.json_schema: {_line(str(error))}") from error
         elif constraint.kind == "regex":
             grammar = LLMatcher.grammar_from_regex(constraint.text)
         elif constraint.kind == "choice":
@@ -140,7 +143,9 @@ class Grammars:
         else:
             grammar = LLMatcher.grammar_from_lark(constraint.text)
 
-        state = LLMatcher(self._library_tokenizer, grammar, log_level=0)
+        # Verbose errors quote the state of the parser.
+        limits = LLParserLimits(verbose_errors=False)
+        state = LLMatcher(self._library_tokenizer, grammar, log_level=0, limits=limits)
         if state.is_error():
             raise GrammarError(f"constraint.{constraint.kind}: {_line(state.get_error())}")
         if warnings := state.get_grammar_warnings():

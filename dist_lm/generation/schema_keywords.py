@@ -5,7 +5,11 @@ nobody refused.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema import SchemaError as InvalidSchemaError
 
 from dist_lm.errors import UserError
 
@@ -31,6 +35,8 @@ DEEPEST = 64  # schemas inside each other
 LARGEST = 9 * 10**18
 BOUNDS = {"minimum": -LARGEST, "maximum": LARGEST}
 LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+MOST_REMAINDERS = 1000
+NUMBERS = {"const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 ANYTHING = "any JSON value"  # name of the definition that stands for a schema without keywords
 
 
@@ -44,15 +50,33 @@ def check_schema(schema: Any) -> None:
     Raises:
         SchemaError: the message names the keyword and its place.
     """
-    for place, part in _parts(schema, "#", 0):
+    parts = list(_parts(schema, "#", 0))
+    try:
+        Draft202012Validator.check_schema(schema)
+    except InvalidSchemaError as error:
+        raise SchemaError(f"#{''.join(f'/{step}' for step in error.absolute_path)}: {error.message[:200]}") from None
+
+    for place, part in parts:
         for keyword in part:
             if keyword not in KNOWN:
                 raise SchemaError(f"{place}/{keyword}: this keyword is not supported: remove it")
 
-        file_format = part.get("format", "date")
-        if file_format not in FORMATS:
+        for keyword in NUMBERS & part.keys():
+            if (number := _too_large(part[keyword])) is not None:
+                raise SchemaError(
+                    f"{place}/{keyword}: {number:.4g}; expected numbers of at most {LARGEST:.0e}, which 64 bits hold"
+                )
+
+        # The automaton of multiples has a state for each remainder: at 2 ** 31 the process runs out of memory.
+        if "multipleOf" in part and _numerator(part["multipleOf"]) > MOST_REMAINDERS:
+            raise SchemaError(
+                f"{place}/multipleOf: {part['multipleOf']:g}; expected at most {MOST_REMAINDERS}, with few decimals"
+            )
+
+        text_format = part.get("format", "date")
+        if text_format not in FORMATS:
             accepted = ", ".join(sorted(FORMATS))
-            raise SchemaError(f"{place}/format: {file_format!r} is not supported; expected one of {accepted}")
+            raise SchemaError(f"{place}/format: {text_format!r} is not supported; expected one of {accepted}")
         reference = part.get("$ref", "#")
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise SchemaError(f"{place}/$ref: {reference!r} lies outside the schema: copy it into $defs")
@@ -130,6 +154,27 @@ def _parts(schema: Any, place: str, depth: int) -> Iterator[tuple[str, Mapping[s
             inside = [(f"/{name}", part) for name, part in value.items()]
         for name, part in inside:
             yield from _parts(part, f"{place}/{keyword}{name}", depth + 1)
+
+
+def _too_large(value: Any) -> float | None:
+    """Returns a number in a JSON value that is larger than `LARGEST`; None if there is none.
+
+    llguidance 1.9 ends the process at a constant of -2 ** 63.
+    """
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return next((number for each in value if (number := _too_large(each)) is not None), None)
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        return float(value)
+    return None
+
+
+def _numerator(number: float) -> int:
+    """Returns a decimal number without its point: 0.25 gives 25."""
+    digits = Decimal(repr(number)).as_tuple()
+    assert isinstance(digits.exponent, int)
+    return int("".join(map(str, digits.digits))) * 10 ** max(0, digits.exponent)
 
 
 def _exclude_each_other(branches: Sequence[Any], root: Any) -> bool:

@@ -173,6 +173,8 @@ def test_what_cannot_be_fulfilled_is_refused_and_others_go_on(engine, tokenizer,
         ({"json_schema": {"type": "string", "format": "iri"}}, "#/format: 'iri' is not supported"),
         ({"json_schema": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "#/oneOf: more than one branch"),
         ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 2}}, "constraint.json_schema: "),
+        ({"json_schema": {"const": {"a": [-(2**63)]}}}, r"#/const: -9.223e\+18; expected numbers of at most 9e\+18"),
+        ({"json_schema": {"type": "number", "maximum": 1e300}}, r"#/maximum: 1e\+300; expected numbers"),
     ],
     ids=lambda value: str(value)[:40],
 )
