@@ -8,6 +8,7 @@ reference to itself could recurse, and a regular expression could take exponenti
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
@@ -82,6 +83,20 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
         return ["the arguments are too large to be compared with the schema"]
     # Several keywords may say the same of an argument.
     return list(dict.fromkeys(lines))
+
+
+def arguments_schema(tool: Tool) -> dict[str, Json]:
+    """Returns the schema that the arguments of a call are checked against.
+
+    It is that of the tool, reduced to keywords that assert something, with its references replaced. Arguments that it
+    does not name are refused, unless it says otherwise or combines schemas.
+
+    Raises:
+        ChatError: the schema is one that `check_tool` refuses.
+    """
+    schema = _validator_of(tool).schema
+    assert isinstance(schema, dict), "that of an object"
+    return deepcopy(schema)
 
 
 def _validator_of(tool: Tool) -> Validator:

@@ -20,9 +20,11 @@ from dist_lm.cluster.ray_cluster import Node, bundle_of, first_line, last_line
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.parallel.mesh import lacks_bf16
 from dist_lm.storage.process import die_with_parent
+from dist_lm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dist_lm.cluster.pool_push import Held
@@ -44,6 +46,7 @@ class EngineSpec:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"  # cpu | cuda
     tp: int = 1  # devices that share the model
+    tokenizer_file: bytes | None = None  # its content; without it requests with a constraint are refused
 
     @property
     def gpus(self) -> int:
@@ -130,6 +133,7 @@ class PoolActor:
             dtype=dtype,
             device=torch.device(spec.device),
             tp=spec.tp,
+            grammars=_grammars(spec),
         )
         return self._loaded()
 
@@ -441,3 +445,11 @@ class Member:
             raise MemberLostError(f"{self}: {last_line(error)}") from error
         except RayError as error:  # it died, or the node that held the weights did
             raise MemberLostError(f"{self}: {first_line(error)}") from error
+
+
+def _grammars(spec: EngineSpec) -> Grammars | None:
+    """Returns what follows constraints; None without a tokenizer."""
+    content = spec.tokenizer_file
+    if content is None:
+        return None
+    return Grammars(lambda: Tokenizer(content, "the tokenizer of the model"))

@@ -15,17 +15,19 @@ Dimensions: P pieces of prompts, B sequences that get a token, V vocabulary.
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import CACHE_SHARE
-from dist_lm.errors import ConfigError, require
+from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
+from dist_lm.generation.grammar import GrammarError, Grammars, Matcher
 from dist_lm.generation.paged_cache import ALIGNED, DecodePlan, PagePool, Piece, pages_for
 from dist_lm.generation.request import (
     Answer,
@@ -34,11 +36,13 @@ from dist_lm.generation.request import (
     OnText,
     Refusal,
     Request,
+    RequestError,
     Room,
+    SamplingParams,
     TextStream,
     fitted,
 )
-from dist_lm.generation.sampling import Choice, DrawGroup, adjusted, group_rows, sample, uniform
+from dist_lm.generation.sampling import Choice, DrawGroup, adjusted, constrained, group_rows, sample, uniform
 from dist_lm.generation.shard import share_of
 from dist_lm.generation.transfer import concatenated, upload
 from dist_lm.model.size import kv_bytes_per_token
@@ -103,12 +107,14 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
         tp: int = 1,
+        grammars: Grammars | None = None,
     ) -> None:
         """
         Args:
             weights: parameters of `version`.
             eot_id: id of end-of-text, which ends an answer.
             vocabulary: the bytes of every token; needed for texts.
+            grammars: needed for constraints.
             tp: devices of this node that share the model; on CUDA the first ones this process sees.
 
         Raises:
@@ -119,6 +125,7 @@ class Engine:
         self.config = config
         self._eot_id = eot_id
         self._vocabulary = vocabulary
+        self._grammars = grammars
         self._device = device or torch.device("cpu")
         self._dtype = dtype
         self._tp = tp
@@ -209,7 +216,7 @@ class Engine:
                 it may cancel the request.
 
         Raises:
-            RequestError: the request cannot be answered; the message names the field.
+            RequestError: the request cannot be answered, or its constraint cannot be read; the message names the field.
             ConfigError: with cache_tokens=0, free memory does not hold one context.
             RuntimeError: the weights have not arrived completely.
             RankLostError: with tp > 1, the cache had to be allocated and another process of the model has ended.
@@ -226,7 +233,26 @@ class Engine:
 
         # Every answer has a stream of its own, because characters are cut off at different tokens.
         streams = [TextStream(self._vocabulary, request.params.stop) for _ in range(request.n)]
-        self._waiting.append([AnswerSequence(request, index, on_text, stream) for index, stream in enumerate(streams)])
+        answers = [AnswerSequence(request, index, on_text, stream) for index, stream in enumerate(streams)]
+        for sequence in answers:
+            sequence.matcher = self._matcher(request)
+        self._waiting.append(answers)
+
+    def _matcher(self, request: Request) -> Matcher | None:
+        """Returns the tokens that the request's constraint allows; None without one.
+
+        Raises:
+            RequestError: the constraint cannot be read, or this engine takes none.
+        """
+        if not request.constraint:
+            return None
+        if not self._grammars:
+            raise RequestError(request.id, "constraint: this engine has no tokenizer and cannot follow one")
+        ends = (self._eot_id, *request.params.stop_tokens)
+        try:
+            return self._grammars.matcher(request.constraint, ends)
+        except UserError as error:
+            raise RequestError(request.id, str(error)) from error
 
     def cancel(self, request: str) -> None:
         """Ends a request now and frees its pages: the next `step` returns its unfinished answers as they are, with the
@@ -456,22 +482,29 @@ class Engine:
         """Draws a token for each sequence, adds it, calls the sequence's `on_text`, and finishes the sequences that
         end.
 
-        A request whose logits are nan is refused. Unless preempted sequences move between device and host memory, this
-        is the only place in a step where the host waits for the device.
+        A request whose logits are nan is refused, and one whose constraint allows no token. Unless preempted sequences
+        move between device and host memory, this is the only place in a step where the host waits for the device.
         """
         sequences = [sequence for part in rows for sequence in part.sequences]
         logits_BV = concatenated([part.logits_BV for part in rows])
         position_B = concatenated([part.position_B for part in rows])
-        choice = self._sample(sequences, logits_BV, position_B)
+        allowed = self._allowed(sequences)
+        choice = self._sample(sequences, logits_BV, position_B, allowed)
 
         columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]
         sets = choice.sets or [None] * len(sequences)
-        for sequence, token, logprob, raw_logprob, token_set in zip(sequences, *columns, sets, strict=True):
+        for row, (sequence, token, logprob, raw_logprob, token_set) in enumerate(
+            zip(sequences, *columns, sets, strict=True)
+        ):
             if sequence.finish:  # its request was cancelled or refused in this loop
                 continue
             # nan in one row stays in that row, so only its request is refused.
             if math.isnan(raw_logprob):
-                self._refuse(sequence.request)
+                self._refuse(sequence.request, "the model's logits are not numbers (nan)")
+                continue
+            # Where every token is forbidden, the largest logit and the draw mean nothing.
+            if is_forbidden(token, sequence.request.params, allowed.get(row)):
+                self._refuse(sequence.request, "logit_bias and constraint together allow no token")
                 continue
             text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
             if sequence.finish:
@@ -480,16 +513,40 @@ class Engine:
             if sequence.on_text:  # last, because it may cancel the request
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 
-    def _sample(self, sequences: list[AnswerSequence], logits_BV: torch.Tensor, position_B: torch.Tensor) -> Choice:
+    def _allowed(self, sequences: Sequence[AnswerSequence]) -> dict[int, np.ndarray]:
+        """Returns the tokens that each sequence with a constraint may draw, by its row, as `Matcher.allowed`.
+
+        A request whose constraint allows none is refused, with a row of its own no more.
+        """
+        allowed: dict[int, np.ndarray] = {}
+        for row, sequence in enumerate(sequences):
+            if not sequence.matcher or sequence.finish:
+                continue
+            try:
+                allowed[row] = sequence.matcher.allowed()
+            except GrammarError as error:
+                self._refuse(sequence.request, str(error))
+        return allowed
+
+    def _sample(
+        self,
+        sequences: list[AnswerSequence],
+        logits_BV: torch.Tensor,
+        position_B: torch.Tensor,
+        allowed: Mapping[int, np.ndarray],
+    ) -> Choice:
         """Returns one token for each sequence, on the host; it changes no sequence. Seeds and sampling groups are kept
         for the next step.
 
         Args:
             logits_BV: fp32.
             position_B: int64, position of the token to draw.
+            allowed: bits of the tokens that rows with a constraint may draw.
         """
         params = [sequence.request.params for sequence in sequences]
         adjusted_BV = adjusted(logits_BV, params, [sequence.tokens for sequence in sequences])
+        if allowed:
+            adjusted_BV = constrained(logits_BV if adjusted_BV is None else adjusted_BV, allowed)
         # Seeds and parameters change only when a sequence joins or leaves.
         if self._sampling_groups is None or self._sampling_groups[0] != sequences:
             (seed_B,) = upload(self._device, torch.tensor([sequence.seed for sequence in sequences]))
@@ -504,16 +561,16 @@ class Engine:
         assert self.version is not None
         self._finished.append(sequence.answer(self.version))
 
-    def _refuse(self, request: Request) -> None:
-        """Refuses a request whose logits are nan: ends its unfinished answers, writes zeros into their pages and frees
-        these."""
+    def _refuse(self, request: Request, reason: str) -> None:
+        """Refuses a request under way: ends its unfinished answers, writes zeros into their pages, which may hold nan,
+        and frees these."""
         for queue in (self._running, self._preempted):
             for sequence in [sequence for sequence in queue if sequence.request is request]:
                 queue.remove(sequence)
                 self._decoder.clear(sequence.pages)
                 self._release(sequence)
                 sequence.finish = "cancelled"
-        self._finished.append(Refusal(request.id, "the model's logits are not numbers (nan)"))
+        self._finished.append(Refusal(request.id, reason))
 
     def _release(self, sequence: AnswerSequence) -> None:
         if sequence.saved is not None:
@@ -529,6 +586,14 @@ class Engine:
         from dist_lm.generation.sharded import ShardedDecoder  # needs process groups, which one device does not
 
         return ShardedDecoder(self.config, options.n_pages, options.page_tokens, self._dtype, self._device, self._tp)
+
+
+def is_forbidden(token: int, params: SamplingParams, allowed_U: np.ndarray | None) -> bool:
+    """Returns whether a bias of -inf or the bits of a constraint (`Matcher.allowed`; None: no constraint) forbid the
+    token."""
+    if params.logit_bias.get(token) == -math.inf:
+        return True
+    return allowed_U is not None and not allowed_U[token // 8] >> token % 8 & 1
 
 
 def pages_that_fit(

@@ -9,10 +9,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dist_lm.errors import ArtefactError, UserError, require
+from dist_lm.generation.constraint import Constraint
 from dist_lm.model.keyed_random import hash_words, signed
+
+if TYPE_CHECKING:
+    from dist_lm.generation.grammar import Matcher
 
 OnText = Callable[[str, int, int, str], None]
 """A function (request id, index of the answer, token, text that is now final) -> None."""
@@ -79,6 +83,7 @@ class Request:
     n: int = 1  # number of answers; they share the prompt's pages in the cache
     truncate: Literal["refuse", "left"] = "refuse"  # if a prompt fills the context: refuse it, or drop its beginning
     keep_sets: bool = False  # answers say from which tokens each token was drawn
+    constraint: Constraint | None = None  # what an answer must be; one that ends by itself fulfils it
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ def fitted(request: Request, room: Room, texts: bool) -> Request:
         # The end of a prompt is kept, because the answer continues it.
         prompt = prompt[-max(1, room.context - params.max_new_tokens) :]
 
+    if request.constraint and params.ignore_eot:
+        refuse("ignore_eot: an answer with a constraint ends where that is fulfilled: leave it out")
     if params.stop and not texts:
         refuse(f"stop={list(params.stop)}: this engine has no vocabulary and cannot match texts: use stop_tokens")
     unknown = [token for token in (*params.stop_tokens, *params.logit_bias) if not 0 <= token < room.vocab_size]
@@ -255,6 +262,7 @@ class AnswerSequence:
     raw_logprobs: list[float] = field(default_factory=list)
     sets: list[bytes] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is preempted
+    matcher: "Matcher | None" = None  # the tokens that the constraint allows next
     finish: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -284,6 +292,9 @@ class AnswerSequence:
 
         Returns:
             The text that became final; with the last token also the text held back; always empty without a vocabulary.
+
+        Raises:
+            GrammarError: the constraint does not allow the token.
         """
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -304,6 +315,8 @@ class AnswerSequence:
             self.finish = "context"
         if self.finish:
             text += self.stream.finish()
+        elif self.matcher:
+            self.matcher.take(token)
         return text
 
     def answer(self, version: int) -> Answer:

@@ -12,9 +12,10 @@ Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
@@ -152,9 +153,16 @@ def sample(
         else:
             rows = group.rows
             token_B[rows], logprob_B[rows], unclear_B[rows], passed = _draw(source_BV[rows], group, uniform_B[rows])
-        if keep_sets and passed is not None:
-            for row, token_set in zip(group.host_rows, _pack_rows(passed, logits_BV.shape[-1]), strict=True):
-                sets[row] = token_set
+        if not keep_sets:
+            continue
+        if passed is not None:
+            packed_rows = _pack_rows(passed, logits_BV.shape[-1])
+        elif adjusted_BV is not None:
+            packed_rows = _pack_not_forbidden(source_BV if group.rows is None else source_BV[group.rows])
+        else:
+            continue
+        for row, token_set in zip(group.host_rows, packed_rows, strict=True):
+            sets[row] = token_set
 
     # The model's own log-probabilities, before any setting of the sampler. They reveal nan, and files of answers show
     # them; RLHF trains with `logprob_B`.
@@ -191,6 +199,17 @@ def _pack_rows(passed: _Passed, vocab_size: int) -> list[bytes]:
     return [packed(id_M[passes_M], vocab_size) for id_M, passes_M in zip(id_BM, passes_BM, strict=True)]
 
 
+def _pack_not_forbidden(logits_BV: torch.Tensor) -> list[bytes]:
+    """Returns for each row the set of an unfiltered draw: all tokens but those with a logit of -inf; 0 bytes for all
+    tokens."""
+    (is_allowed_BV,) = download(logits_BV > -math.inf)
+    sets = []
+    for is_allowed_V in is_allowed_BV.numpy():
+        token_ids = is_allowed_V.nonzero()[0]
+        sets.append(b"" if len(token_ids) == len(is_allowed_V) else packed(token_ids, len(is_allowed_V)))
+    return sets
+
+
 def adjusted(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Iterable[int]]
 ) -> torch.Tensor | None:
@@ -224,6 +243,23 @@ def adjusted(
     logit_X[index_n] = torch.where(seen_logit_n > 0, seen_logit_n / penalty_n, seen_logit_n * penalty_n)
     logit_X[index_m] += bias_m
     return logit_X.view_as(logits_BV)
+
+
+def constrained(logits_BV: torch.Tensor, allowed: Mapping[int, np.ndarray]) -> torch.Tensor:
+    """Returns new logits, -inf at the tokens that a row may not draw.
+
+    Args:
+        allowed: by row, the tokens that it may draw: (ceil(V / 8),) uint8, bit t % 8 of byte t // 8 is that of token t.
+            Other rows stay as they are.
+    """
+    bits_nU = torch.from_numpy(np.stack([*allowed.values()]))
+    row_n, bits_nU = upload(logits_BV.device, torch.tensor([*allowed]), bits_nU)
+
+    bit_8 = torch.arange(8, dtype=torch.uint8, device=logits_BV.device)
+    is_allowed_nV = (bits_nU[..., None] >> bit_8 & 1).flatten(1)[:, : logits_BV.shape[-1]].bool()
+    logits_BV = logits_BV.clone()
+    logits_BV[row_n] = logits_BV[row_n].masked_fill(~is_allowed_nV, -math.inf)
+    return logits_BV
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
@@ -373,7 +409,8 @@ def _passes(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, g
     before_BM = p_BM.cumsum(dim=-1) - p_BM
     in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last tokens
     in_min_p_BM = x_BM >= x_BM[:, :1] + group.log_min_p_B1
-    passes_BM = in_top_k_BM & in_top_p_BM & in_min_p_BM
+    # A token that is forbidden, by a constraint or a bias of -inf, passes no filter however wide.
+    passes_BM = in_top_k_BM & in_top_p_BM & in_min_p_BM & (x_BM > -math.inf)
     passes_BM[:, 0] = True
     return passes_BM
 

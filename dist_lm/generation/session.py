@@ -9,8 +9,10 @@ import torch
 
 from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, utf8
+from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
@@ -32,6 +34,7 @@ class Settings:
 
     params: SamplingParams
     seed: int
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def build_engine(
         dtype=dtype,
         device=device,
         tp=tp,
+        grammars=Grammars(lambda: loaded.tokenizer),
     )
 
 
@@ -185,7 +189,9 @@ class Session:
             RankLostError: with several devices, another process of the model has ended.
         """
         self._n_requests += 1
-        request = Request(str(self._n_requests), prompt, settings.params, settings.seed, n)
+        request = Request(
+            str(self._n_requests), prompt, settings.params, settings.seed, n, constraint=settings.constraint
+        )
         n_passed_on = [0] * n  # characters of each answer
 
         def pass_on(index: int, text: str) -> None:

@@ -1,5 +1,6 @@
 """Runs `python -m dist_lm generate`: answers one prompt, or holds a conversation at a terminal."""
 
+import json
 import os
 import readline
 import secrets
@@ -7,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -17,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.load import load_model, read_openings
 from dist_lm.generation.prompt_loop import PromptLoop, check_whole, unescape
 from dist_lm.generation.request import SamplingParams
@@ -47,6 +50,7 @@ def generate(
     tools: ToolOptions | None = None,
     suffix: str | None = None,
     opening: bool = True,
+    constraint: str | None = None,
 ) -> int:
     """Writes answers to standard output, or holds a conversation until the user leaves. Returns the exit code.
 
@@ -63,6 +67,7 @@ def generate(
         tools: the functions the model may call; with them the prompt is a request and not the beginning of a text.
         suffix: the text behind the answer, which fills the middle.
         opening: whether a prompt begins with the token that opens a document.
+        constraint: JSON as `Constraint.from_json` takes it, or the path of a file that holds it.
 
     Raises:
         UserError: names the option (ConfigError), the fault of the checkpoint or tokenizer (ArtefactError) or of the
@@ -72,6 +77,10 @@ def generate(
     model_device = option_device(device)
     require(tp > 0, "--tp", tp, "a positive integer")
     settings = _settings(values, stop, seed, n)
+    if constraint is not None:
+        if tools and tools.file:
+            raise ConfigError("--constraint: expected no --tools, whose calls have a form of their own")
+        settings = replace(settings, constraint=read_constraint(constraint))
     is_conversation = prompt is None and sys.stdin.isatty()
     _check_options(is_conversation, n, tools, suffix, opening)
 
@@ -190,6 +199,25 @@ def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n
         key, _, rest = str(error).partition("=")
         raise ConfigError(f"--{key.replace('_', '-')}={rest}") from None
     return Settings(params, seed)
+
+
+def read_constraint(text: str) -> Constraint:
+    """Returns the constraint that `text` is, as JSON, or that the file of this path holds.
+
+    Raises:
+        ConfigError: it is neither, or no constraint.
+        UserError: `text` is not UTF-8.
+    """
+    _check_argument("--constraint", text)
+    if not text.lstrip().startswith("{"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--constraint {text}: expected JSON or a readable file of it ({error})") from error
+    try:
+        return Constraint.from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--constraint: no JSON ({error})") from error
 
 
 def _standard_input() -> str:

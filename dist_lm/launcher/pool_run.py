@@ -162,6 +162,7 @@ def _read(stage: PoolStage, config: Config, run: RunDirectory, cluster: RayClust
         dtype=generation_dtype(config.parallel, torch.device(device)),
         device=device,
         tp=tp,
+        tokenizer_file=tokenizer.file_content,
     )
     return Round(work, spec, n_engines, weights={})
 

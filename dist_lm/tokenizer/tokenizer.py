@@ -234,6 +234,7 @@ class Tokenizer:
             UserError: the package `tokenizers` is needed and not installed.
         """
         self.name = name
+        self.file_content = content
         self.kept_template = kept_template  # None: conversations are laid out as ours
         self.sha256 = hashlib.sha256(content).hexdigest()
         self._vocabulary = read_vocabulary(content, name)

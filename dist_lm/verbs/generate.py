@@ -45,6 +45,13 @@ def generate(
         int | None, typer.Option(help="Equal seeds give equal answers. Default: a new seed for every call.")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Number of answers to the prompt.")] = 1,
+    constraint: Annotated[
+        str | None,
+        typer.Option(
+            help='What answers must be: {"json_schema": ...}, {"regex": ...}, {"lark": ...} or {"choice": [...]}, or a '
+            "file of it."
+        ),
+    ] = None,
     device: DeviceName = "auto",
     tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
     tools: Annotated[
@@ -79,5 +86,7 @@ def generate(
     if tools or chat:
         options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters))
     raise typer.Exit(
-        generate(path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix, opening)
+        generate(
+            path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix, opening, constraint
+        )
     )

@@ -20,6 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
@@ -34,6 +35,8 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dist_lm.stages.generate.stage import GenerateConfig, GenerateRunConfig
+
+CONSTRAINT = "constraint"  # field of a prompt
 
 
 def check(config: "GenerateRunConfig") -> None:
@@ -237,13 +240,18 @@ class Samples(PoolWork):
                 continue
             try:
                 tokens = self._tokens(prompt)
+                constraint = None
+                if CONSTRAINT in prompt.extra:
+                    constraint = Constraint.from_json(prompt.extra[CONSTRAINT])
             except UserError as error:
                 self._refuse(prompt.number, str(error))
                 continue
 
             # The seed depends on the prompt alone, so an answer does not depend on the engine or the order.
             seed = signed(hash_words(self._seed, prompt.number))
-            yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
+            yield Request(
+                str(prompt.number), tokens, self._params, seed, self._stage.n, truncate, constraint=constraint
+            )
         self._check_prompts()
 
     def take(self, result: Answer | Refusal) -> None:

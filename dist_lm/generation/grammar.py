@@ -1,0 +1,196 @@
+"""Which tokens may come next in an answer with a constraint: a function of the constraint and the tokens so far.
+
+llguidance follows the grammar (https://github.com/guidance-ai/llguidance). Where it forces bytes, it allows the token
+that the tokenizer would choose for them, so that an answer has the tokens that such a text has in training.
+
+Dimensions: U bytes with one bit for each token of the vocabulary.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from dist_lm.errors import UserError
+from dist_lm.generation.constraint import Constraint
+from dist_lm.generation.schema_keywords import bounded, check_schema
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+KEPT = 64  # grammars that an engine keeps for the next request
+# Between items and behind keys, as `json.dumps` writes; no other white space, of which a model might write without end.
+JSON_OPTIONS: dict[str, Any] = {
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "whitespace_flexible": False,
+    "coerce_one_of": True,  # `check_schema` has found that only one branch can fit
+}
+NO_TEXT = b"\xff"  # llguidance reads a token that begins with this byte as a special one, which no text has
+
+
+class GrammarError(UserError):
+    """A constraint that cannot be read, or that no token fulfils."""
+
+
+class Matcher:
+    """The tokens that may come next in one answer."""
+
+    def __init__(self, state: Any, end: int, ends: Sequence[int], vocab_size: int) -> None:
+        """
+        Args:
+            state: an `LLMatcher` before the first token, of this matcher alone.
+            end: the token with which llguidance ends a text.
+            ends: the tokens that end the answer in its place; they are allowed once the constraint is fulfilled, and
+                never before.
+        """
+        self._state = state
+        self._end = end
+        self._ends = np.array(ends, np.int64)
+        self._vocab_size = vocab_size
+
+    def allowed(self) -> np.ndarray:
+        """Returns the tokens that may come next, (U,) uint8: bit t % 8 of byte t // 8 is that of token t.
+
+        Raises:
+            GrammarError: no token may, or the grammar takes too much work.
+        """
+        bits = np.frombuffer(self._state.compute_bitmask(), np.uint8)[: -(-self._vocab_size // 8)].copy()
+        if self._state.is_error():
+            raise GrammarError(f"constraint: {_line(self._state.get_error())}")
+
+        is_fulfilled = bool(bits[self._end // 8] >> self._end % 8 & 1)
+        for token in (self._end, *self._ends.tolist()):
+            bits[token // 8] &= ~np.uint8(1 << token % 8)
+        if is_fulfilled:
+            np.bitwise_or.at(bits, self._ends // 8, (1 << self._ends % 8).astype(np.uint8))
+        if not bits.any():
+            raise GrammarError("constraint: no token of the vocabulary continues the answer")
+        return bits
+
+    def take(self, token: int) -> None:
+        """Moves on behind a token that does not end the answer.
+
+        Raises:
+            GrammarError: the token is not allowed.
+        """
+        if not self._state.consume_token(token):
+            raise GrammarError(f"constraint: token {token} is not allowed: {_line(self._state.get_error())}")
+
+
+class Grammars:
+    """Makes matchers for the answers of one tokenizer. Grammars that were used last are kept."""
+
+    def __init__(self, load: Callable[[], Tokenizer]) -> None:
+        """
+        Args:
+            load: returns the tokenizer; called once, for the first constraint.
+        """
+        self._load = load
+        self._tokenizer: Tokenizer | None = None
+        self._library_tokenizer: Any = None
+        self._kept: OrderedDict[Constraint, Any] = OrderedDict()
+
+    def matcher(self, constraint: Constraint, ends: Sequence[int]) -> Matcher:
+        """Returns a matcher at the beginning of an answer.
+
+        Args:
+            ends: the tokens that end the answer.
+
+        Raises:
+            GrammarError: the constraint cannot be read, or takes too much work.
+            SchemaError: it is a schema with a keyword that answers would not hold to.
+            UserError: the package llguidance is not installed.
+        """
+        if constraint not in self._kept:
+            self._kept[constraint] = self._compiled(constraint)
+        self._kept.move_to_end(constraint)
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        state = self._kept[constraint].deep_copy()
+        assert self._tokenizer, "loaded for the first grammar"
+        return Matcher(state, self._tokenizer.eot_id, ends, self._tokenizer.vocab_size)
+
+    def _compiled(self, constraint: Constraint) -> Any:
+        """Returns an `LLMatcher` before the first token.
+
+        Raises:
+            GrammarError, SchemaError, UserError: as `matcher`.
+        """
+        try:
+            from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+        except ImportError as error:
+            raise UserError(
+                "constraints need the package llguidance: pip install llguidance, or install dist_lm again"
+            ) from error
+
+        if self._tokenizer is None:
+            self._tokenizer = self._load()
+            self._library_tokenizer = LLTokenizer(TokenizerWrapper(_Wrapped(self._tokenizer)))
+        if constraint.kind == "json_schema":
+            schema = json.loads(constraint.text)
+            check_schema(schema)
+            # A schema may have options of the library in it.
+            try:
+                grammar = LLMatcher.grammar_from_json_schema(bounded(schema), overrides=cast(Any, JSON_OPTIONS))
+            except ValueError as error:  # such as an integer of more than 64 bits
+                raise GrammarError(f"constraint.json_schema: {_line(str(error))}") from error
+        elif constraint.kind == "regex":
+            grammar = LLMatcher.grammar_from_regex(constraint.text)
+        elif constraint.kind == "choice":
+            texts = " | ".join(json.dumps(text) for text in json.loads(constraint.text))
+            grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
+        else:
+            grammar = LLMatcher.grammar_from_lark(constraint.text)
+
+        # Verbose errors quote the state of the parser.
+        limits = LLParserLimits(verbose_errors=False)
+        state = LLMatcher(self._library_tokenizer, grammar, log_level=0, limits=limits)
+        if state.is_error():
+            raise GrammarError(f"constraint.{constraint.kind}: {_line(state.get_error())}")
+        if warnings := state.get_grammar_warnings():
+            raise GrammarError(f"constraint.{constraint.kind}: {_line('; '.join(warnings))}")
+        return state
+
+
+class _Wrapped:
+    """A tokenizer as llguidance asks for it. Its attributes have the names that the library reads."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        vocabulary = tokenizer.vocabulary()
+        self._tokenizer = tokenizer
+        self._ids = {content: token for token, content in reversed(list(enumerate(vocabulary))) if content}
+        self._longest = max(map(len, self._ids))
+        self.eos_token_id = tokenizer.eot_id
+        # A token without text, such as a mark, has a name that no text can have.
+        self.tokens = [content or NO_TEXT + f"<[{token}]>".encode() for token, content in enumerate(vocabulary)]
+        self.special_token_ids = [token for token, content in enumerate(vocabulary) if not content]
+
+    def __call__(self, content: bytes) -> list[int]:
+        """Returns the tokens of forced bytes, which may end inside a character."""
+        try:
+            tokens = self._tokenizer.encode(content.decode())
+        except UnicodeDecodeError:
+            return self._longest_tokens(content)
+        # Some tokenizers put a space before each text, or normalise it.
+        return tokens if self._tokenizer.content(tokens) == content else self._longest_tokens(content)
+
+    def _longest_tokens(self, content: bytes) -> list[int]:
+        """Returns tokens for any bytes: from the left, each time the longest that fits; ends where none does."""
+        tokens: list[int] = []
+        start = 0
+        while start < len(content):
+            ends = range(min(len(content), start + self._longest), start, -1)
+            stop = next((end for end in ends if content[start:end] in self._ids), start)
+            if stop == start:
+                break
+            tokens.append(self._ids[content[start:stop]])
+            start = stop
+        return tokens
+
+
+def _line(text: str) -> str:
+    """Returns a message of the library in one line, of at most 300 characters."""
+    return " ".join(text.split())[:300]
