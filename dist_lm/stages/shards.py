@@ -156,7 +156,7 @@ class Shards(ArtefactStage):
         together = corpora_together(config, texts, reader.files)
         groups: dict[tuple[Path, ...], list[str]] = {}
         for name in texts:
-            groups.setdefault(tuple(earlier_folders(config, name, together)), []).append(name)
+            groups.setdefault(tuple(earlier_folders(config, name, together, reader)), []).append(name)
 
         for folders, names in groups.items():
             text_splits = TextSplits(
@@ -626,36 +626,46 @@ def finished_corpora(work: WorkDirectory) -> list[Path]:
     return folders
 
 
-def earlier_folders(config: Config, name: str, together: Sequence[str] = ()) -> list[Path]:
+def earlier_folders(
+    config: Config, name: str, together: Sequence[str] = (), reader: SourceReader | None = None
+) -> list[Path]:
     """Returns the finished corpora of the work directory that `name` is compared with, ordered by name.
 
     These are all but its own folder and those of `together`. Corpora of another tokenizer or format are left out: no
-    model of this tokenizer can be evaluated on them. A corpus that is repaired is compared with those of its first
-    build, if they are still the same.
+    model of this tokenizer can be evaluated on them. A corpus that is repaired, or whose build goes on, is compared
+    with those that it was compared with first, if that gives the same bytes again: corpora of later days were compared
+    with it.
+
+    Args:
+        together, reader: as for `TextSplits`.
 
     Raises:
         ArtefactError: a manifest or journal is damaged.
+        UserError: an input cannot be listed.
     """
     work = WorkDirectory(Path(config.work_dir))
     own_folder = config.corpus_in(work, name)
     excluded = {own_folder, *(config.corpus_in(work, other) for other in together)}
     tokenizer_sha256 = durable.sha256_of(work.tokenizer_model)
     others = {folder: read_manifest(folder) for folder in finished_corpora(work) if folder not in excluded}
-    manifests = {
-        folder: manifest for folder, manifest in others.items() if manifest.recipe.tokenizer_sha256 == tokenizer_sha256
+    recipes = {
+        folder: manifest.recipe
+        for folder, manifest in others.items()
+        if manifest.recipe.tokenizer_sha256 == tokenizer_sha256
     }
 
-    compared = {folder.name: manifest.splits["val"].content for folder, manifest in manifests.items()}
-    if manifest_path(own_folder).is_file():
-        first = read_manifest(own_folder).recipe.compared
-        if first.items() <= compared.items():
-            return [folder for folder in manifests if folder.name in first]
-    elif recipe := journal_recipe(own_folder):
-        # Corpora that were compared with this one are later ones: its repair was interrupted.
-        before = [folder for folder in manifests if own_folder.name not in manifests[folder].recipe.compared]
-        if recipe.compared == {folder.name: compared[folder.name] for folder in before}:
-            return before
-    return list(manifests)
+    was_finished = manifest_path(own_folder).is_file()
+    begun = read_manifest(own_folder).recipe if was_finished else journal_recipe(own_folder)
+    if begun is None:
+        return list(recipes)
+    first = [folder for folder in recipes if folder.name in begun.compared]
+    later = [folder for folder in recipes if own_folder.name in recipes[folder].compared]
+    earlier = earlier_corpora(config, first)
+    again = recipe_of(
+        config, name, TextSplits(config.corpus, config.seed, together=together, earlier=earlier, reader=reader)
+    )
+    is_same = again == begun and (was_finished or set(recipes) == {*first, *later})
+    return first if is_same else list(recipes)
 
 
 def earlier_corpora(config: Config, folders: Sequence[Path]) -> EarlierCorpora:
@@ -682,7 +692,7 @@ def alone(
     Raises:
         ArtefactError: a manifest is damaged.
     """
-    earlier = earlier_corpora(config, earlier_folders(config, name))
+    earlier = earlier_corpora(config, earlier_folders(config, name, reader=reader))
     return TextSplits(config.corpus, config.seed, preloaded, together=(), earlier=earlier, reader=reader)
 
 

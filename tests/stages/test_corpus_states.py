@@ -27,6 +27,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training.stage import training_stage
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import encode_documents
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -110,6 +111,30 @@ def test_changed_inputs_are_named_and_build_a_corpus_beside_the_old_one(work: Wo
     assert read_manifest(folder).ingest["languages"]["english"]["seen"] == 300
     assert (tars(work.corpus("mine")), manifest_path(work.corpus("mine")).read_bytes()) == (before, manifest)
     assert look(training) is Action.RESUME
+
+
+def test_a_run_of_an_earlier_release_goes_on_with_the_folder_of_the_corpus(work: WorkDirectory, tmp_path: Path) -> None:
+    """Finds a run whose record names no folder, and which goes on with a newer data set."""
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 100)
+    config, training = (config_of(work, source_of(rows), stage=stage) for stage in ("shards", "language"))
+    shards.STAGE.build(config, Console())
+    begin(training)
+    run = work.run("language", training.run_id)
+    durable.write_sealed(run.corpora, {"mine": read_manifest(work.corpus("mine")).content})
+
+    write_rows(rows, 300)
+    shards.STAGE.build(config, Console())
+    newer = shards.folder_of(config, "mine")
+    assert run.corpus("mine") == work.corpus("mine") != newer
+    planned = replace(training, corpus=replace(training.corpus, folders={"mine": newer.name}))
+    found = training_stage("language").look(planned, is_target=True, rebuilt=())
+    assert found.action is Action.RESUME
+    assert found.config.corpus.folders == {"mine": "mine"}
+
+    # A run of its own takes what the plan has found.
+    other = training_stage("language").look(replace(planned, run_id="other"), is_target=True, rebuilt=())
+    assert other.config.corpus.folders == {"mine": newer.name}
 
 
 def test_a_plan_without_the_hub_says_so(work: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
