@@ -57,6 +57,20 @@ def data_inspect(
         )
 
 
+@data.command("list")
+def data_list(
+    work: Annotated[Path, typer.Argument(help="A work directory.")] = Path("work"),
+    unused: Annotated[
+        bool, typer.Option("--unused", help="Print commands that remove the corpora that no run uses; removes nothing.")
+    ] = False,
+) -> None:
+    """List the corpora of a work directory: size, age, sources, and the runs that use them."""
+    from dist_lm.storage.run_directory import WorkDirectory
+    from dist_lm.verbs.data_list import print_corpora
+
+    print_corpora(WorkDirectory(work), OutputConsole(), unused=unused)
+
+
 @data.command("new")
 def data_new(
     inputs: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],

@@ -212,6 +212,9 @@ class CorpusConfig:
     shard_tokens: int = 64_000_000  # tokens a tar
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     max_bad_fraction: float = 0.001  # share of the rows of a source that may be broken; they are counted and skipped
+    # corpus -> its folder in work/corpora, which the plan chooses and ranks read. A finished folder that a command
+    # names is used as it is, whatever the sources are
+    folders: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
@@ -230,6 +233,8 @@ class CorpusConfig:
                 "a source without held_out beside it: a stage trains on the corpus",
             )
 
+        for name, folder in self.folders.items():
+            require_folder_name(f"corpus.folders.{name}", folder)
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
         require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")

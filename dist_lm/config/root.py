@@ -24,6 +24,7 @@ from dist_lm.config.renamed import with_present_keys
 from dist_lm.config.stage import StageConfig, TrainerGroup, TrainingGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 
 TRUST_ME = "trust_me"
 
@@ -114,6 +115,10 @@ class Config:
     def corpus_names(self) -> tuple[str, ...]:
         """Names of the corpora that the stage reads."""
         return self.stage.corpus_names
+
+    def corpus_in(self, work: WorkDirectory, name: str) -> Path:
+        """Returns the folder of a corpus in a work directory: the one that the plan has chosen, else NAME."""
+        return work.corpus(self.corpus.folders.get(name, name))
 
     @property
     def noted_files(self) -> dict[str, list[Path]]:

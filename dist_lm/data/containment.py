@@ -38,12 +38,16 @@ _FIRST = np.array(  # masks of the first n bytes of 8
 class HeldOutIndex:
     """Held-out texts, and which of their windows train texts have."""
 
-    def __init__(self, texts: Sequence[str], protected: Sequence[bool] | None = None) -> None:
+    def __init__(
+        self, texts: Sequence[str], protected: Sequence[bool] | None = None, *, refuses_parts: bool = True
+    ) -> None:
         """Indexes the windows of held-out texts.
 
         Args:
             protected: for each text, whether `compare` refuses train texts that contain it. None: no text is protected.
+            refuses_parts: whether `compare` also refuses a train text that is mostly part of protected texts.
         """
+        self._refuses_parts = refuses_parts
         self._protected = np.array(protected or [False] * len(texts), bool)
         self._parts: dict[int, bytes] = {}  # text below SHORT words -> bytes that a train text must hold as they are
         self._contained_short: set[int] = set()  # texts below SHORT words that train texts hold
@@ -78,8 +82,9 @@ class HeldOutIndex:
 
         Returns:
             (len(texts),) bool: texts that are refused, because they contain a protected text (see the module: more than
-            half of its windows, or a short text letter by letter), or more than half of their own windows are in
-            protected texts. Their windows are not remembered. A protected text below `CUT` words refuses none.
+            half of its windows, or a short text letter by letter), or, with `refuses_parts`, more than half of their
+            own windows are in protected texts. Their windows are not remembered. A protected text below `CUT` words
+            refuses none.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
@@ -97,7 +102,7 @@ class HeldOutIndex:
             n_windows = np.diff(np.searchsorted(starts, begins)) - WINDOW  # windows of each text; its border is a word
             for size, table, owners, ids in hits:
                 refused[self._holders(size, owners, ids, texts)] = True
-                if size == WINDOW:
+                if size == WINDOW and self._refuses_parts:
                     n_copied = np.bincount(owners[table.protected[ids]], minlength=len(texts))
                     refused |= n_copied > MAX_SHARE * np.maximum(n_windows, 1)
 

@@ -5,13 +5,14 @@ the smallest hashes are held out: a share of `val_fraction`, halved until the he
 `val_tokens`. So documents of a corpus that grows stay in their split, until twice as much is held out: then half of val
 moves to train, and nothing ever moves from train to val.
 
-Held-out texts are compared with the train texts of all corpora of the configuration (`data.containment`): one that
+Held-out texts are compared with the train texts of all corpora that are built together (`data.containment`): one that
 train texts contain is dropped. Documents of a source with `held_out` are val whatever their hash; train
-documents that contain one are dropped. If a corpus has such a source, its other sources are train.
+documents that contain one are dropped. If a corpus has such a source, its other sources are train. Finished corpora of
+the work directory are compared too, in both directions (`data.earlier`).
 
 Texts are read three times: to choose val, to compare val with train, and by the caller. The first corpus that the
-caller reads is compared during that reading. That is not possible if a source has `held_out`: then train documents may
-be dropped, and which ones must be known before the first is yielded.
+caller reads is compared during that reading. That is not possible if a source has `held_out` or there are earlier
+corpora: then train documents may be dropped, and which ones must be known before the first is yielded.
 
 A corpus holds texts, or conversations, or rankings. Conversations share their forms, so shared words say nothing about
 leakage. They are divided by group instead: the tools of a conversation with generated tools, the user's text of any
@@ -19,15 +20,16 @@ other conversation, the prompt of a ranking. Conversations and rankings are read
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
 from dist_lm.data.containment import Comparison, HeldOutIndex
+from dist_lm.data.earlier import EarlierCorpora, forms_of, has_placeholder
 from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
-from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
+from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened, text_key
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ChangedInputError, ConfigError
@@ -41,7 +43,7 @@ class SplitRule:
 
     held_out: Mapping[str, float]  # corpus -> share of the groups that is held out
     leaked: frozenset[bytes] = frozenset()  # keys of held-out texts that train texts contain
-    refused: frozenset[bytes] = frozenset()  # keys of train texts that contain a text of a source with `held_out`
+    refused: frozenset[bytes] = frozenset()  # keys of train texts that contain a protected text (`_Val.protected`)
     groups: frozenset[str] = frozenset()  # groups of conversations and rankings of sources with `held_out`
 
     def split_of(self, corpus_name: str, record: Screened) -> str:
@@ -64,9 +66,13 @@ class _Val(NamedTuple):
 
     shares: dict[str, float]  # as `SplitRule.held_out`
     keys: list[bytes]
-    protected: set[bytes]  # keys of the texts for which train documents are dropped
+    # keys of the texts for which train documents are dropped: of sources with `held_out`, and of earlier corpora
+    protected: set[bytes]
     index: HeldOutIndex
     comparison: Comparison
+    texts: dict[bytes, str]  # by key, to be compared with earlier corpora; empty without them
+    refused: set[bytes]  # keys of train texts that are themselves held out by an earlier corpus
+    is_redacted: bool  # whether val of an earlier corpus has placeholders, so that train texts are compared with them
 
 
 class TextSplits:
@@ -77,19 +83,24 @@ class TextSplits:
         config: CorpusConfig,
         seed: int,
         preloaded: dict[str, list[Candidate]] | None = None,
-        frozen: frozenset[str] = frozenset(),
+        *,
+        together: Sequence[str] | None = None,
+        earlier: EarlierCorpora | None = None,
+        reader: SourceReader | None = None,
     ) -> None:
         """Opens the sources.
 
         Args:
             seed: decides the text of generated sources and nothing else.
             preloaded: as for `SourceReader`.
-            frozen: corpora that are not built again. Their val documents stay, so a train document of another
-                corpus that contains one of them is dropped.
+            together: the corpora of texts whose sources are compared with each other; None: all.
+            earlier: finished corpora that stay as they are, compared in both directions.
+            reader: one of the same seed, which keeps what it has read; None: a new one.
         """
         self.config = config
-        self.frozen = frozen
-        self.reader = SourceReader(seed, preloaded)
+        self.together = text_corpora(config) if together is None else list(together)
+        self.earlier = earlier or EarlierCorpora()
+        self.reader = reader or SourceReader(seed, preloaded)
         # corpus of texts -> bytes of the least part that hashes could hold out, if that exceeds `val_tokens`; 0: none
         self.least_val_bytes: dict[str, int] = {}
         self._compared_corpora: set[str] = set()
@@ -115,8 +126,8 @@ class TextSplits:
     def train_rule(self) -> SplitRule:
         """Returns the rule for train documents of texts.
 
-        If train documents may be dropped (a source has `held_out`, or a corpus is frozen), this first compares all
-        corpora. Otherwise it only chooses val.
+        If train documents may be dropped (a source has `held_out`, or there are earlier corpora), this first compares
+        all corpora. Otherwise it only chooses val.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -135,12 +146,17 @@ class TextSplits:
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
         """
-        self.compare(text_corpora(self.config))
+        self.compare(self.together)
         val = self._val
         # A train document that is itself a protected text was not compared: its key alone refuses it.
-        refused = val.comparison.finish() | val.protected
+        refused = val.comparison.finish() | val.protected | val.refused
         leaked = {val.keys[number] for number in val.index.contained()}
         del self._val  # frees the windows of all held-out texts
+
+        # Train of earlier corpora is read last, because nothing is compared if no val text is left.
+        rest = {key: text for key, text in val.texts.items() if key not in leaked}
+        keys = list(rest)
+        leaked |= {keys[number] for number in self.earlier.contained([*rest.values()])}
         return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
@@ -173,17 +189,30 @@ class TextSplits:
         rule = SplitRule(val.shares)
         for record in records:
             if rule.split_of(corpus_name, record) == "train" and record.key not in val.protected:
-                val.comparison.add(record.key, record.document.text)
+                self._compare_train(val, record)
             yield record
 
         # Not in `finally`: a corpus that was not read to its end is not compared.
         self._compared_corpora.add(corpus_name)
 
+    def _compare_train(self, val: _Val, record: Screened) -> None:
+        """Compares one train text with val; with placeholders for secrets too, if val of an earlier corpus has some."""
+        forms = [record.document.text]
+        if val.is_redacted:
+            forms = forms_of(record.document.text)
+        # The first form is the record's, whose key is no protected one.
+        if any(text_key(form.encode()) in val.protected for form in forms[1:]):
+            val.refused.add(record.key)
+            return
+        for form in forms:
+            val.comparison.add(record.key, form)
+
     @cached_property
     def _val(self) -> _Val:
-        """Returns val of all corpora of texts, at most `val_tokens` of a corpus, with an index of its texts.
+        """Returns val of all corpora that are built together, at most `val_tokens` of each, with an index of its texts.
 
-        Reads all corpora once, and makes the threads of the comparison. `split_rule` deletes the value.
+        Reads these corpora and val of earlier ones once, and makes the threads of the comparison. `split_rule` deletes
+        the value.
 
         Raises:
             ConfigError, ArtefactError: as `split_documents`.
@@ -191,14 +220,22 @@ class TextSplits:
         shares: dict[str, float] = {}
         texts: dict[bytes, str] = {}
         protected: set[bytes] = set()
-        for name in text_corpora(self.config):
+        for name in self.together:
             shares[name], chosen = self._choose(name)
             texts |= {record.key: record.document.text for record in chosen}
-            protected |= {record.key for record in chosen if record.source_config.held_out or name in self.frozen}
+            protected |= {record.key for record in chosen if record.source_config.held_out}
             del chosen  # the documents of one corpus are in memory at a time
+
+        own_texts = dict(texts) if self.earlier else {}
+        is_redacted = False
+        for document in self.earlier.documents("val"):
+            key = text_key(document.text.encode())
+            texts.setdefault(key, document.text)
+            protected.add(key)
+            is_redacted = is_redacted or has_placeholder(document.text)
         keys = list(texts)
         index = HeldOutIndex([*texts.values()], [key in protected for key in keys])
-        return _Val(shares, keys, protected, index, Comparison(index))
+        return _Val(shares, keys, protected, index, Comparison(index), own_texts, set(), is_redacted)
 
     def group_split_rule(self, corpus_name: str) -> SplitRule:
         """Returns the rule for the conversations or rankings of a corpus. Reads its sources with `held_out`.
@@ -295,9 +332,11 @@ def split_documents(
     text_splits = text_splits or TextSplits(config, seed)
     splits: Counter[str] = Counter()
 
-    def checked(record: Screened, split: str, rule: SplitRule) -> Iterator[tuple[str, Document, SourceConfig]]:
-        """Yields the document of a record, cleaned, unless the rule drops it; counts it in the report either way."""
-        if reason := rule.drop_reason(split, record):
+    def checked(
+        record: Screened, split: str, rule: SplitRule, forbidden: str = ""
+    ) -> Iterator[tuple[str, Document, SourceConfig]]:
+        """Yields the document of a record, cleaned, unless it is forbidden or the rule drops it; reports either."""
+        if reason := forbidden or rule.drop_reason(split, record):
             report.reject(record.document, record.source_config, reason)
         else:
             splits[split] += 1
@@ -311,23 +350,28 @@ def split_documents(
     else:
         rule = text_splits.group_split_rule(corpus_name)
 
+    # Texts of earlier corpora are in the rule. Conversations and rankings are compared here, one by one.
+    marked = ((record, "") for record in records)
+    if not is_text:
+        marked = text_splits.earlier.marked(records, partial(rule.split_of, corpus_name))
+
     # Val stays in memory: only all of train tells which of its documents are dropped.
     val = []
     groups = _Groups()
-    for record in records:
+    for record, forbidden in marked:
         groups.add(record.group)
         # The rule was made from an earlier reading of the sources with `held_out`, and has all of their groups.
         if not is_text and record.source_config.held_out and record.document.group not in rule.groups:
             raise ChangedInputError(record.document.source, "it was not there before")
         if rule.split_of(corpus_name, record) == "val":
-            val.append(record)
+            val.append((record, forbidden))
         else:
-            yield from checked(record, "train", rule)
+            yield from checked(record, "train", rule, forbidden)
 
     if is_text:
         rule = text_splits.split_rule
-    for record in val:
-        yield from checked(record, "val", rule)
+    for record, forbidden in val:
+        yield from checked(record, "val", rule, forbidden)
 
     if not splits["val"]:
         least_val_bytes = text_splits.least_val_bytes.get(corpus_name, 0)

@@ -187,6 +187,15 @@ def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
     return {}
 
 
+def journal_recipe(directory: Path) -> Recipe | None:
+    """Returns the recipe of the unfinished build of a folder; None if there is none.
+
+    Raises:
+        ManifestError (an ArtefactError): the journal is damaged, or of another format.
+    """
+    return _read(directory)[0]
+
+
 def is_dropped_for_inputs(directory: Path, recipe: Recipe) -> bool:
     """Tells whether a build of `recipe` drops the finished tars of a begun one because the inputs alone differ.
 

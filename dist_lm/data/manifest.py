@@ -23,7 +23,7 @@ import numpy as np
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.inputs import HUB, Inputs, changes, inputs_of
 from dist_lm.data.sources.reader import corpus_sources
-from dist_lm.errors import ArtefactError, UserError
+from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 
@@ -126,6 +126,8 @@ class Recipe:
     shard_tokens: int
     inputs_sha256: str = ""  # hash of the inputs that were read (`inputs_hash`)
     own_fingerprint: str = ""  # hash of that configuration without other corpora
+    # folder -> content hash of val, of the finished corpora that were compared: none of these val texts is in train
+    compared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -358,30 +360,50 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
     return [line for name, pair in pairs.items() for line in differences(*pair, name)]
 
 
-def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:
-    """Writes the content hashes of the corpora that `run` trains on to its folder, in place of an earlier record.
+def record_content(run: RunDirectory, corpora: Iterable[str], folders: Mapping[str, str] | None = None) -> None:
+    """Writes folders and content hashes of the corpora that `run` trains on to its directory, in place of an earlier
+    record.
+
+    Args:
+        folders: corpus -> folder in `work/corpora`; a corpus that is not there has the folder of its name.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
         OSError: the record cannot be written.
     """
-    content = {name: read_manifest(run.work.corpus(name)).content for name in corpora}
-    durable.write_sealed(run.corpora, content)
+    record = {}
+    for name in corpora:
+        folder = (folders or {}).get(name, name)
+        record[name] = {**read_manifest(run.work.corpus(folder)).content, "folder": folder}
+    durable.write_sealed(run.corpora, record)
 
 
-def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
+def recorded_content(run: RunDirectory) -> dict[str, dict[str, str]]:
+    """Returns corpus -> split -> hash of the content that the run has recorded; empty without a record.
+
+    Raises:
+        ArtefactError: the record is damaged.
+    """
+    folders, record = run.corpus_folders(), durable.read_json(run.corpora)
+    return {name: {split: value for split, value in record[name].items() if split != "folder"} for name in folders}
+
+
+def require_content(run: RunDirectory, corpora: Sequence[str], folders: Mapping[str, str] | None = None) -> None:
     """Refuses to continue `run` on other content than it began with; returns nothing.
 
     Corpora that are missing, or that the run did not record, are not compared, and a run without a record passes.
     Hashes of the manifests are compared, tars are not read.
 
+    Args:
+        folders: corpus -> the folder that the run would read now; without it, those that it has recorded.
+
     Raises:
         ArtefactError: names the corpus, the splits that differ, and the run; or a manifest or the run's record cannot
             be read.
     """
-    recorded = durable.read_json(run.corpora)
+    recorded, folder_of = recorded_content(run), {**run.corpus_folders(), **(folders or {})}
     for name in corpora:
-        directory = run.work.corpus(name)
+        directory = run.work.corpus(folder_of.get(name, name))
         if name not in recorded or not manifest_path(directory).is_file():
             continue
 
@@ -392,28 +414,4 @@ def require_content(run: RunDirectory, corpora: Sequence[str]) -> None:
                 f"{run.path} began on other content of corpus {name}: the tokens, lengths or masks of "
                 f"{' and '.join(differing)} in {directory} have changed (hash {now.get(split, '')[:12]}, was "
                 f"{before[split][:12]}): restore that corpus, or choose another run_id"
-            )
-
-
-def require_inputs(run: RunDirectory, config: CorpusConfig, corpora: Sequence[str]) -> None:
-    """Refuses to continue `run` if a corpus would be built again first, because its inputs have changed; returns
-    nothing.
-
-    The inputs are listed now, as by `changed_inputs`. A corpus that is missing, or whose inputs or manifest cannot be
-    read (UserError), is not compared.
-
-    Raises:
-        ArtefactError: inputs changed; names the run, the corpus and what changed.
-    """
-    for name in corpora:
-        if not manifest_path(run.work.corpus(name)).is_file():
-            continue
-        try:
-            changed = changed_inputs(config, name, run.work.corpus(name))
-        except UserError:
-            continue  # the corpus is used as it is; the plan says so
-        if changed:
-            raise ArtefactError(
-                f"{run.path} began before the inputs of corpus {name} changed ({'; '.join(changed)}): restore them, "
-                "choose another run_id, or run stage=shards first: the run continues if the content is the same"
             )

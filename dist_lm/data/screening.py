@@ -377,6 +377,12 @@ def source_place(source: SourceConfig) -> str:
     return source.dataset or ", ".join(source.path or [])
 
 
+def text_key(content: bytes) -> bytes:
+    """Returns the hash of a text in UTF-8, 16 bytes. Texts that differ in their line ends alone have one hash."""
+    unified = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return hashlib.blake2b(unified, digest_size=16).digest()
+
+
 def _screen(document: Document, source: SourceConfig, config: CorpusConfig, keys: set[bytes]) -> tuple[Screened, str]:
     """Returns the document with its hashes, and why it is dropped (empty: it is not). `keys` is not changed.
 
@@ -391,10 +397,8 @@ def _screen(document: Document, source: SourceConfig, config: CorpusConfig, keys
     except UnicodeEncodeError:
         return Screened(document, source, b"", "", 0), "not_unicode"
 
-    # Texts that differ in their line ends alone are duplicates.
-    unified = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    key = hashlib.blake2b(unified, digest_size=16)
-    record = Screened(document, source, key.digest(), document.group or key.hexdigest(), len(content))
+    key = text_key(content)
+    record = Screened(document, source, key, document.group or key.hex(), len(content))
 
     if not text.strip():
         reason = "empty"

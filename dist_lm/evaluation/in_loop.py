@@ -114,7 +114,7 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
     questions = {}
     for task in stage.eval_tasks:
         try:
-            questions[task] = items_of(task, asking, config.eval.files, run.work.path / "corpora")
+            questions[task] = items_of(task, asking, config.eval.files, config.corpus_in(run.work, "tools"))
         except UserError as error:
             raise type(error)(f"stage.eval_tasks: {task}: {error}") from error
     run.require_files(config.noted_files)

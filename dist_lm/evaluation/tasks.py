@@ -125,13 +125,13 @@ def check_tasks(tasks: Sequence[str], files: Mapping[str, Path], trust_me: bool)
 
 
 def items_of(
-    task: str, asking: Asking, files: Mapping[str, Path], corpora: Path, prompts: Sequence[Prompt] = ()
+    task: str, asking: Asking, files: Mapping[str, Path], tools: Path, prompts: Sequence[Prompt] = ()
 ) -> list[Item]:
     """Returns the questions of a task, the same at every call; those that do not fit the context have an error.
 
     Args:
         files: files of the tasks in FILE_TASKS.
-        corpora: folder of the work directory's corpora, for the task tools.
+        tools: folder of the corpus of conversations, for the task tools.
         prompts: prompts for the task reward.
 
     Raises:
@@ -146,7 +146,7 @@ def items_of(
     if task == INFILL:
         return infill_items(own_infills(), asking)
     if task == TOOLS:
-        return tool_items(asking, corpora / "tools")
+        return tool_items(asking, tools)
     if task == REWARD:
         return prompt_items(prompts, asking)
     assert task == BFCL

@@ -199,6 +199,6 @@ def read_openings(run: RunDirectory | None) -> Openings:
         raise ArtefactError(f"{run.config}: cannot be read ({' '.join(str(error).split())})") from error
 
     languages: Sequence[str] = ()
-    if corpus and manifest_path(run.work.corpus(corpus)).is_file():  # a copied run may lack its corpus
-        languages = sorted(read_manifest(run.work.corpus(corpus)).splits["train"].languages)
+    if corpus and manifest_path(run.corpus(corpus)).is_file():  # a copied run may lack its corpus
+        languages = sorted(read_manifest(run.corpus(corpus)).splits["train"].languages)
     return Openings(prompts, corpus, languages)

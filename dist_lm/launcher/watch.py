@@ -106,7 +106,7 @@ class WandbCopy:
             vocabulary = {"vocab_size": config.tokenizer.vocab_size}
             self._wandb.link("tokenizer", "tokenizer", "tokenizer", tokenizer, vocabulary)
         for name in self._corpora:
-            manifest = work.corpus_manifest(name)
+            manifest = config.corpus_in(work, name) / "manifest.json"
             if manifest.exists():
                 fields = durable.read_json(manifest)
                 metadata = {key: fields.get(key) for key in ("tokenizer_sha256", "corpus_fingerprint")}

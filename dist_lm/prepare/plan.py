@@ -128,12 +128,17 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
     rebuilt: set[str] = set()
     planned = []
+    folders: dict[str, str] = {}
     for name, config in configs.items():
         stage = stage_named(name)
         is_target = name == target
+        # A stage reads the folders that the stages before it build or find.
+        config = replace(config, corpus=replace(config.corpus, folders={**config.corpus.folders, **folders}))
         look = stage.look(config, is_target=is_target, rebuilt=rebuilt)
         if look.action is not Action.READY:
             rebuilt.add(name)
+        if stage.runs_in is RunsIn.LAUNCHER:
+            folders |= look.config.corpus.folders
         planned.append(PlannedStage(stage, look.config, look.action, look.detail, is_target=is_target))
 
     missing = [earlier.name for earlier in planned[:-1] if earlier.action is not Action.READY]

@@ -77,6 +77,7 @@ class RunFacts:
     run_id: str
     state: State
     config: Mapping[str, Any]  # without secrets
+    folders: Mapping[str, str]  # corpus -> its folder in the work directory
     model: ModelConfig | None  # None: written by another version
     layout: Layout | None  # layout of the newest attempt; None: unknown
     series: Mapping[str, Series]
@@ -137,7 +138,7 @@ class WorkFacts:
     """The files that runs of a work directory share."""
 
     path: Path
-    corpora: Mapping[str, Manifest]  # corpora that the runs read, by name
+    corpora: Mapping[str, Manifest]  # corpora that the runs read, by folder
     tokenizer: Mapping[str, Any]  # content of report.json
     pipeline: Mapping[str, Any]  # the reported command; empty if runs were named one by one
 

@@ -29,13 +29,16 @@ def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixtu
         work = work_of.get(run.path.parents[2])
         stage = run.config.get("stage", {})
 
-        if not work or stage.get("corpus") not in work.corpora:
+        if not work:
+            continue
+        if run.folders.get(stage.get("corpus", ""), stage.get("corpus")) not in work.corpora:
             continue
 
         # The run's own corpus gets what the mix leaves.
         mix = {str(name): float(share) for name, share in (stage.get("mix") or {}).items()}
         corpora = {stage["corpus"]: 1 - sum(mix.values())} | mix
-        parts = [part for name, share in corpora.items() for part in _parts(name, share, work.corpora.get(name))]
+        manifests = {name: work.corpora.get(run.folders.get(name, name)) for name in corpora}
+        parts = [part for name, share in corpora.items() for part in _parts(name, share, manifests[name])]
         bars.append(Mixture(run.label, tuple(_bar(_merged(parts), colours))))
 
     return bars

@@ -172,9 +172,9 @@ def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) 
 
 
 def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[RunFacts]) -> WorkFacts:
-    corpora_read = frozenset[str]().union(*(run.corpora for run in runs))
-    names = sorted(name for name in corpora_read if work.corpus_manifest(name).is_file())
-    corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
+    folders_read = {run.folders.get(name, name) for run in runs for name in run.corpora}
+    folders = sorted(folder for folder in folders_read if work.corpus_manifest(folder).is_file())
+    corpora: dict[str, Manifest] = {folder: read_manifest(work.corpus(folder)) for folder in folders}
     return WorkFacts(work.path, corpora, _tokenizer_report(work.tokenizer_report), pipeline)
 
 
@@ -210,6 +210,7 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
         run_id=str(config.get("run_id") or run.path.name),
         state=_state(run),
         config=config,
+        folders=run.corpus_folders(),
         model=_model(config),
         layout=_layout(events),
         series=series,

@@ -10,7 +10,7 @@ key, unless it is one of these:
 `stage.branch_from` gives it the whole state of a checkpoint, so only the schedule may differ from the run before.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dist_lm.config.corpus import HF, STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.config.stage import WSD, StageConfig
-from dist_lm.data.manifest import manifest_path, read_manifest
+from dist_lm.data.manifest import manifest_path, read_manifest, recorded_content
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import IMPORT, Stage, run_of
@@ -271,7 +271,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
 
     # Steps that follow from epochs are compared when the corpus is there.
     if config.stage.epochs and not config.stage.steps:
-        require_same_content(start, run, config.corpus_names)
+        require_same_content(start, run, config.corpus_names, config.corpus.folders)
         return start
     # A branch continues at the step of its start, with at least one step to take.
     accepted = f"more than {state.step}, the steps of {branch_from}"
@@ -280,7 +280,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     accepted = f"at most {steps_left}: the branch begins at step {state.step} of {config.stage.steps}"
     require(config.stage.decay_steps <= steps_left, "stage.decay_steps", config.stage.decay_steps, accepted)
 
-    require_same_content(start, run, config.corpus_names)
+    require_same_content(start, run, config.corpus_names, config.corpus.folders)
     return start
 
 
@@ -325,21 +325,55 @@ def started_stage(stage: Stage, init_from: str) -> str | None:
     return stage.starts_from
 
 
-def require_same_content(start: Path, run: RunDirectory, corpora: Sequence[str]) -> None:
+def recorded_folders(config: Config) -> dict[str, str]:
+    """Returns the folders that the run of a configuration has begun with, by corpus; those of a branch are the folders
+    of the run that it continues.
+
+    None for a new run, and for a folder that is gone.
+
+    Raises:
+        ArtefactError: the record of the run is damaged.
+    """
+    run = run_of(config)
+    begun: RunDirectory | None = run
+    if checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is None:
+        branch_from = getattr(config.stage, "branch_from", "")
+        begun = _run_at(Path(branch_from).expanduser().resolve()) if branch_from else None
+    # A run of another work directory has read other folders.
+    if begun is None or begun.work.path.resolve() != run.work.path.resolve():
+        return {}
+    folders = begun.corpus_folders()
+    return {name: folder for name, folder in folders.items() if manifest_path(run.work.corpus(folder)).is_file()}
+
+
+def with_recorded_folders(config: Config) -> Config:
+    """Returns `config` with the folders of corpora that its run has begun with, whatever else `corpus.folders` says.
+
+    Raises:
+        ArtefactError: as `recorded_folders`.
+    """
+    folders = {name: folder for name, folder in recorded_folders(config).items() if name in config.corpus_names}
+    return replace(config, corpus=replace(config.corpus, folders={**config.corpus.folders, **folders}))
+
+
+def require_same_content(
+    start: Path, run: RunDirectory, corpora: Sequence[str], folders: Mapping[str, str] | None = None
+) -> None:
     """Refuse to continue from a checkpoint on other content than its run trained on. Missing corpora are not compared.
 
     Args:
         start: checkpoint of the run that is continued.
         run: the branch, whose work directory has the corpora.
+        folders: corpus -> its folder there; a corpus that is not in it has the folder of its name.
 
     Raises:
         ArtefactError: names the corpus.
     """
     origin_run = _run_at(start)
     assert origin_run is not None, f"{start} lies in no run"
-    recorded = durable.read_json(origin_run.corpora)
+    recorded = recorded_content(origin_run)
     for name in corpora:
-        corpus_path = run.work.corpus(name)
+        corpus_path = run.work.corpus((folders or {}).get(name, name))
         if manifest_path(corpus_path).is_file() and read_manifest(corpus_path).content != recorded.get(name):
             raise ArtefactError(
                 f"{origin_run.path} was trained on other content of corpus {name} than {corpus_path} holds: a branch "

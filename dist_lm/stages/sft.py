@@ -143,7 +143,7 @@ def write_answers(arguments: EvaluationArguments) -> None:
     settings = config.stage.answers
     if not settings.conversations:
         return
-    corpus = TokenCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
+    corpus = TokenCorpus.open(arguments.run.corpus(config.stage.corpus), "val")
     context = config.model.max_seq_len
     held_out = held_out_answers(corpus, settings.conversations, context - 1)
     if not held_out:

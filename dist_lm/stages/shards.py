@@ -1,14 +1,22 @@
-"""Stage `shards`: tokenizes the corpora into work/corpora/NAME/*.tar, each with an index and a manifest.
+"""Stage `shards`: tokenizes the corpora into work/corpora/FOLDER/*.tar, each with an index and a manifest.
 
 A fingerprint holds the settings that the files of a work directory depend on. It is stored with the files and compared
 before they are used again.
+
+A corpus NAME lies in the folder NAME. Another content of that name, from other sources, settings or inputs, lies beside
+it as NAME-1a2b3c4d: a finished corpus never changes, and runs name the folder that they read. `folder_of` finds
+the folder of a configuration.
+
+Corpora of texts that are built together are compared by their sources. All other finished corpora of the work directory
+are earlier ones (`data.earlier`): train of a new corpus holds nothing of their val.
 """
 
 import hashlib
 import json
 import logging
+import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,16 +26,24 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document, sample_documents
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
+from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
+from dist_lm.data.earlier import EarlierCorpora
 from dist_lm.data.ingest import TextSplits, split_documents
-from dist_lm.data.inputs import HUB, inputs_of
-from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
+from dist_lm.data.inputs import HUB, Inputs, inputs_of
+from dist_lm.data.journal import (
+    REJECTED,
+    is_dropped_for_inputs,
+    journal_path,
+    journal_recipe,
+    require_only_ours,
+)
 from dist_lm.data.manifest import (
     Counts,
     FormatError,
     ListInputs,
+    Manifest,
     ManifestError,
     Recipe,
     changed_inputs,
@@ -37,17 +53,26 @@ from dist_lm.data.manifest import (
     manifest_path,
     read_manifest,
 )
-from dist_lm.data.screening import IngestReport
+from dist_lm.data.screening import IngestReport, SourceReader
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
-from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora, tokenizer_corpora
+from dist_lm.data.sources.reader import (
+    Candidate,
+    corpus_sources,
+    form_of,
+    source_traits,
+    text_corpora,
+    tokenizer_corpora,
+)
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
-from dist_lm.stages.stage import Artefact, ArtefactStage
+from dist_lm.stages.continuing import recorded_folders
+from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import Encode, encode_documents
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
+from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
@@ -56,6 +81,7 @@ log = logging.getLogger(__name__)
 
 NAMED_DIFFERENCES = 3  # settings that a message names
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
+BESIDE = re.compile(r".*-[0-9a-f]{8}")  # a folder beside that of the name: no name that a corpus may have
 
 
 @dataclass
@@ -83,17 +109,28 @@ class Shards(ArtefactStage):
     needs = ("tokenizer",)
     in_pipeline = True
 
+    def check(self, config: Config) -> None:
+        for name in config.corpus.corpora or {}:
+            accepted = "another name: folders of this form hold another content of a corpus"
+            require(not BESIDE.fullmatch(name), "the name of a corpus in corpus.corpora", name, accepted)
+
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Build only the corpora that later stages read."""
+        """Build only the corpora that later stages read: where these are runs that have begun, in their folders."""
         read = sorted({name for reader in readers for name in reader.corpus_names})
-        return replace(config, stage=replace(own(config), corpora=read))
+        return replace(begun_folders(config, readers), stage=replace(own(config), corpora=read))
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        # Later stages read the folders that are found here.
+        list_inputs = listing_once()
+        config = with_folders(config, wanted_corpora(config), list_inputs)
+        artefact = inspect_corpora(config, wanted_corpora(config), train_tokens, list_inputs)
+        return Look(config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
     def inspect(self, config: Config) -> Artefact:
-        return inspect_corpora(config, wanted_corpora(config), lambda counts: f"{counts.tokens:,} training tokens")
+        return inspect_corpora(config, wanted_corpora(config), train_tokens)
 
     def build(self, config: Config, console: "Console") -> None:
-        """Tokenizes every corpus that is missing, damaged or older than its inputs; corrects the licences of the
-        others.
+        """Tokenizes every corpus that is missing or damaged; corrects the licences of the others.
 
         These are the corpora in `stage.corpora` (null: all), except those of rankings. An interrupted build goes on
         after its finished tars; if the inputs have changed, these are dropped.
@@ -108,21 +145,35 @@ class Shards(ArtefactStage):
         """
         wanted = wanted_corpora(config)
         # Files are listed once for the whole build: what is compared with val is what is tokenized.
-        text_splits = TextSplits(config.corpus, config.seed)
-        missing = missing_corpora(config, wanted, text_splits.reader.files)
+        reader = TextSplits(config.corpus, config.seed).reader
+        # What the plan has chosen stays, even if inputs have changed since.
+        config = with_folders(config, [name for name in wanted if name not in config.corpus.folders], reader.files)
+        missing = missing_corpora(config, wanted)
         correct_corpora(config, [name for name in wanted if name not in missing])
 
-        # No train text may contain a held-out text of any corpus. So the other corpora of texts are compared with val
-        # before the first build; the first corpus itself is compared while it is built.
-        if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
-            text_splits.frozen = frozen_corpora(config, missing, text_splits.reader.files)
+        # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
+        texts = [name for name in missing if form_of(config.corpus, name) == "text"]
+        together = corpora_together(config, texts, reader.files)
+        groups: dict[tuple[Path, ...], list[str]] = {}
+        for name in texts:
+            groups.setdefault(tuple(earlier_folders(config, name, together, reader)), []).append(name)
+
+        for folders, names in groups.items():
+            text_splits = TextSplits(
+                config.corpus, config.seed, together=together, earlier=earlier_corpora(config, folders), reader=reader
+            )
+            # No train text may contain a held-out text. So the other corpora of texts are compared with val before the
+            # first build; the first corpus itself is compared while it is built.
             with console.waiting("comparing val with train"):
-                text_splits.compare(name for name in text_corpora(config.corpus) if name != first)
+                text_splits.compare(name for name in together if name != names[0])
                 text_splits.train_rule()  # reads all that it needs while the console shows this wait
             require_compared(config, missing, text_splits)
+            for name in names:
+                build_corpus(config, name, text_splits, console)
 
         for name in missing:
-            build_corpus(config, name, text_splits, console)
+            if name not in texts:
+                build_corpus(config, name, alone(config, name, reader=reader), console)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).path / "corpora"
@@ -151,24 +202,27 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
     return [name for name in names if (form_of(config.corpus, name) == "ranking") == rankings]
 
 
-def missing_corpora(config: Config, names: Sequence[str], list_inputs: ListInputs = inputs_of) -> list[str]:
-    """Returns those of `names` whose tars must be built: missing or damaged, or their inputs changed.
-
-    A corpus whose inputs cannot be listed now counts as unchanged.
+def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
+    """Returns those of `names` whose tars must be built: missing or damaged.
 
     Args:
-        list_inputs: as of `listed_inputs`.
+        config: of `with_folders`.
 
     Raises:
         ArtefactError: see `is_whole`.
     """
     work = WorkDirectory(Path(config.work_dir))
-    return [name for name in names if not is_whole(work.corpus(name)) or _changed(config, name, list_inputs)[0]]
+    return [name for name in names if not is_whole(config.corpus_in(work, name))]
 
 
 def correct_corpora(config: Config, names: Sequence[str]) -> None:
     """Gives the documents of whole corpora the licences of the configuration; rewrites origins and manifest of those
     that have others.
+
+    A folder that was chosen although its sources are others keeps its licences.
+
+    Args:
+        config: of `with_folders`.
 
     Raises:
         ArtefactError: a manifest is missing or damaged.
@@ -176,20 +230,24 @@ def correct_corpora(config: Config, names: Sequence[str]) -> None:
     """
     work = WorkDirectory(Path(config.work_dir))
     for name in names:
-        if list(read_manifest(work.corpus(name)).licences) != _licences(config, name):
-            correct_licences(work.corpus(name), _licences(config, name))
+        directory = config.corpus_in(work, name)
+        if _has_other_licences(config, name, directory):
+            correct_licences(directory, _licences(config, name))
 
 
-def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Counts], str]) -> Artefact:
-    """Returns the state of the corpora `names`: ready only if all of them are; its text says what is missing or
-    changed. A corpus with other licences than the configuration is not ready either.
+def inspect_corpora(
+    config: Config, names: Sequence[str], amount: Callable[[Counts], str], list_inputs: ListInputs = inputs_of
+) -> Artefact:
+    """Returns the state of the corpora `names`: ready only if all of them are; its text says what is missing, and why a
+    corpus is built beside another of its name. A corpus with other licences than the configuration is not ready either.
 
     Args:
         amount: says how much there is to train on.
+        list_inputs: as of `listed_inputs`.
 
     Raises:
-        ArtefactError: a corpus was made from another text or with another tokenizer, which may be missing, or its
-            folder holds files of others.
+        ArtefactError: a corpus was made with another tokenizer, which may be missing, or its folder holds files of
+            others, or a manifest is damaged.
         ConfigError: a source is invalid.
         UnreachableError: the hub cannot be asked for a missing corpus; not in a dry run.
     """
@@ -197,28 +255,30 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
         return Artefact(True, "no corpus to build")
 
     work = WorkDirectory(Path(config.work_dir))
+    config = with_folders(config, names, list_inputs)
     ready: list[str] = []
     missing: list[str] = []
     notes: list[str] = []
     for name in names:
-        corpus_path = work.corpus(name)
-        if not is_whole(corpus_path):
+        directory = config.corpus_in(work, name)
+        if not is_whole(directory):
             missing.append(name)
-            words_of = {manifest_path(corpus_path): "damaged", journal_path(corpus_path): "unfinished"}
+            words_of = {manifest_path(directory): "damaged", journal_path(directory): "unfinished"}
             notes += [f"{name} {words}" for path, words in words_of.items() if path.is_file()]
-            notes += _unlisted(config, name)
+            notes += _beside(config, name, directory, list_inputs)
+            notes += _unlisted(config, name, list_inputs)
             continue
 
-        check_corpus(config, name)
-        changes, unknown = _changed(config, name)
+        check_tokenizer(config, directory)
+        changes, unknown = _changed(config, name, directory, list_inputs)
         # Licences are corrected in place: a build would give the same tars.
-        if not changes and list(read_manifest(corpus_path).licences) != _licences(config, name):
-            changes = ["licences only"]
-        if changes:
+        if _has_other_licences(config, name, directory):
             missing.append(name)
-            notes.append(f"{name} changed: {'; '.join(changes)}")
+            notes.append(f"{name} changed: licences only")
         else:
             ready.append(name)
+        if changes:
+            notes.append(f"{name} stays, in folder {directory.name}: {'; '.join(changes)}")
         if unknown:
             notes.append(f"inputs of {name} are not compared: {unknown}")
 
@@ -230,11 +290,28 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
             detail += f" ({'; '.join(notes)})"
         return Artefact(False, detail)
 
-    counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
+    counts = sum((read_manifest(config.corpus_in(work, name)).splits["train"].counts for name in names), Counts())
     return Artefact(True, "; ".join([f"corpora {', '.join(names)}: {amount(counts)}", *notes]))
 
 
-def _unlisted(config: Config, name: str) -> list[str]:
+def train_tokens(counts: Counts) -> str:
+    """Says how many tokens of text there are to train on."""
+    return f"{counts.tokens:,} training tokens"
+
+
+def _beside(config: Config, name: str, directory: Path, list_inputs: ListInputs) -> list[str]:
+    """Returns a note on why a corpus is built beside the folder of its name; none if it is not."""
+    named = directory.with_name(name)
+    if named == directory or not manifest_path(named).is_file():
+        return []
+    manifest = read_manifest(named)
+    words = in_brief(manifest.settings, corpus_fingerprint(config, name)) or " of other settings"
+    if is_of_settings(config, name, manifest.recipe):
+        words = f" ({'; '.join(_changed(config, name, named, list_inputs)[0])})"
+    return [f"{name} in {directory.name}, beside another {name}{words}"]
+
+
+def _unlisted(config: Config, name: str, list_inputs: ListInputs) -> list[str]:
     """Checks keys and places of a missing corpus before anything starts. Returns notes: why the hub was not asked (dry
     run).
 
@@ -244,7 +321,7 @@ def _unlisted(config: Config, name: str) -> list[str]:
         ArtefactError: a folder or URL cannot be listed.
     """
     try:
-        listed_inputs(config.corpus, name)
+        listed_inputs(config.corpus, name, list_inputs)
     except UnreachableError as error:
         if not config.dry_run:
             raise
@@ -256,13 +333,186 @@ def _licences(config: Config, name: str) -> list[str]:
     return [source.licence for source in corpus_sources(config.corpus, name)]
 
 
-def _changed(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> tuple[list[str], str]:
-    """(how the inputs of a whole corpus changed since it was built, why they are not known)."""
+def _has_other_licences(config: Config, name: str, directory: Path) -> bool:
+    """Whether a whole corpus of the configured sources has other licences than the configuration."""
+    manifest = read_manifest(directory)
+    return is_of_settings(config, name, manifest.recipe) and list(manifest.licences) != _licences(config, name)
+
+
+def _changed(config: Config, name: str, directory: Path, list_inputs: ListInputs) -> tuple[list[str], str]:
+    """(how settings or inputs of a whole corpus differ from the configured ones, why inputs are not known)."""
+    manifest = read_manifest(directory)
+    if not is_of_settings(config, name, manifest.recipe):
+        words = in_brief(manifest.settings, corpus_fingerprint(config, name))
+        return [f"its settings are others{words}"], ""
     try:
-        directory = WorkDirectory(Path(config.work_dir)).corpus(name)
         return changed_inputs(config.corpus, name, directory, list_inputs), ""
     except UserError as error:
         return [], str(error)
+
+
+# --- the folder of a corpus ---
+
+
+def with_folders(config: Config, names: Sequence[str], list_inputs: ListInputs = inputs_of) -> Config:
+    """Returns `config` with the folders of the corpora `names`: the finished ones in `corpus.folders`, else those of
+    `folder_of`.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
+
+    Raises:
+        ConfigError: as `folder_of`, or `corpus.folders` names a folder that holds no finished corpus.
+        ArtefactError: as `folder_of`.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    folders = dict(config.corpus.folders)
+    for name in names:
+        if name in folders and manifest_path(work.corpus(folders[name])).is_file():
+            continue
+        chosen = folder_of(config, name, list_inputs).name
+        accepted = f"a finished folder of {work.path / 'corpora'}, as `dist-lm data list` shows them; or no such key"
+        require(folders.get(name, chosen) == chosen, f"corpus.folders.{name}", folders.get(name), accepted)
+        folders[name] = chosen
+    return replace(config, corpus=replace(config.corpus, folders=folders))
+
+
+def folder_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> Path:
+    """Returns the folder of a corpus: that with the settings and inputs of the configuration, else a free one.
+
+    It is the folder NAME or NAME-1a2b3c4d. A finished corpus whose inputs have changed, or that has other settings, is
+    another one and stays. Where inputs cannot be listed, settings decide, and the corpus that was finished last is
+    taken. A build that was begun with these settings is continued, whatever its inputs were.
+
+    Args:
+        list_inputs: as of `listed_inputs`.
+
+    Raises:
+        ConfigError: a source is invalid.
+        ArtefactError: none fits, and a manifest or journal of this name is damaged or of another format.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    named = work.corpus(name)
+    beside = (path for path in named.parent.glob(f"{name}-????????") if BESIDE.fullmatch(path.name))
+    not_compared: list[Path] = []
+    unfinished: list[Path] = []
+    damaged: list[ArtefactError] = []
+    for folder in (named, *sorted(beside)):
+        try:
+            if not manifest_path(folder).is_file():
+                recipe = journal_recipe(folder)
+                if recipe and is_of_settings(config, name, recipe):
+                    unfinished.append(folder)
+                continue
+            if not is_of_settings(config, name, read_manifest(folder).recipe):
+                continue
+        except (ManifestError, FormatError) as error:
+            # The damaged one may be another data set of this name.
+            damaged.append(error)
+            continue
+
+        changes, unknown = _changed(config, name, folder, list_inputs)
+        if unknown:
+            not_compared.append(folder)
+        elif not changes:
+            return folder
+
+    if not_compared:
+        return max(not_compared, key=lambda folder: manifest_path(folder).stat().st_mtime_ns)
+    if unfinished:
+        return unfinished[0]
+    if damaged:
+        raise damaged[0]
+    if not manifest_path(named).is_file() and not journal_path(named).is_file():
+        return named
+    return named.with_name(f"{name}-{identity(config, name, list_inputs)[:8]}")
+
+
+def identity(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> str:
+    """Returns a hash of the settings and inputs of one corpus. Inputs that cannot be listed do not count.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    inputs = ""
+    try:
+        listings = (
+            listing
+            for corpus in corpora_of_settings(config, name)
+            for listing in listed_inputs(config.corpus, corpus, list_inputs)
+        )
+        inputs = inputs_hash(listings)
+    except UserError as error:
+        log.info("%s", error)  # the plan refuses to build without them, or says that this is a dry run
+    return digest([corpus_settings(config, name), inputs])
+
+
+def is_of_settings(config: Config, name: str, recipe: Recipe) -> bool:
+    """Returns whether a corpus was made with the settings that the documents of `name` depend on now.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    if form_of(config.corpus, name) != "text":
+        settings = corpus_fingerprint(config, name)
+        # Earlier releases did not record the model whose samples are ranked.
+        without_model = {key: value for key, value in settings.items() if key != "model"}
+        return recipe.corpus_fingerprint in (digest(settings), digest(without_model))
+    # Earlier releases compared the settings of all corpora of texts, and at first recorded nothing else.
+    return recipe.own_fingerprint == digest(corpus_settings(config, name)) or recipe.corpus_fingerprint == digest(
+        text_fingerprint(config)
+    )
+
+
+def corpus_settings(config: Config, name: str) -> dict[str, Any]:
+    """Returns the settings that the documents of one corpus depend on, before other corpora are compared.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    if form_of(config.corpus, name) == "text":
+        return _fingerprint(config, corpora_of_settings(config, name))
+    return corpus_fingerprint(config, name)
+
+
+def corpora_of_settings(config: Config, name: str) -> list[str]:
+    """Lists the corpora whose sources decide on the documents of one: itself, and with `cleaning.across_corpora` those
+    of texts before it.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    if config.corpus.cleaning.across_corpora and name in (texts := text_corpora(config.corpus)):
+        return texts[: texts.index(name) + 1]
+    return [name]
+
+
+def begun_folders(config: Config, readers: Sequence[Config]) -> Config:
+    """Returns `config` with the folders that runs have begun with, for corpora that only such runs read.
+
+    Raises:
+        ArtefactError: the record of a run is damaged.
+    """
+    folders: dict[str, set[str]] = {}
+    for reader in readers:
+        begun = recorded_folders(reader)
+        for name in reader.corpus_names:
+            folders.setdefault(name, set()).add(begun.get(name, ""))
+    # Two runs may have begun with different folders: then the plan is about that of the sources.
+    chosen = {name: found.pop() for name, found in folders.items() if len(found) == 1 and "" not in found}
+    return replace(config, corpus=replace(config.corpus, folders={**config.corpus.folders, **chosen}))
+
+
+def listing_once() -> ListInputs:
+    """Returns a function that lists the inputs of a source once, and gives the same listing to later calls."""
+    listings: dict[str, Inputs] = {}
+
+    def list_once(source: SourceConfig) -> Inputs:
+        if repr(source) not in listings:
+            listings[repr(source)] = inputs_of(source)
+        return listings[repr(source)]
+
+    return list_once
 
 
 def is_whole(directory: Path) -> bool:
@@ -293,77 +543,157 @@ def is_whole(directory: Path) -> bool:
     return False
 
 
-def check_corpus(config: Config, name: str) -> None:
-    """Refuses a corpus that was made from another text or with another tokenizer.
+def check_tokenizer(config: Config, directory: Path) -> None:
+    """Refuses a corpus that was made with another tokenizer; returns nothing.
 
     Raises:
         ArtefactError: names the folder and the way out.
-        ConfigError: a source is invalid.
     """
     work = WorkDirectory(Path(config.work_dir))
-    manifest = read_manifest(work.corpus(name))
-    settings = corpus_fingerprint(config, name)
-    if manifest.recipe.corpus_fingerprint != digest(settings) and not is_frozen(config, name):
-        raise ArtefactError(
-            f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}, or "
-            f"by another version of dist_lm{in_brief(manifest.settings, settings)}: use another work_dir, or remove "
-            "that folder to build it again"
-        )
-
     if not work.tokenizer_model.exists():
         raise ArtefactError(
-            f"{work.corpus(name)} exists, but its tokenizer is missing: restore {work.tokenizer_model}, "
+            f"{directory} exists, but its tokenizer is missing: restore {work.tokenizer_model}, "
             f"or remove {work.path / 'corpora'} to build both again"
         )
-    manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
+    read_manifest(directory).require_tokenizer(durable.sha256_of(work.tokenizer_model), directory)
 
 
-def is_frozen(config: Config, name: str) -> bool:
-    """Returns whether a corpus of texts is not rebuilt with `tokenizer=keep`, although other corpora may have changed
-    since.
-
-    Its own sources must be those it was made from.
-
-    Raises:
-        ArtefactError: the manifest is missing or damaged.
-        ConfigError: a source is invalid.
-    """
-    if config.tokenizer.source != KEEP or form_of(config.corpus, name) != "text":
-        return False
-    recipe = read_manifest(WorkDirectory(Path(config.work_dir)).corpus(name)).recipe
-    return recipe.own_fingerprint == digest(_fingerprint(config, [name]))
+# --- the other corpora of the work directory ---
 
 
-def frozen_corpora(config: Config, missing: Sequence[str], list_inputs: ListInputs = inputs_of) -> frozenset[str]:
-    """Returns the corpora of texts that stay as they are while `missing` are built, although other corpora have changed
-    since.
-
-    They keep their held-out split, so new train text must not contain it.
+def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListInputs = inputs_of) -> list[str]:
+    """Returns the corpora of texts whose sources are compared when `missing` are built: these, those that are not there
+    yet, and finished ones whose val was compared with the same sources of `missing`.
 
     Args:
+        missing: corpora of texts.
         list_inputs: as of `listed_inputs`.
 
     Raises:
         ArtefactError: a manifest is damaged.
         ConfigError: a source is invalid.
+    """
+    if not missing:
+        return []
+    work = WorkDirectory(Path(config.work_dir))
+    together = []
+    for name in text_corpora(config.corpus):
+        directory = folder_of(config, name, list_inputs)
+        if name in config.corpus.folders:
+            directory = config.corpus_in(work, name)
+        is_there = name not in missing and manifest_path(directory).is_file()
+        if not is_there or _has_seen(config, read_manifest(directory), missing, list_inputs):
+            together.append(name)
+    return together
+
+
+def _has_seen(config: Config, manifest: Manifest, missing: Sequence[str], list_inputs: ListInputs) -> bool:
+    """Returns whether val of a finished corpus was compared with the sources of `missing` as they are now.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    recorded = manifest.settings.get("corpus", {}).get("corpora", {})
+    names = [name for name in text_corpora(config.corpus) if not recorded or name in recorded]
+    # Manifests of earlier releases recorded no documents.
+    seen = manifest.documents or names
+    if not set(missing) <= set(names) & set(seen) or set(recorded) - set(names):
+        return False
+    if manifest.recipe.corpus_fingerprint != digest(_fingerprint(config, names)):
+        return False
+    try:
+        listings = (listing for name in names for listing in listed_inputs(config.corpus, name, list_inputs))
+        return manifest.recipe.inputs_sha256 == inputs_hash(listings)
+    except UserError as error:
+        log.info("%s", error)  # it is an earlier corpus then, whose sources need not be there
+        return False
+
+
+def finished_corpora(work: WorkDirectory) -> list[Path]:
+    """Lists the folders of finished corpora that this version reads, by name. Tars are not looked at.
+
+    Raises:
+        ManifestError (an ArtefactError): a manifest is damaged.
+    """
+    folders = []
+    for path in sorted((work.path / "corpora").glob("*/manifest.json")):
+        try:
+            read_manifest(path.parent)
+        except FormatError as error:
+            log.info("%s", error)
+            continue
+        folders.append(path.parent)
+    return folders
+
+
+def earlier_folders(
+    config: Config, name: str, together: Sequence[str] = (), reader: SourceReader | None = None
+) -> list[Path]:
+    """Returns the finished corpora of the work directory that `name` is compared with, ordered by name.
+
+    These are all but its own folder and those of `together`. Corpora of another tokenizer or format are left out: no
+    model of this tokenizer can be evaluated on them. A corpus that is repaired, or whose build goes on, is compared
+    with those that it was compared with first, if that gives the same bytes again: corpora of later days were compared
+    with it.
+
+    Args:
+        together, reader: as for `TextSplits`.
+
+    Raises:
+        ArtefactError: a manifest or journal is damaged.
         UserError: an input cannot be listed.
     """
     work = WorkDirectory(Path(config.work_dir))
-    existing = [
-        name for name in text_corpora(config.corpus) if name not in missing and work.corpus_manifest(name).is_file()
-    ]
-    if not existing:
-        return frozenset()
-    # Fingerprint and inputs are those of all corpora of texts.
-    current = recipe_of(config, existing[0], list_inputs)
+    own_folder = config.corpus_in(work, name)
+    excluded = {own_folder, *(config.corpus_in(work, other) for other in together)}
+    tokenizer_sha256 = durable.sha256_of(work.tokenizer_model)
+    others = {folder: read_manifest(folder) for folder in finished_corpora(work) if folder not in excluded}
+    recipes = {
+        folder: manifest.recipe
+        for folder, manifest in others.items()
+        if manifest.recipe.tokenizer_sha256 == tokenizer_sha256
+    }
 
-    def is_older(name: str) -> bool:
-        recipe = read_manifest(work.corpus(name)).recipe
-        if recipe.corpus_fingerprint != current.corpus_fingerprint:
-            return is_frozen(config, name)
-        return recipe.inputs_sha256 != current.inputs_sha256
+    was_finished = manifest_path(own_folder).is_file()
+    begun = read_manifest(own_folder).recipe if was_finished else journal_recipe(own_folder)
+    if begun is None:
+        return list(recipes)
+    first = [folder for folder in recipes if folder.name in begun.compared]
+    later = [folder for folder in recipes if own_folder.name in recipes[folder].compared]
+    earlier = earlier_corpora(config, first)
+    again = recipe_of(
+        config, name, TextSplits(config.corpus, config.seed, together=together, earlier=earlier, reader=reader)
+    )
+    is_same = again == begun and (was_finished or set(recipes) == {*first, *later})
+    return first if is_same else list(recipes)
 
-    return frozenset(name for name in existing if is_older(name))
+
+def earlier_corpora(config: Config, folders: Sequence[Path]) -> EarlierCorpora:
+    """Returns the corpora of these folders, to be compared with a new one.
+
+    Raises:
+        ArtefactError: a manifest is damaged.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    return EarlierCorpora(folders, work.tokenizer_model, config.tokenizer.workers)
+
+
+def alone(
+    config: Config,
+    name: str,
+    preloaded: dict[str, list[Candidate]] | None = None,
+    reader: SourceReader | None = None,
+) -> TextSplits:
+    """Returns what decides on the splits of a corpus of conversations or rankings: its groups, and earlier corpora.
+
+    Args:
+        preloaded, reader: as for `TextSplits`.
+
+    Raises:
+        ArtefactError: a manifest is damaged.
+    """
+    earlier = earlier_corpora(config, earlier_folders(config, name, reader=reader))
+    return TextSplits(config.corpus, config.seed, preloaded, together=(), earlier=earlier, reader=reader)
 
 
 def require_compared(config: Config, missing: Sequence[str], text_splits: TextSplits) -> None:
@@ -373,22 +703,23 @@ def require_compared(config: Config, missing: Sequence[str], text_splits: TextSp
     not built again was never compared with these documents, so train text that is built now may contain it.
 
     Args:
-        text_splits: has read all corpora of texts.
+        text_splits: has read the corpora that are built together.
 
     Raises:
         ArtefactError: names both corpora, or a manifest is damaged.
     """
     work = WorkDirectory(Path(config.work_dir))
-    for name in text_corpora(config.corpus):
-        # Train text that contains val of a frozen corpus is dropped, so those need no refusal.
-        if name in missing or name in text_splits.frozen or not work.corpus_manifest(name).is_file():
+    # Train text that contains val of any other corpus is dropped, so those need no refusal.
+    for name in text_splits.together:
+        directory = config.corpus_in(work, name)
+        if name in missing or not manifest_path(directory).is_file():
             continue
 
-        for other, documents in read_manifest(work.corpus(name)).documents.items():
-            if text_splits.reader.documents(other) != documents:
+        for other, documents in read_manifest(directory).documents.items():
+            if other in text_splits.together and text_splits.reader.documents(other) != documents:
                 raise ArtefactError(
-                    f"{work.corpus(name)} was built when corpus {other} had other documents, although sizes and times "
-                    f"of its inputs are the same: remove {work.corpus(name)} to build both again"
+                    f"{directory} was built when corpus {other} had other documents, although sizes and times "
+                    f"of its inputs are the same: remove {directory} to build both again"
                 )
 
 
@@ -414,12 +745,13 @@ def build_corpus(
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
     sources = corpus_sources(config.corpus, name)
+    directory = config.corpus_in(work, name)
     inputs = listed_inputs(config.corpus, name, text_splits.reader.files)
-    recipe = recipe_of(config, name, text_splits.reader.files)
+    recipe = recipe_of(config, name, text_splits)
 
     # A branch of the hub may have moved on since an earlier build, whose tars are then dropped.
     heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
-    if heads and is_dropped_for_inputs(work.corpus(name), recipe):
+    if heads and is_dropped_for_inputs(directory, recipe):
         console.warning(
             f"corpus {name} is built from the beginning: inputs changed after an earlier build began. `revision` of a "
             f"source keeps it at one commit; those read now: {', '.join(heads)}"
@@ -428,8 +760,8 @@ def build_corpus(
     # (split, source, hash of the text) of each document that the encoder has not returned yet; it returns them in order
     origins: deque[tuple[str, int, bytes]] = deque()
     with (
-        CorpusWriter(work.corpus(name), recipe) as writer,
-        (work.corpus(name) / REJECTED).open("w", encoding="utf-8") as rejected,
+        CorpusWriter(directory, recipe) as writer,
+        (directory / REJECTED).open("w", encoding="utf-8") as rejected,
         console.counting(f"tokenizing {name}", unit="documents") as count,
     ):
         # Documents in finished tars that are still to be skipped, by split.
@@ -462,47 +794,59 @@ def build_corpus(
 
         if any(n_finished.values()):
             raise ArtefactError(
-                f"corpus {name}: its sources give fewer documents than the finished tars of {work.corpus(name)} hold: "
+                f"corpus {name}: its sources give fewer documents than the finished tars of {directory} hold: "
                 "they have changed; remove that folder to build it again"
             )
         listed = [listing.to_json() for listing in inputs]
-        is_text = form_of(config.corpus, name) == "text"
-        corpora_read = text_corpora(config.corpus) if is_text else [name]
-        read = {corpus: text_splits.reader.documents(corpus) for corpus in corpora_read}
-        writer.finish(asdict(report), _licences(config, name), listed, corpus_fingerprint(config, name), read)
+        read = {corpus: text_splits.reader.documents(corpus) for corpus in corpora_read(config, name, text_splits)}
+        settings = corpus_fingerprint(config, name, text_splits.together)
+        writer.finish(asdict(report), _licences(config, name), listed, settings, read)
 
 
-def recipe_of(config: Config, name: str, list_inputs: ListInputs = inputs_of) -> Recipe:
-    """Returns the settings and inputs that the tars of one corpus depend on; lists the inputs, also on the hub.
+def corpora_read(config: Config, name: str, text_splits: TextSplits) -> Sequence[str]:
+    """Returns the corpora whose sources the documents of one depend on: texts on all that are built together.
+
+    Raises:
+        ConfigError: a source is invalid.
+    """
+    return text_splits.together if form_of(config.corpus, name) == "text" else [name]
+
+
+def recipe_of(config: Config, name: str, text_splits: TextSplits | None = None) -> Recipe:
+    """Returns the settings, inputs and earlier corpora that the tars of one corpus depend on; lists the inputs, also on
+    the hub.
 
     Args:
-        list_inputs: as of `listed_inputs`.
+        text_splits: of the build; None: all corpora of texts are built together, and there are no earlier ones.
 
     Raises:
         ArtefactError: there is no tokenizer.
         UserError: an input cannot be listed.
     """
+    text_splits = text_splits or TextSplits(config.corpus, config.seed)
     tokenizer_model = WorkDirectory(Path(config.work_dir)).tokenizer_model
-    # Texts depend on the held-out text of all corpora of texts.
-    corpora_read = text_corpora(config.corpus) if form_of(config.corpus, name) == "text" else [name]
+    listings = (
+        listing
+        for corpus in corpora_read(config, name, text_splits)
+        for listing in listed_inputs(config.corpus, corpus, text_splits.reader.files)
+    )
     return Recipe(
         tokenizer_sha256=durable.sha256_of(tokenizer_model),
         vocab_size=Tokenizer.load(tokenizer_model).vocab_size,
-        corpus_fingerprint=digest(corpus_fingerprint(config, name)),
+        corpus_fingerprint=digest(corpus_fingerprint(config, name, text_splits.together)),
         documents_per_member=config.corpus.documents_per_member,
         shard_tokens=config.corpus.shard_tokens,
-        inputs_sha256=inputs_hash(
-            listing for corpus in corpora_read for listing in listed_inputs(config.corpus, corpus, list_inputs)
-        ),
-        own_fingerprint=digest(_fingerprint(config, [name])),
+        inputs_sha256=inputs_hash(listings),
+        own_fingerprint=digest(_fingerprint(config, corpora_of_settings(config, name))),
+        compared=text_splits.earlier.compared,
     )
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:
     """Returns the settings that the texts of all corpora depend on.
 
-    All corpora of texts share a fingerprint, because a train text of one corpus drops the val text of another corpus
-    that it contains.
+    Corpora of texts that are built together share a fingerprint, because a train text of one corpus drops the val text
+    of another corpus that it contains.
 
     Raises:
         ConfigError: a source is invalid.
@@ -519,22 +863,37 @@ def tokenizer_fingerprint(config: Config) -> dict[str, Any]:
     return _fingerprint(config, tokenizer_corpora(config.corpus))
 
 
-def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
+def corpus_fingerprint(config: Config, name: str, together: Sequence[str] | None = None) -> dict[str, Any]:
     """Returns the settings that the documents of one corpus and their tokens depend on, as JSON values.
 
-    A corpus of conversations or rankings depends on no other corpus.
+    A corpus of conversations or rankings depends on no other corpus of the configuration.
+
+    Args:
+        together: corpora of texts that are built together; None: all.
 
     Raises:
         ConfigError: a source is invalid.
         ArtefactError: the chat template beside the tokenizer is damaged.
     """
     if form_of(config.corpus, name) == "text":
-        return text_fingerprint(config)
+        return text_fingerprint(config) if together is None else _fingerprint(config, [*together])
     fingerprint = _fingerprint(config, [name]) | {"format": FORMAT}
     template = KeptTemplate.read(WorkDirectory(Path(config.work_dir)).tokenizer)
     if template:
         fingerprint["chat_template"] = asdict(template)
+    if any(source.reader == SAMPLED for source in corpus_sources(config.corpus, name)):
+        fingerprint |= _sampled_model(config)
     return fingerprint
+
+
+def _sampled_model(config: Config) -> dict[str, str]:
+    """Returns the hash of the checkpoint in `stage.init_from`, whose samples are ranked; empty if there is none yet."""
+    try:
+        checkpoint = checkpoint_files.find_checkpoint(Path(getattr(config.stage, "init_from", "none")))
+        return {"model": checkpoint_files.fingerprint(checkpoint)}
+    except ArtefactError as error:
+        log.info("%s", error)  # a plan that builds the model first, or a build that fails when it samples
+        return {}
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
@@ -548,7 +907,13 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     """
     selected: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
     corpus = asdict(selected)
-    for key in ("name", "documents_per_member", "shard_tokens", "max_bad_fraction"):  # none changes a document
+    for key in (
+        "name",
+        "documents_per_member",
+        "shard_tokens",
+        "max_bad_fraction",
+        "folders",
+    ):  # none changes a document
         corpus.pop(key)
     # Corpora from before these keys have no such setting, and read their rows as without it.
     for source in chain.from_iterable(corpus["corpora"].values()):

@@ -117,7 +117,7 @@ class TextStage(TrainingStage):
             # The documents are the same on every rank, so one warning is enough.
             for name in arguments.config.stage.corpus_names:
                 for split in SPLITS:
-                    corpus = TokenCorpus.open(arguments.run.work.corpus(name), split)
+                    corpus = TokenCorpus.open(arguments.config.corpus_in(arguments.run.work, name), split)
                     stage = arguments.config.stage
                     if note := note_of_left_out(corpus, stage.seq_len, too_long=stage.too_long):
                         log.warning("%s", note)
@@ -134,7 +134,7 @@ class TextStage(TrainingStage):
         stage, work = config.stage, run_of(config).work
         passes = []
         for name, share in shares_of(stage.corpus, stage.mix).items():
-            directory = work.corpus(name)
+            directory = config.corpus_in(work, name)
             fim_rate = fim_rate_of(config) if name == stage.corpus else 0.0
             if form_of(config.corpus, name) == "text" and not (exact and fim_rate):
                 # To open a corpus of 200 million documents takes minutes, and the manifest knows the tokens.
@@ -157,7 +157,7 @@ class TextStage(TrainingStage):
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
         from dist_lm.tokenizer.tokenizer import Tokenizer
 
-        corpus = TokenCorpus.open(run.work.corpus(config.stage.corpus), "val")
+        corpus = TokenCorpus.open(config.corpus_in(run.work, config.stage.corpus), "val")
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
 
         # gzip cannot apply a loss mask, so there is no figure for conversations.
@@ -195,7 +195,9 @@ def open_stream(arguments: DataArguments) -> "SequenceStream":
     from dist_lm.data.stream import SequenceStream
 
     config, stage = arguments.config, arguments.config.stage
-    corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "train") for name in stage.corpus_names}
+    corpora = {
+        name: TokenCorpus.open(config.corpus_in(arguments.run.work, name), "train") for name in stage.corpus_names
+    }
     infill = None
     if fim_rate := fim_rate_of(config):
         infill = Infill(fim_rate, InfillMarks.of(arguments.tokenizer))
@@ -244,9 +246,9 @@ def evaluator(arguments: DataArguments) -> "Evaluate":
     from dist_lm.data.infill_evaluation import HeldOutMiddles
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
-    stage, device = arguments.config.stage, arguments.world.device
+    config, stage, device = arguments.config, arguments.config.stage, arguments.world.device
     names = [stage.corpus, *sorted(stage.mix or {})]
-    corpora = {name: TokenCorpus.open(arguments.run.work.corpus(name), "val") for name in names}
+    corpora = {name: TokenCorpus.open(config.corpus_in(arguments.run.work, name), "val") for name in names}
 
     # INFILL_LEFT hides the text after the middle, to measure how much that text helps.
     middles = {}
@@ -292,7 +294,7 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
     mix = config.stage.mix or {}
     # A corpus weighs by its share of the sequences, not by its size.
     shares = {config.stage.corpus: 1 - sum(mix.values()), **mix}
-    counts = {name: read_manifest(run.work.corpus(name)).splits["train"].counts for name in shares}
+    counts = {name: read_manifest(config.corpus_in(run.work, name)).splits["train"].counts for name in shares}
     return sum(share * counts[name].bytes / counts[name].tokens for name, share in shares.items())
 
 

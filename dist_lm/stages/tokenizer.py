@@ -19,10 +19,11 @@ from dist_lm.config.corpus import KEEP, TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageGroup
 from dist_lm.data.in_turn import read_in_turn
+from dist_lm.data.manifest import read_manifest
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.existing_tokenizer import named_tokenizer_file
-from dist_lm.stages.shards import digest, in_brief, tokenizer_fingerprint
+from dist_lm.stages.shards import digest, finished_corpora, in_brief, tokenizer_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -36,6 +37,7 @@ from dist_lm.tokenizer.tokenizer import (
     read_vocabulary,
 )
 from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_tokenizer
+from dist_lm.tracking.readable import listed
 
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
@@ -81,16 +83,17 @@ class TokenizerStage(ArtefactStage):
             return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
 
         report = durable.read_json(work.tokenizer_report, {"vocab_size": int, "bytes_per_token": (int, float)})
+        kept = ""
         if settings.is_given:
             check_same_file(work, settings)
             check_template(work, settings)
         else:
-            check_trained(work, report, config)
+            kept = check_trained(work, report, config)
         detail = f"{report['vocab_size']:,} pieces"
         # No figure of a given tokenizer without text.
         if report["bytes_per_token"]:
             detail += f", {report['bytes_per_token']:.2f} bytes/token"
-        return Artefact(True, detail)
+        return Artefact(True, detail + kept)
 
     def build(self, config: Config, console: "Console") -> None:
         """Trains the tokenizer, or copies the given one, and writes a report on it. Files of an earlier tokenizer are
@@ -168,11 +171,15 @@ def check_same_file(work: WorkDirectory, settings: TokenizerConfig) -> None:
         )
 
 
-def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config) -> None:
-    """Refuses a tokenizer that was trained by another version, with other settings or on another text.
+def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config) -> str:
+    """Refuses a tokenizer that was trained by another version, with other settings, or on another text unless finished
+    corpora were written with it: these would be lost with it.
 
     Args:
         report: its `report.json`.
+
+    Returns:
+        Words for the plan on why a tokenizer of another text is kept; empty if it is of this text.
 
     Raises:
         ArtefactError: names the folder and the way out.
@@ -193,12 +200,19 @@ def check_trained(work: WorkDirectory, report: Mapping[str, Any], config: Config
     check_pieces(work, report, config.tokenizer)
 
     text_settings = tokenizer_fingerprint(config)
-    if report.get("text") != digest(text_settings):
-        raise ArtefactError(
-            f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
-            f"{in_brief(report.get('text_settings', {}), text_settings)}: "
-            "keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
-        )
+    if report.get("text") == digest(text_settings):
+        return ""
+    differences = in_brief(report.get("text_settings", {}), text_settings)
+    sha256 = durable.sha256_of(work.tokenizer_model)
+    written = [
+        folder.name for folder in finished_corpora(work) if read_manifest(folder).recipe.tokenizer_sha256 == sha256
+    ]
+    if written:
+        return f", kept although it was trained on another text{differences}: {listed(written, 3)} were written with it"
+    raise ArtefactError(
+        f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
+        f"{differences}: keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
+    )
 
 
 def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: TokenizerConfig) -> None:

@@ -151,7 +151,7 @@ def examine(arguments: EvaluationArguments) -> dict[str, float]:
             log.warning("stage.questions.per_kind=%d: %s", settings.per_kind, NO_QUESTIONS)
         return {}
 
-    corpus = TokenCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
+    corpus = TokenCorpus.open(config.corpus_in(arguments.run.work, config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
     if not questions:
         if arguments.world.is_first:

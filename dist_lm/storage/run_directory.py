@@ -4,7 +4,7 @@ No other module knows these names.
 
 work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}
-  corpora/NAME/{train,val}-000000.tar + .index, manifest.json
+  corpora/NAME/{train,val}-000000.tar + .index, manifest.json     NAME-1a2b3c4d: another content of that name
   runs/STAGE/RUN_ID/
     config.yaml corpora.json noted_files.json metrics.jsonl result.json reference.safetensors
     checkpoints/step_00000100/ ... LATEST BEST
@@ -120,8 +120,28 @@ class RunDirectory:
 
     @property
     def corpora(self) -> Path:
-        """JSON, corpus -> split -> hash of the content that the run trains on."""
+        """JSON, corpus -> {split: hash of the content that the run trains on, "folder": name of its folder}."""
         return self.path / "corpora.json"
+
+    def corpus_folders(self) -> dict[str, str]:
+        """Returns the folders in `work/corpora` that the run trains on, by corpus; empty before it has begun.
+
+        Raises:
+            ArtefactError: the record is damaged.
+        """
+        record = durable.read_json(self.corpora)
+        if not all(isinstance(entry, dict) for entry in record.values()):
+            raise durable.damaged(self.corpora, "an entry is no object")
+        # Runs of earlier releases recorded no folder: a corpus had one.
+        return {name: str(entry.get("folder", name)) for name, entry in record.items()}
+
+    def corpus(self, name: str) -> Path:
+        """Returns the folder of the corpus `name` that the run trains on.
+
+        Raises:
+            ArtefactError: the record of the run is damaged.
+        """
+        return self.work.corpus(self.corpus_folders().get(name, name))
 
     @property
     def reference(self) -> Path:

@@ -1,4 +1,4 @@
-"""Encodes documents in several processes and gives them back in order."""
+"""Encodes documents, and decodes those of a corpus, in several processes, and gives them back in order."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
 from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import UserError
@@ -18,6 +19,8 @@ from dist_lm.storage.process import cores
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 Encode = Callable[[Tokenizer, Document], TokenizedDocument]
+Taken = TypeVar("Taken")
+Given = TypeVar("Given")
 CHUNK_CHARACTERS = 500_000  # sent to a process at a time: a tenth of a second of work
 CHUNK_DOCUMENTS = 2_000
 CHUNKS_IN_FLIGHT = 3  # for each process: one being encoded, one waiting, one being read
@@ -47,7 +50,7 @@ def encode_documents(
     chunks = _chunked(documents)
     first_chunks = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
     if len(first_chunks) == CHUNKS_FOR_PROCESSES:
-        yield from _encode_in_processes(path, chain(first_chunks, chunks), workers, encode)
+        yield from in_processes(path, chain(first_chunks, chunks), workers, encode)
         return
 
     # A whole chunk is encoded before the first document is yielded, so code and data stay in the CPU's caches.
@@ -55,26 +58,30 @@ def encode_documents(
         yield from [encode(tokenizer, document) for document in chunk]
 
 
-def _encode_in_processes(
-    path: Path, chunks: Iterator[list[Document]], workers: int, encode: Encode
-) -> Iterator[TokenizedDocument]:
-    """Yields the documents of `chunks` in order, encoded by a pool of `workers` new processes, which it ends.
+def in_processes(
+    path: Path, chunks: Iterable[list[Taken]], workers: int, function: Callable[[Tokenizer, Taken], Given]
+) -> Iterator[Given]:
+    """Yields what `function` returns for every item of `chunks`, in order, from a pool of `workers` new processes.
 
-    When it ends or is closed, chunks in work are waited for and waiting ones are dropped.
+    When it ends or is closed, the pool ends: chunks in work are waited for and waiting ones are dropped.
+
+    Args:
+        path: the tokenizer, which `function` gets with each item.
+        function: one at the top of a module, so that the processes can import it.
 
     Raises:
         UserError: a process died.
-        Exception: an error of `encode` is raised unchanged.
+        Exception: an error of `function` is raised unchanged.
     """
     # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
-    in_flight: deque[Future[list[TokenizedDocument]]] = deque()
+    in_flight: deque[Future[list[Given]]] = deque()
 
     try:
         # The oldest chunk is awaited first, which keeps the order and bounds the memory.
         for chunk in chunks:
-            in_flight.append(pool.submit(_encode_chunk, path, chunk, encode))
+            in_flight.append(pool.submit(_work_on, path, chunk, function))
             if len(in_flight) >= workers * CHUNKS_IN_FLIGHT:
                 yield from in_flight.popleft().result()
 
@@ -108,9 +115,9 @@ def _chunked(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield chunk
 
 
-def _encode_chunk(path: Path, chunk: list[Document], encode: Encode) -> list[TokenizedDocument]:
+def _work_on(path: Path, chunk: list[Taken], function: Callable[[Tokenizer, Taken], Given]) -> list[Given]:
     """Runs in a process of the pool."""
-    return [encode(_tokenizer(path), document) for document in chunk]
+    return [function(_tokenizer(path), item) for item in chunk]
 
 
 @cache

@@ -109,7 +109,7 @@ def _check_lengths(config: Config) -> None:
     """
     work = WorkDirectory(Path(config.work_dir))
     for name in config.corpus_names:
-        corpora = [TokenCorpus.open(work.corpus(name), split) for split in SPLITS]
+        corpora = [TokenCorpus.open(config.corpus_in(work, name), split) for split in SPLITS]
         # The few documents of val may be long by chance, unless they are all that there are.
         if sum(corpus.n_documents for corpus in corpora) >= ROWS:
             corpora = corpora[:1]

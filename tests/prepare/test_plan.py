@@ -186,7 +186,13 @@ def test_shards_without_their_tokenizer_are_refused(work):
         plan_of(work)
 
 
-def test_other_text_is_refused(work):
+def test_a_tokenizer_of_another_text_is_kept_while_corpora_need_it(work):
+    """Finds a new tokenizer that makes finished corpora useless, and a plan that keeps the old one without a word."""
+    plan = plan_of(work, "seed=7")
+    assert actions(plan)["tokenizer"] is Action.READY
+    detail = next(stage.detail for stage in plan.stages if stage.name == "tokenizer")
+    assert "kept although it was trained on another text: code, language, tools were written with it" in detail
+    shutil.rmtree(work.path / "corpora")
     with pytest.raises(ArtefactError, match=r"another text than corpus=local seed=7"):
         plan_of(work, "seed=7")
 

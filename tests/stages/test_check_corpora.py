@@ -54,7 +54,7 @@ def test_a_rank_resumes_only_on_the_content_that_the_run_began_with(work: WorkDi
     run, config = started(work)
     checked(run, config, 0)
     recorded = durable.read_json(run.corpora)
-    assert recorded["language"] == read_manifest(work.corpus("language")).content
+    assert recorded["language"] == {**read_manifest(work.corpus("language")).content, "folder": "language"}
     rewrite(work.corpus("language"), seed=1)
     checked(run, config, 0)  # nothing was learned of the other content
     assert durable.read_json(run.corpora) != recorded

@@ -50,8 +50,16 @@ def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) 
     assert rankings.STAGE.inspect(config).ready
     opened = [RankingCorpus.open(work.corpus("rankings"), split) for split in SPLITS]
     assert sum(one.corpus.n_documents for one in opened) == len({one.text for one in first})
-    with pytest.raises(ArtefactError, match="was made from another text"):
-        rankings.STAGE.inspect(replace(config, stage=replace(config.stage, corpus="language")))
+    other_prompts = rankings.STAGE.inspect(replace(config, stage=replace(config.stage, corpus="language")))
+    assert not other_prompts.ready
+    assert "beside another rankings (prompts=" in other_prompts.detail
+
+    write_untrained(work, "tools", 2)  # samples of another model are other rankings
+    other_model = rankings.STAGE.inspect(config)
+    assert not other_model.ready
+    assert "beside another rankings (model=" in other_model.detail
+    write_untrained(work, "tools", 1)
+    assert rankings.STAGE.inspect(config).ready
 
 
 def test_without_a_model_there_is_nothing_to_rank(work) -> None:

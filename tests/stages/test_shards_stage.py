@@ -47,21 +47,21 @@ def config_for(work: WorkDirectory, *overrides: str) -> Config:
     return compose_config(["stage=shards", *TINY_MODEL, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
 
 
-def test_conversations_of_another_layout_are_refused(work, few, monkeypatch):
+def test_conversations_of_another_layout_are_another_corpus(work, few, monkeypatch):
     config = config_for(work)
-    shards.check_corpus(config, "tools")
+    assert shards.folder_of(config, "tools") == work.corpus("tools")
     monkeypatch.setattr(shards, "FORMAT", 0)
-    with pytest.raises(ArtefactError, match="another version of dist_lm"):
-        shards.check_corpus(config, "tools")
-    shards.check_corpus(config, "code")
+    assert shards.folder_of(config, "tools").name.startswith("tools-")
+    assert shards.folder_of(config, "code") == work.corpus("code")
 
 
-def test_documents_of_another_revision_of_their_reader_are_refused(work, few, monkeypatch):
+def test_documents_of_another_revision_of_their_reader_are_another_corpus(work, few, monkeypatch):
     config = config_for(work)
     read = tools.read_tools
     monkeypatch.setattr(read, "traits", replace(traits_of(read), revision=0))
-    with pytest.raises(ArtefactError, match="another version of dist_lm"):
-        shards.check_corpus(config, "tools")
+    found = shards.STAGE.inspect(config)
+    assert not found.ready
+    assert ", beside another tools of other settings)" in found.detail
 
 
 @pytest.mark.parametrize(("function", "depends"), [("read_numbers", False), ("read_seeded", True)])

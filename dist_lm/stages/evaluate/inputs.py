@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lm.config.evaluation import FIXED_TESTS, OWN_TESTS
+from dist_lm.config.root import Config
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.generate.inputs import label_of
+from dist_lm.stages.shards import folder_of
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
@@ -50,10 +52,26 @@ def inputs_of(config: "EvaluateRunConfig") -> dict[str, str]:
     if "tools" in tasks:
         corpora.append("tools")
     for name in corpora:
-        folder = WorkDirectory(Path(config.work_dir)).corpus(name)
+        folder = corpus_folder(config, name)
         if manifest_path(folder).is_file():
             hashes[f"{CORPUS}{name}"] = read_manifest(folder).splits["val"].content
     return hashes
+
+
+def corpus_folder(config: Config, name: str) -> Path:
+    """Returns the folder of a corpus that figures come from: that of the configured sources if it is finished, else the
+    folder NAME, which may be missing.
+
+    Raises:
+        ConfigError: a source is invalid.
+        ArtefactError: a manifest or journal of this name is damaged.
+    """
+    named = config.corpus_in(WorkDirectory(Path(config.work_dir)), name)
+    is_the_only_one = not any(named.parent.glob(f"{name}-????????"))
+    if is_the_only_one or name not in config.corpus.corpora or name in config.corpus.folders:
+        return named
+    folder = folder_of(config, name)
+    return folder if manifest_path(folder).is_file() else named
 
 
 def begun_with(run: RunDirectory) -> dict[str, str]:

@@ -29,7 +29,7 @@ from dist_lm.evaluation.tasks import (
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.stages.evaluate.inputs import labels_of, refuse_other_inputs, table_of, version_of_tests
+from dist_lm.stages.evaluate.inputs import corpus_folder, labels_of, refuse_other_inputs, table_of, version_of_tests
 from dist_lm.stages.evaluate.reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
@@ -95,19 +95,19 @@ class Evaluation(PoolWork):
         asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits, self._hidden_seed)
         if BITS in self._unmeasured:
             has_default_corpora = stage.corpora == type(stage)().corpora
-            corpora = [self._work.corpus(name) for name in stage.corpora]
+            corpora = [corpus_folder(config, name) for name in stage.corpora]
             self._corpora = text_corpora(corpora, may_lack=has_default_corpora)
         self._prompts_asked = prompts_of(config.eval.prompts) if REWARD in stage.tasks else []
 
         # Questions are numbered through all tasks; their numbers key the random numbers of answers.
-        corpora_path = self._work.path / "corpora"
+        tools = corpus_folder(config, "tools")
         self._parts = list[_Part]()
         n_questions = 0
         for task in stage.tasks:
             if task != BITS:
                 items = named(
                     task,
-                    lambda task=task: items_of(task, asking, config.eval.files, corpora_path, self._prompts_asked),
+                    lambda task=task: items_of(task, asking, config.eval.files, tools, self._prompts_asked),
                 )
                 self._parts += _in_parts(task, n_questions, items, stage.questions_per_part, self._folder)
                 n_questions += len(items)

@@ -119,7 +119,7 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
     all_licences = set[str]()
     for name in dict.fromkeys(name for name in names if name and run):
         assert run is not None
-        folder = run.work.corpus(name)
+        folder = run.corpus(name)
         # A checkpoint is exported without its corpora too, which may be on another machine.
         if not manifest_path(folder).is_file():
             rows.append(f"| {name} | | | the corpus is no longer there |")

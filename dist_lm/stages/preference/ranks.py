@@ -84,7 +84,7 @@ def _references(
     stage, run = config.stage, arguments.run
     key: dict[str, Any] = {
         CHECKPOINT: _start(config),
-        "corpus": read_manifest(run.work.corpus(stage.corpus)).content,
+        "corpus": read_manifest(config.corpus_in(run.work, stage.corpus)).content,
         "seq_len": stage.seq_len,
         "mismatches": trees.mismatches,
     }

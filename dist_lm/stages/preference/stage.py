@@ -63,7 +63,7 @@ class Preference(TrainingStage):
         return preparation(PreferenceLoss(settings_of(config)))
 
     def passes(self, config: Config, exact: bool) -> tuple[CorpusPass, ...]:
-        corpus = TokenCorpus.open(run_of(config).work.corpus(config.stage.corpus), "train")
+        corpus = TokenCorpus.open(config.corpus_in(run_of(config).work, config.stage.corpus), "train")
         return (CorpusPass(config.stage.corpus, ranking_sequences(corpus, config.stage.seq_len)),)
 
     def open_data(self, arguments: DataArguments) -> StageData:

@@ -69,7 +69,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
         )
     work = WorkDirectory(Path(config.work_dir))
     loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
-    corpus = TokenCorpus.open(work.corpus(config.stage.corpus), "train")
+    corpus = TokenCorpus.open(config.corpus_in(work, config.stage.corpus), "train")
     chosen = beginnings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
     if not chosen:
         raise ArtefactError(

@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import TextSplits
+from dist_lm.data.manifest import Counts
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.stages.continuing import with_start
 from dist_lm.stages.rankings.config import RankingsConfig
 from dist_lm.stages.shards import (
     SAMPLED,
+    alone,
+    begun_folders,
     build_corpus,
     correct_corpora,
     inspect_corpora,
+    listing_once,
     missing_corpora,
     own,
     wanted_corpora,
+    with_folders,
 )
-from dist_lm.stages.stage import Artefact, ArtefactStage, Look
+from dist_lm.stages.stage import Action, Artefact, ArtefactStage, Look
 from dist_lm.storage.run_directory import WorkDirectory
 
 if TYPE_CHECKING:
@@ -40,15 +44,19 @@ class Rankings(ArtefactStage):
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Build only the corpora that later stages read, with samples of the model that they start from."""
         corpora = sorted({reader.stage.corpus for reader in readers if reader.stage.corpus})
+        config = begun_folders(config, readers)
         return replace(config, stage=replace(own(config), corpora=corpora, init_from=readers[0].stage.init_from))
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         # The samples depend on the model, so `auto` becomes a path before anything is compared.
-        return super().look(with_start(self, config), is_target=is_target, rebuilt=rebuilt)
+        config, list_inputs = with_start(self, config), listing_once()
+        names = wanted_corpora(config, rankings=True)
+        config = with_folders(config, names, list_inputs)
+        artefact = inspect_corpora(config, names, _train_rankings, list_inputs)
+        return Look(config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
     def inspect(self, config: Config) -> Artefact:
-        names = wanted_corpora(config, rankings=True)
-        return inspect_corpora(config, names, lambda counts: f"{counts.documents:,} rankings to train on")
+        return inspect_corpora(config, wanted_corpora(config, rankings=True), _train_rankings)
 
     def build(self, config: Config, console: "Console") -> None:
         """Builds every missing or damaged corpus of rankings and corrects the licences of the others; may sample a
@@ -61,6 +69,8 @@ class Rankings(ArtefactStage):
         """
         assert isinstance(config, RankingsConfig)
         names = wanted_corpora(config, rankings=True)
+        config = with_folders(config, [name for name in names if name not in config.corpus.folders])
+        assert isinstance(config, RankingsConfig)
         missing = missing_corpora(config, names)
         correct_corpora(config, [name for name in names if name not in missing])
 
@@ -72,10 +82,14 @@ class Rankings(ArtefactStage):
 
                     # A list, so that the model is freed before the corpus is built.
                     samples[repr(source)] = list(ranked_samples(source, config, console))
-            build_corpus(config, name, TextSplits(config.corpus, config.seed, samples), console, encode_ranking)
+            build_corpus(config, name, alone(config, name, samples), console, encode_ranking)
 
     def output(self, config: Config) -> Path:
-        return WorkDirectory(Path(config.work_dir)).corpus("rankings")
+        return config.corpus_in(WorkDirectory(Path(config.work_dir)), "rankings")
+
+
+def _train_rankings(counts: Counts) -> str:
+    return f"{counts.documents:,} rankings to train on"
 
 
 STAGE = Rankings()

@@ -80,7 +80,8 @@ def open_rankings(arguments: DataArguments, takes_labels: bool = False) -> tuple
             from.
     """
     stage = arguments.config.stage
-    train, val = (RankingCorpus.open(arguments.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    directory = arguments.config.corpus_in(arguments.run.work, stage.corpus)
+    train, val = (RankingCorpus.open(directory, split) for split in SPLITS)
     n_labels = sum(int((rankings.completions == 1).sum()) for rankings in (train, val))
     if n_labels and not takes_labels:
         raise ArtefactError(
@@ -153,7 +154,8 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
     config = arguments.config
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
-    val = RankingCorpus.open(arguments.run.work.corpus(config.stage.corpus), "val")
+    directory = config.corpus_in(arguments.run.work, config.stage.corpus)
+    val = RankingCorpus.open(directory, "val")
 
     # The initial model is the policy that stage rlhf starts from: its answers are what the scores will be used on.
     sequences = []
@@ -163,7 +165,7 @@ def score_samples(arguments: EvaluationArguments) -> dict[str, float]:
         sequences = completions_of(val, config.model.max_seq_len, arguments.tokenizer)
     if not sequences:
         raise ArtefactError(
-            f"corpus {arguments.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
+            f"corpus {directory}: no prompt of val with a completion has at most "
             f"model.max_seq_len={config.model.max_seq_len} tokens, so no score can be normalised: add shorter ones"
         )
 

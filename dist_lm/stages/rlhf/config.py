@@ -126,7 +126,7 @@ class RlhfRunConfig(CorpusFormsConfig):
 
         # Reward functions see the rows of a corpus, which its tokens do not tell.
         if not self.rlhf.prompts_from and any(part.kind == "function" for part in self.rlhf.rewards.values()):
-            corpus = WorkDirectory(Path(self.work_dir)).corpus(self.stage.corpus)
+            corpus = self.corpus_in(WorkDirectory(Path(self.work_dir)), self.stage.corpus)
             if rows := sorted(corpus.glob(f"*{ROWS}")):
                 noted[f"rows of stage.corpus={self.stage.corpus}"] = rows
         return noted

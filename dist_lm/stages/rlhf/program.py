@@ -325,7 +325,8 @@ def pretraining_text(
         yield None
         return
 
-    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in settings.pretrain_corpus_names}
+    folders = {name: config.corpus_in(run.work, name) for name in settings.pretrain_corpus_names}
+    corpora = {name: TokenCorpus.open(folder, SPLITS[0]) for name, folder in folders.items()}
     if start.world.is_first:
         for corpus in corpora.values():
             if note := note_of_left_out(corpus, settings.pretrain_seq_len, SEQ_LEN):

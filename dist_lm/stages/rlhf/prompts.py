@@ -85,7 +85,7 @@ def read_all(
         prompts = _of_files(settings.prompts_from, PROMPTS_FROM, tokenizer, with_rows)
         train, held_out = _split(prompts, all_for_training=bool(settings.held_out_from))
     else:
-        corpus = run.work.corpus(config.stage.corpus)
+        corpus = config.corpus_in(run.work, config.stage.corpus)
         train, held_out = (_of_corpus(corpus, split, tokenizer, with_rows) for split in ("train", "val"))
     if settings.held_out_from:
         held_out = _of_files(settings.held_out_from, HELD_OUT_FROM, tokenizer, with_rows)

@@ -97,14 +97,14 @@ def joined(run: RunDirectory, config: Config, heartbeat: Heartbeat) -> Iterator[
 def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
     """Refuses shards of another tokenizer, and to continue a run on other content than it began with (collective).
 
-    For a new run the first rank records the content. It opens the corpora before the others, so that a missing index is
-    rebuilt only once.
+    For a new run the first rank records folders and content. It opens the corpora before the others, so that a missing
+    index is rebuilt only once.
 
     Raises:
         ArtefactError: names the corpus and the way out.
     """
     for name in config.corpus_names:
-        directory = run.work.corpus(name)
+        directory = config.corpus_in(run.work, name)
         # Ids of another tokenizer would be trained on without an error.
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:
@@ -112,10 +112,12 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
                 TokenCorpus.open(directory, split)
 
     has_begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+    folders = {name: config.corpus.folders.get(name, name) for name in config.corpus_names}
     if has_begun:
-        require_content(run, config.corpus_names)
-    elif world.is_first:
-        record_content(run, config.corpus_names)
+        require_content(run, config.corpus_names, folders)
+    # The same content may lie in another folder now.
+    if world.is_first and (not has_begun or folders != run.corpus_folders()):
+        record_content(run, config.corpus_names, folders)
     dist.barrier()
 
 
@@ -345,7 +347,7 @@ def restore(
 
     if config.stage.branch_from:
         branch_from = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
-        require_same_content(branch_from, run, config.corpus_names)
+        require_same_content(branch_from, run, config.corpus_names, config.corpus.folders)
         state = checkpoint.load(branch_from, model, optimizer, model.config)
         checkpoint_files.check_tokenizer(branch_from, state, tokenizer_sha256)
         log.info("continuing from %s as a branch", branch_from)

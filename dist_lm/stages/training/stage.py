@@ -11,7 +11,7 @@ from dist_lm.config.corpus import HF
 from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.data.epochs import NAMED as MOST_CORPORA
 from dist_lm.data.epochs import CorpusPass, in_words, repetition_warning
-from dist_lm.data.manifest import require_content, require_inputs
+from dist_lm.data.manifest import manifest_path, require_content
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.stages.continuing import (
     FREE_KEYS,
@@ -21,6 +21,7 @@ from dist_lm.stages.continuing import (
     has_output,
     require_same_settings,
     started_stage,
+    with_recorded_folders,
     with_start,
 )
 from dist_lm.stages.registry import load_config, stage_named
@@ -150,6 +151,7 @@ class TrainingStage(Stage):
             UserError: a package that is needed to read `hf:SOURCE` is not installed.
         """
         init_from = config.stage.init_from
+        config = with_recorded_folders(config)
         config = self.with_steps(config, rebuilt)
         on_disk = find_run(config, is_target=is_target)
         # Settings are compared with paths in place of `auto`, which may mean another run by now.
@@ -195,13 +197,16 @@ class TrainingStage(Stage):
         work = run_of(config).work
         if not config.corpus_names:
             return ()
-        if set(rebuilt) & set(self.needs) or not all(work.corpus_manifest(n).is_file() for n in config.corpus_names):
+        if set(rebuilt) & set(self.needs) or not all(
+            manifest_path(config.corpus_in(work, n)).is_file() for n in config.corpus_names
+        ):
             return ()
         passes = self.passes(config, exact)
         for one in passes:
             if not one.n_sequences:
+                directory, seq_len = config.corpus_in(work, one.corpus), config.stage.seq_len
                 raise ArtefactError(
-                    f"corpus {work.corpus(one.corpus)} fills no sequence of stage.seq_len={config.stage.seq_len}: "
+                    f"corpus {directory} fills no sequence of stage.seq_len={seq_len}: "
                     "shorten stage.seq_len or add text"
                 )
         return passes
@@ -255,8 +260,7 @@ class TrainingStage(Stage):
 
         if on_disk.latest:
             # A run continues only on the content that it began with.
-            require_content(on_disk.run, config.corpus_names)
-            require_inputs(on_disk.run, config.corpus, config.corpus_names)
+            require_content(on_disk.run, config.corpus_names, config.corpus.folders)
             on_disk.run.require_files(config.noted_files)
             if config.stage.lora.rank:
                 from dist_lm.training.adapters import adapted_model
@@ -361,7 +365,7 @@ class TrainingStage(Stage):
         if config.tracking.name == "wandb":
             yield "wandb", str(run.wandb)
         if config.stage.corpus:
-            yield "corpus", f"dist-lm data inspect {run.work.corpus(config.stage.corpus)}"
+            yield "corpus", f"dist-lm data inspect {run.corpus(config.stage.corpus)}"
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The stage's own lines of the summary's last box."""

@@ -1,0 +1,65 @@
+"""`dist-lm data list`: every folder of corpora, and the runs that use it."""
+
+import io
+
+import pytest
+from rich.console import Console as RichConsole
+
+from dist_lm.data.manifest import manifest_path, record_content
+from dist_lm.errors import ArtefactError
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.verbs.data_list import list_corpora, print_corpora
+from tests.data.synthetic_corpus import documents, write
+
+
+@pytest.fixture
+def listed(work: WorkDirectory) -> WorkDirectory:
+    """Corpora that are finished, unfinished, damaged and of others; two runs use some."""
+    corpora = work.path / "corpora"
+    write(corpora / "code-1a2b3c4d", documents([9] * 20), documents([9] * 5, 1))
+    write(corpora / "prose", documents([9] * 20), documents([9] * 5, 1))
+    manifest_path(corpora / "prose").write_text("{}")
+    (corpora / "mine").mkdir()
+    (corpora / "mine" / "notes.txt").write_text("mine")
+    for run_id, folder in (("old", "code"), ("new", "code-1a2b3c4d")):
+        run = work.run("code", run_id)
+        run.create()
+        record_content(run, ["code"], {"code": folder})
+    return work
+
+
+def printed(work: WorkDirectory, *, unused: bool = False) -> str:
+    output = io.StringIO()
+    print_corpora(work, RichConsole(file=output, width=200), unused=unused)
+    return output.getvalue()
+
+
+def test_folders_are_listed_with_the_runs_that_use_them(listed: WorkDirectory) -> None:
+    """Finds a folder that is left out, and one that is called unused although a run needs it."""
+    states = {corpus.folder.name: (corpus.state, corpus.runs) for corpus in list_corpora(listed)}
+    assert states == {
+        "code": ("finished", ("code/old",)),
+        "code-1a2b3c4d": ("finished", ("code/new",)),
+        "language": ("finished", ()),
+        "mine": ("of others", ()),
+        "prose": ("damaged", ()),
+        "tools": ("finished", ()),
+    }
+    lines = {line.split("│")[1].strip(): line for line in printed(listed).splitlines() if line.startswith("│")}
+    assert set(states) == set(lines)
+    assert "code/new" in lines["code-1a2b3c4d"]
+    assert "no run" in lines["language"]
+
+
+def test_only_unused_finished_corpora_have_a_command_that_removes_them(listed: WorkDirectory) -> None:
+    """Finds a command that would remove what a run needs, what is being built, or files of others."""
+    corpora = listed.path / "corpora"
+    assert printed(listed, unused=True).split("\n")[:-1] == [
+        f"rm -r {corpora / name}" for name in ("language", "tools")
+    ]
+    assert len(list(corpora.iterdir())) == 6  # nothing was removed
+
+
+def test_a_folder_without_corpora_is_refused(work: WorkDirectory) -> None:
+    with pytest.raises(ArtefactError, match=r"runs/corpora: there is no such folder; expected a work directory"):
+        list_corpora(WorkDirectory(work.path / "runs"))
