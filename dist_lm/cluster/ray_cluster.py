@@ -246,7 +246,7 @@ def _failed_start(config: ClusterConfig, error: ClusterError, death: "Future[byt
         error: that of joining.
         death: the line that the node prints when Ray dies; empty if the node itself has ended.
     """
-    without_ray = "train without Ray: `torchrun -m dist_lm.train` with the same settings"
+    without_ray = "train without Ray: `torchrun -m dist_lm.train` same settings, rlhf.pool.actors=0 for stage rlhf"
     # A refused connection may be the first sign of a death that the node notices a moment later.
     wait([death], DEATH_NOTICED_S)
     if not death.done():
@@ -255,7 +255,8 @@ def _failed_start(config: ClusterConfig, error: ClusterError, death: "Future[byt
             reason = _refusal(error.__cause__)
         return (
             f"cluster=local: the Ray of this machine cannot be used: {reason}. A busy machine may need longer: try "
-            f"again with cluster.connect_timeout_s={3 * config.connect_timeout_s:.0f}, or {without_ray}"
+            f"again with cluster.connect_timeout_s={3 * config.connect_timeout_s:.0f}, which waits "
+            f"{3 * PRIVATE_PATIENCE * config.connect_timeout_s:.0f} s, or {without_ray}"
         )
 
     reason, logs = "its node has ended", ""

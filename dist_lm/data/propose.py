@@ -133,7 +133,13 @@ def propose(path: str) -> list[Proposal]:
             if sizes[kind] == max(sizes.values()):
                 raise
             refusals.append(f"not read: {error}")
-    return [replace(proposal, notes=(*proposal.notes, *refusals)) for proposal in proposals]
+    # The reader of conversations reads the rows of every format, so that two kinds may give the same source.
+    distinct = [
+        proposal
+        for number, proposal in enumerate(proposals)
+        if proposal.source not in [earlier.source for earlier in proposals[:number]]
+    ]
+    return [replace(proposal, notes=(*proposal.notes, *refusals)) for proposal in distinct]
 
 
 def is_prose(languages: Mapping[str, int], looks_like_code: bool = False) -> bool:

@@ -194,7 +194,10 @@ def next_commands(
     trains = stage.stage.runs_in is RunsIn.RANKS
     if trains and run.metrics.exists():
         if run.result.exists() and stage.stage.writes_text:
-            yield "talk to it", shlex.join(["python", "-m", "dist_lm", "generate", path])
+            talk = ["python", "-m", "dist_lm", "generate", path]
+            if stage.stage.answers_requests:
+                talk.append("--chat")
+            yield "talk to it", shlex.join(talk)
         yield "report", shlex.join(["python", "-m", "dist_lm", "report", path])
         if list(run.wandb.glob("offline-run-*")):
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
@@ -234,15 +237,15 @@ def _launch_of_follower(
 
 
 def can_be_launched(overrides: Sequence[str]) -> bool:
-    """Returns whether a launch is planned without an error of the user, such as a corpus that is not configured.
+    """Returns whether a launch has something to do, and is planned without an error of the user, such as a corpus that
+    is not configured.
 
     Reads the work directory and writes nothing.
     """
     try:
-        plan_command(overrides)
+        return bool(plan_command(overrides).missing)
     except UserError:
         return False
-    return True
 
 
 def _duration(seconds: float | None) -> str:

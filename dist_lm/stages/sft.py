@@ -65,6 +65,7 @@ class SftConfig(CorpusFormsConfig):
 
 class Sft(TextStage):
     name = "sft"
+    answers_requests = True
     schema = SftConfig
     in_pipeline = False
     key_figures = ((VAL_LOSS,), (BITS_PER_BYTE,))

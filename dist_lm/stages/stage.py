@@ -95,6 +95,7 @@ class Stage(ABC):
     result_kinds: ClassVar[Mapping[str, Kind]] = {}  # values that every `result.json` has, with their types
     curve: ClassVar[str] = "train/loss"  # metric whose curve the closing table shows
     writes_text: ClassVar[bool] = False  # `dist-lm generate` can load its checkpoint
+    answers_requests: ClassVar[bool] = False  # its model has learned turns: `dist-lm generate --chat`
 
     def needed(self, config: Config) -> tuple[str, ...]:
         """The stages of `needs` whose output this configuration reads."""

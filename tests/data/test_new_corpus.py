@@ -274,6 +274,22 @@ def test_broken_rows_are_counted_and_the_file_accepts_them(data):
     assert len(list(TextSplits(config, 0).screened("language"))) == 20
 
 
+def test_chats_in_several_formats_in_one_folder_are_one_source(data):
+    """Two sources of the same folder read every row twice: the second one had duplicates alone."""
+    folder = data / "chats"
+    folder.mkdir()
+    turns = [{"from": "human", "value": f"What is {PROSE}?"}, {"from": "gpt", "value": "It is so."}]
+    (folder / "a.jsonl").write_text(
+        "".join(
+            json.dumps({"conversations": [*turns, {**turns[0], "value": f"And {i}?"}, turns[1]]}) + "\n"
+            for i in range(9)
+        )
+    )
+    (folder / "b.csv").write_text("question,answer\n" + "".join(f"Which is {i}?,{i}.\n" for i in range(9)))
+    out, _ = written(data, "chats")
+    assert out.read_text().count("reader: messages") == 1
+
+
 def test_files_of_several_kinds_of_columns_are_to_be_given_separately(data):
     """Their rows were called broken, and the advice was to skip four of five of them."""
     kinds = data / "kinds"

@@ -71,6 +71,9 @@ def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan, monkeypatch) ->
     run = run_of(stage.config)
     names = [name for name, _ in next_commands(stage, "done", COMMAND)]
     assert names == ["talk to it", "report", "next stage"]
+    assert "--chat" not in dict(next_commands(stage, "done", COMMAND))["talk to it"]
+    monkeypatch.setattr(type(stage.stage), "answers_requests", True)
+    assert dict(next_commands(stage, "done", COMMAND))["talk to it"].endswith(" --chat")
     monkeypatch.setattr(outcome, "can_be_launched", lambda overrides: False)
     assert [name for name, _ in next_commands(stage, "done", COMMAND)] == names[:-1]
     monkeypatch.undo()

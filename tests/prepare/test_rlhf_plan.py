@@ -66,6 +66,12 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert list(actions(without))[-3:] == ["tools", "rankings", "rlhf"]  # rankings: its prompts
     assert without.stages[-1].config.rlhf.reward_model == "none"
     assert list(without.stages[-1].config.rlhf.rewards) == ["mine"]
+    # Prompts of a file and the start of another work directory need no corpus, but a tokenizer.
+    started = make_run(work, "tools", "stage.seq_len=200", "stage.init_from=none", "run_id=start", done=True)
+    alone = plan_of(
+        work, *FUNCTION_ONLY, f"stage.init_from={started.path}", "rlhf.prompts_from=README.md", target="rlhf"
+    )
+    assert list(actions(alone)) == ["tokenizer", "rlhf"]
     elsewhere = make_run(work, "reward", "stage.seq_len=200", "stage.init_from=none", "run_id=elsewhere", done=True)
     given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
     assert "reward" not in actions(given)
@@ -144,7 +150,7 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
     given = (*RULES_ONLY, f"stage.init_from={start.path}", f"rlhf.prompts_from={prompts}")
     run = make_run(work, "rlhf", *given, checkpoint=True)
     run.note_files(load_config(run.config).noted_files)
-    assert actions(plan_of(work, *given, target="rlhf")) == {"rlhf": Action.RESUME}
+    assert actions(plan_of(work, *given, target="rlhf")) == {"tokenizer": Action.READY, "rlhf": Action.RESUME}
     prompts.write_text("one\ntwo\n")
     with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.txt: has changed since .*rlhf/default"):
         plan_of(work, *given, target="rlhf")
@@ -167,7 +173,7 @@ def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
     prompts = work.path / "prompts.txt"
     prompts.write_text("one\n")
     start = (*RULES_ONLY, f"stage.init_from={run.path}", f"rlhf.prompts_from={prompts}")
-    assert list(actions(plan_of(work, *start, target="rlhf"))) == ["rlhf"]
+    assert list(actions(plan_of(work, *start, target="rlhf"))) == ["tokenizer", "rlhf"]
     shutil.rmtree(work.corpus("code"))
     text = (*start, "rlhf.pretrain_coefficient=1", "rlhf.pretrain_seq_len=200")
     plan = plan_of(work, *text, target="rlhf")

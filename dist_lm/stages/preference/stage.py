@@ -43,6 +43,7 @@ class Preference(TrainingStage):
     starts_from = "tools"
     key_figures = ((KeyFigure("preference/accuracy", percent, "pairs right"),), (VAL_LOSS,))
     writes_text = True
+    answers_requests = True
     unit = "choices"
     packed = "rankings"
 

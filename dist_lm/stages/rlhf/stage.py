@@ -41,10 +41,11 @@ WIDTH = 160  # characters printed of a rollout
 class Rlhf(TrainingStage):
     name = "rlhf"
     schema = RlhfRunConfig
-    needs = ("shards", "rankings", "tools", "reward")
+    needs = ("tokenizer", "shards", "rankings", "tools", "reward")
     starts_from = "tools"
     curve = "rlhf/reward_mean"
     writes_text = True
+    answers_requests = True
     schedule_keys = ()
     free_keys = (*FREE_KEYS, *RLHF_FREE_KEYS)
     key_figures = (
@@ -57,9 +58,11 @@ class Rlhf(TrainingStage):
         run_rank(run, stop, heartbeat)
 
     def needed(self, config: Config) -> tuple[str, ...]:
-        # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus.
+        # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus, but a
+        # tokenizer.
         run_config = rlhf_config(config)
         read = {"rankings" if name in run_config.ranked_corpora else "shards" for name in run_config.corpus_names}
+        read.add("tokenizer")
         if run_config.rlhf.asks_reward_model and run_config.rlhf.reward_model == AUTO:
             read.add("reward")
         return tuple(name for name in self.needs if name in read or name == self.starts_from)
