@@ -19,6 +19,8 @@ from dist_lm.errors import ConfigError
 
 CONVERSATIONS = "tools"  # corpus that stage=tools reads
 MIXED = ("code", "language")  # corpora that stage=tools mixes in
+RANKINGS = "rankings"  # corpus that stage=preference and stage=reward read
+MODEL = "stage.init_from=hf:FOLDER"  # stands for an open model, which a file of preferences alone does not bring
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # names of corpus files
 PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")  # scalars that need no quotes
 UNSET = "# of all documents, such as MIT; data inspect counts documents by licence"
@@ -90,7 +92,7 @@ def corpus_file(
         ConfigError: a launch would not read the text as it is meant.
     """
     comments = [f"Written by: {shlex.join(command)}"]
-    comments += [f"  {line}" for line in next_commands(out, [*by_corpus], overrides)]
+    comments += [f"  {line}" for line in next_commands(out, [*by_corpus], overrides, are_labelled(by_corpus))]
     lines = [f"# {one_line(comment)}" for comment in (*comments, *remarks)]
     settings = dict(settings or {})
     lines += [*_yaml({"name": out.stem} | settings), "corpora:"]
@@ -118,20 +120,31 @@ def corpus_file(
     return text
 
 
-def next_commands(out: Path, corpora: Sequence[str], further: Sequence[str] = ()) -> Iterator[str]:
+def are_labelled(by_corpus: Mapping[str, Sequence[Proposal]]) -> bool:
+    """Returns whether a source of the rankings has single answers with a label, from which KTO alone learns."""
+    return any(proposal.preferences == "labelled" for proposal in by_corpus.get(RANKINGS, ()))
+
+
+def next_commands(
+    out: Path, corpora: Sequence[str], further: Sequence[str] = (), labelled: bool = False
+) -> Iterator[str]:
     """Yields the commands that train on the file: a line for each stage, in the order of the pipeline.
 
-    The stages are language, code and tools, as far as `corpora` names them; other corpora give no line. By default a
-    stage starts from the model of the stage before, and stage=tools mixes in the corpora of both. Overrides take out
-    what the file lacks. `further` overrides end every command.
+    The stages are language, code, tools, and preference and reward for the corpus of rankings, as far as `corpora`
+    names them; other corpora give no line. By default a stage starts from the model of the stage before, and
+    stage=tools mixes in the corpora of both. Overrides take out what the file lacks. `further` overrides end every
+    command.
+
+    Args:
+        labelled: `are_labelled` of the file.
     """
     # `corpus=NAME` names a file in the folder corpus/ of --config-dir.
     command = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent)]
-    for overrides in stage_overrides(out.stem, corpora):
+    for overrides in stage_overrides(out.stem, corpora, labelled):
         yield shlex.join([*command, *overrides, *further])
 
 
-def stage_overrides(name: str, corpora: Sequence[str]) -> Iterator[list[str]]:
+def stage_overrides(name: str, corpora: Sequence[str], labelled: bool = False) -> Iterator[list[str]]:
     """Yields the overrides of each command of `next_commands` for the corpus file `name`, without further ones."""
     previous_stage = ""
     for stage in ("language", "code", CONVERSATIONS):
@@ -153,6 +166,16 @@ def stage_overrides(name: str, corpora: Sequence[str]) -> Iterator[list[str]]:
                 overrides += [f"stage.mix.{name}=0" for name in missing]
         yield [f"corpus={name}", f"stage={stage}", *overrides]
         previous_stage = stage
+
+    if RANKINGS in corpora:
+        start = MODEL
+        if previous_stage:
+            start = f"stage.init_from=work/runs/{previous_stage}/default"
+        if labelled:
+            yield [f"corpus={name}", "stage=preference", "stage.preference.algorithm=kto", start]
+            return
+        for stage in ("preference", "reward"):
+            yield [f"corpus={name}", f"stage={stage}", start]
 
 
 def _yaml(content: Any) -> list[str]:

@@ -14,7 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_lm.config.corpus import CorpusConfig
-from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, next_commands, one_line, stage_overrides
+from dist_lm.data.corpus_file import (
+    CONVERSATIONS,
+    RANKINGS,
+    are_labelled,
+    check_name,
+    corpus_file,
+    next_commands,
+    one_line,
+    stage_overrides,
+)
 from dist_lm.data.ingest import BYTES_PER_TOKEN, TextSplits
 from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
@@ -31,6 +40,11 @@ NO_TEXT = (
     "conversations alone: the tokenizer learns from them, and the model begins from nothing. With an open model, add "
     "stage.init_from=hf:FOLDER to the command"
 )
+MODEL_NEEDED = (
+    "preferences alone: they need a model. FOLDER is that of an open model (docs/in_and_out.md), and a run may "
+    "stand in place of hf:FOLDER"
+)
+LABELLED = "single answers, wanted or not: stage preference learns from them by KTO, and stage reward cannot"
 MOST_REMEDIES = 4  # settings that are tried before a file is refused
 READABLE = 0.99  # share of broken rows up to which they are counted; a launch refuses fewer
 
@@ -122,13 +136,19 @@ def new_corpus(
         settings["max_bad_fraction"] = max(_accepted_fraction(corpus_survey) for corpus_survey in surveys.values())
     if list(by_corpus) == [CONVERSATIONS]:
         remarks.append(NO_TEXT)
+    if list(by_corpus) == [RANKINGS]:
+        remarks.append(MODEL_NEEDED)
 
     documents = {name: dict(corpus_survey.documents.most_common()) for name, corpus_survey in surveys.items()}
     command = ["dist-lm", "data", "new", *paths, "--out", str(out)]
     overrides: list[str] = []
+    labelled = are_labelled(by_corpus)
+    if labelled:
+        remarks.append(LABELLED)
+    first_command = next(stage_overrides(out.stem, [*by_corpus], labelled))
     for _ in range(MOST_REMEDIES):
         text = corpus_file(command, out, by_corpus, documents, remarks, settings, overrides)
-        remedy = trial and _tried(trial, text, out.stem, [*next(stage_overrides(out.stem, [*by_corpus])), *overrides])
+        remedy = trial and _tried(trial, text, out.stem, [*first_command, *overrides])
         if not remedy:
             break
         remarks.append(remedy.reason)
@@ -139,7 +159,7 @@ def new_corpus(
     for name, corpus_survey in surveys.items():
         _print(name, corpus_survey, by_corpus[name], console)
     console.print(Text(one_line(f"written: {out}"), style="bold"))
-    for line in (*remarks, *next_commands(out, list(by_corpus), overrides)):
+    for line in (*remarks, *next_commands(out, list(by_corpus), overrides, labelled)):
         console.print(Text(one_line(line)), soft_wrap=True)
 
 
@@ -269,18 +289,20 @@ def _absolute(path: str) -> str:
 
 
 def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
-    """Groups the proposals by the corpora that the stages read: language, code and tools, in this order.
+    """Groups the proposals by the corpora that the stages read: language, code, tools and rankings, in this order.
 
     Reads about `GLANCE_BYTES` of each source of texts to tell prose from code. Corpora without a source are left out.
 
     Raises:
         ConfigError, ArtefactError: as `survey`.
     """
-    by_corpus: dict[str, list[Proposal]] = {"language": [], "code": [], CONVERSATIONS: []}
+    by_corpus: dict[str, list[Proposal]] = {"language": [], "code": [], CONVERSATIONS: [], RANKINGS: []}
     for proposal in proposals:
         # The readers give the languages, so a part of the text is read for the decision.
         config = CorpusConfig(name="new", corpora={"text": [proposal.typed()]}, max_bad_fraction=READABLE)
-        if proposal.conversations:
+        if proposal.preferences:
+            by_corpus[RANKINGS].append(proposal)
+        elif proposal.conversations:
             by_corpus[CONVERSATIONS].append(proposal)
         elif is_prose(survey(config, "text", GLANCE_BYTES).bytes, proposal.is_code):
             by_corpus["language"].append(proposal)

@@ -9,11 +9,14 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from dist_lm.chat.layouts.registry import COLUMNS, MEDIA, common_layout, expected_columns, turns_in
+from dist_lm.chat.messages import ChatError
+from dist_lm.chat.ranking import Ranking, check_ranking
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
+from dist_lm.data.sources.preferences import kind_of, ranking_of
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
 from dist_lm.data.sources.rows import SourceRow, rows_of_files
@@ -43,7 +46,7 @@ NAMES = ("id", *PATHS, "url", "title", "_id")
 # Columns that are a document only together: the question, and the answer. Usual pairs are read as conversations.
 QUESTIONS = ("prompt", "instruction", "question", "query", "input", "inputs", "problem")
 ANSWERS = ("completion", "response", "output", "answer", "solution", "generation", "target", "targets", "summary")
-# Columns that are rankings together.
+# Columns that are rankings together, also of rows that are not well formed.
 RANKED = (("chosen", "rejected"), ("completions", "ranks"), ("completions", "judgements"))
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
 NUMBER = re.compile(
@@ -73,6 +76,7 @@ class Proposal:
     inputs: Inputs
     notes: tuple[str, ...]  # lines for the corpus file; may hold any character
     is_code: bool = False  # whether texts in no known language look like code
+    preferences: str = ""  # kind of most rows, one of `sources.preferences.KINDS`; empty: they are no preferences
 
     def typed(self) -> SourceConfig:
         """Returns the source as the configuration has it."""
@@ -242,6 +246,25 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
     return columns, False
 
 
+def preferences_in(rows: Sequence[Row]) -> str:
+    """Returns the kind of preferences that most rows hold, one of `sources.preferences.KINDS`; empty: less than half of
+    the rows are preferences."""
+    kinds: Counter[str] = Counter()
+    for row in rows:
+        try:
+            kind = kind_of(row)
+            # Columns alone do not tell: `answers` may be those of a quiz.
+            ranking = ranking_of(row, kind)
+            if isinstance(ranking, Ranking):
+                check_ranking(ranking)
+            kinds[kind] += 1
+        except ChatError:
+            continue
+    if 2 * kinds.total() < len(rows) or not kinds:
+        return ""
+    return kinds.most_common(1)[0][0]
+
+
 def _all_files(name: str) -> str:
     """any file"""
     return ""
@@ -286,6 +309,12 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
     names = list(dict.fromkeys(name for source_row in first_rows for name in source_row.columns))
     if kind == "csv":
         _check_header(files[0].name, names)
+    if kind != "tars" and (preferences := preferences_in(rows)):
+        _check_media(files[0].name, rows, conversations=True)
+        source = {"reader": "preferences", "path": path, "language": "preferences"}
+        words = f"columns: preferences ({preferences}): {', '.join(names[:LISTED])}"
+        return Proposal(source, False, Inputs(tuple(files)), (*notes, words), preferences=preferences)
+
     _check_shape(files[0].name, rows)
     columns, conversations = columns_of(rows)
     _check_media(files[0].name, rows, conversations)
@@ -387,12 +416,15 @@ def _check_shape(name: str, rows: Sequence[Row]) -> None:
     Rows with a column of a usual name for text, or with messages, pass.
 
     Raises:
-        ConfigError: the rows are rankings, or questions with answers; the message begins with `name`, the file.
+        ConfigError: the rows are questions with answers, or broken rankings; the message begins with `name`, the file.
     """
     columns = {column for row in rows for column, cell in row.items() if cell}
     for ranked in RANKED:
         if columns >= {*ranked}:
-            raise ConfigError(f"{name}: columns {' and '.join(ranked)} are rankings: use the reader of docs/reward.md")
+            raise ConfigError(
+                f"{name}: columns {' and '.join(ranked)} are rankings, but most rows are not well formed: see the "
+                "readers of docs/reward.md"
+            )
     # A column with a usual name of text, or messages, is the whole document.
     if columns & {*TEXTS} or columns_of(rows)[1]:
         return

@@ -9,15 +9,19 @@ from pathlib import Path
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import NothingHeldOutError
+from dist_lm.data.corpus_file import MODEL
+from dist_lm.data.epochs import ranking_sequences
+from dist_lm.data.ingest import NothingHeldOutError, TextSplits
 from dist_lm.data.new import Remedy
 from dist_lm.data.sequences import packed
+from dist_lm.data.sources.reader import form_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
+from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import Plan, plan_command
 from dist_lm.stages.stage import ArtefactStage
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.train import VocabularyError
+from dist_lm.tokenizer.train import VocabularyError, train_tokenizer
 from dist_lm.tracking.console import Console
 
 ROWS = 200  # documents of each source that are built first
@@ -41,7 +45,10 @@ def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
         UserError: the command must fail; the message says why.
     """
     with tempfile.TemporaryDirectory(prefix="dist_lm_trial_") as folder:
-        plan = plan_command([f"hydra.searchpath=[{config_dir}]", *overrides, f"work_dir={folder}/work"])
+        words = [f"hydra.searchpath=[{config_dir}]", *overrides, f"work_dir={folder}/work"]
+        if MODEL in overrides:
+            words = _without_model(words, Path(folder))
+        plan = plan_command(words)
         try:
             _build(plan)
         except VocabularyError as error:
@@ -66,6 +73,33 @@ def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
                 settings={"val_fraction": share},
             )
     return None
+
+
+def _without_model(words: Sequence[str], folder: Path) -> list[str]:
+    """Returns the command with a tokenizer of the first rankings, in place of the model that the user will name.
+
+    Args:
+        words: overrides, with `MODEL` among them.
+        folder: an existing one for the tokenizer.
+
+    Raises:
+        UserError: the rankings cannot be read.
+    """
+    words = ["stage.init_from=none" if word == MODEL else word for word in words]
+    config = limited(compose_config(words), ROWS)
+    assert config.stage.corpus
+    texts = [record.document.text for record in TextSplits(config.corpus, config.seed).screened(config.stage.corpus)]
+
+    path = folder / "tokenizer.model"
+    vocab_size = config.model.vocab_size
+    while not path.exists():
+        try:
+            train_tokenizer(texts, path, replace(config.tokenizer, vocab_size=vocab_size))
+        except VocabularyError as error:
+            if not error.most:
+                raise
+            vocab_size = error.most
+    return [*words, f"tokenizer={path}", f"model.vocab_size={vocab_size}"]
 
 
 def _build(plan: Plan) -> None:
@@ -109,7 +143,7 @@ def limited(config: Config, rows: int) -> Config:
 
 
 def _check_lengths(config: Config) -> None:
-    """Refuses corpora of conversations of which none fits into a sequence of the stage.
+    """Refuses corpora of conversations or rankings of which none fits into a sequence of the stage.
 
     Raises:
         ArtefactError: names the key and the length that would fit.
@@ -121,5 +155,10 @@ def _check_lengths(config: Config) -> None:
         if sum(corpus.n_documents for corpus in corpora) >= ROWS:
             corpora = corpora[:1]
         for corpus in corpora:
-            if corpus.has_mask:
+            if form_of(config.corpus, name) == "ranking":
+                if corpus.n_documents and not ranking_sequences(corpus, config.stage.seq_len):
+                    raise ArtefactError(
+                        f"corpus {name}: every ranking is longer than stage.seq_len={config.stage.seq_len}: raise it"
+                    )
+            elif corpus.has_mask:
                 packed(corpus, config.stage.seq_len, too_long=config.stage.too_long)

@@ -228,8 +228,7 @@ def test_licences_in_lists_are_found(data, name):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), "rankings: use the reader"),
-        ("a.jsonl", json.dumps({"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}), "and ranks are"),
+        ("a.jsonl", json.dumps({"prompt": "a", "chosen": 5, "rejected": [1]}), "chosen and rejected are"),
         ("a.jsonl", json.dumps({"completions": ["b", "c"], "judgements": [[0, 1]]}), "and judgements are"),
         ("a.jsonl", json.dumps({"prompt": "a", "solution": "b"}), "prompt, solution: only one"),
         ("a.jsonl", json.dumps({"problem": "a", "answer": "b"}), "problem, answer: only one"),

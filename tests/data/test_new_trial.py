@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dist_lm.__main__ import data_new
+from dist_lm.data.corpus_file import MODEL
 from dist_lm.data.ingest import split_documents
+from dist_lm.data.propose import preferences_in
 from dist_lm.data.screening import IngestReport
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.prepare.compose import compose_config
@@ -49,6 +51,66 @@ def test_a_file_of_few_conversations_is_one_whose_first_command_runs(tmp_path: P
     config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", *overrides])
     splits = {split for split, _, _ in split_documents(config.corpus, "tools", 0, IngestReport())}
     assert splits == {"train", "val"}
+
+
+def asked(n: int) -> str:
+    return f"Where is the {WORDS[n % 10]} of {WORDS[n // 10 % 10]}, number {n}?"
+
+
+def turns(n: int, answer: str) -> list[dict]:
+    return [{"role": "user", "content": asked(n)}, {"role": "assistant", "content": answer}]
+
+
+def good(n: int) -> str:
+    return f"By the {WORDS[n % 7]}, number {n}."
+
+
+PREFERENCES = {
+    "pairs": lambda n: {"prompt": asked(n), "chosen": good(n), "rejected": "No."},
+    "turns": lambda n: {"chosen": turns(n, good(n)), "rejected": turns(n, "No.")},
+    "ranked": lambda n: {"prompt": asked(n), "completions": [good(n), "No.", "Perhaps."], "ranks": [1, 3, 2]},
+    "ultrafeedback": lambda n: {
+        "instruction": asked(n),
+        "completions": [{"response": good(n), "overall_score": 9.0}, {"response": "No.", "overall_score": 2.0}],
+    },
+    "labelled": lambda n: {"prompt": asked(n), "completion": good(n), "label": n % 2 == 0},
+}
+
+
+SLOW = ("turns", "ranked", "ultrafeedback")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.heavy] * (k in SLOW)) for k in PREFERENCES])
+def test_preferences_get_the_reader_and_the_commands_that_learn_from_them(kind: str, tmp_path: Path) -> None:
+    """They were refused with a page to read, and a command without a model has no tokenizer to begin with."""
+    path, out = tmp_path / "rows.jsonl", tmp_path / "lab" / "corpus" / "ours.yaml"
+    path.write_text("".join(json.dumps(PREFERENCES[kind](n)) + "\n" for n in range(60)))
+    data_new([str(path)], out)
+    overrides = overrides_of(out)
+    config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", *overrides[:-1]])
+    (source,) = config.corpus.corpora["rankings"]
+    assert (source.reader, source.path) == ("preferences", [str(path)])
+    assert overrides[-1] == MODEL
+    assert config.stage.name == "preference"
+    has_reward = any("stage=reward" in line for line in out.read_text().splitlines())
+    assert has_reward == (kind != "labelled")
+    assert ("stage.preference.algorithm=kto" in overrides) == (kind == "labelled")
+    assert try_command(out.parent.parent, overrides) is None
+
+
+def test_preferences_that_a_command_cannot_use_are_refused_and_no_file_is_written(tmp_path: Path) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "lab" / "corpus" / "ours.yaml"
+    rows = [{"prompt": asked(n), "chosen": good(n) + " q7z" * 9000, "rejected": "No."} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"longer than stage\.seq_len=\d+"):
+        data_new([str(path)], out)
+    assert not out.exists()
+
+
+def test_a_quiz_with_answers_is_no_preference() -> None:
+    quiz = {"question": "Where?", "answers": ["here", "there"], "text": "It is here."}
+    assert preferences_in([quiz] * 3) == ""
+    assert preferences_in([PREFERENCES["pairs"](1), PREFERENCES["pairs"](2), quiz]) == "pairs"
 
 
 def test_conversations_that_begin_alike_are_refused_and_no_file_is_written(tmp_path: Path) -> None:

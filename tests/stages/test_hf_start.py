@@ -93,6 +93,21 @@ def test_the_plan_imports_adapters_over_their_base(work: WorkDirectory, snapshot
     assert moved.is_dir()
 
 
+def test_preferences_alone_need_no_more_than_an_open_model(work: WorkDirectory, snapshot: Path, tmp_path: Path):
+    """The command that `data new` prints for a file of preferences: nothing else has to be there."""
+    rows, lab = tmp_path / "pairs.jsonl", tmp_path / "lab" / "corpus"
+    rows.write_text(json.dumps({"prompt": "Where?", "chosen": "Here.", "rejected": "No."}) + "\n")
+    lab.mkdir(parents=True)
+    (lab / "ours.yaml").write_text(
+        f"name: ours\ncorpora:\n  rankings:\n  - {{reader: preferences, path: {rows}, language: ours, licence: own}}\n"
+    )
+    start = [f"hydra.searchpath=[{lab.parent}]", "corpus=ours", f"stage.init_from=hf:{snapshot}"]
+    for stage in ("preference", "reward"):
+        plan = planned(WorkDirectory(tmp_path / "fresh"), stage, *start)
+        assert {name for name, action in actions(plan).items() if action == "build"} >= {"import", "rankings", stage}
+        assert not {"language", "code", "tools"} & {*actions(plan)}
+
+
 def test_a_stage_on_the_way_may_start_from_a_snapshot(work: WorkDirectory, snapshot: Path):
     plan = planned(work, "export", f"stages.code.init_from=hf:{snapshot}", "stages.code.seq_len=32")
     assert list(actions(plan)) == ["import", "tokenizer", "shards", "code", "export"]  # no language
