@@ -70,6 +70,8 @@ def _word(value: Any, where: str) -> str:
         return json.dumps(value)
     if isinstance(value, int | float):
         return repr(value)
+    if value == {}:
+        return "{}"
     if isinstance(value, list):
         return f"[{','.join(_word(entry, where) for entry in value)}]"
     text = str(value)
