@@ -97,14 +97,57 @@ def new_recipe(
     require(not (preferences and prompts), "--prompts", prompts, "nothing beside --preferences: one stage follows")
     require(bool(prompts) == bool(reward), "--reward", repr(reward), "module:function, together with --prompts FILE")
     folder, name = out.parent.parent, out.stem
-    start = start_of(model, name)
-    files = {path: folder / path for path in (f"corpus/{name}.yaml", f"model/{name}.yaml")}
+    words = ["dist-lm", "recipe", "new", model, *(word for path in data for word in ("--data", path))]
+    words += [word for path in preferences for word in ("--preferences", path)]
+    if prompts:
+        words += ["--prompts", str(prompts), "--reward", reward]
+    words += ["--out", str(out)]
+    command = shlex.join(["python", "-m", "dist_lm.launch", "--config-dir", str(folder), f"experiment={name}"])
 
+    corpus_file, model_file = folder / "corpus" / f"{name}.yaml", folder / "model" / f"{name}.yaml"
+    new_files = [file for file in (corpus_file, model_file) if not file.exists()]
+    try:
+        start, surveys, measured = _look(model, data, corpus_file, model_file, console, force)
+        if preferences:
+            _add_rankings(corpus_file, preferences)
+        stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
+        if others := [other for other in surveys if other != CONVERSATIONS]:
+            remarks.append(f"texts of --data are not trained on: corpora {', '.join(others)}; a share in mix adds them")
+        content = {"run_id": name, "corpus": name, "parallel": "auto"} | dict(start.keys) | hardware_keys()
+        if preferences:
+            stages[PREFERENCE] = preference_keys(start, stages[SFT])
+        if prompts:
+            stages[RLHF] = rlhf_keys(stages[SFT])
+            content["rlhf"] = rlhf_group(prompts, reward, stages[SFT])
+        content = {"stage": list(stages)[-1]} | content | {"stages": stages}
+
+        # Nobody should find out by a refusal that a file cannot run.
+        text = tried(folder, name, [f"Written by: {shlex.join(words)}", command, *remarks], content)
+    except BaseException:
+        # Without its experiment, a file would only be in the way of the next try.
+        for file in new_files:
+            file.unlink(missing_ok=True)
+        raise
+    _write(out, text)
+    for line in (*remarks, f"written: {out}", command):
+        console.print(Text(one_line(line)), soft_wrap=True)
+
+
+def _look(
+    model: str, data: Sequence[str], corpus_file: Path, model_file: Path, console: Console, force: bool
+) -> tuple[Start, dict[str, Survey], Measured]:
+    """Returns what model and data are, after writing the corpus file, and the model file for a run.
+
+    Raises:
+        ConfigError, ArtefactError, UserError: as `new_recipe`.
+    """
+    name = corpus_file.stem
+    start = start_of(model, name)
     # The first try builds the corpora for their lengths; the file is written when it has passed.
     measured = Measured()
     surveys = new_corpus(
         data,
-        files[f"corpus/{name}.yaml"],
+        corpus_file,
         console,
         sample_bytes=256 << 20,
         force=force,
@@ -113,35 +156,10 @@ def new_recipe(
         commands=False,
     )
     if CONVERSATIONS not in surveys:
-        files[f"corpus/{name}.yaml"].unlink()
         raise ConfigError(f"--data {' '.join(data)}: texts, not conversations; stage=code trains on texts")
-    if preferences:
-        _add_rankings(files[f"corpus/{name}.yaml"], preferences)
     if start.model_file:
-        _write(files[f"model/{name}.yaml"], start.model_file)
-
-    stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
-    if preferences:
-        stages[PREFERENCE] = preference_keys(start, stages[SFT])
-    groups: dict[str, Any] = {}
-    if prompts:
-        stages[RLHF] = rlhf_keys(stages[SFT])
-        groups["rlhf"] = rlhf_group(prompts, reward, stages[SFT])
-    groups |= hardware_keys()
-
-    words = ["dist-lm", "recipe", "new", model, *(word for path in data for word in ("--data", path))]
-    words += [word for path in preferences for word in ("--preferences", path)]
-    if prompts:
-        words += ["--prompts", str(prompts), "--reward", reward]
-    words += ["--out", str(out)]
-    command = ["python", "-m", "dist_lm.launch", "--config-dir", str(folder), f"experiment={name}"]
-    comments = [f"Written by: {shlex.join(words)}", shlex.join(command), *remarks]
-    content = {"stage": list(stages)[-1], "run_id": name, "corpus": name, "parallel": "auto"}
-    content |= dict(start.keys) | groups | {"stages": stages}
-    # Nobody should find out by a refusal that a file cannot run.
-    _write(out, tried(folder, name, comments, content))
-    for line in (*remarks, f"written: {out}", shlex.join(command)):
-        console.print(Text(one_line(line)), soft_wrap=True)
+        _write(model_file, start.model_file)
+    return start, surveys, measured
 
 
 def check_out(out: Path, force: bool) -> None:
