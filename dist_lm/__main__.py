@@ -28,6 +28,8 @@ app = typer.Typer(
 data = typer.Typer(help="Look at corpora, describe data of your own.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(checkpoint, name="checkpoint")
+recipe = typer.Typer(help="Write an experiment for a model and data of your own.", no_args_is_help=True)
+app.add_typer(recipe, name="recipe")
 cluster = typer.Typer(help="Look at the nodes and ranks of a run.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
 tools = typer.Typer(help="Examine a model that calls functions.", no_args_is_help=True)
@@ -95,6 +97,25 @@ def data_new(
         reserved_names=choices("corpus"),
         trial=try_command,
     )
+
+
+@recipe.command("new")
+def recipe_new(
+    model: Annotated[str, typer.Argument(help="hf:FOLDER, hf:ID of a model on the hub, or a run.")],
+    data: Annotated[list[str], typer.Option("--data", help="Conversations: files, folders, globs, URLs; repeatable.")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write: DIR/experiment/NAME.yaml.")],
+    preferences: Annotated[
+        list[str] | None, typer.Option(help="Preferences: stage preference follows; may be repeated.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts: stage rlhf follows, with --reward.")] = None,
+    reward: Annotated[str, typer.Option(help="The reward of --prompts: module:function.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace the files if they exist.")] = False,
+) -> None:
+    """Look at a model, conversations and this machine, and write an experiment that fine-tunes (docs/finetune.md)."""
+    from dist_lm.verbs.recipe import new_recipe
+
+    console = OutputConsole()
+    new_recipe(model, data, out, console, preferences=preferences or [], prompts=prompts, reward=reward, force=force)
 
 
 @app.command("metrics")

@@ -29,7 +29,14 @@ from dist_lm.prepare.compose import (
     target_stage,
 )
 from dist_lm.prepare.conf_folders import KEY, conf_directory, search_path, with_config_dir
-from dist_lm.prepare.plan import Plan, PlannedStage, check_stage_prefixes, plan_command, untraced
+from dist_lm.prepare.plan import (
+    Plan,
+    PlannedStage,
+    check_stage_prefixes,
+    plan_command,
+    untraced,
+    with_command_file,
+)
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import RunsIn
 from dist_lm.storage.process import cores
@@ -87,6 +94,7 @@ def show_configuration(arguments: list[str]) -> None:
         return
     import hydra
 
+    arguments = with_command_file(arguments)
     arguments_of_hydra, target = list(arguments), default_stage()
     if any(argument.split("=")[0] in VIEWS for argument in arguments):
         overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]

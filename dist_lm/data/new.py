@@ -94,8 +94,9 @@ def new_corpus(
     force: bool = False,
     reserved_names: Sequence[str] = (),
     trial: Trial | None = None,
-) -> None:
-    """Writes the corpus file `out` for data, and prints what the data holds.
+    commands: bool = True,
+) -> dict[str, Survey]:
+    """Writes the corpus file `out` for data, and prints what the data holds. Returns the counts by corpus.
 
     The data is read, perhaps from URLs, and counted before the file is written. The folder of `out` is created first,
     and stays after an error.
@@ -107,6 +108,7 @@ def new_corpus(
         reserved_names: the corpus files of dist_lm, whose names no other file may have.
         trial: tries the first command of the file on a copy elsewhere, and returns what would make it run; None: the
             command is not tried.
+        commands: whether to print the commands that train on the file.
 
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
@@ -134,7 +136,7 @@ def new_corpus(
     settings: dict[str, Any] = {}
     if remarks:
         settings["max_bad_fraction"] = max(_accepted_fraction(corpus_survey) for corpus_survey in surveys.values())
-    if list(by_corpus) == [CONVERSATIONS]:
+    if commands and list(by_corpus) == [CONVERSATIONS]:
         remarks.append(NO_TEXT)
     if list(by_corpus) == [RANKINGS]:
         remarks.append(MODEL_NEEDED)
@@ -159,8 +161,10 @@ def new_corpus(
     for name, corpus_survey in surveys.items():
         _print(name, corpus_survey, by_corpus[name], console)
     console.print(Text(one_line(f"written: {out}"), style="bold"))
-    for line in (*remarks, *next_commands(out, list(by_corpus), overrides, labelled)):
+    lines = (*remarks, *next_commands(out, list(by_corpus), overrides, labelled)) if commands else remarks
+    for line in lines:
         console.print(Text(one_line(line)), soft_wrap=True)
+    return surveys
 
 
 def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:

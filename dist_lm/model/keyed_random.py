@@ -125,8 +125,8 @@ class DropoutKey:
     rate: float  # probability that an element is dropped, in [0, 1)
     seed: int
     step: int  # optimizer step
-    adapter_rate: float = 0.0  # the same for the inputs of adapters
     sequence_B: torch.Tensor | None = None  # int64; global sequence numbers; None until the batch is known
+    adapter_rate: float = 0.0  # as `rate`, for the inputs of adapters
 
 
 @dataclass(frozen=True)

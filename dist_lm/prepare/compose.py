@@ -24,6 +24,7 @@ from dist_lm.config.corpus import HF, TRAIN, check_sources
 from dist_lm.config.renamed import present_key
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, did_you_mean, require
+from dist_lm.prepare.command_file import command_file
 from dist_lm.prepare.conf_folders import (
     GROUPS,
     KEY,
@@ -68,7 +69,8 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
     Raises:
         ConfigError: unknown key, wrong type, value out of bounds, a secret, a folder of the user that cannot be used,
-            a file that is no YAML, or an invalid combination. The message is one line.
+            a file that is no YAML, an experiment that holds a command, or an invalid combination. The message is one
+            line.
         ArtefactError: the snapshot of `model=hf:SOURCE` or an existing tokenizer cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
     """
@@ -85,6 +87,11 @@ def compose_config(overrides: Sequence[str]) -> Config:
     schema = stage_named(stage).schema if stage in stage_names() else Config
     for override in parsed:
         _check_exists(override, schema, folders, stage)
+        is_experiment = override.key_or_group == "experiment" and override.value() is not None
+        if is_experiment and command_file(str(override.value()), folders):
+            raise ConfigError(
+                f"experiment={override.value()}: this file holds a whole command, which `python -m dist_lm.launch` runs"
+            )
 
     register_schema(schema)
     try:

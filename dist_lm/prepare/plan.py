@@ -8,7 +8,9 @@ from dist_lm.config.corpus import STAGE_RUN
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, did_you_mean, require
 from dist_lm.parallel.layout import AXES
-from dist_lm.prepare.compose import compose_config, overrides_of, target_stage
+from dist_lm.prepare.command_file import command_file, overrides_in
+from dist_lm.prepare.compose import compose_config, overrides_of, own_groups, target_stage
+from dist_lm.prepare.conf_folders import choices, content_of
 from dist_lm.stages.registry import load_config, stage_named, stage_names
 from dist_lm.stages.stage import Action, RunsIn, Stage, run_of
 from dist_lm.training import checkpoint_files
@@ -71,10 +73,62 @@ def plan_command(overrides: Sequence[str]) -> Plan:
         ArtefactError: existing files were made with other settings or cannot be read.
         UserError: a package that is needed to read a model or tokenizer is not installed.
     """
+    overrides = with_command_file(overrides)
     target = target_stage(overrides)
     check_stage_prefixes(overrides, target)
     plan = make_plan(target, lambda stage: compose_config(overrides_of(stage, target, overrides)))
     return with_continued_runs(plan, overrides)
+
+
+def with_command_file(overrides: Sequence[str]) -> list[str]:
+    """Returns `overrides` with `experiment=NAME` replaced by the command of that file (`command_file.py`), with
+    `stage=` in front; unchanged without such a file.
+
+    Keys of stages that the command does not run are left out: with `stage=sft`, those of a stage behind it.
+
+    Raises:
+        ConfigError: the file is no YAML or has a text that no override can have, or a folder of the user cannot be
+            used.
+    """
+    names = [text.partition("=")[2] for text in overrides if text.startswith("experiment=")]
+    if not names or names[-1] == "null":
+        return list(overrides)
+    # A mistyped name would be reported as a missing stage, which the file would have named.
+    accepted = choices("experiment", overrides)
+    hint = did_you_mean(names[-1], accepted, "experiment=")
+    require(names[-1] in accepted, "experiment", names[-1], f"one of {', '.join(accepted)}{hint and f' ({hint})'}")
+    file = command_file(names[-1], overrides)
+    if file is None:
+        return list(overrides)
+
+    given = [text for text in overrides if not text.startswith("experiment=")]
+    chosen = [text.partition("=")[2] for text in given if text.startswith("stage=")]
+    target = [content_of(file)["stage"], *chosen][-1]
+    from_file = overrides_in(file)
+    if target in stage_names():
+        from_file = _for_target(from_file, target)
+
+    # Of steps and epochs a command has one: that of the command line.
+    keys = {text.partition("=")[0] for text in given}
+    if keys & {"stage.steps", "stage.epochs"}:
+        from_file = [text for text in from_file if not text.startswith(("stage.steps=", "stage.epochs="))]
+    return [f"stage={target}", *from_file, *(text for text in given if not text.startswith("stage="))]
+
+
+def _for_target(overrides: Sequence[str], target: str) -> list[str]:
+    """Returns the overrides of a command file that a command for `target` takes, in its words."""
+    own = own_groups(stage_named(target).schema)
+    groups_of_others = {group for name in stage_names() for group in own_groups(stage_named(name).schema)} - {*own}
+    in_its_words = [text.replace(f"stages.{target}.", "stage.", 1) for text in overrides]
+    run = may_run(target, in_its_words)
+
+    kept = []
+    for text in in_its_words:
+        group, _, rest = text.partition("=")[0].partition(".")
+        runs = group != "stages" or rest.partition(".")[0] in run
+        if runs and group not in groups_of_others:
+            kept.append(text)
+    return kept
 
 
 def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
@@ -177,10 +231,7 @@ def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
     Raises:
         ConfigError: names the override and the stages that are possible; or there is no stage `target`.
     """
-    # A start by the name of a stage adds that stage, and those that it needs.
-    named_starts = [match[1] for override in overrides if (match := NAMED_START.match(override))]
-    starts = [name for name in named_starts if name in stage_names()]
-    earlier = list(dict.fromkeys([*may_need(target), *(need for name in starts for need in (*may_need(name), name))]))
+    earlier = may_run(target, overrides)
     for override in overrides:
         if override.startswith("stages."):
             name = override.split(".")[1].split("=")[0]
@@ -259,6 +310,14 @@ def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]
 
     visit(target)
     return order
+
+
+def may_run(target: str, overrides: Sequence[str]) -> list[str]:
+    """Returns every earlier stage that the command `overrides` for `target` may build: those that stages may need, and
+    those that `init_from=stage:NAME` names."""
+    named_starts = [match[1] for override in overrides if (match := NAMED_START.match(override))]
+    starts = [name for name in named_starts if name in stage_names()]
+    return list(dict.fromkeys([*may_need(target), *(need for name in starts for need in (*may_need(name), name))]))
 
 
 def may_need(target: str) -> list[str]:

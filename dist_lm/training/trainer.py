@@ -166,7 +166,7 @@ class Trainer:
         # The key holds the step, so a resumed run drops what the uninterrupted run would have dropped. It is set for
         # the training passes only: evaluation uses the same model without dropout.
         if stage.dropout or stage.lora.dropout:
-            model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step, stage.lora.dropout)
+            model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step, adapter_rate=stage.lora.dropout)
         reduces_every = self.config.parallel.reduce_every_micro_batch
         sums = accumulate_gradients(model, self.objective, micro_batches, reduces_every, laps)
         model.dropout = None

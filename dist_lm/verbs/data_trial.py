@@ -3,12 +3,13 @@ first rows of the data."""
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
+from dist_lm.config.stage import StageConfig
 from dist_lm.data.corpus_file import MODEL
 from dist_lm.data.epochs import ranking_sequences
 from dist_lm.data.ingest import NothingHeldOutError, TextSplits
@@ -19,7 +20,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import Plan, plan_command
-from dist_lm.stages.stage import ArtefactStage
+from dist_lm.stages.stage import IMPORT, ArtefactStage
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.train import VocabularyError, train_tokenizer
 from dist_lm.tracking.console import Console
@@ -31,7 +32,9 @@ LEAST_PIECES = 512  # of a vocabulary, tokenizer.vocab_size
 LARGEST_SHARE = 0.3  # of a corpus that is held out without asking
 
 
-def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
+def try_command(
+    config_dir: Path, overrides: Sequence[str], measure: Callable[[Config], None] | None = None
+) -> Remedy | None:
     """Tries a command; nothing outside a temporary folder is written. Returns None if it runs, or what would make it.
 
     The tokenizer learns from at most `TRAIN_BYTES`, and the corpora are built from the first `ROWS` documents of each
@@ -40,6 +43,7 @@ def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
     Args:
         config_dir: a configuration folder, which holds the corpus file.
         overrides: those of the command.
+        measure: gets the configuration of the last stage, whose corpora are built in its work directory by then.
 
     Raises:
         UserError: the command must fail; the message says why.
@@ -51,6 +55,8 @@ def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
         plan = plan_command(words)
         try:
             _build(plan)
+            if measure:
+                measure(plan.target.config)
         except VocabularyError as error:
             if not error.most:
                 raise
@@ -109,7 +115,8 @@ def _build(plan: Plan) -> None:
         UserError: as the stages raise it.
     """
     console = Console(io.StringIO(), io.StringIO(), live=False)
-    stages = [stage for stage in plan.stages if isinstance(stage.stage, ArtefactStage)]
+    # An import copies all weights, and no corpus needs them.
+    stages = [stage for stage in plan.stages if isinstance(stage.stage, ArtefactStage) and stage.name != IMPORT]
     for planned in stages:
         assert isinstance(planned.stage, ArtefactStage)
         tokenizer = replace(planned.config.tokenizer, workers=1)
@@ -127,7 +134,10 @@ def _build(plan: Plan) -> None:
                 # Of few rows none may be held out by chance, and all are no chance.
                 if rows == 0:
                     raise
-    _check_lengths(plan.target.config)
+    for planned in plan.stages:
+        # Other stages leave out rankings that are too long, and say how many.
+        if isinstance(planned.config.stage, StageConfig):
+            _check_lengths(planned.config)
 
 
 def limited(config: Config, rows: int) -> Config:

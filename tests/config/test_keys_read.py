@@ -38,6 +38,7 @@ LAUNCHES = (
     ("stage=rlhf", "rlhf.pretrain_coefficient=0.1", "rlhf.pretrain_sequences=2"),
     ("stage=code", "run_id=dry", "dry_run=true", "parallel=auto"),
     ("stage=code", "run_id=asked", *ASKED),
+    ("stage=sft", "stage.init_from=WORK/runs/code/default", "stage.steps=4", "stage.eval_every=2"),
     ("stage=preference", "stage.steps=4", "stage.eval_every=2"),
     ("stage=export",),
     ("stage=import", "stage.init_from=hf:WORK/exports/default-code"),

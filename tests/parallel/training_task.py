@@ -96,7 +96,7 @@ def objective_of(model: ModelConfig) -> Objective:
 
 def dropout_key(step: int, model: ModelConfig, sequence_B: torch.Tensor | None = None) -> DropoutKey:
     adapter_rate = model.lora.dropout if model.lora else 0.0
-    return DropoutKey(STAGE.dropout, SEED, step, adapter_rate, sequence_B)
+    return DropoutKey(STAGE.dropout, SEED, step, sequence_B, adapter_rate)
 
 
 def trained_tokens_of(model: ModelConfig) -> torch.Tensor | None:

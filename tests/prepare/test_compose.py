@@ -6,6 +6,7 @@ import pytest
 
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ConfigError
+from dist_lm.prepare.command_file import command_file
 from dist_lm.prepare.compose import choices, compose_config, overrides_of, target_stage
 from dist_lm.rlhf.config import RewardPartConfig
 from dist_lm.stages.registry import load_config
@@ -29,7 +30,14 @@ def test_every_model_composes_with_every_stage(model, stage):
 @pytest.mark.parametrize("group", ["parallel", "corpus", "tracking", "experiment"])
 def test_every_choice_of_a_group_composes(group):
     for choice in choices(group):
-        compose_config([f"{group}={choice}"])
+        # Experiments that hold a command are composed in test_shipped_experiments.py.
+        if group != "experiment" or not command_file(choice):
+            compose_config([f"{group}={choice}"])
+
+
+def test_an_experiment_that_holds_a_command_is_named_where_a_group_is_composed():
+    with pytest.raises(ConfigError, match=r"^experiment=qwen3_8b: this file holds a whole command, which `python -m"):
+        compose_config(["stage=code", "experiment=qwen3_8b"])
 
 
 def test_large_has_exactly_the_listed_numbers():

@@ -68,9 +68,10 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert list(without.stages[-1].config.rlhf.rewards) == ["mine"]
     # Prompts of a file and the start of another work directory need no corpus, but a tokenizer.
     started = make_run(work, "tools", "stage.seq_len=200", "stage.init_from=none", "run_id=start", done=True)
-    alone = plan_of(
-        work, *FUNCTION_ONLY, f"stage.init_from={started.path}", "rlhf.prompts_from=README.md", target="rlhf"
-    )
+    prompts = work.path / "prompts.txt"
+    prompts.write_text("one\n")
+    given = (f"stage.init_from={started.path}", f"rlhf.prompts_from={prompts}")
+    alone = plan_of(work, *FUNCTION_ONLY, *given, target="rlhf")
     assert list(actions(alone)) == ["tokenizer", "rlhf"]
     elsewhere = make_run(work, "reward", "stage.seq_len=200", "stage.init_from=none", "run_id=elsewhere", done=True)
     given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
