@@ -146,9 +146,10 @@ class Shards(ArtefactStage):
         wanted = wanted_corpora(config)
         # Files are listed once for the whole build: what is compared with val is what is tokenized.
         reader = TextSplits(config.corpus, config.seed).reader
-        # What the plan has chosen stays, even if inputs have changed since.
-        config = with_folders(config, [name for name in wanted if name not in config.corpus.folders], reader.files)
-        missing = missing_corpora(config, wanted)
+        # What the plan has chosen stays, even if inputs have changed since. Texts are compared with all others.
+        open_names = [name for name in {*wanted, *text_corpora(config.corpus)} if name not in config.corpus.folders]
+        config = with_folders(config, sorted(open_names), reader.files)
+        missing = missing_corpora(config, wanted, reader.files)
         correct_corpora(config, [name for name in wanted if name not in missing])
 
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
@@ -202,17 +203,41 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
     return [name for name in names if (form_of(config.corpus, name) == "ranking") == rankings]
 
 
-def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
+def missing_corpora(config: Config, names: Sequence[str], list_inputs: ListInputs = inputs_of) -> list[str]:
     """Returns those of `names` whose tars must be built: missing or damaged.
 
     Args:
         config: of `with_folders`.
+        list_inputs: as of `listed_inputs`.
 
     Raises:
-        ArtefactError: see `is_whole`.
+        ArtefactError: see `is_whole`; or a damaged corpus was made from other sources than those of the configuration.
     """
     work = WorkDirectory(Path(config.work_dir))
-    return [name for name in names if not is_whole(config.corpus_in(work, name))]
+    missing = []
+    for name in names:
+        directory = config.corpus_in(work, name)
+        if not is_whole(directory):
+            _require_same_sources(config, name, directory, list_inputs)
+            missing.append(name)
+    return missing
+
+
+def _require_same_sources(config: Config, name: str, directory: Path, list_inputs: ListInputs) -> None:
+    """Refuses to repair a corpus from other sources than it was made from; returns nothing. A run may have begun with
+    it, or `corpus.folders` names it.
+
+    Raises:
+        ArtefactError: names the folder, the differences and the way out.
+    """
+    if not manifest_path(directory).is_file():
+        return
+    changes, _ = _changed(config, name, directory, list_inputs)
+    if changes:
+        raise ArtefactError(
+            f"{directory} is damaged, and cannot be built again from these sources: {'; '.join(changes)}: restore it, "
+            "or give the settings that it was built with"
+        )
 
 
 def correct_corpora(config: Config, names: Sequence[str]) -> None:
@@ -262,6 +287,7 @@ def inspect_corpora(
     for name in names:
         directory = config.corpus_in(work, name)
         if not is_whole(directory):
+            _require_same_sources(config, name, directory, list_inputs)
             missing.append(name)
             words_of = {manifest_path(directory): "damaged", journal_path(directory): "unfinished"}
             notes += [f"{name} {words}" for path, words in words_of.items() if path.is_file()]
@@ -566,6 +592,7 @@ def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListIn
     yet, and finished ones whose val was compared with the same sources of `missing`.
 
     Args:
+        config: of `with_folders`, for all corpora of texts.
         missing: corpora of texts.
         list_inputs: as of `listed_inputs`.
 
@@ -578,9 +605,7 @@ def corpora_together(config: Config, missing: Sequence[str], list_inputs: ListIn
     work = WorkDirectory(Path(config.work_dir))
     together = []
     for name in text_corpora(config.corpus):
-        directory = folder_of(config, name, list_inputs)
-        if name in config.corpus.folders:
-            directory = config.corpus_in(work, name)
+        directory = config.corpus_in(work, name)
         is_there = name not in missing and manifest_path(directory).is_file()
         if not is_there or _has_seen(config, read_manifest(directory), missing, list_inputs):
             together.append(name)
