@@ -1,13 +1,21 @@
 """The conf group `model`: the shape of the transformer."""
 
 import math
-from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Self
 
 from omegaconf import MISSING
 
 from dist_lm.config.stage import LORA_TARGETS, LoraConfig
 from dist_lm.errors import require
+
+UNGATED, GATED = ("gelu", "gelu_tanh", "relu2"), ("swiglu", "geglu", "geglu_tanh")
+"""Values of `model.ffn`."""
+
+LAYER_LISTS = ("full_layers",)  # keys that list layers
+
+EXPORTED = ("gpt_neox", "starcoder2", "arcee", "llama", "qwen2", "qwen3", "mistral", "ministral", "phi3")
+"""Values of `model.export_as`."""
 
 
 @dataclass
@@ -25,9 +33,13 @@ class ModelConfig:
     vocab_size: int = MISSING  # pieces of the tokenizer
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
-    ffn: str = "gelu"  # gelu | relu2 (squared ReLU, So et al. 2021) | swiglu
+    # feed-forward network: gelu | gelu_tanh (GELU by tanh) | relu2 (squared ReLU, So et al. 2021), or with a gate
+    # (Shazeer 2020): swiglu | geglu | geglu_tanh
+    ffn: str = "gelu"
     bias: bool = True  # biases in linear layers (and in layernorm)
-    qkv_bias: bool = False  # biases for queries, keys and values although bias is false (as Qwen2)
+    attention_bias: bool | None = None  # biases of queries, keys, values and the output of attention; null: as bias
+    ffn_bias: bool | None = None  # biases in the feed-forward network; null: as bias
+    qkv_bias: bool = False  # biases for queries, keys and values although the output of attention has none (as Qwen2)
     tie_embeddings: bool = False  # the output head shares the embedding's weight
     head: str = "tokens"  # tokens (logits of the next token) | scalar (one score per token: reward and value models)
     rope_base: float = 10000.0
@@ -40,6 +52,8 @@ class ModelConfig:
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_len: int = 8192
+    window: int | None = None  # tokens that a query sees, its own among them (Beltagy et al. 2020); null: all before it
+    full_layers: list[int] = field(default_factory=list)  # layers, from 0, without the window
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
     # values of the layers after the first: a v + b v_1 with v_1 of the first layer; a and b are learned scalars of each
@@ -53,6 +67,8 @@ class ModelConfig:
     # width that init_std and the learning rates are meant for: other widths scale them (muP, Yang & Hu 2022, table 3),
     # so one rate serves all of them. Heads have the same width, d_ff grows with d_model. null: no scaling
     base_width: int | None = None
+    # model_type of the class of transformers that exports have, where several hold the model; null: the first of them
+    export_as: str | None = None
 
     lora: ClassVar[LoraConfig | None] = None  # set in `AdaptedModelConfig`
 
@@ -82,9 +98,34 @@ class ModelConfig:
         return int(self.d_head * self.rotary_fraction)
 
     @property
+    def windows(self) -> list[int | None]:
+        """The window of each layer; None: a query sees all tokens before it."""
+        return [None if layer in self.full_layers else self.window for layer in range(self.n_layers)]
+
+    def at_layers(self, n_layers: int) -> Self:
+        """Returns the model with fewer layers, the first ones."""
+        layers = {key: [layer for layer in getattr(self, key) if layer < n_layers] for key in LAYER_LISTS}
+        return replace(self, n_layers=n_layers, **layers)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward network has a gate."""
+        return self.ffn in GATED
+
+    @property
     def has_qkv_bias(self) -> bool:
         """Whether queries, keys and values have biases."""
-        return self.bias or self.qkv_bias
+        return self.has_output_bias or self.qkv_bias
+
+    @property
+    def has_output_bias(self) -> bool:
+        """Whether the output of attention has a bias."""
+        return self.bias if self.attention_bias is None else self.attention_bias
+
+    @property
+    def has_ffn_bias(self) -> bool:
+        """Whether the linear layers of the feed-forward network have biases."""
+        return self.bias if self.ffn_bias is None else self.ffn_bias
 
     def __post_init__(self) -> None:
         for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size", "rope_original_len"):
@@ -92,13 +133,15 @@ class ModelConfig:
         require(self.vocab_size <= 2**31, "model.vocab_size", self.vocab_size, f"at most {2**31} (tokens are uint32)")
         self._check_heads()
         self._check_rope()
+        self._check_layers()
 
         for key in ("norm_eps", "init_std"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
-        require(self.ffn in ("gelu", "relu2", "swiglu"), "model.ffn", self.ffn, "gelu, relu2 or swiglu")
+        require(self.ffn in (*UNGATED, *GATED), "model.ffn", self.ffn, ", ".join((*UNGATED, *GATED)))
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
         require(self.logit_cap >= 0, "model.logit_cap", self.logit_cap, ">= 0 (0 is off)")
+        require(self.export_as in (None, *EXPORTED), "model.export_as", self.export_as, f"null, {', '.join(EXPORTED)}")
         require(self.residual_init in ("depth", "zero"), "model.residual_init", self.residual_init, "depth or zero")
 
         base = self.base_width
@@ -135,6 +178,21 @@ class ModelConfig:
             self.rotary_fraction,
             f"a part of the head width {self.d_head} that is an even number, such as {2 / self.d_head:g} or 1",
         )
+
+    def _check_layers(self) -> None:
+        """Refuses a window without tokens, layers that the model lacks, and layers without a window that is not there.
+
+        Raises:
+            ConfigError: names the key and what would be accepted.
+        """
+        require(self.window is None or self.window > 0, "model.window", self.window, "null or a positive integer")
+        for key in LAYER_LISTS:
+            layers = getattr(self, key)
+            accepted = f"different layers from 0 to {self.n_layers - 1}, ascending"
+            fits = list(layers) == sorted({*layers}) and all(0 <= layer < self.n_layers for layer in layers)
+            require(fits, f"model.{key}", layers, accepted)
+        fits = self.window is not None or not self.full_layers
+        require(fits, "model.full_layers", self.full_layers, "[] without model.window")
 
     def _check_rope(self) -> None:
         """Refuses an unknown scaling of RoPE, frequencies that are not positive, a factor without a scaling or below 1,
@@ -182,12 +240,12 @@ class AdaptedModelConfig(ModelConfig):
     def adapted(self, part: str) -> tuple[str, ...]:
         """Names of the weights of `part` (attention | feed_forward) that have adapters."""
         targets = self.lora.targets
-        # The part as a whole names all weights that the model has: only swiglu has a gate.
-        weights = [weight for weight in LORA_TARGETS[part] if weight != "gate" or self.ffn == "swiglu"]
+        # The part as a whole names all weights that the model has: not all have a gate.
+        weights = [weight for weight in LORA_TARGETS[part] if weight != "gate" or self.is_gated]
         return tuple(w for w in LORA_TARGETS[part] if w in targets or (part in targets and w in weights))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.lora.rank <= self.d_model, "stage.lora.rank", self.lora.rank, f"1 to {self.d_model} (d_model)")
-        gated = "gate" in self.lora.targets and self.ffn != "swiglu"
-        require(not gated, "stage.lora.targets", "gate", f"others: model.ffn={self.ffn} has no gate")
+        lacks_gate = "gate" in self.lora.targets and not self.is_gated
+        require(not lacks_gate, "stage.lora.targets", "gate", f"others: model.ffn={self.ffn} has no gate")

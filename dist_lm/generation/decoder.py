@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
-from dist_lm.generation.linear import VECTOR, Linear, build_linear
+from dist_lm.generation.linear import GELUS, VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
@@ -75,6 +75,7 @@ class Decoder:
             axis: the ranks that share the model; all of them run the same steps.
         """
         self.config = config
+        self._is_gated = config.is_gated
         self.share = share or share_of(config)
         self.axis = axis
         self.dtype = dtype
@@ -248,15 +249,18 @@ class Decoder:
             o_NHK = attend(number, q_NHK, k_NGK, v_NGK)
             x_ND = layer.output(o_NHK.flatten(1), x_ND)
 
-            # Feed-forward network. The linear layer applies GELU itself.
+            # Feed-forward network. The linear layer applies GELU without a gate itself.
             if not config.parallel_residual:
                 input_ND = x_ND
             h_NF = layer.up(layer.feed_forward_norm(input_ND))
-            if config.ffn == "swiglu":
+            if self._is_gated:
                 gate_NF, up_NF = h_NF.chunk(2, dim=-1)
-                h_NF = activate(up_NF, gate_NF)
-            elif config.ffn == "relu2":
-                h_NF = activate(h_NF, None, squared=True)
+                # Exact GELU has another kernel for rows that lie apart, which rounds differently than that for one row.
+                if config.ffn == "geglu":
+                    gate_NF = gate_NF.contiguous()
+                h_NF = activate(up_NF, gate_NF, config.ffn)
+            elif config.ffn not in GELUS:
+                h_NF = activate(h_NF, None, config.ffn)
             x_ND = layer.down(h_NF, x_ND)
         return x_ND
 
@@ -374,14 +378,14 @@ def _layer(
     def weights(*names: str) -> list[torch.Tensor]:
         return [look_up(prefix + name) for name in names]
 
-    def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False) -> Linear:
+    def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "") -> Linear:
         weight = in_place(f"{prefix}{name}.weight", weight)
         if bias is not None:
             bias = in_place(f"{prefix}{name}.bias", bias)
-        return build_linear(weight, bias, gelu=gelu)
+        return build_linear(weight, bias, activation)
 
-    def output_bias(name: str) -> torch.Tensor | None:
-        return look_up(prefix + name) if config.bias else None
+    def output_bias(name: str, is_used: bool) -> torch.Tensor | None:
+        return look_up(prefix + name) if is_used else None
 
     # The scale of attention scores is multiplied into the weights of queries, or of their norm.
     query, key, value, output = weights("attention.query", "attention.key", "attention.value", "attention.output")
@@ -406,17 +410,19 @@ def _layer(
 
     # Padded hidden units stay 0.
     padding = -share.units.held % VECTOR
-    parts = ("gate", "up") if config.ffn == "swiglu" else ("up",)
+    parts = ("gate", "up") if config.is_gated else ("up",)
     up_weights = weights(*(f"feed_forward.{part}.weight" for part in parts))
     up_weight = torch.cat([F.pad(weight, (0, 0, 0, padding)) for weight in up_weights])
     up_bias = None
-    if config.bias:
+    if config.has_ffn_bias:
         up_biases = weights(*(f"feed_forward.{part}.bias" for part in parts))
         up_bias = torch.cat([F.pad(bias, (0, padding)) for bias in up_biases])
     (down_weight,) = weights("feed_forward.down.weight")
 
-    output_linear = linear("output", output.flatten(0, 1).t().contiguous(), output_bias("attention.output_bias"))
-    down_linear = linear("down", F.pad(down_weight, (0, padding)), output_bias("feed_forward.down.bias"))
+    attention_bias = output_bias("attention.output_bias", config.has_output_bias)
+    output_linear = linear("output", output.flatten(0, 1).t().contiguous(), attention_bias)
+    down_bias = output_bias("feed_forward.down.bias", config.has_ffn_bias)
+    down_linear = linear("down", F.pad(down_weight, (0, padding)), down_bias)
     if axis:
         output_linear, down_linear = leaving(output_linear, axis), leaving(down_linear, axis)
     return _Layer(
@@ -426,6 +432,6 @@ def _layer(
         value_mix=value_mix,
         output=output_linear,
         feed_forward_norm=_norm(config, look_up, in_place, f"{prefix}feed_forward_norm"),
-        up=linear("up", up_weight, up_bias, gelu=config.ffn == "gelu"),
+        up=linear("up", up_weight, up_bias, config.ffn if config.ffn in GELUS else ""),
         down=down_linear,
     )

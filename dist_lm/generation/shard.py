@@ -40,6 +40,7 @@ class Share:
     key_heads: tuple[int, ...]  # the key/value heads it holds, in this order, then zeros up to kv_heads
     units: RankSlice  # hidden units of the feed-forward network
     vocab: RankSlice  # vocabulary entries
+    windows: tuple[int | None, ...]  # of each layer, see `model.window`
 
     @property
     def n_heads(self) -> int:
@@ -65,6 +66,7 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
         key_heads=tuple(key_heads),
         units=rank_slice(config.d_ff, tp, rank),
         vocab=rank_slice(config.vocab_size, tp, rank),
+        windows=tuple(config.windows),
     )
 
 

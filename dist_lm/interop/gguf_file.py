@@ -18,7 +18,7 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError, UserError, require
-from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.architectures import Architecture, architecture_of
 from dist_lm.interop.gguf_header import NAMES
 from dist_lm.interop.gguf_tokenizer import UNUSED, gguf_vocabulary
 from dist_lm.interop.weights import FUSED, Converted
@@ -26,8 +26,16 @@ from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TYPES = ("F16", "Q8_0")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")  # values of model.ffn; llama.cpp computes GELU by tanh
 BLOCK = 32  # numbers with one scale in Q8_0
 Read = Callable[[str], torch.Tensor]  # returns a parameter of ours by its name
+
+
+def gguf_architecture(model: ModelConfig, architecture: Architecture) -> Architecture:
+    """Returns the architecture whose names of tensors the file has: that of the export, or the first that holds the
+    model, such as Llama for a Phi-3. Only architectures of llama.cpp pass `require_gguf`."""
+    plain = architecture_of(replace(model, export_as=None))
+    return plain if isinstance(plain, Architecture) else architecture
 
 
 def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> None:
@@ -44,9 +52,18 @@ def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> N
         raise ConfigError(f"--gguf {kind}: model.head={model.head}: llama.cpp holds models with model.head=tokens")
     if model.rope_scaling != "none":
         raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
+    if model.window is not None:
+        raise ConfigError(f"--gguf {kind}: model.window={model.window}: sliding windows are not written")
     if architecture.family not in NAMES:
-        reason = "llama.cpp has another activation in" if model.ffn == "gelu" else "this command does not write"
-        raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} (model.ffn={model.ffn})")
+        reason = "this command does not write"
+        if model.ffn in ("gelu", "gelu_tanh"):
+            reason = "llama.cpp has another activation in"
+        option = f"model.ffn={model.ffn}"
+        if model.rotary_fraction != 1:
+            option = f"model.rotary_fraction={model.rotary_fraction}"
+        raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} ({option})")
+    if model.ffn not in ACTIVATIONS:
+        raise ConfigError(f"--gguf {kind}: model.ffn={model.ffn}: expected {', '.join(ACTIVATIONS)}")
     # The package is looked for here, since the export would fail only after it has written everything else.
     try:
         import gguf  # noqa: F401

@@ -7,6 +7,8 @@ RoPE rotates, F d_ff.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -104,19 +106,19 @@ def mix_values(v_BSGK: torch.Tensor, v1_BSGK: torch.Tensor, mix_2: torch.Tensor)
 
 
 class FeedForward(nn.Module):
-    """Computes `down(gelu(up(x)))` with exact (erf) GELU, the same with squared ReLU, or SwiGLU (Shazeer 2020)
-    `down(silu(gate(x)) * up(x))`."""
+    """Computes `down(f(up(x)))`, or with a gate (Shazeer 2020) `down(f(gate(x)) * up(x))`; `model.ffn` names f, see
+    `ACTIVATIONS`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.squared = config.ffn == "relu2"
+        self.ffn = config.ffn
         # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
         # (`size.parameter_shapes`).
         self.gate = None
-        if config.ffn == "swiglu":
-            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        if config.is_gated:
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.has_ffn_bias)
         self.adapters = build_adapters(config, "feed_forward")
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -124,22 +126,35 @@ class FeedForward(nn.Module):
         if self.gate is not None:
             gate_BTF = adapted(self.gate(x_BTD), x_BTD, self.adapters, "gate")
         up_BTF = adapted(self.up(x_BTD), x_BTD, self.adapters, "up")
-        h_BTF = activate(up_BTF, gate_BTF, self.squared)
+        h_BTF = activate(up_BTF, gate_BTF, self.ffn)
         return adapted(self.down(h_BTF), h_BTF, self.adapters, "down")
 
 
-def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, squared: bool = False) -> torch.Tensor:
-    """Returns hidden units after the activation; 0 where both tensors are 0, so padded units stay 0.
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Returns the square of ReLU (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": squared_relu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Activations by `model.ffn`; all are 0 at 0. GELU (Hendrycks & Gimpel 2016) is exact (erf), or by tanh."""
+
+
+def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, ffn: str) -> torch.Tensor:
+    """Returns hidden units after the activation of `model.ffn`; 0 where both tensors are 0, so padded units stay 0.
 
     Args:
-        gate_BTF: SwiGLU: `silu(gate) * up`; None: the exact GELU of `up`.
-        squared: squared ReLU in place of GELU; ignored with a gate.
+        gate_BTF: None: the network has no gate.
     """
     if gate_BTF is not None:
-        return F.silu(gate_BTF) * up_BTF
-    if squared:
-        return F.relu(up_BTF).square()
-    return F.gelu(up_BTF)
+        return ACTIVATIONS[ffn](gate_BTF) * up_BTF
+    return ACTIVATIONS[ffn](up_BTF)
 
 
 def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model import cross_entropy
-from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
+from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents, within_window
 from dist_lm.model.cross_entropy import Logprobs, LossFn, losses_in_chunks
 from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
@@ -99,6 +99,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
+        self.windows = config.windows
 
         self.lm_head = self.scalar_head = None
         if config.head == "scalar":
@@ -145,13 +146,18 @@ class Transformer(nn.Module):
         """
         x_BTD = self.embedding(tokens_BT)
 
-        # All layers share the rotation tables and the attention mask.
+        # All layers share the rotation tables, and the attention mask of their kind.
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
+        visibility_of: dict[int | None, Visibility] = {None: visibility}
+        if (window := self.config.window) is not None:
+            visibility_of[window] = within_window(
+                visibility, window, position_BT, tokens_BT.shape, x_BTD.dtype, self.config.d_head
+            )
 
         # Dropout is keyed by the index of a token in its sequence, also where a rank holds a part of the sequence.
         first_index = self.first_held_index(tokens_BT.shape[1])
@@ -162,6 +168,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             residual_dropout = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
+            visibility = visibility_of[self.windows[layer]]
             x_BTD, v1_BSGK = block(x_BTD, rope, visibility, residual_dropout, index_N if is_last else None, v1_BSGK)
         return self.final_norm(x_BTD)
 

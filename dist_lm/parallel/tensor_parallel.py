@@ -269,7 +269,7 @@ class WidthParallelFeedForward(FeedForward):
         if self.gate is not None:
             gate_BTF = adapted(self._project(x_BTD, self.gate), x_BTD, self.adapters, "gate")
         up_BTF = adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up")
-        h_BTF = activate(up_BTF, gate_BTF, self.squared)
+        h_BTF = activate(up_BTF, gate_BTF, self.ffn)
 
         # Padded hidden units were never computed, so the weights that read them are cut off, too.
         part_BTD = F.linear(h_BTF, local(self.down.weight)[:, : self.units.real])

@@ -45,7 +45,7 @@ def feed_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Ten
         return torch.nn.functional.linear(x, weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
 
     gate = layer("gate", x) if "blocks.0.feed_forward.gate.weight" in weights else None
-    return layer("down", activate(layer("up", x), gate))
+    return layer("down", activate(layer("up", x), gate, "gelu" if gate is None else "swiglu"))
 
 
 @pytest.mark.parametrize(("config", "tp"), CUTS)
