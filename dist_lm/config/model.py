@@ -12,9 +12,9 @@ from dist_lm.errors import require
 UNGATED, GATED = ("gelu", "gelu_tanh", "relu2"), ("swiglu", "geglu", "geglu_tanh")
 """Values of `model.ffn`."""
 
-LAYER_LISTS = ("full_layers",)  # keys that list layers
+LAYER_LISTS = ("full_layers", "rope_free_layers")  # keys that list layers
 
-EXPORTED = ("gpt_neox", "starcoder2", "arcee", "llama", "qwen2", "qwen3", "mistral", "ministral", "phi3")
+EXPORTED = ("gpt_neox", "starcoder2", "arcee", "llama", "qwen2", "qwen3", "mistral", "ministral", "smollm3", "phi3")
 """Values of `model.export_as`."""
 
 
@@ -46,12 +46,18 @@ class ModelConfig:
     rotary_fraction: float = 1.0  # share of each head, its first entries, that RoPE rotates (as Pythia)
     # lower frequencies, for sequences longer than those of the first training; none | linear (Chen et al. 2023): all
     # divided by rope_factor | llama3 (Grattafiori et al. 2024): divided are those with at most rope_low_freq_factor
-    # periods in rope_original_len tokens, those with at least rope_high_freq_factor are kept, others lie between
+    # periods in rope_original_len tokens, those with at least rope_high_freq_factor are kept, others lie between | yarn
+    # (Peng et al. 2023): the same with rope_beta_slow and rope_beta_fast, in steps of one pair of entries
     rope_scaling: str = "none"
     rope_factor: float = 1.0  # at least 1
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
     rope_original_len: int = 8192
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_truncate: bool = True  # whether the bounds of yarn are rounded to whole pairs
+    rope_attention_factor: float | None = None  # yarn multiplies queries and keys; null: 0.1 ln(rope_factor) + 1
+    rope_free_layers: list[int] = field(default_factory=list)  # layers, from 0, without RoPE (Kazemnejad et al. 2023)
     window: int | None = None  # tokens that a query sees, its own among them (Beltagy et al. 2020); null: all before it
     full_layers: list[int] = field(default_factory=list)  # layers, from 0, without the window
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
@@ -96,6 +102,13 @@ class ModelConfig:
     def rotary_width(self) -> int:
         """Entries of a head that RoPE rotates."""
         return int(self.d_head * self.rotary_fraction)
+
+    @property
+    def attention_factor(self) -> float:
+        """Factor of queries and keys with YaRN (Peng et al. 2023, equation 22)."""
+        if self.rope_attention_factor is not None:
+            return self.rope_attention_factor
+        return 0.1 * math.log(self.rope_factor) + 1
 
     @property
     def windows(self) -> list[int | None]:
@@ -203,7 +216,7 @@ class ModelConfig:
         """
         for key in ("rope_base", "rope_low_freq_factor"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
-        scalings = ("none", "linear", "llama3")
+        scalings = ("none", "linear", "llama3", "yarn")
         require(self.rope_scaling in scalings, "model.rope_scaling", self.rope_scaling, ", ".join(scalings))
         accepted = "a number of at least 1"
         fits = self.rope_factor >= 1
@@ -213,6 +226,14 @@ class ModelConfig:
         require(fits, "model.rope_factor", self.rope_factor, accepted)
         low, high = self.rope_low_freq_factor, self.rope_high_freq_factor
         require(high > low, "model.rope_high_freq_factor", high, f"a number above model.rope_low_freq_factor={low}")
+
+        slow, fast, attention_factor = self.rope_beta_slow, self.rope_beta_fast, self.rope_attention_factor
+        require(slow > 0, "model.rope_beta_slow", slow, "a positive number")
+        require(fast > slow, "model.rope_beta_fast", fast, f"a number above model.rope_beta_slow={slow}")
+        fits = attention_factor is None or attention_factor > 0
+        require(fits, "model.rope_attention_factor", attention_factor, "null or a positive number")
+        fits = self.rope_scaling != "yarn" or self.rope_base > 1
+        require(fits, "model.rope_base", self.rope_base, "a number above 1 with model.rope_scaling=yarn")
 
 
 @dataclass

@@ -48,6 +48,7 @@ class _Layer:
     qkv: Linear  # queries, keys and values of all heads, concatenated
     qk_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
     value_mix: torch.Tensor | None  # (2,), see `mix_values`
+    is_rotated: bool  # whether RoPE turns queries and keys
     output: Linear
     feed_forward_norm: Norm
     up: Linear  # with its activation; in a gated network: gate and up concatenated, without activation
@@ -245,7 +246,9 @@ class Decoder:
                 v1_NGK = v_NGK
             if layer.value_mix is not None:
                 v_NGK = mix_values(v_NGK, v1_NGK, layer.value_mix)
-            q_NHK, k_NGK = rotate(qk_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
+            if layer.is_rotated:
+                qk_NHK = rotate(qk_NHK, rope)
+            q_NHK, k_NGK = qk_NHK.split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, k_NGK, v_NGK)
             x_ND = layer.output(o_NHK.flatten(1), x_ND)
 
@@ -430,6 +433,7 @@ def _layer(
         qkv=linear("qkv", qkv_weight, qkv_bias),
         qk_norm=qk_norm,
         value_mix=value_mix,
+        is_rotated=number not in config.rope_free_layers,
         output=output_linear,
         feed_forward_norm=_norm(config, look_up, in_place, f"{prefix}feed_forward_norm"),
         up=linear("up", up_weight, up_bias, config.ffn if config.ffn in GELUS else ""),

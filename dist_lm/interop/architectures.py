@@ -8,6 +8,7 @@ sliding window computes what Llama does, with other names of tensors.
 from the model's by a constant, so comparisons of scores stay the same.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
@@ -56,9 +57,12 @@ class Family:
     partial_rotation: bool = False
     parallel_residual: str | None = None  # their key for model.parallel_residual
     windows: str = ""  # layers with a sliding window: all | layers (any of them); empty: none
-    first_windowed: str | None = None  # their key for the first layer with a window, beside `use_sliding_window`
+    window_switch: bool = False  # use_sliding_window says whether there is a window
+    first_windowed: str | None = None  # their key for the first layer with a window
     older_rope_names: dict[str, str] = field(default_factory=dict)  # keys of rotary positions: newer -> older
-    scalings: tuple[str, ...] = ("none", "linear", "llama3")  # values of model.rope_scaling
+    scalings: tuple[str, ...] = ("none", "linear", "llama3", "yarn")  # values of model.rope_scaling
+    rope_free_layers: bool = False  # layers may have no RoPE
+    rope_theta: float = 10000.0  # where config.json has none
 
 
 _BIASES = ("attention_bias", "mlp_bias")
@@ -139,6 +143,7 @@ FAMILIES = {
         _GATED_DEFAULTS | {**_QWEN_WINDOWS, "max_position_embeddings": 32768, "num_key_value_heads": 32},
         qkv_bias=True,
         windows="layers",
+        window_switch=True,
         first_windowed="max_window_layers",
     ),
     "Qwen3": Family(
@@ -158,6 +163,7 @@ FAMILIES = {
         qk_norm=True,
         any_head_width=True,
         windows="layers",
+        window_switch=True,
         first_windowed="max_window_layers",
     ),
     "Mistral": Family(
@@ -177,6 +183,27 @@ FAMILIES = {
         _GATED_DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         any_head_width=True,
         windows="layers",
+    ),
+    "SmolLM3": Family(
+        "smollm3",
+        "rmsnorm",
+        _GATED,
+        "rms_norm_eps",
+        {
+            **_GATED_DEFAULTS,
+            **_NO_BIASES,
+            "use_sliding_window": False,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+        },
+        attention_bias="attention_bias",
+        ffn_bias="mlp_bias",
+        windows="layers",
+        window_switch=True,
+        rope_free_layers=True,
+        rope_theta=2000000.0,
     ),
     "Phi3": Family(
         "phi3",
@@ -240,6 +267,8 @@ def _misfits(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any]]:
         yield "window", None
     if model.full_layers and family.windows != "layers":
         yield "full_layers", []
+    if model.rope_free_layers and not family.rope_free_layers:
+        yield "rope_free_layers", []
 
 
 def _misfit_biases(model: ModelConfig, family: Family) -> Iterator[tuple[str, bool]]:
@@ -270,6 +299,8 @@ def _fields(model: ModelConfig, family: Family) -> dict[str, Any]:
             fields[key] = is_used
     if family.parallel_residual:
         fields[family.parallel_residual] = model.parallel_residual
+    if family.rope_free_layers:
+        fields["no_rope_layers"] = [int(layer not in model.rope_free_layers) for layer in range(model.n_layers)]
     return fields | _window_fields(model, family)
 
 
@@ -278,15 +309,16 @@ def _window_fields(model: ModelConfig, family: Family) -> dict[str, Any]:
     if not family.windows:
         return {}
     if model.window is None:
-        return {"use_sliding_window": False} if family.first_windowed else {"sliding_window": None}
+        return {"use_sliding_window": False} if family.window_switch else {"sliding_window": None}
 
     fields: dict[str, Any] = {"sliding_window": model.window}
     is_windowed = [window is not None for window in model.windows]
     if family.windows == "layers":
         fields["layer_types"] = [SLIDING if windowed else FULL for windowed in is_windowed]
+    if family.window_switch:
+        fields["use_sliding_window"] = True
     if family.first_windowed:
-        # Older versions of transformers read this key alone.
-        fields |= {"use_sliding_window": True, family.first_windowed: is_windowed.index(True)}
+        fields[family.first_windowed] = is_windowed.index(True)  # older versions of transformers read this key alone
     return fields
 
 
@@ -314,8 +346,12 @@ SCALINGS = {
     "none": {},
     "linear": {"rope_factor": "factor"},
     "llama3": {**_FACTORS, "rope_original_len": _ORIGINAL},
+    "yarn": {"rope_factor": "factor", "rope_original_len": _ORIGINAL},
 }
 """model.rope_scaling -> (keys of `model` -> their names in config.json) of the numbers that it has."""
+YARN = {"rope_beta_fast": "beta_fast", "rope_beta_slow": "beta_slow", "rope_truncate": "truncate"}
+"""Further keys of `model` -> their names in config.json, which may lack them; the defaults are the same."""
+_MSCALES = ("mscale", "mscale_all_dim")
 LARGEST = {
     "vocab_size": 2**31,
     "hidden_size": 2**20,
@@ -327,6 +363,7 @@ LARGEST = {
     "max_position_embeddings": 2**31,
     "sliding_window": 2**31,
     "max_window_layers": 2**31,
+    "no_rope_layer_interval": 2**31,
 }
 """Sizes in config.json -> the largest one that is believed: far above every model, and small enough to count to."""
 _FLAGS = (*_BIASES, "tie_word_embeddings", "use_bias", "use_parallel_residual", "use_sliding_window")
@@ -366,6 +403,9 @@ def hf_config(model: ModelConfig, architecture: Architecture, dtype: str) -> dic
 
     if names := SCALINGS[model.rope_scaling]:
         numbers = {theirs: getattr(model, ours) for ours, theirs in names.items()}
+        if model.rope_scaling == "yarn":
+            numbers |= {theirs: getattr(model, ours) for ours, theirs in YARN.items()}
+            numbers["attention_factor"] = model.attention_factor
         config["rope_scaling"] = {"rope_type": model.rope_scaling, **numbers}
     if model.head == "scalar":
         config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
@@ -429,6 +469,7 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
     if head_width == default_width:
         head_width = None
 
+    rope_free_layers = _rope_free_layers(settings, family, where)
     options = {ours: settings[theirs] for ours, theirs in SIZES.items()}
     if family.parallel_residual:
         options["parallel_residual"] = settings[family.parallel_residual]
@@ -442,7 +483,8 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
             qk_norm=family.qk_norm,
             norm_eps=settings[family.norm_eps],
             **_rope(settings, family, where),
-            **_windows(settings, family, where),
+            **_windows(settings, family, rope_free_layers, where),
+            rope_free_layers=rope_free_layers,
             n_kv_heads=kv_heads,
             head_width=head_width,
             head=head,
@@ -478,11 +520,34 @@ def _biases(settings: Mapping[str, Any], family: Family) -> dict[str, bool | Non
     }
 
 
-def _windows(settings: Mapping[str, Any], family: Family, where: str) -> dict[str, Any]:
+def _rope_free_layers(settings: Mapping[str, Any], family: Family, where: str) -> list[int]:
+    """Returns `model.rope_free_layers`. Arguments are those of `_windows`.
+
+    Raises:
+        ArtefactError: no_rope_layers is no list of 0 and 1 for each layer.
+    """
+    if not family.rope_free_layers:
+        return []
+    n_layers = settings["num_hidden_layers"]
+    uses_rope = settings.get("no_rope_layers")
+    if uses_rope is None:
+        return [*range(n_layers)][settings["no_rope_layer_interval"] - 1 :: settings["no_rope_layer_interval"]]
+    if not isinstance(uses_rope, list) or len(uses_rope) != n_layers:
+        _refuse(where, "no_rope_layers", uses_rope, f"a list of {n_layers} numbers, num_hidden_layers")
+    for number in uses_rope:
+        if type(number) is not int or number not in (0, 1):
+            _refuse(where, "no_rope_layers", number, "0 or 1")
+    return [layer for layer, number in enumerate(uses_rope) if not number]
+
+
+def _windows(
+    settings: Mapping[str, Any], family: Family, rope_free_layers: Sequence[int], where: str
+) -> dict[str, Any]:
     """Returns our options of sliding windows.
 
     Args:
         settings: config.json with its defaults filled in.
+        rope_free_layers: layers without RoPE, which have the window in SmolLM3.
         where: the file, with which messages begin.
 
     Raises:
@@ -490,12 +555,16 @@ def _windows(settings: Mapping[str, Any], family: Family, where: str) -> dict[st
     """
     n_layers = settings["num_hidden_layers"]
     window = settings.get("sliding_window") if family.windows else None
-    if family.first_windowed and not settings["use_sliding_window"]:
+    if family.window_switch and not settings["use_sliding_window"]:
         window = None
-    first = settings[family.first_windowed] if family.first_windowed else 0
     layer_types = settings.get("layer_types")
     if layer_types is None:
-        layer_types = [FULL if window is None or layer < first else SLIDING for layer in range(n_layers)]
+        slides = [*range(n_layers)]
+        if family.first_windowed:
+            slides = slides[settings[family.first_windowed] :]
+        elif family.rope_free_layers:
+            slides = rope_free_layers
+        layer_types = [SLIDING if window is not None and layer in slides else FULL for layer in range(n_layers)]
 
     # A family whose layers are alike has one kind.
     accepted = (FULL, SLIDING) if window is not None else (FULL,)
@@ -531,14 +600,18 @@ def _rope(settings: Mapping[str, Any], family: Family, where: str) -> dict[str, 
     if not isinstance(nested, dict):
         _refuse(where, name, nested, "an object with rope_type")
     nested = {key: setting for key, setting in nested.items() if setting is not None}
-    _check_numbers(nested, (*_ROPE_NUMBERS, *_FACTORS.values()), where, f"{name}.")
+    keys = (*_ROPE_NUMBERS, *_FACTORS.values(), *_MSCALES, "beta_fast", "beta_slow", "attention_factor")
+    _check_numbers(nested, keys, where, f"{name}.")
     rope_type = nested.get("rope_type", nested.get("type", "default"))
     scaling = "none" if rope_type == "default" else rope_type
     if not isinstance(scaling, str) or scaling not in family.scalings or rope_type == "none":
         _refuse(where, f"{name}.rope_type", rope_type, ", ".join(("default", *family.scalings[1:])))
 
     options: dict[str, Any] = {"rope_scaling": scaling}
-    for ours, key, default in (("rope_base", "rope_theta", 10000.0), ("rotary_fraction", "partial_rotary_factor", 1.0)):
+    for ours, key, default in (
+        ("rope_base", "rope_theta", family.rope_theta),
+        ("rotary_fraction", "partial_rotary_factor", 1.0),
+    ):
         older = family.older_rope_names.get(key, key)
         options[ours] = float(nested.get(key, settings.get(older, settings.get(key, default))))
     if options["rotary_fraction"] != 1 and not family.partial_rotation:
@@ -552,6 +625,32 @@ def _rope(settings: Mapping[str, Any], family: Family, where: str) -> dict[str, 
         if not isinstance(numbers.get(theirs), int | float):
             _refuse(where, f"{name}.{theirs}", numbers.get(theirs), "a number")
         options[ours] = numbers[theirs]
+    if scaling == "yarn":
+        options |= _yarn(nested, where, name)
+    return options
+
+
+def _yarn(nested: Mapping[str, Any], where: str, name: str) -> dict[str, Any]:
+    """Returns our options that `yarn` alone has.
+
+    Args:
+        nested: the content of `name` in the file `where`, with a factor.
+
+    Raises:
+        ArtefactError: truncate is neither true nor false.
+    """
+    options: dict[str, Any] = {ours: nested[theirs] for ours, theirs in YARN.items() if theirs in nested}
+    if type(options.get("rope_truncate", True)) is not bool:
+        _refuse(where, f"{name}.truncate", options["rope_truncate"], "true or false")
+
+    # Without a factor of attention, one follows from the scaling, or from two weights of it (DeepSeek-V2).
+    factor = nested.get("attention_factor")
+    if factor is None and all(nested.get(key) for key in _MSCALES):
+        growth = max(0.0, 0.1 * math.log(nested["factor"]))
+        upper, lower = (nested[key] * growth + 1 for key in _MSCALES)
+        factor = upper / lower
+    if factor is not None and factor != 0.1 * math.log(nested["factor"]) + 1:
+        options["rope_attention_factor"] = float(factor)
     return options
 
 

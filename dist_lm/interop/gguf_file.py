@@ -54,6 +54,9 @@ def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> N
         raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
     if model.window is not None:
         raise ConfigError(f"--gguf {kind}: model.window={model.window}: sliding windows are not written")
+    if model.rope_free_layers:
+        named = f"model.rope_free_layers={model.rope_free_layers}"
+        raise ConfigError(f"--gguf {kind}: {named}: layers without rotation are not written")
     if architecture.family not in NAMES:
         reason = "this command does not write"
         if model.ffn in ("gelu", "gelu_tanh"):

@@ -273,6 +273,7 @@ class Attention(nn.Module):
         self.value_bias = build_vector(config.has_qkv_bias, *key_shape[:2])
         self.output_bias = build_vector(config.has_output_bias, config.d_model)
 
+        self.is_rotated = layer not in config.rope_free_layers
         self.value_residual = config.value_residual
         self.value_mix = build_vector(config.value_residual and layer > 0, 2)  # the first layer has nothing to mix in
         self.query_norm = self.key_norm = None
@@ -302,7 +303,9 @@ class Attention(nn.Module):
         # Norm before rotation, as in Qwen3: the norm has one weight per entry of a head, which rotation would mix.
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
-        o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
+        if self.is_rotated:
+            q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
+        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
         o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output")
         return o_BTD, v1_BSGK
 

@@ -70,7 +70,10 @@ def rope_tables(position_BT: torch.Tensor, config: ModelConfig, dtype: torch.dty
 
     # Angles grow with the position, so bf16 could not tell late positions from each other: cast only the tables.
     angle = position_BT[..., None, None].float() * frequency
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if config.rope_scaling == "yarn":
+        cos, sin = cos * config.attention_factor, sin * config.attention_factor
+    cos, sin = cos.to(dtype), sin.to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -78,14 +81,39 @@ def scaled_frequency(frequency: torch.Tensor, config: ModelConfig) -> torch.Tens
     """Returns the frequencies, in radians per token, that `model.rope_scaling` (not none) makes of `frequency`.
 
     linear: all are divided by the factor (Chen et al. 2023). llama3: only the low ones are, with a linear transition
-    (Grattafiori et al. 2024; `config.model.ModelConfig` has the details).
+    (Grattafiori et al. 2024; `config.model.ModelConfig` has the details). yarn: see `_yarn_share`.
     """
     if config.rope_scaling == "linear":
         return frequency / config.rope_factor
+    if config.rope_scaling == "yarn":
+        unscaled_share = _yarn_share(config, frequency.device)
+        return (1 - unscaled_share) * frequency / config.rope_factor + unscaled_share * frequency
     periods = config.rope_original_len / (2 * math.pi / frequency)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     unscaled_share = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - unscaled_share) * frequency / config.rope_factor + unscaled_share * frequency
+
+
+def _yarn_share(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Returns how much of each frequency YaRN keeps (Peng et al. 2023, section 3.2).
+
+    It is 1 for pairs of entries up to the one that turns `rope_beta_fast` times in `rope_original_len` tokens, 0 from
+    that of `rope_beta_slow` on, and linear between them.
+    """
+    width = config.rotary_width
+
+    def pair_with(turns: float) -> float:
+        return width * math.log(config.rope_original_len / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    first, last = pair_with(config.rope_beta_fast), pair_with(config.rope_beta_slow)
+    if config.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    if first == last:
+        last += 0.001  # as in transformers: a step
+
+    pair = torch.arange(width // 2, dtype=torch.float32, device=device)
+    return 1 - ((pair - first) / (last - first)).clamp(0, 1)
 
 
 def rotate(x_BTHK: torch.Tensor, tables: RopeTables) -> torch.Tensor:

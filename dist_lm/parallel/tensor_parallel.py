@@ -227,7 +227,8 @@ class HeadParallelAttention(Attention):
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, mix_2)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
-        k_BSGK = rotate(k_BSGK, rope)
+        if self.is_rotated:
+            q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
 
         # SDPA repeats every key head equally often; here the rank boundary cuts through a group of query heads.
         if self.queries_of_key:
@@ -235,7 +236,7 @@ class HeadParallelAttention(Attention):
             v_BSGK = _repeat_heads(v_BSGK, self.queries_of_key)
 
         # Padded heads attend, too, but are cut off before the projection.
-        o_BTHK = attend(rotate(q_BTHK, rope), k_BSGK, v_BSGK, visibility)
+        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
         o_BTHK = o_BTHK[:, :, : self.heads.real]
         part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
         part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output")

@@ -51,6 +51,24 @@ ROWS = {
         r"model\.window=7",
     ),
     "window of a layer, without a gate": OptionRow(("window",), {"window": 20}, "Starcoder2", r"model\.window=20"),
+    "no rotation": OptionRow(
+        ("rope_free_layers",), {**LLAMA, "rope_free_layers": [0, 2]}, "SmolLM3", r"model\.rope_free_layers=\[0, 2\]"
+    ),
+    "YaRN": OptionRow(
+        ("rope_scaling", "rope_factor", "rope_original_len", "rope_beta_fast", "rope_beta_slow", "rope_truncate"),
+        {
+            **{**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 40, "rope_base": 500.0},
+            **{"rope_beta_fast": 8.0, "rope_beta_slow": 0.5, "rope_truncate": False},
+        },
+        "Llama",
+        r"model\.rope_scaling=yarn",
+    ),
+    "YaRN with its own factor": OptionRow(
+        ("rope_attention_factor",),
+        {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 40, "rope_attention_factor": 1.7},
+        "GPTNeoX",
+        r"model\.rope_scaling=yarn",
+    ),
     "linear scaling": OptionRow(
         ("rope_scaling", "rope_factor", "rope_original_len"),
         {**LLAMA, "rope_scaling": "linear", "rope_factor": 3.0},

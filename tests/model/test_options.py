@@ -150,7 +150,7 @@ def test_likelihoods_of_continuations_are_the_models(row: OptionRow):
 
 @rows
 def test_adapters_are_merged_into_it(row: OptionRow):
-    config = adapted(**row.changes)
+    config = adapted(**row.changes_at(2))
     base, model = base_and_adapted(config)
     move(model)
     tokens = tokens_of(2, 30) % config.vocab_size

@@ -189,7 +189,13 @@ def test_a_model_without_an_architecture_is_refused(work: WorkDirectory, tmp_pat
         ("Llama 3.1", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None"),
         ("Llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, r"model\.rope_factor=0\.5"),
         ("Llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type=dynamic"),
-        ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type=yarn"),
+        ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor=None"),
+        ("YaRN", {"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": 1}}, "rope_scaling.truncate=1"),
+        ("YaRN", {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, r"model\.rope_beta_fast=0\.5"),
+        ("YaRN", {"rope_theta": 1.0}, r"model\.rope_base=1\.0: expected a number above 1"),
+        ("SmolLM3", {"no_rope_layers": [1]}, r"no_rope_layers=\[1\]: expected a list of 2 numbers"),
+        ("SmolLM3", {"no_rope_layers": [1, "0"]}, "no_rope_layers=0: expected 0 or 1"),
+        ("SmolLM3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval=0: expected an int"),
         ("Llama", {"hidden_act": "relu2"}, "hidden_act=relu2: expected one of silu, gelu"),
         ("Llama", {"mlp_bias": True}, r"model.layers.0.mlp.gate_proj.bias is missing"),
         ("Llama", {"model_type": "mamba"}, "model_type=mamba"),
@@ -269,6 +275,7 @@ def test_defaults_of_transformers_are_ours():
 
     for name, family in KNOWN.items():
         theirs = getattr(transformers, f"{name}Config")()
+        assert getattr(theirs, "default_theta", 10000.0) == family.rope_theta
         for key, value in family.defaults.items():
             if key == "partial_rotary_factor":
                 assert theirs.rope_parameters[key] == value
