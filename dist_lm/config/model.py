@@ -14,7 +14,19 @@ UNGATED, GATED = ("gelu", "gelu_tanh", "relu2"), ("swiglu", "geglu", "geglu_tanh
 
 LAYER_LISTS = ("full_layers", "rope_free_layers")  # keys that list layers
 
-EXPORTED = ("gpt_neox", "starcoder2", "arcee", "llama", "qwen2", "qwen3", "mistral", "ministral", "smollm3", "phi3")
+EXPORTED = (
+    "gpt_neox",
+    "starcoder2",
+    "arcee",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "ministral",
+    "smollm3",
+    "phi3",
+    "granite",
+)
 """Values of `model.export_as`."""
 
 
@@ -65,6 +77,12 @@ class ModelConfig:
     # values of the layers after the first: a v + b v_1 with v_1 of the first layer; a and b are learned scalars of each
     # layer and start at 0.5 (Zhou et al. 2024)
     value_residual: bool = False
+    # constants of Granite (Granite Team 2024, from muP): factors of the embedding and of what each branch adds to the
+    # residual stream, the factor of attention scores (null: 1 / sqrt(d_head)), and the divisor of logits
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_divisor: float = 1.0
     logit_cap: float = 0.0  # c: logits are c tanh(logits / c) (Gemma Team 2024, section 2); 0: off
     init_std: float = 0.02
     # initial values of the projections onto the residual stream: zero | depth: deviation of init_std / sqrt(2 n_layers)
@@ -102,6 +120,11 @@ class ModelConfig:
     def rotary_width(self) -> int:
         """Entries of a head that RoPE rotates."""
         return int(self.d_head * self.rotary_fraction)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor of the products of queries and keys."""
+        return self.d_head**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def attention_factor(self) -> float:
@@ -148,11 +171,13 @@ class ModelConfig:
         self._check_rope()
         self._check_layers()
 
-        for key in ("norm_eps", "init_std"):
+        for key in ("norm_eps", "init_std", "embedding_scale", "residual_scale", "logit_divisor"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in (*UNGATED, *GATED), "model.ffn", self.ffn, ", ".join((*UNGATED, *GATED)))
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+        scale = self.attention_scale
+        require(scale is None or scale > 0, "model.attention_scale", scale, "null or a positive number")
         require(self.logit_cap >= 0, "model.logit_cap", self.logit_cap, ">= 0 (0 is off)")
         require(self.export_as in (None, *EXPORTED), "model.export_as", self.export_as, f"null, {', '.join(EXPORTED)}")
         require(self.residual_init in ("depth", "zero"), "model.residual_init", self.residual_init, "depth or zero")

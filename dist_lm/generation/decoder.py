@@ -127,7 +127,8 @@ class Decoder:
         self._embed = build_embedding(embedding, self.share.vocab, axis)
         for number in range(config.n_layers):
             self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number))
-        self._final_norm = _norm(config, look_up, self._in_place, "final_norm")
+        # A tied head reads the embedding, so the divisor of logits is in the norm before it.
+        self._final_norm = _norm(config, look_up, self._in_place, "final_norm", 1 / config.logit_divisor)
 
         head_weight = embedding
         if not config.tie_embeddings:
@@ -233,6 +234,8 @@ class Decoder:
         config, share = self.config, self.share
         rope: RopeTables = (self._cos_TR[position_N][:, None], self._sin_TR[position_N][:, None])
         x_ND = self._embed(token_N)
+        if config.embedding_scale != 1:
+            x_ND = x_ND * config.embedding_scale
         v1_NGK = None
 
         for number, layer in enumerate(self._layers):
@@ -354,24 +357,24 @@ def _absent(*_: object) -> torch.Tensor:
     raise RuntimeError("the weights of this model are not complete: load them again")
 
 
-def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> Norm:
-    """Returns the norm over D of the parameters `NAME.weight` and, if the model has it, `NAME.bias`, as a function;
-    both are looked up and copied."""
+def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str, scale: float = 1.0) -> Norm:
+    """Returns `scale` times the norm over D of the parameters `NAME.weight` and, if the model has it, `NAME.bias`, as a
+    function; both are looked up and copied."""
     shape = (config.d_model,)
-    weight = in_place(f"{name}.weight", look_up(f"{name}.weight").clone())
+    weight = in_place(f"{name}.weight", look_up(f"{name}.weight") * scale)
     if config.norm == "rmsnorm":
         return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
     bias = None
     if config.bias:
-        bias = in_place(f"{name}.bias", look_up(f"{name}.bias").clone())
+        bias = in_place(f"{name}.bias", look_up(f"{name}.bias") * scale)
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
 
 
 def _layer(
     config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, in_place: Place, number: int
 ) -> _Layer:
-    """Returns one block with its weights, this rank's share of them, laid out for the device. The scale of attention is
-    multiplied into them. The order of look-ups is part of the protocol between ranks.
+    """Returns one block with its weights, this rank's share of them, laid out for the device. The scales of attention
+    and of the residual stream are multiplied into them. The order of look-ups is part of the protocol between ranks.
 
     Args:
         number: index of the block, from 0.
@@ -388,11 +391,11 @@ def _layer(
         return build_linear(weight, bias, activation)
 
     def output_bias(name: str, is_used: bool) -> torch.Tensor | None:
-        return look_up(prefix + name) if is_used else None
+        return look_up(prefix + name) * config.residual_scale if is_used else None
 
     # The scale of attention scores is multiplied into the weights of queries, or of their norm.
     query, key, value, output = weights("attention.query", "attention.key", "attention.value", "attention.output")
-    scale = config.d_head**-0.5
+    scale = config.score_scale
     qk_norm = None
     if config.qk_norm:
         query_norm_K, key_norm_K = weights("attention.query_norm.weight", "attention.key_norm.weight")
@@ -423,9 +426,10 @@ def _layer(
     (down_weight,) = weights("feed_forward.down.weight")
 
     attention_bias = output_bias("attention.output_bias", config.has_output_bias)
+    output = output * config.residual_scale
     output_linear = linear("output", output.flatten(0, 1).t().contiguous(), attention_bias)
     down_bias = output_bias("feed_forward.down.bias", config.has_ffn_bias)
-    down_linear = linear("down", F.pad(down_weight, (0, padding)), down_bias)
+    down_linear = linear("down", F.pad(down_weight * config.residual_scale, (0, padding)), down_bias)
     if axis:
         output_linear, down_linear = leaving(output_linear, axis), leaving(down_linear, axis)
     return _Layer(

@@ -61,10 +61,19 @@ class Family:
     first_windowed: str | None = None  # their key for the first layer with a window
     older_rope_names: dict[str, str] = field(default_factory=dict)  # keys of rotary positions: newer -> older
     scalings: tuple[str, ...] = ("none", "linear", "llama3", "yarn")  # values of model.rope_scaling
+    has_scales: bool = False  # the factors of `SCALES`
+    heads: tuple[str, ...] = ("tokens", "scalar")  # values of model.head
     rope_free_layers: bool = False  # layers may have no RoPE
     rope_theta: float = 10000.0  # where config.json has none
 
 
+SCALES = {
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "attention_scale": "attention_multiplier",
+    "logit_divisor": "logits_scaling",
+}
+"""Keys of `model` -> their names in config.json."""
 _BIASES = ("attention_bias", "mlp_bias")
 _QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
@@ -205,6 +214,17 @@ FAMILIES = {
         rope_free_layers=True,
         rope_theta=2000000.0,
     ),
+    "Granite": Family(
+        "granite",
+        "rmsnorm",
+        _GATED,
+        "rms_norm_eps",
+        _GATED_DEFAULTS | {**_NO_BIASES, **dict.fromkeys(SCALES.values(), 1.0), "max_position_embeddings": 2048},
+        attention_bias="attention_bias",
+        ffn_bias="mlp_bias",
+        has_scales=True,
+        heads=("tokens",),
+    ),
     "Phi3": Family(
         "phi3",
         "rmsnorm",
@@ -267,6 +287,12 @@ def _misfits(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any]]:
         yield "window", None
     if model.full_layers and family.windows != "layers":
         yield "full_layers", []
+    if model.head not in family.heads:
+        yield "head", "tokens"
+    for key in SCALES:
+        default = getattr(ModelConfig, key)
+        if getattr(model, key) != default and not family.has_scales:
+            yield key, default
     if model.rope_free_layers and not family.rope_free_layers:
         yield "rope_free_layers", []
 
@@ -301,6 +327,9 @@ def _fields(model: ModelConfig, family: Family) -> dict[str, Any]:
         fields[family.parallel_residual] = model.parallel_residual
     if family.rope_free_layers:
         fields["no_rope_layers"] = [int(layer not in model.rope_free_layers) for layer in range(model.n_layers)]
+    if family.has_scales:
+        fields |= {theirs: getattr(model, ours) for ours, theirs in SCALES.items()}
+        fields[SCALES["attention_scale"]] = model.score_scale
     return fields | _window_fields(model, family)
 
 
@@ -367,7 +396,7 @@ LARGEST = {
 }
 """Sizes in config.json -> the largest one that is believed: far above every model, and small enough to count to."""
 _FLAGS = (*_BIASES, "tie_word_embeddings", "use_bias", "use_parallel_residual", "use_sliding_window")
-_NUMBERS = ("initializer_range", "rms_norm_eps", "norm_epsilon", "layer_norm_eps")
+_NUMBERS = (*SCALES.values(), "initializer_range", "rms_norm_eps", "norm_epsilon", "layer_norm_eps")
 _ROPE_NUMBERS = ("rope_theta", "rotary_emb_base", "partial_rotary_factor", "rotary_pct", _ORIGINAL)
 NEVER = ("quantization_config", "auto_map")  # keys that change how weights are read, or name code
 
@@ -471,6 +500,10 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
 
     rope_free_layers = _rope_free_layers(settings, family, where)
     options = {ours: settings[theirs] for ours, theirs in SIZES.items()}
+    if family.has_scales:
+        options |= {ours: settings[theirs] for ours, theirs in SCALES.items()}
+        if options["attention_scale"] == (head_width or default_width) ** -0.5:
+            options["attention_scale"] = None
     if family.parallel_residual:
         options["parallel_residual"] = settings[family.parallel_residual]
     try:

@@ -27,6 +27,8 @@ NAMES = {  # families of transformers -> architectures of llama.cpp
     "Qwen3": "qwen3",
     "Starcoder2": "starcoder2",
     "GPTNeoX": "gptneox",
+    "SmolLM3": "smollm3",
+    "Granite": "granite",
 }
 READ = ("Llama", "Qwen3")  # families with the same activation in llama.cpp and transformers
 SIZES = {

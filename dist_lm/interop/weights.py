@@ -80,6 +80,7 @@ NAMES = {
     "Mistral": _stack("up_proj", "down_proj"),
     "Ministral": _stack("up_proj", "down_proj"),
     "SmolLM3": _stack("up_proj", "down_proj"),
+    "Granite": _stack("up_proj", "down_proj"),
     "Phi3": _phi3(),
 }
 ALIASES = {"lm_head.weight": "embed_out.weight"}  # newer names of transformers -> the names that we write

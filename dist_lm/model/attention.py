@@ -273,6 +273,9 @@ class Attention(nn.Module):
         self.value_bias = build_vector(config.has_qkv_bias, *key_shape[:2])
         self.output_bias = build_vector(config.has_output_bias, config.d_model)
 
+        # Kernels divide by the root of d_head.
+        self.scales_queries = config.attention_scale is not None
+        self.query_scale = config.score_scale * config.d_head**0.5
         self.is_rotated = layer not in config.rope_free_layers
         self.value_residual = config.value_residual
         self.value_mix = build_vector(config.value_residual and layer > 0, 2)  # the first layer has nothing to mix in
@@ -303,6 +306,8 @@ class Attention(nn.Module):
         # Norm before rotation, as in Qwen3: the norm has one weight per entry of a head, which rotation would mix.
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
+        if self.scales_queries:
+            q_BTHK = q_BTHK * self.query_scale
         if self.is_rotated:
             q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
         o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)

@@ -41,6 +41,7 @@ class Block(nn.Module):
         # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
         # (`size.parameter_shapes`).
         self.parallel_residual = config.parallel_residual
+        self.residual_scale = config.residual_scale
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = build_norm(config)
@@ -64,6 +65,8 @@ class Block(nn.Module):
         """
         input_BTD = x_BTD
         a_BTD, v1_BSGK = self.attention(self.attention_norm(x_BTD), rope, visibility, v1_BSGK)
+        if self.residual_scale != 1:
+            a_BTD = a_BTD * self.residual_scale
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
 
         # Attention was the last use of the tokens that are not selected.
@@ -78,6 +81,8 @@ class Block(nn.Module):
         if not self.parallel_residual:
             input_BTD = x_BTD
         f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD))
+        if self.residual_scale != 1:
+            f_BTD = f_BTD * self.residual_scale
         return x_BTD + apply_dropout(f_BTD, dropout[1]), v1_BSGK
 
 
@@ -137,14 +142,16 @@ class Transformer(nn.Module):
         dropout: DropoutKey | None = None,
         index_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters. Other
-        arguments as in `forward`.
+        """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters; with a
+        token head it is divided by `model.logit_divisor`. Other arguments as in `forward`.
 
         Args:
             branch_BT, boundary: see `within_documents`; only with `document_BT`.
             index_N: see `Block.forward`, for the last layer; the output is then (1, N, D). Not with dropout.
         """
         x_BTD = self.embedding(tokens_BT)
+        if self.config.embedding_scale != 1:
+            x_BTD = x_BTD * self.config.embedding_scale
 
         # All layers share the rotation tables, and the attention mask of their kind.
         if position_BT is None:
@@ -170,7 +177,11 @@ class Transformer(nn.Module):
             residual_dropout = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
             visibility = visibility_of[self.windows[layer]]
             x_BTD, v1_BSGK = block(x_BTD, rope, visibility, residual_dropout, index_N if is_last else None, v1_BSGK)
-        return self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD)
+        # Scores have no divisor.
+        if self.config.logit_divisor != 1 and self.scalar_head is None:
+            x_BTD = x_BTD / self.config.logit_divisor
+        return x_BTD
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns logits (..., V) for the output of `hidden`."""

@@ -227,6 +227,8 @@ class HeadParallelAttention(Attention):
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, mix_2)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
+        if self.scales_queries:
+            q_BTHK = q_BTHK * self.query_scale
         if self.is_rotated:
             q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
 

@@ -37,8 +37,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "GELU by tanh": {"n_kv_heads": 1, "ffn": "gelu_tanh"},
     "Mistral": {**LLAMA, "n_kv_heads": 1, "export_as": "mistral"},
     "SmolLM3": {**LLAMA, "n_kv_heads": 1, "rope_free_layers": [1]},
+    "SmolLM3 of four layers": {**LLAMA, "n_layers": 4, "n_kv_heads": 1, "rope_free_layers": [3]},
     "SmolLM3 with windows": {**LLAMA, "rope_free_layers": [0], "window": 9, "full_layers": [1]},
     "YaRN": {**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 16},
+    "Granite": {
+        **{**LLAMA, "n_kv_heads": 1, "embedding_scale": 3.0, "residual_scale": 0.6, "attention_scale": 0.2},
+        "logit_divisor": 2.5,
+    },
     "Mistral with a window": {**LLAMA, "n_kv_heads": 1, "window": 9},
     "Ministral": {**LLAMA, "window": 9, "full_layers": [0]},
     "Qwen2 with windows": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True, "window": 9, "full_layers": [1]},
@@ -52,7 +57,7 @@ VARIANTS = (
     *("Squared", "Llama 3.1", "Linear", "Qwen2", "Pythia", "Qwen3 with biases", "Biases in attention", "Mistral"),
     *("Biases in the feed-forward network", "GPTNeoX without biases in attention", "Starcoder2 without biases"),
     *("Gated GELU", "Gated GELU by tanh", "GELU by tanh", "Phi3 with partial rotation"),
-    *("SmolLM3", "SmolLM3 with windows", "YaRN"),
+    *("Granite", "SmolLM3", "SmolLM3 of four layers", "SmolLM3 with windows", "YaRN"),
     *("Mistral with a window", "Ministral", "Qwen2 with windows", "Starcoder2 with a window", "Phi3 with a window"),
 )
 

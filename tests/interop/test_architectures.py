@@ -27,6 +27,7 @@ CHOICES = {
     "parallel_residual": (False, True),
     "rotary_fraction": (1.0, 0.5),
     "window": (None, 8),
+    "logit_divisor": (1.0, 2.0),
     "head": ("tokens", "scalar"),
 }
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
@@ -48,7 +49,7 @@ def holds(model: ModelConfig) -> bool:
 
 def test_the_options_are_those_of_the_configuration():
     free = {"name", "export_as", "norm_eps", "init_std", "residual_init", "base_width", "logit_cap", "value_residual"}
-    free |= {"full_layers"}
+    free |= {"full_layers", "embedding_scale", "residual_scale", "attention_scale"}
     keys = {field.name for field in fields(ModelConfig)}
     assert {key for key in keys if not key.startswith("rope_")} == CHOICES.keys() | SIZES.keys() | free
 

@@ -96,8 +96,8 @@ def test_a_text_of_ours_begins_with_end_of_text(pair: tuple[Tokenizer, LlamaServ
 
 REFUSED = (
     *("Arcee", "Squared", "Llama 3.1", "Linear", "Phi3 with partial rotation", "Gated GELU", "Gated GELU by tanh"),
-    *(family for family in FAMILIES if FAMILIES[family].keys() & {"window", "rope_free_layers"}),
-    "YaRN",
+    *(family for family in FAMILIES if "window" in FAMILIES[family]),
+    *("SmolLM3", "YaRN", "Qwen3 with biases", "GPTNeoX without biases in attention", "Starcoder2 without biases"),
 )
 
 
@@ -125,6 +125,11 @@ def test_probabilities_are_those_of_the_model(family: str, kind: str, trained: T
         ("F16", "Llama 3.1", {}, r"model\.rope_scaling=llama3"),
         ("F16", "Phi3 with partial rotation", {}, r"does not write Phi3 \(model.rotary_fraction=0.25\)"),
         ("F16", "GPTNeoX", {"ffn": "relu2"}, r"model\.ffn=relu2: expected gelu, gelu_tanh, swiglu"),
+        ("F16", "Qwen3 with biases", {}, r"model\.attention_bias=True: llama.cpp has False in Qwen3"),
+        ("F16", "Starcoder2 without biases", {}, r"model\.attention_bias=False: llama.cpp has True in Starcoder2"),
+        ("F16", "Mistral with a window", {}, r"model\.window=9: sliding windows are not written"),
+        ("F16", "SmolLM3", {}, r"model\.rope_free_layers=\[1\]: llama.cpp has \[\], every fourth"),
+        ("F16", "YaRN", {}, r"model\.rope_scaling=yarn"),
         ("F16", "Llama", {"head": "scalar"}, "model.head=scalar"),
     ],
 )

@@ -38,7 +38,9 @@ def lower(value: Any, n_layers: int) -> Any:
 
 ROWS = {
     "bias of attention alone": OptionRow(("attention_bias",), {**LLAMA, "attention_bias": True}, "Llama"),
-    "no bias of attention": OptionRow(("attention_bias",), {"attention_bias": False}, "GPTNeoX"),
+    "no bias of attention": OptionRow(
+        ("attention_bias",), {"attention_bias": False}, "GPTNeoX", r"model\.attention_bias=False: llama.cpp has True"
+    ),
     "bias of the feed-forward network alone": OptionRow(("ffn_bias",), {**LLAMA, "ffn_bias": True}, "Llama"),
     "GELU by tanh": OptionRow(("ffn",), {"ffn": "gelu_tanh"}, "GPTNeoX"),
     "gated GELU": OptionRow(("ffn",), {**LLAMA, "ffn": "geglu"}, "Llama", r"model\.ffn=geglu"),
@@ -69,6 +71,10 @@ ROWS = {
         "GPTNeoX",
         r"model\.rope_scaling=yarn",
     ),
+    "scale of the embedding": OptionRow(("embedding_scale",), {**LLAMA, "embedding_scale": 3.0}, "Granite"),
+    "scale of the residual": OptionRow(("residual_scale",), {**LLAMA, "residual_scale": 0.6}, "Granite"),
+    "scale of attention": OptionRow(("attention_scale",), {**LLAMA, "attention_scale": 0.8}, "Granite"),
+    "divisor of logits": OptionRow(("logit_divisor",), {**LLAMA, "logit_divisor": 2.5}, "Granite"),
     "linear scaling": OptionRow(
         ("rope_scaling", "rope_factor", "rope_original_len"),
         {**LLAMA, "rope_scaling": "linear", "rope_factor": 3.0},
