@@ -26,6 +26,7 @@ EXPORTED = (
     "smollm3",
     "phi3",
     "granite",
+    "olmo2",
 )
 """Values of `model.export_as`."""
 
@@ -73,7 +74,11 @@ class ModelConfig:
     window: int | None = None  # tokens that a query sees, its own among them (Beltagy et al. 2020); null: all before it
     full_layers: list[int] = field(default_factory=list)  # layers, from 0, without the window
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
-    qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
+    qk_norm: bool = False  # RMSNorm of queries and keys before RoPE
+    # head: over d_head, with one weight for all heads (as Qwen3) | all: over all heads, with a weight of each (OLMo 2)
+    qk_norm_span: str = "head"
+    # norms of a block: before (Radford et al. 2019) | after attention and the feed-forward network (as OLMo 2)
+    norm_place: str = "before"
     # values of the layers after the first: a v + b v_1 with v_1 of the first layer; a and b are learned scalars of each
     # layer and start at 0.5 (Zhou et al. 2024)
     value_residual: bool = False
@@ -176,6 +181,9 @@ class ModelConfig:
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in (*UNGATED, *GATED), "model.ffn", self.ffn, ", ".join((*UNGATED, *GATED)))
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+        require(self.norm_place in ("before", "after"), "model.norm_place", self.norm_place, "before or after")
+        spans = ("head", "all") if self.qk_norm else ("head",)
+        require(self.qk_norm_span in spans, "model.qk_norm_span", self.qk_norm_span, "head, or all with model.qk_norm")
         scale = self.attention_scale
         require(scale is None or scale > 0, "model.attention_scale", scale, "null or a positive number")
         require(self.logit_cap >= 0, "model.logit_cap", self.logit_cap, ">= 0 (0 is off)")

@@ -50,7 +50,8 @@ class Family:
     attention_bias: str | bool = False
     ffn_bias: str | bool = False
     qkv_bias: bool = False  # queries, keys and values alone have biases
-    qk_norm: bool = False
+    qk_norm: str | None = None  # value of model.qk_norm_span; None: no norm
+    norm_place: str = "before"
     any_head_width: bool = False  # False: hidden_size / num_attention_heads
     heads_divide: bool = False  # num_attention_heads must divide hidden_size, whatever the width of a head
     grouped: bool = True  # may have fewer heads of keys and values
@@ -169,7 +170,7 @@ FAMILIES = {
             "head_dim": 128,
         },
         attention_bias="attention_bias",
-        qk_norm=True,
+        qk_norm="head",
         any_head_width=True,
         windows="layers",
         window_switch=True,
@@ -225,6 +226,16 @@ FAMILIES = {
         has_scales=True,
         heads=("tokens",),
     ),
+    "Olmo2": Family(
+        "olmo2",
+        "rmsnorm",
+        _GATED,
+        "rms_norm_eps",
+        _GATED_DEFAULTS | {"attention_bias": False, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
+        attention_bias="attention_bias",
+        qk_norm="all",
+        norm_place="after",
+    ),
     "Phi3": Family(
         "phi3",
         "rmsnorm",
@@ -269,8 +280,12 @@ def _misfits(model: ModelConfig, family: Family) -> Iterator[tuple[str, Any]]:
         yield "ffn", next(iter(family.activations.values()))
     yield from _misfit_biases(model, family)
 
-    if model.qk_norm != family.qk_norm:
-        yield "qk_norm", family.qk_norm
+    if model.norm_place != family.norm_place:
+        yield "norm_place", family.norm_place
+    if model.qk_norm != (family.qk_norm is not None):
+        yield "qk_norm", family.qk_norm is not None
+    elif model.qk_norm and model.qk_norm_span != family.qk_norm:
+        yield "qk_norm_span", family.qk_norm
     if not family.any_head_width and model.head_width not in (None, model.d_model / model.n_heads):
         yield "head_width", None
     if family.heads_divide and model.d_model % model.n_heads:
@@ -513,7 +528,9 @@ def model_of(config: Mapping[str, Any], name: str, where: str) -> tuple[ModelCon
             norm=family.norm,
             ffn=family.activations[settings["hidden_act"]],
             **_biases(settings, family),
-            qk_norm=family.qk_norm,
+            qk_norm=family.qk_norm is not None,
+            qk_norm_span=family.qk_norm or "head",
+            norm_place=family.norm_place,
             norm_eps=settings[family.norm_eps],
             **_rope(settings, family, where),
             **_windows(settings, family, rope_free_layers, where),

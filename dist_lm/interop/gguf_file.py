@@ -27,7 +27,12 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TYPES = ("F16", "Q8_0")
 ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")  # values of model.ffn; llama.cpp computes GELU by tanh
-ATTENTION_BIASES = {"Qwen3": False, "GPTNeoX": True, "Starcoder2": True}  # families with one kind alone in llama.cpp
+ATTENTION_BIASES = {
+    "Qwen3": False,
+    "Olmo2": False,
+    "GPTNeoX": True,
+    "Starcoder2": True,
+}  # families with one kind alone in llama.cpp
 NEIGHBOURS = ("Llama", "SmolLM3", "Granite")  # families whose RoPE turns neighbours in llama.cpp
 BLOCK = 32  # numbers with one scale in Q8_0
 Read = Callable[[str], torch.Tensor]  # returns a parameter of ours by its name

@@ -70,6 +70,14 @@ def _phi3() -> dict[str, str]:
     return table | {f"blocks.N.attention.{name}": "model.layers.N.self_attn.qkv_proj.weight" for name in FUSED}
 
 
+def _olmo2() -> dict[str, str]:
+    """Returns our names -> theirs for OLMo 2: those of Llama, but for norms, which stand behind what they normalise."""
+    table = _stack("up_proj", "down_proj")
+    table["blocks.N.attention_norm.weight"] = "model.layers.N.post_attention_layernorm.weight"
+    table["blocks.N.feed_forward_norm.weight"] = "model.layers.N.post_feedforward_layernorm.weight"
+    return table
+
+
 NAMES = {
     "Llama": _stack("up_proj", "down_proj"),
     "Qwen2": _stack("up_proj", "down_proj"),
@@ -81,6 +89,7 @@ NAMES = {
     "Ministral": _stack("up_proj", "down_proj"),
     "SmolLM3": _stack("up_proj", "down_proj"),
     "Granite": _stack("up_proj", "down_proj"),
+    "Olmo2": _olmo2(),
     "Phi3": _phi3(),
 }
 ALIASES = {"lm_head.weight": "embed_out.weight"}  # newer names of transformers -> the names that we write
@@ -173,6 +182,8 @@ def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape], 
         shape = (shape[2], shape[0] * shape[1])
     elif ".attention." in name and name.endswith(FUSED + tuple(f"{part}_bias" for part in FUSED)):
         shape = (sum(heads * width for heads, width, *_ in our_shapes), *shape[2:])
+    elif name.endswith(("query_norm.weight", "key_norm.weight")):
+        shape = (math.prod(shape),)
     elif len(ours) > 1:
         shape = (sum(rows for rows, *_ in our_shapes), *shape[1:])
     return Converted(theirs, shape, ours, our_shapes, interleaves and len(ours) > 1)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
-from dist_lm.model.layers import HeadNorm, RopeTables, mix_values, rotate
+from dist_lm.model.layers import RopeTables, build_head_norms, mix_values, rotate
 from dist_lm.model.lora import adapted, build_adapters
 from dist_lm.model.size import packs_documents
 
@@ -281,7 +281,7 @@ class Attention(nn.Module):
         self.value_mix = build_vector(config.value_residual and layer > 0, 2)  # the first layer has nothing to mix in
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm, self.key_norm = HeadNorm(config), HeadNorm(config)
+            self.query_norm, self.key_norm = build_head_norms(config)
         self.adapters = build_adapters(config, "attention")
 
     def forward(
@@ -303,7 +303,7 @@ class Attention(nn.Module):
 
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, self.value_mix)
 
-        # Norm before rotation, as in Qwen3: the norm has one weight per entry of a head, which rotation would mix.
+        # Norm before rotation: its weights differ between the entries of a head, which rotation would mix.
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         if self.scales_queries:

@@ -40,6 +40,38 @@ class HeadNorm(nn.RMSNorm):
         return normalise_heads(x_BTHK, self.weight, self.norm_eps)
 
 
+class AllHeadsNorm(nn.Module):
+    """RMSNorm over all heads of queries, or of keys, before the rotation, with a weight (H, K) for each entry: the norm
+    of OLMo 2 (OLMo Team 2024)."""
+
+    def __init__(self, config: ModelConfig, n_heads: int) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.n_entries = n_heads * config.d_head
+        self.weight = nn.Parameter(torch.ones(n_heads, config.d_head))
+
+    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
+        return self.normalise(x_BTHK, square_sum(x_BTHK), self.weight)
+
+    def normalise(self, x_BTHK: torch.Tensor, sum_BT11: torch.Tensor, weight_HK: torch.Tensor) -> torch.Tensor:
+        """Returns the norm in the dtype of x, given the sum of squares over all heads."""
+        scale_BT11 = torch.rsqrt(sum_BT11 / self.n_entries + self.norm_eps)
+        return x_BTHK * scale_BT11.to(x_BTHK.dtype) * weight_HK
+
+
+def square_sum(x_BTHK: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of squares over heads and their entries, at least fp32: (B, T, 1, 1)."""
+    wide = torch.promote_types(x_BTHK.dtype, torch.float32)
+    return x_BTHK.to(wide).square().sum(dim=(-2, -1), keepdim=True)
+
+
+def build_head_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """Builds the norms of queries and of keys that `model.qk_norm_span` names."""
+    if config.qk_norm_span == "all":
+        return AllHeadsNorm(config, config.n_heads), AllHeadsNorm(config, config.kv_heads)
+    return HeadNorm(config), HeadNorm(config)
+
+
 def normalise_heads(x_BTHK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
     """Returns RMSNorm over the last dimension, in the dtype of x, times `weight`, which broadcasts: (K,), or (H, K) if
     it differs by head."""

@@ -168,7 +168,8 @@ def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     if config.value_residual and layer > 0:
         shapes["value_mix"] = (2,)
     if config.qk_norm:
-        shapes |= {"query_norm.weight": (config.d_head,), "key_norm.weight": (config.d_head,)}
+        for name in ("query", "key"):
+            shapes[f"{name}_norm.weight"] = shapes[name][:2] if config.qk_norm_span == "all" else shapes[name][1:2]
     return shapes
 
 

@@ -3,6 +3,7 @@
     tokens -> embedding -> n_layers x Block -> norm -> head -> logits (or a score)
     Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
             x += attention(norm(x)) + feed_forward(norm(x))               (parallel residual, Wang & Komatsuzaki 2021)
+            x += norm(attention(x));  x += norm(feed_forward(x))          (norm after, OLMo Team 2024)
 
 A new model has no values: build it on the meta device if it is large, and fill it with `keyed_random.initialise`.
 
@@ -42,6 +43,7 @@ class Block(nn.Module):
         # (`size.parameter_shapes`).
         self.parallel_residual = config.parallel_residual
         self.residual_scale = config.residual_scale
+        self.norm_after = config.norm_place == "after"
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = build_norm(config)
@@ -64,7 +66,10 @@ class Block(nn.Module):
                 (1, N, D): the other tokens are only attended to, the feed-forward network skips them. None: all tokens.
         """
         input_BTD = x_BTD
-        a_BTD, v1_BSGK = self.attention(self.attention_norm(x_BTD), rope, visibility, v1_BSGK)
+        h_BTD = x_BTD if self.norm_after else self.attention_norm(x_BTD)
+        a_BTD, v1_BSGK = self.attention(h_BTD, rope, visibility, v1_BSGK)
+        if self.norm_after:
+            a_BTD = self.attention_norm(a_BTD)
         if self.residual_scale != 1:
             a_BTD = a_BTD * self.residual_scale
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
@@ -80,7 +85,10 @@ class Block(nn.Module):
         # residual stream with the output of attention added.
         if not self.parallel_residual:
             input_BTD = x_BTD
-        f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD))
+        h_BTD = input_BTD if self.norm_after else self.feed_forward_norm(input_BTD)
+        f_BTD = self.feed_forward(h_BTD)
+        if self.norm_after:
+            f_BTD = self.feed_forward_norm(f_BTD)
         if self.residual_scale != 1:
             f_BTD = f_BTD * self.residual_scale
         return x_BTD + apply_dropout(f_BTD, dropout[1]), v1_BSGK

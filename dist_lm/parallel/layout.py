@@ -378,7 +378,11 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
 
     # Vectors and biases are replicated: a module slices a bias itself. So are key heads that ranks do not split.
     is_key = name.endswith(("attention.key", "attention.value"))
-    if len(shape) == 1 or name.endswith("_bias") or (is_key and not shards_key_heads(model, layout.tp)):
+    if (
+        len(shape) == 1
+        or name.endswith(("_bias", "norm.weight"))
+        or (is_key and not shards_key_heads(model, layout.tp))
+    ):
         return Placement(shape, shape, None, fsdp_dim)
 
     # Dimension 0 has heads, hidden units or the vocabulary; only `down` has its hidden units second.

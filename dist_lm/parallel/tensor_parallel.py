@@ -10,6 +10,9 @@ Dimensions: B sequences, T tokens, S keys, N = B * T, D d_model, V vocabulary, H
 d_head, F d_ff (V, H, G and F count what this rank has), R ranks of the axis.
 """
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
@@ -18,7 +21,17 @@ from torch import nn
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.cross_entropy import tempered
-from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
+from dist_lm.model.layers import (
+    AllHeadsNorm,
+    FeedForward,
+    HeadNorm,
+    RopeTables,
+    activate,
+    build_norm,
+    normalise_heads,
+    rotate,
+    square_sum,
+)
 from dist_lm.model.lora import Adapter, adapted
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import RankSlice, keys_of, rank_slice, shards_key_heads
@@ -147,6 +160,35 @@ class ReplicatedHeadNorm(HeadNorm):
         return normalise_heads(x_BTHK, local(self.weight), self.norm_eps)
 
 
+class ParallelAllHeadsNorm(AllHeadsNorm):
+    """`AllHeadsNorm` over the heads of all ranks, with the same weight on each; a rank applies it to its own heads."""
+
+    def __init__(
+        self, config: ModelConfig, n_heads: int, axis: TensorAxis, heads: RankSlice, shares: Sequence[float]
+    ) -> None:
+        """
+        Args:
+            n_heads: heads of all ranks.
+            heads: those that this rank computes.
+            shares: the part of the squares of each that this rank adds to the sum over ranks; padding has none.
+        """
+        super().__init__(config, n_heads)
+        self.axis = axis
+        self.heads = heads
+        self.shares = [*shares, *[0.0] * (heads.held - len(shares))]
+
+    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
+        """Does the same as `AllHeadsNorm.forward` with this rank's heads (collective)."""
+        part_BTHK = x_BTHK
+        if {*self.shares} != {1.0}:
+            root_H = torch.tensor(self.shares, dtype=x_BTHK.dtype, device=x_BTHK.device).sqrt()
+            part_BTHK = x_BTHK * root_H[:, None]
+        sum_BT11 = self.axis.sum_of_shares(square_sum(part_BTHK))
+        weight_HK = bias_rows(self.weight, self.heads)
+        assert weight_HK is not None
+        return self.normalise(x_BTHK, sum_BT11, weight_HK)
+
+
 class ParallelAdapter(Adapter):
     """A LoRA adapter whose weight is split over the ranks.
 
@@ -194,7 +236,7 @@ class HeadParallelAttention(Attention):
         self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
 
         if config.qk_norm:
-            self.query_norm, self.key_norm = ReplicatedHeadNorm(config), ReplicatedHeadNorm(config)
+            self.query_norm, self.key_norm = self._build_head_norms(config)
         if self.adapters is not None:
             keys = slice(self.keys.start, self.keys.stop)
             if shards_key_heads(config, axis.size):
@@ -243,6 +285,21 @@ class HeadParallelAttention(Attention):
         part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
         part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output")
         return add_bias(self.axis.leave(part_BTD), self.output_bias), v1_BSGK
+
+    def _build_head_norms(self, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+        if config.qk_norm_span == "head":
+            return ReplicatedHeadNorm(config), ReplicatedHeadNorm(config)
+
+        # Several ranks may compute one key head: each adds its part of the squares.
+        computed = Counter[int]()
+        for rank in range(self.axis.size):
+            keys, _ = keys_of(config, self.axis.size, rank)
+            computed.update(range(keys.start, keys.stop))
+        shares = [1 / computed[head] for head in range(self.keys.start, self.keys.stop)]
+        return (
+            ParallelAllHeadsNorm(config, config.n_heads, self.axis, self.heads, [1.0] * self.heads.real),
+            ParallelAllHeadsNorm(config, config.kv_heads, self.axis, self.keys, shares),
+        )
 
     def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the key (or value) heads (G, K, D) that this rank reads: its shard if they are split, else a part of

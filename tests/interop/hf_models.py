@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{**LLAMA, "n_kv_heads": 1, "embedding_scale": 3.0, "residual_scale": 0.6, "attention_scale": 0.2},
         "logit_divisor": 2.5,
     },
+    "Olmo2": {**LLAMA, "n_kv_heads": 1, "norm_place": "after", "qk_norm": True, "qk_norm_span": "all"},
     "Mistral with a window": {**LLAMA, "n_kv_heads": 1, "window": 9},
     "Ministral": {**LLAMA, "window": 9, "full_layers": [0]},
     "Qwen2 with windows": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True, "window": 9, "full_layers": [1]},
@@ -52,12 +53,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": {**LLAMA, "n_kv_heads": 1, "export_as": "phi3"},
     "Phi3 with partial rotation": {**LLAMA, "rotary_fraction": 0.25},
 }
+FURTHER = [*FAMILIES][[*FAMILIES].index("Qwen3") + 1 :]  # of others, not of ours
+SCORED = [family for family in FAMILIES if family != "Granite"]  # transformers has a class for a scalar head
 # of another family here, by a few options
 VARIANTS = (
     *("Squared", "Llama 3.1", "Linear", "Qwen2", "Pythia", "Qwen3 with biases", "Biases in attention", "Mistral"),
     *("Biases in the feed-forward network", "GPTNeoX without biases in attention", "Starcoder2 without biases"),
     *("Gated GELU", "Gated GELU by tanh", "GELU by tanh", "Phi3 with partial rotation"),
-    *("Granite", "SmolLM3", "SmolLM3 of four layers", "SmolLM3 with windows", "YaRN"),
+    *("Olmo2", "Granite", "SmolLM3", "SmolLM3 of four layers", "SmolLM3 with windows", "YaRN"),
     *("Mistral with a window", "Ministral", "Qwen2 with windows", "Starcoder2 with a window", "Phi3 with a window"),
 )
 

@@ -22,6 +22,7 @@ CHOICES = {
     "qkv_bias": (False, True),
     "tie_embeddings": (False, True),
     "qk_norm": (False, True),
+    "norm_place": ("before", "after"),
     "n_kv_heads": (None, 2),
     "head_width": (None, 12),
     "parallel_residual": (False, True),
@@ -49,7 +50,7 @@ def holds(model: ModelConfig) -> bool:
 
 def test_the_options_are_those_of_the_configuration():
     free = {"name", "export_as", "norm_eps", "init_std", "residual_init", "base_width", "logit_cap", "value_residual"}
-    free |= {"full_layers", "embedding_scale", "residual_scale", "attention_scale"}
+    free |= {"full_layers", "embedding_scale", "residual_scale", "attention_scale", "qk_norm_span"}
     keys = {field.name for field in fields(ModelConfig)}
     assert {key for key in keys if not key.startswith("rope_")} == CHOICES.keys() | SIZES.keys() | free
 

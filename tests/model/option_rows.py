@@ -36,6 +36,7 @@ def lower(value: Any, n_layers: int) -> Any:
     return [layer for layer in value if layer < n_layers] if isinstance(value, list) else value
 
 
+AFTER = "norm after, over all heads"
 ROWS = {
     "bias of attention alone": OptionRow(("attention_bias",), {**LLAMA, "attention_bias": True}, "Llama"),
     "no bias of attention": OptionRow(
@@ -75,6 +76,11 @@ ROWS = {
     "scale of the residual": OptionRow(("residual_scale",), {**LLAMA, "residual_scale": 0.6}, "Granite"),
     "scale of attention": OptionRow(("attention_scale",), {**LLAMA, "attention_scale": 0.8}, "Granite"),
     "divisor of logits": OptionRow(("logit_divisor",), {**LLAMA, "logit_divisor": 2.5}, "Granite"),
+    AFTER: OptionRow(
+        ("norm_place", "qk_norm_span"),
+        {**LLAMA, "norm_place": "after", "qk_norm": True, "qk_norm_span": "all"},
+        "Olmo2",
+    ),
     "linear scaling": OptionRow(
         ("rope_scaling", "rope_factor", "rope_original_len"),
         {**LLAMA, "rope_scaling": "linear", "rope_factor": 3.0},
@@ -82,3 +88,14 @@ ROWS = {
         r"model\.rope_scaling=linear",
     ),
 }
+
+# Options whose sums over ranks do not meet, in one model.
+TOGETHER = OptionRow(
+    (),
+    {
+        **{**LLAMA, "ffn": "geglu_tanh", "attention_bias": True, "window": 5, "full_layers": [1]},
+        **{"rope_free_layers": [0], "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 12},
+        **{"embedding_scale": 3.0, "residual_scale": 0.6, "attention_scale": 0.8, "logit_divisor": 2.5},
+    },
+    "",
+)

@@ -67,7 +67,9 @@ def test_its_value_changes_the_logits_and_the_parameters_are_those_that_are_coun
     if "ffn" in row.keys:
         plain = replace(config, ffn="swiglu" if config.is_gated else "gelu")
     other = model_with(plain)
-    other.load_state_dict(model.state_dict(), strict=False)
+    shapes = parameter_shapes(plain)
+    alike = {name: tensor for name, tensor in model.state_dict().items() if shapes.get(name) == tuple(tensor.shape)}
+    other.load_state_dict(alike, strict=False)
     tokens = tokens_of(2, 60)
     assert not torch.allclose(model(tokens), other(tokens), rtol=0, atol=1e-4)
 

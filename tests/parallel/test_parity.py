@@ -10,7 +10,7 @@ import pytest
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import MuonConfig
-from tests.model.option_rows import ROWS, OptionRow
+from tests.model.option_rows import AFTER, ROWS, TOGETHER, OptionRow
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import (
@@ -89,10 +89,20 @@ def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks
     assert_is_that_of_one_process(found, model)
 
 
-@pytest.mark.parametrize("layout", layouts("1x1x4+sp", "1x1x2", "1x2x2+sp", "2x1x2"))
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        *(pytest.param(ROWS[AFTER], layout, id=f"{AFTER}-{layout}") for layout in ("1x1x4+sp", "1x2x2+sp")),
+        pytest.param(TOGETHER, "1x1x4+sp", id="all others together-1x1x4+sp"),
+        *(
+            pytest.param(row, layout, id=f"{name}-{layout}", marks=pytest.mark.heavy)
+            for name, row in ROWS.items()
+            for layout in ("1x1x2", "1x1x4+sp", "1x2x2+sp")
+        ),
+    ],
+)
 @pytest.mark.parametrize("heads", [pytest.param((5, 5), id="padded heads"), pytest.param((6, 3), id="groups")])
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
-def test_a_step_with_each_option_is_that_of_one_process(
+def test_a_step_with_options_is_that_of_one_process(
     ranks: RankGroups, row: OptionRow, heads: tuple[int, int], layout: str
 ):
     model = model_of(heads, **row.changes_at(2))

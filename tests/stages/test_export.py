@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights, tensors_in
 from tests.conftest import TINY, VOCAB_SIZE
-from tests.interop.hf_models import FAMILIES, our_model, small, tokens_for
+from tests.interop.hf_models import FAMILIES, FURTHER, SCORED, our_model, small, tokens_for
 from tests.patience import patient
 from tests.tokenizer.made_json import trained_json
 from tests.training_run import linked, write_untrained
@@ -76,9 +77,14 @@ def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
     return linked(tiny_work, tmp_path / "work")
 
 
-@pytest.mark.parametrize("head", ["tokens", "scalar"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "dtype", "head"),
+    [
+        pytest.param(family, dtype, head, marks=pytest.mark.heavy if family in FURTHER and dtype == "bf16" else ())
+        for family, dtype, head in product(FAMILIES, ["fp32", "bf16"], ["tokens", "scalar"])
+        if head == "tokens" or family in SCORED
+    ],
+)
 def test_what_transformers_saves_comes_in_and_goes_out_again(
     family: str, dtype: str, head: str, work: WorkDirectory, tmp_path: Path, monkeypatch
 ):
