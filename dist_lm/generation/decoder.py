@@ -302,7 +302,7 @@ class Decoder:
             return torch.cat(normalised, dim=1)
 
         # Each rank adds its part of the squares; of a key head that several ranks hold, a share.
-        part_NHK = qk_NHK.float() * self._root_share_H1
+        part_NHK = qk_NHK.to(torch.promote_types(qk_NHK.dtype, torch.float32)) * self._root_share_H1
         lengths = [torch.linalg.vector_norm(x_NHK.flatten(1), dim=1) for x_NHK in part_NHK.split(counts, dim=1)]
         sum_N2 = self.axis.sum(torch.stack(lengths, dim=1).square())
         scale_N2 = torch.rsqrt(sum_N2 / self._n_entries_2 + config.norm_eps).to(qk_NHK.dtype)
