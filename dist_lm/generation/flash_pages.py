@@ -21,7 +21,7 @@ from torch.nn.attention import current_flash_attention_impl
 from dist_lm.generation.paged_cache import PagedCache, Piece, cells_of, pages_for
 from dist_lm.generation.shard import Share
 from dist_lm.generation.transfer import upload
-from dist_lm.model.attention import flash_window
+from dist_lm.model.size import flash_window
 
 PAGE_TOKENS = 256  # the kernel accepts pages of multiples of this many tokens
 DENSE, STRIDE = 8, 8  # graph sizes: powers of two up to DENSE, then multiples of STRIDE

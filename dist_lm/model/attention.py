@@ -16,7 +16,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
 from dist_lm.model.layers import RopeTables, build_head_norms, mix_values, rotate
 from dist_lm.model.lora import adapted, build_adapters
-from dist_lm.model.size import packs_documents
+from dist_lm.model.size import flash_window, packs_documents
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,6 @@ def variable_length(
     )
     assert isinstance(o_NHK, torch.Tensor)
     return o_NHK
-
-
-def flash_window(window: int | None) -> tuple[int, int]:
-    """Returns how many keys before and behind its own a query sees, as the flash kernel takes it: causal, with a window
-    or without."""
-    return (-1 if window is None else window - 1, 0)
 
 
 def per_document(

@@ -125,6 +125,14 @@ def packs_documents(device_type: str, half: bool, d_head: int) -> bool:
     return device_type == "cuda" and half and d_head % FLASH_MULTIPLE == 0 and d_head <= FLASH_LARGEST
 
 
+def flash_window(window: int | None) -> tuple[int, int]:
+    """Returns how many keys before and behind its own a query sees, as the flash kernel takes it: causal, with a window
+    or without."""
+    if window is None:
+        return -1, 0
+    return window - 1, 0
+
+
 def documents_apart(device_type: str, half: bool, d_head: int) -> bool:
     """Returns whether documents are computed separately, by the flash kernel or in one call each on a CPU: no mask is
     stored then.
