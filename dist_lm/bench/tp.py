@@ -192,7 +192,7 @@ def fill(peer: PeerTransformer, seed: int) -> None:
 
 def parallelise(peer: PeerTransformer, mesh: DeviceMesh) -> None:
     """Shards an unsharded peer over a one-dimensional mesh, in place (collective)."""
-    widening = ("gate", "up") if peer.config.ffn == "swiglu" else ("up",)
+    widening = ("gate", "up") if peer.config.is_gated else ("up",)
     # x, and the rotation tables, which are plain tensors.
     replicated = (Replicate(), None)
     inner = {

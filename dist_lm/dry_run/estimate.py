@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
-from dist_lm.model.size import documents_apart, is_matrix, is_trained, neuron_shape, parameter_shapes
+from dist_lm.model.size import attended_tokens, documents_apart, is_matrix, is_trained, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import (
     Layout,
     blocks_per_unit,
@@ -117,7 +117,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         width=model.d_model,
         attention=rank_slice(model.n_heads, layout.tp, 0).held * model.d_head,
         hidden=rank_slice(model.d_ff, layout.tp, 0).held,
-        kept_hidden=4 if model.ffn == "swiglu" else 2,
+        kept_hidden=4 if model.is_gated else 2,
         vocabulary=vocabulary,
     )
 
@@ -159,7 +159,8 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
 
     # A kernel for packed documents needs no mask.
     has_kernel = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
-    mask = size * config.stage.seq_len * (config.stage.document_mask and not has_kernel)
+    num_masks = len({*config.model.windows})  # layers with a window have another one
+    mask = size * config.stage.seq_len * num_masks * (config.stage.document_mask and not has_kernel)
     stream = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
 
     # The peak is between forward and backward pass, or at the end, when the gradients outside blocks are reduced.
@@ -247,7 +248,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 
     # Matrix products: each forward pass, its two products in the backward pass, and what is computed again.
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
-    attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
+    attention = shapes.tokens * shapes.attention * attended_tokens(config.model, config.stage.seq_len)
     # A loss in chunks computes its logits once more in the backward pass.
     head_passes = 3 + (_chunk(config, shapes) < shapes.tokens)
     # Weights of blocks without gradients.

@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
-from dist_lm.generation.linear import VECTOR, Linear, build_linear
+from dist_lm.generation.linear import GELUS, VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
@@ -48,6 +48,7 @@ class _Layer:
     qkv: Linear  # queries, keys and values of all heads, concatenated
     qk_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
     value_mix: torch.Tensor | None  # (2,), see `mix_values`
+    is_rotated: bool  # whether RoPE turns queries and keys
     output: Linear
     feed_forward_norm: Norm
     up: Linear  # with its activation; in a gated network: gate and up concatenated, without activation
@@ -75,12 +76,21 @@ class Decoder:
             axis: the ranks that share the model; all of them run the same steps.
         """
         self.config = config
+        self._is_gated = config.is_gated
+        self._norm_after = config.norm_place == "after"
         self.share = share or share_of(config)
         self.axis = axis
         self.dtype = dtype
         self._device = device
         self._page_tokens = page_tokens
         self.cache = build_cache(self.share, n_pages, page_tokens, dtype, device)
+
+        # For a norm over the heads of all ranks; padded heads have no share.
+        shares = [*[1.0] * self.share.n_heads, *self.share.key_shares]
+        shares += [0.0] * (self.share.n_heads + self.share.kv_heads - len(shares))
+        self._root_share_H1 = torch.tensor(shares, device=device).sqrt()[:, None]
+        self._n_entries_2 = torch.tensor([config.n_heads, config.kv_heads], device=device) * config.d_head
+        self._counts_2 = torch.tensor([self.share.n_heads, self.share.kv_heads], device=device)
 
         # Tables of all positions once; a step only looks its positions up.
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
@@ -125,7 +135,8 @@ class Decoder:
         self._embed = build_embedding(embedding, self.share.vocab, axis)
         for number in range(config.n_layers):
             self._layers.append(_layer(config, self.share, axis, look_up, self._in_place, number))
-        self._final_norm = _norm(config, look_up, self._in_place, "final_norm")
+        # A tied head reads the embedding, so the divisor of logits is in the norm before it.
+        self._final_norm = _norm(config, look_up, self._in_place, "final_norm", 1 / config.logit_divisor)
 
         head_weight = embedding
         if not config.tie_embeddings:
@@ -231,34 +242,71 @@ class Decoder:
         config, share = self.config, self.share
         rope: RopeTables = (self._cos_TR[position_N][:, None], self._sin_TR[position_N][:, None])
         x_ND = self._embed(token_N)
+        if config.embedding_scale != 1:
+            x_ND = x_ND * config.embedding_scale
         v1_NGK = None
 
         for number, layer in enumerate(self._layers):
             # Attention. Queries and keys pass through norm and rotation as one tensor, which saves kernels.
             input_ND = x_ND
-            qkv_NHK = layer.qkv(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
+            h_ND = x_ND if self._norm_after else layer.attention_norm(x_ND)
+            qkv_NHK = layer.qkv(h_ND).unflatten(-1, (-1, config.d_head))
             qk_NHK, v_NGK = qkv_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
             if layer.qk_norm is not None:
-                qk_NHK = normalise_heads(qk_NHK, layer.qk_norm, config.norm_eps)
+                qk_NHK = self._normalise(qk_NHK, layer.qk_norm)
             if v1_NGK is None:
                 v1_NGK = v_NGK
             if layer.value_mix is not None:
                 v_NGK = mix_values(v_NGK, v1_NGK, layer.value_mix)
-            q_NHK, k_NGK = rotate(qk_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
+            if layer.is_rotated:
+                qk_NHK = rotate(qk_NHK, rope)
+            q_NHK, k_NGK = qk_NHK.split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, k_NGK, v_NGK)
-            x_ND = layer.output(o_NHK.flatten(1), x_ND)
+            if self._norm_after:
+                x_ND = x_ND + layer.attention_norm(layer.output(o_NHK.flatten(1)))
+            else:
+                x_ND = layer.output(o_NHK.flatten(1), x_ND)
 
-            # Feed-forward network. The linear layer applies GELU itself.
+            # Feed-forward network. The linear layer applies GELU without a gate itself.
             if not config.parallel_residual:
                 input_ND = x_ND
-            h_NF = layer.up(layer.feed_forward_norm(input_ND))
-            if config.ffn == "swiglu":
+            h_NF = layer.up(input_ND if self._norm_after else layer.feed_forward_norm(input_ND))
+            if self._is_gated:
                 gate_NF, up_NF = h_NF.chunk(2, dim=-1)
-                h_NF = activate(up_NF, gate_NF)
-            elif config.ffn == "relu2":
-                h_NF = activate(h_NF, None, squared=True)
-            x_ND = layer.down(h_NF, x_ND)
+                # Exact GELU has another kernel for rows that lie apart, which rounds differently than that for one row.
+                if config.ffn == "geglu":
+                    gate_NF = gate_NF.contiguous()
+                h_NF = activate(up_NF, gate_NF, config.ffn)
+            elif config.ffn not in GELUS:
+                h_NF = activate(h_NF, None, config.ffn)
+            if self._norm_after:
+                x_ND = x_ND + layer.feed_forward_norm(layer.down(h_NF))
+            else:
+                x_ND = layer.down(h_NF, x_ND)
         return x_ND
+
+    def _normalise(self, qk_NHK: torch.Tensor, weight_HK: torch.Tensor) -> torch.Tensor:
+        """Returns queries and keys after the norm that `model.qk_norm_span` names (with several ranks collective, if it
+        is over all heads)."""
+        config, share = self.config, self.share
+        if config.qk_norm_span == "head":
+            return normalise_heads(qk_NHK, weight_HK, config.norm_eps)
+
+        counts = [share.n_heads, share.kv_heads]
+        if self.axis is None:
+            parts = zip(qk_NHK.split(counts, dim=1), weight_HK.split(counts), strict=True)
+            normalised = [
+                F.rms_norm(x_NHK.flatten(1), (weight.numel(),), weight.flatten(), config.norm_eps).view_as(x_NHK)
+                for x_NHK, weight in parts
+            ]
+            return torch.cat(normalised, dim=1)
+
+        # Each rank adds its part of the squares; of a key head that several ranks hold, a share.
+        part_NHK = qk_NHK.to(torch.promote_types(qk_NHK.dtype, torch.float32)) * self._root_share_H1
+        lengths = [torch.linalg.vector_norm(x_NHK.flatten(1), dim=1) for x_NHK in part_NHK.split(counts, dim=1)]
+        sum_N2 = self.axis.sum(torch.stack(lengths, dim=1).square())
+        scale_N2 = torch.rsqrt(sum_N2 / self._n_entries_2 + config.norm_eps).to(qk_NHK.dtype)
+        return qk_NHK * scale_N2.repeat_interleave(self._counts_2, dim=1)[..., None] * weight_HK
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits (N, V) of hidden states."""
@@ -347,24 +395,24 @@ def _absent(*_: object) -> torch.Tensor:
     raise RuntimeError("the weights of this model are not complete: load them again")
 
 
-def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str) -> Norm:
-    """Returns the norm over D of the parameters `NAME.weight` and, if the model has it, `NAME.bias`, as a function;
-    both are looked up and copied."""
+def _norm(config: ModelConfig, look_up: LookUp, in_place: Place, name: str, scale: float = 1.0) -> Norm:
+    """Returns `scale` times the norm over D of the parameters `NAME.weight` and, if the model has it, `NAME.bias`, as a
+    function; both are looked up and copied."""
     shape = (config.d_model,)
-    weight = in_place(f"{name}.weight", look_up(f"{name}.weight").clone())
+    weight = in_place(f"{name}.weight", look_up(f"{name}.weight") * scale)
     if config.norm == "rmsnorm":
         return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
     bias = None
     if config.bias:
-        bias = in_place(f"{name}.bias", look_up(f"{name}.bias").clone())
+        bias = in_place(f"{name}.bias", look_up(f"{name}.bias") * scale)
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
 
 
 def _layer(
     config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, in_place: Place, number: int
 ) -> _Layer:
-    """Returns one block with its weights, this rank's share of them, laid out for the device. The scale of attention is
-    multiplied into them. The order of look-ups is part of the protocol between ranks.
+    """Returns one block with its weights, this rank's share of them, laid out for the device. The scales of attention
+    and of the residual stream are multiplied into them. The order of look-ups is part of the protocol between ranks.
 
     Args:
         number: index of the block, from 0.
@@ -374,21 +422,27 @@ def _layer(
     def weights(*names: str) -> list[torch.Tensor]:
         return [look_up(prefix + name) for name in names]
 
-    def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False) -> Linear:
+    def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "") -> Linear:
         weight = in_place(f"{prefix}{name}.weight", weight)
         if bias is not None:
             bias = in_place(f"{prefix}{name}.bias", bias)
-        return build_linear(weight, bias, gelu=gelu)
+        return build_linear(weight, bias, activation)
 
-    def output_bias(name: str) -> torch.Tensor | None:
-        return look_up(prefix + name) if config.bias else None
+    # The last step of a branch has the scale of the residual stream: a norm behind it would take it out again.
+    norm_scale, residual_scale = 1.0, config.residual_scale
+    if config.norm_place == "after":
+        norm_scale, residual_scale = residual_scale, 1.0
+
+    def output_bias(name: str, is_used: bool) -> torch.Tensor | None:
+        return look_up(prefix + name) * residual_scale if is_used else None
 
     # The scale of attention scores is multiplied into the weights of queries, or of their norm.
     query, key, value, output = weights("attention.query", "attention.key", "attention.value", "attention.output")
-    scale = config.d_head**-0.5
+    scale = config.score_scale
     qk_norm = None
     if config.qk_norm:
         query_norm_K, key_norm_K = weights("attention.query_norm.weight", "attention.key_norm.weight")
+        # A norm over all heads has weights of each head already.
         norms = [(query_norm_K * scale).expand(share.n_heads, -1), key_norm_K.expand(share.kv_heads, -1)]
         qk_norm = in_place(f"{prefix}qk_norm", torch.cat(norms))
         scale = 1.0
@@ -406,26 +460,30 @@ def _layer(
 
     # Padded hidden units stay 0.
     padding = -share.units.held % VECTOR
-    parts = ("gate", "up") if config.ffn == "swiglu" else ("up",)
+    parts = ("gate", "up") if config.is_gated else ("up",)
     up_weights = weights(*(f"feed_forward.{part}.weight" for part in parts))
     up_weight = torch.cat([F.pad(weight, (0, 0, 0, padding)) for weight in up_weights])
     up_bias = None
-    if config.bias:
+    if config.has_ffn_bias:
         up_biases = weights(*(f"feed_forward.{part}.bias" for part in parts))
         up_bias = torch.cat([F.pad(bias, (0, padding)) for bias in up_biases])
     (down_weight,) = weights("feed_forward.down.weight")
 
-    output_linear = linear("output", output.flatten(0, 1).t().contiguous(), output_bias("attention.output_bias"))
-    down_linear = linear("down", F.pad(down_weight, (0, padding)), output_bias("feed_forward.down.bias"))
+    attention_bias = output_bias("attention.output_bias", config.has_output_bias)
+    output = output * residual_scale
+    output_linear = linear("output", output.flatten(0, 1).t().contiguous(), attention_bias)
+    down_bias = output_bias("feed_forward.down.bias", config.has_ffn_bias)
+    down_linear = linear("down", F.pad(down_weight * residual_scale, (0, padding)), down_bias)
     if axis:
         output_linear, down_linear = leaving(output_linear, axis), leaving(down_linear, axis)
     return _Layer(
-        attention_norm=_norm(config, look_up, in_place, f"{prefix}attention_norm"),
+        attention_norm=_norm(config, look_up, in_place, f"{prefix}attention_norm", norm_scale),
         qkv=linear("qkv", qkv_weight, qkv_bias),
         qk_norm=qk_norm,
         value_mix=value_mix,
+        is_rotated=number not in config.rope_free_layers,
         output=output_linear,
-        feed_forward_norm=_norm(config, look_up, in_place, f"{prefix}feed_forward_norm"),
-        up=linear("up", up_weight, up_bias, gelu=config.ffn == "gelu"),
+        feed_forward_norm=_norm(config, look_up, in_place, f"{prefix}feed_forward_norm", norm_scale),
+        up=linear("up", up_weight, up_bias, config.ffn if config.ffn in GELUS else ""),
         down=down_linear,
     )

@@ -21,6 +21,7 @@ from torch.nn.attention import current_flash_attention_impl
 from dist_lm.generation.paged_cache import PagedCache, Piece, cells_of, pages_for
 from dist_lm.generation.shard import Share
 from dist_lm.generation.transfer import upload
+from dist_lm.model.size import flash_window
 
 PAGE_TOKENS = 256  # the kernel accepts pages of multiples of this many tokens
 DENSE, STRIDE = 8, 8  # graph sizes: powers of two up to DENSE, then multiples of STRIDE
@@ -75,6 +76,7 @@ class FlashPages(PagedCache):
         )
         self.spare_page = n_pages
         self._is_grouped = share.kv_heads != share.n_heads
+        self._window_sizes = [flash_window(window) for window in share.windows]
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashDecodePlan:
         return FlashDecodePlan(*self._plan(pages, [range(position, position + 1) for position in positions]))
@@ -144,7 +146,7 @@ class FlashPages(PagedCache):
             queries.longest,
             queries.page_BP.shape[1] * self.page_tokens,
             scale=1.0,
-            window_size=(-1, 0),  # causal: the last query sees all keys
+            window_size=self._window_sizes[layer],  # counted from the last query, which sees the last key
             enable_gqa=self._is_grouped,
             seqused_k=queries.length_B,
             block_table=queries.page_BP,

@@ -54,6 +54,7 @@ class _PackedTree:
     n_context: int  # tokens of the context
     end: int
     bias_TS: torch.Tensor | None  # mask of continuations: 0 for tokens of the tree that they see, -inf elsewhere
+    window_bias_TS: torch.Tensor | None  # mask of all tokens, for layers with a window; None: the tree is no longer
 
 
 @torch.inference_mode()
@@ -93,11 +94,12 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
             tokens += continuation[:-1]
             positions += range(n_context, n_context + n_inputs)
             targets += continuation
-        packed_trees.append(_PackedTree(begin, n_context, len(tokens), _bias(tree, decoder.dtype, device)))
+        packed_trees.append(_packed(tree, begin, decoder.dtype, device, decoder.config.window))
     token_N, position_N, row_R, target_R = upload(device, *map(torch.tensor, (tokens, positions, rows, targets)))
 
     def attend(layer: int, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
-        return torch.cat([_attend(tree, q_NHK, k_NGK, v_NGK) for tree in packed_trees])
+        has_window = decoder.share.windows[layer] is not None
+        return torch.cat([_attend(tree, q_NHK, k_NGK, v_NGK, has_window) for tree in packed_trees])
 
     x_RD = decoder.hidden(token_N, position_N, attend)[row_R]
 
@@ -123,29 +125,62 @@ def _likelihoods_of_pack(decoder: Decoder, pack: Sequence[Tree], device: torch.d
     return likelihoods_of_trees
 
 
-def _bias(tree: Tree, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """Returns the mask of a tree's continuations, (inputs of continuations, tokens of the tree): 0 where visible, else
-    -inf.
+def _packed(tree: Tree, begin: int, dtype: torch.dtype, device: torch.device, window: int | None) -> _PackedTree:
+    """Returns a tree whose first token has the index `begin` in the packed pass, with its masks on the device.
 
-    Each sees the context and, causally, itself. None if every continuation has one token.
+    Args:
+        window: of the layers with a window; None: no layer has one.
     """
+    visible_TS = _visible(tree)
+    n_context = len(tree.context)
+    positions = [*range(n_context)]
+    for continuation in tree.continuations:
+        positions += range(n_context, n_context + len(continuation) - 1)
+
+    window_bias_TS = None
+    if window is not None and max(positions) >= window:
+        # Distances are those of positions: other continuations stand between a continuation and its context.
+        position_T = torch.tensor(positions)
+        causal_TS = torch.ones(n_context, len(positions), dtype=torch.bool).tril()
+        within_TS = position_T[:, None] - position_T < window
+        window_bias_TS = _bias(torch.cat([causal_TS, visible_TS]) & within_TS, dtype, device)
+
+    bias_TS = None
+    if len(visible_TS):
+        bias_TS = _bias(visible_TS, dtype, device)
+    return _PackedTree(begin, n_context, begin + len(positions), bias_TS, window_bias_TS)
+
+
+def _visible(tree: Tree) -> torch.Tensor:
+    """Returns what continuations see, bool (inputs of continuations, tokens of the tree): each sees the context and,
+    causally, itself."""
     lengths = [len(continuation) - 1 for continuation in tree.continuations if len(continuation) > 1]
-    if not lengths:
-        return None
     sees_context = torch.ones(sum(lengths), len(tree.context), dtype=torch.bool)
+    if not lengths:
+        return sees_context
     sees_itself = torch.block_diag(*(torch.ones(length, length, dtype=torch.bool).tril() for length in lengths))
-    visible_TS = torch.cat([sees_context, sees_itself], 1)
+    return torch.cat([sees_context, sees_itself], 1)
+
+
+def _bias(visible_TS: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns the mask on the device: 0 where visible, else -inf."""
     return torch.zeros(visible_TS.shape, dtype=dtype).masked_fill_(~visible_TS, float("-inf")).to(device)
 
 
-def _attend(tree: _PackedTree, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor) -> torch.Tensor:
+def _attend(
+    tree: _PackedTree, q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, has_window: bool
+) -> torch.Tensor:
     """Returns the attention (tokens of the tree, H, K): the context is causal, continuations see what `bias_TS` says.
 
     Args:
         q_NHK, k_NGK, v_NGK: of all packed tokens; queries are scaled.
+        has_window: whether the layer has a window.
     """
     q, k, v = (x_N[tree.begin : tree.end].transpose(0, 1)[None] for x_N in (q_NHK, k_NGK, v_NGK))
     is_grouped = k.shape[1] != q.shape[1]
+    if has_window and tree.window_bias_TS is not None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=tree.window_bias_TS, scale=1.0, enable_gqa=is_grouped)
+        return o[0].transpose(0, 1)
 
     # Two calls, because the context needs no mask: it is causal, and longer than its continuations.
     context = slice(tree.n_context)

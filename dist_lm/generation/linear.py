@@ -18,7 +18,8 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 TYPICAL_ROWS = 32  # the packed layout is chosen for this many rows and works for any number
 VECTOR = 32  # rows of hidden units are padded to a multiple, so that no kernel loop has a tail
 PARTS = (1, 2, 4, 8)  # numbers of parts that are tried
-_NO_ACTIVATION, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none": the exact GELU, not the tanh approximation
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}  # values of model.ffn -> torch's name of the approximation of GELU
+_NO_ACTIVATION = ("none", [], "")
 
 
 class Linear(Protocol):
@@ -27,22 +28,22 @@ class Linear(Protocol):
         ...
 
 
-def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, gelu: bool = False) -> Linear:
+def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, activation: str = "") -> Linear:
     """Returns a layer with its weight laid out for the weight's device; a CPU gets a packed copy in fp32, else the
     layer reads `weight_ND` itself.
 
     Args:
-        gelu: whether to apply the exact GELU to the output.
+        activation: key of `GELUS`, applied to the output; empty: none.
     """
     if _packs(weight_ND):
-        return _packed(weight_ND, bias_N, gelu)
+        return _packed(weight_ND, bias_N, activation)
 
     def linear(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         y_MN = F.linear(x_MD, weight_ND, bias_N)
         if added_MN is not None:
             y_MN = added_MN + y_MN
-        if gelu:
-            y_MN = F.gelu(y_MN)
+        if activation:
+            y_MN = F.gelu(y_MN, approximate=GELUS[activation])
         return y_MN
 
     return linear
@@ -54,16 +55,16 @@ def _packs(weight: torch.Tensor) -> bool:
     return is_fp32_on_cpu and has_onednn
 
 
-def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) -> Linear:
+def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, activation: str) -> Linear:
     """Returns a layer with a packed copy of the weights, for fp32 on a CPU with oneDNN; on the first call for a shape
     it measures which parts round alike."""
     n_outputs, width = weight_ND.shape
-    n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, gelu, torch.get_num_threads())
+    n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, activation, torch.get_num_threads())
     if n_parts:
-        return _Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu)
+        return _Packed(weight_ND.chunk(n_parts, dim=1), bias_N, activation)
 
     # No number of parts rounds alike, so a single row is computed twice, as a batch of two.
-    packed = _Packed([weight_ND], bias_N, gelu)
+    packed = _Packed([weight_ND], bias_N, activation)
 
     def at_least_two_rows(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
         if len(x_MD) > 1:
@@ -78,11 +79,14 @@ def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) ->
 class _Packed:
     """Adds, in order, the products of parts of the inputs with their parts of the weight."""
 
-    def __init__(self, parts_ND: Sequence[torch.Tensor], bias_N: torch.Tensor | None, gelu: bool) -> None:
+    def __init__(self, parts_ND: Sequence[torch.Tensor], bias_N: torch.Tensor | None, activation: str) -> None:
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self._first_weight, *self._further_weights = [reorder(part.contiguous(), TYPICAL_ROWS) for part in parts_ND]
         self._bias = None if bias_N is None else bias_N.contiguous()
-        self._activation = _GELU if gelu else _NO_ACTIVATION
+        self._approximate = GELUS.get(activation)
+        self._activation = _NO_ACTIVATION
+        if self._approximate:
+            self._activation = ("gelu", [], self._approximate)
         self._width = parts_ND[0].shape[1]
 
     def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,13 +101,13 @@ class _Packed:
             y_MN = product.binary(first, added_MN, self._first_weight, self._bias, "add")
         for part, weight in zip(further, self._further_weights, strict=True):
             y_MN = product.binary(part, y_MN, weight, None, "add")
-        if self._activation is _GELU:
-            y_MN = F.gelu(y_MN)
+        if self._approximate:
+            y_MN = F.gelu(y_MN, approximate=self._approximate)
         return y_MN
 
 
 @cache
-def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool, threads: int) -> int:
+def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, activation: str, threads: int) -> int:
     """Returns the smallest number of parts with which a single row gets the same bits as in a batch; 0: none does.
 
     It is measured with random weights. The result depends on shapes and the number of threads and not on the weights,
@@ -117,7 +121,7 @@ def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool
         # A part that is no multiple of a vector would need a loop with a tail, which rounds differently.
         if width % (n_parts * VECTOR) and n_parts > 1:
             break
-        if _rounds_alike(_Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu), n_outputs, width):
+        if _rounds_alike(_Packed(weight_ND.chunk(n_parts, dim=1), bias_N, activation), n_outputs, width):
             return n_parts
     return 0
 

@@ -13,7 +13,7 @@ slots of a read or of all reads of a `PlainDecodePlan`, X the dimension that an 
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Protocol
 
@@ -216,6 +216,8 @@ class PlainDecodePlan:
     summed_slot_X: torch.Tensor  # slot_X with P rounded up to SUM_MULTIPLE; n (zeros) if there is no such page
     index_n: torch.Tensor  # index in `slot_X` of each slot of all reads
     bias_B1S: torch.Tensor  # fp32, 0 for visible keys, -inf for others
+    window: int | None  # of the layers with a window; None: no layer has one
+    window_bias_B1S: torch.Tensor  # the mask of those layers; without any, `bias_B1S`
 
     def advance(self) -> None:
         # No page changes, so of the mask only the new position has to become visible.
@@ -223,6 +225,8 @@ class PlainDecodePlan:
         self.cell_B += 1
         row_B = torch.arange(len(self.position_B), device=self.position_B.device)
         self.bias_B1S[row_B, 0, self.position_B] = 0
+        if self.window is not None:
+            self.window_bias_B1S = _within_window(self.bias_B1S, self.position_B, self.window)
 
 
 @dataclass
@@ -235,6 +239,7 @@ class PlainPrefillPlan:
     lengths: Sequence[int]  # tokens of each piece
     pages_read: Sequence[torch.Tensor]  # int64, pages of each piece, in order; empty if it begins a sequence
     bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: the piece begins a sequence
+    windowed: "PlainPrefillPlan | None" = None  # the plan of layers with a window, if any piece is longer
 
 
 class _Slots:
@@ -274,11 +279,18 @@ class _Slots:
 
 
 def plan_decode(
-    pages: Sequence[Sequence[int]], positions: Sequence[int], page_tokens: int, device: torch.device
+    pages: Sequence[Sequence[int]],
+    positions: Sequence[int],
+    page_tokens: int,
+    device: torch.device,
+    window: int | None = None,
 ) -> PlainDecodePlan:
     """Returns the plan of a decode step of `PlainPages`, on `device`, after one copy; at least one sequence.
 
     Arguments are those of `PagedCache.plan`; `pages[b]` may have more pages than the positions need.
+
+    Args:
+        window: of the layers with a window; None: no layer has one.
     """
     n_pages = [pages_for(position + 1, page_tokens) for position in positions]
     longest = max(n_pages)
@@ -324,6 +336,7 @@ def plan_decode(
     key_S = torch.arange(longest * page_tokens, device=device)
     bias_BS = torch.zeros(len(pages), len(key_S), device=device)
     bias_BS.masked_fill_(key_S > position_B[:, None], float("-inf"))
+    bias_B1S = bias_BS[:, None]
     return PlainDecodePlan(
         position_B=position_B,
         cell_B=cell_B,
@@ -334,8 +347,16 @@ def plan_decode(
         slot_X=slot_BP.flatten().clamp(min=0),
         summed_slot_X=summed_slot_BP.masked_fill(summed_slot_BP == ABSENT, len(slots.rows)).flatten(),
         index_n=index_n,
-        bias_B1S=bias_BS[:, None],
+        bias_B1S=bias_B1S,
+        window=window,
+        window_bias_B1S=bias_B1S if window is None else _within_window(bias_B1S, position_B, window),
     )
+
+
+def _within_window(bias_B1S: torch.Tensor, position_B: torch.Tensor, window: int) -> torch.Tensor:
+    """Returns the mask of a decode step for layers with a window, a new tensor."""
+    key_S = torch.arange(bias_B1S.shape[-1], device=bias_B1S.device)
+    return bias_B1S.masked_fill((key_S <= position_B[:, None] - window)[:, None], float("-inf"))
 
 
 class PlainPages(PagedCache):
@@ -346,15 +367,19 @@ class PlainPages(PagedCache):
         pages = (max(n_pages, MIN_SLOTS), share.kv_heads, page_tokens, share.d_head + self._padding)
         super().__init__((share.n_layers, *pages), page_tokens, dtype, device)
         self._head_G = torch.arange(share.kv_heads, device=device)
+        self._has_window = [window is not None for window in share.windows]
+        self._window = next((window for window in share.windows if window is not None), None)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> PlainDecodePlan:
-        return plan_decode(pages, positions, self.page_tokens, self.key.device)
+        return plan_decode(pages, positions, self.page_tokens, self.key.device, self._window)
 
     def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
         """Returns the plan of computing pieces, on the cache's device, after one copy; nothing is computed or
         written."""
         positions = [piece.positions for piece in pieces]
-        pages_to_read = [piece.pages if piece.start else () for piece in pieces]
+        longest = max(piece.positions.stop for piece in pieces)
+        has_windowed = self._window is not None and longest > self._window
+        pages_to_read = [piece.pages if piece.start or has_windowed else () for piece in pieces]
         cell_N, position_N, *pages_read = upload(
             self.key.device,
             cells_of([piece.pages for piece in pieces], positions, self.page_tokens),
@@ -366,7 +391,7 @@ class PlainPages(PagedCache):
         # have one length, and heads are aligned.
         lengths = [len(piece.tokens) for piece in pieces]
         are_alike = not any(piece.start for piece in pieces) and len({*lengths}) == 1
-        return PlainPrefillPlan(
+        plan = PlainPrefillPlan(
             position_N=position_N,
             cell_N=cell_N,
             in_one_call=len(pieces) > 1 and are_alike and not self._padding,
@@ -374,6 +399,10 @@ class PlainPages(PagedCache):
             pages_read=pages_read,
             bias_TS=[_causal_bias(piece, self.key) for piece in pieces],
         )
+        if has_windowed:
+            bias_TS = [_causal_bias(piece, self.key, self._window) for piece in pieces]
+            plan.windowed = replace(plan, bias_TS=bias_TS, in_one_call=False)
+        return plan
 
     def write_index(self, cell_N: torch.Tensor) -> torch.Tensor:
         # The cache is (pages, G, W, K), so the heads of a token are not adjacent.
@@ -409,7 +438,8 @@ class PlainPages(PagedCache):
         score_nX = concatenated(scores_nX)
         score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, n_heads, page_tokens)
         n_pages = score_BPHW.shape[1]
-        weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + plan.bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
+        bias_B1S = plan.window_bias_B1S if self._has_window[layer] else plan.bias_B1S
+        weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
 
         # Back to slots for the products with values.
         weight_BPHW = weight_BHS.view(n_rows, n_heads, n_pages, page_tokens).transpose(1, 2)
@@ -450,6 +480,8 @@ class PlainPages(PagedCache):
 
         A piece that begins a sequence attends to `k_NGK` and `v_NGK`; any other to the cache, which holds them already.
         """
+        if plan.windowed is not None and self._has_window[layer]:
+            plan = plan.windowed
         if plan.in_one_call:
             n_rows = len(plan.lengths)
             q_BHTK, k_BGTK, v_BGTK = (
@@ -487,10 +519,12 @@ class PlainPages(PagedCache):
         return concatenated(outputs_THK)
 
 
-def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor | None:
+def _causal_bias(piece: Piece, like: torch.Tensor, window: int | None = None) -> torch.Tensor | None:
     # A piece that begins a sequence sees no cached keys, and the kernel masks its own keys itself.
-    if not piece.start:
+    if not piece.start and (window is None or piece.positions.stop <= window):
         return None
     key_S = torch.arange(piece.positions.stop, device=like.device)
     visible_TS = key_S <= key_S[piece.start :, None]
+    if window is not None:
+        visible_TS &= key_S > key_S[piece.start :, None] - window
     return torch.zeros(visible_TS.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible_TS, float("-inf"))

@@ -9,6 +9,7 @@ for each query head.
 Dimensions: M rows, D d_model, V vocabulary, U vocabulary entries of a rank.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +41,8 @@ class Share:
     key_heads: tuple[int, ...]  # the key/value heads it holds, in this order, then zeros up to kv_heads
     units: RankSlice  # hidden units of the feed-forward network
     vocab: RankSlice  # vocabulary entries
+    key_shares: tuple[float, ...]  # 1 / number of ranks' copies of each of `key_heads`
+    windows: tuple[int | None, ...]  # of each layer, see `model.window`
 
     @property
     def n_heads(self) -> int:
@@ -52,10 +55,9 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
     The last ranks may have fewer real entries; padding makes all ranks hold equally many. Nothing is checked, see
     `check_tp`.
     """
-    keys, n_queries_of_key = keys_of(config, tp, rank)
-    key_heads = [*range(keys.start, keys.stop)]
-    if n_queries_of_key:
-        key_heads = keys_read(config, tp, rank)
+    keys, _ = keys_of(config, tp, rank)
+    key_heads = _key_heads(config, tp, rank)
+    copies = Counter(head for other in range(tp) for head in _key_heads(config, tp, other))
     return Share(
         rank=rank,
         n_layers=config.n_layers,
@@ -65,7 +67,18 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
         key_heads=tuple(key_heads),
         units=rank_slice(config.d_ff, tp, rank),
         vocab=rank_slice(config.vocab_size, tp, rank),
+        key_shares=tuple(1 / copies[head] for head in key_heads),
+        windows=tuple(config.windows),
     )
+
+
+def _key_heads(config: ModelConfig, tp: int, rank: int) -> list[int]:
+    """Returns the key/value heads that a rank holds, one of them several times if its query heads read it unequally
+    often."""
+    keys, n_queries_of_key = keys_of(config, tp, rank)
+    if n_queries_of_key:
+        return keys_read(config, tp, rank)
+    return [*range(keys.start, keys.stop)]
 
 
 def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp") -> None:
@@ -84,16 +97,17 @@ def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp")
 
 
 def cut(name: str, parameter: torch.Tensor, share: Share) -> torch.Tensor:
-    """Returns a rank's part of the unsharded parameter `name`, as a view if possible; padding is zeros. Norms are
-    returned whole.
+    """Returns a rank's part of the unsharded parameter `name`, as a view if possible; padding is zeros. Norms
+    are returned whole, unless each head has weights of its own.
 
     A bias that is added after the sum over ranks is all zeros on every rank but the first.
     """
     # The name without its layer: all layers are cut alike.
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
-    if kind in ("attention.query", "attention.query_bias", "attention.output"):
+    is_of_heads = kind.endswith("norm.weight") and parameter.dim() > 1  # a norm over all heads
+    if kind in ("attention.query", "attention.query_bias", "attention.output") or (is_of_heads and "query" in kind):
         return _slice(parameter, share.heads)
-    if kind in ("attention.key", "attention.key_bias", "attention.value", "attention.value_bias"):
+    if kind in ("attention.key", "attention.key_bias", "attention.value", "attention.value_bias") or is_of_heads:
         return _pad_rows(parameter[list(share.key_heads)], share.kv_heads)
 
     # Added after the sum over ranks in training, and before it here: one rank alone may add it.

@@ -14,7 +14,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.generation.sampling import uniform
 from dist_lm.gpu_check.probe import Probe, expect
 from dist_lm.gpu_check.training import Training
-from dist_lm.model.attention import CAUSAL, Visibility, attend, within_documents
+from dist_lm.model.attention import CAUSAL, Visibility, attend, within_documents, within_window
 from dist_lm.model.keyed_random import DropoutKey, dropout_sites, keep_mask
 from dist_lm.training.step import StepResult
 
@@ -46,6 +46,19 @@ def varlen(probe: Probe) -> None:
     for name, groups in (("heads", heads), ("groups", key_heads)):
         shape = (rows, tokens, heads, groups, width)
         _compare(probe, name, shape, HALF, packed, _masked(document_BT))
+
+    # Layers with a sliding window take the same kernel.
+    window, position_1T = tokens // 16, torch.arange(tokens)[None]
+
+    def windowed(makes: VisibilityOf) -> VisibilityOf:
+        def make(device: torch.device, dtype: torch.dtype) -> Visibility:
+            shape = document_BT.shape
+            return within_window(makes(device, dtype), window, position_1T.to(device), shape, dtype, width)
+
+        return make
+
+    shape = (rows, tokens, heads, key_heads, width)
+    _compare(probe, "window", shape, HALF, windowed(packed), windowed(_masked(document_BT)))
 
 
 def masks(probe: Probe) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError, UserError, require
-from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.architectures import Architecture, architecture_of
 from dist_lm.interop.gguf_header import NAMES
 from dist_lm.interop.gguf_tokenizer import UNUSED, gguf_vocabulary
 from dist_lm.interop.weights import FUSED, Converted
@@ -26,8 +26,23 @@ from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TYPES = ("F16", "Q8_0")
+ACTIVATIONS = ("gelu", "gelu_tanh", "swiglu")  # values of model.ffn; llama.cpp computes GELU by tanh
+ATTENTION_BIASES = {
+    "Qwen3": False,
+    "Olmo2": False,
+    "GPTNeoX": True,
+    "Starcoder2": True,
+}  # families with one kind alone in llama.cpp
+NEIGHBOURS = ("Llama", "SmolLM3", "Granite")  # families whose RoPE turns neighbours in llama.cpp
 BLOCK = 32  # numbers with one scale in Q8_0
 Read = Callable[[str], torch.Tensor]  # returns a parameter of ours by its name
+
+
+def gguf_architecture(model: ModelConfig, architecture: Architecture) -> Architecture:
+    """Returns the architecture whose names of tensors the file has: that of the export, or the first that holds the
+    model, such as Llama for a Phi-3. Only architectures of llama.cpp pass `require_gguf`."""
+    plain = architecture_of(replace(model, export_as=None))
+    return plain if isinstance(plain, Architecture) else architecture
 
 
 def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> None:
@@ -44,9 +59,26 @@ def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> N
         raise ConfigError(f"--gguf {kind}: model.head={model.head}: llama.cpp holds models with model.head=tokens")
     if model.rope_scaling != "none":
         raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
+    if model.window is not None:
+        raise ConfigError(f"--gguf {kind}: model.window={model.window}: sliding windows are not written")
+    every_fourth = [*range(3, model.n_layers, 4)]
+    if model.rope_free_layers and model.rope_free_layers != every_fourth:
+        named = f"model.rope_free_layers={model.rope_free_layers}"
+        raise ConfigError(f"--gguf {kind}: {named}: llama.cpp has {every_fourth}, every fourth layer")
     if architecture.family not in NAMES:
-        reason = "llama.cpp has another activation in" if model.ffn == "gelu" else "this command does not write"
-        raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} (model.ffn={model.ffn})")
+        reason = "this command does not write"
+        if model.ffn in ("gelu", "gelu_tanh"):
+            reason = "llama.cpp has another activation in"
+        option = f"model.ffn={model.ffn}"
+        if model.rotary_fraction != 1:
+            option = f"model.rotary_fraction={model.rotary_fraction}"
+        raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} ({option})")
+    has_bias = ATTENTION_BIASES.get(architecture.family, model.has_output_bias)
+    if model.has_output_bias != has_bias:
+        named = f"model.attention_bias={model.has_output_bias}"
+        raise ConfigError(f"--gguf {kind}: {named}: llama.cpp has {has_bias} in {architecture.family}")
+    if model.ffn not in ACTIVATIONS:
+        raise ConfigError(f"--gguf {kind}: model.ffn={model.ffn}: expected {', '.join(ACTIVATIONS)}")
     # The package is looked for here, since the export would fail only after it has written everything else.
     try:
         import gguf  # noqa: F401
@@ -149,7 +181,7 @@ def rows_of_transformers(
 def _rotates_neighbours(tensor: Converted, architecture: Architecture) -> bool:
     """Whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
     name = tensor.ours[0].removesuffix("_bias")
-    return architecture.family == "Llama" and name.endswith(("attention.query", "attention.key"))
+    return architecture.family in NEIGHBOURS and name.endswith(("attention.query", "attention.key"))
 
 
 def _storage_type(tensor: Converted, kind: str) -> Any:
@@ -193,6 +225,11 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, architecture: Archite
         writer.add_layer_norm_rms_eps(model.norm_eps)
     else:
         writer.add_layer_norm_eps(model.norm_eps)
+    if architecture.family == "Granite":
+        writer.add_embedding_scale(model.embedding_scale)
+        writer.add_residual_scale(model.residual_scale)
+        writer.add_attention_scale(model.score_scale)
+        writer.add_logit_scale(model.logit_divisor)
     if architecture.family == "GPTNeoX":
         writer.add_parallel_residual(architecture.fields["use_parallel_residual"])
 

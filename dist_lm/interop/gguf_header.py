@@ -27,6 +27,9 @@ NAMES = {  # families of transformers -> architectures of llama.cpp
     "Qwen3": "qwen3",
     "Starcoder2": "starcoder2",
     "GPTNeoX": "gptneox",
+    "SmolLM3": "smollm3",
+    "Granite": "granite",
+    "Olmo2": "olmo2",
 }
 READ = ("Llama", "Qwen3")  # families with the same activation in llama.cpp and transformers
 SIZES = {
@@ -281,15 +284,15 @@ def _config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], fi
     config = {
         "architectures": [f"{families[architecture]}ForCausalLM"],
         "model_type": family.model_type,
-        **family.fixed,
         "vocab_size": shapes.get("token_embd.weight", (0,))[0],
         "tie_word_embeddings": "output.weight" not in shapes,
         # GGUF leaves out a base of 10000.
         "rope_theta": 10000.0,
         **{theirs: _shortest(options[key]) for key, theirs in SIZES.items() if key in options},
     }
-    if family.biases:
-        config |= {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_up.bias" in shapes}
+    for key, tensor in ((family.attention_bias, "attn_q"), (family.ffn_bias, "ffn_up")):
+        if isinstance(key, str):
+            config[key] = f"blk.0.{tensor}.bias" in shapes
 
     # Our heads have one width for queries, keys, values and rotary embedding.
     d_head = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])

@@ -1,10 +1,12 @@
 """Maps our parameters to tensors of transformers' architectures by one table, which both directions read.
 
-A tensor of theirs holds one tensor of ours in another shape, or, in GPT-NeoX, queries, keys and values in one.
+A tensor of theirs holds one tensor of ours in another shape, or several: in GPT-NeoX queries, keys and values of each
+head, in Phi-3 all queries, then all keys, then all values, and gate and up.
 
 Dimensions: H query heads, G key/value heads, K d_head, D d_model.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +16,8 @@ import torch
 from dist_lm.interop.architectures import Architecture
 
 Shape = tuple[int, ...]
-FUSED = ("query", "key", "value")  # GPT-NeoX has these in one tensor
+FUSED = ("query", "key", "value")  # GPT-NeoX and Phi-3 have these in one tensor
+INTERLEAVED = ("GPTNeoX",)  # families whose fused tensor is (heads, 3, ...)
 
 
 def _stack(up: str, down: str) -> dict[str, str]:
@@ -59,6 +62,22 @@ def _gpt_neox() -> dict[str, str]:
     return table | {"scalar_head.weight": "score.weight"}
 
 
+def _phi3() -> dict[str, str]:
+    """Returns our names -> theirs for Phi-3: those of Llama, but one for queries, keys and values, and one for gate and
+    up."""
+    table = _stack("gate_up_proj", "down_proj")
+    table["blocks.N.feed_forward.gate.weight"] = table["blocks.N.feed_forward.up.weight"]
+    return table | {f"blocks.N.attention.{name}": "model.layers.N.self_attn.qkv_proj.weight" for name in FUSED}
+
+
+def _olmo2() -> dict[str, str]:
+    """Returns our names -> theirs for OLMo 2: those of Llama, but for norms, which stand behind what they normalise."""
+    table = _stack("up_proj", "down_proj")
+    table["blocks.N.attention_norm.weight"] = "model.layers.N.post_attention_layernorm.weight"
+    table["blocks.N.feed_forward_norm.weight"] = "model.layers.N.post_feedforward_layernorm.weight"
+    return table
+
+
 NAMES = {
     "Llama": _stack("up_proj", "down_proj"),
     "Qwen2": _stack("up_proj", "down_proj"),
@@ -66,6 +85,12 @@ NAMES = {
     "Arcee": _stack("up_proj", "down_proj"),
     "Starcoder2": _stack("c_fc", "c_proj"),
     "GPTNeoX": _gpt_neox(),
+    "Mistral": _stack("up_proj", "down_proj"),
+    "Ministral": _stack("up_proj", "down_proj"),
+    "SmolLM3": _stack("up_proj", "down_proj"),
+    "Granite": _stack("up_proj", "down_proj"),
+    "Olmo2": _olmo2(),
+    "Phi3": _phi3(),
 }
 ALIASES = {"lm_head.weight": "embed_out.weight"}  # newer names of transformers -> the names that we write
 # Older versions stored these tensors, which are computed from config.json.
@@ -80,19 +105,27 @@ class Converted:
     shape: Shape  # theirs
     ours: tuple[str, ...]  # names of our tensors
     shapes: tuple[Shape, ...]  # shapes of our tensors
+    interleaved: bool = False  # several: those of a head follow each other; False: each is whole, and then the next
 
     @property
     def is_transposed(self) -> bool:
         """Whether it is the output of attention: ours is (H, K, D), theirs (D, H * K)."""
         return self.ours[0].endswith("attention.output")
 
+    def rows(self, index: int) -> slice:
+        """Returns the rows of their tensor that hold our tensor with this index in `ours`; not if interleaved."""
+        counts = [math.prod(shape) // math.prod(self.shape[1:]) for shape in self.shapes[: index + 1]]
+        return slice(sum(counts[:-1]), sum(counts))
+
     def to_theirs(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns their tensor, of shape `shape`, from our whole, unpadded tensors in the order of `ours`.
 
         Dtype and device stay; the result may share memory with ours.
         """
-        if len(tensors) > 1:  # (H, 3, K, ...): for each head its query, key and value
+        if self.interleaved:  # (H, 3, K, ...): for each head its query, key and value
             return torch.stack(tuple(tensors), dim=1).reshape(self.shape)
+        if len(tensors) > 1:
+            return torch.cat([tensor.reshape(-1, *self.shape[1:]) for tensor in tensors])
 
         (tensor,) = tensors
         if self.is_transposed:
@@ -105,8 +138,10 @@ class Converted:
         Dtype and device stay; the result may share memory with theirs.
         """
         shape = self.shapes[index]
-        if len(self.ours) > 1:
+        if self.interleaved:
             return tensor.view(shape[0], len(self.ours), *shape[1:])[:, index].contiguous()
+        if len(self.ours) > 1:
+            return tensor[self.rows(index)].reshape(shape)
         if self.is_transposed:
             return tensor.t().contiguous().view(shape)
         return tensor.reshape(shape)
@@ -129,14 +164,16 @@ def converted(architecture: Architecture, shapes: Mapping[str, Shape]) -> list[C
             assert name == "scalar_head.bias", name
             continue
         our_names.setdefault(pattern.replace(".N.", f".{number}."), []).append(name)
-    return [_converted(theirs, tuple(ours), shapes) for theirs, ours in our_names.items()]
+    interleaves = architecture.family in INTERLEAVED
+    return [_converted(theirs, tuple(ours), shapes, interleaves) for theirs, ours in our_names.items()]
 
 
-def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) -> Converted:
+def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape], interleaves: bool) -> Converted:
     """Returns the tensor called `theirs`, with its shape, that holds our tensors `ours`.
 
     Args:
         shapes: as of `converted`.
+        interleaves: whether several tensors of ours stand in it head by head.
     """
     our_shapes = tuple(shapes[name] for name in ours)
     name, shape = ours[0], our_shapes[0]
@@ -144,8 +181,12 @@ def _converted(theirs: str, ours: tuple[str, ...], shapes: Mapping[str, Shape]) 
     if name.endswith("attention.output"):
         shape = (shape[2], shape[0] * shape[1])
     elif ".attention." in name and name.endswith(FUSED + tuple(f"{part}_bias" for part in FUSED)):
-        shape = (len(ours) * shape[0] * shape[1], *shape[2:])
-    return Converted(theirs, shape, ours, our_shapes)
+        shape = (sum(heads * width for heads, width, *_ in our_shapes), *shape[2:])
+    elif name.endswith(("query_norm.weight", "key_norm.weight")):
+        shape = (math.prod(shape),)
+    elif len(ours) > 1:
+        shape = (sum(rows for rows, *_ in our_shapes), *shape[1:])
+    return Converted(theirs, shape, ours, our_shapes, interleaves and len(ours) > 1)
 
 
 def to_theirs(

@@ -4,7 +4,7 @@ Dimensions: B sequences, T queries, S keys, D d_model, H query heads, G key/valu
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,20 +14,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
-from dist_lm.model.layers import HeadNorm, RopeTables, mix_values, rotate
+from dist_lm.model.layers import RopeTables, build_head_norms, mix_values, rotate
 from dist_lm.model.lora import AdapterDropout, adapted, build_adapters
-from dist_lm.model.size import packs_documents
+from dist_lm.model.size import flash_window, packs_documents
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Says which keys a query sees; built once per forward pass, shared by all layers.
+    """Says which keys a query sees; built once per forward pass, shared by all layers with the same window.
 
-    With neither field set, attention is causal: as many keys as queries, each query sees the tokens up to its own.
+    With no field set, attention is causal: as many keys as queries, each query sees the tokens up to its own.
     """
 
     bias_B1TS: torch.Tensor | None = None  # 0 where visible, -inf elsewhere; for all heads; dtype of the queries
     boundary: torch.Tensor | None = None  # see `document_boundaries`
+    window: int | None = None  # see `model.window`; only with `boundary`, a mask has it already
 
 
 CAUSAL = Visibility()
@@ -71,6 +72,41 @@ def within_documents(
     return _masked(_causal_in_document(document_BT), dtype)
 
 
+def within_window(
+    visibility: Visibility, window: int, position_BT: torch.Tensor, shape: torch.Size, dtype: torch.dtype, d_head: int
+) -> Visibility:
+    """Returns what of `visibility` the layers with a window see: of each query the last `window` positions, its own
+    among them.
+
+    Args:
+        position_BT: int64, (1, T) if all sequences have the same positions. Tokens of a document that see each other
+            have the distance of their positions, also where another branch stands between them.
+        shape: (B, T) of the tokens.
+    """
+    if visibility.boundary is not None:
+        return replace(visibility, window=window)
+
+    n_sequences, n_tokens = shape
+    if visibility.bias_B1TS is None:
+        # A kernel with a window keeps the tensors of causal attention, and fake tensors are there to count them.
+        if n_tokens <= window or isinstance(position_BT, FakeTensor):
+            return visibility
+        # Where the flash kernel runs, each sequence is a document; a mask would cost all pairs of tokens.
+        if packs_documents(position_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
+            ends = torch.arange(n_sequences + 1, dtype=torch.int32, device=position_BT.device)
+            return Visibility(boundary=ends * n_tokens, window=window)
+        return Visibility(bias_B1TS=_window_bias(n_tokens, window, dtype, position_BT.device)[None, None])
+
+    distance_BTS = position_BT[:, :, None] - position_BT[:, None, :]
+    return Visibility(bias_B1TS=visibility.bias_B1TS.masked_fill((distance_BTS >= window)[:, None], float("-inf")))
+
+
+def _window_bias(n_tokens: int, window: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Returns the mask (T, S) of causal attention with a window over one document."""
+    visible_TS = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).tril_().triu_(1 - window)
+    return torch.zeros(visible_TS.shape, dtype=dtype, device=device).masked_fill_(~visible_TS, float("-inf"))
+
+
 def _favours_calls(lengths: torch.Tensor, width: int) -> bool:
     """Returns whether one call per document is faster on a CPU than a mask.
 
@@ -104,7 +140,12 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
     if visibility.boundary is not None:
         kernel = PER_DOCUMENT if q_BTHK.device.type == "cpu" else variable_length
         o_NHK = kernel(
-            q_BTHK.flatten(0, 1), k_BSGK.flatten(0, 1), v_BSGK.flatten(0, 1), visibility.boundary, q_BTHK.shape[1]
+            q_BTHK.flatten(0, 1),
+            k_BSGK.flatten(0, 1),
+            v_BSGK.flatten(0, 1),
+            visibility.boundary,
+            q_BTHK.shape[1],
+            visibility.window,
         )
         return o_NHK.view_as(q_BTHK)
 
@@ -120,13 +161,19 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
 
 
 def variable_length(
-    q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
+    q_NHK: torch.Tensor,
+    k_NGK: torch.Tensor,
+    v_NGK: torch.Tensor,
+    boundary: torch.Tensor,
+    longest: int,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Returns causal attention inside each document, (N, H, K), computed in one kernel, on a GPU, in bf16 or fp16.
 
     Args:
         boundary: `document_boundaries` of the N tokens.
         longest: upper bound of the tokens of a document.
+        window: see `model.window`.
     """
     from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
 
@@ -138,7 +185,7 @@ def variable_length(
         boundary,
         longest,
         longest,
-        window_size=(-1, 0),  # causal
+        window_size=flash_window(window),
         enable_gqa=q_NHK.shape[1] != k_NGK.shape[1],
     )
     assert isinstance(o_NHK, torch.Tensor)
@@ -146,7 +193,12 @@ def variable_length(
 
 
 def per_document(
-    q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
+    q_NHK: torch.Tensor,
+    k_NGK: torch.Tensor,
+    v_NGK: torch.Tensor,
+    boundary: torch.Tensor,
+    longest: int,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Returns the same as `variable_length` by one call per document, or a single call if all documents have one
     length.
@@ -158,18 +210,36 @@ def per_document(
     wide = torch.promote_types(dtype, torch.float32)
     q_NHK, k_NGK, v_NGK = q_NHK.to(wide), k_NGK.to(wide), v_NGK.to(wide)
 
+    # Documents that are no longer than the window need no mask.
+    bias_TS = None
+    if window is not None and max(lengths) > window:
+        bias_TS = _window_bias(max(lengths), window, wide, q_NHK.device)
+
     # Documents of equal length are the rows of one batch.
     if min(lengths) == max(lengths):
         rows = (len(lengths), lengths[0])
-        o_BTHK = attend(q_NHK.unflatten(0, rows), k_NGK.unflatten(0, rows), v_NGK.unflatten(0, rows), CAUSAL)
+        visibility = CAUSAL if bias_TS is None else Visibility(bias_B1TS=bias_TS[None, None])
+        o_BTHK = attend(q_NHK.unflatten(0, rows), k_NGK.unflatten(0, rows), v_NGK.unflatten(0, rows), visibility)
         return o_BTHK.flatten(0, 1).to(dtype)
 
     documents = zip(*(x_NHK.transpose(0, 1).split(lengths, dim=1) for x_NHK in (q_NHK, k_NGK, v_NGK)), strict=True)
     grouped = q_NHK.shape[1] != k_NGK.shape[1]
-    outputs_HTK = [
-        F.scaled_dot_product_attention(q_HTK[None], k_GTK[None], v_GTK[None], is_causal=True, enable_gqa=grouped)[0]
-        for q_HTK, k_GTK, v_GTK in documents
-    ]
+    if bias_TS is not None:
+        outputs_HTK = [
+            F.scaled_dot_product_attention(
+                q_HTK[None],
+                k_GTK[None],
+                v_GTK[None],
+                attn_mask=bias_TS[: q_HTK.shape[1], : q_HTK.shape[1]],
+                enable_gqa=grouped,
+            )[0]
+            for q_HTK, k_GTK, v_GTK in documents
+        ]
+    else:
+        outputs_HTK = [
+            F.scaled_dot_product_attention(q_HTK[None], k_GTK[None], v_GTK[None], is_causal=True, enable_gqa=grouped)[0]
+            for q_HTK, k_GTK, v_GTK in documents
+        ]
     return torch.cat(outputs_HTK, dim=1).transpose(0, 1).to(dtype)
 
 
@@ -195,13 +265,17 @@ class Attention(nn.Module):
         self.query_bias = build_vector(config.has_qkv_bias, *query_shape[:2])
         self.key_bias = build_vector(config.has_qkv_bias, *key_shape[:2])
         self.value_bias = build_vector(config.has_qkv_bias, *key_shape[:2])
-        self.output_bias = build_vector(config.bias, config.d_model)
+        self.output_bias = build_vector(config.has_output_bias, config.d_model)
 
+        # Kernels divide by the root of d_head.
+        self.scales_queries = config.attention_scale is not None
+        self.query_scale = config.score_scale * config.d_head**0.5
+        self.is_rotated = layer not in config.rope_free_layers
         self.value_residual = config.value_residual
         self.value_mix = build_vector(config.value_residual and layer > 0, 2)  # the first layer has nothing to mix in
         self.query_norm = self.key_norm = None
         if config.qk_norm:
-            self.query_norm, self.key_norm = HeadNorm(config), HeadNorm(config)
+            self.query_norm, self.key_norm = build_head_norms(config)
         self.adapters = build_adapters(config, "attention")
 
     def forward(
@@ -225,10 +299,14 @@ class Attention(nn.Module):
 
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, self.value_mix)
 
-        # Norm before rotation, as in Qwen3: the norm has one weight per entry of a head, which rotation would mix.
+        # Norm before rotation: its weights differ between the entries of a head, which rotation would mix.
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
-        o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
+        if self.scales_queries:
+            q_BTHK = q_BTHK * self.query_scale
+        if self.is_rotated:
+            q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
+        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
         o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output", dropout)
         return o_BTD, v1_BSGK
 

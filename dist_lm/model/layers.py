@@ -7,6 +7,8 @@ RoPE rotates, F d_ff.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -36,6 +38,38 @@ class HeadNorm(nn.RMSNorm):
 
     def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
         return normalise_heads(x_BTHK, self.weight, self.norm_eps)
+
+
+class AllHeadsNorm(nn.Module):
+    """RMSNorm over all heads of queries, or of keys, before the rotation, with a weight (H, K) for each entry: the norm
+    of OLMo 2 (OLMo Team 2024)."""
+
+    def __init__(self, config: ModelConfig, n_heads: int) -> None:
+        super().__init__()
+        self.norm_eps = config.norm_eps
+        self.n_entries = n_heads * config.d_head
+        self.weight = nn.Parameter(torch.ones(n_heads, config.d_head))
+
+    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
+        return self.normalise(x_BTHK, square_sum(x_BTHK), self.weight)
+
+    def normalise(self, x_BTHK: torch.Tensor, sum_BT11: torch.Tensor, weight_HK: torch.Tensor) -> torch.Tensor:
+        """Returns the norm in the dtype of x, given the sum of squares over all heads."""
+        scale_BT11 = torch.rsqrt(sum_BT11 / self.n_entries + self.norm_eps)
+        return x_BTHK * scale_BT11.to(x_BTHK.dtype) * weight_HK
+
+
+def square_sum(x_BTHK: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of squares over heads and their entries, at least fp32: (B, T, 1, 1)."""
+    wide = torch.promote_types(x_BTHK.dtype, torch.float32)
+    return x_BTHK.to(wide).square().sum(dim=(-2, -1), keepdim=True)
+
+
+def build_head_norms(config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+    """Builds the norms of queries and of keys that `model.qk_norm_span` names."""
+    if config.qk_norm_span == "all":
+        return AllHeadsNorm(config, config.n_heads), AllHeadsNorm(config, config.kv_heads)
+    return HeadNorm(config), HeadNorm(config)
 
 
 def normalise_heads(x_BTHK: torch.Tensor, weight_K: torch.Tensor, eps: float) -> torch.Tensor:
@@ -68,7 +102,10 @@ def rope_tables(position_BT: torch.Tensor, config: ModelConfig, dtype: torch.dty
 
     # Angles grow with the position, so bf16 could not tell late positions from each other: cast only the tables.
     angle = position_BT[..., None, None].float() * frequency
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos(), angle.sin()
+    if config.rope_scaling == "yarn":
+        cos, sin = cos * config.attention_factor, sin * config.attention_factor
+    cos, sin = cos.to(dtype), sin.to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -76,14 +113,39 @@ def scaled_frequency(frequency: torch.Tensor, config: ModelConfig) -> torch.Tens
     """Returns the frequencies, in radians per token, that `model.rope_scaling` (not none) makes of `frequency`.
 
     linear: all are divided by the factor (Chen et al. 2023). llama3: only the low ones are, with a linear transition
-    (Grattafiori et al. 2024; `config.model.ModelConfig` has the details).
+    (Grattafiori et al. 2024; `config.model.ModelConfig` has the details). yarn: see `_yarn_share`.
     """
     if config.rope_scaling == "linear":
         return frequency / config.rope_factor
+    if config.rope_scaling == "yarn":
+        unscaled_share = _yarn_share(config, frequency.device)
+        return (1 - unscaled_share) * frequency / config.rope_factor + unscaled_share * frequency
     periods = config.rope_original_len / (2 * math.pi / frequency)
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     unscaled_share = ((periods - low) / (high - low)).clamp(0, 1)
     return (1 - unscaled_share) * frequency / config.rope_factor + unscaled_share * frequency
+
+
+def _yarn_share(config: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Returns how much of each frequency YaRN keeps (Peng et al. 2023, section 3.2).
+
+    It is 1 for pairs of entries up to the one that turns `rope_beta_fast` times in `rope_original_len` tokens, 0 from
+    that of `rope_beta_slow` on, and linear between them.
+    """
+    width = config.rotary_width
+
+    def pair_with(turns: float) -> float:
+        return width * math.log(config.rope_original_len / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    first, last = pair_with(config.rope_beta_fast), pair_with(config.rope_beta_slow)
+    if config.rope_truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    if first == last:
+        last += 0.001  # as in transformers: a step
+
+    pair = torch.arange(width // 2, dtype=torch.float32, device=device)
+    return 1 - ((pair - first) / (last - first)).clamp(0, 1)
 
 
 def rotate(x_BTHK: torch.Tensor, tables: RopeTables) -> torch.Tensor:
@@ -104,19 +166,19 @@ def mix_values(v_BSGK: torch.Tensor, v1_BSGK: torch.Tensor, mix_2: torch.Tensor)
 
 
 class FeedForward(nn.Module):
-    """Computes `down(gelu(up(x)))` with exact (erf) GELU, the same with squared ReLU, or SwiGLU (Shazeer 2020)
-    `down(silu(gate(x)) * up(x))`."""
+    """Computes `down(f(up(x)))`, or with a gate (Shazeer 2020) `down(f(gate(x)) * up(x))`; `model.ffn` names f, see
+    `ACTIVATIONS`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.squared = config.ffn == "relu2"
+        self.ffn = config.ffn
         # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
         # (`size.parameter_shapes`).
         self.gate = None
-        if config.ffn == "swiglu":
-            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        if config.is_gated:
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.has_ffn_bias)
         self.adapters = build_adapters(config, "feed_forward")
 
     def forward(self, x_BTD: torch.Tensor, dropout: AdapterDropout = None) -> torch.Tensor:
@@ -125,22 +187,35 @@ class FeedForward(nn.Module):
         if self.gate is not None:
             gate_BTF = adapted(self.gate(x_BTD), x_BTD, self.adapters, "gate", dropout)
         up_BTF = adapted(self.up(x_BTD), x_BTD, self.adapters, "up", dropout)
-        h_BTF = activate(up_BTF, gate_BTF, self.squared)
+        h_BTF = activate(up_BTF, gate_BTF, self.ffn)
         return adapted(self.down(h_BTF), h_BTF, self.adapters, "down", dropout)
 
 
-def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, squared: bool = False) -> torch.Tensor:
-    """Returns hidden units after the activation; 0 where both tensors are 0, so padded units stay 0.
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """Returns the square of ReLU (So et al. 2021)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": squared_relu,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""Activations by `model.ffn`; all are 0 at 0. GELU (Hendrycks & Gimpel 2016) is exact (erf), or by tanh."""
+
+
+def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, ffn: str) -> torch.Tensor:
+    """Returns hidden units after the activation of `model.ffn`; 0 where both tensors are 0, so padded units stay 0.
 
     Args:
-        gate_BTF: SwiGLU: `silu(gate) * up`; None: the exact GELU of `up`.
-        squared: squared ReLU in place of GELU; ignored with a gate.
+        gate_BTF: None: the network has no gate.
     """
     if gate_BTF is not None:
-        return F.silu(gate_BTF) * up_BTF
-    if squared:
-        return F.relu(up_BTF).square()
-    return F.gelu(up_BTF)
+        return ACTIVATIONS[ffn](gate_BTF) * up_BTF
+    return ACTIVATIONS[ffn](up_BTF)
 
 
 def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:

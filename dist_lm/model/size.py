@@ -61,8 +61,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     tokens.
 
     PaLM (Chowdhery et al. 2022), appendix B: `6 N + 12 L H Q T`, with attention counted in full although half is
-    masked. N excludes an embedding that is only looked up (untied, or with a scalar head). Frozen parameters have no
-    gradient: 4 N.
+    masked; a layer with a window has that in place of T. N excludes an embedding that is only looked up (untied, or
+    with a scalar head). Frozen parameters have no gradient: 4 N.
     """
     # Looking up a row is no product. A tied embedding is multiplied by the head.
     embedding_count = 0
@@ -74,8 +74,13 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     frozen_count = parameter_count(config) - trained_count(config)
     if config.lora:
         frozen_count -= embedding_count
-    attention_flops = 12 * config.n_layers * config.n_heads * config.d_head * seq_len
+    attention_flops = 12 * config.n_heads * config.d_head * attended_tokens(config, seq_len)
     return 6 * multiplied_count - 2 * frozen_count + attention_flops
+
+
+def attended_tokens(config: ModelConfig, seq_len: int) -> int:
+    """Returns the tokens that a query may see in sequences of `seq_len`, summed over layers, causality left out."""
+    return sum(min(seq_len, window or seq_len) for window in config.windows)
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_heads: int, element_bytes: int) -> int:
@@ -123,6 +128,14 @@ def packs_documents(device_type: str, half: bool, d_head: int) -> bool:
     return device_type == "cuda" and half and d_head % FLASH_MULTIPLE == 0 and d_head <= FLASH_LARGEST
 
 
+def flash_window(window: int | None) -> tuple[int, int]:
+    """Returns how many keys before and behind its own a query sees, as the flash kernel takes it: causal, with a window
+    or without."""
+    if window is None:
+        return -1, 0
+    return window - 1, 0
+
+
 def documents_apart(device_type: str, half: bool, d_head: int) -> bool:
     """Returns whether documents are computed separately, by the flash kernel or in one call each on a CPU: no mask is
     stored then.
@@ -161,25 +174,26 @@ def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
 
     if config.has_qkv_bias:
         shapes |= {f"{name}_bias": shapes[name][:2] for name in ("query", "key", "value")}
-    if config.bias:
+    if config.has_output_bias:
         shapes["output_bias"] = (config.d_model,)
     if config.value_residual and layer > 0:
         shapes["value_mix"] = (2,)
     if config.qk_norm:
-        shapes |= {"query_norm.weight": (config.d_head,), "key_norm.weight": (config.d_head,)}
+        for name in ("query", "key"):
+            shapes[f"{name}_norm.weight"] = shapes[name][:2] if config.qk_norm_span == "all" else shapes[name][1:2]
     return shapes
 
 
 def _feed_forward_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Returns the shapes of the feed-forward network's parameters by name, in their order; adapters are excluded."""
     weights: dict[str, Shape] = {"up": (config.d_ff, config.d_model), "down": (config.d_model, config.d_ff)}
-    if config.ffn == "swiglu":
+    if config.is_gated:
         weights = {"gate": (config.d_ff, config.d_model)} | weights
 
     shapes: dict[str, Shape] = {}
     for name, shape in weights.items():
         shapes[f"{name}.weight"] = shape
-        if config.bias:
+        if config.has_ffn_bias:
             shapes[f"{name}.bias"] = shape[:1]
     return shapes
 

@@ -3,6 +3,7 @@
     tokens -> embedding -> n_layers x Block -> norm -> head -> logits (or a score)
     Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
             x += attention(norm(x)) + feed_forward(norm(x))               (parallel residual, Wang & Komatsuzaki 2021)
+            x += norm(attention(x));  x += norm(feed_forward(x))          (norm after, OLMo Team 2024)
 
 A new model has no values: build it on the meta device if it is large, and fill it with `keyed_random.initialise`.
 
@@ -19,7 +20,7 @@ from torch import nn
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model import cross_entropy
-from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
+from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents, within_window
 from dist_lm.model.cross_entropy import Logprobs, LossFn, losses_in_chunks
 from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
@@ -43,6 +44,8 @@ class Block(nn.Module):
         # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
         # (`size.parameter_shapes`).
         self.parallel_residual = config.parallel_residual
+        self.residual_scale = config.residual_scale
+        self.norm_after = config.norm_place == "after"
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = build_norm(config)
@@ -67,7 +70,12 @@ class Block(nn.Module):
                 (1, N, D): the other tokens are only attended to, the feed-forward network skips them. None: all tokens.
         """
         input_BTD = x_BTD
-        a_BTD, v1_BSGK = self.attention(self.attention_norm(x_BTD), rope, visibility, v1_BSGK, adapter_dropout)
+        h_BTD = x_BTD if self.norm_after else self.attention_norm(x_BTD)
+        a_BTD, v1_BSGK = self.attention(h_BTD, rope, visibility, v1_BSGK, adapter_dropout)
+        if self.norm_after:
+            a_BTD = self.attention_norm(a_BTD)
+        if self.residual_scale != 1:
+            a_BTD = a_BTD * self.residual_scale
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
 
         # Attention was the last use of the tokens that are not selected.
@@ -81,7 +89,12 @@ class Block(nn.Module):
         # residual stream with the output of attention added.
         if not self.parallel_residual:
             input_BTD = x_BTD
-        f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD), adapter_dropout)
+        h_BTD = input_BTD if self.norm_after else self.feed_forward_norm(input_BTD)
+        f_BTD = self.feed_forward(h_BTD, adapter_dropout)
+        if self.norm_after:
+            f_BTD = self.feed_forward_norm(f_BTD)
+        if self.residual_scale != 1:
+            f_BTD = f_BTD * self.residual_scale
         return x_BTD + apply_dropout(f_BTD, dropout[1]), v1_BSGK
 
 
@@ -105,6 +118,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
+        self.windows = config.windows
 
         self.lm_head = self.scalar_head = None
         if config.head == "scalar":
@@ -142,22 +156,29 @@ class Transformer(nn.Module):
         dropout: DropoutKey | None = None,
         index_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters. Other
-        arguments as in `forward`.
+        """Returns the normalised residual stream (B, T, D), the input of `head`, in the dtype of the parameters; with a
+        token head it is divided by `model.logit_divisor`. Other arguments as in `forward`.
 
         Args:
             branch_BT, boundary: see `within_documents`; only with `document_BT`.
             index_N: see `Block.forward`, for the last layer; the output is then (1, N, D). Not with dropout.
         """
         x_BTD = self.embedding(tokens_BT)
+        if self.config.embedding_scale != 1:
+            x_BTD = x_BTD * self.config.embedding_scale
 
-        # All layers share the rotation tables and the attention mask.
+        # All layers share the rotation tables, and the attention mask of their kind.
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
+        visibility_of: dict[int | None, Visibility] = {None: visibility}
+        if (window := self.config.window) is not None:
+            visibility_of[window] = within_window(
+                visibility, window, position_BT, tokens_BT.shape, x_BTD.dtype, self.config.d_head
+            )
 
         # Dropout is keyed by the index of a token in its sequence, also where a rank holds a part of the sequence.
         first_index = self.first_held_index(tokens_BT.shape[1])
@@ -170,6 +191,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             is_last = layer == len(self.blocks) - 1
             residual_dropout = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
+            visibility = visibility_of[self.windows[layer]]
             x_BTD, v1_BSGK = block(
                 x_BTD,
                 rope,
@@ -179,7 +201,11 @@ class Transformer(nn.Module):
                 v1_BSGK,
                 sites_of_adapters[layer],
             )
-        return self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD)
+        # Scores have no divisor.
+        if self.config.logit_divisor != 1 and self.scalar_head is None:
+            x_BTD = x_BTD / self.config.logit_divisor
+        return x_BTD
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Returns logits (..., V) for the output of `hidden`."""

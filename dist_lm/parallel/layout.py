@@ -307,7 +307,7 @@ def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
 def one_block(model: ModelConfig, layout: Layout) -> tuple[list[Placement], list[Placement]]:
     """Returns placements of (the parameters of one block, the parameters outside blocks); all blocks are alike."""
     # One layer is enough, and a large model has many.
-    by_name = placements(replace(model, n_layers=1), layout)
+    by_name = placements(model.at_layers(1), layout)
     block = [placement for name, placement in by_name.items() if name.startswith("blocks.")]
     outside = [placement for name, placement in by_name.items() if not name.startswith("blocks.")]
     return block, outside
@@ -329,7 +329,7 @@ def has_units_outside(model: ModelConfig, layout: Layout, element_bytes: int) ->
     # A tied embedding is used before the first block and after the last, so it stays gathered with the root.
     if model.tie_embeddings or model.head != "tokens":
         return False
-    embedding = placements(replace(model, n_layers=1), layout)["embedding.weight"]
+    embedding = placements(model.at_layers(1), layout)["embedding.weight"]
     return embedding.gathered(layout) * element_bytes >= UNIT_BYTES
 
 
@@ -378,7 +378,11 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
 
     # Vectors and biases are replicated: a module slices a bias itself. So are key heads that ranks do not split.
     is_key = name.endswith(("attention.key", "attention.value"))
-    if len(shape) == 1 or name.endswith("_bias") or (is_key and not shards_key_heads(model, layout.tp)):
+    if (
+        len(shape) == 1
+        or name.endswith(("_bias", "norm.weight"))
+        or (is_key and not shards_key_heads(model, layout.tp))
+    ):
         return Placement(shape, shape, None, fsdp_dim)
 
     # Dimension 0 has heads, hidden units or the vocabulary; only `down` has its hidden units second.

@@ -67,6 +67,11 @@ class TensorAxis:
         """Returns the sum of the parts of all ranks. Every rank must give the sum the same gradient."""
         return _AllReduce.apply(part, self.group)
 
+    def sum_of_shares(self, part: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of the parts of all ranks, from which each rank computes its own share of a layer: the
+        gradient is the sum over ranks too."""
+        return _SharedAllReduce.apply(part, self.group)
+
     def first_held_index(self, n_tokens: int) -> int:
         """Returns the index, in its sequence of `n_tokens`, of the first token that this rank holds in its stream."""
         if not self.sp:
@@ -85,6 +90,19 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient, None
+
+
+class _SharedAllReduce(torch.autograd.Function):
+    """An all-reduce whose sum has another gradient on every rank."""
+
+    @staticmethod
+    def forward(ctx, part: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return wait_tensor(all_reduce(part, "sum", group))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return wait_tensor(all_reduce(gradient.contiguous(), "sum", ctx.group)), None
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:

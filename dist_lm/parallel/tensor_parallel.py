@@ -11,6 +11,8 @@ d_head, F d_ff (V, H, G and F count what this rank has), R ranks of the axis.
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -20,7 +22,17 @@ from torch import nn
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.cross_entropy import tempered
-from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
+from dist_lm.model.layers import (
+    AllHeadsNorm,
+    FeedForward,
+    HeadNorm,
+    RopeTables,
+    activate,
+    build_norm,
+    normalise_heads,
+    rotate,
+    square_sum,
+)
 from dist_lm.model.lora import Adapter, AdapterDropout, adapted
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import RankSlice, keys_of, rank_slice, shards_key_heads
@@ -149,6 +161,35 @@ class ReplicatedHeadNorm(HeadNorm):
         return normalise_heads(x_BTHK, local(self.weight), self.norm_eps)
 
 
+class ParallelAllHeadsNorm(AllHeadsNorm):
+    """`AllHeadsNorm` over the heads of all ranks, with the same weight on each; a rank applies it to its own heads."""
+
+    def __init__(
+        self, config: ModelConfig, n_heads: int, axis: TensorAxis, heads: RankSlice, shares: Sequence[float]
+    ) -> None:
+        """
+        Args:
+            n_heads: heads of all ranks.
+            heads: those that this rank computes.
+            shares: the part of the squares of each that this rank adds to the sum over ranks; padding has none.
+        """
+        super().__init__(config, n_heads)
+        self.axis = axis
+        self.heads = heads
+        self.shares = [*shares, *[0.0] * (heads.held - len(shares))]
+
+    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
+        """Does the same as `AllHeadsNorm.forward` with this rank's heads (collective)."""
+        part_BTHK = x_BTHK
+        if {*self.shares} != {1.0}:
+            root_H = torch.tensor(self.shares, dtype=x_BTHK.dtype, device=x_BTHK.device).sqrt()
+            part_BTHK = x_BTHK * root_H[:, None]
+        sum_BT11 = self.axis.sum_of_shares(square_sum(part_BTHK))
+        weight_HK = bias_rows(self.weight, self.heads)
+        assert weight_HK is not None
+        return self.normalise(x_BTHK, sum_BT11, weight_HK)
+
+
 class ParallelAdapter(Adapter):
     """A LoRA adapter whose weight is split over the ranks.
 
@@ -206,7 +247,7 @@ class HeadParallelAttention(Attention):
         self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
 
         if config.qk_norm:
-            self.query_norm, self.key_norm = ReplicatedHeadNorm(config), ReplicatedHeadNorm(config)
+            self.query_norm, self.key_norm = self._build_head_norms(config)
         if self.adapters is not None:
             keys = slice(self.keys.start, self.keys.stop)
             if shards_key_heads(config, axis.size):
@@ -241,7 +282,10 @@ class HeadParallelAttention(Attention):
         v_BSGK, v1_BSGK = self.mix_first_values(v_BSGK, v1_BSGK, mix_2)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
-        k_BSGK = rotate(k_BSGK, rope)
+        if self.scales_queries:
+            q_BTHK = q_BTHK * self.query_scale
+        if self.is_rotated:
+            q_BTHK, k_BSGK = rotate(q_BTHK, rope), rotate(k_BSGK, rope)
 
         # SDPA repeats every key head equally often; here the rank boundary cuts through a group of query heads.
         if self.queries_of_key:
@@ -249,11 +293,26 @@ class HeadParallelAttention(Attention):
             v_BSGK = _repeat_heads(v_BSGK, self.queries_of_key)
 
         # Padded heads attend, too, but are cut off before the projection.
-        o_BTHK = attend(rotate(q_BTHK, rope), k_BSGK, v_BSGK, visibility)
+        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
         o_BTHK = o_BTHK[:, :, : self.heads.real]
         part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
         part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output", dropout)
         return add_bias(self.axis.leave(part_BTD), self.output_bias), v1_BSGK
+
+    def _build_head_norms(self, config: ModelConfig) -> tuple[nn.Module, nn.Module]:
+        if config.qk_norm_span == "head":
+            return ReplicatedHeadNorm(config), ReplicatedHeadNorm(config)
+
+        # Several ranks may compute one key head: each adds its part of the squares.
+        computed = Counter[int]()
+        for rank in range(self.axis.size):
+            keys, _ = keys_of(config, self.axis.size, rank)
+            computed.update(range(keys.start, keys.stop))
+        shares = [1 / computed[head] for head in range(self.keys.start, self.keys.stop)]
+        return (
+            ParallelAllHeadsNorm(config, config.n_heads, self.axis, self.heads, [1.0] * self.heads.real),
+            ParallelAllHeadsNorm(config, config.kv_heads, self.axis, self.keys, shares),
+        )
 
     def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the key (or value) heads (G, K, D) that this rank reads: its shard if they are split, else a part of
@@ -284,7 +343,7 @@ class WidthParallelFeedForward(FeedForward):
         if self.gate is not None:
             gate_BTF = adapted(self._project(x_BTD, self.gate), x_BTD, self.adapters, "gate", dropout)
         up_BTF = adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up", dropout)
-        h_BTF = activate(up_BTF, gate_BTF, self.squared)
+        h_BTF = activate(up_BTF, gate_BTF, self.ffn)
 
         # Padded hidden units were never computed, so the weights that read them are cut off, too.
         part_BTD = F.linear(h_BTF, local(self.down.weight)[:, : self.units.real])

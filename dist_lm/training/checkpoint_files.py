@@ -18,7 +18,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import LAYER_LISTS, ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.training.state import TrainState
@@ -428,14 +428,15 @@ def check_same_model(
         ArtefactError: names every key that differs, with both values.
     """
     expected = asdict(model_config.plain)
-    saved = {field.name: field.default for field in fields(ModelConfig)} | saved  # newer options are off
+    defaults = {field.name: field.default for field in fields(ModelConfig)}
+    saved = defaults | {key: [] for key in LAYER_LISTS} | saved  # newer options are off
 
     # None means one key/value head per query head.
     for model in (expected, saved):
         model["n_kv_heads"] = model.get("n_kv_heads") or model.get("n_heads")
 
     # These keys change neither shapes nor arithmetic of a trained model.
-    ignored = {"name", "init_std", "residual_init", "base_width", "max_seq_len", *but}
+    ignored = {"name", "init_std", "residual_init", "base_width", "max_seq_len", "export_as", *but}
     different = [
         f"model.{key}={expected[key]} (checkpoint: {saved.get(key)})"
         for key in expected

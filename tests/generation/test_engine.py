@@ -29,6 +29,7 @@ OTHERS = {
     **{"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "qkv_bias": True, "tie_embeddings": True, "qk_norm": True},
     **{"parallel_residual": True, "rotary_fraction": 0.5},
     **{"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32},
+    **{"window": 20, "full_layers": [1]},
 }  # than the values of CONFIG
 GROUPED = replace(CONFIG, n_kv_heads=1, d_ff=50, **OTHERS)
 PAGE = 16

@@ -22,7 +22,9 @@ def varlen_attn(
     q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table, num_splits
 ):
     """Queries of a sequence are its last ones; keys follow its table of pages. tests/cuda has the other checks."""
-    assert (window_size, num_splits) == ((-1, 0), 1)
+    assert num_splits == 1
+    before, behind = window_size
+    assert behind == 0
     assert block_table.dtype == seqused_k.dtype == cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_k.shape == cu_q.shape
     assert int(cu_k[0]) == 0
@@ -39,7 +41,10 @@ def varlen_attn(
         assert enable_gqa == (groups > 1)
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         scores = torch.einsum("qhk,shk->hqs", q[start:end], key) * scale
-        seen = torch.arange(n_keys) <= torch.arange(n_keys - n_queries, n_keys)[:, None]
+        own = torch.arange(n_keys - n_queries, n_keys)[:, None]
+        seen = torch.arange(n_keys) <= own
+        if before >= 0:
+            seen &= torch.arange(n_keys) >= own - before
         weight = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqs,shk->qhk", weight, value))
     return torch.cat(outputs)

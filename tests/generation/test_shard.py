@@ -17,10 +17,12 @@ FIVE = replace(ODD, d_model=40, n_heads=5, d_ff=50)
 GROUPS = replace(
     FIVE, n_heads=10, n_kv_heads=2, ffn="swiglu", bias=False, qkv_bias=True, tie_embeddings=True, qk_norm=True
 )
+ALL_HEADS = replace(GROUPS, qk_norm_span="all")
 ONE_KEY = replace(FIVE, n_kv_heads=1, ffn="swiglu")
 CUTS = [
     *((ODD, tp) for tp in (1, 2, 4, 8)),
     *((FIVE, tp) for tp in (2, 4)),
+    *((ALL_HEADS, tp) for tp in (3, 4)),
     *((GROUPS, tp) for tp in (2, 3, 4, 5)),  # over 4, a rank's query heads read two key heads unequally
     *((ONE_KEY, tp) for tp in (2, 4)),
 ]
@@ -45,7 +47,7 @@ def feed_forward(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Ten
         return torch.nn.functional.linear(x, weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
 
     gate = layer("gate", x) if "blocks.0.feed_forward.gate.weight" in weights else None
-    return layer("down", activate(layer("up", x), gate))
+    return layer("down", activate(layer("up", x), gate, "gelu" if gate is None else "swiglu"))
 
 
 @pytest.mark.parametrize(("config", "tp"), CUTS)

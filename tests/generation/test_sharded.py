@@ -47,6 +47,11 @@ ODD = replace(
     qk_norm=True,
     vocab_size=64,
     value_residual=True,
+    qk_norm_span="all",
+    norm_place="after",
+    rope_free_layers=[0],
+    residual_scale=0.7,
+    logit_divisor=1.5,
 )
 LARGE = replace(CONFIG, name="large", d_model=50, n_heads=25, value_residual=True)  # in number of heads
 DEADLINE_S = 90.0  # less than what a living rank has to join a collective

@@ -27,8 +27,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True},
     "Pythia": {"parallel_residual": True, "rotary_fraction": 0.25},
     "Qwen3": {**LLAMA, "qk_norm": True},
+    "Qwen3 with biases": {**LLAMA, "qk_norm": True, "attention_bias": True},
+    "Biases in attention": {**LLAMA, "n_kv_heads": 1, "attention_bias": True},
+    "Biases in the feed-forward network": {**LLAMA, "bias": True, "attention_bias": False},
+    "GPTNeoX without biases in attention": {"attention_bias": False},
+    "Starcoder2 without biases": {"n_kv_heads": 1, "attention_bias": False, "ffn_bias": False},
+    "Gated GELU": {**LLAMA, "ffn": "geglu"},
+    "Gated GELU by tanh": {**LLAMA, "ffn": "geglu_tanh"},
+    "GELU by tanh": {"n_kv_heads": 1, "ffn": "gelu_tanh"},
+    "Mistral": {**LLAMA, "n_kv_heads": 1, "export_as": "mistral"},
+    "SmolLM3": {**LLAMA, "n_kv_heads": 1, "rope_free_layers": [1]},
+    "SmolLM3 of four layers": {**LLAMA, "n_layers": 4, "n_kv_heads": 1, "rope_free_layers": [3]},
+    "SmolLM3 with windows": {**LLAMA, "rope_free_layers": [0], "window": 9, "full_layers": [1]},
+    "YaRN": {**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_len": 16},
+    "Granite": {
+        **{**LLAMA, "n_kv_heads": 1, "embedding_scale": 3.0, "residual_scale": 0.6, "attention_scale": 0.2},
+        "logit_divisor": 2.5,
+    },
+    "Olmo2": {**LLAMA, "n_kv_heads": 1, "norm_place": "after", "qk_norm": True, "qk_norm_span": "all"},
+    "Mistral with a window": {**LLAMA, "n_kv_heads": 1, "window": 9},
+    "Ministral": {**LLAMA, "window": 9, "full_layers": [0]},
+    "Qwen2 with windows": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True, "window": 9, "full_layers": [1]},
+    "Starcoder2 with a window": {"n_kv_heads": 1, "window": 9},
+    "Phi3 with a window": {**LLAMA, "n_kv_heads": 1, "window": 9, "export_as": "phi3"},
+    "Phi3": {**LLAMA, "n_kv_heads": 1, "export_as": "phi3"},
+    "Phi3 with partial rotation": {**LLAMA, "rotary_fraction": 0.25},
 }
-VARIANTS = ("Squared", "Llama 3.1", "Linear", "Qwen2", "Pythia")  # of another family here, by a few options
+FURTHER = [*FAMILIES][[*FAMILIES].index("Qwen3") + 1 :]  # of others, not of ours
+SCORED = [family for family in FAMILIES if family != "Granite"]  # transformers has a class for a scalar head
+# of another family here, by a few options
+VARIANTS = (
+    *("Squared", "Llama 3.1", "Linear", "Qwen2", "Pythia", "Qwen3 with biases", "Biases in attention", "Mistral"),
+    *("Biases in the feed-forward network", "GPTNeoX without biases in attention", "Starcoder2 without biases"),
+    *("Gated GELU", "Gated GELU by tanh", "GELU by tanh", "Phi3 with partial rotation"),
+    *("Olmo2", "Granite", "SmolLM3", "SmolLM3 of four layers", "SmolLM3 with windows", "YaRN"),
+    *("Mistral with a window", "Ministral", "Qwen2 with windows", "Starcoder2 with a window", "Phi3 with a window"),
+)
 
 
 def _marks(family: str, size: str) -> list[pytest.MarkDecorator]:
@@ -79,7 +113,9 @@ def their_model(ours: Transformer) -> Any:
     import transformers
 
     config, found = ours.config, architecture(ours.config)
-    theirs_config = getattr(transformers, f"{found.family}Config")(**hf_config(config, found, "float32"))
+    theirs_config = getattr(transformers, f"{found.family}Config")(
+        **hf_config(config, found, "float32"), bos_token_id=0, eos_token_id=0, pad_token_id=None
+    )
     with torch.device("meta"):
         theirs = getattr(transformers, found.name)(theirs_config)
     theirs = theirs.to_empty(device="cpu")

@@ -8,7 +8,7 @@ import torch
 
 from dist_lm.data.batch import document_boundaries
 from dist_lm.model import attention
-from dist_lm.model.attention import CAUSAL, attend, within_documents
+from dist_lm.model.attention import CAUSAL, attend, within_documents, within_window
 from dist_lm.model.size import documents_apart, packs_documents
 
 
@@ -90,12 +90,15 @@ def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) 
     """The variable-length kernel runs on CUDA only: here a stand-in that follows its documentation."""
 
     def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
-        assert window_size == (-1, 0)
+        before, behind = window_size
+        assert behind == 0
         assert enable_gqa == (q.shape[1] != k.shape[1])
         pieces = []
         for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
             assert 0 < end - start <= min(max_q, max_k)
             causal = torch.ones(1, end - start, end - start, dtype=torch.bool).tril()
+            if before >= 0:
+                causal = causal.triu(-before)
             pieces.append(by_definition(q[None, start:end], k[None, start:end], v[None, start:end], causal)[0])
         assert torch.equal(cu_q, cu_k)
         return torch.cat(pieces).to(q.dtype)
@@ -107,6 +110,13 @@ def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) 
         flat = [x.flatten(0, 1) for x in (q, k, v)]
         packed = attention.variable_length(*flat, document_boundaries(document), 33).view_as(q)
         assert torch.allclose(packed, attend(q, k, v, within_documents(document, q.dtype, 8)), atol=1e-5)
+
+        windowed = attention.variable_length(*flat, document_boundaries(document), 33, 7).view_as(q)
+        assert not torch.allclose(windowed, packed, atol=1e-3)
+        position = torch.arange(33)[None]
+        visibility = within_documents(document, q.dtype, 8, branch_BT=torch.zeros_like(document))  # a mask
+        visibility = within_window(visibility, 7, position, q.shape[:2], q.dtype, 8)
+        assert torch.allclose(windowed, attend(q, k, v, visibility), atol=1e-5)
 
 
 def test_cpu_takes_the_fused_kernel() -> None:

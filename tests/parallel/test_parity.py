@@ -10,6 +10,7 @@ import pytest
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import MuonConfig
+from tests.model.option_rows import AFTER, ROWS, TOGETHER, OptionRow
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import (
@@ -85,6 +86,27 @@ def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks
     found: MeshTrajectory = ranks.run(
         layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1), chunk_bytes=5 * 4 * VOCAB_SIZE
     )
+    assert_is_that_of_one_process(found, model)
+
+
+@pytest.mark.parametrize(
+    ("row", "layout"),
+    [
+        *(pytest.param(ROWS[AFTER], layout, id=f"{AFTER}-{layout}") for layout in ("1x1x4+sp", "1x2x2+sp")),
+        pytest.param(TOGETHER, "1x1x4+sp", id="all others together-1x1x4+sp"),
+        *(
+            pytest.param(row, layout, id=f"{name}-{layout}", marks=pytest.mark.heavy)
+            for name, row in ROWS.items()
+            for layout in ("1x1x2", "1x1x4+sp", "1x2x2+sp")
+        ),
+    ],
+)
+@pytest.mark.parametrize("heads", [pytest.param((5, 5), id="padded heads"), pytest.param((6, 3), id="groups")])
+def test_a_step_with_options_is_that_of_one_process(
+    ranks: RankGroups, row: OptionRow, heads: tuple[int, int], layout: str
+):
+    model = model_of(heads, **row.changes_at(2))
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
     assert_is_that_of_one_process(found, model)
 
 

@@ -1,9 +1,9 @@
 """The part of `dist-lm export` for a checkpoint of adapters: a folder that peft loads over the base.
 
 peft adds `lora_alpha / r * lora_B lora_A` (with `use_rslora` `lora_alpha / sqrt(r)`) to a weight (out, in) of
-transformers: lora_A is (r, in), lora_B (out, r). In GPT-NeoX queries, keys and values are one weight. Their adapters
-become one of the summed rank, with an alpha that keeps the scale: each takes its own rows of lora_A, and its own
-columns and rows of lora_B; the rest of lora_B is 0.
+transformers: lora_A is (r, in), lora_B (out, r). In GPT-NeoX queries, keys and values are one weight, in Phi-3 gate and
+up too. Their adapters become one of the summed rank, with an alpha that keeps the scale: each takes its own rows of
+lora_A, and its own columns and rows of lora_B; the rest of lora_B is 0.
 
 Rows of stage.lora.tokens replace those of the embedding and the head (`trainable_token_indices`).
 """
@@ -197,10 +197,17 @@ def _lora_b(target: _Target, rank: int, read: Read) -> torch.Tensor:
     factors = [read(f"{prefix}b") for _, prefix in target.adapters]
     if len(target.theirs.ours) == 1:
         return factors[0].flatten(1).t()
-    heads, width = target.theirs.shapes[0][:2]
 
     # The adapters of one fused weight of theirs stand in blocks of one wider factor.
+    columns = [slice(number * rank, (number + 1) * rank) for number in range(len(factors))]
+    if not target.theirs.interleaved:
+        fused_OR = torch.zeros(target.theirs.shape[0], rank * len(factors))
+        for (index, _), factor, column in zip(target.adapters, factors, columns, strict=True):
+            fused_OR[target.theirs.rows(index), column] = factor.flatten(1).t()
+        return fused_OR
+
+    heads, width = target.theirs.shapes[0][:2]
     fused_HNKR = torch.zeros(heads, len(target.theirs.ours), width, rank * len(factors))  # N weights: see `Converted`
-    for number, ((index, _), b_RHK) in enumerate(zip(target.adapters, factors, strict=True)):
-        fused_HNKR[:, index, :, number * rank : (number + 1) * rank] = b_RHK.permute(1, 2, 0)
+    for (index, _), b_RHK, column in zip(target.adapters, factors, columns, strict=True):
+        fused_HNKR[:, index, :, column] = b_RHK.permute(1, 2, 0)
     return fused_HNKR.flatten(0, 2)

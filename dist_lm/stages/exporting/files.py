@@ -27,7 +27,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
 from dist_lm.interop.architectures import Architecture, architecture_of, hf_config
-from dist_lm.interop.gguf_file import require_gguf, write_gguf
+from dist_lm.interop.gguf_file import gguf_architecture, require_gguf, write_gguf
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.size import parameter_shapes
@@ -82,7 +82,7 @@ def export(
     if gguf is not None:
         accepted = "--merge as well: llama.cpp gets the merged model of a run with adapters"
         require(not as_adapters, "--gguf", gguf, accepted)
-        require_gguf(gguf, model, architecture)
+        require_gguf(gguf, model, gguf_architecture(model, architecture))
     vocabulary = tokenizer_of(checkpoint, tokenizer, run)
     files.check_tokenizer(checkpoint, files.read_state(checkpoint)[0], vocabulary.sha256)
 
@@ -101,10 +101,11 @@ def export(
 
             write_model(temporary, model, read, dtype, token_ids(vocabulary))
             if gguf is not None:
-                conversions = converted(architecture, parameter_shapes(model))
+                layout = gguf_architecture(model, architecture)
+                conversions = converted(layout, parameter_shapes(model))
                 template = _template(run, vocabulary)
                 gguf_path = temporary / f"model-{gguf}.gguf"
-                write_gguf(gguf_path, gguf, model, architecture, conversions, read, vocabulary, template)
+                write_gguf(gguf_path, gguf, model, layout, conversions, read, vocabulary, template)
 
         save_hf_tokenizer(Path(vocabulary.name), temporary, _template(run, vocabulary))
         # For import, and for converters that read SentencePiece.
