@@ -72,7 +72,10 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     prompts.write_text("one\n")
     given = (f"stage.init_from={started.path}", f"rlhf.prompts_from={prompts}")
     alone = plan_of(work, *FUNCTION_ONLY, *given, target="rlhf")
-    assert list(actions(alone)) == ["tokenizer", "rlhf"]
+    assert list(actions(alone)) == ["rlhf"]
+    other = WorkDirectory(work.path / "other")
+    command = (*FUNCTION_ONLY, *given, f"tokenizer={work.tokenizer_model}")
+    assert list(actions(plan_of(other, *command, target="rlhf"))) == ["tokenizer", "rlhf"]
     elsewhere = make_run(work, "reward", "stage.seq_len=200", "stage.init_from=none", "run_id=elsewhere", done=True)
     given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
     assert "reward" not in actions(given)
@@ -151,7 +154,7 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
     given = (*RULES_ONLY, f"stage.init_from={start.path}", f"rlhf.prompts_from={prompts}")
     run = make_run(work, "rlhf", *given, checkpoint=True)
     run.note_files(load_config(run.config).noted_files)
-    assert actions(plan_of(work, *given, target="rlhf")) == {"tokenizer": Action.READY, "rlhf": Action.RESUME}
+    assert actions(plan_of(work, *given, target="rlhf")) == {"rlhf": Action.RESUME}
     prompts.write_text("one\ntwo\n")
     with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.txt: has changed since .*rlhf/default"):
         plan_of(work, *given, target="rlhf")
@@ -174,7 +177,7 @@ def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
     prompts = work.path / "prompts.txt"
     prompts.write_text("one\n")
     start = (*RULES_ONLY, f"stage.init_from={run.path}", f"rlhf.prompts_from={prompts}")
-    assert list(actions(plan_of(work, *start, target="rlhf"))) == ["tokenizer", "rlhf"]
+    assert list(actions(plan_of(work, *start, target="rlhf"))) == ["rlhf"]
     shutil.rmtree(work.corpus("code"))
     text = (*start, "rlhf.pretrain_coefficient=1", "rlhf.pretrain_seq_len=200")
     plan = plan_of(work, *text, target="rlhf")

@@ -58,11 +58,12 @@ class Rlhf(TrainingStage):
         run_rank(run, stop, heartbeat)
 
     def needed(self, config: Config) -> tuple[str, ...]:
-        # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus, but a
-        # tokenizer.
+        # Another reward model, or rules alone, need no run of stage reward; prompts from files need no corpus.
         run_config = rlhf_config(config)
         read = {"rankings" if name in run_config.ranked_corpora else "shards" for name in run_config.corpus_names}
-        read.add("tokenizer")
+        # Corpora bring the tokenizer along; prompts from files may be the first that need it here.
+        if not run_of(config).work.tokenizer_model.is_file():
+            read.add("tokenizer")
         if run_config.rlhf.asks_reward_model and run_config.rlhf.reward_model == AUTO:
             read.add("reward")
         return tuple(name for name in self.needs if name in read or name == self.starts_from)
