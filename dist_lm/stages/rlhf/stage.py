@@ -14,7 +14,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.stages.continuing import FREE_KEYS, RLHF_FREE_KEYS
 from dist_lm.stages.corpus_forms import require_form
 from dist_lm.stages.rlhf.config import AUTO, NO_MODEL, RlhfRunConfig, check_reward_model, rlhf_config
-from dist_lm.stages.stage import KeyFigure
+from dist_lm.stages.stage import KeyFigure, run_of
 from dist_lm.stages.training.stage import TrainingStage, before_and_after, last_samples, task_entries
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted, percent, three_decimals
