@@ -115,6 +115,13 @@ def misfit(model: ModelConfig, tp: int) -> str:
         "tied embedding": model.tie_embeddings,
         "norm of queries and keys": model.qk_norm,
         "parallel residual": model.parallel_residual,
+        "sliding window": model.window is not None,
+        "layers without RoPE": bool(model.rope_free_layers),
+        "norm after a branch": model.norm_place == "after",
+        "scale of embedding, residual, attention or logits": any(
+            getattr(model, key) != getattr(ModelConfig, key)
+            for key in ("embedding_scale", "residual_scale", "attention_scale", "logit_divisor")
+        ),
     }
     return next((f"the peer has no {name}" for name, is_on in options.items() if is_on), "")
 
@@ -129,7 +136,7 @@ class PeerAttention(nn.Module):
         self.query = nn.Linear(config.d_model, width, bias=config.has_qkv_bias)
         self.key = nn.Linear(config.d_model, key_width, bias=config.has_qkv_bias)
         self.value = nn.Linear(config.d_model, key_width, bias=config.has_qkv_bias)
-        self.output = nn.Linear(width, config.d_model, bias=config.bias)
+        self.output = nn.Linear(width, config.d_model, bias=config.has_output_bias)
 
     def forward(self, x_BTD: torch.Tensor, rope: RopeTables) -> torch.Tensor:
         q_BTHK, k_BTHK, v_BTHK = (

@@ -70,7 +70,9 @@ def require_gguf(kind: str, model: ModelConfig, architecture: Architecture) -> N
         if model.ffn in ("gelu", "gelu_tanh"):
             reason = "llama.cpp has another activation in"
         option = f"model.ffn={model.ffn}"
-        if model.rotary_fraction != 1:
+        if model.norm_place != "before":
+            option = f"model.norm_place={model.norm_place}"
+        elif model.rotary_fraction != 1:
             option = f"model.rotary_fraction={model.rotary_fraction}"
         raise ConfigError(f"--gguf {kind}: {reason} {architecture.family} ({option})")
     has_bias = ATTENTION_BIASES.get(architecture.family, model.has_output_bias)

@@ -29,7 +29,6 @@ NAMES = {  # families of transformers -> architectures of llama.cpp
     "GPTNeoX": "gptneox",
     "SmolLM3": "smollm3",
     "Granite": "granite",
-    "Olmo2": "olmo2",
 }
 READ = ("Llama", "Qwen3")  # families with the same activation in llama.cpp and transformers
 SIZES = {

@@ -97,7 +97,14 @@ def test_a_text_of_ours_begins_with_end_of_text(pair: tuple[Tokenizer, LlamaServ
 REFUSED = (
     *("Arcee", "Squared", "Llama 3.1", "Linear", "Phi3 with partial rotation", "Gated GELU", "Gated GELU by tanh"),
     *(family for family in FAMILIES if "window" in FAMILIES[family]),
-    *("SmolLM3", "YaRN", "Qwen3 with biases", "GPTNeoX without biases in attention", "Starcoder2 without biases"),
+    *(
+        "Olmo2",
+        "SmolLM3",
+        "YaRN",
+        "Qwen3 with biases",
+        "GPTNeoX without biases in attention",
+        "Starcoder2 without biases",
+    ),
 )
 
 

@@ -80,6 +80,7 @@ ROWS = {
         ("norm_place", "qk_norm_span"),
         {**LLAMA, "norm_place": "after", "qk_norm": True, "qk_norm_span": "all"},
         "Olmo2",
+        r"does not write Olmo2 \(model\.norm_place=after\)",
     ),
     "linear scaling": OptionRow(
         ("rope_scaling", "rope_factor", "rope_original_len"),
