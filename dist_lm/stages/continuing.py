@@ -340,7 +340,7 @@ def recorded_folders(config: Config) -> dict[str, str]:
         branch_from = getattr(config.stage, "branch_from", "")
         begun = _run_at(Path(branch_from).expanduser().resolve()) if branch_from else None
     # A run of another work directory has read other folders.
-    if begun is None or begun.work.path.resolve() != run.work.path.resolve():
+    if begun is None or run.work.path.resolve() not in begun.path.resolve().parents:
         return {}
     folders = begun.corpus_folders()
     return {name: folder for name, folder in folders.items() if manifest_path(run.work.corpus(folder)).is_file()}
