@@ -24,10 +24,12 @@ from dist_lm.stages.stage import IMPORT, ArtefactStage
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.train import VocabularyError, train_tokenizer
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import listed
 
 ROWS = 200  # documents of each source that are built first
 MORE_ROWS = (2_000, 20_000, 0)  # where none of the first ones is held out; 0: all
 TRAIN_BYTES = 4_000_000  # text that the tokenizer learns from here
+LISTED = 4  # paths that an error names
 LEAST_PIECES = 512  # of a vocabulary, tokenizer.vocab_size
 LARGEST_SHARE = 0.3  # of a corpus that is held out without asking
 
@@ -61,9 +63,14 @@ def try_command(
             if not error.most:
                 raise
             if error.most < LEAST_PIECES:
+                sources = [
+                    source for group in (plan.target.config.corpus.corpora or {}).values() for source in group or []
+                ]
+                paths = [path for source in sources for path in source.path or []]
                 raise ArtefactError(
-                    f"too little text for a tokenizer: it gives {error.most:,} pieces, of at least {LEAST_PIECES}. Add "
-                    "text, or name the columns that hold it: those that were found may be titles"
+                    f"{listed(paths, LISTED)}: too little text for a tokenizer: it gives {error.most:,} pieces, of at "
+                    f"least {LEAST_PIECES}. Add text, or name the columns that hold it: those that were found may be "
+                    "titles"
                 ) from error
             return Remedy(
                 f"the text gives {error.most:,} pieces of a tokenizer, fewer than the model has: the commands lower "
