@@ -45,7 +45,7 @@ def messages(world: World, parallel: ParallelConfig) -> int:
     """Collectives on the tp axis in one forward and backward pass."""
     mesh = build_mesh(resolve_layout(parallel, FIVE_HEADS, world.size), world.device)
     model, batch = build_model(FIVE_HEADS, parallel, mesh, world.device, SEED), batch_of(FIVE_HEADS, 0)
-    model.dropout = dropout_key(0)
+    model.dropout = dropout_key(0, FIVE_HEADS)
     counter = WorkCounter(HardwareConfig(), {mesh.get_group("tp").group_name: "tp"})
     with Watch(counter):
         model.token_losses(batch).sum().backward()

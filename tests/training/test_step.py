@@ -30,6 +30,7 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = small_config()
+        self.trained_tokens = None
         torch.manual_seed(1)
         self.embedding = nn.Embedding(VOCAB, 6)
         self.final_norm = nn.LayerNorm(6)
