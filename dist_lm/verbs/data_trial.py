@@ -13,15 +13,19 @@ from dist_lm.data.ingest import NothingHeldOutError
 from dist_lm.data.new import Remedy
 from dist_lm.data.sequences import packed
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError
 from dist_lm.prepare.plan import Plan, plan_command
 from dist_lm.stages.stage import ArtefactStage
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.train import VocabularyError
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import listed
 
 ROWS = 200  # documents of each source that are built first
 MORE_ROWS = (2_000, 20_000, 0)  # where none of the first ones is held out; 0: all
 TRAIN_BYTES = 4_000_000  # text that the tokenizer learns from here
+LEAST_PIECES = 512  # of a vocabulary, tokenizer.vocab_size
+LISTED = 4  # paths that an error names
 LARGEST_SHARE = 0.3  # of a corpus that is held out without asking
 
 
@@ -45,6 +49,14 @@ def try_command(config_dir: Path, overrides: Sequence[str]) -> Remedy | None:
         except VocabularyError as error:
             if not error.most:
                 raise
+            if error.most < LEAST_PIECES:
+                corpora = plan.target.config.corpus.corpora or {}
+                paths = [path for sources in corpora.values() for source in sources or [] for path in source.path or []]
+                raise ArtefactError(
+                    f"{listed(paths, LISTED)}: too little text for a tokenizer: it gives {error.most:,} pieces, of at "
+                    f"least {LEAST_PIECES}. Add text, or name the columns that hold it: those that were found may be "
+                    "titles"
+                ) from error
             return Remedy(
                 f"the text gives {error.most:,} pieces of a tokenizer, fewer than the model has: the commands lower "
                 "model.vocab_size",
