@@ -21,6 +21,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.plan import Plan, plan_command
 from dist_lm.stages.stage import IMPORT, ArtefactStage
+from dist_lm.stages.training.stage import TrainingStage
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.train import VocabularyError, train_tokenizer
 from dist_lm.tracking.console import Console
@@ -142,8 +143,7 @@ def _build(plan: Plan) -> None:
                 if rows == 0:
                     raise
     for planned in plan.stages:
-        # Other stages leave out rankings that are too long, and say how many.
-        if isinstance(planned.config.stage, StageConfig):
+        if isinstance(planned.stage, TrainingStage):
             _check_lengths(planned.config)
 
 
@@ -177,5 +177,5 @@ def _check_lengths(config: Config) -> None:
                     raise ArtefactError(
                         f"corpus {name}: every ranking is longer than stage.seq_len={config.stage.seq_len}: raise it"
                     )
-            elif corpus.has_mask:
+            elif corpus.has_mask and isinstance(config.stage, StageConfig):
                 packed(corpus, config.stage.seq_len, too_long=config.stage.too_long)
