@@ -1,5 +1,6 @@
 """Stage rankings: samples of a model ranked by rules, the same for the same seed, in the split of their prompt."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -35,7 +36,7 @@ def made(config: Config) -> list[Document]:
 
 
 def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) -> None:
-    write_untrained(work, "tools", 1)
+    run = write_untrained(work, "tools", 1)
     config = config_for(work)
     first = made(config)
     assert len(first) > 10
@@ -54,11 +55,14 @@ def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) 
     assert not other_prompts.ready
     assert "beside another rankings (prompts=" in other_prompts.detail
 
-    write_untrained(work, "tools", 2)  # samples of another model are other rankings
+    # Samples of another model are other rankings.
+    kept = shutil.copytree(run.checkpoints, run.path / "kept")
+    write_untrained(work, "tools", 2)
     other_model = rankings.STAGE.inspect(config)
     assert not other_model.ready
     assert "beside another rankings (model=" in other_model.detail
-    write_untrained(work, "tools", 1)
+    shutil.rmtree(run.checkpoints)
+    kept.rename(run.checkpoints)
     assert rankings.STAGE.inspect(config).ready
 
 
