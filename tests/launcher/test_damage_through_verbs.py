@@ -157,6 +157,12 @@ CASES: dict[str, tuple[Case, ...]] = {
             ],
         ),
     ),
+    "data list": (
+        Case(
+            lambda world: ["data", "list", world.work.path],
+            lambda world: [world.work.corpus_manifest("code"), world.run.corpora],
+        ),
+    ),
     "data new": (
         Case(
             lambda world: ["data", "new", world.outside / "own.jsonl", "--out", world.outside / "conf/corpus/own.yaml"],
@@ -205,6 +211,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 NOT_DAMAGED = {
     "bench": "makes its own data and models, and reads no run",
     "metrics": "prints the registry of the package",
+    "recipe new": "reads a model as import does, and data as data new does",
     "tools bfcl": "reads a model as generate does, after questions that another package brings",
     "dashboard push": "reads the settings of wandb alone",
     "dashboard show": "names of files of an offline run, which wandb reads",
