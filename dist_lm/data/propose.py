@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from dist_lm.chat.layouts.registry import COLUMNS, MEDIA, common_layout, expected_columns, turns_in
+from dist_lm.chat.layouts.registry import COLUMNS, common_layout, expected_columns
+from dist_lm.chat.layouts.transcript import MEDIA
+from dist_lm.chat.layouts.turns import turns_in
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
