@@ -122,7 +122,7 @@ def row_of(document: Document) -> str:
     return f'{{"document": {document.text}, "columns": {document.row}}}'
 
 
-def read_row(line: str) -> tuple[Conversation, dict[str, Json]]:
+def read_kept_row(line: str) -> tuple[Conversation, dict[str, Json]]:
     """Returns (prompt, columns) of a row that `row_of` wrote. The prompt ends before the first answer that is learned.
 
     Columns also have the whole conversation as `messages`, or `completions` and `ranks` of a ranking, unless the row
@@ -178,8 +178,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
     """Returns a ranking as the shards hold it: the tree of tokens, its branches, ranks and judgements.
 
     The loss mask is 1 in the completions. A label is the rank of its only completion: 0 if it is wanted, else 1. A
-    missing margin becomes 0, which is the same to the loss. `n_bytes` also
-    counts the text that the template adds.
+    missing margin becomes 0, which is the same to the loss. `n_bytes` also counts the text that the template adds.
 
     Args:
         document: its text is that of `write_ranking`.

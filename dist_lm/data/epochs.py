@@ -66,16 +66,17 @@ def epochs_of(passes: Sequence[CorpusPass], sequences: int) -> dict[str, float]:
     """Returns the metrics of the first `sequences` sequences: `train/epochs` of the stage's own corpus, and
     `train/epochs_NAME` of the others.
     """
-    names = ["train/epochs", *(f"train/epochs_{one.corpus}" for one in passes[1:])]
-    return {name: one.epochs(sequences) for name, one in zip(names, passes, strict=False)}
+    names = ["train/epochs", *(f"train/epochs_{mixed.corpus}" for mixed in passes[1:])]
+    # Without a corpus there is no pass, and no name is needed.
+    return {name: corpus.epochs(sequences) for name, corpus in zip(names, passes, strict=False)}
 
 
 def in_words(passes: Iterable[CorpusPass], sequences: int) -> str:
     """Returns how often a stream of `sequences` sequences reads each corpus: `3.0 epochs of code, 0.2 of language`."""
-    numbers = [(one.epochs(sequences), one.corpus) for one in passes]
-    words = [f"{passes_in_words(number)} of {corpus}" for number, corpus in numbers]
-    if words:
-        words[0] = f"{passes_in_words(numbers[0][0])} epochs of {numbers[0][1]}"
+    words = []
+    for corpus in passes:
+        unit = "" if words else " epochs"  # said once, with the first corpus
+        words.append(f"{passes_in_words(corpus.epochs(sequences))}{unit} of {corpus.corpus}")
     return listed(words, NAMED)
 
 
@@ -85,14 +86,15 @@ def repetition_warning(stage: str, passes: Sequence[CorpusPass], steps: int, glo
     Args:
         stage: its name, for the command that it names.
     """
-    repeated = [one for one in passes if one.epochs(steps * global_batch) > MANY]
+    epochs_of_corpus = {corpus.corpus: corpus.epochs(steps * global_batch) for corpus in passes}
+    repeated = {name: epochs for name, epochs in epochs_of_corpus.items() if epochs > MANY}
     if not repeated:
         return ""
-    counts = listed(
-        [f"{one.corpus} {passes_in_words(one.epochs(steps * global_batch))} times" for one in repeated], NAMED
-    )
-    words = f"stage={stage}: {steps:,} steps read {counts}: a model learns such text by heart"
-    if repeated[0] is passes[0]:
-        fewer = passes[0].steps(3, global_batch)
-        words += f"; stage.epochs=3 takes {counted(fewer, 'step')}"
+
+    counts = [f"{name} {passes_in_words(epochs)} times" for name, epochs in repeated.items()]
+    words = f"stage={stage}: {steps:,} steps read {listed(counts, NAMED)}: a model learns such text by heart"
+    # The key counts passes over the stage's own corpus, which comes first.
+    own = passes[0]
+    if own.corpus in repeated:
+        words += f"; stage.epochs=3 takes {counted(own.steps(3, global_batch), 'step')}"
     return words

@@ -29,7 +29,7 @@ from dist_lm.data.propose import Proposal, check_text, is_prose, propose
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.failures import brief
 from dist_lm.data.sources.rows import MISSING_COLUMN
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import gib
 
@@ -113,8 +113,8 @@ def new_corpus(
     Raises:
         ConfigError: `out` is no path for a corpus file, there is no data, its columns do not make documents, or it has
             too many languages.
-        ArtefactError: data cannot be listed or read, gives no document, or nearly all of its rows are broken. Fewer
-            broken rows are printed and noted in the file.
+        ArtefactError: data cannot be listed or read, gives no document, or nearly all of its rows are broken (fewer
+            broken rows are printed and noted in the file); or no settings make the first command run.
         UserError: the first command of the file must fail; the file is not written.
     """
     _check_out(out, force, reserved_names)
@@ -156,6 +156,8 @@ def new_corpus(
         remarks.append(remedy.reason)
         settings |= remedy.settings
         overrides += remedy.overrides
+    else:
+        raise ArtefactError(f"no settings were found with which a launch runs; the last that was tried: {remarks[-1]}")
     durable.write_text(out, text)
 
     for name, corpus_survey in surveys.items():

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dist_lm.chat.layouts.turns import conversation_of
+from dist_lm.chat.layouts.tools import TOOLS
+from dist_lm.chat.layouts.transcript import MEDIA, one_of
+from dist_lm.chat.layouts.turns import JSON_TURNS, conversation_of, turns_in
 from dist_lm.chat.messages import ChatError, Conversation, Message, check_conversation
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.prompts import find_prompts
@@ -25,8 +27,6 @@ ROW_KINDS = (".jsonl", ".txt", ".json", ".parquet", ".jsonl.gz", ".jsonl.zst")
 PROMPT = "prompt"
 # Columns of a prompt where there is no `prompt`: OpenRLHF reads `input` unless it is told another name.
 OTHER_COLUMNS = ("messages", "context_messages", "input", "question", "problem", "query", "instruction")
-TOOLS = ("tools", "functions")
-MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def prompt_of(columns: Mapping[str, Any]) -> Conversation:
     if value in (None, "", []):
         raise ChatError("the prompt is empty: write a request, or remove the line")
 
-    tools = [columns[name] for name in TOOLS if columns.get(name)]
+    tools = one_of(columns, TOOLS) if any(columns.get(name) for name in TOOLS) else None
     if isinstance(value, str) and not is_turns(value):
         conversation = Conversation((Message("user", value),))
         if tools:
-            conversation = conversation_of([{"role": "user", "content": value}], tools[0])
+            conversation = conversation_of([{"role": "user", "content": value}], tools)
     else:
-        conversation = conversation_of(value, tools[0] if tools else None)
+        conversation = conversation_of(value, tools)
 
     check_conversation(conversation)
     last = conversation.messages[-1]
@@ -120,13 +120,7 @@ def prompt_column(columns: Mapping[str, Any]) -> str:
 
 def is_turns(text: str) -> bool:
     """Tells whether a text is a list of turns as JSON, which tables and scripts write."""
-    if not text.lstrip().startswith("["):
-        return False
-    try:
-        turns = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return bool(turns) and all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns)
+    return bool(JSON_TURNS.match(text)) and turns_in(text) is not None
 
 
 def _lines_of_text(file: Path) -> Iterator[FileRow]:

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
 
-from dist_lm.chat.layouts.registry import COLUMNS, MEDIA, common_layout, expected_columns, turns_in
+from dist_lm.chat.layouts.registry import COLUMNS, common_layout, expected_columns
+from dist_lm.chat.layouts.transcript import MEDIA
+from dist_lm.chat.layouts.turns import turns_in
 from dist_lm.chat.messages import ChatError
 from dist_lm.chat.ranking import Ranking, check_ranking
 from dist_lm.config.corpus import SourceConfig

@@ -67,9 +67,11 @@ def kto_losses(
         better_N, worse_N: log-ratios.
         point: scalar; the reference point z0, the KL divergence from the reference, at least 0.
     """
-    desirable_N = 1 - (beta * (better_N - point)).sigmoid()
-    undesirable_N = 1 - (beta * (point - worse_N)).sigmoid()
-    return (desirable_weight * desirable_N + undesirable_weight * undesirable_N) / 2
+    wanted_N = torch.ones_like(better_N, dtype=torch.bool)
+    weights = (desirable_weight, undesirable_weight)
+    of_better_N = kto_label_losses(better_N, wanted_N, point, beta, *weights)
+    of_worse_N = kto_label_losses(worse_N, ~wanted_N, point, beta, *weights)
+    return (of_better_N + of_worse_N) / 2
 
 
 def kto_label_losses(
@@ -88,7 +90,7 @@ def kto_label_losses(
         point: as of `kto_losses`.
     """
     lead_L = beta * (ratio_L - point)
-    weight_L = torch.where(wanted_L, desirable_weight, undesirable_weight)
+    weight_L = torch.full_like(ratio_L, undesirable_weight).masked_fill(wanted_L, desirable_weight)
     return weight_L * (1 - torch.where(wanted_L, lead_L, -lead_L).sigmoid())
 
 

@@ -71,11 +71,6 @@ def answers(function: Callable[..., Any], form: Form, judged: list[Judged]) -> l
         return [{"failure": reason, "call": True} for _ in judged]
 
 
-def answer(function: Callable[[str, str], Any], prompt: str, completion: str) -> Answer:
-    """Calls a function of two texts and returns its answer."""
-    return answers(function, Form("plain", frozenset()), [Judged(prompt, completion)])[0]
-
-
 def _answer(value: Any) -> Answer:
     """Returns the answer for a value: a finite number, None (it does not apply), or a failure."""
     if value is None:

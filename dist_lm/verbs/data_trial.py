@@ -61,23 +61,7 @@ def try_command(
             if measure:
                 measure(plan.target.config)
         except VocabularyError as error:
-            if not error.most:
-                raise
-            if error.most < LEAST_PIECES:
-                sources = [
-                    source for group in (plan.target.config.corpus.corpora or {}).values() for source in group or []
-                ]
-                paths = [path for source in sources for path in source.path or []]
-                raise ArtefactError(
-                    f"{listed(paths, LISTED)}: too little text for a tokenizer: it gives {error.most:,} pieces, of at "
-                    f"least {LEAST_PIECES}. Add text, or name the columns that hold it: those that were found may be "
-                    "titles"
-                ) from error
-            return Remedy(
-                f"the text gives {error.most:,} pieces of a tokenizer, fewer than the model has: the commands lower "
-                "model.vocab_size",
-                overrides=(f"model.vocab_size={error.most}",),
-            )
+            return _smaller_vocabulary(error, plan.target.config)
         except NothingHeldOutError as error:
             if error.share is None or error.share >= LARGEST_SHARE:
                 raise
@@ -114,6 +98,30 @@ def _without_model(words: Sequence[str], folder: Path) -> list[str]:
                 raise
             vocab_size = error.most
     return [*words, f"tokenizer={path}", f"model.vocab_size={vocab_size}"]
+
+
+def _smaller_vocabulary(error: VocabularyError, config: Config) -> Remedy:
+    """Returns the vocabulary that the text fills.
+
+    Raises:
+        VocabularyError: `error` itself, if the vocabulary is too small.
+        ArtefactError: the text fills none that a tokenizer may have; names the paths of the sources.
+    """
+    if not error.most:
+        raise error
+    if error.most < LEAST_PIECES:
+        corpora = config.corpus.corpora or {}
+        paths = [path for sources in corpora.values() for source in sources or [] for path in source.path or []]
+        raise ArtefactError(
+            f"{listed(paths, LISTED)}: too little text for a tokenizer: it gives {error.most:,} pieces, of at least "
+            f"{LEAST_PIECES}. Add text, or name the columns that hold it: those that were found may be titles"
+        ) from error
+
+    return Remedy(
+        f"the text gives {error.most:,} pieces of a tokenizer, fewer than the model has: the commands lower "
+        "model.vocab_size",
+        overrides=(f"model.vocab_size={error.most}",),
+    )
 
 
 def _build(plan: Plan) -> None:

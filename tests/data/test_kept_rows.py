@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_lm.chat.documents import read_row, row_of, write_conversation
+from dist_lm.chat.documents import read_kept_row, row_of, write_conversation
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.inspect import inspect_corpus
@@ -105,7 +105,7 @@ def read_documents(files: dict[str, bytes]) -> int:
 def test_a_row_has_the_document_and_the_other_columns():
     text = write_conversation(Conversation((Message("system", "Be brief."), *conversation(1).messages)))
     document = Document(text, "chat", "s", "own", "", "conversation", row='{"level": 3}')
-    prompt, columns = read_row(row_of(document))
+    prompt, columns = read_kept_row(row_of(document))
     assert prompt.messages == (Message("system", "Be brief."), Message("user", "Say 1"))
     assert [turn["role"] for turn in columns.pop("messages")] == ["system", "user", "assistant"]
     assert columns == {"level": 3}
@@ -131,7 +131,7 @@ def test_readers_keep_the_columns_that_are_no_part_of_the_text(tmp_path):
     )
     (document,) = read_hub_rankings(source, 0)
     assert isinstance(document, Document)
-    prompt, columns = read_row(row_of(document))
+    prompt, columns = read_kept_row(row_of(document))
     assert prompt.messages == (Message("user", "a"),)
     assert columns == {"margin": 2.5, "completions": ["b", "c"], "ranks": [0, 1], "judgements": []}
 

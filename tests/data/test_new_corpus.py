@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ import dist_lm
 from dist_lm.__main__ import data_new
 from dist_lm.data.corpus_file import next_commands
 from dist_lm.data.ingest import TextSplits
-from dist_lm.data.new import new_corpus
+from dist_lm.data.new import Remedy, new_corpus
 from dist_lm.data.propose import columns_of, propose
-from dist_lm.errors import ConfigError, UserError
+from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.prepare.compose import compose_config
 from dist_lm.prepare.conf_folders import choices
 
@@ -318,6 +319,21 @@ def test_an_impossible_output_is_refused_before_data_is_read(tmp_path, out, word
     (tmp_path / "afile").write_text("")
     with pytest.raises(ConfigError, match=words):
         new_corpus(["/nowhere"], tmp_path / out, Console(), sample_bytes=1, reserved_names=choices("corpus"))
+
+
+def test_a_file_that_no_setting_helps_is_not_written(data, tmp_path):
+    """Finds a file that is written after the last try without what that one asked for."""
+    out = tmp_path / "lab" / "corpus" / "ours.yaml"
+    commands = []
+
+    def never_enough(folder: Path, overrides: Sequence[str]) -> Remedy:
+        commands.append(list(overrides))
+        return Remedy(f"try {len(commands)}", overrides=(f"model.n_layers={len(commands)}",))
+
+    with pytest.raises(ArtefactError, match=r"^no settings were found .*: try \d+$"):
+        new_corpus([str(data / "repo")], out, Console(), sample_bytes=1 << 20, trial=never_enough)
+    assert not out.exists()
+    assert [len(overrides) for overrides in commands] == sorted({len(overrides) for overrides in commands})
 
 
 def test_the_verb_knows_the_names_of_dist_lm(data):

@@ -53,6 +53,14 @@ def read(path: Path, **keys: object) -> list[Any]:
     return list(SourceReader(0).read(SourceConfig(**{"reader": "files", "path": str(path), **keys})))
 
 
+def test_an_operator_at_the_beginning_of_a_line_is_no_magic():
+    """An expression may go on with `%` or `!=`: as a comment, it left code that no parser takes."""
+    source = "text = ('%s'\n        % name)\n\n\nok = (1\n      != 2)\n%time run()\n  !ls -l\nx = (7\n%2)"
+    text, _ = notebook_text(notebook([{"cell_type": "code", "source": source}]))
+    assert text == "# %%\n" + source.replace("%time", "# %time").replace("!ls", "# !ls") + "\n"
+    ast.parse(text)
+
+
 @pytest.mark.parametrize("suffix", [".ipynb", ".ipynb.xz"])
 def test_cells_are_code_and_comments(tmp_path, suffix):
     content = notebook()

@@ -15,6 +15,7 @@ from dist_lm.rlhf.preference import (
     PreferenceLoss,
     dpo_losses,
     ipo_losses,
+    kto_label_losses,
     kto_losses,
     log_odds,
     orpo_losses,
@@ -47,6 +48,19 @@ def test_kto() -> None:
     first = 1.5 * (1 - sigmoid(0.4 * (1.5 - 0.5))) + 0.75 * (1 - sigmoid(0.4 * (0.5 - 0.25)))
     second = 1.5 * (1 - sigmoid(0.4 * (-0.5 - 0.5))) + 0.75 * (1 - sigmoid(0.4 * (0.5 - 0.75)))
     assert found.tolist() == pytest.approx([first / 2, second / 2])
+
+
+def test_kto_of_labels_is_half_of_that_of_pairs_in_any_precision() -> None:
+    """Finds weights of another dtype than the log-ratios: 0.7 in fp32 is off by 1e-8."""
+    better, worse, point = (torch.tensor(values, dtype=torch.float64) for values in (BETTER, WORSE, 0.5))
+    pairs = kto_losses(better, worse, point, 0.4, 1.3, 0.7)
+    expected = 1.3 * (1 - (0.4 * (better - point)).sigmoid()) + 0.7 * (1 - (0.4 * (point - worse)).sigmoid())
+    assert torch.allclose(pairs, expected / 2, rtol=0, atol=1e-15)
+
+    wanted = torch.tensor([True, False])
+    labels = kto_label_losses(torch.stack([better[0], worse[0]]), wanted, point, 0.4, 1.3, 0.7)
+    assert labels.dtype == torch.float64
+    assert torch.allclose(labels.sum() / 2, pairs[0], rtol=0, atol=1e-15)
 
 
 def test_orpo() -> None:

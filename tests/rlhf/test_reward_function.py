@@ -3,11 +3,13 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_lm.rlhf.config import RewardPartConfig
-from dist_lm.rlhf.reward_function import answer
+from dist_lm.rlhf.reward_forms import Judged, form_of
+from dist_lm.rlhf.reward_function import answers
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rules import Failure, FunctionRule, RewardError, RuleInput
 from tests.patience import patient
@@ -110,10 +112,16 @@ def test_a_function_that_its_process_cannot_import_ends_the_run(rule_of, functio
 def test_numbers_of_other_libraries_are_numbers():
     import numpy as np
 
+    def answer(value: object) -> dict[str, Any]:
+        def score(request: str, completion: str) -> object:
+            return value
+
+        return answers(score, form_of(score), [Judged("", "")])[0]
+
     for value, expected in ((np.float32(0.5), 0.5), (np.int64(2), 2.0), (True, 1.0)):
-        assert answer(lambda prompt, completion, value=value: value, "", "") == {"value": expected}
+        assert answer(value) == {"value": expected}
     for value in ([1.0], 10**400, float("inf"), 1j):
-        assert "failure" in answer(lambda prompt, completion, value=value: value, "", "")
+        assert "failure" in answer(value)
 
 
 def judge_of(orders: list[str], max_failed_fraction: float) -> tuple[Judge, Callable[[], object]]:

@@ -9,7 +9,7 @@ The user's turn is the instruction and, on the next line, the input, as in LLaMA
 from collections.abc import Mapping
 
 from dist_lm.chat.layouts.tools import tools_of
-from dist_lm.chat.layouts.transcript import Transcript, list_of, text_of, value_of
+from dist_lm.chat.layouts.transcript import Transcript, list_of, plain_text, text_of, value_of
 from dist_lm.chat.layouts.turns import with_system
 from dist_lm.chat.messages import ChatError, Conversation, Json, shown
 
@@ -37,10 +37,10 @@ def read(row: Mapping[str, Json], tools: Json = None, system: Json = None) -> Co
         where = f"{HISTORY}[{number}]"
         if not isinstance(pair, list) or len(pair) != 2:
             raise ChatError(f"{where}: {shown(pair)}; expected a list of a question and its answer")
-        transcript.say("user", _text(pair[0], where), where)
-        transcript.say("assistant", _text(pair[1], where), where)
+        transcript.say("user", plain_text(pair[0], where), where)
+        transcript.say("assistant", plain_text(pair[1], where), where)
 
-    parts = [_text(row[INSTRUCTION], INSTRUCTION), _one_of(row, INPUTS)]
+    parts = [plain_text(row[INSTRUCTION], INSTRUCTION), _one_of(row, INPUTS)]
     transcript.say("user", "\n".join(part for part in parts if part), INSTRUCTION)
     transcript.say("assistant", _one_of(row, OUTPUTS), "the answer")
     return with_system(transcript.conversation(), text_of(system, "system"))
@@ -52,13 +52,7 @@ def _one_of(row: Mapping[str, Json], names: tuple[str, ...]) -> str:
     Raises:
         ChatError: two have a text, one of which would be lost.
     """
-    texts = {name: _text(row[name], name) for name in names if row.get(name)}
+    texts = {name: plain_text(row[name], name) for name in names if row.get(name)}
     if len(texts) > 1:
         raise ChatError(f"the row has {' and '.join(texts)}: expected one of them")
     return next(iter(texts.values()), "")
-
-
-def _text(value: Json, where: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise ChatError(f"{where}: {shown(value)}; expected text")

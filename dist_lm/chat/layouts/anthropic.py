@@ -62,6 +62,7 @@ def _add_answer(transcript: Transcript, blocks: Sequence[Json], where: str, lear
     texts: list[str] = []
     calls: list[Call] = []
     call_ids: list[str] = []
+
     for block in blocks:
         kind = block.get("type") if isinstance(block, Mapping) else None
         if kind == "thinking":
@@ -69,7 +70,10 @@ def _add_answer(transcript: Transcript, blocks: Sequence[Json], where: str, lear
             if texts or calls:
                 raise ChatError(f"{where}: thinking behind text or calls; expected it first")
             thinking.append(text_of(block.get("thinking"), where))
-        elif kind == "redacted_thinking":
+            continue
+
+        # A turn of ours has one order: thinking, text, calls.
+        if kind == "redacted_thinking":
             raise ChatError(f"{where}: redacted_thinking cannot be read: remove the block")
         elif kind == "tool_use":
             refuse_lost(block, ("type", "id", "name", "input", *IGNORED), where)
@@ -81,6 +85,7 @@ def _add_answer(transcript: Transcript, blocks: Sequence[Json], where: str, lear
             if calls and text:
                 raise ChatError(f"{where}: text after a call; expected it before the calls")
             texts.append(text)
+
     transcript.say(
         "assistant",
         "".join(texts),

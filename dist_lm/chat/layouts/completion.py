@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dist_lm.chat.layouts.transcript import list_of, value_of
-from dist_lm.chat.layouts.turns import conversation_of, style_of
+from dist_lm.chat.layouts.turns import conversation_of, style_of, turns_in
 from dist_lm.chat.messages import ChatError, Conversation, Json, shown
 
 # Columns of the question and of the answer that are read together.
@@ -65,18 +64,13 @@ def read(row: Mapping[str, Json], tools: Json = None, system: Json = None) -> Co
 def _turns(value: Json, role: str, name: str) -> Sequence[Json]:
     """Returns the turns of a column: those of a list, or one of `role` with the text.
 
-    A text that is a JSON list of objects is such a list.
+    A text that is the JSON of turns is such a list.
 
     Raises:
         ChatError: the column holds something else; the message begins with `name`.
     """
-    if isinstance(value, str):
-        if value.lstrip().startswith("[{"):
-            try:
-                return list_of(value_of(value, name), name)
-            except ChatError:
-                pass  # a text that only begins like a list
-        return [{"role": role, "content": value}]
     if isinstance(value, list):
         return value
+    if isinstance(value, str):
+        return turns_in(value) or [{"role": role, "content": value}]
     raise ChatError(f"{name}: {shown(value)}; expected text, or a list of turns")

@@ -1,29 +1,20 @@
 """The layouts of rows that hold conversations: by which columns and shapes each is recognised, and what reads it."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from dist_lm.chat import json_text
 from dist_lm.chat.layouts import alpaca, completion
-from dist_lm.chat.layouts.turns import conversation_of, style_of
+from dist_lm.chat.layouts.tools import TOOLS
+from dist_lm.chat.layouts.transcript import MEDIA, is_empty, one_of
+from dist_lm.chat.layouts.turns import SYSTEMS, conversation_of, style_of, turns_in
 from dist_lm.chat.messages import ChatError, Conversation, Json
 
 Row = Mapping[str, Any]
 # Usual names of the column of turns, the likeliest first.
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-TOOLS = ("tools", "functions", "available_tools")  # columns of tools; the second is OpenAI's older name
-SYSTEMS = ("system", "system_prompt", "system_message")  # columns of the text of the system
-# Columns that hold something else than text, and what it is.
-MEDIA = {
-    **dict.fromkeys(("image", "images", "img", "picture", "pixel_values"), "images"),
-    **dict.fromkeys(("audio", "audios", "speech", "waveform"), "audio"),
-    **dict.fromkeys(("video", "videos"), "videos"),
-}
 CHOSEN = "chosen"  # column of the better answer in rows of preferences
-JSON_TURNS = re.compile(r"\s*\[\s*\{")  # how a list of turns begins as JSON text
 
 
 @dataclass(frozen=True)
@@ -36,12 +27,12 @@ class Layout:
 
 
 def _read_turns(row: Row, column: str, style: str) -> Conversation:
-    return conversation_of(row[column], _tools(row), _one_of(row, SYSTEMS), style=style, name=column)
+    return conversation_of(row[column], one_of(row, TOOLS), one_of(row, SYSTEMS), style=style, name=column)
 
 
 def _read_columns(read: Callable[[Row, Json, Json], Conversation]) -> Callable[[Row, str], Conversation]:
     """Returns the reader of a layout without a column of turns; `read` gets a row, its tools and its system text."""
-    return lambda row, _: read(row, _tools(row), _one_of(row, SYSTEMS))
+    return lambda row, _: read(row, one_of(row, TOOLS), one_of(row, SYSTEMS))
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -102,7 +93,7 @@ def read_row(row: Row, column: str = "") -> Conversation | None:
             the layout refuses it.
     """
     for name, kind in MEDIA.items():
-        if name != column and not _is_empty(row.get(name)):
+        if name != column and not is_empty(row.get(name)):
             raise ChatError(f"column {name}: {kind} cannot be read: remove the column, or these rows")
 
     # Learning an answer that the row calls bad would be worse than not reading it.
@@ -124,7 +115,7 @@ def read_row(row: Row, column: str = "") -> Conversation | None:
         return None
     conversation = layout.read(row, turns_column)
     # Such a row asks in its turns, and has its answers elsewhere.
-    if not _is_empty(row.get(CHOSEN)) and conversation.messages and conversation.messages[-1].role != "assistant":
+    if not is_empty(row.get(CHOSEN)) and conversation.messages and conversation.messages[-1].role != "assistant":
         raise ChatError(f"column {CHOSEN} holds the answer: rows of preferences have another reader")
     return conversation
 
@@ -145,41 +136,3 @@ def common_layout(rows: Iterable[Row], column: str = "") -> tuple[Layout, str] |
         return None
     name, turns_column = max(votes, key=lambda key: votes[key])
     return LAYOUTS[name], turns_column
-
-
-def turns_in(value: Json) -> list | None:
-    """Returns a list of turns, or that of its JSON text; None if the value is no such list."""
-    if isinstance(value, str):
-        if not JSON_TURNS.match(value):
-            return None
-        try:
-            value = json_text.read(value, "turns")
-        except ChatError:
-            return None
-    if not isinstance(value, list) or not value:
-        return None
-    first = value[0]
-    if isinstance(first, Mapping) and ("role" in first or "from" in first):
-        return value
-    return None
-
-
-def _tools(row: Row) -> Json:
-    """Returns the value of the column of tools.
-
-    Raises:
-        ChatError: two columns have tools, and those of one would be lost.
-    """
-    return _one_of(row, TOOLS)
-
-
-def _one_of(row: Row, names: tuple[str, ...]) -> Json:
-    present = [name for name in names if not _is_empty(row.get(name))]
-    if len(present) > 1:
-        raise ChatError(f"the row has {' and '.join(present)}: expected one of them")
-    return row[present[0]] if present else None
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether a cell holds nothing; JSON of an empty list is nothing too."""
-    return value is None or (isinstance(value, str | bytes | list | dict) and (not value or value in ("[]", "null")))

@@ -17,6 +17,7 @@ from dist_lm.chat.layouts.transcript import (
     SWITCHES,
     Transcript,
     learned,
+    plain_text,
     refuse_lost,
     result_of,
     split_thinking,
@@ -65,7 +66,7 @@ def add_turns(transcript: Transcript, turns: Sequence[Json]) -> None:
         elif speaker in SPEAKERS:
             role = SPEAKERS[speaker]
             is_learned = learned(turn, role, where)
-            text, calls = _text(value, where), ()
+            text, calls = plain_text(value, f"{where}: value"), ()
             if role == "assistant":
                 text, calls = _text_and_calls(text, where)
             transcript.say(role, text, where, calls=calls, learn=is_learned)
@@ -133,9 +134,8 @@ def _results(value: Json, num_calls: int, where: str) -> list[Json]:
 def _blocks(text: str, opening: str, closing: str) -> tuple[str, list[str], str]:
     """Returns (text before, contents, text behind) of blocks between marks, with only white space between the blocks.
 
-    The time grows linearly with the text: no pattern searches from every mark.
-
-    Without a whole block, the first is the whole text.
+    Text without a whole block is `text before`. The time grows linearly with the text: no pattern searches from every
+    mark.
     """
     begin = text.find(opening)
     before, contents = text[:begin], []
@@ -150,9 +150,3 @@ def _blocks(text: str, opening: str, closing: str) -> tuple[str, list[str], str]
     if not contents:
         return text, [], ""
     return before, contents, text[begin:]
-
-
-def _text(value: Json, where: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise ChatError(f"{where}: value: {shown(value)}; expected text")

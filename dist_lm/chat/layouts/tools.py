@@ -6,6 +6,7 @@ from typing import Any
 from dist_lm.chat.layouts.transcript import list_of, refuse_lost, says_nothing, value_of
 from dist_lm.chat.messages import ChatError, Json, Tool, shown
 
+TOOLS = ("tools", "functions", "available_tools")  # columns of a row; the second is OpenAI's older name
 TOOL = ("name", "description", "parameters", "input_schema", "strict")  # strict: how the API samples arguments
 IGNORED = ("cache_control",)  # of Anthropic's API: what it keeps in memory
 

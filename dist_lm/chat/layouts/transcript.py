@@ -15,6 +15,20 @@ from dist_lm.chat.schema import check_tool, problems
 THINKING = re.compile(r"\s*<think>\n?(.*?)\n?</think>\s*", re.DOTALL)  # at the beginning of an answer
 # Keys of a turn that say whether the loss counts it: OpenAI and axolotl, axolotl, ms-swift.
 SWITCHES = ("weight", "train", "training", "loss")
+# Columns of a row that hold something else than text, and what it is.
+MEDIA = {
+    "image": "images",
+    "images": "images",
+    "img": "images",
+    "picture": "images",
+    "pixel_values": "images",
+    "audio": "audio",
+    "audios": "audio",
+    "speech": "audio",
+    "waveform": "audio",
+    "video": "videos",
+    "videos": "videos",
+}
 # Types of parts of a turn that are no text, and what they are called.
 MEDIA_PARTS = {
     "image": "images",
@@ -195,6 +209,30 @@ def text_of(value: Json, where: str) -> str:
         refuse_lost(part, ("type", "text", "cache_control"), f"{where}: content")
         texts.append(part["text"])
     return "".join(texts)
+
+
+def plain_text(value: Json, where: str) -> str:
+    """Returns a value that is a text; empty for None. Raises ChatError, which begins with `where`, for another one."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise ChatError(f"{where}: {shown(value)}; expected text")
+
+
+def one_of(row: Mapping[str, Any], names: Sequence[str]) -> Json:
+    """Returns the cell of the one column of `names` that holds something; None if none does.
+
+    Raises:
+        ChatError: two do, one of which would be lost.
+    """
+    present = [name for name in names if not is_empty(row.get(name))]
+    if len(present) > 1:
+        raise ChatError(f"the row has {' and '.join(present)}: expected one of them")
+    return row[present[0]] if present else None
+
+
+def is_empty(cell: Any) -> bool:
+    """Whether a cell holds nothing; JSON of an empty list is nothing too."""
+    return cell is None or (isinstance(cell, str | bytes | list | dict) and (not cell or cell in ("[]", "null")))
 
 
 def not_text(kind: Json, where: str) -> ChatError:

@@ -1,13 +1,17 @@
 """Reads a list of turns in any style: OpenAI's, ShareGPT's or Anthropic's, found by the keys of the turns."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from dist_lm.chat import json_text
 from dist_lm.chat.layouts import anthropic, openai, sharegpt
 from dist_lm.chat.layouts.tools import tools_of
 from dist_lm.chat.layouts.transcript import Transcript, list_of, text_of, value_of
 from dist_lm.chat.messages import ChatError, Conversation, Json, Message
 
+SYSTEMS = ("system", "system_prompt", "system_message")  # columns of the text of the system
+JSON_TURNS = re.compile(r"\s*\[\s*\{")  # how a list of turns begins as JSON text
 STYLES: dict[str, Callable[[Transcript, Sequence[Json]], None]] = {
     "openai": openai.add_turns,
     "sharegpt": sharegpt.add_turns,
@@ -39,6 +43,24 @@ def conversation_of(
     transcript = Transcript(tools_of(tools))
     STYLES[style or style_of(turn_list)](transcript, turn_list)
     return with_system(transcript.conversation(), text_of(system, "system"))
+
+
+def turns_in(value: Json) -> list | None:
+    """Returns a list of turns, or that of its JSON text; None if the value is no such list."""
+    if isinstance(value, str):
+        if not JSON_TURNS.match(value):
+            return None
+        try:
+            value = json_text.read(value, "turns")
+        except ChatError:
+            return None
+
+    if not isinstance(value, list) or not value:
+        return None
+    first = value[0]
+    if isinstance(first, Mapping) and ("role" in first or "from" in first):
+        return value
+    return None
 
 
 def style_of(turns: Sequence[Json]) -> str:

@@ -14,7 +14,9 @@ from dataclasses import replace
 from functools import partial
 
 from dist_lm.chat.documents import write_conversation
-from dist_lm.chat.layouts.registry import COLUMNS, SYSTEMS, TOOLS, TURNS, read_row
+from dist_lm.chat.layouts.registry import COLUMNS, TURNS, read_row
+from dist_lm.chat.layouts.tools import TOOLS
+from dist_lm.chat.layouts.turns import SYSTEMS
 from dist_lm.chat.messages import ChatError, Conversation
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row

@@ -27,7 +27,9 @@ COMMENTS = {
     }.items()
 }
 IPYTHON = ("python", "ipython", "python3", "sage", "sagemath")
-MAGIC = re.compile(r"^(\s*)([%!].*)$", re.MULTILINE)  # lines that IPython, not Python, reads
+# Lines that IPython, not Python, reads: `%matplotlib inline`, `!pip install`, but not `% name` or `!= 1`, with which an
+# expression goes on.
+MAGIC = re.compile(r"^([ \t]*)(%[a-zA-Z].*|!(?!=).*)$", re.MULTILINE)
 IMAGE = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
 
 

@@ -11,17 +11,18 @@ Turns are read as those of conversations are (`chat.layouts.turns`), and may be 
 compares nothing is counted under a word: tied, differ_earlier (answers to different turns), no_ranking.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dist_lm.chat.layouts.turns import conversation_of
-from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.layouts.tools import TOOLS, tools_of
+from dist_lm.chat.layouts.transcript import MEDIA, list_of, one_of, plain_text, value_of
+from dist_lm.chat.layouts.turns import SYSTEMS, conversation_of
+from dist_lm.chat.messages import ChatError, Conversation, Message, Tool
 from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
 from dist_lm.chat.template import thinking_block
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.prompt_rows import MEDIA, is_turns
+from dist_lm.data.prompt_rows import is_turns
 from dist_lm.data.sources.formats import BadRow, Row
 from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set
 from dist_lm.data.sources.hub_rankings import BY_ROW, HH_TURN, PARTS_OF_TEXT, hh_turns
@@ -33,11 +34,9 @@ from dist_lm.errors import ConfigError
 
 PROMPT = "prompt"
 PROMPTS = (PROMPT, "messages", "conversations", "conversation", "instruction", "question", "query", "input")
-SYSTEMS = ("system", "system_prompt")
 COMPLETIONS = ("completions", "responses", "answers", "candidates", "generations")
 RANKS, SCORES = ("ranks", "rank"), ("scores", "score", "rewards", "reward", "ratings", "rating", "overall_score")
 TEXTS = ("content", "text", "response", "completion", "answer", "output", "generated_text", "value")
-TOOLS = ("tools", "functions")
 ROLE_KEYS = ("role", "from")
 PARTS = (*PARTS_OF_TEXT, *PROMPTS, *SYSTEMS, *COMPLETIONS, *RANKS, "completion", "label", "judgements", *TOOLS)
 
@@ -194,7 +193,8 @@ def labelled_ranking(row: Row) -> Ranking:
         label = {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower(), label)
     if label not in (True, False):  # 1 and 0 are among them
         raise ChatError(f"label: {label!r:.40}; expected true or false")
-    return Ranking(Conversation(tuple(before or prompt_turns(row)), _tools(row)), (completion,), label=bool(label))
+    prompt = Conversation(tuple(before or prompt_turns(row)), _tools(row))
+    return Ranking(prompt, (completion,), label=bool(label))
 
 
 def prompt_turns(row: Row) -> list[Message]:
@@ -218,11 +218,9 @@ def prompt_turns(row: Row) -> list[Message]:
     elif names:
         raise ChatError(f"the columns {', '.join(names)} may all be the prompt: name one of them {PROMPT}")
 
-    systems = [row[name] for name in SYSTEMS if row.get(name)]
-    if systems and turns and turns[0].role != "system":
-        if not isinstance(systems[0], str):
-            raise ChatError("system: expected a text")
-        turns.insert(0, Message("system", systems[0]))
+    system = plain_text(one_of(row, SYSTEMS), "system")
+    if system and turns and turns[0].role != "system":
+        turns.insert(0, Message("system", system))
     return turns
 
 
@@ -295,10 +293,14 @@ def _mappings(values: Any) -> list[Mapping[str, Any]]:
     return list(values)
 
 
-def _tools(row: Row) -> tuple[Any, ...]:
+def _tools(row: Row) -> tuple[Tool, ...]:
     """Returns the tools of a row."""
-    tools = [row[name] for name in TOOLS if row.get(name)]
-    return conversation_of([{"role": "user", "content": "x"}], tools[0]).tools if tools else ()
+    return tools_of(one_of(row, TOOLS))
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    """Returns a list, also from its JSON. Raises ChatError, which begins with `where`, for another value."""
+    return list_of(value_of(value, where), where)
 
 
 def _number(value: Any, where: str) -> float:
@@ -310,17 +312,6 @@ def _number(value: Any, where: str) -> float:
     if not math.isfinite(number):
         raise ChatError(f"{where}: {value!r:.40}; expected a number")
     return number
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            value = None
-    if not isinstance(value, list | tuple):
-        raise ChatError(f"{where}: expected a list")
-    return list(value)
 
 
 def _known(read: Callable[[Row], Ranking | None]) -> Callable[[Row], Ranking | str]:

@@ -12,7 +12,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import overload
 
-from dist_lm.chat.documents import read_row
+from dist_lm.chat.documents import read_kept_row
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.parse import parse
 from dist_lm.chat.template import prompt as rendered
@@ -265,6 +265,7 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer, with_rows: boo
             f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
             "stage.corpus, or give rlhf.prompts_from=FILE"
         )
+
     # A dict keeps the order of the corpus and each prompt once.
     prompts: dict[tuple[int, ...], PromptRow] = {}
     kept_rows = read_kept_rows(directory, split) if with_rows else repeat("")
@@ -291,7 +292,7 @@ def _row_of(kept_row: str, token_ids: Sequence[int], tokenizer: Tokenizer) -> Pr
     from dist_lm.chat.jinja_text import messages_of  # imports jinja2, which the launcher does without
 
     if kept_row:
-        conversation, columns = read_row(kept_row)
+        conversation, columns = read_kept_row(kept_row)
         return PromptRow(messages_of(conversation.messages), columns)
     if tokenizer.kept_template:
         return PromptRow([{"role": "user", "content": request_reader(tokenizer)(token_ids)}])
