@@ -307,11 +307,8 @@ class Decoder:
         lengths = [torch.linalg.vector_norm(x_NHK.flatten(1), dim=1) for x_NHK in part_NHK.split(counts, dim=1)]
         sum_N2 = self.axis.sum(torch.stack(lengths, dim=1).square())
         scale_N2 = torch.rsqrt(sum_N2 / self._n_entries_2 + config.norm_eps).to(qk_NHK.dtype)
-        return (
-            qk_NHK
-            * scale_N2.repeat_interleave(self._counts_2, dim=1, output_size=qk_NHK.shape[1])[..., None]
-            * weight_HK
-        )
+        scale_NH = scale_N2.repeat_interleave(self._counts_2, dim=1, output_size=qk_NHK.shape[1])
+        return qk_NHK * scale_NH[..., None] * weight_HK
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits (N, V) of hidden states."""
