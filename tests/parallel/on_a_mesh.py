@@ -97,6 +97,7 @@ def rank_steps(
                 outcome.losses.append(float(model.token_losses(own).sum()))
             reshard(model)
             checkpoint.tensors_of(model, optimizer, model_config)
+    optimizer.gather_variances()
     if save is not None:
         tensors = checkpoint.tensors_of(model, optimizer, model_config)
         checkpoint.write(save, tensors, TrainState(step=steps.stop), model_config, world)
