@@ -15,10 +15,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from dist_lm.model.size import Shape
-from dist_lm.parallel.layout import AXES, Layout, Placement
+from dist_lm.config.model import ModelConfig
+from dist_lm.model.size import Shape, is_matrix, is_trained
+from dist_lm.parallel.layout import AXES, Layout, Placement, placements
 
 ITERATIONS = 5  # of Newton-Schulz, in `training.muon`
+BUCKET_BYTES = 256 << 20  # most bytes of whole matrices that a rank owns in a bucket
+
+# FLOPs of a GPU in the time that one byte takes to come from another replica: 0.7 of 989 TFLOP/s beside 50 GB/s (H100).
+GPU_FLOPS_PER_BYTE = 14_000.0
+# CPUs of different kinds round differently. Two of them must not compute the same step, or replicas would drift apart:
+# so a message costs nothing, and replicas always share the work.
+CPU_FLOPS_PER_BYTE = 0.0
 
 Box = tuple[tuple[int, int], ...]
 """(start, stop) in each dimension of a parameter."""
@@ -115,6 +123,21 @@ class Plan:
             # All copies of the unit, this rank's own piece excepted.
             n_sent += size * self.n_places // _n_cuts(self.cuts[unit.parameter], self.layout) - n_own
         return n_sent
+
+
+def plan_of_model(model: ModelConfig, layout: Layout, device: str) -> Plan:
+    """Returns the plan for all matrices of a model that are trained, in the order of its parameters.
+
+    Args:
+        device: cuda | cpu; on a GPU, messages are bf16.
+    """
+    item_bytes, flops_per_byte = (2, GPU_FLOPS_PER_BYTE) if device == "cuda" else (4, CPU_FLOPS_PER_BYTE)
+    cuts = [
+        cut_of(placement)
+        for name, placement in placements(model, layout).items()
+        if is_matrix(name) and is_trained(name, model)
+    ]
+    return make_plan(cuts, layout, BUCKET_BYTES // item_bytes, flops_per_byte * item_bytes)
 
 
 def make_plan(cuts: Sequence[Cut], layout: Layout, bucket_entries: int, flops_per_entry: float) -> Plan:

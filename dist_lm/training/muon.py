@@ -11,7 +11,7 @@ Dimensions: N matrices of one shape, I rows, J columns.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +22,24 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dist_lm.parallel.layout import AXES, Layout
 from dist_lm.parallel.mesh import lacks_bf16
-from dist_lm.parallel.owners import ITERATIONS, Box, Cut, Plan, Unit, make_plan, pieces
+from dist_lm.parallel.owners import (
+    BUCKET_BYTES,
+    CPU_FLOPS_PER_BYTE,
+    GPU_FLOPS_PER_BYTE,
+    ITERATIONS,
+    Box,
+    Cut,
+    Plan,
+    Unit,
+    make_plan,
+    pieces,
+)
 from dist_lm.parallel.values import shard_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values from 0.01 to 1 become about 0.7 to 1.2
 EPSILON = 1e-7
 VARIANCE_EPSILON = 1e-8
-STACK_BYTES = 256 << 20  # most bytes of unsharded matrices that a rank handles at once
+STACK_BYTES = 256 << 20  # most bytes of whole matrices that a single rank handles at once
 
 
 @dataclass(frozen=True)
@@ -37,13 +48,11 @@ class Arithmetic:
 
     dtype: torch.dtype | None  # of matrices, also in messages; None: that of the gradients
     by_squares: bool  # whether it takes `newton_schulz_of_squares`
-    # FLOPs that take as long as receiving one byte from another replica; 0: replicas always share the work
-    flops_per_byte: float
+    flops_per_byte: float  # FLOPs in the time that one byte takes to come from another replica
 
 
-# CPUs of different kinds round differently. Two of them must not compute the same step, or replicas would drift apart.
-CPU = Arithmetic(None, True, 0.0)
-GPU = Arithmetic(torch.bfloat16, False, 14_000.0)  # H100: 0.7 of 989 TFLOP/s beside 50 GB/s
+CPU = Arithmetic(None, True, CPU_FLOPS_PER_BYTE)
+GPU = Arithmetic(torch.bfloat16, False, GPU_FLOPS_PER_BYTE)
 GPU_WITHOUT_BF16 = Arithmetic(None, False, 1_000.0)  # V100: 0.7 of 16 TFLOP/s beside 12.5 GB/s
 
 
@@ -82,8 +91,10 @@ def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
     1."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
+        # Sums inside products: fewer passes over the matrices, and fewer roundings in bf16.
         square_NII = x_NIJ @ x_NIJ.mT
-        x_NIJ = a * x_NIJ + (b * square_NII + c * square_NII @ square_NII) @ x_NIJ
+        factor_NII = torch.baddbmm(square_NII, square_NII, square_NII, beta=b, alpha=c)
+        x_NIJ = torch.baddbmm(x_NIJ, factor_NII, x_NIJ, beta=a)
     return x_NIJ
 
 
@@ -126,10 +137,12 @@ class Variance:
         it to 0.2 sqrt(I J). The sum of squares, where they have the mean, cancels out.
 
         Args:
-            step: unsharded orthogonal directions of the parameter; entries outside `neuron_sq` are padding and 0.
+            step: whole orthogonal directions of the parameter; entries outside `neuron_sq` are padding and 0.
         """
         input_dim = -1 if self.neuron_sq.shape[-1] == 1 else -2
-        squares = step.square().sum(input_dim, keepdim=True)
+        # Squares in the dtype of `neuron_sq`, also of a step in bf16.
+        lengths = torch.linalg.vector_norm(step, dim=input_dim, keepdim=True, dtype=self.neuron_sq.dtype)
+        squares = lengths.square()
         logical = tuple(slice(size) for size in self.neuron_sq.shape)
         self.neuron_sq.lerp_(squares[logical], 1 - self.beta)
 
@@ -137,9 +150,9 @@ class Variance:
         factor[logical] = 1 / (self.neuron_sq.sqrt() + VARIANCE_EPSILON)
 
         # The matrix keeps its norm, so a learning rate means the same with and without NorMuon.
-        norm = step.norm(dim=(-2, -1), keepdim=True)
-        step.mul_(factor)
-        step.mul_(norm / (step.norm(dim=(-2, -1), keepdim=True) + VARIANCE_EPSILON))
+        norm = squares.sum(dim=(-2, -1), keepdim=True).sqrt()
+        divided_norm = (squares * factor.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+        step.mul_(factor * (norm / (divided_norm + VARIANCE_EPSILON)))
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,10 @@ def _stacks(stepped: Sequence[Stepped]) -> Iterator[list[int]]:
         yield from (numbers[start : start + stack_size] for start in range(0, len(numbers), stack_size))
 
 
+Pieces = list[list[tuple[Unit, Box]]]
+"""Pieces of units, for each rank of a group."""
+
+
 @dataclass(frozen=True)
 class Message:
     """An exchange under way: parts of a flat tensor from every rank of a group."""
@@ -214,12 +231,13 @@ class Message:
 
 @dataclass
 class Bucket:
-    """The units that are sent together, as this rank sees them, by rank of the group."""
+    """The units that are sent together, as this rank sees them."""
 
-    given: list[list[tuple[Unit, Box]]]  # this rank's pieces that an owner needs
-    taken: list[list[tuple[Unit, Box]]]  # pieces of this rank's own units
-    returned: list[list[tuple[Unit, Box]]]  # pieces of the steps of this rank's own units
-    received: list[list[tuple[Unit, Box]]]  # pieces of the steps that an owner returns to this rank
+    owned: list[Unit]  # by this rank
+    given: Pieces  # this rank's pieces that an owner needs
+    taken: Pieces  # pieces of this rank's own units
+    returned: Pieces  # pieces of the steps of this rank's own units
+    received: Pieces  # pieces of the steps that an owner returns to this rank
 
 
 class Owners:
@@ -241,7 +259,7 @@ class Owners:
         self.plan = make_plan(
             [_cut(parameter) for parameter in parameters],
             _layout(mesh),
-            STACK_BYTES // self.dtype.itemsize,
+            BUCKET_BYTES // self.dtype.itemsize,
             arithmetic.flops_per_byte * self.dtype.itemsize,
         )
 
@@ -255,7 +273,7 @@ class Owners:
         first_rank = dist.get_rank() - self.place
         group_rank = {rank: index for index, rank in enumerate(dist.get_process_group_ranks(self.group))}
 
-        bucket = Bucket(*([[] for _ in group_rank] for _ in range(4)))
+        bucket = Bucket([], *([[] for _ in group_rank] for _ in range(4)))
         for unit in self.plan.units:
             if unit.bucket != number:
                 continue
@@ -267,6 +285,7 @@ class Owners:
                     bucket.given[owner].append((unit, box))
 
             if unit.owner == self.place:
+                bucket.owned.append(unit)
                 for place, piece in pieces(self.plan, unit):
                     peer = group_rank[first_rank + place]
                     bucket.returned[peer].append((unit, piece))
@@ -295,52 +314,53 @@ class Owners:
     def _gather(self, stepped: Sequence[Stepped], bucket: Bucket) -> Message:
         """Starts to send this rank's pieces of directions to their owners (collective)."""
 
-        def direction(unit: Unit, box: Box) -> torch.Tensor:
-            moved = stepped[unit.parameter]
-            # Units part a parameter along its first dimension alone.
-            return moved.direction(self._rows(unit, box)).to(self.device, self.dtype)
-
-        parts = [[direction(unit, box) for unit, box in peer] for peer in bucket.given]
-        return self._exchange(parts, [_size(peer) for peer in bucket.taken])
+        # Units part a parameter along its first dimension alone.
+        directions = (
+            stepped[unit.parameter].direction(self._rows(unit, box)) for peer in bucket.given for unit, box in peer
+        )
+        return self._exchange(directions, bucket.given, bucket.taken)
 
     def _orthogonal(
         self, stepped: Sequence[Stepped], bucket: Bucket, gathered: torch.Tensor
     ) -> dict[Unit, torch.Tensor]:
         """Returns the steps of the units that this rank owns, each (n, I, J) or (I, J)."""
-        wholes: dict[Unit, torch.Tensor] = {}
-        for (unit, box), part in _parts(bucket.taken, gathered):
-            if unit not in wholes:
-                wholes[unit] = gathered.new_empty(self._shape(unit))
-            wholes[unit][_within(unit, box)] = part
-
         # Matrices of one shape are computed together.
         alike: dict[tuple[int, ...], list[Unit]] = {}
-        for unit, whole in wholes.items():
-            alike.setdefault(tuple(whole.shape[-2:]), []).append(unit)
+        for unit in bucket.owned:
+            alike.setdefault(self.plan.cuts[unit.parameter].shape[-2:], []).append(unit)
+        stacks: dict[tuple[int, ...], torch.Tensor] = {}
+        wholes: dict[Unit, torch.Tensor] = {}
+        for shape, units in alike.items():
+            stacks[shape] = gathered.new_empty(sum(unit.end - unit.first for unit in units), *shape)
+            wholes |= self._units(stacks[shape], units)
+        for (unit, box), part in _parts(bucket.taken, gathered):
+            wholes[unit][_within(unit, box)] = part
+        del wholes
+
         steps: dict[Unit, torch.Tensor] = {}
         for shape, units in alike.items():
-            stack_NIJ = torch.cat([wholes.pop(unit).view(-1, *shape) for unit in units])
-            stack_NIJ = orthogonal(stack_NIJ, self.arithmetic)
-            counts = [unit.end - unit.first for unit in units]
-            for unit, step in zip(units, stack_NIJ.split(counts), strict=True):
-                steps[unit] = self._normalised(stepped[unit.parameter], unit, step.view(self._shape(unit)))
+            steps |= self._units(orthogonal(stacks.pop(shape), self.arithmetic), units)
+        for unit, step in steps.items():
+            if (variance := stepped[unit.parameter].variance) is not None:
+                neuron_sq = variance.neuron_sq
+                if neuron_sq.dim() == 3:
+                    neuron_sq = neuron_sq[unit.first : unit.end]
+                replace(variance, neuron_sq=neuron_sq).normalise_(step)
         return steps
 
-    def _normalised(self, moved: Stepped, unit: Unit, step: torch.Tensor) -> torch.Tensor:
-        """Returns the step of a unit after NorMuon, if the parameter has it."""
-        if moved.variance is None:
-            return step
-        neuron_sq = moved.variance.neuron_sq
-        if neuron_sq.dim() == 3:
-            neuron_sq = neuron_sq[unit.first : unit.end]
-        step = step.to(neuron_sq.dtype)
-        replace(moved.variance, neuron_sq=neuron_sq).normalise_(step)
-        return step.to(self.dtype)
+    def _units(self, stack_NIJ: torch.Tensor, units: Sequence[Unit]) -> dict[Unit, torch.Tensor]:
+        """Returns the part of a stack that belongs to each of its units, in the shape of its parameter."""
+        parts = stack_NIJ.split([unit.end - unit.first for unit in units])
+        shapes = [self.plan.cuts[unit.parameter].shape for unit in units]
+        return {
+            unit: part.view(shape) if len(shape) == 2 else part
+            for unit, shape, part in zip(units, shapes, parts, strict=True)
+        }
 
     def _send_back(self, bucket: Bucket, steps: dict[Unit, torch.Tensor]) -> Message:
         """Starts to send the steps of this rank's units to all that hold a piece (collective)."""
-        parts = [[steps[unit][_within(unit, box)] for unit, box in peer] for peer in bucket.returned]
-        return self._exchange(parts, [_size(peer) for peer in bucket.received])
+        parts = (steps[unit][_within(unit, box)] for peer in bucket.returned for unit, box in peer)
+        return self._exchange(parts, bucket.returned, bucket.received)
 
     def _received(
         self, stepped: Sequence[Stepped], bucket: Bucket, message: Message
@@ -350,21 +370,24 @@ class Owners:
             shard = shard_of(stepped[unit.parameter].parameter)
             yield unit.parameter, shard[self._rows(unit, box)], step.to(shard.device)
 
-    def _exchange(self, parts: Sequence[Sequence[torch.Tensor]], received: Sequence[int]) -> Message:
-        """Starts to send `parts` of each rank of the group to it (collective).
+    def _exchange(self, parts: Iterable[torch.Tensor], sent: Pieces, received: Pieces) -> Message:
+        """Starts to send parts to the ranks of the group (collective).
 
         Args:
-            received: entries that come from each rank.
+            parts: the tensors of `sent`, in its order; each is copied once, into the message.
+            sent: which pieces go to each rank.
+            received: which pieces come from each rank.
         """
-        flat = [part.reshape(-1) for peer in parts for part in peer]
-        sent = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self.device)
-        if len(parts) == 1:
-            return Message(sent, sent, None)
+        sizes = [[_size(peer) for peer in pieces_of_peers] for pieces_of_peers in (sent, received)]
+        outgoing = torch.empty(sum(sizes[0]), dtype=self.dtype, device=self.device)
+        for (_, target), part in zip(_parts(sent, outgoing), parts, strict=True):
+            target.copy_(part)
+        if len(sent) == 1:
+            return Message(outgoing, outgoing, None)
 
-        incoming = torch.empty(sum(received), dtype=self.dtype, device=self.device)
-        sizes = [sum(part.numel() for part in peer) for peer in parts]
-        work = dist.all_to_all_single(incoming, sent, list(received), sizes, group=self.group, async_op=True)
-        return Message(incoming, sent, work)
+        incoming = torch.empty(sum(sizes[1]), dtype=self.dtype, device=self.device)
+        work = dist.all_to_all_single(incoming, outgoing, sizes[1], sizes[0], group=self.group, async_op=True)
+        return Message(incoming, outgoing, work)
 
     def gather_variances(self, stepped_variances: Sequence[torch.Tensor]) -> None:
         """Gives every rank the mean squares of all neurons, in place (collective).
@@ -388,11 +411,6 @@ class Owners:
         for neuron_sq, summed in zip(stepped_variances, sums, strict=True):
             neuron_sq.copy_(summed.view_as(neuron_sq))
 
-    def _shape(self, unit: Unit) -> tuple[int, ...]:
-        """Returns the shape of a unit: that of its parameter, with its own number of matrices."""
-        shape = self.plan.cuts[unit.parameter].shape
-        return shape if len(shape) == 2 else (unit.end - unit.first, *shape[1:])
-
     def _rows(self, unit: Unit, box: Box) -> slice:
         """Returns where a piece of this rank lies in its shard, along the first dimension."""
         cut = self.plan.cuts[unit.parameter]
@@ -411,9 +429,7 @@ def _size(peer: Sequence[tuple[Unit, Box]]) -> int:
     return sum(math.prod(stop - start for start, stop in box) for _, box in peer)
 
 
-def _parts(
-    peers: Sequence[Sequence[tuple[Unit, Box]]], flat: torch.Tensor
-) -> Iterator[tuple[tuple[Unit, Box], torch.Tensor]]:
+def _parts(peers: Pieces, flat: torch.Tensor) -> Iterator[tuple[tuple[Unit, Box], torch.Tensor]]:
     """Yields every piece with its part of a flat tensor, in its shape."""
     offset = 0
     for unit, box in (piece for peer in peers for piece in peer):
@@ -455,7 +471,7 @@ def _group(mesh: DeviceMesh, plan: Plan) -> dist.ProcessGroup:
     if len(parted) == 1:
         return mesh.get_group(parted[0])
     if not parted:
-        return mesh.get_group(names[-1])  # of this rank alone
+        return mesh.get_group(-1)  # of this rank alone
     assert dist.group.WORLD is not None
     return dist.group.WORLD
 
