@@ -4,9 +4,9 @@ A matrix can only be orthogonalised whole, and ranks hold shards of it. So every
 that hold a shard: they send it theirs, and it sends back to each its part of the step. Each attention head is a matrix
 of its own; heads of one parameter stay together as long as they cost no more than the costliest single matrix.
 
-Replicas (dp_replicate) hold the same shards. Each of them may have its own owners, so nothing is sent between them, or
-all ranks share the work, and an owner sends its steps to all replicas. That pays where arithmetic is dear beside a
-message.
+Replicas (dp_replicate) hold the same shards. Either each of them has its own owners, and nothing is sent between them, or
+they share the work: an owner serves its replica, and every rank gives the parts that it got to its copies in the other
+replicas. That pays where arithmetic is dear beside a message.
 """
 
 import math
@@ -68,7 +68,8 @@ class Unit:
     parameter: int  # number of the parameter in the plan
     first: int  # number of the first matrix in the parameter
     end: int
-    owner: int  # place, see `Plan`
+    owner: int  # place in a replica, see `Plan`
+    replica: int | None  # that of the owner; None: each replica has an owner at this place
     bucket: int  # units of one bucket are sent together
 
 
@@ -76,8 +77,8 @@ class Unit:
 class Plan:
     """Who owns what.
 
-    A place is the number of a rank among those that share the work: all ranks, or those of one replica. Rank r has the
-    place r % n_places, because dp_replicate is the outermost axis.
+    A place is the number of a rank in its replica: rank r has the place r % n_places, because dp_replicate is the
+    outermost axis.
     """
 
     layout: Layout
@@ -87,8 +88,8 @@ class Plan:
 
     @property
     def n_places(self) -> int:
-        """Number of ranks that share the work."""
-        return _n_places(self.layout, self.shares_replicas)
+        """Number of ranks of a replica."""
+        return self.layout.dp_shard * self.layout.tp
 
     @property
     def n_buckets(self) -> int:
@@ -100,28 +101,47 @@ class Plan:
         return _piece(self.cuts[unit.parameter], unit.first, unit.end, self.layout, place)
 
     def is_source(self, unit: Unit, place: int) -> bool:
-        """Returns whether the owner gets this place's piece: of several copies, that which is nearest to it."""
+        """Returns whether the owner gets this place's piece: of copies on tp ranks, the one that lies with it."""
         cut = self.cuts[unit.parameter]
         return _copy(cut, self.layout, place) == _copy(cut, self.layout, unit.owner)
 
     def flops(self) -> list[int]:
-        """Returns the FLOPs of each place."""
+        """Returns the FLOPs of each rank, or of the first replica if all replicas do the same."""
         loads: Counter[int] = Counter()
         for unit in self.units:
-            loads[unit.owner] += (unit.end - unit.first) * self.cuts[unit.parameter].matrix_flops
-        return [loads[place] for place in range(self.n_places)]
+            loads[(unit.replica or 0) * self.n_places + unit.owner] += self.size(unit) * self.matrix_flops(unit)
+        n_ranks = self.n_places * (self.layout.dp_replicate if self.shares_replicas else 1)
+        return [loads[rank] for rank in range(n_ranks)]
 
-    def sent(self, place: int) -> int:
-        """Returns how many entries of matrices and steps a place sends in a step to other places."""
+    def size(self, unit: Unit) -> int:
+        """Returns the number of matrices of a unit."""
+        return unit.end - unit.first
+
+    def matrix_flops(self, unit: Unit) -> int:
+        """Returns the FLOPs of one matrix of a unit."""
+        return self.cuts[unit.parameter].matrix_flops
+
+    def sent(self, rank: int) -> int:
+        """Returns how many entries of matrices and steps a rank sends in a step to other ranks."""
+        replica, place = divmod(rank, self.n_places)
         n_sent = 0
+        n_given: Counter[tuple[int, int | None]] = Counter()  # by bucket and replica of the owner
         for unit in self.units:
             n_own = size_of(self.piece(unit, place))
+            n_given[unit.bucket, unit.replica] += n_own
+            if unit.replica not in (None, replica):
+                continue
             if unit.owner != place:
                 n_sent += n_own * self.is_source(unit, place)
                 continue
-            size = (unit.end - unit.first) * self.cuts[unit.parameter].matrix_size
-            # All copies of the unit, this rank's own piece excepted.
-            n_sent += size * self.n_places // _n_cuts(self.cuts[unit.parameter], self.layout) - n_own
+            cut = self.cuts[unit.parameter]
+            n_sent += self.size(unit) * cut.matrix_size * self.n_places // _n_cuts(cut, self.layout) - n_own
+
+        if self.shares_replicas:
+            # All-gather of equal parts over the replicas: the largest part decides.
+            for bucket in range(self.n_buckets):
+                largest = max(n_given[bucket, other] for other in range(self.layout.dp_replicate))
+                n_sent += largest * (self.layout.dp_replicate - 1)
         return n_sent
 
 
@@ -164,18 +184,21 @@ def _plan(cuts: tuple[Cut, ...], layout: Layout, bucket_entries: int, shares_rep
     """Balances FLOPs: the costliest unit first, each to the least loaded of its holders (Graham 1969, LPT)."""
     units = _units(cuts)
     cost_of = [(end - first) * cuts[number].matrix_flops for number, first, end in units]
-    n_places = _n_places(layout, shares_replicas)
+    n_places = layout.dp_shard * layout.tp
+    n_ranks = layout.world_size if shares_replicas else n_places
 
-    loads = [0] * n_places
-    entries = [0] * n_places
+    loads = [0] * n_ranks
+    entries = [0] * n_ranks
     planned: dict[int, Unit] = {}
     for index in sorted(range(len(units)), key=lambda index: (-cost_of[index], index)):
         number, first, end = units[index]
-        holders = _holders(cuts[number], first, end, layout, n_places)
-        owner = min(holders, key=lambda place: (loads[place], entries[place], place))
-        planned[index] = Unit(number, first, end, owner, entries[owner] // bucket_entries)
-        loads[owner] += cost_of[index]
-        entries[owner] += (end - first) * cuts[number].matrix_size
+        holders = _holders(cuts[number], first, end, layout, n_ranks)
+        rank = min(holders, key=lambda rank: (loads[rank], entries[rank], rank))
+        replica, place = divmod(rank, n_places)
+        bucket = entries[rank] // bucket_entries
+        planned[index] = Unit(number, first, end, place, replica if shares_replicas else None, bucket)
+        loads[rank] += cost_of[index]
+        entries[rank] += (end - first) * cuts[number].matrix_size
     return Plan(layout, cuts, shares_replicas, tuple(planned[index] for index in range(len(units))))
 
 
@@ -191,7 +214,7 @@ def _units(cuts: Sequence[Cut]) -> list[tuple[int, int, int]]:
 
 
 def pieces(plan: Plan, unit: Unit) -> Iterator[tuple[int, Box]]:
-    """Yields (place, piece) of every place that holds a part of a unit."""
+    """Yields (place, piece) of every place of a replica that holds a part of a unit."""
     for place in range(plan.n_places):
         box = plan.piece(unit, place)
         if size_of(box):
@@ -203,20 +226,15 @@ def size_of(box: Box) -> int:
     return math.prod(stop - start for start, stop in box)
 
 
-def _n_places(layout: Layout, shares_replicas: bool) -> int:
-    return layout.world_size if shares_replicas else layout.dp_shard * layout.tp
-
-
 def _n_cuts(cut: Cut, layout: Layout) -> int:
     """Returns in how many pieces the mesh cuts a parameter; other ranks hold copies."""
-    sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)
-    return math.prod(size for size, dim in zip(sizes, cut.dims, strict=True) if dim is not None)
+    return math.prod(getattr(layout, axis) for axis, dim in zip(AXES, cut.dims, strict=True) if dim is not None)
 
 
-def _coordinates(layout: Layout, place: int) -> tuple[int, int, int]:
-    """Returns the position of a place on each of AXES; the replica of a place inside a replica is 0."""
-    replica, rest = divmod(place, layout.dp_shard * layout.tp)
-    return replica, *divmod(rest, layout.tp)
+def _coordinates(layout: Layout, rank: int) -> tuple[int, int, int]:
+    """Returns the position of a rank on each of AXES; a place is taken for a rank of the first replica."""
+    replica, place = divmod(rank, layout.dp_shard * layout.tp)
+    return replica, *divmod(place, layout.tp)
 
 
 @cache
@@ -250,6 +268,6 @@ def _piece(cut: Cut, first: int, end: int, layout: Layout, place: int) -> Box:
 
 
 @cache
-def _holders(cut: Cut, first: int, end: int, layout: Layout, n_places: int) -> tuple[int, ...]:
-    """Returns the places that hold a part of the matrices."""
-    return tuple(place for place in range(n_places) if size_of(_piece(cut, first, end, layout, place)))
+def _holders(cut: Cut, first: int, end: int, layout: Layout, n_ranks: int) -> tuple[int, ...]:
+    """Returns which of the first ranks hold a part of the matrices."""
+    return tuple(rank for rank in range(n_ranks) if size_of(_piece(cut, first, end, layout, rank)))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from dist_lm.parallel.gloo import gather_by_exchange
 from dist_lm.parallel.layout import AXES, Layout
 from dist_lm.parallel.mesh import lacks_bf16
 from dist_lm.parallel.owners import (
@@ -29,10 +30,10 @@ from dist_lm.parallel.owners import (
     ITERATIONS,
     Box,
     Cut,
-    Plan,
     Unit,
     make_plan,
     pieces,
+    size_of,
 )
 from dist_lm.parallel.values import shard_of
 
@@ -231,13 +232,14 @@ class Message:
 
 @dataclass
 class Bucket:
-    """The units that are sent together, as this rank sees them."""
+    """The units that are sent together, as this rank sees them; pieces are listed by rank of the replica."""
 
     owned: list[Unit]  # by this rank
     given: Pieces  # this rank's pieces that an owner needs
     taken: Pieces  # pieces of this rank's own units
     returned: Pieces  # pieces of the steps of this rank's own units
     received: Pieces  # pieces of the steps that an owner returns to this rank
+    shared: Pieces  # this rank's pieces of all steps, by replica of the owner; empty if replicas share no work
 
 
 class Owners:
@@ -263,35 +265,43 @@ class Owners:
             arithmetic.flops_per_byte * self.dtype.itemsize,
         )
 
-        self.place = dist.get_rank() % self.plan.n_places
-        self.group = _group(mesh, self.plan)
+        self.replica, self.place = divmod(dist.get_rank(), self.plan.n_places)
+        self.group = _group(mesh)
+        self.replicas = mesh.get_group("dp_replicate") if self.plan.shares_replicas else None
         self.buckets = [self._bucket(number) for number in range(self.plan.n_buckets)]
 
     def _bucket(self, number: int) -> Bucket:
         """Returns what this rank sends and receives for the units of a bucket."""
-        # Replicas that share no work have their own places, and only these send to each other.
-        first_rank = dist.get_rank() - self.place
-        group_rank = {rank: index for index, rank in enumerate(dist.get_process_group_ranks(self.group))}
+        # The group may have more ranks than the replica.
+        ranks = dist.get_process_group_ranks(self.group)
+        peer_at = {rank % self.plan.n_places: peer for peer, rank in enumerate(ranks) if self._is_in_replica(rank)}
+        n_replicas = self.plan.layout.dp_replicate if self.plan.shares_replicas else 0
 
-        bucket = Bucket([], *([[] for _ in group_rank] for _ in range(4)))
+        bucket = Bucket([], *([[] for _ in ranks] for _ in range(4)), shared=[[] for _ in range(n_replicas)])
         for unit in self.plan.units:
             if unit.bucket != number:
                 continue
-            owner = group_rank[first_rank + unit.owner]
             box = self.plan.piece(unit, self.place)
-            if all(start < stop for start, stop in box):
+            if unit.replica is not None and size_of(box):
+                bucket.shared[unit.replica].append((unit, box))
+            if unit.replica not in (None, self.replica):
+                continue
+
+            owner = peer_at[unit.owner]
+            if size_of(box):
                 bucket.received[owner].append((unit, box))
                 if self.plan.is_source(unit, self.place):
                     bucket.given[owner].append((unit, box))
-
             if unit.owner == self.place:
                 bucket.owned.append(unit)
                 for place, piece in pieces(self.plan, unit):
-                    peer = group_rank[first_rank + place]
-                    bucket.returned[peer].append((unit, piece))
+                    bucket.returned[peer_at[place]].append((unit, piece))
                     if self.plan.is_source(unit, place):
-                        bucket.taken[peer].append((unit, piece))
+                        bucket.taken[peer_at[place]].append((unit, piece))
         return bucket
+
+    def _is_in_replica(self, rank: int) -> bool:
+        return rank // self.plan.n_places == self.replica
 
     def steps(self, stepped: Sequence[Stepped]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yields what `orthogonal_steps` yields (collective)."""
@@ -365,10 +375,34 @@ class Owners:
     def _received(
         self, stepped: Sequence[Stepped], bucket: Bucket, message: Message
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yields the parts of this rank's shards with their steps."""
-        for (unit, box), step in _parts(bucket.received, message.wait()):
+        """Yields the parts of this rank's shards with their steps (collective if replicas share the work)."""
+        parts = _parts(bucket.received, message.wait())
+        if self.replicas is not None:
+            parts = self._of_all_replicas(bucket, parts)
+        for (unit, box), step in parts:
             shard = shard_of(stepped[unit.parameter].parameter)
             yield unit.parameter, shard[self._rows(unit, box)], step.to(shard.device)
+
+    def _of_all_replicas(
+        self, bucket: Bucket, parts: Iterable[tuple[tuple[Unit, Box], torch.Tensor]]
+    ) -> Iterator[tuple[tuple[Unit, Box], torch.Tensor]]:
+        """Yields this rank's pieces of the steps of all replicas, given those of its own one (collective)."""
+        assert self.replicas is not None
+        # One message of equal parts, as all-gather takes them.
+        longest = max(_size(of_replica) for of_replica in bucket.shared)
+        own = torch.zeros(longest, dtype=self.dtype, device=self.device)
+        step_of = dict(parts)
+        for piece, target in _parts([bucket.shared[self.replica]], own):
+            target.copy_(step_of[piece])
+        del step_of
+
+        gathered = torch.empty(len(bucket.shared) * longest, dtype=self.dtype, device=self.device)
+        if dist.get_backend(self.replicas) == dist.Backend.GLOO:
+            gather_by_exchange(gathered, own, self.replicas)
+        else:
+            dist.all_gather_into_tensor(gathered, own, group=self.replicas)
+        for of_replica, flat in zip(bucket.shared, gathered.split(longest), strict=True):
+            yield from _parts([of_replica], flat)
 
     def _exchange(self, parts: Iterable[torch.Tensor], sent: Pieces, received: Pieces) -> Message:
         """Starts to send parts to the ranks of the group (collective).
@@ -382,7 +416,7 @@ class Owners:
         outgoing = torch.empty(sum(sizes[0]), dtype=self.dtype, device=self.device)
         for (_, target), part in zip(_parts(sent, outgoing), parts, strict=True):
             target.copy_(part)
-        if len(sent) == 1:
+        if self.group.size() == 1:
             return Message(outgoing, outgoing, None)
 
         incoming = torch.empty(sum(sizes[1]), dtype=self.dtype, device=self.device)
@@ -397,11 +431,10 @@ class Owners:
         Args:
             stepped_variances: `neuron_sq` of every parameter of the plan, in its order.
         """
-        # Replicas that share no work have computed the same: the first one says what all have.
-        is_first_replica = dist.get_rank() < self.plan.n_places
         own = [torch.zeros_like(neuron_sq) for neuron_sq in stepped_variances]
         for unit in self.plan.units:
-            if unit.owner == self.place and is_first_replica:
+            # Replicas that share no work have computed the same: the first one says what all have.
+            if unit.owner == self.place and (unit.replica or 0) == self.replica:
                 rows = slice(unit.first, unit.end) if own[unit.parameter].dim() == 3 else slice(None)
                 own[unit.parameter][rows] = stepped_variances[unit.parameter][rows]
 
@@ -426,7 +459,7 @@ def _within(unit: Unit, box: Box) -> tuple[slice, ...]:
 
 
 def _size(peer: Sequence[tuple[Unit, Box]]) -> int:
-    return sum(math.prod(stop - start for start, stop in box) for _, box in peer)
+    return sum(size_of(box) for _, box in peer)
 
 
 def _parts(peers: Pieces, flat: torch.Tensor) -> Iterator[tuple[tuple[Unit, Box], torch.Tensor]]:
@@ -463,17 +496,15 @@ def _cut(parameter: torch.Tensor) -> Cut:
     return Cut(tuple(parameter.shape), (replicate, shard, tp))
 
 
-def _group(mesh: DeviceMesh, plan: Plan) -> dist.ProcessGroup:
-    """Returns a group that has all places: that of a single axis if the others are not needed, else all ranks."""
-    axes = AXES if plan.shares_replicas else AXES[1:]
+def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Returns a group that has all ranks of this replica: that of a single axis if the other has one rank, else all
+    ranks."""
     names = mesh.mesh_dim_names or ()
-    parted = [axis for axis in axes if axis in names and mesh.size(names.index(axis)) > 1]
-    if len(parted) == 1:
-        return mesh.get_group(parted[0])
-    if not parted:
-        return mesh.get_group(-1)  # of this rank alone
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
+    parted = [axis for axis in AXES[1:] if axis in names and mesh.size(names.index(axis)) > 1]
+    if len(parted) > 1:
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+    return mesh.get_group(parted[0] if parted else names[-1])
 
 
 def device_of_whole(parameter: torch.Tensor) -> torch.device | str:
