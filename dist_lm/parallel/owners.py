@@ -4,9 +4,9 @@ A matrix can only be orthogonalised whole, and ranks hold shards of it. So every
 that hold a shard: they send it theirs, and it sends back to each its part of the step. Each attention head is a matrix
 of its own; heads of one parameter stay together as long as they cost no more than the costliest single matrix.
 
-Replicas (dp_replicate) hold the same shards. Either each of them has its own owners, and nothing is sent between them, or
-they share the work: an owner serves its replica, and every rank gives the parts that it got to its copies in the other
-replicas. That pays where arithmetic is dear beside a message.
+Replicas (dp_replicate) hold the same shards. Either each of them has its own owners, and nothing is sent between them.
+Or they share the work: an owner serves its replica, and every rank gives the parts that it got to its copies in the
+other replicas. That pays where arithmetic is dear beside a message.
 """
 
 import math

@@ -45,11 +45,12 @@ STACK_BYTES = 256 << 20  # most bytes of whole matrices that a single rank handl
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a kind of device orthogonalises."""
+    """How a kind of device orthogonalises, and how much at once."""
 
     dtype: torch.dtype | None  # of matrices, also in messages; None: that of the gradients
     by_squares: bool  # whether it takes `newton_schulz_of_squares`
     flops_per_byte: float  # FLOPs in the time that one byte takes to come from another replica
+    bucket_bytes: int = BUCKET_BYTES  # most bytes of matrices that a rank owns in one exchange
 
 
 CPU = Arithmetic(None, True, CPU_FLOPS_PER_BYTE)
@@ -261,7 +262,7 @@ class Owners:
         self.plan = make_plan(
             [_cut(parameter) for parameter in parameters],
             _layout(mesh),
-            BUCKET_BYTES // self.dtype.itemsize,
+            arithmetic.bucket_bytes // self.dtype.itemsize,
             arithmetic.flops_per_byte * self.dtype.itemsize,
         )
 
@@ -390,6 +391,8 @@ class Owners:
         assert self.replicas is not None
         # One message of equal parts, as all-gather takes them.
         longest = max(_size(of_replica) for of_replica in bucket.shared)
+        if not longest:
+            return  # all copies of this rank hold nothing either
         own = torch.zeros(longest, dtype=self.dtype, device=self.device)
         step_of = dict(parts)
         for piece, target in _parts([bucket.shared[self.replica]], own):
