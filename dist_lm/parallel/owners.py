@@ -189,16 +189,19 @@ def _plan(cuts: tuple[Cut, ...], layout: Layout, bucket_entries: int, shares_rep
 
     loads = [0] * n_ranks
     entries = [0] * n_ranks
+    # What a replica owns it gives to all others, so replicas are balanced too.
+    replica_entries = [0] * layout.dp_replicate
     planned: dict[int, Unit] = {}
     for index in sorted(range(len(units)), key=lambda index: (-cost_of[index], index)):
         number, first, end = units[index]
         holders = _holders(cuts[number], first, end, layout, n_ranks)
-        rank = min(holders, key=lambda rank: (loads[rank], entries[rank], rank))
+        rank = min(holders, key=lambda rank: (loads[rank], replica_entries[rank // n_places], entries[rank], rank))
         replica, place = divmod(rank, n_places)
         bucket = entries[rank] // bucket_entries
         planned[index] = Unit(number, first, end, place, replica if shares_replicas else None, bucket)
         loads[rank] += cost_of[index]
         entries[rank] += (end - first) * cuts[number].matrix_size
+        replica_entries[replica] += (end - first) * cuts[number].matrix_size
     return Plan(layout, cuts, shares_replicas, tuple(planned[index] for index in range(len(units))))
 
 
