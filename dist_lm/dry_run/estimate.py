@@ -20,6 +20,7 @@ from dist_lm.parallel.layout import (
     rank_slice,
     reshards,
 )
+from dist_lm.parallel.owners import BUCKET_BYTES, CPU_FLOPS_PER_BYTE, GPU_FLOPS_PER_BYTE, cut_of
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # passes of elementwise operations over the activations of a block
@@ -29,6 +30,7 @@ LOSS_PASSES = (10, 25)
 LOSS_BYTES = (10.5, 15)
 
 SLICE_PASSES = 6  # passes over the weights of a tensor-parallel rank, without matrix products
+OWNER_PASSES = 60  # passes over the matrices of an owner, with the squares of Newton-Schulz
 OPTIMIZER_PASSES = 9  # passes over each fp32 shard: scaling and norm of gradients, AdamW
 
 
@@ -297,8 +299,44 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     work.operation(0, 3 * FP32_BYTES * shapes.trained * (shapes.micro_batches - 1), hardware, half)
     work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own_trained, hardware, half)
     work.collective("all_reduce", WORLD, layout.world_size, 8)
+    if config.stage.muon.is_on:
+        _muon(work, config, layout, shapes)
 
     return work
+
+
+def _muon(work: Work, config: Config, layout: Layout, shapes: Shapes) -> None:
+    """Adds to `work` what the busiest owner of matrices does (`parallel.owners`): about the mean of all owners, or one
+    matrix if that is more."""
+    model = config.trained_shape
+    is_gpu = config.hardware.device == "cuda"
+    size = 2 if is_gpu else FP32_BYTES
+    cuts = [
+        cut_of(placement)
+        for name, placement in placements(model, layout).items()
+        if is_matrix(name) and is_trained(name, model)
+    ]
+    if not cuts:
+        return
+
+    flops = sum(cut.n_matrices * cut.matrix_flops for cut in cuts)
+    costliest = max(cut.matrix_flops for cut in cuts)
+    n_places = layout.dp_shard * layout.tp
+    apart, shared = max(flops / n_places, costliest), max(flops / layout.world_size, costliest)
+    flops_per_byte = GPU_FLOPS_PER_BYTE if is_gpu else CPU_FLOPS_PER_BYTE
+    shares_replicas = layout.dp_replicate > 1 and apart - shared >= flops_per_byte * size * shapes.own_matrices
+
+    # Shards go to owners, and steps come back to all replicas that share the work.
+    passes = OWNER_PASSES * size * shapes.own_matrices
+    work.operation(shared if shares_replicas else apart, passes, config.hardware, is_gpu)
+    n_buckets = max(1, math.ceil(size * shapes.own_matrices / BUCKET_BYTES))
+    sent = size * shapes.own_matrices * (1 + 1 / layout.dp_replicate if shares_replicas else 2)
+    sizes = {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard, "tp": layout.tp}
+    axes = [axis for axis, ranks in sizes.items() if ranks > 1 and (shares_replicas or axis != "dp_replicate")]
+    if len(axes) == 1:
+        _spread(work, "all_to_all", axes[0], sizes[axes[0]], sent, 2 * n_buckets)
+    elif axes:
+        _spread(work, "all_to_all", WORLD, layout.world_size, sent, 2 * n_buckets)
 
 
 def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:

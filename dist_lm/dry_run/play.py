@@ -15,6 +15,7 @@ from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of
 from dist_lm.dry_run.work import WORLD, StepMemory, Work, peak_tflops_of, resident, share_of_device, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout, rank_slice
+from dist_lm.parallel.owners import plan_of_model
 from dist_lm.tracking.readable import duration, four_digits, gib, percent, readable_count, span
 
 AT_ONCE = 2  # number of processes at a time; each takes about 0.4 GiB
@@ -44,10 +45,14 @@ def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
 
 
 def ranks_to_play(config: Config, layout: Layout) -> list[int]:
-    """Returns the first rank, the last rank, and the first rank with padded heads."""
+    """Returns the first rank, the last rank, the first rank with padded heads, and the rank with most work of Muon."""
     slices = [rank_slice(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
     padded = [rank for rank, heads in enumerate(slices) if heads.real < heads.held]
-    return sorted({0, *padded[:1], layout.world_size - 1})
+    busiest = []
+    if config.stage.muon.is_on:
+        flops = plan_of_model(config.trained_shape, layout, config.hardware.device).flops()
+        busiest.append(flops.index(max(flops)))
+    return sorted({0, *padded[:1], *busiest, layout.world_size - 1})
 
 
 def _play(config: Path, rank: int, world_size: int) -> RankReport:

@@ -35,6 +35,7 @@ from dist_lm.parallel.values import shard_of
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.heartbeat import StopRequest, Unheard
+from dist_lm.training.muon import CPU, GPU
 from dist_lm.training.objective import LossSum, Objective, Prepare
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
@@ -79,7 +80,8 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     memory = LiveMemory(gloo=config.hardware.device == "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, counter):
         materialise(model, config.parallel, cpu)
-        optimizer = build_optimizer(model, config.stage, config.stage.muon)
+        arithmetic = GPU if config.hardware.device == "cuda" else CPU
+        optimizer = build_optimizer(model, config.stage, config.stage.muon, arithmetic)
         stage = training_stage(config.stage.name)
         batches = [stage.example_batch(config) or random_batch(config) for _ in range(min(micro_batches, PLAYED))]
         world = World(rank, world_size, 0, cpu)

@@ -21,6 +21,7 @@ from dist_lm.parallel.guarded_gloo import guarded
 from dist_lm.parallel.mesh import World
 from dist_lm.training import checkpoint
 from dist_lm.training.checkpoint import Companion
+from dist_lm.training.optimizer import ShardedAdamW
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class CheckpointSaver:
         # One save at a time: the copy in host memory belongs to the save in flight.
         self.wait()
 
+        for saved in (optimizer, *(companion.optimizer for companion in companions)):
+            if isinstance(saved, ShardedAdamW):
+                saved.gather_variances()
         tensors = checkpoint.tensors_of(model, optimizer, self.model_config)
         for companion in companions:
             tensors |= companion.tensors()

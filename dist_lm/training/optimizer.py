@@ -30,7 +30,16 @@ from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerCon
 from dist_lm.model.size import ADAPTERS, TOKEN_WEIGHTS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import Variance, device_of_whole, orthogonal_steps
+from dist_lm.training.muon import (
+    Arithmetic,
+    Owners,
+    Stepped,
+    Variance,
+    arithmetic_of,
+    device_of_whole,
+    orthogonal_steps,
+    owners_of,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, unsharded and of logical shape
@@ -50,15 +59,17 @@ class ShardedAdamW(torch.optim.AdamW):
     parameter, which takes seconds at the first step of a large model.
     """
 
+    arithmetic: Arithmetic | None = None  # of Muon; None: that of the device
+    _owners: Owners | None = None  # of the matrices, from the first step of Muon on
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Steps the parameters that have a gradient."""
+        """Steps the parameters that have a gradient (collective with Muon)."""
         assert closure is None
         for group in self.param_groups:
-            if "momentum" in group:
-                self._step_muon(group)
-            else:
+            if "momentum" not in group:
                 self._step_adamw(group)
+        self._step_muon([group for group in self.param_groups if "momentum" in group])
 
     def _step_adamw(self, group: Mapping[str, Any]) -> None:
         """Steps the parameters of a group that have a gradient by AdamW, in place, with their moments and step
@@ -85,29 +96,50 @@ class ShardedAdamW(torch.optim.AdamW):
             maximize=False,
         )
 
-    def _step_muon(self, group: Mapping[str, Any]) -> None:
-        """Steps the matrices of a group that have a gradient by Muon, in place, with momentum, step counters and
+    def _step_muon(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Steps the matrices of these groups that have a gradient by Muon, in place, with momentum, step counters and
         variances (collective). The gradients stay."""
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        momentum = group["momentum"]
+        stepped = []
+        group_of = []
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, gradient = self.state[parameter], shard_of(parameter.grad)
+                state["step"] += 1
+                # Momentum works element by element, on shards.
+                average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - group["momentum"])
+                variance = Variance(state[VARIANCE], group["variance_beta"]) if VARIANCE in state else None
+                stepped.append(Stepped(parameter, gradient, average, group["momentum"], variance))
+                group_of.append(group)
+        if not stepped:
+            return
 
-        # Momentum works element by element, on shards.
-        directions = []
-        variances = []
-        for parameter in parameters:
-            state, gradient = self.state[parameter], shard_of(parameter.grad)
-            state["step"] += 1
-            average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - momentum)
-            directions.append(gradient.lerp(average, momentum))  # Nesterov
-            variances.append(Variance(state[VARIANCE], group["variance_beta"]) if VARIANCE in state else None)
+        if self._owners is None:
+            arithmetic = self.arithmetic or arithmetic_of(torch.device(device_of_whole(stepped[0].parameter)))
+            self._owners = owners_of([moved.parameter for moved in stepped], arithmetic)
+        for number, part, step in orthogonal_steps(stepped, self._owners):
+            group = group_of[number]
+            # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
+            decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]
+            part.mul_(1 - decay).sub_(step, alpha=group["lr"])
 
-        # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
-        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]
-        for parameter, step in orthogonal_steps(parameters, directions, variances):
-            shard_of(parameter).mul_(1 - decay).sub_(step, alpha=group["lr"])
+    @torch.no_grad()
+    def gather_variances(self) -> None:
+        """Gives every rank the state of NorMuon of all matrices, for a checkpoint (collective)."""
+        if self._owners is None:
+            return
+        parameters = [parameter for group in self.param_groups if "momentum" in group for parameter in group["params"]]
+        if any(VARIANCE in self.state[parameter] for parameter in parameters):
+            self._owners.gather_variances([self.state[parameter][VARIANCE] for parameter in parameters])
 
 
-def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonConfig | None = None) -> ShardedAdamW:
+def build_optimizer(
+    model: Transformer,
+    settings: OptimizerConfig,
+    muon: MuonConfig | None = None,
+    arithmetic: Arithmetic | None = None,
+) -> ShardedAdamW:
     """Builds AdamW (Loshchilov & Hutter 2019), with Muon for some groups, for the parameters with `requires_grad`.
 
     Moments exist from the start, so that every checkpoint has the same keys.
@@ -117,6 +149,7 @@ def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonCon
 
     Args:
         muon: settings for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
+        arithmetic: of Muon; None: that of the device.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if muon is not None and not muon.is_on:
@@ -128,6 +161,7 @@ def build_optimizer(model: Transformer, settings: OptimizerConfig, muon: MuonCon
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
     )
+    optimizer.arithmetic = arithmetic
 
     has_average = isinstance(settings, TrainerGroup) and settings.ema_decay > 0
     has_variance = muon is not None and muon.variance_beta > 0

@@ -139,3 +139,28 @@ def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the
     monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
     [played] = play_ranks(config, Layout(1, 2, 1))
     assert played.memory.gradients == pytest.approx(played.memory.parameters, rel=0.01)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("model", "layout", "most"),
+    [("large", Layout(1, 8, 1), 1.10), ("xlarge", Layout(64, 8, 1), 1.15)],
+    ids=["large on 8", "xlarge on 512"],
+)
+def test_muon_by_owners_costs_little_beside_adamw(model, layout, most):
+    """By the dry run, of one sequence a rank; `bash launch/test.sh -m heavy tests/dry_run -k owners`."""
+    seconds, peaks = [], []
+    for overrides in ([], ["stage.muon.lr=0"]):
+        config = compose_config(
+            [
+                *("stage=language", f"model={model}", "hardware=h100", "recipe=tuned"),
+                *(f"stage.global_batch={layout.world_size}", "stage.micro_batch=1"),
+                *(f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard", "tp")),
+                *overrides,
+            ]
+        )
+        reports = play_ranks(config, layout)
+        seconds.append(max(step_seconds(report.work, layout, config.hardware) for report in reports))
+        peaks.append(max(report.memory.peak for report in reports))
+    assert seconds[0] <= most * seconds[1]
+    assert peaks[0] <= peaks[1] + (2 << 30)

@@ -17,6 +17,7 @@ from dist_lm.parallel.sharding import build_model, reshard
 from dist_lm.parallel.values import fill, unsharded_copy
 from dist_lm.training import checkpoint
 from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.muon import Arithmetic
 from dist_lm.training.optimizer import VARIANCE, build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import accumulate_gradients, update
@@ -57,6 +58,7 @@ def rank_steps(
     load: Path | None = None,
     save: Path | None = None,
     muon: MuonConfig | None = None,
+    arithmetic: Arithmetic | None = None,
     between: bool = False,
 ) -> MeshTrajectory:
     """`steps` on the mesh that `parallel` asks for (collective).
@@ -65,6 +67,7 @@ def rank_steps(
         load: a checkpoint of step `steps.start`; none: the parameters of the task.
         save: a folder that gets a checkpoint of step `steps.stop`.
         muon: how matrices are stepped.
+        arithmetic: how Muon shares its work; none: as on a CPU.
         between: evaluate after every step, and look at the tensors of a checkpoint.
     """
     mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
@@ -72,7 +75,7 @@ def rank_steps(
     model = build_model(model_config, parallel, mesh, world.device, SEED)
     model.chunk_bytes = chunk_bytes
     model.trained_tokens = trained_tokens_of(model_config)
-    optimizer = build_optimizer(model, STAGE, muon)
+    optimizer = build_optimizer(model, STAGE, muon, arithmetic)
     outcome = MeshTrajectory()
     if load is None:
         fill(model, model_config, lambda name, shape: parameter_value(name, shape, model_config))
@@ -97,6 +100,7 @@ def rank_steps(
                 outcome.losses.append(float(model.token_losses(own).sum()))
             reshard(model)
             checkpoint.tensors_of(model, optimizer, model_config)
+    optimizer.gather_variances()
     if save is not None:
         tensors = checkpoint.tensors_of(model, optimizer, model_config)
         checkpoint.write(save, tensors, TrainState(step=steps.stop), model_config, world)

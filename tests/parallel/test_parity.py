@@ -10,6 +10,7 @@ import pytest
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import MuonConfig
+from dist_lm.training.muon import Arithmetic
 from tests.model.option_rows import AFTER, ROWS, TOGETHER, OptionRow
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
@@ -159,6 +160,26 @@ def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_proce
     model = model_of((5, 5), **options, base_width=20)
     muon = MuonConfig(lr=None, scale="adamw", variance_beta=0.9, weight_decay=0.2)
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2)
+
+
+@pytest.mark.parametrize("flops_per_byte", [0.0, 1e12], ids=["shared", "apart"])
+@pytest.mark.parametrize("layout", layouts("2x2x1", "1x2x2+sp", "2x1x2", "4x1x1", "2x2x2+sp"))
+def test_orthogonal_steps_in_many_messages_are_those_of_one_process(
+    ranks: RankGroups, layout: str, flops_per_byte: float
+):
+    model, muon = model_of((6, 3)), MuonConfig(lr=0.02, variance_beta=0.9)
+    arithmetic = Arithmetic(None, by_squares=True, flops_per_byte=flops_per_byte, bucket_bytes=8_000)
+    found: MeshTrajectory = ranks.run(
+        layout_of(layout).world_size,
+        rank_steps,
+        model,
+        parallel_of(layout),
+        range(2),
+        muon=muon,
+        arithmetic=arithmetic,
+    )
+    assert entries_off(found.end, expected_of(model, 2, muon).end, ORTHOGONAL_ENTRY) == {}
+    assert found.torn == found.dirty == set()
 
 
 def test_any_two_values_of_two_choices_meet_in_the_small_size():

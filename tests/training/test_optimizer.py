@@ -13,6 +13,7 @@ from dist_lm.training import muon
 from dist_lm.training.muon import (
     ITERATIONS,
     NEWTON_SCHULZ,
+    Stepped,
     Variance,
     newton_schulz,
     newton_schulz_of_squares,
@@ -79,7 +80,7 @@ def test_rows_of_zeros_stay_zeros():
 def test_every_head_has_a_matrix_of_its_own():
     direction = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(0))
     parameter = nn.Parameter(torch.zeros(3, 4, 12))
-    [(_, step)] = orthogonal_steps([parameter], [direction])
+    [(_, _, step)] = orthogonal_steps([Stepped(parameter, direction, direction, 0.9, None)])
     for head in range(3):
         torch.testing.assert_close(step[head], orthogonal(direction[head : head + 1])[0])
 
@@ -112,7 +113,7 @@ def test_the_update_of_each_neuron_is_divided_by_its_mean_square_over_the_steps(
     variance = Variance(torch.zeros(neuron_shape(name, shape)), beta)
     for _ in range(3):
         direction = torch.randn(shape, generator=generator)
-        [(_, found)] = orthogonal_steps([parameter], [direction], [variance])
+        [(_, _, found)] = orthogonal_steps([Stepped(parameter, direction, direction, 0.9, variance)])
         plain = orthogonal(direction.view(-1, *shape[-2:])).view(shape)
         mean = beta * mean + (1 - beta) * plain.square().mean(inputs, keepdim=True)
         divided = plain / (mean.sqrt() + 1e-8)  # Li et al. 2025, algorithm 1
