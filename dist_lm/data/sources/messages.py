@@ -20,38 +20,30 @@ from dist_lm.chat.layouts.turns import SYSTEMS
 from dist_lm.chat.messages import ChatError, Conversation
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
+from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set
 from dist_lm.data.sources.reader import Candidate, reader, text_hash
-from dist_lm.data.sources.rows import (
-    KEYS,
-    NEEDS,
-    Content,
-    list_rows,
-    missing_column,
-    named_columns,
-    row_documents,
-    rows_of_files,
-)
+from dist_lm.data.sources.rows import KEYS, Content, missing_column, named_columns, row_documents
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import UserError
 
 
 @reader(
     form="conversation",
-    keys=(*KEYS, "thinking", "opening_answers"),
-    needs=NEEDS,
-    inputs=list_rows,
+    keys=(*dict.fromkeys((*KEYS, *HUB_KEYS)), "thinking", "opening_answers"),
+    needs=("language|language_column", "dataset|path"),
+    inputs=list_data_set,
     takes_files=True,
-    advice="check path and column; no row makes a conversation with an answer",
+    advice="check path or dataset, and column; no row makes a conversation with an answer",
 )
 def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
-    """Yields every row of JSON lines, parquet or CSV as a conversation or `Rejected`. `seed` is not used.
+    """Yields every row of a data set of the hub, or of files, as a conversation or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
+        ConfigError, ArtefactError: as `data_set_rows` and `row_documents`.
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source), *(("", name) for name in COLUMNS)]
-    rows = rows_of_files(files or Snapshot.of(source), columns, whole_rows=True)
+    rows = data_set_rows(source, files, columns)
     content_of = partial(_content_of, thinking=source.thinking, drops_opening_answers=source.opening_answers == "drop")
     yield from row_documents(source, rows, "", content_of, "conversation", (*TURNS, *TOOLS, *SYSTEMS))
 
