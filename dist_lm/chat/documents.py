@@ -3,12 +3,14 @@
 The text is JSON, and the same value always has the same text: two documents are equal if their values are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 
 from dist_lm.chat import json_text
-from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool, check_conversation
+from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, check_conversation
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking, ranking_tokens, ranks_of_scores
 from dist_lm.chat.template import render
 from dist_lm.document import Document, RankingArrays, TokenizedDocument
@@ -156,12 +158,13 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
 
     Raises:
         UserError: the document is no Unicode text (names its source); ChatError, one of these: it is no well-formed
-            conversation, or the template of an imported model refuses it (names the turn, not the document).
+            conversation, or the template of an imported model refuses it (names the source and the turn).
     """
     if document.form == "text":
         return tokenizer.encode_document(document)
 
-    rendered = render(read_conversation(document.text), tokenizer)
+    with _named(document):
+        rendered = render(read_conversation(document.text), tokenizer)
     return TokenizedDocument(
         tokens=rendered.tokens,
         n_bytes=len(tokenizer.content(rendered.tokens.tolist())),
@@ -184,11 +187,13 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
         document: its text is that of `write_ranking`.
 
     Raises:
-        ChatError: the prompt or a completion is not well formed, or the template of an imported model refuses it.
+        ChatError: the prompt or a completion is not well formed, or the template of an imported model refuses it; names
+            the source.
     """
     # Shards hold plain arrays, so judgements become pairs of indices and a margin each.
     ranking = read_ranking(document.text)
-    tree = ranking_tokens(ranking, tokenizer)
+    with _named(document):
+        tree = ranking_tokens(ranking, tokenizer)
     pairs = [(judgement.better, judgement.worse) for judgement in ranking.judgements]
     margins = [judgement.margin or 0.0 for judgement in ranking.judgements]
     ranks = ranking.ranks if ranking.label is None else (int(not ranking.label),)
@@ -209,6 +214,15 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
             margins=np.array(margins, np.float32),
         ),
     )
+
+
+@contextmanager
+def _named(document: Document) -> Iterator[None]:
+    """Adds the source of a document, its file and line, to a ChatError that is raised inside."""
+    try:
+        yield
+    except ChatError as error:
+        raise type(error)(f"{document.source}: {error}") from error
 
 
 def _conversation_value(conversation: Conversation) -> Json:

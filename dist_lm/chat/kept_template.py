@@ -12,7 +12,8 @@ thinking of earlier answers gets a sample for each answer (`chat.documents.sampl
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from dist_lm.chat.jinja_text import (
     WAY_OUT,
+    TemplateLimitError,
     check_probes,
     messages_of,
     rendered,
@@ -29,7 +31,15 @@ from dist_lm.chat.jinja_text import (
     tools_of,
     with_thinking_in_text,
 )
-from dist_lm.chat.messages import END_THINKING, ChatError, Conversation, Message, check_conversation, turn_name
+from dist_lm.chat.messages import (
+    END_THINKING,
+    ChatError,
+    Conversation,
+    Message,
+    check_conversation,
+    later_system_turn,
+    turn_name,
+)
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF  # Unicode's private use area
@@ -68,8 +78,9 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> tuple[np.ndarray
     page = _Page(conversation, tokenizer)
     messages = conversation.messages
     answers = [number for number, message in enumerate(messages) if message.role == "assistant" and message.learn]
-    text, starts = page.text_and_starts(answers)
-    page.check_shows_texts(text)
+    with _later_system_named(conversation, tokenizer):
+        text, starts = page.text_and_starts(answers)
+        page.check_shows_texts(text)
 
     # Parts are encoded one by one, so that the first token of each is known.
     parts = page.splitter.parts(text)
@@ -101,8 +112,9 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         ChatError: the conversation is not well formed, or the template refuses it or leaves out a text, tools or calls.
     """
     page = _Page(conversation, tokenizer)
-    text = page.text_with_opening()
-    page.check_shows_texts(text)
+    with _later_system_named(conversation, tokenizer):
+        text = page.text_with_opening()
+        page.check_shows_texts(text)
     return page.splitter.tokens(text)
 
 
@@ -344,6 +356,35 @@ class _Page:
             else:
                 guarded[self._guarded(key)] = self._guarded(part)
         return guarded
+
+
+@contextmanager
+def _later_system_named(conversation: Conversation, tokenizer: Tokenizer) -> Iterator[None]:
+    """Names, in the error of a template, the turn of the system behind the first turn that the template refuses.
+
+    Raises:
+        ChatError: one that was raised inside; with the turn and the keys that help, if the template takes the
+            conversation without such turns.
+    """
+    try:
+        yield
+    except TemplateLimitError:
+        raise
+    except ChatError as error:
+        later = later_system_turn(conversation)
+        if later is None:
+            raise
+        turns = [turn for number, turn in enumerate(conversation.messages) if not number or turn.role != "system"]
+        try:
+            rendered(_kept(tokenizer), messages_of(turns), tools_of(conversation.tools), False)
+        except ChatError:
+            raise error from None  # the template refuses the other turns, too
+
+        raise ChatError(
+            f"{error}. Without {turn_name(later, conversation.messages[later])}, which is not the first turn, it takes "
+            "the conversation: in a source of reader messages, `later_system: user` writes the text of such turns into "
+            "the next turn of the user, and `later_system: drop_row` leaves such rows out"
+        ) from error
 
 
 def _not_shown(number: int, message: Message) -> ChatError:

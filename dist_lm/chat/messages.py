@@ -93,6 +93,14 @@ def check_conversation(conversation: Conversation) -> None:
         raise ChatError(f"turn {len(conversation.messages)}: missing; expected a turn of the user")
 
 
+def later_system_turn(conversation: Conversation) -> int | None:
+    """Returns the index of the first turn of the system that is not the first turn; None: there is none."""
+    for number, message in enumerate(conversation.messages):
+        if number and message.role == "system":
+            return number
+    return None
+
+
 def check_tools(tools: tuple[Tool, ...]) -> None:
     """Refuses tools without a name, with the same name, or of the wrong type. Their schemas are not checked.
 

@@ -86,6 +86,9 @@ class SourceConfig:
     thinking: str = ""
     # messages: turns before the first question are refuse (the row is counted as broken; the default) | drop (left out)
     opening_answers: str = ""
+    # messages: of turns of the system behind the first turn, for chat templates that refuse them: none (they stay) |
+    # user (their text opens the next turn of the user) | drop_row (rows with such turns are left out)
+    later_system: str = ""
 
     def __post_init__(self) -> None:
         paths = []
@@ -123,6 +126,12 @@ class SourceConfig:
             f"corpus source {self.reader}: opening_answers",
             self.opening_answers,
             "refuse or drop",
+        )
+        require(
+            self.later_system in ("", "user", "drop_row"),
+            f"corpus source {self.reader}: later_system",
+            self.later_system,
+            "user or drop_row",
         )
         require(
             self.limit >= 0,

@@ -357,6 +357,7 @@ def split_documents(
 
     # Val stays in memory: only all of train tells which of its documents are dropped.
     val = []
+    held_out_earlier = []  # records with the beginning of val of an earlier corpus
     groups = _Groups()
     for record, forbidden in marked:
         groups.add(record.group)
@@ -365,13 +366,24 @@ def split_documents(
             raise ChangedInputError(record.document.source, "it was not there before")
         if rule.split_of(corpus_name, record) == "val":
             val.append((record, forbidden))
+        elif forbidden:
+            held_out_earlier.append(record)
         else:
-            yield from checked(record, "train", rule, forbidden)
+            yield from checked(record, "train", rule)
 
     if is_text:
         rule = text_splits.split_rule
     for record, forbidden in val:
         yield from checked(record, "val", rule, forbidden)
+
+    # Preferences often have the prompts of conversations. Where the train split of these has all that was chosen here,
+    # what they hold out is held out here, too.
+    if held_out_earlier and not splits["val"]:
+        for record, forbidden in text_splits.earlier.marked(held_out_earlier, lambda _: "val"):
+            yield from checked(record, "val", rule, forbidden)
+    else:
+        for record in held_out_earlier:
+            report.reject(record.document, record.source_config, "contains_val")
 
     if not splits["val"]:
         least_val_bytes = text_splits.least_val_bytes.get(corpus_name, 0)

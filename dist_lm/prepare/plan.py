@@ -15,6 +15,7 @@ from dist_lm.stages.registry import load_config, stage_named, stage_names
 from dist_lm.stages.stage import Action, RunsIn, Stage, run_of
 from dist_lm.training import checkpoint_files
 
+LENGTHS = ("steps", "epochs")  # keys of a stage that both say how long it trains
 NAMED_START = re.compile(rf"(?:stage|stages\.\w+)\.init_from={STAGE_RUN}(\w+)$")
 
 
@@ -108,10 +109,11 @@ def with_command_file(overrides: Sequence[str]) -> list[str]:
     if target in stage_names():
         from_file = _for_target(from_file, target)
 
-    # Of steps and epochs a command has one: that of the command line.
-    keys = {text.partition("=")[0] for text in given}
-    if keys & {"stage.steps", "stage.epochs"}:
-        from_file = [text for text in from_file if not text.startswith(("stage.steps=", "stage.epochs="))]
+    # Of steps and epochs a stage has one: that of the command line.
+    lengths = {text.partition("=")[0].rpartition(".") for text in given}
+    replaced = tuple(f"{stage}.{key}=" for stage, _, name in lengths if name in LENGTHS for key in LENGTHS)
+    if replaced:
+        from_file = [text for text in from_file if not text.startswith(replaced)]
     return [f"stage={target}", *from_file, *(text for text in given if not text.startswith("stage="))]
 
 

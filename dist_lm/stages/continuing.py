@@ -298,9 +298,10 @@ def check_init(stage: Stage, config: Config, init_from: str, rebuilt: Collection
     """
     # The weights are not there yet, but the shape of the model can be compared already.
     if init_from.startswith(HF) and IMPORT in rebuilt:
-        from dist_lm.interop.snapshot import named_model
+        from dist_lm.stages.importing.stage import imported_model
 
-        checkpoint_files.check_start(Path(init_from), asdict(named_model(init_from)), config.model)
+        start_config = replace(config, stage=replace(config.stage, init_from=init_from))
+        checkpoint_files.check_start(Path(init_from), asdict(imported_model(start_config)), config.model)
         return None
     if config.stage.init_from == "none" or started_stage(stage, init_from) in rebuilt:
         return None

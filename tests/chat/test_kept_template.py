@@ -1,17 +1,20 @@
 """Conversations laid out by the chat template of an imported model: the ids of transformers, and where answers are."""
 
 import json
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dist_lm.chat.documents import encode_document, encode_ranking, write_conversation, write_ranking
 from dist_lm.chat.jinja_text import messages_of, rendered
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
 from dist_lm.chat.parse import parse_turn, writes_hermes_calls
 from dist_lm.chat.ranking import Ranking, ranking_tokens
 from dist_lm.chat.template import answer_tokens, chat_template, prompt, render, stop_tokens
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.chat_layout import conversations, is_ours
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
@@ -182,6 +185,36 @@ def test_each_rendering_has_steps_of_its_own_and_templates_may_multiply(file: Pa
     conversation = Conversation((Message("user", "a"), Message("assistant", "b")))
     for _ in range(3):
         assert "---56" in rendered(KeptTemplate(text, (), DAY), messages_of(conversation.messages), None, False)
+
+
+TURN = "<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>"
+ENDS = "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+LATER = "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+SYSTEM_FIRST_ONLY = f"{LATER}{{{{ raise_exception('System first!') }}}}{{% endif %}}{TURN}{{% endfor %}}{ENDS}"
+LATER_HIDDEN = f"{LATER}{{% else %}}{TURN}{{% endif %}}{{% endfor %}}{ENDS}"
+
+
+@pytest.mark.parametrize("text", [SYSTEM_FIRST_ONLY, LATER_HIDDEN])
+def test_a_template_without_later_turns_of_the_system_names_row_turn_and_keys(file: Path, text: str):
+    """Finds a row that stops a build without its place, and keys that are named where they do not help."""
+    tokenizer = ours_with(file, text)
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+    system = Message("system", "Be brief.")
+    assert render(Conversation((system, *turns)), tokenizer).loss_mask.any()
+
+    later = Conversation((*turns[:2], system, *turns[2:]))
+    document = Document(write_conversation(later), "chat", "chats.jsonl:7", "MIT", "", form="conversation")
+    words = r"chats.jsonl:7: .*chat template .*chat_template=ours.*Without turn 2 \(system\).*later_system: drop_row"
+    with pytest.raises(ChatError, match=words):
+        encode_document(tokenizer, document)
+    ranking = Ranking(Conversation(later.messages[:-1]), ("d", "e"), (0, 1))
+    pair = Document(write_ranking(ranking), "chat", "pairs.jsonl:7", "MIT", "", form="ranking")
+    with pytest.raises(ChatError, match=words.replace("chats", "pairs")):
+        encode_ranking(tokenizer, pair)
+
+    # Without the turn of the system, this one is refused too.
+    with pytest.raises(ChatError, match=r"has tools(?!.*later_system)"):
+        render(replace(later, tools=(Tool("weather", "", {"type": "object"}),)), tokenizer)
 
 
 def test_templates_that_lose_or_rewrite_turns_are_refused_by_name(file: Path):

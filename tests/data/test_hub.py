@@ -1,14 +1,16 @@
 """Data sets through the real `datasets` library, from local files and generators: order, retries, errors."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from omegaconf import OmegaConf
 
@@ -18,6 +20,7 @@ from dist_lm.data.manifest import changed_inputs, inputs_hash
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.failures import is_transient
 from dist_lm.data.sources.hub import commit_of, read_hub, resumed
+from dist_lm.data.sources.messages import read_messages
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
@@ -125,6 +128,48 @@ def test_a_column_that_is_not_there_is_named(rows_of_hub):
     rows_of_hub += [{"content": "x", "n": 1}]
     with pytest.raises(ConfigError, match=r"dataset=owner/stories: column=text: .*; the columns there are content, n"):
         documents(hub())
+
+
+def test_conversations_of_a_data_set_are_those_of_a_file_with_its_rows(rows_of_hub, tmp_path):
+    """Finds keys of the hub that reading conversations loses, and nulls of `datasets` that change a conversation."""
+    asked = {"role": "user", "content": "Is it dry in Oslo?"}
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}
+    turns = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": "dry"}]
+    answered = {"role": "assistant", "content": "It is."}
+    rows = [{"messages": [asked, *turns, answered], "name": "a"}, {"messages": [asked, answered], "name": "b"}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_of_hub += Dataset.from_list(rows)  # a turn has the keys of all turns, those that it lacks with None
+
+    of_hub = list(read_messages(SourceConfig("messages", "chat", "MIT", dataset="owner/stories"), 0))
+    of_file = list(read_messages(SourceConfig("messages", "chat", "MIT", path=str(tmp_path / "chats.jsonl")), 0))
+    assert [replace(d, source="") for d in of_hub] == [replace(d, source="") for d in of_file]
+    assert [d.source for d in of_hub] == ["owner/stories@main:0", "owner/stories@main:1"]
+    assert all(isinstance(document, Document) for document in of_hub)
+    assert inputs_of(SourceConfig("messages", "chat", dataset="owner/stories")).taken[0].etag == COMMIT
+
+    with pytest.raises(ConfigError, match=r"reader=messages: dataset=owner/stories: column=turns: none of the first 2"):
+        list(read_messages(SourceConfig("messages", "chat", dataset="owner/stories", column="turns"), 0))
+
+
+@pytest.mark.parametrize("key", [{"revision": "v1"}, {"dataset": "owner/stories"}, {"subset": "all"}])
+def test_conversations_of_files_take_no_key_of_the_hub(tmp_path, key):
+    (tmp_path / "chats.jsonl").write_text("{}\n")
+    source = SourceConfig("messages", "chat", path=str(tmp_path / "chats.jsonl"), **key)
+    with pytest.raises(ConfigError, match=rf"{next(iter(key))}=.*: not together with path"):
+        list(read_messages(source, 0))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("hf:owner/chats", "write dataset: owner/chats$"),
+        ("owner/chats@v1", "write dataset: owner/chats, revision: v1$"),
+        ("hf://datasets/owner/chats@v1", "write dataset: owner/chats, revision: v1$"),
+    ],
+)
+def test_an_id_with_a_prefix_or_a_revision_is_refused_with_the_keys(dataset, words):
+    with pytest.raises(ConfigError, match=words):
+        inputs_of(SourceConfig("messages", "chat", dataset=dataset))
 
 
 @pytest.mark.parametrize("place", ["{}", "{}/rows.jsonl", "./rows", "~/rows", "a/b/c", "rows.parquet"])

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dist_lm.errors import ArtefactError, ConfigError
@@ -15,11 +16,17 @@ from dist_lm.stages.exporting.stage import STAGE as EXPORT
 from dist_lm.stages.exporting.stage import push_folder
 from dist_lm.stages.importing.stage import STAGE as IMPORT
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.symbols import CALL
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
+from dist_lm.training.checkpoint_files import find_checkpoint
+from dist_lm.training.checkpoint_tensors import model_weights, tensors_in
 from tests.conftest import VOCAB_SIZE
 from tests.interop.hf_models import our_model, small
 from tests.patience import patient
 from tests.stages.test_export import saved, untrained
+from tests.tokenizer.made_json import trained_json
+from tests.tokenizer.stdlib_text import stdlib_texts
 from tests.training_run import linked
 
 pytest.importorskip("transformers")
@@ -69,6 +76,40 @@ def test_the_plan_imports_once_and_the_model_follows(work: WorkDirectory, snapsh
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(ArtefactError, match=r"differs from that \(model\.safetensors\)"):
         planned(work, "code", f"stage.init_from=hf:{snapshot}")
+
+
+def test_marks_that_a_tokenizer_lacks_get_rows_of_their_own(work: WorkDirectory, tmp_path: Path):
+    """Finds other ids or weights of the tokens that were there, rows without a value, and a plan without the marks."""
+    content = trained_json(stdlib_texts()[:5], 320)
+    model = small("Llama", d_model=40, d_ff=80, max_seq_len=256, vocab_size=320, tie_embeddings=False)
+    folder = saved(tmp_path / "Llama-base", our_model(model), work)
+    (folder / "tokenizer.model").unlink()
+    (folder / "tokenizer.json").write_bytes(content)
+    fresh = WorkDirectory(tmp_path / "fresh")
+    start = (f"stage.init_from=hf:{folder}", "tokenizer.add_marks=true")
+
+    plan = planned(fresh, "sft", *start)
+    assert actions(plan)["import"] == "build"
+    run = fresh.run("import", "Llama-base-marks")
+    assert plan.target.config.stage.init_from == str(run.path.resolve())
+    IMPORT.build(plan.stages[0].config, Console())
+    assert actions(planned(fresh, "sft", *start))["import"] == "there"
+    assert actions(planned(fresh, "sft", start[0]))["import"] == "build"  # without marks it is another model
+
+    before, after = Tokenizer(content, "base"), Tokenizer.load(run.path / "tokenizer/tokenizer.json")
+    vocab_size = plan.target.config.model.vocab_size
+    assert after.vocab_size == vocab_size > 320
+    text = "def area(w, h):\n    return w * h\n"
+    assert after.encode(text) == before.encode(text)
+    assert after.mark_id(CALL) >= 320
+
+    weights = model_weights(find_checkpoint(run.path))
+    stored = {tensor.name: tensor for tensor in tensors_in(folder / "model.safetensors").values()}
+    for name, theirs in (("embedding.weight", "model.embed_tokens.weight"), ("lm_head.weight", "lm_head.weight")):
+        old = stored[theirs].read().view(np.float32).reshape(stored[theirs].shape)
+        assert np.array_equal(weights[name][:320], old)
+        assert weights[name].shape == (vocab_size, old.shape[1])
+        assert np.allclose(weights[name][320:], old.mean(0), atol=1e-7)
 
 
 def test_the_plan_imports_adapters_over_their_base(work: WorkDirectory, snapshot: Path, tmp_path: Path):

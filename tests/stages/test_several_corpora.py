@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.chat.documents import read_ranking
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import TextSplits
+from dist_lm.data.ingest import TextSplits, split_documents
 from dist_lm.data.manifest import manifest_path, read_manifest, write_manifest
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.prepare.compose import compose_config
@@ -352,6 +354,33 @@ def test_no_corpus_may_be_named_like_a_folder_beside_another(empty: WorkDirector
     config = config_of(empty, {"code-1a2b3c4d": [write_texts(tmp_path / "a.jsonl", texts(1))]})
     with pytest.raises(ConfigError, match="code-1a2b3c4d: expected another name"):
         shards.STAGE.check(config)
+
+
+def test_preferences_with_the_prompts_of_conversations_hold_out_what_these_hold_out(
+    empty: WorkDirectory, tmp_path: Path
+) -> None:
+    """Finds preferences that cannot be built behind conversations with their prompts, or that train on val of these."""
+    questions = texts(2)
+    chats = build(config_of(empty, {"tools": [write_chats(tmp_path / "a.jsonl", [(q, "Yes") for q in questions])]}))
+    trained = decoded(chats["tools"], "train")
+    held_out = {question for question in questions if not any(question.strip() in text for text in trained)}
+    pairs = [{"prompt": question, "chosen": "Yes", "rejected": "No"} for question in questions]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    source = SourceConfig("preferences", "pairs", "MIT", path=str(tmp_path / "pairs.jsonl"))
+    for fraction in (0.001, 0.6):  # the first chooses none
+        config = config_of(empty, {"rankings": [source]}, val_fraction=fraction)
+        splits = TextSplits(config.corpus, config.seed, earlier=shards.earlier_corpora(config, [chats["tools"]]))
+        report = IngestReport()
+        prompts: dict[str, set[str]] = {split: set() for split in SPLITS}
+        for split, document, _ in split_documents(config.corpus, "rankings", config.seed, report, splits):
+            prompts[split].add(read_ranking(document.text).prompt.messages[0].content)
+        assert prompts["val"]
+        assert prompts["val"] <= held_out
+        assert prompts["train"]
+        assert not prompts["train"] & held_out
+        counts = report.languages["pairs"]
+        assert counts.seen == len(questions) == counts.kept + sum(counts.dropped.values())
+    assert prompts["val"] != held_out  # where a choice is left, the share decides
 
 
 def test_a_data_set_whose_val_all_stands_in_train_of_an_earlier_one_is_refused(

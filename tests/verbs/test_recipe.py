@@ -70,7 +70,8 @@ def test_the_experiment_names_model_data_and_numbers_and_its_command_is_planned(
     # Words of the command line come last; steps replace epochs; a later stage takes the keys that are its own.
     stage = plan_of(out, "stage.steps=7", "stage.lr=3e-6", work=tmp_path / "work").target.config.stage
     assert (stage.steps, stage.epochs, stage.lr) == (7, 0, 3e-6)
-    exported = plan_of(out, "stage=export", "stage.run=sft", work=tmp_path / "work")
+    exported = plan_of(out, "stage=export", "stage.run=sft", "stages.sft.steps=7", work=tmp_path / "work")
+    assert (exported.stages[-2].config.stage.steps, exported.stages[-2].config.stage.epochs) == (7, 0)
     assert [stage.name for stage in exported.stages][-2:] == ["sft", "export"]
 
 

@@ -10,12 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.corpus import HF, SourceConfig
 from dist_lm.data.inputs import HUB, Input, Inputs
 from dist_lm.data.sources.failures import brief, is_transient
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.reader import Candidate, reader
-from dist_lm.data.sources.rows import TEXT, SourceRow, list_rows, row_documents, rows_of_files
+from dist_lm.data.sources.rows import TEXT, Named, SourceRow, list_rows, row_documents, rows_of_files
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
 
@@ -108,14 +108,20 @@ def read_hub(source: SourceConfig, seed: int, files: Snapshot | None = None) -> 
     yield from row_documents(source, data_set_rows(source, files), TEXT)
 
 
-def data_set_rows(source: SourceConfig, files: Snapshot | None = None) -> Iterator[SourceRow]:
-    """Yields the rows of `source.dataset`, or of the files of `source.path`; a stream that breaks is resumed.
+def data_set_rows(
+    source: SourceConfig, files: Snapshot | None = None, columns: Named | None = None
+) -> Iterator[SourceRow]:
+    """Yields the rows of `source.dataset`, or of the files of `source.path`, with all their columns; a stream that
+    breaks is resumed.
 
     The location of a row of a data set is `NAME@REVISION:NUMBER`, from 0. A broken row of a file is its problem.
 
+    Args:
+        columns: those that files are asked for, as of `rows_of_files`; None: all.
+
     Raises:
-        ConfigError: the source names both, a local path as data set, or files that do not exist, or the `datasets`
-            package is missing.
+        ConfigError: the source names both, a local path as data set, or files that do not exist or lack a column, or
+            the `datasets` package is missing.
         ArtefactError: the data set or a file cannot be read.
     """
     if source.path:
@@ -125,7 +131,7 @@ def data_set_rows(source: SourceConfig, files: Snapshot | None = None) -> Iterat
                 raise ConfigError(
                     f"corpus source reader={source.reader}: {key}={getattr(source, key)}: not together with path"
                 )
-        yield from rows_of_files(files or Snapshot.of(source))
+        yield from rows_of_files(files or Snapshot.of(source), columns, whole_rows=True)
         return
 
     check_is_data_set(source)
@@ -135,11 +141,19 @@ def data_set_rows(source: SourceConfig, files: Snapshot | None = None) -> Iterat
 
 
 def check_is_data_set(source: SourceConfig) -> None:
-    """Refuses a local path in the key of a data set. The hub is not asked.
+    """Refuses a local path, or an id with a prefix or a revision, in the key of a data set. The hub is not asked.
 
     Raises:
-        ConfigError: names the reader for local files.
+        ConfigError: names the keys to write instead.
     """
+    # Models are named hf:ID@REVISION on the command line; a source has a key for each part.
+    dataset, _, revision = source.dataset.removeprefix(HF).removeprefix("//datasets/").partition("@")
+    if dataset != source.dataset:
+        keys = f"dataset: {dataset}" + (f", revision: {revision}" if revision else "")
+        raise ConfigError(
+            f"corpus source reader={source.reader}: dataset={source.dataset}: expected the id alone: write {keys}"
+        )
+
     # An id is NAME or OWNER/NAME.
     local = Path(source.dataset).expanduser()
     is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in LOCAL

@@ -17,48 +17,38 @@ from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.layouts.registry import COLUMNS, TURNS, read_row
 from dist_lm.chat.layouts.tools import TOOLS
 from dist_lm.chat.layouts.turns import SYSTEMS
-from dist_lm.chat.messages import ChatError, Conversation
+from dist_lm.chat.messages import ChatError, Conversation, Message, later_system_turn
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
+from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set
 from dist_lm.data.sources.reader import Candidate, reader, text_hash
-from dist_lm.data.sources.rows import (
-    KEYS,
-    NEEDS,
-    Content,
-    list_rows,
-    missing_column,
-    named_columns,
-    row_documents,
-    rows_of_files,
-)
+from dist_lm.data.sources.rows import KEYS, Content, missing_column, named_columns, row_documents
 from dist_lm.data.sources.snapshot import Snapshot
 from dist_lm.errors import UserError
 
 
 @reader(
     form="conversation",
-    keys=(*KEYS, "thinking", "opening_answers"),
-    needs=NEEDS,
-    inputs=list_rows,
+    keys=(*dict.fromkeys((*KEYS, *HUB_KEYS)), "thinking", "opening_answers", "later_system"),
+    needs=("language|language_column", "dataset|path"),
+    inputs=list_data_set,
     takes_files=True,
-    advice="check path and column; no row makes a conversation with an answer",
+    advice="check path or dataset, and column; no row makes a conversation with an answer",
 )
 def read_messages(source: SourceConfig, seed: int, files: Snapshot | None = None) -> Iterator[Candidate]:
-    """Yields every row of JSON lines, parquet or CSV as a conversation or `Rejected`. `seed` is not used.
+    """Yields every row of a data set of the hub, or of files, as a conversation or `Rejected`. `seed` is not used.
 
     Raises:
-        ConfigError, ArtefactError: as `list_files`, `rows_of_files` and `row_documents`.
+        ConfigError, ArtefactError: as `data_set_rows` and `row_documents`.
     """
     # These columns have no key of the source, so a file may lack them.
     columns = [*named_columns(source), *(("", name) for name in COLUMNS)]
-    rows = rows_of_files(files or Snapshot.of(source), columns, whole_rows=True)
-    content_of = partial(_content_of, thinking=source.thinking, drops_opening_answers=source.opening_answers == "drop")
+    rows = data_set_rows(source, files, columns)
+    content_of = partial(_content_of, source=source)
     yield from row_documents(source, rows, "", content_of, "conversation", (*TURNS, *TOOLS, *SYSTEMS))
 
 
-def _content_of(
-    row: Row, column: str, columns: Sequence[str], thinking: str, drops_opening_answers: bool
-) -> Content | BadRow | None:
+def _content_of(row: Row, column: str, columns: Sequence[str], source: SourceConfig) -> Content | BadRow | None:
     """Returns the text of a conversation and its group, the problem of a row, or None if nobody answers.
 
     It is also None if the column of turns is null. A conversation that is not well formed is a problem, not an error.
@@ -66,8 +56,7 @@ def _content_of(
     Args:
         column: that of the turns; empty: by the usual names.
         columns: those of the file, for the message.
-        thinking: that of the source.
-        drops_opening_answers: whether turns before the first question are left out; else the row is a problem.
+        source: says what becomes of thinking, of answers before the first question and of later turns of the system.
     """
     if column and column not in row:
         return missing_column(column, columns)
@@ -76,7 +65,13 @@ def _content_of(
         conversation = read_row(row, column)
         if conversation is None:
             return None
-        conversation = from_first_question(with_thinking(conversation, thinking), drops_opening_answers)
+        conversation = with_thinking(conversation, source.thinking)
+        conversation = from_first_question(conversation, drops=source.opening_answers == "drop")
+        if later_system_turn(conversation) is not None:
+            if source.later_system == "drop_row":
+                return BadRow("later_system", "")
+            if source.later_system == "user":
+                conversation = with_later_system_in_questions(conversation)
         text = write_conversation(conversation)
     except UserError as error:
         return BadRow("no_conversation", str(error))
@@ -111,6 +106,35 @@ def from_first_question(conversation: Conversation, drops: bool) -> Conversation
         )
     system = tuple(message for message in messages[:begin] if message.role == "system")
     return replace(conversation, messages=(*system, *messages[begin:]))
+
+
+def with_later_system_in_questions(conversation: Conversation) -> Conversation:
+    """Returns the conversation with the text of each turn of the system behind the first turn before that of the user's
+    turn that follows, with an empty line between them.
+
+    Raises:
+        ChatError: an answer, or nothing, follows such a turn.
+    """
+    messages: list[Message] = []
+    waiting: dict[int, str] = {}  # index of a turn of the system -> its text, which the next turn of the user takes
+    for number, message in enumerate(conversation.messages):
+        if number and message.role == "system":
+            waiting[number] = message.content
+            continue
+        if waiting:
+            # Before an answer, no turn of the user is left that the text could open.
+            if message.role != "user":
+                break
+            message = replace(message, content="\n\n".join([*waiting.values(), message.content]))
+            waiting = {}
+        messages.append(message)
+
+    if waiting:
+        raise ChatError(
+            f"turn {next(iter(waiting))} (system): `later_system: user` of the source needs a turn of the user behind "
+            "it; `later_system: drop_row` leaves such rows out"
+        )
+    return replace(conversation, messages=tuple(messages))
 
 
 def with_thinking(conversation: Conversation, thinking: str) -> Conversation:

@@ -22,7 +22,7 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 STAGE = "import"  # folder below runs/
 
 
-def import_model(source: str, name: str, work: WorkDirectory, base: str = "") -> RunDirectory:
+def import_model(source: str, name: str, work: WorkDirectory, base: str = "", add_marks: bool = False) -> RunDirectory:
     """Writes the run `import/NAME` in the work directory and returns it; it may download the model.
 
     Adapters become a run of adapters over a run of their base, which is imported too unless it is there.
@@ -31,9 +31,10 @@ def import_model(source: str, name: str, work: WorkDirectory, base: str = "") ->
         source: a folder with config.json, weights and tokenizer, a folder of adapters that peft saved, a GGUF file, or
             the id of one on the Hugging Face hub.
         base: folder, hub id, or a run of ours, that adapters are put over; by default what they name.
+        add_marks: as of `import_snapshot`.
 
     Raises:
-        ConfigError: `name` is no name of a run.
+        ConfigError: `name` is no name of a run, or adapters are to get marks.
         ArtefactError: the folder lacks a file, the model has an option or tensor that ours lacks (the message names
             it), or the run exists or cannot be written.
         UserError: a package that is needed is not installed.
@@ -45,7 +46,9 @@ def import_model(source: str, name: str, work: WorkDirectory, base: str = "") ->
         raise ArtefactError(f"{run.path} exists: give another name, or remove it first")
     with snapshot_at(source) as folder:
         if holds_adapters(folder):
+            accepted = f"false: {source} holds adapters; merge them first (peft: merge_and_unload)"
+            require(not add_marks, "tokenizer.add_marks", add_marks, accepted)
             return import_adapters(folder, source, run, base)
         accepted = "nothing: SOURCE holds a whole model, and only adapters of peft have a base"
         require(not base, "--base", base, accepted)
-        return import_snapshot(folder, source, run)
+        return import_snapshot(folder, source, run, add_marks=add_marks)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from dist_lm.config.corpus import HF
+from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config, read_groups
 from dist_lm.config.stage import StageGroup
 from dist_lm.errors import ArtefactError, ConfigError, require
-from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of
+from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of, named_model
 from dist_lm.stages.stage import IMPORT, Artefact, ArtefactStage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import readable_count
@@ -71,7 +72,8 @@ class Import(ArtefactStage):
 
         source, run = config.stage.init_from, imported_run(config)
         if not run.config.is_file():
-            model, architecture = model_in(folder_of(source, weights=False), name_of(source))
+            _, architecture = model_in(folder_of(source, weights=False), name_of(source))
+            model = imported_model(config)
             size = readable_count(parameter_count(model))
             return Artefact(False, f"{architecture.name}, {size} parameters from {source}")
 
@@ -96,17 +98,38 @@ class Import(ArtefactStage):
         """
         from dist_lm.stages.importing.snapshot import import_model  # imports torch
 
-        source = config.stage.init_from
+        source, run = config.stage.init_from, imported_run(config)
         with console.waiting(f"importing {source}"):
-            import_model(source, name_of(source), WorkDirectory(Path(config.work_dir)))
+            import_model(source, run.path.name, run.work, add_marks=config.tokenizer.add_marks)
 
     def output(self, config: Config) -> Path:
         return imported_run(config).path
 
 
 def imported_run(config: Config) -> RunDirectory:
-    """The run of an import on the way."""
-    return WorkDirectory(Path(config.work_dir)).run(Import.name, name_of(config.stage.init_from))
+    """The run of an import on the way; one with `tokenizer.add_marks` has a name of its own."""
+    name = name_of(config.stage.init_from)
+    if config.tokenizer.add_marks:
+        name += "-marks"
+    return WorkDirectory(Path(config.work_dir)).run(Import.name, name)
+
+
+def imported_model(config: Config) -> ModelConfig:
+    """Returns the model that an import of stage.init_from gives; with `tokenizer.add_marks`, its vocabulary has the
+    marks.
+
+    Raises:
+        ArtefactError, UserError: as `named_model` and `existing_vocab_size`.
+    """
+    from dist_lm.interop.existing_tokenizer import existing_vocab_size
+
+    source = config.stage.init_from
+    model = named_model(source)
+    if not config.tokenizer.add_marks:
+        return model
+    vocab_size = existing_vocab_size(replace(config.tokenizer, source=source), config.work_dir)
+    assert vocab_size is not None
+    return replace(model, vocab_size=vocab_size)
 
 
 STAGE = Import()

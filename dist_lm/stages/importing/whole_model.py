@@ -35,13 +35,13 @@ from dist_lm.interop.snapshot import (
 )
 from dist_lm.interop.snapshot_files import content_in, file_in, parsed
 from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import TOKEN_WEIGHTS, Shape, parameter_shapes
 from dist_lm.stages.chat_layout import kept_template
 from dist_lm.stages.exporting.tensors import FILE_BYTES, as_torch, in_files, made
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import END_OF_TEXT
-from dist_lm.tokenizer.tokenizer import NoEndOfTextError, Tokenizer
+from dist_lm.tokenizer.tokenizer import NoEndOfTextError, Tokenizer, with_marks
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import PLACES, ComputedTensor, StoredTensor, tensors_in, write_tensors
 from dist_lm.training.state import TrainState
@@ -54,6 +54,7 @@ def import_snapshot(
     changed: Mapping[str, StoredTensor] | None = None,
     tokenizer_folder: Path | None = None,
     changed_by: str = "",
+    add_marks: bool = False,
 ) -> RunDirectory:
     """Writes `run` from a folder in the form of transformers; it appears when it is complete.
 
@@ -61,6 +62,7 @@ def import_snapshot(
         changed: tensors of transformers that replace those of the folder; an embedding may have other rows.
         tokenizer_folder: where tokenizer and chat template are read; by default `folder`.
         changed_by: what the tensors of `changed` come from.
+        add_marks: append the marks that the tokenizer lacks, with a row of embedding and head for each.
 
     Raises:
         ArtefactError: see `snapshot.import_model`.
@@ -80,6 +82,12 @@ def import_snapshot(
     conversions = converted(architecture, parameter_shapes(model))
     _check_tensors(folder, theirs, conversions, model)
     words = Words.of(tokenizer_folder or folder, model.vocab_size)
+    weights: Mapping[str, StoredTensor | ComputedTensor] = theirs
+    if add_marks:
+        words = words.with_marks()
+        weights = with_rows(theirs, conversions, words.tokenizer.vocab_size)
+        model = replace(model, vocab_size=words.tokenizer.vocab_size)
+        conversions = converted(architecture, parameter_shapes(model))
     imported = {"source": source, "architecture": architecture.name, "snapshot": recorded(source, folder)}
     if changed_by:
         imported["changed_by"] = changed_by
@@ -87,7 +95,7 @@ def import_snapshot(
     with appearing(run) as temporary:
         words.write(temporary)
         state = TrainState(tokenizer=words.tokenizer.sha256)
-        write_checkpoint(temporary.checkpoints, _ours(theirs, conversions, model), model, state)
+        write_checkpoint(temporary.checkpoints, _ours(weights, conversions, model), model, state)
         write_configuration(temporary, model, imported)
     return run
 
@@ -113,6 +121,12 @@ class Words:
         tokenizer = _tokenizer(folder, content, file_name)
         layout = kept_template(folder, tokenizer)
         return cls(content, file_name, Tokenizer(content, file_name, layout), chat_template_of(folder))
+
+    def with_marks(self) -> "Words":
+        """Returns the same words with the marks that the tokenizer lacks behind its other tokens, whose ids stay."""
+        content = parsed(self.file_name, with_marks, self.content, self.file_name)
+        tokenizer = Tokenizer(content, self.file_name, self.tokenizer.kept_template)
+        return replace(self, content=content, tokenizer=tokenizer)
 
     def write(self, run: RunDirectory) -> None:
         """Writes them into a new run, whose folder is made."""
@@ -286,8 +300,32 @@ def _check_tensors(
             raise ArtefactError(f"{folder}: {shown_value(name)}: the model has no place for this tensor")
 
 
+def with_rows(
+    theirs: Mapping[str, StoredTensor], conversions: list[Converted], rows: int
+) -> dict[str, StoredTensor | ComputedTensor]:
+    """Returns the tensors with embedding and head of `rows` rows, in fp32. The rows there stay; each new one is their
+    mean, so that the model finds a new token as likely as an average one.
+
+    Args:
+        conversions: those of the model as it is stored.
+    """
+
+    def grown(tensor: StoredTensor, name: str) -> torch.Tensor:
+        weight = as_torch(tensor, name).float()
+        mean = weight.double().mean(0, keepdim=True).float()
+        return torch.cat([weight, mean.expand(rows - len(weight), -1)])
+
+    tensors: dict[str, StoredTensor | ComputedTensor] = dict(theirs)
+    for conversion in conversions:
+        if conversion.ours[0] in TOKEN_WEIGHTS:
+            stored = theirs[conversion.name]
+            shape = (rows, *stored.shape[1:])
+            tensors[conversion.name] = made("F32", shape, partial(grown, stored, conversion.name))
+    return tensors
+
+
 def _ours(
-    theirs: Mapping[str, StoredTensor], conversions: list[Converted], model: ModelConfig
+    theirs: Mapping[str, StoredTensor | ComputedTensor], conversions: list[Converted], model: ModelConfig
 ) -> dict[str, ComputedTensor]:
     """Returns our parameters in fp32, computed when they are written. A score of theirs has no bias: ours is 0."""
 

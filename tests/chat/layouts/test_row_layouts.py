@@ -174,6 +174,25 @@ def test_answers_before_the_first_question_are_left_out_by_a_key(tokenizer: Toke
         messages_source(path, opening_answers="keep")
 
 
+def test_later_turns_of_the_system_stay_or_open_the_next_question_or_leave_the_row_out(tokenizer: Tokenizer) -> None:
+    """Finds a text that is merged without the key, lost with it, or put behind the answer that it belongs to."""
+    path = ROWS / "openai_system_middle.jsonl"
+    assert next(outcomes(messages_source(path), tokenizer))["roles"][2] == "system"
+
+    merged, between = outcomes(messages_source(path, later_system="user"), tokenizer)
+    assert merged["roles"] == ["user", "assistant", "user", "assistant"]
+    assert "<|im_start|>user\nFrom now on speak French.\n\nHello<|im_end|>" in merged["text"]
+    # In the second row the system speaks between a question and its answer.
+    assert re.match(r"turn 3 \(system\): .* needs a turn of the user behind it; .*drop_row", between["error"])
+
+    rejected = list(read_messages(messages_source(path, later_system="drop_row"), 0))
+    assert [(row.reason, row.error) for row in rejected if isinstance(row, Rejected)] == [("later_system", "")] * 2
+    plain = ROWS / "openai_reasoning.jsonl"
+    assert list(outcomes(source_of(plain, later_system="drop_row"), tokenizer)) == EXPECTED[plain.name]
+    with pytest.raises(ConfigError, match="later_system=merge: expected user or drop_row"):
+        messages_source(path, later_system="merge")
+
+
 def test_a_row_without_a_layout_says_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"title": "a", "body": "b"}\n')
     (row,) = read_messages(messages_source(tmp_path / "a.jsonl"), 0)
