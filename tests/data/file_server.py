@@ -24,7 +24,8 @@ class Served:
     etags: bool = True
     stall_after: int = -1  # bytes of a body after which the next answers stand still; -1: none does
     stalls: int = 0  # answers that do
-    pause_s: float = 0.0  # before each of ten parts of a body
+    parts: int = 10  # writes of a body; each wakes its reader
+    pause_s: float = 0.0  # before each part of a body
     before_body: Callable[[int], None] = lambda size: None  # called before each body that is sent, with its size
     released: threading.Event = field(default_factory=threading.Event)  # ends what stands still
     fails: int = 0  # status of every answer; 0: none fails
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.served.sent.append(len(sent))
             self.served.before_body(len(sent))
-            part_size = len(sent) // 10 + 1
+            part_size = len(sent) // self.served.parts + 1
             for first_of_part in range(0, len(sent), part_size):
                 time.sleep(self.served.pause_s)
                 self.wfile.write(sent[first_of_part : first_of_part + part_size])
