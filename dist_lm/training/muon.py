@@ -502,12 +502,13 @@ def _cut(parameter: torch.Tensor) -> Cut:
 def _group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Returns a group that has all ranks of this replica: that of a single axis if the other has one rank, else all
     ranks."""
-    names = mesh.mesh_dim_names or ()
-    parted = [axis for axis in AXES[1:] if axis in names and mesh.size(names.index(axis)) > 1]
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    axes = [axis for axis in AXES[1:] if axis in sizes]
+    parted = [axis for axis in axes if sizes[axis] > 1]
     if len(parted) > 1:
         assert dist.group.WORLD is not None
         return dist.group.WORLD
-    return mesh.get_group(parted[0] if parted else names[-1])
+    return mesh.get_group((parted or axes)[0])
 
 
 def device_of_whole(parameter: torch.Tensor) -> torch.device | str:

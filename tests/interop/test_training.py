@@ -37,7 +37,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
 def model_of(family: str, heads: int) -> ModelConfig:
     if heads == 5:
         return small(family)
-    rotated = {"rotary_fraction": 0.5} if family == "Pythia" else {}  # a head is four numbers wide, two of them a pair
+    # A head is four numbers wide, two of them a pair.
+    rotated = {"rotary_fraction": 0.5} if small(family).rotary_fraction < 1 else {}
     return small(family, n_heads=heads, d_model=4 * heads, **rotated)
 
 
@@ -110,6 +111,6 @@ def test_ten_steps_lose_what_those_of_transformers_lose(ranks: RankGroups, famil
     config = model_of(family, heads)
     weights = {name: value.numpy() for name, value in our_model(config).state_dict().items()}
     expected = losses_of_transformers(config)
-    assert expected[-1] < expected[0] - 0.2
+    assert expected[-1] < expected[0] - 0.1  # Granite, whose logits are divided, learns less than others
     found = ranks.run(layout_of(layout).world_size, losses_of_ranks, config, layout, weights)
     assert found == pytest.approx(expected, rel=1e-5)

@@ -21,7 +21,7 @@ from dist_lm.config.root import read_groups
 from dist_lm.generation.load import run_of
 from dist_lm.interop.adapter_folder import CONFIG, PREFIX, WEIGHTS
 from dist_lm.interop.architectures import Architecture
-from dist_lm.interop.weights import Converted, converted
+from dist_lm.interop.weights import ALIASES, Converted, converted
 from dist_lm.model.lora import adapter_of
 from dist_lm.model.size import TOKEN_WEIGHTS, Shape, parameter_shapes
 from dist_lm.stages.exporting.tensors import DTYPES, Read, as_torch, made
@@ -165,8 +165,10 @@ def _token_modules(architecture: Architecture, model: AdaptedModelConfig) -> dic
     if not model.lora.tokens:
         return {}
     conversions = converted(architecture, parameter_shapes(model.plain))
+    # peft looks for modules, whose names are those of the installed transformers, not those of files.
+    newer_names = {name: newer for newer, name in ALIASES.items()}
     return {
-        conversion.ours[0]: conversion.name.removesuffix(".weight")
+        conversion.ours[0]: newer_names.get(conversion.name, conversion.name).removesuffix(".weight")
         for conversion in conversions
         if conversion.ours[0] in TOKEN_WEIGHTS
     }
