@@ -55,6 +55,7 @@ def learn(tiny_work, folder, *overrides: str, **changed):
         )
 
 
+@pytest.mark.heavy
 def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
     recipe = f"{MUON} stage.rates.embedding=3 stage.fim_rate=0.5 'stage.mix={{language: 0.25}}'"
     curves = learn(tiny_work, tmp_path, recipes=[f"other: {recipe}"])
@@ -70,6 +71,7 @@ def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
     assert plain.points[0].loss == other.points[0].loss  # one initial model, one set of held-out sequences
 
 
+@pytest.mark.heavy
 def test_a_seed_changes_the_model_and_the_order_and_gpt_neox_learns_beside_it(tiny_work, tmp_path):
     curves = learn(
         tiny_work, tmp_path, "seed=3", seeds=2, peers=["neox: stage.lr=3e-3 stage.dropout=0"], budget="1.5e9flops"

@@ -106,7 +106,9 @@ def losses_of_transformers(config: ModelConfig) -> list[float]:
         for heads in (5, 25)
     ],
 )
-@pytest.mark.parametrize("layout", ["1x1x1", pytest.param("1x1x2", marks=pytest.mark.heavy), "1x2x2"])
+@pytest.mark.parametrize(
+    "layout", [*(pytest.param(one, marks=pytest.mark.heavy) for one in ("1x1x1", "1x1x2")), "1x2x2"]
+)
 def test_ten_steps_lose_what_those_of_transformers_lose(ranks: RankGroups, family: str, heads: int, layout: str):
     config = model_of(family, heads)
     weights = {name: value.numpy() for name, value in our_model(config).state_dict().items()}

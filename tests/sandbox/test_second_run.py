@@ -142,6 +142,7 @@ def busy_core() -> Iterator[int]:
         process.kill()
 
 
+@pytest.mark.heavy  # two minutes of CPU, which others wait for
 def test_a_program_that_chooses_a_busy_core_is_not_starved(busy_core: int, caplog: pytest.LogCaptureFixture):
     """It waits by its own choice: on a core that others use, and with the lowest priority."""
     if len(os.sched_getaffinity(0)) < 2:
