@@ -329,7 +329,7 @@ class Owners:
         directions = (
             stepped[unit.parameter].direction(self._rows(unit, box)) for peer in bucket.given for unit, box in peer
         )
-        return self._exchange(directions, bucket.given, bucket.taken)
+        return self._exchange(directions, bucket.given, bucket.taken, stepped[0].gradient.device)
 
     def _orthogonal(
         self, stepped: Sequence[Stepped], bucket: Bucket, gathered: torch.Tensor
@@ -371,30 +371,30 @@ class Owners:
     def _send_back(self, bucket: Bucket, steps: dict[Unit, torch.Tensor]) -> Message:
         """Starts to send the steps of this rank's units to all that hold a piece (collective)."""
         parts = (steps[unit][_within(unit, box)] for peer in bucket.returned for unit, box in peer)
-        return self._exchange(parts, bucket.returned, bucket.received)
+        return self._exchange(parts, bucket.returned, bucket.received, self.device)
 
     def _received(
         self, stepped: Sequence[Stepped], bucket: Bucket, message: Message
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Yields the parts of this rank's shards with their steps (collective if replicas share the work)."""
-        parts = _parts(bucket.received, message.wait())
+        received, pieces_of_peers = message.wait(), bucket.received
         if self.replicas is not None:
-            parts = self._of_all_replicas(bucket, parts)
-        for (unit, box), step in parts:
-            shard = shard_of(stepped[unit.parameter].parameter)
-            yield unit.parameter, shard[self._rows(unit, box)], step.to(shard.device)
+            received, pieces_of_peers = self._of_all_replicas(bucket, received), bucket.shared
+        received = received.to(shard_of(stepped[0].parameter).device)  # to offloaded shards in one copy
+        for (unit, box), step in _parts(pieces_of_peers, received):
+            yield unit.parameter, shard_of(stepped[unit.parameter].parameter)[self._rows(unit, box)], step
 
-    def _of_all_replicas(
-        self, bucket: Bucket, parts: Iterable[tuple[tuple[Unit, Box], torch.Tensor]]
-    ) -> Iterator[tuple[tuple[Unit, Box], torch.Tensor]]:
-        """Yields this rank's pieces of the steps of all replicas, given those of its own one (collective)."""
+    def _of_all_replicas(self, bucket: Bucket, received: torch.Tensor) -> torch.Tensor:
+        """Returns this rank's pieces of the steps of all replicas, in the order of `bucket.shared`, given those of its
+        own one (collective)."""
         assert self.replicas is not None
         # One message of equal parts, as all-gather takes them.
-        longest = max(_size(of_replica) for of_replica in bucket.shared)
+        sizes = [_size(of_replica) for of_replica in bucket.shared]
+        longest = max(sizes)
         if not longest:
-            return  # all copies of this rank hold nothing either
+            return received  # all copies of this rank hold nothing either
         own = torch.zeros(longest, dtype=self.dtype, device=self.device)
-        step_of = dict(parts)
+        step_of = dict(_parts(bucket.received, received))
         for piece, target in _parts([bucket.shared[self.replica]], own):
             target.copy_(step_of[piece])
         del step_of
@@ -404,21 +404,22 @@ class Owners:
             gather_by_exchange(gathered, own, self.replicas)
         else:
             dist.all_gather_into_tensor(gathered, own, group=self.replicas)
-        for of_replica, flat in zip(bucket.shared, gathered.split(longest), strict=True):
-            yield from _parts([of_replica], flat)
+        return torch.cat([part[:size] for part, size in zip(gathered.split(longest), sizes, strict=True)])
 
-    def _exchange(self, parts: Iterable[torch.Tensor], sent: Pieces, received: Pieces) -> Message:
+    def _exchange(self, parts: Iterable[torch.Tensor], sent: Pieces, received: Pieces, device: torch.device) -> Message:
         """Starts to send parts to the ranks of the group (collective).
 
         Args:
             parts: the tensors of `sent`, in its order; each is copied once, into the message.
             sent: which pieces go to each rank.
             received: which pieces come from each rank.
+            device: that of the parts.
         """
         sizes = [[_size(peer) for peer in pieces_of_peers] for pieces_of_peers in (sent, received)]
-        outgoing = torch.empty(sum(sizes[0]), dtype=self.dtype, device=self.device)
+        outgoing = torch.empty(sum(sizes[0]), dtype=self.dtype, device=device)
         for (_, target), part in zip(_parts(sent, outgoing), parts, strict=True):
             target.copy_(part)
+        outgoing = outgoing.to(self.device)  # offloaded shards go to the GPU in one copy
         if self.group.size() == 1:
             return Message(outgoing, outgoing, None)
 
