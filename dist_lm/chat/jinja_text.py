@@ -36,7 +36,9 @@ from dist_lm.tokenizer.tokenizer import KeptTemplate
 # transformers has this tag around what the assistant writes.
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 WAY_OUT = "tokenizer.chat_template=ours lays conversations out as dist_lm does"
-MOST_TURNS = 4096  # of the beginnings in one request: its time limit must not depend on the length of a conversation
+# All beginnings in one request have at most so many turns: its time limit must not depend on the length of a
+# conversation.
+MOST_TURNS = 4096
 MOST_STEPS = 1_000_000  # steps of a rendering; 1,000 turns that each look at all turns take as many
 LONGEST, LARGEST = 10_000_000, 10**30  # bounds of a repeated text or list, and of a product
 MOST_DIGITS = 10_000  # bound of base x exponent of a power, which is more than its digits

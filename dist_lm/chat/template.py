@@ -263,10 +263,10 @@ def thinking_block(message: Message) -> str:
     return f"{BEGIN_THINKING}\n{message.thinking}\n{END_THINKING}\n\n"
 
 
-def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
+def common_length(ids: Sequence[int], other_ids: Sequence[int]) -> int:
     """Returns how many first ids both have in common."""
-    pairs = zip(ids, others, strict=False)
-    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
+    pairs = zip(ids, other_ids, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(other_ids)))
 
 
 def _results(results: Sequence[Json], where: str) -> list[Part]:

@@ -52,7 +52,7 @@ class Span(NamedTuple):
 
 
 class EarlierText(NamedTuple):
-    """What an earlier corpus holds of one document."""
+    """One document of an earlier corpus, as far as it is compared."""
 
     text: str
     opening: bytes  # hash of the tokens before the first learned one; empty: all are learned, it is a text
@@ -137,7 +137,7 @@ class EarlierCorpora:
         for document in self.documents("train"):
             comparison.add(b"", document.text)
         comparison.finish()
-        return {forms[place][0] for place in index.contained()}
+        return {forms[form_index][0] for form_index in index.contained()}
 
     def marked(
         self, records: Iterable[Screened], split_of: Callable[[Screened], str]
@@ -196,15 +196,15 @@ class EarlierCorpora:
                 waiting.append((record, len(samples)))
                 yield from samples
 
-        done: list[TokenizedDocument] = []
+        tokenized: list[TokenizedDocument] = []
         for document in encode_documents(self._tokenizer_model, documents(), self._workers, encode_any):
             # A conversation without a learned answer may have no document.
             while not waiting[0][1]:
                 yield waiting.popleft()[0], []
-            done.append(document)
-            if len(done) == waiting[0][1]:
-                yield waiting.popleft()[0], done
-                done = []
+            tokenized.append(document)
+            if len(tokenized) == waiting[0][1]:
+                yield waiting.popleft()[0], tokenized
+                tokenized = []
         yield from ((record, []) for record, _ in waiting)
 
 
@@ -258,7 +258,7 @@ def read_openings(_tokenizer: Tokenizer, span: Span) -> list[bytes]:
     if not corpus.has_mask:
         return []
     spans = ((number, 0, int(corpus.lengths[number])) for number in range(span.first, span.end))
-    return [_opening(corpus.tokens(*whole), corpus.mask(*whole)) for whole in spans]
+    return [_opening(corpus.tokens(*document_span), corpus.mask(*document_span)) for document_span in spans]
 
 
 def _opening(tokens: np.ndarray, mask: np.ndarray) -> bytes:

@@ -22,8 +22,8 @@ class CorpusPass:
     """One corpus of a training stream."""
 
     corpus: str
-    n_sequences: int  # of an epoch
-    share: float = 1.0  # of the sequences of a step
+    n_sequences: int  # sequences in an epoch
+    share: float = 1.0  # part of the sequences in a step
 
     def epochs(self, sequences: int) -> float:
         """Returns the passes over the corpus in the first `sequences` sequences of the stream."""
@@ -94,7 +94,7 @@ def repetition_warning(stage: str, passes: Sequence[CorpusPass], steps: int, glo
     counts = [f"{name} {passes_in_words(epochs)} times" for name, epochs in repeated.items()]
     words = f"stage={stage}: {steps:,} steps read {listed(counts, NAMED)}: a model learns such text by heart"
     # The key counts passes over the stage's own corpus, which comes first.
-    own = passes[0]
-    if own.corpus in repeated:
-        words += f"; stage.epochs=3 takes {counted(own.steps(3, global_batch), 'step')}"
+    own_passes = passes[0]
+    if own_passes.corpus in repeated:
+        words += f"; stage.epochs=3 takes {counted(own_passes.steps(3, global_batch), 'step')}"
     return words

@@ -70,7 +70,7 @@ class _Val(NamedTuple):
     protected: set[bytes]
     index: HeldOutIndex
     comparison: Comparison
-    texts: dict[bytes, str]  # by key, to be compared with earlier corpora; empty without them
+    texts: dict[bytes, str]  # key -> text, to be compared with earlier corpora; empty without them
     refused: set[bytes]  # keys of train texts that are themselves held out by an earlier corpus
     is_redacted: bool  # whether val of an earlier corpus has placeholders, so that train texts are compared with them
 
@@ -377,7 +377,7 @@ def split_documents(
         yield from checked(record, "val", rule, forbidden)
 
     # Preferences often have the prompts of conversations. Where the train split of these has all that was chosen here,
-    # what they hold out is held out here, too.
+    # val becomes the prompts that they hold out.
     if held_out_earlier and not splits["val"]:
         for record, forbidden in text_splits.earlier.marked(held_out_earlier, lambda _: "val"):
             yield from checked(record, "val", rule, forbidden)

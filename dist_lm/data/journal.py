@@ -167,8 +167,8 @@ def _named_tars(directory: Path) -> Iterator[str]:
     """
     if manifest_path(directory).is_file():
         yield from (shard.name for split in read_manifest(directory).splits.values() for shard in split.shards)
-    _, begun, _ = _read(directory)
-    yield from begun
+    _, begun_tars, _ = _read(directory)
+    yield from begun_tars
 
 
 def _reusable_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
@@ -220,10 +220,10 @@ def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Sha
     Raises:
         ManifestError (an ArtefactError): a line is damaged, or the journal is of another format.
     """
-    recipe, begun, finished = None, [], {split: [] for split in SPLITS}
+    recipe, begun_tars, finished = None, [], {split: [] for split in SPLITS}
     path = journal_path(directory)
     if not path.is_file():
-        return recipe, begun, finished
+        return recipe, begun_tars, finished
 
     # A kill may cut the last line short: without a line end it does not count.
     lines = path.read_bytes().split(b"\n")[:-1]
@@ -237,7 +237,7 @@ def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Sha
                 # Files of these names may be removed, so a name must not lead out of the folder.
                 if not tar_name.fullmatch(name):
                     raise ValueError(f"{name} is no tar of this folder")
-                begun.append(name)
+                begun_tars.append(name)
                 if "finished" in event:
                     split = name.partition("-")[0]
                     shard = Shard.parse(event["finished"], shard_name(split, len(finished[split])))
@@ -246,7 +246,7 @@ def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Sha
             raise ManifestError(
                 f"{path}: line {number + 1} is damaged ({type(error).__name__}: {error}): remove {directory}"
             ) from error
-    return recipe, begun, finished
+    return recipe, begun_tars, finished
 
 
 def _files_of(tar: str) -> set[str]:

@@ -307,8 +307,8 @@ def listed_inputs(config: CorpusConfig, name: str, list_inputs: ListInputs = inp
 
 def inputs_hash(listings: Iterable[Inputs]) -> str:
     """Hashes the inputs that sources read: hexadecimal SHA-256. Files that they leave out do not count."""
-    taken = [replace(listing, files=listing.taken).to_json() for listing in listings]
-    return hashlib.sha256(json.dumps(taken, sort_keys=True).encode()).hexdigest()
+    listings_read = [replace(listing, files=listing.taken).to_json() for listing in listings]
+    return hashlib.sha256(json.dumps(listings_read, sort_keys=True).encode()).hexdigest()
 
 
 def changed_inputs(config: CorpusConfig, name: str, directory: Path, list_inputs: ListInputs = inputs_of) -> list[str]:

@@ -75,7 +75,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Remedy:
-    """What makes the first command of a corpus file run."""
+    """Settings that make the first command of a corpus file run."""
 
     reason: str  # a line for people
     settings: Mapping[str, Any] = field(default_factory=dict)  # keys of the group `corpus`, for the file
@@ -232,9 +232,9 @@ def _refuse_other_columns(counts: Survey, paths: Sequence[str]) -> None:
     if not set(files).isdisjoint(paths):
         return
 
-    others = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
+    rest = f" and {len(files) - LISTED} more" if len(files) > LISTED else ""
     raise ConfigError(
-        f"{share:.1%} of the rows of {name} have other columns, in {', '.join(files[:LISTED])}{others}. "
+        f"{share:.1%} of the rows of {name} have other columns, in {', '.join(files[:LISTED])}{rest}. "
         "Give each kind of file separately, as in `dist-lm data new FILE FILE`: each gets a source of its own. "
         f"The first: {without_column[0]['place']}: {without_column[0]['error']}"
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from dist_lm.data.order import DocumentSlice, Shuffle, key, permutation, splitmix64
 
-DROP, TRUNCATE, SPLIT = TOO_LONG = ("drop", "truncate", "split")  # what becomes of a document longer than a row
+DROP, TRUNCATE, SPLIT = TOO_LONG = ("drop", "truncate", "split")  # treatments of a document longer than a row
 
 
 class Packing:

@@ -112,10 +112,10 @@ def prompt_column(columns: Mapping[str, Any]) -> str:
     names = [name for name in OTHER_COLUMNS if name in columns]
     if len(names) == 1:
         return names[0]
-    found = ", ".join(columns) or "none"
+    column_names = ", ".join(columns) or "none"
     if names:
         raise ChatError(f"the columns {', '.join(names)} may all be the prompt: name one of them {PROMPT}")
-    raise ChatError(f"no column {PROMPT} (or {', '.join(OTHER_COLUMNS)}); the columns there are {found}")
+    raise ChatError(f"no column {PROMPT} (or {', '.join(OTHER_COLUMNS)}); the columns there are {column_names}")
 
 
 def is_turns(text: str) -> bool:

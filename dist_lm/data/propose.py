@@ -53,7 +53,7 @@ RANKED = (("chosen", "rejected"), ("completions", "ranks"), ("completions", "jud
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
 NUMBER = re.compile(
     r"\s*([-+]?[\d.,]+([eE][-+]?\d+)?|nan|inf|true|false|none|null)?\s*", re.IGNORECASE
-)  # of a CSV cell
+)  # a CSV cell without text
 # How the bytes of images and audio begin: PNG, JPEG, GIF, TIFF; WAVE or WebP, FLAC, Ogg, MP3.
 IMAGE_BYTES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*")
 AUDIO_BYTES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb")

@@ -282,7 +282,7 @@ def screened(
         earlier_keys = held_out if source.held_out else keys
         n_source = 0  # documents
         dropped: Counter[str] = Counter()
-        documents = hashlib.blake2b(digest_size=16)  # of those that passed
+        documents = hashlib.blake2b(digest_size=16)  # hashes those that passed
         errors = RowErrors(source, config.max_bad_fraction, rejected)
         for candidate in errors.counted(reader.read(source)):
             if isinstance(candidate, Rejected):

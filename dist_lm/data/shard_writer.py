@@ -155,7 +155,9 @@ class _SplitWriter:
         self._dtype = token_dtype(journal.recipe.vocab_size)
         self._pending: list[TokenizedDocument] = []
         self._origins: list[Origin] = []  # one for each document of `_pending`
-        self._texts = hashlib.sha256()  # of the texts that `_pending` and the open tar hold, or that are passed over
+        self._texts = (
+            hashlib.sha256()
+        )  # hashes the texts that `_pending` and the open tar hold, or that are passed over
         self._passed = 0  # documents of a kept tar
         self._to_pass = list(journal.finished[split])  # kept tars whose documents are not all passed over
         self._tar: Any = None
@@ -224,7 +226,7 @@ class _SplitWriter:
         self._members = self._tokens = 0  # written to the tar
         self._content_hash = 0  # sum of the hashes of its documents
         self._languages: dict[str, int] = {}
-        self._repository = ""  # that of the last document
+        self._repository = ""  # repository of the last document
         self._tar_origins: list[Origin] = []
         self._tar_rows: list[bytes] = []  # compressed lines
         self._has_rows = False

@@ -107,8 +107,8 @@ class StepStream(Iterator[StepData]):
 
     def _step(self, position: int) -> StepData:
         micro_batches, tokens = [], 0
-        for places in self._micro_batches:
-            batch = self._batch_of([position + place for place in places])
+        for offsets in self._micro_batches:
+            batch = self._batch_of([position + offset for offset in offsets])
             tokens += batch.n_tokens
             micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
         return StepData(position + self._global_batch, micro_batches, tokens)

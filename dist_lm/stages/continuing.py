@@ -336,14 +336,14 @@ def recorded_folders(config: Config) -> dict[str, str]:
         ArtefactError: the record of the run is damaged.
     """
     run = run_of(config)
-    begun: RunDirectory | None = run
+    begun_run: RunDirectory | None = run
     if checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is None:
         branch_from = getattr(config.stage, "branch_from", "")
-        begun = _run_at(Path(branch_from).expanduser().resolve()) if branch_from else None
+        begun_run = _run_at(Path(branch_from).expanduser().resolve()) if branch_from else None
     # A run of another work directory has read other folders.
-    if begun is None or run.work.path.resolve() not in begun.path.resolve().parents:
+    if begun_run is None or run.work.path.resolve() not in begun_run.path.resolve().parents:
         return {}
-    folders = begun.corpus_folders()
+    folders = begun_run.corpus_folders()
     return {name: folder for name, folder in folders.items() if manifest_path(run.work.corpus(folder)).is_file()}
 
 

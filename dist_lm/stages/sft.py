@@ -39,7 +39,7 @@ PRINTED_ANSWERS = 3  # in the summary
 class AnswersConfig:
     """Greedy answers to held-out conversations, before the first and after the last step."""
 
-    conversations: int = 8  # of val, whose last answer the model writes; 0: no answers
+    conversations: int = 8  # in val: the model writes their last answers; 0: no answers
     max_new_tokens: int = 256  # longest answer
 
     def __post_init__(self) -> None:
@@ -162,25 +162,25 @@ def write_answers(arguments: EvaluationArguments) -> None:
     requests = [
         Request(
             str(number),
-            asked.prompt,
+            held_out_answer.prompt,
             SamplingParams(
-                max_new_tokens=min(settings.max_new_tokens, context - len(asked.prompt)),
+                max_new_tokens=min(settings.max_new_tokens, context - len(held_out_answer.prompt)),
                 temperature=0,
-                stop_tokens=(asked.expected[-1],),
+                stop_tokens=(held_out_answer.expected[-1],),
             ),
         )
-        for number, asked in enumerate(held_out)
+        for number, held_out_answer in enumerate(held_out)
     ]
     answers = answer_all(arguments, requests, "stage.answers")
 
     samples = [
         {
-            "prompt": text_with_marks(asked.prompt, tokenizer),
-            "expected": text_with_marks(asked.expected, tokenizer),
+            "prompt": text_with_marks(held_out_answer.prompt, tokenizer),
+            "expected": text_with_marks(held_out_answer.expected, tokenizer),
             "found": text_with_marks(answer.tokens, tokenizer),
             "finish": answer.finish,
         }
-        for asked, answer in zip(held_out, answers, strict=True)
+        for held_out_answer, answer in zip(held_out, answers, strict=True)
     ]
     write_samples(arguments, samples)
 

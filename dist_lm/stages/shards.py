@@ -143,14 +143,16 @@ class Shards(ArtefactStage):
             OSError: a file cannot be read or written.
             ZstdError, ValueError, KeyError: a file of origins, whose licences it corrects, is damaged.
         """
-        wanted = wanted_corpora(config)
+        wanted_names = wanted_corpora(config)
         # Files are listed once for the whole build: what is compared with val is what is tokenized.
         reader = TextSplits(config.corpus, config.seed).reader
         # What the plan has chosen stays, even if inputs have changed since. Texts are compared with all others.
-        open_names = [name for name in {*wanted, *text_corpora(config.corpus)} if name not in config.corpus.folders]
+        open_names = [
+            name for name in {*wanted_names, *text_corpora(config.corpus)} if name not in config.corpus.folders
+        ]
         config = with_folders(config, sorted(open_names), reader.files)
-        missing = missing_corpora(config, wanted, reader.files)
-        correct_corpora(config, [name for name in wanted if name not in missing])
+        missing = missing_corpora(config, wanted_names, reader.files)
+        correct_corpora(config, [name for name in wanted_names if name not in missing])
 
         # A corpus that is repaired is compared with the earlier corpora of its first build, so its bytes come again.
         texts = [name for name in missing if form_of(config.corpus, name) == "text"]
@@ -521,11 +523,15 @@ def begun_folders(config: Config, readers: Sequence[Config]) -> Config:
     """
     folders: dict[str, set[str]] = {}
     for reader in readers:
-        begun = recorded_folders(reader)
+        recorded = recorded_folders(reader)
         for name in reader.corpus_names:
-            folders.setdefault(name, set()).add(begun.get(name, ""))
+            folders.setdefault(name, set()).add(recorded.get(name, ""))
     # Two runs may have begun with different folders: then the plan is about that of the sources.
-    chosen = {name: found.pop() for name, found in folders.items() if len(found) == 1 and "" not in found}
+    chosen = {
+        name: run_folders.pop()
+        for name, run_folders in folders.items()
+        if len(run_folders) == 1 and "" not in run_folders
+    }
     return replace(config, corpus=replace(config.corpus, folders={**config.corpus.folders, **chosen}))
 
 
@@ -621,8 +627,8 @@ def _has_seen(config: Config, manifest: Manifest, missing: Sequence[str], list_i
     recorded = manifest.settings.get("corpus", {}).get("corpora", {})
     names = [name for name in text_corpora(config.corpus) if not recorded or name in recorded]
     # Manifests of earlier releases recorded no documents.
-    seen = manifest.documents or names
-    if not set(missing) <= set(names) & set(seen) or set(recorded) - set(names):
+    documents_read = manifest.documents or names
+    if not set(missing) <= set(names) & set(documents_read) or set(recorded) - set(names):
         return False
     if manifest.recipe.corpus_fingerprint != digest(_fingerprint(config, names)):
         return False
@@ -670,26 +676,26 @@ def earlier_folders(
     """
     work = WorkDirectory(Path(config.work_dir))
     own_folder = config.corpus_in(work, name)
-    excluded = {own_folder, *(config.corpus_in(work, other) for other in together)}
+    excluded = {own_folder, *(config.corpus_in(work, corpus) for corpus in together)}
     tokenizer_sha256 = durable.sha256_of(work.tokenizer_model)
-    others = {folder: read_manifest(folder) for folder in finished_corpora(work) if folder not in excluded}
+    manifests = {folder: read_manifest(folder) for folder in finished_corpora(work) if folder not in excluded}
     recipes = {
         folder: manifest.recipe
-        for folder, manifest in others.items()
+        for folder, manifest in manifests.items()
         if manifest.recipe.tokenizer_sha256 == tokenizer_sha256
     }
 
     was_finished = manifest_path(own_folder).is_file()
-    begun = read_manifest(own_folder).recipe if was_finished else journal_recipe(own_folder)
-    if begun is None:
+    begun_recipe = read_manifest(own_folder).recipe if was_finished else journal_recipe(own_folder)
+    if begun_recipe is None:
         return list(recipes)
-    first = [folder for folder in recipes if folder.name in begun.compared]
+    first = [folder for folder in recipes if folder.name in begun_recipe.compared]
     later = [folder for folder in recipes if own_folder.name in recipes[folder].compared]
     earlier = earlier_corpora(config, first)
     again = recipe_of(
         config, name, TextSplits(config.corpus, config.seed, together=together, earlier=earlier, reader=reader)
     )
-    is_same = again == begun and (was_finished or set(recipes) == {*first, *later})
+    is_same = again == begun_recipe and (was_finished or set(recipes) == {*first, *later})
     return first if is_same else list(recipes)
 
 
@@ -740,10 +746,10 @@ def require_compared(config: Config, missing: Sequence[str], text_splits: TextSp
         if name in missing or not manifest_path(directory).is_file():
             continue
 
-        for other, documents in read_manifest(directory).documents.items():
-            if other in text_splits.together and text_splits.reader.documents(other) != documents:
+        for corpus, documents in read_manifest(directory).documents.items():
+            if corpus in text_splits.together and text_splits.reader.documents(corpus) != documents:
                 raise ArtefactError(
-                    f"{directory} was built when corpus {other} had other documents, although sizes and times "
+                    f"{directory} was built when corpus {corpus} had other documents, although sizes and times "
                     f"of its inputs are the same: remove {directory} to build both again"
                 )
 

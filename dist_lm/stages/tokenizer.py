@@ -83,17 +83,17 @@ class TokenizerStage(ArtefactStage):
             return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
 
         report = durable.read_json(work.tokenizer_report, {"vocab_size": int, "bytes_per_token": (int, float)})
-        kept = ""
+        remark = ""
         if settings.is_given:
             check_same_file(work, settings)
             check_template(work, settings)
         else:
-            kept = check_trained(work, report, config)
+            remark = check_trained(work, report, config)
         detail = f"{report['vocab_size']:,} pieces"
         # No figure of a given tokenizer without text.
         if report["bytes_per_token"]:
             detail += f", {report['bytes_per_token']:.2f} bytes/token"
-        return Artefact(True, detail + kept)
+        return Artefact(True, detail + remark)
 
     def build(self, config: Config, console: "Console") -> None:
         """Trains the tokenizer, or copies the given one, and writes a report on it. Files of an earlier tokenizer are

@@ -30,7 +30,7 @@ class ListedCorpus:
     state: str  # finished | unfinished | damaged | of others
     built: float  # when its manifest was written, seconds since the epoch; 0: it has none
     runs: tuple[str, ...]  # STAGE/RUN_ID of the runs that have recorded it
-    manifest: Manifest | None  # of a finished corpus
+    manifest: Manifest | None  # None: the corpus is not finished
 
 
 def list_corpora(work: WorkDirectory) -> list[ListedCorpus]:
@@ -101,9 +101,9 @@ def _cells(corpus: ListedCorpus) -> Sequence[str]:
     first: Mapping[str, Any] = sources[0] if sources else {}
     form, _ = READERS.get(first.get("reader", ""), ("", ""))
     paths = first.get("path") or []
-    place = first.get("dataset") or (paths[0] if paths else first.get("reader", ""))
+    origin = first.get("dataset") or (paths[0] if paths else first.get("reader", ""))
     if len(sources) > 1 or len(paths) > 1:
-        place += " ..."
+        origin += " ..."
     train, val = (corpus.manifest.splits[split].counts for split in ("train", "val"))
     return (
         corpus.folder.name,
@@ -112,7 +112,7 @@ def _cells(corpus: ListedCorpus) -> Sequence[str]:
         readable_count(train.tokens),
         readable_count(val.tokens),
         time.strftime("%Y-%m-%d %H:%M", time.localtime(corpus.built)),
-        place,
+        origin,
         used_by,
     )
 

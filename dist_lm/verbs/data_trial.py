@@ -28,11 +28,11 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import listed
 
 ROWS = 200  # documents of each source that are built first
-MORE_ROWS = (2_000, 20_000, 0)  # where none of the first ones is held out; 0: all
+MORE_ROWS = (2_000, 20_000, 0)  # read if none of the first ones is held out; 0: all
 TRAIN_BYTES = 4_000_000  # text that the tokenizer learns from here
 LISTED = 4  # paths that an error names
-LEAST_PIECES = 512  # of a vocabulary, tokenizer.vocab_size
-LARGEST_SHARE = 0.3  # of a corpus that is held out without asking
+LEAST_PIECES = 512  # least tokenizer.vocab_size
+LARGEST_SHARE = 0.3  # largest part of a corpus that is held out without asking
 
 
 def try_command(

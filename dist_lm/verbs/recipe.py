@@ -33,8 +33,8 @@ from dist_lm.verbs.data_trial import try_command
 
 SFT, PREFERENCE, RLHF = "sft", "preference", "rlhf"
 RANKINGS = "rankings"  # corpus of --preferences
-MOST_TOKENS = 8192  # of a sequence, where the data does not ask for fewer
-LONG_SHARE = 0.01  # of conversations that may be longer than a sequence
+MOST_TOKENS = 8192  # in a sequence, where the data does not ask for fewer
+LONG_SHARE = 0.01  # part of the conversations that may be longer than a sequence
 EPOCHS, EPOCHS_OF_MANY, MANY = 3, 2, 50_000  # conversations
 STEPS_OF_EPOCH = 32  # the batch grows until an epoch has no more steps than about this
 BATCHES = (4, 64)  # smallest and largest global batch
@@ -43,12 +43,12 @@ LORA_RATE_RATIO = 10
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05}
 WARMUP_SHARE = 0.03
 PREFERENCE_RATE, RL_RATE = 5e-7, 1e-6
-USED_MEMORY = 0.8  # of free memory of a CPU's machine, for all ranks
+USED_MEMORY = 0.8  # part of the free memory of a CPU's machine, for all ranks
 
 
 @dataclass
 class Measured:
-    """What the first rows of the data show under the tokenizer of the model."""
+    """Lengths of the first rows of the data under the tokenizer of the model."""
 
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # tokens of conversations
 
@@ -111,8 +111,10 @@ def new_recipe(
         if preferences:
             _add_rankings(corpus_file, preferences)
         stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
-        if others := [other for other in surveys if other != CONVERSATIONS]:
-            remarks.append(f"texts of --data are not trained on: corpora {', '.join(others)}; a share in mix adds them")
+        if text_corpora := [corpus for corpus in surveys if corpus != CONVERSATIONS]:
+            remarks.append(
+                f"texts of --data are not trained on: corpora {', '.join(text_corpora)}; a share in mix adds them"
+            )
         content = {"run_id": name, "corpus": name, "parallel": "auto"} | dict(start.keys) | hardware_keys()
         if preferences:
             stages[PREFERENCE] = preference_keys(start, stages[SFT])

@@ -70,7 +70,7 @@ def test_preferences_are_learned_behind_fine_tuning(folder: Path, monkeypatch: p
     monkeypatch.chdir(folder)
     out = folder / "lab/experiment/pairs.yaml"
     recipe_new("hf:model", ["chats.jsonl"], out, preferences=["pairs.jsonl"])
-    work = launched(folder, "pairs", "stage.steps=2")
+    work = launched(folder, "pairs", "stage.steps=2", "stage.global_batch=4")
     assert durable.read_json(work.run("sft", "pairs").result)["steps"] == 2
     assert durable.read_json(work.run("preference", "pairs").result)["steps"] == 2
 

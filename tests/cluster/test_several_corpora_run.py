@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.config.root import save_config
 from dist_lm.data.manifest import read_manifest
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.conftest import TINY, tiny
@@ -32,15 +34,20 @@ RLHF = (
 )
 
 
+def run_command(words: list[str], folder: Path) -> str:
+    """Runs a command in `folder`; returns what it prints."""
+    environment = os.environ | {"PYTHONPATH": str(DOCS.parent)}
+    done = subprocess.run(
+        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
 def launch(arguments: list[str], folder: Path) -> str:
     """Runs a command line of the launcher in `folder`, with one rank; returns what it prints."""
-    environment = os.environ | {"PYTHONPATH": str(DOCS.parent)}
     command = [sys.executable, "-m", "dist_lm.launch", *arguments, "cluster.ranks_per_node=1", "tokenizer.workers=1"]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-    )
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    return done.stdout
+    return run_command(command, folder)
 
 
 def rows(path: Path, seed: int) -> Path:
@@ -83,46 +90,66 @@ def test_a_run_goes_on_with_its_data_set_after_a_second_one_was_built(work: Work
     }
 
 
-def commands_of_the_docs() -> list[list[str]]:
-    """The launches of the pages about data, rewards and RLHF that need neither a network nor actors."""
-    lines = [
-        line
+def lines_of_the_docs() -> list[list[str]]:
+    """The shell lines of the pages about data, rewards and RLHF, as words, that need no network."""
+    blocks = [
+        block
         for page in ("data.md", "reward.md", "rlhf.md")
-        for line in re.findall(r"^python -m dist_lm\.launch (.*)$", (DOCS / page).read_text(), re.MULTILINE)
+        for block in re.findall(r"^```bash\n(.*?)^```", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
     ]
-    arguments = [shlex.split(line, comments=True) for line in lines]
-    chosen = [one for one in arguments if not any(word in ("corpus=hub", "rlhf.pool.actors=2") for word in one)]
-    assert len(chosen) >= 7, "the pages have other commands now"
-    return chosen
+    # The shell's $'...' is the only quotation of the pages that shlex does not know.
+    texts = [re.sub(r"\$('[^']*')", r"\1", line) for block in blocks for line in block.splitlines()]
+    lines = [words for text in texts if (words := shlex.split(text, comments=True)) and "corpus=hub" not in words]
+    assert len(lines) >= 13, "the pages have other commands now"
+    return lines
+
+
+def settings_of(arguments: list[str], run_id: str) -> list[str]:
+    """Words that make a launch of the docs a short run of its own, of the tiny model; the line's own words stay."""
+    stage = next(word.partition("=")[2] for word in arguments if word.startswith("stage="))
+    start = {"reward": "code", "rlhf": "tools", "code": "language"}[stage]
+    settings = [*tiny(stage), *(RLHF if stage == "rlhf" else SHORT), f"run_id={run_id}"]
+    settings.append(f"stage.init_from=work/runs/{start}/default")
+    if stage == "rlhf":
+        settings.append("rlhf.reward_model=work/runs/reward/default")
+    names = {word.partition("=")[0] for word in arguments}
+    return [word for word in settings if word.partition("=")[0] not in names]
 
 
 @pytest.mark.bars
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", range(5))
-def test_the_commands_of_the_docs_run_in_any_order(work: WorkDirectory, tmp_path: Path, seed: int) -> None:
-    """Finds an order in which a command is refused until a folder is removed. Each command is a run of its own."""
+def test_the_lines_of_the_docs_run_in_any_order(work: WorkDirectory, tmp_path: Path, seed: int) -> None:
+    """Finds an order in which a line is refused until a folder is removed. Each launch is a run of its own.
+
+    The work directory has what a quick start leaves, with models that were not trained.
+    """
     for number, stage in enumerate(("language", "code", "tools", "reward")):
         run = write_untrained(work, stage, seed=number)
+        save_config(compose_config([f"stage={stage}", *tiny(stage), f"work_dir={work.path}"]), run.config)
     run.result.write_text(json.dumps({"normaliser": {"mean": 0.0, "std": 1.0}}))
     assert work.path == tmp_path / "work"
 
-    # The corpus file of docs/data.md, over data of this test.
-    (tmp_path / "lab/corpus").mkdir(parents=True)
-    source = f"{{reader: jsonl, language: english, path: {rows(tmp_path / 'ours.jsonl', 3)}}}"
-    (tmp_path / "lab/corpus/ours.yaml").write_text(f"name: ours\nval_fraction: 0.2\ncorpora:\n  code: [{source}]\n")
+    # The data of docs/data.md: a folder of sources, and lines with texts.
+    shutil.copytree(DOCS.parent / "dist_lm" / "chat", tmp_path / "data/code/chat", ignore=lambda *_: ["__pycache__"])
+    (tmp_path / "data/issues").mkdir()
+    rows(tmp_path / "data/issues/a.jsonl", 3)
+    lines = [
+        [word.replace("/data/", f"{tmp_path}/data/").replace(".jsonl.zst", ".jsonl") for word in line]
+        for line in lines_of_the_docs()
+    ]
 
-    commands = commands_of_the_docs()
-    random.Random(seed).shuffle(commands)
+    # All other lines with corpus=ours need the file that this one writes.
+    (new,) = [line for line in lines if line[:3] == ["dist-lm", "data", "new"]]
+    order = [line for line in lines if line is not new]
+    random.Random(seed).shuffle(order)
     finished: dict[Path, dict[str, str]] = {}
-    for number, command in enumerate(commands):
-        stage = next(word.partition("=")[2] for word in command if word.startswith("stage="))
-        given = {word.partition("=")[0] for word in command}
-        added = [*tiny(stage), *(RLHF if stage == "rlhf" else SHORT), f"run_id=order{number}"]
-        start = "code" if stage == "reward" else {"rlhf": "tools", "code": "language"}.get(stage, "")
-        added += [f"stage.init_from=work/runs/{start}/default", "rlhf.reward_model=work/runs/reward/default"]
-        if stage != "rlhf":
-            added.pop()
-        launch([*command, *(word for word in added if word.partition("=")[0] not in given)], tmp_path)
+    for number, line in enumerate([new, *order]):
+        if line[:3] == ["python", "-m", "dist_lm.launch"]:
+            launch([*line[3:], *settings_of(line[3:], f"order{number}")], tmp_path)
+        else:
+            verb = line[1:] if line[0] == "dist-lm" else line[3:]
+            run_command([sys.executable, "-m", "dist_lm", *verb], tmp_path)
 
         # What is finished stays as it is.
         assert all(hashes(folder) == files for folder, files in finished.items())

@@ -8,7 +8,7 @@ from dist_lm.chat.messages import ChatError, Json, Tool, shown
 
 TOOLS = ("tools", "functions", "available_tools")  # columns of a row; the second is OpenAI's older name
 TOOL = ("name", "description", "parameters", "input_schema", "strict")  # strict: how the API samples arguments
-IGNORED = ("cache_control",)  # of Anthropic's API: what it keeps in memory
+IGNORED = ("cache_control",)  # says what Anthropic's API keeps in memory
 
 
 def tools_of(value: Json) -> tuple[Tool, ...]:

@@ -301,10 +301,10 @@ def ranked_positions(placed: Sequence[PlacedRanking], lessons: Sequence[RankingA
         if len(arrays.ranks)  # the others have judgements
     ]
     shape = (len(ranked), max((len(ranks) for _, ranks in ranked), default=2))
-    place, rank = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    index, rank = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     exists = np.zeros(shape, bool)
     for p, (places, ranks) in enumerate(ranked):
-        place[p, : len(ranks)] = places
+        index[p, : len(ranks)] = places
         rank[p, : len(ranks)] = ranks
         exists[p, : len(ranks)] = True
 
@@ -315,7 +315,7 @@ def ranked_positions(placed: Sequence[PlacedRanking], lessons: Sequence[RankingA
     pairs_N2 = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
     margins = np.concatenate([np.zeros(0, np.float32), *(arrays.margins for arrays in lessons)])
     return RankedPositions(
-        index_PK=torch.from_numpy(place),
+        index_PK=torch.from_numpy(index),
         rank_PK=torch.from_numpy(rank),
         exists_PK=torch.from_numpy(exists),
         better_N=torch.from_numpy(pairs_N2[:, 0].copy()),

@@ -72,7 +72,7 @@ def _members(path: str, size: int, mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
     check_proportion(sum(entry.file_size for entry in entries), size)
 
     members: dict[str, zipfile.ZipInfo] = {}
-    end = 0  # of the member before, in the zip
+    end = 0  # end of the member before, in the zip
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if entry.header_offset < end:
             raise RefusedContentError("its members share bytes, as in a zip that is made to fill a machine")

@@ -56,11 +56,11 @@ def arrow_rows(reading: FileReading, wanted_columns: Sequence[str] | None) -> It
                 columns = stream.schema.names
                 # A value that many rows refer to is there again for each row that is decoded.
                 step = 1 if SHARING.search(str(stream.schema)) else BATCH
-                wanted = [column for column in columns if wanted_columns is None or column in wanted_columns]
+                read_columns = [column for column in columns if wanted_columns is None or column in wanted_columns]
                 for batch in stream:
                     # Offsets of a damaged batch point outside of its buffers.
                     _validate(batch)
-                    batch = batch.select(wanted)
+                    batch = batch.select(read_columns)
                     for first in range(0, batch.num_rows, step):
                         for row in decoded_rows(batch.slice(first, step)):
                             number += 1
@@ -94,7 +94,7 @@ class _Messages(io.RawIOBase):
         """`start`: bytes of the stream that were read from `file` already."""
         self._file = file
         self._start = start
-        self._message = memoryview(b"")  # what is left of it
+        self._message = memoryview(b"")  # the part that was not read yet
 
     def readable(self) -> bool:
         return True

@@ -66,10 +66,10 @@ class HttpFile(io.RawIOBase):
         self._random_access = random_access
         self._position = 0  # bytes from the start
         self._answer: Any = None  # open response of aiohttp
-        self._answer_position = 0  # of its next byte
+        self._answer_position = 0  # position of its next byte
         self._sends_parts = True  # until an answer is a whole file
         self._attempts = 0  # requests for a whole file
-        self._hash = hashlib.sha256()  # of the bytes up to the position; only used if the server sends whole files
+        self._hash = hashlib.sha256()  # hashes the bytes up to the position; only used if the server sends whole files
 
     def readable(self) -> bool:
         return True

@@ -180,7 +180,7 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
 
     def rows_from(row: int) -> Iterable[Row]:
         """Returns the rows from number `row` on; the stream reads them when it is iterated. Asks the hub."""
-        # By commit, because a branch may move between two openings of one stream.
+        # A commit, because a branch may move between two openings of one stream.
         commit = commit_of(source.dataset, source.revision or MAIN)
         options = {"name": source.subset, "revision": commit, "split": source.split or TRAIN}
         if source.data_dir:

@@ -205,8 +205,10 @@ def _candidate(ranking_of: Callable[[Row], Ranking | None], source_row: SourceRo
         return Rejected(source.language, location, "no_ranking", f"a column holds another kind of value ({error})")
     if ranking is None:
         return Rejected(source.language, location, "no_ranking")
-    licence, own = licence_of(row, source), bool(own_licence(row, source))
-    return ranking_document(ranking, source.language, location, licence, own, kept_columns(row, PARTS_OF_TEXT))
+    licence, has_own_licence = licence_of(row, source), bool(own_licence(row, source))
+    return ranking_document(
+        ranking, source.language, location, licence, has_own_licence, kept_columns(row, PARTS_OF_TEXT)
+    )
 
 
 def _ranking(

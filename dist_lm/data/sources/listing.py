@@ -161,7 +161,9 @@ class _Walk:
     excluded: Callable[[str], bool]  # relative name -> whether `exclude` names it; folders end in /
     of_rows: bool  # as of `list_files`
     split_rule: SplitRule = lambda name: ""  # decides on files of folders and globs by their relative names
-    matched: str = ""  # what a glob matched of the folder that is listed, with a slash at its end: part of these names
+    matched: str = (
+        ""  # the part that a glob matched of the folder that is listed, with a slash at its end: part of these names
+    )
     listed: set[Any] = field(default_factory=set)  # (device, inode) of local files and folders, names of remote ones
 
     def local(self, path: str) -> Iterator[Input]:
@@ -338,7 +340,7 @@ class _Walk:
         Raises:
             OSError: it cannot be looked at.
         """
-        # By inode, because a link or a mount gives a file a second name.
+        # Inodes, because a link or a mount gives a file a second name.
         status = os.stat(name)  # noqa: PTH116
         identity = (status.st_dev, status.st_ino)
         if identity in self.listed:

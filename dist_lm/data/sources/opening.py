@@ -21,7 +21,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".xz": "xz", ".b
 MAGIC = re.compile(rb"(?P<zip>PK\x03\x04)|(?P<bz2>BZh[1-9]1AY&SY)|(?P<xz>\xfd7zXZ\x00)|7z\xbc\xaf\x27\x1c")
 REMOTE = ("http", "https", "s3", "gs")
 BUFFER = 1 << 20  # bytes
-LONGEST_TRY_S = 30.0  # of a request of gs
+LONGEST_TRY_S = 30.0  # for a request of gs
 
 
 def scheme_of(name: str) -> str:

@@ -122,10 +122,10 @@ def pair_ranking(row: Row) -> Ranking | str:
     """
     prompt = prompt_turns(row)
     is_dialogue = isinstance(row.get(PROMPT), str) and bool(HH_TURN.match(row[PROMPT]))
-    (before, chosen), (other, rejected) = (answer_of(row[name], name) for name in ("chosen", "rejected"))
+    (before, chosen), (before_rejected, rejected) = (answer_of(row[name], name) for name in ("chosen", "rejected"))
     if is_dialogue:  # the answers follow `Assistant:` and a space
         chosen, rejected = chosen.strip(), rejected.strip()
-    if before != other:
+    if before != before_rejected:
         return "differ_earlier"
     if chosen == rejected:
         return "tied"
@@ -347,5 +347,5 @@ def _candidate(source_row: SourceRow, source: SourceConfig) -> Candidate:
         check_ranking(ranking)
     except ChatError as error:
         return Rejected(source.language, location, "no_ranking", str(error))
-    licence, own = licence_of(row, source), bool(own_licence(row, source))
-    return ranking_document(ranking, source.language, location, licence, own, kept_columns(row, PARTS))
+    licence, has_own_licence = licence_of(row, source), bool(own_licence(row, source))
+    return ranking_document(ranking, source.language, location, licence, has_own_licence, kept_columns(row, PARTS))

@@ -28,7 +28,7 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 MISSING_COLUMN = "missing_column"  # reason of a row without the column of the document
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
-MAX_LANGUAGES = 200  # of a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
+MAX_LANGUAGES = 200  # in a source; fewer than `screening.LANGUAGES`, the limit of a whole corpus
 WITH_DEFAULT = ("licence_column", "language_column", "id_column")
 FORMATS: dict[str, Format] = {
     ".jsonl": jsonl_rows,
@@ -187,8 +187,8 @@ def rows_of_files(
         of_folders = folder_columns(file.name)
         try:
             with files.reading(file) as reading:
-                wanted = None if whole_rows and read_rows in (parquet_rows, arrow_rows) else column_names
-                for number, row, row_columns in read_rows(reading, wanted):
+                fetched_columns = None if whole_rows and read_rows in (parquet_rows, arrow_rows) else column_names
+                for number, row, row_columns in read_rows(reading, fetched_columns):
                     if of_folders and isinstance(row, dict):
                         row, row_columns = {**of_folders, **row}, (*dict.fromkeys((*row_columns, *of_folders)),)
                     # All rows of a table have its columns, so the first one tells.

@@ -16,7 +16,7 @@ LONGEST = 16 << 20  # bytes of state.json
 
 @dataclass(frozen=True, slots=True)
 class SavedDataSet:
-    """What `state.json` tells."""
+    """The content of `state.json`."""
 
     files: frozenset[str]  # names in the folder
     split: str  # such as train, or train[:10%]; empty: not told

@@ -265,15 +265,15 @@ class _ListedFile(io.RawIOBase):
 
         # Before the first answer over http, nothing is known.
         info = self._raw.info if isinstance(self._raw, HttpFile) else _store_info(name)
-        told, listed = remote_input(name, info or {}), self._listed
+        from_server, listed = remote_input(name, info or {}), self._listed
         now = listed
-        if told.size >= 0 and listed.size >= 0:
-            now = replace(now, size=told.size)
-        if told.etag and listed.etag:
-            now = replace(now, etag=told.etag)
+        if from_server.size >= 0 and listed.size >= 0:
+            now = replace(now, size=from_server.size)
+        if from_server.etag and listed.etag:
+            now = replace(now, etag=from_server.etag)
         # A store lists milliseconds, and tells of one file in seconds.
-        if told.mtime_ns and abs(told.mtime_ns - listed.mtime_ns) >= SECOND_NS:
-            now = replace(now, mtime_ns=told.mtime_ns)
+        if from_server.mtime_ns and abs(from_server.mtime_ns - listed.mtime_ns) >= SECOND_NS:
+            now = replace(now, mtime_ns=from_server.mtime_ns)
         return now
 
 

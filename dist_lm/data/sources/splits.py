@@ -58,24 +58,24 @@ def split_of(name: str) -> str:
     return kind
 
 
-def split_rule(wanted: str | None, spelled: str = "", held_out: bool = False) -> SplitRule:
+def split_rule(wanted_split: str | None, spelled: str = "", held_out: bool = False) -> SplitRule:
     """Returns the rule that decides by split on files that are found in a folder or by a glob.
 
     Args:
-        wanted: the split that the source names: one of the three, a word for it (`val`), or that of shards
+        wanted_split: the split that the source names: one of the three, a word for it (`val`), or that of shards
             (`train_sft`).
         spelled: the part of a glob with magic letters, which may spell a split.
-        held_out: nothing of the source is trained on, so without `wanted` all splits are read.
+        held_out: nothing of the source is trained on, so without `wanted_split` all splits are read.
     """
-    if not wanted and held_out:
+    if not wanted_split and held_out:
         return lambda name: ""
-    if not wanted and (kind := kind_of(spelled)):
-        wanted = kind
+    if not wanted_split and (kind := kind_of(spelled)):
+        wanted_split = kind
 
     def rule(name: str) -> str:
         kind, split = kind_of(name), split_of(name)
-        if wanted:
-            is_read = wanted == split or KINDS.get(wanted) == kind
+        if wanted_split:
+            is_read = wanted_split == split or KINDS.get(wanted_split) == kind
         else:
             is_read = kind in ("", TRAIN)
         return "" if is_read else f"{LEFT_OUT}{split or 'unknown'}"

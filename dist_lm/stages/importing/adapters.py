@@ -107,16 +107,18 @@ def _base(
     path = Path(base).expanduser()
     if not base:
         raise ArtefactError(f"{folder / CONFIG}: base_model_name_or_path is missing: name the base by --base")
-    if path.is_dir() and not (path / "config.json").exists() and (found := _own_checkpoint(path)):
-        architecture = architecture_of(model_config_of(found))
+    if path.is_dir() and not (path / "config.json").exists() and (own_checkpoint := _own_checkpoint(path)):
+        architecture = architecture_of(model_config_of(own_checkpoint))
         if isinstance(architecture, str):
-            raise ArtefactError(f"checkpoint {found}: no architecture of transformers holds it: {architecture}")
+            raise ArtefactError(
+                f"checkpoint {own_checkpoint}: no architecture of transformers holds it: {architecture}"
+            )
         if replaced:
             raise ArtefactError(
                 f"{folder / WEIGHTS}: {shown_value(next(iter(replaced)))} replaces a weight of {path}, a run: export "
                 "the run, and name the folder of the export by --base"
             )
-        return found, architecture
+        return own_checkpoint, architecture
 
     with snapshot_at(base) as base_folder:
         _, architecture = model_in(base_folder, name_of(base))
@@ -168,9 +170,9 @@ class _Parts:
     """The tensors of adapters as our factors."""
 
     folder: Path
-    theirs: Mapping[str, StoredTensor]  # by their names without PREFIX
+    theirs: Mapping[str, StoredTensor]  # their name without PREFIX -> tensor
     described: AdapterFolder
-    model: ModelConfig  # of the base, with the head of the adapters
+    model: ModelConfig  # the base, with the head of the adapters
     architecture: Architecture
 
     @cached_property

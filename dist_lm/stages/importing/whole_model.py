@@ -104,7 +104,7 @@ def import_snapshot(
 class Words:
     """The tokenizer and the chat template of an import."""
 
-    content: bytes  # of the tokenizer's file
+    content: bytes  # the tokenizer's file
     file_name: str
     tokenizer: Tokenizer  # with the layout of conversations, if that is not ours
     template: str  # empty without one

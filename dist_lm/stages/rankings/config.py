@@ -30,7 +30,7 @@ class RankingSamplesConfig:
 class RankingsStageConfig(CorporaStageConfig):
     """The `stage` group of stage rankings."""
 
-    corpus: str = ""  # whose prompts the model answers, where rules rank its samples
+    corpus: str = ""  # the model answers its prompts, where rules rank samples
     init_from: str = "auto"  # the model that answers: auto (the run of stage tools) | a run directory, a checkpoint
     samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
 

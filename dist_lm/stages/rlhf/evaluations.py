@@ -147,7 +147,7 @@ class TasksOfIterations:
     parts: Evaluated
     source: RolloutSource | None  # on the first rank
     staleness: int
-    _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # by iteration, in their order
+    _open: dict[int, Callable[[], Records]] = field(default_factory=dict)  # iteration -> records, in their order
 
     def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
         """Has the tasks answered that are due after so many iterations (collective); with staleness 0 it waits for the

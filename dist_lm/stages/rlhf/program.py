@@ -222,8 +222,8 @@ def open_supply(
     stack.enter_context(judge)
     # The columns of files were compared with the functions before the run started.
     if prompts.rows and not settings.prompts_from:
-        place = f"stage.corpus={config.stage.corpus}"
-        check_columns(forms_of(settings), [(place, row.columns) for row in prompts.rows])
+        origin = f"stage.corpus={config.stage.corpus}"
+        check_columns(forms_of(settings), [(origin, row.columns) for row in prompts.rows])
     source = stack.enter_context(rollout_source(config, tokenizer, weights, start.world.device, generating, pool))
     return RolloutSupply(source, order, judge, stop_tokens=stop_tokens(tokenizer))
 

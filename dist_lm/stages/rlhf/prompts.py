@@ -42,16 +42,16 @@ class Prompts(Sequence[Sequence[int]]):
     """Token ids of prompts, each with its row."""
 
     tokens: list[Sequence[int]] = field(default_factory=list)
-    rows: list[PromptRow] = field(default_factory=list)  # of each; empty if no reward function reads rows
+    rows: list[PromptRow] = field(default_factory=list)  # the row of each; empty if no reward function reads rows
 
     def row_of(self, index: int) -> PromptRow:
         """Returns what the data say about a prompt; nothing if no reward function reads it."""
         return self.rows[index] if self.rows else PromptRow()
 
     def chosen(self, indices: Iterable[int]) -> "Prompts":
-        """Returns the prompts at these places, with their rows."""
-        places = list(indices)
-        return Prompts([self.tokens[i] for i in places], [self.rows[i] for i in places] if self.rows else [])
+        """Returns the prompts at these positions, with their rows."""
+        positions = list(indices)
+        return Prompts([self.tokens[i] for i in positions], [self.rows[i] for i in positions] if self.rows else [])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -178,10 +178,10 @@ def check_columns(forms: Mapping[str, Form], rows: Sequence[tuple[str, Mapping[s
                 f"{', '.join(names) or 'none'}"
             )
         if form.needs_ground_truth:
-            for place, columns in rows:
+            for origin, columns in rows:
                 if Judged("", "", columns=columns).ground_truth is None:
                     raise ArtefactError(
-                        f"{place}: no ground truth, which {key} reads: expected reward_model.ground_truth or a column "
+                        f"{origin}: no ground truth, which {key} reads: expected reward_model.ground_truth or a column "
                         f"ground_truth; the columns there are {', '.join(columns)}"
                     )
 

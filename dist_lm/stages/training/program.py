@@ -306,7 +306,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             if metrics:
                 metrics.write(state.step, figures)
                 last = last_metrics(run, state.step, "val/loss")
-                epochs = {one.corpus: one.epochs(state.position) for one in data.passes}
+                epochs = {corpus_pass.corpus: corpus_pass.epochs(state.position) for corpus_pass in data.passes}
                 more = {"skipped_steps": state.skipped_steps, "packing": stream.packing, "epochs": epochs}
                 more |= stage.result(config, run, last)
                 write_success(run, config, state, time.time() - began, last, more)

@@ -202,9 +202,9 @@ class TrainingStage(Stage):
         ):
             return ()
         passes = self.passes(config, exact)
-        for one in passes:
-            if not one.n_sequences:
-                directory, seq_len = config.corpus_in(work, one.corpus), config.stage.seq_len
+        for corpus_pass in passes:
+            if not corpus_pass.n_sequences:
+                directory, seq_len = config.corpus_in(work, corpus_pass.corpus), config.stage.seq_len
                 raise ArtefactError(
                     f"corpus {directory} fills no sequence of stage.seq_len={seq_len}: "
                     "shorten stage.seq_len or add text"
@@ -344,8 +344,8 @@ class TrainingStage(Stage):
         steps, amount = f"{result['steps']:,} steps", f"{result['tokens']:,} {self.unit}"
         yield "trained", f"{steps}, {amount} on {counted(result['ranks'], 'rank')}"
         if epochs := result.get("epochs"):
-            own, *mixed = epochs.items()
-            words = [f"{passes_in_words(own[1])} of {own[0]}"]
+            own_epochs, *mixed = epochs.items()
+            words = [f"{passes_in_words(own_epochs[1])} of {own_epochs[0]}"]
             words += [f"{passes_in_words(number)} of {corpus}" for corpus, number in mixed]
             yield "epochs", listed(words, MOST_CORPORA)
         if "val/loss" in metrics:
