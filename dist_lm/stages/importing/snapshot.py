@@ -12,6 +12,7 @@ One tensor is in memory at a time.
 """
 
 import re
+from collections.abc import Callable
 
 from dist_lm.errors import ArtefactError, require
 from dist_lm.interop.adapter_folder import holds_adapters
@@ -22,7 +23,9 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 STAGE = "import"  # folder below runs/
 
 
-def import_model(source: str, name: str, work: WorkDirectory, base: str = "") -> RunDirectory:
+def import_model(
+    source: str, name: str, work: WorkDirectory, base: str = "", say: Callable[[str], object] = str
+) -> RunDirectory:
     """Writes the run `import/NAME` in the work directory and returns it; it may download the model.
 
     Adapters become a run of adapters over a run of their base, which is imported too unless it is there.
@@ -31,6 +34,7 @@ def import_model(source: str, name: str, work: WorkDirectory, base: str = "") ->
         source: a folder with config.json, weights and tokenizer, a folder of adapters that peft saved, a GGUF file, or
             the id of one on the Hugging Face hub.
         base: folder, hub id, or a run of ours, that adapters are put over; by default what they name.
+        say: gets a line for people, about a base that the adapters name.
 
     Raises:
         ConfigError: `name` is no name of a run.
@@ -45,7 +49,7 @@ def import_model(source: str, name: str, work: WorkDirectory, base: str = "") ->
         raise ArtefactError(f"{run.path} exists: give another name, or remove it first")
     with snapshot_at(source) as folder:
         if holds_adapters(folder):
-            return import_adapters(folder, source, run, base)
+            return import_adapters(folder, source, run, base, say)
         accepted = "nothing: SOURCE holds a whole model, and only adapters of peft have a base"
         require(not base, "--base", base, accepted)
         return import_snapshot(folder, source, run)
