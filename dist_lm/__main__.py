@@ -12,6 +12,7 @@ import typer
 from dist_lm.bench.command import bench
 from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.process import run_program
+from dist_lm.storage import outputs
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import OutputConsole, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
@@ -84,6 +85,7 @@ def data_new(
 
     The first command of the file is tried: its plan, and its corpora on 200 rows, in a temporary folder.
     """
+    outputs.new_file("--out", out, force=force)
     from dist_lm.data.new import new_corpus
     from dist_lm.prepare.conf_folders import choices
     from dist_lm.verbs.data_trial import try_command
@@ -112,6 +114,7 @@ def recipe_new(
     force: Annotated[bool, typer.Option("--force", help="Replace the files if they exist.")] = False,
 ) -> None:
     """Look at a model, conversations and this machine, and write an experiment that fine-tunes (docs/finetune.md)."""
+    outputs.new_file("--out", out, force=force)
     from dist_lm.verbs.recipe import new_recipe
 
     console = OutputConsole()
@@ -143,6 +146,7 @@ def gpu_check(
     ] = None,
 ) -> None:
     """Run all checks that one GPU can, within ten minutes. Exit code 1 if one failed, 2 without a GPU (docs/gpu.md)."""
+    outputs.folder_to_write("--output", output)
     from dist_lm.gpu_check.run import check_gpus
 
     if not check_gpus(only or [], gpus, output, table, rehearse=rehearse, say=say):
@@ -163,11 +167,15 @@ def export(
     push: Annotated[str | None, typer.Option(help="Id of a repository on the hub to upload the folder to.")] = None,
 ) -> None:
     """Write a model as a folder for transformers, vLLM or llama.cpp, with tokenizer and card (docs/in_and_out.md)."""
-    from dist_lm.stages.exporting.files import export
+    from dist_lm.stages.exporting.folder import refuse_files_of_others
     from dist_lm.stages.exporting.stage import check_repository, push_folder
 
+    refuse_files_of_others(folder)
+    outputs.folder_to_write("FOLDER", folder)
     if push:
         check_repository("--push", push)
+    from dist_lm.stages.exporting.files import export
+
     say(f"{folder}: {export(path, folder, dtype, tokenizer, gguf, merge, base)}")
     if push:
         push_folder(folder, push)
@@ -187,10 +195,13 @@ def import_model(
     ] = "",
 ) -> None:
     """Write a model of transformers or llama.cpp as a run that stages start from (docs/in_and_out.md)."""
-    from dist_lm.stages.importing.snapshot import import_model
     from dist_lm.storage.run_directory import WorkDirectory
 
-    run = import_model(source, name, WorkDirectory(work_dir), base).path
+    work = WorkDirectory(work_dir)
+    outputs.new_folder("NAME", work.run("import", name).path)
+    from dist_lm.stages.importing.snapshot import import_model
+
+    run = import_model(source, name, work, base, say).path
     say(f"{run}: train with --config-dir {run}/conf model={name} tokenizer={run}/tokenizer stage.init_from={run}")
 
 
@@ -211,6 +222,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML file: curves, samples, layout, data, timeline, hardware, configuration (docs/report.md)."""
+    outputs.file_to_write("--output", output)
     from dist_lm.report.page import write_report
     from dist_lm.tracking.readable import gib
 
@@ -249,6 +261,7 @@ def tools_bfcl(
     device: DeviceName = "auto",
 ) -> None:
     """Score a model on the single-turn questions of the Berkeley Function Calling Leaderboard (package bfcl-eval)."""
+    outputs.file_to_write("--json", json)
     from dist_lm.evaluation.bfcl import evaluate
 
     evaluate(path, tokenizer, limit, json, device)

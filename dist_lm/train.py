@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.flight_recorder import collectives_served
 from dist_lm.cluster.heartbeat import VARIABLE as HEARTBEAT
-from dist_lm.cluster.heartbeat import own_heartbeat
+from dist_lm.cluster.heartbeat import RememberedHeartbeat, Standstill, own_heartbeat
 from dist_lm.cluster.node_facts import host_name
 from dist_lm.cluster.torchrun import complete_environment
 from dist_lm.config.root import Config
@@ -184,9 +184,11 @@ def train(run: RunDirectory, rank: int, stop: StopRequest, terminal: "Terminal")
         # A single rank waits for no other: it has no collectives to record.
         if int(os.environ["WORLD_SIZE"]) > 1:
             stack.enter_context(collectives_served(os.environ))
+        heartbeat = own_heartbeat(os.environ)
         if reports:
-            stack.enter_context(progress_lines(config, run, terminal))
-        stage.run_rank(run, stop, own_heartbeat(os.environ))
+            heartbeat = RememberedHeartbeat()
+            stack.enter_context(progress_lines(config, run, terminal, heartbeat))
+        stage.run_rank(run, stop, heartbeat)
     if reports:
         print_result(stage, config, run, terminal)
 
@@ -406,8 +408,11 @@ class Terminal:
 
 
 @contextmanager
-def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Iterator[None]:
-    """Prints a line of progress about every ten seconds, and the warnings of rank 0, while the block trains.
+def progress_lines(
+    config: Config, run: RunDirectory, terminal: Terminal, heartbeat: RememberedHeartbeat
+) -> Iterator[None]:
+    """Prints a line of progress about every ten seconds, and the warnings of rank 0, while the block trains. While it
+    completes no step, a line each minute says what rank 0 does.
 
     A thread reads them from the files of the run, so that a slow terminal delays no step.
     """
@@ -415,6 +420,7 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
 
     def follow() -> None:
         metrics, warnings = MetricsFollower(run.metrics), LineFollower(run.warnings, from_end=True)
+        standstill = Standstill(time.monotonic())
         with terminal.console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
             # One more round after the end shows the last lines.
             is_last = False
@@ -423,7 +429,11 @@ def progress_lines(config: Config, run: RunDirectory, terminal: Terminal) -> Ite
                 for warning in warnings.poll():
                     terminal.console.warning(warning.decode(errors="replace"))
                 for line in metrics.poll():
-                    progress.update(line)
+                    if progress.update(line):
+                        standstill.moved(time.monotonic())
+                standstill.heard([heartbeat.pulse()], time.monotonic())
+                if not is_last and (words := standstill.line(time.monotonic())):
+                    terminal.console.line(f"{words}; log: {run.rank_log(0)}")
 
     thread = threading.Thread(target=follow, name="progress", daemon=True)
     thread.start()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ConfigError
+from dist_lm.storage import outputs
 from dist_lm.tracking.readable import OutputConsole
 
 LEARN = ("recipe", "peer", "budget", "seeds", "curves", "points")
@@ -49,6 +50,10 @@ def bench(
 ) -> None:
     """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine; with `learn`, what
     recipes learn within one budget; with `scaling`, what a configuration will learn, from runs of narrow models."""
+    # `learn` and `scaling` make the folders that they write to.
+    outputs.file_to_write("--json", json, makes_folders=name in OPTIONS)
+    if curves:
+        outputs.folder_to_write("--curves", curves)
     from dist_lm.prepare.conf_folders import with_config_dir
 
     # An option that the benchmark ignores would let a user believe in a setting that had no effect.

@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lm.training.heartbeat import PHASE_WORDS, Heartbeat, Phase, Unheard
+from dist_lm.tracking.readable import duration
+from dist_lm.training.heartbeat import PHASE_WORDS, SLOW_START_S, Heartbeat, Phase, Unheard, in_words
 
 VARIABLE = "DIST_LM_HEARTBEAT"  # environment variable of a rank: path of the shared memory
-_SLOT = struct.Struct("@qqdd")  # phase, completed steps, time of the beat, median step time (s, monotonic clock)
+_SLOT = struct.Struct("@qqddd")  # phase, completed steps, time of the beat, median step time (s), share that is done
 _STEPS_REMEMBERED = 64
-INSIDE = (Phase.GENERATING, Phase.STEP)  # phases that belong to the step begun by DATA
+INSIDE = (Phase.GENERATING, Phase.SCORING, Phase.STEP)  # phases that belong to the step begun by DATA
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Pulse:
     age_s: float
     median_step_s: float  # median duration of its last steps; 0: none yet
     state: str = ""  # state of its process, if known, in the kernel's letters: T stopped, D waiting for a device
+    done: float = 0.0  # share of its phase, in [0, 1]; 0: unknown
 
 
 class HeartbeatBoard:
@@ -62,9 +64,9 @@ class HeartbeatBoard:
         """
         now, pulses = time.monotonic(), []
         for local in range(self._ranks):
-            phase, step, at, median = _SLOT.unpack_from(self._memory, _SLOT.size * local)
+            phase, step, at, median, done = _SLOT.unpack_from(self._memory, _SLOT.size * local)
             age = now - (at or self._started)
-            pulses.append(Pulse(first_rank + local, Phase(phase), step, age, median, states.get(local, "")))
+            pulses.append(Pulse(first_rank + local, Phase(phase), step, age, median, states.get(local, ""), done))
         return tuple(pulses)
 
 
@@ -79,7 +81,7 @@ class RankHeartbeat:
         self._step_began: float | None = None
         self._durations: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
-    def beat(self, phase: Phase, step: int) -> None:
+    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
         """Writes a heartbeat, see `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
         now = time.monotonic()
         # A step lasts from one wait for data to the next, or to the first phase that is no part of a step.
@@ -89,7 +91,22 @@ class RankHeartbeat:
             self._step_began = now if phase is Phase.DATA else None
         median = statistics.median(self._durations or [0.0])
         # pack_into clears the slot first, which a reader would take for a rank without any heartbeat
-        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median)
+        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median, done)
+
+
+class RememberedHeartbeat:
+    """The heartbeat of a rank without a watcher that shows its own progress: another thread reads the last beat."""
+
+    def __init__(self) -> None:
+        self._last = (Phase.JOINING, 0, time.monotonic(), 0.0)
+
+    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
+        self._last = (phase, step, time.monotonic(), done)
+
+    def pulse(self) -> Pulse:
+        """Returns the last beat, as that of rank 0."""
+        phase, step, beaten_at, done = self._last
+        return Pulse(0, phase, step, time.monotonic() - beaten_at, 0.0, done=done)
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:
@@ -109,9 +126,84 @@ class Patience:
 
     def limit_s(self, pulse: Pulse) -> float:
         """The limit in seconds for a gang whose newest heartbeat is `pulse`."""
-        if pulse.phase in (Phase.DATA, Phase.STEP) and pulse.median_step_s > 0:
+        if pulse.phase in (Phase.DATA, Phase.SCORING, Phase.STEP) and pulse.median_step_s > 0:
             return max(self.least_s, self.steps * pulse.median_step_s)
         return self.otherwise_s
+
+
+def doing(pulses: Sequence[Pulse]) -> dict[Phase, str]:
+    """Returns what the ranks in each phase do, in words, with the mean share that is done."""
+    words = {}
+    for phase in {pulse.phase for pulse in pulses}:
+        shares = [pulse.done for pulse in pulses if pulse.phase is phase]
+        words[phase] = in_words(phase, sum(shares) / len(shares))
+    return words
+
+
+def doings(pulses: Sequence[Pulse], since: Mapping[int, float]) -> str:
+    """Returns what the ranks do, those that do the same together, with the shortest time that one has done it:
+    `2 ranks loading the model for 65 s, rank 1 starting for 70 s`.
+
+    Args:
+        since: seconds since a rank began its phase, by rank.
+    """
+    if not pulses:
+        return "no rank has reported yet: agents start their processes, which import packages"
+    ranks_of: dict[Phase, list[int]] = {}
+    for pulse in pulses:
+        ranks_of.setdefault(pulse.phase, []).append(pulse.rank)
+
+    texts, words_of = [], doing(pulses)
+    for phase, ranks in ranks_of.items():
+        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
+        words = words_of[phase]
+        if phase is Phase.STARTING:
+            words += " (importing packages)"
+        texts.append(f"{names} {words} for {duration(min(since[rank] for rank in ranks))}")
+    return ", ".join(texts)
+
+
+class Standstill:
+    """Says once a minute what the ranks of an attempt do while they complete no step. Times are in seconds."""
+
+    def __init__(self, now: float) -> None:
+        """The attempt begins."""
+        self._began = self._moved_at = self._told_at = now
+        self._has_begun = False  # whether this attempt has completed a step
+        self._step = 0
+        self._pulses: Sequence[Pulse] = ()
+        self._phases: dict[int, tuple[Phase, float]] = {}  # phase of each rank, and when it was first seen in it
+
+    def heard(self, pulses: Sequence[Pulse], now: float) -> None:
+        """Notes the last heartbeats of the ranks."""
+        was_in_step = any(pulse.phase in (Phase.DATA, *INSIDE) for pulse in self._pulses)
+        self._pulses = pulses
+        # A rank that evaluates beats again and again: its phase is older than its last heartbeat.
+        for pulse in pulses:
+            if pulse.rank not in self._phases or self._phases[pulse.rank][0] is not pulse.phase:
+                self._phases[pulse.rank] = (pulse.phase, now - pulse.age_s)
+
+        newest = max(pulses, key=lambda pulse: pulse.step, default=None)
+        if newest and newest.step > self._step:
+            self._step = newest.step
+            # A run that continues begins at a later step, which this attempt has not made.
+            if was_in_step:
+                self.moved(now)
+
+    def moved(self, now: float) -> None:
+        """A step was completed, or its metrics were written."""
+        self._has_begun, self._moved_at = True, now
+
+    def line(self, now: float) -> str:
+        """Returns what the ranks do, in one line, if a minute has passed without a step or line; else an empty text."""
+        if now - max(self._moved_at, self._told_at) < SLOW_START_S:
+            return ""
+        self._told_at = now
+        since = {rank: now - seen_at for rank, (_, seen_at) in self._phases.items()}
+        words = f"no step after {duration(now - self._began)}"
+        if self._has_begun:
+            words = f"no further step for {duration(now - self._moved_at)}"
+        return f"{words}: {doings(self._pulses, since)}"
 
 
 @dataclass(frozen=True)

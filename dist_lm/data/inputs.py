@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.sources.archive import unread_archives
 from dist_lm.data.sources.opening import open_raw
 from dist_lm.data.sources.reader import reader_of, traits_of
 from dist_lm.tracking.readable import counted, listed
@@ -65,6 +66,11 @@ class Inputs:
             listed_reasons = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
             words += f", {reasons.total()} left out ({listed_reasons})"
         return words
+
+    def unread_archives(self) -> str:
+        """Returns one line about the archives that were left out because no reader opens them there; empty without
+        any."""
+        return unread_archives({file.name for file in self.left_out if file.left_out.startswith("suffix ")})
 
     def to_json(self) -> list[dict[str, Any]]:
         """Returns the files as JSON objects, in their order."""

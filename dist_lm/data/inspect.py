@@ -14,7 +14,7 @@ from zstandard import ZstdError
 
 from dist_lm.data.index import open_index
 from dist_lm.data.inputs import Inputs
-from dist_lm.data.journal import entries, rows_state
+from dist_lm.data.journal import entries, journal_path, rows_state
 from dist_lm.data.manifest import Manifest, Shard, manifest_path, read_manifest, shard_state
 from dist_lm.data.shard_writer import read_origins
 from dist_lm.data.token_corpus import TokenCorpus
@@ -25,6 +25,7 @@ from dist_lm.tracking.readable import gib
 
 SAMPLE_TOKENS = 160  # longest part shown of a document
 LISTED_ORIGINS = 12
+STATES = ("ok", "missing")  # of a tar, that a table shows; longer ones name files and get lines of their own
 SEQ_LENS = (512, 768, 1024, 2048, 4096)  # the table shows the share of longer conversations for each of these
 
 
@@ -123,19 +124,24 @@ def print_corpus(directory: Path, console: Console) -> bool:
         OSError: a tar cannot be read, or an index cannot be written.
     """
     summary = inspect_corpus(directory)
-    console.print(Text(f"Corpus {summary['directory']}", style="bold"))
+    console.print(Text(f"Corpus {summary['directory']}", style="bold"), soft_wrap=True)
     console.print(_language_table(summary["splits"]))
     console.print(_shard_table(summary["shards"]))
-    if sources := summary["ingest"].get("sources"):
-        console.print(_ingest_table(sources))
+    lines = [f"{shard['name']}: {shard['state']}" for shard in summary["shards"] if shard["state"] not in STATES]
     console.print(_licence_table(summary["licences"]))
-    console.print(_origin_table(summary["origins"]))
+    if sources := summary["ingest"].get("sources"):
+        lines += _ingest_lines(sources)
+    lines += _origin_lines(summary["origins"])
 
     for inputs in map(Inputs.from_json, summary["inputs"]):
         if inputs.files:
-            console.print(Text(f"{inputs.files[0].name} ...: {inputs.summary()}"))
+            lines += [f"{inputs.files[0].name} ...: {inputs.summary()}"]
+            lines += filter(None, [inputs.unread_archives()])
+    # A table would cut a long path, and a path on two lines could not be copied.
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
     for problem in summary["problems"]:
-        console.print(Text(problem, style="yellow"))
+        console.print(Text(problem, style="yellow"), soft_wrap=True)
 
     # The samples are read from the tars, and would end in an error.
     if any(shard["state"] != "ok" for shard in summary["shards"]):
@@ -170,6 +176,12 @@ def _manifest(directory: Path) -> Manifest:
     near = sorted(path.parent for folder in (directory, directory.parent) for path in folder.glob("*/manifest.json"))
     if near:
         raise ArtefactError(f"{directory} is not a corpus; these are: {', '.join(map(str, near))}")
+    # A user may take the verb for one that looks at data; an unfinished build has a journal.
+    if directory.exists() and not journal_path(directory).exists():
+        raise ArtefactError(
+            f"{directory} is not a corpus of stage=shards, such as work/corpora/code: to look at data, and write a "
+            f"corpus file for it, use `dist-lm data new {directory} --out DIR/corpus/NAME.yaml`"
+        )
     return read_manifest(directory)
 
 
@@ -234,22 +246,22 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
             f"{amounts['documents']:,}",
             f"{amounts['tokens']:,}",
             gib(shard["size"]),
-            Text(state, style="green" if state == "ok" else "red"),
+            Text(state if state in STATES else "damaged", style="green" if state == "ok" else "red"),
         )
     return table
 
 
-def _ingest_table(sources: dict[str, Any]) -> Table:
-    """Returns a table of the documents of each source: read, kept, and dropped by reason."""
-    table = Table("source", title="What was read", title_justify="left")
-    for name in ("documents", "kept"):
-        table.add_column(name, justify="right")
-    table.add_column("dropped, and what was replaced")
+def _ingest_lines(sources: dict[str, Any]) -> list[str]:
+    """Returns the documents of each source: a line with the numbers that were read and kept, and the source; below it
+    what was dropped, by reason, and replaced."""
+    lines = ["What was read", f"{'documents':>12} {'kept':>12}  source"]
     for name, tally in sources.items():
-        reasons_and_times = [*sorted(tally["dropped"].items()), *sorted(tally["replaced"].items())]
-        reasons = ", ".join(f"{reason} {times:,}" for reason, times in reasons_and_times)
-        table.add_row(Text(name), f"{tally['seen']:,}", f"{tally['kept']:,}", Text(reasons))
-    return table
+        lines += [f"{tally['seen']:>12,} {tally['kept']:>12,}  {name}"]
+        for words, counts in (("dropped", tally["dropped"]), ("replaced", tally["replaced"])):
+            if counts:
+                reasons = ", ".join(f"{reason} {times:,}" for reason, times in sorted(counts.items()))
+                lines += [f"{'':>26} {words}: {reasons}"]
+    return lines
 
 
 def _licence_table(licences: list[dict[str, Any]]) -> Table:
@@ -260,14 +272,13 @@ def _licence_table(licences: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _origin_table(origins: list[dict[str, Any]]) -> Table:
-    table = Table("source", title="Sources", title_justify="left")
-    table.add_column("documents", justify="right")
-    for row in origins[:LISTED_ORIGINS]:
-        table.add_row(Text(row["origin"]), f"{row['documents']:,}")
+def _origin_lines(origins: list[dict[str, Any]]) -> list[str]:
+    """Returns a line for each folder or data set, with its number of documents; the rest in one line."""
+    lines = ["Sources", f"{'documents':>12}  source"]
+    lines += [f"{row['documents']:>12,}  {row['origin']}" for row in origins[:LISTED_ORIGINS]]
     if rest := origins[LISTED_ORIGINS:]:
-        table.add_row(f"and {len(rest):,} more", f"{sum(row['documents'] for row in rest):,}")
-    return table
+        lines += [f"{sum(row['documents'] for row in rest):>12,}  and {len(rest):,} more"]
+    return lines
 
 
 def _longer_table(corpus: TokenCorpus) -> Table:
@@ -295,7 +306,9 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
     """
     model = WorkDirectory(directory.resolve().parents[1]).tokenizer_model
     if not model.is_file() or durable.sha256_of(model) != tokenizer_sha256:
-        console.print(Text(f"No samples: the tokenizer of this corpus is not at {model}.", style="yellow"))
+        console.print(
+            Text(f"No samples: the tokenizer of this corpus is not at {model}.", style="yellow"), soft_wrap=True
+        )
         return
     from dist_lm.tokenizer.tokenizer import Tokenizer  # imports SentencePiece, which most calls do not need
 

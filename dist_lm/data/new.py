@@ -30,7 +30,7 @@ from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.failures import brief
 from dist_lm.data.sources.rows import MISSING_COLUMN
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.storage import durable
+from dist_lm.storage import durable, outputs
 from dist_lm.tracking.readable import gib
 
 GLANCE_BYTES = 16 << 20  # text that is read to tell prose from code
@@ -158,7 +158,7 @@ def new_corpus(
         overrides += remedy.overrides
     else:
         raise ArtefactError(f"no settings were found with which a launch runs; the last that was tried: {remarks[-1]}")
-    durable.write_text(out, text)
+    _write(out, text, force)
 
     for name, corpus_survey in surveys.items():
         _print(name, corpus_survey, by_corpus[name], console)
@@ -167,6 +167,23 @@ def new_corpus(
     for line in lines:
         console.print(Text(one_line(line)), soft_wrap=True)
     return surveys
+
+
+def _write(out: Path, text: str, force: bool) -> None:
+    """Writes the corpus file.
+
+    Raises:
+        ConfigError: without `force`, there is such a file by now.
+    """
+    if force:
+        durable.write_text(out, text)
+        return
+    try:
+        durable.write_new_text(out, text)
+    except FileExistsError:
+        raise ConfigError(
+            one_line(f"--out {out}: another process has written this file meanwhile; it is left as it is")
+        ) from None
 
 
 def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
@@ -249,15 +266,18 @@ def _too_broken(counts: Survey) -> str:
     if share <= limit:
         return ""
 
-    too_many = (
+    accepted = _accepted_fraction(counts)
+    advice = (
         f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={limit:g}, so this file raises it, and "
-        "a launch skips them"
+        f"a launch skips them: mend them, or keep `max_bad_fraction: {accepted:g}`"
     )
+    if share > 0.5:
+        advice = (
+            f"broken rows: {share:.1%} of {name}, most of them, so its reader or column may not fit these files: check "
+            f"them first. With `max_bad_fraction: {accepted:g}` a launch skips these rows"
+        )
     first = counts.broken[0]
-    return (
-        f"{too_many}: mend them, or keep `max_bad_fraction: {_accepted_fraction(counts):g}`. "
-        f"The first: {first['place']}: {first['error']}"
-    )
+    return f"{advice}. The first: {first['place']}: {first['error']}"
 
 
 def _check_out(out: Path, force: bool, reserved_names: Sequence[str]) -> None:
@@ -270,19 +290,13 @@ def _check_out(out: Path, force: bool, reserved_names: Sequence[str]) -> None:
     Raises:
         ConfigError: says what is wrong with the path.
     """
+    outputs.new_file("--out", out, force=force)
     option = one_line(f"--out {out}")
     if out.suffix != ".yaml" or out.parent.name != "corpus":
         raise ConfigError(f"{option}: expected DIR/corpus/NAME.yaml, which `--config-dir DIR corpus=NAME` reads")
     check_name(out.stem, reserved_names)
-    if out.is_dir():
-        raise ConfigError(f"{option}: this is a folder: choose another name")
-    if out.exists() and not force:
-        raise ConfigError(f"{option}: there is such a file: choose another name, or give --force to replace it")
-
-    # Reading the data may take minutes: whether the file can be written is tried before.
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
         raise ConfigError(f"{option}: cannot be written ({brief(error)}): choose a folder of your own") from error
 

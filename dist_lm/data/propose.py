@@ -15,6 +15,7 @@ from dist_lm.chat.messages import ChatError
 from dist_lm.chat.ranking import Ranking, check_ranking
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
+from dist_lm.data.sources.archive import unread_archives, zip_of
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.listing import bare_name, by_suffix, list_files
@@ -145,6 +146,8 @@ def propose(path: str) -> list[Proposal]:
         for number, proposal in enumerate(proposals)
         if proposal.source not in [earlier.source for earlier in proposals[:number]]
     ]
+    if hint := _unread_archives(listing, distinct):
+        refusals.append(hint)
     return [replace(proposal, notes=(*proposal.notes, *refusals)) for proposal in distinct]
 
 
@@ -267,6 +270,21 @@ def preferences_in(rows: Sequence[Row]) -> str:
     return kinds.most_common(1)[0][0]
 
 
+def _unread_archives(listing: Inputs, proposals: Sequence[Proposal]) -> str:
+    """Returns one line about the archives among the files of a path that no proposal reads; empty without any.
+
+    Args:
+        listing: all files there, and in place of a zip its members.
+    """
+    read = {name for proposal in proposals for name in _files_and_zips(proposal.inputs)}
+    return unread_archives(_files_and_zips(listing) - read)
+
+
+def _files_and_zips(listing: Inputs) -> set[str]:
+    """Returns the files that are taken, and of members of a zip the zip."""
+    return {zip_of(file.name)[0] or file.name for file in listing.taken}
+
+
 def _all_files(name: str) -> str:
     """any file"""
     return ""
@@ -311,6 +329,8 @@ def _proposal(kind: str, path: str, files: Sequence[Input], notes: tuple[str, ..
     names = list(dict.fromkeys(name for source_row in first_rows for name in source_row.columns))
     if kind == "csv":
         _check_header(files[0].name, names)
+    if kind == "tars":
+        _check_samples(files[0].name, rows)
     if kind != "tars" and (preferences := preferences_in(rows)):
         _check_media(files[0].name, rows, conversations=True)
         source = {"reader": "preferences", "path": path, "language": "preferences"}
@@ -412,6 +432,37 @@ def _check_header(name: str, columns: Sequence[str]) -> None:
         )
 
 
+def _check_samples(name: str, rows: Sequence[Row]) -> None:
+    """Refuses a tar most of whose samples have no text: one of source files is often taken for webdataset. Returns
+    nothing.
+
+    Args:
+        rows: the first samples; members that are no text are None.
+
+    Raises:
+        ConfigError: says what the tar holds, and the way out; the message begins with `name`, the file.
+    """
+    n_texts = sum(1 for row in rows if any(cell is not None for cell in row.values()))
+    if not rows or 2 * n_texts >= len(rows):
+        return
+
+    extensions = Counter(extension for row in rows for extension in row)
+    members = ", ".join(f".{extension}: {count}" for extension, count in extensions.most_common(8))
+    sources = [extension for extension, _ in extensions.most_common() if extension.rpartition(".")[2] in SUFFIXES]
+    # Samples of webdataset have several members each; `.cls` beside `.jpg` is no LaTeX.
+    n_joined = sum(1 for row in rows if len(row) > 1)
+    if not sources or 2 * n_joined > len(rows):
+        raise ConfigError(
+            f"{name}: most of its first {len(rows)} samples have no text, which alone can be read ({members}): "
+            f"expected a member .{TEXT_MEMBER} or .json"
+        )
+    raise ConfigError(
+        f"{name}: a tar of files ({members}), and not of webdataset samples with a text each: unpack it, as with "
+        f"`tar -xf`, and name the folder. Without unpacking, the reader `tars` reads one kind of file, as with "
+        f"`column: {sources[0]}`"
+    )
+
+
 def _check_shape(name: str, rows: Sequence[Row]) -> None:
     """Refuses rows that are several texts, because one column alone would be read. Returns nothing.
 
@@ -462,7 +513,8 @@ def _check_media(name: str, rows: Sequence[Row], conversations: bool) -> None:
 
     # Cells of CSV are texts, and a number would be trained as one.
     cells = [cell for row in rows for cell in row.values()]
-    if cells and not conversations and all(_is_number(cell) for cell in cells):
+    has_values = any(cell is not None for cell in cells)
+    if has_values and not conversations and all(_is_number(cell) for cell in cells):
         types = {column: type(cell).__name__ for row in reversed(rows) for column, cell in row.items()}
         columns = ", ".join(f"{column} ({type_name})" for column, type_name in [*types.items()][:LISTED])
         raise ConfigError(

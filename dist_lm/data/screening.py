@@ -6,6 +6,7 @@ each time gives the same documents in the same order: inputs that change in betw
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -231,15 +232,28 @@ class RowErrors:
         """Judges the counts; to be called when enough of the source was read.
 
         Raises:
-            ArtefactError: too many of the rows were broken; the message names the first ones and the key.
+            ArtefactError: too many of the rows were broken; the message names the first ones, and the key where a
+                higher value helps.
         """
-        if self._n_bad > self._max_bad_fraction * self._n_rows:
-            named = "; ".join(f"{row.source}: {row.error}" for row in self._first)
+        if self._n_bad <= self._max_bad_fraction * self._n_rows:
+            return
+        named = "; ".join(f"{row.source}: {row.error}" for row in self._first)
+        source = f"corpus source reader={self._source.reader}"
+        if 2 * self._n_bad > self._n_rows:
+            # Rows are seldom damaged so often: a higher limit would hide that they are read in the wrong way.
+            how_many = f"none of the first {self._n_rows:,} rows can be read"
+            if self._n_bad < self._n_rows:
+                how_many = f"{self._n_bad:,} of the first {self._n_rows:,} rows are broken, most of them"
             raise ArtefactError(
-                f"corpus source reader={self._source.reader}: {self._n_bad:,} of {self._n_rows:,} rows are broken, "
-                f"more than corpus.max_bad_fraction={self._max_bad_fraction:g}: mend them, or raise that key. "
-                f"The first: {named}"
+                f"{source}: {how_many}, so reader or column do not fit these files: name others (`dist-lm data new` "
+                f"looks at files and proposes them), or mend the files. The first: {named}"
             )
+
+        raise ArtefactError(
+            f"{source}: {self._n_bad:,} of {self._n_rows:,} rows are broken, more than "
+            f"corpus.max_bad_fraction={self._max_bad_fraction:g}: mend them, or set that key to "
+            f"{share_above(self._n_bad / self._n_rows):g}, and they are skipped. The first: {named}"
+        )
 
     def _count(self, row: Rejected) -> None:
         # All rows may be broken, so only the first ones are kept for the message.
@@ -249,6 +263,12 @@ class RowErrors:
         if self._rejected:
             line = {"place": row.source, "reason": row.reason, "error": row.error, "language": row.language}
             self._rejected.write(json.dumps(line) + "\n")
+
+
+def share_above(share: float) -> float:
+    """Returns a share in (0, 1) as the next number of two significant digits that is larger."""
+    step = 10.0 ** (math.floor(math.log10(share)) - 1)
+    return round((math.floor(share / step) + 1) * step, 12)
 
 
 def screened(

@@ -20,7 +20,7 @@ from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
-from dist_lm.storage import durable
+from dist_lm.storage import durable, outputs
 from dist_lm.tokenizer.tokenizer import text_with_marks
 from dist_lm.tracking.readable import OutputConsole
 
@@ -57,9 +57,7 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
         OSError: `json_file` cannot be written.
     """
     require(limit >= 0, "--limit", limit, "0 (all) or a positive integer")
-    if json_file:  # checked before the model spends an hour on answers
-        is_writable = json_file.parent.is_dir() and not json_file.is_dir()
-        require(is_writable, "--json", json_file, "a file in a folder that exists")
+    outputs.file_to_write("--json", json_file)  # before the model spends an hour on answers
     torch_device = option_device(device)
     questions = read_questions(find_data(), limit=limit)
     loaded = load_model(path, tokenizer)

@@ -27,7 +27,7 @@ from dist_lm.generation.request import Request, SamplingParams, only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.parallel.mesh import option_device
-from dist_lm.storage import durable
+from dist_lm.storage import durable, outputs
 from dist_lm.tokenizer.symbols import END, END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 from dist_lm.tracking.readable import say
@@ -413,7 +413,7 @@ def evaluate(
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
     require(options.limit is None or options.limit > 0, "--limit", options.limit, "more than 0")
     for key, file in (("--output", output), ("--samples", samples)):
-        require(file is None or file.absolute().parent.is_dir(), key, file, "a file in a folder that exists")
+        outputs.file_to_write(key, file)
     include_path = options.include_path
     require(include_path is None or include_path.is_dir(), "--include_path", include_path, "a folder with task files")
     names = list(chain.from_iterable(text.split(",") for text in options.tasks))

@@ -24,6 +24,7 @@ TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 SMALL = ("*.json", "*.model", "*.jinja")  # the other files of a hub repository
 WEIGHTS = "*.safetensors"
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?")  # with the revision
 
 
 def name_of(source: str) -> str:
@@ -60,7 +61,7 @@ def folder_of(source: str, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
 
-    hub_id = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", source)
+    hub_id = HUB_ID.fullmatch(source)
     if not hub_id:
         raise ArtefactError(f"{source}: no such folder, and no id of the hub, such as HuggingFaceTB/SmolLM2-135M")
     try:
@@ -77,16 +78,49 @@ def folder_of(source: str, weights: bool = True) -> Path:
         raise ArtefactError(f"{source}: no such folder, and the hub gave no model ({reason})") from error
 
 
+def named_base(folder: Path) -> str:
+    """Returns the base that adapters name: a folder of this machine, or an id of the hub.
+
+    Whoever wrote the adapters chose it. A folder that was downloaded comes from somebody else, who may not choose what
+    is read on this machine: then only an id of the hub is followed.
+
+    Raises:
+        ArtefactError: an option is one that our adapters lack; or they name no base, or were downloaded and name a path
+            of this machine. The message names the way out.
+    """
+    base = adapter_folder.adapters_in(folder).base
+    where = f"{folder / adapter_folder.CONFIG}: base_model_name_or_path"
+    if not base:
+        raise ArtefactError(f"{where} is missing: name the base by --base")
+    is_path = Path(base).expanduser().exists() or not HUB_ID.fullmatch(base)
+    if is_path and is_downloaded(folder):
+        raise ArtefactError(
+            f"{where}={shown_value(base)}: these adapters were downloaded, and name a path of this machine, which is "
+            "not followed: if it is the base that you want, give it, as dist-lm import ADAPTERS NAME --base BASE, and "
+            "start from that run"
+        )
+    return base
+
+
+def is_downloaded(folder: Path) -> bool:
+    """Tells whether a folder shows that it came from the hub or is a clone of git: by huggingface_hub's cache, or what
+    it and git leave in a folder."""
+    folder = folder.resolve()
+    in_cache = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+    return in_cache or (folder / ".cache" / "huggingface").exists() or (folder / ".git").exists()
+
+
 def base_of(folder: Path) -> Path | None:
     """Returns the folder of the base of adapters, without weights if it is of the hub; None: the folder holds a model.
 
     Raises:
-        ArtefactError: the adapters have an option that ours lack, or their base is no model of transformers.
+        ArtefactError: the adapters have an option that ours lack, or their base is no model of transformers; or as
+            `named_base`.
         UserError: as `folder_of`.
     """
     if not adapter_folder.holds_adapters(folder):
         return None
-    base = adapter_folder.adapters_in(folder).base
+    base = named_base(folder)
     where = f"{folder / adapter_folder.CONFIG}: base_model_name_or_path={shown_value(base)}"
     try:
         base_folder = folder_of(base, weights=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_lm.cluster.events import GangFailure
-from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.cluster.heartbeat import Pulse, Standstill, doing
 from dist_lm.cluster.node_facts import NodeUsage, usage_metrics
 from dist_lm.config.root import Config
 from dist_lm.storage import durable
@@ -24,10 +24,8 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_state import GangFacts, RankPulse
 from dist_lm.tracking.metrics import LineFollower, MetricsFollower, last_metrics
 from dist_lm.tracking.progress import TrainingProgress
-from dist_lm.tracking.readable import duration
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
-from dist_lm.training.heartbeat import PHASE_WORDS, SLOW_START_S, Phase
 
 RANKS_EVERY_S = 0.5
 CHECKPOINT_EVERY_S = 2.0  # the file system may be slow
@@ -195,18 +193,13 @@ class RunWatch:
         self._warnings = LineFollower(run.warnings, from_end=True)
         self._metrics = MetricsFollower(run.metrics)
         self._ranks_at = self._checkpoint_at = 0.0
-        self._pulses: Sequence[Pulse] = ()
-        self._phases: dict[int, tuple[Phase, float]] = {}  # phase of each rank, and when it was first seen in it
-        self._began = self._told_at = time.monotonic()  # of this attempt, and of the last line about its start
-        self._has_begun = False  # whether this attempt has written a line of metrics
+        self._standstill = Standstill(time.monotonic())
         progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
 
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
         self._progress.state.start(gang, time.time())
-        self._pulses, self._phases = (), {}
-        self._began = self._told_at = time.monotonic()
-        self._has_begun = False
+        self._standstill = Standstill(time.monotonic())
         if self._wandb:
             self._wandb.attempt()
 
@@ -217,7 +210,7 @@ class RunWatch:
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
         """Passes on every warning and line of metrics that was written since the last call, and the newest checkpoint.
-        Says every minute what the ranks do until the first line of an attempt is written.
+        Says every minute what the ranks do while they complete no step.
 
         Args:
             usages: host -> load of the node.
@@ -230,58 +223,30 @@ class RunWatch:
         # A new attempt writes the steps after its checkpoint again.
         for line in self._metrics.poll():
             of_this_attempt = self._progress.update(line)
-            self._has_begun = self._has_begun or of_this_attempt
+            if of_this_attempt:
+                self._standstill.moved(time.monotonic())
             if self._wandb:
                 self._wandb.line(line, of_this_attempt)
         if self._wandb:
             self._wandb.look(usages)
 
         now = time.monotonic()
-        if not self._has_begun and now - self._told_at >= SLOW_START_S:
-            self._told_at = now
-            since = {rank: now - seen_at for rank, (_, seen_at) in self._phases.items()}
-            doing = f"no step after {duration(now - self._began)}: {doings(self._pulses, since)}"
-            self._console.line(f"{doing}; logs: {self._run.logs}")
+        if words := self._standstill.line(now):
+            self._console.line(f"{words}; logs: {self._run.logs}")
         if now - self._checkpoint_at >= CHECKPOINT_EVERY_S:
             self._checkpoint_at = now
             self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
 
     def heard(self, pulses: Sequence[Pulse]) -> None:
         """Show the last heartbeats of the ranks."""
-        self._pulses = pulses
         now = time.monotonic()
-        # A rank that evaluates beats again and again: its phase is older than its last heartbeat.
-        for pulse in pulses:
-            if pulse.rank not in self._phases or self._phases[pulse.rank][0] is not pulse.phase:
-                self._phases[pulse.rank] = (pulse.phase, now - pulse.age_s)
+        self._standstill.heard(pulses, now)
         if now - self._ranks_at >= RANKS_EVERY_S:
             self._ranks_at = now
+            words = doing(pulses)
             self._progress.heard(
-                [RankPulse(pulse.rank, pulse.step, PHASE_WORDS[pulse.phase], pulse.age_s) for pulse in pulses]
+                [RankPulse(pulse.rank, pulse.step, words[pulse.phase], pulse.age_s) for pulse in pulses]
             )
-
-
-def doings(pulses: Sequence[Pulse], since: Mapping[int, float]) -> str:
-    """Returns what the ranks do, those that do the same together, with the shortest time that one has done it:
-    `2 ranks loading the model for 65 s, rank 1 starting for 70 s`.
-
-    Args:
-        since: seconds since a rank began its phase, by rank.
-    """
-    if not pulses:
-        return "no rank has reported yet: agents start their processes, which import packages"
-    ranks_of: dict[Phase, list[int]] = {}
-    for pulse in pulses:
-        ranks_of.setdefault(pulse.phase, []).append(pulse.rank)
-
-    texts = []
-    for phase, ranks in ranks_of.items():
-        names = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks):,} ranks"
-        words = PHASE_WORDS[phase]
-        if phase is Phase.STARTING:
-            words += " (importing packages)"
-        texts.append(f"{names} {words} for {duration(min(since[rank] for rank in ranks))}")
-    return ", ".join(texts)
 
 
 @contextmanager

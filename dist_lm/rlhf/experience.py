@@ -19,7 +19,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.models import Execution, as_reference
-from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, scoring_batches
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, ScoringBatch, completion_mask, scoring_batches
 from dist_lm.rlhf.policy_gradient import truncated_importance
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import REWARD_MODEL, total_score
@@ -114,27 +114,32 @@ def _forward_passes(
         a reward model: (B,).
     """
     models, temperature = execution.models, execution.config.temperature
+    n_models = sum(model is not None for model in (models.policy, models.reference, models.critic, models.reward))
+    n_passes, n_done = max(1, n_models * len(batches)), 0
+
+    def followed(batches: Iterable[SomeBatch]) -> Iterator[SomeBatch]:
+        nonlocal n_done
+        for batch in batches:
+            execution.scoring(min(1.0, n_done / n_passes))
+            n_done += 1
+            yield batch
 
     def logprobs() -> dict[str, torch.Tensor]:
         """Returns this rank's columns of policy and reference."""
         columns = {}
         policy = models.policy.model
-        columns["logprob"], columns["entropy"] = token_logprobs(
-            policy, _with_signs_of_life(batches, execution.alive), shape, temperature
-        )
+        columns["logprob"], columns["entropy"] = token_logprobs(policy, followed(batches), shape, temperature)
         if models.reference:
             with as_reference(models):
-                columns["reference"], _ = token_logprobs(
-                    models.reference, _with_signs_of_life(batches, execution.alive), shape, temperature
-                )
+                columns["reference"], _ = token_logprobs(models.reference, followed(batches), shape, temperature)
         return columns
 
     def values_and_scores() -> dict[str, torch.Tensor]:
         columns = {}
         if models.critic:
-            columns["value"] = token_values(models.critic.model, _with_signs_of_life(batches, execution.alive), shape)
+            columns["value"] = token_values(models.critic.model, followed(batches), shape)
         if models.reward:
-            columns["score"] = end_scores(models.reward, rollouts, execution.dealing, execution.device, execution.alive)
+            columns["score"] = end_scores(models.reward, rollouts, execution.dealing, execution.device, followed)
         return columns
 
     # Policy and critic compute independently, so one CPU may run both at the same time.
@@ -144,7 +149,8 @@ def _forward_passes(
     return dict(zip(columns, add_up(list(columns.values()), execution.adds_sums), strict=True))
 
 
-def _with_signs_of_life(batches: Iterable[SomeBatch], alive: Callable[[], None]) -> Iterator[SomeBatch]:
+def with_signs_of_life(batches: Iterable[SomeBatch], alive: Callable[[], None]) -> Iterator[SomeBatch]:
+    """Yields the same batches, and calls `alive` before each."""
     for batch in batches:
         alive()
         yield batch
@@ -193,7 +199,7 @@ def end_scores(
     rollouts: Rollouts,
     dealing: Dealing,
     device: torch.device,
-    alive: Callable[[], None] = lambda: None,
+    followed: Callable[[Iterable[ScoringBatch]], Iterable[ScoringBatch]] = iter,
 ) -> torch.Tensor:
     """Returns the scores of this rank's rollouts at their last token, fp32 (B,); 0 for other rollouts (collective).
 
@@ -202,10 +208,10 @@ def end_scores(
     Args:
         dealing: divides the rollouts among the ranks.
         device: device of the model.
-        alive: called before every batch.
+        followed: yields the same batches, and tells that this rank is alive.
     """
     score_B = torch.zeros(len(rollouts), device=device)
-    for batch_on_host in _with_signs_of_life(scoring_batches(rollouts, dealing), alive):
+    for batch_on_host in followed(scoring_batches(rollouts, dealing)):
         batch = batch_on_host.to(device)
         score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(model)

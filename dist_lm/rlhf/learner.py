@@ -145,6 +145,7 @@ class Learner:
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
     tasks: IterationTasks | None = None
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
+    scoring: Callable[[float], None] = lambda done: None  # as of `Execution`
     run_both: RunBoth = one_after_other  # runs the work of policy and critic
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -226,6 +227,7 @@ class Learner:
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
             alive=self.alive,
             run_both=self.run_both,
+            scoring=self.scoring,
         )
         updater = Updater(execution, self.algorithm, self.stop, self.pretraining)
 

@@ -178,6 +178,7 @@ class Execution:
     reduce_every_micro_batch: bool
     alive: Callable[[], None]  # called before every forward pass and update, from any thread
     run_both: RunBoth
+    scoring: Callable[[float], None] = lambda done: None  # called before forward passes with the share that is done
 
 
 def dealing(mesh: DeviceMesh, parallel: ParallelConfig, micro_batch_tokens: int) -> Dealing:

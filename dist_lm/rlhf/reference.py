@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +45,7 @@ def reference_of(
     data_ranks: dist.ProcessGroup | None,
     *,
     has_steps: bool,
-    alive: Callable[[], None],
+    scoring: Callable[[float], None],
 ) -> dict[str, SplitReference]:
     """Returns the reference of each split: from the file if its key is this one, else computed and written
     (collective).
@@ -58,7 +59,7 @@ def reference_of(
         data_ranks: the ranks that read different data; None: all.
         has_steps: whether the run has taken steps. Then the file belongs to the reference that it began with, even if
             the checkpoint at that path has changed since.
-        alive: called after every batch.
+        scoring: called after every batch with the share of the rankings that this rank has read, in [0, 1].
 
     Raises:
         ArtefactError: no ranking of a split fits into a sequence, or a tar is damaged; or of `initial`.
@@ -71,16 +72,23 @@ def reference_of(
 
     if has_steps and world.is_first:
         log.warning("%s is missing or does not fit: computed again from %s", path, key[CHECKPOINT])
+    sizes = {name: batches.rankings.corpus.n_documents for name, batches in splits.items()}
+    references: dict[str, SplitReference] = {}
     with initial() as model:
-        references = {
-            name: split_reference(model, batches, world, data_ranks, alive) for name, batches in splits.items()
-        }
+        for name, batches in splits.items():
+            before = sum(sizes[done] for done in references)
+            part = partial(_part_done, scoring, before / sum(sizes.values()), sizes[name] / sum(sizes.values()))
+            references[name] = split_reference(model, batches, world, data_ranks, part)
         reshard(model)
     if world.is_first:
         _write(path, key, references)
     # No rank may go on before the file is there: a run that ends now must find it again.
     dist.barrier()
     return references
+
+
+def _part_done(scoring: Callable[[float], None], before: float, part: float, done: float) -> None:
+    scoring(before + part * done)
 
 
 def _stored(path: Path, key: Mapping[str, Any], has_steps: bool) -> dict[str, SplitReference] | None:
@@ -138,7 +146,7 @@ def split_reference(
     batches: RankingBatches,
     world: World,
     data_ranks: dist.ProcessGroup | None,
-    alive: Callable[[], None],
+    scoring: Callable[[float], None],
 ) -> SplitReference:
     """Returns the log-probabilities of all rankings of a split, the same on every rank (collective).
 
@@ -149,7 +157,7 @@ def split_reference(
         model: the reference.
         batches: assembled by `Trees`, which decide whether there are mismatched completions.
         data_ranks: the ranks that read different data; None: all.
-        alive: called after every batch.
+        scoring: called after every batch with the share of the split that this rank has read, in [0, 1].
 
     Raises:
         ArtefactError: no ranking fits into a sequence, or a tar is damaged.
@@ -176,7 +184,9 @@ def split_reference(
             sum_P = logprob_C.new_zeros(len(placed)).index_add(0, prompt_C, logprob_C)
             mismatched[[ranking.document for ranking in placed]] = sum_P.cpu().numpy()
 
-        alive()
+        # The ranks read about equally many rankings.
+        n_share = max(1, n_rankings // batches.dp_size)
+        scoring(min(1.0, float(is_read.sum()) / n_share))
         if world.is_first and time.monotonic() - logged_at > PROGRESS_S:
             logged_at = time.monotonic()
             log.info("reference: %d rankings of this rank's share of %d are done", int(is_read.sum()), len(is_read))

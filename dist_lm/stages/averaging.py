@@ -70,13 +70,12 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
         kind, prefix, checkpoints = "mean", f"last_{last}", files.steps_in(newest.parent)[-last:]
     accepted = f"at most {len(checkpoints)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
     require(len(checkpoints) >= last, "--last", last, accepted)
-    # A damaged checkpoint would go unnoticed in the mean.
-    for checkpoint in checkpoints:
-        files.require_intact(checkpoint)
-
     folder = run.averages / f"{prefix}_{newest.name}"
     if folder.exists():
         raise ArtefactError(f"{folder} exists: use it, or remove it first")
+    # A damaged checkpoint would go unnoticed in the mean.
+    for checkpoint in checkpoints:
+        files.require_intact(checkpoint)
 
     tensors = exponential(newest) if ema else mean_of(checkpoints)
     write_average(folder, tensors, newest, model_config_of(newest))

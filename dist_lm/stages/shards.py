@@ -781,6 +781,9 @@ def build_corpus(
     recipe = recipe_of(config, name, text_splits)
 
     # A branch of the hub may have moved on since an earlier build, whose tars are then dropped.
+    for listing in inputs:
+        if hint := listing.unread_archives():
+            console.line(f"corpus {name}: {hint}")
     heads = [f"{file.name} {file.etag}" for listing in inputs for file in listing.taken if file.name.startswith(HUB)]
     if heads and is_dropped_for_inputs(directory, recipe):
         console.warning(

@@ -50,6 +50,42 @@ def write_bytes(path: Path, content: bytes) -> None:
     fsync(path.parent)
 
 
+def write_new_text(path: Path, text: str) -> None:
+    """Writes text in UTF-8 to a file that must not exist, as `write_bytes` does.
+
+    Raises:
+        FileExistsError: there is one by now; it is left as it is.
+        OSError: the text cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write_bytes(temporary, text.encode())
+        rename_to_new(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def rename_to_new(temporary: Path, path: Path) -> None:
+    """Renames a file of the same folder to a name that must be free, and flushes the folder to disk.
+
+    Raises:
+        FileExistsError: another process has made such a file; it is left as it is.
+        OSError: the file cannot be renamed.
+    """
+    # A rename would replace a file that appeared in the meantime; a link does not.
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists") from None
+        temporary.replace(path)
+    else:
+        temporary.unlink()
+    fsync(path.parent)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replaces `path` by `text` in UTF-8, atomically but not flushed to disk: for files rewritten every few seconds.
 

@@ -20,7 +20,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.interop.foreign_files import ITEM_BYTES
 from dist_lm.interop.snapshot_files import LENGTH_BYTES, tensor_entries
 from dist_lm.model.size import Shape, parameter_shapes
-from dist_lm.storage import durable
+from dist_lm.storage import durable, outputs
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
 
@@ -249,15 +249,13 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
         with_optimizer: whether moments are written, too.
 
     Raises:
-        ArtefactError: `output` does not end in `.safetensors`, exists, or cannot be written, or the checkpoint is
-            missing or damaged.
+        ConfigError: `output` exists, or its folder does not.
+        ArtefactError: `output` does not end in `.safetensors` or cannot be written, or the checkpoint is missing or
+            damaged.
     """
     if output.suffix != files.TENSORS:
         raise ArtefactError(f"--output={output}: expected a name that ends in {files.TENSORS}")
-    if output.exists():
-        raise ArtefactError(f"--output={output}: the file exists; name another file or remove it first")
-    if not output.parent.is_dir():
-        raise ArtefactError(f"--output={output}: the folder {output.parent} does not exist; create it first")
+    outputs.new_file("--output", output, makes_folders=False)
 
     # Check all files first: a damaged checkpoint must not leave half an output.
     directory = files.require_intact(files.find_checkpoint(path))
@@ -272,8 +270,9 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
     try:
         write_tensors(temporary, tensors, metadata)
-        temporary.rename(output)
-        durable.fsync(output.parent)
+        durable.rename_to_new(temporary, output)
+    except FileExistsError as error:
+        raise ArtefactError(f"--output={output}: another process has made the file meanwhile; name another") from error
     except OSError as error:
         raise ArtefactError(
             f"--output={output}: could not be written ({error}); free space or name another file"

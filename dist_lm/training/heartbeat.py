@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
-# Each time so many seconds have passed, the launcher says what ranks without a step do, and a rank that has not met the
-# others writes its stacks to its log.
+# Each time so many seconds have passed without a step, people are told what the ranks do, and a rank that has not met
+# the others writes its stacks to its log.
 SLOW_START_S = 60.0
 
 
@@ -27,11 +27,12 @@ class Phase(IntEnum):
     PREPARING = 5  # packs documents, computes what a stage needs before its first step
     DATA = 6  # waits for the batch of a step
     GENERATING = 7  # the pool generates the rollouts of a step
-    STEP = 8  # forward, backward, update
-    EVALUATING = 9
-    SAVING = 10
-    CLOSING = 11  # work at the end of a stage
-    TRACING = 12  # starts the profiler, or writes its trace
+    SCORING = 8  # forward passes over rankings or rollouts: log-probabilities of policy and reference, values, scores
+    STEP = 9  # forward, backward, update
+    EVALUATING = 10
+    SAVING = 11
+    CLOSING = 12  # work at the end of a stage
+    TRACING = 13  # starts the profiler, or writes its trace
 
 
 PHASE_WORDS = {  # the phase in words that continue 'rank N is'
@@ -43,6 +44,7 @@ PHASE_WORDS = {  # the phase in words that continue 'rank N is'
     Phase.PREPARING: "preparing data",
     Phase.DATA: "waiting for data",
     Phase.GENERATING: "generating",
+    Phase.SCORING: "computing log-probabilities",
     Phase.STEP: "in a step",
     Phase.EVALUATING: "evaluating",
     Phase.SAVING: "saving",
@@ -51,15 +53,30 @@ PHASE_WORDS = {  # the phase in words that continue 'rank N is'
 }
 
 
+def in_words(phase: Phase, done: float) -> str:
+    """Returns the phase in words, with the share that is done where it is known: `generating (38 %)`."""
+    return PHASE_WORDS[phase] + share_in_words(done)
+
+
+def share_in_words(done: float) -> str:
+    """Returns ` (38 %)` behind the words of a phase; empty for an unknown share."""
+    return f" ({100 * done:.0f} %)" if done else ""
+
+
 class Heartbeat(Protocol):
     """Receives the progress of a rank."""
 
-    def beat(self, phase: Phase, step: int) -> None:
-        """Reports the phase; `step`: completed steps."""
+    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
+        """Reports the phase.
+
+        Args:
+            step: completed steps.
+            done: share of the phase that is done, in [0, 1]; 0: unknown.
+        """
 
 
 class Unheard:
     """The heartbeat of a rank without a watcher."""
 
-    def beat(self, phase: Phase, step: int) -> None:
+    def beat(self, phase: Phase, step: int, done: float = 0.0) -> None:
         """Does nothing."""

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import outputs
 from dist_lm.tracking.readable import OutputConsole, say
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName
 
@@ -44,6 +45,7 @@ def checkpoint_consolidate(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="Add the optimizer's tensors.")] = False,
 ) -> None:
     """Write the whole tensors of the model to one safetensors file."""
+    outputs.new_file("--output", output, makes_folders=False)
     from dist_lm.training.checkpoint_tensors import consolidate
 
     count = consolidate(path, output, with_optimizer=optimizer)

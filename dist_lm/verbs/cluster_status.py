@@ -21,6 +21,7 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import last_metrics
 from dist_lm.tracking.readable import counted, duration, four_digits, percent, three_decimals
 from dist_lm.training import checkpoint_files
+from dist_lm.training.heartbeat import share_in_words
 
 # (words, style) of each state of a command.
 WORDS = {
@@ -227,7 +228,10 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
     slowest = max(ranks, key=lambda rank: rank["age_s"])
     stopped = " (stopped)" if slowest["state"] == "T" else ""
     age = slowest["age_s"] + max(0.0, now - run.heard_at)
-    return f"{slowest['step']:,}", slowest["phase"] + stopped, f"{age:.1f} s ago"
+    # Launchers of earlier releases wrote no share.
+    done = slowest.get("done")
+    words = slowest["phase"] + share_in_words(done if isinstance(done, float) else 0.0)
+    return f"{slowest['step']:,}", words + stopped, f"{age:.1f} s ago"
 
 
 def print_status(status: PipelineStatus, console: Console) -> None:

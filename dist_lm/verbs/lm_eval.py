@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import require
+from dist_lm.storage import outputs
 from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 
 
@@ -43,6 +44,8 @@ def lm_eval(
     ] = False,
 ) -> None:
     """Evaluate a model on tasks of lm-evaluation-harness (docs/lm_eval.md)."""
+    outputs.file_to_write("--output", output)
+    outputs.file_to_write("--samples", samples)
     from dist_lm.evaluation.harness import WAY_OUT, HarnessOptions, evaluate
 
     # The option of lm_eval would run generated code without a sandbox.

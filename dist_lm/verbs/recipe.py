@@ -26,7 +26,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, require
 from dist_lm.prepare.conf_folders import choices
 from dist_lm.prepare.plan import plan_command
-from dist_lm.storage import durable
+from dist_lm.storage import durable, outputs
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import readable_count
 from dist_lm.verbs.data_trial import try_command
@@ -93,7 +93,8 @@ def new_recipe(
         ArtefactError: model or data cannot be read.
         UserError: the command must fail; no experiment is written.
     """
-    check_out(out, force)
+    outputs.new_file("--out", out, force=force)
+    check_out(out)
     require(not (preferences and prompts), "--prompts", prompts, "nothing beside --preferences: one stage follows")
     require(bool(prompts) == bool(reward), "--reward", repr(reward), "module:function, together with --prompts FILE")
     folder, name = out.parent.parent, out.stem
@@ -105,9 +106,14 @@ def new_recipe(
     command = shlex.join(["python", "-m", "dist_lm.launch", "--config-dir", str(folder), f"experiment={name}"])
 
     corpus_file, model_file = folder / "corpus" / f"{name}.yaml", folder / "model" / f"{name}.yaml"
-    new_files = [file for file in (corpus_file, model_file) if not file.exists()]
+    written_files = [corpus_file]
+    if not model.startswith(HF):
+        written_files += [model_file]
+    for file in written_files:
+        outputs.new_file(f"--out {out}: it comes with", file, force=force)
+    new_files: list[Path] = []
     try:
-        start, surveys, measured = _look(model, data, corpus_file, model_file, console, force)
+        start, surveys, measured = _look(model, data, corpus_file, model_file, console, force, new_files)
         if preferences:
             _add_rankings(corpus_file, preferences)
         stages, remarks = plan_stages(start, name, folder, surveys[CONVERSATIONS], measured)
@@ -130,15 +136,24 @@ def new_recipe(
         for file in new_files:
             file.unlink(missing_ok=True)
         raise
-    _write(out, text)
+    _write_new("--out", out, text, force)
     for line in (*remarks, f"written: {out}", command):
         console.print(Text(one_line(line)), soft_wrap=True)
 
 
 def _look(
-    model: str, data: Sequence[str], corpus_file: Path, model_file: Path, console: Console, force: bool
+    model: str,
+    data: Sequence[str],
+    corpus_file: Path,
+    model_file: Path,
+    console: Console,
+    force: bool,
+    new_files: list[Path],
 ) -> tuple[Start, dict[str, Survey], Measured]:
     """Returns what model and data are, after writing the corpus file, and the model file for a run.
+
+    Args:
+        new_files: gets the files that were written and replaced none.
 
     Raises:
         ConfigError, ArtefactError, UserError: as `new_recipe`.
@@ -147,6 +162,7 @@ def _look(
     start = start_of(model, name)
     # The first try builds the corpora for their lengths; the file is written when it has passed.
     measured = Measured()
+    replaced = [file for file in (corpus_file, model_file) if file.exists()]
     surveys = new_corpus(
         data,
         corpus_file,
@@ -157,14 +173,16 @@ def _look(
         trial=lambda config_dir, _: _measure(config_dir, name, start, measured),
         commands=False,
     )
+    new_files += [corpus_file] if corpus_file not in replaced else []
     if CONVERSATIONS not in surveys:
         raise ConfigError(f"--data {' '.join(data)}: texts, not conversations; stage=code trains on texts")
     if start.model_file:
-        _write(model_file, start.model_file)
+        _write_new("--out", model_file, start.model_file, force)
+        new_files += [model_file] if model_file not in replaced else []
     return start, surveys, measured
 
 
-def check_out(out: Path, force: bool) -> None:
+def check_out(out: Path) -> None:
     """Refuses a path where no launch would find the experiment; returns nothing.
 
     Raises:
@@ -175,8 +193,6 @@ def check_out(out: Path, force: bool) -> None:
         raise ConfigError(f"{option}: expected DIR/experiment/NAME.yaml, which `--config-dir DIR experiment=NAME` runs")
     if not NAME.fullmatch(out.stem) or out.stem in choices("experiment"):
         raise ConfigError(f"{option}: {out.stem} is a name of dist_lm's own, or no plain word: choose another name")
-    if out.exists() and not force:
-        raise ConfigError(f"{option}: there is such a file: choose another name, or give --force to replace it")
 
 
 def start_of(model: str, name: str) -> Start:
@@ -366,6 +382,24 @@ def _write(path: Path, text: str) -> None:
     """Writes a file of configuration, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.write_text(path, text)
+
+
+def _write_new(option: str, path: Path, text: str, force: bool) -> None:
+    """Writes a file of configuration that was checked to be new, unless `force` replaces it.
+
+    Raises:
+        ConfigError: there is such a file by now; it is left as it is.
+    """
+    if force:
+        _write(path, text)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        durable.write_new_text(path, text)
+    except FileExistsError:
+        raise ConfigError(
+            one_line(f"{option} {path}: another process has written this file meanwhile; it is left as it is")
+        ) from None
 
 
 def file_text(comments: Sequence[str], content: Mapping[str, Any]) -> str:

@@ -67,7 +67,10 @@ def accuracies(config: Config, directory: Path, steps: int) -> tuple[float, floa
     if settings.has_reference:
         for name, split in (("train", train), ("val", val)):
             batches = RankingBatches(rankings=split, assemble=trees, **batch)
-            reference[name] = split_reference(model, batches, WORLD, None, lambda: None)
+            shares: list[float] = []
+            reference[name] = split_reference(model, batches, WORLD, None, shares.append)
+            assert shares == sorted(shares)
+            assert shares[-1] == pytest.approx(1)  # each ranking fits into a sequence
     loss, optimizer = PreferenceLoss(settings), build_optimizer(model, stage)
     prepare, objective, stop = preparation(loss), preference_objective(loss), StopRequest()
 

@@ -19,7 +19,7 @@ RANK = """
 import os
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.training.heartbeat import Phase
-own_heartbeat(os.environ).beat(Phase.EVALUATING, 1234567890123)
+own_heartbeat(os.environ).beat(Phase.EVALUATING, 1234567890123, 0.25)
 """
 
 
@@ -29,8 +29,23 @@ def test_another_process_is_read():
     subprocess.run([sys.executable, "-c", RANK], env=environ, check=True, timeout=patient(240))
     silent, _, heard = board.read(first_rank=6, states={2: "D"})
     assert (heard.rank, heard.phase, heard.step, heard.state) == (8, Phase.EVALUATING, 1234567890123, "D")
+    assert (heard.done, silent.done) == (0.25, 0)
     assert heard.age_s < 60
     assert (silent.rank, silent.phase, silent.median_step_s) == (6, Phase.STARTING, 0.0)
+
+
+def test_forward_passes_belong_to_the_step(monkeypatch: pytest.MonkeyPatch):
+    """Finds a step of stage rlhf that ends where its log-probabilities are computed, so that a hang is seen too early
+    or too late."""
+    now = [100.0]
+    monkeypatch.setattr("dist_lm.cluster.heartbeat.time.monotonic", lambda: now[0])
+    board = HeartbeatBoard(1)
+    rank = RankHeartbeat(Path(board.path), 0)
+    for phase, step in ((Phase.DATA, 0), (Phase.GENERATING, 0), (Phase.SCORING, 0), (Phase.STEP, 0), (Phase.DATA, 1)):
+        rank.beat(phase, step)
+        now[0] += 10
+    assert board.read(0, {})[0].median_step_s == 40
+    assert Patience(2, 1, 1000).limit_s(Pulse(0, Phase.SCORING, 1, 0.1, 40.0)) == 80
 
 
 def test_a_step_lasts_until_what_follows_it(monkeypatch: pytest.MonkeyPatch):

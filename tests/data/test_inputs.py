@@ -132,3 +132,16 @@ def test_a_glob_over_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(ArtefactError, match=r"cannot be listed: PermissionError.*/closed"):
         inputs_of(source)
+
+
+def test_archives_that_no_reader_opens_are_named_in_one_line() -> None:
+    """Finds a hint for what the user excluded himself, and a list of a thousand names."""
+    names = [f"/d/{number:03d}.tar.gz" for number in range(9)] + ["/d/A.ZIP", "/d/b.7z", "/d/c.rar", "/d/e.zip.txt"]
+    left_out = [Input(name, left_out=f"suffix {name[-3:]}") for name in names]
+    hint = Inputs((Input("/d/a.py"), *left_out)).unread_archives()
+    assert hint.startswith("not opened: 12 archives (.tar.gz: 9, .zip: 1, .7z: 1, .rar: 1): /d/000.tar.gz, ")
+    assert "and 9 more: unpack what should be read, or name the zip beside the folder" in hint
+    assert "name the zip" not in Inputs((Input("/d/b.7z", left_out="suffix .7z"),)).unread_archives()
+    for reason in ("exclude", "hidden", "split test"):
+        assert not Inputs((Input("/d/a.zip", left_out=reason),)).unread_archives()
+    assert not Inputs((Input("/d/a.zip"),)).unread_archives()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.inspect import inspect_corpus, origin_of, print_corpus
 from dist_lm.data.manifest import read_manifest, write_manifest
 from dist_lm.data.screening import IngestReport, Screened
@@ -66,7 +68,40 @@ def test_what_became_of_a_source_is_shown(directory: Path) -> None:
     report.keep(Screened(document, source, b"", "", 1), "train", {"<KEY>": 2})
     write_manifest(directory, replace(read_manifest(directory), ingest=asdict(report)))
     text = " ".join(shown(directory)[1].split())
-    assert "jsonl /data/a.jsonl python │ 2 │ 1 │ contains_val 1, <KEY> 2" in text
+    assert "documents kept source 2 1 jsonl /data/a.jsonl python dropped: contains_val 1 replaced: <KEY> 2" in text
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_no_path_is_cut_or_broken(directory: Path, tmp_path: Path, width: int) -> None:
+    """Finds a table that ends a long path with dots, and a line break inside one: neither could be copied."""
+    folder = f"/data/{'a_folder_with_a_long_name/' * 9}"
+    report = IngestReport()
+    source = SourceConfig("jsonl", "python", path=f"{folder}a.jsonl")
+    document = Document("x", "python", f"{folder}a.jsonl:1", "MIT", "")
+    report.keep(Screened(document, source, b"", "", 1), "train", {})
+    inputs = Inputs((Input(f"{folder}a.jsonl", 1), Input(f"{folder}b.7z", 1, left_out="suffix .7z")))
+    manifest = replace(read_manifest(directory), ingest=asdict(report), inputs=[inputs.to_json()])
+    write_manifest(directory, manifest)
+    deep = tmp_path / folder.strip("/") / "corpora" / "code"
+    shutil.copytree(directory, deep)
+    (deep / "train-000000.index").write_bytes(b"")
+    (deep / "train-000001.tar").write_bytes(b"damaged")
+
+    console = Console(file=io.StringIO(), width=width)
+    print_corpus(deep, console)
+    lines = console.file.getvalue().splitlines()  # pyright: ignore
+    for path in (str(deep), f"jsonl {folder}a.jsonl", f"{folder}a.jsonl ...:", f"{folder}b.7z"):
+        assert [line for line in lines if path in line], path
+    assert [line for line in lines if "not opened: 1 archive" in line]
+    assert not [line for line in lines if "…" in line]
+
+
+@pytest.mark.parametrize("name", ["code.tar", "folder"])
+def test_data_that_is_no_corpus_is_sent_to_the_verb_that_looks_at_data(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "code.tar").write_bytes(b"anything")
+    with pytest.raises(ArtefactError, match=rf"not a corpus.*dist-lm data new {tmp_path}/{name} --out"):
+        inspect_corpus(tmp_path / name)
 
 
 def test_a_document_of_each_language_is_shown(tiny_work: WorkDirectory) -> None:

@@ -2,8 +2,11 @@
 
 import csv
 import gzip
+import io
 import json
 import re
+import tarfile
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,6 +114,54 @@ def test_a_place_without_data_says_what_is_there(data, tmp_path):
         propose(str(tmp_path / "pictures"))
     with pytest.raises(ConfigError, match="no such file"):
         propose(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("others", [{}, {"README.txt": "about it"}, {"package.json": "{}"}])
+def test_a_tar_of_source_files_is_called_one_with_the_way_out(tmp_path: Path, others: dict[str, str]) -> None:
+    """Finds a tar of files that is called a table of numbers, or of which README.txt alone is read."""
+    contents = {f"src/m{number}.py": f"x = {number}" for number in range(5)} | others
+    write_tar(tmp_path / "code.tar.gz", contents)
+    with pytest.raises(ConfigError, match=r"code.tar.gz: a tar of files \(.py: 5.*tar -xf.*column: py"):
+        propose(str(tmp_path / "code.tar.gz"))
+
+
+def test_samples_of_a_tar_without_text_are_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "cats.tar", {f"{number}.{suffix}": "x" for number in range(3) for suffix in ("jpg", "cls")})
+    with pytest.raises(ConfigError, match=r"cats.tar: most of its first 3 samples have no text.*\.jpg: 3, \.cls: 3"):
+        propose(str(tmp_path / "cats.tar"))
+
+
+def write_tar(path: Path, contents: dict[str, str]) -> None:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
+        for name, text in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            tar.addfile(member, io.BytesIO(text.encode()))
+
+
+def test_archives_in_a_folder_are_named_with_the_way_out(data: Path) -> None:
+    """Finds an archive in a folder that is left out without a word, and a hint for one that is read."""
+    for name in ("b.7z", "c.rar"):
+        (data / "repo" / name).write_bytes(b"anything")
+    write_tar(data / "repo" / "d.tar.gz", {"m.py": "x = 1"})
+    with zipfile.ZipFile(data / "repo" / "a.zip", "w") as packed:
+        packed.writestr("in_zip.py", "x = 1")
+    out, text = written(data, "repo")
+    hint = next(line for line in text.splitlines() if "not opened" in line)
+    assert "4 archives" in hint
+    assert all(f"{suffix}: 1" in hint for suffix in (".zip", ".7z", ".rar", ".tar.gz"))
+    assert f"{data}/repo/a.zip" in hint
+    assert "unpack what should be read, or name the zip" in hint
+    assert "not opened: 4 archives" in out.read_text()
+    assert "not opened" not in written(data, "repo/a.zip", force=True)[1]
+
+
+def test_a_zip_whose_rows_are_read_is_no_archive_left_out(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "a.zip", "w") as packed:
+        packed.writestr("a.jsonl", "".join(json.dumps({"text": PROSE}) + "\n" for _ in range(3)))
+    (proposal,) = propose(str(tmp_path / "data"))
+    assert not [note for note in proposal.notes if "not opened" in note]
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.tar", "a.csv"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -48,7 +49,27 @@ def test_the_fraction_decides_at_the_end_wherever_the_broken_rows_are():
 def test_a_source_that_is_mostly_broken_ends_early():
     n_through, error = errors_of([GOOD] + [BAD] * 10 * HOPELESS, 0.5)
     assert n_through == HOPELESS
-    assert "1,000 of 1,001 rows" in error
+    assert "1,000 of the first 1,001 rows are broken, most of them, so reader or column do not fit" in error
+    assert "max_bad_fraction" not in error
+
+
+@pytest.mark.parametrize(("n_good", "words"), [(0, "none of the first 40 rows"), (30, "40 of the first 70")])
+def test_a_higher_limit_is_no_advice_where_most_rows_are_broken(n_good: int, words: str) -> None:
+    """Finds the advice to raise a limit that would leave nothing, or hide a wrong reader."""
+    _, error = errors_of([GOOD] * n_good + [BAD] * 40, 0.01)
+    assert words in error
+    assert "dist-lm data new" in error
+    assert "max_bad_fraction" not in error
+
+
+@pytest.mark.parametrize("n_bad", [1, 7, 33, 100])
+def test_the_limit_that_is_advised_is_high_enough(n_bad: int) -> None:
+    rows = [GOOD] * (1000 - n_bad) + [BAD] * n_bad
+    _, error = errors_of(rows, 0.0001)
+    advised = re.search(r"set that key to (0[.][0-9]+),", error)
+    assert advised
+    assert errors_of(rows, float(advised[1])) == (1000, "")
+    assert float(advised[1]) < 1.2 * n_bad / 1000
     allowed = [GOOD, BAD, BAD] * HOPELESS
     assert errors_of(allowed, 0.8) == (len(allowed), "")  # nothing of it is left unread
 

@@ -150,6 +150,31 @@ def test_a_start_of_more_than_a_minute_says_what_each_rank_does(
     assert second_line == f"no step after 2:00 min: {doing}; logs: {run.logs}"
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_log_probabilities_that_take_minutes_are_told_with_their_share(
+    run: RunDirectory, told: Told, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    """Stage preference was silent for four minutes before its first step, and stage rlhf inside each step."""
+    now = [0.0]
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    output = io.StringIO()
+    config = compose_config(["stage=code", "stage.corpus=code", "run_id=first", f"work_dir={run.work.path}"])
+    with watching(config, run, Console(output=output, errors=io.StringIO())) as shown:
+        shown.attempt(GangFacts(("n1",), 2, "cpu", "dp=2"))
+        if not is_first:
+            write(run, {"step": 1, "train/skipped_steps": 0})
+        for second in range(250):
+            now[0] = float(second)
+            shares = (second / 500, second / 250)
+            shown.heard([Pulse(rank, Phase.SCORING, 1, 0.0, 0.0, done=share) for rank, share in enumerate(shares)])
+            shown.look({})
+        lines = [line for line in output.getvalue().splitlines() if "computing log-probabilities" in line]
+        assert len(lines) == 4
+        begin = "no step after" if is_first else "no further step for"
+        assert lines[1].startswith(f"{begin} 2:00 min: 2 ranks computing log-probabilities (36 %) for 2:00 min; logs:")
+        assert [rank.doing for rank in shown._progress.state.ranks] == ["computing log-probabilities (75 %)"] * 2
+
+
 def skipped(*counts: int) -> list[dict[str, Any]]:
     return [{"step": step, "train/skipped_steps": count} for step, count in enumerate(counts, start=1)]
 

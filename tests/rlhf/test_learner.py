@@ -60,6 +60,15 @@ def test_engine_trainer_and_reference_agree_at_any_temperature_and_the_first_rat
         assert report.updates[1]["approx_kl"] > 1e-6
 
 
+def test_the_share_of_forward_passes_is_told():
+    """Finds an iteration that is silent while the log-probabilities of many rollouts are computed."""
+    shares: list[float] = []
+    ran(replace(WITH_REWARD_MODEL, micro_batch_tokens=30), 1, reward_model=True, scoring=shares.append)
+    assert len(shares) > 4
+    assert shares == sorted(shares)
+    assert (shares[0], max(shares) > 0.7, max(shares) <= 1) == (0.0, True, True)
+
+
 def test_the_first_ratio_is_1_also_where_the_first_update_sees_a_part():
     made = ran(replace(SHORT, micro_batch_tokens=30), 2)
     for report in made.reports:

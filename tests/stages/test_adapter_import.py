@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model
+from dist_lm.interop.snapshot import named_base, named_model
 from dist_lm.model.transformer import Transformer
 from dist_lm.stages.exporting.files import export
 from dist_lm.stages.importing.snapshot import import_model
@@ -207,6 +209,65 @@ def test_what_our_adapters_lack_is_refused_by_name(spoil: dict, words: str, work
         import_model(str(adapters), "mine", work)
     assert str(refused.value).isprintable()
     assert not (work.path / "runs" / "import").exists()
+
+
+def mark_in_cache(adapters: Path) -> Path:
+    cached = adapters.parent / "models--stranger--adapter" / "snapshots" / "0123abc"
+    cached.parent.mkdir(parents=True)
+    return adapters.rename(cached)
+
+
+def mark_of_download(adapters: Path) -> Path:
+    (adapters / ".cache" / "huggingface").mkdir(parents=True)
+    return adapters
+
+
+def mark_of_git(adapters: Path) -> Path:
+    (adapters / ".git").mkdir()
+    return adapters
+
+
+@pytest.mark.parametrize("mark", [mark_in_cache, mark_of_download, mark_of_git])
+@pytest.mark.parametrize("form", ["absolute", "relative", "like an id"])
+def test_a_downloaded_adapter_names_no_path_of_this_machine(
+    mark: Callable[[Path], Path], form: str, work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Finds a stranger's file that decides which model of this machine is read, and ends in an export."""
+    base_path = base_folder(work, tmp_path)
+    (tmp_path / "private").mkdir()
+    private = base_path.rename(tmp_path / "private" / "model")
+    monkeypatch.chdir(tmp_path)
+    named = {"absolute": str(private), "relative": "./private/model", "like an id": "private/model"}[form]
+    adapters = trained(private, tmp_path, target_modules=["q_proj"])
+    config = adapters / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+    adapters = mark(adapters)
+    for read in (lambda: import_model(str(adapters), "mine", work), lambda: named_model(f"hf:{adapters}")):
+        with pytest.raises(ArtefactError, match=r"downloaded, and name a path of this machine.*--base BASE"):
+            read()
+    assert not (work.path / "runs" / "import").exists()
+
+    import_model(str(adapters), "mine", work, str(private))
+    assert (work.path / "runs" / "import" / "mine").is_dir()
+
+
+def test_a_downloaded_adapter_may_name_a_model_of_the_hub(tmp_path: Path):
+    (tmp_path / ".git").mkdir()
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "owner/model@main"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    weight = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{weight}.lora_A.weight": torch.zeros(1, 4), f"{weight}.lora_B.weight": torch.zeros(4, 1)}
+    save_file(factors, tmp_path / "adapter_model.safetensors")
+    assert named_base(tmp_path) == "owner/model@main"
+
+
+def test_the_base_that_adapters_name_is_said(work: WorkDirectory, tmp_path: Path):
+    base_path = base_folder(work, tmp_path)
+    adapters = trained(base_path, tmp_path, target_modules=["q_proj"])
+    said: list[str] = []
+    import_model(str(adapters), "mine", work, say=said.append)
+    import_model(str(adapters), "yours", work, str(base_path), say=said.append)
+    assert said == [f"{adapters}/adapter_config.json names the base {base_path}; --base names another"]
 
 
 def test_dora_is_refused_by_its_tensors_too(work: WorkDirectory, tmp_path: Path):

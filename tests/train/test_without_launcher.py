@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shlex
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from dist_lm import train
+from dist_lm.cluster.heartbeat import RememberedHeartbeat
 from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.parallel.layout import Layout
@@ -26,8 +28,9 @@ from dist_lm.storage.lock import is_locked
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.heartbeat import Phase, StopRequest
 from tests.conftest import TINY
+from tests.patience import patient
 from tests.prepare.planned import make_run
 from tests.training_run import linked
 
@@ -254,7 +257,7 @@ def test_a_node_that_does_not_see_the_run_says_so(tmp_path, monkeypatch):
 def trained(work: WorkDirectory, terminal: train.Terminal) -> RunDirectory:
     """A run whose first step was written while rank 0 showed its progress."""
     run = prepared(work, *LANGUAGE)
-    with train.progress_lines(load_config(run.config), run, terminal):
+    with train.progress_lines(load_config(run.config), run, terminal, RememberedHeartbeat()):
         writer = MetricsWriter(run.metrics)
         writer.write(1, {"train/loss": 3.25})
         writer.close()
@@ -271,6 +274,22 @@ def test_rank_0_prints_progress_and_what_a_stopped_run_continues_from(work, monk
     assert "stopped; the same command continues from the start of the stage" in output.getvalue()
     terminal.tell("a line")
     assert errors.getvalue() == "a line\n"
+
+
+def test_rank_0_says_what_it_does_while_it_makes_no_step(work, monkeypatch):
+    """Finds torchrun silent for minutes while log-probabilities of the reference are computed."""
+    monkeypatch.setattr(train, "PROGRESS_EVERY_S", 0.01)
+    monkeypatch.setattr("dist_lm.cluster.heartbeat.SLOW_START_S", 0.1)
+    output, heartbeat = io.StringIO(), RememberedHeartbeat()
+    run = prepared(work, *LANGUAGE)
+    with train.progress_lines(load_config(run.config), run, train.Terminal(output, io.StringIO()), heartbeat):
+        deadline = time.monotonic() + patient(20)
+        while output.getvalue().count("(50 %)") < 2 and time.monotonic() < deadline:
+            heartbeat.beat(Phase.SCORING, 0, 0.5)
+            time.sleep(0.01)
+    lines = [line for line in output.getvalue().splitlines() if "(50 %)" in line]
+    assert len(lines) >= 2
+    assert re.match(r"no step after .*: rank 0 computing log-probabilities \(50 %\) for .*; log: ", lines[0])
 
 
 def test_training_does_not_need_its_terminal(work, monkeypatch, caplog):

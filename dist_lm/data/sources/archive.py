@@ -11,14 +11,19 @@ import re
 import struct
 import zipfile
 import zlib
+from collections import Counter
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 from dist_lm.data.sources.decompression import check_proportion
 from dist_lm.data.sources.failures import RefusedContentError
+from dist_lm.tracking.readable import counted, listed
 
 SUFFIX = ".zip"
+ARCHIVE = re.compile(r"[.](?:zip|tgz|7z|rar|tar(?:[.](?:gz|zst|zstd|xz|bz2))?)$", re.IGNORECASE)
+NAMED = 3  # archives that a hint names
 MEMBER = re.compile(r"(.*?[.]zip)/(.+)", re.IGNORECASE | re.DOTALL)
 MOST_MEMBERS = 1_000_000  # the directory stays in memory while its zip is read
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the others without a limit of memory
@@ -31,6 +36,24 @@ ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtime
 def is_zip(name: str) -> bool:
     """Tells whether a name is that of a zip file."""
     return name.lower().endswith(SUFFIX)
+
+
+def unread_archives(names: Collection[str]) -> str:
+    """Returns one line for people about archives that a source leaves out, with the way out; empty without any.
+
+    Args:
+        names: names of files, archives or not.
+    """
+    suffix_of = {name: match[0].lower() for name in sorted(names) if (match := ARCHIVE.search(name))}
+    if not suffix_of:
+        return ""
+
+    suffixes = Counter(suffix_of.values())
+    kinds = ", ".join(f"{suffix}: {count}" for suffix, count in suffixes.most_common())
+    way_out = "unpack what should be read"
+    if SUFFIX in suffixes:
+        way_out += ", or name the zip beside the folder"
+    return f"not opened: {counted(len(suffix_of), 'archive')} ({kinds}): {listed([*suffix_of], NAMED)}: {way_out}"
 
 
 def zip_of(name: str) -> tuple[str, str]:

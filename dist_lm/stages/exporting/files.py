@@ -31,6 +31,7 @@ from dist_lm.interop.gguf_file import gguf_architecture, require_gguf, write_ggu
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.size import parameter_shapes
+from dist_lm.stages.exporting.folder import refuse_files_of_others
 from dist_lm.stages.exporting.model_card import CARD, RECORD, model_card
 from dist_lm.stages.exporting.tensors import DTYPES, FILE_BYTES, Read, as_torch, in_files, made
 from dist_lm.storage import durable
@@ -71,7 +72,7 @@ def export(
     # All checks come before anything is written.
     require(dtype in DTYPES, "--dtype", dtype, " or ".join(DTYPES))
     folder = folder.expanduser().resolve()
-    _refuse_files_of_others(folder)
+    refuse_files_of_others(folder)
     # A damaged checkpoint would become an export that nobody can check.
     checkpoint = files.require_intact(files.find_checkpoint(path))
     model, run = model_config_of(checkpoint), run_of(checkpoint)
@@ -124,7 +125,7 @@ def export(
         durable.write_json(temporary / RECORD, record | {"files": sizes, "card": sha256(card).hexdigest()})
 
         if folder.exists():
-            _refuse_files_of_others(folder)
+            refuse_files_of_others(folder)
             shutil.rmtree(folder)
         temporary.rename(folder)
         durable.fsync(folder.parent)
@@ -230,19 +231,3 @@ def _template(run: RunDirectory | None, tokenizer: Tokenizer) -> str:
     if run and run.chat_template.is_file():
         return run.chat_template.read_text(encoding="utf-8")
     return chat_template()
-
-
-def _refuse_files_of_others(folder: Path) -> None:
-    """Refuses a folder with files that no export wrote; a missing or empty one passes.
-
-    Raises:
-        ArtefactError: names the first such file; or the folder is a file, or its record is no JSON.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ArtefactError(f"{folder} is a file: name a folder")
-    record = durable.read_json(folder / RECORD)
-    exported_names = {RECORD, *record.get("files", {})}
-    if foreign_names := sorted({path.name for path in folder.iterdir()} - exported_names):
-        raise ArtefactError(f"{folder} holds {foreign_names[0]}, which no export wrote: name a new or empty folder")

@@ -13,7 +13,7 @@ GPT-NeoX that fuses queries, keys and values gives an adapter to each: the rows 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,11 +23,11 @@ import torch
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.root import read_groups
 from dist_lm.config.stage import LORA_TARGETS, LoraConfig
-from dist_lm.errors import ArtefactError, ConfigError, shown_value
+from dist_lm.errors import ArtefactError, ConfigError, one_line, shown_value
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
 from dist_lm.interop.adapter_folder import CONFIG, PREFIX, SCORE, WEIGHTS, AdapterFolder, adapters_in
 from dist_lm.interop.architectures import Architecture, architecture_of
-from dist_lm.interop.snapshot import change_of, holds_tokenizer, model_in, name_of
+from dist_lm.interop.snapshot import change_of, holds_tokenizer, model_in, name_of, named_base
 from dist_lm.interop.snapshot_files import file_in
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.lora import adapter_of
@@ -49,13 +49,16 @@ from dist_lm.training.checkpoint_tensors import ComputedTensor, StoredTensor, te
 from dist_lm.training.state import TrainState
 
 
-def import_adapters(folder: Path, source: str, run: RunDirectory, base: str) -> RunDirectory:
+def import_adapters(
+    folder: Path, source: str, run: RunDirectory, base: str, say: Callable[[str], object]
+) -> RunDirectory:
     """Writes `run` from a folder of adapters, and the run of their base unless it is there; each appears when it is
     complete.
 
     Args:
         source: what named the folder, which the run records.
-        base: folder, hub id, or a run or checkpoint of ours; empty: what the adapters name.
+        base: folder, hub id, or a run or checkpoint of ours; empty: what the adapters name (`named_base`).
+        say: gets the line that names such a base, before it is read.
 
     Raises:
         ArtefactError: an option or a tensor is one that our adapters lack, they do not fit the base, or there is no
@@ -68,7 +71,11 @@ def import_adapters(folder: Path, source: str, run: RunDirectory, base: str) -> 
     theirs = {name.removeprefix(PREFIX): tensor for name, tensor in tensors_in(path).items()}
     replaced = {name: theirs[name] for name in described.whole if name != SCORE}
 
-    checkpoint, architecture = _base(folder, source, run, base or described.base, replaced)
+    if not base:
+        base = named_base(folder)
+        # Somebody else may have chosen it: nobody should find out later what the adapters were put over.
+        say(f"{folder / CONFIG} names the base {one_line(base)}; --base names another")
+    checkpoint, architecture = _base(folder, source, run, base, replaced)
     model = model_config_of(checkpoint)
     if SCORE in described.whole:
         model = replace(model, head="scalar")
@@ -105,8 +112,6 @@ def _base(
         ArtefactError: there is no such base, or a run with its name is of another one.
     """
     path = Path(base).expanduser()
-    if not base:
-        raise ArtefactError(f"{folder / CONFIG}: base_model_name_or_path is missing: name the base by --base")
     if path.is_dir() and not (path / "config.json").exists() and (own_checkpoint := _own_checkpoint(path)):
         architecture = architecture_of(model_config_of(own_checkpoint))
         if isinstance(architecture, str):

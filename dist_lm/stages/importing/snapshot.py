@@ -12,6 +12,7 @@ One tensor is in memory at a time.
 """
 
 import re
+from collections.abc import Callable
 
 from dist_lm.errors import ArtefactError, require
 from dist_lm.interop.adapter_folder import holds_adapters
@@ -22,7 +23,14 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 STAGE = "import"  # folder below runs/
 
 
-def import_model(source: str, name: str, work: WorkDirectory, base: str = "", add_marks: bool = False) -> RunDirectory:
+def import_model(
+    source: str,
+    name: str,
+    work: WorkDirectory,
+    base: str = "",
+    add_marks: bool = False,
+    say: Callable[[str], object] = str,
+) -> RunDirectory:
     """Writes the run `import/NAME` in the work directory and returns it; it may download the model.
 
     Adapters become a run of adapters over a run of their base, which is imported too unless it is there.
@@ -32,6 +40,7 @@ def import_model(source: str, name: str, work: WorkDirectory, base: str = "", ad
             the id of one on the Hugging Face hub.
         base: folder, hub id, or a run of ours, that adapters are put over; by default what they name.
         add_marks: as of `import_snapshot`.
+        say: gets a line for people, about a base that the adapters name.
 
     Raises:
         ConfigError: `name` is no name of a run, or adapters are to get marks.
@@ -48,7 +57,7 @@ def import_model(source: str, name: str, work: WorkDirectory, base: str = "", ad
         if holds_adapters(folder):
             accepted = f"false: {source} holds adapters; merge them first (peft: merge_and_unload)"
             require(not add_marks, "tokenizer.add_marks", add_marks, accepted)
-            return import_adapters(folder, source, run, base)
+            return import_adapters(folder, source, run, base, say)
         accepted = "nothing: SOURCE holds a whole model, and only adapters of peft have a base"
         require(not base, "--base", base, accepted)
         return import_snapshot(folder, source, run, add_marks=add_marks)

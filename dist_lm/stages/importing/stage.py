@@ -14,8 +14,9 @@ from dist_lm.config.corpus import HF
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config, read_groups
 from dist_lm.config.stage import StageGroup
-from dist_lm.errors import ArtefactError, ConfigError, require
-from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of, named_model
+from dist_lm.errors import ArtefactError, ConfigError, require, shown_value
+from dist_lm.interop.adapter_folder import holds_adapters
+from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of, named_base, named_model
 from dist_lm.stages.stage import IMPORT, Artefact, ArtefactStage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import readable_count
@@ -72,10 +73,14 @@ class Import(ArtefactStage):
 
         source, run = config.stage.init_from, imported_run(config)
         if not run.config.is_file():
-            _, architecture = model_in(folder_of(source, weights=False), name_of(source))
+            folder = folder_of(source, weights=False)
+            _, architecture = model_in(folder, name_of(source))
             model = imported_model(config)
             size = readable_count(parameter_count(model))
-            return Artefact(False, f"{architecture.name}, {size} parameters from {source}")
+            of_base = ""
+            if holds_adapters(folder):
+                of_base = f", adapters over {shown_value(named_base(folder))}, which they name"
+            return Artefact(False, f"{architecture.name}, {size} parameters from {source}{of_base}")
 
         # A model on the hub, or a folder, may have changed under the same name.
         imported = read_groups(run.config).get("imported", {})

@@ -99,7 +99,7 @@ def _references(
         arguments.world,
         arguments.data_ranks,
         has_steps=arguments.position > 0,
-        alive=arguments.alive,
+        scoring=arguments.scoring,
     )
 
 

@@ -17,7 +17,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.model.transformer import Transformer
-from dist_lm.rlhf.experience import add_up, end_scores
+from dist_lm.rlhf.experience import add_up, end_scores, with_signs_of_life
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
@@ -129,7 +129,7 @@ class HeldOut:
     def _reward_model_scores(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
         mesh, device = self.start.mesh, self.start.world.device
         shares = dealing(mesh, self.config.parallel, self.config.rlhf.micro_batch_tokens)
-        score_B = end_scores(reward, rollouts, shares, device, self.alive)
+        score_B = end_scores(reward, rollouts, shares, device, partial(with_signs_of_life, alive=self.alive))
         return add_up([score_B], mesh.get_local_rank("tp") == 0)[0].cpu()
 
 

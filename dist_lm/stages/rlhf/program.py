@@ -155,6 +155,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 report=reporter,
                 tasks=tasks,
                 alive=partial(reporter.alive, Phase.STEP),
+                scoring=partial(reporter.alive, Phase.SCORING),
                 run_both=stack.enter_context(own_threads(world)),
                 stop=stop,
             )
@@ -405,9 +406,9 @@ class Reporter:
             self.profiler.reached(report.iteration)
         self.alive(Phase.DATA)
 
-    def alive(self, phase: Phase) -> None:
-        """Write a heartbeat."""
-        self.heartbeat.beat(phase, self.iteration)
+    def alive(self, phase: Phase, done: float = 0.0) -> None:
+        """Write a heartbeat, with the share of the phase that is done; 0: unknown."""
+        self.heartbeat.beat(phase, self.iteration, done)
 
     def _write_table(self, report: IterationReport) -> None:
         """Writes `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part

@@ -34,6 +34,7 @@ class DataArguments:
     position: int  # sequences consumed so far
     initial: "Callable[[], AbstractContextManager[Transformer]] | None" = None  # the model that training starts from
     alive: Callable[[], None] = lambda: None  # writes a heartbeat; long preparations call it regularly
+    scoring: Callable[[float], None] = lambda done: None  # likewise, with the share of log-probabilities computed
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,7 @@ def run_rank(stage: "TrainingStage", run: RunDirectory, stop: StopRequest, heart
             position=state.position,
             initial=partial(initial_model, config, start, model, begun=state.step > 0),
             alive=lambda: heartbeat.beat(Phase.EVALUATING, state.step),
+            scoring=lambda done: heartbeat.beat(Phase.SCORING, state.step, done),
         )
         data = stage.open_data(data_arguments)
         stream = stack.enter_context(data.stream)
