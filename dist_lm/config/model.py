@@ -100,6 +100,7 @@ class ModelConfig:
     export_as: str | None = None
 
     lora: ClassVar[LoraConfig | None] = None  # set in `AdaptedModelConfig`
+    is_in_4bit: ClassVar[bool] = False  # whether the matrices of blocks are frozen, in four bits (`model.quantised`)
 
     @property
     def plain(self) -> "ModelConfig":
@@ -292,6 +293,10 @@ class AdaptedModelConfig(ModelConfig):
         if self.lora.rslora:
             return self.lora.alpha / math.sqrt(self.lora.rank)
         return self.lora.alpha / self.lora.rank
+
+    @property
+    def is_in_4bit(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.lora.load_in_4bit
 
     def adapted(self, part: str) -> tuple[str, ...]:
         """Names of the weights of `part` (attention | feed_forward) that have adapters."""

@@ -175,6 +175,14 @@ class Config:
         accepted = f"a checkpoint: stage.lora.rank={stage.lora.rank} trains adapters of its model"
         require(not has_adapters or stage.init_from != "none", "stage.init_from", "none", accepted)
 
+        # Which open axes a layout may have is known with the number of ranks.
+        if stage.lora.load_in_4bit:
+            reason = "with stage.lora.load_in_4bit=true, whose base is whole on every rank"
+            for axis in ("dp_shard", "tp"):
+                size = getattr(self.parallel, axis)
+                require(size in (1, -1), f"parallel.{axis}", size, f"1 (parallel.dp_replicate has the ranks) {reason}")
+            require(not self.parallel.cpu_offload, "parallel.cpu_offload", True, f"false {reason}")
+
     def check_corpus(self, name: str) -> None:
         """Refuses a stage.corpus that is not configured.
 

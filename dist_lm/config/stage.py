@@ -147,6 +147,9 @@ LORA_TARGETS = {  # target -> the weights of a block
 }
 
 
+NEEDS_BITSANDBYTES = "stage.lora.load_in_4bit=true needs the package bitsandbytes: pip install 'dist_lm[qlora]'"
+
+
 @dataclass
 class LoraConfig:
     """LoRA (Hu et al. 2021, arXiv 2106.09685): a weight W of the frozen base becomes W + alpha / rank * B A, and only
@@ -161,13 +164,16 @@ class LoraConfig:
     # names of special tokens whose rows of the embedding (and of an untied head) are trained too: those that the base
     # has never seen, such as <|im_start|> of a model without conversations
     tokens: list[str] = field(default_factory=list)
+    # QLoRA (Dettmers et al. 2023, arXiv 2305.14314): the frozen matrices of blocks are in NF4, with double quantisation
+    # (package bitsandbytes); every rank holds all of them, so ranks are replicas
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "stage.lora.rank", self.rank, "0 (off) or a positive integer")
         require(0 < self.alpha < math.inf, "stage.lora.alpha", self.alpha, "a positive number")
         require(0 <= self.dropout < 1, "stage.lora.dropout", self.dropout, "in [0, 1)")
-        for key in ("dropout", "tokens"):
-            accepted = f"{'0' if key == 'dropout' else 'none'} without stage.lora.rank"
+        for key, off in (("dropout", "0"), ("tokens", "none"), ("load_in_4bit", "false")):
+            accepted = f"{off} without stage.lora.rank"
             require(self.rank > 0 or not getattr(self, key), f"stage.lora.{key}", getattr(self, key), accepted)
         weights = [weight for part in LORA_TARGETS.values() for weight in part]
         choices = ", ".join([*LORA_TARGETS, *weights])

@@ -59,7 +59,7 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     config = _as_step(config)
     possible = []
     fixed = {axis: getattr(config.parallel, axis) for axis in AXES}
-    for layout in layouts_of(config.model, world_size):
+    for layout in layouts_of(config.trained_shape, world_size):
         # Tensor parallelism between nodes is slow.
         if layout.tp > config.hardware.devices_per_node:
             continue
@@ -143,7 +143,7 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
         return None
 
     layout = Layout(config.cluster.nodes, ranks // parallel.tp, parallel.tp)
-    if layout not in layouts_of(config.model, layout.world_size):
+    if layout not in layouts_of(config.trained_shape, layout.world_size):
         return None
 
     # A larger model needs FSDP between nodes, too.

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
-from dist_lm.model.size import attended_tokens, documents_apart, is_matrix, is_trained, neuron_shape, parameter_shapes
+from dist_lm.model.size import (
+    attended_tokens,
+    documents_apart,
+    is_matrix,
+    is_trained,
+    neuron_shape,
+    parameter_shapes,
+    quantised_bytes,
+)
 from dist_lm.parallel.layout import (
     Layout,
     blocks_per_unit,
@@ -38,11 +46,14 @@ OPTIMIZER_PASSES = 9  # passes over each fp32 shard: scaling and norm of gradien
 class Shapes:
     """The sizes behind an estimate; if tp shards a tensor, they count the part of one tensor-parallel rank."""
 
-    own_elements: int  # elements of this rank's shards
+    own_elements: int  # elements of this rank's shards, matrices in four bits excluded
     own_trained: int  # elements of these shards that training changes, in blocks and outside
     own_matrices: int  # elements of these that belong to matrices inside blocks
     trained: int  # trained elements that a tensor-parallel rank computes with
     gathered_trained: int  # the same as FSDP gathers them, padding included
+    quantised: int  # elements of matrices in four bits
+    quantised_bytes: int  # bytes of these
+    largest_quantised: int  # elements of the largest of these
     blocks: int  # elements of all blocks
     outside: int  # elements of embedding, head and final norm
     gathered_blocks: int  # elements of all blocks as FSDP gathers them, padding included
@@ -99,12 +110,20 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = rank_slice(model.vocab_size, layout.tp, 0).held
 
+    own_elements = sum(math.prod(placement.local(layout)) for placement in [*block * model.n_layers, *outside])
+    quantised = []
+    if model.is_in_4bit:
+        quantised = [math.prod(shape) for name, shape in parameter_shapes(model).items() if is_matrix(name)]
+
     return Shapes(
-        own_elements=sum(math.prod(placement.local(layout)) for placement in [*block * model.n_layers, *outside]),
+        own_elements=own_elements - sum(quantised),
         own_trained=sum(math.prod(placement.local(layout)) for placement in trained.values()),
         own_matrices=sum(math.prod(placement.local(layout)) for name, placement in trained.items() if is_matrix(name)),
         trained=sum(placement.whole(layout) for placement in trained.values()),
         gathered_trained=sum(placement.gathered(layout) for placement in trained.values()),
+        quantised=sum(quantised),
+        quantised_bytes=sum(quantised_bytes(n_entries) for n_entries in quantised),
+        largest_quantised=max(quantised, default=0),
         blocks=model.n_layers * sum(placement.whole(layout) for placement in block),
         outside=sum(placement.whole(layout) for placement in outside),
         gathered_blocks=model.n_layers * sum(placement.gathered(layout) for placement in block),
@@ -151,6 +170,12 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
         if shapes.resharded:
             in_blocks *= min(1, 2 / shapes.units)
         gathered = size * (shapes.gathered_outside + in_blocks)
+    parameters = FP32_BYTES * shapes.own_elements
+    if shapes.quantised:
+        # FSDP holds what is trained alone, and one matrix at a time has its dtype again.
+        gathered = size * (shapes.gathered_trained * sharded + shapes.largest_quantised)
+        frozen = shapes.own_elements - shapes.own_trained
+        parameters = FP32_BYTES * shapes.own_trained + size * frozen + shapes.quantised_bytes
 
     all_activations, kept_activations = _block_activations(config, layout, shapes, size)
     # A block is computed again, one after the other, unless it keeps all of its activations.
@@ -175,7 +200,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     end = FP32_BYTES * reduced * num_copies + gathered + block + stream
 
     memory = StepMemory(
-        parameters=FP32_BYTES * shapes.own_elements,
+        parameters=parameters,
         gradients=FP32_BYTES * gradient_elements,
         optimizer=FP32_BYTES * _optimizer_state(config, shapes),
         activations=round(max(turning_point, end)),
@@ -270,6 +295,11 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     if layout.tp > 1:
         micro_batch.operation(0, SLICE_PASSES * size * (shapes.blocks + shapes.outside), hardware, half)
 
+    # Matrices in four bits are read, and written in the dtype of the pass, for each pass over their block.
+    dequantisations = 2 + recomputes
+    moved = dequantisations * (shapes.quantised_bytes + size * shapes.quantised)
+    micro_batch.operation(0, moved, hardware, half)
+
     _tensor_parallel_messages(micro_batch, config, layout, shapes, size)
 
     work = micro_batch * shapes.micro_batches
@@ -279,6 +309,8 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     if shapes.resharded:
         gathers = 2 * shapes.micro_batches
     elements = gathers * shapes.gathered_blocks + shapes.gathered_outside
+    if shapes.quantised:
+        elements = shapes.gathered_trained
     messages = gathers * shapes.units + shapes.units_outside
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * elements, messages)
     # Copies out of the gathered buffer.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.config.root import Config
 from dist_lm.config.stage import TrainerGroup
-from dist_lm.dry_run.estimate import element_bytes, estimate_memory
+from dist_lm.dry_run.estimate import FP32_BYTES, element_bytes, estimate_memory
 from dist_lm.dry_run.work import share_of_device
 from dist_lm.model.size import kv_bytes_per_token, parameter_count
 from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
@@ -60,7 +60,11 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     step = estimate_memory(update_of(config), layout)
 
     # Policy, reference (with adapters, their base is the reference), critic, reward model.
-    models = 1 + (config.trained_shape.lora is None) + config.rlhf.has_critic + config.rlhf.asks_reward_model
+    policies = 1 + (config.trained_shape.lora is None) + config.rlhf.has_critic
+    of_reward_model = step.parameters
+    if config.trained_shape.is_in_4bit:
+        of_reward_model = FP32_BYTES * parameter_count(model)  # no adapters, no four bits
+    models = policies * step.parameters + config.rlhf.asks_reward_model * of_reward_model
     optimizer = config.trained_models * step.optimizer
 
     size = element_bytes(config)
@@ -74,13 +78,13 @@ def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     # The cache gets a share of the memory that is free, at most what all sequences can use.
     occupied = engine
     if config.engine_shares_device:
-        occupied += models * step.parameters + optimizer
+        occupied += models + optimizer
     free = max(0, int(config.hardware.memory_gib * 2**30) - occupied)
     fit = int(CACHE_SHARE[config.hardware.device] * free / token_bytes)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
 
     return RlhfMemory(
-        models=models * step.parameters,
+        models=models,
         gradients=step.gradients,
         optimizer=optimizer,
         activations=step.activations,

@@ -26,6 +26,7 @@ from dist_lm.data.stream import StepData, StepStream
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.watch import LiveMemory, Watch, WorkCounter
 from dist_lm.dry_run.work import StepMemory, Work
+from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import documents_apart, flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import AXES, resolve_layout
@@ -64,7 +65,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     """
     # Fake CUDA tensors would need a driver.
     cpu = torch.device("cpu")
-    layout = resolve_layout(config.parallel, config.model, world_size)
+    layout = resolve_layout(config.parallel, config.trained_shape, world_size)
     micro_batches, sequences = micro_batches_of(config, layout)
     offload = offloads(config)
     config = as_played(config, sequences)
@@ -170,6 +171,7 @@ def rehearse(
     hook.remove()
 
     parameters = sum(shard_of(parameter).nbytes for parameter in model.parameters())
+    parameters += sum(matrix.nbytes for matrix in quantised_matrices(model).values())
     moments = sum(shard_of(tensor).nbytes for state in optimizer.state.values() for tensor in state.values())
     # Before the optimizer step, or before a later micro-batch, gradients are all that has been added. Before the first
     # one, parameters may be gathered, which `prepare` has left.

@@ -24,7 +24,7 @@ WORLD = "world"
 class StepMemory:
     """Bytes of tensors on one rank."""
 
-    parameters: int  # shards of the fp32 master weights
+    parameters: int  # shards of the fp32 master weights, and a base in four bits
     gradients: int  # the larger of accumulated gradients and those of the last micro-batch
     optimizer: int  # shards of the moments
     activations: int  # the rest of the peak: activations, gathered parameters, message buffers

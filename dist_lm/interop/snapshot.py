@@ -6,13 +6,13 @@ adapters names its base, whose shape and tokenizer it has. Nothing here reads we
 
 import re
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dist_lm.config.corpus import HF
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import ArtefactError, UserError, shown_value
+from dist_lm.errors import ArtefactError, UserError, one_line, shown_value
 from dist_lm.interop import adapter_folder, foreign_files
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.snapshot_files import content_in, file_in, parsed
@@ -46,14 +46,16 @@ def folder_of(source: str, weights: bool = True) -> Path:
     """Returns the folder that `source` names; a model of the hub is fetched into huggingface_hub's cache.
 
     A folder of this machine comes before a model of the hub with the same name, and what it holds is not checked. Of a
-    model of the hub the result is the folder of its commit.
+    model of the hub the result is the folder of its commit; where the hub does not answer, that of the commit in the
+    cache.
 
     Args:
         source: with or without `hf:`.
         weights: whether to fetch the weights too.
 
     Raises:
-        ArtefactError: there is no such folder, and the hub gives no model.
+        ArtefactError: there is no such folder, and neither the hub nor the cache gives a model; the message says
+            whether the hub was not reached, knows no such model or revision, or wants a login.
         UserError: huggingface_hub is not installed.
     """
     source = source.removeprefix(HF)
@@ -65,17 +67,48 @@ def folder_of(source: str, weights: bool = True) -> Path:
     if not hub_id:
         raise ArtefactError(f"{source}: no such folder, and no id of the hub, such as HuggingFaceTB/SmolLM2-135M")
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub import constants, errors
     except ImportError as error:
         raise UserError(f"{source}: the hub needs huggingface_hub: pip install huggingface_hub") from error
     # A repository may hold the weights in several formats; only safetensors are fetched.
     patterns = [*SMALL, WEIGHTS] if weights else [*SMALL, adapter_folder.WEIGHTS]
     try:
-        return Path(snapshot_download(hub_id[1], revision=hub_id[2], allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtefactError(f"{source}: no such folder, and the hub gave no model ({reason})") from error
+        return _fetched(hub_id[1], hub_id[2], patterns)
+    except errors.GatedRepoError as error:
+        raise ArtefactError(
+            f"{source}: the model is gated: accept its terms on its page of the hub, then log in by `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ArtefactError(
+            f"{source}: no such folder, and the hub shows no model of that id; a private one needs `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ArtefactError(f"{source}: the hub has the model, but no revision {hub_id[2]}") from error
+    except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__ or error.__context__ or error
+        raise ArtefactError(
+            f"{source}: no such folder; the hub does not answer ({one_line(str(cause))}), and the cache "
+            f"{constants.HF_HUB_CACHE} does not hold all of the model: fetch it where there is a network, by "
+            f"`hf download {hub_id[1]}`, and copy that folder"
+        ) from error
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        raise ArtefactError(f"{source}: no such folder, and the hub gave no model ({one_line(str(error))})") from error
+
+
+def _fetched(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Returns the folder of a snapshot, fetched or in the cache; raises the errors of huggingface_hub."""
+    from huggingface_hub import errors, snapshot_download
+
+    fetch = partial(snapshot_download, hub_id, revision=revision, allow_patterns=patterns)
+    # The HTTP client, and with it the class of its errors, depends on the version of huggingface_hub.
+    client_error = cast(type[Exception], errors.HfHubHTTPError.__bases__[0])
+    try:
+        return Path(fetch())
+    except client_error as error:
+        # After most failures of the network it has looked into the cache, but not after that of a proxy.
+        if isinstance(error, OSError):
+            raise
+        return Path(fetch(local_files_only=True))
 
 
 def named_base(folder: Path) -> str:
@@ -267,7 +300,8 @@ def snapshot_record(source: str, folder: Path) -> dict[str, Any]:
     if Path(source).expanduser().is_file():
         return {}
     if not _is_folder(source):
-        return {"revision": folder.name}  # huggingface_hub calls the folder of a snapshot by its commit
+        hub_id, _ = _hub_id_of(source)
+        return {"id": hub_id, "revision": folder.name}  # huggingface_hub calls the folder of a snapshot by its commit
     return {"files": {name: _stamp(path) | {"sha256": durable.sha256_of(path)} for name, path in _files(folder)}}
 
 
@@ -275,7 +309,7 @@ def change_of(source: str, record: dict[str, Any]) -> str:
     """Returns what differs between the snapshot that `source` names and the recorded one; empty if nothing does.
 
     It is the name of the first file that differs, or `commit SHA` for a model of the hub, whose small files are
-    fetched.
+    fetched. A model of the hub without a revision is the recorded commit, although its branch may have moved since.
 
     Args:
         record: what `snapshot_record` returned at the import.
@@ -284,6 +318,10 @@ def change_of(source: str, record: dict[str, Any]) -> str:
         ArtefactError, UserError: as `folder_of`; or a file is a link that leaves the folder.
         OSError: a file cannot be read.
     """
+    if not _is_folder(source):
+        hub_id, revision = _hub_id_of(source)
+        if record.get("id") == hub_id and revision in ("", record.get("revision")):
+            return ""
     folder = folder_of(source, weights=False)
     if not _is_folder(source):
         if record.get("revision") == folder.name:
@@ -301,6 +339,12 @@ def change_of(source: str, record: dict[str, Any]) -> str:
         if _stamp(paths[name]) != stamp and durable.sha256_of(paths[name]) != recorded[name]["sha256"]:
             return name
     return ""
+
+
+def _hub_id_of(source: str) -> tuple[str, str]:
+    """Returns (id, revision) of a model of the hub; the revision is empty if `source` names none."""
+    hub_id, _, revision = source.removeprefix(HF).partition("@")
+    return hub_id, revision
 
 
 def _is_folder(source: str) -> bool:

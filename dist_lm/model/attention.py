@@ -5,7 +5,7 @@ Dimensions: B sequences, T queries, S keys, D d_model, H query heads, G key/valu
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -16,6 +16,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
 from dist_lm.model.layers import RopeTables, build_head_norms, mix_values, rotate
 from dist_lm.model.lora import AdapterDropout, adapted, build_adapters
+from dist_lm.model.quantised import QuantisedMatrix
 from dist_lm.model.size import flash_window, packs_documents
 
 
@@ -254,10 +255,14 @@ class Attention(nn.Module):
         super().__init__()
         query_shape = (config.n_heads, config.d_head, config.d_model)
         key_shape = (config.kv_heads, config.d_head, config.d_model)
-        self.query = nn.Parameter(torch.empty(query_shape))
-        self.key = nn.Parameter(torch.empty(key_shape))
-        self.value = nn.Parameter(torch.empty(key_shape))
-        self.output = nn.Parameter(torch.empty(query_shape))
+
+        def build_matrix(shape: tuple[int, ...]) -> Any:  # a parameter, or a QuantisedMatrix
+            return QuantisedMatrix(shape) if config.is_in_4bit else nn.Parameter(torch.empty(shape))
+
+        self.query = build_matrix(query_shape)
+        self.key = build_matrix(key_shape)
+        self.value = build_matrix(key_shape)
+        self.output = build_matrix(query_shape)
 
         def build_vector(is_used: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if is_used else None
@@ -325,12 +330,20 @@ class Attention(nn.Module):
         return mix_values(v_BSGK, v1_BSGK, mix_2), v1_BSGK
 
 
-def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:
+def to_heads(
+    x_BTD: torch.Tensor, weight_HKD: torch.Tensor | QuantisedMatrix, bias_HK: torch.Tensor | None
+) -> torch.Tensor:
     """Projects x to heads: (B, T, H, K)."""
     flat_bias = None if bias_HK is None else bias_HK.flatten()
+    if isinstance(weight_HKD, QuantisedMatrix):
+        return weight_HKD.product(x_BTD, flat_bias).unflatten(-1, weight_HKD.shape[:2])
     return F.linear(x_BTD, weight_HKD.flatten(0, 1), flat_bias).unflatten(-1, weight_HKD.shape[:2])
 
 
-def from_heads(o_BTHK: torch.Tensor, weight_HKD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
+def from_heads(
+    o_BTHK: torch.Tensor, weight_HKD: torch.Tensor | QuantisedMatrix, bias_D: torch.Tensor | None
+) -> torch.Tensor:
     """Projects heads back to the residual stream: (B, T, D)."""
+    if isinstance(weight_HKD, QuantisedMatrix):
+        return weight_HKD.product(o_BTHK.flatten(2), bias_D, input_first=True)
     return F.linear(o_BTHK.flatten(2), weight_HKD.flatten(0, 1).t(), bias_D)

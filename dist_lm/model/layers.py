@@ -16,6 +16,7 @@ from torch import nn
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.lora import AdapterDropout, adapted, build_adapters
+from dist_lm.model.quantised import QuantisedLinear
 
 RopeTables = tuple[torch.Tensor, torch.Tensor]
 """(cos, sin), each (B or 1, T, 1, R); the first half of sin is negated."""
@@ -174,11 +175,12 @@ class FeedForward(nn.Module):
         self.ffn = config.ffn
         # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
         # (`size.parameter_shapes`).
+        linear = QuantisedLinear if config.is_in_4bit else nn.Linear
         self.gate = None
         if config.is_gated:
-            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.has_ffn_bias)
+            self.gate = linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
+        self.up = linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)
+        self.down = linear(config.d_ff, config.d_model, bias=config.has_ffn_bias)
         self.adapters = build_adapters(config, "feed_forward")
 
     def forward(self, x_BTD: torch.Tensor, dropout: AdapterDropout = None) -> torch.Tensor:

@@ -10,6 +10,8 @@ from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 
 Shape = tuple[int, ...]
 
+WEIGHTS_PER_SCALE, SCALES_PER_SCALE = 64, 256  # of a matrix in four bits, see `dist_lm.model.quantised`
+SCALE_VALUES = 256  # of an 8-bit float, the code of its scales
 FLASH_MULTIPLE, FLASH_LARGEST = 8, 256  # values of d_head that the flash kernel accepts: multiples of 8 up to 256
 MATRICES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
@@ -54,6 +56,12 @@ def is_trained(name: str, config: ModelConfig) -> bool:
 def trained_count(config: ModelConfig) -> int:
     """Returns the number of parameters that training changes."""
     return sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if is_trained(name, config))
+
+
+def quantised_bytes(n_entries: int) -> int:
+    """Returns the bytes of a matrix in four bits: codes, scales, scales of scales, their mean and their values."""
+    n_scales = -(-n_entries // WEIGHTS_PER_SCALE)
+    return -(-n_entries // 2) + n_scales + 4 * (-(-n_scales // SCALES_PER_SCALE) + 1 + SCALE_VALUES)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:

@@ -89,6 +89,12 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
 
 def misfit(layout: Layout, model: ModelConfig) -> str | None:
     """Returns the reason why `model` does not fit `layout`, as a part of a message; None if it fits."""
+    # Blocks of 64 entries share a scale, across the dimensions that ranks would cut.
+    if model.is_in_4bit and (layout.tp > 1 or layout.dp_shard > 1):
+        axis = f"tp={layout.tp}" if layout.tp > 1 else f"dp_shard={layout.dp_shard}"
+        return (
+            f"stage.lora.load_in_4bit=true keeps the whole base on every rank, so {axis} must be 1 (use dp_replicate)"
+        )
     # A rank without a single head, or without a part of the vocabulary, would have an empty shard.
     if layout.tp > model.n_heads:
         return f"tp={layout.tp} is more than model.n_heads={model.n_heads}"
@@ -326,6 +332,9 @@ def has_units_outside(model: ModelConfig, layout: Layout, element_bytes: int) ->
     Otherwise all three are gathered in one message before the first block, and their gradients are reduced in one
     message after its backward pass. No computation hides these messages.
     """
+    # FSDP holds nothing of a base in four bits.
+    if model.is_in_4bit:
+        return False
     # A tied embedding is used before the first block and after the last, so it stays gathered with the root.
     if model.tie_embeddings or model.head != "tokens":
         return False
@@ -346,8 +355,12 @@ def reshards(setting: bool | None, model: ModelConfig, layout: Layout, element_b
 
 
 def _gathered_block(model: ModelConfig, layout: Layout) -> int:
-    """Returns the number of elements of a block after FSDP has gathered it."""
-    return sum(placement.gathered(layout) for placement in one_block(model, layout)[0])
+    """Returns the number of elements of a block after FSDP has gathered it: of a base in four bits only adapters."""
+    return sum(
+        placement.gathered(layout)
+        for name, placement in placements(model.at_layers(1), layout).items()
+        if name.startswith("blocks.") and (is_trained(name, model) or not model.is_in_4bit)
+    )
 
 
 def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:

@@ -163,16 +163,19 @@ def arrange_model(
         else:
             model = Transformer(model_config)
     model.chunk_bytes = parallel.loss_chunk_mib << 20
+    dtype = compute_dtype(parallel, device)
     if model_config.lora is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_trained(name, model_config))
+            # Beside matrices in four bits, what is frozen needs no fp32 copy. Otherwise FSDP shards and casts it.
+            if model_config.is_in_4bit and not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
     # 2. Activation checkpointing and compilation
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
     wrap_blocks(model, parallel.activation_checkpointing, compiled, whole_graph=device.type == "cuda")
 
     # 3. FSDP, also on one rank if it has to cast or offload
-    dtype = compute_dtype(parallel, device)
     if layout.dp > 1 or dtype != torch.float32 or parallel.cpu_offload:
         _fully_shard(model, parallel, mesh, dtype, placement_of, exchange)
     return model
@@ -289,6 +292,11 @@ def _fully_shard(
     # FSDP asks for the placement of a parameter, but does not say its name.
     fsdp_dims = {id(parameter): placement_of[name].fsdp_dim for name, parameter in model.named_parameters()}
 
+    # A base in four bits is whole on every rank, embedding and norms included.
+    unmanaged: set[nn.Parameter] = set()
+    if model.config.is_in_4bit:
+        unmanaged = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+
     def shard(unit: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
         """Makes `unit` one unit of FSDP: its parameters are gathered in one message."""
         fully_shard(
@@ -298,6 +306,7 @@ def _fully_shard(
             reshard_after_forward=reshard_after_forward,
             shard_placement_fn=lambda parameter: Shard(fsdp_dims[id(parameter)]),
             offload_policy=offload,
+            ignored_params=unmanaged or None,
         )
 
     if has_units_outside(model.config, layout, element_bytes):

@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.model.lora import Adapter, adapter_of, change
+from dist_lm.model.quantised import QuantisedMatrix
 from dist_lm.model.size import TOKEN_WEIGHTS, Shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
@@ -63,14 +64,23 @@ def shard_box(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Sets every parameter in place to the logical value `value(name, shape)`, which is unsharded; padding becomes
-    zero.
+def fill(
+    model: nn.Module,
+    model_config: ModelConfig,
+    value: Callable[[str, tuple[int, ...]], torch.Tensor],
+    chooses: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Sets parameters in place to the logical value `value(name, shape)`, which is unsharded; padding becomes zero.
 
     All ranks compute the same values, one unsharded value at a time, so nothing is sent.
+
+    Args:
+        chooses: whether the parameter of a name is set.
     """
     shapes = parameter_shapes(model_config)
     for name, parameter in model.named_parameters():
+        if not chooses(name):
+            continue
         if parameter.shape != shapes[name]:
             parameter.zero_()  # the padding, too
 
@@ -121,8 +131,11 @@ def _unsharded_clone(
     # The receiver may read the stream in inference mode, but must get ordinary tensors.
     with torch.inference_mode(mode=False), torch.no_grad():
         unsharded = _unshard(merged_weight(model, config, name, shapes).detach().to(dtype))
-        shard = shard_of(model.get_parameter(name))
-        shares_memory = unsharded.untyped_storage().data_ptr() == shard.untyped_storage().data_ptr()
+        stored = _stored_weight(model, name)
+        # A matrix in four bits was dequantised into a new tensor.
+        if isinstance(stored, QuantisedMatrix):
+            return unsharded
+        shares_memory = unsharded.untyped_storage().data_ptr() == shard_of(stored).untyped_storage().data_ptr()
         if shares_memory:
             unsharded = unsharded.clone()
         return unsharded
@@ -148,13 +161,16 @@ def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapp
     """Returns a parameter of logical shape plus the change by its LoRA adapter (collective), sharded as the parameter.
 
     A DTensor stays a DTensor. Without an adapter, or inside `without_adapters`, the result shares memory with the
-    parameter (see `logical`); otherwise it is a copy.
+    parameter (see `logical`); otherwise it is a copy. A matrix in four bits is dequantised to fp32.
 
     Args:
         name: name of the parameter.
         shapes: logical shapes of all parameters.
     """
-    weight = logical(model.get_parameter(name), shapes[name])
+    weight = _stored_weight(model, name)
+    if isinstance(weight, QuantisedMatrix):
+        weight = weight.dequantised(torch.float32)
+    weight = logical(weight, shapes[name])
     prefix = adapter_of(name)
     if config.lora is None or f"{prefix}a" not in shapes:
         return weight
@@ -170,6 +186,12 @@ def merged_weight(model: nn.Module, config: ModelConfig, name: str, shapes: Mapp
         merged = with_shard(merged, weight, weight.shape)
     _add_change(merged, name, a, b, adapter.scale)
     return merged
+
+
+def _stored_weight(model: nn.Module, name: str) -> torch.Tensor | QuantisedMatrix:
+    """Returns the parameter `name`, sharded and padded, or the matrix in four bits that stands in its place."""
+    module, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(module), attribute)
 
 
 def _add_change(weight: torch.Tensor, name: str, a: torch.Tensor, b: torch.Tensor, scale: float) -> None:

@@ -46,7 +46,7 @@ def with_layout(
     if before and (recorded := recorded_parallel(before, config, ranks_per_node)):
         parallel = recorded
         if console:
-            layout = resolve_layout(parallel, config.model, world_size)
+            layout = resolve_layout(parallel, config.trained_shape, world_size)
             console.line(f"{layout}: as this run recorded it; to change it, set parallel.dp_replicate, dp_shard and tp")
     elif parallel.auto:
         layouts = candidates(planned, world_size)
@@ -61,7 +61,7 @@ def with_layout(
     elif config.cluster.nodes > 1:
         parallel = inside_nodes(planned) or parallel
 
-    layout = resolve_layout(parallel, config.model, world_size)
+    layout = resolve_layout(parallel, config.trained_shape, world_size)
     config = replace(config, parallel=resolved(parallel, layout))
     check_batch(config, layout)
 
@@ -95,7 +95,7 @@ def recorded_parallel(before: ContinuedRun, config: Config, ranks_per_node: int)
 
     recorded, new = before.recorded.parallel, config.parallel
     # Runs of older versions recorded -1.
-    layout = resolve_layout(recorded, config.model, world_size)
+    layout = resolve_layout(recorded, config.trained_shape, world_size)
     if any(getattr(new, axis) not in (-1, getattr(layout, axis)) for axis in before.asked.intersection(AXES)):
         return None
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
+from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import ADAPTERS
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
@@ -82,6 +83,13 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
         reshard(model)
 
     trunk = dict(source.named_parameters())
+    bits = quantised_matrices(source)
+    for name, matrix in quantised_matrices(critic).items():
+        if name in bits:
+            matrix.copy(bits[name])
+        else:
+            matrix.quantise(shard_of(trunk[name]).cpu())  # of a reward model, whole on every rank
+
     for name, parameter in critic.named_parameters():
         # Adapters begin as they are: they add nothing to the trunk yet.
         if ADAPTERS in name:

@@ -21,14 +21,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.stage import TrainingGroup
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.model.size import ADAPTERS, is_trained, parameter_shapes
+from dist_lm.model.quantised import quantised_matrices, round_trip
+from dist_lm.model.size import ADAPTERS, is_matrix, is_trained, parameter_shapes
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.messages import all_gather, broadcast
-from dist_lm.parallel.values import add_changes, logical, shard_of
+from dist_lm.parallel.values import add_changes, fill, logical, shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model, check_same_adapters, record_of
-from dist_lm.training.checkpoint_tensors import as_fp32, own_parameters
+from dist_lm.training.checkpoint_tensors import as_fp32, model_tensors, own_parameters
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
 
@@ -265,7 +266,8 @@ def load(
 
 
 def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
-    """Fills the parameters of `model`, adapters excluded, from the checkpoint it starts from (collective).
+    """Fills the parameters of `model`, adapters excluded, from the checkpoint it starts from (collective). Matrices in
+    four bits are quantised anew.
 
     Adapters of that checkpoint are merged. A model with a scalar head may start from one with a token head: then the
     scalar head keeps its initial values.
@@ -274,6 +276,17 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
         ArtefactError: the checkpoint cannot be read, its base is gone or has changed, or it belongs to another model;
             the message names the keys that differ.
     """
+    _load_parameters(checkpoint, model, model_config)
+
+    # One matrix at a time: the base as a whole would need the memory that four bits save.
+    if matrices := quantised_matrices(model):
+        base = model_tensors(checkpoint)
+        for name, matrix in matrices.items():
+            matrix.quantise(torch.from_numpy(as_fp32(base[name])))
+
+
+def _load_parameters(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
+    """Does what `load_weights` says for the parameters of `model`; matrices in four bits are none (collective)."""
     saved_model = files.read_state(checkpoint)[1]
     files.check_start(checkpoint, saved_model, model_config)
     if files.read_adapters(checkpoint) is not None:
@@ -295,7 +308,11 @@ def _load_merged(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
         ArtefactError: the base is missing or has changed, a checkpoint cannot be read, or it belongs to another model.
     """
     adapted = adapted_model(checkpoint)
-    load_weights(Path(adapted.base), model, model_config)
+    _load_parameters(Path(adapted.base), model, model_config)
+    if adapted.is_in_4bit:
+        # The adapters were trained beside rounded matrices, and a scale belongs to entries of several ranks.
+        base = model_tensors(Path(adapted.base))
+        fill(model, model_config, lambda name, _: round_trip(name, torch.from_numpy(as_fp32(base[name]))), is_matrix)
     factors = {
         name: torch.from_numpy(as_fp32(tensor))
         for name, tensor in own_parameters(checkpoint).items()

@@ -19,7 +19,7 @@ import numpy as np
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.foreign_files import ITEM_BYTES
 from dist_lm.interop.snapshot_files import LENGTH_BYTES, tensor_entries
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import Shape, is_matrix, parameter_shapes
 from dist_lm.storage import durable, outputs
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model
@@ -116,7 +116,7 @@ def own_parameters(directory: Path) -> dict[str, StoredTensor]:
 
 def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]:
     """Returns the parameters of a base with the adapters of a checkpoint, in the order of the model; each is computed
-    when it is read. All files of the base are verified now.
+    when it is read. A base that was in four bits is rounded as it was then. All files of the base are verified now.
 
     Raises:
         ArtefactError: the base is missing, damaged or has changed, or the checkpoint cannot be read.
@@ -125,6 +125,8 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]
 
     config, trained = adapted_model(directory), own_parameters(directory)
     base = model_tensors(files.require_intact(Path(config.base)))
+    if config.is_in_4bit:
+        base = {name: _rounded(name, tensor) for name, tensor in base.items()}
     merged: dict[str, StoredTensor | ComputedTensor] = {}
     for name, shape in parameter_shapes(config.plain).items():
         merged[name] = trained.get(name) or base[name]  # a scalar head is trained, and the base may lack it
@@ -133,6 +135,22 @@ def _merged_tensors(directory: Path) -> dict[str, StoredTensor | ComputedTensor]
             make = partial(_merge, name, base[name], a, b, config.scale)
             merged[name] = ComputedTensor("F32", shape, base[name].bytes, make)
     return merged
+
+
+def _rounded(name: str, weight: StoredTensor | ComputedTensor) -> StoredTensor | ComputedTensor:
+    """Returns a parameter of a base as it is in four bits (see `quantised.round_trip`), computed when it is read."""
+    if not is_matrix(name):
+        return weight
+
+    def round_now() -> np.ndarray:
+        import torch
+
+        from dist_lm.model.quantised import round_trip  # needs torch
+
+        rounded = round_trip(name, torch.from_numpy(as_fp32(weight)))
+        return rounded.flatten().view(torch.uint8).numpy()
+
+    return ComputedTensor("F32", weight.shape, weight.bytes, round_now)
 
 
 def _merge(

@@ -248,7 +248,8 @@ def plan_stages(
     """Returns the keys of stage sft by stage, and lines for people that say why.
 
     Raises:
-        ConfigError: the model fits this machine neither whole nor with adapters.
+        ConfigError: the model fits this machine neither whole nor with adapters, not even in four bits.
+        UserError: it would fit in four bits at best, and the package for that is not installed.
     """
     from dist_lm.model.size import parameter_count
 
@@ -280,10 +281,13 @@ def plan_stages(
         keys |= {"lr": LORA_RATE_RATIO * rate, "lora": dict(LORA)}
         kind = "the whole model does not fit this machine, so adapters are trained (LoRA)"
         if not fits(folder, name, start, keys):
-            raise ConfigError(
-                f"{start.init_from}: {readable_count(n_parameters)} parameters do not fit this machine, not even with "
-                "adapters: take a smaller model, or a machine with more memory"
-            )
+            keys["lora"] = LORA | {"load_in_4bit": True}
+            kind = "the model fits this machine only in four bits, beside which adapters are trained (QLoRA)"
+            if not fits(folder, name, start, keys):
+                raise ConfigError(
+                    f"{start.init_from}: {readable_count(n_parameters)} parameters do not fit this machine, not even "
+                    "in four bits with adapters: take a smaller model, or a machine with more memory"
+                )
     lengths = f"mean {mean:,.0f} tokens, 99 % up to {longest:,.0f}"
     remarks = [
         f"{readable_count(n_parameters)} parameters: {kind}",

@@ -23,6 +23,7 @@ from tests.training_run import copy_until, linked, numbers, prepare, train, writ
 pytestmark = pytest.mark.cluster
 STEPS = 6
 SHORT = (f"stage.steps={STEPS}", "stage.checkpoint_every=3", "stage.eval_every=3", "stage.warmup_steps=2")
+FOUR_BITS = ("stage.lora.rank=2", "stage.lora.load_in_4bit=true")
 LORA = (*SHORT, "stage.lora.rank=3", "stage.lora.alpha=6", "stage.eval_at_start=true")
 
 
@@ -171,6 +172,10 @@ def test_other_adapters_are_refused_on_resume(reference, work, tmp_path):
         (("stage.lora.rank=2", "stage.lora.targets=[gate]"), "model.ffn=gelu has no gate"),
         (("stage.lora.rank=2", "stage.lora.alpha=0"), "stage.lora.alpha=0"),
         (("stage.lora.rank=2", "stage.init_from=none"), "stage.init_from=none"),
+        (("stage.lora.load_in_4bit=true",), "stage.lora.load_in_4bit=True: expected false without stage.lora.rank"),
+        ((*FOUR_BITS, "parallel.tp=2"), "parallel.tp=2: expected 1 (parallel.dp_replicate has the ranks)"),
+        ((*FOUR_BITS, "parallel.dp_shard=2"), "parallel.dp_shard=2: expected 1"),
+        ((*FOUR_BITS, "parallel.cpu_offload=true"), "parallel.cpu_offload=True: expected false"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_by_name(overrides, message):

@@ -7,6 +7,7 @@ from dist_lm.config.cluster import HardwareConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
 from dist_lm.dry_run.work import Work, message_seconds, step_seconds
+from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import is_trained
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout, resolve_layout
@@ -49,6 +50,26 @@ def test_the_state_of_the_optimizer_is_counted_as_it_is_built(overrides):
     state = build_optimizer(model, config.stage, config.stage.muon).state.values()
     kept = sum(value.nbytes for values in state for name, value in values.items() if name != "step")
     assert estimate_memory(config, Layout(1, 1, 1)).optimizer == kept
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "h100"])
+def test_a_base_in_four_bits_is_counted_as_it_is_held(hardware: str):
+    """Finds a count of fp32 copies of the base, and of matrices at half a byte without their scales."""
+    pytest.importorskip("bitsandbytes")
+    adapters = ("stage.lora.rank=2", "stage.lora.load_in_4bit=true", "stage.init_from=base")
+    config = compose_config(["stage=language", "model=medium", f"hardware={hardware}", *adapters])
+    shape = config.trained_shape
+    with torch.device("meta"):
+        model = Transformer(shape)
+    expected = sum(matrix.nbytes for matrix in quantised_matrices(model).values())
+    for name, parameter in model.named_parameters():
+        expected += parameter.numel() * (4 if is_trained(name, shape) or hardware == "cpu" else 2)
+    assert estimate_memory(config, Layout(1, 1, 1)).parameters == expected
+
+    plain = compose_config(["stage=language", "model=medium", f"hardware={hardware}", *adapters[::2]])
+    work, work_of_lora = (estimate_work(each, Layout(1, 1, 1)) for each in (config, plain))
+    assert work.flops == work_of_lora.flops
+    assert work.device_s > work_of_lora.device_s
 
 
 def test_gradients_are_whole_while_micro_batches_add_up():
@@ -117,11 +138,19 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             id="fsdp_uneven",
             marks=pytest.mark.heavy,
         ),
+        pytest.param(
+            ("stage.lora.rank=8", "stage.lora.load_in_4bit=true", "stage.init_from=base", "stage.global_batch=8"),
+            2,
+            id="four_bits",
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
 def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch):
+    if "stage.lora.load_in_4bit=true" in overrides:
+        pytest.importorskip("bitsandbytes")
     config = compose_config([*SMALL, *overrides])
-    layout = resolve_layout(config.parallel, config.model, world)
+    layout = resolve_layout(config.parallel, config.trained_shape, world)
     monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
     [played] = play_ranks(config, layout)
     work = estimate_work(config, layout)

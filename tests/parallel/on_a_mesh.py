@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import MuonConfig
+from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import Shape, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
@@ -79,6 +80,8 @@ def rank_steps(
     outcome = MeshTrajectory()
     if load is None:
         fill(model, model_config, lambda name, shape: parameter_value(name, shape, model_config))
+        for name, matrix in quantised_matrices(model).items():
+            matrix.quantise(parameter_value(name, tuple(matrix.shape), model_config))
     else:
         assert checkpoint.load(load, model, optimizer, model_config).step == steps.start
         outcome.start = logical_arrays(parameters_and_moments(model, optimizer), shapes)

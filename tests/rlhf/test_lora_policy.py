@@ -31,15 +31,17 @@ CONFIG = replace(
 ITERATIONS = 3
 
 
-def metrics_of(world: World, parallel: ParallelConfig, shared: bool) -> tuple[list[dict[str, float]], bool]:
+def metrics_of(
+    world: World, parallel: ParallelConfig, shared: bool, shape: AdaptedModelConfig = SHAPE
+) -> tuple[list[dict[str, float]], bool]:
     """Metrics of each iteration without times, and whether the base left as reference is the base (collective)."""
     made = toy(
         CONFIG,
         ITERATIONS,
         world=world,
         parallel=parallel,
-        model=SHAPE,
-        source=lambda: EngineRollouts(engine_of(SHAPE.plain)),
+        model=shape,
+        source=lambda: EngineRollouts(engine_of(shape.plain)),
         stop_tokens=tuple(range(1, 9)),
     )
     models = made.learner.models
@@ -49,7 +51,7 @@ def metrics_of(world: World, parallel: ParallelConfig, shared: bool) -> tuple[li
         models = replace(models, reference=models.policy.model)
         made.learner = replace(made.learner, models=models)
     made.run()
-    expected = whole_weights(separate, SHAPE, torch.float32)  # B is 0
+    expected = whole_weights(separate, shape, torch.float32)  # B is 0
     with as_reference(replace(models, reference=models.policy.model)):
         sent = dict(sent_weights(models.policy.model, parallel, world))
     is_base = all(torch.equal(sent[name], expected[name]) for name in sent)
@@ -63,6 +65,19 @@ def metrics_of(world: World, parallel: ParallelConfig, shared: bool) -> tuple[li
 def test_the_base_of_the_policy_is_the_reference(size: int, parallel: dict, ranks: RankGroups):
     (alone, _), (shared, is_base) = (
         ranks.run(size, metrics_of, ParallelConfig(**parallel), shared) for shared in (False, True)
+    )
+    assert is_base
+    assert shared[-1]["rlhf/kl"] != 0
+    assert shared == alone
+
+
+@pytest.mark.heavy
+def test_the_base_in_four_bits_is_the_reference(ranks: RankGroups):
+    """Finds engines and references that have the base before it was rounded, and a critic without a trunk."""
+    pytest.importorskip("bitsandbytes")
+    shape = AdaptedModelConfig.of(SHAPE.plain, replace(SHAPE.lora, load_in_4bit=True))
+    (alone, _), (shared, is_base) = (
+        ranks.run(1, metrics_of, ParallelConfig(), shared, shape) for shared in (False, True)
     )
     assert is_base
     assert shared[-1]["rlhf/kl"] != 0

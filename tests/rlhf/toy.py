@@ -12,6 +12,8 @@ from dist_lm.config.cluster import ParallelConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.document import TokenizedDocument
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.model.keyed_random import initial_value
+from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
@@ -114,7 +116,10 @@ def toy(
     mesh = build_mesh(resolve_layout(parallel, model, world.size), world.device)
 
     def build(shape: ModelConfig, own_seed: int = seed) -> Transformer:
-        return build_model(shape, parallel, mesh, world.device, own_seed)
+        built = build_model(shape, parallel, mesh, world.device, own_seed)
+        for name, matrix in quantised_matrices(built).items():
+            matrix.quantise(initial_value(name, tuple(matrix.shape), shape, own_seed))
+        return built
 
     policy, reward = build(model), build(replace(model, head="scalar"), seed + 1) if reward_model else None
     critic = None

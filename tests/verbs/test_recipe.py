@@ -1,5 +1,6 @@
 """`dist-lm recipe new` writes an experiment whose command runs, from the sizes of model, data and machine."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,13 @@ def test_adapters_are_trained_where_the_whole_model_does_not_fit(model, chats, t
     recipe_new(f"hf:{model}", [str(chats)], out)
     sft = written(out)["stages"]["sft"]
     assert (sft["lora"], sft["lr"]) == ({"rank": 16, "alpha": 32, "dropout": 0.05}, 2e-4)
+    monkeypatch.setattr(recipe, "fits", lambda folder, name, start, keys: "load_in_4bit" in keys.get("lora", {}))
+    if importlib.util.find_spec("bitsandbytes"):
+        out = tmp_path / "lab" / "experiment" / "four_bits.yaml"
+        recipe_new(f"hf:{model}", [str(chats)], out)
+        assert written(out)["stages"]["sft"]["lora"] == sft["lora"] | {"load_in_4bit": True}
     monkeypatch.setattr(recipe, "fits", lambda *_: False)
-    with pytest.raises(ConfigError, match="do not fit this machine, not even with adapters"):
+    with pytest.raises(ConfigError, match="do not fit this machine, not even in four bits"):
         recipe_new(f"hf:{model}", [str(chats)], tmp_path / "lab" / "experiment" / "none.yaml")
 
 

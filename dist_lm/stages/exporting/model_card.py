@@ -68,6 +68,8 @@ def model_card(
     if record := files.read_adapters(checkpoint):
         base, lora = "/".join(Path(record["base"]).parts[-4:]), record["lora"]
         where = "these adapters change that model" if adapters else "merged into the weights"
+        if lora.get("load_in_4bit"):
+            base += ", whose blocks were in four bits (NF4)"
         kind = "rsLoRA" if lora.get("rslora") else "LoRA"
         lines.append(f"- {kind} of rank {lora['rank']}, alpha {lora['alpha']:g}, over {base}: {where}")
     if stage.get("branch_from"):

@@ -82,7 +82,7 @@ class Import(ArtefactStage):
                 of_base = f", adapters over {shown_value(named_base(folder))}, which they name"
             return Artefact(False, f"{architecture.name}, {size} parameters from {source}{of_base}")
 
-        # A model on the hub, or a folder, may have changed under the same name.
+        # A folder may have changed under the same name, or the name may be that of another model of the hub.
         imported = read_groups(run.config).get("imported", {})
         if lacking := [key for key in ("source", "architecture") if not isinstance(imported.get(key), str)]:
             raise ArtefactError(
@@ -93,7 +93,9 @@ class Import(ArtefactStage):
                 f"{run.path} was imported from {imported['source']}, and {source} differs from that ({change}): remove "
                 "this run, or import the other model under a name of its own by dist-lm import"
             )
-        return Artefact(True, f"{imported['architecture']} from {imported['source']}")
+        commit = str((imported.get("snapshot") or {}).get("revision", ""))
+        at_commit = f", commit {commit[:12]}" if commit else ""
+        return Artefact(True, f"{imported['architecture']} from {imported['source']}{at_commit}")
 
     def build(self, config: Config, console: "Console") -> None:
         """Reads the weights, and writes the run.

@@ -1,5 +1,6 @@
 """Stages that train on a gang of ranks: their interface to the launcher and to ranks."""
 
+import importlib.util
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.corpus import HF
 from dist_lm.config.root import TRUST_ME, Config
+from dist_lm.config.stage import NEEDS_BITSANDBYTES
 from dist_lm.data.epochs import NAMED as MOST_CORPORA
 from dist_lm.data.epochs import CorpusPass, in_words, repetition_warning
 from dist_lm.data.manifest import manifest_path, require_content
@@ -251,12 +253,15 @@ class TrainingStage(Stage):
             ConfigError: a task, a file or the schedule of a branch does not fit, or there is no sandbox for programs of
                 a task.
             ArtefactError: a checkpoint, a corpus or a file is missing or does not fit.
-            UserError: a package that is needed to read `hf:SOURCE` is not installed.
+            UserError: a package that is needed to read `hf:SOURCE`, or for a base in four bits, is not installed.
         """
         if config.stage.eval_tasks:
             from dist_lm.evaluation.tasks import check_tasks
 
             check_tasks(list(config.stage.eval_tasks), config.eval.files, config.sandbox == TRUST_ME)
+
+        if config.stage.lora.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(NEEDS_BITSANDBYTES)
 
         if on_disk.latest:
             # A run continues only on the content that it began with.
