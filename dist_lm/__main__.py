@@ -247,11 +247,14 @@ def tools_bfcl(
     ] = None,
     tokenizer: TokenizerPath = None,
     device: DeviceName = "auto",
+    constrain_calls: Annotated[
+        bool, typer.Option("--constrain-calls", help="Draw only calls that fit the schema of their function.")
+    ] = False,
 ) -> None:
     """Score a model on the single-turn questions of the Berkeley Function Calling Leaderboard (package bfcl-eval)."""
     from dist_lm.evaluation.bfcl import evaluate
 
-    evaluate(path, tokenizer, limit, json, device)
+    evaluate(path, tokenizer, limit, json, device, constrain_calls)
 
 
 BoardName = Annotated[
