@@ -19,6 +19,7 @@ from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 from dist_lm.verbs.checkpoint import checkpoint
 from dist_lm.verbs.generate import generate
 from dist_lm.verbs.lm_eval import lm_eval
+from dist_lm.verbs.serve import serve
 
 app = typer.Typer(
     name="dist-lm",
@@ -44,6 +45,7 @@ app.add_typer(gpu, name="gpu")
 app.command("bench")(bench)
 app.command("generate")(generate)
 app.command("lm-eval")(lm_eval)
+app.command("serve")(serve)
 
 
 @data.command("inspect")
@@ -259,12 +261,15 @@ def tools_bfcl(
     ] = None,
     tokenizer: TokenizerPath = None,
     device: DeviceName = "auto",
+    constrain_calls: Annotated[
+        bool, typer.Option("--constrain-calls", help="Draw only calls that fit the schema of their function.")
+    ] = False,
 ) -> None:
     """Score a model on the single-turn questions of the Berkeley Function Calling Leaderboard (package bfcl-eval)."""
     outputs.file_to_write("--json", json)
     from dist_lm.evaluation.bfcl import evaluate
 
-    evaluate(path, tokenizer, limit, json, device)
+    evaluate(path, tokenizer, limit, json, device, constrain_calls)
 
 
 BoardName = Annotated[

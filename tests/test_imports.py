@@ -18,6 +18,7 @@ PACKAGES = (
     ("demo",),  # named from conf by import path
     ("launch", "__main__", "verbs", "bench", "gpu_check"),
     ("launcher",),
+    ("server",),
     ("report",),
     ("train",),
     ("prepare",),

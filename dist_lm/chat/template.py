@@ -124,6 +124,18 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.first_token.put(tokens).tolist()
 
 
+def following(answered: Conversation, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """Returns the end of the `prompt` of `conversation`: the ids behind the mark that ends the last turn of `answered`,
+    with which it begins. In our layout alone.
+
+    Raises:
+        ChatError: for the reasons of `render`.
+    """
+    # The last part of a conversation is the line break behind its last mark.
+    rest = layout(conversation)[len(layout(answered)) - 1 :]
+    return _encoded([*rest, *_opening("assistant")], tokenizer)
+
+
 def answer_tokens(message: Message, tokenizer: Tokenizer, conversation: Conversation | None = None) -> list[int]:
     """Returns the ids that the assistant writes after a `prompt`: text and calls, up to and including the turn's end.
 

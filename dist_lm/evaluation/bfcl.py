@@ -17,7 +17,7 @@ from dist_lm.evaluation.bfcl_questions import BfclQuestion, find_data, read_ques
 from dist_lm.evaluation.figures import request_of
 from dist_lm.evaluation.tasks import BFCL, TURN_TOKENS, Asking, bfcl_items
 from dist_lm.generation.load import LoadedModel, load_model
-from dist_lm.generation.request import only_answers
+from dist_lm.generation.request import RequestError, only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable, outputs
@@ -40,7 +40,9 @@ class BfclResult:
     note: str = ""  # why it was not asked
 
 
-def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | None, device: str) -> None:
+def evaluate(
+    path: Path, tokenizer: Path | None, limit: int, json_file: Path | None, device: str, constrain_calls: bool = False
+) -> None:
     """Runs the verb: prints the table, and writes the answers to `json_file` (a JSON object per line).
 
     Args:
@@ -49,6 +51,7 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
         limit: questions per category; 0: all.
         json_file: replaced after the last answer; None: no file.
         device: auto, cpu or cuda.
+        constrain_calls: whether only calls that fit their tool's schema can be drawn.
 
     Raises:
         ConfigError: names the option.
@@ -62,7 +65,7 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
     questions = read_questions(find_data(), limit=limit)
     loaded = load_model(path, tokenizer)
 
-    outcomes = answer(questions, loaded, torch_device, OutputConsole(stderr=True))
+    outcomes = answer(questions, loaded, torch_device, OutputConsole(stderr=True), constrain_calls)
     print_table(loaded.name, outcomes, OutputConsole())
     if json_file:
         lines = [json.dumps(_record(outcome), ensure_ascii=False) + "\n" for outcome in outcomes]
@@ -70,7 +73,11 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
 
 
 def answer(
-    questions: Sequence[BfclQuestion], loaded: LoadedModel, device: torch.device, progress: Console
+    questions: Sequence[BfclQuestion],
+    loaded: LoadedModel,
+    device: torch.device,
+    progress: Console,
+    constrain_calls: bool = False,
 ) -> list[BfclResult]:
     """Answers all questions greedily and scores the answers. The results are in the order of the questions.
 
@@ -78,6 +85,7 @@ def answer(
 
     Args:
         progress: shows a bar if it is a terminal.
+        constrain_calls: as of `evaluate`.
 
     Raises:
         ArtefactError: the weights do not fit the model, or its logits are not numbers.
@@ -85,13 +93,18 @@ def answer(
     """
     tokenizer = loaded.tokenizer
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
-    items = bfcl_items(Asking.greedy(tokenizer, loaded.config.max_seq_len, True, TURN_TOKENS), questions)
+    asking = Asking.greedy(tokenizer, loaded.config.max_seq_len, True, TURN_TOKENS, constrain_calls=constrain_calls)
+    items = bfcl_items(asking, questions)
     outcomes: dict[int, BfclResult] = {}  # by the index of the question
     for index, item in enumerate(items):
-        if item.error:
-            outcomes[index] = BfclResult(questions[index], False, False, "", item.error)
-        else:
-            engine.submit(request_of(index, BFCL, item, 0))
+        error = item.error
+        if not error:
+            try:
+                engine.submit(request_of(index, BFCL, item, 0))
+            except RequestError as refusal:  # a schema that no value fits
+                error = refusal.reason
+        if error:
+            outcomes[index] = BfclResult(questions[index], False, False, "", error)
 
     answers = only_answers(engine.results(), loaded.name)
     num_submitted = len(items) - len(outcomes)

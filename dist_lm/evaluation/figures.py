@@ -20,7 +20,9 @@ def request_of(number: int, task: str, question: Item, seed: int) -> Request:
     """
     digest = hashlib.sha256(f"{task}/{question.id}".encode()).digest()
     request_seed = signed(hash_words(seed, int.from_bytes(digest[:8], "big")))
-    return Request(str(number), question.prompt, question.params, request_seed, question.n)
+    return Request(
+        str(number), question.prompt, question.params, request_seed, question.n, constraint=question.constraint
+    )
 
 
 def refused(question: Item, error: str) -> Record:

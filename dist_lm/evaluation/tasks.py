@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.messages import Conversation, Message, Tool
 from dist_lm.chat.template import prompt as chat_prompt
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.evaluation import CODE_TASKS, FILE_TASKS, FIXED_TESTS, LOOP_TASKS, OWN_TESTS
@@ -24,6 +24,8 @@ from dist_lm.evaluation.bfcl_score import is_right
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
 from dist_lm.evaluation.tool_questions import Asked, choose, no_questions
 from dist_lm.evaluation.tool_score import judge, read_answer
+from dist_lm.generation.call_grammar import call_constraint
+from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.hidden import References
 from dist_lm.sandbox.pool import Sandboxes
@@ -58,6 +60,7 @@ class Item:
     n: int  # number of answers
     judge: Judge
     error: str = ""  # why it cannot be asked; such a question counts as failed
+    constraint: Constraint | None = None  # what an answer must be
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,31 @@ class Asking:
     n: int  # number of answers to a question about code
     limits: Limits
     hidden_seed: int | None = None  # seed of the hidden tests of our own problems; None: only their fixed tests
+    constrain_calls: bool = False  # whether only calls that fit their tool's schema can be drawn
 
     @classmethod
     def greedy(
-        cls, tokenizer: Tokenizer, context: int, chat: bool, new_tokens: int, hidden_seed: int | None = None
+        cls,
+        tokenizer: Tokenizer,
+        context: int,
+        chat: bool,
+        new_tokens: int,
+        hidden_seed: int | None = None,
+        constrain_calls: bool = False,
     ) -> "Asking":
         """Returns the settings for one greedy answer to each question."""
-        return cls(tokenizer, context, chat, SamplingParams(new_tokens, 0.0), 1, limits_of(CPU_S), hidden_seed)
+        params, limits = SamplingParams(new_tokens, 0.0), limits_of(CPU_S)
+        return cls(tokenizer, context, chat, params, 1, limits, hidden_seed, constrain_calls)
+
+    def turn_constraint(self, tools: Sequence[Tool]) -> Constraint | None:
+        """Returns the constraint of a turn that may call these tools; None if calls are not constrained.
+
+        Raises:
+            ChatError: a schema is one that `check_tool` refuses.
+        """
+        if not self.constrain_calls:
+            return None
+        return call_constraint(tools, self.tokenizer, strict=False)
 
 
 def hidden_seed_of(version: int, seed: int, run: Path) -> int | None:
@@ -314,7 +335,8 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
     items = []
     for asked in questions:
         name = f"tools/{asked.document}.{asked.place}"
-        item = Item(name, asked.question.kind, asked.prompt, params, 1, judge_of(asked))
+        constraint = asking.turn_constraint(asked.question.asked.tools)
+        item = Item(name, asked.question.kind, asked.prompt, params, 1, judge_of(asked), constraint=constraint)
         items.append(_fitting(item, asking))
     return items
 
@@ -341,7 +363,9 @@ def bfcl_items(asking: Asking, questions: Sequence[BfclQuestion]) -> list[Item]:
     for question in questions:
         item = Item(question.id, question.category, (), params, 1, judge_of(question))
         try:
-            item = _fitting(replace(item, prompt=chat_prompt(question.asked, asking.tokenizer)), asking)
+            prompt_ids = chat_prompt(question.asked, asking.tokenizer)
+            constraint = asking.turn_constraint(question.asked.tools)
+            item = _fitting(replace(item, prompt=prompt_ids, constraint=constraint), asking)
         except UserError as error:
             item = replace(item, error=f"not a valid conversation: {error}")
         items.append(item)

@@ -21,6 +21,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashDecodePlan, FlashPages
 from dist_lm.generation.linear import GELUS, VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PLAIN_PAGE_TOKENS, DecodePlan, PagedCache, Piece, PlainPages, pages_for
+from dist_lm.generation.sampling import token_logprobs
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
@@ -31,6 +32,8 @@ WeightStream = Iterable[tuple[str, torch.Tensor]]
 """Parameters with their names in the order of `parameter_shapes`; a decoder holds a block of them at a time."""
 
 Weights = Mapping[str, torch.Tensor] | WeightStream
+
+SCORED_ROWS = 64  # tokens whose logits `Decoder.extend` holds at a time
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
@@ -167,6 +170,13 @@ class Decoder:
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Runs the model on pieces of prompts and writes their keys and values to the cache (collective with several
         ranks). Returns fp32 logits (P, V) after the last token of each piece, on the device."""
+        x_ND = self._piece_states(pieces)
+        # Only the last token of a piece needs logits, and the vocabulary is the largest product.
+        (end_P,) = upload(self._device, torch.tensor([*accumulate(len(piece.tokens) for piece in pieces)]))
+        return self.logits(x_ND[end_P - 1])
+
+    def _piece_states(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Returns the hidden states (N, D) of concatenated pieces, whose keys and values are then in the cache."""
         plan = self.cache.plan_prefill(pieces)
         index_X = self.cache.write_index(plan.cell_N)
 
@@ -174,12 +184,26 @@ class Decoder:
             self.cache.write(layer, index_X, k_NGK, v_NGK)
             return self.cache.prefill(layer, q_NHK, k_NGK, v_NGK, plan)
 
-        tokens = [token for piece in pieces for token in piece.tokens]
-        # Only the last token of a piece needs logits, and the vocabulary is the largest product.
+        (token_N,) = upload(self._device, torch.tensor([token for piece in pieces for token in piece.tokens]))
+        return self.hidden(token_N, plan.position_N, attend)
+
+    def extend(self, pieces: Sequence[Piece], next_tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does the same as `prefill` for pieces of answers whose tokens are known (collective with several ranks).
+
+        Args:
+            next_tokens: behind each token of the concatenated pieces, the one that follows it.
+
+        Returns:
+            (log-probability of each of `next_tokens` under the model, fp32 (N,), nats; fp32 logits (P, V) after the
+            last token of each piece), on the device.
+        """
+        x_ND = self._piece_states(pieces)
         ends = [*accumulate(len(piece.tokens) for piece in pieces)]
-        token_N, end_P = upload(self._device, torch.tensor(tokens), torch.tensor(ends))
-        x_ND = self.hidden(token_N, plan.position_N, attend)
-        return self.logits(x_ND[end_P - 1])
+        next_N, end_P = upload(self._device, torch.tensor(next_tokens), torch.tensor(ends))
+        # The logits of all tokens at once may be larger than the model.
+        blocks = zip(x_ND.split(SCORED_ROWS), next_N.split(SCORED_ROWS), strict=True)
+        logprob_N = torch.cat([token_logprobs(self.logits(x_nD), next_n) for x_nD, next_n in blocks])
+        return logprob_N, self.logits(x_ND[end_P - 1])
 
     def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         """Runs the model on one token per sequence and writes its keys and values to the cache (collective with several

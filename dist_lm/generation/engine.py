@@ -5,6 +5,9 @@ needs now. When no page is free, the youngest sequence is preempted: the content
 pages are free again. So the cache never overflows, and an answer does not depend on other requests (on the CPU in fp32
 to the last bit: see `linear.py`, `paged_cache.py` and `sampling.py`).
 
+Where a constraint allows exactly one token, the engine takes it without asking the model, and goes on until there is a
+choice again. One pass then computes all these tokens at once, with their log-probabilities.
+
     waiting -> prefilling -> running -> finished
                                ^  |
                                |  v
@@ -27,7 +30,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import CACHE_SHARE
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
-from dist_lm.generation.grammar import GrammarError, Grammars, Matcher
+from dist_lm.generation.grammar import GrammarError, Grammars, Matcher, only_token
 from dist_lm.generation.paged_cache import ALIGNED, DecodePlan, PagePool, Piece, pages_for
 from dist_lm.generation.request import (
     Answer,
@@ -44,11 +47,16 @@ from dist_lm.generation.request import (
 )
 from dist_lm.generation.sampling import Choice, DrawGroup, adjusted, constrained, group_rows, sample, uniform
 from dist_lm.generation.shard import share_of
-from dist_lm.generation.transfer import concatenated, upload
+from dist_lm.generation.transfer import concatenated, download, upload
 from dist_lm.model.size import kv_bytes_per_token
+from dist_lm.model.token_sets import packed
 
 if TYPE_CHECKING:
     from dist_lm.generation.sharded import ShardedDecoder
+
+
+NAN = "the model's logits are not numbers (nan)"
+NOTHING_ALLOWED = "logit_bias and constraint together allow no token"
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,11 @@ class Engine:
         return self._decoder
 
     @property
+    def free_pages(self) -> int:
+        """Pages of the cache that no sequence holds."""
+        return self._page_pool.n_free
+
+    @property
     def tokens_in_flight(self) -> int:
         """Upper bound of the tokens of prompts and answers that are still to be computed."""
         unstarted = [*self._waiting, *self._prefilling]
@@ -208,8 +221,11 @@ class Engine:
         self._page_pool = PagePool(n_pages)
         self._asleep = False
 
-    def submit(self, request: Request, on_text: OnText | None = None) -> None:
+    def submit(self, request: Request, on_text: OnText | None = None) -> Sequence[AnswerSequence]:
         """Queues a request; `step` computes its answers. The cache is allocated if it is not there.
+
+        Returns:
+            Its answers in progress, to look at between steps.
 
         Args:
             on_text: called inside `step` for every token of its answers, with the text that became final (maybe empty);
@@ -237,6 +253,7 @@ class Engine:
         for sequence in answers:
             sequence.matcher = self._matcher(request)
         self._waiting.append(answers)
+        return answers
 
     def _matcher(self, request: Request) -> Matcher | None:
         """Returns the tokens that the request's constraint allows; None without one.
@@ -283,11 +300,13 @@ class Engine:
         self._admit()
 
         prefilled = self._prefill()
+        self._allocate_pages()
+        extended = self._extend()
         decoded = self._decode()
         # A prompt that is complete has logits for its first token already, and decodes from the next step on.
         if prefilled:
             self._running += prefilled.sequences
-        if rows := [rows for rows in (decoded, prefilled) if rows]:
+        if rows := [rows for rows in (decoded, extended, prefilled) if rows]:
             self._draw_tokens(rows)
 
         # Check before answers are returned: if a rank of the model has died, the logits may be wrong.
@@ -325,7 +344,7 @@ class Engine:
         """
         while self._preempted and len(self._running) < self.options.max_sequences:
             sequence = self._preempted[0]
-            n_needed = pages_for(sequence.cached + 1, self.options.page_tokens)
+            n_needed = pages_for(len(sequence.tokens), self.options.page_tokens)
             # Leave one page for each running sequence. If nothing else is under way, the sequence fits by itself.
             if n_needed + len(self._running) > self._page_pool.n_free and (self._running or self._prefilling):
                 return
@@ -415,18 +434,70 @@ class Engine:
                 start = end
         return pieces
 
+    def _extend(self) -> _LogitRows | None:
+        """Runs the model on tokens that were taken without it: up to `piece_tokens` of a sequence, and together
+        `step_tokens`, unless the first sequence has more.
+
+        It sets their log-probabilities, and finishes sequences that end with them. A request whose logits are nan is
+        refused.
+
+        Returns:
+            The sequences that have a choice again, with the logits of their next tokens; None if there are none.
+        """
+        sequences: list[AnswerSequence] = []
+        pieces: list[Piece] = []
+        next_tokens: list[int] = []
+        for sequence in self._running:
+            start, tokens = sequence.cached, sequence.to_compute[: self.options.piece_tokens]
+            if len(tokens) <= 1 and not sequence.finish:
+                continue  # a usual step
+            if pieces and len(next_tokens) + len(tokens) > self.options.step_tokens:
+                continue
+            sequences.append(sequence)
+            pieces.append(Piece(tokens, start, sequence.pages))
+            following = sequence.tokens[start + 1 : start + 1 + len(tokens)]
+            next_tokens += [*following, *[0] * (len(tokens) - len(following))]  # 0: not known yet
+        if not pieces:
+            return None
+        self._plan = None  # it would move these sequences by one position
+        logprob_N, logits_PV = self._decoder.extend(pieces, next_tokens)
+        (logprob_N,) = download(logprob_N)
+
+        ready: list[int] = []
+        for row, (sequence, logprob_n) in enumerate(
+            zip(sequences, logprob_N.split([len(piece.tokens) for piece in pieces]), strict=True)
+        ):
+            if sequence.finish == "cancelled":  # its request was refused in this loop
+                continue
+            sequence.cached += len(logprob_n)
+            raw_logprobs = logprob_n[: sequence.n_unscored].tolist()
+            if any(map(math.isnan, raw_logprobs)):
+                self._refuse(sequence.request, NAN)
+                continue
+            sequence.raw_logprobs += raw_logprobs
+            if sequence.finish and not sequence.n_unscored:
+                self._running.remove(sequence)
+                self._finish(sequence, sequence.finish)
+            elif sequence.cached == len(sequence.tokens):
+                ready.append(row)
+        if not ready:
+            return None
+
+        positions = [sequences[row].cached for row in ready]
+        row_B, position_B = upload(self._device, torch.tensor(ready), torch.tensor(positions))
+        return _LogitRows([sequences[row] for row in ready], logits_PV[row_B], position_B)
+
     def _decode(self) -> _LogitRows | None:
-        """Runs the model on the newest token of every running sequence, after preempting those without a page.
+        """Runs the model on the newest token of every running sequence that waits for one token alone.
 
         It adds one to `cached` of each.
 
         Returns:
-            The running sequences with the logits of their next tokens; None if none runs.
+            These sequences with the logits of their next tokens; None if there are none.
         """
-        self._allocate_pages()
-        if not self._running:
+        sequences = [sequence for sequence in self._running if len(sequence.to_compute) == 1 and not sequence.finish]
+        if not sequences:
             return None
-        sequences = list(self._running)
         plan = self._plan_for(sequences)
         logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in sequences], plan)
         for sequence in sequences:
@@ -444,26 +515,29 @@ class Engine:
         return self._plan[1]
 
     def _allocate_pages(self) -> None:
-        """Makes sure that every running sequence has space for its next token on a page that no other sequence holds.
+        """Makes sure that every running sequence has space for its tokens on pages that no other sequence holds.
 
         A page with other holders is copied. If no page is free, the youngest running sequence is preempted.
         """
         for sequence in list(self._running):
-            while sequence in self._running and not self._has_page(sequence):
+            while sequence in self._running and not self._has_pages(sequence):
                 if not self._page_pool.n_free:
                     self._preempt(self._running[-1])
                     continue
                 page = self._page_pool.take()
-                # `_has_page` is false, so the last page either is full or has space but other holders too.
-                last_page_is_shared = sequence.cached % self.options.page_tokens != 0
-                if last_page_is_shared:
+                # The first page to write to has space but other holders too: the last page of a shared prompt.
+                if self._next_page_is_shared(sequence):
                     self._decoder.copy_page(sequence.pages[-1], page)
                     self._page_pool.give_back([sequence.pages.pop()])
                 sequence.pages.append(page)
 
-    def _has_page(self, sequence: AnswerSequence) -> bool:
-        has_space = pages_for(sequence.cached + 1, self.options.page_tokens) <= len(sequence.pages)
-        return has_space and self._page_pool.holders(sequence.pages[-1]) == 1
+    def _has_pages(self, sequence: AnswerSequence) -> bool:
+        has_space = pages_for(len(sequence.tokens), self.options.page_tokens) <= len(sequence.pages)
+        return has_space and not self._next_page_is_shared(sequence)
+
+    def _next_page_is_shared(self, sequence: AnswerSequence) -> bool:
+        page = sequence.cached // self.options.page_tokens
+        return page < len(sequence.pages) and self._page_pool.holders(sequence.pages[page]) > 1
 
     def _preempt(self, sequence: AnswerSequence) -> None:
         """Moves a running sequence to the preempted ones: its pages' content goes to host memory, its pages become
@@ -500,17 +574,41 @@ class Engine:
                 continue
             # nan in one row stays in that row, so only its request is refused.
             if math.isnan(raw_logprob):
-                self._refuse(sequence.request, "the model's logits are not numbers (nan)")
+                self._refuse(sequence.request, NAN)
                 continue
             # Where every token is forbidden, the largest logit and the draw mean nothing.
             if is_forbidden(token, sequence.request.params, allowed.get(row)):
-                self._refuse(sequence.request, "logit_bias and constraint together allow no token")
+                self._refuse(sequence.request, NOTHING_ALLOWED)
                 continue
             text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
             if sequence.finish:
                 self._running.remove(sequence)
                 self._finish(sequence, sequence.finish)
             if sequence.on_text:  # last, because it may cancel the request
+                sequence.on_text(sequence.request.id, sequence.index, token, text)
+            self._take_forced(sequence)
+
+    def _take_forced(self, sequence: AnswerSequence) -> None:
+        """Adds the tokens that the constraint leaves no choice about, calls `on_text` for each, and stops where there
+        is one. A sequence that ends so runs on until the model has scored its tokens.
+
+        A request whose constraint allows no token, or whose biases forbid the only one, is refused.
+        """
+        while sequence.matcher and not sequence.finish:
+            try:
+                sequence.allowed = sequence.matcher.allowed()
+            except GrammarError as error:
+                self._refuse(sequence.request, str(error))
+                return
+            token = only_token(sequence.allowed)
+            if token is None:
+                return
+            if is_forbidden(token, sequence.request.params, None):
+                self._refuse(sequence.request, NOTHING_ALLOWED)
+                return
+            token_set = packed(np.array([token]), self.config.vocab_size) if sequence.request.keep_sets else None
+            text = sequence.add(token, 0.0, None, self._eot_id, self.config.max_seq_len, token_set)
+            if sequence.on_text:
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 
     def _allowed(self, sequences: Sequence[AnswerSequence]) -> dict[int, np.ndarray]:
@@ -523,7 +621,7 @@ class Engine:
             if not sequence.matcher or sequence.finish:
                 continue
             try:
-                allowed[row] = sequence.matcher.allowed()
+                allowed[row] = sequence.matcher.allowed() if sequence.allowed is None else sequence.allowed
             except GrammarError as error:
                 self._refuse(sequence.request, str(error))
         return allowed

@@ -7,15 +7,18 @@ Dimensions: U bytes with one bit for each token of the vocabulary.
 """
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
 
 from dist_lm.errors import UserError
-from dist_lm.generation.constraint import Constraint
+from dist_lm.generation.constraint import Constraint, Kind
 from dist_lm.generation.schema_keywords import bounded, check_schema
+from dist_lm.sandbox import limited
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 KEPT = 64  # grammars that an engine keeps for the next request
@@ -78,15 +81,30 @@ class Matcher:
             raise GrammarError(f"constraint: token {token} is not allowed: {_line(self._state.get_error())}")
 
 
-class Grammars:
-    """Makes matchers for the answers of one tokenizer. Grammars that were used last are kept."""
+def only_token(allowed_U: np.ndarray) -> int | None:
+    """Returns the only token in what `Matcher.allowed` returns; None if there are several."""
+    (places,) = allowed_U.nonzero()
+    if len(places) != 1:
+        return None
+    bits = int(allowed_U[places[0]])
+    if bits.bit_count() != 1:
+        return None
+    return 8 * int(places[0]) + bits.bit_length() - 1
 
-    def __init__(self, load: Callable[[], Tokenizer]) -> None:
+
+class Grammars:
+    """Makes matchers for the answers of one tokenizer. Grammars that were used last are kept. For any thread."""
+
+    def __init__(self, load: Callable[[], Tokenizer], *, untrusted: bool = False) -> None:
         """
         Args:
             load: returns the tokenizer; called once, for the first constraint.
+            untrusted: constraints come from strangers: each is compiled first in the process with limits, because the
+                library ends its process on some.
         """
         self._load = load
+        self._untrusted = untrusted
+        self._lock = threading.Lock()
         self._tokenizer: Tokenizer | None = None
         self._library_tokenizer: Any = None
         self._kept: OrderedDict[Constraint, Any] = OrderedDict()
@@ -102,55 +120,125 @@ class Grammars:
             SchemaError: it is a schema with a keyword that answers would not hold to.
             UserError: the package llguidance is not installed.
         """
-        if constraint not in self._kept:
-            self._kept[constraint] = self._compiled(constraint)
-        self._kept.move_to_end(constraint)
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        state = self._kept[constraint].deep_copy()
+        self.prepare(constraint)
+        with self._lock:
+            state = self._kept[constraint].deep_copy()
         assert self._tokenizer, "loaded for the first grammar"
         return Matcher(state, self._tokenizer.eot_id, ends, self._tokenizer.vocab_size)
 
-    def _compiled(self, constraint: Constraint) -> Any:
-        """Returns an `LLMatcher` before the first token.
+    def has(self, constraint: Constraint) -> bool:
+        """Returns whether a constraint is compiled."""
+        with self._lock:
+            return constraint in self._kept
+
+    def prepare(self, constraint: Constraint) -> None:
+        """Compiles a constraint, so that the next `matcher` takes no time.
 
         Raises:
             GrammarError, SchemaError, UserError: as `matcher`.
         """
-        try:
-            from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-        except ImportError as error:
-            raise UserError(
-                "constraints need the package llguidance: pip install llguidance, or install dist_lm again"
-            ) from error
+        with self._lock:
+            if constraint in self._kept:
+                self._kept.move_to_end(constraint)
+                return
+            if self._tokenizer is None:
+                self._tokenizer = self._load()
+                self._library_tokenizer = _library_tokenizer(_Wrapped(self._tokenizer))
 
-        if self._tokenizer is None:
-            self._tokenizer = self._load()
-            self._library_tokenizer = LLTokenizer(TokenizerWrapper(_Wrapped(self._tokenizer)))
-        if constraint.kind == "json_schema":
-            schema = json.loads(constraint.text)
-            check_schema(schema)
-            # A schema may have options of the library in it.
+        # Outside of the lock: others use their grammars meanwhile.
+        if self._untrusted:
             try:
-                grammar = LLMatcher.grammar_from_json_schema(bounded(schema), overrides=cast(Any, JSON_OPTIONS))
-            except ValueError as error:  # such as an integer of more than 64 bits
-                raise GrammarError(f"constraint.json_schema: {_line(str(error))}") from error
-        elif constraint.kind == "regex":
-            grammar = LLMatcher.grammar_from_regex(constraint.text)
-        elif constraint.kind == "choice":
-            texts = " | ".join(json.dumps(text) for text in json.loads(constraint.text))
-            grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
-        else:
-            grammar = LLMatcher.grammar_from_lark(constraint.text)
+                limited.call(try_constraint, constraint.kind, constraint.text, self._tokenizer.vocab_size)
+            except limited.LimitError as error:
+                raise GrammarError(f"constraint.{constraint.kind}: compiling it {error}") from error
+        state = _compiled(constraint, self._library_tokenizer)
+        with self._lock:
+            self._kept[constraint] = state
+            self._kept.move_to_end(constraint)
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
 
-        # Verbose errors quote the state of the parser.
-        limits = LLParserLimits(verbose_errors=False)
-        state = LLMatcher(self._library_tokenizer, grammar, log_level=0, limits=limits)
-        if state.is_error():
-            raise GrammarError(f"constraint.{constraint.kind}: {_line(state.get_error())}")
-        if warnings := state.get_grammar_warnings():
-            raise GrammarError(f"constraint.{constraint.kind}: {_line('; '.join(warnings))}")
-        return state
+
+def try_constraint(kind: Kind, text: str, vocab_size: int) -> None:
+    """Compiles a constraint and asks for its first tokens; for the process with limits.
+
+    The vocabulary has bytes alone: what ends the library is in the constraint.
+
+    Raises:
+        GrammarError, SchemaError, UserError: as `Grammars.matcher`.
+    """
+    state = _compiled(Constraint(kind, text), _byte_tokenizer(vocab_size))
+    state.compute_bitmask()
+
+
+@lru_cache
+def _byte_tokenizer(vocab_size: int) -> Any:
+    return _library_tokenizer(_Bytes(vocab_size))
+
+
+def _library_tokenizer(wrapped: "_Wrapped | _Bytes") -> Any:
+    """Returns an `LLTokenizer`.
+
+    Raises:
+        UserError: the package llguidance is not installed.
+    """
+    try:
+        from llguidance import LLTokenizer, TokenizerWrapper
+    except ImportError as error:
+        raise UserError(
+            "constraints need the package llguidance: pip install llguidance, or install dist_lm again"
+        ) from error
+    return LLTokenizer(TokenizerWrapper(wrapped))
+
+
+def _compiled(constraint: Constraint, library_tokenizer: Any) -> Any:
+    """Returns an `LLMatcher` before the first token.
+
+    Raises:
+        GrammarError: the constraint cannot be read, or takes too much work.
+        SchemaError: it is a schema with a keyword that answers would not hold to.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    if constraint.kind == "json_schema":
+        schema = json.loads(constraint.text)
+        check_schema(schema)
+        # A schema may have options of the library in it.
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(bounded(schema), overrides=cast(Any, JSON_OPTIONS))
+        except ValueError as error:  # such as an integer of more than 64 bits
+            raise GrammarError(f"constraint.json_schema: {_line(str(error))}") from error
+    elif constraint.kind == "regex":
+        grammar = LLMatcher.grammar_from_regex(constraint.text)
+    elif constraint.kind == "choice":
+        texts = " | ".join(json.dumps(text) for text in json.loads(constraint.text))
+        grammar = LLMatcher.grammar_from_lark(f"start: {texts}")
+    else:
+        grammar = LLMatcher.grammar_from_lark(constraint.text)
+
+    # Verbose errors quote the state of the parser.
+    limits = LLParserLimits(verbose_errors=False)
+    state = LLMatcher(library_tokenizer, grammar, log_level=0, limits=limits)
+    if state.is_error():
+        raise GrammarError(f"constraint.{constraint.kind}: {_line(state.get_error())}")
+    if warnings := state.get_grammar_warnings():
+        raise GrammarError(f"constraint.{constraint.kind}: {_line('; '.join(warnings))}")
+    return state
+
+
+class _Bytes:
+    """A vocabulary of the 256 bytes and of tokens without text, as llguidance asks for it."""
+
+    bos_token_id = None
+
+    def __init__(self, vocab_size: int) -> None:
+        names = (NO_TEXT + f"<[{token}]>".encode() for token in range(256, max(vocab_size, 257)))
+        self.tokens = [*(bytes([value]) for value in range(256)), *names]
+        self.special_token_ids = [*range(256, len(self.tokens))]
+        self.eos_token_id = len(self.tokens) - 1
+
+    def __call__(self, content: bytes) -> list[int]:
+        return list(content)
 
 
 class _Wrapped:

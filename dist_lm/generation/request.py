@@ -16,6 +16,8 @@ from dist_lm.generation.constraint import Constraint
 from dist_lm.model.keyed_random import hash_words, signed
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dist_lm.generation.grammar import Matcher
 
 OnText = Callable[[str, int, int, str], None]
@@ -160,7 +162,7 @@ class Answer:
     tokens: tuple[int, ...]  # all drawn tokens, including the one that ended the answer
     text: str  # without the stop text; empty if the engine has no vocabulary
     logprobs: tuple[float, ...]  # nats, of each token under the distribution it was drawn from
-    raw_logprobs: tuple[float, ...]  # nats, of each token under the model's distribution
+    raw_logprobs: tuple[float, ...]  # nats, of each token under the model's distribution; nan: cancelled before
     finish: FinishReason
     seed: int
     version: int  # version of the weights
@@ -263,6 +265,7 @@ class AnswerSequence:
     sets: list[bytes] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is preempted
     matcher: "Matcher | None" = None  # the tokens that the constraint allows next
+    allowed: "np.ndarray | None" = None  # what `matcher.allowed` returns now; None: it was not asked
     finish: FinishReason | None = None
 
     def __post_init__(self) -> None:
@@ -278,15 +281,32 @@ class AnswerSequence:
     def n_new(self) -> int:
         return len(self.tokens) - self.n_prompt
 
+    @property
+    def to_compute(self) -> list[int]:
+        """Tokens that the model has not computed yet but must: of a finished answer all but the last one."""
+        return self.tokens[self.cached : len(self.tokens) - bool(self.finish)]
+
+    @property
+    def n_unscored(self) -> int:
+        """New tokens without a log-probability of the model."""
+        return self.n_new - len(self.raw_logprobs)
+
     def add(
-        self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int, token_set: bytes | None = None
+        self,
+        token: int,
+        logprob: float,
+        raw_logprob: float | None,
+        eot_id: int,
+        context: int,
+        token_set: bytes | None = None,
     ) -> str:
         """Appends a token with its log-probabilities, and sets `finish` if it is the last one; `cached` stays.
 
         The first reason that holds becomes `finish`: end-of-text, a stop token or text, max_new_tokens, a full context.
 
         Args:
-            logprob: nats, under the distribution the token was drawn from; `raw_logprob`: under the model's.
+            logprob: nats, under the distribution the token was drawn from.
+            raw_logprob: nats, under the model's distribution; None: it follows by `raw_logprobs`.
             context: most tokens of prompt and answer.
             token_set: the packed set of tokens among which it was drawn; kept if the request asks for sets.
 
@@ -298,7 +318,8 @@ class AnswerSequence:
         """
         self.tokens.append(token)
         self.logprobs.append(logprob)
-        self.raw_logprobs.append(raw_logprob)
+        if raw_logprob is not None:
+            self.raw_logprobs.append(raw_logprob)
         if self.request.keep_sets and token_set is not None:
             self.sets.append(token_set)
         text = self.stream.add(token)
@@ -317,11 +338,13 @@ class AnswerSequence:
             text += self.stream.finish()
         elif self.matcher:
             self.matcher.take(token)
+            self.allowed = None
         return text
 
     def answer(self, version: int) -> Answer:
         """Returns the answer, which must be finished; `version`: version of the weights."""
         assert self.finish
+        assert not self.n_unscored or self.finish == "cancelled"
         return Answer(
             request=self.request.id,
             index=self.index,
@@ -329,7 +352,7 @@ class AnswerSequence:
             tokens=tuple(self.tokens[self.n_prompt :]),
             text=self.stream.text,
             logprobs=tuple(self.logprobs),
-            raw_logprobs=tuple(self.raw_logprobs),
+            raw_logprobs=(*self.raw_logprobs, *[math.nan] * self.n_unscored),
             finish=self.finish,
             seed=self.seed,
             version=version,

@@ -89,6 +89,39 @@ def check_schema(schema: Any) -> None:
             )
 
 
+def loosened(schema: Any) -> Any:
+    """Returns a copy of a schema without the keywords that `check_schema` refuses: every value of the schema fits it,
+    and more. `oneOf` becomes `anyOf`."""
+    if not isinstance(schema, Mapping):
+        return schema
+
+    loose: dict[str, Any] = {}
+    for keyword, value in schema.items():
+        if keyword in OF_SCHEMA:
+            loose[keyword] = loosened(value)
+        elif keyword in OF_SCHEMAS:
+            loose[keyword] = [loosened(part) for part in value]
+        elif keyword in OF_NAMED_SCHEMAS:
+            loose[keyword] = {name: loosened(part) for name, part in value.items()}
+        elif keyword in KNOWN and not _is_refused(keyword, value):
+            loose[keyword] = value
+
+    # Beside an `anyOf` of the schema itself, its `oneOf` cannot become another one.
+    branches = loose.pop("oneOf", None)
+    if branches is not None and "anyOf" not in loose:
+        loose["anyOf"] = branches
+    return loose
+
+
+def _is_refused(keyword: str, value: Any) -> bool:
+    """Returns whether `check_schema` refuses a keyword that it knows for its value."""
+    if keyword in NUMBERS and _too_large(value) is not None:
+        return True
+    if keyword == "multipleOf":
+        return _numerator(value) > MOST_REMAINDERS
+    return keyword == "format" and value not in FORMATS
+
+
 def bounded(schema: Any) -> Any:
     """Returns a copy of a schema that `check_schema` accepts, which allows no number beyond `LARGEST` where it has no
     bounds of its own."""

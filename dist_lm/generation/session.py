@@ -74,6 +74,7 @@ def build_engine(
     cache_tokens: int = CACHE_TOKENS,
     tp: int = 1,
     dtype: torch.dtype | None = None,
+    grammars: Grammars | None = None,
 ) -> Engine:
     """Returns an engine whose cache holds up to `answers` full contexts at a time.
 
@@ -81,6 +82,7 @@ def build_engine(
         cache_tokens: upper bound of the cache in tokens, unless a single context is longer.
         tp: devices that share the model.
         dtype: None: bf16 on a GPU that has it and fp32 elsewhere, as in training.
+        grammars: None: new ones, for constraints of the user's own.
 
     Raises:
         ArtefactError: the weights do not fit the model.
@@ -104,7 +106,7 @@ def build_engine(
         dtype=dtype,
         device=device,
         tp=tp,
-        grammars=Grammars(lambda: loaded.tokenizer),
+        grammars=grammars or Grammars(lambda: loaded.tokenizer),
     )
 
 

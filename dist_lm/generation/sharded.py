@@ -127,7 +127,10 @@ class ShardedDecoder:
         self._execute("resize", n_pages)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        return self._execute("prefill", [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces])
+        return self._execute("prefill", _values(pieces))
+
+    def extend(self, pieces: Sequence[Piece], next_tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._execute("extend", _values(pieces), list(next_tokens))
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """Does the same as `Decoder.plan`; it replaces the previous plan."""
@@ -198,6 +201,11 @@ class ShardedDecoder:
             raise
 
 
+def _values(pieces: Sequence[Piece]) -> list[tuple[list[int], int, list[int]]]:
+    """Returns pieces as JSON values."""
+    return [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces]
+
+
 @dataclass
 class SharedDecodePlan:
     """A `DecodePlan` that advances on all ranks."""
@@ -234,6 +242,11 @@ class Rank:
 
     def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> torch.Tensor:
         return self.decoder.prefill([Piece(*piece) for piece in pieces])
+
+    def extend(
+        self, pieces: list[tuple[list[int], int, list[int]]], next_tokens: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.decoder.extend([Piece(*piece) for piece in pieces], next_tokens)
 
     def plan(self, pages: list[list[int]], positions: list[int]) -> DecodePlan:
         """Sets the plan of all decode steps until the next plan."""
@@ -295,7 +308,10 @@ class Follower(Rank):
         self.decoder.build(receive)
 
 
-COMMANDS = ("load", "resize", "prefill", "plan", "advance", "decode", "copy_page", "clear", "save", "restore", "forget")
+COMMANDS = (
+    *("load", "resize", "prefill", "extend", "plan", "advance", "decode"),
+    *("copy_page", "clear", "save", "restore", "forget"),
+)
 
 
 def main() -> None:

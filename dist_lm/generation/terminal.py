@@ -102,7 +102,7 @@ def generate(
             session, run = _load(path, tokenizer, model_device, n, tp, opening, errors)
             stack.enter_context(closing(session))
         if tools:
-            chat = ToolChat(session, toolbox, tools.max_rounds)
+            chat = ToolChat(session, toolbox, tools.max_rounds, tools.choice)
         if toolbox and run and (warning := warning_of(run.path.parent.name)):
             errors.print(Text(warning, style="yellow"), soft_wrap=True)
 

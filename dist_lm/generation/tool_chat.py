@@ -9,7 +9,9 @@ from pathlib import Path
 from dist_lm.chat.messages import Call, Conversation, Json, Message
 from dist_lm.chat.parse import parse_turn, require_hermes_calls
 from dist_lm.chat.template import prompt, stop_tokens
-from dist_lm.errors import UserError, require
+from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.generation.call_grammar import ToolChoice, call_constraint
+from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.session import ENDINGS as FINISHES
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.tokenizer.symbols import CALL
@@ -35,9 +37,12 @@ class ToolOptions:
     file: Path | None  # None: the model may call nothing
     max_rounds: int = 8  # turns with calls per request, at most
     limits: Limits = field(default_factory=Limits)
+    choice: ToolChoice = field(default_factory=ToolChoice)  # of the first turn that answers a request
 
     def __post_init__(self) -> None:
         require(self.max_rounds > 0, "--max-rounds", self.max_rounds, "a positive integer")
+        if self.file is None and self.choice != ToolChoice():
+            raise ConfigError("--tool-choice and --no-parallel-calls: expected --tools")
 
 
 @dataclass(frozen=True)
@@ -72,20 +77,25 @@ class ChatOutcome:
 class ToolChat:
     """The conversation so far. A request without an answer is removed, so that the next request can follow."""
 
-    def __init__(self, session: Session, toolbox: Toolbox | None, max_rounds: int) -> None:
+    def __init__(
+        self, session: Session, toolbox: Toolbox | None, max_rounds: int, choice: ToolChoice | None = None
+    ) -> None:
         """
         Args:
             toolbox: the functions the model may call; None: it may call nothing.
             max_rounds: turns with calls per request, at most.
+            choice: which calls the first turn of an answer may have; later turns may call or answer.
 
         Raises:
             UserError: the chat template of an imported model writes calls in another form than ours.
+            ChatError: there is no function of the chosen name.
         """
         self._session = session
         self._toolbox = toolbox
         self._max_rounds = max_rounds
         if toolbox and session.tokenizer.kept_template:
             require_hermes_calls(session.tokenizer)
+        self._constraints = _turn_constraints(toolbox, choice or ToolChoice(), session)
         self.forget()
 
     def forget(self) -> None:
@@ -127,7 +137,10 @@ class ToolChat:
         outcomes: list[Outcome] = []
 
         def generate_turn(conversation: Conversation) -> Message | None:
-            outcome = self._turn(conversation, settings, on_text, interrupted)
+            # Forced calls in every turn would leave no turn for the answer.
+            constraint = self._constraints[min(len(outcomes), 1)]
+            turn_settings = replace(settings, constraint=constraint or settings.constraint)
+            outcome = self._turn(conversation, turn_settings, on_text, interrupted)
             outcomes.append(outcome)
             if outcome.stopped:
                 return None
@@ -195,6 +208,22 @@ class ToolChat:
         params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, *stop_tokens(tokenizer)))
         turn_settings = replace(settings, params=params)
         return session.answer(prompt_ids, turn_settings, 1, on_piece, interrupted=interrupted, on_token=on_token)
+
+
+def _turn_constraints(
+    toolbox: Toolbox | None, choice: ToolChoice, session: Session
+) -> tuple[Constraint | None, Constraint | None]:
+    """Returns the constraints of the first turn of an answer and of later ones; None without functions.
+
+    Raises:
+        ChatError: there is no function of the chosen name.
+    """
+    if not toolbox:
+        return None, None
+    later = replace(choice, mode="none" if choice.mode == "none" else "auto")
+    # `converse` compares calls with their schemas and tells the model what does not fit.
+    first, then = (call_constraint(toolbox.tools, session.tokenizer, which, strict=False) for which in (choice, later))
+    return first, then
 
 
 def warning_of(stage: str | None) -> str | None:

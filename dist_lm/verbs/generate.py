@@ -62,12 +62,18 @@ def generate(
         bool, typer.Option("--chat", help="Prompts are requests to the model, which it answers in turn.")
     ] = False,
     max_rounds: Annotated[int, typer.Option(help="With --tools: most turns with calls for one request.")] = 8,
+    tool_choice: Annotated[
+        str,
+        typer.Option(help="With --tools: auto, required (a call first), none, or the name of the function to call."),
+    ] = "auto",
+    parallel_calls: Annotated[bool, typer.Option(help="With --tools: a turn may have several calls.")] = True,
     tool_seconds: Annotated[float, typer.Option(help="With --tools: time limit of a call.")] = 10.0,
     tool_characters: Annotated[
         int, typer.Option(help="With --tools: longest result of a call; the rest is cut off.")
     ] = 4000,
 ) -> None:
     """Continue a text: one prompt, or a session at the terminal (docs/generation.md)."""
+    from dist_lm.generation.call_grammar import ToolChoice
     from dist_lm.generation.terminal import generate
     from dist_lm.generation.tool_chat import ToolOptions
     from dist_lm.tools.use.toolbox import Limits
@@ -84,7 +90,9 @@ def generate(
     # Without tools and turns the model continues the text of a prompt.
     options = None
     if tools or chat:
-        options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters))
+        options = ToolOptions(
+            tools, max_rounds, Limits(tool_seconds, tool_characters), ToolChoice(tool_choice, parallel_calls)
+        )
     raise typer.Exit(
         generate(
             path, prompt, tokenizer, sampling, stop or [], seed, n, device, tp, options, suffix, opening, constraint

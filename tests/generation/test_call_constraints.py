@@ -10,6 +10,8 @@ from dist_lm.chat.messages import ChatError, Conversation, Message, Tool
 from dist_lm.chat.parse import parse_turn
 from dist_lm.chat.schema import problems
 from dist_lm.chat.template import prompt, stop_tokens
+from dist_lm.evaluation.figures import request_of
+from dist_lm.evaluation.tasks import Asking, tool_items
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.request import Answer, Request, SamplingParams
@@ -42,12 +44,18 @@ class Asked:
         self._engine = build_engine(loaded, torch.device("cpu"), answers=32)
 
     def turns(
-        self, question: Conversation, choice: ToolChoice, n: int, end: float = 3.0, temperature: float = 1.0
+        self,
+        question: Conversation,
+        choice: ToolChoice,
+        n: int,
+        end: float = 3.0,
+        temperature: float = 1.0,
+        strict: bool = True,
     ) -> Sequence[Message]:
         """The turns that ended by themselves. `end`: added to the logit of the mark that ends a turn."""
-        constraint = call_constraint(question.tools, self.tokenizer, choice)
+        constraint = call_constraint(question.tools, self.tokenizer, choice, strict=strict)
         # The model would rarely open a call in free text.
-        bias = {self.tokenizer.mark_id("<tool_call>"): 6.0, self.tokenizer.mark_id("<|im_end|>"): end}
+        bias = {self.tokenizer.mark("<tool_call>")[0]: 6.0, self.tokenizer.mark_id("<|im_end|>"): end}
         params = SamplingParams(150, temperature, stop_tokens=stop_tokens(self.tokenizer), logit_bias=bias)
         ids = prompt(question, self.tokenizer)[-60:]
         self._engine.submit(Request("turn", ids, params, n=n, constraint=constraint))
@@ -113,3 +121,48 @@ def test_a_tool_whose_schema_no_answer_can_hold_to_is_refused_by_name(asked: Ask
 def test_a_choice_that_names_no_tool_is_refused(asked: Asked):
     with pytest.raises(ChatError, match=r"tool_choice=wether: expected .*\(weather, clock\)"):
         call_constraint(QUESTION.tools, asked.tokenizer, ToolChoice("wether"))
+
+
+def test_marks_that_a_tokenizer_lacks_are_written_as_text(asked: Asked, tiny_work: WorkDirectory):
+    """Finds free text of an imported model that spells a mark and so becomes a broken call."""
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    for mark in ("<tool_call>", "</tool_call>"):
+        del tokenizer.special_ids[mark]
+    spelling = Asked.__new__(Asked)
+    spelling.__dict__ = asked.__dict__ | {"tokenizer": tokenizer}
+    turns = [turn for mode in ("auto", "required") for turn in spelling.turns(QUESTION, ToolChoice(mode), 16, end=1.0)]
+    calls = [call for message in turns for call in message.calls]
+    assert len(calls) >= 8
+    assert not [problem for call in calls for problem in problems(call, QUESTION.tools)]
+
+
+def test_keywords_that_no_grammar_holds_to_may_be_left_out(asked: Asked):
+    """A user's function with a set among its arguments must not lose its calls."""
+    parameters = {
+        "type": "object",
+        "properties": {
+            "tags": {"type": "array", "items": {"enum": [1, 2]}, "uniqueItems": True, "maxItems": 2},
+            "one": {"oneOf": [{"type": "integer", "maximum": 9}, {"type": "number", "maximum": 1e300}]},
+        },
+        "required": ["tags", "one"],
+        "minProperties": 1,
+    }
+    question = replace(QUESTION, tools=(Tool("odd", "", parameters),))
+    turns = asked.turns(question, ToolChoice("required"), 8, strict=False)
+    assert turns
+    for call in [call for message in turns for call in message.calls]:
+        assert {*call.arguments} == {"tags", "one"}
+        assert {*call.arguments["tags"]} <= {1, 2}
+
+
+def test_questions_about_held_out_tools_are_constrained_where_it_is_asked(asked: Asked, tiny_work: WorkDirectory):
+    """Finds `stage.constrain_calls` that ends on the way to the engine."""
+    asking = Asking.greedy(asked.tokenizer, 256, True, 64, constrain_calls=True)
+    items = tool_items(asking, tiny_work.corpus("tools"))
+    assert items
+    assert all(item.constraint for item in items)
+    plain = tool_items(replace(asking, constrain_calls=False), tiny_work.corpus("tools"))
+    assert not [item for item in plain if item.constraint]
+    item = items[0]
+    request = request_of(3, "tools", item, seed=1)
+    assert request.constraint == item.constraint

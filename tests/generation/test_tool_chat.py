@@ -13,13 +13,15 @@ from dist_lm.chat.messages import Call, Conversation, Message
 from dist_lm.chat.parse import parse
 from dist_lm.chat.template import answer_tokens
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import UserError
+from dist_lm.errors import ConfigError, UserError
+from dist_lm.generation.call_grammar import ToolChoice, call_constraint
+from dist_lm.generation.constraint import Constraint
 from dist_lm.generation.load import Openings
 from dist_lm.generation.prompt_loop import PromptLoop
 from dist_lm.generation.request import Answer, FinishReason, SamplingParams, TextStream
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import NO_ANSWER, interrupts
-from dist_lm.generation.tool_chat import ToolChat, warning_of
+from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
 from dist_lm.prepare.compose import compose_config
 from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -41,6 +43,7 @@ class Scripted(Session):
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, script: list[Message | list[int]]) -> None:
         self.name, self.tokenizer, self.config, self.script = "scripted", tokenizer, config, script
         self.asked: list[Conversation] = []
+        self.constraints: list[Constraint | None] = []
 
     def answer(
         self,
@@ -54,6 +57,7 @@ class Scripted(Session):
         opening = [self.tokenizer.special_ids[START], *self.tokenizer.encode("assistant\n")]
         assert prompt[-len(opening) :] == opening
         self.asked.append(parse(prompt[: -len(opening)], self.tokenizer))
+        self.constraints.append(settings.constraint)
         turn = self.script.pop(0)
         tokens = turn if isinstance(turn, list) else answer_tokens(turn, self.tokenizer)
         assert tokens[-1] in settings.params.stop_tokens or isinstance(turn, list)
@@ -121,6 +125,24 @@ def test_a_request_without_an_answer_is_taken_back(scripted, toolbox):
     assert "the model's output is not a turn (token" in screen
     assert "no answer after --max-rounds" in screen
     assert [turn.content for turn in session.asked[-1].messages] == ["three"]
+
+
+def test_turns_are_constrained_to_calls_that_fit(scripted, toolbox):
+    """Forced calls are for the first turn: with them in every turn no request would get an answer."""
+    session = scripted(ONE, WORDS, WORDS)
+    chat = ToolChat(session, toolbox, 8, ToolChoice("required", parallel=False))
+    for request in ("one", "two"):
+        chat.answer(request, SETTINGS, lambda text: None, lambda line: None)
+    first = call_constraint(toolbox.tools, session.tokenizer, ToolChoice("required", parallel=False))
+    later = call_constraint(toolbox.tools, session.tokenizer, ToolChoice("auto", parallel=False))
+    assert session.constraints == [first, later, first]
+
+
+def test_a_choice_that_no_function_has_is_refused_before_the_first_request(scripted, toolbox):
+    with pytest.raises(UserError, match=r"tool_choice=ad: expected .*\(add\)"):
+        ToolChat(scripted(), toolbox, 8, ToolChoice("ad"))
+    with pytest.raises(ConfigError, match="--tool-choice and --no-parallel-calls: expected --tools"):
+        ToolOptions(None, choice=ToolChoice("required"))
 
 
 def test_calls_that_are_refused_again_end_a_request_with_a_line(scripted, toolbox):

@@ -70,6 +70,7 @@ class EvaluateConfig(SamplingConfig, EngineConfig, StageGroup):
     cpu_s: float = 3.0  # CPU time of a program with its tests
     documents: int = 200  # held-out documents of each corpus, for bits_per_byte; 0: all
     corpora: list[str] = field(default_factory=lambda: ["language", "code"])  # for bits_per_byte
+    constrain_calls: bool = False  # tasks tools and bfcl: only calls that fit their tool's schema can be drawn
     questions_per_part: int = 25  # questions of a task in a file; after a kill an unfinished file is asked again
 
     def __post_init__(self) -> None:

@@ -92,7 +92,16 @@ class Evaluation(PoolWork):
         )
         limits = limits_of(stage.cpu_s)
         self._hidden_seed = hidden_seed_of(version_of_tests(run), config.seed, run.path)
-        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits, self._hidden_seed)
+        asking = Asking(
+            tokenizer,
+            config.model.max_seq_len,
+            self.chat,
+            params,
+            stage.n,
+            limits,
+            self._hidden_seed,
+            stage.constrain_calls,
+        )
         if BITS in self._unmeasured:
             has_default_corpora = stage.corpora == type(stage)().corpora
             corpora = [corpus_folder(config, name) for name in stage.corpora]

@@ -1,0 +1,169 @@
+"""Who may talk to the server: a wrapper of the application that looks at headers, and at the size of bodies.
+
+A web page that a user of this machine opens can send requests to a loopback address. So the server answers only under
+its own names (a page may have made a name of its own point here), and never to a page of another origin.
+"""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from dist_lm.errors import require
+from dist_lm.server.protocol import error_value
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+BODY_S = 30.0  # seconds for a body to arrive
+PUBLIC = ("/health",)  # paths that need no key
+PATHS = {
+    *("/v1/chat/completions", "/v1/completions", "/v1/models"),
+    *("/tokenize", "/detokenize", "/health", "/metrics"),
+}
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class DoorRules:
+    """Whom the server answers."""
+
+    host: str  # the address that it listens on
+    key: str = ""  # empty: none is needed
+    hosts: Sequence[str] = ()  # names of the server beside its address, without a port
+    origins: Sequence[str] = ()  # of web pages that may call it, such as https://chat.example.org
+
+    def __post_init__(self) -> None:
+        is_local = is_loopback(self.host)
+        require(
+            is_local or bool(self.key),
+            "--host",
+            self.host,
+            "127.0.0.1, or a key in the variable DIST_LM_API_KEY: anybody could use the model",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether an address or name is reached from this machine alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def refusal_of(rules: DoorRules, path: str, headers: Sequence[tuple[bytes, bytes]]) -> tuple[int, str, str] | None:
+    """Returns (status, message, code) for a request that is refused by its headers; None: it may come in."""
+    values = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+    host = values.get("host", "")
+    name = (urlsplit(f"//{host}").hostname or "") if _is_authority(host) else ""
+    known = {*rules.hosts, rules.host, *(LOOPBACK if is_loopback(rules.host) else ())}
+    # With a key, a name of somebody else's making gains nothing: the page does not know the key.
+    if name not in known and not (rules.key and not rules.hosts):
+        return (
+            403,
+            f"Host {name[:80]!r}: not a name of this server: expected {', '.join(sorted(known))}",
+            "host_refused",
+        )
+
+    origin = values.get("origin")
+    if origin is not None and origin not in (*rules.origins, f"http://{host}", f"https://{host}"):
+        return 403, f"Origin {origin[:80]!r}: web pages of other origins are refused (--allow-origin)", "origin_refused"
+    if origin is None and values.get("sec-fetch-site") in ("cross-site", "same-site"):
+        return 403, "web pages of other origins are refused (--allow-origin)", "origin_refused"
+
+    if rules.key and path not in PUBLIC:
+        scheme, _, token = values.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), rules.key.encode()):
+            return 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`", "invalid_api_key"
+    return None
+
+
+def _is_authority(host: str) -> bool:
+    try:
+        return bool(urlsplit(f"//{host}").hostname) and not {*host} & {*"/?#@\\ "}
+    except ValueError:
+        return False
+
+
+class Door:
+    """Lets requests in by `refusal_of`, with whole bodies of at most `body_bytes`."""
+
+    def __init__(self, app: App, rules: DoorRules, body_bytes: int, count: Callable[[str, int], None]) -> None:
+        """
+        Args:
+            count: called with path and status of every response; the path is one of `PATHS`, or `other`.
+        """
+        self._app = app
+        self._rules = rules
+        self._body_bytes = body_bytes
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no web socket is offered
+            await send({"type": "websocket.close", "code": 1008})
+            return
+
+        path = scope["path"] if scope["path"] in PATHS else "other"
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._count(path, message["status"])
+            await send(message)
+
+        if refusal := refusal_of(self._rules, scope["path"], scope["headers"]):
+            status, message, code = refusal
+            await _refuse(send_counted, status, message, code)
+            return
+        try:
+            async with asyncio.timeout(BODY_S):
+                body = await self._body(scope, receive)
+        except TimeoutError:
+            await _refuse(send_counted, 408, f"the body did not arrive within {BODY_S:g} s", "timeout")
+            return
+        if body is None:
+            await _refuse(send_counted, 413, f"the body is longer than {self._body_bytes:,} bytes", "body_too_large")
+            return
+
+        is_read = False
+
+        async def receive_whole() -> Message:
+            nonlocal is_read
+            if is_read:
+                return await receive()  # tells that the client has gone
+            is_read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, receive_whole, send_counted)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """Returns the body; None if it is too long, of which no more is read than the limit."""
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared[:20]) > self._body_bytes:
+            return None
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > self._body_bytes:
+                return None
+            if message["type"] == "http.disconnect" or not message.get("more_body"):
+                return bytes(body)
+
+
+async def _refuse(send: Send, status: int, message: str, code: str) -> None:
+    content = json.dumps(error_value(message, status, code=code)).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,272 @@
+"""One thread that runs the engine: requests join the running batch as they arrive, and their tokens go to a callback.
+
+    submit -> inbox -> waiting -> engine -> sink(Grown), sink(Done) or sink(Failed)
+
+Only this thread touches the engine. A request waits here, not in the engine, until the engine has room for its answers,
+so that its time in the queue can be limited.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dist_lm.errors import UserError
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.2  # seconds between two looks at an empty inbox, for limits of time
+MOST_TIMES = 10_000  # times that the figures remember
+
+
+@dataclass(frozen=True)
+class Grown:
+    """New tokens of an answer, all with their log-probabilities."""
+
+    request: str
+    index: int
+    pieces: Sequence[tuple[int, str]]  # each token with the text that became final with it
+    raw_logprobs: Sequence[float]
+    logprobs: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A complete answer."""
+
+    answer: Answer
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request without an answer; the status is that of HTTP."""
+
+    request: str
+    message: str
+    status: int
+
+
+Event = Grown | Done | Failed
+Sink = Callable[[Event], None]
+"""Called in the thread of the engine; it must not block."""
+
+
+@dataclass
+class Figures:
+    """Counts since the start, and times in seconds. The thread writes, others read."""
+
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    waiting: int = 0  # answers
+    running: int = 0  # answers
+    queue_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_TIMES))
+    first_token_s: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_TIMES))
+
+
+@dataclass
+class _Order:
+    """A request on its way."""
+
+    request: Request
+    sink: Sink
+    streams: bool  # whether the sink gets tokens while the answer grows
+    arrived: float
+    pieces: dict[int, list[tuple[int, str]]] = field(default_factory=dict)  # not yet sent, by the answer's index
+    sequences: Sequence[AnswerSequence] = ()
+    sent: dict[int, int] = field(default_factory=dict)  # tokens that were sent
+    open: set[int] = field(default_factory=set)  # answers that are not complete
+    has_token: bool = False
+
+    def take(self, name: str, index: int, token: int, text: str) -> None:
+        """Keeps a new token until it is sent; called by the engine."""
+        self.pieces[index].append((token, text))
+
+
+class EngineThread:
+    """The thread; `start` it, and `stop` it at the end."""
+
+    def __init__(self, engine: Engine, queue_s: float) -> None:
+        """
+        Args:
+            queue_s: seconds that a request may wait for its first step.
+        """
+        self.figures = Figures()
+        self.max_sequences = engine.options.max_sequences
+        self._engine = engine
+        self._queue_s = queue_s
+        self._inbox: queue.SimpleQueue[_Order | str | None] = queue.SimpleQueue()  # a text: cancel; None: stop
+        self._waiting: deque[_Order] = deque()
+        self._running: dict[str, _Order] = {}
+        self._is_stopping = False
+        self._failure = ""
+        self._threads = torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def failure(self) -> str:
+        """Why the engine computes no more; empty while it does."""
+        return self._failure
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not (self._waiting or self._running) and self._inbox.empty()
+
+    @property
+    def free_pages(self) -> int:
+        """Pages of the cache that no sequence holds."""
+        return self._engine.free_pages
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of the cache."""
+        return self._engine.options.n_pages
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink, *, streams: bool) -> None:
+        """Queues a request, whose id must be new; `sink` gets a `Done` for each answer, or one `Failed`.
+
+        Args:
+            streams: whether the sink gets `Grown` before.
+        """
+        self._inbox.put(_Order(request, sink, streams, time.monotonic(), open=set(range(request.n))))
+
+    def cancel(self, request: str) -> None:
+        """Ends a request, if it is under way: its pages become free, and its sink gets nothing more."""
+        self._inbox.put(request)
+
+    def stop(self, seconds: float) -> None:
+        """Fails all requests and waits for the thread's end, at most so many seconds."""
+        self._inbox.put(None)
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # each thread has a number of its own
+        try:
+            while not self._is_stopping:
+                self._read_inbox()
+                self._admit()
+                if self._running:
+                    self._step()
+                self.figures.waiting = sum(order.request.n for order in self._waiting)
+                self.figures.running = sum(len(order.open) for order in self._running.values())
+        except Exception as error:
+            log.exception("the engine has failed")
+            self._failure = f"the engine has failed ({error}): start the server again"
+        reason = self._failure or "the server is stopping"
+        # Requests may still arrive while the server ends.
+        while True:
+            for order in (*self._running.values(), *self._waiting):
+                self._fail(order, reason, 503)
+            self._running.clear()
+            self._waiting.clear()
+            if self._is_stopping and self._inbox.empty():
+                return
+            self._take(self._inbox.get())
+
+    def _read_inbox(self) -> None:
+        """Takes all messages; waits for one if nothing runs."""
+        if not self._running:
+            try:
+                self._take(self._inbox.get(timeout=IDLE_S))
+            except queue.Empty:
+                return
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+
+    def _take(self, message: _Order | str | None) -> None:
+        if message is None:
+            self._is_stopping = True
+        elif isinstance(message, str):
+            self._drop(message)
+        else:
+            self._waiting.append(message)
+
+    def _drop(self, name: str) -> None:
+        """Ends a cancelled request."""
+        for order in [order for order in self._waiting if order.request.id == name]:
+            self._waiting.remove(order)
+            self.figures.cancelled += 1
+        if self._running.pop(name, None):
+            # The engine returns what there is of it with the next step, and nobody asks for it.
+            self._engine.cancel(name)
+            self.figures.cancelled += 1
+
+    def _admit(self) -> None:
+        """Gives the engine requests while it has room, oldest first; fails those that have waited too long."""
+        now = time.monotonic()
+        while self._waiting and now - self._waiting[0].arrived > self._queue_s:
+            self._fail(self._waiting.popleft(), f"no room for this request within {self._queue_s:g} s: try later", 503)
+
+        n_active = sum(len(order.open) for order in self._running.values())
+        while self._waiting and (not n_active or n_active + self._waiting[0].request.n <= self.max_sequences):
+            order = self._waiting.popleft()
+            if order.streams:
+                order.pieces = {index: [] for index in order.open}
+                order.sent = dict.fromkeys(order.open, 0)
+            try:
+                order.sequences = self._engine.submit(order.request, order.take if order.streams else None)
+            except RequestError as error:
+                self._fail(order, error.reason, 400)
+                continue
+            except UserError as error:  # such as a cache that does not fit into memory
+                self._fail(order, str(error), 500)
+                continue
+            self._running[order.request.id] = order
+            self.figures.queue_s.append(now - order.arrived)
+            self.figures.prompt_tokens += len(order.request.prompt)
+            n_active += order.request.n
+
+    def _step(self) -> None:
+        results = self._engine.step()
+        now = time.monotonic()
+        for order in self._running.values():
+            if not order.has_token and any(sequence.n_new for sequence in order.sequences):
+                order.has_token = True
+                self.figures.first_token_s.append(now - order.arrived)
+            if order.streams:
+                self._send_tokens(order)
+
+        for result in results:
+            order = self._running.get(result.request)
+            if order is None:  # cancelled
+                continue
+            if not isinstance(result, Answer):
+                del self._running[result.request]
+                self._fail(order, result.error, 400)
+                continue
+            order.open.discard(result.index)
+            self.figures.answered += 1
+            self.figures.new_tokens += len(result.tokens)
+            order.sink(Done(result))
+            if not order.open:
+                del self._running[result.request]
+
+    def _send_tokens(self, order: _Order) -> None:
+        """Sends new tokens of answers all of whose tokens have log-probabilities."""
+        for sequence in order.sequences:
+            index = sequence.index
+            pieces = order.pieces[index]
+            if not pieces or sequence.n_unscored:
+                continue
+            new = slice(order.sent[index], order.sent[index] + len(pieces))
+            event = Grown(order.request.id, index, pieces, sequence.raw_logprobs[new], sequence.logprobs[new])
+            order.pieces[index], order.sent[index] = [], new.stop
+            order.sink(event)
+
+    def _fail(self, order: _Order, reason: str, status: int) -> None:
+        self.figures.failed += 1
+        order.sink(Failed(order.request.id, reason, status))

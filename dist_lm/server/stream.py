@@ -1,0 +1,123 @@
+"""The chunks of a streamed response, made from events of the engine: a value that remembers what was sent."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from dist_lm.generation.request import Answer
+from dist_lm.server.engine_thread import Done, Event, Grown
+from dist_lm.server.protocol import (
+    Job,
+    Json,
+    Served,
+    VisibleText,
+    call_value,
+    head_of,
+    ids_value,
+    logprobs_value,
+    prompt_ids_value,
+    turn_of,
+    usage_value,
+)
+
+
+@dataclass
+class _Choice:
+    """What is known of one answer."""
+
+    visible: VisibleText | None  # None: all text is shown
+    n_tokens: int = 0
+    has_begun: bool = False
+
+
+class Chunks:
+    """Turns events into chunks, each the JSON of one server-sent event."""
+
+    def __init__(self, job: Job, served: Served, created: int) -> None:
+        """
+        Args:
+            created: seconds since 1970.
+        """
+        self._job = job
+        self._served = served
+        self._head = head_of(job, served, created, is_chunk=True)
+        self._place = {request.id: number for number, request in enumerate(job.requests)}
+        self._choices: dict[int, _Choice] = {}
+        self._has_ids = job.return_token_ids  # whether the ids of the prompt are still to be sent
+        self._n_new = 0
+
+    def of(self, event: Event) -> Iterator[dict[str, Json]]:
+        """Yields the chunks of new tokens or of a complete answer."""
+        if isinstance(event, Grown):
+            yield from self._grown(event)
+        elif isinstance(event, Done):
+            yield from self._done(event.answer)
+
+    def end(self) -> Iterator[dict[str, Json]]:
+        """Yields what stands behind all answers: the counts of tokens, if they were asked for."""
+        if self._job.include_usage:
+            yield self._head | {"choices": [], "usage": usage_value(self._job, self._n_new)}
+
+    def _grown(self, event: Grown) -> Iterator[dict[str, Json]]:
+        index, choice = self._choice(event.request, event.index)
+        yield from self._opening(index, choice)
+        texts = []
+        for token, text in event.pieces:
+            if not choice.n_tokens and self._job.endpoint == "chat" and self._served.tokenizer.adds_space:
+                text = text.removeprefix(" ")
+            choice.n_tokens += 1
+            texts.append(choice.visible.add(token, text) if choice.visible else text)
+
+        extras: dict[str, Json] = {}
+        tokens = [token for token, _ in event.pieces]
+        if self._job.logprobs:
+            extras["logprobs"] = logprobs_value(self._job.endpoint, tokens, event.raw_logprobs, self._served.tokenizer)
+        if self._job.return_token_ids:
+            extras |= ids_value(tokens, event.raw_logprobs, event.logprobs)
+        text = "".join(texts)
+        if text or extras:
+            yield self._chunk(index, self._said(text), extras)
+
+    def _done(self, answer: Answer) -> Iterator[dict[str, Json]]:
+        index, choice = self._choice(answer.request, answer.index)
+        yield from self._opening(index, choice)
+        turn = turn_of(answer, self._job, self._served.tokenizer)
+        self._n_new += len(answer.tokens)
+
+        # A line break before a call is no text; without a call it is.
+        rest = choice.visible.end() if choice.visible else ""
+        if rest and not turn.calls:
+            yield self._chunk(index, self._said(rest))
+        for number, call in enumerate(turn.calls):
+            yield self._chunk(index, {"delta": {"tool_calls": [call_value(call, number)]}})
+        last = {"delta": {}} if self._job.endpoint == "chat" else {"text": ""}
+        yield self._chunk(index, last, {"finish_reason": turn.finish})
+
+    def _choice(self, request: str, answer: int) -> tuple[int, _Choice]:
+        """Returns the index of an answer in the response, and what is known of it."""
+        number = self._place[request]
+        index = number * self._job.requests[number].n + answer
+        if index not in self._choices:
+            visible = VisibleText(self._served.tokenizer) if self._job.reads_calls else None
+            self._choices[index] = _Choice(visible)
+        return index, self._choices[index]
+
+    def _opening(self, index: int, choice: _Choice) -> Iterator[dict[str, Json]]:
+        """Yields the first chunk of an answer, which has its role; of the response, the ids of the prompt too."""
+        if choice.has_begun:
+            return
+        choice.has_begun = True
+        chunk = self._chunk(index, {"text": ""})
+        if self._job.endpoint == "chat":
+            chunk = self._chunk(index, {"delta": {"role": "assistant", "content": ""}})
+            chunk["remembered_tokens"] = self._job.n_remembered
+        if self._has_ids:
+            self._has_ids = False
+            chunk |= prompt_ids_value(self._job, self._served)
+        yield chunk
+
+    def _said(self, text: str) -> dict[str, Json]:
+        return {"delta": {"content": text}} if self._job.endpoint == "chat" else {"text": text}
+
+    def _chunk(self, index: int, said: Mapping[str, Json], extras: Mapping[str, Json] | None = None) -> dict[str, Json]:
+        choice = {"index": index, **said, "logprobs": None, "finish_reason": None, **(extras or {})}
+        return self._head | {"choices": [choice]}

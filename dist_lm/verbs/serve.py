@@ -1,0 +1,52 @@
+"""The verb `serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
+
+
+def serve(
+    path: CheckpointPath,
+    host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    tokenizer: TokenizerPath = None,
+    device: DeviceName = "auto",
+    tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
+    name: Annotated[list[str] | None, typer.Option(help="A further name of the model; may be repeated.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further host name of this server; may be repeated.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin of a web page that may call, such as https://chat.example.org.")
+    ] = None,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens of prompts and answers that are under way together.")] = (
+        65536
+    ),
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens of an answer.")] = 4096,
+    max_n: Annotated[int, typer.Option(help="Most answers to a prompt.")] = 16,
+    max_requests: Annotated[int, typer.Option(help="Most requests under way; others get status 429.")] = 256,
+    queue_seconds: Annotated[float, typer.Option(help="Longest wait for the first step.")] = 60.0,
+    stop_seconds: Annotated[float, typer.Option(help="Time for answers under way when the server ends.")] = 10.0,
+) -> None:
+    """Serve a model under OpenAI's API (docs/serve.md). The variable DIST_LM_API_KEY holds the key, if there is one."""
+    from dist_lm.server.command import ServeOptions, serve
+    from dist_lm.server.protocol import ServeLimits
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        device=device,
+        tp=tp,
+        names=name or (),
+        hosts=allow_host or (),
+        origins=allow_origin or (),
+        cache_tokens=cache_tokens,
+        most_requests=max_requests,
+        queue_s=queue_seconds,
+        stop_s=stop_seconds,
+        limits=ServeLimits(max_tokens=max_tokens, n=max_n),
+    )
+    serve(Path(path), tokenizer, options)
