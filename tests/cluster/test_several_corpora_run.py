@@ -112,6 +112,8 @@ def settings_of(arguments: list[str], run_id: str) -> list[str]:
     settings.append(f"stage.init_from=work/runs/{start}/default")
     if stage == "rlhf":
         settings.append("rlhf.reward_model=work/runs/reward/default")
+    if stage == "reward":  # rankings are longer than the sequences of other stages
+        settings += ["stage.seq_len=256", "stage.reward.normaliser_new_tokens=8", "stages.rankings.samples.most=4"]
     names = {word.partition("=")[0] for word in arguments}
     return [word for word in settings if word.partition("=")[0] not in names]
 
