@@ -88,12 +88,13 @@ class Decoder:
         self._page_tokens = page_tokens
         self.cache = build_cache(self.share, n_pages, page_tokens, dtype, device)
 
-        # For a norm over the heads of all ranks; padded heads have no share.
-        shares = [*[1.0] * self.share.n_heads, *self.share.key_shares]
-        shares += [0.0] * (self.share.n_heads + self.share.kv_heads - len(shares))
-        self._root_share_H1 = torch.tensor(shares, device=device).sqrt()[:, None]
-        self._n_entries_2 = torch.tensor([config.n_heads, config.kv_heads], device=device) * config.d_head
-        self._counts_2 = torch.tensor([self.share.n_heads, self.share.kv_heads], device=device)
+        if config.qk_norm_span == "all":
+            # For a norm over the heads of all ranks; padded heads have no share.
+            shares = [*[1.0] * self.share.n_heads, *self.share.key_shares]
+            shares += [0.0] * (self.share.n_heads + self.share.kv_heads - len(shares))
+            self._root_share_H1 = torch.tensor(shares, device=device).sqrt()[:, None]
+            self._n_entries_2 = torch.tensor([config.n_heads, config.kv_heads], device=device) * config.d_head
+            self._counts_2 = torch.tensor([self.share.n_heads, self.share.kv_heads], device=device)
 
         # Tables of all positions once; a step only looks its positions up.
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
@@ -330,7 +331,8 @@ class Decoder:
         lengths = [torch.linalg.vector_norm(x_NHK.flatten(1), dim=1) for x_NHK in part_NHK.split(counts, dim=1)]
         sum_N2 = self.axis.sum(torch.stack(lengths, dim=1).square())
         scale_N2 = torch.rsqrt(sum_N2 / self._n_entries_2 + config.norm_eps).to(qk_NHK.dtype)
-        return qk_NHK * scale_N2.repeat_interleave(self._counts_2, dim=1)[..., None] * weight_HK
+        scale_NH = scale_N2.repeat_interleave(self._counts_2, dim=1, output_size=qk_NHK.shape[1])
+        return qk_NHK * scale_NH[..., None] * weight_HK
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """Returns fp32 logits (N, V) of hidden states."""
