@@ -195,15 +195,26 @@ class Decoder:
 
         Returns:
             (log-probability of each of `next_tokens` under the model, fp32 (N,), nats; fp32 logits (P, V) after the
-            last token of each piece), on the device.
+            last token of each piece), on the device. With several ranks, those of the first rank count.
         """
         x_ND = self._piece_states(pieces)
         ends = [*accumulate(len(piece.tokens) for piece in pieces)]
         next_N, end_P = upload(self._device, torch.tensor(next_tokens), torch.tensor(ends))
         # The logits of all tokens at once may be larger than the model.
-        blocks = zip(x_ND.split(SCORED_ROWS), next_N.split(SCORED_ROWS), strict=True)
-        logprob_N = torch.cat([token_logprobs(self.logits(x_nD), next_n) for x_nD, next_n in blocks])
+        logprob_N = torch.cat(
+            [
+                self._logprobs(self.logits(x_nD), next_n)
+                for x_nD, next_n in zip(x_ND.split(SCORED_ROWS), next_N.split(SCORED_ROWS), strict=True)
+            ]
+        )
         return logprob_N, self.logits(x_ND[end_P - 1])
+
+    def _logprobs(self, logits_nV: torch.Tensor, token_n: torch.Tensor) -> torch.Tensor:
+        """Returns the log-probability of one token of each row; zeros on a rank that holds only its part of the
+        logits."""
+        if logits_nV.shape[1] < self.config.vocab_size:
+            return torch.zeros(len(token_n), device=logits_nV.device)
+        return token_logprobs(logits_nV, token_n)
 
     def decode(self, tokens: Sequence[int], plan: DecodePlan) -> torch.Tensor:
         """Runs the model on one token per sequence and writes its keys and values to the cache (collective with several

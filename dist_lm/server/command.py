@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dist_lm.errors import UserError, require
+from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.session import build_engine
@@ -19,7 +20,7 @@ from dist_lm.server.door import DoorRules
 from dist_lm.server.engine_thread import EngineThread
 from dist_lm.server.protocol import Served, ServeLimits
 from dist_lm.storage.process import CpuUsage
-from dist_lm.tracking.readable import OutputConsole
+from dist_lm.tracking.readable import say
 
 KEY = "DIST_LM_API_KEY"
 STEP_PREFIX = "step_"
@@ -65,9 +66,8 @@ def serve(path: Path, tokenizer: Path | None, options: ServeOptions) -> None:
         tokenizer: file or folder of the tokenizer; None: that of the run.
 
     Raises:
-        UserError: names the option (ConfigError), the fault of the checkpoint or tokenizer (ArtefactError), or the
-            package that is missing.
-        OSError: the address is in use, or is not one of this machine.
+        UserError: names the option (ConfigError; also of an address that is in use), the fault of the checkpoint or
+            tokenizer (ArtefactError), or the package that is missing.
     """
     try:
         import uvicorn
@@ -78,6 +78,7 @@ def serve(path: Path, tokenizer: Path | None, options: ServeOptions) -> None:
 
     rules = DoorRules(options.host, os.environ.get(KEY, ""), options.hosts, options.origins)
     device = option_device(options.device)
+    listener = _listener(options.host, options.port)  # an address in use is found before the model is loaded
     usage = CpuUsage()
     loaded = load_model(path, tokenizer)
     check_tp(loaded.config, options.tp, torch.cuda.device_count() if device.type == "cuda" else None, "--tp")
@@ -93,8 +94,6 @@ def serve(path: Path, tokenizer: Path | None, options: ServeOptions) -> None:
     serving = Serving(served, thread, grammars, options.most_requests, options.stop_s)
     config = uvicorn.Config(
         build_app(serving, rules),
-        host=options.host,
-        port=options.port,
         log_level="warning",
         server_header=False,
         h11_max_incomplete_event_size=HEADER_BYTES,
@@ -102,17 +101,31 @@ def serve(path: Path, tokenizer: Path | None, options: ServeOptions) -> None:
         limit_concurrency=4 * options.most_requests,
         timeout_graceful_shutdown=max(1, round(options.stop_s)),
     )
-    address = f"http://{options.host}:{options.port}/v1"
-    OutputConsole().print(f"{served.name}: {address}, {'with' if rules.key else 'without'} a key", soft_wrap=True)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{host}:{listener.getsockname()[1]}/v1"
+    say(f"{served.name}: {address}, {'with' if rules.key else 'without'} a key")
 
     # uvicorn repeats the signal that ended it, for whoever was there before.
     handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(config).run()
+        uvicorn.Server(config).run([listener])
     finally:
+        listener.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         engine.close()
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens on an address.
+
+    Raises:
+        ConfigError: it is in use, or not one of this machine.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(f"--host={host} --port={port}: cannot listen there ({error.strerror or error})") from error
 
 
 def served_of(loaded: LoadedModel, options: ServeOptions) -> Served:

@@ -11,7 +11,7 @@ from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
 def serve(
     path: CheckpointPath,
     host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
     tokenizer: TokenizerPath = None,
     device: DeviceName = "auto",
     tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,

@@ -10,13 +10,14 @@ import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.constraint import MOST_BYTES, Constraint
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
-from dist_lm.generation.schema_keywords import SchemaError, check_schema
+from dist_lm.generation.schema_keywords import NOTES, PLAIN, SchemaError, check_schema, is_plainly_valid
 from dist_lm.model.transformer import Transformer
 from dist_lm.sandbox import limited
 from dist_lm.storage.run_directory import WorkDirectory
@@ -270,6 +271,23 @@ def test_a_constraint_that_cannot_be_followed_is_refused_by_name(engine, tokeniz
     with pytest.raises(RequestError, match=f"^request bad: {words.replace('$', '[$]')}"):
         engine.submit(request("bad", constraint, tokenizer))
     assert not engine.busy
+
+
+VALUES = st.one_of(
+    *(st.integers(-2, 3), st.floats(allow_nan=False), st.none(), st.booleans()),
+    *(
+        st.sampled_from(["string", "object", "date", ""]),
+        st.lists(st.sampled_from(["a", "b", "string", 1]), max_size=3),
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(sorted(PLAIN | NOTES - {"$defs", "definitions"})), VALUES, max_size=4))
+def test_what_is_plainly_valid_is_valid(schema):
+    """Finds a shortcut that lets a schema pass which the rules for schemas refuse."""
+    if is_plainly_valid(schema):
+        jsonschema.Draft202012Validator.check_schema(schema)
 
 
 def test_what_ends_the_library_is_one_refused_request(small_model, tokenizer, monkeypatch):

@@ -1,0 +1,54 @@
+"""`dist-lm serve`: from a run to an address, and to its end by a signal."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from dist_lm import __main__ as program
+from dist_lm.storage.run_directory import RunDirectory
+from tests.patience import patient
+
+
+def test_a_run_is_served_until_a_signal(small_run: RunDirectory):
+    command = [sys.executable, "-m", "dist_lm", "serve", str(small_run.path), "--port", "0", "--device", "cpu"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            assert line.startswith("code/small/step_00000020: http://127.0.0.1:")
+            assert line.endswith("/v1, without a key\n")
+            url = line.split()[1].rstrip(",")
+            body = {"prompt": "def add(", "max_tokens": 3, "return_token_ids": True, "seed": 1}
+            answer = httpx.post(f"{url}/completions", json=body, timeout=patient(60)).json()
+            assert len(answer["choices"][0]["token_ids"]) in (1, 2, 3)
+            assert answer["weights_version"] == 20
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(patient(60)) == 0
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--host", "0.0.0.0"), "--host=0.0.0.0: expected 127.0.0.1, or a key in the variable DIST_LM_API_KEY"),
+        (("--port", "70000"), "--port=70000: expected 0 to 65535"),
+        (("--max-tokens", "0"), "--max-tokens=0: expected a positive number"),
+        (("--host", "203.0.113.9"), "DIST_LM_API_KEY"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_2(
+    small_run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words, message: str
+):
+    monkeypatch.setattr("sys.argv", ["dist-lm", "serve", str(small_run.path), *words])
+    with pytest.raises(SystemExit) as ending:
+        program.main()
+    assert ending.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
