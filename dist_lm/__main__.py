@@ -203,7 +203,7 @@ def import_model(
     outputs.new_folder("NAME", work.run("import", name).path)
     from dist_lm.stages.importing.snapshot import import_model
 
-    run = import_model(source, name, work, base, say).path
+    run = import_model(source, name, work, base, say=say).path
     say(f"{run}: train with --config-dir {run}/conf model={name} tokenizer={run}/tokenizer stage.init_from={run}")
 
 

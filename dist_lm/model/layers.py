@@ -9,6 +9,7 @@ RoPE rotates, F d_ff.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -175,7 +176,9 @@ class FeedForward(nn.Module):
         self.ffn = config.ffn
         # The order of modules is the order of parameters in checkpoints, and in weights that are streamed to engines
         # (`size.parameter_shapes`).
-        linear = QuantisedLinear if config.is_in_4bit else nn.Linear
+        linear = nn.Linear
+        if config.is_in_4bit:
+            linear = cast(type[nn.Linear], QuantisedLinear)  # with the same attributes
         self.gate = None
         if config.is_gated:
             self.gate = linear(config.d_model, config.d_ff, bias=config.has_ffn_bias)

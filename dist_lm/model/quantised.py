@@ -66,6 +66,7 @@ class QuantisedMatrix(nn.Module):
         scales, outer = functional.quantize_blockwise(state.absmax - mean_scale, blocksize=SCALES_PER_SCALE)
         self.codes.copy_(codes.flatten())
         self.scales.copy_(scales)
+        assert outer.absmax is not None
         self.outer_scales.copy_(outer.absmax)
         self.mean_scale.copy_(mean_scale)
         self.scale_values.copy_(outer.code)
