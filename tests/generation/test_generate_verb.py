@@ -1,10 +1,18 @@
 """`python -m dist_lm generate`, from the outside."""
 
+import fcntl
 import io
 import os
+import pty
+import re
+import select
 import signal
 import subprocess
 import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +124,78 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(small_run):
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def at_own_terminal() -> None:
+    """Lets Ctrl-C reach this process, also where the tests run in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class Conversation:
+    """`generate --chat` at a terminal of its own."""
+
+    def __init__(self, run: Path) -> None:
+        self._outer, inner = pty.openpty()
+        words = [sys.executable, "-m", "dist_lm", "generate", str(run), "--chat", *OPTIONS]
+        self.program = subprocess.Popen(
+            words,
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            start_new_session=True,
+            preexec_fn=at_own_terminal,  # Ctrl-C needs it
+        )
+        os.close(inner)
+        self.text = ""
+
+    def wait_for(self, words: str) -> None:
+        """Reads until the terminal has shown `words` behind what was waited for before."""
+        deadline = time.monotonic() + patient(120)
+        while words not in self.text:
+            assert time.monotonic() < deadline, self.text
+            if select.select([self._outer], [], [], 0.1)[0]:
+                self.text += os.read(self._outer, 65536).decode(errors="replace")
+        self.text = self.text.partition(words)[2]
+
+    def type(self, text: str) -> None:
+        os.write(self._outer, text.encode())
+
+    def end(self) -> int:
+        """Returns the exit code; the program must end within 10 s of a quiet machine."""
+        deadline = time.monotonic() + patient(10)
+        try:
+            while self.program.poll() is None and time.monotonic() < deadline:
+                # A program whose terminal nobody reads would wait.
+                if select.select([self._outer], [], [], 0.01)[0]:
+                    with suppress(OSError):  # its end is closed
+                        self.text += os.read(self._outer, 65536).decode(errors="replace")
+            assert self.program.poll() is not None, self.text
+            return self.program.returncode
+        finally:
+            self.program.kill()
+            self.program.wait()
+            os.close(self._outer)
+
+
+GREETING, PROMPT_MARK = "Ctrl-D leaves", "> "
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "words", ["\x04", "/quit\n", "/exit\n", "half a line\x03\x04", "half a line\x03/quit\n"], ids=repr
+)
+def test_a_chat_at_a_terminal_ends_when_it_is_told(small_run, words: str):
+    """Finds a chat that does not end at the end of input, or waits for threads and processes at its end."""
+    chat = Conversation(small_run.path)
+    chat.wait_for(GREETING)
+    chat.wait_for(PROMPT_MARK)
+    for typed in re.split(r"(?<=\x03)", words):
+        chat.type(typed)
+        if typed.endswith("\x03"):
+            chat.wait_for(PROMPT_MARK)
+    assert chat.end() == 0, chat.text
+    assert "Traceback" not in chat.text
 
 
 @pytest.mark.heavy
