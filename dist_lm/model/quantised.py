@@ -69,6 +69,7 @@ class QuantisedMatrix(nn.Module):
         assert outer.absmax is not None
         self.outer_scales.copy_(outer.absmax)
         self.mean_scale.copy_(mean_scale)
+        assert outer.code is not None
         self.scale_values.copy_(outer.code)
 
     @torch.no_grad()
