@@ -126,9 +126,10 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         (gradient,) = gradients
-        weight = _dequantised(ctx.saved_tensors, ctx.shape, gradient.dtype).flatten(0, -2)
+        stored = ctx.saved_tensors  # once: activation checkpointing gives them a single time
+        weight = _dequantised(stored, ctx.shape, gradient.dtype).flatten(0, -2)
         of_input = F.linear(gradient, weight if ctx.input_first else weight.t())
-        return (of_input, None, None, None, *(None for _ in ctx.saved_tensors))
+        return (of_input, None, None, None, *(None for _ in stored))
 
 
 def _dequantised(stored: tuple[torch.Tensor, ...], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -83,12 +83,13 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
         reshard(model)
 
     trunk = dict(source.named_parameters())
-    bits = quantised_matrices(source)
-    for name, matrix in quantised_matrices(critic).items():
-        if name in bits:
-            matrix.copy(bits[name])
-        else:
-            matrix.quantise(shard_of(trunk[name]).cpu())  # of a reward model, whole on every rank
+    if critic.config.is_in_4bit:
+        bits = quantised_matrices(source)
+        for name, matrix in quantised_matrices(critic).items():
+            if name in bits:
+                matrix.copy(bits[name])
+            else:
+                matrix.quantise(shard_of(trunk[name]).cpu())  # of a reward model, whole on every rank
 
     for name, parameter in critic.named_parameters():
         # Adapters begin as they are: they add nothing to the trunk yet.

@@ -279,9 +279,9 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     _load_parameters(checkpoint, model, model_config)
 
     # One matrix at a time: the base as a whole would need the memory that four bits save.
-    if matrices := quantised_matrices(model):
+    if model_config.is_in_4bit:
         base = model_tensors(checkpoint)
-        for name, matrix in matrices.items():
+        for name, matrix in quantised_matrices(model).items():
             matrix.quantise(torch.from_numpy(as_fp32(base[name])))
 
 
