@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_lm.tracking.readable import duration
-from dist_lm.training.heartbeat import PHASE_WORDS, SLOW_START_S, Heartbeat, Phase, Unheard, in_words
+from dist_lm.training.heartbeat import PHASE_WORDS, SLOW_START_S, Heartbeat, Phase, Unheard
 
 VARIABLE = "DIST_LM_HEARTBEAT"  # environment variable of a rank: path of the shared memory
 _SLOT = struct.Struct("@qqddd")  # phase, completed steps, time of the beat, median step time (s), share that is done
@@ -129,6 +129,16 @@ class Patience:
         if pulse.phase in (Phase.DATA, Phase.SCORING, Phase.STEP) and pulse.median_step_s > 0:
             return max(self.least_s, self.steps * pulse.median_step_s)
         return self.otherwise_s
+
+
+def in_words(phase: Phase, done: float) -> str:
+    """Returns the phase in words, with the share that is done where it is known: `generating (38 %)`."""
+    return PHASE_WORDS[phase] + share_in_words(done)
+
+
+def share_in_words(done: float) -> str:
+    """Returns ` (38 %)` behind the words of a phase; empty for an unknown share."""
+    return f" ({100 * done:.0f} %)" if done else ""
 
 
 def doing(pulses: Sequence[Pulse]) -> dict[Phase, str]:

@@ -53,16 +53,6 @@ PHASE_WORDS = {  # the phase in words that continue 'rank N is'
 }
 
 
-def in_words(phase: Phase, done: float) -> str:
-    """Returns the phase in words, with the share that is done where it is known: `generating (38 %)`."""
-    return PHASE_WORDS[phase] + share_in_words(done)
-
-
-def share_in_words(done: float) -> str:
-    """Returns ` (38 %)` behind the words of a phase; empty for an unknown share."""
-    return f" ({100 * done:.0f} %)" if done else ""
-
-
 class Heartbeat(Protocol):
     """Receives the progress of a rank."""
 

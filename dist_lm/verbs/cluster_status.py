@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_lm.cluster.events import read_events
+from dist_lm.cluster.heartbeat import share_in_words
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import RunsIn
@@ -21,7 +22,6 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import last_metrics
 from dist_lm.tracking.readable import counted, duration, four_digits, percent, three_decimals
 from dist_lm.training import checkpoint_files
-from dist_lm.training.heartbeat import share_in_words
 
 # (words, style) of each state of a command.
 WORDS = {
