@@ -400,7 +400,7 @@ WORDS_OF_A_PAGE["reward.md"] = 900  # rows of other tools
 WORDS_OF_A_PAGE |= {"constraints.md": 650, "serve.md": 900}
 WORDS_OF_A_PAGE["metrics.md"] = 2_540  # generated: it grows with the metrics
 WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 870, "eval_tasks.md": 500, "hidden_tests.md": 450}
-WORDS_OF_A_PAGE["finetune.md"] = 900  # from a model and conversations to a model that answers
+WORDS_OF_A_PAGE["finetune.md"] = 980  # from a model and conversations to a model that answers
 WORDS_OF_A_PAGE["data_files.md"] = 550  # formats, compression and splits of sources
 
 
