@@ -170,13 +170,19 @@ class Decoder:
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Runs the model on pieces of prompts and writes their keys and values to the cache (collective with several
         ranks). Returns fp32 logits (P, V) after the last token of each piece, on the device."""
-        x_ND = self._piece_states(pieces)
+        x_ND, end_P = self._piece_states(pieces)
         # Only the last token of a piece needs logits, and the vocabulary is the largest product.
-        (end_P,) = upload(self._device, torch.tensor([*accumulate(len(piece.tokens) for piece in pieces)]))
         return self.logits(x_ND[end_P - 1])
 
-    def _piece_states(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Returns the hidden states (N, D) of concatenated pieces, whose keys and values are then in the cache."""
+    def _piece_states(self, pieces: Sequence[Piece], *further: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Runs the layers on concatenated pieces, whose keys and values are then in the cache.
+
+        Args:
+            further: arrays that the caller needs on the device; they travel with the tokens, in one copy.
+
+        Returns:
+            hidden states (N, D), the end of each piece among the N tokens, int64 (P,), and each of `further`.
+        """
         plan = self.cache.plan_prefill(pieces)
         index_X = self.cache.write_index(plan.cell_N)
 
@@ -184,8 +190,13 @@ class Decoder:
             self.cache.write(layer, index_X, k_NGK, v_NGK)
             return self.cache.prefill(layer, q_NHK, k_NGK, v_NGK, plan)
 
-        (token_N,) = upload(self._device, torch.tensor([token for piece in pieces for token in piece.tokens]))
-        return self.hidden(token_N, plan.position_N, attend)
+        token_N, end_P, *uploaded = upload(
+            self._device,
+            torch.tensor([token for piece in pieces for token in piece.tokens]),
+            torch.tensor([*accumulate(len(piece.tokens) for piece in pieces)]),
+            *further,
+        )
+        return self.hidden(token_N, plan.position_N, attend), end_P, *uploaded
 
     def extend(self, pieces: Sequence[Piece], next_tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Does the same as `prefill` for pieces of answers whose tokens are known (collective with several ranks).
@@ -197,9 +208,7 @@ class Decoder:
             (log-probability of each of `next_tokens` under the model, fp32 (N,), nats; fp32 logits (P, V) after the
             last token of each piece), on the device. With several ranks, those of the first rank count.
         """
-        x_ND = self._piece_states(pieces)
-        ends = [*accumulate(len(piece.tokens) for piece in pieces)]
-        next_N, end_P = upload(self._device, torch.tensor(next_tokens), torch.tensor(ends))
+        x_ND, end_P, next_N = self._piece_states(pieces, torch.tensor(next_tokens))
         # The logits of all tokens at once may be larger than the model.
         logprob_N = torch.cat(
             [
