@@ -8,15 +8,17 @@ import dataclasses
 import json
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from dist_lm.errors import ArtefactError
 
 T = TypeVar("T")
 MISFITS = (ValueError, TypeError, KeyError, IndexError, OverflowError)  # what reading another value raises
@@ -50,6 +52,30 @@ def broadcast(value: T, expected: Any, group: dist.ProcessGroup | None = None) -
     dist.broadcast(message, group=group, group_src=0)
     # The first rank keeps its own value, which is the same.
     return value if is_first else decode(message.cpu().numpy().tobytes(), expected)
+
+
+def on_first_rank(look: Callable[[], T], expected: Any, group: dist.ProcessGroup | None = None) -> T:
+    """Returns on every rank what `look` returns on the group's first (collective): one rank reads a file for all, and
+    other ranks may see an older state of a network file system.
+
+    Args:
+        expected: type of what `look` returns, see `decode`.
+
+    Raises:
+        ArtefactError: on every rank, the error that `look` raised. Any other error leaves the other ranks waiting.
+        MessageError: something else has arrived.
+    """
+    returned, failure = None, None
+    if dist.get_rank(group) == 0:
+        try:
+            returned = look()
+        except ArtefactError as error:
+            failure = str(error)
+
+    failure = broadcast(failure, str | None, group)
+    if failure:
+        raise ArtefactError(failure)
+    return broadcast(cast(T, returned), expected, group)
 
 
 def all_gather(value: T, expected: Any, group: dist.ProcessGroup | None = None) -> list[T]:

@@ -58,7 +58,7 @@ def shard_of(tensor: torch.Tensor) -> torch.Tensor:
 def shard_box(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Returns the part of a logical tensor that this rank's shard holds, by dimension: all of a plain tensor."""
     if not isinstance(tensor, DTensor):
-        return tuple(slice(size) for size in tensor.shape)
+        return tuple(slice(0, size) for size in tensor.shape)
     size, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
 

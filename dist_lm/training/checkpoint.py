@@ -6,11 +6,10 @@ pickled.
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -24,11 +23,12 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.quantised import quantised_matrices, round_trip
 from dist_lm.model.size import ADAPTERS, is_matrix, is_trained, parameter_shapes
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.messages import all_gather, broadcast
+from dist_lm.parallel.messages import all_gather, broadcast, on_first_rank
 from dist_lm.parallel.values import add_changes, fill, logical, shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.adapters import adapted_model, check_same_adapters, record_of
+from dist_lm.training.checkpoint_reader import read
 from dist_lm.training.checkpoint_tensors import as_fp32, model_tensors, own_parameters
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 FILE_BYTES = 1 << 30  # approximate size of one file, which is assembled in memory before it is written
 
 SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
-
-T = TypeVar("T")
 
 
 class CheckpointWriteError(UserError):
@@ -355,19 +353,6 @@ def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world
     return AdaptedModelConfig.of(model, model.lora, saved.base, saved.base_sha256)
 
 
-def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fills `tensors`, by their names in the checkpoint, in place from the parts that any layout wrote (collective).
-
-    Raises:
-        ArtefactError: a tensor is missing in the checkpoint or has another shape there.
-    """
-    try:
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
-    except CheckpointException as error:
-        causes = "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
-        raise ArtefactError(f"checkpoint {checkpoint} cannot be loaded: {causes}") from error
-
-
 def newest_intact(checkpoints: Path, world: World) -> Path | None:
     """Returns the newest intact checkpoint, the same on every rank; None if there are no checkpoints (collective). The
     damaged ones that it skips are logged.
@@ -375,7 +360,7 @@ def newest_intact(checkpoints: Path, world: World) -> Path | None:
     Raises:
         ArtefactError: on every rank, if all checkpoints are damaged.
     """
-    paths = _on_first_rank(lambda: files.steps_in(checkpoints), list[Path], world)
+    paths = on_first_rank(lambda: files.steps_in(checkpoints), list[Path])
     return files.newest_intact(paths, lambda checkpoint: _first_damage(checkpoint, world))
 
 
@@ -386,35 +371,18 @@ def find_intact(path: Path, world: World) -> Path:
     Raises:
         ArtefactError: on every rank, if there is no checkpoint or it is damaged.
     """
-    checkpoint = _on_first_rank(lambda: files.find_checkpoint(path), Path, world)
+    checkpoint = on_first_rank(lambda: files.find_checkpoint(path), Path)
     return files.require_intact(checkpoint, lambda checkpoint: _first_damage(checkpoint, world))
 
 
 def _first_damage(checkpoint: Path, world: World) -> str | None:
     """Returns the first damage that any rank finds; each rank reads a share of the files (collective)."""
+    try:
+        manifest = on_first_rank(lambda: files.read_manifest(checkpoint), files.Manifest)
+    except ArtefactError as error:
+        return str(error)
+
     # Every file is read completely, so the ranks divide them.
-    damage_of_rank = all_gather(files.first_damage(checkpoint, share=(world.rank, world.size)), str | None)
+    damage = files.first_damage(checkpoint, share=(world.rank, world.size), manifest=manifest)
+    damage_of_rank = all_gather(damage, str | None)
     return next((damage for damage in damage_of_rank if damage), None)
-
-
-def _on_first_rank(look: Callable[[], T], expected: type[T], world: World) -> T:
-    """Returns on every rank what `look` returns on the first (collective): other ranks may see an older state of a
-    network file system.
-
-    Args:
-        expected: type of what `look` returns.
-
-    Raises:
-        ArtefactError: on every rank, the error that `look` raised. Any other error leaves the other ranks waiting.
-    """
-    returned, failure = None, None
-    if world.is_first:
-        try:
-            returned = look()
-        except ArtefactError as error:
-            failure = str(error)
-
-    failure = broadcast(failure, str | None)
-    if failure:
-        raise ArtefactError(failure)
-    return broadcast(cast(T, returned), expected)

@@ -14,7 +14,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,17 @@ STAGE = "stage"  # folder for files of the stage: files of tensors in the checkp
 TENSORS = ".safetensors"  # suffix of a file of tensors
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
 FORMAT = 2  # 2: norms of queries and keys as in Qwen3, conversations as ChatML
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of a file."""
+
+    sha256: str
+    bytes: int
+
+
+Manifest = dict[str, FileRecord]  # by file name
 
 
 def step_name(step: int) -> str:
@@ -180,20 +191,22 @@ def fingerprint(directory: Path) -> str:
     return durable.sha256_of(directory / MANIFEST)
 
 
-def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Returns `{sha256, bytes}` by file name, as `write_manifest` wrote them.
+def read_manifest(directory: Path) -> Manifest:
+    """Returns the files of a checkpoint by name, as `write_manifest` wrote them.
 
     Raises:
         ArtefactError: the file cannot be read.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-        return {name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])} for name, file in manifest.items()}
+        return {name: FileRecord(str(file["sha256"]), int(file["bytes"])) for name, file in manifest.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error})") from error
 
 
-def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
+def damage(
+    directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1), manifest: Manifest | None = None
+) -> Iterator[str]:
     """Compares the files of a checkpoint with its manifest; yields a phrase (`NAME is missing`) for each missing,
     changed, unreadable or foreign file.
 
@@ -201,29 +214,36 @@ def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 
 
     Args:
         contents: whether to compare contents too, not only sizes.
-        share: (i, n): check every n-th file, starting at the i-th.
+        share: (i, n): check every n-th file, starting at the i-th; foreign files are the part of the first share.
+        manifest: of the checkpoint; None: read it.
 
     Raises:
         ArtefactError: the manifest cannot be read.
     """
-    manifest = read_manifest(directory)
-    for name, expected in sorted(manifest.items())[slice(share[0], None, share[1])]:
+    if manifest is None:
+        manifest = read_manifest(directory)
+    first, step = share
+    for name, expected in sorted(manifest.items())[first::step]:
         if reason := _damage_of_file(directory / name, expected, contents):
             yield f"{name} {reason}"
+
+    # One listing of the folder serves all shares.
+    if first > 0:
+        return
     for path in sorted(directory.glob(f"*{TENSORS}")):
         if path.name not in manifest:
             yield f"{path.name} does not belong to it (not in {MANIFEST})"
 
 
-def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str | None:
+def _damage_of_file(path: Path, expected: FileRecord, contents: bool) -> str | None:
     """Returns what is wrong with a file as the end of a sentence; None if it has the size and, if asked, the hash
     expected."""
     try:
         if not path.is_file():
             return "is missing"
-        if (size := path.stat().st_size) != expected["bytes"]:
-            return f"has {size} bytes, expected {expected['bytes']}"
-        if contents and durable.sha256_of(path) != expected["sha256"]:
+        if (size := path.stat().st_size) != expected.bytes:
+            return f"has {size} bytes, expected {expected.bytes}"
+        if contents and durable.sha256_of(path) != expected.sha256:
             return f"is damaged (SHA-256 differs from {MANIFEST})"
     except OSError as error:  # a bad disk, a lost mount
         return f"cannot be read ({error.strerror})"
@@ -251,10 +271,13 @@ def verify_state(directory: Path) -> None:
         raise ArtefactError(f"checkpoint {directory}: {STATE} {reason}")
 
 
-def first_damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+def first_damage(
+    directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1), manifest: Manifest | None = None
+) -> str | None:
     """Returns the first damage of a checkpoint as a sentence; None if it is intact. Arguments as in `damage`."""
     try:
-        return next((f"checkpoint {directory}: {phrase}" for phrase in damage(directory, contents, share)), None)
+        phrase = next(damage(directory, contents, share, manifest), None)
+        return phrase and f"checkpoint {directory}: {phrase}"
     except ArtefactError as error:
         return str(error)
 

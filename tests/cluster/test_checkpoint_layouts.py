@@ -19,7 +19,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import logical
-from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_reader
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.state import TrainState
 from tests.parallel.ranks import RankGroups
@@ -92,7 +92,7 @@ def read(world: World, written: list[Path], layout: Layout) -> list[tuple[str, s
         found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
         for name, tensor in found.items():
             local(tensor)[local(expected[name]).isnan()] = math.nan
-        checkpoint.read(directory, {name: logical(tensor, TENSORS[name][0]) for name, tensor in found.items()})
+        checkpoint_reader.read(directory, {name: logical(tensor, TENSORS[name][0]) for name, tensor in found.items()})
         wrong += [
             (str(directory), name) for name in TENSORS if not torch.equal(bits(found[name]), bits(expected[name]))
         ]
@@ -144,7 +144,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(ranks: RankGroups, written
 
 def message_of_wider(world: World, directory: Path) -> str:
     try:
-        checkpoint.read(directory, {"model.norm": torch.zeros(10)})
+        checkpoint_reader.read(directory, {"model.norm": torch.zeros(10)})
     except ArtefactError as error:
         return str(error)
     return ""

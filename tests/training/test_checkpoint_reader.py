@@ -1,0 +1,105 @@
+"""Parts of tensors in files: any box of a tensor is filled from exactly the files that hold entries of it."""
+
+import json
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from dist_lm.errors import ArtefactError
+from dist_lm.training.checkpoint_reader import contents_of, needed_parts, read
+from dist_lm.training.checkpoint_tensors import PLACES, StoredTensor
+from dist_lm.training.checkpoint_tensors import Part as StoredPart
+
+Cuts = list[list[int]]
+
+
+@pytest.fixture
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def boxes_between(cuts: Cuts) -> list[tuple[slice, ...]]:
+    """The boxes of a tensor that is cut at these indices of each dimension."""
+    return list(product(*([slice(*pair) for pair in pairwise(cut)] for cut in cuts)))
+
+
+def write_parts(directory: Path, tensors: dict[str, np.ndarray], cuts: dict[str, Cuts]) -> None:
+    """Writes each part to a file of its own number, beside the parts of other tensors with that number."""
+    files: dict[int, dict[str, tuple[np.ndarray, list[int]]]] = {}
+    for name, array in tensors.items():
+        for number, box in enumerate(boxes_between(cuts[name])):
+            files.setdefault(number, {})[name] = np.array(array[box], order="C"), [cut.start for cut in box]
+    for number, parts in files.items():
+        places = {name: {"saved_offsets": offsets} for name, (_, offsets) in parts.items()}
+        save_file(
+            {name: part for name, (part, _) in parts.items()},
+            directory / f"shard-{number:05d}.safetensors",
+            metadata={PLACES: json.dumps(places)},
+        )
+
+
+def test_a_tensor_in_parts_is_read_whole(tmp_path: Path, alone):
+    """Finds parts that are put in the wrong place, and a type that is read as another."""
+    tensors = {
+        "model.matrix": np.arange(35, dtype=np.float32).reshape(5, 7),
+        "model.line": np.arange(9, dtype=np.float32),
+        "optimizer.matrix.step": np.float32(3).reshape(()),
+    }
+    cuts = {"model.matrix": [[0, 2, 5], [0, 3, 4, 7]], "model.line": [[0, 1, 9]], "optimizer.matrix.step": []}
+    write_parts(tmp_path, tensors, cuts)
+
+    read_tensors = {name: torch.full(array.shape, -1.0) for name, array in tensors.items()}
+    read(tmp_path, read_tensors)
+    for name, array in tensors.items():
+        assert np.array_equal(read_tensors[name].numpy(), array), name
+
+
+def test_a_missing_tensor_another_shape_and_a_short_file_are_refused_by_name(tmp_path: Path, alone):
+    """Finds a load that leaves a tensor as it was, or ends in the words of numpy alone."""
+    write_parts(tmp_path, {"model.line": np.arange(9, dtype=np.float32)}, {"model.line": [[0, 4, 9]]})
+    with pytest.raises(ArtefactError, match=r"no tensor model\.other"):
+        read(tmp_path, {"model.other": torch.zeros(9)})
+    with pytest.raises(ArtefactError, match=r"model\.line has shape \[9\] there, expected \[10\]"):
+        read(tmp_path, {"model.line": torch.zeros(10)})
+
+    cut = tmp_path / "shard-00001.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-4])
+    with pytest.raises(ArtefactError, match="shorter than its header says"):
+        read(tmp_path, {"model.line": torch.zeros(9)})
+
+
+@st.composite
+def cut_tensors(draw: st.DrawFn) -> tuple[Cuts, tuple[slice, ...]]:
+    """Cuts of a tensor, and a box of it that may be empty."""
+    shape = draw(st.lists(st.integers(1, 12), max_size=3))
+    cuts = [sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=3))}) for size in shape]
+    ends = [sorted(draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in shape]
+    return cuts, tuple(slice(*pair) for pair in ends)
+
+
+@settings(deadline=None)
+@given(cut_tensors())
+def test_the_parts_that_are_needed_are_those_with_entries(cut_tensor: tuple[Cuts, tuple[slice, ...]]):
+    """Finds a file that is opened for nothing, and one that is left out."""
+    cuts, box = cut_tensor
+    shape = tuple(cut[-1] for cut in cuts)
+    boxes = boxes_between(cuts)
+    parts = [
+        StoredPart(Path(f"{number}"), 0, 4, tuple(c.start for c in part), tuple(c.stop - c.start for c in part))
+        for number, part in enumerate(boxes)
+    ]
+    contents = contents_of({"any": StoredTensor("any", "F32", shape, tuple(parts))})
+
+    wanted = np.zeros(shape, bool)
+    wanted[box] = True
+    expected = {str(number) for number, part in enumerate(boxes) if wanted[part].any()}
+    assert needed_parts(contents, {"any": box}).keys() == expected
