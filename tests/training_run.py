@@ -19,7 +19,7 @@ from dist_lm.storage.process import MARK
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.registry import metric_of, metrics_of
-from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_saver
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
 from tests.forked_run import run_forked
@@ -86,7 +86,7 @@ def write_untrained(work: WorkDirectory, stage: str, seed: int, run_id: str = "d
     try:
         tensors = checkpoint.tensors_of(model, None, config.model)
         world = World(rank=0, size=1, local_rank=0, device=next(model.parameters()).device)
-        checkpoint.write(run.checkpoints, tensors, TrainState(step=5), config.model, world)
+        checkpoint_saver.write(run.checkpoints, tensors, TrainState(step=5), config.model, world)
     finally:
         dist.destroy_process_group()
     return run

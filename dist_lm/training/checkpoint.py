@@ -1,47 +1,79 @@
-"""Saving and loading tensors: every rank writes its shards as safetensors, through torch's distributed checkpoint.
+"""Loading tensors: each rank fills its shards from a checkpoint that any layout wrote.
 
-Tensors have logical shapes, without the padding of tensor parallelism, so a checkpoint loads at any layout. Nothing is
-pickled.
+Tensors have logical shapes, without the padding of tensor parallelism, so a checkpoint loads at any layout. The first
+rank reads where their parts lie and tells the others. Each rank then opens only the files that hold entries of its
+shards: a checkpoint of many files and ranks would otherwise be opened files times ranks times.
 """
 
+import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
+import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.stage import TrainingGroup
-from dist_lm.errors import ArtefactError, UserError
+from dist_lm.errors import ArtefactError
 from dist_lm.model.quantised import quantised_matrices, round_trip
 from dist_lm.model.size import ADAPTERS, is_matrix, is_trained, parameter_shapes
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.messages import all_gather, broadcast, on_first_rank
-from dist_lm.parallel.values import add_changes, fill, logical, shard_of
-from dist_lm.storage import durable
+from dist_lm.parallel.messages import all_gather, on_first_rank
+from dist_lm.parallel.values import add_changes, fill, logical, shard_box, shard_of
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.adapters import adapted_model, check_same_adapters, record_of
-from dist_lm.training.checkpoint_reader import read
-from dist_lm.training.checkpoint_tensors import as_fp32, model_tensors, own_parameters
+from dist_lm.training.adapters import adapted_model, check_same_adapters
+from dist_lm.training.checkpoint_tensors import StoredTensor, as_fp32, model_tensors, own_parameters, stored_tensors
 from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-FILE_BYTES = 1 << 30  # approximate size of one file, which is assembled in memory before it is written
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+"""Types of tensors in a checkpoint, by the names that safetensors gives them."""
 
 SCALAR_HEAD = f"{files.MODEL}scalar_head."  # begins the names of its tensors
 
 
-class CheckpointWriteError(UserError):
-    """A checkpoint could not be written; earlier checkpoints are intact."""
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class PartsOfTensor:
+    """Where the parts of one tensor lie; P parts of D dimensions."""
+
+    dtype: str  # a key of `DTYPES`
+    shape: list[int]  # of the whole tensor
+    file_P: np.ndarray  # int64 (P,): places in `Contents.files`
+    start_P: np.ndarray  # int64 (P,): byte offsets in these files
+    offset_PD: np.ndarray  # int64 (P, D): indices in the tensor of the first entry of each part
+    size_PD: np.ndarray  # int64 (P, D): shapes of the parts
+
+    def in_box(self, box: Box) -> np.ndarray:
+        """Returns the numbers of the parts that have entries in a box of the tensor, int64 (P',): none in an empty
+        box."""
+        begin_D, end_D = (np.array([getattr(cut, side) for cut in box], dtype=np.int64) for side in ("start", "stop"))
+        last_PD = np.minimum(end_D, self.offset_PD + self.size_PD)
+        meets_PD = np.maximum(begin_D, self.offset_PD) < last_PD
+        return np.flatnonzero(meets_PD.all(axis=1))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the headers of a checkpoint say: all its files, and its tensors by name."""
+
+    files: list[str]
+    tensors: dict[str, PartsOfTensor]
 
 
 @dataclass(frozen=True)
@@ -94,136 +126,6 @@ def weights_of(model: nn.Module, model_config: ModelConfig) -> dict[str, torch.T
         for name, parameter in model.named_parameters()
         if ADAPTERS not in name
     }
-
-
-def write(
-    checkpoints: Path,
-    tensors: dict[str, torch.Tensor],
-    state: TrainState,
-    model_config: ModelConfig,
-    world: World,
-    group: dist.ProcessGroup | None = None,
-    keep: int = 0,
-    attached: Mapping[str, bytes] = MappingProxyType({}),
-) -> Path:
-    """Writes `tensors` as the checkpoint of `state.step`, moves LATEST and BEST, removes old checkpoints (collective).
-
-    A checkpoint of the same step, and those of later steps, are removed, as are leftovers of killed saves. A BEST that
-    cannot be written is only logged.
-
-    Args:
-        tensors: by name, of logical shape; each rank writes its shards.
-        group: all ranks, with a CPU backend; None: the default group.
-        keep: number of newest checkpoints to keep; 0: all.
-        attached: files of the stage, by name; those of the first rank are written.
-
-    Returns:
-        The directory of the checkpoint.
-
-    Raises:
-        CheckpointWriteError: on every rank, if any rank could not write; earlier checkpoints stay.
-    """
-    # A folder that starts with a dot is no checkpoint, so a killed save leaves nothing to load.
-    target = checkpoints / files.step_name(state.step)
-    temporary = checkpoints / f".{target.name}"
-    if world.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier(group)
-
-    # Every rank writes its files and learns whether all ranks could.
-    written = all_gather(_write_shards(temporary, tensors, world.rank, group), tuple[dict[str, str], str | None], group)
-    failure = next((error for _, error in written if error), None)
-
-    # The first rank adds state and manifest, and makes the checkpoint visible.
-    if world.is_first and not failure:
-        try:
-            digests = {name: digest for rank_digests, _ in written for name, digest in rank_digests.items()}
-            _publish(temporary, target, digests, state, model_config, attached)
-        except OSError as error:
-            failure = str(error)
-    failure = broadcast(failure, str | None, group)
-
-    if failure:
-        if world.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        previous = files.read_pointer(checkpoints, files.LATEST)
-        consequence = f"{previous.name} is intact" if previous else "there is no earlier checkpoint"
-        raise CheckpointWriteError(
-            f"checkpoint {target} could not be written ({failure}); {consequence}: free space or repair the folder, "
-            "then run the same command again"
-        )
-
-    if world.is_first:
-        try:
-            files.tidy(checkpoints, state, keep)
-        except OSError as error:  # the checkpoint itself is intact
-            log.warning("BEST of %s could not be written (%s)", checkpoints, error)
-    return target
-
-
-def _write_shards(
-    directory: Path, tensors: dict[str, torch.Tensor], rank: int, group: dist.ProcessGroup | None
-) -> tuple[dict[str, str], str | None]:
-    """Writes this rank's shards and makes them durable (collective). It raises nothing for a disk that fails.
-
-    Returns:
-        SHA-256 by file name of this rank's files, and None; or no files, and the error.
-    """
-    try:
-        # safetensors and not torch's own format, which pickles its metadata.
-        writer = dcp.HuggingFaceStorageWriter(
-            str(directory), fqn_to_index_mapping=file_numbers(tensors, FILE_BYTES), save_distributed=True
-        )
-        dcp.save(tensors, storage_writer=writer, process_group=group)
-        paths = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
-        for path in paths:
-            durable.fsync(path)
-        return {path.name: durable.sha256_of(path) for path in paths}, None
-    except CheckpointException as error:
-        return {}, "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
-    except OSError as error:
-        return {}, str(error)
-
-
-def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
-    """Returns the number of each tensor's file, from 1: a new file starts when the shards fill `file_bytes`.
-
-    torch uses the numbers of the first rank for all ranks; its shards are at least as large as those of other ranks.
-    """
-    numbers: dict[str, int] = {}
-    n_bytes = 0
-    for name, tensor in tensors.items():
-        numbers[name] = 1 + n_bytes // file_bytes
-        n_bytes += shard_of(tensor).nbytes
-    return numbers
-
-
-def _publish(
-    temporary: Path,
-    target: Path,
-    digests: dict[str, str],
-    state: TrainState,
-    config: ModelConfig,
-    attached: Mapping[str, bytes],
-) -> None:
-    """Adds attached files, state and manifest to the written shards, renames the folder `temporary` to `target`, which
-    it replaces, and points LATEST at it. `digests` (SHA-256 by file name) gets the added files.
-
-    Raises:
-        OSError: a file or the folder cannot be written.
-    """
-    digests |= files.attach(temporary, attached)
-    adapters = record_of(config, target) if isinstance(config, AdaptedModelConfig) else None
-    files.write_state(temporary, state, asdict(config.plain), adapters)
-    digests[files.STATE] = durable.sha256_of(temporary / files.STATE)
-    files.write_manifest(temporary, digests)
-
-    # A damaged checkpoint of this step was skipped when the run continued, and the step is saved again.
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    durable.fsync(target.parent)
-    files.write_pointer(target.parent, files.LATEST, target)
 
 
 def load(
@@ -351,6 +253,168 @@ def with_base(model: ModelConfig, checkpoints: Path, stage: TrainingGroup, world
     saved = adapted_model(resume_from)
     find_intact(Path(saved.base), world)
     return AdaptedModelConfig.of(model, model.lora, saved.base, saved.base_sha256)
+
+
+def read(checkpoint: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fills `tensors`, by their names in the checkpoint, in place from the parts that any layout wrote (collective).
+
+    Raises:
+        ArtefactError: on every rank, if a tensor is missing in the checkpoint or has another shape there, or any rank
+            cannot read a file or a header.
+    """
+    contents = on_first_rank(lambda: read_contents(checkpoint), Contents)
+    _check(checkpoint, contents, tensors)
+
+    failure = None
+    try:
+        _fill(checkpoint, contents, tensors)
+    except (OSError, ValueError) as error:  # a bad disk; a file that was cut short since its header was read
+        failure = f"{checkpoint}: {error}"
+
+    # A rank that stops alone would leave the others waiting.
+    for reason in all_gather(failure, str | None):
+        if reason:
+            raise ArtefactError(f"checkpoint {checkpoint} cannot be loaded: {reason}")
+
+
+def read_contents(checkpoint: Path) -> Contents:
+    """Returns where the parts of all tensors lie: from the index of the checkpoint, else from the header of each file.
+
+    Raises:
+        ArtefactError: the index or a header cannot be read, or a part of a tensor is missing.
+    """
+    path = checkpoint / files.INDEX
+    if not path.is_file():  # of an earlier version, or of an import
+        return contents_of(stored_tensors(checkpoint))
+
+    try:
+        index = json.loads(path.read_text())
+        tensors = {}
+        for name, entry in index["tensors"].items():
+            n_dims = len(entry["shape"])
+            table = np.array(entry["parts"], dtype=np.int64).reshape(-1, 2 + 2 * n_dims)
+            tensors[name] = PartsOfTensor(
+                str(entry["dtype"]),
+                [int(size) for size in entry["shape"]],
+                file_P=table[:, 0],
+                start_P=table[:, 1],
+                offset_PD=table[:, 2 : 2 + n_dims],
+                size_PD=table[:, 2 + n_dims :],
+            )
+        return Contents([str(name) for name in index["files"]], tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"checkpoint {checkpoint}: {files.INDEX} cannot be read ({error})") from error
+
+
+def index_of(contents: Contents) -> dict[str, object]:
+    """Returns the JSON that `read_contents` reads: for each part of a tensor, the number of its file, the byte offset
+    there, the indices of its first entry in the tensor and its shape, one after the other."""
+    tensors = {}
+    for name, parts in contents.tensors.items():
+        table = np.column_stack([parts.file_P, parts.start_P, parts.offset_PD, parts.size_PD])
+        tensors[name] = {"dtype": parts.dtype, "shape": parts.shape, "parts": table.tolist()}
+    return {"files": contents.files, "tensors": tensors}
+
+
+def contents_of(stored: Mapping[str, StoredTensor]) -> Contents:
+    """Returns where the parts of tensors lie as arrays, which are short to send and fast to search."""
+    names = sorted({part.file.name for tensor in stored.values() for part in tensor.parts})
+    places = {name: place for place, name in enumerate(names)}
+    tensors = {}
+    for name, tensor in stored.items():
+        by_dimension = (len(tensor.parts), len(tensor.shape))
+        tensors[name] = PartsOfTensor(
+            tensor.dtype,
+            list(tensor.shape),
+            file_P=np.array([places[part.file.name] for part in tensor.parts], dtype=np.int64),
+            start_P=np.array([part.start for part in tensor.parts], dtype=np.int64),
+            offset_PD=np.array([part.offsets for part in tensor.parts], dtype=np.int64).reshape(by_dimension),
+            size_PD=np.array([part.shape for part in tensor.parts], dtype=np.int64).reshape(by_dimension),
+        )
+    return Contents(names, tensors)
+
+
+def _check(checkpoint: Path, contents: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a checkpoint that cannot fill `tensors`; every rank comes to the same end.
+
+    Raises:
+        ArtefactError: names the tensor that is missing, or has another shape or a type that no checkpoint holds.
+    """
+    for name, tensor in tensors.items():
+        parts = contents.tensors.get(name)
+        if parts is None:
+            raise ArtefactError(f"checkpoint {checkpoint} cannot be loaded: it has no tensor {name}")
+        if parts.shape != list(tensor.shape):
+            raise ArtefactError(
+                f"checkpoint {checkpoint} cannot be loaded: {name} has shape {parts.shape} there, "
+                f"expected {list(tensor.shape)}"
+            )
+        if parts.dtype not in DTYPES:
+            raise ArtefactError(
+                f"checkpoint {checkpoint} cannot be loaded: {name} has type {parts.dtype}, "
+                f"expected one of {', '.join(DTYPES)}"
+            )
+
+
+@torch.no_grad()
+def _fill(checkpoint: Path, contents: Contents, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Fills this rank's shards; each file with entries of them is opened once.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is shorter than its header says.
+    """
+    boxes = {name: shard_box(tensor) for name, tensor in tensors.items()}
+    for file, needed in needed_parts(contents, boxes).items():
+        content = np.memmap(checkpoint / file, np.uint8, "r")
+        for name, number in needed:
+            parts, shard = contents.tensors[name], shard_of(tensors[name])
+            common, in_part, in_shard = _common_box(parts, number, boxes[name])
+            shard[in_shard].copy_(_entries(content, parts, number, in_part).reshape(common))
+
+
+def needed_parts(contents: Contents, boxes: Mapping[str, Box]) -> dict[str, list[tuple[str, int]]]:
+    """Returns, by file, the (tensor, number of the part) that have entries in boxes of tensors; other files are left
+    out."""
+    needed: dict[str, list[tuple[str, int]]] = {}
+    for name, box in boxes.items():
+        parts = contents.tensors[name]
+        for number in parts.in_box(box).tolist():
+            needed.setdefault(contents.files[parts.file_P[number]], []).append((name, number))
+    return needed
+
+
+def _common_box(parts: PartsOfTensor, number: int, box: Box) -> tuple[list[int], Box, Box]:
+    """Returns the shape of what a part and a box of the tensor have in common, where it is in the part, and where it is
+    in the box."""
+    begins, in_part, in_box = [], [], []
+    for cut, offset, size in zip(box, parts.offset_PD[number].tolist(), parts.size_PD[number].tolist(), strict=True):
+        begin, end = max(cut.start, offset), min(cut.stop, offset + size)
+        begins.append(end - begin)
+        in_part.append(slice(begin - offset, end - offset))
+        in_box.append(slice(begin - cut.start, end - cut.start))
+    return begins, tuple(in_part), tuple(in_box)
+
+
+def _entries(content: np.ndarray, parts: PartsOfTensor, number: int, box: Box) -> torch.Tensor:
+    """Returns a copy of the entries in a box of one part, one after the other.
+
+    Args:
+        content: the bytes of the part's file.
+
+    Raises:
+        ValueError: the file is shorter than the part.
+    """
+    dtype = DTYPES[parts.dtype]
+    # numpy has no bfloat16, so entries are opaque and only have the right size.
+    opaque = np.dtype(f"V{dtype.itemsize}")
+    try:
+        array = np.ndarray(parts.size_PD[number].tolist(), opaque, content.data, int(parts.start_P[number]))
+    except TypeError as error:
+        raise ValueError(f"a file is shorter than its header says ({error})") from None
+    # The copy is aligned, which numbers in a file need not be.
+    entries = np.array(array[box], order="C").reshape(-1).view(np.uint8)
+    return torch.from_numpy(entries).view(dtype)
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:

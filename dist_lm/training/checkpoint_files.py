@@ -1,7 +1,7 @@
 """A checkpoint as files: names, format, manifest, pointers, retention. No tensors here.
 
     checkpoints/
-      step_00000100/  shard-*.safetensors  state.json  stage/... (files of the stage)
+      step_00000100/  shard-*.safetensors  index.json  state.json  stage/... (files of the stage)
                       manifest.json (written last: size and SHA-256 of the other files)
       LATEST BEST     each holds the name of one checkpoint
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 _STEP_NAME = re.compile(r"step_[0-9]+")
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
+INDEX = "index.json"  # where the parts of each tensor lie; checkpoints of earlier versions and imports have none
 AVERAGE = "average.json"  # beside averaged weights: the averaged checkpoints, and the metrics on val
 STAGE = "stage"  # folder for files of the stage: files of tensors in the checkpoint itself are read as parts of models
 TENSORS = ".safetensors"  # suffix of a file of tensors

@@ -19,7 +19,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import logical
-from dist_lm.training import checkpoint, checkpoint_files, checkpoint_reader
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_saver
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.state import TrainState
 from tests.parallel.ranks import RankGroups
@@ -80,7 +80,7 @@ def mesh_of(layout: Layout) -> DeviceMesh:
 def write(world: World, checkpoints: Path, layout: Layout) -> None:
     mesh = mesh_of(layout)
     tensors = {name: logical(padded(name, mesh), TENSORS[name][0]) for name in TENSORS}
-    checkpoint.write(checkpoints, tensors, TrainState(step=1), MODEL, world)
+    checkpoint_saver.write(checkpoints, tensors, TrainState(step=1), MODEL, world)
 
 
 def read(world: World, written: list[Path], layout: Layout) -> list[tuple[str, str]]:
@@ -92,7 +92,7 @@ def read(world: World, written: list[Path], layout: Layout) -> list[tuple[str, s
         found = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
         for name, tensor in found.items():
             local(tensor)[local(expected[name]).isnan()] = math.nan
-        checkpoint_reader.read(directory, {name: logical(tensor, TENSORS[name][0]) for name, tensor in found.items()})
+        checkpoint.read(directory, {name: logical(tensor, TENSORS[name][0]) for name, tensor in found.items()})
         wrong += [
             (str(directory), name) for name in TENSORS if not torch.equal(bits(found[name]), bits(expected[name]))
         ]
@@ -144,7 +144,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name(ranks: RankGroups, written
 
 def message_of_wider(world: World, directory: Path) -> str:
     try:
-        checkpoint_reader.read(directory, {"model.norm": torch.zeros(10)})
+        checkpoint.read(directory, {"model.norm": torch.zeros(10)})
     except ArtefactError as error:
         return str(error)
     return ""
@@ -152,4 +152,8 @@ def message_of_wider(world: World, directory: Path) -> str:
 
 def test_large_tensors_go_to_further_files():
     tensors = {name: value(name) for name in ("model.query", "model.down", "model.norm")}
-    assert checkpoint.file_numbers(tensors, file_bytes=2500) == {"model.query": 1, "model.down": 1, "model.norm": 2}
+    assert checkpoint_saver.file_numbers(tensors, file_bytes=2500) == {
+        "model.query": 1,
+        "model.down": 1,
+        "model.norm": 2,
+    }

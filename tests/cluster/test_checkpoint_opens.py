@@ -17,9 +17,10 @@ from dist_lm.parallel.messages import all_gather
 from dist_lm.parallel.values import shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.state import TrainState
 from tests.parallel.ranks import RankGroups
-from tests.training.test_checkpoint_reader import write_parts
+from tests.training.test_checkpoint_parts import write_parts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
@@ -48,6 +49,8 @@ def written_by(n_ranks: int, checkpoints: Path) -> Path:
         cuts[name] = [sorted({0, len(array), *range(0, len(array), rows)}), *([0, size] for size in array.shape[1:])]
     write_parts(directory, tensors, cuts)
 
+    index = checkpoint.index_of(checkpoint.contents_of(stored_tensors(directory)))
+    durable.write_json(directory / checkpoint_files.INDEX, index)
     checkpoint_files.write_state(directory, TrainState(step=7), vars(MODEL))
     digests = {path.name: durable.sha256_of(path) for path in directory.iterdir()}
     checkpoint_files.write_manifest(directory, digests)
@@ -56,7 +59,7 @@ def written_by(n_ranks: int, checkpoints: Path) -> Path:
 
 
 def opened_by(world: World, checkpoints: Path) -> list[tuple[list[str], bool]]:
-    """Verifies and loads the newest checkpoint; for each rank, what it opened there, and whether its shards are right."""
+    """Verifies and loads the newest checkpoint; by rank, what it opened there, and whether its shards are right."""
     mesh = init_device_mesh("cpu", (world.size,))
     names = [f"model.{name}" for name in parameter_shapes(MODEL)]
     expected = {
@@ -89,10 +92,7 @@ def opened_by(world: World, checkpoints: Path) -> list[tuple[list[str], bool]]:
 def test_a_rank_opens_its_share_and_the_files_with_its_entries(
     ranks: RankGroups, tmp_path: Path, writers: int, readers: int
 ):
-    """Finds a rank that opens every file, as each of 512 ranks did with about 4,000 files.
-
-    The first rank also reads the header of each file, for all ranks.
-    """
+    """Finds a rank that opens every file, as each of 512 ranks did with about 4,000 files."""
     directory = written_by(writers, tmp_path)
     n_files = len(checkpoint_files.read_manifest(directory))
     # The entries of a reader lie in this many files at most: it reads one range of rows of each tensor, whose cuts
@@ -110,8 +110,8 @@ def test_a_rank_opens_its_share_and_the_files_with_its_entries(
     for rank, (opened, are_right) in enumerate(ranks.run(readers, opened_by, tmp_path)):
         assert are_right
         share = len(range(rank, n_files, readers))
-        headers = writers if rank == 0 else 0
-        assert len(opened) <= 2 + len(row_files[rank]) + share + headers, opened
+        pointers_of_first = 2 if rank == 0 else 0  # manifest and index, which it reads for all
+        assert len(opened) <= 1 + len(row_files[rank]) + share + pointers_of_first, opened
 
 
 def _rows(n_rows: int, n_ranks: int, rank: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from dist_lm.config.stage import StageConfig
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_saver
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.optimizer import build_optimizer
@@ -128,7 +128,7 @@ def save_where_one_cannot(world: World, checkpoints: Path) -> list[str]:
         run.save(2)  # there is a file where its folder would be
         try:
             run.save(3)
-        except checkpoint.CheckpointWriteError as error:
+        except checkpoint_saver.CheckpointWriteError as error:
             messages.append(str(error))
         run.save(4)
     gathered: list = [None] * world.size

@@ -23,7 +23,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_saver
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
@@ -46,7 +46,7 @@ def write(world: World, checkpoints: Path) -> Arrays:
         moments["exp_avg"].fill_(0.5)
     state = TrainState(step=7, tokens=7000, position=70, best_val_loss=2.5, best_step=7)
     tensors = checkpoint.tensors_of(model, optimizer, CONFIG)
-    checkpoint.write(checkpoints, tensors, state, CONFIG, world)
+    checkpoint_saver.write(checkpoints, tensors, state, CONFIG, world)
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy()
         for name, tensor in tensors.items()
@@ -101,7 +101,7 @@ def test_inspect_shows_step_model_logical_shapes_files_and_pointers(run, monkeyp
 def test_verify_of_a_whole_checkpoint(run, monkeypatch, capsys):
     for path in (run, run / "checkpoints", step_of(run)):
         assert call(monkeypatch, "verify", path) == 0
-        assert "3 files, all intact" in capsys.readouterr().out
+        assert "4 files, all intact" in capsys.readouterr().out
 
 
 def test_verify_names_every_file_that_is_damaged_missing_or_foreign(run, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.training import checkpoint
+from dist_lm.training import checkpoint, checkpoint_saver
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
 
@@ -47,7 +47,7 @@ def small_run(
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     world = World(0, 1, 0, torch.device("cpu"))
     tensors = checkpoint.tensors_of(small_model, None, config.model)
-    checkpoint.write(run.checkpoints, tensors, TrainState(step=20), config.model, world)
+    checkpoint_saver.write(run.checkpoints, tensors, TrainState(step=20), config.model, world)
     dist.destroy_process_group()
     return run
 

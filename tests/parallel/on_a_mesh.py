@@ -16,7 +16,7 @@ from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model, reshard
 from dist_lm.parallel.values import fill, unsharded_copy
-from dist_lm.training import checkpoint
+from dist_lm.training import checkpoint, checkpoint_saver
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.muon import Arithmetic
 from dist_lm.training.optimizer import VARIANCE, build_optimizer
@@ -106,7 +106,7 @@ def rank_steps(
     optimizer.gather_variances()
     if save is not None:
         tensors = checkpoint.tensors_of(model, optimizer, model_config)
-        checkpoint.write(save, tensors, TrainState(step=steps.stop), model_config, world)
+        checkpoint_saver.write(save, tensors, TrainState(step=steps.stop), model_config, world)
     end = parameters_and_moments(model, optimizer)
     outcome.gradients, outcome.end = logical_arrays(last, shapes), logical_arrays(end, shapes)
     outcome.padded = {name for name, value in end.items() if value.shape != outcome.end[name].shape}

@@ -15,7 +15,7 @@ from dist_lm.parallel.layout import layouts_of, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import fill, unsharded_copy
-from dist_lm.training import checkpoint
+from dist_lm.training import checkpoint, checkpoint_saver
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
@@ -39,7 +39,7 @@ def saved_base(world: World, model: AdaptedModelConfig, checkpoints: Path) -> st
     base = build_model(model.plain, parallel, mesh, world.device, SEED)
     fill(base, model.plain, lambda name, shape: parameter_value(name, shape, model))
     tensors = checkpoint.tensors_of(base, build_optimizer(base, STAGE), model.plain)
-    return str(checkpoint.write(checkpoints, tensors, TrainState(), model.plain, world))
+    return str(checkpoint_saver.write(checkpoints, tensors, TrainState(), model.plain, world))
 
 
 def loaded(world: World, model_config: AdaptedModelConfig, parallel: ParallelConfig, base: str) -> dict:

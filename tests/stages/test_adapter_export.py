@@ -22,7 +22,7 @@ from dist_lm.stages.averaging import average
 from dist_lm.stages.exporting.files import export
 from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.training import checkpoint
+from dist_lm.training import checkpoint, checkpoint_saver
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_files import fingerprint
 from dist_lm.training.checkpoint_tensors import consolidate, model_weights, tensors_in
@@ -60,7 +60,7 @@ def adapted(base: RunDirectory) -> RunDirectory:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         tensors = checkpoint.tensors_of(model, None, shape)
-        checkpoint.write(run.checkpoints, tensors, TrainState(step=7), shape, World(0, 1, 0, torch.device("cpu")))
+        checkpoint_saver.write(run.checkpoints, tensors, TrainState(step=7), shape, World(0, 1, 0, torch.device("cpu")))
     finally:
         dist.destroy_process_group()
     return run

@@ -13,7 +13,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training import checkpoint, checkpoint_files, checkpoint_saver
 from dist_lm.training.checkpoint import Companion
 from dist_lm.training.checkpoint_inspect import group_of
 from dist_lm.training.checkpoint_tensors import consolidate, model_weights
@@ -47,7 +47,7 @@ def save(directory: Path, world: World) -> Path:
     policy, optimizer = trained(POLICY, 0)
     critic = Companion("value.", *trained(CRITIC, 1), CRITIC)
     tensors = checkpoint.tensors_of(policy, optimizer, POLICY) | critic.tensors()
-    return checkpoint.write(directory, tensors, TrainState(step=3), POLICY, world, attached=FILES)
+    return checkpoint_saver.write(directory, tensors, TrainState(step=3), POLICY, world, attached=FILES)
 
 
 def values(model: torch.nn.Module, optimizer: ShardedAdamW) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dist_lm.errors import ArtefactError
-from dist_lm.training.checkpoint_reader import contents_of, needed_parts, read
+from dist_lm.training.checkpoint import contents_of, needed_parts, read
 from dist_lm.training.checkpoint_tensors import PLACES, StoredTensor
 from dist_lm.training.checkpoint_tensors import Part as StoredPart
 
