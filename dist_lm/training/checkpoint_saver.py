@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -39,6 +40,7 @@ from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+SAVE_S = 6 * 3600.0  # timeout of a message between savers: a slow disk is no hang, and heartbeats tell of those
 FILE_BYTES = 1 << 30  # approximate size of one file, which is assembled in memory before it is written
 
 
@@ -69,7 +71,7 @@ class CheckpointSaver:
 
         # The thread has its own process group: its messages must not mix with those of training.
         with guarded():
-            group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SAVE_S))
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
 
