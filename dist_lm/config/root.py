@@ -237,7 +237,7 @@ def save_config(config: Config, path: Path) -> None:
     durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-WAY_OUT = "restore it, or choose another run_id"  # of a damaged `config.yaml`
+WAY_OUT = "restore it, or choose another run_id"  # end of a message about a damaged `config.yaml`
 
 
 def read_groups(path: Path) -> dict[str, Any]:

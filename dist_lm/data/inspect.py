@@ -25,7 +25,7 @@ from dist_lm.tracking.readable import gib
 
 SAMPLE_TOKENS = 160  # longest part shown of a document
 LISTED_ORIGINS = 12
-STATES = ("ok", "missing")  # of a tar, that a table shows; longer ones name files and get lines of their own
+STATES = ("ok", "missing")  # states of a tar that a table shows; longer ones name files and get lines of their own
 SEQ_LENS = (512, 768, 1024, 2048, 4096)  # the table shows the share of longer conversations for each of these
 
 

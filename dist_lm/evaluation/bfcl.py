@@ -95,7 +95,7 @@ def answer(
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
     asking = Asking.greedy(tokenizer, loaded.config.max_seq_len, True, TURN_TOKENS, constrain_calls=constrain_calls)
     items = bfcl_items(asking, questions)
-    outcomes: dict[int, BfclResult] = {}  # by the index of the question
+    outcomes: dict[int, BfclResult] = {}  # the key is the index of the question
     for index, item in enumerate(items):
         error = item.error
         if not error:

@@ -18,7 +18,7 @@ from dist_lm.sandbox.program import Language
 
 Rng = random.Random
 
-HIDDEN_TESTS: dict[Language, int] = {"python": 4, "bash": 4, "sql": 3}  # of each problem
+HIDDEN_TESTS: dict[Language, int] = {"python": 4, "bash": 4, "sql": 3}  # tests of each problem
 WORDS = (
     *("apple", "bread", "cloud", "dance", "eagle", "flame", "grass", "honey", "island", "jelly", "knife", "lemon"),
     *("mango", "night", "ocean", "paper", "queen", "river", "stone", "tiger", "uncle", "voice", "water", "yellow"),

@@ -60,7 +60,7 @@ class Item:
     n: int  # number of answers
     judge: Judge
     error: str = ""  # why it cannot be asked; such a question counts as failed
-    constraint: Constraint | None = None  # what an answer must be
+    constraint: Constraint | None = None  # the form that an answer must have
 
 
 @dataclass(frozen=True)

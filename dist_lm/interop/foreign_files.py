@@ -22,7 +22,7 @@ from dist_lm.tokenizer.tokenizer import (
     sentencepiece_without_first_token,
 )
 
-MOST_TENSORS = 1 << 17  # of a file; more would be work for the process that asks
+MOST_TENSORS = 1 << 17  # most tensors of a file; more would be work for the process that asks
 ITEM_BYTES = {  # https://github.com/huggingface/safetensors/blob/main/README.md
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},

@@ -49,7 +49,7 @@ MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32  # without general.alignment
 STRING, ARRAY = 8, 9
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-MOST_ELEMENTS = 1 << 24  # of an array; the largest vocabularies have 2**18 pieces
+MOST_ELEMENTS = 1 << 24  # entries of an array; the largest vocabularies have 2**18 pieces
 MOST_DIMENSIONS = 4
 
 

@@ -26,7 +26,7 @@ BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 SPACES = ("Replace", "String", " ", SPACE)
 DUMMY_PREFIX = ("Replace", "Regex", rf"\A{SPACE}", SPACE * 2)
 REMOVED_SPACES = (("Replace", "Regex", r"\A +| +\z", ""), ("Replace", "Regex", " {2,}", " "))
-MOST_CHARACTERS = 20_000  # of pieces that are encoded by both to compare them
+MOST_CHARACTERS = 20_000  # length of the pieces that both encode, to compare them
 
 
 def is_of_sentencepiece(content: bytes) -> bool:

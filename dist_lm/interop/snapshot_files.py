@@ -15,7 +15,7 @@ from dist_lm.sandbox import limited
 
 LENGTH_BYTES = 8  # size of the field with the length of a header of safetensors, little-endian
 HEADER_BYTES = 100_000_000  # the longest header that safetensors itself reads
-MOST_BYTES = 256 << 20  # of a file that is read whole; the largest tokenizers have 40 MB
+MOST_BYTES = 256 << 20  # size of a file that is read whole; the largest tokenizers have 40 MB
 
 
 def file_in(folder: Path, name: str) -> Path | None:

@@ -28,7 +28,7 @@ from dist_lm.errors import UserError
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import VisibleFormatter, visible
 
-_FORMAT_WARNING = warnings.formatwarning  # of Python
+_FORMAT_WARNING = warnings.formatwarning  # Python's own
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the same command again",
     errno.EDQUOT: "make room, and give the same command again",

@@ -10,8 +10,8 @@ from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 
 Shape = tuple[int, ...]
 
-WEIGHTS_PER_SCALE, SCALES_PER_SCALE = 64, 256  # of a matrix in four bits, see `dist_lm.model.quantised`
-SCALE_VALUES = 256  # of an 8-bit float, the code of its scales
+WEIGHTS_PER_SCALE, SCALES_PER_SCALE = 64, 256  # blocks of a matrix in four bits, see `dist_lm.model.quantised`
+SCALE_VALUES = 256  # values of an 8-bit float, the code of its scales
 FLASH_MULTIPLE, FLASH_LARGEST = 8, 256  # values of d_head that the flash kernel accepts: multiples of 8 up to 256
 MATRICES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),

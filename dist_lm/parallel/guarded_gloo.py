@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 ATTACH_FILTER, DETACH_FILTER, GET_FILTER = 26, 27, 26  # asm-generic/socket.h
 LOOK_S, LONGEST_LOOK_S = 0.002, 0.02  # between two looks at the connections; it grows while a rank waits for others
-N_PORTS = 20  # that a stranger may reach before their filter is there
+N_PORTS = 20  # most ports that a stranger may reach before their filter is there
 LONGEST_FILTER = 64  # instructions
 ACCEPTED_S = 0.005  # for gloo's thread to accept a connection
 DESCRIPTORS = Path("/proc/self/fd")

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from dist_lm.errors import ArtefactError
 
 T = TypeVar("T")
-MISFITS = (ValueError, TypeError, KeyError, IndexError, OverflowError)  # what reading another value raises
+MISFITS = (ValueError, TypeError, KeyError, IndexError, OverflowError)  # errors of reading another value
 NUMBERS = "biuf"  # kinds of arrays: bool, integers, floating point
-LENGTH_BYTES = 8  # of the JSON, little endian, before it
+LENGTH_BYTES = 8  # size of the length of the JSON, little endian, before it
 
 
 class MessageError(RuntimeError):

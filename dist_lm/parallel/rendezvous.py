@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "DIST_LM_STORE"  # environment variable of a rank: file of the store, in a folder of mode 0700
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun's own: FOLDER/attempt_N/LOCAL_RANK/error.json
-BACKEND = "private"  # of `torchrun --rdzv-backend`, on one node
+BACKEND = "private"  # a name for `torchrun --rdzv-backend`, on one node
 NODES_BACKEND = "address"  # the same, on several
 
 

@@ -118,7 +118,7 @@ class Prepared:
     tokens: Mapping[str, torch.Tensor]  # columns (B, T) by name
     divisor_B: torch.Tensor  # fp32; each rollout's part of the divisor of a minibatch's policy loss (PPO: its tokens)
     kl_coefficient: float = 0.0  # weight of the KL in the policy loss; 0: the algorithm has it in its rewards
-    metrics: Mapping[str, float] = field(default_factory=dict)  # by name, without the prefix `rlhf/`
+    metrics: Mapping[str, float] = field(default_factory=dict)  # names lack the prefix `rlhf/`
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
             if name in bits:
                 matrix.copy(bits[name])
             else:
-                matrix.quantise(shard_of(trunk[name]).cpu())  # of a reward model, whole on every rank
+                matrix.quantise(shard_of(trunk[name]).cpu())  # a reward model is whole on every rank
 
     for name, parameter in critic.named_parameters():
         # Adapters begin as they are: they add nothing to the trunk yet.

@@ -40,7 +40,7 @@ class Judged:
     completion: str
     tokens: Sequence[int] = ()
     messages: Sequence[Mapping[str, Any]] = ()  # turns of the prompt, in OpenAI's format
-    columns: Mapping[str, Any] = field(default_factory=dict)  # of the prompt's row, the prompt included
+    columns: Mapping[str, Any] = field(default_factory=dict)  # columns of the prompt's row, the prompt included
 
     @property
     def is_chat(self) -> bool:

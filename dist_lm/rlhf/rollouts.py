@@ -196,7 +196,7 @@ class Rollouts:
         end_M = np.cumsum(self.new_tokens_B)
         for b, new_tokens in enumerate(self.new_tokens_B):
             end, new_end = end_N[b], end_M[b]
-            middle = end - new_tokens  # where the prompt ends and the completion begins
+            middle = end - new_tokens  # end of the prompt and beginning of the completion
             yield Rollout(
                 prompt=self.tokens_N[middle - self.prompt_tokens_B[b] : middle],
                 completion=self.tokens_N[middle:end],

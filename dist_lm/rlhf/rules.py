@@ -66,7 +66,7 @@ class RuleInput:
     sample: int = 0  # number among the completions of its prompt
     request: str = ""  # text of the user's last turn in the prompt
     tokens: Sequence[int] = field(default=(), compare=False)  # ids of the completion
-    row: PromptRow = field(default=PromptRow(), compare=False)  # of the prompt
+    row: PromptRow = field(default=PromptRow(), compare=False)  # the prompt's
 
 
 @dataclass(frozen=True)

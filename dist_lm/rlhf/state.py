@@ -52,7 +52,7 @@ class RlhfState:
     reward_scale: RewardScale | None = None  # None: not measured yet
     best_reward: float | None = None  # largest rlhf/reward_mean of an iteration
     best_iteration: int = 0
-    pending: Mapping[int, ScoredRollouts] = field(default_factory=dict)  # by iteration: drawn, not trained on yet
+    pending: Mapping[int, ScoredRollouts] = field(default_factory=dict)  # keys: iterations not trained on yet
 
     @property
     def version(self) -> int:

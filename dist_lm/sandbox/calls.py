@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 QUESTION, VALUE, RAISED, REFUSED, READY, END = b"qverh."  # kinds of frames
 MAX_NESTED = 50  # calls that wait for each other
-MAX_OBJECTS = 100_000  # that one side keeps for the other
+MAX_OBJECTS = 100_000  # most objects that one side keeps for the other
 MAX_BLOCK = 1_000  # items of an iterator in one answer
 
 
@@ -61,8 +61,8 @@ class Peer:
     def __init__(self, channel: int, operations: dict[str, Callable[..., Any]]) -> None:
         self.channel = channel
         self.operations = operations
-        self.last_error: BaseException | None = None  # that an answer told of
-        self._objects: list[Any] = []  # that the other side has references of
+        self.last_error: BaseException | None = None  # the last that an answer told of
+        self._objects: list[Any] = []  # objects that the other side refers to
         self._number_of: dict[int, int] = {}  # id -> number in `_objects`
         self._remote: dict[int, Any] = {}  # number on the other side -> what stands for it here
         self._numbers_there: dict[int, int] = {}  # id of what stands here -> number on the other side

@@ -175,7 +175,7 @@ class Names(dict):
 
     def __init__(self, judge: Judge, entry: str = "") -> None:
         super().__init__(__name__="__main__")
-        self.code = ""  # of the test
+        self.code = ""  # the test's
         self._judge = judge
         self._entry = entry
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 CHANNEL = 3  # descriptor of the socket to the judge, in a program that has one
-MAX_NAMES = 100  # of functions and classes, that a judge is told of at once
+MAX_NAMES = 100  # functions and classes that a judge is told of at once
 
 
 def _python(test: dict[str, str], source: str, judged: bool) -> NoReturn:

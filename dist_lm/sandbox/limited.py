@@ -25,8 +25,8 @@ from dist_lm.errors import UserError, one_line
 from dist_lm.sandbox.environment import ENVIRONMENT
 from dist_lm.sandbox.limited_program import ANSWER_BYTES, MEMORY_BYTES, frames_of, values_of
 
-CPU_S = 8.0  # of a call; the largest tokenizers take 2
-ANSWER_S = 120.0  # by the clock, for a machine that is busy; the process ends itself after CPU_S
+CPU_S = 8.0  # CPU time of a call; the largest tokenizers take 2
+ANSWER_S = 120.0  # time by the clock, for a machine that is busy; the process ends itself after CPU_S
 START_S = 60.0
 TRIES = 2  # of a call that ends its process: what else ends one, such as a lack of memory, does not do so twice
 ONE_THREAD = {  # threads of libraries would each take address space, which is limited

@@ -23,7 +23,7 @@ from dist_lm.sandbox import confine
 
 MEMORY_BYTES = 1 << 30  # address space of the process, with its libraries
 FRESH_BYTES = 256 << 20  # a process that a call has grown by more is replaced: memory stays in pieces
-ANSWER_BYTES = 256 << 20  # of an answer; more would move the memory into the process that asks
+ANSWER_BYTES = 256 << 20  # size of an answer; more would move the memory into the process that asks
 LENGTH_BYTES = 4
 LIBRARIES = ("numpy", "sentencepiece", "tokenizers", "jinja2", "gguf", "jsonschema", "llguidance")
 

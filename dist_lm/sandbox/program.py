@@ -77,9 +77,9 @@ class Verdict:
 
     outcome: Outcome
     results: tuple[bool, ...]  # whether each test passed
-    stdout: tuple[str, ...]  # of each test
+    stdout: tuple[str, ...]  # output of each test
     output: str  # the end of stdout and stderr of the first test that failed, or of the last test
-    seconds: float  # by the clock, all tests
+    seconds: float  # wall time of all tests
     cpu_seconds: float  # all tests
 
     @property

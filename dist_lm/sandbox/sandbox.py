@@ -42,12 +42,12 @@ from dist_lm.sandbox.program import (
 log = logging.getLogger(__name__)
 
 END_S = 2.0  # a server whose channel is closed ends at once
-TRIALS = 3  # of the fences, if a trial does not end
+TRIALS = 3  # trials of the fences, if one does not end
 _BUSY = "^$|TimeoutError|Resource temporarily unavailable|Cannot allocate memory|Too many open files"  # "": no core
 START_S = 60.0  # a machine under load takes seconds
 GRACE_S = 60.0  # time for the server to answer, beyond the limits of a program
 _CONTROL = "import time\nwhile time.process_time() < 0.1:\n    pass"  # source of a program of known cost
-_MOST_SHARE = 0.5  # of a core that the control needs, whatever the limits of the program
+_MOST_SHARE = 0.5  # share of a core that the control needs, whatever the limits of the program
 # The server's; imported ones come first.
 _MODULES = (
     *("system_calls", "confine", "fenced", "frames", "watched", "values", "calls", "sql", "shared_files"),
@@ -73,7 +73,7 @@ module.main()
 """Program of the server: it reads its modules from the channel, so that no file of ours is in the sandbox."""
 _MOST_ANSWER = 64 << 20
 _FIRST_UNUSED = 2_000_000_000  # no distribution gives out such user ids
-_USERS = 400  # of a process; the kernel has 4 million process ids, and 4 billion user ids
+_USERS = 400  # users of a process; the kernel has 4 million process ids, and 4 billion user ids
 _HOW = (
     "install bubblewrap (`apt-get install bubblewrap`) and allow user namespaces (sysctl "
     "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container also its "

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     Change = tuple[bytes, str, int, int, bytes]  # path below the folder, kind, mode, time in ns, content
 
 MAX_FILES = 2_000  # in a folder
-MAX_FILE_BYTES = 2 << 20  # of all files that one message carries
-MAX_FOLDER_BYTES = 12 << 20  # of all files of a folder: a test needs room for its own
+MAX_FILE_BYTES = 2 << 20  # size of all files that one message carries
+MAX_FOLDER_BYTES = 12 << 20  # size of all files of a folder: a test needs room for its own
 _KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 

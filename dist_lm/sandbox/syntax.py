@@ -17,7 +17,7 @@ from dist_lm.storage.json_process import JsonProcess
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 60.0  # by the clock; a parser ends after its limit of CPU time
+ANSWER_S = 60.0  # wall time; a parser ends after its limit of CPU time
 START_S = 60.0
 TRIES = 2  # of a text that ends its process: what else ends one does not do so twice
 

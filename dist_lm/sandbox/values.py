@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_BYTES = 4 << 20
 MAX_DEPTH = 64
 MAX_VALUES = 1 << 20
-MAX_DIGITS = 100_000  # of a Decimal, and bytes of a name
+MAX_DIGITS = 100_000  # digits of a Decimal, and bytes of a name
 
 MANY = 16  # from this number on, numbers are packed: one by one, each takes several microseconds
 

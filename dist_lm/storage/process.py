@@ -144,7 +144,7 @@ def cores() -> int:
 class CpuUsage:
     """Measures how many of the cores that this process may use are left by other programs, from its creation on."""
 
-    SHORTEST_S = 0.2  # of a measurement: the kernel counts in hundredths of a second
+    SHORTEST_S = 0.2  # length of a measurement: the kernel counts in hundredths of a second
 
     def __init__(self) -> None:
         self._before = self._sample()

@@ -94,7 +94,7 @@ FIGURES = (
 """Rows of a training stage, in this order; a metric that the stage does not have gets no row."""
 
 EPOCHS = "train/epochs"
-NAMED_CORPORA = 3  # of a mix, in a line
+NAMED_CORPORA = 3  # corpora of a mix that a line names
 
 HEADLINES = (
     ("rlhf/win_rate", "wins {}", percent),

@@ -284,7 +284,7 @@ def read_contents(checkpoint: Path) -> Contents:
         ArtefactError: the index or a header cannot be read, or a part of a tensor is missing.
     """
     path = checkpoint / files.INDEX
-    if not path.is_file():  # of an earlier version, or of an import
+    if not path.is_file():  # an earlier version or an import wrote it
         return contents_of(stored_tensors(checkpoint))
 
     try:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _STEP_NAME = re.compile(r"step_[0-9]+")
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
-INDEX = "index.json"  # where the parts of each tensor lie; checkpoints of earlier versions and imports have none
+INDEX = "index.json"  # places of the parts of each tensor; checkpoints of earlier versions and imports have none
 AVERAGE = "average.json"  # beside averaged weights: the averaged checkpoints, and the metrics on val
 STAGE = "stage"  # folder for files of the stage: files of tensors in the checkpoint itself are read as parts of models
 TENSORS = ".safetensors"  # suffix of a file of tensors
@@ -44,7 +44,7 @@ class FileRecord:
     bytes: int
 
 
-Manifest = dict[str, FileRecord]  # by file name
+Manifest = dict[str, FileRecord]  # the key is the file's name
 
 
 def step_name(step: int) -> str:
