@@ -60,6 +60,7 @@ FORWARD_METHODS = ("token_losses", "logprobs", "scores")
 """Methods that are called on a model instead of `forward`: FSDP gathers the parameters of the root around them. They
 must not call each other, which would free and gather these parameters once more."""
 
+MOST_THREADS = 8  # threads of a rank that draw initial values
 RECOMPILATIONS = 48
 """Limit of compilations of the blocks of one model. They are the combinations of: values of the first layer or not,
 gradients or not, selected tokens or not (also a single one), one row or several; each for the first shape, then for all
@@ -137,7 +138,14 @@ def build_model(
     """
     model = arrange_model(model_config, parallel, mesh, device, exchange=device.type == "cpu")
     materialise(model, parallel, device)
-    fill(model, model_config, lambda name, shape: initial_value(name, shape, model_config, seed))
+    # One core draws 90 million values a second: 8 B take it a minute and a half. More threads would need the memory of
+    # more unsharded parameters.
+    fill(
+        model,
+        model_config,
+        lambda name, shape: initial_value(name, shape, model_config, seed),
+        threads=min(torch.get_num_threads(), MOST_THREADS),
+    )
     return model
 
 

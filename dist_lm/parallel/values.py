@@ -7,6 +7,7 @@ tensor. Checkpoints hold logical tensors.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -63,30 +64,38 @@ def shard_box(tensor: torch.Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
 
 
-@torch.no_grad()
 def fill(
     model: nn.Module,
     model_config: ModelConfig,
     value: Callable[[str, tuple[int, ...]], torch.Tensor],
     chooses: Callable[[str], bool] = lambda name: True,
+    threads: int = 1,
 ) -> None:
     """Sets parameters in place to the logical value `value(name, shape)`, which is unsharded; padding becomes zero.
 
-    All ranks compute the same values, one unsharded value at a time, so nothing is sent.
+    All ranks compute the same values, so nothing is sent. Of each thread one unsharded value is in memory at a time.
 
     Args:
         chooses: whether the parameter of a name is set.
+        threads: number of values that are computed at the same time.
     """
     shapes = parameter_shapes(model_config)
-    for name, parameter in model.named_parameters():
-        if not chooses(name):
-            continue
-        if parameter.shape != shapes[name]:
-            parameter.zero_()  # the padding, too
 
-        # No name is given to the value, so it is freed before the next one is computed.
-        target = logical(parameter, shapes[name])
-        shard_of(target).copy_(value(name, shapes[name])[shard_box(target)])
+    def set_values(name: str, parameter: torch.Tensor) -> None:
+        # Whether gradients are recorded is a setting of each thread.
+        with torch.no_grad():
+            if parameter.shape != shapes[name]:
+                shard_of(parameter).zero_()  # the padding, too
+
+            # No name is given to the value, so it is freed before the next one is computed.
+            target = logical(parameter, shapes[name])
+            shard_of(target).copy_(value(name, shapes[name])[shard_box(target)])
+
+    chosen = [(name, parameter) for name, parameter in model.named_parameters() if chooses(name)]
+    with ThreadPoolExecutor(threads, "fill") as pool:
+        # Reading the results raises what a thread has raised.
+        for _ in pool.map(set_values, *zip(*chosen, strict=True)):
+            pass
 
 
 @torch.no_grad()
