@@ -22,6 +22,7 @@ from dist_lm.chat import json_text
 from dist_lm.errors import UserError
 from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.request import Answer
+from dist_lm.server.chat_page import add_chat_page
 from dist_lm.server.door import App, Door, DoorRules, Message, Receive, Scope, Send
 from dist_lm.server.engine_thread import Done, EngineThread, Event, Failed
 from dist_lm.server.figures import metrics_text
@@ -131,6 +132,7 @@ def build_app(serving: Serving, rules: DoorRules) -> App:
         text = metrics_text(serving.thread, serving.counts, serving.open_requests)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
+    add_chat_page(app)
     return Door(app, rules, serving.served.limits.body_bytes, serving.count)
 
 

@@ -102,8 +102,8 @@ def serve(path: Path, tokenizer: Path | None, options: ServeOptions) -> None:
         timeout_graceful_shutdown=max(1, round(options.stop_s)),
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{host}:{listener.getsockname()[1]}/v1"
-    say(f"{served.name}: {address}, {'with' if rules.key else 'without'} a key")
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    say(f"{served.name}: {address}/v1, {'with' if rules.key else 'without'} a key; chat page: {address}/")
 
     # uvicorn repeats the signal that ended it, for whoever was there before.
     handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}

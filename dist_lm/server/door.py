@@ -14,12 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_lm.errors import require
+from dist_lm.server import chat_page
 from dist_lm.server.protocol import error_value
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BODY_S = 30.0  # seconds for a body to arrive
-PUBLIC = ("/health",)  # paths that need no key
+PUBLIC = ("/health",)  # paths that need no key, beside those of the chat page
 PATHS = {
+    chat_page.ROOT,
     *("/v1/chat/completions", "/v1/completions", "/v1/models"),
     *("/tokenize", "/detokenize", "/health", "/metrics"),
 }
@@ -77,10 +79,12 @@ def refusal_of(rules: DoorRules, path: str, headers: Sequence[tuple[bytes, bytes
     origin = values.get("origin")
     if origin is not None and origin not in (*rules.origins, f"http://{host}", f"https://{host}"):
         return 403, f"Origin {origin[:80]!r}: web pages of other origins are refused (--allow-origin)", "origin_refused"
-    if origin is None and values.get("sec-fetch-site") in ("cross-site", "same-site"):
+    # A link elsewhere may open the chat page, which is the same for everybody and can be shown in no frame.
+    opens_page = (path, values.get("sec-fetch-dest")) == (chat_page.ROOT, "document")
+    if origin is None and values.get("sec-fetch-site") in ("cross-site", "same-site") and not opens_page:
         return 403, "web pages of other origins are refused (--allow-origin)", "origin_refused"
 
-    if rules.key and path not in PUBLIC:
+    if rules.key and path not in PUBLIC and not chat_page.is_page_path(path):
         scheme, _, token = values.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), rules.key.encode()):
             return 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`", "invalid_api_key"
