@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 
+from dist_lm.chat.documents import read_ranking
 from dist_lm.chat.ranking import ranking_tokens
-from dist_lm.data.sources.rankings import read_rankings
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.sources.rankings import read_local_rankings
+from dist_lm.document import Document
 from dist_lm.server.door import DoorRules
 from tests.patience import patient
 from tests.server.conftest import Running, served, wait_for
@@ -106,6 +109,15 @@ def answering(**response: Any) -> Callable[[Any], None]:
     return lambda route: route.fulfill(**response)
 
 
+def changed(page: Any, **fields: Any) -> None:
+    """Adds fields to the requests that the page sends."""
+
+    def send(route: Any) -> None:
+        route.continue_(post_data=json.dumps(route.request.post_data_json | fields))
+
+    page.route(CHAT, send)
+
+
 def test_a_chat_has_the_servers_answer_and_survives_a_reload(open_page, server: Running):
     """Finds text, ids or a seed that are not those of the request, and a tree of turns that a reload forgets."""
     page = ready(open_page(server.url))
@@ -184,9 +196,7 @@ def test_a_stop_frees_the_server(open_page, server: Running):
     page = ready(open_page(server.url))
     set_sampling(page, max_tokens=300)
     # The marks that end a turn are forbidden, so that the answer is as long as it may be.
-    page.route(CHAT, lambda route: route.continue_(post_data=json.dumps(
-        route.request.post_data_json | {"logit_bias": {str(token): -100 for token in range(8)}}
-    )))  # fmt: skip
+    changed(page, logit_bias={str(token): -100 for token in range(8)})
     page.fill("#composer", "go on")
     page.keyboard.press("Enter")
     page.wait_for_selector(".turn.assistant .markdown > *")
@@ -197,7 +207,8 @@ def test_a_stop_frees_the_server(open_page, server: Running):
 
 def test_tools_are_cards_and_results_go_back(open_page, server: Running, tmp_path: Path):
     """Finds calls that the page and the server write differently; the untrained model is made to call."""
-    functions = [WEATHER["function"], CLOCK["function"]]
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}  # leaves no token open
+    functions = [WEATHER["function"], CLOCK["function"] | {"parameters": nothing}]
     (tmp_path / "tools.json").write_text(json.dumps(functions))
     (tmp_path / "broken.json").write_text('[{"description": "no name"}]')
     page = ready(open_page(server.url))
@@ -268,8 +279,9 @@ def test_choices_are_rankings_that_the_stages_read(open_page, server: Running, t
         options: Any = {"model": "small", "messages": messages, "max_tokens": 12, "seed": seed}
         return server.client().chat.completions.create(**options).choices[0].message.content or ""
 
-    with file.open(encoding="utf-8") as lines:
-        first, second = read_rankings(lines, file.name)
+    source = SourceConfig(reader="rankings", language="ours", dataset=str(file), licence="own")
+    documents = [*read_local_rankings(source, seed=0)]
+    first, second = (read_ranking(document.text) for document in documents if isinstance(document, Document))
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Name a colour."}]
     assert first.completions == (answer(messages, 1), answer(messages, 2))
     assert first.ranks == (1, 0)
@@ -441,6 +453,78 @@ def test_markdown_has_its_blocks(open_page, server: Running):
         assert page.evaluate(draw.replace("for (let end = 1;", "for (let end = text.length;"), mark * 3000)
 
 
+def test_alternatives_are_shown_on_demand(open_page, server: Running):
+    """Finds a probability that is not e to the log-probability, a line break or a part of a character that is lost,
+    and a page that never asks again without alternatives where a server refuses them."""
+    page = ready(open_page(server.url))
+    tokens = [
+        ("Hi", b"Hi", -0.1),
+        ("\n", b"\n", -2.0),
+        ("\ufffd", "é".encode()[:1], -4.0),
+        ("\ufffd", "é".encode()[1:], 0.0),
+    ]
+    entries = [
+        {
+            "token": text,
+            "bytes": [*content],
+            "logprob": logprob,
+            "top_logprobs": [{"token": text, "logprob": logprob}, {"token": "Ho", "logprob": -3.0}],
+        }
+        for text, content, logprob in tokens
+    ]
+    choice = {"index": 0, "delta": {"content": "Hi\né"}, "logprobs": {"content": entries}, "finish_reason": "stop"}
+    bodies = []
+
+    def answer(route: Any) -> None:
+        bodies.append(route.request.post_data_json)
+        if "top_logprobs" in bodies[-1] and len(bodies) > 1:
+            error = {"message": "top_logprobs=5: not supported", "param": "top_logprobs"}
+            route.fulfill(status=400, body=json.dumps({"error": error}))
+            return
+        event = json.dumps({"choices": [choice]})
+        route.fulfill(content_type="text/event-stream", body=f"data: {event}\n\ndata: [DONE]\n\n")
+
+    page.route(CHAT, answer)
+    ask(page, "Hello")
+    page.locator(".turn.assistant").get_by_role("button", name="Tokens").click()
+    assert page.locator(".tokens .token").all_inner_texts() == ["Hi", "↵\n", "…", "é"]
+    page.locator(".tokens .token").first.click()
+    assert page.locator(".alternatives li").all_inner_texts()[0].split() == ["Hi", "90.5", "%", "chosen"]
+    assert page.locator(".alternatives li").all_inner_texts()[1].split() == ["Ho", "5", "%"]
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(page.locator(".token-detail")).to_contain_text("Token 2 of 4")
+    sync_api.expect(page.locator(".alternatives .chosen")).to_contain_text("13.5 %")
+    for _ in range(2):
+        ask(page, "Hello")
+    assert page.locator(".error").count() == 0
+    assert ["top_logprobs" in body for body in bodies] == [True, True, False, False]
+
+
+def test_answers_are_heard_and_the_focus_stays(open_page, server: Running):
+    """Finds an answer that a screen reader is not told of, and a press that sends the focus to the top of the page."""
+    page = ready(open_page(server.url))
+    scripted(page, ["First answer.", "Second answer."])
+    ask(page, "Hello")
+    sync_api.expect(page.locator("#live")).to_have_text("Answer: First answer.")
+    page.locator(".turn.assistant").get_by_role("button", name="Again").press("Enter")
+    sync_api.expect(page.locator("#live")).to_have_text("Answer: Second answer.")
+    assert page.evaluate("document.activeElement.matches('.turn.assistant')")
+    page.get_by_role("button", name="Earlier version").press("Enter")
+    sync_api.expect(page.locator("#live")).to_have_text("Version 1 of 2")
+    page.wait_for_selector(".switcher button:focus, .turn:focus")
+
+
+def test_a_chosen_scheme_stays(open_page, server: Running):
+    page = ready(open_page(server.url, color_scheme="light"))
+    dark = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0] < 60"
+    assert not page.evaluate(dark)
+    page.get_by_role("button", name="Dark colours").click()
+    assert page.evaluate(dark)
+    ready(page.reload() and page)
+    assert page.evaluate(dark)
+    assert page.get_by_role("button", name="Light colours").is_visible()
+
+
 def test_storage_is_bounded_and_forgets_the_oldest(open_page, server: Running):
     """Finds a page that stops to keep conversations once the browser's space is full."""
     page = ready(open_page(server.url))
@@ -527,11 +611,12 @@ def test_every_view_fits_and_can_be_read(open_page, server: Running, tmp_path: P
     page.wait_for_selector(".turn.tool + .turn.assistant footer")
     check("chat")
     page.unroute(CHAT)
+    changed(page, seed=5, max_tokens=12)
     page.evaluate("document.activeElement.blur()")
     page.keyboard.press("n")
     ask(page, "Hello")
     page.locator(".turn.assistant").get_by_role("button", name="Tokens").click()
-    page.locator(".token").nth(1).click()
+    page.locator(".tokens .token").nth(1).click()
     check("tokens")
     page.locator(".turn.assistant").get_by_role("button", name="Raw").click()
     check("raw")
@@ -539,6 +624,7 @@ def test_every_view_fits_and_can_be_read(open_page, server: Running, tmp_path: P
     page.keyboard.press("?")
     check("keys")
     page.keyboard.press("Escape")
+    page.unroute(CHAT)
     scripted(page, ["Blue.", "Red."])
     page.goto(f"{server.url}/#compare")
     check("settings of a comparison")

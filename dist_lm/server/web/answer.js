@@ -8,7 +8,9 @@ const ALTERNATIVES = 5;
 const SEEDS = 2 ** 31;
 export const SAMPLING = ["temperature", "top_p", "top_k", "max_tokens"];
 
-let hasAlternatives = true; // until the server refuses the field
+const CHAT = "v1/chat/completions";
+const COMPLETIONS = "v1/completions";
+const withoutAlternatives = new Set(); // paths that have refused the field
 
 /** Returns the fields of a request for settings; empty ones are left to the server, but for the seed. */
 export function samplingOf(settings, seedOffset = 0) {
@@ -40,8 +42,8 @@ export function newAnswer(body) {
 export async function streamChat(api, body, answer, signal, onChange) {
   const extras = {logprobs: true, return_token_ids: true};
   const read = (event) => readChat(answer, event);
-  return stream(api, "v1/chat/completions", body, answer, signal, onChange, read, () => {
-    return hasAlternatives ? {...extras, top_logprobs: ALTERNATIVES} : extras;
+  return stream(api, CHAT, body, answer, signal, onChange, read, () => {
+    return withoutAlternatives.has(CHAT) ? extras : {...extras, top_logprobs: ALTERNATIVES};
   });
 }
 
@@ -49,8 +51,8 @@ export async function streamChat(api, body, answer, signal, onChange) {
 export async function streamCompletion(api, body, answer, signal, onChange) {
   const extras = {return_token_ids: true};
   const read = (event) => readCompletion(answer, event);
-  return stream(api, "v1/completions", body, answer, signal, onChange, read, () => {
-    return {...extras, logprobs: hasAlternatives ? ALTERNATIVES : 0};
+  return stream(api, COMPLETIONS, body, answer, signal, onChange, read, () => {
+    return {...extras, logprobs: withoutAlternatives.has(COMPLETIONS) ? 0 : ALTERNATIVES};
   });
 }
 
@@ -59,7 +61,7 @@ async function stream(api, path, body, answer, signal, onChange, read, extras) {
   const seconds = () => (performance.now() - begin) / 1000;
   try {
     for (;;) {
-      const asksAlternatives = hasAlternatives;
+      const asksAlternatives = !withoutAlternatives.has(path);
       try {
         for await (const event of api.events(path, {...body, ...extras()}, signal)) {
           read(event);
@@ -72,7 +74,7 @@ async function stream(api, path, body, answer, signal, onChange, read, extras) {
         // Alternatives are a nicety: without them the same request is sent once more.
         const isRefused = error.status === 400 && ["top_logprobs", "logprobs"].includes(error.param);
         if (!isRefused || !asksAlternatives) throw error;
-        hasAlternatives = false;
+        withoutAlternatives.add(path);
       }
     }
   } catch (error) {

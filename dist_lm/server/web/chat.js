@@ -67,6 +67,7 @@ export class ChatView {
   _drawTurns() {
     if (!this._turns?.isConnected) return;
     const place = this._turns.scrollTop;
+    const hadFocus = this._turns.contains(document.activeElement);
     redraw(this._turns, () => {
       this._bodies.clear();
       const turns = shownTurns(this._conversation);
@@ -75,6 +76,8 @@ export class ChatView {
       if (system.trim() && turns.length) nodes.unshift(element("p", {class: "system"}, element("span", {class: "label"}, "System prompt"), system));
       this._turns.replaceChildren(...(nodes.length ? nodes : [this._welcome()]));
     });
+    // What had the focus may be gone, such as the form of a result: the answer that it led to has it now.
+    if (hadFocus && !this._turns.contains(document.activeElement)) this._turns.querySelector(".turn:last-of-type")?.focus();
     this._turns.scrollTop = place;
     this._app.conversationChanged();
   }

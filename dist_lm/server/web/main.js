@@ -45,7 +45,11 @@ class App {
     window.addEventListener("hashchange", () => this._showView());
     // Another tab may have changed the list; the conversation that is open here stays as it is here.
     window.addEventListener("storage", () => {
-      this.conversations = loadConversations().map((other) => (other.id === this.conversation.id ? this.conversation : other));
+      const here = new Map([...this.conversations, this.conversation].map((conversation) => [conversation.id, conversation]));
+      this.conversations = loadConversations().map((stored) => {
+        const known = here.get(stored.id);
+        return known && (known === this.conversation || known.updated >= stored.updated) ? known : stored;
+      });
       this._drawList();
     });
     await this.loadModels();
@@ -196,7 +200,7 @@ class App {
     if (!Object.keys(conversation.turns).length) return;
     if (!saveConversation(conversation)) this._announceTrouble("The browser has no space for this conversation: it is lost at a reload.");
     save("open", this.conversation.id);
-    if (!this.conversations.includes(conversation)) this.conversations.unshift(conversation);
+    this.conversations = [conversation, ...this.conversations.filter(({id}) => id !== conversation.id)];
     this._drawList();
   }
 
@@ -250,8 +254,12 @@ class App {
     // The second press deletes.
     if (!pressed.dataset.sure) {
       pressed.dataset.sure = "1";
+      const drawing = pressed.firstChild;
       pressed.replaceChildren("Delete?");
-      pressed.addEventListener("blur", () => this._drawList(), {once: true});
+      pressed.addEventListener("blur", () => {
+        delete pressed.dataset.sure;
+        pressed.replaceChildren(drawing);
+      }, {once: true});
       return;
     }
     deleteConversation(conversation.id);
@@ -261,6 +269,7 @@ class App {
       if (this.view === "chat") this._showView();
     }
     this._drawList();
+    this._listDrawer.node.querySelector(".new").focus();
     announce("Deleted");
   }
 }

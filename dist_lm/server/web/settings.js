@@ -7,7 +7,7 @@ const FIELDS = [
   {name: "temperature", label: "Temperature", hint: "1", min: 0, max: 100, step: "any"},
   {name: "top_p", label: "Top p", hint: "1", min: 0, max: 1, step: "any"},
   {name: "top_k", label: "Top k", hint: "0: all", min: 0, step: 1},
-  {name: "max_tokens", label: "Max tokens", hint: "512", min: 1, step: 1},
+  {name: "max_tokens", label: "Max tokens", hint: "default", min: 1, step: 1},
   {name: "seed", label: "Seed", hint: "drawn", step: 1},
 ];
 

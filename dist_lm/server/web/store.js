@@ -5,6 +5,7 @@ const PREFIX = "dist_lm.";
 const CONVERSATION = `${PREFIX}conversation.`;
 const MOST_CHARACTERS = 3_000_000;
 const MOST_CONVERSATIONS = 100;
+const MOST_DETAILS = 1_000_000; // characters of the tokens of one conversation
 const DETAILS = ["tokens", "ids", "promptIds"];
 
 /** Returns a value that was kept under a name, or `fallback`. */
@@ -47,8 +48,9 @@ function ended(conversation) {
 /** Keeps a conversation. Returns whether there was space for it. */
 export function saveConversation(conversation) {
   const name = CONVERSATION.slice(PREFIX.length) + conversation.id;
-  makeSpace(conversation.id, JSON.stringify(conversation).length);
-  return save(name, conversation) || save(name, withoutDetails(conversation));
+  const bounded = withNewestDetails(conversation);
+  makeSpace(conversation.id, JSON.stringify(bounded).length);
+  return save(name, bounded) || save(name, withoutDetails(conversation));
 }
 
 export function deleteConversation(id) {
@@ -80,12 +82,24 @@ function makeSpace(newestId, length) {
   }
 }
 
-function withoutDetails(conversation) {
-  const turns = {};
-  for (const [id, turn] of Object.entries(conversation.turns)) {
-    turns[id] = Object.fromEntries(Object.entries(turn).filter(([name]) => !DETAILS.includes(name)));
+/** Returns a conversation whose oldest answers have no tokens, if all of them together are too long. */
+function withNewestDetails(conversation) {
+  const turns = {...conversation.turns};
+  let space = MOST_DETAILS;
+  for (const [id, turn] of Object.entries(turns).reverse()) {
+    if (turn.tokens) space -= JSON.stringify(turn).length;
+    if (space < 0) turns[id] = withoutTokens(turn);
   }
   return {...conversation, turns};
+}
+
+function withoutDetails(conversation) {
+  const turns = Object.entries(conversation.turns).map(([id, turn]) => [id, withoutTokens(turn)]);
+  return {...conversation, turns: Object.fromEntries(turns)};
+}
+
+function withoutTokens(turn) {
+  return Object.fromEntries(Object.entries(turn).filter(([name]) => !DETAILS.includes(name)));
 }
 
 function keysOfConversations() {
