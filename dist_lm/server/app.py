@@ -24,7 +24,9 @@ from dist_lm.server.engine_thread import Done, Event, Failed
 from dist_lm.server.errors import ProtocolError, error_value
 from dist_lm.server.fields import Json
 from dist_lm.server.figures import metrics_text
+from dist_lm.server.infill import INFILL
 from dist_lm.server.job import Job
+from dist_lm.server.response_answers import RESPONSES
 from dist_lm.server.run import Run
 from dist_lm.server.serving import ServedModel, Serving
 from dist_lm.server.tokenizing import detokenized, tokenized
@@ -80,6 +82,14 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         return await _answer(serving, COMPLETIONS, request)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await _answer(serving, RESPONSES, request)
+
+    @app.post("/infill")
+    async def infill(request: Request) -> Response:
+        return await _answer(serving, INFILL, request)
 
 
 def _add_models(app: FastAPI, serving: Serving) -> None:

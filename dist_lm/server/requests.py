@@ -26,7 +26,12 @@ SAMPLING = {
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("logit_bias", "stop", "seed", "n", "stream", "stream_options", "logprobs", "constraint", "return_token_ids"),
 }
-IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # say nothing to us
+IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    # Of llama.cpp: its way of working, and details of what `DEFAULTS` has switched off.
+    *("samplers", "cache_prompt", "timings_per_token", "repeat_last_n", "dynatemp_exponent", "xtc_threshold"),
+    *("dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+}
 # Fields of OpenAI that may be given with the value that they have if they are left out.
 DEFAULTS: dict[str, Sequence[Json]] = {
     "frequency_penalty": (0, None),
@@ -34,7 +39,14 @@ DEFAULTS: dict[str, Sequence[Json]] = {
     "top_logprobs": (0, None),
     "echo": (False, None),
     "best_of": (1, None),
+    # Of llama.cpp, which its clients send with every request.
+    "repeat_penalty": (1, None),
+    "typical_p": (1, None),
+    "dynatemp_range": (0, None),
+    "xtc_probability": (0, None),
+    "dry_multiplier": (0, None),
 }
+LLAMA_DEFAULTS = {"repeat_penalty", "typical_p", "dynatemp_range", "xtc_probability", "dry_multiplier"}
 FIELDS: dict[Endpoint, set[str]] = {
     "chat": {
         *("messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "max_completion_tokens"),
@@ -112,7 +124,7 @@ def check_length(ids: Sequence[int], served: Served, param: str) -> None:
 
 def _check_fields(endpoint: Endpoint, body: Mapping[str, Json]) -> None:
     for key, value in body.items():
-        if key not in {"model"} | SAMPLING | IGNORED | FIELDS[endpoint]:
+        if key not in {"model"} | SAMPLING | IGNORED | LLAMA_DEFAULTS | FIELDS[endpoint]:
             raise ProtocolError(
                 f"{shown_value(key)}: this field is not supported here: leave it out", param=shown_value(key)
             )

@@ -30,6 +30,9 @@ def sampling_params(body: Mapping[str, Json], ends: tuple[int, ...], limits: Ser
         ProtocolError: names the field.
     """
     key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    # llama.cpp's clients send -1 where they name no number.
+    if body.get(key) == -1:
+        body = {**body, key: None}
     new_tokens = integer(body, key, min(limits.default_tokens, limits.max_tokens), 1, limits.max_tokens)
     try:
         return SamplingParams(
