@@ -161,7 +161,7 @@ class App {
   /** Asks for the key of the server. */
   askKey() {
     const dialog = get("key-dialog");
-    const field = element("input", {type: "password", id: "key", autocomplete: "off", value: this.api.key});
+    const field = element("input", {type: "password", id: "key", autocomplete: "off", value: this.api.key, pattern: "[ -~]*", title: "letters, digits and marks of ASCII"});
     const give = async (key) => {
       dialog.close();
       this.api.key = key;
