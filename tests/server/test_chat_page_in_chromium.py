@@ -19,7 +19,7 @@ from dist_lm.data.sources.rankings import read_local_rankings
 from dist_lm.document import Document
 from dist_lm.server.door import DoorRules
 from tests.patience import patient
-from tests.server.conftest import Running, served, wait_for
+from tests.server.conftest import Running, served, served_model, wait_for
 from tests.server.test_clients import CLOCK, WEATHER
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not there: pip install dist_lm[dev]")
@@ -291,6 +291,22 @@ def test_choices_are_rankings_that_the_stages_read(open_page, server: Running, t
         "Name a colour.", first.completions[1], "Another one?",
     ]  # fmt: skip
     assert len(ranking_tokens(second, server.loaded.tokenizer).tokens)
+
+
+def test_two_models_are_asked_side_by_side(open_page, model, loaded):
+    """Finds a side that asks another model than the one that is chosen for it."""
+    others = [served_model(loaded, "other")]
+    with served(model, loaded, DoorRules("127.0.0.1"), others=others) as running:
+        page = ready(open_page(running.url, "#compare"))
+        page.select_option("#compare-model-1", "other")
+        for side in (0, 1):
+            page.fill(f"#compare-{side}-max_tokens", "6")
+        page.fill("#compare-prompt", "Name a colour.")
+        with page.expect_event("requestfinished", lambda request: "other" in (request.post_data or "")):
+            page.keyboard.press("Enter")
+        page.wait_for_selector(IDLE)
+        assert [text.split(" · ")[1] for text in page.locator(".side h3").all_inner_texts()] == ["small", "other"]
+        page.context.close()
 
 
 def test_answers_without_a_difference_cannot_be_ranked(open_page, server: Running):
