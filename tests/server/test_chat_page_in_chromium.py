@@ -215,7 +215,7 @@ def test_tools_are_cards_and_results_go_back(open_page, server: Running, tmp_pat
     page.set_input_files("#tool-file", tmp_path / "broken.json")
     sync_api.expect(page.locator("#settings .error")).to_contain_text("Function 1 has no name")
     page.set_input_files("#tool-file", tmp_path / "tools.json")
-    assert page.locator("#settings .tool-card h4").all_inner_texts() == ["weather", "clock"]
+    sync_api.expect(page.locator("#settings .tool-card h4")).to_have_text(["weather", "clock"])
     page.locator("#settings .tools select").select_option("=clock")
     page.locator("#settings .check input").uncheck()
     set_sampling(page, max_tokens=120)

@@ -2,35 +2,40 @@
 // choices are a file of rankings.
 
 import {factsOf, newAnswer, samplingOf, streamChat} from "./answer.js";
+import {comparisonSetup} from "./compare_setup.js";
+import {Composer} from "./composer.js";
 import {announce, button, download, element, errorBox, grow} from "./dom.js";
 import {drawMarkdown} from "./markdown.js";
 import {linesOf, loadRankings, obstacle, rankingOf, saveRankings} from "./rankings.js";
-import {modelField, samplingFields} from "./settings.js";
 import {load, save} from "./store.js";
 import {tokenView} from "./tokens.js";
 import {messagesOf} from "./tree.js";
 
 const NAME = "compare";
 const SIDES = ["A", "B"];
+const EMPTY = {
+  system: "",
+  sides: [{}, {}], // settings with a model
+  isBlind: false,
+  turns: [], // prompts that were answered before, each with its better answer
+  prompt: "",
+  draft: "",
+  answers: [null, null], // in the order in which they are shown
+  better: null, // index of the chosen answer
+};
 
 export class CompareView {
   constructor(app) {
     this._app = app;
-    const kept = load(NAME, {});
-    this._system = kept.system ?? "";
-    this._turns = kept.turns ?? []; // answered before, with the better answers
-    this._prompt = kept.prompt ?? "";
-    this._draft = kept.draft ?? "";
-    this._sides = kept.sides ?? [{}, {}]; // settings with a model
-    this._answers = kept.answers ?? [null, null];
-    this._order = kept.order ?? [0, 1]; // which settings stand at A and at B
-    this._isBlind = kept.isBlind ?? false;
-    this._better = kept.better ?? null; // index in `_order` of the chosen answer
+    this._comparison = {...structuredClone(EMPTY), ...load(NAME, {})};
     this._rankings = loadRankings();
     this._controller = null;
     this._showsTokens = false;
+
     // An answer that was under way when the page was closed will not go on.
-    for (const answer of this._answers) if (answer && !answer.finish && !answer.error) answer.stopped = true;
+    for (const answer of this._comparison.answers) {
+      if (answer && !answer.finish && !answer.error) answer.stopped = true;
+    }
   }
 
   get isRunning() {
@@ -38,141 +43,107 @@ export class CompareView {
   }
 
   _save() {
-    const slim = this._answers.map((answer) => answer && {...answer, promptIds: undefined});
-    save(NAME, {system: this._system, turns: this._turns, prompt: this._prompt, draft: this._draft, sides: this._sides,
-      answers: slim, order: this._order, isBlind: this._isBlind, better: this._better});
+    const answers = this._comparison.answers.map((answer) => answer && {...answer, promptIds: undefined});
+    save(NAME, {...this._comparison, answers});
   }
+
+  // Drawing
 
   draw(container) {
+    const comparison = this._comparison;
     this._container = container;
-    for (const side of this._sides) side.model = this._app.modelNamed(side.model) ? side.model : this._app.settings.model;
-    this._columns = SIDES.map((_, index) => element("section", {class: "side", "aria-label": `Answer ${SIDES[index]}`}));
-    this._status = element("div", {class: "row choices"});
+    for (const side of comparison.sides) {
+      if (!this._app.modelNamed(side.model)) side.model = this._app.settings.model;
+    }
+    this._columns = SIDES.map((side) => element("section", {class: "side", "aria-label": `Answer ${side}`}));
     this._problem = element("div");
+    this._status = element("div", {class: "row choices"});
+    this._composer = new Composer({
+      id: "compare-prompt",
+      label: "Prompt for both",
+      placeholder: this._invitation,
+      value: comparison.draft,
+      words: "Ask both",
+      onInput: (text) => {
+        comparison.draft = text;
+        this._save();
+      },
+      onSend: () => this.send(),
+      onStop: () => this.stop(),
+    });
+    this._composer.isRunning = this.isRunning;
+    const setup = comparisonSetup(comparison, this._app.models, !comparison.prompt, () => this._save());
     container.replaceChildren(
       element("h2", {class: "only-heard"}, "Compare two answers"),
-      element("div", {class: "compare"}, this._setup(), this._asked(), element("div", {class: "sides"}, ...this._columns), this._problem),
-      element("div", {class: "foot"}, this._composer(), this._status),
+      element(
+        "div",
+        {class: "compare"},
+        setup,
+        this._asked(),
+        element("div", {class: "sides"}, ...this._columns),
+        this._problem,
+      ),
+      element("div", {class: "foot"}, this._composer.node, this._status),
     );
-    SIDES.forEach((_, index) => this._drawSide(index));
-    this._drawStatus();
-    grow(this._field);
+    this._drawAnswers();
+    grow(this._composer.field);
   }
 
-  // What is asked of whom
-
-  _setup() {
-    const columns = this._sides.map((side, index) => {
-      const model = modelField(this._app.models, side.model, (name) => {
-        side.model = name;
-        this._save();
-      }, {id: `compare-model-${index}`});
-      return element(
-        "fieldset",
-        {},
-        element("legend", {}, `Settings ${index + 1}`),
-        element("label", {class: "field"}, element("span", {class: "label"}, "Model"), model),
-        samplingFields(side, `compare-${index}`, () => this._save()),
-      );
-    });
-    const system = element("textarea", {id: "compare-system", rows: 2, value: this._system, placeholder: "None", oninput: () => {
-      this._system = system.value;
-      this._save();
-    }});
-    const blind = element("input", {type: "checkbox", checked: this._isBlind, onchange: () => {
-      this._isBlind = blind.checked;
-      this._save();
-    }});
-    return element(
-      "details",
-      {class: "setup", open: !this._prompt},
-      element("summary", {}, "Who answers, and how"),
-      element("div", {class: "sides"}, ...columns),
-      element("label", {class: "wide-field", for: "compare-system"}, element("span", {class: "label"}, "System prompt of both"), system),
-      element("label", {class: "check"}, blind, " hide who is who until I have chosen"),
-    );
+  get _invitation() {
+    return this._comparison.better === null ? "A prompt for both" : "Go on from the better one";
   }
 
+  /** Returns the node with the turns that both answers follow. */
   _asked() {
-    const turns = [...this._turns];
-    if (this._prompt) turns.push({role: "user", content: this._prompt});
-    if (!turns.length) {
-      return element("p", {class: "welcome muted"}, "Write a prompt: two answers come side by side. Choose the better one, and the choices become a file that a reward model learns from.");
+    const {turns, prompt} = this._comparison;
+    if (!prompt) {
+      const invitation = "Write a prompt: two answers come side by side.";
+      const purpose = "Choose the better one, and the choices become a file that a reward model learns from.";
+      return element("p", {class: "welcome muted"}, `${invitation} ${purpose}`);
     }
-    const nodes = turns.map(({role, content}) => {
+    const nodes = [...turns, {role: "user", content: prompt}].map(({role, content}) => {
       const text = element("div", {class: "body-text"});
       if (role === "assistant") drawMarkdown(text, content);
       else text.append(element("p", {class: "plain"}, content));
-      return element("article", {class: `turn ${role}`}, element("header", {}, element("h3", {}, role === "user" ? "You" : "The better answer")), text);
+      const name = role === "user" ? "You" : "The better answer";
+      return element("article", {class: `turn ${role}`}, element("header", {}, element("h3", {}, name)), text);
     });
     return element("div", {class: "asked"}, ...nodes);
   }
 
-  _composer() {
-    this._field = element("textarea", {
-      id: "compare-prompt",
-      rows: 1,
-      placeholder: this._invitation,
-      "aria-label": "Prompt for both",
-      value: this._draft,
-      oninput: () => {
-        grow(this._field);
-        this._draft = this._field.value;
-        this._save();
-      },
-      onkeydown: (event) => {
-        if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-        event.preventDefault();
-        this.send();
-      },
-    });
-    this._button = element("button", {type: "submit", class: "send"});
-    this._drawButton();
-    return element("form", {class: "composer", onsubmit: (event) => {
-      event.preventDefault();
-      if (this.isRunning) this.stop();
-      else this.send();
-    }}, this._field, this._button);
+  _drawAnswers() {
+    SIDES.forEach((_, index) => this._drawAnswer(index));
+    this._drawStatus();
   }
 
-  get _invitation() {
-    return this._better === null ? "A prompt for both" : "Go on from the better one";
-  }
-
-  _drawButton() {
-    const words = this.isRunning ? "Stop" : "Ask both";
-    this._button.replaceChildren(...button(words, this.isRunning ? "stop" : "send", () => {}).childNodes);
-    this._button.classList.toggle("stops", this.isRunning);
-  }
-
-  // Answers
-
-  _drawSide(index) {
+  _drawAnswer(index) {
+    const {answers, better, isBlind} = this._comparison;
+    const answer = answers[index];
     const column = this._columns[index];
-    const answer = this._answers[index];
-    if (!answer) {
-      column.replaceChildren();
-      column.hidden = true;
-      return;
-    }
-    column.hidden = false;
-    const isChosen = this._better === index;
-    column.classList.toggle("better", isChosen);
-    column.setAttribute("aria-busy", String(this.isRunning && !answer.isComplete));
-    const body = element("div", {class: "body-text"});
-    column.body = body;
-    if (this._showsTokens && !this.isRunning) body.append(tokenView(answer.tokens));
-    else drawMarkdown(body, answer.content);
+    column.hidden = !answer;
+    if (!answer) return;
 
-    const isHidden = this._isBlind && this._better === null;
-    const name = isHidden ? "" : ` · ${answer.model}`;
-    const facts = [...factsOf(answer).slice(1), `seed ${answer.request.seed}`].join(" · ");
+    column.classList.toggle("better", better === index);
+    column.setAttribute("aria-busy", String(this.isRunning && !answer.isComplete));
+    column.text = element("div", {class: "body-text"});
+    if (this._showsTokens && !this.isRunning) column.text.append(tokenView(answer.tokens));
+    else drawMarkdown(column.text, answer.content);
+
+    // Speed, length and seed would tell who is who, too.
+    const isHidden = isBlind && better === null;
+    const model = element("span", {class: "muted"}, isHidden ? "" : ` · ${answer.model}`);
+    const facts = isHidden ? "" : [...factsOf(answer).slice(1), `seed ${answer.request.seed}`].join(" · ");
     column.replaceChildren(
-      element("header", {}, element("h3", {}, `Answer ${SIDES[index]}`, element("span", {class: "muted"}, name)), isChosen ? element("span", {class: "badge"}, "better") : ""),
-      body,
-      answer.error ? errorBox(answer.error) : "",
-      element("footer", {}, isHidden ? "" : element("span", {class: "facts"}, facts)),
-      this._better === null ? this._betterButton(index) : "",
+      element(
+        "header",
+        {},
+        element("h3", {}, `Answer ${SIDES[index]}`, model),
+        better === index ? element("span", {class: "badge"}, "better") : null,
+      ),
+      column.text,
+      ...(answer.error ? [errorBox(answer.error)] : []),
+      element("footer", {}, element("span", {class: "facts"}, facts)),
+      ...(better === null ? [this._betterButton(index)] : []),
     );
   }
 
@@ -183,48 +154,65 @@ export class CompareView {
     });
   }
 
-  /** Returns why nothing can be chosen; empty: it can. */
+  /** Returns why nothing can be chosen, as a sentence; empty: it can. */
   _obstacle() {
-    if (this._answers.some((answer) => !answer)) return "no answers";
-    if (this._answers.some((answer) => answer.error)) return "An answer failed: ask again.";
-    if (this._answers.some((answer) => answer.stopped)) return "An answer was stopped before its end: ask again.";
-    return obstacle(this._answers);
+    const {answers} = this._comparison;
+    if (answers.some((answer) => answer.error)) return "An answer failed: ask again.";
+    if (answers.some((answer) => answer.stopped)) return "An answer was stopped before its end: ask again.";
+    return obstacle(answers);
   }
 
   _drawStatus() {
+    const {answers, better, turns} = this._comparison;
     const count = this._rankings.length;
-    const isReady = !this.isRunning && this._answers.every(Boolean);
-    const problem = isReady && this._better === null ? this._obstacle() : "";
-    const cut = isReady && !problem && this._answers.some((answer) => answer.finish === "length") ? "An answer was cut off by its limit of tokens. " : "";
-    this._problem.replaceChildren(problem || cut ? element("p", {class: "muted notice"}, problem || cut) : "");
-    this._status.replaceChildren(
-      element("span", {class: "muted"}, count ? `${count} choice${count === 1 ? "" : "s"} kept` : ""),
-      count ? button("Save as .jsonl", "download", () => this._download(), {id: "save-rankings"}) : "",
-      count ? this._clearButton(count) : "",
-      element("span", {class: "spring"}),
-      isReady ? button(this._showsTokens ? "Text" : "Tokens", null, () => this._flipTokens()) : "",
-      isReady ? button("Ask again", "again", () => this._ask(), {class: "optional"}) : "",
-      this._better !== null || this._turns.length ? button("New prompt", "plus", () => this._new(), {class: "optional"}) : "",
-    );
+    const isReady = !this.isRunning && answers.every(Boolean);
+    this._problem.replaceChildren(...(isReady && better === null ? this._remarks() : []));
+
+    const nodes = [];
+    if (count) {
+      nodes.push(
+        element("span", {class: "muted"}, `${count} choice${count === 1 ? "" : "s"} kept`),
+        button("Save as .jsonl", "download", () => this._download()),
+        this._clearButton(count),
+      );
+    }
+    nodes.push(element("span", {class: "spring"}));
+    if (isReady) {
+      nodes.push(
+        button(this._showsTokens ? "Text" : "Tokens", null, () => this._flipTokens()),
+        button("Ask again", "again", () => this._ask(), {class: "optional"}),
+      );
+    }
+    if (better !== null || turns.length) {
+      nodes.push(button("New prompt", "plus", () => this._new(), {class: "optional"}));
+    }
+    this._status.replaceChildren(...nodes);
+  }
+
+  _remarks() {
+    let words = this._obstacle();
+    const isCut = this._comparison.answers.some((answer) => answer.finish === "length");
+    if (!words && isCut) words = "An answer was cut off by its limit of tokens.";
+    return words ? [element("p", {class: "muted notice"}, words)] : [];
   }
 
   _clearButton(count) {
     // A second press deletes: what people have chosen cannot be made again.
+    let isSure = false;
     const clear = button("Delete", "trash", () => {
-      if (clear.dataset.sure) {
+      if (isSure) {
         this._rankings = [];
         saveRankings(this._rankings);
         this._drawStatus();
         announce("The choices are deleted");
         return;
       }
-      clear.dataset.sure = "1";
+      isSure = true;
       clear.classList.remove("optional");
       clear.lastChild.textContent = `Delete ${count} for good?`;
-    });
-    clear.classList.add("optional");
+    }, {class: "optional"});
     clear.addEventListener("blur", () => {
-      delete clear.dataset.sure;
+      isSure = false;
       clear.classList.add("optional");
       clear.lastChild.textContent = "Delete";
     });
@@ -233,22 +221,23 @@ export class CompareView {
 
   _flipTokens() {
     this._showsTokens = !this._showsTokens;
-    SIDES.forEach((_, index) => this._drawSide(index));
-    this._drawStatus();
+    this._drawAnswers();
   }
 
   // Asking
 
   send() {
-    const content = this._field.value;
+    const comparison = this._comparison;
+    const content = this._composer.text;
     if (!content.trim() || this.isRunning) return;
+
     // After a choice the conversation goes on with the better answer.
-    if (this._better !== null) {
-      const better = this._answers[this._better].content;
-      this._turns.push({role: "user", content: this._prompt}, {role: "assistant", content: better});
+    if (comparison.better !== null) {
+      const better = comparison.answers[comparison.better].content;
+      comparison.turns.push({role: "user", content: comparison.prompt}, {role: "assistant", content: better});
     }
-    this._prompt = content;
-    this._draft = "";
+    comparison.prompt = content;
+    comparison.draft = "";
     this._ask();
   }
 
@@ -258,72 +247,80 @@ export class CompareView {
 
   _new() {
     this.stop();
-    Object.assign(this, {_turns: [], _prompt: "", _answers: [null, null], _better: null});
+    Object.assign(this._comparison, {turns: [], prompt: "", answers: [null, null], better: null});
     this._save();
     this.draw(this._container);
-    this._field.focus();
+    this._composer.field.focus();
   }
 
   async _ask() {
-    if (this.isRunning) return;
-    this._better = null;
-    this._order = this._isBlind && crypto.getRandomValues(new Uint8Array(1))[0] % 2 ? [1, 0] : [0, 1];
-    this._messages = messagesOf(this._system, [...this._turns, {role: "user", content: this._prompt}]);
-    const bodies = this._order.map((side) => {
-      return {model: this._sides[side].model, messages: this._messages, ...samplingOf(this._sides[side])};
-    });
-    this._answers = bodies.map((body) => ({...newAnswer(body), messages: this._messages}));
+    if (this.isRunning || !this._comparison.prompt) return;
+    const bodies = this._requestBodies();
+    const answers = bodies.map((body) => ({...newAnswer(body), messages: body.messages}));
+    Object.assign(this._comparison, {answers, better: null});
     this._controller = new AbortController();
     this.draw(this._container);
-    this._scrollToAnswers();
+    this._columns[0].scrollIntoView({block: "nearest"});
+    this._composer.field.focus({preventScroll: true});
     this._save();
     announce("Both answers begin");
 
     const {signal} = this._controller;
-    await Promise.all(bodies.map(async (body, index) => {
-      const answer = this._answers[index];
-      let isDrawn = true;
-      await streamChat(this._app.api, body, answer, signal, () => {
-        if (!isDrawn) return;
-        isDrawn = false;
-        requestAnimationFrame(() => {
-          isDrawn = true;
-          if (this.isRunning && this._columns[index].isConnected) drawMarkdown(this._columns[index].body, answer.content);
-        });
-      });
-      answer.isComplete = true;
-    }));
+    await Promise.all(bodies.map((body, index) => this._stream(body, answers[index], index, signal)));
     this._controller = null;
-    if (this._answers.some((answer) => answer.status === 401)) this._app.askKey();
     this._save();
-    if (!this._button.isConnected) return;
-    this._drawButton();
-    SIDES.forEach((_, index) => this._drawSide(index));
-    this._drawStatus();
-    announce(`Answer A: ${this._answers[0].content}. Answer B: ${this._answers[1].content}`);
+    if (answers.some((answer) => answer.status === 401)) this._app.askKey();
+    if (!this._composer.isConnected) return;
+    this._composer.isRunning = false;
+    this._drawAnswers();
+    announce(`Answer A: ${answers[0].content}. Answer B: ${answers[1].content}`);
   }
 
-  _scrollToAnswers() {
-    this._columns[0].scrollIntoView({block: "nearest"});
+  /** Returns the requests of both sides; where names are hidden, in an order that is drawn. */
+  _requestBodies() {
+    const {system, turns, prompt, sides, isBlind} = this._comparison;
+    const messages = messagesOf(system, [...turns, {role: "user", content: prompt}]);
+    const bodies = sides.map((side) => ({model: side.model, messages, ...samplingOf(side)}));
+    const isSwapped = isBlind && crypto.getRandomValues(new Uint8Array(1))[0] % 2 === 1;
+    return isSwapped ? bodies.reverse() : bodies;
   }
+
+  async _stream(body, answer, index, signal) {
+    let isFrameAsked = false;
+    await streamChat(this._app.api, body, answer, signal, () => {
+      if (isFrameAsked) return;
+      isFrameAsked = true;
+      requestAnimationFrame(() => {
+        isFrameAsked = false;
+        const isShown = this.isRunning && this._comparison.answers[index] === answer;
+        if (isShown) drawMarkdown(this._columns[index].text, answer.content);
+      });
+    });
+    answer.isComplete = true;
+  }
+
+  // Choices
 
   /** Keeps the choice of an answer. */
   choose(index) {
-    if (this.isRunning || this._better !== null || this._obstacle()) return;
-    const {messages} = this._answers[index];
-    const ranking = rankingOf(messages, this._answers.map((answer) => answer.content), index);
+    const {answers, better} = this._comparison;
+    const canChoose = !this.isRunning && better === null && answers.every(Boolean) && !this._obstacle();
+    if (!canChoose) return;
+
+    const completions = answers.map((answer) => answer.content);
+    const ranking = rankingOf(answers[index].messages, completions, index);
     const rankings = [...loadRankings(), ranking]; // another tab may have kept some
     if (!saveRankings(rankings)) {
-      this._problem.replaceChildren(errorBox("The browser has no space for more choices: save them as a file, then delete them."));
+      const words = "The browser has no space for more choices: save them as a file, then delete them.";
+      this._problem.replaceChildren(errorBox(words));
       return;
     }
     this._rankings = rankings;
-    this._better = index;
+    this._comparison.better = index;
     this._save();
-    SIDES.forEach((_, side) => this._drawSide(side));
-    this._drawStatus();
-    this._field.placeholder = this._invitation;
-    this._field.focus({preventScroll: true});
+    this._drawAnswers();
+    this._composer.field.placeholder = this._invitation;
+    this._composer.field.focus({preventScroll: true});
     announce(`${SIDES[index]} is better: kept`);
   }
 
@@ -334,11 +331,11 @@ export class CompareView {
 
   get shortcuts() {
     return [
-      {keys: "/", words: "write a prompt", run: () => this._field.focus()},
+      {keys: "/", words: "write a prompt", run: () => this._composer.field.focus()},
       {keys: "Escape", words: "stop both answers", run: () => this.stop()},
       {keys: "a", words: "A is better", run: () => this.choose(0)},
       {keys: "b", words: "B is better", run: () => this.choose(1)},
-      {keys: "r", words: "ask both again", run: () => this._prompt && this._ask()},
+      {keys: "r", words: "ask both again", run: () => this._ask()},
       {keys: "t", words: "tokens by probability", run: () => this._flipTokens()},
       {keys: "n", words: "new prompt", run: () => this._new()},
     ];

@@ -10,10 +10,8 @@ const NAME = "infill";
 export class InfillView {
   constructor(app) {
     this._app = app;
-    const kept = load(NAME, {});
-    this._prefix = kept.prefix ?? "";
-    this._suffix = kept.suffix ?? "";
-    this._answer = kept.answer ?? null;
+    this._texts = {prefix: "", suffix: "", ...load(NAME, {})};
+    this._answer = this._texts.answer ?? null;
     this._showsTokens = false;
     this._controller = null;
   }
@@ -23,22 +21,16 @@ export class InfillView {
   }
 
   _save() {
+    const {prefix, suffix} = this._texts;
     const answer = this._answer && {...this._answer, promptIds: undefined};
-    save(NAME, {prefix: this._prefix, suffix: this._suffix, answer});
+    save(NAME, {prefix, suffix, answer});
   }
 
+  // Drawing
+
   draw(container) {
-    const area = (id, name, value, set) =>
-      element("textarea", {id, class: "code-area", spellcheck: "false", value, "aria-label": name, placeholder: name, oninput: (event) => {
-        set(event.target.value);
-        this._save();
-      }, onkeydown: (event) => {
-        if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-        event.preventDefault();
-        this.fill();
-      }});
-    this._prefixArea = area("infill-prefix", "Text before the gap", this._prefix, (text) => (this._prefix = text));
-    this._suffixArea = area("infill-suffix", "Text after the gap", this._suffix, (text) => (this._suffix = text));
+    this._prefixArea = this._area("prefix", "Text before the gap");
+    const suffixArea = this._area("suffix", "Text after the gap");
     this._middle = element("div", {class: "middle", role: "region", "aria-label": "The middle"});
     this._buttons = element("div", {class: "row"});
     container.replaceChildren(
@@ -46,92 +38,115 @@ export class InfillView {
       element(
         "div",
         {class: "infill"},
-        element("label", {class: "label", for: "infill-prefix"}, "Before"),
+        element("span", {class: "label", "aria-hidden": "true"}, "Before"),
         this._prefixArea,
         this._middle,
-        element("label", {class: "label", for: "infill-suffix"}, "After"),
-        this._suffixArea,
+        element("span", {class: "label", "aria-hidden": "true"}, "After"),
+        suffixArea,
       ),
       element("div", {class: "foot"}, this._buttons),
     );
-    this._drawMiddle();
-    this._drawButtons();
+    this._drawAnswer();
   }
 
-  _drawMiddle() {
+  _area(name, words) {
+    return element("textarea", {
+      id: `infill-${name}`,
+      class: "code-area",
+      spellcheck: "false",
+      value: this._texts[name],
+      "aria-label": words,
+      placeholder: words,
+      oninput: (event) => {
+        this._texts[name] = event.target.value;
+        this._save();
+      },
+    });
+  }
+
+  _drawAnswer() {
     const answer = this._answer;
     this._middle.setAttribute("aria-busy", String(this.isRunning));
+    this._buttons.replaceChildren(...(this.isRunning ? [this._stopButton()] : this._answerButtons()));
     if (!answer) {
-      this._middle.replaceChildren(element("p", {class: "muted"}, "Here the model writes what fits between the two texts (Ctrl+Enter)."));
+      const invitation = "Here the model writes what fits between the two texts (Ctrl+Enter).";
+      this._middle.replaceChildren(element("p", {class: "muted"}, invitation));
       return;
     }
-    let content = element("pre", {class: "written", tabindex: "0"}, answer.content);
-    if (!answer.content && !this.isRunning && !answer.error) content = element("p", {class: "muted"}, "(nothing)");
-    if (this._showsTokens && !this.isRunning) content = tokenView(answer.tokens);
-    const facts = this.isRunning ? "writing" : factsOf(answer).join(" · ");
     this._middle.replaceChildren(
-      content,
-      answer.error ? errorBox(answer.error) : "",
-      element("p", {class: "facts"}, facts),
+      this._content(answer),
+      ...(answer.error ? [errorBox(answer.error)] : []),
+      element("p", {class: "facts"}, this.isRunning ? "writing" : factsOf(answer).join(" · ")),
     );
   }
 
-  _drawButtons() {
-    if (this.isRunning) {
-      this._buttons.replaceChildren(button("Stop", "stop", () => this.stop(), {class: "stops"}));
-      return;
-    }
-    const hasText = Boolean(this._answer?.content);
-    this._buttons.replaceChildren(
-      button(this._answer ? "Fill in again" : "Fill in", "again", () => this.fill(), {class: "primary", id: "fill-in"}),
-      hasText ? button("Take it", "check", () => this._take(), {title: "Put the middle at the end of the text before"}) : "",
-      hasText ? button("Copy", "copy", () => copyText(this._answer.content)) : "",
-      this._answer?.tokens?.length ? button(this._showsTokens ? "Text" : "Tokens", null, () => this._flip()) : "",
+  _content(answer) {
+    if (this.isRunning || answer.error) return element("pre", {class: "written", tabindex: "0"}, answer.content);
+    if (this._showsTokens) return tokenView(answer.tokens);
+    if (!answer.content) return element("p", {class: "muted"}, "(nothing)");
+    return element("pre", {class: "written", tabindex: "0"}, answer.content);
+  }
+
+  _stopButton() {
+    return button("Stop", "stop", () => this.stop(), {class: "stops"});
+  }
+
+  _answerButtons() {
+    const words = this._answer ? "Fill in again" : "Fill in";
+    const buttons = [button(words, "again", () => this.fill(), {class: "primary"})];
+    if (!this._answer?.content) return buttons;
+    const takeTitle = "Put the middle at the end of the text before";
+    buttons.push(
+      button("Take it", "check", () => this._take(), {title: takeTitle}),
+      button("Copy", "copy", () => copyText(this._answer.content)),
+      button(this._showsTokens ? "Text" : "Tokens", null, () => this._flip()),
     );
+    return buttons;
   }
 
   _flip() {
     this._showsTokens = !this._showsTokens;
-    this._drawMiddle();
-    this._drawButtons();
+    this._drawAnswer();
   }
 
-  _take() {
-    this._prefix += this._answer.content;
-    this._prefixArea.value = this._prefix;
-    this._answer = null;
+  // Asking
+
+  /** Asks for the middle. */
+  async fill() {
+    if (this.isRunning) return;
+    const {prefix, suffix} = this._texts;
+    const body = {model: this._app.settings.model, prompt: prefix, suffix, ...samplingOf(this._app.settings)};
+    const answer = newAnswer(body);
+    this._answer = answer;
+    this._controller = new AbortController();
+    this._drawAnswer();
+    await streamCompletion(this._app.api, body, answer, this._controller.signal, () => {
+      const written = this._middle.querySelector(".written");
+      if (written) written.textContent = answer.content;
+    });
+    this._controller = null;
     this._save();
-    this._drawMiddle();
-    this._drawButtons();
-    this._prefixArea.focus();
-    this._prefixArea.setSelectionRange(this._prefix.length, this._prefix.length);
-    announce("The middle stands at the end of the text before the gap");
+    if (answer.status === 401) this._app.askKey();
+    if (!this._middle.isConnected) return;
+    this._drawAnswer();
+    announce(answer.error ?? `The middle: ${answer.content || "nothing"}`);
   }
 
   stop() {
     this._controller?.abort();
   }
 
-  /** Asks for the middle. */
-  async fill() {
-    if (this.isRunning) return;
-    const {settings} = this._app;
-    const body = {model: settings.model, prompt: this._prefix, suffix: this._suffix, ...samplingOf(settings)};
-    const answer = newAnswer(body);
-    this._answer = answer;
-    this._controller = new AbortController();
-    this._drawMiddle();
-    this._drawButtons();
-    await streamCompletion(this._app.api, body, answer, this._controller.signal, () => {
-      if (this._middle.firstChild?.matches?.("pre")) this._middle.firstChild.textContent = answer.content;
-    });
-    this._controller = null;
-    if (answer.status === 401) this._app.askKey();
+  /** Puts the middle behind the text before the gap, so that the next one follows it. */
+  _take() {
+    this._texts.prefix += this._answer.content;
+    this._answer = null;
     this._save();
-    if (!this._middle.isConnected) return;
-    this._drawMiddle();
-    this._drawButtons();
-    announce(answer.error ?? `The middle: ${answer.content || "nothing"}`);
+    this._drawAnswer();
+    const end = this._texts.prefix.length;
+    this._prefixArea.value = this._texts.prefix;
+    this._prefixArea.focus();
+    this._prefixArea.setSelectionRange(end, end);
+    announce("The middle stands at the end of the text before the gap");
   }
 
   get shortcuts() {

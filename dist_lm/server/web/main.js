@@ -45,7 +45,7 @@ class App {
     window.addEventListener("hashchange", () => this._showView());
     // Another tab may have changed the list; the conversation that is open here stays as it is here.
     window.addEventListener("storage", () => {
-      const here = new Map([...this.conversations, this.conversation].map((conversation) => [conversation.id, conversation]));
+      const here = new Map([...this.conversations, this.conversation].map((each) => [each.id, each]));
       this.conversations = loadConversations().map((stored) => {
         const known = here.get(stored.id);
         return known && (known === this.conversation || known.updated >= stored.updated) ? known : stored;
@@ -161,7 +161,14 @@ class App {
   /** Asks for the key of the server. */
   askKey() {
     const dialog = get("key-dialog");
-    const field = element("input", {type: "password", id: "key", autocomplete: "off", value: this.api.key, pattern: "[ -~]*", title: "letters, digits and marks of ASCII"});
+    const field = element("input", {
+      type: "password",
+      id: "key",
+      autocomplete: "off",
+      value: this.api.key,
+      pattern: "[ -~]*", // what a header can hold
+      title: "letters, digits and marks of ASCII",
+    });
     const give = async (key) => {
       dialog.close();
       this.api.key = key;
@@ -198,7 +205,9 @@ class App {
   /** Keeps a conversation; says so where there is no space. */
   saveConversation(conversation) {
     if (!Object.keys(conversation.turns).length) return;
-    if (!saveConversation(conversation)) this._announceTrouble("The browser has no space for this conversation: it is lost at a reload.");
+    if (!saveConversation(conversation)) {
+      this._announceTrouble("The browser has no space for this conversation: it is lost at a reload.");
+    }
     save("open", this.conversation.id);
     this.conversations = [conversation, ...this.conversations.filter(({id}) => id !== conversation.id)];
     this._drawList();
@@ -235,18 +244,26 @@ class App {
         "aria-current": isOpen ? "true" : null,
         onclick: () => this.open(conversation),
       }, conversation.title || "Without a title");
-      const remove = button(`Delete ${conversation.title}`, "trash", () => this._delete(conversation, remove), {quiet: true, class: "icon-button small"});
+      const remove = button(`Delete ${conversation.title}`, "trash", () => this._delete(conversation, remove), {
+        quiet: true,
+        class: "icon-button small",
+      });
       return element("li", {}, open, remove);
     });
+    const close = button("Close conversations", "close", () => this._listDrawer.hide(), {
+      quiet: true,
+      class: "icon-button close",
+    });
+    const none = element("p", {class: "muted"}, "What you talk about is kept in this browser.");
     this._listDrawer.node.replaceChildren(
       element("h2", {class: "only-heard"}, "Conversations"),
       element(
         "div",
         {class: "row"},
         button("New", "plus", () => this.openNew(), {class: "primary new"}),
-        button("Close conversations", "close", () => this._listDrawer.hide(), {quiet: true, class: "icon-button close"}),
+        close,
       ),
-      items.length ? element("ul", {}, ...items) : element("p", {class: "muted"}, "What you talk about is kept in this browser."),
+      items.length ? element("ul", {}, ...items) : none,
     );
   }
 
@@ -256,10 +273,11 @@ class App {
       pressed.dataset.sure = "1";
       const drawing = pressed.firstChild;
       pressed.replaceChildren("Delete?");
-      pressed.addEventListener("blur", () => {
+      const relent = () => {
         delete pressed.dataset.sure;
         pressed.replaceChildren(drawing);
-      }, {once: true});
+      };
+      pressed.addEventListener("blur", relent, {once: true});
       return;
     }
     deleteConversation(conversation.id);

@@ -211,5 +211,6 @@ export function inline(text, depth = 0) {
 }
 
 function link(address, children) {
-  return element("a", {href: address, title: address, target: "_blank", rel: "noopener noreferrer nofollow"}, ...children);
+  const rel = "noopener noreferrer nofollow";
+  return element("a", {href: address, title: address, target: "_blank", rel}, ...children);
 }

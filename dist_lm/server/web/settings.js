@@ -51,9 +51,8 @@ export function drawSettings(drawer, app) {
     button("Close settings", "close", () => drawer.hide(), {quiet: true, class: "icon-button close"}),
   ];
   if (app.view === "chat") content.push(systemField(app));
-  content.push(
-    element("section", {}, element("h3", {}, "Sampling"), samplingFields(app.settings, "sampling", () => app.saveSettings())),
-  );
+  const sampling = samplingFields(app.settings, "sampling", () => app.saveSettings());
+  content.push(element("section", {}, element("h3", {}, "Sampling"), sampling));
   if (app.view === "chat") content.push(toolSection(drawer, app));
   drawer.node.replaceChildren(...content);
 }
@@ -109,14 +108,19 @@ function toolSection(drawer, app) {
   const options = [...choices, ...names.map((name) => [`=${name}`, `must call ${name}`])].map(([value, words]) =>
     element("option", {value, selected: value === conversation.toolChoice}, words),
   );
-  const choice = element("select", {onchange: (event) => {
+  const choose = (event) => {
     conversation.toolChoice = event.target.value;
     app.saveConversation(conversation);
-  }}, ...options);
-  const parallel = element("input", {type: "checkbox", checked: conversation.parallelCalls, onchange: (event) => {
-    conversation.parallelCalls = event.target.checked;
-    app.saveConversation(conversation);
-  }});
+  };
+  const choice = element("select", {onchange: choose}, ...options);
+  const parallel = element("input", {
+    type: "checkbox",
+    checked: conversation.parallelCalls,
+    onchange: () => {
+      conversation.parallelCalls = parallel.checked;
+      app.saveConversation(conversation);
+    },
+  });
   section.append(
     button("Remove all", "trash", () => {
       Object.assign(conversation, {tools: [], toolChoice: "auto"});

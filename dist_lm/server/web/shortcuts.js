@@ -28,13 +28,18 @@ export class Shortcuts {
 
   /** Opens the list of shortcuts. */
   help() {
-    const rows = this._current().map(({keys, words}) =>
-      element("div", {}, element("dt", {}, ...keys.split(" ").map((key) => element("kbd", {}, key))), element("dd", {}, words)),
-    );
-    const box = element("input", {type: "checkbox", checked: this._isOn, onchange: () => {
-      this._isOn = box.checked;
-      save("shortcuts", this._isOn);
-    }});
+    const rows = this._current().map(({keys, words}) => {
+      const marks = keys.split(" ").map((key) => element("kbd", {}, key));
+      return element("div", {}, element("dt", {}, ...marks), element("dd", {}, words));
+    });
+    const box = element("input", {
+      type: "checkbox",
+      checked: this._isOn,
+      onchange: () => {
+        this._isOn = box.checked;
+        save("shortcuts", this._isOn);
+      },
+    });
     this._dialog.replaceChildren(
       element("h2", {id: "help-title"}, "Keys"),
       button("Close", "close", () => this._dialog.close(), {quiet: true, class: "icon-button close"}),

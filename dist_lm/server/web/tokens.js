@@ -4,7 +4,13 @@ import {element} from "./dom.js";
 
 // A token has the class of the first bound that its probability reaches.
 const CLASSES = [[0.9, "p90"], [0.5, "p50"], [0.2, "p20"], [0.05, "p5"], [0, "p0"]];
-const LEGEND = [["p90", "90 % and more"], ["p50", "50 to 90"], ["p20", "20 to 50"], ["p5", "5 to 20"], ["p0", "below 5 %"]];
+const LEGEND = [
+  ["p90", "90 % and more"],
+  ["p50", "50 to 90"],
+  ["p20", "20 to 50"],
+  ["p5", "5 to 20"],
+  ["p0", "below 5 %"],
+];
 
 export function percent(logprob) {
   if (logprob === null || logprob === undefined) return "unknown";
@@ -17,7 +23,8 @@ export function percent(logprob) {
 /** Returns the view of tokens; without any it says so. */
 export function tokenView(tokens) {
   if (!tokens?.length) {
-    return element("p", {class: "muted"}, "The probabilities of this answer are not kept any more, or were never sent.");
+    const words = "The probabilities of this answer are not kept any more, or were never sent.";
+    return element("p", {class: "muted"}, words);
   }
   const detail = element("div", {class: "token-detail", "aria-live": "polite"}, hint(tokens));
   const spans = shownTexts(tokens).map((text, index) => tokenSpan(tokens[index], text, index));
@@ -110,8 +117,9 @@ function detailOf(token, index, count) {
       element("span", {class: "muted"}, isChosen ? "chosen" : ""),
     );
   });
-  const missing = token.alternatives?.length ? null : element("p", {class: "muted"}, "The server names no alternatives.");
-  return [place, element("ol", {class: "alternatives"}, ...bars), missing].filter(Boolean);
+  const nodes = [place, element("ol", {class: "alternatives"}, ...bars)];
+  if (!token.alternatives?.length) nodes.push(element("p", {class: "muted"}, "The server names no alternatives."));
+  return nodes;
 }
 
 function hint(tokens) {
@@ -122,6 +130,8 @@ function hint(tokens) {
 }
 
 function legend() {
-  const entries = LEGEND.map(([level, words]) => element("li", {}, element("span", {class: `token ${level}`}, "a"), words));
+  const entries = LEGEND.map(([level, words]) => {
+    return element("li", {}, element("span", {class: `token ${level}`}, "a"), words);
+  });
   return element("ul", {class: "legend", "aria-label": "Colours"}, ...entries);
 }

@@ -5,8 +5,8 @@ import {element, icon} from "./dom.js";
 /**
  * Returns the tools of a file in OpenAI's form.
  *
- * The file has a list, or an object with `tools` or `functions`; an element is OpenAI's {type, function} or the function
- * alone: {name, description, parameters}. Throws an Error that names the element at fault.
+ * The file has a list, or an object with `tools` or `functions`. An element is OpenAI's {type, function}, or the
+ * function alone: {name, description, parameters}. Throws an Error that names the element at fault.
  */
 export function toolsOf(text) {
   let value;

@@ -8,8 +8,17 @@ export function newId() {
 }
 
 export function newConversation() {
-  return {id: newId(), title: "", updated: Date.now(), system: "", tools: [], toolChoice: "auto", parallelCalls: true,
-    turns: {}, chosen: {}};
+  return {
+    id: newId(),
+    title: "",
+    updated: Date.now(), // milliseconds since 1970
+    system: "",
+    tools: [], // in OpenAI's form
+    toolChoice: "auto", // or "none", "required", "=NAME"
+    parallelCalls: true,
+    turns: {}, // by id
+    chosen: {}, // by id of a turn: the id of the one that is shown behind it
+  };
 }
 
 /** Adds a turn behind `parent` (null: as the first one), chooses it and returns it. */
@@ -60,7 +69,8 @@ export function turnsUpTo(conversation, turn) {
 
 /** Returns a new conversation that begins with the turns up to `turn`. */
 export function forked(conversation, turn) {
-  const copy = {...structuredClone(conversation), id: newId(), title: `${conversation.title} (fork)`, turns: {}, chosen: {}};
+  const title = `${conversation.title} (fork)`;
+  const copy = {...structuredClone(conversation), id: newId(), title, turns: {}, chosen: {}};
   let parent = null;
   for (const original of turnsUpTo(conversation, turn)) parent = addTurn(copy, parent, structuredClone(original)).id;
   return copy;
@@ -71,7 +81,7 @@ export function messagesOf(system, turns) {
   const messages = system.trim() ? [{role: "system", content: system}] : [];
   for (const turn of turns) {
     if (turn.role === "tool") {
-      for (const result of turn.results) messages.push({role: "tool", tool_call_id: result.id, content: result.content});
+      messages.push(...turn.results.map(({id, content}) => ({role: "tool", tool_call_id: id, content})));
     } else if (turn.role === "assistant" && turn.calls?.length) {
       const calls = turn.calls.map((call) => {
         return {id: call.id, type: "function", function: {name: call.name, arguments: call.arguments}};
