@@ -22,7 +22,7 @@ SEND_S = 60.0  # seconds in which a client must take a piece of a response
 MOST_BODIES = 64  # bodies of the largest size that may be in memory together
 PUBLIC = ("/health",)  # paths that need no key
 PATHS = {
-    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/infill"),
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/infill", "/score"),
     *("/tokenize", "/detokenize", "/health", "/metrics"),
 }
 
