@@ -29,6 +29,7 @@ from dist_lm.server.infill import INFILL
 from dist_lm.server.job import Job
 from dist_lm.server.response_answers import RESPONSES
 from dist_lm.server.run import Run
+from dist_lm.server.scoring import scored
 from dist_lm.server.serving import ServedModel, Serving
 from dist_lm.server.tokenizing import detokenized, tokenized
 from dist_lm.server.turns import remember
@@ -97,12 +98,17 @@ def _add_answers(app: FastAPI, serving: Serving) -> None:
 def _add_models(app: FastAPI, serving: Serving) -> None:
     @app.get("/v1/models")
     async def models() -> Json:
-        served = [model.served for model in serving.models]
-        return {"object": "list", "data": [each.value(name) for each in served for name in each.names]}
+        values = [served.value(name) for served in serving.all_served for name in served.names]
+        return {"object": "list", "data": values}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
-        return serving.model_named(name).served.value(name)
+        return serving.served_named(name).value(name)
+
+    @app.post("/score")
+    async def score(request: Request) -> Json:
+        body = await _json(request)
+        return await run_in_threadpool(scored, body, serving.reward_of(body))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Json:

@@ -12,7 +12,8 @@ import torch
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.parallel.mesh import option_device
 from dist_lm.server.door import DoorRules
-from dist_lm.server.models import ModelOptions, check_memory, find_models, load_served
+from dist_lm.server.follow import Follower
+from dist_lm.server.models import ModelOptions, check_memory, find_models, load_reward, load_served
 from dist_lm.server.served import ServeLimits
 from dist_lm.server.serving import Serving
 from dist_lm.storage.process import CpuUsage
@@ -37,6 +38,7 @@ class ServeOptions:
     most_requests: int = 256  # under way at a time
     queue_s: float = 60.0  # that a request may wait for its first step
     stop_s: float = 10.0  # that answers under way get when the server ends
+    follow: bool = False  # whether new checkpoints of the runs are loaded
     limits: ServeLimits = field(default_factory=ServeLimits)
 
     def __post_init__(self) -> None:
@@ -75,17 +77,14 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
     device = option_device(options.device)
     listener = _listener(options.host, options.port)  # an address in use is found before a model is loaded
     usage = CpuUsage()
-    model_options = ModelOptions(
-        device, options.tp, options.cache_tokens // len(paths), options.queue_s, options.limits
-    )
-    found = find_models(paths, options.names)
-    say(check_memory(found, model_options))
-    models = [load_served(each, tokenizer, model_options) for each in found]
+    serving, followers = _load(paths, tokenizer, options, device)
     # Threads wait for each other in every layer: one that gets no core stops all of them.
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), usage.free_cores()) // len(models)))
+        n_threads = min(torch.get_num_threads(), usage.free_cores())
+        torch.set_num_threads(max(1, n_threads // max(1, len(serving.models))))
+        for model in serving.models:
+            model.thread.use_threads(torch.get_num_threads())
 
-    serving = Serving(models, options.most_requests, options.stop_s, options.limits)
     config = uvicorn.Config(
         build_app(serving, rules),
         log_level="warning",
@@ -97,19 +96,50 @@ def serve(paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions) 
     )
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"http://{host}:{listener.getsockname()[1]}"
-    names = ", ".join(model.served.name for model in models)
+    names = ", ".join(served.name for served in serving.all_served)
     say(f"{names}: {address}/v1, {'with' if rules.key else 'without'} a key; chat page: {address}/")
 
     # uvicorn repeats the signal that ended it, for whoever was there before.
     handlers = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for follower in followers:
+            follower.start()
         uvicorn.Server(config).run([listener])
     finally:
         listener.close()
+        for follower in followers:
+            follower.stop(options.stop_s)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for model in models:
+        for model in serving.models:
             model.thread.close()
+
+
+def _load(
+    paths: Sequence[Path], tokenizer: Path | None, options: ServeOptions, device: torch.device
+) -> tuple[Serving, list[Follower]]:
+    """Loads all models, after a line that says what memory they take; returns them with what follows their runs.
+
+    Raises:
+        ConfigError, ArtefactError: as `serve`.
+    """
+    model_files = find_models(paths, options.names, options.follow)
+    language_models = [model for model in model_files if model.config.head == "tokens"]
+    reward_models = [model for model in model_files if model.config.head == "scalar"]
+    cache_tokens = max(1, options.cache_tokens // max(1, len(language_models)))
+    model_options = ModelOptions(device, options.tp, cache_tokens, options.queue_s, options.limits)
+    say(check_memory(model_files, model_options))
+
+    models = [load_served(model, tokenizer, model_options) for model in language_models]
+    rewards = [load_reward(model, tokenizer, model_options) for model in reward_models]
+    serving = Serving(models, options.most_requests, options.stop_s, options.limits, rewards)
+    if not options.follow:
+        return serving, []
+    followers = [
+        Follower(files.path, tokenizer, files.checkpoint, model.thread, say)
+        for files, model in zip(language_models, models, strict=True)
+    ]
+    return serving, followers
 
 
 def _listener(host: str, port: int) -> socket.socket:

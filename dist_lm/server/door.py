@@ -24,7 +24,7 @@ MOST_BODIES = 64  # bodies of the largest size that may be in memory together
 PUBLIC = ("/health",)  # paths that need no key, beside those of the chat page
 PATHS = {
     chat_page.ROOT,
-    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/infill"),
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/infill", "/score"),
     *("/tokenize", "/detokenize", "/health", "/metrics"),
 }
 

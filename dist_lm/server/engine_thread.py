@@ -164,6 +164,10 @@ class EngineThread:
         """Pages of the cache."""
         return self._engine.options.n_pages
 
+    def use_threads(self, n: int) -> None:
+        """Sets how many threads of torch the engine has; before `start`."""
+        self._threads = n
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()

@@ -6,6 +6,7 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError
 from dist_lm.server.errors import ProtocolError
 from dist_lm.server.fields import Json, is_id, typed
+from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 MOST_PROMPTS = 64  # of one request
@@ -40,6 +41,8 @@ def _prompt(prompt: Json, suffix: str | None, tokenizer: Tokenizer) -> list[int]
         return prompt
     if not isinstance(prompt, str):
         raise ProtocolError("prompt: expected a text, token ids, or a list of either", param="prompt")
+    if suffix is None and (parts := _middle_parts(prompt)):
+        prompt, suffix = parts
     try:
         ids = tokenizer.encode_prompt(prompt)
         if suffix is not None:
@@ -47,3 +50,15 @@ def _prompt(prompt: Json, suffix: str | None, tokenizer: Tokenizer) -> list[int]
     except UserError as error:
         raise ProtocolError(str(error), param="prompt") from error
     return ids
+
+
+def _middle_parts(text: str) -> tuple[str, str] | None:
+    """Returns (text before, text behind) of a prompt that an editor has written for a middle: its marks are spelled,
+    each once, and begin and end the prompt. None: the prompt is another one, and all of it is plain text.
+    """
+    if not text.startswith(FIM_PREFIX) or not text.endswith(FIM_MIDDLE):
+        return None
+    if any(text.count(mark) != 1 for mark in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)):
+        return None
+    before, _, after = text.removeprefix(FIM_PREFIX).removesuffix(FIM_MIDDLE).partition(FIM_SUFFIX)
+    return before, after

@@ -9,7 +9,7 @@ from dist_lm.server.fields import Json, integer, is_number, number, typed
 from dist_lm.server.job import Endpoint
 from dist_lm.server.served import ServeLimits
 
-MOST_STOPS = 16
+MOST_STOPS = 64  # editors send lists of them
 LONGEST_STOPS = 1024  # characters of all stop texts together: each token is compared with every beginning of them
 MOST_BIASES = 1024
 LONGEST_ID = 10  # digits of a token id

@@ -26,6 +26,9 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Origin of a web page that may call, such as https://chat.example.org.")
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Load new checkpoints of the runs; later requests get their weights.")
+    ] = False,
     cache_tokens: Annotated[int, typer.Option(help="Tokens of prompts and answers that are under way together.")] = (
         65536
     ),
@@ -51,6 +54,7 @@ def serve(
         most_requests=max_requests,
         queue_s=queue_seconds,
         stop_s=stop_seconds,
+        follow=follow,
         limits=ServeLimits(max_tokens=max_tokens, n=max_n),
     )
     serve(paths, tokenizer, options)

@@ -24,6 +24,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.server.app import build_app
 from dist_lm.server.door import DoorRules
 from dist_lm.server.engine_thread import EngineThread
+from dist_lm.server.scoring import RewardModel
 from dist_lm.server.served import Served, ServeLimits
 from dist_lm.server.serving import ServedModel, Serving
 from dist_lm.storage.run_directory import WorkDirectory
@@ -94,9 +95,10 @@ def served(
     most_requests: int = 64,
     queue_s: float = 60.0,
     others: Sequence[ServedModel] = (),
+    rewards: Sequence[RewardModel] = (),
 ) -> Iterator[Running]:
     models = [served_model(loaded, "small", ("default",), queue_s), *others]
-    serving = Serving(models, most_requests, limits=LIMITS)
+    serving = Serving(models, most_requests, limits=LIMITS, rewards=rewards)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(build_app(serving, rules), log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
