@@ -6,12 +6,14 @@ would come back as another one.
 
 import json
 import math
+from collections import Counter
 from typing import Any, NoReturn
 
 from dist_lm.chat.messages import ChatError, Json, check_text, shown
 
 DEEPEST = 64  # nested lists and objects: far below the recursion limit of any interpreter
 MOST_DIGITS = 640  # digits of an integer: the smallest limit that an interpreter may set (sys.set_int_max_str_digits)
+LARGEST = 10**MOST_DIGITS  # integers lie below
 TOO_DEEP = f"more than {DEEPEST} nested lists and objects"
 TOO_LONG = f"an integer of more than {MOST_DIGITS} digits"
 
@@ -49,8 +51,7 @@ def read(text: str, where: str) -> Json:
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         distinct_pairs = dict(pairs)
         if len(distinct_pairs) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
+            (repeated, _), *_ = Counter(key for key, _ in pairs).most_common(1)
             raise ChatError(f"{where}: the key {shown(repeated)} is there twice")
         return distinct_pairs
 
@@ -82,7 +83,7 @@ def _check(value: Json, where: str) -> None:
         if kind is str:
             check_text(part, where)
         elif kind is int:
-            if abs(part) >= 10**MOST_DIGITS:
+            if abs(part) >= LARGEST:
                 raise ChatError(f"{where}: {TOO_LONG}")
         elif kind is float:
             if not math.isfinite(part):

@@ -21,7 +21,9 @@ from dist_lm.chat.messages import Call, ChatError, Json, Tool, check_call, check
 
 NAME = re.compile("[A-Za-z0-9_.-]{1,128}")
 LONGEST_SCHEMA = 50_000  # characters of a tool's parameters, in JSON
-CACHED = 4096  # validators
+CACHED = 4096  # validators of schemas of at most `SHORT_SCHEMA` characters
+SHORT_SCHEMA = 4_000
+CACHED_LONG = 16  # validators of longer ones: thousands would fill the memory
 DEEPEST_SCHEMA = 24  # nested schemas: jsonschema takes a dozen frames for each
 MOST_SCHEMAS = 2_000  # in one tool, with references replaced
 
@@ -111,12 +113,23 @@ def _validator_of(tool: Tool) -> Validator:
     # The length is checked first: the work below grows with it.
     if len(text) > LONGEST_SCHEMA:
         raise ChatError(f"{where}: {len(text)} characters; expected at most {LONGEST_SCHEMA}")
-    return _validator(text, where)
+    if len(text) > SHORT_SCHEMA:
+        return _long_validator(text, where)
+    return _short_validator(text, where)
 
 
 @lru_cache(CACHED)
+def _short_validator(text: str, where: str) -> Validator:
+    return _validator(text, where)
+
+
+@lru_cache(CACHED_LONG)
+def _long_validator(text: str, where: str) -> Validator:
+    return _validator(text, where)
+
+
 def _validator(text: str, where: str) -> Validator:
-    """Returns the validator of arguments for the JSON schema `text`. Cached: `CACHED` of them.
+    """Returns the validator of arguments for the JSON schema `text`.
 
     Arguments that the schema does not name are refused, unless it says otherwise or combines schemas.
 

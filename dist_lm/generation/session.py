@@ -75,6 +75,7 @@ def build_engine(
     tp: int = 1,
     dtype: torch.dtype | None = None,
     grammars: Grammars | None = None,
+    version: int = 0,
 ) -> Engine:
     """Returns an engine whose cache holds up to `answers` full contexts at a time.
 
@@ -83,6 +84,7 @@ def build_engine(
         tp: devices that share the model.
         dtype: None: bf16 on a GPU that has it and fp32 elsewhere, as in training.
         grammars: None: new ones, for constraints of the user's own.
+        version: of the weights.
 
     Raises:
         ArtefactError: the weights do not fit the model.
@@ -103,6 +105,7 @@ def build_engine(
         eot_id=loaded.tokenizer.eot_id,
         vocabulary=loaded.tokenizer.vocabulary(),
         options=EngineOptions(max(context_tokens, min(cache_tokens, answers * context_tokens)), page_tokens),
+        version=version,
         dtype=dtype,
         device=device,
         tp=tp,

@@ -198,6 +198,7 @@ def next_commands(
             if stage.stage.answers_requests:
                 talk.append("--chat")
             yield "talk to it", shlex.join(talk)
+            yield "serve it", shlex.join(["python", "-m", "dist_lm", "serve", path])
         yield "report", shlex.join(["python", "-m", "dist_lm", "report", path])
         if list(run.wandb.glob("offline-run-*")):
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])

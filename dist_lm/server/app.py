@@ -1,16 +1,13 @@
-"""The application: routes of OpenAI's API over one `EngineThread`.
+"""The application: routes of OpenAI's API over the engines of `Serving`.
 
-A request is read (`protocol.job_of`), its constraint is compiled in a thread of its own, and the engine gets it. Events
-of the engine come back through an `asyncio.Queue`. A client that goes away ends its request.
+A request is read (`Api.read`), its constraint is compiled in a thread of its own, and the engine gets it. Events of the
+engine come back through an `asyncio.Queue`. A client that goes away ends its request.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -20,65 +17,50 @@ from starlette.requests import ClientDisconnect
 
 from dist_lm.chat import json_text
 from dist_lm.errors import UserError
-from dist_lm.generation.grammar import Grammars
 from dist_lm.generation.request import Answer
-from dist_lm.server.door import App, Door, DoorRules, Message, Receive, Scope, Send
-from dist_lm.server.engine_thread import Done, EngineThread, Event, Failed
+from dist_lm.server.api import CHAT, COMPLETIONS, Api
+from dist_lm.server.chat_page import add_chat_page
+from dist_lm.server.door import App, Door, DoorRules, Receive, Scope, Send, bearer_token
+from dist_lm.server.engine_thread import Done, Event, Failed
+from dist_lm.server.errors import ProtocolError, error_value
+from dist_lm.server.fields import Json
 from dist_lm.server.figures import metrics_text
-from dist_lm.server.protocol import (
-    Endpoint,
-    Job,
-    Json,
-    ProtocolError,
-    Served,
-    detokenized,
-    error_value,
-    job_of,
-    model_value,
-    models_value,
-    remember,
-    response_of,
-    tokenized,
-)
-from dist_lm.server.stream import Chunks
+from dist_lm.server.infill import INFILL
+from dist_lm.server.job import Job
+from dist_lm.server.response_answers import RESPONSES
+from dist_lm.server.run import Run
+from dist_lm.server.scoring import scored
+from dist_lm.server.serving import ServedModel, Serving
+from dist_lm.server.tokenizing import detokenized, tokenized
+from dist_lm.server.turns import remember
 
 RETRY_S = 1  # what `Retry-After` says
-SEND_S = 60.0  # seconds in which a client must take a piece of a stream
 GONE = 499  # status of a request whose client has gone, for the counts alone
 
 
-@dataclass
-class Serving:
-    """What the routes share."""
-
-    served: Served
-    thread: EngineThread
-    grammars: Grammars
-    most_requests: int  # requests that may be under way at a time
-    stop_s: float = 10.0  # seconds for the engine to end
-    open_requests: int = 0
-    counts: dict[tuple[str, int], int] = field(default_factory=dict)  # responses by path and status
-    # Constraints that take long delay other new ones, and nothing else.
-    compiler: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "compiler"))
-
-    def count(self, path: str, status: int) -> None:
-        """Counts a response."""
-        self.counts[path, status] = self.counts.get((path, status), 0) + 1
-
-
 def build_app(serving: Serving, rules: DoorRules) -> App:
-    """Returns the application with its door. The engine's thread runs from its start to its end."""
+    """Returns the application with its door. The engines' threads run from its start to its end."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        serving.thread.start()
+        for model in serving.models:
+            model.thread.start()
         yield
-        await run_in_threadpool(serving.thread.stop, serving.stop_s)
+        stops = [run_in_threadpool(model.thread.stop, serving.stop_s) for model in serving.models]
+        await asyncio.gather(*stops)
         serving.compiler.shutdown(wait=False, cancel_futures=True)
 
     # No pages of documentation: they would load scripts from another site.
     app = FastAPI(title="dist_lm", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    _add_error_handlers(app)
+    _add_answers(app, serving)
+    _add_models(app, serving)
+    _add_state(app, serving)
+    add_chat_page(app)
+    return Door(app, rules, serving.limits.body_bytes, serving.count)
 
+
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ProtocolError)
     async def refused(request: Request, error: ProtocolError) -> Response:
         headers = {"Retry-After": str(RETRY_S)} if error.status in (429, 503) else None
@@ -94,44 +76,64 @@ def build_app(serving: Serving, rules: DoorRules) -> App:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(error_value(message, error.status_code), error.status_code)
 
+
+def _add_answers(app: FastAPI, serving: Serving) -> None:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _answer(serving, "chat", request)
+        return await _answer(serving, CHAT, request)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(serving, "completions", request)
+        return await _answer(serving, COMPLETIONS, request)
 
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await _answer(serving, RESPONSES, request)
+
+    @app.post("/infill")
+    async def infill(request: Request) -> Response:
+        return await _answer(serving, INFILL, request)
+
+
+def _add_models(app: FastAPI, serving: Serving) -> None:
     @app.get("/v1/models")
     async def models() -> Json:
-        return models_value(serving.served)
+        values = [served.value(name) for served in serving.all_served for name in served.names]
+        return {"object": "list", "data": values}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Json:
-        return model_value(name, serving.served)
+        return serving.served_named(name).value(name)
+
+    @app.post("/score")
+    async def score(request: Request) -> Json:
+        body = await _json(request)
+        return await run_in_threadpool(scored, body, serving.reward_of(body))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Json:
         body = await _json(request)
-        return await run_in_threadpool(tokenized, body, serving.served)
+        served = serving.model_of(body).served
+        return await run_in_threadpool(tokenized, body, served, _client(request))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Json:
         body = await _json(request)
-        return await run_in_threadpool(detokenized, body, serving.served)
+        return await run_in_threadpool(detokenized, body, serving.model_of(body).served)
 
+
+def _add_state(app: FastAPI, serving: Serving) -> None:
     @app.get("/health")
     async def health() -> Json:
-        if serving.thread.failure:
-            raise ProtocolError(serving.thread.failure, status=503)
+        if serving.failure:
+            raise ProtocolError(serving.failure, status=503)
         return {"status": "ok"}
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        text = metrics_text(serving.thread, serving.counts, serving.open_requests)
+        threads = {model.served.name: model.thread for model in serving.models}
+        text = metrics_text(threads, serving.counts, serving.open_requests)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-    return Door(app, rules, serving.served.limits.body_bytes, serving.count)
 
 
 async def _json(request: Request) -> dict[str, Json]:
@@ -152,25 +154,31 @@ async def _json(request: Request) -> dict[str, Json]:
     return value
 
 
-async def _answer(serving: Serving, endpoint: Endpoint, request: Request) -> Response:
-    """Answers a request to one of the two endpoints.
+def _client(request: Request) -> str:
+    """Returns the key that the client has sent, also where none is needed."""
+    return bearer_token(request.headers.get("authorization", ""))
+
+
+async def _answer(serving: Serving, api: Api, request: Request) -> Response:
+    """Answers a request to an endpoint that answers with text.
 
     Raises:
         ProtocolError: it is refused.
     """
-    if serving.thread.failure:
-        raise ProtocolError(serving.thread.failure, status=503)
     if serving.open_requests >= serving.most_requests:
         raise ProtocolError(f"{serving.most_requests} requests are under way: try again later", status=429)
 
-    run: _Run | None = _Run(serving)
+    run: Run | None = Run(serving)
     try:
         body = await _json(request)
-        job = await run_in_threadpool(job_of, endpoint, body, serving.served)
-        await _compile(serving, job)
-        run.start(job, request)
+        model = serving.model_of(body)
+        if model.thread.failure:
+            raise ProtocolError(model.thread.failure, status=503)
+        job = await run_in_threadpool(api.read, body, model.served, _client(request))
+        await _compile(serving, model, job)
+        run.start(job, model.thread, request)
         if not job.stream:
-            return await _complete(run, job, serving.served)
+            return await _complete(run, job, api)
 
         # An error before the first event still has a status of its own.
         event = await run.next_event()
@@ -178,7 +186,7 @@ async def _answer(serving: Serving, endpoint: Endpoint, request: Request) -> Res
             return Response(status_code=GONE)
         if isinstance(event, Failed):
             raise ProtocolError(event.message, status=event.status)
-        response = _Stream(_lines(run, job, serving.served, event), run)
+        response = _Stream(_lines(run, job, api, event), run)
         run = None  # the response ends it
         return response
     finally:
@@ -186,86 +194,23 @@ async def _answer(serving: Serving, endpoint: Endpoint, request: Request) -> Res
             run.end()
 
 
-async def _compile(serving: Serving, job: Job) -> None:
+async def _compile(serving: Serving, model: ServedModel, job: Job) -> None:
     """Compiles the constraint of a job, if it is new.
 
     Raises:
         ProtocolError: it cannot be read, or no grammar holds to it.
     """
     constraint = job.requests[0].constraint
-    if constraint is None or serving.grammars.has(constraint):
+    if constraint is None or model.grammars.has(constraint):
         return
     loop = asyncio.get_running_loop()
     try:
-        await loop.run_in_executor(serving.compiler, serving.grammars.prepare, constraint)
+        await loop.run_in_executor(serving.compiler, model.grammars.prepare, constraint)
     except UserError as error:
         raise ProtocolError(str(error), param="tools" if job.reads_calls else "response_format") from error
 
 
-class _Run:
-    """The requests of a job in the engine, and their events."""
-
-    def __init__(self, serving: Serving) -> None:
-        self._serving = serving
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._gone: asyncio.Task[None] | None = None
-        self._is_open = True
-        self._under_way: set[str] = set()
-        self.n_open = 0  # answers that are not complete
-        serving.open_requests += 1
-
-    def start(self, job: Job, request: Request) -> None:
-        """Gives the requests of a job to the engine, and watches for the end of the client's connection, whose body
-        has been read."""
-        loop = asyncio.get_running_loop()
-        self._gone = asyncio.create_task(_client_gone(request))
-
-        def sink(event: Event) -> None:
-            with suppress(RuntimeError):  # the loop has ended, and nobody waits
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        for engine_request in job.requests:
-            self._under_way.add(engine_request.id)
-            self.n_open += engine_request.n
-            self._serving.thread.submit(engine_request, sink, streams=job.stream)
-
-    async def next_event(self) -> Event | None:
-        """Returns the next event; None: the client has gone."""
-        assert self._gone, "the run has started"
-        event = asyncio.create_task(self._events.get())
-        try:
-            await asyncio.wait({event, self._gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not event.done():
-                event.cancel()
-        if event.cancelled() or not event.done():
-            return None
-        result = event.result()
-        if isinstance(result, Done):
-            self.n_open -= 1
-        return result
-
-    def end(self) -> None:
-        """Cancels what is not complete; a second call does nothing."""
-        if not self._is_open:
-            return
-        self._is_open = False
-        if self._gone:
-            self._gone.cancel()
-        self._serving.open_requests -= 1
-        # The engine ignores requests that are complete.
-        if self.n_open:
-            for name in self._under_way:
-                self._serving.thread.cancel(name)
-
-
-async def _client_gone(request: Request) -> None:
-    """Returns when the client has closed its connection."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _complete(run: _Run, job: Job, served: Served) -> Response:
+async def _complete(run: Run, job: Job, api: Api) -> Response:
     """Returns the response with all answers.
 
     Raises:
@@ -279,52 +224,44 @@ async def _complete(run: _Run, job: Job, served: Served) -> Response:
         if isinstance(event, Failed):
             raise ProtocolError(event.message, status=event.status)
         if isinstance(event, Done):
-            remember(event.answer, job, served)
+            remember(event.answer, job)
             answers[event.answer.request, event.answer.index] = event.answer
+
     in_order = [[answers[request.id, index] for index in range(request.n)] for request in job.requests]
-    value = await run_in_threadpool(response_of, job, in_order, served, int(time.time()))
+    value = await run_in_threadpool(api.response, job, in_order, int(time.time()))
     return JSONResponse(value)
 
 
-async def _lines(run: _Run, job: Job, served: Served, first: Event) -> AsyncIterator[str]:
-    """Yields the events of a stream as server-sent events; the last one is `[DONE]`, or an error."""
-    chunks = Chunks(job, served, int(time.time()))
+async def _lines(run: Run, job: Job, api: Api, first: Event) -> AsyncIterator[str]:
+    """Yields the server-sent events of a stream, which ends with its last answer or with an error."""
+    stream = api.stream(job, int(time.time()))
     event: Event | None = first
     while event is not None:
         if isinstance(event, Failed):
-            yield _line(error_value(event.message, event.status))
+            yield stream.error(event.message, event.status)
             return
         if isinstance(event, Done):
-            remember(event.answer, job, served)
-        for chunk in chunks.of(event):
-            yield _line(chunk)
+            remember(event.answer, job)
+        for line in stream.of(event):
+            yield line
         if not run.n_open:
             break
         event = await run.next_event()
-    for chunk in chunks.end():
-        yield _line(chunk)
-    yield "data: [DONE]\n\n"
-
-
-def _line(value: Json) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    for line in stream.end():
+        yield line
 
 
 class _Stream(StreamingResponse):
     """A stream that ends its requests, however it ends: also if the client has gone before it began."""
 
-    def __init__(self, content: AsyncIterator[str], run: _Run) -> None:
+    def __init__(self, content: AsyncIterator[str], run: Run) -> None:
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._run = run
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(SEND_S):
-                await send(message)
-
         try:
-            await super().__call__(scope, receive, send_in_time)
-        except (TimeoutError, ClientDisconnect):
-            return  # a client that takes nothing, or has gone
+            await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            return
         finally:
             self._run.end()

@@ -19,7 +19,7 @@ MOST_TOKENS = 4 << 20  # remembered, of all conversations together
 
 
 class Conversations:
-    """The ids of the newest answered turns of all clients, by what was said up to there. For any thread."""
+    """The ids of the newest answered turns of all clients, by client and what was said up to there. For any thread."""
 
     def __init__(self, tokenizer: Tokenizer, most_tokens: int = MOST_TOKENS) -> None:
         """
@@ -32,8 +32,8 @@ class Conversations:
         self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()  # up to the mark that ends an answer
         self._lock = threading.Lock()
 
-    def prompt(self, conversation: Conversation) -> tuple[list[int], int]:
-        """Returns (the ids that the model continues, how many of them were remembered).
+    def prompt(self, conversation: Conversation, client: str = "") -> tuple[list[int], int]:
+        """Returns (the ids that the model continues, how many of them were remembered for this client).
 
         None are where the conversation has no answer, where one was edited or forgotten, and in the layout of an
         imported model, which may write earlier turns in another way.
@@ -49,7 +49,7 @@ class Conversations:
             return ids, 0
 
         answered = replace(conversation, messages=conversation.messages[:n_turns])
-        key = _key(answered)
+        key = _key(answered, client)
         with self._lock:
             remembered = self._ids.get(key)
             if remembered is None:
@@ -57,13 +57,14 @@ class Conversations:
             self._ids.move_to_end(key)
         return [*remembered, *following(answered, conversation, self._tokenizer)], len(remembered)
 
-    def remember(self, conversation: Conversation, answer: Message, ids: list[int]) -> None:
+    def remember(self, conversation: Conversation, answer: Message, ids: list[int], client: str = "") -> None:
         """Remembers an answer.
 
         Args:
             conversation: what was answered.
             answer: as the client gets it.
             ids: of the prompt and the answer; the mark that ends the turn may be missing.
+            client: the key that the client has sent; others are not told what is remembered for it.
         """
         if self._tokenizer.kept_template:
             return
@@ -73,7 +74,7 @@ class Conversations:
         if ids[-1] != end:
             ids = [*ids, end]
 
-        key = _key(replace(conversation, messages=(*conversation.messages, answer)))
+        key = _key(replace(conversation, messages=(*conversation.messages, answer)), client)
         with self._lock:
             self._n_tokens += len(ids) - len(self._ids.pop(key, ()))
             self._ids[key] = tuple(ids)
@@ -82,5 +83,7 @@ class Conversations:
                 self._n_tokens -= len(oldest)
 
 
-def _key(conversation: Conversation) -> bytes:
-    return hashlib.sha256(write_conversation(conversation).encode()).digest()
+def _key(conversation: Conversation, client: str) -> bytes:
+    digest = hashlib.sha256(hashlib.sha256(client.encode()).digest())
+    digest.update(write_conversation(conversation).encode())
+    return digest.digest()

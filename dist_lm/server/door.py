@@ -8,19 +8,23 @@ import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
 from dist_lm.errors import require
-from dist_lm.server.protocol import error_value
+from dist_lm.server import chat_page
+from dist_lm.server.errors import error_value
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 BODY_S = 30.0  # seconds for a body to arrive
-PUBLIC = ("/health",)  # paths that need no key
+SEND_S = 60.0  # seconds in which a client must take a piece of a response
+MOST_BODIES = 64  # bodies of the largest size that may be in memory together
+PUBLIC = ("/health",)  # paths that need no key, beside those of the chat page
 PATHS = {
-    *("/v1/chat/completions", "/v1/completions", "/v1/models"),
+    chat_page.ROOT,
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/models", "/infill", "/score"),
     *("/tokenize", "/detokenize", "/health", "/metrics"),
 }
 
@@ -36,7 +40,7 @@ class DoorRules:
     """Whom the server answers."""
 
     host: str  # the address that it listens on
-    key: str = ""  # empty: none is needed
+    key: str = field(default="", repr=False)  # empty: none is needed
     hosts: Sequence[str] = ()  # names of the server beside its address, without a port
     origins: Sequence[str] = ()  # of web pages that may call it, such as https://chat.example.org
 
@@ -47,6 +51,12 @@ class DoorRules:
             "--host",
             self.host,
             "127.0.0.1, or a key in the variable DIST_LM_API_KEY: anybody could use the model",
+        )
+        require(
+            self.key.isascii() and self.key.isprintable() and self.key == self.key.strip(),
+            "DIST_LM_API_KEY",
+            "(not shown)",
+            "printable ASCII without spaces around it, which a header can hold",
         )
 
 
@@ -77,14 +87,22 @@ def refusal_of(rules: DoorRules, path: str, headers: Sequence[tuple[bytes, bytes
     origin = values.get("origin")
     if origin is not None and origin not in (*rules.origins, f"http://{host}", f"https://{host}"):
         return 403, f"Origin {origin[:80]!r}: web pages of other origins are refused (--allow-origin)", "origin_refused"
-    if origin is None and values.get("sec-fetch-site") in ("cross-site", "same-site"):
+    # A link elsewhere may open the chat page, which is the same for everybody and can be shown in no frame.
+    opens_page = (path, values.get("sec-fetch-dest")) == (chat_page.ROOT, "document")
+    if origin is None and values.get("sec-fetch-site") in ("cross-site", "same-site") and not opens_page:
         return 403, "web pages of other origins are refused (--allow-origin)", "origin_refused"
 
-    if rules.key and path not in PUBLIC:
-        scheme, _, token = values.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), rules.key.encode()):
+    if rules.key and path not in PUBLIC and not chat_page.is_page_path(path):
+        token = bearer_token(values.get("authorization", ""))
+        if not hmac.compare_digest(token.encode(), rules.key.encode()):
             return 401, "the key is missing or wrong: send it as `Authorization: Bearer KEY`", "invalid_api_key"
     return None
+
+
+def bearer_token(authorization: str) -> str:
+    """Returns the key in the header `Authorization`; empty if it has another form."""
+    scheme, _, token = authorization.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_authority(host: str) -> bool:
@@ -106,6 +124,7 @@ class Door:
         self._rules = rules
         self._body_bytes = body_bytes
         self._count = count
+        self._held_bytes = 0  # of bodies whose requests are under way
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -117,49 +136,79 @@ class Door:
 
         path = scope["path"] if scope["path"] in PATHS else "other"
 
-        async def send_counted(message: Message) -> None:
+        async def send_in_time(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._count(path, message["status"])
-            await send(message)
+            try:
+                async with asyncio.timeout(SEND_S):
+                    await send(message)
+            except TimeoutError as error:
+                raise _SlowClientError from error
 
+        try:
+            await self._let_in(scope, receive, send_in_time)
+        except _SlowClientError:
+            return  # the connection is closed, because the response is not complete
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request with its whole body to the application, or refuses it."""
         if refusal := refusal_of(self._rules, scope["path"], scope["headers"]):
             status, message, code = refusal
-            await _refuse(send_counted, status, message, code)
+            await _refuse(send, status, message, code)
             return
+
+        body = bytearray()
         try:
-            async with asyncio.timeout(BODY_S):
-                body = await self._body(scope, receive)
-        except TimeoutError:
-            await _refuse(send_counted, 408, f"the body did not arrive within {BODY_S:g} s", "timeout")
-            return
-        if body is None:
-            await _refuse(send_counted, 413, f"the body is longer than {self._body_bytes:,} bytes", "body_too_large")
-            return
+            if refused := await self._read(scope, receive, body):
+                await _refuse(send, *refused)
+            else:
+                await self._app(scope, _whole(bytes(body), receive), send)
+        finally:
+            self._held_bytes -= len(body)
 
-        is_read = False
+    async def _read(self, scope: Scope, receive: Receive, body: bytearray) -> tuple[int, str, str] | None:
+        """Appends the content of a body, of which no more is read than the limit.
 
-        async def receive_whole() -> Message:
-            nonlocal is_read
-            if is_read:
-                return await receive()  # tells that the client has gone
-            is_read = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, receive_whole, send_counted)
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """Returns the body; None if it is too long, of which no more is read than the limit."""
+        Returns:
+            (status, message, code) if it is refused; None: it is complete.
+        """
+        too_long = 413, f"the body is longer than {self._body_bytes:,} bytes", "body_too_large"
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared[:20]) > self._body_bytes:
-            return None
-        body = bytearray()
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if len(body) > self._body_bytes:
-                return None
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
-                return bytes(body)
+            return too_long
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    content = message.get("body", b"")
+                    body += content
+                    self._held_bytes += len(content)
+                    if len(body) > self._body_bytes:
+                        return too_long
+                    if self._held_bytes > MOST_BODIES * self._body_bytes:
+                        return 429, "bodies of other requests fill the memory for them: try again later", "many_bytes"
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return None
+        except TimeoutError:
+            return 408, f"the body did not arrive within {BODY_S:g} s", "timeout"
+
+
+class _SlowClientError(OSError):
+    """A client did not take a piece of a response in time; Starlette ends a stream at an OSError."""
+
+
+def _whole(body: bytes, receive: Receive) -> Receive:
+    """Returns a `receive` that gives the body first, and then tells whether the client has gone."""
+    is_read = False
+
+    async def receive_whole() -> Message:
+        nonlocal is_read
+        if is_read:
+            return await receive()
+        is_read = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_whole
 
 
 async def _refuse(send: Send, status: int, message: str, code: str) -> None:

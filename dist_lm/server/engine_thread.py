@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from dist_lm.errors import UserError
+from dist_lm.generation.decoder import Weights
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError
 
@@ -35,6 +36,7 @@ class Grown:
     pieces: Sequence[tuple[int, str]]  # each token with the text that became final with it
     raw_logprobs: Sequence[float]
     logprobs: Sequence[float]
+    version: int  # of the weights
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,27 @@ class Failed:
 Event = Grown | Done | Failed
 Sink = Callable[[Event], None]
 """Called in the thread of the engine; it must not block."""
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    """Ends a request."""
+
+    request: str
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Ends the thread."""
+
+
+@dataclass(frozen=True)
+class _NewWeights:
+    """Replaces the weights when no request runs on the old ones."""
+
+    weights: Weights
+    version: int
+    loaded: Callable[[str], None]  # gets the error, empty if there is none
 
 
 @dataclass
@@ -92,6 +115,9 @@ class _Order:
         self.pieces[index].append((token, text))
 
 
+_Message = _Order | _Cancel | _NewWeights | _Stop
+
+
 class EngineThread:
     """The thread; `start` it, and `stop` it at the end."""
 
@@ -104,9 +130,10 @@ class EngineThread:
         self.max_sequences = engine.options.max_sequences
         self._engine = engine
         self._queue_s = queue_s
-        self._inbox: queue.SimpleQueue[_Order | str | None] = queue.SimpleQueue()  # a text: cancel; None: stop
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._waiting: deque[_Order] = deque()
         self._running: dict[str, _Order] = {}
+        self._new_weights: _NewWeights | None = None  # what runs ends first, and nothing is admitted meanwhile
         self._is_stopping = False
         self._failure = ""
         self._threads = torch.get_num_threads()
@@ -116,6 +143,11 @@ class EngineThread:
     def failure(self) -> str:
         """Why the engine computes no more; empty while it does."""
         return self._failure
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that the next request gets."""
+        return self._engine.version or 0
 
     @property
     def is_idle(self) -> bool:
@@ -132,6 +164,10 @@ class EngineThread:
         """Pages of the cache."""
         return self._engine.options.n_pages
 
+    def use_threads(self, n: int) -> None:
+        """Sets how many threads of torch the engine has; before `start`."""
+        self._threads = n
+
     def start(self) -> None:
         """Starts the thread."""
         self._thread.start()
@@ -146,36 +182,75 @@ class EngineThread:
 
     def cancel(self, request: str) -> None:
         """Ends a request, if it is under way: its pages become free, and its sink gets nothing more."""
-        self._inbox.put(request)
+        self._inbox.put(_Cancel(request))
+
+    def load_weights(self, weights: Weights, version: int, loaded: Callable[[str], None]) -> None:
+        """Replaces the weights: requests that run end on the old ones, those that wait get the new ones.
+
+        Args:
+            loaded: called in the thread of the engine, with an error or an empty text.
+        """
+        self._inbox.put(_NewWeights(weights, version, loaded))
 
     def stop(self, seconds: float) -> None:
         """Fails all requests and waits for the thread's end, at most so many seconds."""
-        self._inbox.put(None)
+        self._inbox.put(_Stop())
         self._thread.join(seconds)
+
+    def close(self) -> None:
+        """Ends the other processes of the model, if any; the thread has ended."""
+        self._engine.close()
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # each thread has a number of its own
         try:
             while not self._is_stopping:
                 self._read_inbox()
+                self._swap_weights()
                 self._admit()
                 if self._running:
                     self._step()
-                self.figures.waiting = sum(order.request.n for order in self._waiting)
-                self.figures.running = sum(len(order.open) for order in self._running.values())
+                self._count_answers()
         except Exception as error:
             log.exception("the engine has failed")
             self._failure = f"the engine has failed ({error}): start the server again"
-        reason = self._failure or "the server is stopping"
-        # Requests may still arrive while the server ends.
+        self._fail_all(self._failure or "the server is stopping")
+
+    def _count_answers(self) -> None:
+        self.figures.waiting = sum(order.request.n for order in self._waiting)
+        self.figures.running = sum(len(order.open) for order in self._running.values())
+
+    def _fail_all(self, reason: str) -> None:
+        """Fails all requests, also those that still arrive, until the thread is told to stop."""
         while True:
             for order in (*self._running.values(), *self._waiting):
                 self._fail(order, reason, 503)
             self._running.clear()
             self._waiting.clear()
+            if self._new_weights:
+                self._new_weights.loaded(reason)
+                self._new_weights = None
+            self._count_answers()
+
             if self._is_stopping and self._inbox.empty():
                 return
             self._take(self._inbox.get())
+
+    def _swap_weights(self) -> None:
+        """Loads new weights if there are some and nothing runs on the old ones."""
+        new = self._new_weights
+        if not new or self._running:
+            return
+        self._new_weights = None
+        # Cancelled answers leave the engine with its next step.
+        while self._engine.busy:
+            self._engine.step()
+        try:
+            self._engine.load_weights(new.weights, new.version)
+        except UserError as error:  # they do not fit the model: the old ones stay
+            new.loaded(str(error))
+        else:
+            new.loaded("")
 
     def _read_inbox(self) -> None:
         """Takes all messages; waits for one if nothing runs."""
@@ -187,13 +262,17 @@ class EngineThread:
         while not self._inbox.empty():
             self._take(self._inbox.get())
 
-    def _take(self, message: _Order | str | None) -> None:
-        if message is None:
-            self._is_stopping = True
-        elif isinstance(message, str):
-            self._drop(message)
-        else:
+    def _take(self, message: _Message) -> None:
+        if isinstance(message, _Order):
             self._waiting.append(message)
+        elif isinstance(message, _Cancel):
+            self._drop(message.request)
+        elif isinstance(message, _NewWeights):
+            if self._new_weights:
+                self._new_weights.loaded("newer weights have arrived before")
+            self._new_weights = message
+        else:
+            self._is_stopping = True
 
     def _drop(self, name: str) -> None:
         """Ends a cancelled request."""
@@ -211,6 +290,8 @@ class EngineThread:
         while self._waiting and now - self._waiting[0].arrived > self._queue_s:
             self._fail(self._waiting.popleft(), f"no room for this request within {self._queue_s:g} s: try later", 503)
 
+        if self._new_weights:
+            return
         n_active = sum(len(order.open) for order in self._running.values())
         while self._waiting and (not n_active or n_active + self._waiting[0].request.n <= self.max_sequences):
             order = self._waiting.popleft()
@@ -263,7 +344,8 @@ class EngineThread:
             if not pieces or sequence.n_unscored:
                 continue
             new = slice(order.sent[index], order.sent[index] + len(pieces))
-            event = Grown(order.request.id, index, pieces, sequence.raw_logprobs[new], sequence.logprobs[new])
+            logprobs = sequence.logprobs[new]
+            event = Grown(order.request.id, index, pieces, sequence.raw_logprobs[new], logprobs, self.version)
             order.pieces[index], order.sent[index] = [], new.stop
             order.sink(event)
 

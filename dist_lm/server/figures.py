@@ -1,52 +1,75 @@
 """The figures of the server as a text of Prometheus: counts, and times of the last requests as quantiles."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from dist_lm.server.engine_thread import EngineThread
 
 QUANTILES = (0.5, 0.99)
+# Of each model: name, kind, meaning, and where the value comes from.
+OF_MODELS: Sequence[tuple[str, str, str, Callable[[EngineThread], float]]] = (
+    ("answers_total", "counter", "Complete answers.", lambda thread: thread.figures.answered),
+    (
+        "failed_total",
+        "counter",
+        "Requests that the engine refused or that waited too long.",
+        lambda thread: thread.figures.failed,
+    ),
+    ("cancelled_total", "counter", "Requests whose client went away.", lambda thread: thread.figures.cancelled),
+    ("prompt_tokens_total", "counter", "Tokens of prompts.", lambda thread: thread.figures.prompt_tokens),
+    ("new_tokens_total", "counter", "Tokens of answers.", lambda thread: thread.figures.new_tokens),
+    ("answers_waiting", "gauge", "Answers that wait for the engine.", lambda thread: thread.figures.waiting),
+    ("answers_running", "gauge", "Answers that the engine computes.", lambda thread: thread.figures.running),
+    ("cache_pages_free", "gauge", "Pages of the cache that no answer holds.", lambda thread: thread.free_pages),
+    ("weights_version", "gauge", "Step of the checkpoint that new requests get.", lambda thread: thread.version),
+)
 
 
-def metrics_text(thread: EngineThread, counts: Mapping[tuple[str, int], int], open_requests: int) -> str:
+def metrics_text(threads: Mapping[str, EngineThread], counts: Mapping[tuple[str, int], int], open_requests: int) -> str:
     """Returns the answer of /metrics.
 
     Args:
+        threads: by the name of their model.
         counts: responses by path and status.
         open_requests: requests under way, with those whose body is still read.
     """
-    figures = thread.figures
-    lines = [
-        *_metric("http_responses_total", "counter", "Responses by path and status."),
-        *(
-            f'dist_lm_http_responses_total{{path="{path}",status="{status}"}} {count}'
-            for (path, status), count in sorted(counts.items())
-        ),
-    ]
-    for name, kind, meaning, value in (
-        ("answers_total", "counter", "Complete answers.", figures.answered),
-        ("failed_total", "counter", "Requests that the engine refused or that waited too long.", figures.failed),
-        ("cancelled_total", "counter", "Requests whose client went away.", figures.cancelled),
-        ("prompt_tokens_total", "counter", "Tokens of prompts.", figures.prompt_tokens),
-        ("new_tokens_total", "counter", "Tokens of answers.", figures.new_tokens),
-        ("requests_open", "gauge", "Requests under way.", open_requests),
-        ("answers_waiting", "gauge", "Answers that wait for the engine.", figures.waiting),
-        ("answers_running", "gauge", "Answers that the engine computes.", figures.running),
-        ("cache_pages_free", "gauge", "Pages of the cache that no answer holds.", thread.free_pages),
-    ):
-        lines += [*_metric(name, kind, meaning), f"dist_lm_{name} {value}"]
-    lines += _times("queue_seconds", "Time from arrival to the first step.", figures.queue_s)
-    lines += _times("first_token_seconds", "Time from arrival to the first token.", figures.first_token_s)
+    lines = _heading("http_responses_total", "counter", "Responses by path and status.")
+    for (path, status), count in sorted(counts.items()):
+        lines.append(_sample("http_responses_total", {"path": path, "status": str(status)}, count))
+    lines += _heading("requests_open", "gauge", "Requests under way.")
+    lines.append(_sample("requests_open", {}, open_requests))
+
+    for name, kind, meaning, value in OF_MODELS:
+        lines += _heading(name, kind, meaning)
+        lines += [_sample(name, {"model": model}, value(thread)) for model, thread in threads.items()]
+
+    lines += _heading("queue_seconds", "summary", "Time from arrival to the first step.")
+    for model, thread in threads.items():
+        lines += _quantiles("queue_seconds", model, thread.figures.queue_s)
+    lines += _heading("first_token_seconds", "summary", "Time from arrival to the first token.")
+    for model, thread in threads.items():
+        lines += _quantiles("first_token_seconds", model, thread.figures.first_token_s)
     return "\n".join(lines) + "\n"
 
 
-def _metric(name: str, kind: str, meaning: str) -> list[str]:
+def _heading(name: str, kind: str, meaning: str) -> list[str]:
     return [f"# HELP dist_lm_{name} {meaning}", f"# TYPE dist_lm_{name} {kind}"]
 
 
-def _times(name: str, meaning: str, seconds: Iterable[float]) -> list[str]:
+def _sample(name: str, labels: Mapping[str, str], value: float | str) -> str:
+    """Returns one line; labels are escaped as Prometheus asks."""
+    if not labels:
+        return f"dist_lm_{name} {value}"
+    pairs = []
+    for key, text in labels.items():
+        escaped = text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        pairs.append(f'{key}="{escaped}"')
+    return f"dist_lm_{name}{{{','.join(pairs)}}} {value}"
+
+
+def _quantiles(name: str, model: str, seconds: Iterable[float]) -> list[str]:
     ordered = sorted([*seconds])
-    lines = _metric(name, "summary", meaning)
+    lines: list[str] = []
     for quantile in QUANTILES:
         value = ordered[min(len(ordered) - 1, int(quantile * len(ordered)))] if ordered else "NaN"
-        lines.append(f'dist_lm_{name}{{quantile="{quantile}"}} {value}')
+        lines.append(_sample(name, {"model": model, "quantile": str(quantile)}, value))
     return lines

@@ -4,20 +4,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from dist_lm.generation.request import Answer
+from dist_lm.server.answers import call_value, head_of, ids_value, logprobs_value, prompt_ids_value, usage_value
 from dist_lm.server.engine_thread import Done, Event, Grown
-from dist_lm.server.protocol import (
-    Job,
-    Json,
-    Served,
-    VisibleText,
-    call_value,
-    head_of,
-    ids_value,
-    logprobs_value,
-    prompt_ids_value,
-    turn_of,
-    usage_value,
-)
+from dist_lm.server.fields import Json
+from dist_lm.server.job import Job
+from dist_lm.server.turns import VisibleText, turn_of
 
 
 @dataclass
@@ -32,14 +23,15 @@ class _Choice:
 class Chunks:
     """Turns events into chunks, each the JSON of one server-sent event."""
 
-    def __init__(self, job: Job, served: Served, created: int) -> None:
+    def __init__(self, job: Job, created: int) -> None:
         """
         Args:
             created: seconds since 1970.
         """
         self._job = job
-        self._served = served
-        self._head = head_of(job, served, created, is_chunk=True)
+        self._tokenizer = job.served.tokenizer
+        self._created = created
+        self._version = 0  # of the weights; that of the newest event
         self._place = {request.id: number for number, request in enumerate(job.requests)}
         self._choices: dict[int, _Choice] = {}
         self._has_ids = job.return_token_ids  # whether the ids of the prompt are still to be sent
@@ -48,21 +40,23 @@ class Chunks:
     def of(self, event: Event) -> Iterator[dict[str, Json]]:
         """Yields the chunks of new tokens or of a complete answer."""
         if isinstance(event, Grown):
+            self._version = event.version
             yield from self._grown(event)
         elif isinstance(event, Done):
+            self._version = event.answer.version
             yield from self._done(event.answer)
 
     def end(self) -> Iterator[dict[str, Json]]:
         """Yields what stands behind all answers: the counts of tokens, if they were asked for."""
         if self._job.include_usage:
-            yield self._head | {"choices": [], "usage": usage_value(self._job, self._n_new)}
+            yield self._head() | {"choices": [], "usage": usage_value(self._job, self._n_new)}
 
     def _grown(self, event: Grown) -> Iterator[dict[str, Json]]:
         index, choice = self._choice(event.request, event.index)
         yield from self._opening(index, choice)
         texts = []
         for token, text in event.pieces:
-            if not choice.n_tokens and self._job.endpoint == "chat" and self._served.tokenizer.adds_space:
+            if not choice.n_tokens and self._job.endpoint == "chat" and self._tokenizer.adds_space:
                 text = text.removeprefix(" ")
             choice.n_tokens += 1
             texts.append(choice.visible.add(token, text) if choice.visible else text)
@@ -70,7 +64,7 @@ class Chunks:
         extras: dict[str, Json] = {}
         tokens = [token for token, _ in event.pieces]
         if self._job.logprobs:
-            extras["logprobs"] = logprobs_value(self._job.endpoint, tokens, event.raw_logprobs, self._served.tokenizer)
+            extras["logprobs"] = logprobs_value(self._job.endpoint, tokens, event.raw_logprobs, self._tokenizer)
         if self._job.return_token_ids:
             extras |= ids_value(tokens, event.raw_logprobs, event.logprobs)
         text = "".join(texts)
@@ -80,7 +74,7 @@ class Chunks:
     def _done(self, answer: Answer) -> Iterator[dict[str, Json]]:
         index, choice = self._choice(answer.request, answer.index)
         yield from self._opening(index, choice)
-        turn = turn_of(answer, self._job, self._served.tokenizer)
+        turn = turn_of(answer, self._job)
         self._n_new += len(answer.tokens)
 
         # A line break before a call is no text; without a call it is.
@@ -97,7 +91,7 @@ class Chunks:
         number = self._place[request]
         index = number * self._job.requests[number].n + answer
         if index not in self._choices:
-            visible = VisibleText(self._served.tokenizer) if self._job.reads_calls else None
+            visible = VisibleText(self._tokenizer) if self._job.reads_calls else None
             self._choices[index] = _Choice(visible)
         return index, self._choices[index]
 
@@ -112,12 +106,15 @@ class Chunks:
             chunk["remembered_tokens"] = self._job.n_remembered
         if self._has_ids:
             self._has_ids = False
-            chunk |= prompt_ids_value(self._job, self._served)
+            chunk |= prompt_ids_value(self._job, self._version)
         yield chunk
+
+    def _head(self) -> dict[str, Json]:
+        return head_of(self._job, self._created, self._version, is_chunk=True)
 
     def _said(self, text: str) -> dict[str, Json]:
         return {"delta": {"content": text}} if self._job.endpoint == "chat" else {"text": text}
 
     def _chunk(self, index: int, said: Mapping[str, Json], extras: Mapping[str, Json] | None = None) -> dict[str, Json]:
         choice = {"index": index, **said, "logprobs": None, "finish_reason": None, **(extras or {})}
-        return self._head | {"choices": [choice]}
+        return self._head() | {"choices": [choice]}

@@ -5,23 +5,30 @@ from typing import Annotated
 
 import typer
 
-from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
+from dist_lm.verbs.arguments import DeviceName, TokenizerPath
 
 
 def serve(
-    path: CheckpointPath,
+    paths: Annotated[
+        list[Path], typer.Argument(help="Checkpoints, or folders of checkpoints or runs (LATEST is used).")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on; another than loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: a free one.")] = 8000,
     tokenizer: TokenizerPath = None,
     device: DeviceName = "auto",
     tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
-    name: Annotated[list[str] | None, typer.Option(help="A further name of the model; may be repeated.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="A further name of the model; of several models one for each, in order.")
+    ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A further host name of this server; may be repeated.")
     ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="Origin of a web page that may call, such as https://chat.example.org.")
     ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Load new checkpoints of the runs; later requests get their weights.")
+    ] = False,
     cache_tokens: Annotated[int, typer.Option(help="Tokens of prompts and answers that are under way together.")] = (
         65536
     ),
@@ -31,9 +38,9 @@ def serve(
     queue_seconds: Annotated[float, typer.Option(help="Longest wait for the first step.")] = 60.0,
     stop_seconds: Annotated[float, typer.Option(help="Time for answers under way when the server ends.")] = 10.0,
 ) -> None:
-    """Serve a model under OpenAI's API (docs/serve.md). The variable DIST_LM_API_KEY holds the key, if there is one."""
+    """Serve models under OpenAI's API (docs/serve.md). The variable DIST_LM_API_KEY holds the key, if there is one."""
     from dist_lm.server.command import ServeOptions, serve
-    from dist_lm.server.protocol import ServeLimits
+    from dist_lm.server.served import ServeLimits
 
     options = ServeOptions(
         host=host,
@@ -47,6 +54,7 @@ def serve(
         most_requests=max_requests,
         queue_s=queue_seconds,
         stop_s=stop_seconds,
+        follow=follow,
         limits=ServeLimits(max_tokens=max_tokens, n=max_n),
     )
-    serve(Path(path), tokenizer, options)
+    serve(paths, tokenizer, options)

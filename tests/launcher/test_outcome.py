@@ -70,7 +70,8 @@ def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan, monkeypatch) ->
     stage = plan.stages[0]
     run = run_of(stage.config)
     names = [name for name, _ in next_commands(stage, "done", COMMAND)]
-    assert names == ["talk to it", "report", "next stage"]
+    assert names == ["talk to it", "serve it", "report", "next stage"]
+    assert dict(next_commands(stage, "done", COMMAND))["serve it"] == f"python -m dist_lm serve '{run.path}'"
     assert "--chat" not in dict(next_commands(stage, "done", COMMAND))["talk to it"]
     monkeypatch.setattr(type(stage.stage), "answers_requests", True)
     assert dict(next_commands(stage, "done", COMMAND))["talk to it"].endswith(" --chat")

@@ -2,7 +2,7 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +21,12 @@ from dist_lm.generation.session import build_engine
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.prepare.compose import compose_config
-from dist_lm.server.app import Serving, build_app
+from dist_lm.server.app import build_app
 from dist_lm.server.door import DoorRules
 from dist_lm.server.engine_thread import EngineThread
-from dist_lm.server.protocol import Served, ServeLimits
+from dist_lm.server.scoring import RewardModel
+from dist_lm.server.served import Served, ServeLimits
+from dist_lm.server.serving import ServedModel, Serving
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY
@@ -58,8 +60,9 @@ class Running:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is under way, and every page of the cache is free."""
-        thread = self.serving.thread
-        return thread.is_idle and not self.serving.open_requests and thread.free_pages == thread.n_pages
+        threads = [model.thread for model in self.serving.models]
+        is_idle = all(thread.is_idle and thread.free_pages == thread.n_pages for thread in threads)
+        return is_idle and not self.serving.open_requests
 
 
 @pytest.fixture(scope="session")
@@ -76,15 +79,26 @@ def loaded(model: Transformer, tiny_work: WorkDirectory) -> LoadedModel:
     return LoadedModel("small", model.config, dict(model.named_parameters()), tokenizer, run=None)
 
 
+def served_model(loaded: LoadedModel, name: str, aliases: tuple[str, ...] = (), queue_s: float = 60.0) -> ServedModel:
+    """Returns a model with an engine of its own, whose weights are version 7."""
+    grammars = Grammars(lambda: loaded.tokenizer, untrusted=True)
+    engine = build_engine(loaded, torch.device("cpu"), 16, CACHE_TOKENS, grammars=grammars, version=7)
+    about = Served(name, loaded.tokenizer, CONTEXT, aliases, limits=LIMITS)
+    return ServedModel(about, EngineThread(engine, queue_s), grammars)
+
+
 @contextmanager
 def served(
-    model: Transformer, loaded: LoadedModel, rules: DoorRules, most_requests: int = 64, queue_s: float = 60.0
+    model: Transformer,
+    loaded: LoadedModel,
+    rules: DoorRules,
+    most_requests: int = 64,
+    queue_s: float = 60.0,
+    others: Sequence[ServedModel] = (),
+    rewards: Sequence[RewardModel] = (),
 ) -> Iterator[Running]:
-    grammars = Grammars(lambda: loaded.tokenizer, untrusted=True)
-    engine = build_engine(loaded, torch.device("cpu"), 16, CACHE_TOKENS, grammars=grammars)
-    thread = EngineThread(engine, queue_s)
-    about = Served("small", loaded.tokenizer, CONTEXT, version=7, aliases=("default",), limits=LIMITS)
-    serving = Serving(about, thread, grammars, most_requests)
+    models = [served_model(loaded, "small", ("default",), queue_s), *others]
+    serving = Serving(models, most_requests, limits=LIMITS, rewards=rewards)
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(build_app(serving, rules), log_level="warning", timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)

@@ -141,6 +141,6 @@ def test_figures_are_there_for_prometheus(server: Running, client: openai.OpenAI
     client.completions.create(model="small", prompt="a", max_tokens=2)
     lines = httpx.get(f"{server.url}/metrics", timeout=patient(20)).text.splitlines()
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    assert float(values["dist_lm_answers_total"]) >= 1
+    assert float(values['dist_lm_answers_total{model="small"}']) >= 1
     assert float(values['dist_lm_http_responses_total{path="/v1/completions",status="200"}']) >= 1
-    assert float(values['dist_lm_first_token_seconds{quantile="0.5"}']) > 0
+    assert float(values['dist_lm_first_token_seconds{model="small",quantile="0.5"}']) > 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.server.protocol import VisibleText
+from dist_lm.server.turns import VisibleText
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 

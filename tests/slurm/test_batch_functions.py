@@ -351,7 +351,7 @@ mkdir -p {file.parent}; echo done >{file}; [ "$before" = "$(progress)" ] && echo
     assert shell.run(script) == [counts]
 
 
-@pytest.mark.parametrize("name", ["train_large", "rlhf_large", "generate"])
+@pytest.mark.parametrize("name", ["train_large", "rlhf_large", "generate", "serve"])
 def test_a_job_without_a_checkout_says_so_where_it_was_submitted(shell: BatchShell, name: str) -> None:
     shell.stub("scontrol", "exit 1")
     script = (CHECKOUT / "slurm" / f"{name}.sh").read_text()
@@ -367,6 +367,26 @@ def test_a_job_without_a_checkout_says_so_where_it_was_submitted(shell: BatchShe
     assert done.returncode == 2
     for directory in (shell.directory, home):
         assert "no checkout of dist_lm" in (directory / "slurm-7.out").read_text()
+
+
+def test_a_job_that_serves_takes_the_arguments_of_the_command(shell: BatchShell) -> None:
+    """Finds a job that serves something else, or writes its log where nobody looks."""
+    shell.stub("scontrol", f"echo '   Command={CHECKOUT}/slurm/serve.sh'")
+    shell.stub("python", "echo it serves")
+    venv = shell.directory / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "activate").touch()
+    done = subprocess.run(
+        ["bash", "-c", (CHECKOUT / "slurm" / "serve.sh").read_text(), "bash", "a run", "--port", "8080"],
+        env=shell.environ | {"HOME": str(shell.directory), "DIST_LM_VENV": str(venv.parent)},
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    log = (shell.directory / "slurm-7.out").read_text()
+    assert done.returncode == 0, log
+    assert shell.calls("python") == ["-m dist_lm serve a run --port 8080"]
+    assert "it serves" in log
 
 
 @pytest.mark.parametrize(("version", "refused"), [("3 2", True), ("4 3", True), ("4 4", False), ("5 0", False)])

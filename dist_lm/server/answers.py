@@ -1,0 +1,118 @@
+"""Answers of the engine as the JSON of a response, and the parts that chunks of a stream share with it."""
+
+import json
+import math
+import secrets
+from collections.abc import Sequence
+
+from dist_lm.chat.messages import Call
+from dist_lm.generation.request import Answer
+from dist_lm.server.fields import Json
+from dist_lm.server.job import Endpoint, Job
+from dist_lm.server.turns import turn_of
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+
+def response_of(job: Job, answers: Sequence[Sequence[Answer]], created: int) -> dict[str, Json]:
+    """Returns the JSON of a complete response.
+
+    Args:
+        answers: of each prompt, by their index.
+        created: seconds since 1970.
+    """
+    flat = [answer for of_prompt in answers for answer in of_prompt]
+    version = flat[0].version
+    response = head_of(job, created, version, is_chunk=False)
+    response["choices"] = [_choice(answer, index, job) for index, answer in enumerate(flat)]
+    response["usage"] = usage_value(job, sum(len(answer.tokens) for answer in flat))
+    if job.endpoint == "chat":
+        response["remembered_tokens"] = job.n_remembered
+    if job.return_token_ids:
+        response |= prompt_ids_value(job, version)
+    return response
+
+
+def _choice(answer: Answer, index: int, job: Job) -> dict[str, Json]:
+    """Returns one answer in OpenAI's form; `index`: its place in the response."""
+    turn = turn_of(answer, job)
+    choice: dict[str, Json] = {"index": index, "finish_reason": turn.finish}
+    if job.endpoint == "chat":
+        message: dict[str, Json] = {"role": "assistant", "content": turn.content, "refusal": None}
+        if turn.calls:
+            message["content"] = turn.content or None
+            message["tool_calls"] = [call_value(call) for call in turn.calls]
+        choice["message"] = message
+    else:
+        choice["text"] = turn.content
+
+    choice["logprobs"] = None
+    if job.logprobs:
+        choice["logprobs"] = logprobs_value(job.endpoint, answer.tokens, answer.raw_logprobs, job.served.tokenizer)
+    if job.return_token_ids:
+        choice |= ids_value(answer.tokens, answer.raw_logprobs, answer.logprobs)
+    return choice
+
+
+def head_of(job: Job, created: int, version: int, is_chunk: bool) -> dict[str, Json]:
+    """Returns the fields that all responses and chunks have.
+
+    Args:
+        version: of the weights.
+    """
+    kind = "text_completion"
+    if job.endpoint == "chat":
+        kind = "chat.completion.chunk" if is_chunk else "chat.completion"
+    return {
+        "id": job.id,
+        "object": kind,
+        "created": created,
+        "model": job.served.name,
+        "system_fingerprint": f"version-{version}",
+    }
+
+
+def usage_value(job: Job, n_new: int) -> dict[str, int]:
+    """Returns the counts of tokens."""
+    return {
+        "prompt_tokens": job.prompt_tokens,
+        "completion_tokens": n_new,
+        "total_tokens": job.prompt_tokens + n_new,
+    }
+
+
+def prompt_ids_value(job: Job, version: int) -> dict[str, Json]:
+    """Returns the ids of the prompts (of one prompt its ids alone), and the version of the weights."""
+    ids = [list(request.prompt) for request in job.requests]
+    return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids, "weights_version": version}
+
+
+def ids_value(tokens: Sequence[int], raw: Sequence[float], drawn: Sequence[float]) -> dict[str, Json]:
+    """Returns ids of an answer with log-probabilities of the model and of the distribution they were drawn from."""
+    return {"token_ids": [*tokens], "raw_logprobs": [*map(_finite, raw)], "sampling_logprobs": [*map(_finite, drawn)]}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def logprobs_value(
+    endpoint: Endpoint, tokens: Sequence[int], raw: Sequence[float], tokenizer: Tokenizer
+) -> dict[str, Json]:
+    """Returns log-probabilities of the model in OpenAI's form."""
+    contents = [tokenizer.content([token]) for token in tokens]
+    pieces = tokenizer.pieces(tokens)
+    texts = [content.decode(errors="replace") or piece for content, piece in zip(contents, pieces, strict=True)]
+    if endpoint == "chat":
+        entries = [
+            {"token": text, "logprob": _finite(logprob), "bytes": [*content], "top_logprobs": []}
+            for text, content, logprob in zip(texts, contents, raw, strict=True)
+        ]
+        return {"content": entries, "refusal": None}
+    return {"tokens": texts, "token_logprobs": [*map(_finite, raw)], "top_logprobs": None, "text_offset": None}
+
+
+def call_value(call: Call, index: int | None = None) -> dict[str, Json]:
+    """Returns a call in OpenAI's form; `index`: its place in a streamed turn."""
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    value = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+    return value if index is None else {"index": index} | value

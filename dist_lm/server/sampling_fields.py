@@ -1,0 +1,107 @@
+"""Fields of a request that say how tokens are drawn, how many, and where an answer stops."""
+
+from collections.abc import Mapping
+
+from dist_lm.errors import UserError, shown_value
+from dist_lm.generation.request import SamplingParams
+from dist_lm.server.errors import ProtocolError
+from dist_lm.server.fields import Json, integer, is_number, number, typed
+from dist_lm.server.job import Endpoint
+from dist_lm.server.served import ServeLimits
+
+MOST_STOPS = 64  # editors send lists of them
+LONGEST_STOPS = 1024  # characters of all stop texts together: each token is compared with every beginning of them
+MOST_BIASES = 1024
+LONGEST_ID = 10  # digits of a token id
+# Beyond these bounds, numbers of fp32 overflow.
+MOST_TEMPERATURE = 100
+MOST_TOP_K = 1 << 31
+LEAST_PENALTY, MOST_PENALTY = 0.01, 100
+MOST_BIAS = 1000
+
+
+def sampling_params(body: Mapping[str, Json], ends: tuple[int, ...], limits: ServeLimits) -> SamplingParams:
+    """Returns how tokens are drawn.
+
+    Args:
+        ends: tokens that end an answer beside end-of-text.
+
+    Raises:
+        ProtocolError: names the field.
+    """
+    key = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    # llama.cpp's clients send -1 where they name no number.
+    if body.get(key) == -1:
+        body = {**body, key: None}
+    new_tokens = integer(body, key, min(limits.default_tokens, limits.max_tokens), 1, limits.max_tokens)
+    try:
+        return SamplingParams(
+            max_new_tokens=new_tokens,
+            temperature=number(body, "temperature", 1.0, 0, MOST_TEMPERATURE),
+            top_k=integer(body, "top_k", 0, 0, MOST_TOP_K),
+            top_p=number(body, "top_p", 1.0, 0, 1),
+            min_p=number(body, "min_p", 0.0, 0, 1),
+            repetition_penalty=number(body, "repetition_penalty", 1.0, LEAST_PENALTY, MOST_PENALTY),
+            logit_bias=_biases(body),
+            stop=_stops(body),
+            stop_tokens=ends,
+        )
+    except ProtocolError:
+        raise
+    except UserError as error:
+        raise ProtocolError(str(error), param=str(error).partition("=")[0]) from error
+
+
+def _stops(body: Mapping[str, Json]) -> tuple[str, ...]:
+    """Returns the texts that end an answer.
+
+    Raises:
+        ProtocolError: they are none, too many, or too long.
+    """
+    stop = body.get("stop") or []
+    texts = [stop] if isinstance(stop, str) else stop
+    is_list = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
+    if not is_list or len(texts) > MOST_STOPS or sum(map(len, texts)) > LONGEST_STOPS:
+        accepted = f"a text, or up to {MOST_STOPS} texts that are not empty, of {LONGEST_STOPS:,} characters together"
+        raise ProtocolError(f"stop: expected {accepted}", param="stop")
+    return tuple(texts)
+
+
+def _biases(body: Mapping[str, Json]) -> dict[int, float]:
+    """Returns what is added to logits, by token id.
+
+    Raises:
+        ProtocolError: they are too many, or one is no number or out of range.
+    """
+    biases: dict[int, float] = {}
+    by_name = typed(body, "logit_bias", dict, {})
+    accepted = f"up to {MOST_BIASES} numbers from -{MOST_BIAS} to {MOST_BIAS} by token id"
+    if len(by_name) > MOST_BIASES:
+        raise ProtocolError(f"logit_bias: {len(by_name):,} of them; expected {accepted}", param="logit_bias")
+
+    for name, bias in by_name.items():
+        is_token = name.isascii() and name.isdigit() and len(name) <= LONGEST_ID
+        if not is_token or not is_number(bias) or not -MOST_BIAS <= bias <= MOST_BIAS:
+            message = f"logit_bias.{shown_value(name[:40])}: {shown_value(bias)}; expected {accepted}"
+            raise ProtocolError(message, param="logit_bias")
+        biases[int(name)] = float(bias)
+    return biases
+
+
+def asks_logprobs(endpoint: Endpoint, body: Mapping[str, Json]) -> bool:
+    """Returns whether log-probabilities are asked for; /v1/completions asks by the number of alternatives, 0 or null.
+
+    Raises:
+        ProtocolError: alternatives are asked for.
+    """
+    if endpoint == "chat":
+        return typed(body, "logprobs", bool, False)
+    value = body.get("logprobs")
+    if value is None:
+        return False
+    if value is not True and (isinstance(value, bool) or value != 0):
+        raise ProtocolError(
+            f"logprobs={shown_value(value)}: expected 0, the log-probabilities of the tokens themselves",
+            param="logprobs",
+        )
+    return True

@@ -1,0 +1,118 @@
+"""Scores of reward models: /score says how good answers are.
+
+A score has no unit and no zero. Where the run has measured the scores of its reference policy's samples, they are also
+given in standard deviations from their mean (`dist_lm.rlhf.reward_model.RewardScale`).
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from dist_lm.chat.layouts.turns import conversation_of
+from dist_lm.chat.messages import ChatError
+from dist_lm.chat.template import answer_tokens, prompt
+from dist_lm.errors import UserError, shown_value
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.reward_model import RewardScale, last_token_scores
+from dist_lm.server.errors import ProtocolError
+from dist_lm.server.fields import Json, is_id, typed
+from dist_lm.server.served import Served
+
+MOST_INPUTS = 64  # of a request
+BATCH = 8  # sequences that are computed together
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A model whose scores are served."""
+
+    served: Served
+    model: Transformer
+    version: int
+    scale: RewardScale | None  # None: the run is not finished, or its checkpoint lies outside of one
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)  # one request is computed at a time
+
+
+def scored(body: Mapping[str, Json], reward: RewardModel) -> dict[str, Json]:
+    """Returns the score of each input: a text or token ids, or a list of either (`input`), or conversations that end
+    with an answer (`messages`, one or a list of them). `tools` are those of all conversations.
+
+    Raises:
+        ProtocolError: a field is unknown or has another form, or an input is too long.
+    """
+    if unknown := body.keys() - {"model", "input", "messages", "tools"}:
+        name = shown_value(min(unknown))
+        raise ProtocolError(f"{name}: this field is not supported here: leave it out", param=name)
+    param = "input" if body.get("messages") is None else "messages"
+    sequences = _sequences(body, reward.served)
+    most = reward.served.context
+    for number, ids in enumerate(sequences):
+        if not 1 <= len(ids) <= most:
+            raise ProtocolError(f"{param}.{number}: {len(ids):,} tokens; expected 1 to {most:,}", param=param)
+
+    with reward.lock, torch.inference_mode():
+        scores = last_token_scores(reward.model, sequences, BATCH).tolist()
+    n_tokens = sum(map(len, sequences))
+    return {
+        "object": "list",
+        "model": reward.served.name,
+        "weights_version": reward.version,
+        "data": [
+            {"object": "score", "index": index, "score": score, "normalised": reward.scale and reward.scale(score)}
+            for index, score in enumerate(scores)
+        ],
+        "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
+    }
+
+
+def _sequences(body: Mapping[str, Json], served: Served) -> list[list[int]]:
+    """Returns the ids of each input.
+
+    Raises:
+        ProtocolError: one has another form, or there are too many.
+    """
+    messages = typed(body, "messages", list, None)
+    if messages is not None:
+        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        _check_number(conversations, "messages")
+        return [_conversation(turns, body, served) for turns in conversations]
+
+    value = body.get("input")
+    inputs: list[Json] = [value]
+    if isinstance(value, list) and value and not all(is_id(token) for token in value):
+        inputs = value
+    _check_number(inputs, "input")
+    return [_input(each, served) for each in inputs]
+
+
+def _check_number(inputs: list[Json], param: str) -> None:
+    if len(inputs) > MOST_INPUTS:
+        raise ProtocolError(f"{param}: {len(inputs)} of them; expected at most {MOST_INPUTS}", param=param)
+
+
+def _input(value: Json, served: Served) -> list[int]:
+    if isinstance(value, list) and value and all(is_id(token) for token in value):
+        if not all(0 <= token < served.tokenizer.vocab_size for token in value):
+            raise ProtocolError(f"input: expected ids from 0 to {served.tokenizer.vocab_size - 1}", param="input")
+        return value
+    if not isinstance(value, str):
+        raise ProtocolError("input: expected a text, token ids, or a list of either", param="input")
+    try:
+        return served.tokenizer.encode_prompt(value)
+    except UserError as error:
+        raise ProtocolError(str(error), param="input") from error
+
+
+def _conversation(turns: Json, body: Mapping[str, Json], served: Served) -> list[int]:
+    try:
+        conversation = conversation_of(turns, body.get("tools"), style="openai")
+        *before, answer = conversation.messages
+        if answer.role != "assistant":
+            raise ChatError("expected a last turn of the assistant, which is scored")
+        # As in training: behind the mark that ends the turn stands nothing.
+        asked = replace(conversation, messages=tuple(before))
+        return [*prompt(asked, served.tokenizer), *answer_tokens(answer, served.tokenizer, asked)]
+    except UserError as error:
+        raise ProtocolError(str(error), param="messages") from error

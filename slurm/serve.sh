@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Serve trained models on a node of a Slurm job, under OpenAI's API (docs/serve.md).
+#
+#   sbatch [--gpus-per-node=G] [--time=T] slurm/serve.sh RUN [RUN ...] [OPTION ...]
+#
+# Arguments go to `dist-lm serve`. By default the server listens on the node's loopback address; from your machine:
+#   ssh -L 8000:127.0.0.1:8000 NODE            (squeue --me shows the node)
+# For other nodes: DIST_LM_API_KEY=SECRET sbatch slurm/serve.sh RUN --host 0.0.0.0
+# Without a key, all users of the node can call the server, so the job takes the whole node.
+#
+# The log is slurm-JOBID.out in the directory of submission. Before the time limit and at scancel, answers under way get
+# `--stop-seconds`. slurm/common.sh lists the environment variables that choose venv, container and modules.
+#SBATCH --job-name=dist_lm_serve
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@60
+#SBATCH --open-mode=append
+#SBATCH --output=/dev/null
+set -euo pipefail
+: "${SLURM_JOB_ID:?this is a batch script: sbatch slurm/serve.sh RUN}"
+# sbatch runs a copy of this file: the path of the original leads to the checkout
+script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p') || true
+for root in "${DIST_LM_ROOT:-}" "${script%/slurm/*}" "$SLURM_SUBMIT_DIR"; do
+  if [ -f "$root/slurm/common.sh" ]; then
+    # shellcheck source=SCRIPTDIR/common.sh
+    . "$root/slurm/common.sh"
+    open_early_log
+    # shellcheck disable=SC2034 # used by load_environment: a container sees this folder
+    work_dir=$SLURM_SUBMIT_DIR
+    load_environment
+    say "job $SLURM_JOB_ID on $SLURMD_NODENAME: dist-lm serve $*"
+    # srun passes TERM on to a server in a container
+    exec "${on_head[@]}" python -m dist_lm serve "$@" </dev/null
+  fi
+done
+echo "error: no checkout of dist_lm at $root; set DIST_LM_ROOT to it before sbatch" |
+  tee -a "$SLURM_SUBMIT_DIR/slurm-$SLURM_JOB_ID.out" "$HOME/slurm-$SLURM_JOB_ID.out"
+exit 2
