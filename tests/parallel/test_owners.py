@@ -88,9 +88,9 @@ def test_a_bucket_has_at_most_the_entries_asked_for_or_one_unit():
     plan = plan_of(model_of((6, 3)), Layout(1, 2, 1), 0.0, bucket_entries=2_000)
     assert plan.n_buckets > 1
     sizes: Counter = Counter()
-    largest = max(plan.size(unit) * plan.cuts[unit.parameter].matrix_size for unit in plan.units)
+    largest = max(unit.n_matrices * plan.cuts[unit.parameter].matrix_size for unit in plan.units)
     for unit in plan.units:
-        sizes[unit.owner, unit.bucket] += plan.size(unit) * plan.cuts[unit.parameter].matrix_size
+        sizes[unit.owner, unit.bucket] += unit.n_matrices * plan.cuts[unit.parameter].matrix_size
     assert max(sizes.values()) < 2_000 + largest
 
 
