@@ -2,7 +2,8 @@
 
 `parallel=auto` compares layouts by these estimates; tests compare them with played steps.
 
-Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K attention width and F d_ff of this rank.
+Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K width of queries, G K width of keys and F d_ff of
+this rank.
 """
 
 import math
@@ -23,6 +24,7 @@ from dist_lm.parallel.layout import (
     Layout,
     blocks_per_unit,
     has_units_outside,
+    keys_of,
     one_block,
     placements,
     rank_slice,
@@ -67,6 +69,7 @@ class Shapes:
     micro_batches: int  # micro-batches of a rank in a step
     width: int  # D
     attention: int  # H K
+    keys: int  # G K
     hidden: int  # F
     kept_hidden: int  # number of tensors of width F that a block keeps for the backward pass
     vocabulary: int  # rows of the vocabulary on this rank
@@ -137,6 +140,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         micro_batches=micro_batches,
         width=model.d_model,
         attention=rank_slice(model.n_heads, layout.tp, 0).held * model.d_head,
+        keys=keys_of(model, layout.tp, 0)[0].held * model.d_head,
         hidden=rank_slice(model.d_ff, layout.tp, 0).held,
         kept_hidden=4 if model.is_gated else 2,
         vocabulary=vocabulary,
@@ -243,14 +247,19 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
         residual /= layout.tp
     inputs = 1 if config.model.parallel_residual else 2  # number of norm inputs
 
-    needed = inputs * residual + 2 * shapes.width + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
+    # Queries, keys, values and the output of attention.
+    attention = 2 * shapes.attention + 2 * shapes.keys
+    needed = inputs * residual + 2 * shapes.width + shapes.attention + shapes.kept_hidden * shapes.hidden + attention
+    if config.model.qk_norm:
+        # Queries and keys before their norm, and between norm and weight.
+        needed += 2 * (shapes.attention + shapes.keys)
     if config.stage.dropout:
         needed += 2 * residual * (1 + 1 / size)
 
     kept_elements = {
         "none": needed,
         # outputs of matrix products and attention
-        "selective": 3 * residual + 4 * shapes.attention + (shapes.kept_hidden // 2) * shapes.hidden,
+        "selective": 3 * residual + attention + (shapes.kept_hidden // 2) * shapes.hidden,
         "full": residual,
     }[parallel.activation_checkpointing]
 

@@ -17,6 +17,7 @@ from dist_lm.prepare.compose import compose_config
 from dist_lm.training.optimizer import build_optimizer
 
 LARGE = compose_config(["stage=language", "model=large", "hardware=h100"])
+LLAMA_SHAPE = ("model.norm=rmsnorm", "model.ffn=swiglu", "model.bias=false", "model.n_kv_heads=2")
 SMALL = ("stage=language", "model=medium", "model.n_layers=2", "stage.seq_len=256", "stage.micro_batch=4")
 
 
@@ -141,6 +142,15 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             marks=pytest.mark.heavy,
         ),
         pytest.param(
+            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE), 8, id="as llama", marks=pytest.mark.heavy
+        ),
+        pytest.param(
+            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE, "model.qk_norm=true"),
+            8,
+            id="as qwen3",
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
             ("stage.lora.rank=8", "stage.lora.load_in_4bit=true", "stage.init_from=base", "stage.global_batch=8"),
             2,
             id="four_bits",
@@ -175,17 +185,23 @@ def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "layout", "most"),
-    [("large", Layout(1, 8, 1), 1.10), ("xlarge", Layout(64, 8, 1), 1.15)],
-    ids=["large on 8", "xlarge on 512"],
+    [
+        ("large", Layout(1, 8, 1), 1.10),
+        ("xlarge", Layout(64, 8, 1), 1.15),
+        ("llama_8b", Layout(8, 8, 1), 1.10),
+        ("llama_8b", Layout(64, 8, 1), 1.10),
+    ],
+    ids=["large on 8", "xlarge on 512", "llama_8b on 64", "llama_8b on 512"],
 )
 def test_muon_by_owners_costs_little_beside_adamw(model, layout, most):
     """By the dry run, of one sequence a rank; `bash launch/test.sh -m heavy tests/dry_run -k owners`."""
+    seq_len = 8192 if model == "llama_8b" else 4096
     seconds, peaks = [], []
     for overrides in ([], ["stage.muon.lr=0"]):
         config = compose_config(
             [
                 *("stage=language", f"model={model}", "hardware=h100", "recipe=tuned"),
-                *(f"stage.global_batch={layout.world_size}", "stage.micro_batch=1"),
+                *(f"stage.global_batch={layout.world_size}", "stage.micro_batch=1", f"stage.seq_len={seq_len}"),
                 *(f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard", "tp")),
                 *overrides,
             ]
