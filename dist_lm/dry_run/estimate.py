@@ -2,7 +2,8 @@
 
 `parallel=auto` compares layouts by these estimates; tests compare them with played steps.
 
-Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K attention width and F d_ff of this rank.
+Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K width of queries, G K width of keys and F d_ff of
+this rank.
 """
 
 import math
@@ -23,12 +24,13 @@ from dist_lm.parallel.layout import (
     Layout,
     blocks_per_unit,
     has_units_outside,
+    keys_of,
     one_block,
     placements,
     rank_slice,
     reshards,
 )
-from dist_lm.parallel.owners import BUCKET_BYTES, CPU_FLOPS_PER_BYTE, GPU_FLOPS_PER_BYTE, cut_of
+from dist_lm.parallel.owners import heaviest_load, matrix_cuts, message_costs, sharing_pays
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # passes of elementwise operations over the activations of a block
@@ -67,6 +69,7 @@ class Shapes:
     micro_batches: int  # micro-batches of a rank in a step
     width: int  # D
     attention: int  # H K
+    keys: int  # G K
     hidden: int  # F
     kept_hidden: int  # number of tensors of width F that a block keeps for the backward pass
     vocabulary: int  # rows of the vocabulary on this rank
@@ -137,6 +140,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         micro_batches=micro_batches,
         width=model.d_model,
         attention=rank_slice(model.n_heads, layout.tp, 0).held * model.d_head,
+        keys=keys_of(model, layout.tp, 0)[0].held * model.d_head,
         hidden=rank_slice(model.d_ff, layout.tp, 0).held,
         kept_hidden=4 if model.is_gated else 2,
         vocabulary=vocabulary,
@@ -243,14 +247,19 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
         residual /= layout.tp
     inputs = 1 if config.model.parallel_residual else 2  # number of norm inputs
 
-    needed = inputs * residual + 2 * shapes.width + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
+    # Queries, keys, values and the output of attention.
+    attention = 2 * shapes.attention + 2 * shapes.keys
+    needed = inputs * residual + 2 * shapes.width + shapes.attention + shapes.kept_hidden * shapes.hidden + attention
+    if config.model.qk_norm:
+        # Queries and keys before their norm, and between norm and weight.
+        needed += 2 * (shapes.attention + shapes.keys)
     if config.stage.dropout:
         needed += 2 * residual * (1 + 1 / size)
 
     kept_elements = {
         "none": needed,
         # outputs of matrix products and attention
-        "selective": 3 * residual + 4 * shapes.attention + (shapes.kept_hidden // 2) * shapes.hidden,
+        "selective": 3 * residual + attention + (shapes.kept_hidden // 2) * shapes.hidden,
         "full": residual,
     }[parallel.activation_checkpointing]
 
@@ -332,43 +341,43 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own_trained, hardware, half)
     work.collective("all_reduce", WORLD, layout.world_size, 8)
     if config.stage.muon.is_on:
-        _muon(work, config, layout, shapes)
+        _muon(work, config, layout)
 
     return work
 
 
-def _muon(work: Work, config: Config, layout: Layout, shapes: Shapes) -> None:
-    """Adds to `work` what the busiest owner of matrices does (`parallel.owners`): about the mean of all owners, or one
-    matrix if that is more."""
-    model = config.trained_shape
+def _muon(work: Work, config: Config, layout: Layout) -> None:
+    """Adds to `work` what the busiest owner of matrices does, by the rules of `parallel.owners`."""
     is_gpu = config.hardware.device == "cuda"
-    size = 2 if is_gpu else FP32_BYTES
-    cuts = [
-        cut_of(placement)
-        for name, placement in placements(model, layout).items()
-        if is_matrix(name) and is_trained(name, model)
-    ]
+    costs = message_costs(config.hardware.device)
+    cuts = matrix_cuts(config.trained_shape, layout)
     if not cuts:
         return
 
-    flops = sum(cut.n_matrices * cut.matrix_flops for cut in cuts)
-    costliest = max(cut.matrix_flops for cut in cuts)
+    shares_replicas = sharing_pays(cuts, layout, costs.flops_per_entry)
     n_places = layout.dp_shard * layout.tp
-    apart, shared = max(flops / n_places, costliest), max(flops / layout.world_size, costliest)
-    flops_per_byte = GPU_FLOPS_PER_BYTE if is_gpu else CPU_FLOPS_PER_BYTE
-    shares_replicas = layout.dp_replicate > 1 and apart - shared >= flops_per_byte * size * shapes.own_matrices
+    busiest = heaviest_load(cuts, layout.world_size if shares_replicas else n_places)
+    flops = busiest.flops if is_gpu else busiest.flops_of_squares
+    work.operation(flops, OWNER_PASSES * costs.item_bytes * busiest.entries, config.hardware, is_gpu)
 
-    # Shards go to owners, and steps come back to all replicas that share the work.
-    passes = OWNER_PASSES * size * shapes.own_matrices
-    work.operation(shared if shares_replicas else apart, passes, config.hardware, is_gpu)
-    n_buckets = max(1, math.ceil(size * shapes.own_matrices / BUCKET_BYTES))
-    sent = size * shapes.own_matrices * (1 + 1 / layout.dp_replicate if shares_replicas else 2)
-    sizes = {"dp_replicate": layout.dp_replicate, "dp_shard": layout.dp_shard, "tp": layout.tp}
-    axes = [axis for axis, ranks in sizes.items() if ranks > 1 and (shares_replicas or axis != "dp_replicate")]
-    if len(axes) == 1:
-        _spread(work, "all_to_all", axes[0], sizes[axes[0]], sent, 2 * n_buckets)
-    elif axes:
-        _spread(work, "all_to_all", WORLD, layout.world_size, sent, 2 * n_buckets)
+    # First stage, inside a replica: shards go to owners, and steps come back.
+    n_buckets = math.ceil(busiest.entries / costs.bucket_entries)
+    shard_entries = sum(cut.n_matrices * cut.matrix_size for cut in cuts) // n_places
+    owners_here = layout.dp_replicate if shares_replicas else 1
+    sent_bytes = costs.item_bytes * (shard_entries // owners_here + busiest.entries)
+    if layout.tp == 1:
+        _spread(work, "all_to_all", "dp_shard", layout.dp_shard, sent_bytes, 2 * n_buckets)
+    elif layout.dp_shard == 1:
+        _spread(work, "all_to_all", "tp", layout.tp, sent_bytes, 2 * n_buckets)
+    else:
+        _spread(work, "all_to_all", WORLD, layout.world_size, sent_bytes, 2 * n_buckets)
+
+    # Second stage: every rank passes on the parts that it got to its copies in other replicas. The parts of all
+    # replicas are as long as the longest one.
+    if shares_replicas:
+        longest_part = heaviest_load(cuts, layout.dp_replicate).entries // n_places
+        gathered_bytes = costs.item_bytes * longest_part * layout.dp_replicate
+        _spread(work, "all_gather", "dp_replicate", layout.dp_replicate, gathered_bytes, n_buckets)
 
 
 def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:

@@ -9,6 +9,7 @@ Or they share the work: an owner serves its replica, and every rank gives the pa
 other replicas. That pays where arithmetic is dear beside a message.
 """
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,12 @@ class Cut:
         smaller, larger = sorted(self.shape[-2:])
         return ITERATIONS * (4 * smaller**2 * larger + 2 * smaller**3)
 
+    @property
+    def matrix_flops_of_squares(self) -> int:
+        """FLOPs of `training.muon.newton_schulz_of_squares` of one matrix."""
+        smaller, larger = sorted(self.shape[-2:])
+        return 4 * smaller**2 * larger + (2 * ITERATIONS + 6 * (ITERATIONS - 1)) * smaller**3
+
 
 def cut_of(placement: Placement) -> Cut:
     """Returns how a parameter is cut under its placement."""
@@ -71,6 +78,11 @@ class Unit:
     owner: int  # place in a replica, see `Plan`
     replica: int | None  # that of the owner; None: each replica has an owner at this place
     bucket: int  # units of one bucket are sent together
+
+    @property
+    def n_matrices(self) -> int:
+        """Number of matrices."""
+        return self.end - self.first
 
 
 @dataclass(frozen=True)
@@ -109,13 +121,9 @@ class Plan:
         """Returns the FLOPs of each rank, or of the first replica if all replicas do the same."""
         loads: Counter[int] = Counter()
         for unit in self.units:
-            loads[(unit.replica or 0) * self.n_places + unit.owner] += self.size(unit) * self.matrix_flops(unit)
+            loads[(unit.replica or 0) * self.n_places + unit.owner] += unit.n_matrices * self.matrix_flops(unit)
         n_ranks = self.n_places * (self.layout.dp_replicate if self.shares_replicas else 1)
         return [loads[rank] for rank in range(n_ranks)]
-
-    def size(self, unit: Unit) -> int:
-        """Returns the number of matrices of a unit."""
-        return unit.end - unit.first
 
     def matrix_flops(self, unit: Unit) -> int:
         """Returns the FLOPs of one matrix of a unit."""
@@ -135,7 +143,7 @@ class Plan:
                 n_sent += n_own * self.is_source(unit, place)
                 continue
             cut = self.cuts[unit.parameter]
-            n_sent += self.size(unit) * cut.matrix_size * self.n_places // _n_cuts(cut, self.layout) - n_own
+            n_sent += unit.n_matrices * cut.matrix_size * self.n_places // _n_cuts(cut, self.layout) - n_own
 
         if self.shares_replicas:
             # All-gather of equal parts over the replicas: the largest part decides.
@@ -145,19 +153,48 @@ class Plan:
         return n_sent
 
 
+@dataclass(frozen=True)
+class MessageCosts:
+    """What an entry of a matrix costs in a message, on a kind of device."""
+
+    item_bytes: int
+    flops_per_byte: float  # FLOPs in the time that one byte takes to come from another replica
+
+    @property
+    def bucket_entries(self) -> int:
+        """Most entries of whole matrices that a rank owns in a bucket."""
+        return BUCKET_BYTES // self.item_bytes
+
+    @property
+    def flops_per_entry(self) -> float:
+        """FLOPs in the time that one entry takes to come from another replica."""
+        return self.flops_per_byte * self.item_bytes
+
+
+def message_costs(device: str) -> MessageCosts:
+    """Returns the costs on `cuda`, where messages are bf16, or `cpu`."""
+    if device == "cuda":
+        return MessageCosts(2, GPU_FLOPS_PER_BYTE)
+    return MessageCosts(4, CPU_FLOPS_PER_BYTE)
+
+
+def matrix_cuts(model: ModelConfig, layout: Layout) -> tuple[Cut, ...]:
+    """Returns how the matrices that are trained are cut, in the order of the model's parameters."""
+    return tuple(
+        cut_of(placement)
+        for name, placement in placements(model, layout).items()
+        if is_matrix(name) and is_trained(name, model)
+    )
+
+
 def plan_of_model(model: ModelConfig, layout: Layout, device: str) -> Plan:
     """Returns the plan for all matrices of a model that are trained, in the order of its parameters.
 
     Args:
-        device: cuda | cpu; on a GPU, messages are bf16.
+        device: cuda | cpu.
     """
-    item_bytes, flops_per_byte = (2, GPU_FLOPS_PER_BYTE) if device == "cuda" else (4, CPU_FLOPS_PER_BYTE)
-    cuts = [
-        cut_of(placement)
-        for name, placement in placements(model, layout).items()
-        if is_matrix(name) and is_trained(name, model)
-    ]
-    return make_plan(cuts, layout, BUCKET_BYTES // item_bytes, flops_per_byte * item_bytes)
+    costs = message_costs(device)
+    return make_plan(matrix_cuts(model, layout), layout, costs.bucket_entries, costs.flops_per_entry)
 
 
 def make_plan(cuts: Sequence[Cut], layout: Layout, bucket_entries: int, flops_per_entry: float) -> Plan:
@@ -165,19 +202,49 @@ def make_plan(cuts: Sequence[Cut], layout: Layout, bucket_entries: int, flops_pe
 
     Args:
         bucket_entries: most entries of the units that one rank owns in a bucket (at least one unit).
-        flops_per_entry: arithmetic of a rank in the time that it takes to receive an entry of a step from another
-            replica; 0: replicas share the work.
+        flops_per_entry: see `sharing_pays`.
     """
     cuts = tuple(cuts)
-    plan = _plan(cuts, layout, bucket_entries, shares_replicas=False)
-    if layout.dp_replicate == 1 or not cuts:
-        return plan
+    return _plan(cuts, layout, bucket_entries, sharing_pays(cuts, layout, flops_per_entry))
 
-    shared = _plan(cuts, layout, bucket_entries, shares_replicas=True)
-    n_received = sum(cut.n_matrices * cut.matrix_size for cut in cuts) // (layout.dp_shard * layout.tp)
-    if max(plan.flops()) - max(shared.flops()) >= flops_per_entry * n_received:
-        return shared
-    return plan
+
+def sharing_pays(cuts: tuple[Cut, ...], layout: Layout, flops_per_entry: float) -> bool:
+    """Returns whether replicas share the work: whether they save more time than they need to pass on the steps.
+
+    Args:
+        flops_per_entry: arithmetic of a rank in the time that it takes to receive an entry of a step from another
+            replica; 0: replicas always share the work.
+    """
+    if layout.dp_replicate == 1 or not cuts:
+        return False
+
+    n_places = layout.dp_shard * layout.tp
+    n_received = sum(cut.n_matrices * cut.matrix_size for cut in cuts) // n_places
+    saved = heaviest_load(cuts, n_places).flops - heaviest_load(cuts, layout.world_size).flops
+    return saved >= flops_per_entry * n_received
+
+
+@dataclass(frozen=True)
+class Load:
+    """The work of one owner."""
+
+    flops: int
+    flops_of_squares: int  # by the way of CPUs
+    entries: int  # of its matrices
+
+
+@cache
+def heaviest_load(cuts: tuple[Cut, ...], n_ranks: int) -> Load:
+    """Returns the work of the busiest of `n_ranks` owners that all hold a part of every matrix: as `_plan` shares it,
+    but without its holders, in microseconds a unit."""
+    units = [(end - first, cuts[number]) for number, first, end in _units(cuts)]
+    loads = [(0, 0, 0)] * n_ranks
+    for n_matrices, cut in sorted(units, key=lambda unit: -unit[0] * unit[1].matrix_flops):
+        flops, flops_of_squares, entries = loads[0]
+        flops += n_matrices * cut.matrix_flops
+        flops_of_squares += n_matrices * cut.matrix_flops_of_squares
+        heapq.heapreplace(loads, (flops, flops_of_squares, entries + n_matrices * cut.matrix_size))
+    return Load(*max(loads))
 
 
 def _plan(cuts: tuple[Cut, ...], layout: Layout, bucket_entries: int, shares_replicas: bool) -> Plan:

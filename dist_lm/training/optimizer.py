@@ -30,16 +30,8 @@ from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, OptimizerCon
 from dist_lm.model.size import ADAPTERS, TOKEN_WEIGHTS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import (
-    Arithmetic,
-    Owners,
-    Stepped,
-    Variance,
-    arithmetic_of,
-    device_of_whole,
-    orthogonal_steps,
-    owners_of,
-)
+from dist_lm.training.muon import Arithmetic, Stepped, Variance, arithmetic_of, device_of_whole, orthogonal_steps
+from dist_lm.training.muon_exchange import Owners, owners_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, unsharded and of logical shape
@@ -118,7 +110,8 @@ class ShardedAdamW(torch.optim.AdamW):
         if self._owners is None:
             arithmetic = self.arithmetic or arithmetic_of(torch.device(device_of_whole(stepped[0].parameter)))
             self._owners = owners_of([moved.parameter for moved in stepped], arithmetic)
-        for number, part, step in orthogonal_steps(stepped, self._owners):
+        steps = orthogonal_steps(stepped) if self._owners is None else self._owners.steps(stepped)
+        for number, part, step in steps:
             group = group_of[number]
             # Decay follows `stage.lr`, not the rate of the group, so scaling a rate does not change it.
             decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]

@@ -32,6 +32,23 @@ def test_the_choice_is_concrete_fits_and_is_the_fastest_that_does():
     assert all(c.seconds >= 0.99 * candidate.seconds for c in found if fits(c.memory, 20))
 
 
+@pytest.mark.parametrize(
+    ("model", "n_ranks"),
+    [
+        pytest.param(model, n_ranks, marks=() if (model, n_ranks) == ("qwen3_8b", 8) else pytest.mark.heavy)
+        for model in ("llama_1b", "llama_3b", "llama_8b", "qwen3_0.6b", "qwen3_1.7b", "qwen3_4b", "qwen3_8b")
+        for n_ranks in (8, 64, 512)
+    ],
+)
+def test_there_is_a_layout_for_published_shapes_on_a_node_and_on_many(model, n_ranks):
+    """Finds a published shape that no layout fits, with one sequence of 8,192 tokens a rank."""
+    batch = (f"stage.global_batch={n_ranks}", "stage.micro_batch=1", "stage.seq_len=8192")
+    config = auto(f"model={model}", *batch)
+    chosen = best(config, candidates(config, n_ranks))
+    assert fits(chosen.memory, config.hardware.memory_gib)
+    assert chosen.layout.world_size == n_ranks
+
+
 def test_little_memory_makes_it_shard_more():
     roomy = best(auto(), candidates(auto(), 8))
     tight = auto("hardware.memory_gib=9")

@@ -4,17 +4,20 @@ import pytest
 import torch
 
 from dist_lm.config.cluster import HardwareConfig
+from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
-from dist_lm.dry_run.work import Work, message_seconds, step_seconds
+from dist_lm.dry_run.work import WORLD, Work, message_seconds, step_seconds
 from dist_lm.model.quantised import quantised_matrices
 from dist_lm.model.size import is_trained
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout, resolve_layout
+from dist_lm.parallel.owners import message_costs, plan_of_model
 from dist_lm.prepare.compose import compose_config
 from dist_lm.training.optimizer import build_optimizer
 
 LARGE = compose_config(["stage=language", "model=large", "hardware=h100"])
+LLAMA_SHAPE = ("model.norm=rmsnorm", "model.ffn=swiglu", "model.bias=false", "model.n_kv_heads=2")
 SMALL = ("stage=language", "model=medium", "model.n_layers=2", "stage.seq_len=256", "stage.micro_batch=4")
 
 
@@ -139,6 +142,15 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
             marks=pytest.mark.heavy,
         ),
         pytest.param(
+            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE), 8, id="as llama", marks=pytest.mark.heavy
+        ),
+        pytest.param(
+            ("hardware=h100", "stage.global_batch=32", *LLAMA_SHAPE, "model.qk_norm=true"),
+            8,
+            id="as qwen3",
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
             ("stage.lora.rank=8", "stage.lora.load_in_4bit=true", "stage.init_from=base", "stage.global_batch=8"),
             2,
             id="four_bits",
@@ -173,17 +185,23 @@ def test_a_loss_that_needs_the_global_batch_is_played_with_its_passes_before_the
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     ("model", "layout", "most"),
-    [("large", Layout(1, 8, 1), 1.10), ("xlarge", Layout(64, 8, 1), 1.15)],
-    ids=["large on 8", "xlarge on 512"],
+    [
+        ("large", Layout(1, 8, 1), 1.10),
+        ("xlarge", Layout(64, 8, 1), 1.15),
+        ("llama_8b", Layout(8, 8, 1), 1.10),
+        ("llama_8b", Layout(64, 8, 1), 1.10),
+    ],
+    ids=["large on 8", "xlarge on 512", "llama_8b on 64", "llama_8b on 512"],
 )
 def test_muon_by_owners_costs_little_beside_adamw(model, layout, most):
     """By the dry run, of one sequence a rank; `bash launch/test.sh -m heavy tests/dry_run -k owners`."""
+    seq_len = 8192 if model == "llama_8b" else 4096
     seconds, peaks = [], []
     for overrides in ([], ["stage.muon.lr=0"]):
         config = compose_config(
             [
                 *("stage=language", f"model={model}", "hardware=h100", "recipe=tuned"),
-                *(f"stage.global_batch={layout.world_size}", "stage.micro_batch=1"),
+                *(f"stage.global_batch={layout.world_size}", "stage.micro_batch=1", f"stage.seq_len={seq_len}"),
                 *(f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard", "tp")),
                 *overrides,
             ]
@@ -193,3 +211,62 @@ def test_muon_by_owners_costs_little_beside_adamw(model, layout, most):
         peaks.append(max(report.memory.peak for report in reports))
     assert seconds[0] <= most * seconds[1]
     assert peaks[0] <= peaks[1] + (2 << 30)
+
+
+WITH_MUON = ("stage.muon.lr=0.02", "stage.muon.variance_beta=0.9")
+
+
+def steps_of(layout: Layout, *overrides: str) -> list[Config]:
+    """The configuration of a step with Muon, and of the same step without."""
+    axes = [f"parallel.{axis}={getattr(layout, axis)}" for axis in ("dp_replicate", "dp_shard", "tp")]
+    batch = f"stage.global_batch={4 * layout.dp}"
+    return [compose_config([*SMALL, *axes, batch, *overrides, *muon]) for muon in (WITH_MUON, ())]
+
+
+@pytest.mark.parametrize("hardware", ["cpu", "h100"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(1, 8, 1), Layout(64, 1, 1), Layout(4, 8, 1), Layout(8, 64, 1), Layout(2, 1, 4), Layout(2, 8, 2)],
+    ids=str,
+)
+def test_the_estimate_of_muon_is_that_of_the_plan(hardware, layout):
+    """Finds an estimate that shares the work of replicas where the plan does not, or forgets one of its messages."""
+    with_muon, without = steps_of(layout, f"hardware={hardware}", "model.n_layers=8", "model.d_ff=2048")
+    plan = plan_of_model(with_muon.trained_shape, layout, with_muon.hardware.device)
+    flops = plan.flops()
+    busiest = flops.index(max(flops))
+
+    work, base = (estimate_work(config, layout) for config in (with_muon, without))
+    if hardware == "h100":  # CPUs orthogonalise in another way
+        assert work.flops - base.flops == pytest.approx(max(flops), rel=0.1)
+    item_bytes = message_costs(with_muon.hardware.device).item_bytes
+    assert work.sent.total() - base.sent.total() == pytest.approx(plan.sent(busiest) * item_bytes, rel=0.15)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("hardware", "layout"),
+    [
+        pytest.param("h100", Layout(1, 8, 1), id="one replica"),
+        pytest.param("cpu", Layout(2, 2, 1), id="replicas share"),
+        pytest.param("h100", Layout(4, 2, 1), id="replicas apart"),
+        pytest.param("cpu", Layout(2, 1, 4), id="tensor parallel"),
+        pytest.param("h100", Layout(2, 2, 2), id="all axes"),
+    ],
+)
+def test_the_estimate_of_muon_agrees_with_what_the_busiest_owner_does(hardware, layout, monkeypatch):
+    """Finds what neither plan nor estimate knows: messages, FLOPs and passes of the played step."""
+    with_muon, without = steps_of(layout, f"hardware={hardware}")
+    flops = plan_of_model(with_muon.trained_shape, layout, with_muon.hardware.device).flops()
+    busiest = flops.index(max(flops))
+    monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [busiest])
+
+    played, played_base = (play_ranks(config, layout)[0].work for config in (with_muon, without))
+    work, base = (estimate_work(config, layout) for config in (with_muon, without))
+    for axis in ("dp_replicate", "dp_shard", "tp", WORLD):
+        sent = played.sent[axis] - played_base.sent[axis]
+        assert work.sent[axis] - base.sent[axis] == pytest.approx(sent, rel=0.1, abs=2_000)
+        messages = played.messages[axis] - played_base.messages[axis]
+        assert work.messages[axis] - base.messages[axis] == messages
+    assert work.flops - base.flops == pytest.approx(played.flops - played_base.flops, rel=0.1)
+    assert work.device_s - base.device_s == pytest.approx(played.device_s - played_base.device_s, rel=0.5)
