@@ -185,6 +185,9 @@ def check_batch(arguments: list[str]) -> None:
     assert all(option.startswith("--") and "=" in option for option in arguments[:place]), arguments[:place]
     script = arguments[place]
     assert (ROOT / script).is_file(), f"{script}: no such script"
+    if script == "slurm/serve.sh":
+        check_verb(["serve", *arguments[place + 1 :]])
+        return
     defaults = launcher_defaults(script)
     given = [*(("stage.prompts=prompts.jsonl",) if "stage=generate" in defaults else ()), *defaults]
     check_launch(arguments[place + 1 :], *given)
