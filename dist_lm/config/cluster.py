@@ -115,6 +115,8 @@ class HardwareConfig:
     bf16_tflops: float = 0.2  # dense matrix products on one device
     fp32_tflops: float = 0.083
     attainable: float = 0.9  # share of these figures that large matrix products reach
+    # the same of attention, whose products count in full although half is masked; null: as attainable
+    attention_attainable: float | None = None
     memory_gib: float = 8.0  # memory of one device
     memory_gb_s: float = 12.0  # bandwidth of that memory, 1e9 bytes/s
     devices_per_node: int = 2
@@ -134,4 +136,6 @@ class HardwareConfig:
             require(getattr(self, name) >= 0, f"hardware.{name}", getattr(self, name), "microseconds, >= 0")
 
         require(0 < self.attainable <= 1, "hardware.attainable", self.attainable, "in (0, 1]")
+        share = self.attention_attainable
+        require(share is None or 0 < share <= 1, "hardware.attention_attainable", share, "null or in (0, 1]")
         require(0 <= self.overlap <= 1, "hardware.overlap", self.overlap, "in [0, 1]")

@@ -291,7 +291,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     frozen = max(0, shapes.blocks - shapes.trained)
 
     micro_batch.operation(2 * shapes.tokens * (shapes.blocks * (3 + recomputed) - frozen), 0, hardware, half)
-    micro_batch.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half)
+    micro_batch.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half, is_attention=True)
     micro_batch.operation(2 * shapes.tokens * shapes.head * (head_passes - bool(frozen)), 0, hardware, half)
 
     # Elementwise operations, the loss, and with tp the slices of the weights are bound by memory.

@@ -28,6 +28,10 @@ FREE = (  # allocations, and waiting for a message that is counted by itself
     *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
     torch.ops._c10d_functional.wait_tensor.default,
 )
+ATTENTION = (  # kernels of fake tensors on the CPU
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward,
+)
 RESULT = -1  # the full tensor is the result, not an argument
 c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
 
@@ -204,7 +208,8 @@ class WorkCounter:
         flops = _flops(func._overloadpacket, args, kwargs, result)
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
         moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
-        self.parts[-1].operation(flops, moved, self._hardware, half)
+        is_attention = func._overloadpacket in ATTENTION
+        self.parts[-1].operation(flops, moved, self._hardware, half, is_attention)
 
 
 @dataclass(frozen=True)

@@ -70,17 +70,24 @@ class Work:
             Counter({axis: count * factor for axis, count in self.messages.items()}),
         )
 
-    def operation(self, flops: float, moved: float, hardware: HardwareConfig, half: bool) -> None:
+    def operation(
+        self, flops: float, moved: float, hardware: HardwareConfig, half: bool, is_attention: bool = False
+    ) -> None:
         """Adds one operation, in place.
 
         Args:
             flops: arithmetic of the operation.
             moved: bytes that it reads and writes.
             half: whether its inputs are bf16, not fp32.
+            is_attention: whether it is a kernel of attention, not a matrix product.
         """
         self.flops += flops
+        rate = matmul_flops(hardware, half)
+        if is_attention and hardware.attention_attainable is not None:
+            rate *= hardware.attention_attainable / hardware.attainable
+
         # An operation takes as long as its arithmetic or its memory traffic, whichever is longer.
-        self.device_s += max(flops / matmul_flops(hardware, half), moved / (hardware.memory_gb_s * 1e9))
+        self.device_s += max(flops / rate, moved / (hardware.memory_gb_s * 1e9))
 
     def collective(self, kind: str, axis: str, ranks: int, size: int, times: int = 1) -> None:
         """Add `times` collectives over `ranks` ranks on a full tensor of `size` bytes."""
