@@ -200,7 +200,9 @@ def test_conversations_go_on_by_ids(server: Running):
         before: list[int] = []
         with httpx.Client(timeout=patient(120)) as client:
             for turn in range(3):
-                body = {"messages": messages, "max_tokens": 8, "seed": number * 10 + turn, **IDS}
+                # An untrained model writes bytes that are no text, which no message holds: so its letters are chosen.
+                body = {"messages": messages, "max_tokens": 12, "seed": number * 10 + turn, **IDS}
+                body["constraint"] = {"regex": "[a-z ]{4,9}"}
                 response = client.post(f"{server.url}/v1/chat/completions", json=body).json()
                 prompt = response["prompt_token_ids"]
                 assert prompt[: len(before)] == before, (number, turn)
@@ -210,12 +212,10 @@ def test_conversations_go_on_by_ids(server: Running):
                 tokens = choice["token_ids"]
                 before = [*prompt, *(tokens[:-1] if tokens[-1] == server.loaded.tokenizer.eot_id else tokens)]
                 text = choice["message"]["content"]
-                if not text:  # an empty answer is no turn of a conversation
-                    break
                 messages = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": f"{turn}?"}]
-        return len(messages) // 2 + 1
+        return len(messages) // 2
 
     with ThreadPoolExecutor(16) as pool:
         turns = sum(pool.map(talk, range(CONVERSATIONS)))
     print(f"{CONVERSATIONS} conversations, {turns} turns")
-    assert turns > 2 * CONVERSATIONS
+    assert turns == 3 * CONVERSATIONS
