@@ -580,7 +580,11 @@ class Engine:
             if is_forbidden(token, sequence.request.params, allowed.get(row)):
                 self._refuse(sequence.request, NOTHING_ALLOWED)
                 continue
-            text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
+            try:
+                text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
+            except GrammarError as error:  # to follow the constraint takes more work than the library's limits
+                self._refuse(sequence.request, str(error))
+                continue
             if sequence.finish:
                 self._running.remove(sequence)
                 self._finish(sequence, sequence.finish)
@@ -607,7 +611,11 @@ class Engine:
                 self._refuse(sequence.request, NOTHING_ALLOWED)
                 return
             token_set = packed(np.array([token]), self.config.vocab_size) if sequence.request.keep_sets else None
-            text = sequence.add(token, 0.0, None, self._eot_id, self.config.max_seq_len, token_set)
+            try:
+                text = sequence.add(token, 0.0, None, self._eot_id, self.config.max_seq_len, token_set)
+            except GrammarError as error:  # as in `_draw_tokens`
+                self._refuse(sequence.request, str(error))
+                return
             if sequence.on_text:
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 

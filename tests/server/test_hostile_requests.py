@@ -10,7 +10,7 @@ from dist_lm.chat.layouts.turns import conversation_of
 from dist_lm.chat.messages import ChatError, Message
 from dist_lm.server.conversations import Conversations
 from tests.patience import patient
-from tests.server.conftest import Running
+from tests.server.conftest import Running, wait_for
 from tests.server.test_clients import MESSAGES
 
 HUGE = 10**400  # JSON has such integers, no float does
@@ -75,3 +75,16 @@ def test_what_is_remembered_for_one_key_is_not_for_another(server: Running):
     later = conversation_of(turns, None, style="openai")
     assert conversations.prompt(later, "ours")[1]
     assert conversations.prompt(later, "theirs")[1] == conversations.prompt(later)[1] == 0
+
+
+def test_a_schema_that_is_too_much_work_fails_alone(server: Running):
+    """Finds an error of the library in the middle of an answer that ends the engine for all."""
+    branches = [{"type": "object", "properties": {f"k{number}": {"type": "string"}}} for number in range(300)]
+    schema = {"name": "many", "schema": {"anyOf": branches}}
+    body = {"messages": MESSAGES, "max_tokens": 40, "response_format": {"type": "json_schema", "json_schema": schema}}
+    statuses = {server.post("/v1/chat/completions", body | {"seed": seed}).status_code for seed in range(6)}
+    assert 400 in statuses
+    assert statuses <= {200, 400}
+    assert not server.serving.failure
+    assert server.post("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2}).status_code == 200
+    assert wait_for(lambda: server.is_empty)
