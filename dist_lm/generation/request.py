@@ -86,6 +86,7 @@ class Request:
     truncate: Literal["refuse", "left"] = "refuse"  # if a prompt fills the context: refuse it, or drop its beginning
     keep_sets: bool = False  # answers say from which tokens each token was drawn
     constraint: Constraint | None = None  # what an answer must be; one that ends by itself fulfils it
+    cache_key: str = ""  # only requests with the same key share what the prefix cache holds
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class Answer:
     seed: int
     version: int  # version of the weights
     sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
+    reused_tokens: int = field(default=0, compare=False)  # of the prompt, those that the prefix cache held
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,8 @@ class AnswerSequence:
     tokens: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the pages
+    digests: Sequence[bytes] = ()  # of the prompt's blocks, with a prefix cache
+    n_reused: int = 0  # tokens of the prompt that the prefix cache held
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     sets: list[bytes] = field(default_factory=list)
@@ -357,6 +361,7 @@ class AnswerSequence:
             seed=self.seed,
             version=version,
             sets=tuple(self.sets),
+            reused_tokens=self.n_reused,
         )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine
+from dist_lm.generation.prefix_cache import PrefixCounts
 from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,11 @@ class EngineThread:
     def n_pages(self) -> int:
         """Pages of the cache."""
         return self._engine.options.n_pages
+
+    @property
+    def prefix_counts(self) -> PrefixCounts:
+        """How many tokens of prompts were looked up in the prefix cache, and how many it held."""
+        return self._engine.prefix_counts
 
     def start(self) -> None:
         """Starts the thread."""

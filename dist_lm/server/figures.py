@@ -14,7 +14,7 @@ def metrics_text(thread: EngineThread, counts: Mapping[tuple[str, int], int], op
         counts: responses by path and status.
         open_requests: requests under way, with those whose body is still read.
     """
-    figures = thread.figures
+    figures, prefixes = thread.figures, thread.prefix_counts
     lines = [
         *_metric("http_responses_total", "counter", "Responses by path and status."),
         *(
@@ -27,6 +27,8 @@ def metrics_text(thread: EngineThread, counts: Mapping[tuple[str, int], int], op
         ("failed_total", "counter", "Requests that the engine refused or that waited too long.", figures.failed),
         ("cancelled_total", "counter", "Requests whose client went away.", figures.cancelled),
         ("prompt_tokens_total", "counter", "Tokens of prompts.", figures.prompt_tokens),
+        ("prefix_looked_up_tokens_total", "counter", "Prompt tokens looked up in the cache.", prefixes.looked_up),
+        ("prefix_reused_tokens_total", "counter", "Of these, the tokens that it held.", prefixes.reused),
         ("new_tokens_total", "counter", "Tokens of answers.", figures.new_tokens),
         ("requests_open", "gauge", "Requests under way.", open_requests),
         ("answers_waiting", "gauge", "Answers that wait for the engine.", figures.waiting),

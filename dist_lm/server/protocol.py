@@ -128,8 +128,11 @@ class _Chat:
     reads_calls: bool
 
 
-def job_of(endpoint: Endpoint, body: Json, served: Served) -> Job:
+def job_of(endpoint: Endpoint, body: Json, served: Served, *, cache_key: str = "") -> Job:
     """Returns the job that the body of a request describes. Its constraint is not compiled.
+
+    Args:
+        cache_key: who asks; only requests with the same key share what the engine has cached of prompts.
 
     Raises:
         ProtocolError: a field is unknown, has another type or exceeds a limit; or the conversation is none.
@@ -180,7 +183,8 @@ def job_of(endpoint: Endpoint, body: Json, served: Served) -> Job:
         endpoint=endpoint,
         model=served.name,
         requests=tuple(
-            Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint) for index, ids in enumerate(prompts)
+            Request(f"{name}-{index}", ids, params, seed, n, constraint=constraint, cache_key=cache_key)
+            for index, ids in enumerate(prompts)
         ),
         stream=_typed(body, "stream", bool, False),
         include_usage=bool(stream_options.get("include_usage")),
@@ -553,8 +557,9 @@ def response_of(job: Job, answers: Sequence[Sequence[Answer]], served: Served, c
         choices.append(choice)
 
     n_new = sum(len(answer.tokens) for of_prompt in answers for answer in of_prompt)
+    n_reused = sum(of_prompt[0].reused_tokens for of_prompt in answers)
     response = head_of(job, served, created, is_chunk=False)
-    response |= {"choices": choices, "usage": usage_value(job, n_new)}
+    response |= {"choices": choices, "usage": usage_value(job, n_new, n_reused)}
     if job.endpoint == "chat":
         response["remembered_tokens"] = job.n_remembered
     if job.return_token_ids:
@@ -571,12 +576,18 @@ def head_of(job: Job, served: Served, created: int, is_chunk: bool) -> dict[str,
     return {"id": job.id, "object": kind, "created": created, "model": job.model, "system_fingerprint": fingerprint}
 
 
-def usage_value(job: Job, n_new: int) -> dict[str, int]:
-    """Returns the counts of tokens."""
+def usage_value(job: Job, n_new: int, n_reused: int) -> dict[str, Json]:
+    """Returns the counts of tokens.
+
+    Args:
+        n_new: of all answers.
+        n_reused: of the prompts, those that the engine had cached.
+    """
     return {
         "prompt_tokens": job.prompt_tokens,
         "completion_tokens": n_new,
         "total_tokens": job.prompt_tokens + n_new,
+        "prompt_tokens_details": {"cached_tokens": n_reused},
     }
 
 

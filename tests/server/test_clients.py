@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import jsonschema
 import openai
 import pytest
@@ -104,13 +105,42 @@ def test_a_stream_has_the_tokens_of_the_whole_answer(client: openai.OpenAI):
             ids[choice.index] += getattr(choice, "token_ids", None) or []
             finishes[choice.index] += [choice.finish_reason] if choice.finish_reason else []
             logprobs[choice.index] += [entry.logprob for entry in choice.logprobs.content] if choice.logprobs else []
-    assert usage == whole.usage
+    assert usage
+    assert whole.usage
+    # What was cached of the prompt is the only difference.
+    assert usage.model_dump(exclude={"prompt_tokens_details"}) == whole.usage.model_dump(
+        exclude={"prompt_tokens_details"}
+    )
     for choice in whole.choices:
         assert "".join(texts[choice.index]) == choice.message.content
         assert ids[choice.index] == choice.token_ids
         assert finishes[choice.index] == [choice.finish_reason]
         assert choice.logprobs
         assert logprobs[choice.index] == [entry.logprob for entry in choice.logprobs.content] == choice.raw_logprobs
+
+
+def test_the_next_turn_says_what_was_cached_of_its_prompt(client: openai.OpenAI, server: Running):
+    """Finds usage that counts nothing, or prompts of one request that are counted once for each answer."""
+    messages = [MESSAGES[0], {"role": "user", "content": "a b c d " * 20}]
+    given: Any = {"model": "small", "max_tokens": 4, "seed": 5, "n": 2}
+    first = client.chat.completions.create(**given, messages=messages).usage
+    assert first
+    assert first.prompt_tokens_details
+    longer = [*messages, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "Why?"}]
+    second = client.chat.completions.create(**given, messages=longer).usage
+    assert second
+    assert second.prompt_tokens_details
+    cached = second.prompt_tokens_details.cached_tokens
+    assert cached
+    assert first.prompt_tokens - 32 < cached <= first.prompt_tokens
+
+    *_, last = client.chat.completions.create(
+        **given, messages=longer, stream=True, stream_options={"include_usage": True}
+    )
+    assert last.usage
+    assert last.usage.prompt_tokens_details
+    assert second.prompt_tokens - 32 <= (last.usage.prompt_tokens_details.cached_tokens or 0) < second.prompt_tokens
+    assert "dist_lm_prefix_reused_tokens_total" in httpx.get(f"{server.url}/metrics").text
 
 
 @pytest.mark.parametrize("tool_choice", ["auto", "required", {"type": "function", "function": {"name": "clock"}}])
