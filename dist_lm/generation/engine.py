@@ -695,7 +695,8 @@ class Engine:
             allowed: bits of the tokens that rows with a constraint may draw.
         """
         params = [sequence.request.params for sequence in sequences]
-        adjusted_BV = adjusted(logits_BV, params, [sequence.tokens for sequence in sequences])
+        seen = [sequence.tokens for sequence in sequences]
+        adjusted_BV = adjusted(logits_BV, params, seen, [sequence.n_prompt for sequence in sequences])
         if allowed:
             adjusted_BV = constrained(logits_BV if adjusted_BV is None else adjusted_BV, allowed)
         # Seeds and parameters change only when a sequence joins or leaves.

@@ -30,8 +30,8 @@ FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 class SamplingParams:
     """Says how tokens are drawn, and how many.
 
-    Applied in this order: repetition penalty, logit bias, temperature, then top-k, top-p and min-p. A token must pass
-    all three filters.
+    Applied in this order: repetition, presence and frequency penalty, logit bias, temperature, then top-k, top-p and
+    min-p. A token must pass all three filters.
     """
 
     max_new_tokens: int = 128
@@ -40,6 +40,9 @@ class SamplingParams:
     top_p: float = 1.0  # keep the smallest set with this much probability (Holtzman et al. 2020); 1: off
     min_p: float = 0.0  # keep tokens with this share of the top token's probability (Nguyen et al. 2024); 0: off
     repetition_penalty: float = 1.0  # > 1: tokens of prompt and answer become less likely (Keskar et al. 2019); 1: off
+    # subtracted from the logit of a token: once if the answer has it, and for each time that it does (OpenAI)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit; -inf forbids it
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     stop_tokens: tuple[int, ...] = ()  # end the answer, as end-of-text does
@@ -53,6 +56,8 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a number (0 is off)"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number (0 is off)"),
         ):
             require(holds, key, getattr(self, key), accepted)
         require(all(self.stop), "stop", list(self.stop), "texts that are not empty")
@@ -62,7 +67,12 @@ class SamplingParams:
     @property
     def adjusts_logits(self) -> bool:
         """Whether logits of some tokens change before the temperature applies."""
-        return self.repetition_penalty != 1 or bool(self.logit_bias)
+        return self.repetition_penalty != 1 or self.counts_tokens or bool(self.logit_bias)
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a logit depends on how often the answer has its token."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 class RequestError(UserError):

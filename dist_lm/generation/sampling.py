@@ -12,7 +12,8 @@ Dimensions: B rows, n some of the rows, V vocabulary, M candidates, C chunks of 
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,15 +212,21 @@ def _pack_not_forbidden(logits_BV: torch.Tensor) -> list[bytes]:
 
 
 def adjusted(
-    logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Iterable[int]]
+    logits_BV: torch.Tensor,
+    params: Sequence[SamplingParams],
+    seen: Sequence[Sequence[int]],
+    n_prompt: Sequence[int],
 ) -> torch.Tensor | None:
-    """Returns new logits (B, V) after repetition penalty and logit bias; None if no row has either.
+    """Returns new logits (B, V) after penalties and logit bias; None if no row has any.
 
-    A positive logit of a seen token is divided by the penalty, a negative one multiplied; then the bias is added.
+    A positive logit of a seen token is divided by the repetition penalty, a negative one multiplied. From the logit of
+    a token that the answer has c > 0 times, presence_penalty + c * frequency_penalty is subtracted, as OpenAI's API
+    defines it; then the bias is added.
 
     Args:
         params: of each row.
         seen: for each row, tokens of the prompt and the answer so far.
+        n_prompt: how many of them are the prompt's.
     """
     if not any(row_params.adjusts_logits for row_params in params):
         return None
@@ -227,11 +234,17 @@ def adjusted(
     # Both change few logits: their indices in the flattened rows travel to the device, and not dense rows.
     penalties: list[tuple[int, float]] = []  # (index in the flattened rows, penalty)
     biases: list[tuple[int, float]] = []
-    for row, (row_params, tokens) in enumerate(zip(params, seen, strict=True)):
+    for row, (row_params, tokens, begin) in enumerate(zip(params, seen, n_prompt, strict=True)):
         first = row * logits_BV.shape[-1]
         if row_params.repetition_penalty != 1:
             penalties += [(first + token, row_params.repetition_penalty) for token in set(tokens)]
-        biases += [(first + token, bias) for token, bias in row_params.logit_bias.items()]
+        # An index stands in the list once, so the sums of a token are made here.
+        bias_of = dict(row_params.logit_bias)
+        if row_params.counts_tokens:
+            for token, count in Counter(tokens[begin:]).items():
+                penalty = row_params.presence_penalty + count * row_params.frequency_penalty
+                bias_of[token] = bias_of.get(token, 0.0) - penalty
+        biases += [(first + token, bias) for token, bias in bias_of.items()]
     index_n, index_m, penalty_n, bias_m = upload(
         logits_BV.device,
         *(torch.tensor([index for index, _ in pairs], dtype=torch.int64) for pairs in (penalties, biases)),

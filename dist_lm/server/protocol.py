@@ -30,6 +30,7 @@ Endpoint = Literal["chat", "completions"]
 SEEDS = 1 << 62  # a seed that the server draws lies below
 MOST_STOPS = 16
 MOST_BIASES = 1024
+MOST_PENALTY = 2  # OpenAI's bound
 LONGEST_NAME = 128  # characters of a tool's name
 MOST_PROMPTS = 64  # of one request to /v1/completions
 ANY_OBJECT: Json = {"type": "object"}
@@ -41,8 +42,6 @@ SAMPLING = {
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # say nothing to us
 # Fields of OpenAI that may be given with the value that they have if they are left out.
 DEFAULTS: dict[str, Sequence[Json]] = {
-    "frequency_penalty": (0, None),
-    "presence_penalty": (0, None),
     "top_logprobs": (0, None),
     "echo": (False, None),
     "best_of": (1, None),
@@ -258,12 +257,26 @@ def _params(body: Mapping[str, Json], ends: tuple[int, ...], served: Served) -> 
             top_p=_typed(body, "top_p", float, 1.0),
             min_p=_typed(body, "min_p", float, 0.0),
             repetition_penalty=_typed(body, "repetition_penalty", float, 1.0),
+            presence_penalty=_penalty(body, "presence_penalty"),
+            frequency_penalty=_penalty(body, "frequency_penalty"),
             logit_bias=biases,
             stop=tuple(stop),
             stop_tokens=ends,
         )
     except UserError as error:
         raise ProtocolError(str(error), param=str(error).partition("=")[0]) from error
+
+
+def _penalty(body: Mapping[str, Json], key: str) -> float:
+    """Returns a penalty, within OpenAI's bounds.
+
+    Raises:
+        ProtocolError: it is no number from -2 to 2.
+    """
+    penalty = _typed(body, key, float, 0.0)
+    if not -MOST_PENALTY <= penalty <= MOST_PENALTY:
+        raise ProtocolError(f"{key}={penalty}: expected -{MOST_PENALTY} to {MOST_PENALTY}", param=key)
+    return penalty
 
 
 def _logprobs(endpoint: Endpoint, body: Mapping[str, Json]) -> bool:

@@ -119,6 +119,26 @@ def test_a_stream_has_the_tokens_of_the_whole_answer(client: openai.OpenAI):
         assert logprobs[choice.index] == [entry.logprob for entry in choice.logprobs.content] == choice.raw_logprobs
 
 
+def test_penalties_are_those_of_the_engine(client: openai.OpenAI, server: Running):
+    """Finds a penalty that is accepted and does nothing, or another one in its place."""
+    ids = [5, 6, 7]
+    often = {10: 12.0, 11: 12.5, 12: 13.0, 13: 11.0}  # so that tokens come again
+    drawn = {}
+    for presence, frequency in ((0.0, 0.0), (1.5, 0.0), (0.0, 1.5)):
+        params = SamplingParams(40, 1.0, presence_penalty=presence, frequency_penalty=frequency, logit_bias=often)
+        offline = server.offline()
+        offline.submit(Request("1", ids, params, seed=3))
+        (expected,) = offline.run()
+        assert isinstance(expected, Answer)
+        answer: Any = client.completions.create(
+            model="small", prompt=ids, max_tokens=40, temperature=1, seed=3, presence_penalty=presence,
+            frequency_penalty=frequency, logit_bias={str(token): bias for token, bias in often.items()}, extra_body=IDS,
+        )  # fmt: skip
+        assert answer.choices[0].token_ids == [*expected.tokens]
+        drawn[presence, frequency] = expected.tokens
+    assert len({*drawn.values()}) == 3
+
+
 def test_the_next_turn_says_what_was_cached_of_its_prompt(client: openai.OpenAI, server: Running):
     """Finds usage that counts nothing, or prompts of one request that are counted once for each answer."""
     messages = [MESSAGES[0], {"role": "user", "content": "a b c d " * 20}]
@@ -275,7 +295,8 @@ def test_models_are_listed(client: openai.OpenAI):
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"seed": 2**70}, "seed"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"frequency_penalty": 2.5}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
         ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}}, "tool_choice"),
