@@ -633,7 +633,10 @@ class Engine:
             if is_forbidden(token, sequence.request.params, allowed.get(row)):
                 self._refuse(sequence.request, NOTHING_ALLOWED)
                 continue
-            text = sequence.add(token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set)
+            top_logprobs = choice.top_logprobs(row, sequence.request.params.top_logprobs)
+            text = sequence.add(
+                token, logprob, raw_logprob, self._eot_id, self.config.max_seq_len, token_set, top_logprobs
+            )
             if sequence.finish:
                 self._running.remove(sequence)
                 self._finish(sequence, sequence.finish)
@@ -705,7 +708,8 @@ class Engine:
             self._sampling_groups = (sequences, seed_B, group_rows(params, self._device))
         _, seed_B, groups = self._sampling_groups
         keep_sets = any(sequence.request.keep_sets for sequence in sequences)
-        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets)
+        n_top = max(row_params.top_logprobs for row_params in params)
+        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets, n_top)
 
     def _finish(self, sequence: AnswerSequence, reason: FinishReason) -> None:
         sequence.finish = reason

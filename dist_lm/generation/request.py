@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 OnText = Callable[[str, int, int, str], None]
 """A function (request id, index of the answer, token, text that is now final) -> None."""
 
+MOST_TOP_LOGPROBS = 20  # OpenAI's bound
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token, its log-probability under the model in nats), most likely first."""
+
 FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 
 
@@ -44,6 +49,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit; -inf forbids it
+    top_logprobs: int = 0  # answers say this many of the most likely tokens at each place, by the model; 0: none
     stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
     stop_tokens: tuple[int, ...] = ()  # end the answer, as end-of-text does
     ignore_eot: bool = False  # end-of-text does not end the answer
@@ -56,6 +62,7 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
+            ("top_logprobs", 0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, f"0 to {MOST_TOP_LOGPROBS}"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number (0 is off)"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number (0 is off)"),
         ):
@@ -178,6 +185,8 @@ class Answer:
     seed: int
     version: int  # version of the weights
     sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
+    # with params.top_logprobs, for each token; empty for one that a constraint left no choice about
+    top_logprobs: tuple[TopLogprobs, ...] = ()
     reused_tokens: int = field(default=0, compare=False)  # of the prompt, those that the prefix cache held
 
 
@@ -277,6 +286,7 @@ class AnswerSequence:
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     sets: list[bytes] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is preempted
     matcher: "Matcher | None" = None  # the tokens that the constraint allows next
     allowed: "np.ndarray | None" = None  # what `matcher.allowed` returns now; None: it was not asked
@@ -313,6 +323,7 @@ class AnswerSequence:
         eot_id: int,
         context: int,
         token_set: bytes | None = None,
+        top_logprobs: TopLogprobs = (),
     ) -> str:
         """Appends a token with its log-probabilities, and sets `finish` if it is the last one; `cached` stays.
 
@@ -323,6 +334,7 @@ class AnswerSequence:
             raw_logprob: nats, under the model's distribution; None: it follows by `raw_logprobs`.
             context: most tokens of prompt and answer.
             token_set: the packed set of tokens among which it was drawn; kept if the request asks for sets.
+            top_logprobs: the most likely tokens; kept if the request asks for some.
 
         Returns:
             The text that became final; with the last token also the text held back; always empty without a vocabulary.
@@ -336,6 +348,8 @@ class AnswerSequence:
             self.raw_logprobs.append(raw_logprob)
         if self.request.keep_sets and token_set is not None:
             self.sets.append(token_set)
+        if self.request.params.top_logprobs:
+            self.top_logprobs.append(top_logprobs)
         text = self.stream.add(token)
 
         # The first reason that holds counts: end-of-text and stop texts before the limits.
@@ -371,6 +385,7 @@ class AnswerSequence:
             seed=self.seed,
             version=version,
             sets=tuple(self.sets),
+            top_logprobs=tuple(self.top_logprobs),
             reused_tokens=self.n_reused,
         )
 

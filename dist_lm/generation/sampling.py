@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.generation.request import SamplingParams
+from dist_lm.generation.request import SamplingParams, TopLogprobs
 from dist_lm.generation.transfer import download, upload
 from dist_lm.model.keyed_random import hash_words
 from dist_lm.model.token_sets import packed
@@ -44,6 +44,15 @@ class Choice:
     logprob_B: torch.Tensor  # fp32, nats, under the distribution it was drawn from (greedy: 0)
     raw_logprob_B: torch.Tensor  # fp32, nats, under softmax(logits); nan if logits are not finite numbers
     sets: list[bytes]  # tokens that each row was drawn from (`model.token_sets`); empty without `keep_sets`
+    top_id_Bk: torch.Tensor  # int64, the k tokens that are most likely under the model, in this order
+    top_logprob_Bk: torch.Tensor  # fp32, nats, their log-probabilities
+
+    def top_logprobs(self, row: int, count: int) -> TopLogprobs:
+        """Returns the `count` most likely tokens of a row, at most k."""
+        if not count:
+            return ()
+        columns = self.top_id_Bk[row, :count].tolist(), self.top_logprob_Bk[row, :count].tolist()
+        return tuple(zip(*columns, strict=True))
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ def sample(
     uniform_B: torch.Tensor,
     adjusted_BV: torch.Tensor | None = None,
     keep_sets: bool = False,
+    n_top: int = 0,
 ) -> Choice:
     """Returns one token for each row, on the host. The host waits for the device once, and once more for each draw that
     repeats rows with more candidates. Nothing is changed.
@@ -140,6 +150,7 @@ def sample(
         uniform_B: see `uniform`.
         adjusted_BV: logits to draw from instead, see `adjusted`.
         keep_sets: whether to return the sets of tokens; the host then waits once more for each group.
+        n_top: how many of the most likely tokens to return for each row.
     """
     source_BV = logits_BV if adjusted_BV is None else adjusted_BV
     n_rows, device = len(logits_BV), logits_BV.device
@@ -168,7 +179,14 @@ def sample(
     # The model's own log-probabilities, before any setting of the sampler. They reveal nan, and files of answers show
     # them; RLHF trains with `logprob_B`.
     raw_logprob_B = token_logprobs(logits_BV, token_B)
-    token_B, logprob_B, raw_logprob_B, unclear_B = download(token_B, logprob_B, raw_logprob_B, unclear_B)
+    top_id_Bk = torch.empty(n_rows, 0, dtype=torch.int64, device=device)
+    top_logprob_Bk = torch.empty(n_rows, 0, device=device)
+    if n_top:
+        top_logit_Bk, top_id_Bk = largest(logits_BV, min(n_top, logits_BV.shape[-1]))
+        top_logprob_Bk = top_logit_Bk - log_normaliser(logits_BV)
+    token_B, top_id_Bk, logprob_B, raw_logprob_B, top_logprob_Bk, unclear_B = download(
+        token_B, top_id_Bk, logprob_B, raw_logprob_B, top_logprob_Bk, unclear_B
+    )
 
     # Rows whose candidates did not suffice are drawn again, with more candidates.
     unclear = unclear_B.tolist()
@@ -188,7 +206,7 @@ def sample(
         if keep_sets:
             for row, token_set in zip(rows, redrawn.sets, strict=True):
                 sets[row] = token_set
-    return Choice(token_B, logprob_B, raw_logprob_B, sets)
+    return Choice(token_B, logprob_B, raw_logprob_B, sets, top_id_Bk, top_logprob_Bk)
 
 
 _Passed = tuple[torch.Tensor, torch.Tensor]

@@ -19,7 +19,7 @@ import torch
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.prefix_cache import PrefixCounts
-from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError
+from dist_lm.generation.request import Answer, AnswerSequence, Request, RequestError, TopLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Grown:
     pieces: Sequence[tuple[int, str]]  # each token with the text that became final with it
     raw_logprobs: Sequence[float]
     logprobs: Sequence[float]
+    top_logprobs: Sequence[TopLogprobs] = ()
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,14 @@ class EngineThread:
             if not pieces or sequence.n_unscored:
                 continue
             new = slice(order.sent[index], order.sent[index] + len(pieces))
-            event = Grown(order.request.id, index, pieces, sequence.raw_logprobs[new], sequence.logprobs[new])
+            event = Grown(
+                request=order.request.id,
+                index=index,
+                pieces=pieces,
+                raw_logprobs=sequence.raw_logprobs[new],
+                logprobs=sequence.logprobs[new],
+                top_logprobs=sequence.top_logprobs[new],
+            )
             order.pieces[index], order.sent[index] = [], new.stop
             order.sink(event)
 

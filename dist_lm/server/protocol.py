@@ -20,7 +20,7 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, shown_value
 from dist_lm.generation.call_grammar import ToolChoice, call_constraint
 from dist_lm.generation.constraint import Constraint
-from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.generation.request import MOST_TOP_LOGPROBS, Answer, Request, SamplingParams, TopLogprobs
 from dist_lm.server.conversations import Conversations
 from dist_lm.tokenizer.symbols import CALL
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -42,7 +42,6 @@ SAMPLING = {
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}  # say nothing to us
 # Fields of OpenAI that may be given with the value that they have if they are left out.
 DEFAULTS: dict[str, Sequence[Json]] = {
-    "top_logprobs": (0, None),
     "echo": (False, None),
     "best_of": (1, None),
 }
@@ -172,7 +171,8 @@ def job_of(endpoint: Endpoint, body: Json, served: Served, *, cache_key: str = "
         seed = secrets.randbelow(SEEDS)
     if not -(1 << 63) <= seed < 1 << 63:
         raise ProtocolError("seed: expected an integer of 64 bits", param="seed")
-    params = _params(body, ends, served)
+    has_logprobs, n_top = _logprobs(endpoint, body)
+    params = _params(body, ends, n_top, served)
     name = f"{'chatcmpl' if endpoint == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
     stream_options = _typed(body, "stream_options", dict, {})
     if unknown := stream_options.keys() - {"include_usage", "include_obfuscation"}:
@@ -187,7 +187,7 @@ def job_of(endpoint: Endpoint, body: Json, served: Served, *, cache_key: str = "
         ),
         stream=_typed(body, "stream", bool, False),
         include_usage=bool(stream_options.get("include_usage")),
-        logprobs=_logprobs(endpoint, body),
+        logprobs=has_logprobs,
         return_token_ids=_typed(body, "return_token_ids", bool, False),
         reads_calls=bool(chat and chat.reads_calls),
         conversation=chat.conversation if chat else None,
@@ -220,7 +220,7 @@ def _typed(body: Mapping[str, Json], key: str, kind: type, default: Json) -> Jso
     return value
 
 
-def _params(body: Mapping[str, Json], ends: tuple[int, ...], served: Served) -> SamplingParams:
+def _params(body: Mapping[str, Json], ends: tuple[int, ...], n_top: int, served: Served) -> SamplingParams:
     """Returns how tokens are drawn.
 
     Raises:
@@ -260,6 +260,7 @@ def _params(body: Mapping[str, Json], ends: tuple[int, ...], served: Served) -> 
             presence_penalty=_penalty(body, "presence_penalty"),
             frequency_penalty=_penalty(body, "frequency_penalty"),
             logit_bias=biases,
+            top_logprobs=n_top,
             stop=tuple(stop),
             stop_tokens=ends,
         )
@@ -279,23 +280,25 @@ def _penalty(body: Mapping[str, Json], key: str) -> float:
     return penalty
 
 
-def _logprobs(endpoint: Endpoint, body: Mapping[str, Json]) -> bool:
-    """Returns whether log-probabilities are asked for; /v1/completions asks by the number of alternatives, 0 or null.
+def _logprobs(endpoint: Endpoint, body: Mapping[str, Json]) -> tuple[bool, int]:
+    """Returns whether log-probabilities are asked for, and how many alternatives of each token: in chats the field
+    `top_logprobs`, in /v1/completions the value of `logprobs`.
 
     Raises:
-        ProtocolError: alternatives are asked for.
+        ProtocolError: the number is out of bounds, or there is one without `logprobs`.
     """
-    value = body.get("logprobs")
+    key = "top_logprobs" if endpoint == "chat" else "logprobs"
     if endpoint == "chat":
-        return _typed(body, "logprobs", bool, False)
-    if value is None:
-        return False
-    if value is not True and (isinstance(value, bool) or value != 0):
-        raise ProtocolError(
-            f"logprobs={shown_value(value)}: expected 0, the log-probabilities of the tokens themselves",
-            param="logprobs",
-        )
-    return True
+        is_asked = _typed(body, "logprobs", bool, False)
+        n_top = _typed(body, key, int, 0)
+    else:
+        is_asked = body.get(key) is not None
+        n_top = 0 if body.get(key) is True else _typed(body, key, int, 0)
+    if not 0 <= n_top <= MOST_TOP_LOGPROBS:
+        raise ProtocolError(f"{key}={n_top}: expected 0 to {MOST_TOP_LOGPROBS}", param=key)
+    if n_top and not is_asked:
+        raise ProtocolError("top_logprobs: expected logprobs=true beside it", param=key)
+    return is_asked, n_top
 
 
 def _constraint(body: Mapping[str, Json], served: Served) -> Constraint | None:
@@ -564,7 +567,9 @@ def response_of(job: Job, answers: Sequence[Sequence[Answer]], served: Served, c
             choice |= {"text": turn.content}
         choice["logprobs"] = None
         if job.logprobs:
-            choice["logprobs"] = logprobs_value(job.endpoint, answer.tokens, answer.raw_logprobs, served.tokenizer)
+            choice["logprobs"] = logprobs_value(
+                job.endpoint, answer.tokens, answer.raw_logprobs, answer.top_logprobs, served.tokenizer
+            )
         if job.return_token_ids:
             choice |= ids_value(answer.tokens, answer.raw_logprobs, answer.logprobs)
         choices.append(choice)
@@ -620,19 +625,38 @@ def _finite(number: float) -> float | None:
 
 
 def logprobs_value(
-    endpoint: Endpoint, tokens: Sequence[int], raw: Sequence[float], tokenizer: Tokenizer
+    endpoint: Endpoint, tokens: Sequence[int], raw: Sequence[float], top: Sequence[TopLogprobs], tokenizer: Tokenizer
 ) -> dict[str, Json]:
-    """Returns log-probabilities of the model in OpenAI's form."""
+    """Returns log-probabilities of the model in OpenAI's form.
+
+    Args:
+        top: the most likely tokens in the place of each; empty if they were not asked for.
+    """
+    entries = _logprob_entries(tokens, raw, tokenizer)
+    alternatives = [
+        _logprob_entries([token for token, _ in pairs], [logprob for _, logprob in pairs], tokenizer) for pairs in top
+    ]
+    if endpoint == "chat":
+        for entry, top_entries in zip(entries, alternatives or [[]] * len(entries), strict=True):
+            entry["top_logprobs"] = top_entries
+        return {"content": entries, "refusal": None}
+
+    by_text = [{entry["token"]: entry["logprob"] for entry in top_entries} for top_entries in alternatives]
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": by_text or None,
+        "text_offset": None,
+    }
+
+
+def _logprob_entries(tokens: Sequence[int], logprobs: Sequence[float], tokenizer: Tokenizer) -> list[dict[str, Json]]:
     contents = [tokenizer.content([token]) for token in tokens]
     pieces = tokenizer.pieces(tokens)
-    texts = [content.decode(errors="replace") or piece for content, piece in zip(contents, pieces, strict=True)]
-    if endpoint == "chat":
-        entries = [
-            {"token": text, "logprob": _finite(logprob), "bytes": [*content], "top_logprobs": []}
-            for text, content, logprob in zip(texts, contents, raw, strict=True)
-        ]
-        return {"content": entries, "refusal": None}
-    return {"tokens": texts, "token_logprobs": [*map(_finite, raw)], "top_logprobs": None, "text_offset": None}
+    return [
+        {"token": content.decode(errors="replace") or piece, "logprob": _finite(logprob), "bytes": [*content]}
+        for content, piece, logprob in zip(contents, pieces, logprobs, strict=True)
+    ]
 
 
 def call_value(call: Call, index: int | None = None) -> dict[str, Json]:

@@ -72,7 +72,9 @@ class Chunks:
         extras: dict[str, Json] = {}
         tokens = [token for token, _ in event.pieces]
         if self._job.logprobs:
-            extras["logprobs"] = logprobs_value(self._job.endpoint, tokens, event.raw_logprobs, self._served.tokenizer)
+            extras["logprobs"] = logprobs_value(
+                self._job.endpoint, tokens, event.raw_logprobs, event.top_logprobs, self._served.tokenizer
+            )
         if self._job.return_token_ids:
             extras |= ids_value(tokens, event.raw_logprobs, event.logprobs)
         text = "".join(texts)

@@ -119,10 +119,41 @@ def test_a_stream_has_the_tokens_of_the_whole_answer(client: openai.OpenAI):
         assert logprobs[choice.index] == [entry.logprob for entry in choice.logprobs.content] == choice.raw_logprobs
 
 
+def test_top_logprobs_are_the_models_most_likely_tokens(client: openai.OpenAI, server: Running):
+    """Finds alternatives after temperature or filters, in another order, or of another place; streamed ones too."""
+    given: Any = {
+        "model": "small", "messages": MESSAGES, "max_tokens": 8, "seed": 2, "temperature": 0.5, "logprobs": True,
+        "top_logprobs": 4,
+    }  # fmt: skip
+    answer: Any = client.chat.completions.create(**given, extra_body={**IDS, "top_k": 3})
+    (choice,) = answer.choices
+    row = torch.tensor([[*answer.prompt_token_ids, *choice.token_ids]])
+    logits = server.model(row)[0, len(answer.prompt_token_ids) - 1 : -1].float()
+    expected = logits.log_softmax(-1).topk(4)
+    tokenizer = server.loaded.tokenizer
+    for place, entry in enumerate(choice.logprobs.content):
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx(expected.values[place].tolist(), abs=1e-5)
+        contents = [[*tokenizer.content([token])] for token in expected.indices[place].tolist()]
+        assert [top.bytes for top in entry.top_logprobs] == contents
+
+    streamed = []
+    chunks: Any = client.chat.completions.create(**given, stream=True, extra_body={"top_k": 3})
+    for chunk in chunks:
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert streamed == choice.logprobs.content
+    text = client.completions.create(model="small", prompt=[5, 6], max_tokens=3, logprobs=2).choices[0]
+    assert text.logprobs
+    # By text, as OpenAI has it: two tokens with one text are one.
+    alternatives = text.logprobs.top_logprobs or []
+    assert len(alternatives) == len(text.logprobs.tokens or [])
+    assert all(1 <= len(by_text) <= 2 for by_text in alternatives)
+
+
 def test_penalties_are_those_of_the_engine(client: openai.OpenAI, server: Running):
     """Finds a penalty that is accepted and does nothing, or another one in its place."""
     ids = [5, 6, 7]
     often = {10: 12.0, 11: 12.5, 12: 13.0, 13: 11.0}  # so that tokens come again
+    biases: Any = {str(token): bias for token, bias in often.items()}
     drawn = {}
     for presence, frequency in ((0.0, 0.0), (1.5, 0.0), (0.0, 1.5)):
         params = SamplingParams(40, 1.0, presence_penalty=presence, frequency_penalty=frequency, logit_bias=often)
@@ -132,7 +163,7 @@ def test_penalties_are_those_of_the_engine(client: openai.OpenAI, server: Runnin
         assert isinstance(expected, Answer)
         answer: Any = client.completions.create(
             model="small", prompt=ids, max_tokens=40, temperature=1, seed=3, presence_penalty=presence,
-            frequency_penalty=frequency, logit_bias={str(token): bias for token, bias in often.items()}, extra_body=IDS,
+            frequency_penalty=frequency, logit_bias=biases, extra_body=IDS,
         )  # fmt: skip
         assert answer.choices[0].token_ids == [*expected.tokens]
         drawn[presence, frequency] = expected.tokens
@@ -297,7 +328,8 @@ def test_models_are_listed(client: openai.OpenAI):
         ({"seed": 2**70}, "seed"),
         ({"frequency_penalty": 2.5}, "frequency_penalty"),
         ({"presence_penalty": -3}, "presence_penalty"),
-        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "wether"}}}, "tool_choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}},
